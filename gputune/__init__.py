@@ -1,0 +1,1 @@
+"""gputune: hyperparameter search for PyTorch as one tensor program."""

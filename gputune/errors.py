@@ -1,0 +1,18 @@
+"""The exceptions that gputune raises on purpose.
+
+InputError          bad input: the message names the argument, the rule, the value and the remedy
+DivergedError       one training went to infinity or NaN where a finite result was asked for
+SearchFailedError   every trial of a search failed, so there is no best one
+"""
+
+
+class InputError(ValueError):
+    """Bad input. The command line ends with exit code 2 on it; every other error ends with 1."""
+
+
+class DivergedError(ArithmeticError):
+    """A training that was asked for a finite result went to infinity or NaN."""
+
+
+class SearchFailedError(RuntimeError):
+    """No trial of the search has a finite score."""

@@ -1,0 +1,45 @@
+"""The axis alphabet, the words for values that cross files, and the table of defaults.
+
+Axes, used in signatures, docs and errors: C trials, F folds, P = C*F members, B batch rows, D inputs,
+H width, K outputs, T steps, L layers. The member axis comes first; inside a chunk members are fold-major
+(``p = f*C + c``), so that one fold's members are contiguous. Public arrays are (C, epochs, F).
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import Tensor
+
+Config = dict[str, Any]
+"""One configuration: hyperparameter name -> value."""
+
+Params = dict[str, Tensor]
+"""Parameter name -> tensor whose leading axis is the member axis P."""
+
+Task = Literal["binary", "multiclass", "regression"]
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "width": 128,
+        "depth": 2,
+        "activation": "relu",
+        "dropout": 0.0,
+        "batch_size": 32,
+        "lr": 1e-3,
+        "momentum": 0.0,
+        "schedule": "constant",
+        "C": 1.0,
+        "l1_ratio": 0.0,
+    }
+)
+"""What a trial uses where its configuration is silent (``weight_decay`` depends on the optimizer)."""
+
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+SCHEDULES = ("constant", "cosine")
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
+
+
+def default_weight_decay(optimizer: str) -> float:
+    """0.01 for adamw, whose decay is decoupled from the gradient; 0 for the others, as in torch.optim."""
+    return 0.01 if optimizer == "adamw" else 0.0

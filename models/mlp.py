@@ -1,0 +1,74 @@
+"""The multilayer perceptron: hidden layers of one width, each linear, activation, dropout; a linear end."""
+
+from torch import Tensor, nn
+
+from .stacked import check_size, linear, plain_member
+
+# Each maps 0 to 0, so that a hidden unit whose weights are zero stays invisible in training.
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron that returns logits (classes) or values (regression).
+
+    ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model; ``activation`` is
+    "relu", "gelu", "silu" or "tanh"; ``dropout`` in [0, 1) follows every activation.
+
+    Shape: ``(B, D) -> (B, K)``. With ``members=P`` the parameters carry a leading member axis and the shape
+    is ``(P, B, D) -> (P, B, K)``; ``member(p)`` gives back the plain module of one member.
+    Raises ValueError for an argument out of range.
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_outputs: int,
+        *,
+        width: int = 128,
+        depth: int = 2,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        members: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_size("n_features", n_features, 0)
+        check_size("n_outputs", n_outputs, 1)
+        check_size("width", width, 1)
+        check_size("depth", depth, 0)
+        if members is not None:
+            check_size("members", members, 1)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is a probability in [0, 1), got {dropout=}.")
+        self.n_features, self.n_outputs = n_features, n_outputs
+        self.width, self.depth = width, depth
+        self.activation, self.dropout = activation, dropout
+        sizes = [n_features, *[width] * depth, n_outputs]
+        self.layers = nn.ModuleList(linear(a, b, members) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.act = ACTIVATIONS[activation]()
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = self.drop(self.act(layer(x)))
+        output: Tensor = self.layers[-1](x)
+        return output
+
+    def member(self, p: int) -> "MLP":
+        """Return member p as a plain module that holds copies of its parameters."""
+        plain = MLP(
+            self.n_features,
+            self.n_outputs,
+            width=self.width,
+            depth=self.depth,
+            activation=self.activation,
+            dropout=self.dropout,
+        )
+        plain.layers = nn.ModuleList(plain_member(layer, p) for layer in self.layers)
+        return plain.train(self.training)
