@@ -20,7 +20,9 @@ def start(module, seed):
     """Give every linear layer of a plain module its keyed start: torch's default law for ``nn.Linear``."""
     for number, layer in enumerate(module.layers):
         n_out, n_in = layer.weight.shape
-        draw = torch.rand(n_out * n_in + n_out, generator=stream(seed, "start", number, n_out, n_in), dtype=torch.float64)
+        draw = torch.rand(
+            n_out * n_in + n_out, generator=stream(seed, "start", number, n_out, n_in), dtype=torch.float64
+        )
         draw = (2 * draw - 1) / math.sqrt(n_in)
         with torch.no_grad():
             layer.weight.copy_(draw[: n_out * n_in].view(n_out, n_in))

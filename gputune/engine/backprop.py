@@ -1,0 +1,271 @@
+"""The MLP of all members with its gradient written out: no graph, no gradient for the input.
+
+The first layer is one wide product per fold, (B, D) x (D, C*H), because a fold's members read the same rows;
+its weights are therefore kept with axes (F, D, C, H). The other layers are batched products over members.
+A width is padded with units whose weights are zero on both sides; with activations that map 0 to 0 they get
+gradient zero and stay zero. Axes: F folds, C trials, P = F*C members (fold-major), B rows, H width, K outputs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gputune.engine.batches import Batch
+from gputune.engine.blocks import Block, Blocks
+from gputune.engine.losses import cross_entropy_slope_, squared_error_slope_
+from gputune.engine.network import by_copy
+from gputune.engine.population import padded_width
+from gputune.models import MLP, LogisticRegression
+from gputune.seeding import stream
+from gputune.types import Config, Params
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the stacked tensors of a chunk have in common."""
+
+    folds: int
+    n_features: int
+    n_outputs: int
+    dtype: torch.dtype
+    device: torch.device
+    regression: bool
+    present: Tensor | None
+    """(F, K) bool: classes that take part in a fold, None when all do."""
+
+
+class StackedMLP:
+    """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``)."""
+
+    exact = False
+
+    def __init__(self, kind: str, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
+        self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
+        first = configs[0]
+        self.depth = first["depth"] if kind == "mlp" else 0
+        self.hidden = padded_width(first["width"]) if self.depth else 0
+        self.activation = first["activation"]
+        rates = [c["dropout"] if self.depth else 0.0 for c in configs]
+        self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device) if any(rates) else None
+        self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
+        self.blocks = Blocks(self._blocks())
+        self.mask = None
+        if shape.present is not None:  # (F, 1, 1, K): -inf for classes that take no part
+            self.mask = torch.zeros(shape.present.shape, dtype=shape.dtype, device=shape.device)
+            self.mask = self.mask.masked_fill(~shape.present, -torch.inf)[:, None, None]
+        self._workspaces: dict[int, _Workspace] = {}
+
+    def _blocks(self) -> list[Block]:
+        folds, trials = self.shape.folds, len(self.configs)
+        blocks = [
+            Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
+            Block("bias0", (folds, trials, self.sizes[1]), 1),
+        ]
+        for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
+            blocks += [
+                Block(f"weight{layer}", (folds, trials, a, b), 1),
+                Block(f"bias{layer}", (folds, trials, 1, b), 1),
+            ]
+        return blocks
+
+    def start(self) -> Tensor:
+        """Every fold and trial of one exact shape starts alike: the law of nn.Linear with the true fan-in."""
+        flat = torch.zeros(self.blocks.size, dtype=self.shape.dtype)
+        views = self.blocks.by_member(flat)
+        for c, config in enumerate(self.configs):
+            for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
+                weight, bias = linear_start(self.seed, layer, n_in, n_out)
+                views[f"weight{layer}"][:, c, :n_in, :n_out] = weight.T.to(flat.dtype)
+                views[f"bias{layer}"][:, c, ..., :n_out] = bias.to(flat.dtype)
+        return flat.to(self.shape.device)
+
+    def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
+        sizes = [self.shape.n_features, *[config["width"]] * self.depth, self.shape.n_outputs]
+        return list(zip(sizes[:-1], sizes[1:]))
+
+    def targets(self, y: Tensor) -> Tensor:
+        return by_copy(y, self.shape.n_outputs, self.shape.dtype)
+
+    def subset(self, keep: list[int]) -> "StackedMLP":
+        return StackedMLP(self.kind, [self.configs[c] for c in keep], self.shape, seed=self.seed)
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        config, shape = self.configs[trial], self.shape
+        module: MLP | LogisticRegression
+        if self.kind == "mlp":
+            words = {k: config[k] for k in ("width", "depth", "activation", "dropout")}
+            module = MLP(shape.n_features, shape.n_outputs, **words)
+        else:
+            module = LogisticRegression(shape.n_features, shape.n_outputs)
+        module = module.to(shape.dtype)
+        with torch.no_grad():
+            for layer, (n_in, n_out) in enumerate(self._true_sizes(config)):
+                weight = params[f"weight{layer}"].movedim(2 if layer == 0 else 1, 1)[fold, trial]
+                plain = module.layers[layer]
+                assert isinstance(plain, nn.Linear)
+                plain.weight.copy_(weight[:n_in, :n_out].T)
+                plain.bias.copy_(params[f"bias{layer}"][fold, trial, ..., :n_out].flatten())
+        return module.eval()
+
+    def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
+        trials = len(self.configs)
+        wide = torch.addmm(params["bias0"][fold].flatten(), x, params["weight0"][fold].flatten(1))
+        h = wide.view(len(x), trials, -1).movedim(1, 0)  # (C, m, H)
+        for layer in range(1, self.depth + 1):
+            h = _activate(self.activation, h)
+            h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
+        return h
+
+    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+        space = self._workspace(batch.x.shape[1])
+        self._forward(params, batch, space)
+        slope = space.out
+        if self.mask is not None:
+            slope.add_(self.mask)
+        y = batch.y.view(self.shape.folds, -1, *batch.y.shape[1:])  # (F, 1 or C, B, K)
+        if self.shape.regression:
+            squared_error_slope_(slope, y, batch.share)
+        else:
+            cross_entropy_slope_(slope, y, batch.share)
+        self._backward(params, batch, space, grads)
+
+    def _workspace(self, rows: int) -> "_Workspace":
+        if rows not in self._workspaces:
+            self._workspaces[rows] = _Workspace(self, rows)
+        return self._workspaces[rows]
+
+    def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:
+        z = self._first_layer(params, batch, space)  # (F, C, B, H)
+        for layer in range(1, self.depth + 1):
+            h = _activate(self.activation, z, out=space.active[layer - 1])
+            if self.rates is not None:
+                keep = space.keep[layer - 1]
+                self._draw_dropout(batch.key, layer - 1, keep)
+                h = torch.mul(h, keep, out=space.dropped[layer - 1])
+            out = space.out if layer == self.depth else space.linear[layer]
+            weight, bias = params[f"weight{layer}"].flatten(0, 1), params[f"bias{layer}"].flatten(0, 1)
+            torch.baddbmm(bias, h.flatten(0, 1), weight, out=out.flatten(0, 1))
+            z = out
+
+    def _first_layer(self, params: Params, batch: Batch, space: "_Workspace") -> Tensor:
+        weight, bias = params["weight0"], params["bias0"]
+        if len(batch.x) == self.shape.folds:  # one fold's members share their rows
+            torch.baddbmm(bias.flatten(1)[:, None], batch.x, weight.flatten(2), out=space.wide)
+            z = space.by_trial
+        else:
+            z = space.linear[0]
+            x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
+            for f in range(self.shape.folds):
+                torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
+        if self.depth == 0:
+            return space.out.copy_(z)
+        return z
+
+    def _draw_dropout(self, key: tuple[int, int], layer: int, keep: Tensor) -> None:
+        """Fill keep (C, B, H) with 1/(1-p) where a unit stays: one draw for all, each trial with its rate."""
+        assert self.rates is not None
+        draw = torch.rand(keep.shape[1:], generator=stream(self.seed, "dropout", *key, layer))
+        rates = self.rates[:, None, None]
+        torch.ge(draw.to(keep.device), rates, out=keep).div_(1 - rates)
+
+    def _backward(self, params: Params, batch: Batch, space: "_Workspace", grads: Params) -> None:
+        slope = space.out  # (F, C, B, width of this layer)
+        for layer in range(self.depth, 0, -1):
+            h = space.dropped[layer - 1] if self.rates is not None else space.active[layer - 1]
+            flat = slope.flatten(0, 1)
+            torch.bmm(h.flatten(0, 1).mT, flat, out=grads[f"weight{layer}"].flatten(0, 1))
+            torch.sum(flat, 1, keepdim=True, out=grads[f"bias{layer}"].flatten(0, 1))
+            below = space.slope
+            torch.bmm(flat, params[f"weight{layer}"].flatten(0, 1).mT, out=below.flatten(0, 1))
+            if self.rates is not None:
+                below.mul_(space.keep[layer - 1])
+            wide = layer == 1 and len(batch.x) == self.shape.folds
+            z = space.by_trial if wide else space.linear[layer - 1]
+            into = space.by_trial if wide else below
+            slope = _slope(self.activation, below, z, space.active[layer - 1], out=into)
+            if layer > 1:
+                space.swap()
+        if self.depth == 0:
+            slope = space.by_trial.copy_(space.out)
+        self._first_gradient(batch, slope, space, grads)
+
+    def _first_gradient(self, batch: Batch, slope: Tensor, space: "_Workspace", grads: Params) -> None:
+        if len(batch.x) == self.shape.folds:
+            torch.bmm(batch.x.mT, space.wide, out=grads["weight0"].flatten(2))
+            torch.sum(space.wide, 1, out=grads["bias0"].flatten(1))
+            return
+        x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
+        for f in range(self.shape.folds):
+            grads["weight0"][f].copy_(torch.bmm(x[f].mT, slope[f]).movedim(0, 1))
+        torch.sum(slope, 2, out=grads["bias0"])
+
+
+class _Workspace:
+    """The intermediate tensors of one step with B rows a member, made once: a step allocates nothing."""
+
+    def __init__(self, net: StackedMLP, rows: int) -> None:
+        folds, trials = net.shape.folds, len(net.configs)
+        like = {"dtype": net.shape.dtype, "device": net.shape.device}
+        first = net.sizes[1]
+
+        def members(width: int) -> Tensor:
+            return torch.empty(folds, trials, rows, width, **like)  # type: ignore[arg-type]
+
+        self.wide = torch.empty(folds, rows, trials * first, **like)  # type: ignore[arg-type]
+        self.by_trial = self.wide.view(folds, rows, trials, first).movedim(2, 1)  # (F, C, B, H)
+        self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
+        # relu and tanh are recovered from their value, so it may overwrite its argument
+        in_place = net.activation in ("relu", "tanh")
+        self.active = (
+            self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
+        )
+        self.dropped = [members(net.hidden) for _ in range(net.depth)] if net.rates is not None else []
+        self.keep = [
+            torch.empty(trials, rows, net.hidden, **like)  # type: ignore[arg-type]
+            for _ in range(net.depth if net.rates is not None else 0)
+        ]
+        self.out = members(net.shape.n_outputs)
+        self.slope, self._spare = members(net.hidden), members(net.hidden)
+
+    def swap(self) -> None:
+        """Let the next layer's slope be written beside the one it is computed from."""
+        self.slope, self._spare = self._spare, self.slope
+
+
+def linear_start(seed: int, layer: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+    """Return weight (n_out, n_in) and bias (n_out,), float64: uniform in +-1/sqrt(n_in), keyed by the shape."""
+    draw = torch.rand(
+        n_out * n_in + n_out, generator=stream(seed, "start", layer, n_out, n_in), dtype=torch.float64
+    )
+    draw = (2 * draw - 1) / math.sqrt(n_in)
+    return draw[: n_out * n_in].view(n_out, n_in), draw[n_out * n_in :]
+
+
+def _activate(name: str, z: Tensor, out: Tensor | None = None) -> Tensor:
+    """The activation of z, into ``out`` (dense, whatever the layout of z)."""
+    out = torch.empty(z.shape, dtype=z.dtype, device=z.device) if out is None else out
+    if name == "relu":
+        return torch.clamp_min(z, 0, out=out)
+    if name == "tanh":
+        return torch.tanh(z, out=out)
+    rule = aten.gelu.out if name == "gelu" else aten.silu.out
+    result: Tensor = rule(z, out=out)
+    return result
+
+
+def _slope(name: str, above: Tensor, z: Tensor, h: Tensor, *, out: Tensor) -> Tensor:
+    """The slope in z from the slope in h = activation(z), by PyTorch's own backward kernels."""
+    if name == "relu":
+        aten.threshold_backward.grad_input(above, h, 0, grad_input=out)
+    elif name == "tanh":
+        aten.tanh_backward.grad_input(above, h, grad_input=out)
+    elif name == "gelu":
+        aten.gelu_backward.grad_input(above, z, grad_input=out)
+    else:
+        aten.silu_backward.grad_input(above, z, grad_input=out)
+    return out

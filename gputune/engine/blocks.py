@@ -1,0 +1,64 @@
+"""One flat buffer per role (parameters, gradient, moments) of a chunk, with a view for every parameter.
+
+A block is one parameter of all members. Its first axis is the fold, F, and one more axis is the trial, C; which
+one, the model chooses for the sake of its matrix products. Elementwise work (the optimizer) runs over the
+flat buffer in one pass and never asks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gputune.types import Params
+
+
+@dataclass(frozen=True)
+class Block:
+    """One parameter of all members: ``shape[0]`` is F, ``shape[trial_axis]`` is C."""
+
+    name: str
+    shape: tuple[int, ...]
+    trial_axis: int
+
+
+class Blocks:
+    """The blocks of one chunk, one after the other in a flat buffer."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = tuple(blocks)
+        self.sizes = [math.prod(block.shape) for block in self.blocks]
+        self.size = sum(self.sizes)
+
+    def views(self, flat: Tensor) -> Params:
+        """Return the parameters of a flat buffer, in their own shapes, sharing its memory."""
+        return {b.name: part.view(b.shape) for b, part in zip(self.blocks, flat.split(self.sizes))}
+
+    def by_member(self, flat: Tensor) -> Params:
+        """Return the parameters with axes (F, C, ...), sharing the buffer's memory."""
+        views = self.views(flat)
+        return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Return a flat buffer that holds each member's value, of values (F, C), at all its entries."""
+        flat = values.new_empty(self.size)
+        for block, view in zip(self.blocks, self.views(flat).values()):
+            shape = [1] * len(block.shape)
+            shape[0], shape[block.trial_axis] = values.shape
+            view.copy_(values.view(shape))
+        return flat
+
+    def select(self, flat: Tensor, keep: Tensor) -> Tensor:
+        """Return the buffer of the trials ``keep`` (positions along C) alone."""
+        views = self.views(flat)
+        return torch.cat([views[b.name].index_select(b.trial_axis, keep).flatten() for b in self.blocks])
+
+    def subset(self, trials: int) -> "Blocks":
+        """Return the blocks of a chunk with another number of trials."""
+        return Blocks([replace(b, shape=_with_axis(b, trials)) for b in self.blocks])
+
+
+def _with_axis(block: Block, trials: int) -> tuple[int, ...]:
+    return (*block.shape[: block.trial_axis], trials, *block.shape[block.trial_axis + 1 :])

@@ -1,0 +1,35 @@
+"""Training losses of all members at once, with their gradient in the outputs written out by hand.
+
+A minibatch's loss is ``sum(weight * loss) / sum(weight)`` over its rows: cross-entropy for classes, squared
+error for regression, as ``torch.nn.functional.cross_entropy`` and ``mse_loss`` define them.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def cross_entropy_slope_(logits: Tensor, onehot: Tensor, share: Tensor | float) -> Tensor:
+    """Turn logits (..., B, K) into the slope of the loss in them, in place.
+
+    ``onehot`` (..., B, K) is the target, ``share`` (..., B, 1) each row's weight over the sum of weights (a
+    float where all are equal). Source: d/dz of -log softmax(z)[y] is softmax(z) - onehot(y). Classes that take
+    no part carry a logit of -inf and get slope 0.
+    """
+    torch.softmax(logits, -1, out=logits)
+    return logits.sub_(onehot).mul_(share)
+
+
+def squared_error_slope_(outputs: Tensor, y: Tensor, share: Tensor | float) -> Tensor:
+    """Turn outputs (..., B, 1) into the slope of the squared error in them, in place: 2 (output - y) share."""
+    return outputs.sub_(y).mul_(share).mul_(2)
+
+
+def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return the loss of each row, (..., B), of outputs (..., B, K); y is codes (classes) or values."""
+    if y.is_floating_point():
+        return (outputs.squeeze(-1) - y) ** 2
+    flat = functional.cross_entropy(
+        outputs.flatten(0, -2), y.expand(outputs.shape[:-1]).flatten(), reduction="none"
+    )
+    return flat.view(outputs.shape[:-1])

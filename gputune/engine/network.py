@@ -1,0 +1,43 @@
+"""What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gputune.engine.batches import Batch
+from gputune.engine.blocks import Blocks
+from gputune.types import Params
+
+
+class Network(Protocol):
+    """F x C members of one shape. No method mixes members."""
+
+    blocks: Blocks
+    exact: bool
+    """Whether minibatches must come without padded rows."""
+
+    def start(self) -> Tensor:
+        """Return the flat buffer of the members' starting parameters."""
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or F."""
+
+    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+        """Write the gradient of every member's minibatch loss into ``grads``."""
+
+    def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
+        """Return the outputs (C, m, K) of one fold's members on rows x (m, D), as in evaluation mode."""
+
+    def subset(self, keep: list[int]) -> "Network":
+        """Return the network of the trials ``keep`` (positions along C) alone."""
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        """Return one member as a plain module in evaluation mode, on the CPU."""
+
+
+def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
+    """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n) as a column."""
+    if y.is_floating_point():
+        return y[..., None].to(dtype)
+    return torch.nn.functional.one_hot(y, n_outputs).to(dtype)[None]

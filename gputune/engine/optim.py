@@ -1,0 +1,100 @@
+"""The update rules: one pure function each, with per-member hyperparameters, as torch.optim defines them.
+
+``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor, every
+parameter (P, ...); nothing is changed in place, so a rule can be differentiated. They are the definition;
+``update.py`` holds the same rules in place, tested against these.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from gputune.types import Params
+
+Moments = dict[str, Params]
+
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Hyperparameters of one step, each (P,); ``count`` is the number of this step, from 1."""
+
+    lr: Tensor
+    weight_decay: Tensor
+    momentum: Tensor
+    count: Tensor
+    beta1: float = BETA1
+    beta2: float = BETA2
+    eps: float = EPS
+
+
+Rule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
+
+
+def sgd(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """Gradient descent with heavy-ball momentum: b = mu b + g; w -= lr b. Source: Polyak (1964)."""
+    grads = _with_l2(params, grads, rates)
+    buffer = _heavy_ball(grads, moments, rates)
+    return _descend(params, buffer, rates.lr), {"buffer": buffer}
+
+
+def nesterov(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """Nesterov momentum: b = mu b + g; w -= lr (g + mu b). Source: Sutskever et al. (2013), as torch has it."""
+    grads = _with_l2(params, grads, rates)
+    buffer = _heavy_ball(grads, moments, rates)
+    ahead = {k: g + _per_member(rates.momentum, g) * buffer[k] for k, g in grads.items()}
+    return _descend(params, ahead, rates.lr), {"buffer": buffer}
+
+
+def adam(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """Adam; weight decay enters the gradient (L2). Source: Kingma and Ba (2015), algorithm 1."""
+    return _adam_step(params, _with_l2(params, grads, rates), moments, rates)
+
+
+def adamw(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """Adam with decoupled weight decay: w *= 1 - lr wd. Source: Loshchilov and Hutter (2019), algorithm 2."""
+    shrink = 1 - rates.lr * rates.weight_decay
+    params = {k: w * _per_member(shrink, w) for k, w in params.items()}
+    return _adam_step(params, grads, moments, rates)
+
+
+RULES: Mapping[str, Rule] = MappingProxyType({"sgd": sgd, "nesterov": nesterov, "adam": adam, "adamw": adamw})
+
+
+def empty_moments(optimizer: str, params: Params) -> Moments:
+    """Return the moments before the first step: all zero."""
+    names = ("buffer",) if optimizer in ("sgd", "nesterov") else ("m", "v")
+    return {name: {k: torch.zeros_like(w) for k, w in params.items()} for name in names}
+
+
+def _per_member(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _with_l2(params: Params, grads: Params, rates: Rates) -> Params:
+    return {k: g + _per_member(rates.weight_decay, g) * params[k] for k, g in grads.items()}
+
+
+def _heavy_ball(grads: Params, moments: Moments, rates: Rates) -> Params:
+    return {k: _per_member(rates.momentum, g) * moments["buffer"][k] + g for k, g in grads.items()}
+
+
+def _descend(params: Params, direction: Params, lr: Tensor) -> Params:
+    return {k: w - _per_member(lr, w) * direction[k] for k, w in params.items()}
+
+
+def _adam_step(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    b1, b2 = rates.beta1, rates.beta2
+    m = {k: b1 * moments["m"][k] + (1 - b1) * g for k, g in grads.items()}
+    v = {k: b2 * moments["v"][k] + (1 - b2) * g * g for k, g in grads.items()}
+    count = rates.count.double()
+    m_scale, v_scale = 1 / (1 - b1**count), 1 / (1 - b2**count)  # undo the start at zero
+    direction = {
+        k: m[k] * _per_member(m_scale, g) / ((v[k] * _per_member(v_scale, g)).sqrt() + rates.eps)
+        for k, g in grads.items()
+    }
+    return _descend(params, direction, rates.lr), {"m": m, "v": v}

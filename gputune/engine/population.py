@@ -1,0 +1,88 @@
+"""Trials grouped by tensor shape: a population trains as one tensor program, crossed with all folds.
+
+Padding and groups are functions of the trial alone, never of its neighbours, so that its numbers do not
+depend on the company it trains in.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gputune.types import DEFAULTS, Config, default_momentum, default_weight_decay
+
+ModelKind = Literal["mlp", "linear", "module"]
+
+_WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_OWN_GROUP = 4  # trials of one batch size that make a group of their own, with shared rows
+
+
+def padded_width(width: int) -> int:
+    """Return the width of the tensors that hold a hidden layer: the next of a fixed table, then of 512s."""
+    return next((w for w in _WIDTHS if w >= width), -(-width // 512) * 512)
+
+
+def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
+    """Return a configuration with every key that training reads, defaults where it is silent."""
+    full = {**DEFAULTS, "optimizer": optimizer, "schedule": schedule, **config}
+    full.setdefault("weight_decay", default_weight_decay(full["optimizer"]))
+    if "momentum" not in config:
+        full["momentum"] = default_momentum(full["optimizer"])
+    return full
+
+
+@dataclass(frozen=True)
+class Population:
+    """Trials of one tensor shape: ``index`` are their positions in the search, ``configs`` their values."""
+
+    kind: ModelKind
+    index: tuple[int, ...]
+    configs: tuple[Config, ...]
+
+    def part(self, start: int, stop: int) -> "Population":
+        """Return the trials start..stop-1 as a population of their own."""
+        return Population(self.kind, self.index[start:stop], self.configs[start:stop])
+
+
+def populations(configs: Sequence[Config], kind: ModelKind, *, rows: int) -> list[Population]:
+    """Group complete configurations by the shape of their tensors; ``rows`` is the longest training fold.
+
+    Batch sizes share a group up to the next power of two, or make one of their own where four trials agree.
+    A user's module is never padded: its groups have one batch size and one set of ``module__*`` values.
+    """
+    shapes: dict[Any, list[int]] = defaultdict(list)
+    for i, config in enumerate(configs):
+        shapes[_shape(config, kind)].append(i)
+    groups = [
+        group
+        for members in shapes.values()
+        for group in _by_batch_size(members, configs, rows=rows, exact=kind == "module")
+    ]
+    return [Population(kind, tuple(g), tuple(configs[i] for i in g)) for g in groups]
+
+
+def module_arguments(config: Config) -> Config:
+    """Return the ``module__*`` values of a configuration under the names that the user's class knows."""
+    return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
+
+
+def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
+    if kind == "module":
+        return (config["optimizer"], *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
+    if kind == "linear":
+        return (config["optimizer"],)
+    width = padded_width(config["width"])
+    return (config["optimizer"], config["depth"], width, config["activation"], config["dropout"] > 0)
+
+
+def _by_batch_size(
+    members: list[int], configs: Sequence[Config], *, rows: int, exact: bool
+) -> list[list[int]]:
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for i in members:
+        by_size[min(configs[i]["batch_size"], rows)].append(i)
+    buckets: dict[Any, list[int]] = defaultdict(list)
+    for size, group in by_size.items():
+        own = exact or len(group) >= _OWN_GROUP
+        buckets[(size, "own") if own else (size - 1).bit_length()].extend(group)
+    return list(buckets.values())

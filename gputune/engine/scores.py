@@ -1,0 +1,114 @@
+"""Validation scores of many models at once on the device, under scikit-learn's names: greater is better.
+
+Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,), class codes
+or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge cases are kept.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Score = Callable[[Tensor, Tensor], Tensor]
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of rows whose largest logit is the label, in [0, 1]."""
+    return (logits.argmax(-1) == y).to(logits.dtype).mean(-1)
+
+
+def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean recall over the classes that occur in y, in [0, 1]."""
+    member_of = _onehot(y, logits)  # (m, K)
+    count = member_of.sum(0)
+    hits = (logits.argmax(-1) == y).to(logits.dtype) @ member_of  # (C, K)
+    return (hits / count.clamp_min(1)).sum(-1) / (count > 0).sum()
+
+
+def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Minus the mean of -log p(label), with p held to [eps, 1 - eps] of the dtype as scikit-learn does."""
+    log_p = logits.log_softmax(-1).gather(-1, y.expand(logits.shape[:-1])[..., None]).squeeze(-1)
+    eps = torch.finfo(logits.dtype).eps
+    return log_p.clamp(math.log(eps), math.log1p(-eps)).mean(-1)
+
+
+def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
+    """Chance that a row of class 1 has a higher margin than one of class 0, ties counting half; NaN if one lacks."""
+    return _auc(logits[..., 1] - logits[..., 0], y == 1)
+
+
+def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean over classes of the one-against-rest ROC AUC of the class probabilities; NaN if a class lacks."""
+    p = logits.softmax(-1)
+    return torch.stack([_auc(p[..., k], y == k) for k in range(logits.shape[-1])]).mean(0)
+
+
+def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean F1 over the classes that occur among labels or predictions, in [0, 1]."""
+    truth = _onehot(y, logits)  # (m, K)
+    guess = functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)  # (C, m, K)
+    both = (guess * truth).sum(-2)
+    either = guess.sum(-2) + truth.sum(-2)  # 2 tp + fp + fn
+    return (2 * both / either.clamp_min(1)).sum(-1) / (either > 0).sum(-1)
+
+
+def r2(outputs: Tensor, y: Tensor) -> Tensor:
+    """1 - residual / total sum of squares, at most 1; for a constant y, 1 if met exactly, else 0."""
+    residual = ((outputs.squeeze(-1) - y) ** 2).sum(-1)
+    total = ((y - y.mean()) ** 2).sum()
+    if len(y) < 2:
+        return torch.full_like(residual, math.nan)
+    constant = torch.where(residual == 0, torch.ones_like(residual), torch.zeros_like(residual))
+    return torch.where(total == 0, constant, 1 - residual / total)
+
+
+def neg_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Minus the mean squared error, in squared units of y."""
+    return -((outputs.squeeze(-1) - y) ** 2).mean(-1)
+
+
+def neg_root_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Minus the root of the mean squared error, in units of y."""
+    return -((outputs.squeeze(-1) - y) ** 2).mean(-1).sqrt()
+
+
+def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
+    """Minus the mean absolute error, in units of y."""
+    return -(outputs.squeeze(-1) - y).abs().mean(-1)
+
+
+CLASSIFICATION: Mapping[str, Score] = MappingProxyType(
+    {
+        "accuracy": accuracy,
+        "balanced_accuracy": balanced_accuracy,
+        "neg_log_loss": neg_log_loss,
+        "roc_auc_ovr": roc_auc_ovr,
+        "f1_macro": f1_macro,
+    }
+)
+REGRESSION: Mapping[str, Score] = MappingProxyType(
+    {
+        "r2": r2,
+        "neg_mean_squared_error": neg_mean_squared_error,
+        "neg_root_mean_squared_error": neg_root_mean_squared_error,
+        "neg_mean_absolute_error": neg_mean_absolute_error,
+    }
+)
+
+
+def _onehot(y: Tensor, logits: Tensor) -> Tensor:
+    return functional.one_hot(y, logits.shape[-1]).to(logits.dtype)
+
+
+def _auc(margin: Tensor, positive: Tensor) -> Tensor:
+    """Area under the ROC curve of margins (C, m), by counting the negatives below each positive."""
+    above, below = margin[:, positive].contiguous(), margin[:, ~positive].sort(-1).values
+    if above.shape[-1] == 0 or below.shape[-1] == 0:
+        return torch.full_like(margin[:, 0], math.nan)
+    lower = torch.searchsorted(below, above)
+    not_higher = torch.searchsorted(below, above, right=True)
+    wins = (lower + not_higher).to(margin.dtype).mean(-1) / 2  # ties count half
+    return wins / below.shape[-1]

@@ -1,0 +1,157 @@
+"""The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset
+from gputune.engine.batches import Batches, Step
+from gputune.engine.network import Network
+from gputune.engine.scoring import Scoring
+from gputune.engine.update import Hyper, Update, schedule_factor
+from gputune.types import Config
+
+_BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
+
+AfterEpoch = Callable[[int, np.ndarray], bool]
+"""Called with the number of epochs done and the curves so far; returns whether to stop."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A chunk after its training: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
+
+    ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``.
+    """
+
+    curves: np.ndarray
+    epochs: int
+    alive: tuple[int, ...]
+    network: Network
+    flat: Tensor
+
+    def member(self, fold: int, trial: int) -> nn.Module:
+        """Return one member as a plain module on the CPU; ``trial`` counts as it did before any diverged."""
+        return self.network.member(self.network.blocks.views(self.flat), fold, self.alive.index(trial))
+
+
+@torch.no_grad()
+def train(
+    network: Network,
+    data: Dataset,
+    configs: Sequence[Config],
+    *,
+    seed: int,
+    epochs: int,
+    horizon: int,
+    scoring: Scoring | None = None,
+    after_epoch: AfterEpoch | None = None,
+) -> Trained:
+    """Train the F x C members of one chunk for ``epochs`` epochs and return their curves.
+
+    A schedule runs over ``horizon`` epochs. Without ``scoring`` nothing is evaluated (a refit). Trials that
+    diverge in any fold leave the chunk after the epoch, and cost nothing from then on.
+    """
+    chunk = _Chunk(network, data, configs, seed=seed, horizon=horizon)
+    validation = _validation_rows(data) if scoring is not None else []
+    curves = np.full((len(configs), epochs, data.n_folds), np.nan)
+    epoch = 0
+    while epoch < epochs and chunk.alive:
+        chunk.advance(epoch)
+        epoch += 1
+        if scoring is not None:
+            scores = _evaluate(chunk, data, validation, scoring)
+            curves[chunk.alive, epoch - 1] = scores
+            chunk.keep(np.isfinite(scores).all(1))
+        if after_epoch is not None and after_epoch(epoch, curves):
+            break
+    return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat)
+
+
+class _Chunk:
+    """The state of a chunk: parameters, gradient and moments in flat buffers, and each member's step count."""
+
+    def __init__(
+        self, network: Network, data: Dataset, configs: Sequence[Config], *, seed: int, horizon: int
+    ) -> None:
+        self.network = network
+        self.alive = list(range(len(configs)))
+        self.schedules = [config["schedule"] for config in configs]
+        sizes = np.array([config["batch_size"] for config in configs])
+        target = network.targets(data.y)
+        self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
+        self.flat = network.start()
+        self.horizon = horizon
+        per_member = [
+            np.tile([float(config[key]) for config in configs], (data.n_folds, 1))
+            for key in ("lr", "weight_decay", "momentum")
+        ]
+        self.update = Update(configs[0]["optimizer"], network.blocks, Hyper(*per_member), self.flat)
+        self._settle()
+
+    def _settle(self) -> None:
+        self.grad = torch.zeros_like(self.flat)
+        self.params = self.network.blocks.views(self.flat)
+        self.grads = self.network.blocks.views(self.grad)
+
+    def advance(self, epoch: int) -> None:
+        """Train for one epoch."""
+        before = epoch * self.batches.steps  # (F, C) steps done by each member
+        total = self.horizon * self.batches.steps
+        for step in self.batches.epoch(epoch):
+            self._step(step, before + step.done, total)
+
+    def _step(self, step: Step, done: np.ndarray, total: np.ndarray) -> None:
+        for part in step.parts:
+            self.network.gradient(self.params, part, self.grads)
+        factor = self._factor(done, total)
+        self.update.step(self.flat, self.grad, count=done + 1, factor=factor, active=step.active)
+
+    def _factor(self, done: np.ndarray, total: np.ndarray) -> np.ndarray:
+        names = set(self.schedules)
+        if len(names) == 1:
+            return schedule_factor(self.schedules[0], done, total)
+        columns = [schedule_factor(s, done[:, c], total[:, c]) for c, s in enumerate(self.schedules)]
+        return np.stack(columns, 1)
+
+    def keep(self, stays: np.ndarray) -> None:
+        """Go on with the trials of ``stays`` (C,) alone."""
+        if stays.all():
+            return
+        places = np.flatnonzero(stays)
+        self.alive = [self.alive[i] for i in places]
+        if not self.alive:
+            return
+        on_device = torch.as_tensor(places).to(self.flat.device)
+        flat = self.network.blocks.select(self.flat, on_device)
+        self.network = self.network.subset(places.tolist())
+        self.update.select(self.network.blocks, on_device, flat)
+        self.batches.select(places)
+        self.schedules = [self.schedules[i] for i in places]
+        self.flat = flat
+        self._settle()
+
+
+def _validation_rows(data: Dataset) -> list[Tensor]:
+    return [data.x[copy].index_select(0, fold.valid) for copy, fold in zip(data.copies, data.folds)]
+
+
+def _evaluate(chunk: _Chunk, data: Dataset, validation: list[Tensor], scoring: Scoring) -> np.ndarray:
+    """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+    columns = []
+    for fold, x in enumerate(validation):
+        rows = _block_rows(chunk, x.shape[1], x.element_size())
+        blocks = [chunk.network.outputs(chunk.params, fold, part) for part in x.split(rows)]
+        outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+        columns.append(scoring(data, fold, outputs))
+    return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
+
+
+def _block_rows(chunk: _Chunk, n_features: int, item_bytes: int) -> int:
+    """Rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
+    members = len(chunk.alive)
+    widest = max([n_features, *(block.shape[-1] for block in chunk.network.blocks.blocks)])
+    return max(64, _BLOCK_BYTES // (members * widest * item_bytes))

@@ -1,0 +1,160 @@
+"""The update rules of ``optim.py`` in place, over the flat buffers of a chunk.
+
+A hyperparameter is a float where all members agree, otherwise a flat buffer with each member's value at its
+entries: one pass over the state either way. Members without a step now (``active`` false) keep their
+parameters and their moments.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.engine.blocks import Blocks
+from gputune.engine.optim import BETA1, BETA2, EPS
+
+Array = np.ndarray
+Amount = float | Tensor
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """Hyperparameters of the members, each (F, C), on the host; they stay as they are through the training."""
+
+    lr: Array
+    weight_decay: Array
+    momentum: Array
+
+
+class Update:
+    """The optimizer of one chunk: owns the moments, changes parameters in place."""
+
+    def __init__(self, optimizer: str, blocks: Blocks, hyper: Hyper, flat: Tensor) -> None:
+        self.optimizer, self.blocks, self.hyper = optimizer, blocks, hyper
+        self.like = flat
+        adam = optimizer in ("adam", "adamw")
+        momentum = optimizer == "nesterov" or bool(hyper.momentum.any())
+        self.moments = [torch.zeros_like(flat) for _ in range(2 if adam else int(momentum))]
+        self.scratch = torch.empty_like(flat) if adam else None
+        self._settle()
+
+    def _settle(self) -> None:
+        h = self.hyper
+        decoupled = self.optimizer == "adamw"
+        self.lr = self.amount(h.lr)
+        self.shrink = self.amount(h.lr * h.weight_decay) if decoupled else 0.0
+        self.l2 = 0.0 if decoupled else self.amount(h.weight_decay)
+        self.momentum = self.amount(h.momentum)
+
+    def amount(self, values: Array) -> Amount:
+        """Return a float where all members have one value, otherwise the expanded buffer."""
+        first = float(values.flat[0])
+        if (values == first).all():
+            return first
+        return self.blocks.expand(torch.as_tensor(values, dtype=self.like.dtype).to(self.like.device))
+
+    def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
+        """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
+        host = keep.cpu().numpy()
+        self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
+        self.hyper = Hyper(
+            *(v[:, host] for v in (self.hyper.lr, self.hyper.weight_decay, self.hyper.momentum))
+        )
+        self.blocks, self.like = blocks, flat
+        self.scratch = None if self.scratch is None else torch.empty_like(flat)
+        self._settle()
+
+    def step(self, theta: Tensor, grad: Tensor, *, count: Array, factor: Array, active: Array | None) -> None:
+        """Take one step: ``count`` (F, C) numbers each member's step from 1, ``factor`` scales its lr.
+
+        ``grad`` is used up.
+        """
+        keep = None if active is None else self.amount(active.astype(float))
+        if isinstance(keep, float):
+            keep = None
+        if self.optimizer in ("adam", "adamw"):
+            self._adam(theta, grad, count, factor, active, keep)
+        else:
+            self._sgd(theta, grad, factor, active, keep)
+
+    def _adam(
+        self,
+        theta: Tensor,
+        grad: Tensor,
+        count: Array,
+        factor: Array,
+        active: Array | None,
+        keep: Tensor | None,
+    ) -> None:
+        (m, v), scratch = self.moments, self.scratch
+        assert scratch is not None
+        _add_product_(grad, theta, self.l2)
+        if keep is None:
+            m.lerp_(grad, 1 - BETA1)
+            v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        else:
+            m.lerp_(grad, keep * (1 - BETA1))
+            v.lerp_(grad.mul_(grad), keep * (1 - BETA2))
+        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved out of the long pass
+        root = np.sqrt(1 - BETA2**count)
+        torch.sqrt(v, out=scratch)
+        scratch.add_(self.amount(EPS * root))
+        torch.div(m, scratch, out=scratch)
+        self._descend(theta, theta, self.shrink, self.hyper.lr * self.hyper.weight_decay, factor, active)
+        self._descend(theta, scratch, self.lr, self.hyper.lr, factor * root / (1 - BETA1**count), active)
+
+    def _sgd(
+        self, theta: Tensor, grad: Tensor, factor: Array, active: Array | None, keep: Tensor | None
+    ) -> None:
+        _add_product_(grad, theta, self.l2)
+        if keep is not None:
+            grad.mul_(keep)
+        direction = grad
+        if self.moments:
+            (buffer,) = self.moments
+            mu = self.momentum
+            buffer.mul_(mu if keep is None else 1 + keep * (mu - 1)).add_(grad)
+            direction = buffer
+            if self.optimizer == "nesterov":
+                direction = _add_product_(grad, buffer, mu)
+        self._descend(theta, direction, self.lr, self.hyper.lr, factor, active)
+
+    def _descend(
+        self,
+        theta: Tensor,
+        direction: Tensor,
+        rate: Amount,
+        values: Array,
+        factor: Array,
+        active: Array | None,
+    ) -> None:
+        """theta -= rate * factor * direction, for active members; ``values`` is rate before its expansion."""
+        if isinstance(rate, float) and rate == 0.0:
+            return
+        first = float(factor.flat[0])
+        if active is not None or (factor != first).any():
+            rate = self.amount(values * factor * (1.0 if active is None else active))
+            first = 1.0
+        if isinstance(rate, float):
+            theta.sub_(direction, alpha=rate * first)
+        else:
+            theta.addcmul_(direction, rate, value=-first)
+
+
+def _add_product_(total: Tensor, tensor: Tensor, amount: Amount) -> Tensor:
+    """total += amount * tensor, in place."""
+    if isinstance(amount, Tensor):
+        return total.addcmul_(tensor, amount)
+    return total if amount == 0.0 else total.add_(tensor, alpha=amount)
+
+
+def schedule_factor(name: str, done: Array, total: Array) -> Array:
+    """Return the factor on lr of a step after ``done`` of ``total`` steps: 1, or half a cosine from 1 to 0.
+
+    Source of the cosine: Loshchilov and Hutter (2017), without restarts, per step.
+    """
+    if name == "cosine":
+        return 0.5 * (1 + np.cos(math.pi * done / total))
+    return np.ones_like(done, dtype=float)

@@ -1,0 +1,232 @@
+"""Any nn.Module as a stacked model: its parameters stacked, its forward mapped over members by torch.func.
+
+The module must treat rows independently of what it saw before: modules with running statistics, or with
+control flow that depends on data, are refused by the name of the submodule.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from gputune.engine.backprop import Shape
+from gputune.engine.batches import Batch
+from gputune.engine.blocks import Block, Blocks
+from gputune.engine.losses import row_losses
+from gputune.engine.population import module_arguments
+from gputune.errors import InputError
+from gputune.seeding import stream_seed
+from gputune.types import Config, Params
+
+
+def build_module(
+    module_class: type[nn.Module], arguments: Config, *, n_features: int, n_outputs: int, seed: int
+) -> nn.Module:
+    """Construct a user's module under its own keyed stream; InputError where its arguments do not fit."""
+    _check_arguments(module_class, arguments)
+    with torch.random.fork_rng():
+        torch.manual_seed(stream_seed(seed, "module"))
+        try:
+            return module_class(n_features=n_features, n_outputs=n_outputs, **arguments)
+        except Exception as error:
+            raise InputError(
+                f"model: {module_class.__name__}(n_features={n_features}, n_outputs={n_outputs}"
+                f"{''.join(f', {k}={v!r}' for k, v in arguments.items())}) raised "
+                f"{type(error).__name__}: {error}. Mend the class, or the module__* values of the space."
+            ) from error
+
+
+def _check_arguments(module_class: type[nn.Module], arguments: Config) -> None:
+    parameters = inspect.signature(module_class).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in ("n_features", "n_outputs"):
+        if name not in parameters:
+            raise InputError(
+                f"model: {module_class.__name__} must accept the keyword {name}, got the signature "
+                f"{inspect.signature(module_class)}; add {name} to its __init__."
+            )
+    for name in arguments:
+        if name not in parameters:
+            raise InputError(
+                f"space: module__{name} is no argument of {module_class.__name__}"
+                f"{inspect.signature(module_class)}; remove it or rename it."
+            )
+
+
+class StackedModule:
+    """F x C members of a user's module, all with the same ``module__*`` values."""
+
+    exact = True
+
+    def __init__(
+        self, module_class: type[nn.Module], configs: Sequence[Config], shape: Shape, *, seed: int
+    ) -> None:
+        self.module_class, self.configs, self.shape, self.seed = module_class, tuple(configs), shape, seed
+        self.template = build_module(
+            module_class,
+            module_arguments(configs[0]),
+            n_features=shape.n_features,
+            n_outputs=shape.n_outputs,
+            seed=seed,
+        ).to(dtype=shape.dtype, device=shape.device)
+        trained = {k: w for k, w in self.template.named_parameters() if w.requires_grad}
+        self.fixed = {k: w.detach() for k, w in self.template.named_parameters() if not w.requires_grad}
+        self.fixed |= {k: b.detach() for k, b in self.template.named_buffers()}
+        self.first = {k: w.detach() for k, w in trained.items()}
+        members = (shape.folds, len(configs))
+        self.blocks = Blocks([Block(k, (*members, *w.shape), 1) for k, w in self.first.items()])
+
+    def start(self) -> Tensor:
+        flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
+        for name, view in self.blocks.views(flat).items():
+            view.copy_(self.first[name])
+        return flat
+
+    def targets(self, y: Tensor) -> Tensor:
+        return y.to(self.shape.dtype) if y.is_floating_point() else y[None]
+
+    def subset(self, keep: list[int]) -> "StackedModule":
+        return StackedModule(self.module_class, [self.configs[c] for c in keep], self.shape, seed=self.seed)
+
+    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+        trials = len(self.configs)
+        leaves = {k: w[batch.folds].flatten(0, 1).detach().requires_grad_() for k, w in params.items()}
+        x = batch.x[:, None].expand(-1, trials, -1, -1).flatten(0, 1)
+        with torch.enable_grad(), keyed_draws(self.shape.device, self.seed, "dropout", *batch.key):
+            outputs = self._forward(leaves, x, training=True).unflatten(0, (-1, trials))  # (F, C, B, K)
+            if self.shape.present is not None:
+                outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
+            share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
+            loss = (row_losses(outputs, batch.y[:, None]) * share).sum()
+            slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for name, slope in zip(leaves, slopes):
+            part = grads[name][batch.folds]
+            if slope is None:  # a parameter that the output does not depend on
+                part.zero_()
+            else:
+                part.copy_(slope.view(part.shape))
+
+    def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
+        members = {k: w[fold] for k, w in params.items()}
+        return self._forward(members, x.expand(len(self.configs), *x.shape), training=False)
+
+    def _forward(self, params: Params, x: Tensor, *, training: bool) -> Tensor:
+        """Outputs (P, B, K) of stacked parameters (P, ...) on rows (P, B, D)."""
+        self.template.train(training)
+
+        def call(own: Params, rows: Tensor) -> Tensor:
+            result: Tensor = functional_call(self.template, {**own, **self.fixed}, (rows,))
+            return result
+
+        outputs: Tensor = vmap(call, randomness="same")(params, x)
+        return outputs if outputs.dim() == 3 else outputs[..., None]
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        module = copy.deepcopy(self.template).cpu()
+        own = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, value in params.items():
+                own[name].copy_(value[fold, trial])
+        return module.eval()
+
+
+@contextmanager
+def keyed_draws(device: torch.device, seed: int, *key: object) -> Any:
+    """Let torch's own generator draw from the stream of ``key`` inside, and go on as before outside."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(stream_seed(seed, *key))
+        yield
+
+
+def check_module(
+    module_class: type[nn.Module], config: Config, *, n_features: int, n_outputs: int, dtype: torch.dtype
+) -> None:
+    """Try a user's class once: two members stacked must equal the plain module. InputError says what does not."""
+    shape = Shape(1, n_features, n_outputs, dtype, torch.device("cpu"), False, None)
+    module = build_module(
+        module_class, module_arguments(config), n_features=n_features, n_outputs=n_outputs, seed=0
+    ).to(dtype)
+    _refuse_running_statistics(module)
+    x = torch.linspace(-1, 1, 4 * n_features, dtype=dtype).view(4, n_features)
+    trail = _Trail(module)
+    buffers = {k: b.clone() for k, b in module.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng([]):
+        try:
+            module.train()(x)
+            plain = module.eval()(x)
+        except Exception as error:
+            raise InputError(
+                f"model: the forward of {module_class.__name__}{trail} raised {type(error).__name__}: {error}. "
+                f"It must take a float tensor of shape (rows, {n_features}) and return (rows, {n_outputs})."
+            ) from error
+    _check_outputs(module_class, plain, n_outputs)
+    for name, before in buffers.items():
+        if not torch.equal(before, dict(module.named_buffers())[name]):
+            raise InputError(
+                f"model: the buffer {name!r} of {module_class.__name__} changes in training, so members cannot "
+                "be stacked; keep no running state in the forward."
+            )
+    _check_stacked(module_class, config, shape, x, plain)
+
+
+def _check_stacked(
+    module_class: type[nn.Module], config: Config, shape: Shape, x: Tensor, plain: Tensor
+) -> None:
+    stacked = StackedModule(module_class, [config, config], shape, seed=0)
+    trail = _Trail(stacked.template)
+    try:
+        with torch.no_grad():
+            outputs = stacked.outputs(stacked.blocks.views(stacked.start()), 0, x)
+    except Exception as error:
+        raise InputError(
+            f"model: {module_class.__name__}{trail} cannot be stacked over members: {error} "
+            "Control flow and .item() that depend on data are the usual causes; write them with torch.where."
+        ) from error
+    if not torch.allclose(outputs[1], plain.view(outputs[1].shape), rtol=1e-3, atol=1e-4):
+        raise InputError(
+            f"model: {module_class.__name__} gives other outputs when its members are stacked than alone; "
+            "its forward must be deterministic in eval mode and treat every row alike."
+        )
+
+
+def _refuse_running_statistics(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        running = getattr(part, "running_mean", None) is not None
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) or running:
+            raise InputError(
+                f"model: the submodule {name!r} ({type(part).__name__}) keeps or uses statistics over the rows "
+                "of a batch, so members cannot be stacked; use nn.LayerNorm or nn.GroupNorm in its place."
+            )
+
+
+def _check_outputs(module_class: type[nn.Module], outputs: object, n_outputs: int) -> None:
+    shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if shape == (4, n_outputs) or (n_outputs == 1 and shape == (4,)):
+        return
+    raise InputError(
+        f"model: {module_class.__name__} must return a tensor of shape (rows, {n_outputs}), got {shape} for 4 "
+        "rows; its last layer must have n_outputs outputs (logits for classes)."
+    )
+
+
+class _Trail:
+    """Remembers which submodule was running, so that an error can name it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.open: list[str] = []
+        for name, part in module.named_modules():
+            part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+            part.register_forward_hook(self._leave)
+
+    def _leave(self, _module: nn.Module, _args: object, _result: object) -> None:
+        self.open.pop()
+
+    def __str__(self) -> str:
+        name = next((name for name in reversed(self.open) if name), "")
+        return f" (submodule {name!r})" if name else ""
