@@ -1,1 +1,59 @@
-"""gputune: hyperparameter search for PyTorch as one tensor program."""
+"""gputune: hyperparameter search for PyTorch as one tensor program.
+
+Names are imported when they are first used, so that ``gputune --help`` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gputune.errors import (
+    DivergedError,
+    InputError,
+    SearchFailedError,
+    StudyCorruptError,
+    StudyVersionError,
+)
+from gputune.version import __version__
+
+if TYPE_CHECKING:
+    from gputune.pipeline import tune
+    from gputune.search.distributions import log_int
+    from gputune.study.model import TunedModel
+    from gputune.study.model_files import load_model
+    from gputune.study.study import Study, Trial
+
+__all__ = [
+    "DivergedError",
+    "InputError",
+    "SearchFailedError",
+    "Study",
+    "StudyCorruptError",
+    "StudyVersionError",
+    "Trial",
+    "TunedModel",
+    "__version__",
+    "load_model",
+    "log_int",
+    "tune",
+]
+
+_HOMES = {
+    "Study": "gputune.study.study",
+    "Trial": "gputune.study.study",
+    "TunedModel": "gputune.study.model",
+    "load_model": "gputune.study.model_files",
+    "log_int": "gputune.search.distributions",
+    "models": "gputune.models",
+    "tune": "gputune.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gputune' has no attribute {name!r}")
+    home = import_module(_HOMES[name])
+    return home if name == "models" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,6 +3,8 @@
 InputError          bad input: the message names the argument, the rule, the value and the remedy
 DivergedError       one training went to infinity or NaN where a finite result was asked for
 SearchFailedError   every trial of a search failed, so there is no best one
+StudyCorruptError   the file is damaged, or it is no study
+StudyVersionError   the study was written by a newer gputune
 """
 
 
@@ -16,3 +18,11 @@ class DivergedError(ArithmeticError):
 
 class SearchFailedError(RuntimeError):
     """No trial of the search has a finite score."""
+
+
+class StudyCorruptError(InputError):
+    """A study file that is damaged, or a file that is no study. Nothing was read from it or changed in it."""
+
+
+class StudyVersionError(InputError):
+    """A study file of a format that this version of gputune does not know."""

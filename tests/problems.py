@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from gputune.data.dataset import Dataset, Fold
+
 from gputune.engine.backprop import Shape, StackedMLP
 from gputune.engine.population import complete, populations
 from gputune.engine.train import train

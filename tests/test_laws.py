@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
-import reference
 import torch
+
+import reference
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring

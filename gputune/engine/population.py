@@ -39,6 +39,11 @@ class Population:
     index: tuple[int, ...]
     configs: tuple[Config, ...]
 
+    @property
+    def arguments(self) -> str:
+        """The ``module__*`` values, which its trials have in common, as text."""
+        return repr(sorted(module_arguments(self.configs[0]).items()))
+
     def part(self, start: int, stop: int) -> "Population":
         """Return the trials start..stop-1 as a population of their own."""
         return Population(self.kind, self.index[start:stop], self.configs[start:stop])

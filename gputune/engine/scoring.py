@@ -89,6 +89,22 @@ def make_scoring(scoring: str | Scorer | None, task: Task, classes: np.ndarray |
     return Scoring(scoring, None, get_scorer(scoring), codes)
 
 
+def check_folds(scoring: Scoring, data: Dataset) -> None:
+    """Raise InputError where the score is undefined on a fold, before anything trains."""
+    for f, fold in enumerate(data.folds):
+        rows = data.target[fold.valid]
+        if scoring.name.startswith("roc_auc") and len(rows.unique()) < data.n_outputs:
+            raise InputError(
+                f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
+                "choose fewer or stratified folds, or another scoring."
+            )
+        if scoring.name == "r2" and len(rows) < 2:
+            raise InputError(
+                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; choose fewer folds or "
+                "scoring='neg_root_mean_squared_error'."
+            )
+
+
 def _check_fits_task(scoring: str, task: Task) -> None:
     if scoring not in get_scorer_names():
         near = difflib.get_close_matches(scoring, get_scorer_names(), n=1)

@@ -146,8 +146,11 @@ def keyed_draws(device: torch.device, seed: int, *key: object) -> Any:
 
 def check_module(
     module_class: type[nn.Module], config: Config, *, n_features: int, n_outputs: int, dtype: torch.dtype
-) -> None:
-    """Try a user's class once: two members stacked must equal the plain module. InputError says what does not."""
+) -> int:
+    """Try a user's class once: two members stacked must equal the plain module. InputError says what does not.
+
+    Returns the number of parameters that are trained.
+    """
     shape = Shape(1, n_features, n_outputs, dtype, torch.device("cpu"), False, None)
     module = build_module(
         module_class, module_arguments(config), n_features=n_features, n_outputs=n_outputs, seed=0
@@ -173,6 +176,7 @@ def check_module(
                 "be stacked; keep no running state in the forward."
             )
     _check_stacked(module_class, config, shape, x, plain)
+    return sum(w.numel() for w in module.parameters() if w.requires_grad)
 
 
 def _check_stacked(

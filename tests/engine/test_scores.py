@@ -5,11 +5,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics
+
 from gputune.engine import scores
 from gputune.engine.scoring import make_scoring
 from gputune.errors import InputError
 from problems import make_data
-from sklearn import metrics
 
 
 def logits_and_labels(k, *, ties=False, rows=40):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.optim import RULES, Rates, empty_moments
 from gputune.engine.update import Hyper, Update, schedule_factor

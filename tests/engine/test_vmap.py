@@ -1,14 +1,15 @@
 """A user's module, stacked, equals its plain training; what cannot be stacked is refused by name."""
 
 import pytest
-import reference
 import torch
+from torch import nn
+
+import reference
 from gputune.engine.population import populations
 from gputune.engine.train import train
 from gputune.engine.vmap import StackedModule, check_module
 from gputune.errors import InputError
 from problems import fill, largest_difference, make_data, rows_of, shape_of
-from torch import nn
 
 
 class Residual(nn.Module):

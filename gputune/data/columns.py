@@ -1,0 +1,219 @@
+"""How one input column becomes features: decided once from the column itself, then applied to any other rows.
+
+number     its value
+boolean    1 or 0
+category   one feature per level (one-hot); rare levels share the feature ``(other)``
+date       days since 1970, month, day of the month, weekday (0 = Monday), hour; those that vary
+
+Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the others,
+and a category gets a level of that name.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from gputune.data.kinds import Kind, parse_text, text_of
+from gputune.errors import InputError
+
+_DAY = 86400.0
+
+DATE_PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "days": lambda seconds: seconds / _DAY,
+    "month": lambda seconds: _calendar(seconds, "M") % 12 + 1,
+    "day": lambda seconds: np.floor(seconds / _DAY) - _month_start(seconds) + 1,
+    "weekday": lambda seconds: (np.floor(seconds / _DAY) + 3) % 7,  # 1970-01-01 was a Thursday
+    "hour": lambda seconds: np.floor(seconds % _DAY / 3600),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One input column and its features, in the order parts, levels, other, missing."""
+
+    name: str
+    kind: Kind
+    parts: tuple[str, ...] = ()  # "value" for numbers and booleans, keys of DATE_PARTS for dates
+    levels: tuple[str, ...] = ()
+    other: bool = False
+    missing: bool = False
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the features, each beginning with the column's."""
+        parts = [self.name if part == "value" else f"{self.name}.{part}" for part in self.parts]
+        levels = [f"{self.name}={level}" for level in self.levels]
+        other = [f"{self.name}=(other)"] * self.other
+        return (*parts, *levels, *other, *[f"{self.name}=(missing)"] * self.missing)
+
+    @property
+    def numeric(self) -> tuple[bool, ...]:
+        """Which features are numbers to be centred and scaled: values of numbers, and the parts of dates."""
+        scaled = self.kind in ("number", "date")
+        return tuple(scaled and i < len(self.parts) for i in range(len(self.feature_names)))
+
+    def features(self, kind: Kind, values: np.ndarray) -> np.ndarray:
+        """Return (n, d) float64 for values of a kind; NaN where a number, boolean or date is missing."""
+        values = convert(values, kind, self)
+        if self.kind == "category":
+            return self._one_hot(values)
+        parts = [values if part == "value" else DATE_PARTS[part](values) for part in self.parts]
+        return np.stack([*parts, *[np.isnan(values).astype(np.float64)] * self.missing], axis=1)
+
+    def _one_hot(self, values: np.ndarray) -> np.ndarray:
+        """One 1 a row; none for a level that is unknown where there is no feature ``(other)``."""
+        width = len(self.feature_names)
+        unknown = len(self.levels) if self.other else width
+        position: dict[str | None, int] = {level: j for j, level in enumerate(self.levels)}
+        position[None] = width - 1 if self.missing else unknown
+        codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
+        return np.eye(width + 1)[codes, :width]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Column":
+        """Return the column that ``to_json`` wrote."""
+        lists = {key: tuple(value[key]) for key in ("parts", "levels")}
+        return Column(**{**value, **lists})
+
+
+def fit_column(
+    name: str, kind: Kind, values: np.ndarray, *, max_levels: int, min_count: int
+) -> tuple[Column, tuple[str, ...]]:
+    """Decide a column's features; returns it (with no feature if it is left out) and what a user should know.
+
+    A level is rare with fewer than ``min_count`` rows (or 1 % of the rows, where that is less), or beyond the
+    ``max_levels`` most frequent ones.
+    """
+    if kind == "category":
+        return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
+    known = values[~np.isnan(values)]
+    missing = len(known) < len(values)
+    if len(known) == 0:
+        return Column(name, kind), ("left out, all values missing",)
+    parts = tuple(DATE_PARTS) if kind == "date" else ("value",)
+    varying = tuple(p for p in parts if np.ptp(known if p == "value" else DATE_PARTS[p](known)) > 0)
+    column = Column(name, kind, parts=varying, missing=missing)
+    if not varying and not missing:
+        return column, ("left out, constant",)
+    notes = ["missing values take the mean of the training rows, and a feature says where"] * missing
+    if not varying:
+        notes = ["constant where it is known, so only a feature that says where it is missing"]
+    if kind == "number" and _counts_rows(values):
+        notes.append("counts the rows; leave it out if it is only an identifier")
+    return column, tuple(notes)
+
+
+def _fit_category(
+    name: str, values: np.ndarray, *, max_levels: int, min_count: int
+) -> tuple[Column, tuple[str, ...]]:
+    counts = Counter(value for value in values if value is not None)
+    known = sum(counts.values())
+    missing = known < len(values)
+    if not counts:
+        return Column(name, "category"), ("left out, all values missing",)
+    if len(counts) == known and known > 1:
+        return Column(name, "category"), (f"left out, text with all {known} values distinct",)
+    least = min(min_count, -(-len(values) // 100))
+    # By count, then by name, so that the order of rows decides nothing.
+    ranked = sorted(counts, key=lambda level: (-counts[level], level))[:max_levels]
+    levels = tuple(sorted(level for level in ranked if counts[level] >= least))
+    rare = len(counts) - len(levels)
+    column = Column(name, "category", levels=levels, other=rare > 0, missing=missing)
+    if len(column.feature_names) == 1:
+        why = "constant" if levels else f"text with {rare} levels of which none has {least} rows"
+        return Column(name, "category"), (f"left out, {why}",)
+    notes = ["missing values are a level of their own"] * missing
+    if rare:
+        rows = known - sum(counts[level] for level in levels)
+        notes.append(f"{rare} of {len(counts)} levels are rare and share one feature ({rows} rows)")
+    return column, tuple(notes)
+
+
+def _counts_rows(values: np.ndarray) -> bool:
+    """Whether the column is a row number: more than 20 rows, each one above the last."""
+    return len(values) > 20 and bool((np.diff(values) == 1).all())
+
+
+def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
+    """Return the values read as the column's kind, where each of them has one meaning in it.
+
+    A file for prediction may hold only the rows with numbers of a column of codes, or no value at all, so that
+    its column is read as another kind than at training. Raises InputError where a value does not fit.
+    """
+    wanted = column.kind
+    if kind == wanted:
+        return values
+    known = np.array([value is not None for value in values]) if kind == "category" else ~np.isnan(values)
+    if not known.any():
+        return np.full(len(values), None if wanted == "category" else np.nan)
+    if wanted == "category" and kind != "date":
+        return _to_levels(values, kind, column.levels)
+    if kind == "category":
+        return _from_text(values, column)
+    if (wanted, kind) == ("number", "boolean"):
+        return values
+    if (wanted, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
+        return values
+    raise _misfit(column.name, kind, wanted)
+
+
+def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.ndarray:
+    """Return numbers or booleans as the levels that they were in a column that held other texts too.
+
+    The level "007" is the number 7 in a file where all else are numbers as well, "true" a boolean.
+    """
+    read = (lambda value: str(bool(value))) if kind == "boolean" else text_of
+    texts = {level: level for level in levels}
+    for level in levels:
+        found, (value,) = parse_text(np.array([level], dtype=object))
+        if found == kind:
+            texts.setdefault(read(value), level)
+    return np.array(
+        [None if np.isnan(value) else texts.get(read(value), read(value)) for value in values], dtype=object
+    )
+
+
+def _from_text(values: np.ndarray, column: Column) -> np.ndarray:
+    """Return texts read as numbers, booleans or dates."""
+    kind, read = parse_text(values)
+    if kind == "category":
+        texts = [value for value in values if value is not None]
+        raise _misfit(column.name, kind, column.kind, example=_first_odd(texts))
+    return convert(read, kind, column)
+
+
+def _first_odd(texts: list[str]) -> str:
+    return next((t for t in texts if parse_text(np.array([t], dtype=object))[0] == "category"), texts[0])
+
+
+def _misfit(name: str, kind: Kind, wanted: Kind, example: str | None = None) -> InputError:
+    found = f"text such as {example!r}" if example is not None else f"a {_WORDS[kind]}"
+    return InputError(
+        f"column {name!r} must be a {_WORDS[wanted]} as it was for training, got {found}; convert it."
+    )
+
+
+_WORDS = {"number": "number", "boolean": "boolean", "category": "category (text)", "date": "date"}
+
+
+def _calendar(seconds: np.ndarray, unit: str) -> np.ndarray:
+    """Return whole calendar units since 1970, NaN for NaN."""
+    known = ~np.isnan(seconds)
+    whole = np.floor(np.where(known, seconds, 0.0)).astype(np.int64).astype("datetime64[s]")
+    return np.where(known, whole.astype(f"datetime64[{unit}]").astype(np.float64), np.nan)
+
+
+def _month_start(seconds: np.ndarray) -> np.ndarray:
+    """Return the day, counted from 1970, on which the month begins."""
+    months = np.nan_to_num(_calendar(seconds, "M")).astype(np.int64).astype("datetime64[M]")
+    days: np.ndarray = months.astype("datetime64[D]").astype(np.float64)
+    return days

@@ -1,0 +1,228 @@
+"""The column layout, fixed once; the statistics of each fold; and one pure transform, used to predict too.
+
+    layout = fit_layout(X)                           from X alone: which columns go in, which features come out
+    raw = layout.raw(X)                              (n, D), NaN where a number is missing
+    statistics = fit_statistics(raw, layout, rows)   means, scales, quantiles of the training rows
+    x = transform(raw, statistics)                   (n, D), no NaN
+
+Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same numbers.
+"""
+
+import warnings
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+import torch
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from gputune.data.columns import Column, fit_column
+from gputune.data.quantiles import fit_quantiles, normal_scores
+from gputune.data.table import Table, quoted
+from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
+from gputune.errors import InputError
+
+Numbers = Literal["standard", "quantile", "none"]
+NUMBERS = ("standard", "quantile", "none")
+
+Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns go in and which features come out.
+
+    ``columns`` are the used ones, ``inputs`` the names of all columns seen, ``notes`` one sentence for each
+    thing a user should know.
+    """
+
+    columns: tuple[Column, ...]
+    inputs: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def feature_names(self) -> tuple[str, ...]:
+        """Names of the features, D of them."""
+        return tuple(name for column in self.columns for name in column.feature_names)
+
+    @cached_property
+    def numeric(self) -> np.ndarray:
+        """(D,) bool: features that are centred and scaled; indicators, booleans and levels are not."""
+        return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
+
+    @overload
+    def raw(self, X: Table) -> np.ndarray: ...
+    @overload
+    def raw(self, X: Tensor) -> Tensor: ...
+    def raw(self, X: Table | Tensor) -> np.ndarray | Tensor:
+        """Return the features before any statistics, (n, D), NaN where a number is missing.
+
+        float64 for a table; on its device for a tensor, in its float dtype (at least float32; float64 for
+        integers). Columns are found by name; extra ones are ignored with one UserWarning. An unknown level
+        counts as ``(other)`` where there is such a feature and is all zeros elsewhere. Raises InputError for
+        missing columns, for values of another kind, and for infinite values.
+        """
+        if isinstance(X, Tensor):
+            X = checked_tensor(X)
+            return self._raw_tensor(X, self._positions(tensor_names(X)))
+        position = self._positions(X.names)
+        chosen = [position[column.name] for column in self.columns]
+        parts = [column.features(X.kinds[j], X.columns[j]) for column, j in zip(self.columns, chosen)]
+        return np.concatenate(parts, axis=1)
+
+    def _positions(self, names: tuple[str, ...]) -> dict[str, int]:
+        """Return where each column stands among ``names``."""
+        given = set(names)
+        missing = [column.name for column in self.columns if column.name not in given]
+        if missing:
+            raise InputError(
+                f"X has no column {quoted(missing)}; the columns seen in training are {quoted(self.inputs)}, "
+                f"got {quoted(names)}."
+            )
+        extra = sorted(given - set(self.inputs))
+        if extra:
+            message = f"X has columns that were not there in training and are ignored: {quoted(extra)}."
+            warnings.warn(message, UserWarning, stacklevel=4)
+        return {name: j for j, name in enumerate(names)}
+
+    def _raw_tensor(self, X: Tensor, position: dict[str, int]) -> Tensor:
+        unfit = [column.name for column in self.columns if column.kind not in ("number", "boolean")]
+        if unfit:
+            raise InputError(
+                f"a tensor holds numbers only, but {quoted(unfit)} are text or dates; pass a data frame."
+            )
+        source = [position[column.name] for column in self.columns for _ in column.feature_names]
+        indicator = [flag for c in self.columns for flag in (*[False] * len(c.parts), *[True] * c.missing)]
+        if source == list(range(X.shape[1])) and not any(indicator):
+            return X
+        picked = X[:, torch.tensor(source, device=X.device)]
+        if not any(indicator):
+            return picked
+        return torch.where(torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        columns = [column.to_json() for column in self.columns]
+        return {"columns": columns, "inputs": list(self.inputs), "notes": list(self.notes)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Layout":
+        """Return the layout that ``to_json`` wrote."""
+        columns = tuple(Column.from_json(column) for column in value["columns"])
+        return Layout(columns, tuple(value["inputs"]), tuple(value["notes"]))
+
+
+def fit_layout(X: Table | Tensor, *, max_levels: int = 32, min_count: int = 10) -> Layout:
+    """Decide from X alone (never y) how its columns become features.
+
+    A category keeps at most ``max_levels`` levels of its own, each with at least ``min_count`` rows (or 1 % of
+    the rows, where that is less); the others share a feature. Constant columns and text with all values
+    distinct are left out, which ``notes`` say. Raises InputError where no column is left.
+    """
+    if isinstance(X, Tensor):
+        X = checked_tensor(X)
+        names = tensor_names(X)
+        fitted = fit_tensor_columns(X)
+    else:
+        names = X.names
+        fitted = [
+            fit_column(name, kind, values, max_levels=max_levels, min_count=min_count)
+            for name, kind, values in zip(X.names, X.kinds, X.columns)
+        ]
+    notes = _sentences([(column.name, reason) for column, reasons in fitted for reason in reasons])
+    columns = tuple(column for column, _ in fitted if column.feature_names)
+    if not columns:
+        raise InputError(f"X has no usable column. {' '.join(notes)}")
+    return Layout(columns, names, notes)
+
+
+def _sentences(reasons: list[tuple[str, str]]) -> tuple[str, ...]:
+    """Group columns by reason: "Columns 'a', 'b': left out, constant."."""
+    grouped: dict[str, list[str]] = {}
+    for name, reason in reasons:
+        grouped.setdefault(reason, []).append(name)
+    return tuple(
+        f"Column{'s' if len(names) > 1 else ''} {quoted(names)}: {reason}."
+        for reason, names in grouped.items()
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What is fitted on the training rows of one fold; float64 arrays.
+
+    ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) / scale.
+    ``ranked`` (R,) are the positions of the features with a quantile transform instead, ``quantiles`` (Q, R)
+    their quantiles at equally spaced probabilities from 0 to 1.
+    """
+
+    fill: np.ndarray
+    center: np.ndarray
+    scale: np.ndarray
+    ranked: np.ndarray
+    quantiles: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types; Python writes floats so that they read back exactly."""
+        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> "Statistics":
+        """Return the statistics that ``to_json`` wrote."""
+        arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
+        arrays["ranked"] = np.array(value["ranked"], dtype=np.int64)
+        arrays["quantiles"] = arrays["quantiles"].reshape(len(value["quantiles"]), len(value["ranked"]))
+        return Statistics(**arrays)
+
+
+def fit_statistics(
+    raw: np.ndarray | Tensor, layout: Layout, rows: np.ndarray, *, numbers: Numbers = "standard"
+) -> Statistics:
+    """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
+
+    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal). "quantile":
+    normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
+    only centred. "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
+
+    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``).
+    """
+    if numbers not in NUMBERS:
+        raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
+    if isinstance(raw, Tensor):
+        if numbers == "quantile":
+            raise InputError(
+                "numbers='quantile' is not there for tensors; pass a NumPy array or numbers='standard'."
+            )
+        mean, scale = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
+    else:
+        part = raw[rows]
+        # A column with no known value in these rows has mean 0 and scale 1.
+        part[:, np.isnan(part).all(0)] = 0.0
+        scaler = StandardScaler().fit(part)
+        mean, scale = scaler.mean_, scaler.scale_
+    scaled = layout.numeric if numbers != "none" else np.zeros(len(mean), dtype=bool)
+    ranked, quantiles = np.empty(0, dtype=np.int64), np.empty((0, 0))
+    if numbers == "quantile" and not isinstance(raw, Tensor):
+        ranked = np.flatnonzero(layout.numeric & (np.nanmax(part, 0) > np.nanmin(part, 0)))
+        quantiles = fit_quantiles(part[:, ranked])
+        scaled = scaled & ~np.isin(np.arange(len(mean)), ranked)
+    return Statistics(mean, np.where(scaled, mean, 0.0), np.where(scaled, scale, 1.0), ranked, quantiles)
+
+
+def transform(raw: Array, statistics: Statistics) -> Array:
+    """Return the features as a network sees them, (n, D), without NaN; type, device and dtype of ``raw``."""
+    if isinstance(raw, Tensor):
+        fill, center, scale = (
+            torch.as_tensor(part, dtype=raw.dtype, device=raw.device)
+            for part in (statistics.fill, statistics.center, statistics.scale)
+        )
+        return (torch.where(raw.isnan(), fill, raw) - center) / scale
+    x = np.where(np.isnan(raw), statistics.fill, raw)
+    normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
+    x -= statistics.center
+    x /= statistics.scale
+    for j, scores in zip(statistics.ranked, normal):
+        x[:, j] = scores
+    return x

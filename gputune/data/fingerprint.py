@@ -1,0 +1,46 @@
+"""A short summary by which a study knows the data it was made from."""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.data.table import Table
+from gputune.data.target import Target
+
+
+def fingerprint(X: Table | Tensor, y: Target | np.ndarray) -> dict[str, Any]:
+    """Return ``rows``, ``columns`` and ``sha256``, the hex digest of X's names, kinds and values and of y's.
+
+    Equal values in an array, a frame or a file of the same names and kinds give the same digest; a tensor has
+    its own, which depends on its dtype.
+    """
+    digest = hashlib.sha256()
+    if isinstance(X, Tensor):
+        values = X.detach().cpu().contiguous()
+        digest.update(f"{tuple(values.shape)} {values.dtype}".encode())
+        # Bytes, since NumPy has no bfloat16.
+        digest.update(values.view(-1).view(torch.uint8).numpy().data)
+        rows, columns = values.shape
+    else:
+        digest.update(json.dumps([X.names, X.kinds]).encode())
+        for column in X.columns:
+            _add(digest, column)
+        rows, columns = len(X), len(X.names)
+    _add(digest, y.labels if isinstance(y, Target) else y)
+    return {"rows": rows, "columns": columns, "sha256": digest.hexdigest()}
+
+
+def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
+    """Add numbers, booleans or text (None = missing) of any length, so that no two lists look alike."""
+    if values.dtype.kind in "OU":
+        # One JSON text, since it keeps "a", "b" apart from "ab", and None from "None".
+        digest.update(json.dumps(values.tolist()).encode())
+        return
+    numbers = values.astype(np.float64) + 0.0  # -0.0 becomes 0.0
+    numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
+    digest.update(f"{len(numbers)} numbers".encode())
+    digest.update(numbers.data)

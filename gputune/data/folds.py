@@ -1,0 +1,189 @@
+"""Any description of a cross-validation becomes training and validation rows, one pair a fold."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    StratifiedGroupKFold,
+    StratifiedKFold,
+    TimeSeriesSplit,
+)
+from torch import Tensor
+
+from gputune.data.dataset import Rows
+from gputune.data.kinds import is_missing
+from gputune.data.target import Target
+from gputune.errors import InputError
+from gputune.seeding import stream_seed
+
+
+@runtime_checkable
+class Splitter(Protocol):
+    """What scikit-learn calls a CV splitter."""
+
+    def split(self, X: Any, y: Any = None, groups: Any = None) -> Iterable[tuple[Any, Any]]:
+        """Yield training and validation rows, one pair a fold."""
+        ...
+
+
+def make_folds(cv: Any, target: Target, *, n_rows: int, groups: Any = None, seed: int) -> list[Rows]:
+    """Return (train, valid) row positions, int64, one pair a fold.
+
+    ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay together), a
+    splitter of scikit-learn, or an iterable of pairs of positions, masks or slices; the last two are taken as they
+    are. A splitter sees the target but not X. Warns of a class with fewer rows than folds, and of folds
+    that validate on their own training rows. Raises InputError for folds that cannot be made.
+    """
+    groups = check_groups(groups, n_rows)
+    if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
+        pairs = _split(_shuffled(int(cv), target, n_rows, groups, seed), target, n_rows, groups)
+    elif isinstance(cv, Splitter) and not isinstance(cv, str):
+        pairs = _split(cv, target, n_rows, groups)
+    elif isinstance(cv, Iterable) and not isinstance(cv, str):
+        pairs = _pairs(cv)
+    else:
+        raise InputError(
+            f"cv must be a number of folds, a splitter of scikit-learn or pairs of (train, valid) rows, got {cv!r}."
+        )
+    if not pairs:
+        raise InputError("cv must give at least one fold, got none.")
+    folds = [
+        (_rows(train, n_rows, f, "training"), _rows(valid, n_rows, f, "validation"))
+        for f, (train, valid) in enumerate(pairs)
+    ]
+    _warn_of_overlap(folds)
+    return folds
+
+
+def all_rows(n_rows: int) -> Rows:
+    """Return the one fold of a refit: all rows for training, none for validation."""
+    return np.arange(n_rows, dtype=np.int64), np.empty(0, dtype=np.int64)
+
+
+def parse_cv(text: str) -> int | TimeSeriesSplit:
+    """Read ``--cv``: "5", or "time:5" for validation rows that always come after the training rows."""
+    kind, _, count = text.rpartition(":")
+    if kind not in ("", "time") or not count.isdecimal() or int(count) < 2:
+        raise InputError(f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}.")
+    return TimeSeriesSplit(int(count)) if kind else int(count)
+
+
+def check_groups(groups: Any, n_rows: int) -> np.ndarray | None:
+    """Return groups as an array, (n,), or None; InputError for a wrong length or missing values."""
+    if groups is None:
+        return None
+    values = groups.detach().cpu().numpy() if isinstance(groups, Tensor) else np.asarray(groups)
+    if values.shape != (n_rows,):
+        raise InputError(
+            f"groups must have one value a row, shape ({n_rows},), got shape {values.shape}; "
+            "pass the group of each row."
+        )
+    lost = np.array([is_missing(value) for value in values])
+    if lost.any():
+        raise InputError(
+            f"groups has {int(lost.sum())} missing values (the first in row {int(lost.argmax())}); "
+            "give each such row a group of its own."
+        )
+    return values
+
+
+def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, seed: int) -> Splitter:
+    """Return the splitter that a number of folds stands for."""
+    if cv < 2:
+        raise InputError(f"cv must be at least 2 folds, got {cv}.")
+    if cv > n_rows:
+        raise InputError(f"cv={cv} folds need at least as many rows, got {n_rows}; use fewer folds.")
+    if groups is not None and cv > len(set(groups.tolist())):
+        raise InputError(
+            f"cv={cv} folds need at least as many groups, got {len(set(groups.tolist()))}; use fewer folds."
+        )
+    if target.classes is None:
+        kind = KFold if groups is None else GroupKFold
+    else:
+        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    splitter: Splitter = kind(cv, shuffle=True, random_state=stream_seed(seed, "folds") % 2**32)
+    return splitter
+
+
+def _split(
+    splitter: Splitter, target: Target, n_rows: int, groups: np.ndarray | None
+) -> list[tuple[Any, Any]]:
+    rows = np.zeros((n_rows, 1))
+    try:
+        with warnings.catch_warnings():
+            # Said below, with the class's name.
+            warnings.filterwarnings("ignore", message="The least populated class")
+            pairs = list(splitter.split(rows, target.labels, groups))
+    except (ValueError, TypeError) as error:
+        if groups is None and "groups" in str(error):
+            raise InputError(f"cv={splitter!r} splits by groups, but groups is None; pass groups.") from error
+        raise InputError(f"cv={splitter!r} cannot split these {n_rows} rows: {error}") from error
+    if isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
+        _warn_of_rare_classes(target, len(pairs))
+    return pairs
+
+
+def _pairs(cv: Iterable[Any]) -> list[tuple[Any, Any]]:
+    pairs = list(cv)
+    for f, pair in enumerate(pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InputError(
+                f"cv must hold pairs of (train, valid) rows, got {type(pair).__name__} for fold {f}."
+            )
+    return [(train, valid) for train, valid in pairs]
+
+
+def _rows(part: Any, n_rows: int, fold: int, use: str) -> np.ndarray:
+    """Return checked positions, (m,) int64, of one side of one fold."""
+    if isinstance(part, slice):
+        part = np.arange(n_rows)[part]
+    rows = np.asarray(part)
+    if rows.size == 0:
+        raise InputError(f"fold {fold} of cv has no {use} rows; use fewer folds or other groups.")
+    if rows.ndim != 1 or rows.dtype.kind not in "biu":
+        raise InputError(
+            f"the {use} rows of fold {fold} must be positions or a mask, "
+            f"got {rows.dtype} of shape {rows.shape}."
+        )
+    if rows.dtype.kind == "b":
+        if len(rows) != n_rows or not rows.any():
+            raise InputError(
+                f"the {use} mask of fold {fold} must have one value for each of the {n_rows} rows and "
+                f"select at least one, got length {len(rows)} with {int(rows.sum())} selected."
+            )
+        return np.flatnonzero(rows).astype(np.int64)
+    if rows.min() < 0 or rows.max() >= n_rows:
+        odd = rows.min() if rows.min() < 0 else rows.max()
+        raise InputError(f"the {use} rows of fold {fold} must lie in 0..{n_rows - 1}, got {odd}.")
+    return rows.astype(np.int64)
+
+
+def _warn_of_rare_classes(target: Target, folds: int) -> None:
+    if target.classes is None:
+        return
+    counts = np.bincount(target.values, minlength=target.n_outputs)
+    rare = np.flatnonzero(counts < folds)
+    if len(rare):
+        shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
+        more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
+        warnings.warn(
+            f"{target.name} has classes with fewer rows than the {folds} folds: {shown}{more}; "
+            "some folds are validated without them.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_overlap(folds: list[Rows]) -> None:
+    shared = [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]
+    if shared:
+        warnings.warn(
+            f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
+            "on, so their scores are too good.",
+            UserWarning,
+            stacklevel=3,
+        )

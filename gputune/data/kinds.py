@@ -1,0 +1,170 @@
+"""The kind of one column, and its values in that kind: number, boolean, category or date.
+
+The kind follows the type of the values. Text from a source without types (a CSV file, an array of str or
+object, a list of lists) becomes a number, a boolean or a date where every value reads as one. Text in a data frame or
+a Parquet file stays a category, since there the column's type is its owner's word.
+"""
+
+import datetime
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import narwhals as nw
+import numpy as np
+
+from gputune.errors import InputError
+
+Kind = Literal["number", "boolean", "category", "date"]
+
+MISSING_TEXT = frozenset(
+    ["", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "None", "NaT"]
+)
+"""Texts that stand for a missing value in a source without types."""
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+
+
+def is_missing(value: object) -> bool:
+    """Whether one Python value stands for a missing one: None, NaN, pandas' NA or NaT, numpy's NaT."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    if isinstance(value, np.datetime64 | np.timedelta64):
+        return bool(np.isnat(value))
+    return isinstance(value, float | np.floating) and math.isnan(value)
+
+
+def text_of(value: object) -> str:
+    """Return the text of one value as a category: 1 and 1.0 are both '1'."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
+    """Read a column of str (None = missing): booleans, numbers or dates if every value is one, else categories.
+
+    A date is written as ISO 8601 has it (2020-01-31, 2020-01-31 12:30, 20200131T123000Z; slashes will do too);
+    other orders of day and month would be a guess.
+    """
+    stripped = [None if value is None else value.strip() for value in values]
+    texts = [None if text in MISSING_TEXT else text for text in stripped]
+    present = {text for text in texts if text is not None}
+    if present and {text.lower() for text in present} <= {"true", "false"}:
+        return "boolean", _each(texts, lambda text: float(text.lower() == "true"))
+    # Python reads 1_000 as a number; in a table it is rather a code.
+    if not any("_" in text for text in present):
+        try:
+            return "number", _each(texts, float)
+        except ValueError:
+            pass
+    try:
+        return "date", _each(texts, _read_date)
+    except ValueError:
+        return "category", np.array(texts, dtype=object)
+
+
+def _read_date(text: str) -> float:
+    return _epoch_seconds(datetime.datetime.fromisoformat(text.replace("/", "-")))
+
+
+def from_series(series: "nw.Series[Any]", *, untyped: bool) -> tuple[Kind, np.ndarray]:
+    """Return kind and values of one column of a data frame; ``untyped``: text may stand for other kinds."""
+    dtype = series.dtype
+    if dtype == nw.Boolean:
+        return "boolean", _floats(series)
+    if dtype.is_numeric():
+        return "number", _floats(series)
+    if dtype == nw.Date or isinstance(dtype, nw.Datetime):
+        return "date", _floats(series.dt.timestamp("us")) / 1e6
+    if isinstance(dtype, nw.Duration):
+        return "number", _floats(series.dt.total_microseconds()) / 1e6
+    values = [None if is_missing(value) else value for value in series.to_list()]
+    if isinstance(dtype, nw.Categorical | nw.Enum):
+        return "category", _category(values)
+    if dtype == nw.String:
+        texts = np.array(values, dtype=object)
+        return parse_text(texts) if untyped else ("category", texts)
+    return from_values(values, name=str(series.name), untyped=untyped)
+
+
+def _floats(series: "nw.Series[Any]") -> np.ndarray:
+    return np.array(series.cast(nw.Float64).to_numpy(), dtype=np.float64)
+
+
+def _category(values: Sequence[object]) -> np.ndarray:
+    return np.array([None if value is None else text_of(value) for value in values], dtype=object)
+
+
+def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
+    """Return kind and values of one column of an array, whose dtype gives the kind."""
+    match column.dtype.kind:
+        case "b":
+            return "boolean", column.astype(np.float64)
+        case "i" | "u" | "f":
+            return "number", column.astype(np.float64)
+        case "M":
+            return "date", _ticks(column, "datetime64[us]")
+        case "m":
+            return "number", _ticks(column, "timedelta64[us]")
+        case "U":
+            return parse_text(column.astype(object))
+        case "O":
+            values = [None if is_missing(value) else value for value in column]
+            return from_values(values, name=name, untyped=True)
+    raise InputError(
+        f"column {name!r} holds {column.dtype}, which is no number, boolean, text or date; convert it."
+    )
+
+
+def _ticks(column: np.ndarray, unit: str) -> np.ndarray:
+    """Return seconds, NaN where numpy has NaT."""
+    return np.where(np.isnat(column), np.nan, column.astype(unit).astype(np.int64) / 1e6)
+
+
+def from_values(values: Sequence[Any], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
+    """Return kind and values of Python objects (None = missing): what all of them are, else categories."""
+    present = [value for value in values if value is not None]
+    if not present:
+        return "number", np.full(len(values), np.nan)
+    if _all(present, bool | np.bool_):
+        return "boolean", _each(values, float)
+    if _all(present, numbers.Number | np.bool_) and not any(isinstance(v, complex) for v in present):
+        return "number", _each(values, float)
+    if _all(present, datetime.date | np.datetime64):
+        return "date", _each(values, _epoch_seconds)
+    if _all(present, datetime.time):
+        return "number", _each(
+            values, lambda t: t.hour * 3600.0 + t.minute * 60 + t.second + t.microsecond / 1e6
+        )
+    if _all(present, datetime.timedelta):
+        return "number", _each(values, lambda delta: delta.total_seconds())
+    if _all(present, str) and untyped:
+        return parse_text(np.array(values, dtype=object))
+    odd = [
+        value for value in present if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)
+    ]
+    if odd:
+        held = type(odd[0]).__name__
+        raise InputError(
+            f"column {name!r} holds {held}, which is no number, boolean, text or date; convert it."
+        )
+    return "category", _category(values)
+
+
+def _all(values: Sequence[Any], types: Any) -> bool:
+    return all(isinstance(value, types) for value in values)
+
+
+def _each(values: Sequence[Any], convert: Callable[[Any], float]) -> np.ndarray:
+    return np.array([math.nan if value is None else convert(value) for value in values], dtype=np.float64)
+
+
+def _epoch_seconds(value: datetime.date | np.datetime64) -> float:
+    if isinstance(value, np.datetime64):
+        return float(value.astype("datetime64[us]").astype(np.int64)) / 1e6
+    if not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    aware = value if value.tzinfo is not None else value.replace(tzinfo=datetime.UTC)
+    return (aware - _EPOCH).total_seconds()

@@ -1,0 +1,107 @@
+"""Where the rows of a study come from, so that a study opened later can read the same rows again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gputune.data.encode import checked_tensor
+from gputune.data.folds import parse_cv
+from gputune.data.holdout import hold_out
+from gputune.data.table import Table, as_table, quoted, read_table, split_target
+from gputune.data.target import check_target
+from gputune.errors import InputError
+
+Origin = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Inputs and target as they were given: a table, or a tensor that stays where it lies.
+
+    ``origin`` holds what reads the same rows again (path, target, groups, and how rows were held out), None for
+    data in memory.
+    """
+
+    X: Table | Tensor
+    y: Any
+    target: str
+    groups: Any
+    origin: Origin | None
+
+    def rows(self, positions: np.ndarray) -> "Source":
+        """Return the source of some rows alone."""
+        X = self.X.select(positions) if isinstance(self.X, Table) else self.X[positions]
+        groups = None if self.groups is None else np.asarray(self.groups)[positions]
+        return replace(self, X=X, y=self.y[positions], groups=groups)
+
+
+def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
+    """Return the rows of X and y.
+
+    X is a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or the name of a column of X;
+    ``groups`` likewise. Raises InputError or FileNotFoundError for what cannot be read.
+    """
+    if isinstance(X, Tensor):
+        if isinstance(y, str) or isinstance(groups, str):
+            raise InputError(
+                f"y and groups must be arrays when X is a tensor, got y={y!r}, groups={groups!r}."
+            )
+        return Source(checked_tensor(X), _given(y), "y", groups, None)
+    from_file = isinstance(X, str | Path)
+    table = read_table(X) if from_file else as_table(X)
+    if from_file and y is None and str(X).startswith("sklearn:"):
+        y = "target"
+    origin: Origin | None = None
+    if from_file:
+        if not isinstance(y, str):
+            raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
+        path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
+        origin = {"path": path, "target": y, "groups": groups if isinstance(groups, str) else None}
+    name = "y"
+    if isinstance(groups, str):
+        table, groups = _take_column(table, groups)
+    if isinstance(y, str):
+        name = y
+        table, y = split_target(table, y)
+    return Source(table, _given(y), name, groups, origin)
+
+
+def read_again(origin: Origin) -> Source:
+    """Return the rows that a study was searched on, without those it held out."""
+    source = read_source(origin["path"], origin["target"], origin["groups"])
+    if "test_size" not in origin:
+        return source
+    return set_apart(source, **{k: origin[k] for k in ("test_size", "cv", "seed", "task")})[0]
+
+
+def set_apart(
+    source: Source, *, test_size: float, cv: str, seed: int, task: Any = None
+) -> tuple[Source, Source | None]:
+    """Split the rows into those to search on and those held out (None for ``test_size=0``).
+
+    Stratified for classes, whole groups where there are groups, the last rows for a time series ``cv``.
+    """
+    target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
+    rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed)
+    if len(test) == 0:
+        return source, None
+    how = {"test_size": test_size, "cv": cv, "seed": seed, "task": task}
+    origin = None if source.origin is None else {**source.origin, **how}
+    return replace(source.rows(rest), origin=origin), source.rows(test)
+
+
+def _take_column(table: Table, name: str) -> tuple[Table, np.ndarray]:
+    if name not in table.names:
+        raise InputError(
+            f"groups={name!r} is not a column of the table; the columns are {quoted(table.names)}."
+        )
+    return table.drop(name), table.column(name)
+
+
+def _given(y: Any) -> Any:
+    if y is None:
+        raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
+    return y

@@ -1,0 +1,240 @@
+"""Files, data frames and arrays become a table: named columns, each with a kind (kinds.py)."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import narwhals as nw
+import numpy as np
+from scipy.sparse import issparse
+
+from gputune.data.kinds import Kind, from_column, from_series, parse_text
+from gputune.errors import InputError
+
+BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
+"""scikit-learn's data sets that ``sklearn:NAME`` reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Named columns of equal length.
+
+    Number and boolean columns are float64 with NaN for a missing value; category columns are object arrays of
+    str with None; date columns are float64 seconds since 1970-01-01 (UTC, or local time for dates without
+    a zone) with NaN.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    columns: tuple[np.ndarray, ...]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def column(self, name: str) -> np.ndarray:
+        """Return the values of one column, (n,)."""
+        return self.columns[self.names.index(name)]
+
+    def kind(self, name: str) -> Kind:
+        """Return the kind of one column."""
+        return self.kinds[self.names.index(name)]
+
+    def select(self, rows: np.ndarray) -> "Table":
+        """Return the given rows (positions or a mask) of all columns."""
+        return Table(self.names, self.kinds, tuple(column[rows] for column in self.columns))
+
+    def drop(self, name: str) -> "Table":
+        """Return the table without one column."""
+        kept = [i for i, other in enumerate(self.names) if other != name]
+        return Table(
+            tuple(self.names[i] for i in kept),
+            tuple(self.kinds[i] for i in kept),
+            tuple(self.columns[i] for i in kept),
+        )
+
+
+def read_table(source: str | Path) -> Table:
+    """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as ``sklearn:NAME``.
+
+    A bundled set has its target in the column ``target``: class names for iris, wine and breast_cancer,
+    integers for digits, a number for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing
+    values; blanks around a field and empty lines at the end are dropped; a header with
+    semicolons and no comma means semicolons throughout.
+
+    Raises FileNotFoundError, or InputError for another suffix, a damaged or an empty file, duplicate column
+    names, or an infinite value.
+    """
+    if str(source).startswith("sklearn:"):
+        return _read_bundled(str(source).removeprefix("sklearn:"))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'."
+        )
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    if name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
+        return _read_text(path, "\t" if name.endswith((".tsv", ".tsv.gz")) else ",")
+    raise InputError(
+        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; convert it first."
+    )
+
+
+def as_table(X: Any) -> Table:
+    """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as it is.
+
+    Columns of arrays and lists are named x0, x1, ... Raises InputError for sparse matrices, for anything that
+    is not two-dimensional, for no rows or columns, equal names, infinite values and values without a kind.
+    """
+    if isinstance(X, Table):
+        return X
+    if issparse(X):
+        raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")
+    if np.ma.isMaskedArray(X):
+        raise InputError("X is a masked array, and masks are not read; pass X.filled(numpy.nan).")
+    try:
+        frame = nw.from_native(X, pass_through=True)
+    except nw.exceptions.DuplicateError as error:
+        raise InputError(f"column names must differ; rename one of them ({_last_line(error)}).") from error
+    if isinstance(frame, nw.LazyFrame):
+        raise InputError("X is a lazy frame; pass X.collect().")
+    if isinstance(frame, nw.DataFrame):
+        return _from_frame(frame)
+    return _from_array(X)
+
+
+def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
+    """Return the table without the target's column, and the target as a plain array, (n,).
+
+    The array holds str (object; None where missing), bool, int64 where every number is an integer, or float64
+    (NaN where missing). Raises InputError for an unknown column, a date, or a table with no other column.
+    """
+    if target not in table.names:
+        close = difflib.get_close_matches(str(target), table.names, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}?" if close else f"the columns are {quoted(table.names)}."
+        raise InputError(f"target={target!r} is not a column of the table; {hint}")
+    if len(table.names) == 1:
+        raise InputError(
+            f"the target {target!r} is the only column of the table; there is nothing to predict it from."
+        )
+    kind, values = table.kind(target), table.column(target)
+    if kind == "date":
+        raise InputError(
+            f"the target {target!r} holds dates, which cannot be predicted; turn it into a number first."
+        )
+    if kind != "category" and not np.isnan(values).any():
+        if kind == "boolean":
+            values = values.astype(bool)
+        elif (values == np.rint(values)).all() and np.abs(values).max() < 2**53:
+            values = values.astype(np.int64)
+    return table.drop(target), values
+
+
+def quoted(names: Iterable[str], limit: int = 8) -> str:
+    """Write names for a message: quoted, with commas, the first ``limit`` of them."""
+    names = list(names)
+    shown = ", ".join(repr(str(name)) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _read_bundled(name: str) -> Table:
+    if name not in BUNDLED:
+        raise InputError(f"'sklearn:NAME' knows {', '.join(BUNDLED)}, got 'sklearn:{name}'.")
+    from sklearn import datasets
+
+    bunch = getattr(datasets, f"load_{name}")()
+    names = tuple(str(feature) for feature in bunch.feature_names)
+    columns = tuple(np.ascontiguousarray(column, dtype=np.float64) for column in bunch.data.T)
+    kinds: list[Kind] = ["number"] * len(names)
+    if name in ("iris", "wine", "breast_cancer"):
+        target = np.array([str(bunch.target_names[code]) for code in bunch.target], dtype=object)
+        return Table((*names, "target"), (*kinds, "category"), (*columns, target))
+    return Table((*names, "target"), (*kinds, "number"), (*columns, bunch.target.astype(np.float64)))
+
+
+def _read_parquet(path: Path) -> Table:
+    import polars as pl
+
+    try:
+        frame = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{str(path)!r} could not be read as Parquet: {_first_line(error)}") from error
+    return _from_frame(nw.from_native(frame, eager_only=True))
+
+
+def _read_text(path: Path, separator: str) -> Table:
+    """Read a text file with a header line; polars cuts it into fields, kinds.py reads them."""
+    import polars as pl
+
+    try:
+        fields = pl.read_csv(path, separator=separator, has_header=False, infer_schema=False)
+    except pl.exceptions.NoDataError as error:
+        raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise InputError(f"{str(path)!r} could not be read as a text table: {_first_line(error)}") from error
+    if fields.width == 1 and separator == "," and ";" in str(fields.row(0)[0]):
+        return _read_text(path, ";")
+    names = ["" if name is None else name.strip() for name in fields.row(0)]
+    rows = fields[1:]
+    if fields.width > 1:
+        # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
+        filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
+        rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
+    return _checked(names, [parse_text(series.to_numpy()) for series in rows])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _from_frame(frame: "nw.DataFrame[Any]") -> Table:
+    names = [str(name) for name in frame.columns]
+    return _checked(names, [from_series(series, untyped=False) for series in frame.iter_columns()])
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip("- ")
+
+
+def _from_array(X: Any) -> Table:
+    array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
+    if array.dtype.names is not None:
+        raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
+    if array.ndim != 2:
+        raise InputError(
+            f"X must be two-dimensional (rows, columns), got shape {array.shape}; reshape it first."
+        )
+    names = [f"x{j}" for j in range(array.shape[1])]
+    return _checked(names, [from_column(column, name) for column, name in zip(array.T, names)])
+
+
+def _rows_to_array(X: Any) -> np.ndarray:
+    """Return rows given as nested lists (values keep their types), or as another library's array."""
+    if not isinstance(X, list | tuple):
+        return np.asarray(X)
+    if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
+        raise InputError("X must be two-dimensional: a list of rows, each a list of values.")
+    if len({len(row) for row in X}) > 1:
+        raise InputError("the rows of X must be equally long; fill the shorter ones with None.")
+    return np.array(X, dtype=object)
+
+
+def _checked(names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]]) -> Table:
+    """Build a table from the outside world: at least one row and column, distinct names, finite values."""
+    if not columns:
+        raise InputError("the table has no columns; at least one is needed.")
+    if len(columns[0][1]) == 0:
+        raise InputError("the table has no rows; at least one is needed.")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"column names must differ, got more than one {quoted(repeated)}; rename them.")
+    for name, (kind, values) in zip(names, columns):
+        if kind != "category" and np.isinf(values).any():
+            row = int(np.isinf(values).argmax())
+            raise InputError(
+                f"column {name!r} has an infinite value in row {row}; leave it empty (missing) or clip it."
+            )
+    return Table(tuple(names), tuple(kind for kind, _ in columns), tuple(values for _, values in columns))

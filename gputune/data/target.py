@@ -1,0 +1,187 @@
+"""What is to be predicted: the task, and y as class codes or as numbers."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import narwhals as nw
+import numpy as np
+from scipy.sparse import issparse
+from torch import Tensor
+
+from gputune.data.kinds import from_values, is_missing
+from gputune.errors import InputError
+from gputune.types import Task
+
+MAX_INTEGER_CLASSES = 20
+"""With more distinct integers than this a target is a number to be predicted, unless ``task`` says otherwise."""
+
+TASKS = ("classification", "binary", "multiclass", "regression")
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A checked target: ``values`` (n,) are int64 positions in ``classes`` (K,), or float64 for a regression.
+
+    ``classes`` are sorted and keep the type of the values given; None for a regression.
+    """
+
+    task: Task
+    values: np.ndarray
+    classes: np.ndarray | None
+    name: str = "y"
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of classes (2 for a binary task), 1 for a regression."""
+        return 1 if self.classes is None else len(self.classes)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The target as it was given, (n,): class labels, or numbers as float64."""
+        return self.values if self.classes is None else self.classes[self.values]
+
+    def select(self, rows: np.ndarray) -> "Target":
+        """Return the given rows; the classes stay, also those that no row has any more."""
+        return Target(self.task, self.values[rows], self.classes, self.name)
+
+
+def check_target(
+    y: Any,
+    *,
+    task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
+    n_rows: int,
+    name: str = "y",
+) -> Target:
+    """Return y, (n,) or (n, 1), as class codes or numbers.
+
+    Without ``task``: text, booleans and at most 20 distinct integers of which one repeats are classes; floats and
+    other integers are numbers. Raises InputError for a wrong length, more than one column, missing or infinite
+    values, dates, fewer than two classes, and a task that does not fit the values.
+    """
+    if task is not None and task not in TASKS:
+        raise InputError(f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.")
+    values = _values(y, name)
+    if len(values) != n_rows:
+        raise InputError(
+            f"{name} must have one value a row of X, got {len(values)} values and {n_rows} rows; "
+            "check that both come from the same rows."
+        )
+    if task == "regression" or (task is None and not _are_classes(values)):
+        return Target("regression", _numbers(values, name), None, name)
+    return _classes(values, task, name)
+
+
+def _values(y: Any, name: str) -> np.ndarray:
+    """Return a 1-D array of bool, integers, floats or text (str or object of str), nothing missing."""
+    values = _one_column(_as_array(y, name), name)
+    if values.dtype.kind == "O":
+        lost = np.array([is_missing(value) for value in values], dtype=bool)
+    else:
+        lost = np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), dtype=bool)
+    if lost.any():
+        raise InputError(
+            f"{name} has {int(lost.sum())} missing values (the first in row {int(lost.argmax())}); "
+            "leave those rows out."
+        )
+    if values.dtype.kind == "O":
+        values = _from_objects(values, name)
+    if values.dtype.kind not in "biufU":
+        raise InputError(f"{name} must hold numbers, booleans or text, got {values.dtype}; convert it.")
+    if values.dtype.kind == "f" and np.isinf(values).any():
+        raise InputError(
+            f"{name} must be finite, got {values[np.isinf(values)][0]} in row {int(np.isinf(values).argmax())}; "
+            "leave that row out."
+        )
+    return values
+
+
+def _as_array(y: Any, name: str) -> np.ndarray:
+    if issparse(y):
+        raise InputError(
+            f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."
+        )
+    if isinstance(y, Tensor):
+        y = y.detach().cpu()
+        return np.asarray((y.float() if y.is_floating_point() and y.dtype.itemsize < 4 else y).numpy())
+    data = nw.from_native(y, pass_through=True, allow_series=True)
+    if isinstance(data, nw.DataFrame):
+        return np.stack([_series(column) for column in data.iter_columns()], axis=1)
+    if isinstance(data, nw.Series):
+        return _series(data)
+    try:
+        array = np.asarray(y)
+    except ValueError as error:
+        raise InputError(f"{name} must be one value a row, got rows of unlike length.") from error
+    # Lists such as ["a", None] or [1, True] would become text or integers of their own accord.
+    return (
+        np.asarray(y, dtype=object) if not isinstance(y, np.ndarray) and array.dtype.kind in "UO" else array
+    )
+
+
+def _series(series: "nw.Series[Any]") -> np.ndarray:
+    """Return a column of a data frame: its numbers, or else its Python values."""
+    dtype = series.dtype
+    if (dtype.is_numeric() or dtype == nw.Boolean) and not series.is_null().any():
+        return np.asarray(series.to_numpy())
+    return np.array(series.to_list(), dtype=object)
+
+
+def _one_column(values: np.ndarray, name: str) -> np.ndarray:
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values[:, 0]
+    if values.ndim != 1:
+        raise InputError(
+            f"{name} must be one value a row (multi-output and multilabel targets are not supported), "
+            f"got shape {values.shape}; tune one target at a time."
+        )
+    return values
+
+
+def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
+    """Return Python objects as booleans, integers, floats or text."""
+    if all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
+        return values.astype(np.int64)
+    kind, read = from_values(list(values), name=name, untyped=False)
+    if kind == "date":
+        raise InputError(f"{name} holds dates, which cannot be predicted; turn it into a number first.")
+    return read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
+
+
+def _are_classes(values: np.ndarray) -> bool:
+    if values.dtype.kind in "iu":
+        distinct = len(np.unique(values))
+        return distinct <= MAX_INTEGER_CLASSES and distinct < len(values)
+    return values.dtype.kind in "bU"
+
+
+def _numbers(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype.kind == "U":
+        raise InputError(
+            f"task='regression' needs numbers in {name}, got text such as {str(values[0])!r}; "
+            "convert it, or use task='classification'."
+        )
+    return values.astype(np.float64)
+
+
+def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        odd = values[values != np.rint(values)][0]
+        raise InputError(
+            f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; "
+            "use task='regression', or cut them into classes."
+        )
+    classes, codes = np.unique(values, return_inverse=True)
+    if len(classes) < 2:
+        raise InputError(
+            f"{name} must have at least two classes, got only {classes[0].item()!r}; "
+            "add rows of another class, or check the target's column."
+        )
+    found: Task = "binary" if len(classes) == 2 else "multiclass"
+    if task in ("binary", "multiclass") and task != found:
+        raise InputError(
+            f"task={task!r} does not fit {name}, which has {len(classes)} classes; use task={found!r}."
+        )
+    return Target(found, codes.astype(np.int64), classes, name)

@@ -1,0 +1,167 @@
+"""The plan before a run: how many trials fit on the device at once, in which order, on how many processes.
+
+On a GPU a chunk may fill the memory that is free; on the CPU it should stay in the cache, because the update
+passes over the whole state at every step. Results do not depend on the cut beyond rounding.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset
+from gputune.engine.population import Population, padded_width
+from gputune.errors import InputError
+
+_CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
+_FREE_SHARE = 0.8  # of the GPU memory that is free
+_BUFFERS = 7  # parameters, gradient, two moments, scratch, expanded rate and decay
+_WORKERS_PAY = 10.0  # seconds of work from which a second process repays its start
+
+# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
+_STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
+_PARAMETER_SECONDS = 2.2e-9  # update of one parameter
+_PRODUCT_SECONDS = 8e-12  # one multiply-add pair
+_ACTIVATION_SECONDS = 1.5e-9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each."""
+
+    chunks: tuple[Population, ...]
+    workers: int
+    threads: int
+    chunk_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        sizes = [len(chunk.index) for chunk in self.chunks]
+        trials = f"{min(sizes)}-{max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
+        place = "this process" if self.workers == 1 else f"{self.workers} processes"
+        return (
+            f"{sum(sizes)} trials in {len(sizes)} chunks of {trials} trials, about "
+            f"{self.chunk_bytes / 2**20:.0f} MiB a chunk, in {place}"
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one trial of a population costs: bytes while it trains, seconds an epoch, seconds of overhead."""
+
+    trial_bytes: int
+    trial_seconds: float
+    step_seconds: float
+
+
+def make_plan(
+    populations: Sequence[Population],
+    data: Dataset,
+    *,
+    epochs: int,
+    memory: int | None,
+    workers: int | None,
+    parameters: int = 0,
+) -> Plan:
+    """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
+
+    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module.
+    """
+    limit = memory_limit(data, memory)
+    chunks: list[tuple[float, int, Population]] = []
+    for population in populations:
+        cost = trial_cost(population, data, parameters)
+        trials = len(population.index)
+        count = -(-trials // max(1, limit // cost.trial_bytes))
+        for part in np.array_split(np.arange(trials), count):
+            seconds = epochs * (cost.step_seconds + len(part) * cost.trial_seconds)
+            chunk = population.part(int(part[0]), int(part[-1]) + 1)
+            chunks.append((seconds, len(part) * cost.trial_bytes, chunk))
+    chunks.sort(key=lambda item: -item[0])
+    total = sum(seconds for seconds, _, _ in chunks)
+    ordered = tuple(chunk for _, _, chunk in chunks)
+    if workers is None:
+        workers = _cores() if data.device.type == "cpu" and total > _WORKERS_PAY else 1
+    if len(ordered) < workers:
+        ordered = _split_further(ordered, workers)
+    workers = min(workers, len(ordered))
+    # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
+    threads = _cores() if workers == 1 and total > _WORKERS_PAY else 1
+    return Plan(ordered, workers, threads, max(b for _, b, _ in chunks), total)
+
+
+def trial_cost(population: Population, data: Dataset, parameters: int = 0) -> Cost:
+    """Estimate what one trial with all its folds costs."""
+    config, folds, item = population.configs[0], data.n_folds, torch.finfo(data.dtype).bits // 8
+    longest = max(len(fold.train) for fold in data.folds)
+    batch_sizes = [min(c["batch_size"], longest) for c in population.configs]
+    steps, rows = -(-longest // min(batch_sizes)), max(batch_sizes)
+    layers, size, units = _shape(population, data, parameters)
+    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.n_features) // max(
+        1, len(batch_sizes)
+    )
+    dropout = 2 * rows * units if config["dropout"] else 0
+    member_seconds = (
+        _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
+    )
+    return Cost(
+        trial_bytes=folds * item * (_BUFFERS * size + activations + dropout),
+        trial_seconds=folds * steps * member_seconds,
+        step_seconds=steps * layers * _STEP_SECONDS,
+    )
+
+
+def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
+    """Layers, parameters and hidden units of one member, padding included."""
+    config, d, k = population.configs[0], data.n_features, data.n_outputs
+    if population.kind == "linear":
+        return 1, (d + 1) * k, k
+    if population.kind == "module":  # its inside is unknown: a square root of the size is a fair width
+        return 8, parameters, 4 * int(parameters**0.5)
+    depth, width = config["depth"], padded_width(config["width"])
+    size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
+    return depth + 1, size, depth * width
+
+
+def memory_limit(data: Dataset, memory: int | None) -> int:
+    """Bytes that a chunk may take."""
+    if data.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(data.device)
+        return int(min(_FREE_SHARE * free, memory or free))
+    return min(_CACHE_BYTES, memory or _CACHE_BYTES)
+
+
+def parse_memory(memory: int | str | None) -> int | None:
+    """Return bytes of an int or of text such as "8GB", "500MB", "2GiB"."""
+    if memory is None:
+        return None
+    text = str(memory).strip().upper().replace("IB", "B")
+    units = {"KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40, "B": 1}
+    unit = next((u for u in units if text.endswith(u)), None)
+    number = text.removesuffix(unit or "").strip()
+    try:
+        value = float(number) * units.get(unit or "B", 1)
+    except ValueError:
+        value = -1.0
+    if isinstance(memory, bool) or not 0 < value < float("inf"):
+        raise InputError(f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}.")
+    return max(1, int(value))
+
+
+def _split_further(chunks: tuple[Population, ...], wanted: int) -> tuple[Population, ...]:
+    """Halve the largest chunks until every worker has one, or no chunk has two trials."""
+    parts = list(chunks)
+    while len(parts) < wanted:
+        largest = max(parts, key=lambda chunk: len(chunk.index))
+        trials = len(largest.index)
+        if trials == 1:
+            break
+        place = parts.index(largest)
+        parts[place : place + 1] = [largest.part(0, trials // 2), largest.part(trials // 2, trials)]
+    return tuple(parts)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

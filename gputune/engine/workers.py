@@ -1,0 +1,172 @@
+"""Chunks over processes: this process trains too, while workers with one thread each take from the same queue.
+
+The data is written once and mapped into every worker, so that it is held in memory once. A worker starts up
+while this process is already training.
+"""
+
+import functools
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from joblib.externals.loky import get_reusable_executor
+
+from gputune.data.dataset import Dataset, Fold
+from gputune.engine.chunk import Job, Outcome, Progress, run_chunk
+from gputune.engine.plan import Plan
+from gputune.engine.population import Population
+
+OnOutcome = Callable[[Outcome], None]
+
+
+def run_chunks(
+    job: Job,
+    data: Dataset,
+    plan: Plan,
+    *,
+    progress: Progress,
+    on_outcome: OnOutcome,
+) -> None:
+    """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done."""
+    with threads(plan.threads):
+        if plan.workers == 1:
+            for chunk in plan.chunks:
+                on_outcome(run_chunk(job, data, chunk, progress))
+        else:
+            _run_with_workers(job, data, plan, progress, on_outcome)
+
+
+def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, on_outcome: OnOutcome) -> None:
+    with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
+        path = Path(folder) / "data.joblib"
+        joblib.dump(_to_arrays(data), path)
+        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
+
+        def collect(outcomes: Iterator[Outcome]) -> None:
+            for outcome in outcomes:
+                progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
+                on_outcome(outcome)
+
+        try:
+            while (chunk := queue.take()) is not None:
+                on_outcome(run_chunk(job, data, chunk, progress))
+                collect(queue.finished())
+            collect(queue.drain())
+        except BaseException:
+            queue.stop()
+            raise
+
+
+class _Queue:
+    """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
+
+    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int) -> None:
+        self.job, self.path = job, path
+        self.waiting = deque(chunks)
+        # Reentrant: a future that is done already calls back from within add_done_callback.
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
+        self.running: set[Future[Outcome]] = set()
+        self.done: deque[Future[Outcome]] = deque()
+        self.executor = get_reusable_executor(max_workers=workers, timeout=60)
+        for _ in range(workers):
+            self._submit()
+
+    def take(self) -> Population | None:
+        with self.lock:
+            return self.waiting.popleft() if self.waiting else None
+
+    def _submit(self) -> None:
+        with self.lock:
+            if self.waiting:
+                future = self.executor.submit(_run_in_worker, self.job, self.path, self.waiting.popleft())
+                self.running.add(future)
+                future.add_done_callback(self._on_done)
+
+    def _on_done(self, future: "Future[Outcome]") -> None:
+        with self.changed:
+            if not future.cancelled() and future.exception() is None:
+                self._submit()  # before this one leaves, so that drain never sees an empty room too early
+            self.running.discard(future)
+            self.done.append(future)
+            self.changed.notify()
+
+    def finished(self) -> Iterator[Outcome]:
+        """Yield what is done by now. An error in a worker is raised here."""
+        while True:
+            with self.lock:
+                if not self.done:
+                    return
+                future = self.done.popleft()
+            yield future.result()
+
+    def drain(self) -> Iterator[Outcome]:
+        """Yield what is done until nothing runs any more."""
+        while True:
+            yield from self.finished()
+            with self.changed:
+                if not self.running and not self.done:
+                    return
+                if not self.done:
+                    self.changed.wait(timeout=1.0)
+
+    def stop(self) -> None:
+        """Forget what waits and end the workers, whatever they are doing."""
+        with self.lock:
+            self.waiting.clear()
+        self.executor.shutdown(wait=False, kill_workers=True)
+
+
+def _run_in_worker(job: Job, path: str, chunk: Population) -> Outcome:
+    with threads(1):
+        return run_chunk(job, _load(path), chunk)
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: str) -> Dataset:
+    # copy-on-write: torch wants arrays that could be written, and nobody writes to them
+    found: Dataset = _to_tensors(joblib.load(path, mmap_mode="c"))
+    return found
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _to_arrays(value: Any) -> Any:
+    """Datasets and folds as dicts, tensors as arrays, so that joblib can map them."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy()
+    if isinstance(value, tuple):
+        return tuple(_to_arrays(item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        content = {field.name: _to_arrays(getattr(value, field.name)) for field in fields(value)}
+        return type(value).__name__, content
+    return value
+
+
+def _to_tensors(value: Any) -> Any:
+    kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, tuple) and len(value) == 2 and value[0] in kinds and isinstance(value[1], dict):
+        return kinds[value[0]](**{name: _to_tensors(item) for name, item in value[1].items()})
+    if isinstance(value, tuple):
+        return tuple(_to_tensors(item) for item in value)
+    return value

@@ -1,0 +1,101 @@
+"""The options of a search that stand by themselves, checked before anything is read or trained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gputune.engine.plan import parse_memory
+from gputune.errors import InputError
+from gputune.types import SCHEDULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Every argument of ``tune`` but model, X, y and groups, as it was given."""
+
+    space: Any = None
+    n_trials: int = 64
+    include: Sequence[Mapping[str, Any]] = ()
+    include_default: bool = True
+    cv: Any = 5
+    scoring: Any = None
+    task: Any = None
+    class_weight: Any = None
+    sample_weight: Any = None
+    numbers: Any = "standard"
+    optimizer: str | None = None
+    schedule: str = "constant"
+    max_epochs: int = 50
+    epoch: Any = "best"
+    timeout: float | None = None
+    study: Any = None
+    device: str = "auto"
+    dtype: str = "float32"
+    memory: int | str | None = None
+    workers: int | str = "auto"
+    random_state: Any = 0
+    verbose: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("epoch", self.epoch, ("best", "last"))
+        _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
+        _one_of("dtype", self.dtype, ("float32", "float64"))
+        _whole("max_epochs", self.max_epochs)
+        if self.workers != "auto":
+            _whole("workers", self.workers)
+        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
+            raise InputError(f"timeout is a number of seconds above 0, or None, got {self.timeout!r}.")
+        parse_memory(self.memory)
+        choose_device(self.device)
+        object.__setattr__(self, "random_state", draw_seed(self.random_state))
+
+
+def draw_seed(random_state: Any) -> int:
+    """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
+    if _is_number(random_state) and not isinstance(random_state, float | np.floating):
+        if random_state < 0:
+            raise InputError(f"random_state must be at least 0, got {random_state}.")
+        return int(random_state)
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31))
+    if random_state is None or isinstance(random_state, np.random.Generator):
+        return int(np.random.default_rng(random_state).integers(2**31))
+    raise InputError(
+        f"random_state is an integer, a numpy RandomState or Generator, or None, got {random_state!r}."
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError):
+        chosen = None
+    count = torch.cuda.device_count()
+    known = chosen is not None and (
+        chosen.type == "cpu" or (chosen.type == "cuda" and (chosen.index or 0) < count)
+    )
+    if not known:
+        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
+    return chosen
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def _whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)

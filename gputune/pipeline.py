@@ -1,0 +1,303 @@
+"""tune(): from rows to a study, top to bottom."""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import sklearn
+import torch
+from torch import nn
+
+from gputune.data.dataset import Dataset
+from gputune.data.fingerprint import fingerprint
+from gputune.data.folds import make_folds
+from gputune.data.source import Source, read_source
+from gputune.engine.chunk import Job, Outcome
+from gputune.engine.plan import make_plan, parse_memory
+from gputune.engine.population import complete, populations
+from gputune.engine.scoring import Scorer, Scoring, check_folds, make_scoring
+from gputune.engine.solved import solve_chunk
+from gputune.engine.vmap import check_module
+from gputune.engine.workers import run_chunks
+from gputune.errors import SearchFailedError
+from gputune.model_choice import ModelChoice, choose_model
+from gputune.options import Options
+from gputune.problem import Problem, make_problem
+from gputune.progress import Progress
+from gputune.search.config import legal_keys
+from gputune.search.random import candidates, default_space, remarks, top_up
+from gputune.search.space import Space, check_include, check_space, space_text
+from gputune.study.ledger import Ledger, open_ledger
+from gputune.study.score import score_curve
+from gputune.study.store import Candidate, Result
+from gputune.study.study import Study
+from gputune.types import DEFAULTS, Config
+from gputune.version import __version__
+
+_SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
+
+
+def tune(
+    model: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    space: Any = None,
+    n_trials: int = 64,
+    include: Sequence[Mapping[str, Any]] = (),
+    include_default: bool = True,
+    cv: Any = 5,
+    groups: Any = None,
+    scoring: str | Scorer | None = None,
+    task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
+    class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
+    sample_weight: Any = None,
+    numbers: Literal["standard", "quantile", "none"] = "standard",
+    optimizer: str | None = None,
+    schedule: Literal["constant", "cosine"] = "constant",
+    max_epochs: int = 50,
+    epoch: Literal["best", "last"] = "best",
+    timeout: float | None = None,
+    study: str | Path | None = None,
+    device: str = "auto",
+    dtype: Literal["float32", "float64"] = "float32",
+    memory: int | str | None = None,
+    workers: int | Literal["auto"] = "auto",
+    random_state: Any = 0,
+    verbose: int = 1,
+) -> Study:
+    """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
+
+    model        "mlp", "logistic", a ``torch.nn.Module`` class called with ``n_features``, ``n_outputs`` and the
+                 trial's ``module__*`` values, or "FILE.py:CLASS"
+    X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
+    space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
+                 ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
+    n_trials     drawn configurations, on top of the default one and of ``include`` (dicts)
+    cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
+    groups       one label a row, or the name of a column: a group is never split between folds
+    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2
+    task         overrides what the target looks like
+    numbers      how numeric columns are scaled, fitted on each fold's training rows
+    optimizer    "sgd", "nesterov", "adam", "adamw"; "logistic" is solved to convergence ("exact") by default
+    epoch        "best" scores the fold mean at its best epoch, "last" after the last one
+    timeout      seconds after which training stops at the end of the running epoch
+    study        path of an SQLite file to keep the study in; the same call goes on where the file ends
+    memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
+    workers      processes on a CPU; "auto" uses the cores where the work repays their start
+    random_state seed of candidates, folds, row order, starts and dropout
+    verbose      0 silent, 1 a bar and remarks on standard error, 2 the plan too
+
+    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed.
+    """
+    choice = choose_model(model, optimizer)
+    options = Options(
+        space=space, n_trials=n_trials, include=include, include_default=include_default, cv=cv, scoring=scoring,
+        task=task, class_weight=class_weight, sample_weight=sample_weight, numbers=numbers, schedule=schedule,
+        max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study, device=device, dtype=dtype,
+        memory=memory, workers=workers, random_state=random_state, verbose=verbose,
+    )  # fmt: skip
+    return search(choice, read_source(X, y, groups), options)
+
+
+def search(choice: ModelChoice, source: Source, options: Options) -> Study:
+    """The pipeline: space, rows, folds, data on the device, trials, training, study."""
+    space = _checked_space(choice, options)
+    progress = Progress(options.verbose)
+    problem = make_problem(source, options.task, choice)
+    _say_what_was_understood(problem, choice, progress)
+    scoring = make_scoring(options.scoring, problem.target.task, problem.target.classes)
+    folds = make_folds(
+        options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
+    )
+    data, _ = problem.dataset(folds, options, choice)
+    check_folds(scoring, data)
+    meta = _meta(choice, problem, options, scoring, data, space)
+    with open_ledger(options.study, meta) as ledger:
+        _add_trials(ledger, space, choice, options, progress)
+        _train(ledger, data, scoring, choice, options, progress)
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+    if all(trial.state == "failed" for trial in study.trials):
+        raise SearchFailedError(study.why_none_is_best())
+    return study
+
+
+def _checked_space(choice: ModelChoice, options: Options) -> Space:
+    keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
+    check_include(options.include, keys=keys, module=module)
+    space = default_space(choice.searched, choice.optimizer) if options.space is None else options.space
+    return check_space(space, keys=keys, module=module)
+
+
+def _defaults(choice: ModelChoice, options: Options) -> Config:
+    defaults = {**DEFAULTS, "optimizer": choice.optimizer, "schedule": options.schedule}
+    if choice.module_class is not None:  # what its own signature says
+        for name, parameter in inspect.signature(choice.module_class).parameters.items():
+            if parameter.default is not parameter.empty:
+                defaults[f"module__{name}"] = parameter.default
+    return defaults
+
+
+def _add_trials(
+    ledger: Ledger, space: Space, choice: ModelChoice, options: Options, progress: Progress
+) -> None:
+    """Draw the trials that the ledger lacks: all of a new study, or what a larger n_trials adds to an old one."""
+    drawn = {"n_trials": options.n_trials, "random_state": options.random_state}
+    defaults = _defaults(choice, options)
+    if ledger.candidates:
+        new = top_up(ledger.candidates, space, **drawn)
+    else:
+        new = candidates(
+            space,
+            include=options.include,
+            include_default=options.include_default,
+            defaults=defaults,
+            **drawn,
+        )
+    ledger.add(new)
+    said = remarks(
+        ledger.candidates,
+        space,
+        n_trials=options.n_trials,
+        include_default=options.include_default,
+        defaults=defaults,
+    )
+    for sentence in said:
+        progress.say(sentence)
+
+
+def _train(
+    ledger: Ledger, data: Dataset, scoring: Scoring, choice: ModelChoice, options: Options, progress: Progress
+) -> None:
+    """Train what waits in the ledger, chunk by chunk; what is finished is kept at once."""
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+    waiting = ledger.waiting()
+    configs = [
+        complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule) for trial in waiting
+    ]
+
+    def keep(outcome: Outcome) -> None:
+        ledger.finish(
+            [_result(waiting[i], curve, outcome, options) for i, curve in zip(outcome.index, outcome.curves)]
+        )
+        progress.finished(len(outcome.index))
+
+    with progress.bar_over(len(waiting), 1 if choice.solved else options.max_epochs):
+        if choice.solved:
+            _solve_all(configs, data, scoring, deadline, progress, keep)
+        elif configs:
+            job = Job(
+                options.random_state,
+                options.max_epochs,
+                options.max_epochs,
+                scoring,
+                choice.module_class,
+                deadline,
+            )
+            _train_all(configs, data, job, choice, options, progress, keep)
+
+
+def _solve_all(
+    configs: Sequence[Config],
+    data: Dataset,
+    scoring: Scoring,
+    deadline: float | None,
+    progress: Progress,
+    keep: Callable[[Outcome], None],
+) -> None:
+    for begin in range(0, len(configs), _SOLVED_TOGETHER):
+        if deadline is not None and begin and time.monotonic() > deadline:
+            return
+        part = range(begin, min(begin + _SOLVED_TOGETHER, len(configs)))
+        outcome = solve_chunk(data, configs, part, scoring)
+        progress.advance(len(part), outcome.curves)
+        keep(outcome)
+
+
+def _train_all(
+    configs: Sequence[Config],
+    data: Dataset,
+    job: Job,
+    choice: ModelChoice,
+    options: Options,
+    progress: Progress,
+    keep: Callable[[Outcome], None],
+) -> None:
+    groups = populations(configs, choice.kind, rows=max(len(fold.train) for fold in data.folds))
+    parameters = 0
+    if choice.module_class is not None:
+        for config in {group.arguments: group.configs[0] for group in groups}.values():
+            parameters = max(parameters, _check_module(choice.module_class, config, data))
+    plan = make_plan(
+        groups,
+        data,
+        epochs=options.max_epochs,
+        memory=parse_memory(options.memory),
+        workers=None if options.workers == "auto" else int(options.workers),
+        parameters=parameters,
+    )
+    progress.say(f"plan: {plan}", level=2)
+    run_chunks(job, data, plan, progress=progress.advance, on_outcome=keep)
+
+
+def _check_module(module_class: type[nn.Module], config: Config, data: Dataset) -> int:
+    return check_module(
+        module_class, config, n_features=data.n_features, n_outputs=data.n_outputs, dtype=data.dtype
+    )
+
+
+def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
+    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule=options.epoch)
+    share = outcome.seconds / len(outcome.index)
+    return Result(trial.number, state, score, fold_scores, best_epoch, share, curve)
+
+
+def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Progress) -> None:
+    target, rows = problem.target, len(problem.source.X)
+    kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
+    progress.say(
+        f"{choice.name} on {rows} rows, {len(problem.layout.feature_names)} features; target {target.name!r}: {kind}"
+    )
+    for note in problem.layout.notes:
+        progress.say(f"note: {note}")
+
+
+def _meta(
+    choice: ModelChoice, problem: Problem, options: Options, scoring: Scoring, data: Dataset, space: Space
+) -> dict[str, Any]:
+    """What a study file holds beside its trials: all that resumes the search and refits its best trial."""
+    classes = problem.target.classes
+    return {
+        "model": choice.name,
+        "spec": choice.spec,
+        "optimizer": choice.optimizer,
+        "schedule": options.schedule,
+        "space": space_text(space),
+        "task": problem.target.task,
+        "target": problem.target.name,
+        "classes": None if classes is None else classes.tolist(),
+        "source": problem.source.origin,
+        "fingerprint": fingerprint(problem.source.X, problem.target),
+        "features": len(problem.layout.feature_names),
+        "notes": list(problem.layout.notes),
+        "numbers": options.numbers,
+        "class_weight": None if options.class_weight is None else repr(options.class_weight),
+        "weighted": options.sample_weight is not None,
+        "cv": repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
+        "folds": data.n_folds,
+        "scoring": scoring.name,
+        "epoch": options.epoch,
+        "max_epochs": 1 if choice.solved else options.max_epochs,
+        "seed": options.random_state,
+        "dtype": str(data.dtype).removeprefix("torch."),
+        "device": str(data.device),
+        "versions": {
+            "gputune": __version__,
+            "torch": torch.__version__,
+            "sklearn": sklearn.__version__,
+            "numpy": np.__version__,
+        },
+    }

@@ -1,0 +1,195 @@
+"""One configuration: which keys it may have, and the type and range of each value.
+
+legal_keys(...)    the keys of a kind of model
+check_key(...)     an unknown key is an error that suggests the nearest
+check_value(...)   one value -> a Python number or word in its range
+check_config(...)  one configuration, drawn or written -> the same, ``penalty`` translated
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from numbers import Real
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from gputune.errors import InputError
+from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES, Config
+
+
+class Range(NamedTuple):
+    """The numbers that a key may take."""
+
+    rule: str
+    example: str
+    low: float
+    high: float = math.inf
+    low_counts: bool = True
+    high_counts: bool = False
+    integer: bool = False
+
+    def holds(self, value: float) -> bool:
+        above = value >= self.low if self.low_counts else value > self.low
+        below = value <= self.high if self.high_counts else value < self.high
+        return above and below
+
+
+RANGES: Mapping[str, Range] = {
+    "lr": Range("a finite number > 0", "0.001", 0, low_counts=False),
+    "batch_size": Range("an integer >= 1", "32", 1, integer=True),
+    "width": Range("an integer >= 1", "128", 1, integer=True),
+    "depth": Range("an integer >= 1, the number of hidden layers", "2", 1, integer=True),
+    "dropout": Range("a number in [0, 1)", "0.1", 0, 1),
+    "weight_decay": Range("a finite number >= 0", "0.01", 0),
+    "momentum": Range("a number in [0, 1)", "0.9", 0, 1),
+    "C": Range("a number > 0, inf for no penalty", "1.0", 0, low_counts=False, high_counts=True),
+    "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, high_counts=True),
+}
+
+WORDS: Mapping[str, tuple[str, ...]] = {
+    "activation": ACTIVATIONS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "penalty": ("l2", "l1", "none"),
+}
+
+KEYS = (*RANGES, *WORDS)
+"""Every key of every kind of model, but for ``module__*``."""
+
+MODULE_PREFIX = "module__"
+
+INTEGER_REMEDY = "Use a list, scipy.stats.randint(low, high + 1) or gputune.log_int(low, high)."
+
+# What scikit-learn, skorch and papers call our keys: too far for a spell checker.
+_OTHER_NAMES: Mapping[str, str] = {
+    "learning_rate": "lr",
+    "learning_rate_init": "lr",
+    "alpha": "weight_decay",
+    "hidden_layer_sizes": "width",
+    "hidden_size": "width",
+    "units": "width",
+    "n_layers": "depth",
+    "num_layers": "depth",
+    "solver": "optimizer",
+}
+
+
+def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> tuple[str, ...]:
+    """Return the keys that a space for this kind of model may have; a module also has its ``module__*`` keys.
+
+    ``optimizer="exact"`` is the solved logistic regression, which has only its penalty to tune.
+    """
+    if model == "logistic" and optimizer == "exact":
+        return ("C", "l1_ratio", "penalty")
+    trained = ("lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule")
+    return (*trained, "width", "depth", "activation", "dropout") if model == "mlp" else trained
+
+
+def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
+    """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys`` (or ``module__*``).
+
+    name: how the error calls the dict that has the key.
+    """
+    if key in keys:
+        return
+    if isinstance(key, str) and key.startswith(MODULE_PREFIX) and len(key) > len(MODULE_PREFIX):
+        if module:
+            return
+        raise InputError(
+            f"{name} has the key {key!r}, but {MODULE_PREFIX}* keys need an nn.Module class as the model. "
+            "Leave it out."
+        )
+    legal = sorted(keys) + ([f"{MODULE_PREFIX}*"] if module else [])
+    raise InputError(
+        f"{name} must have only the keys {', '.join(legal)}, got {key!r}. {_key_remedy(str(key), keys, module)}"
+    )
+
+
+def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
+    other = _OTHER_NAMES.get(key)
+    near = [other] if other in keys else get_close_matches(key, sorted(keys), 1)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    if module:
+        return f"An argument of the module is written '{MODULE_PREFIX}{key}'."
+    if "lr" not in keys and key in legal_keys("logistic", "adamw"):
+        return (
+            f"The solved logistic regression has no {key}; optimizer='adamw' trains it by gradient descent."
+        )
+    if "C" not in keys and key in legal_keys("logistic", "exact"):
+        return f"Only the logistic regression solved with optimizer='exact' has {key}."
+    return "Leave it out."
+
+
+def check_config(config: Mapping[str, Any], *, name: str = "config") -> Config:
+    """Return one configuration in Python's own numbers and words, keys sorted; raise InputError out of range.
+
+    ``penalty`` becomes what it means: 'l2' is l1_ratio = 0, 'l1' is l1_ratio = 1, None or 'none' is C = inf.
+    name: how an error calls the configuration.
+    """
+    for key in config:
+        check_key(key, keys=KEYS, module=True, name=name)
+    check_penalty(config, name)
+    checked = {key: check_value(key, value, f"{name}[{key!r}]") for key, value in config.items()}
+    penalty = checked.pop("penalty", None)
+    if penalty is not None:
+        checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0
+    if penalty == "none":
+        checked["C"] = math.inf
+    return dict(sorted(checked.items()))
+
+
+def check_penalty(keys: Collection[str], name: str) -> None:
+    """Raise InputError where ``penalty`` stands beside ``l1_ratio``, of which it is the older word."""
+    if "penalty" in keys and "l1_ratio" in keys:
+        raise InputError(
+            f"{name} must have one of 'penalty' and 'l1_ratio', which say the same, got both. "
+            "Leave 'penalty' out: l1_ratio 0 is l2, 1 is l1, between is elastic net."
+        )
+
+
+def check_value(key: str, value: Any, name: str) -> Any:
+    """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        value = value.item()
+    if key in RANGES:
+        return _check_number(RANGES[key], value, name)
+    if key in WORDS:
+        return _check_word(key, "none" if key == "penalty" and value is None else value, name)
+    return value  # of module__*, which is the module's own business
+
+
+def _check_number(rule: Range, value: Any, name: str) -> float | int:
+    if isinstance(value, str):
+        raise InputError(f"{name} must be {rule.rule}, got the text {value!r}. For example {rule.example}.")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(
+            f"{name} must be {rule.rule}, got {value!r}. "
+            f"Give a number, for example {rule.example}, a list, or a frozen scipy.stats distribution."
+        )
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
+    if rule.integer and math.isfinite(number) and not number.is_integer():
+        raise InputError(f"{name} must be {rule.rule}, got {value!r}. {INTEGER_REMEDY}")
+    if not rule.holds(number):
+        raise InputError(f"{name} must be {rule.rule}, got {value!r}. For example {rule.example}.")
+    if not rule.integer:
+        return number
+    return value if isinstance(value, int) else int(number)  # a float would lose digits of a large int
+
+
+def _check_word(key: str, value: Any, name: str) -> str:
+    words = WORDS[key]
+    if isinstance(value, str) and value in words:
+        return value
+    near = get_close_matches(value.lower(), words, 1) if isinstance(value, str) else []
+    if near:
+        remedy = f"Did you mean {near[0]!r}?"
+    elif key == "penalty":
+        remedy = "For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
+    else:
+        remedy = f"For example {words[0]!r}."
+    raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}. {remedy}")

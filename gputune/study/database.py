@@ -1,0 +1,232 @@
+"""How a study file is opened, checked and written: SQLite, with its errors put into words.
+
+A file is looked at through a read-only connection first, and only one that is whole, of a known version and with
+exactly our tables is opened for writing. What a transaction wrote is on the disk when it ends, or was never there.
+"""
+
+import errno
+import os
+import secrets
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+
+APPLICATION_ID = 0x67707475  # "gptu"
+FORMAT_VERSION = 1
+BUSY_SECONDS = 30.0
+PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON")
+
+TABLES = {
+    "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
+    "trials": "CREATE TABLE trials (number INTEGER PRIMARY KEY, params TEXT NOT NULL, origin TEXT NOT NULL,"
+    " checksum TEXT NOT NULL) STRICT",
+    "results": "CREATE TABLE results (number INTEGER PRIMARY KEY REFERENCES trials (number), state TEXT NOT"
+    " NULL, score BLOB NOT NULL, fold_scores BLOB NOT NULL, best_epoch INTEGER NOT NULL, seconds BLOB NOT"
+    " NULL, curve BLOB NOT NULL, checksum TEXT NOT NULL) STRICT",
+}
+
+
+def create_file(path: Path, fill: Callable[[sqlite3.Connection], object]) -> None:
+    """Make a file with our tables and what ``fill`` writes; it appears whole or not at all.
+
+    Raises InputError where something lies at ``path`` already, or where its folder does not exist.
+    """
+    if path.exists():
+        raise _already_exists(path)
+    if not path.parent.is_dir():
+        raise InputError(
+            f"study={str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first."
+        )
+    draft = path.with_name(f".study-{secrets.token_hex(8)}.tmp")
+    try:
+        with closing(_connect(draft, "rwc")) as connection:
+            with transaction(connection, path):
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+                for statement in TABLES.values():
+                    connection.execute(statement)
+                fill(connection)
+            # Now, while no other process knows the file: changing the mode later needs it alone.
+            _use_wal(connection, path)
+        _publish(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    """Return a connection to a checked study file, for reading only where it may not be written.
+
+    It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises FileNotFoundError,
+    StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "there is no study file; check the path", str(path))
+    _check_header(path)
+    connection = _connect_readonly(path)
+    try:
+        _check_content(connection, path)
+        if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
+            connection.close()
+            connection = _connect(path, "rw")
+            if not _use_wal(connection, path):
+                warnings.warn(
+                    f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a "
+                    "rollback journal is used. It is as safe, but readers and writers wait for each other; "
+                    "prefer a local disk.",
+                    stacklevel=3,
+                )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """Commit what the block wrote, or leave the file as it was. IMMEDIATE: the lock comes before any read."""
+    with translated(path):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            # A full disk or an I/O error has rolled back already.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Turn what SQLite raises into Python's exception for it: a full disk, a lock, a missing right; else damage."""
+    try:
+        yield
+    except sqlite3.ProgrammingError as error:  # closed, or used from another thread
+        raise ValueError(f"study {str(path)!r} cannot be used here: {error} Open it again.") from error
+    except sqlite3.Error as error:
+        raise _in_words(error, path) from error
+    except UnicodeDecodeError as error:  # SQLite quotes a damaged schema in its message
+        raise damaged(path, "its tables are not those of a study") from error
+
+
+def damaged(path: Path, reason: str) -> StudyCorruptError:
+    """The error for a file that was a study once."""
+    return StudyCorruptError(
+        f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file from a copy."
+    )
+
+
+def _in_words(error: sqlite3.Error, path: Path) -> Exception:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+    name = f"study {str(path)!r}"
+    if code == sqlite3.SQLITE_IOERR_SHORT_READ:
+        return damaged(path, str(error))
+    match code & 0xFF:  # the low byte is the kind, the others say more
+        case sqlite3.SQLITE_FULL:
+            return OSError(errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room")
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return TimeoutError(
+                errno.ETIMEDOUT,
+                f"{name}: another process has held its lock for {BUSY_SECONDS:g} s; wait for it or end it",
+            )
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_PERM:
+            return PermissionError(
+                errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder"
+            )
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_NOMEM:
+            return OSError(errno.EIO, f"{name}: {error}; check the disk and the rights of its folder")
+    return damaged(path, str(error))
+
+
+def _already_exists(path: Path) -> InputError:
+    return InputError(f"study={str(path)!r} exists already; open it, or give a path that is free.")
+
+
+def _foreign(path: Path, reason: str) -> StudyCorruptError:
+    return StudyCorruptError(f"{str(path)!r} is not a gputune study: {reason}; check the path.")
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
+    with translated(path):
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            for pragma in PRAGMAS:
+                connection.execute(f"PRAGMA {pragma}")
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def _connect_readonly(path: Path) -> sqlite3.Connection:
+    connection = _connect(path, "ro")
+    try:
+        connection.execute("PRAGMA schema_version")
+    except sqlite3.Error:
+        file = path.resolve()
+        if not file.with_name(file.name + "-wal").exists():
+            # The write-ahead log needs files beside the study even to read. Where they cannot be made (a
+            # read-only medium) and no log is pending, the file alone is the whole study.
+            connection.close()
+            connection = _connect(path, "ro&immutable=1")
+    return connection
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a foreign file before SQLite touches it."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    if len(header) < 100 or header[:16] != b"SQLite format 3\x00":
+        raise _foreign(path, "it is no SQLite file")
+    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise _foreign(path, "it is an SQLite file of another program")
+
+
+def _check_content(connection: sqlite3.Connection, path: Path) -> None:
+    """Raise unless the file is whole, of a known version, and holds our tables only (no trigger or view)."""
+    with translated(path):
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > FORMAT_VERSION:
+            raise StudyVersionError(
+                f"study {str(path)!r} has file format {version}, this gputune reads up to {FORMAT_VERSION}; "
+                "upgrade gputune to open it."
+            )
+        verdict = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
+        if verdict != ["ok"]:
+            raise damaged(path, str(verdict[0]).splitlines()[-1])
+        schema = dict(connection.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL"))
+        orphans = connection.execute("PRAGMA foreign_key_check").fetchall()
+    if version < 1 or schema != TABLES:
+        raise damaged(path, "its tables are not those of a study")
+    if orphans:
+        raise damaged(path, f"{len(orphans)} results belong to no trial")
+
+
+def _use_wal(connection: sqlite3.Connection, path: Path) -> bool:
+    """Switch to the write-ahead log, or to the rollback journal where the file system has no shared memory."""
+    with translated(path):
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode == "wal":
+            return True
+        connection.execute("PRAGMA journal_mode = DELETE")
+        return False
+
+
+def _publish(draft: Path, path: Path) -> None:
+    """Give the finished draft its name, unless another process took the name meanwhile."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise _already_exists(path) from None
+    except OSError:  # a file system without hard links
+        os.rename(draft, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

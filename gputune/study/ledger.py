@@ -1,0 +1,78 @@
+"""The trials of a running search and their results: in memory, and in a study file where one is kept."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gputune.errors import InputError
+from gputune.study.store import Candidate, Result, Store
+
+# What must be the same for a search to go on in a file. Anything else (device, versions, n_trials) may differ.
+_IDENTITY = {
+    "spec": "model",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "space": "space",
+    "task": "task",
+    "fingerprint": "data",
+    "numbers": "numbers",
+    "class_weight": "class_weight",
+    "weighted": "sample_weight",
+    "cv": "cv",
+    "folds": "number of folds",
+    "scoring": "scoring",
+    "epoch": "epoch",
+    "max_epochs": "max_epochs",
+    "seed": "random_state",
+    "dtype": "dtype",
+}
+
+
+class Ledger:
+    """Candidates in the order of their numbers, and the results of those that are finished."""
+
+    def __init__(self, store: Store | None) -> None:
+        self.store = store
+        known = [] if store is None else store.trials()
+        self.candidates: list[Candidate] = [candidate for candidate, _ in known]
+        self.results: dict[int, Result] = {r.number: r for _, r in known if r is not None}
+
+    def add(self, new: Sequence[Candidate]) -> None:
+        """Take in drawn candidates before anything trains."""
+        if self.store is not None and new:
+            self.store.add_trials(new)
+        self.candidates += new
+
+    def waiting(self) -> list[Candidate]:
+        """Return the candidates without a result."""
+        return [candidate for candidate in self.candidates if candidate.number not in self.results]
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Keep the results of one chunk, all or none."""
+        if self.store is not None:
+            self.store.finish(results)
+        self.results.update({result.number: result for result in results})
+
+    def rows(self) -> list[tuple[Candidate, Result | None]]:
+        """Return every candidate with its result."""
+        return [(candidate, self.results.get(candidate.number)) for candidate in self.candidates]
+
+
+@contextmanager
+def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Ledger]:
+    """Open the ledger of a new search, or of the search that ``path`` holds.
+
+    Raises InputError where the file holds another search, and says what differs.
+    """
+    if path is None:
+        yield Ledger(None)
+        return
+    with Store.open(path) if Path(path).exists() else Store.create(path, meta) as store:
+        differing = [word for key, word in _IDENTITY.items() if store.meta[key] != meta[key]]
+        if differing:
+            raise InputError(
+                f"study={str(path)!r} holds another search: its {', '.join(differing)} differ from this call's. "
+                "Give this search a path of its own, or repeat the first call's arguments."
+            )
+        yield Ledger(store)

@@ -1,0 +1,121 @@
+"""A tuned model: a plain module and its preprocessing, from raw rows to predictions."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gputune.data.encode import Layout, Statistics, transform
+from gputune.data.table import Table, as_table, read_table
+from gputune.data.tensors import checked_tensor
+from gputune.errors import InputError
+from gputune.types import Task
+
+ROWS, NUMBERS = 8192, 2**23
+"""Most rows, and most encoded numbers, that one batch of a prediction holds."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TunedModel:
+    """A trained module with all that is needed to predict from raw rows.
+
+    module    plain ``nn.Module``, returning logits (n, K), or values (n, 1) or (n,) of a standardised target
+    classes   (K,) the labels, in their own type; None for regression
+    center, scale   the regression target is ``value * scale + center``; 0 and 1 for classes
+    target    name of the target's column
+    spec      how the module is built again: {"kind": "mlp" or "logistic", "kwargs": {...}}, or for a class of
+              the user {"kind": "module", "kwargs": {...}} with what module_source.py writes about the class;
+              ``n_features`` and ``n_outputs`` follow from layout and classes and need not be in ``kwargs``
+    info      what is worth knowing later: score, held-out score, parameters, versions
+    """
+
+    module: nn.Module
+    layout: Layout
+    statistics: Statistics
+    task: Task
+    classes: NDArray[Any] | None
+    center: float
+    scale: float
+    dtype: torch.dtype
+    target: str
+    spec: dict[str, Any]
+    info: dict[str, Any]
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return class labels in their own type, or values in original units (float64), (n,).
+
+        ``X`` is a file, a data frame, an array or a tensor with the columns of the training data; more columns
+        are ignored. Raises InputError for missing columns and for what is no table.
+        """
+        outputs = self._outputs(X)
+        if self.classes is None:
+            return (outputs[:, 0] * self.scale + self.center).numpy()
+        labels: NDArray[Any] = self.classes[outputs.argmax(1).numpy()]
+        return labels
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Return the probability of each class, (n, K) in the order of ``classes``: the softmax of the logits.
+
+        Raises InputError for a regression model.
+        """
+        if self.classes is None:
+            raise InputError("predict_proba needs a model of classes, and this is a regression; use predict.")
+        return self._outputs(X).softmax(1).numpy()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``model.safetensors`` and ``model.json`` into ``folder``, which is made where it is missing.
+
+        Each file appears whole or not at all. A model saved there before is replaced. Raises InputError for a
+        folder that holds anything else, and for a module whose state or spec cannot be written.
+        """
+        from gputune.study.model_files import save_model
+
+        save_model(self, folder)
+
+    def _outputs(self, X: Any) -> Tensor:
+        """Return logits, or standardised values, (n, K) float64 on the CPU."""
+        self.module.eval()  # the caller may have trained it on
+        device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        outputs = []
+        with torch.inference_mode():
+            for part in self._batches(_table(X)):
+                rows = torch.from_numpy(transform(self.layout.raw(part), self.statistics))
+                output = self.module(rows.to(device, self.dtype))
+                outputs.append(self._checked(output, len(rows)).double().cpu())
+        return torch.cat(outputs)
+
+    def _batches(self, table: Table) -> Iterator[Table]:
+        """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""
+        rows = min(ROWS, max(1, NUMBERS // len(self.layout.feature_names)))
+        for start in range(0, len(table), rows):
+            yield table.select(np.arange(start, min(start + rows, len(table))))
+
+    def _checked(self, output: Any, rows: int) -> Tensor:
+        K = 1 if self.classes is None else len(self.classes)
+        if self.classes is None and isinstance(output, Tensor) and output.shape == (rows,):
+            return output[:, None]
+        if isinstance(output, Tensor) and output.shape == (rows, K):
+            return output
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise InputError(
+            f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}; "
+            "correct its forward()."
+        )
+
+    def __repr__(self) -> str:
+        what = "regression" if self.classes is None else f"{len(self.classes)} classes"
+        columns = len(self.layout.columns)
+        return f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {columns} columns)"
+
+
+def _table(X: Any) -> Table:
+    """Return X as a table; a tensor too, so that training on tensors and on arrays is predicted alike."""
+    if isinstance(X, Tensor):
+        return as_table(checked_tensor(X).cpu().numpy())
+    return read_table(X) if isinstance(X, str | Path) else as_table(X)

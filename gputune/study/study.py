@@ -1,0 +1,237 @@
+"""All trials of a search and their results: a value made from options, trials and curves."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gputune.errors import InputError, SearchFailedError
+from gputune.study.score import State
+from gputune.study.store import Candidate, Curve, Result, Store
+
+if TYPE_CHECKING:
+    # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
+    import pandas
+    import polars
+
+    from gputune.study.model import TunedModel
+
+TrialState = State | Literal["waiting"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration and its cross-validated result. Scores follow scikit-learn: greater is better.
+
+    state        "complete"; "stopped" where a deadline cut the training short, which is scored on what it had;
+                 "failed" where it diverged (score NaN); "waiting" where it has not run
+    score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has run
+    best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
+    seconds      time of its training; members train together, so it is the trial's share of its chunk
+    origin       "default", "include", or the method that drew it
+    """
+
+    number: int
+    params: dict[str, Any]
+    score: float
+    fold_scores: tuple[float, ...]
+    best_epoch: int
+    state: TrialState
+    seconds: float
+    origin: str
+
+    @property
+    def std_error(self) -> float:
+        """Standard error of ``score`` over the folds, std(ddof=1) / sqrt(F); NaN for fewer than two folds."""
+        folds = len(self.fold_scores)
+        if folds < 2 or not np.isfinite(self.fold_scores).all():
+            return math.nan
+        return float(np.std(self.fold_scores, ddof=1)) / math.sqrt(folds)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Study:
+    """What a search found.
+
+    trials   in order of their number
+    curves   (C, epochs, F) validation scores after each epoch, row c for ``trials[c]``; NaN where a trial did
+             not train that long
+    meta     the options of the search; keys that this class reads (others are kept as they are):
+             "model"    the model's name, shown by ``repr``
+             "scoring"  the name of the score, shown by ``repr``
+    data     what the process that searched keeps for a refit; None for a study that was opened from its file
+    """
+
+    meta: dict[str, Any]
+    trials: tuple[Trial, ...]
+    curves: Curve
+    data: Any = None
+
+    def __post_init__(self) -> None:
+        curves = np.array(self.curves, dtype=np.float64)
+        if curves.ndim != 3 or len(curves) != len(self.trials):
+            raise InputError(
+                f"Study(curves=...) must be (C, epochs, F) with a row for each of the {len(self.trials)} "
+                f"trials, got shape {curves.shape}."
+            )
+        curves.flags.writeable = False
+        object.__setattr__(self, "curves", curves)
+        object.__setattr__(self, "trials", tuple(self.trials))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Study":
+        """Return the study in the file at ``path``, with what is finished so far.
+
+        Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
+        """
+        with Store.open(path) as store:
+            return cls.from_rows(store.meta, store.trials())
+
+    @classmethod
+    def from_rows(
+        cls, meta: dict[str, Any], rows: Sequence[tuple[Candidate, Result | None]], *, data: Any = None
+    ) -> "Study":
+        """Return the study of these candidates, in this order, and of the results that there are so far."""
+        trials = tuple(_trial(*row) for row in rows)
+        return cls(meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data)
+
+    @property
+    def best_trial(self) -> Trial:
+        """The trial with the highest finite score, the lower number on a tie.
+
+        Raises SearchFailedError where no trial has one.
+        """
+        best = min(self.trials, key=_rank, default=None)
+        if best is None or not math.isfinite(best.score):
+            raise SearchFailedError(self.why_none_is_best())
+        return best
+
+    @property
+    def best_params(self) -> dict[str, Any]:
+        """The configuration of ``best_trial``, a copy."""
+        return dict(self.best_trial.params)
+
+    @property
+    def best_score(self) -> float:
+        """The score of ``best_trial``. Optimistic: it is the best of many on the folds that chose it."""
+        return self.best_trial.score
+
+    def ranking(self) -> tuple[Trial, ...]:
+        """The trials, best first; those without a finite score last; ties by number."""
+        return tuple(sorted(self.trials, key=_rank))
+
+    def best_model(self, X: Any = None, y: Any = None) -> "TunedModel":
+        """The best configuration, trained again on all rows.
+
+        ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again.
+        """
+        from gputune.refit import refit
+
+        return refit(self, X, y)
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
+
+        A parameter that a trial does not have is missing. Raises ImportError without pandas.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_pandas() needs pandas: pip install pandas, or use to_polars().") from error
+        columns: dict[str, Any] = self._columns()
+        for name, values in columns.items():
+            # pandas would turn integers with a gap into floats.
+            dtype = "Int64" if _kinds(values) == {int} and None in values else None
+            columns[name] = pandas.Series(values, dtype=dtype)
+        return pandas.DataFrame(columns)
+
+    def to_polars(self) -> "polars.DataFrame":
+        """As ``to_pandas``, as a polars frame. Parameters of unlike types are given as text."""
+        import polars
+
+        columns = self._columns()
+        for name, values in columns.items():
+            kinds = _kinds(values)
+            if not (kinds <= {int, float} or kinds in ({bool}, {str})):
+                columns[name] = [None if value is None else str(value) for value in values]
+        return polars.DataFrame([polars.Series(name, v, strict=False) for name, v in columns.items()])
+
+    def _columns(self) -> dict[str, list[Any]]:
+        trials = self.trials
+        columns: dict[str, list[Any]] = {
+            "number": [t.number for t in trials],
+            "state": [t.state for t in trials],
+            "score": [t.score for t in trials],
+            "std_error": [t.std_error for t in trials],
+        }
+        for f in range(max((len(t.fold_scores) for t in trials), default=0)):
+            columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
+        columns["best_epoch"] = [t.best_epoch for t in trials]
+        columns["seconds"] = [t.seconds for t in trials]
+        columns["origin"] = [t.origin for t in trials]
+        for name in dict.fromkeys(name for t in trials for name in t.params):
+            columns[f"params_{name}"] = [t.params.get(name) for t in trials]
+        return columns
+
+    def why_none_is_best(self) -> str:
+        """Return the reason, and what to do, where no trial has a finite score."""
+        if not self.trials:
+            return "the study has no trials; search with n_trials >= 1."
+        failed = sum(t.state == "failed" for t in self.trials)
+        waiting = sum(t.state == "waiting" for t in self.trials)
+        if waiting == len(self.trials):
+            return f"none of the {waiting} trials has been trained yet; run the search."
+        return (
+            f"no trial has a finite score: of {len(self.trials)} trials {failed} diverged, {waiting} have not been "
+            "trained; lower the learning rates of the space, and look for extreme values in the data."
+        )
+
+    def __repr__(self) -> str:
+        parts = [str(self.meta["model"])] if "model" in self.meta else []
+        parts.append(f"{len(self.trials)} trials")
+        parts += [
+            f"{n} {s}"
+            for s in ("stopped", "failed", "waiting")
+            if (n := sum(t.state == s for t in self.trials))
+        ]
+        best = min(self.trials, key=_rank, default=None)
+        if best is not None and math.isfinite(best.score):
+            parts.append(
+                f"best {self.meta.get('scoring') or 'score'} {best.score:.4g} in trial {best.number}"
+            )
+        return f"Study({', '.join(parts)})"
+
+
+def _rank(trial: Trial) -> tuple[bool, float, int]:
+    """Sorts best first. A score that is not finite is never best, whatever its sign."""
+    finite = math.isfinite(trial.score)
+    return (not finite, -trial.score if finite else 0.0, trial.number)
+
+
+def _kinds(values: list[Any]) -> set[type]:
+    return {type(value) for value in values if value is not None}
+
+
+def _trial(candidate: Candidate, result: Result | None) -> Trial:
+    number, params, origin = candidate.number, dict(candidate.params), candidate.origin
+    if result is None:
+        return Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin)
+    scores = tuple(result.fold_scores)
+    return Trial(
+        number, params, result.score, scores, result.best_epoch, result.state, result.seconds, origin
+    )
+
+
+def _stack(results: Sequence[Result | None]) -> NDArray[np.float64]:
+    """Curves of unlike length as one (C, epochs, F) array, NaN beyond their end."""
+    shapes = [r.curve.shape for r in results if r is not None]
+    epochs, folds = np.max(shapes, axis=0) if shapes else (0, 0)
+    curves = np.full((len(results), epochs, folds), np.nan)
+    for row, result in zip(curves, results):
+        if result is not None:
+            row[: len(result.curve), : result.curve.shape[1]] = result.curve
+    return curves

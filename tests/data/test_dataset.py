@@ -1,0 +1,207 @@
+"""Each fold's copy of X and its targets come from its own training rows, and equal copies are kept once."""
+
+from dataclasses import fields
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.model_selection import KFold
+
+from gputune.data.dataset import make_dataset
+from gputune.data.encode import fit_layout, fit_statistics, transform
+from gputune.data.folds import all_rows, make_folds
+from gputune.data.table import as_table
+from gputune.data.target import check_target
+
+N = 60
+
+
+def table(seed=0):
+    g = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "a": g.normal(5, 3, N),
+            "b": np.where(g.random(N) < 0.2, np.nan, g.lognormal(size=N)),
+            "c": g.choice(["x", "y", "z"], N),
+        }
+    )
+
+
+def labels():
+    return np.array(["no", "yes", "perhaps"])[np.random.default_rng(1).integers(0, 3, N)]
+
+
+def build(X=None, y=None, folds=None, *, dtype=torch.float64, **options):
+    X = as_table(table()) if X is None else X
+    layout = fit_layout(X)
+    target = check_target(labels() if y is None else y, n_rows=N)
+    folds = list(KFold(3).split(np.zeros(N))) if folds is None else folds
+    return make_dataset(layout.raw(X), layout, target, folds, dtype=dtype, device="cpu", **options)
+
+
+def test_shapes_and_types():
+    data, statistics = build(dtype=torch.float32)
+    assert (data.n_folds, data.n_rows, data.n_features, data.n_outputs) == (3, N, 6, 3)
+    assert data.x.shape == (3, N, 6)
+    assert (data.dtype, data.device) == (torch.float32, torch.device("cpu"))
+    assert data.copies == (0, 1, 2)
+    assert data.task == "multiclass"
+    assert data.y.dtype == data.target.dtype == torch.int64
+    assert data.weights is None
+    assert data.present is None
+    assert data.center.tolist() == [0, 0, 0]
+    assert data.scale.tolist() == [1, 1, 1]
+    assert data.center.dtype == data.scale.dtype == torch.float64
+    assert {part.dtype for fold in data.folds for part in (fold.train, fold.valid)} == {torch.int64}
+    assert len(statistics) == 3
+
+
+@pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
+def test_a_fold_reads_what_its_own_rows_fit(numbers):
+    data, statistics = build(numbers=numbers)
+    X = as_table(table())
+    layout = fit_layout(X)
+    raw = layout.raw(X)
+    for f, (train, _) in enumerate(KFold(3).split(raw)):
+        expected = transform(raw, fit_statistics(raw, layout, train, numbers=numbers))
+        np.testing.assert_array_equal(data.x[data.copies[f]].numpy(), expected)
+        np.testing.assert_array_equal(transform(raw, statistics[f]), expected)
+
+
+def test_equal_copies_are_kept_once():
+    X = as_table(table().drop(columns="b"))
+    assert build(X, numbers="none")[0].copies == (0, 0, 0)
+    assert build(X)[0].copies == (0, 1, 2)
+    # Where values are missing, what fills them differs from fold to fold.
+    assert build(numbers="none")[0].copies == (0, 1, 2)
+    one, two = KFold(2).split(np.zeros(N))
+    data, statistics = build(folds=[one, two, one])
+    assert data.copies == (0, 1, 0)
+    assert data.x.shape[0] == 2
+    assert len(statistics) == 3
+
+
+def test_a_regression_is_standardised_by_the_training_rows():
+    y = np.random.default_rng(2).lognormal(3, 1, N)
+    data, _ = build(y=y)
+    assert (data.task, data.n_outputs, data.present) == ("regression", 1, None)
+    assert data.y.shape == (3, N)
+    np.testing.assert_array_equal(data.target.numpy(), y)
+    for f, fold in enumerate(data.folds):
+        train = data.y[f, fold.train]
+        assert abs(train.mean()) < 1e-12
+        assert abs(train.std(correction=0) - 1) < 1e-12
+    np.testing.assert_allclose((data.y * data.scale[:, None] + data.center[:, None]).numpy(), [y] * 3)
+
+
+def test_a_target_that_is_constant_in_the_training_rows_is_only_centred():
+    y = np.r_[np.full(40, 0.1), np.arange(20.0)]
+    data, _ = build(y=y)
+    assert data.scale[2] == 1
+    np.testing.assert_allclose(data.y[2, :40].numpy(), 0, atol=1e-15)
+
+
+def test_classes_without_training_rows_are_marked():
+    y = np.array(["a", "b", "c"])[np.arange(N) // 20]
+    data, _ = build(y=y)
+    assert data.present.tolist() == [[False, True, True], [True, False, True], [True, True, False]]
+
+
+def test_weights_are_one_row_a_fold():
+    assert build(sample_weight=np.ones(N))[0].weights is None
+    data, _ = build(sample_weight=np.arange(N), class_weight={"yes": 2}, dtype=torch.float32)
+    expected = np.arange(N) * np.where(labels() == "yes", 2, 1)
+    np.testing.assert_array_equal(data.weights.numpy(), [expected] * 3)
+    assert data.weights.dtype == torch.float32
+    balanced = build(class_weight="balanced")[0]
+    for f, fold in enumerate(balanced.folds):
+        weights, codes = balanced.weights[f, fold.train], balanced.y[fold.train]
+        sums = torch.stack([weights[codes == k].sum() for k in range(3)])
+        torch.testing.assert_close(sums, sums.mean().expand(3))
+    assert not torch.equal(balanced.weights[0], balanced.weights[1])
+
+
+def test_one_fold_with_weights_of_one_beside_others():
+    y = np.r_[np.zeros(20), np.ones(20), np.zeros(10), np.ones(10)].astype(int)
+    folds = [(np.arange(40), np.arange(40, 60)), (np.arange(10, 60), np.arange(10))]
+    weights = build(y=y, folds=folds, class_weight="balanced")[0].weights
+    assert (weights[0] == 1).all()
+    assert not (weights[1] == 1).all()
+
+
+def test_the_fold_of_a_refit():
+    data, _ = build(folds=[all_rows(N)])
+    assert data.folds[0].train.tolist() == list(range(N))
+    assert data.folds[0].valid.shape == (0,)
+    torch.testing.assert_close(
+        data.x[0, :, 0].mean(), torch.tensor(0.0, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+
+
+def test_a_tensor_gives_the_data_of_an_array():
+    values = table()[["a", "b"]].to_numpy()
+    arrays, _ = build(as_table(values))
+    tensors, _ = build(torch.tensor(values))
+    assert tensors.copies == arrays.copies
+    torch.testing.assert_close(tensors.x, arrays.x, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_no_leakage(numbers, task):
+    """Other values in a fold's validation rows change no training row, statistic, target or weight of that fold."""
+    y = labels() if task == "classification" else np.random.default_rng(3).normal(size=N)
+    options = {"numbers": numbers, "class_weight": "balanced" if task == "classification" else None}
+    folds = list(KFold(3, shuffle=True, random_state=0).split(np.zeros(N)))
+    layout = fit_layout(as_table(table()))
+    g = np.random.default_rng(4)
+    for f, (train, valid) in enumerate(folds):
+        other = table()
+        other.loc[valid, "a"] = g.normal(1e4, 1e4, len(valid))
+        other.loc[valid, "b"] = np.where(g.random(len(valid)) < 0.5, np.nan, -1e4)
+        other.loc[valid, "c"] = g.choice(["x", "unseen"], len(valid))
+        y_other = y.copy()
+        y_other[valid] = g.permutation(y[valid])
+        if task == "regression":
+            y_other[valid] += 1e3
+        (before, s), (after, t) = (
+            make_dataset(
+                layout.raw(as_table(X)),
+                layout,
+                check_target(labels, n_rows=N),
+                folds,
+                dtype=torch.float64,
+                device="cpu",
+                **options,
+            )
+            for X, labels in ((table(), y), (other, y_other))
+        )
+        assert t[f].to_json() == s[f].to_json()
+        assert torch.equal(after.x[after.copies[f], train], before.x[before.copies[f], train])
+        assert torch.equal(after.center[f], before.center[f])
+        assert torch.equal(after.scale[f], before.scale[f])
+        y_after, y_before = (data.y if task == "classification" else data.y[f] for data in (after, before))
+        assert torch.equal(y_after[train], y_before[train])
+        if task == "classification":
+            assert torch.equal(after.weights[f, train], before.weights[f, train])
+        # The change is seen where it was made.
+        assert not torch.equal(after.x[after.copies[f], valid], before.x[before.copies[f], valid])
+
+
+def test_a_dataset_lies_on_one_device():
+    data, _ = build(class_weight="balanced", y=np.array(["a", "b", "c"])[np.arange(N) // 20])
+    tensors = [getattr(data, field.name) for field in fields(data)]
+    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+    tensors += [part for fold in data.folds for part in (fold.train, fold.valid)]
+    assert {tensor.device for tensor in tensors} == {data.device}
+
+
+def test_shuffled_folds_of_a_table_from_end_to_end():
+    X = as_table(table())
+    target = check_target(labels(), n_rows=N)
+    folds = make_folds(5, target, n_rows=N, seed=0)
+    layout = fit_layout(X)
+    data, _ = make_dataset(layout.raw(X), layout, target, folds, dtype=torch.float32, device="cpu")
+    assert torch.isfinite(data.x).all()
+    assert torch.cat([fold.valid for fold in data.folds]).sort().values.tolist() == list(range(N))

@@ -1,0 +1,287 @@
+"""The layout comes from X alone, statistics from the training rows alone, and one transform applies both."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.preprocessing import QuantileTransformer, StandardScaler
+
+from gputune.data.encode import Layout, Statistics, fit_layout, fit_statistics, transform
+from gputune.data.table import as_table
+from gputune.errors import InputError
+
+
+def frame(n=200, seed=0):
+    g = np.random.default_rng(seed)
+    return pd.DataFrame(
+        {
+            "age": np.where(np.arange(n) % 7 == 0, np.nan, g.normal(40, 10, n)),
+            "city": pd.Series(g.choice(["Bonn", "Ulm", "Kiel"], n)).mask(np.arange(n) % 11 == 0),
+            "member": g.random(n) < 0.3,
+            "joined": pd.to_datetime("2019-12-01") + pd.to_timedelta(g.integers(0, 400, n), unit="D"),
+            "income": g.lognormal(size=n),
+        }
+    )
+
+
+def rows(n=200, share=2):
+    return np.flatnonzero(np.arange(n) % share > 0)
+
+
+def test_features_of_a_mixed_frame():
+    table = as_table(frame())
+    layout = fit_layout(table)
+    assert layout.feature_names == (
+        "age",
+        "age=(missing)",
+        "city=Bonn",
+        "city=Kiel",
+        "city=Ulm",
+        "city=(missing)",
+        "member",
+        "joined.days",
+        "joined.month",
+        "joined.day",
+        "joined.weekday",
+        "income",
+    )
+    assert layout.numeric.tolist() == [True, *[False] * 6, *[True] * 5]
+    raw = layout.raw(table)
+    assert raw.dtype == np.float64
+    assert raw.shape == (200, 12)
+    np.testing.assert_array_equal(raw[:, 0], table.column("age"))
+    np.testing.assert_array_equal(raw[:, 1], np.isnan(table.column("age")))
+    np.testing.assert_array_equal(raw[:, 2:6].sum(1), np.ones(200))
+    np.testing.assert_array_equal(raw[:, 5] == 1, [value is None for value in table.column("city")])
+    dates = frame()["joined"].dt
+    for j, part in enumerate([dates.month, dates.day, dates.day_of_week]):
+        np.testing.assert_array_equal(raw[:, 8 + j], part)
+    assert raw[0, 7] == (frame()["joined"][0] - pd.Timestamp("1970-01-01")).days
+
+
+@pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
+def test_layout_and_statistics_survive_json_bit_for_bit(numbers):
+    table = as_table(frame())
+    layout = fit_layout(table)
+    statistics = fit_statistics(layout.raw(table), layout, rows(), numbers=numbers)
+    written = json.loads(json.dumps([layout.to_json(), statistics.to_json()], allow_nan=False))
+    layout2, statistics2 = Layout.from_json(written[0]), Statistics.from_json(written[1])
+    assert layout2 == layout
+    x = transform(layout.raw(table), statistics)
+    assert transform(layout2.raw(table), statistics2).tobytes() == x.tobytes()
+    assert np.isfinite(x).all()
+
+
+def test_standard_numbers_equal_scikit_learns():
+    table = as_table(frame())
+    layout = fit_layout(table)
+    raw = layout.raw(table)
+    statistics = fit_statistics(raw, layout, rows())
+    x = transform(raw, statistics)
+    expected = StandardScaler().fit(raw[rows()]).transform(raw)
+    numeric = layout.numeric
+    filled = np.where(np.isnan(raw), 0.0, expected)  # the mean, standardised
+    np.testing.assert_allclose(x[:, numeric], filled[:, numeric], rtol=0, atol=1e-13)
+    np.testing.assert_array_equal(x[:, ~numeric], raw[:, ~numeric])
+
+
+@pytest.mark.parametrize("n", [7, 200, 3000])
+def test_quantile_numbers_equal_scikit_learns(n):
+    g = np.random.default_rng(1)
+    columns = [g.normal(size=n), g.integers(0, 4, n), g.lognormal(size=n), np.round(g.normal(size=n), 1)]
+    values = np.stack(columns, axis=1).astype(float)
+    values[::5, 0] = np.nan
+    layout = fit_layout(as_table(values))
+    raw = layout.raw(as_table(values))
+    train = np.arange(n)[: -n // 3]
+    x = transform(raw, fit_statistics(raw, layout, train, numbers="quantile"))
+    part = raw[train]
+    mean = np.where(np.isnan(part), 0, part).sum(0) / (~np.isnan(part)).sum(0)
+    filled = np.where(np.isnan(raw), mean, raw)
+    expected = QuantileTransformer(
+        n_quantiles=min(1000, len(train)), output_distribution="normal", subsample=None
+    ).fit(part)
+    np.testing.assert_allclose(
+        x[:, layout.numeric], expected.transform(filled)[:, layout.numeric], rtol=0, atol=1e-9
+    )
+
+
+def test_quantiles_of_tiny_numbers_and_of_a_column_constant_in_the_rows():
+    values = np.stack([np.linspace(0, 1e-8, 50), np.arange(50) // 40], axis=1)
+    layout = fit_layout(as_table(values))
+    x = transform(values, fit_statistics(values, layout, np.arange(40), numbers="quantile"))
+    assert (np.diff(x[:40, 0]) > 0).all()
+    np.testing.assert_array_equal(x[:, 1], values[:, 1])
+
+
+def test_numbers_none_only_fills():
+    table = as_table(frame())
+    layout = fit_layout(table)
+    raw = layout.raw(table)
+    x = transform(raw, fit_statistics(raw, layout, rows(), numbers="none"))
+    known = ~np.isnan(raw)
+    np.testing.assert_array_equal(x[known], raw[known])
+    np.testing.assert_allclose(x[~known], np.nanmean(raw[rows(), 0]), rtol=1e-15)
+
+
+def test_a_column_constant_or_missing_in_the_training_rows():
+    constant, missing = np.full(30, 1e6 + 0.1), np.full(30, np.nan)
+    values = np.stack([np.r_[constant, 5, 6], np.r_[missing, 5, 6], np.arange(32)], axis=1)
+    for X in (as_table(values), torch.tensor(values)):
+        layout = fit_layout(X)
+        statistics = fit_statistics(layout.raw(X), layout, np.arange(30))
+        assert statistics.scale[:3].tolist() == [1, 1, 1]
+        x = np.asarray(transform(layout.raw(X), statistics))
+        np.testing.assert_allclose(x[:30, 0], 0, atol=1e-9)
+        assert x[0, 1] == 0
+        assert np.isfinite(x).all()
+
+
+@pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
+def test_no_leakage(numbers):
+    """What rows outside the training rows hold changes neither the statistics nor the training rows' features."""
+    table = as_table(frame())
+    layout = fit_layout(table)
+    raw, train = layout.raw(table), rows()
+    statistics = fit_statistics(raw, layout, train, numbers=numbers)
+    changed = raw.copy()
+    outside = np.setdiff1d(np.arange(len(raw)), train)
+    changed[outside] = np.random.default_rng(5).normal(1e3, 1e3, (len(outside), raw.shape[1]))
+    changed[outside[::3]] = np.nan
+    other = fit_statistics(changed, layout, train, numbers=numbers)
+    assert other.to_json() == statistics.to_json()
+    assert transform(changed, other)[train].tobytes() == transform(raw, statistics)[train].tobytes()
+
+
+def test_the_transform_changes_nothing_it_was_given():
+    raw = np.array([[1.0, np.nan], [2.0, 3.0], [4.0, 5.0]])
+    layout = fit_layout(as_table(raw))
+    given = layout.raw(as_table(raw))
+    before = given.copy()
+    transform(given, fit_statistics(given, layout, np.array([0, 1]), numbers="quantile"))
+    np.testing.assert_array_equal(given, before)
+
+
+def test_a_tensor_gives_the_numbers_of_an_array():
+    values = np.random.default_rng(2).normal(3, 2, (60, 4))
+    values[::7, 1] = np.nan
+    values[:, 2] = 1.0
+    array, tensor = as_table(values), torch.tensor(values)
+    a, t = fit_layout(array), fit_layout(tensor)
+    assert t == a
+    for numbers in ("standard", "none"):
+        expected = transform(a.raw(array), fit_statistics(a.raw(array), a, rows(60), numbers=numbers))
+        x = transform(t.raw(tensor), fit_statistics(t.raw(tensor), t, rows(60), numbers=numbers))
+        assert isinstance(x, torch.Tensor)
+        np.testing.assert_allclose(x.numpy(), expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("given", "used"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.int32, torch.float64),
+        (torch.bool, torch.float64),
+    ],
+)
+def test_tensor_types(given, used):
+    X = (
+        (torch.arange(8).reshape(4, 2) > 2).to(given)
+        if given == torch.bool
+        else torch.arange(8).reshape(4, 2).to(given)
+    )
+    layout = fit_layout(X)
+    assert transform(layout.raw(X), fit_statistics(layout.raw(X), layout, np.arange(3))).dtype == used
+
+
+def test_a_tensor_of_numbers_is_not_copied_before_the_transform():
+    X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    assert fit_layout(X).raw(X).data_ptr() == X.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (torch.zeros(3), r"two-dimensional .*\(3,\)"),
+        (torch.zeros(0, 3), r"at least one row and column, got shape \(0, 3\)"),
+        (torch.zeros(2, 2, dtype=torch.complex64), "real numbers"),
+        (torch.eye(2).to_sparse(), "sparse tensor"),
+        (torch.tensor([[0.0, 1.0], [1.0, torch.inf]]), "column 'x1' has an infinite value"),
+        (torch.ones(3, 2), "no usable column. Columns 'x0', 'x1': left out, constant"),
+    ],
+)
+def test_bad_tensors(X, message):
+    with pytest.raises(InputError, match=message):
+        fit_layout(X)
+
+
+def test_tensors_have_no_quantiles_and_no_text():
+    X = torch.arange(6.0).reshape(3, 2)
+    layout = fit_layout(X)
+    with pytest.raises(InputError, match=r"numbers='quantile' is not there for tensors; pass a NumPy array"):
+        fit_statistics(layout.raw(X), layout, np.arange(3), numbers="quantile")
+    texts = np.array([["a", 1.0], ["b", 2.0], ["a", 3.0], ["b", 4.0]], dtype=object)
+    with pytest.raises(InputError, match="a tensor holds numbers only, but 'x0' are text or dates"):
+        fit_layout(as_table(texts)).raw(X)
+
+
+def test_unknown_way_of_numbers():
+    layout = fit_layout(as_table(np.arange(6).reshape(3, 2)))
+    with pytest.raises(
+        InputError, match="numbers must be one of 'standard', 'quantile', 'none', got 'robust'"
+    ):
+        fit_statistics(np.zeros((3, 2)), layout, np.arange(3), numbers="robust")
+
+
+def test_columns_are_found_by_name_whatever_their_order():
+    table = frame()
+    layout = fit_layout(as_table(table))
+    expected = layout.raw(as_table(table))
+    np.testing.assert_array_equal(layout.raw(as_table(table[table.columns[::-1]])), expected)
+    with pytest.raises(
+        InputError, match="X has no column 'age', 'income'; the columns seen in training are 'age', 'city'"
+    ):
+        layout.raw(as_table(table.drop(columns=["age", "income"])))
+    with pytest.warns(UserWarning, match="ignored: 'a', 'b'") as caught:
+        more = layout.raw(as_table(table.assign(a=1, b=2)))
+    assert len(caught) == 1
+    np.testing.assert_array_equal(more, expected)
+
+
+def test_left_out_columns_are_named_and_need_not_be_there_again():
+    n = 120
+    table = pd.DataFrame(
+        {
+            "id": [f"p{i}" for i in range(n)],
+            "row": np.arange(n),
+            "same": 3,
+            "word": "x",
+            "empty": np.nan,
+            "x": np.random.default_rng(0).normal(size=n),
+        }
+    )
+    layout = fit_layout(as_table(table))
+    assert layout.feature_names == ("row", "x")
+    assert layout.notes == (
+        "Column 'id': left out, text with all 120 values distinct.",
+        "Column 'row': counts the rows; leave it out if it is only an identifier.",
+        "Columns 'same', 'word': left out, constant.",
+        "Column 'empty': left out, all values missing.",
+    )
+    assert layout.raw(as_table(table[["x", "row"]])).shape == (n, 2)
+
+
+def test_nothing_to_learn_from():
+    with pytest.raises(InputError, match=r"X has no usable column\. Column 'x0': left out, constant."):
+        fit_layout(as_table([[1], [1]]))
+
+
+def test_the_layout_does_not_depend_on_the_order_of_rows():
+    table = frame()
+    shuffled = table.sample(frac=1, random_state=3)
+    assert fit_layout(as_table(shuffled)) == fit_layout(as_table(table))

@@ -1,0 +1,187 @@
+"""Folds partition the rows, are shuffled by the seed, keep groups whole, and bad ones are refused."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.model_selection import (
+    GroupKFold,
+    KFold,
+    LeaveOneGroupOut,
+    PredefinedSplit,
+    RepeatedStratifiedKFold,
+    StratifiedKFold,
+    TimeSeriesSplit,
+)
+
+from gputune.data.folds import all_rows, check_groups, make_folds, parse_cv
+from gputune.data.target import check_target
+from gputune.errors import InputError
+
+N = 40
+CLASSES = check_target(np.repeat(["a", "b"], [30, 10]), n_rows=N)
+NUMBERS = check_target(np.linspace(0, 1, N), n_rows=N)
+GROUPS = np.repeat(np.arange(8), 5)
+
+
+def folds(cv, target=CLASSES, groups=None, seed=0):
+    return make_folds(cv, target, n_rows=N, groups=groups, seed=seed)
+
+
+def equal(a, b):
+    return len(a) == len(b) and all(np.array_equal(x, y) for p, q in zip(a, b) for x, y in zip(p, q))
+
+
+@pytest.mark.parametrize("target", [CLASSES, NUMBERS])
+@pytest.mark.parametrize("groups", [None, GROUPS])
+@pytest.mark.parametrize("cv", [2, 5, np.int64(3)])
+def test_an_int_partitions_the_rows(cv, target, groups):
+    made = folds(cv, target, groups)
+    assert len(made) == cv
+    assert np.array_equal(np.sort(np.concatenate([valid for _, valid in made])), np.arange(N))
+    for train, valid in made:
+        assert train.dtype == valid.dtype == np.int64
+        assert np.array_equal(np.sort(np.concatenate([train, valid])), np.arange(N))
+        if groups is not None:
+            assert not set(groups[train]) & set(groups[valid])
+
+
+def test_an_int_is_shuffled_by_the_seed_alone():
+    assert equal(folds(5), folds(5))
+    assert equal(folds(5, groups=GROUPS), folds(5, groups=GROUPS))
+    for target in (CLASSES, NUMBERS):
+        for groups in (None, GROUPS):
+            assert not equal(folds(4, target, groups, seed=0), folds(4, target, groups, seed=1))
+    assert not equal(folds(5, NUMBERS), list(KFold(5).split(np.zeros(N))))
+    assert folds(5, seed=2**40)
+
+
+def test_an_int_is_stratified_for_classes():
+    for _, valid in folds(5):
+        assert np.bincount(CLASSES.values[valid]).tolist() == [6, 2]
+
+
+@pytest.mark.parametrize(
+    "cv",
+    [
+        KFold(3),
+        TimeSeriesSplit(4),
+        StratifiedKFold(2),
+        RepeatedStratifiedKFold(n_splits=2, n_repeats=2, random_state=0),
+    ],
+)
+def test_splitters_are_taken_as_they_are(cv):
+    assert equal(folds(cv), list(cv.split(np.zeros((N, 1)), CLASSES.labels)))
+
+
+def test_group_splitters():
+    assert equal(
+        folds(LeaveOneGroupOut(), groups=GROUPS), list(LeaveOneGroupOut().split(np.zeros(N), groups=GROUPS))
+    )
+    names = [f"g{group}" for group in GROUPS]
+    assert equal(folds(4, groups=names), folds(4, groups=np.array(names, dtype=object)))
+    assert equal(folds(4, groups=torch.tensor(GROUPS)), folds(4, groups=GROUPS))
+
+
+def test_iterables():
+    expected = list(KFold(3).split(np.zeros(N)))
+    assert equal(folds(iter(expected)), expected)
+    assert equal(folds([(train.tolist(), valid.tolist()) for train, valid in expected]), expected)
+    masks = [(np.isin(np.arange(N), train), np.isin(np.arange(N), valid)) for train, valid in expected]
+    assert equal(folds(masks), expected)
+    assert equal(folds([(slice(0, 30), slice(30, None))]), [(np.arange(30), np.arange(30, N))])
+    assert equal(folds(PredefinedSplit(np.arange(N) % 2)), list(PredefinedSplit(np.arange(N) % 2).split()))
+
+
+def test_the_fold_of_a_refit():
+    train, valid = all_rows(4)
+    assert train.tolist() == [0, 1, 2, 3]
+    assert valid.dtype == np.int64
+    assert len(valid) == 0
+
+
+def test_a_rare_class_is_one_warning_of_ours():
+    target = check_target(np.repeat(["a", "b", "c"], [33, 3, 4]), n_rows=N, name="kind")
+    for cv in (5, StratifiedKFold(5)):
+        with pytest.warns(UserWarning) as caught:
+            assert len(folds(cv, target)) == 5
+        assert [str(warning.message) for warning in caught] == [
+            "kind has classes with fewer rows than the 5 folds: 'b' (3), 'c' (4); "
+            "some folds are validated without them."
+        ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        folds(KFold(5), target)
+
+
+def test_validation_on_training_rows_is_a_warning():
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 folds \(the first is fold 1\) validate on rows that they train on"
+    ):
+        folds([(range(20), range(20, 40)), (range(25), range(20, 40))])
+
+
+def test_groups_for_a_splitter_that_ignores_them():
+    with pytest.warns(UserWarning, match="groups parameter is ignored by KFold"):
+        folds(KFold(3), groups=GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("cv", "groups", "message"),
+    [
+        (1, None, "cv must be at least 2 folds, got 1"),
+        (0, None, "cv must be at least 2 folds, got 0"),
+        (41, None, "cv=41 folds need at least as many rows, got 40; use fewer folds"),
+        (9, GROUPS, "cv=9 folds need at least as many groups, got 8; use fewer folds"),
+        (35, None, r"cannot split these 40 rows: .*n_splits=35"),
+        (True, None, "cv must be a number of folds, a splitter .*got True"),
+        (2.5, None, "cv must be a number of folds, a splitter .*got 2.5"),
+        ("5", None, "cv must be a number of folds, a splitter .*got '5'"),
+        (None, None, "cv must be a number of folds, a splitter .*got None"),
+        ([], None, "at least one fold"),
+        ([1, 2], None, "pairs of .train, valid. rows, got int for fold 0"),
+        ([([0], [1], [2])], None, "pairs of .train, valid. rows, got tuple for fold 0"),
+        ([([], [1])], None, "fold 0 of cv has no training rows"),
+        ([([0], [1]), ([0], [])], None, "fold 1 of cv has no validation rows"),
+        ([([0], [40])], None, r"the validation rows of fold 0 must lie in 0..39, got 40"),
+        ([([-1, 3], [5])], None, r"the training rows of fold 0 must lie in 0..39, got -1"),
+        ([([0.5], [1])], None, "must be positions or a mask, got float64"),
+        ([([[0]], [1])], None, r"positions or a mask, got int64 of shape \(1, 1\)"),
+        ([([True, False], [1])], None, "training mask of fold 0 must have one value for each of the 40 rows"),
+        ([(np.zeros(N, dtype=bool), [1])], None, "with 0 selected"),
+        (GroupKFold(3), None, "splits by groups, but groups is None; pass groups"),
+        (LeaveOneGroupOut(), None, "splits by groups, but groups is None; pass groups"),
+        (GroupKFold(9), GROUPS, "cannot split these 40 rows: .*n_splits=9"),
+        (KFold(41), None, "cannot split these 40 rows: .*n_splits=41"),
+    ],
+)
+def test_bad_folds(cv, groups, message):
+    with pytest.raises(InputError, match=message):
+        folds(cv, groups=groups)
+
+
+def test_bad_groups():
+    with pytest.raises(
+        InputError, match=r"groups must have one value a row, shape \(40,\), got shape \(3,\)"
+    ):
+        folds(2, groups=[1, 2, 3])
+    with pytest.raises(InputError, match=r"groups has 2 missing values \(the first in row 1\)"):
+        check_groups(np.array(["a", None, np.nan], dtype=object), 3)
+    with pytest.raises(InputError, match=r"groups has 1 missing values \(the first in row 0\)"):
+        check_groups([np.nan, 1.0], 2)
+
+
+def test_the_command_line():
+    assert parse_cv("5") == 5
+    splitter = parse_cv("time:4")
+    assert isinstance(splitter, TimeSeriesSplit)
+    assert splitter.get_n_splits() == 4
+
+
+@pytest.mark.parametrize("text", ["", "1", "x", "2.5", "-3", "time:1", "time:", "time", "group:5", "5:"])
+def test_bad_command_lines(text):
+    with pytest.raises(
+        InputError, match=f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}"
+    ):
+        parse_cv(text)

@@ -1,0 +1,128 @@
+"""What y is: the task by its rule, codes and classes, and the errors."""
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import torch
+from scipy.sparse import csr_matrix
+
+from gputune.data.target import check_target
+from gputune.errors import InputError
+
+
+def check(y, **options):
+    return check_target(y, n_rows=len(y), **options)
+
+
+@pytest.mark.parametrize(
+    ("y", "task", "classes", "codes"),
+    [
+        (["no", "yes", "no"], "binary", ["no", "yes"], [0, 1, 0]),
+        ([True, False, True], "binary", [False, True], [1, 0, 1]),
+        ([5, 3, 9, 3], "multiclass", [3, 5, 9], [1, 0, 2, 0]),
+        (["1", "2", "10"], "multiclass", ["1", "10", "2"], [0, 2, 1]),
+        (np.array(["b", "a", "b"], dtype=object), "binary", ["a", "b"], [1, 0, 1]),
+        (pd.Series(["b", "a", "b"], index=[7, 8, 9]), "binary", ["a", "b"], [1, 0, 1]),
+        (pd.Series(["b", "a", "b"], dtype="category"), "binary", ["a", "b"], [1, 0, 1]),
+        (pd.Series([1, 0, 1], dtype="Int64"), "binary", [0, 1], [1, 0, 1]),
+        (pd.Series([True, False, True], dtype="boolean"), "binary", [False, True], [1, 0, 1]),
+        (pd.DataFrame({"t": [1, 0, 1]}), "binary", [0, 1], [1, 0, 1]),
+        (pl.Series(["b", "a", "b"]), "binary", ["a", "b"], [1, 0, 1]),
+        (torch.tensor([2, 0, 2]), "binary", [0, 2], [1, 0, 1]),
+        (np.array([[1], [0], [1]]), "binary", [0, 1], [1, 0, 1]),
+        (np.array([1, 0, 1], dtype=np.uint8), "binary", [0, 1], [1, 0, 1]),
+    ],
+)
+def test_classes(y, task, classes, codes):
+    target = check(y)
+    assert target.task == task
+    assert target.classes.tolist() == classes
+    assert [type(value) for value in target.classes.tolist()] == [type(value) for value in classes]
+    assert target.values.dtype == np.int64
+    assert target.values.tolist() == codes
+    assert target.labels.tolist() == [classes[code] for code in codes]
+    assert target.n_outputs == len(classes)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        [0.5, 1.0, 2.0],
+        [0.0, 1.0, 0.0],
+        [1, 2, 3],
+        np.repeat(np.arange(21), 2),
+        pd.Series([0.5, 1.0, 2.0], dtype="Float64"),
+        torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
+        np.array([1, 2.5], dtype=object),
+    ],
+)
+def test_numbers(y):
+    target = check(y)
+    assert target.task == "regression"
+    assert target.classes is None
+    assert target.values.dtype == np.float64
+    assert target.n_outputs == 1
+    np.testing.assert_array_equal(target.values, np.array([float(value) for value in y]))
+    assert target.labels is target.values
+
+
+def test_twenty_integers_that_repeat_are_classes():
+    assert check(np.repeat(np.arange(20), 2)).n_outputs == 20
+
+
+def test_the_task_overrides_the_rule():
+    assert check([0.0, 1.0, 0.0], task="classification").classes.tolist() == [0, 1]
+    assert check([0, 1, 0], task="binary").task == "binary"
+    assert check([0, 1, 2], task="multiclass").task == "multiclass"
+    assert check([0, 1, 0], task="regression").values.tolist() == [0, 1, 0]
+    assert check([True, False], task="regression").values.tolist() == [1, 0]
+    assert check(np.arange(30), task="classification").n_outputs == 30
+
+
+def test_select_keeps_the_classes():
+    part = check(["a", "b", "c", "a"], name="kind").select(np.array([0, 3]))
+    assert part.labels.tolist() == ["a", "a"]
+    assert part.n_outputs == 3
+    assert part.name == "kind"
+
+
+@pytest.mark.parametrize(
+    ("y", "task", "message"),
+    [
+        (["a", None, "b"], None, r"y has 1 missing values \(the first in row 1\); leave those rows out"),
+        ([1.0, np.nan, np.nan], None, r"y has 2 missing values \(the first in row 1\)"),
+        (pd.Series([1, None, 2], dtype="Int64"), None, r"1 missing values \(the first in row 1\)"),
+        (pd.Series(["a", None]), None, r"1 missing values \(the first in row 1\)"),
+        (pl.Series([1, None, 2]), None, r"1 missing values \(the first in row 1\)"),
+        (["a", "a"], None, "y must have at least two classes, got only 'a'"),
+        ([3, 3], None, "at least two classes, got only 3"),
+        (np.zeros((3, 2)), None, r"multi-output.*not supported.*got shape \(3, 2\)"),
+        (pd.DataFrame({"a": [1], "b": [2]}), None, r"multi-output.*got shape \(1, 2\)"),
+        ([[1], [2, 3]], None, "one value a row"),
+        (
+            [0.5, 1.5, 0.5],
+            "classification",
+            "task='classification' needs classes in y, got continuous numbers such as 0.5",
+        ),
+        (["a", "b"], "regression", "task='regression' needs numbers in y, got text such as 'a'"),
+        ([0, 1, 2], "binary", "task='binary' does not fit y, which has 3 classes; use task='multiclass'"),
+        ([0, 1], "multiclass", "task='multiclass' does not fit y, which has 2 classes; use task='binary'"),
+        ([0, 1], "ranking", "task must be one of 'classification', .*got 'ranking'"),
+        ([0.5, np.inf], None, "y must be finite, got inf in row 1"),
+        (np.array([1j, 2]), None, "must hold numbers, booleans or text, got complex128"),
+        (np.array(["2020-01-01", "2020-01-02"], dtype="datetime64[D]"), None, r"got datetime64\[D\]"),
+        (pd.Series(pd.to_datetime(["2020-01-01", "2020-01-02"])), None, "y holds dates"),
+        ([{1}, {2}], None, "holds set"),
+    ],
+)
+def test_bad_targets(y, task, message):
+    with pytest.raises(InputError, match=message):
+        check(y, task=task)
+
+
+def test_sparse_and_wrong_length():
+    with pytest.raises(InputError, match="sparse matrix"):
+        check_target(csr_matrix(np.eye(2)), n_rows=2)
+    with pytest.raises(InputError, match="income must have one value a row of X, got 2 values and 3 rows"):
+        check_target([0, 1], n_rows=3, name="income")

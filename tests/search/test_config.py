@@ -1,0 +1,183 @@
+"""One configuration: every key has its range and type, and an error says what to do."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from gputune.errors import InputError
+from gputune.search.config import KEYS, check_config, check_key, legal_keys
+from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES
+
+MLP = legal_keys("mlp", "adamw")
+EXACT = legal_keys("logistic", "exact")
+
+LEGAL = {
+    "lr": (1e-8, 1, 10.0),
+    "batch_size": (1, 10**6),
+    "width": (1, 32.0),
+    "depth": (1, 9),
+    "dropout": (0, 0.999),
+    "weight_decay": (0, 3.0),
+    "momentum": (0, 0.999),
+    "C": (1e-9, math.inf),
+    "l1_ratio": (0, 0.5, 1),
+    "activation": ACTIVATIONS,
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+}
+ILLEGAL = {
+    "lr": (0, -1.0, math.inf, math.nan, 10**400),
+    "batch_size": (0, -3, math.inf, math.nan, 10**400),
+    "width": (0, 17.3),
+    "depth": (0, 0.5),
+    "dropout": (-0.1, 1, math.nan),
+    "weight_decay": (-1e-9, math.inf),
+    "momentum": (-0.1, 1),
+    "C": (0, -1, math.nan),
+    "l1_ratio": (-0.1, 1.1),
+    "activation": ("swish", None, 1),
+    "optimizer": ("exact", "lbfgs"),
+    "schedule": ("step",),
+}
+CASES = [(key, value) for key, values in LEGAL.items() for value in values]
+BAD_CASES = [(key, value) for key, values in ILLEGAL.items() for value in values]
+
+
+def test_the_keys_of_each_kind_of_model():
+    trained = {"lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule"}
+    assert set(legal_keys("logistic", "sgd")) == set(legal_keys("module", "adamw")) == trained
+    assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
+    assert set(EXACT) == {"C", "l1_ratio", "penalty"}
+    assert set(KEYS) == set(MLP) | set(EXACT)
+    assert set(LEGAL) == set(ILLEGAL) == set(KEYS) - {"penalty"}  # no key escapes the tests below
+
+
+@pytest.mark.parametrize("key, value", CASES)
+def test_values_in_range_are_kept(key, value):
+    assert check_config({key: value}) == {key: value}
+
+
+@pytest.mark.parametrize("key, value", BAD_CASES)
+def test_values_out_of_range_are_refused(key, value):
+    with pytest.raises(InputError, match=rf"^trial\['{key}'\] must be .*, got {value!r}\. [A-Z]"):
+        check_config({key: value}, name="trial")
+
+
+@pytest.mark.parametrize("key", [key for key in LEGAL if key not in ("activation", "optimizer", "schedule")])
+def test_text_and_booleans_are_no_numbers(key):
+    with pytest.raises(InputError, match=r"got the text '32'. For example"):
+        check_config({key: "32"})
+    for value in (True, np.True_, None, [1], 1j):
+        with pytest.raises(InputError, match="Give a number, for example"):
+            check_config({key: value})
+
+
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("width", 32.0, 32),
+        ("width", np.float32(32), 32),
+        ("width", np.int16(32), 32),
+        ("width", 2**60 + 1, 2**60 + 1),
+        ("lr", 1, 1.0),
+        ("lr", np.float32(0.5), 0.5),
+        ("lr", np.array(0.5), 0.5),
+        ("lr", Fraction(1, 4), 0.25),
+        ("activation", np.str_("relu"), "relu"),
+        ("module__flag", np.True_, True),
+    ],
+)
+def test_values_become_pythons_own(key, value, expected):
+    value = check_config({key: value})[key]
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("key", ["batch_size", "width", "depth"])
+def test_a_loose_real_draw_names_the_remedy(key):
+    with pytest.raises(
+        InputError, match=r"got 17\.3\. Use a list, scipy\.stats\.randint.* or gputune\.log_int"
+    ):
+        check_config({key: 17.3})
+
+
+def test_keys_are_sorted_and_modules_keep_their_values():
+    config = check_config({"module__b": (1, 2), "lr": 0.1, "module__a": None})
+    assert list(config.items()) == [("lr", 0.1), ("module__a", None), ("module__b", (1, 2))]
+
+
+@pytest.mark.parametrize("word, nearest", [("ReLU", "relu"), ("tahn", "tanh")])
+def test_a_misspelt_word_is_suggested(word, nearest):
+    with pytest.raises(
+        InputError, match=f"one of relu, gelu, silu, tanh, got '{word}'. Did you mean '{nearest}'?"
+    ):
+        check_config({"activation": word})
+
+
+def test_a_word_too_far_gets_an_example():
+    with pytest.raises(InputError, match=r"got 'step'. For example 'constant'"):
+        check_config({"schedule": "step"})
+
+
+@pytest.mark.parametrize(
+    "penalty, expected",
+    [
+        ("l2", {"C": 3.0, "l1_ratio": 0.0}),
+        ("l1", {"C": 3.0, "l1_ratio": 1.0}),
+        ("none", {"C": math.inf, "l1_ratio": 0.0}),
+        (None, {"C": math.inf, "l1_ratio": 0.0}),
+    ],
+)
+def test_penalty_is_the_older_word_for_l1_ratio(penalty, expected):
+    assert check_config({"penalty": penalty, "C": 3}) == expected
+
+
+def test_penalty_errors():
+    with pytest.raises(InputError, match=r"one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out"):
+        check_config({"penalty": "elasticnet"})
+    with pytest.raises(
+        InputError, match=r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out"
+    ):
+        check_config({"penalty": "l1", "l1_ratio": 0.5})
+
+
+@pytest.mark.parametrize(
+    "key, keys, module, remedy",
+    [
+        ("widht", MLP, False, "Did you mean 'width'?"),
+        ("learning_rate_init", MLP, False, "Did you mean 'lr'?"),
+        ("hidden_layer_sizes", MLP, False, "Did you mean 'width'?"),
+        (
+            "hidden",
+            legal_keys("module", "adamw"),
+            True,
+            "An argument of the module is written 'module__hidden'.",
+        ),
+        ("module__", legal_keys("module", "adamw"), True, "An argument of the module"),
+        ("width", EXACT, False, "Leave it out."),
+        ("lr", EXACT, False, "has no lr; optimizer='adamw' trains it by gradient descent."),
+        ("C", MLP, False, "Only the logistic regression solved with optimizer='exact' has C."),
+        ("zzz", MLP, False, "Leave it out."),
+        (3, MLP, False, "Leave it out."),
+    ],
+)
+def test_an_unknown_key_is_an_error_that_says_what_to_do(key, keys, module, remedy):
+    with pytest.raises(InputError) as caught:
+        check_key(key, keys=keys, module=module, name="space")
+    message = str(caught.value)
+    assert message.startswith(f"space must have only the keys {', '.join(sorted(keys))}")
+    assert f"got {key!r}. " in message and remedy in message
+
+
+def test_module_keys_need_a_module():
+    check_key("module__hidden", keys=(), module=True, name="space")
+    with pytest.raises(
+        InputError, match=r"space has the key 'module__hidden', but module__\* keys need an nn.Module"
+    ):
+        check_key("module__hidden", keys=MLP, module=False, name="space")
+
+
+def test_a_configuration_has_no_other_keys():
+    with pytest.raises(InputError, match=r"^include\[0\] must have only the keys .*Did you mean 'width'"):
+        check_config({"widht": 3}, name="include[0]")

@@ -1,0 +1,106 @@
+"""log_int draws the integers it promises with the probabilities it promises; a distribution's text is stable."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from gputune.errors import InputError
+from gputune.search.distributions import distribution_text, is_distribution, log_int
+
+
+def test_log_int_draws_each_integer_with_its_share():
+    draws = log_int(1, 7).rvs(size=40_000, random_state=0)
+    shares = np.bincount(draws, minlength=8)[1:] / len(draws)
+    expected = [math.log((k + 1) / k) / math.log(8) for k in range(1, 8)]
+    np.testing.assert_allclose(shares, expected, atol=0.01)
+    assert draws.dtype == np.int64 and draws.min() == 1 and draws.max() == 7
+
+
+@pytest.mark.parametrize("size", [(), (3,), (2, 5)])
+def test_log_int_shapes(size):
+    assert np.shape(log_int(3, 9).rvs(size=size, random_state=0)) == size
+
+
+def test_log_int_is_reproducible_from_a_seed_and_from_generators():
+    law = log_int(16, 512)
+    one = law.rvs(random_state=3)
+    assert type(one) is int and one == law.rvs(random_state=np.random.RandomState(3))
+    generator = [law.rvs(size=4, random_state=np.random.default_rng(3)).tolist() for _ in range(2)]
+    assert generator[0] == generator[1] and all(16 <= k <= 512 for k in generator[0])
+
+
+class AtAnEnd(np.random.RandomState):
+    """A generator whose uniform draw is one end of its interval, which rounding may give."""
+
+    def __init__(self, end):
+        super().__init__(0)
+        self.end = end
+
+    def uniform(self, low, high, size=None):
+        return (low, high)[self.end]
+
+
+@pytest.mark.parametrize("low", range(1, 60))
+def test_log_int_stays_inside_at_the_ends_of_the_draw(low):
+    law = log_int(low, low + 1)
+    assert [law.rvs(random_state=AtAnEnd(end)) for end in (0, 1)] == [low, low + 1]
+
+
+def test_log_int_repr_and_equality():
+    law = log_int(16, np.int64(512))
+    assert eval(repr(law)) == law == log_int(16, 512) != log_int(16, 511)
+    assert hash(law) == hash(log_int(16, 512))
+
+
+@pytest.mark.parametrize("ends", [(0, 8), (8, 8), (9, 8), (-1, 8), (1.5, 8), ("1", 8), (True, 8), (1, 2**53)])
+def test_log_int_refuses_other_ends(ends):
+    with pytest.raises(
+        InputError, match=r"log_int needs integers 0 < low < high.*got low=.*log_int\(16, 512\)"
+    ):
+        log_int(*ends)
+
+
+class Ours:
+    """A distribution of the user's own, with no text but its address."""
+
+    def __init__(self, low):
+        self.low = low
+
+    def rvs(self, random_state=None):
+        return self.low + random_state.uniform()
+
+
+class Named(stats.rv_continuous):
+    def _pdf(self, x):
+        return 1.0
+
+
+def test_what_is_a_distribution():
+    assert (
+        is_distribution(log_int(1, 2)) and is_distribution(stats.uniform(0, 1)) and is_distribution(Ours(0))
+    )
+    assert not is_distribution(Ours) and not is_distribution([1]) and not is_distribution("rvs")
+
+
+@pytest.mark.parametrize(
+    "law, text",
+    [
+        (log_int(1, 5), "log_int(1, 5)"),
+        (stats.loguniform(np.float64(1e-4), 0.1), "loguniform(a=0.0001, b=0.1)"),
+        (stats.uniform(0, 0.5), "uniform(loc=0.0, scale=0.5)"),
+        (stats.uniform(scale=0.5), "uniform(scale=0.5)"),
+        (stats.randint(1, 5), "randint(low=1, high=5)"),
+        (stats.uniform, "uniform()"),
+    ],
+)
+def test_scipys_distributions_by_name_and_parameters(law, text):
+    assert distribution_text(law) == text
+
+
+def test_other_distributions_by_type_and_draws():
+    assert distribution_text(Ours(0)) == distribution_text(Ours(0)) != distribution_text(Ours(1))
+    assert "Ours(draws=[0.5488" in distribution_text(Ours(0))
+    # Its name is that of one of scipy's laws, which it is not.
+    assert "draws=" in distribution_text(Named(a=0, b=1, name="norm"))

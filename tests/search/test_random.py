@@ -1,0 +1,281 @@
+"""Random search draws what scikit-learn draws, numbers the trials, and never runs one configuration twice."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import RandomizedSearchCV
+
+from gputune.errors import InputError
+from gputune.search.config import legal_keys
+from gputune.search.random import Candidate, candidates, default_space, draw, remarks, top_up
+from gputune.search.space import check_space, log_int
+from gputune.types import DEFAULTS
+
+MLP = legal_keys("mlp", "adamw")
+EXACT = legal_keys("logistic", "exact")
+MODULE = legal_keys("module", "adamw")
+MLP_DEFAULTS = {**DEFAULTS, "optimizer": "adamw"}
+
+MIXED = {"lr": stats.loguniform(1e-4, 1e-1), "width": log_int(8, 64), "batch_size": [32, 64], "depth": 2}
+LISTS = {"lr": [0.1, 0.01, 0.001], "width": [8, 16]}
+ALTERNATIVES = [{"lr": stats.uniform(0, 1), "width": [8, 16]}, {"dropout": stats.uniform(0, 0.5)}]
+
+
+def checked(space, keys=MLP, module=False):
+    return check_space(space, keys=keys, module=module)
+
+
+def search(space, n_trials=0, include=(), include_default=True, random_state=0, defaults=MLP_DEFAULTS):
+    return candidates(
+        space,
+        n_trials=n_trials,
+        include=include,
+        include_default=include_default,
+        random_state=random_state,
+        defaults=defaults,
+    )
+
+
+def params(trials):
+    return [trial.params for trial in trials]
+
+
+class Anything(BaseEstimator):
+    def __init__(self, lr=None, width=None, batch_size=None, depth=None, dropout=None):
+        self.lr, self.width, self.batch_size, self.depth, self.dropout = lr, width, batch_size, depth, dropout
+
+    def fit(self, X, y):
+        return self
+
+    def score(self, X, y):
+        return 0.0
+
+
+@pytest.mark.parametrize("space", [MIXED | {"depth": [2]}, LISTS, ALTERNATIVES])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_draws_are_those_of_scikit_learns_random_search(space, seed):
+    peer = RandomizedSearchCV(Anything(), space, n_iter=5, random_state=seed, cv=2, refit=False)
+    peer.fit(np.zeros((4, 1)), np.zeros(4))
+    assert draw(checked(space), 5, seed) == peer.cv_results_["params"]
+
+
+def test_draws_are_pythons_numbers():
+    config = draw(checked(MIXED), 1, 0)[0]
+    assert {key: type(value) for key, value in config.items()} == {
+        "batch_size": int, "depth": int, "lr": float, "width": int,
+    }  # fmt: skip
+
+
+def test_a_generator_goes_on_and_a_seed_starts_anew():
+    space, rng = checked(MIXED), np.random.RandomState(0)
+    first, second = draw(space, 3, rng), draw(space, 3, rng)
+    assert first != second and first + second == draw(space, 6, 0)
+    np.random.seed(0)
+    assert draw(space, 3, None) == first
+
+
+def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
+    space = checked(LISTS)
+    drawn = draw(space, 64, 0)
+    assert sorted((c["lr"], c["width"]) for c in drawn) == [
+        (a, b) for a in (0.001, 0.01, 0.1) for b in (8, 16)
+    ]
+    trials = search(space, 64, include_default=False)
+    said = remarks(trials, space, n_trials=64, include_default=False, defaults=MLP_DEFAULTS)
+    assert said == ("The space has 6 configurations, fewer than n_trials=64: all of them are run.",)
+    assert not remarks(trials, space, n_trials=6, include_default=False, defaults=MLP_DEFAULTS)
+
+
+def test_lists_of_very_many_points():
+    many = [float(k) for k in range(1, 1001)]
+    space = {"lr": many, "weight_decay": many, "width": many, "depth": many, "batch_size": many}
+    assert len(draw(checked(space), 3, 0)) == 3
+    space |= {"C": many, "module__k": many}
+    with pytest.raises(
+        InputError,
+        match=r"space must have fewer than 2\*\*63 configurations .*got lists of \[\[1000, .*Use a distribution",
+    ):
+        draw(checked(space, (*MLP, "C"), True), 3, 0)
+
+
+class Loose:
+    def rvs(self, random_state=None):
+        return 17.3
+
+
+def test_a_loose_real_draw_for_an_integer_key_is_an_error():
+    with pytest.raises(
+        InputError, match=r"a draw of space\['width'\] must be an integer >= 1, got 17.3. Use a list"
+    ):
+        draw(checked({"width": Loose()}), 3, 0)
+
+
+@pytest.mark.parametrize("n_trials", [-1, 2.0, "3", None, True])
+def test_n_trials_is_a_count(n_trials):
+    with pytest.raises(InputError, match=f"n_trials must be an integer >= 0, got {n_trials!r}. For example"):
+        search(checked(LISTS), n_trials)
+
+
+@pytest.mark.parametrize("random_state", ["0", -1, 0.5, np.random.default_rng(0)])
+def test_random_state_is_scikit_learns(random_state):
+    with pytest.raises(
+        InputError, match=r"random_state must be an integer in .*got .*For example random_state=0"
+    ):
+        draw(checked(LISTS), 3, random_state)
+
+
+@pytest.mark.parametrize("model", ["mlp", "module", "logistic"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_default_spaces_are_legal_and_hold_the_default(model, optimizer):
+    space = default_space(model, optimizer)
+    (same,) = check_space(space, keys=legal_keys(model, optimizer), module=False)
+    assert same == space
+    assert set(space) == {"lr", "batch_size", "weight_decay"} | ({"width"} if model == "mlp" else set())
+    low, high = space["lr"].support()
+    assert (low, high) == ((1e-3, 1.0) if optimizer in ("sgd", "nesterov") else (1e-4, 3e-2))
+    assert low <= DEFAULTS["lr"] <= high and DEFAULTS["batch_size"] in space["batch_size"]
+
+
+def test_default_space_of_the_solved_logistic_regression():
+    space = default_space("logistic", "exact")
+    assert set(space) == {"C", "l1_ratio"} and space["l1_ratio"] == [0.0, 0.5, 1.0]
+    assert space["C"].support() == (1e-3, 1e3)
+    assert len(draw(checked(space, EXACT), 4, 0)) == 4
+
+
+def test_the_order_is_default_include_random():
+    space = checked(MIXED)
+    trials = search(space, 2, include=[{"lr": 0.5}, {"width": 9, "dropout": 0.1}])
+    default = {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 128}
+    assert [(t.number, t.origin) for t in trials] == [
+        (0, "default"), (1, "include"), (2, "include"), (3, "random"), (4, "random"),
+    ]  # fmt: skip
+    assert params(trials[:3]) == [default, default | {"lr": 0.5}, default | {"width": 9, "dropout": 0.1}]
+    assert params(trials[3:]) == draw(space, 2, 0)
+
+
+def test_a_fixed_value_of_the_space_wins_over_the_default():
+    space = checked({"lr": [0.1, 0.2], "depth": 5, "width": [64]})
+    assert params(search(space, include=[{"lr": 0.2}, {"depth": 3}])) == [
+        {"depth": 5, "lr": 1e-3, "width": 64},
+        {"depth": 5, "lr": 0.2, "width": 64},
+        {"depth": 3, "lr": 1e-3, "width": 64},
+    ]
+
+
+def test_a_value_is_fixed_only_where_all_alternatives_agree():
+    space = checked(
+        [{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8], "dropout": [0.1, 0.2]}]
+    )
+    assert search(space)[0].params == {"depth": 5, "dropout": 0.0, "lr": 1e-3, "width": 128}
+
+
+@pytest.mark.parametrize(
+    "optimizer, decay, momentum", [("sgd", 0.0, 0.0), ("nesterov", 0.0, 0.9), ("adamw", 0.01, 0.0)]
+)
+def test_weight_decay_and_momentum_follow_the_optimizer(optimizer, decay, momentum):
+    space = checked({"optimizer": ["sgd", "adamw"], "weight_decay": [0.5, 0.6], "momentum": [0.1, 0.2]})
+    (trial,) = search(space, include=[{"optimizer": optimizer}], include_default=False)
+    assert trial.params == {"optimizer": optimizer, "weight_decay": decay, "momentum": momentum}
+    (trial,) = search(space, defaults=MLP_DEFAULTS | {"weight_decay": 0.3})
+    assert trial.params == {"optimizer": "adamw", "weight_decay": 0.3, "momentum": 0.0}
+
+
+def test_penalty_in_a_search():
+    defaults = {"C": 1.0, "l1_ratio": 0.0}
+    space = checked({"penalty": ["l1", "l2", None], "C": [0.1, 10.0]}, EXACT)
+    trials = search(space, 6, include=[{"penalty": "l1"}], defaults=defaults)
+    assert params(trials[:2]) == [{"C": 1.0, "l1_ratio": 0.0}, {"C": 1.0, "l1_ratio": 1.0}]
+    drawn = {(c["C"], c["l1_ratio"]) for c in params(trials[2:])}
+    # C has no meaning where there is no penalty, so one trial is left of two.
+    assert drawn == {(0.1, 0.0), (10.0, 0.0), (0.1, 1.0), (10.0, 1.0), (math.inf, 0.0)}
+    assert len(trials) == 2 + 5
+
+
+def test_duplicates_are_dropped_not_redrawn():
+    space = checked({"lr": [0.001, 0.1], "width": [128, 8]})
+    trials = search(space, 4, include=[{"lr": 0.1}, {"lr": 0.1, "width": 128}, {}])
+    assert [t.origin for t in trials] == ["default", "include", "random", "random"]
+    assert [t.number for t in trials] == [0, 1, 2, 3]
+    assert len({tuple(p.items()) for p in params(trials)}) == 4
+    said = remarks(trials, space, n_trials=4, include_default=True, defaults=MLP_DEFAULTS)
+    assert said == ("2 of 4 drawn configurations repeat another one and are not run again.",)
+
+
+def test_values_without_a_hash_are_compared_too():
+    space = checked({"module__sizes": [[8], [8, 8]], "module__d": [{"a": 1}]}, MODULE, True)
+    trials = search(space, 2, include=[{"module__sizes": (8,)}], include_default=False)
+    assert [t.params["module__sizes"] for t in trials] == [(8,), [8, 8]]
+
+
+def test_nothing_to_run_is_an_error_and_something_included_is_enough():
+    space = checked(MIXED)
+    assert [t.origin for t in search(space, 0, include_default=True)] == ["default"]
+    assert [t.origin for t in search(space, 0, include=[{}], include_default=False)] == ["include"]
+    with pytest.raises(
+        InputError, match=r"n_trials must be >= 1 where nothing else is to run, got n_trials=0"
+    ):
+        search(space, 0, include_default=False)
+
+
+def test_a_required_argument_of_a_module_has_no_default():
+    space = checked({"module__k": [1, 2], "lr": [0.1]}, MODULE, True)
+    trials = search(space, 2, include=[{"module__k": 3}])
+    assert [t.origin for t in trials] == ["include", "random", "random"]
+    assert trials[0].params == {"lr": 0.1, "module__k": 3}
+    said = remarks(trials, space, n_trials=2, include_default=True, defaults=MLP_DEFAULTS)
+    assert said == ("No default configuration is run, because module__k has no default value.",)
+    with pytest.raises(
+        InputError, match=r"include\[0\] must have a value for module__k, which has no default, got \{"
+    ):
+        search(space, 2, include=[{"lr": 0.2}])
+    with_default = MLP_DEFAULTS | {"module__k": 7}
+    assert search(space, defaults=with_default)[0].params == {"lr": 0.1, "module__k": 7}
+
+
+def test_included_configurations_are_checked():
+    with pytest.raises(InputError, match=r"^include\[0\] must have only the keys .*Did you mean 'width'"):
+        search(checked(LISTS), include=[{"widht": 3}])
+    with pytest.raises(InputError, match=r"^include\[1\]\['lr'\] must be a finite number > 0, got 0"):
+        search(checked(LISTS), include=[{}, {"lr": 0}])
+
+
+@pytest.mark.parametrize("space", [MIXED, LISTS, ALTERNATIVES])
+def test_the_same_number_of_trials_adds_nothing(space):
+    space = checked(space)
+    old = search(space, 4, include=[{"lr": 0.1, "width": 8}])
+    assert top_up(old, space, 4, 0) == top_up(old, space, 2, 0) == ()
+
+
+@pytest.mark.parametrize("space", [MIXED, ALTERNATIVES])
+def test_a_larger_number_continues_the_search(space):
+    space = checked(space)
+    assert search(space, 4) + top_up(search(space, 4), space, 9, 0) == search(space, 9)
+
+
+def test_a_larger_number_of_lists_draws_what_is_missing():
+    space = checked({"lr": [0.1, 0.2, 0.3, 0.4, 0.5], "width": [8, 16, 32, 64]})
+    old = search(space, 6)
+    new = top_up(old, space, 10, 0)
+    assert [t.number for t in new] == [7, 8, 9, 10] and {t.origin for t in new} == {"random"}
+    assert not any(p in params(old) for p in params(new))
+    assert all(p in draw(space, 10, 0) for p in params(new))
+    everything = old + new + top_up(old + new, space, 99, 0)
+    assert len(everything) == 1 + 20
+
+
+def test_a_dropped_duplicate_stays_dropped_when_the_search_goes_on():
+    space = checked({"lr": [0.001, 0.1], "width": [128, 8]})
+    old = search(space, 4)
+    assert len(old) == 4 and top_up(old, space, 4, 0) == top_up(old, space, 9, 1) == ()
+
+
+def test_top_up_goes_on_from_the_highest_number():
+    old = (Candidate(5, {"lr": 0.3}, "include"), Candidate(2, {"lr": 0.1}, "random"))
+    (new,) = top_up(old, checked({"lr": [0.1, 0.2]}), 2, 0)
+    assert new == Candidate(6, {"lr": 0.2}, "random")
+    with pytest.raises(InputError, match="n_trials must be an integer >= 0"):
+        top_up(old, checked({"lr": [0.1, 0.2]}), -1, 0)

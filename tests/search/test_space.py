@@ -1,0 +1,263 @@
+"""A space is checked before anything trains, and its text is the same in every process."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+from torch import nn
+
+from gputune.errors import InputError
+from gputune.search.space import check_include, check_space, legal_keys, log_int, space_text
+
+MLP = legal_keys("mlp", "adamw")
+EXACT = legal_keys("logistic", "exact")
+
+
+def check(space, keys=MLP, module=False):
+    return check_space(space, keys=keys, module=module)
+
+
+@pytest.mark.parametrize(
+    "choices, expected",
+    [
+        ([32, 64.0], [32, 64]),
+        ((32, 64), [32, 64]),
+        (range(1, 4), [1, 2, 3]),
+        (np.array([32, 64]), [32, 64]),
+        (np.array(32.0), [32]),
+        (np.int64(32), [32]),
+        (32, [32]),
+        ([32, 32], [32, 32]),
+    ],
+)
+def test_choices_become_a_list_of_pythons_numbers(choices, expected):
+    (space,) = check({"width": choices})
+    assert space == {"width": expected} and all(type(v) is int for v in space["width"])
+
+
+def test_distributions_are_kept_and_dicts_are_alternatives():
+    lr, width = stats.loguniform(1e-4, 1e-1), log_int(8, 64)
+    assert check({"lr": lr, "width": width, "activation": "relu"}) == [
+        {"lr": lr, "width": width, "activation": ["relu"]}
+    ]
+    two = [{"optimizer": "sgd", "momentum": [0.0, 0.9]}, {"optimizer": ["adamw"]}]
+    assert check(tuple(two)) == [{"optimizer": ["sgd"], "momentum": [0.0, 0.9]}, {"optimizer": ["adamw"]}]
+
+
+def test_module_arguments_are_the_modules_business():
+    act = nn.ReLU
+    space = {"module__act": [act, nn.Tanh], "module__p": None, "module__sizes": [[8], [8, 8]], "lr": 0.1}
+    assert check(space, keys=legal_keys("module", "adamw"), module=True) == [
+        {"module__act": [act, nn.Tanh], "module__p": [None], "module__sizes": [[8], [8, 8]], "lr": [0.1]}
+    ]
+
+
+def test_penalty_stays_a_key_of_the_space():
+    assert check({"penalty": ["l1", "l2", None], "C": [1]}, EXACT) == [
+        {"penalty": ["l1", "l2", "none"], "C": [1.0]}
+    ]
+    with pytest.raises(InputError, match=r"^space\[1\] must have one of 'penalty' and 'l1_ratio'"):
+        check([{"C": 1}, {"penalty": "l1", "l1_ratio": 0.5}], EXACT)
+
+
+@pytest.mark.parametrize("space", [3, "lr", None, [3], [{"lr": 0.1}, "lr"]])
+def test_a_space_is_a_dict_or_a_list_of_dicts(space):
+    with pytest.raises(
+        InputError, match=r"space must be a dict or a list of dicts, got .* For example space="
+    ):
+        check(space)
+
+
+@pytest.mark.parametrize("space", [{}, [], [{}], [{"lr": 0.1}, {}]])
+def test_an_empty_space_is_refused(space):
+    with pytest.raises(InputError, match=r"space must have at least one key, got .*default space"):
+        check(space)
+
+
+@pytest.mark.parametrize("choices", [[], (), np.array([])])
+def test_an_empty_list_is_refused(choices):
+    with pytest.raises(InputError, match=r"space\['lr'\] must have at least one value, .*leave 'lr' out"):
+        check({"lr": choices})
+
+
+@pytest.mark.parametrize(
+    "space, message",
+    [
+        ({"widht": [8]}, "^space must have only the keys .*got 'widht'. Did you mean 'width'?"),
+        ([{"lr": [1]}, {"lrr": [1]}], r"^space\[1\] must have only the keys .*Did you mean 'lr'?"),
+        ({"module__k": [8]}, r"^space has the key 'module__k', but module__\* keys need"),
+        ({"lr": [0.1, 0]}, r"^space\['lr'\] must be a finite number > 0, got 0"),
+        ([{"lr": 1}, {"lr": -1}], r"^space\[1\]\['lr'\] must be a finite number > 0, got -1"),
+        (
+            {"lr": {0.1, 0.2}},
+            r"^space\['lr'\] must be .*Give a number, for example 0.001, a list, or a frozen",
+        ),
+        ({"width": [17.3]}, r"^space\['width'\] must be an integer >= 1, got 17.3. Use a list"),
+        ({"width": "32"}, r"^space\['width'\] must be an integer >= 1, got the text '32'"),
+        ({"width": np.ones((2, 2))}, r"must be 1-D, got an array of shape \(2, 2\)"),
+        ({"activation": ["relu", "swish"]}, r"^space\['activation'\] must be one of relu, .*got 'swish'"),
+        (
+            {"activation": stats.randint(0, 4)},
+            "must be a list of words out of relu, .*got a distribution. For ex",
+        ),
+    ],
+)
+def test_bad_choices_are_refused_before_any_draw(space, message):
+    with pytest.raises(InputError, match=message):
+        check(space)
+
+
+@pytest.mark.parametrize(
+    "key, law",
+    [
+        ("lr", stats.uniform(0, 0.1)),
+        ("lr", stats.expon(scale=0.01)),
+        ("lr", stats.lognorm(1)),
+        ("lr", stats.uniform),
+        ("weight_decay", stats.randint(0, 3)),
+        ("dropout", stats.uniform(0, 1)),
+        ("dropout", stats.beta(2, 2)),
+        ("width", stats.randint(1, 65)),
+        ("width", stats.poisson(20, loc=1)),
+        ("width", log_int(1, 64)),
+    ],
+)
+def test_distributions_inside_the_range_are_taken(key, law):
+    assert check({key: law}) == [{key: law}]
+
+
+@pytest.mark.parametrize(
+    "key, law, message",
+    [
+        (
+            "lr",
+            stats.uniform(-0.1, 0.2),
+            r"space\['lr'\] must be a finite number > 0, got uniform\(loc=-0.1, scale=0.2\)",
+        ),
+        ("lr", stats.norm(0.1, 0.01), "which draws from -inf to inf. Narrow its range"),
+        ("lr", stats.randint(0, 3), "which draws from 0 to 2. Narrow its range"),
+        (
+            "lr",
+            stats.loguniform(0, 1),
+            r"must have parameters in their range, got loguniform\(a=0.0, b=1.0\)",
+        ),
+        ("lr", stats.loguniform(1, 0.1), "loguniform needs 0 < low < high"),
+        ("lr", stats.uniform(1, -1), "a width > 0"),
+        (
+            "lr",
+            stats.loguniform,
+            r"must be a frozen distribution, got stats.loguniform without its parameters a, b",
+        ),
+        ("dropout", stats.uniform(0, 1.5), r"must be a number in \[0, 1\), .*draws from 0 to 1.5"),
+        ("dropout", stats.randint(0, 2), "draws from 0 to 1. Narrow"),
+        ("weight_decay", stats.uniform(-1e-9, 1), "must be a finite number >= 0"),
+        (
+            "width",
+            stats.uniform(16, 32),
+            r"got uniform\(.*\), which draws real numbers. Use a list, scipy.stats.randint",
+        ),
+        ("width", stats.randint(0, 9), "must be an integer >= 1, .*draws from 0 to 8"),
+        ("width", stats.poisson(20), "draws from 0 to inf"),
+        ("width", stats.randint(9, 3), r"randint\(low, high\) low < high"),
+    ],
+)
+def test_distributions_outside_the_range_are_refused_before_any_draw(key, law, message):
+    with pytest.raises(InputError, match=message):
+        check({key: law})
+
+
+def test_a_modules_argument_has_no_range_but_real_parameters():
+    law = stats.norm(0, 1)
+    assert check({"module__k": law}, module=True) == [{"module__k": law}]
+    with pytest.raises(InputError, match="must have parameters in their range"):
+        check({"module__k": stats.norm(0, -1)}, module=True)
+
+
+class Ours:
+    def rvs(self, random_state=None):
+        return 17.3
+
+
+def test_a_distribution_of_the_users_own_is_taken():
+    ours = Ours()
+    assert check({"width": ours}) == [{"width": ours}]
+
+
+def test_the_included_configurations_are_checked():
+    assert check_include([{"width": 8.0, "lr": 1}, {}], keys=MLP, module=False) == [
+        {"lr": 1.0, "width": 8},
+        {},
+    ]
+    assert check_include(({"module__k": "a"},), keys=(), module=True) == [{"module__k": "a"}]
+
+
+@pytest.mark.parametrize(
+    "include, message",
+    [
+        (
+            {"lr": 0.1},
+            r"include must be a list of dicts, got \{'lr': 0.1\}. For example include=\[\{'lr': 0.01\}\]",
+        ),
+        ([0.1], "include must be a list of dicts"),
+        ([{}, {"widht": 3}], r"^include\[1\] must have only the keys .*Did you mean 'width'?"),
+        ([{"C": 3}], "Only the logistic regression solved"),
+        ([{"module__k": 3}], "need an nn.Module class"),
+        ([{"lr": 0}], r"^include\[0\]\['lr'\] must be a finite number > 0, got 0"),
+        ([{"lr": [0.1, 0.2]}], r"^include\[0\]\['lr'\] must be a finite number > 0, got \[0.1, 0.2\]"),
+    ],
+)
+def test_bad_included_configurations(include, message):
+    with pytest.raises(InputError, match=message):
+        check_include(include, keys=MLP, module=False)
+
+
+def test_space_text():
+    space = {
+        "width": (32, 64),
+        "lr": stats.loguniform(1e-4, 0.1),
+        "activation": "relu",
+        "depth": log_int(1, 4),
+    }
+    text = "activation=['relu'], depth=log_int(1, 4), lr=loguniform(a=0.0001, b=0.1), width=[32, 64]"
+    assert space_text(check(space)) == text
+    assert space_text(check(dict(reversed(space.items())))) == text
+    assert space_text(check([space, {"lr": 0.5}])) == f"{text} | lr=[0.5]"
+
+
+def named():
+    pass
+
+
+def test_space_text_of_a_modules_arguments():
+    space = {"module__f": [named, nn.ReLU], "module__sizes": [[8], [8, 8]], "module__p": None}
+    text = space_text(check(space, (), True))
+    assert text.endswith("module__p=[None], module__sizes=[[8], [8, 8]]")
+    assert ".named, torch.nn.modules.activation.ReLU]" in text
+
+
+@pytest.mark.parametrize("value", [lambda: 0, object()])
+def test_a_value_known_by_its_address_has_no_text(value):
+    with pytest.raises(
+        InputError, match=r"space\['module__f'\] must have values with the same text .*Use a number"
+    ):
+        space_text(check({"module__f": [value]}, (), True))
+
+
+CODE = """
+from scipy import stats
+from gputune.search.space import check_space, log_int, space_text
+
+histogram = stats.rv_histogram(([1, 2], [0, 0.1, 0.2]), density=False)
+space = {"lr": stats.loguniform(1e-4, 0.1), "width": log_int(1, 9), "activation": ["relu"], "dropout": histogram}
+text = space_text(check_space(space, keys=set(space), module=False))
+"""
+
+
+def test_space_text_is_the_same_in_another_process():
+    here = {}
+    exec(CODE, here)
+    run = [sys.executable, "-c", CODE + "print(text)"]
+    there = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    assert there == here["text"] and "rv_histogram(draws=" in there and "width=log_int(1, 9)" in there

@@ -1,0 +1,420 @@
+"""The store gives back what was put in, bit for bit, and each trial has at most one result."""
+
+import math
+import resource
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.study import database
+from gputune.study.store import Candidate, Store
+from study_rows import bits, candidates, result
+
+META = {"model": "mlp", "seed": 0, "class_weight": {0: 1.0, 1: math.inf}, "folds": np.arange(6).reshape(2, 3)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "study.db"
+
+
+def test_everything_comes_back_bit_for_bit_in_order_of_number(path):
+    odd = result(1, curve=np.array([[math.nan, -0.0], [5e-324, math.inf]]), state="failed", score=math.nan)
+    with Store.create(path, META) as store:
+        store.add_trials(candidates([2, 0]))
+        store.add_trials(candidates([1]))
+        store.finish([odd, result(0)])
+    with Store.open(path) as store:
+        meta, rows = store.meta, store.trials()
+    assert list(meta) == list(META)
+    assert meta["class_weight"] == META["class_weight"]
+    np.testing.assert_array_equal(meta["folds"], META["folds"])
+    assert [candidate for candidate, _ in rows] == candidates([0, 1, 2])
+    assert [found and bits(found) for _, found in rows] == [bits(result(0)), bits(odd), None]
+
+
+def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(path):
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates(range(3)))
+        store.finish([result(1)])
+        with pytest.raises(
+            InputError, match=r"study\.db': trial 1 is there already and is never replaced; nothing"
+        ):
+            store.finish([result(0), result(1, score=9.0), result(2)])
+        with pytest.raises(InputError, match="trial 7 was never added; nothing was written"):
+            store.finish([result(0), result(7)])
+        assert [found and bits(found) for _, found in store.trials()] == [None, bits(result(1)), None]
+        store.finish([result(0), result(2)])  # the store goes on after an error
+        assert all(found for _, found in store.trials())
+
+
+def test_candidates_are_added_all_or_none(path):
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates([0]))
+        with pytest.raises(InputError, match="trial 0 is there already"):
+            store.add_trials(candidates([1, 0]))
+        with pytest.raises(InputError, match=r"trial 3 holds .* cannot be kept"):
+            store.add_trials([*candidates([2]), Candidate(3, {"lr": print}, "random")])
+        assert [candidate.number for candidate, _ in store.trials()] == [0]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"state": "running"}, r"Result\(state=...\) must be one of .*, got 'running'"),
+        (
+            {"fold_scores": (1.0,)},
+            r"Result\(curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores",
+        ),
+        ({"fold_scores": ()}, "0 fold_scores in trial 4"),
+        ({"curve": np.zeros(3)}, r"got shape \(3,\)"),
+    ],
+)
+def test_a_result_that_contradicts_itself_is_refused(changed, message):
+    with pytest.raises(InputError, match=message):
+        result(4, **changed)
+
+
+@pytest.mark.parametrize("state", ["complete", "failed", "stopped"])
+def test_every_state_is_kept(path, state):
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates([0]))
+        store.finish([result(0, state=state)])
+        assert store.trials()[0][1].state == state
+
+
+def test_settings_of_the_file(path):
+    with Store.create(path, {}) as store:
+        pragma = lambda name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: E731
+        assert pragma("application_id") == int.from_bytes(b"gptu", "big")
+        assert pragma("user_version") == 1
+        assert pragma("journal_mode") == "wal"
+        assert pragma("synchronous") == 2  # FULL
+        assert pragma("busy_timeout") == 30_000
+        assert pragma("foreign_keys") == 1 and pragma("trusted_schema") == 0
+        strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
+        assert {name for (name,) in strict} == {"meta", "trials", "results"}
+
+
+def test_a_closed_study_is_one_file(path):
+    with Store.create(path, META) as store:
+        store.add_trials(candidates([0]))
+        store.finish([result(0)])
+    assert [entry.name for entry in path.parent.iterdir()] == ["study.db"]
+
+
+def test_what_was_committed_is_seen_by_a_reader_at_once(path):
+    with Store.create(path, {}) as writer, Store.open(path) as reader:
+        writer.add_trials(candidates([0]))
+        writer.finish([result(0)])
+        assert bits(reader.trials()[0][1]) == bits(result(0))
+
+
+@pytest.mark.parametrize("name", ["a?b#c %41.db", "日本 'x'.db", "x;DROP TABLE meta", "-journal"])
+def test_odd_file_names(tmp_path, name):
+    with Store.create(tmp_path / name, {"a": 1}):
+        pass
+    with Store.open(str(tmp_path / name)) as store:
+        assert store.meta == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+
+
+def test_create_refuses_a_taken_path_and_a_missing_folder(path):
+    path.write_text("precious")
+    with pytest.raises(
+        InputError, match=r"study='.*study\.db' exists already; open it, or give a path that is free"
+    ):
+        Store.create(path, {})
+    assert path.read_text() == "precious"
+    with pytest.raises(InputError, match=r"the folder '.*missing' does not exist; make it first"):
+        Store.create(path.parent / "missing" / "study.db", {})
+
+
+def test_create_that_fails_leaves_nothing(path):
+    with pytest.raises(InputError, match=r"meta\['scoring'\] holds"):
+        Store.create(path, {"scoring": print})
+    assert not list(path.parent.iterdir())
+
+
+def test_create_never_replaces_a_file_that_came_meanwhile(path, monkeypatch):
+    publish = database._publish
+
+    def late(draft, path):
+        path.write_text("of another process")
+        publish(draft, path)
+
+    monkeypatch.setattr(database, "_publish", late)
+    with pytest.raises(InputError, match="exists already"):
+        Store.create(path, {})
+    assert path.read_text() == "of another process"
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_a_file_system_without_hard_links(path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError
+
+    monkeypatch.setattr(database.os, "link", refuse)
+    with Store.create(path, {"a": 1}) as store:
+        assert store.meta == {"a": 1}
+
+
+def test_a_file_system_without_shared_memory_gets_a_rollback_journal_and_a_warning(path, monkeypatch):
+    connect = sqlite3.connect
+    # This VFS of SQLite locks by files and has no shared memory, as on many network file systems.
+    monkeypatch.setattr(sqlite3, "connect", lambda at, **kw: connect(at + "&vfs=unix-dotfile", **kw))
+    with pytest.warns(UserWarning, match="does not allow SQLite's write-ahead log, so a rollback journal"):
+        store = Store.create(path, {})
+    with store:
+        assert store._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        store.add_trials(candidates([0]))
+        store.finish([result(0)])
+        assert bits(store.trials()[0][1]) == bits(result(0))
+
+
+def test_a_study_that_may_not_be_written_is_read(path, monkeypatch):
+    with Store.create(path, {"a": 1}) as store:
+        store.add_trials(candidates([0]))
+    monkeypatch.setattr(database.os, "access", lambda *_: False)
+    before = path.read_bytes()
+    with Store.open(path) as store:
+        assert store.meta == {"a": 1} and len(store.trials()) == 1
+        with pytest.raises(PermissionError, match=r"study\.db' may not be written"):
+            store.finish([result(0)])
+    assert path.read_bytes() == before
+
+
+def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch):
+    with Store.create(path, {"a": 1}):
+        pass
+    connect = database._connect
+
+    class NoSharedMemory:
+        def execute(self, statement):
+            raise sqlite3.OperationalError("unable to open database file")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(database.os, "access", lambda *_: False)
+    monkeypatch.setattr(
+        database, "_connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode)
+    )
+    with Store.open(path) as store:
+        assert store.meta == {"a": 1}
+
+
+def test_a_lock_that_is_held_too_long_is_named(path, monkeypatch):
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    with Store.create(path, {}) as first, Store.open(path) as second:
+        first._connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(
+            TimeoutError, match=r"another process has held its lock for 0\.05 s; wait for it or end it"
+        ):
+            second.add_trials(candidates([0]))
+        first._connection.execute("ROLLBACK")
+        second.add_trials(candidates([0]))
+
+
+def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(path):
+    store = Store.create(path, {})
+    raised = []
+
+    def use():
+        try:
+            store.add_trials(candidates([0]))
+        except ValueError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    store.close()
+    store.close()
+    use()
+    assert len(raised) == 2
+    assert all("cannot be used here" in text and "Open it again" in text for text in raised)
+
+
+def test_files_that_are_no_study_of_this_version(path):
+    with pytest.raises(FileNotFoundError, match=r"there is no study file; check the path: '.*study\.db'"):
+        Store.open(path)
+    with pytest.raises(FileNotFoundError):
+        Store.open(path.parent)
+    for content in (b"", b"number,score\n1,2\n" * 20):
+        path.write_bytes(content)
+        with pytest.raises(
+            StudyCorruptError, match=r"study\.db' is not a gputune study: it is no SQLite file"
+        ):
+            Store.open(path)
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE studies (x)")
+    other.close()
+    with pytest.raises(StudyCorruptError, match="an SQLite file of another program; check the path"):
+        Store.open(path)
+
+
+@pytest.mark.parametrize(
+    ("statement", "error", "message"),
+    [
+        (
+            "PRAGMA user_version = 2",
+            StudyVersionError,
+            "file format 2, this gputune reads up to 1; upgrade gputune",
+        ),
+        ("PRAGMA user_version = 0", StudyCorruptError, "its tables are not those of a study"),
+        ("DROP TABLE results", StudyCorruptError, "its tables are not those of a study"),
+        ("CREATE VIEW v AS SELECT 1", StudyCorruptError, "its tables are not those of a study"),
+        (
+            "CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END",
+            StudyCorruptError,
+            "its tables",
+        ),
+    ],
+)
+def test_a_file_with_other_tables_or_of_another_version_is_refused(path, statement, error, message):
+    with Store.create(path, {}):
+        pass
+    raw = sqlite3.connect(path)
+    with raw:
+        raw.execute(statement)
+    raw.close()
+    with pytest.raises(error, match=message):
+        Store.open(path)
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("UPDATE meta SET value = '1' WHERE key = 'seed'", "option 'seed' does not fit its checksum"),
+        ("UPDATE trials SET params = '{}'", "trial 0 does not fit its checksum"),
+        ("UPDATE trials SET origin = 'include'", "trial 0 does not fit its checksum"),
+        ("UPDATE results SET score = zeroblob(8)", "the result of trial 0 does not fit its checksum"),
+        ("UPDATE results SET best_epoch = 2", "the result of trial 0 does not fit its checksum"),
+        (
+            "UPDATE results SET curve = substr(curve, 1, 16)",
+            "the result of trial 0 does not fit its checksum",
+        ),
+        ("UPDATE results SET number = 1", "the result of trial 1 does not fit its checksum"),
+    ],
+)
+def test_a_changed_value_is_never_returned(path, statement, what):
+    with Store.create(path, META) as store:
+        store.add_trials(candidates([0, 1]))
+        store.finish([result(0)])
+    raw = sqlite3.connect(path)
+    with raw:
+        raw.execute(statement)
+    raw.close()
+    with (
+        Store.open(path) as store,
+        pytest.raises(StudyCorruptError, match=f"is damaged: {what}.* restore the file"),
+    ):
+        assert store.meta
+        store.trials()
+
+
+def test_a_result_without_its_trial_is_damage(path):
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates([0, 1]))
+        store.finish([result(0)])
+    raw = sqlite3.connect(path)
+    with raw:
+        raw.execute("UPDATE results SET number = 5")
+    raw.close()
+    with pytest.raises(StudyCorruptError, match="is damaged: 1 results belong to no trial"):
+        Store.open(path)
+
+
+def test_a_schema_that_is_no_text_is_damage(path):
+    with Store.create(path, {}):
+        pass
+    path.write_bytes(path.read_bytes().replace(b"seconds BLOB", b"seconds\xa0BLOB"))
+    with pytest.raises(StudyCorruptError, match="is damaged: its tables are not those of a study"):
+        Store.open(path)
+
+
+def test_two_results_of_one_trial_from_two_processes(path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(path.parent)!r})
+import numpy as np
+from gputune.study.store import Candidate, Result, Store
+with Store.open({str(path)!r}) as store:
+    taken = 0
+    for n in range(40):
+        try:
+            store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.ones((1, 1)))])
+            taken += 1
+        except ValueError as error:
+            assert "is never replaced" in str(error), error
+print(taken)
+"""
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates(range(40)))
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = [job.communicate()[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0, 0]
+    assert sum(map(int, outputs)) == 40
+    with Store.open(path) as store:
+        assert all(found for _, found in store.trials())
+
+
+def test_a_full_disk_loses_nothing_that_was_committed(path):
+    code = f"""
+import resource, signal
+import numpy as np
+from gputune.study.store import Candidate, Result, Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Store.open({str(path)!r}) as store:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    for n in range(100):
+        try:
+            store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.full((1000, 1), float(n)))])
+        except OSError as error:
+            assert "study.db" in str(error) and ("make room" in str(error) or "check the disk" in str(error)), error
+            break
+    print(n)
+"""
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates(range(100)))
+    done = int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+    assert 0 < done < 99
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+    with Store.open(path) as store:
+        found = [r for _, r in store.trials() if r]
+        assert [r.number for r in found] == list(range(done))
+        assert all((r.curve == r.number).all() for r in found)
+        store.finish([result(n) for n in range(done, 100)])  # there is room again
+
+
+def test_killed_in_the_middle_of_a_transaction(path):
+    code = f"""
+import os, signal
+import numpy as np
+from gputune.study.store import Result, Store
+store = Store.open({str(path)!r})
+store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.ones((1, 1))) for n in range(2)])
+real = store._connection
+class Killed:
+    def __getattr__(self, name): return getattr(real, name)
+    def execute(self, statement, *row):
+        if row and row[0][0] == 4: os.kill(os.getpid(), signal.SIGKILL)
+        return real.execute(statement, *row)
+store._connection = Killed()
+store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.ones((1, 1))) for n in range(2, 6)])
+"""
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates(range(6)))
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    with Store.open(path) as store:
+        assert [c.number for c, found in store.trials() if found] == [0, 1]
+        store.finish([result(n) for n in range(2, 6)])

@@ -1,0 +1,188 @@
+"""A study ranks its trials, says why none is best, becomes a table, and is read back from its file."""
+
+import dataclasses
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+from study_rows import candidates, result
+
+from gputune.errors import InputError, SearchFailedError
+from gputune.study.store import Store
+from gputune.study.study import Study, Trial
+
+
+def trial(number, score, *, folds=(), state="complete", **params):
+    return Trial(number, params, score, folds or (score, score), 1, state, 0.5, "random")
+
+
+def study(*trials, **meta):
+    return Study(meta=meta, trials=trials, curves=np.zeros((len(trials), 1, 2)))
+
+
+def test_the_standard_error_over_the_folds():
+    # scores 0.2, 0.4, 0.9: mean 0.5, squared gaps 0.09 + 0.01 + 0.16, over 2, over 3
+    assert trial(0, 0.5, folds=(0.2, 0.4, 0.9)).std_error == pytest.approx(math.sqrt(0.26 / 2 / 3))
+    for folds in [(0.5,), (0.5, math.nan), (0.5, -math.inf)]:
+        assert math.isnan(trial(0, 0.5, folds=folds).std_error)
+
+
+def test_the_best_trial_is_finite_and_highest_and_the_lower_number_on_a_tie():
+    scores = [math.nan, 0.5, 0.9, math.inf, 0.9, -math.inf, -1.0]
+    found = study(*[trial(n, score, lr=n / 10) for n, score in enumerate(scores)])
+    assert found.best_trial.number == 2
+    assert found.best_score == 0.9 and found.best_params == {"lr": 0.2}
+    assert [t.number for t in found.ranking()] == [2, 4, 1, 6, 0, 3, 5]
+
+
+def test_negative_scores_are_ranked_by_the_same_rule():
+    found = study(trial(0, -3.0), trial(1, -0.5), trial(2, -7.0))
+    assert [t.number for t in found.ranking()] == [1, 0, 2]
+
+
+def test_best_params_are_a_copy():
+    found = study(trial(0, 1.0, lr=0.1))
+    found.best_params["lr"] = 7
+    assert found.best_params == {"lr": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("trials", "message"),
+    [
+        ([], r"the study has no trials; search with n_trials >= 1"),
+        ([(math.nan, "waiting")] * 2, r"none of the 2 trials has been trained yet; run the search"),
+        (
+            [(math.nan, "failed")] * 3 + [(math.nan, "waiting")],
+            r"no trial has a finite score: of 4 trials 3 diverged, 1 have not been trained; lower the learning rates",
+        ),
+    ],
+)
+def test_a_search_without_a_best_trial_says_why(trials, message):
+    found = study(*[trial(n, score, state=state) for n, (score, state) in enumerate(trials)])
+    for get in ("best_trial", "best_params", "best_score"):
+        with pytest.raises(SearchFailedError, match=message):
+            getattr(found, get)
+
+
+def test_curves_must_fit_the_trials_and_cannot_be_changed():
+    with pytest.raises(
+        InputError, match=r"Study\(curves=...\) must be \(C, epochs, F\) .* the 1 trials, got shape \(2, 3\)"
+    ):
+        Study(meta={}, trials=(trial(0, 1.0),), curves=np.zeros((2, 3)))
+    given = np.zeros((1, 2, 3))
+    found = Study(meta={}, trials=[trial(0, 1.0)], curves=given)
+    given[:] = 1  # the study has its own
+    assert found.curves.shape == (1, 2, 3) and not found.curves.any()
+    with pytest.raises(ValueError, match="read-only"):
+        found.curves[0] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        found.trials = ()
+
+
+def test_repr_is_short():
+    found = study(
+        trial(0, 0.8), trial(1, math.nan, state="failed"), trial(2, 0.91234567), model="mlp", scoring="r2"
+    )
+    assert repr(found) == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
+    assert repr(study()) == "Study(0 trials)"
+    assert (
+        repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trials, 1 stopped, best score 0.5 in trial 0)"
+    )
+
+
+TRIALS = (
+    Trial(0, {"lr": 0.1, "width": 16, "activation": "relu"}, 0.5, (0.4, 0.6), 3, "complete", 1.5, "default"),
+    Trial(1, {"lr": 1e-3, "layers": [8, 4], "C": 1}, math.nan, (math.nan, 0.5), 1, "failed", 0.5, "random"),
+    Trial(
+        2, {"lr": 0.2, "width": 32, "layers": (2,), "C": 0.5}, math.nan, (), 0, "waiting", math.nan, "random"
+    ),
+)
+COLUMNS = ["number", "state", "score", "std_error", "fold_0", "fold_1", "best_epoch", "seconds", "origin"]
+COLUMNS += ["params_lr", "params_width", "params_activation", "params_layers", "params_C"]
+
+
+def test_to_pandas():
+    pandas = pytest.importorskip("pandas")
+    table = study(*TRIALS).to_pandas()
+    assert list(table.columns) == COLUMNS and len(table) == 3
+    assert table["number"].tolist() == [0, 1, 2] and table["state"].tolist() == [
+        "complete",
+        "failed",
+        "waiting",
+    ]
+    assert table["score"].dtype == np.float64 and table.loc[0, "std_error"] == pytest.approx(0.1)
+    assert table.loc[1, "fold_1"] == 0.5 and table[["fold_0", "fold_1"]].loc[2].isna().all()
+    assert table["params_lr"].tolist() == [0.1, 1e-3, 0.2]
+    # Integers stay integers beside a gap.
+    assert table["params_width"].dtype == pandas.Int64Dtype() and table["params_width"].isna().tolist() == [
+        0,
+        1,
+        0,
+    ]
+    assert table["params_layers"].tolist()[1:] == [[8, 4], (2,)]
+
+
+def test_to_polars():
+    polars = pytest.importorskip("polars")
+    table = study(*TRIALS).to_polars()
+    assert table.columns == COLUMNS and table.height == 3
+    assert table["number"].dtype == polars.Int64 and table["score"].dtype == polars.Float64
+    assert table["params_width"].to_list() == [16, None, 32] and table["params_width"].dtype == polars.Int64
+    assert table["params_C"].to_list() == [None, 1.0, 0.5]
+    assert table["params_layers"].to_list() == [None, "[8, 4]", "(2,)"]  # unlike types as text
+    assert table["fold_1"].to_list()[:2] == [0.6, 0.5] and math.isnan(table["fold_1"][2])
+
+
+def test_a_study_without_trials_is_an_empty_table():
+    assert study().to_pandas().shape == (0, 7)
+    assert study().to_polars().shape == (0, 7)
+
+
+def test_to_pandas_without_pandas(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(
+        ImportError, match=r"to_pandas\(\) needs pandas: pip install pandas, or use to_polars\(\)"
+    ):
+        study().to_pandas()
+
+
+def test_a_study_is_read_from_its_file(tmp_path):
+    path = tmp_path / "study.db"
+    diverged = result(1, epochs=2, state="failed", score=math.nan)
+    with Store.create(path, {"model": "mlp", "scoring": "accuracy"}) as store:
+        store.add_trials(candidates(range(3)))
+        store.finish([result(0, epochs=4), diverged])
+    found = Study.open(str(path))
+    assert found.meta == {"model": "mlp", "scoring": "accuracy"}
+    assert [t.state for t in found.trials] == ["complete", "failed", "waiting"]
+    assert [t.params for t in found.trials] == [c.params for c in candidates(range(3))]
+    first = found.trials[0]
+    assert (first.score, first.best_epoch, first.seconds) == (result(0, epochs=4).score, 4, 0.1)
+    assert first.fold_scores == result(0, epochs=4).fold_scores and first.origin == "random"
+    assert found.best_trial == first
+    assert found.curves.shape == (3, 4, 2)
+    np.testing.assert_array_equal(found.curves[0], result(0, epochs=4).curve)
+    np.testing.assert_array_equal(found.curves[1, :2], diverged.curve)
+    assert np.isnan(found.curves[1, 2:]).all() and np.isnan(found.curves[2]).all()
+    waiting = found.trials[2]
+    assert math.isnan(waiting.score) and waiting.fold_scores == () and waiting.best_epoch == 0
+
+
+def test_a_study_without_results_is_read(tmp_path):
+    with Store.create(tmp_path / "study.db", {}) as store:
+        store.add_trials(candidates([0]))
+    found = Study.open(tmp_path / "study.db")
+    assert found.curves.shape == (1, 0, 0)
+    with pytest.raises(SearchFailedError, match="none of the 1 trials has been trained yet"):
+        found.best_model()
+
+
+def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
+    module = types.ModuleType("gputune.refit")
+    module.refit = lambda *arguments: arguments
+    monkeypatch.setitem(sys.modules, "gputune.refit", module)
+    found = study(trial(0, 1.0))
+    assert found.best_model() == (found, None, None)
+    assert found.best_model("X", y="y") == (found, "X", "y")

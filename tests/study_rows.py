@@ -1,0 +1,35 @@
+"""Candidates and results with numbers that depend on nothing but the trial, shared by the tests of the study."""
+
+import numpy as np
+
+from gputune.study.store import Candidate, Result
+
+
+def candidates(numbers):
+    return [Candidate(n, {"lr": 0.1 / (n + 1), "width": 16, "activation": "relu"}, "random") for n in numbers]
+
+
+def result(number, *, epochs=3, folds=2, state="complete", **changed):
+    curve = np.random.default_rng(number).normal(size=(epochs, folds))
+    values = {
+        "number": number,
+        "state": state,
+        "score": float(curve[-1].mean()),
+        "fold_scores": tuple(curve[-1].tolist()),
+        "best_epoch": epochs,
+        "seconds": 0.1 + number,
+        "curve": curve,
+    }
+    return Result(**{**values, **changed})
+
+
+def bits(result):
+    numbers = np.array([result.score, *result.fold_scores, result.seconds])
+    return (
+        result.number,
+        result.state,
+        result.best_epoch,
+        numbers.tobytes(),
+        result.curve.tobytes(),
+        result.curve.shape,
+    )
