@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gputune.data.encode import checked_tensor
 from gputune.data.folds import parse_cv
 from gputune.data.holdout import hold_out
 from gputune.data.table import Table, as_table, quoted, read_table, split_target
 from gputune.data.target import check_target
+from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 
 Origin = dict[str, Any]
@@ -35,7 +35,8 @@ class Source:
         """Return the source of some rows alone."""
         X = self.X.select(positions) if isinstance(self.X, Table) else self.X[positions]
         groups = None if self.groups is None else np.asarray(self.groups)[positions]
-        return replace(self, X=X, y=self.y[positions], groups=groups)
+        y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)
+        return replace(self, X=X, y=y[positions], groups=groups)
 
 
 def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:

@@ -5,6 +5,8 @@ while this process is already training.
 """
 
 import functools
+import pickle
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -12,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import joblib
 import numpy as np
 import torch
@@ -49,7 +53,7 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
         joblib.dump(_to_arrays(data), path)
-        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
+        queue = _Queue(_packed(job), str(path), plan.chunks, plan.workers - 1)
 
         def collect(outcomes: Iterator[Outcome]) -> None:
             for outcome in outcomes:
@@ -69,7 +73,7 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
 class _Queue:
     """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
 
-    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int) -> None:
+    def __init__(self, job: bytes, path: str, chunks: Sequence[Population], workers: int) -> None:
         self.job, self.path = job, path
         self.waiting = deque(chunks)
         # Reentrant: a future that is done already calls back from within add_done_callback.
@@ -126,9 +130,31 @@ class _Queue:
         self.executor.shutdown(wait=False, kill_workers=True)
 
 
-def _run_in_worker(job: Job, path: str, chunk: Population) -> Outcome:
+def _packed(job: Job) -> bytes:
+    """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code."""
+    scorer = None if job.scoring is None else job.scoring.scorer
+    for value in (job.module_class, scorer):
+        module = sys.modules.get(getattr(value, "__module__", None) or "")
+        if module is not None and module.__name__ != "__main__" and not _importable(module.__name__):
+            cloudpickle.register_pickle_by_value(module)
+    packed: bytes = cloudpickle.dumps(job)
+    return packed
+
+
+def _importable(name: str) -> bool:
+    """Whether a fresh process with this one's ``sys.path`` would find the module."""
+    path = None
+    for end in (i for i, c in enumerate(f"{name}.") if c == "."):
+        found = PathFinder.find_spec(name[:end], path)
+        if found is None:
+            return False
+        path = found.submodule_search_locations
+    return True
+
+
+def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome:
     with threads(1):
-        return run_chunk(job, _load(path), chunk)
+        return run_chunk(pickle.loads(packed), _load(path), chunk)
 
 
 @functools.lru_cache(maxsize=1)

@@ -123,8 +123,6 @@ def damaged(path: Path, reason: str) -> StudyCorruptError:
 def _in_words(error: sqlite3.Error, path: Path) -> Exception:
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
     name = f"study {str(path)!r}"
-    if code == sqlite3.SQLITE_IOERR_SHORT_READ:
-        return damaged(path, str(error))
     match code & 0xFF:  # the low byte is the kind, the others say more
         case sqlite3.SQLITE_FULL:
             return OSError(errno.ENOSPC, f"{name}: the disk is full; what was committed is safe, make room")
@@ -137,7 +135,7 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
             return PermissionError(
                 errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder"
             )
-        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR | sqlite3.SQLITE_NOMEM:
+        case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
             return OSError(errno.EIO, f"{name}: {error}; check the disk and the rights of its folder")
     return damaged(path, str(error))
 

@@ -84,11 +84,20 @@ class TunedModel:
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         outputs = []
         with torch.inference_mode():
-            for part in self._batches(_table(X)):
+            for part in self._batches(self._inputs(X)):
                 rows = torch.from_numpy(transform(self.layout.raw(part), self.statistics))
                 output = self.module(rows.to(device, self.dtype))
                 outputs.append(self._checked(output, len(rows)).double().cpu())
         return torch.cat(outputs)
+
+    def _inputs(self, X: Any) -> Table:
+        """Return X as a table; a tensor too, so that training on tensors and on arrays is predicted alike."""
+        if isinstance(X, Tensor):
+            return as_table(checked_tensor(X).cpu().numpy())
+        table = read_table(X) if isinstance(X, str | Path) else as_table(X)
+        # A file that still has its target's column is no surprise that a warning must tell.
+        answers = self.target in table.names and self.target not in self.layout.inputs
+        return table.drop(self.target) if answers and len(table.names) > 1 else table
 
     def _batches(self, table: Table) -> Iterator[Table]:
         """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""
@@ -112,10 +121,3 @@ class TunedModel:
         what = "regression" if self.classes is None else f"{len(self.classes)} classes"
         columns = len(self.layout.columns)
         return f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {columns} columns)"
-
-
-def _table(X: Any) -> Table:
-    """Return X as a table; a tensor too, so that training on tensors and on arrays is predicted alike."""
-    if isinstance(X, Tensor):
-        return as_table(checked_tensor(X).cpu().numpy())
-    return read_table(X) if isinstance(X, str | Path) else as_table(X)

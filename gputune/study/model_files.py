@@ -59,8 +59,9 @@ def load_model(folder: str | os.PathLike[str], module: type[nn.Module] | None = 
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
+        reason = " ".join(str(error).split())  # torch writes a line for each tensor
         raise InputError(
-            f"{str(folder / TENSORS)!r} does not fit {module_class.__name__}: {error}; pass the class as it was."
+            f"{str(folder / TENSORS)!r} does not fit {module_class.__name__}: {reason} Pass the class as it was."
         ) from error
     with blaming(folder / DESCRIPTION):
         return TunedModel(

@@ -64,7 +64,7 @@ def _imported(place: str) -> type[nn.Module]:
         found = importlib.import_module(package)
     except (ImportError, ValueError) as error:
         raise InputError(
-            f"the module class {place!r} cannot be imported ({error}); install its package."
+            f"the module class {place!r} cannot be imported ({error}); make its package importable here."
         ) from error
     return _class_of(found, name)
 

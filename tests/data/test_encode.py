@@ -199,6 +199,20 @@ def test_tensor_types(given, used):
     assert transform(layout.raw(X), fit_statistics(layout.raw(X), layout, np.arange(3))).dtype == used
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_tensor_stays_on_its_gpu():
+    values = torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values[::6, 1] = torch.nan
+    X = values.cuda()
+    layout = fit_layout(X)
+    assert layout == fit_layout(values)
+    raw = layout.raw(X)
+    x = transform(raw, fit_statistics(raw, layout, np.arange(30)))
+    assert x.device == X.device
+    expected = transform(layout.raw(values), fit_statistics(layout.raw(values), layout, np.arange(30)))
+    torch.testing.assert_close(x.cpu(), expected, rtol=0, atol=1e-13)
+
+
 def test_a_tensor_of_numbers_is_not_copied_before_the_transform():
     X = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
     assert fit_layout(X).raw(X).data_ptr() == X.data_ptr()

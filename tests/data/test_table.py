@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.sparse import csr_array, csr_matrix
 
+from gputune.data.kinds import parse_text
 from gputune.data.table import BUNDLED, Table, as_table, read_table, split_target
 from gputune.errors import InputError
 
@@ -69,6 +70,18 @@ def test_blanks_around_fields_are_no_part_of_them(tmp_path):
     assert kinds(table) == {"a": "number", "b": "category", "c": "number"}
     assert table.column("b").tolist() == ["x", "y"]
     np.testing.assert_array_equal(table.column("c"), [np.nan, 4])
+
+
+def test_every_column_of_text_reads_as_its_values_do_one_by_one(tmp_path):
+    odd = ["1_0", "1e5", "+1", ".5", "-0", " 7 ", "nan", "?", "0x10", "true", "1d5", "2020-01-02"]
+    for extra in ("3", "", "false", "x"):
+        columns = [[text, extra] for text in odd]
+        lines = [",".join(f"c{j}" for j in range(len(columns))), *(",".join(row) for row in zip(*columns))]
+        table = read_table(write(tmp_path, "\n".join([*lines, "1," * (len(columns) - 1) + "1"])))
+        for j, (text, other) in enumerate(columns):
+            kind, values = parse_text(np.array([text, other, "1"], dtype=object))
+            assert (text, other, table.kinds[j]) == (text, other, kind)
+            np.testing.assert_array_equal(table.columns[j], values)
 
 
 def test_a_late_text_makes_a_long_column_of_numbers_a_category(tmp_path):

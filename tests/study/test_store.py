@@ -209,6 +209,16 @@ def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch
         assert store.meta == {"a": 1}
 
 
+def test_a_file_that_cannot_be_opened_is_no_damage(path):
+    with Store.create(path, {}):
+        pass
+    path.with_name("study.db-wal").mkdir()
+    with pytest.raises(
+        OSError, match=r"study\.db': unable to open database file; check the disk and the rights"
+    ):
+        Store.open(path)
+
+
 def test_a_lock_that_is_held_too_long_is_named(path, monkeypatch):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     with Store.create(path, {}) as first, Store.open(path) as second:

@@ -7,11 +7,11 @@ import types
 
 import numpy as np
 import pytest
-from study_rows import candidates, result
 
 from gputune.errors import InputError, SearchFailedError
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
+from study_rows import candidates, result
 
 
 def trial(number, score, *, folds=(), state="complete", **params):

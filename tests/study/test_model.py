@@ -1,0 +1,170 @@
+"""A tuned model predicts labels in their own type and values in original units, from any kind of rows."""
+
+import numpy as np
+import pandas
+import polars
+import pytest
+import torch
+from torch import nn
+
+from gputune.data.encode import transform
+from gputune.data.table import as_table
+from gputune.errors import InputError
+from gputune.study import model as model_file
+from study_models import make_model, rows
+
+
+@pytest.fixture
+def frame():
+    return pandas.DataFrame(rows())
+
+
+def encoded(model, X):
+    return torch.tensor(transform(model.layout.raw(as_table(X)), model.statistics)).to(model.dtype)
+
+
+def test_probabilities_are_the_softmax_of_the_logits_and_labels_their_largest(frame):
+    model = make_model(frame, classes=("a", "b", "c"))
+    with torch.no_grad():
+        logits = model.module(encoded(model, frame)).double().numpy()
+    wanted = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    got = model.predict_proba(frame)
+    assert got.shape == (30, 3) and got.dtype == np.float64
+    np.testing.assert_allclose(got, wanted, rtol=1e-12)
+    assert model.predict(frame).tolist() == [("a", "b", "c")[k] for k in logits.argmax(1)]
+
+
+def test_values_are_in_original_units(frame):
+    model = make_model(frame, classes=None)
+    with torch.no_grad():
+        wanted = model.module(encoded(model, frame)).double().numpy()[:, 0] * 10 + 100
+    got = model.predict(frame)
+    assert got.shape == (30,) and got.dtype == np.float64
+    np.testing.assert_array_equal(got, wanted)
+    with pytest.raises(
+        InputError, match="predict_proba needs a model of classes, and this is a regression; use predict"
+    ):
+        model.predict_proba(frame)
+
+
+@pytest.mark.parametrize("classes", [("no", "yes"), (1, 7), (False, True), (0.5, 2.0)])
+def test_labels_have_their_own_type(frame, classes):
+    got = make_model(frame, classes=classes).predict(frame)
+    assert got.dtype == np.array(classes).dtype and set(got.tolist()) <= set(classes)
+
+
+def test_every_kind_of_rows_gives_the_same(frame, tmp_path):
+    model = make_model(frame)
+    wanted = model.predict_proba(frame)
+    polars.DataFrame(rows()).with_columns(polars.col("age").fill_nan(None)).write_csv(tmp_path / "rows.csv")
+    polars.DataFrame(rows()).write_parquet(tmp_path / "rows.parquet")
+    for X in (
+        as_table(frame),
+        polars.DataFrame(rows()),
+        frame[["member", "city", "income", "age"]],  # columns are found by name
+        tmp_path / "rows.csv",
+        str(tmp_path / "rows.parquet"),
+    ):
+        np.testing.assert_array_equal(model.predict_proba(X), wanted)
+
+
+@pytest.mark.parametrize("numbers", ["standard", "quantile"])
+def test_a_tensor_is_predicted_as_the_array_that_it_holds(numbers):
+    X = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    model = make_model(X, numbers=numbers)
+    wanted = model.predict_proba(X)
+    for tensor in (torch.tensor(X), torch.tensor(X, dtype=torch.float64).requires_grad_()):
+        np.testing.assert_array_equal(model.predict_proba(tensor), wanted)
+    with pytest.raises(InputError, match="X must be two-dimensional"):
+        model.predict(torch.tensor(1.0))
+    with pytest.raises(InputError, match=r"has no column 'x2'"):
+        model.predict(torch.ones(4, 2))
+
+
+def test_unknown_levels_and_missing_values_are_predicted(frame):
+    model = make_model(frame)
+    odd = frame.head(4).assign(city=["Ur", None, "Oslo", ""], age=[np.nan, 1e6, 30.0, 40.0])
+    got = model.predict_proba(odd)
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got[2], model.predict_proba(odd.iloc[[2]])[0], rtol=1e-6)
+
+
+def test_missing_columns_are_named_and_extra_ones_ignored(frame):
+    model = make_model(frame)
+    with pytest.raises(InputError, match=r"has no column 'city'"):
+        model.predict(frame.drop(columns="city"))
+    with pytest.warns(UserWarning, match="not there in training and are ignored: 'note'"):
+        got = model.predict(frame.assign(note="late"))
+    np.testing.assert_array_equal(got, model.predict(frame))
+
+
+def test_the_targets_own_column_is_ignored_without_a_warning(frame):
+    model = make_model(frame)
+    np.testing.assert_array_equal(model.predict(frame.assign(outcome="yes")), model.predict(frame))
+    with pytest.raises(InputError, match="has no column 'age', 'income', 'city', 'member'"):
+        model.predict(frame.assign(outcome="yes")[["outcome"]])
+
+
+def test_many_rows_are_predicted_in_batches_of_bounded_size(frame, monkeypatch):
+    model = make_model(frame, dtype=torch.float64)
+    wanted = model.predict_proba(frame)
+    sizes = []
+    model.module.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    monkeypatch.setattr(model_file, "ROWS", 7)
+    np.testing.assert_allclose(model.predict_proba(frame), wanted, rtol=1e-12)
+    assert sizes == [7, 7, 7, 7, 2]
+    sizes.clear()
+    monkeypatch.setattr(model_file, "NUMBERS", 3 * len(model.layout.feature_names))
+    assert len(model.predict(frame)) == 30 and sizes == [3] * 10
+    monkeypatch.setattr(model_file, "NUMBERS", 1)  # wider than the bound: one row at a time
+    assert len(model.predict(frame.head(2))) == 2
+
+
+class Net(nn.Module):
+    """A user's module with dropout whose result is what ``shape`` makes of (n, K)."""
+
+    shape = staticmethod(lambda output: output)
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.linear, self.drop = nn.Linear(n_features, n_outputs), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.shape(self.drop(self.linear(x)))
+
+
+def test_a_module_that_was_trained_on_predicts_without_dropout_and_without_gradients(frame):
+    model = make_model(frame, module=Net)
+    wanted = model.predict_proba(frame)
+    model.module.train()
+    np.testing.assert_array_equal(model.predict_proba(frame), wanted)
+    assert all(p.grad is None for p in model.module.parameters())
+
+
+def test_a_regression_module_may_return_one_value_a_row(frame):
+    wanted = make_model(frame, classes=None, module=Net).predict(frame)
+    flat = type("Flat", (Net,), {"shape": staticmethod(lambda output: output[:, 0])})
+    np.testing.assert_array_equal(make_model(frame, classes=None, module=flat).predict(frame), wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "got"),
+    [
+        (lambda output: output[:, :1], ("a", "b"), r"\(30, 1\)"),
+        (lambda output: output[:, 0], ("a", "b"), r"\(30,\)"),
+        (lambda output: output.T, None, r"\(1, 30\)"),
+        (lambda output: (output,), None, "tuple"),
+    ],
+)
+def test_a_module_with_another_output_is_named(frame, shape, classes, got):
+    odd = type("Odd", (Net,), {"shape": staticmethod(shape)})
+    model = make_model(frame, classes=classes, module=odd)
+    with pytest.raises(
+        InputError, match=rf"Odd must return a tensor of shape \(30, [12]\), got {got}; correct"
+    ):
+        model.predict(frame)
+
+
+def test_repr(frame):
+    assert repr(make_model(frame)) == "TunedModel(MLP, 2 classes, 'outcome' from 4 columns)"
+    assert repr(make_model(frame, classes=None)) == "TunedModel(MLP, regression, 'outcome' from 4 columns)"

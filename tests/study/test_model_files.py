@@ -1,0 +1,413 @@
+"""A saved model predicts the same in a new process; a folder that is not whole is refused and runs nothing."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from gputune.models import LogisticRegression
+from torch import nn
+
+from gputune.errors import InputError
+from gputune.study import folder as folder_file
+from gputune.study.model_files import load_model
+from gputune.study.module_source import class_from_file, class_source
+from study_models import make_model, rows
+
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs, width=4, act=nn.ReLU):
+        super().__init__()
+        self.seq = nn.Sequential(nn.Linear(n_features, width), act(), nn.Linear(width, n_outputs))
+
+    def forward(self, x):
+        return self.seq(x)
+"""
+
+
+@pytest.fixture
+def frame():
+    return pandas.DataFrame(rows())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def net(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(NET)
+    return path
+
+
+def save_net(frame, net, folder, **changed):
+    """Save a model of the class in net.py, built with other than its default arguments."""
+    net_class = class_from_file(net, "Net")
+    kwargs = {"width": 6, "act": nn.Tanh}
+    spec = {"kind": "module", "kwargs": kwargs, **class_source(net_class), **changed}
+    model = make_model(frame, module=lambda **size: net_class(**size, **kwargs), spec=spec)
+    model.save(folder)
+    return model
+
+
+def edit(folder, change):
+    """Rewrite model.json with ``change`` applied to its body, and checksums that fit again."""
+    path = folder / "model.json"
+    whole = json.loads(path.read_text())
+    change(whole["body"])
+    text = json.dumps(whole["body"], separators=(",", ":"))
+    whole["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("numbers", ["standard", "quantile"])
+@pytest.mark.parametrize("classes", [("no", "yes"), (3, 1, 2), (False, True), (0.1, 0.3), None])
+def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, classes, dtype, numbers):
+    model = make_model(frame, classes=classes, dtype=dtype, numbers=numbers)
+    model.save(folder)
+    loaded = load_model(str(folder))
+    got, wanted = loaded.predict(frame), model.predict(frame)
+    np.testing.assert_array_equal(got, wanted)
+    assert got.dtype == wanted.dtype and not loaded.module.training
+    for name in ("task", "center", "scale", "dtype", "target", "spec", "layout"):
+        assert getattr(loaded, name) == getattr(model, name)
+    assert loaded.statistics.to_json() == model.statistics.to_json()
+    assert loaded.info["score"] == model.info["score"] and np.isnan(loaded.info["held_out"])
+    for key, value in model.module.state_dict().items():
+        assert torch.equal(loaded.module.state_dict()[key], value)
+    if classes is not None:
+        np.testing.assert_array_equal(loaded.predict_proba(frame), model.predict_proba(frame))
+
+
+def test_object_labels_come_back_as_they_are(frame, folder):
+    model = make_model(frame, classes=np.array(["no", "yes"], dtype=object))
+    model.save(folder)
+    assert load_model(folder).predict(frame).dtype == object
+
+
+def test_a_saved_model_predicts_in_a_new_process(frame, folder, net, tmp_path):
+    model = save_net(frame, net, folder)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    code = f"""
+import numpy
+from gputune.study.model_files import load_model
+model = load_model({str(folder)!r})
+numpy.save({str(tmp_path / "out.npy")!r}, model.predict_proba({str(tmp_path / "rows.parquet")!r}))
+print(type(model.module).__name__, model.predict({str(tmp_path / "rows.parquet")!r}).dtype.kind)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")
+    assert done.stdout.split() == ["Net", "U"]
+    # Another process may add in another order, so the last bit is not asked for.
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model.predict_proba(frame), rtol=1e-6)
+
+
+def test_the_sizes_of_the_module_follow_from_layout_and_classes(frame, folder):
+    model = make_model(frame, module=LogisticRegression, spec={"kind": "logistic", "kwargs": {}})
+    model.save(folder)
+    np.testing.assert_array_equal(load_model(folder).predict_proba(frame), model.predict_proba(frame))
+
+
+def test_loading_draws_nothing_from_the_callers_stream(frame, folder):
+    make_model(frame).save(folder)
+    before = torch.random.get_rng_state()
+    load_model(folder)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_tied_weights_are_saved(frame, folder):
+    class Tied(nn.Module):
+        def __init__(self, n_features, n_outputs):
+            super().__init__()
+            self.a = nn.Linear(n_features, n_outputs)
+            self.b = nn.Linear(n_features, n_outputs)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    model = make_model(frame, module=Tied, spec={"kind": "module", "kwargs": {}, **class_source(Tied)})
+    model.save(folder)
+    np.testing.assert_array_equal(load_model(folder, module=Tied).predict(frame), model.predict(frame))
+
+
+def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, folder):
+    make_model(frame).save(folder)
+    (folder / ".model.json.0123456789abcdef.tmp").write_text("left by a killed process")
+    make_model(frame, classes=None).save(folder)
+    assert load_model(folder).classes is None
+    (folder / ".model.json.0123456789abcdef.tmp").unlink()
+    assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def test_a_folder_with_anything_else_is_left_alone(frame, folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(
+        InputError, match=r"save\(folder='.*model'\): the folder holds 'thesis.tex', which is no part"
+    ):
+        make_model(frame).save(folder)
+    assert [p.name for p in folder.iterdir()] == ["thesis.tex"]
+    shutil.rmtree(folder)
+    folder.write_text("precious")
+    with pytest.raises(InputError, match=r"a file has that name; choose another"):
+        make_model(frame).save(folder)
+    assert folder.read_text() == "precious"
+
+
+def test_a_save_that_fails_leaves_the_old_model_whole(frame, folder, monkeypatch):
+    make_model(frame).save(folder)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder_file.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        make_model(frame, classes=None).save(folder)
+    monkeypatch.undo()
+    assert load_model(folder).classes.tolist() == ["no", "yes"]
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_save_that_was_cut_between_its_files_is_found(frame, folder, monkeypatch):
+    make_model(frame).save(folder)
+    replace = os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder_file.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_model(frame, classes=None).save(folder)
+    monkeypatch.undo()
+    with pytest.raises(
+        InputError, match=r"model\.safetensors' is damaged: it does not fit the SHA-256 in model\.json"
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (
+            {"spec": {"kind": "mlp", "kwargs": {"width": print}}},
+            "the model's spec or info holds .* cannot be kept",
+        ),
+        ({"info": {"when": object()}}, "the model's spec or info holds .* cannot be kept"),
+    ],
+)
+def test_what_cannot_be_written_is_named_before_anything_is(frame, folder, held, message):
+    model = make_model(frame)
+    for name, value in held.items():
+        object.__setattr__(model, name, value)
+    with pytest.raises(InputError, match=message):
+        model.save(folder)
+    assert not folder.exists()
+
+
+def test_a_state_that_is_no_tensor_is_named(frame, folder):
+    class Odd(LogisticRegression):
+        def get_extra_state(self):
+            return {"a": 1}
+
+    with pytest.raises(
+        InputError, match="Odd keeps '_extra_state', a dict, in its state; only tensors can be saved"
+    ):
+        make_model(frame, module=Odd).save(folder)
+
+
+def test_missing_files_are_named(frame, folder):
+    with pytest.raises(InputError, match=r"there is no model folder '.*model'; check the path"):
+        load_model(folder)
+    for name in ("model.json", "model.safetensors"):
+        make_model(frame).save(folder)
+        (folder / name).unlink()
+        with pytest.raises(
+            InputError, match=rf"the model folder '.*' has no {re.escape(name)}; save the model again"
+        ):
+            load_model(folder)
+
+
+def test_a_changed_or_cut_file_is_named(frame, folder):
+    make_model(frame).save(folder)
+    whole = {name: (folder / name).read_bytes() for name in ("model.json", "model.safetensors")}
+    for name, content in whole.items():
+        for end in range(0, len(content) - 2, len(content) // 40):
+            (folder / name).write_bytes(content[:end])
+            with pytest.raises(
+                InputError, match=rf"{re.escape(name)}' is damaged: .* restore it from a copy"
+            ):
+                load_model(folder)
+        for position in range(0, len(content) - 2, len(content) // 40):
+            flipped = bytearray(content)
+            flipped[position] ^= 1
+            (folder / name).write_bytes(flipped)
+            with pytest.raises(InputError, match=r"' is damaged: .* restore it|has model format \d+, this"):
+                load_model(folder)
+        (folder / name).write_bytes(content)
+    load_model(folder)
+
+
+def test_a_newer_format_and_a_foreign_json_are_named(frame, folder):
+    make_model(frame).save(folder)
+    path = folder / "model.json"
+    text = path.read_text()
+    path.write_text(text.replace('"version": 1', '"version": 2', 1))
+    with pytest.raises(
+        InputError, match=r"model\.json' has model format 2, this gputune reads up to 1; upgrade"
+    ):
+        load_model(folder)
+    for other in ('{"format": "other"}', "[]", "3", "{}", '{"format": "gputune model", "version": "x"}'):
+        path.write_text(other)
+        with pytest.raises(InputError, match=r"model\.json' is damaged: "):
+            load_model(folder)
+
+
+def remove(key):
+    return lambda body: body.pop(key)
+
+
+def put(key, value):
+    return lambda body: body.__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *[
+            remove(key)
+            for key in ("layout", "statistics", "classes", "dtype", "spec", "center", "target", "info")
+        ],
+        put("dtype", "float8"),
+        put("layout", {"columns": [{"name": "x"}]}),
+        put("statistics", [1]),
+        put("spec", {"kind": "resnet", "kwargs": {}}),
+        put("spec", {"kind": "module", "kwargs": {}}),
+        put("spec", {"kind": "module", "kwargs": {}, "path": 3}),
+        put("classes", {"torch": "os:system"}),
+    ],
+)
+def test_a_description_that_makes_no_sense_is_damage(frame, folder, change):
+    make_model(frame).save(folder)
+    edit(folder, change)
+    with pytest.raises(InputError, match=r"model\.json' is damaged: "):
+        load_model(folder)
+
+
+def test_a_description_whose_module_does_not_fit_is_named(frame, folder):
+    make_model(frame).save(folder)
+    edit(folder, lambda body: body["spec"]["kwargs"].update(width=9))
+    with pytest.raises(InputError, match=r"model\.safetensors' does not fit MLP: .*size mismatch"):
+        load_model(folder)
+    edit(folder, lambda body: body["spec"]["kwargs"].update(width=-1))
+    with pytest.raises(
+        InputError, match=r"MLP could not be built from the saved arguments .*width must be at least 1"
+    ):
+        load_model(folder)
+
+
+class Canary:
+    """Unpickling makes a file of the given name."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("write", [lambda o, f: pickle.dump(o, f), lambda o, f: torch.save(o, f)])
+def test_nothing_is_unpickled(frame, folder, tmp_path, write):
+    make_model(frame).save(folder)
+    canary = tmp_path / "unpickled"
+    with (folder / "model.safetensors").open("wb") as file:
+        write(Canary(canary), file)
+    with pytest.raises(InputError, match="does not fit the SHA-256"):
+        load_model(folder)
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    edit(folder, put("tensors_sha256", digest))  # by someone who knows the format
+    with pytest.raises(InputError, match=r"model\.safetensors' is damaged: it is no safetensors file"):
+        load_model(folder)
+    (folder / "model.json").write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(InputError, match=r"model\.json' is damaged"):
+        load_model(folder)
+    assert not canary.exists()
+    pickle.loads(pickle.dumps(Canary(canary))).close()
+    assert canary.exists()  # it would have sung
+
+
+def test_a_users_class_is_found_again_only_where_its_file_is_the_same(frame, folder, net):
+    model = save_net(frame, net, folder)
+    wanted = model.predict_proba(frame)
+    np.testing.assert_array_equal(load_model(folder).predict_proba(frame), wanted)
+    net_class = class_from_file(net, "Net")
+    net.write_text(NET.replace("self.seq(x)", "-self.seq(x)"))
+    remedy = r"Or pass the class: load_model\('.*model', module=...\)"
+    with pytest.raises(InputError, match=rf"net\.py' has changed since the model was trained; .* {remedy}"):
+        load_model(folder)
+    net.unlink()
+    with pytest.raises(InputError, match=rf"net\.py' does not exist; .* {remedy}"):
+        load_model(folder)
+    np.testing.assert_array_equal(load_model(folder, module=net_class).predict_proba(frame), wanted)
+
+
+def test_a_relative_path_is_kept_as_a_full_one(frame, folder, net, monkeypatch):
+    monkeypatch.chdir(net.parent)
+    save_net(frame, net, folder, path="net.py")
+    monkeypatch.chdir("/")
+    assert load_model(folder).spec["path"] == str(net)
+
+
+def test_a_class_that_cannot_be_imported_is_named(frame, folder, net):
+    save_net(frame, net, folder)
+    edit(folder, put("spec", {"kind": "module", "kwargs": {"dict": {}}, "import": "no_such_package:Net"}))
+    with pytest.raises(InputError, match=r"'no_such_package:Net' cannot be imported .* Or pass the class"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("path", ["{folder}/net.py", "net.py", "{folder}/../model/net.py"])
+def test_code_that_comes_with_the_folder_is_not_run(frame, folder, net, path, monkeypatch, tmp_path):
+    canary = tmp_path / "ran"
+    save_net(frame, net, folder)
+    evil = f"open({str(canary)!r}, 'w')\n{NET}"
+    (folder / "net.py").write_text(evil)
+    source = {
+        "path": path.format(folder=folder),
+        "class": "Net",
+        "sha256": hashlib.sha256(evil.encode()).hexdigest(),
+    }
+    edit(folder, lambda body: body["spec"].update(source))
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match="lies in the model folder, and code from there is not run"):
+        load_model(folder)
+    assert not canary.exists()
+
+
+def test_the_module_argument_is_checked(frame, folder, net):
+    make_model(frame).save(folder)
+    with pytest.raises(
+        InputError, match=r"load_model\(module=...\): '.*' holds the built-in 'mlp'; leave module out"
+    ):
+        load_model(folder, module=LogisticRegression)
+    shutil.rmtree(folder)
+    save_net(frame, net, folder)
+    for odd in (nn.Linear(1, 1), int, "Net"):
+        with pytest.raises(InputError, match=r"must be a subclass of torch\.nn\.Module, got"):
+            load_model(folder, module=odd)
+    with pytest.raises(
+        InputError, match=r"LogisticRegression could not be built .* TypeError: .* pass the class as it was"
+    ):
+        load_model(folder, module=LogisticRegression)

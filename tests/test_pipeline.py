@@ -1,0 +1,415 @@
+"""From rows to a study and its model, through the public tune()."""
+
+import warnings
+
+import gputune
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import reference
+import torch
+from gputune.data.encode import fit_layout, fit_statistics, transform
+from gputune.data.table import as_table
+from gputune.engine.population import complete
+from problems import largest_difference
+from sklearn.datasets import load_iris, make_classification, make_regression
+from sklearn.model_selection import GroupKFold, StratifiedKFold, TimeSeriesSplit
+from torch import nn
+
+FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris(return_X_y=True)
+
+
+class Net(nn.Module):
+    """A user's module, as a script or a test would define it."""
+
+    def __init__(self, n_features, n_outputs, hidden=8):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_study_has_trials_scores_curves_and_a_best_one(iris):
+    study = gputune.tune("mlp", *iris, n_trials=6, **FAST)
+    assert len(study.trials) == 7
+    assert [trial.origin for trial in study.trials] == ["default"] + ["random"] * 6
+    assert study.curves.shape == (7, 3, 3)
+    assert study.best_score == max(trial.score for trial in study.trials)
+    for trial, curve in zip(study.trials, study.curves):
+        mean = curve.mean(1)
+        assert trial.state == "complete"
+        assert trial.score == mean.max()
+        assert trial.best_epoch == 1 + mean.argmax()
+        assert trial.fold_scores == tuple(curve[trial.best_epoch - 1])
+    assert study.best_params == study.best_trial.params
+    assert set(study.best_params) == {"lr", "batch_size", "width", "weight_decay"}
+
+
+def test_the_same_call_gives_the_same_study(iris):
+    first, second = (gputune.tune("mlp", *iris, n_trials=4, random_state=3, **FAST) for _ in range(2))
+    np.testing.assert_array_equal(first.curves, second.curves)
+    other = gputune.tune("mlp", *iris, n_trials=4, random_state=4, **FAST)
+    assert [t.params for t in other.trials[1:]] != [t.params for t in first.trials[1:]]
+
+
+def test_a_fold_equals_a_plain_loop_on_its_own_preprocessing(iris):
+    """Laws 1 and 5 through the public door: statistics of the training rows, then the plain loop."""
+    X, y = iris
+    folds = list(StratifiedKFold(3, shuffle=True, random_state=0).split(X, y))
+    params = {"lr": 0.01, "batch_size": 20, "width": 24}
+    study = gputune.tune(
+        "mlp", X, y, n_trials=0, include=[params], include_default=False, space=params, dtype="float64",
+        scoring="neg_log_loss", epoch="last", **{**FAST, "cv": folds},
+    )  # fmt: skip
+    config = complete(params, optimizer="adamw", schedule="constant")
+    for f, (train, valid) in enumerate(folds):
+        center, scale = X[train].mean(0), X[train].std(0)
+        x, rows = torch.tensor((X - center) / scale), torch.tensor(valid)
+        losses = []
+
+        def after_epoch(epoch, module, x=x, rows=rows, losses=losses):
+            with torch.no_grad():
+                losses.append(nn.functional.cross_entropy(module(x[rows]), torch.tensor(y)[rows]).item())
+
+        reference.train_mlp(
+            x[train], torch.tensor(y)[train], config, n_outputs=3, epochs=3, after_epoch=after_epoch
+        )
+        np.testing.assert_allclose(-study.curves[0, :, f], losses, rtol=1e-9)
+
+
+def test_the_refit_equals_a_plain_loop_for_the_best_epochs(iris):
+    X, y = iris
+    params = {"lr": 0.03, "batch_size": 16, "width": 16, "schedule": "cosine"}
+    study = gputune.tune(
+        "mlp",
+        X,
+        y,
+        space=params,
+        n_trials=1,
+        include_default=False,
+        dtype="float64",
+        **{**FAST, "max_epochs": 5},
+    )
+    model = study.best_model()
+    x = torch.tensor((X - X.mean(0)) / X.std(0))
+    alone = reference.train_mlp(
+        x, torch.tensor(y), complete(params, optimizer="adamw", schedule="constant"), n_outputs=3,
+        epochs=study.best_trial.best_epoch, max_epochs=5,
+    )  # fmt: skip
+    assert largest_difference(model.module, alone) <= 1e-10
+    assert model.info["epochs"] == study.best_trial.best_epoch
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic", Net])
+@pytest.mark.parametrize("kind", ["binary", "multiclass"])
+def test_models_and_class_tasks(model, kind):
+    classes = 2 if kind == "binary" else 3
+    X, y = make_classification(80, 6, n_informative=4, n_classes=classes, random_state=0)
+    labels = np.array(["ant", "bee", "cat"])[y]
+    study = gputune.tune(model, X, labels, n_trials=3, **{**FAST, "max_epochs": 20})
+    assert study.meta["task"] == kind
+    tuned = study.best_model()
+    assert set(tuned.predict(X)) <= set(labels)
+    assert tuned.predict_proba(X).shape == (80, classes)
+    assert (tuned.predict(X) == labels).mean() > 1.2 / classes
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic", Net])
+def test_regression_scores_are_in_original_units(model):
+    X, y = make_regression(90, 4, noise=1.0, random_state=0)
+    y = 1000 + 50 * y
+    optimizer = "adamw"
+    study = gputune.tune(
+        model, X, y, optimizer=optimizer, space={"lr": 0.05}, n_trials=1, include_default=False,
+        scoring="neg_root_mean_squared_error", **{**FAST, "max_epochs": 40},
+    )  # fmt: skip
+    assert study.meta["task"] == "regression"
+    tuned = study.best_model()
+    rmse = np.sqrt(((tuned.predict(X) - y) ** 2).mean())
+    assert rmse < y.std() / 2
+    assert -study.best_score < y.std()
+    assert -study.best_score > y.std() / 1000
+
+
+def test_frames_tensors_and_arrays_give_one_answer(iris):
+    X, y = iris
+    names = ["a", "b", "c", "d"]
+    arguments = dict(n_trials=2, **FAST)
+    expected = gputune.tune("mlp", X, y, **arguments).curves
+    for data in (
+        (pd.DataFrame(X, columns=names), pd.Series(y)),
+        (pl.DataFrame(X, schema=names), pl.Series(y)),
+        (pd.DataFrame(X, columns=names).assign(kind=y), "kind"),
+    ):
+        np.testing.assert_array_equal(gputune.tune("mlp", *data, **arguments).curves, expected)
+    tensors = gputune.tune("mlp", torch.tensor(X), torch.tensor(y), **arguments)
+    np.testing.assert_allclose(tensors.curves, expected, atol=0.05)
+    assert tensors.best_model().predict(torch.tensor(X)).shape == (150,)
+
+
+def test_files_and_bundled_sets(tmp_path, iris):
+    frame = pl.DataFrame(iris[0], schema=["a", "b", "c", "d"]).with_columns(
+        kind=pl.Series(iris[1]).cast(pl.String)
+    )
+    frame.write_csv(tmp_path / "iris.csv")
+    frame.write_parquet(tmp_path / "iris.parquet")
+    studies = [
+        gputune.tune("mlp", tmp_path / name, "kind", n_trials=2, **FAST)
+        for name in ("iris.csv", "iris.parquet")
+    ]
+    np.testing.assert_array_equal(studies[0].curves, studies[1].curves)
+    bundled = gputune.tune("mlp", "sklearn:iris", n_trials=2, **FAST)
+    np.testing.assert_allclose(bundled.curves, studies[0].curves, atol=0.05)
+
+
+def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
+    rng = np.random.RandomState(0)
+    n = 120
+    frame = pd.DataFrame(
+        {
+            "size": np.where(rng.rand(n) < 0.1, np.nan, rng.randn(n)),
+            "color": rng.choice(["red", "green", "blue"], n),
+            "open": rng.rand(n) < 0.5,
+            "day": pd.date_range("2024-01-01", periods=n),
+            "id": [f"row {i}" for i in range(n)],
+        }
+    )
+    y = np.where(frame["color"] == "red", "yes", "no")
+    study = gputune.tune("mlp", frame, y, n_trials=3, **{**FAST, "max_epochs": 20})
+    assert study.best_score > 0.9
+    assert any("id" in note for note in study.meta["notes"])
+    model = study.best_model()
+    fresh = frame.head(3).assign(color=["red", "violet", None], extra=1)
+    with pytest.warns(UserWarning, match="extra"):
+        assert model.predict(fresh)[0] == "yes"
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict_proba(frame), model.predict_proba(frame))
+
+
+def test_no_leakage_from_validation_rows(iris):
+    """Law 5: whatever stands in a fold's validation rows, its statistics stay as they are."""
+    X, _ = iris
+    layout = fit_layout(as_table(X))
+    train, valid = np.arange(100), np.arange(100, 150)
+    wild = X.copy()
+    wild[valid] *= 1e6
+    for numbers in ("standard", "quantile"):
+        calm, changed = (
+            fit_statistics(layout.raw(as_table(v)), layout, train, numbers=numbers) for v in (X, wild)
+        )
+        np.testing.assert_array_equal(
+            transform(layout.raw(as_table(X)), calm)[train],
+            transform(layout.raw(as_table(wild)), changed)[train],
+        )
+
+
+def test_folds_groups_and_time_series():
+    X, y = make_classification(60, 4, random_state=0)
+    groups = np.repeat(np.arange(12), 5)
+    for cv, given, count in ((GroupKFold(4), groups, 4), (4, groups, 4), (TimeSeriesSplit(3), None, 3)):
+        study = gputune.tune("mlp", X, y, groups=given, n_trials=1, **{**FAST, "cv": cv})
+        assert study.curves.shape[2] == count
+    named = pd.DataFrame(X, columns=list("abcd")).assign(group=groups)
+    study = gputune.tune("mlp", named, y, groups="group", n_trials=1, **FAST)
+    assert study.meta["features"] == 4
+
+
+def test_weights_reach_the_loss():
+    X, y = make_classification(300, 4, weights=[0.9], class_sep=0.5, random_state=0)
+    plain, balanced, weighted = (
+        gputune.tune(
+            "mlp", X, y, n_trials=0, scoring="balanced_accuracy", **arguments, **{**FAST, "max_epochs": 20}
+        )
+        for arguments in ({}, {"class_weight": "balanced"}, {"sample_weight": np.where(y, 4.0, 1.0)})
+    )
+    assert balanced.best_score > plain.best_score
+    assert weighted.best_score > plain.best_score
+    assert weighted.best_model().predict(X).mean() > plain.best_model().predict(X).mean()
+
+
+def test_a_diverged_trial_is_last_and_never_best(iris):
+    study = gputune.tune(
+        "mlp",
+        *iris,
+        space={"lr": [1e-2, 1e30], "optimizer": ["sgd"]},
+        n_trials=2,
+        include_default=False,
+        **FAST,
+    )
+    failed = [trial for trial in study.trials if trial.state == "failed"]
+    assert len(failed) == 1 and np.isnan(failed[0].score)
+    assert study.ranking()[-1] is failed[0] and study.best_trial is not failed[0]
+    assert np.isnan(study.curves[failed[0].number]).any()
+
+
+def test_a_search_where_all_fail_says_why(iris):
+    with pytest.raises(gputune.SearchFailedError, match="diverged.*lower the learning rates"):
+        gputune.tune(
+            "mlp",
+            *iris,
+            space={"lr": [1e30], "optimizer": ["sgd"]},
+            n_trials=1,
+            include_default=False,
+            **FAST,
+        )
+
+
+def test_processes_give_what_one_process_gives(iris, capfd):
+    arguments = dict(n_trials=8, **{**FAST, "max_epochs": 4})
+    alone = gputune.tune("mlp", *iris, **{**arguments, "workers": 1})
+    together = gputune.tune("mlp", *iris, **{**arguments, "workers": 3})
+    np.testing.assert_allclose(together.curves, alone.curves, atol=1e-6)
+    module = gputune.tune(
+        Net, *iris, space={"module__hidden": [4, 8, 12], "lr": [1e-3, 1e-2]}, **{**arguments, "workers": 2}
+    )
+    assert all(trial.state == "complete" for trial in module.trials)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris):
+    path = tmp_path / "study.db"
+    X, y = iris
+    whole = gputune.tune("mlp", X, y, n_trials=5, study=path, **FAST)
+    opened = gputune.Study.open(path)
+    np.testing.assert_array_equal(opened.curves, whole.curves)
+    assert opened.trials == whole.trials
+    again = gputune.tune("mlp", X, y, n_trials=5, study=path, **FAST)
+    assert again.trials == whole.trials
+    more = gputune.tune("mlp", X, y, n_trials=7, study=path, **FAST)
+    assert more.trials[:6] == whole.trials and len(more.trials) > 6
+    with pytest.raises(
+        gputune.InputError, match="holds another search: its random_state, .*differ|its random_state differ"
+    ):
+        gputune.tune("mlp", X, y, n_trials=5, study=path, random_state=1, **FAST)
+    with pytest.raises(gputune.InputError, match="its data differ"):
+        gputune.tune("mlp", X + 1, y, n_trials=5, study=path, **FAST)
+
+
+def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, iris):
+    frame = pd.DataFrame(iris[0], columns=list("abcd")).assign(kind=iris[1])
+    frame.to_csv(tmp_path / "iris.csv", index=False)
+    study = gputune.tune("mlp", tmp_path / "iris.csv", "kind", n_trials=2, study=tmp_path / "a.db", **FAST)
+    expected = study.best_model().predict_proba(frame)
+    opened = gputune.Study.open(tmp_path / "a.db")
+    np.testing.assert_array_equal(opened.best_model().predict_proba(frame), expected)
+    frame.head(140).to_csv(tmp_path / "iris.csv", index=False)
+    with pytest.raises(gputune.InputError, match="have changed since.*restore the file, or pass X and y"):
+        opened.best_model()
+    assert opened.best_model(frame.drop(columns="kind"), iris[1]).info["rows"] == 150
+    (tmp_path / "iris.csv").unlink()
+    with pytest.raises(gputune.InputError, match=r"cannot read .*iris.csv' again: it is gone. Pass X and y"):
+        opened.best_model()
+    gputune.tune("mlp", *iris, n_trials=1, study=tmp_path / "b.db", **FAST)
+    with pytest.raises(gputune.InputError, match="needs X and y: the study was searched on data in memory"):
+        gputune.Study.open(tmp_path / "b.db").best_model()
+
+
+def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):
+    X, y = iris
+    study = gputune.tune(
+        "mlp", X, y, sample_weight=np.ones(150) * 2, n_trials=0, study=tmp_path / "a.db", **FAST
+    )
+    with pytest.raises(gputune.InputError, match="cannot read sample_weight again"):
+        gputune.Study.open(tmp_path / "a.db").best_model(X, y)
+    with pytest.raises(gputune.InputError, match="cannot weight other rows"):
+        study.best_model(X, y)
+    gputune.tune("mlp", X, y, class_weight={0: 2.0}, n_trials=0, study=tmp_path / "b.db", **FAST)
+    with pytest.raises(gputune.InputError, match="cannot read class_weight={0: 2.0} again"):
+        gputune.Study.open(tmp_path / "b.db").best_model(X, y)
+
+
+def test_a_timeout_ends_after_the_running_epoch(iris):
+    study = gputune.tune("mlp", *iris, n_trials=2, timeout=1e-9, **{**FAST, "max_epochs": 500})
+    assert {trial.state for trial in study.trials} <= {"stopped", "waiting"}
+    assert study.best_trial.state == "stopped"
+    assert study.best_trial.best_epoch == 1
+
+
+def test_memory_cuts_chunks_and_changes_nothing(iris):
+    arguments = dict(n_trials=6, **FAST)
+    wide = gputune.tune("mlp", *iris, **arguments)
+    narrow = gputune.tune("mlp", *iris, memory="100KB", **arguments)
+    np.testing.assert_allclose(narrow.curves, wide.curves, atol=1e-6)
+
+
+def test_the_plan_and_the_columns_are_said_aloud(iris, capsys):
+    gputune.tune("mlp", *iris, n_trials=2, **{**FAST, "verbose": 2})
+    said = capsys.readouterr().err
+    assert "mlp on 150 rows, 4 features; target 'y': 3 classes" in said
+    assert "plan: 3 trials in" in said
+
+
+def test_a_random_state_object_is_used_once(iris):
+    state = np.random.RandomState(0)
+    study = gputune.tune("mlp", *iris, n_trials=1, random_state=state, **FAST)
+    assert study.meta["seed"] == np.random.RandomState(0).randint(2**31)
+    assert gputune.tune("mlp", *iris, n_trials=0, random_state=None, **FAST).meta["seed"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"model": "mpl"},
+            "model must be 'mlp', 'logistic', a torch.nn.Module class or 'FILE.py:CLASS', got 'mpl'",
+        ),
+        ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
+        (
+            {"optimizer": "adagrad"},
+            "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, got 'adagrad'",
+        ),
+        ({"schedule": "linear"}, "schedule must be one of 'constant', 'cosine', got 'linear'"),
+        ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),
+        ({"numbers": "robust"}, "numbers must be one of 'standard', 'quantile', 'none', got 'robust'"),
+        ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
+        ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
+        ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
+        ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
+        ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),
+        (
+            {"device": "cuda:99"},
+            r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'",
+        ),
+        ({"device": "gpu"}, "device must be 'auto' or one that this machine has"),
+        ({"random_state": -1}, "random_state must be at least 0, got -1"),
+        (
+            {"random_state": "0"},
+            "random_state is an integer, a numpy RandomState or Generator, or None, got '0'",
+        ),
+        ({"space": {"learning_rate": [1]}}, "learning_rate"),
+        ({"scoring": "acuracy"}, "Did you mean 'accuracy'"),
+        ({"cv": 200}, "200"),
+        ({"y": None}, "y is missing"),
+        ({"groups": "group"}, "groups='group' is not a column of the table"),
+    ],
+)
+def test_bad_arguments_are_named(iris, arguments, message):
+    given = {"model": "mlp", "X": iris[0], "y": iris[1], "n_trials": 1, **FAST, **arguments}
+    with warnings.catch_warnings(), pytest.raises(gputune.InputError, match=message):
+        warnings.simplefilter("ignore")
+        gputune.tune(given.pop("model"), given.pop("X"), given.pop("y"), **given)
+
+
+def test_more_bad_input(tmp_path, iris):
+    X, y = iris
+    with pytest.raises(gputune.InputError, match="solved with optimizer='exact' predicts classes"):
+        gputune.tune("logistic", X, X[:, 0], **FAST)
+    with pytest.raises(gputune.InputError, match="y and groups must be arrays when X is a tensor"):
+        gputune.tune("mlp", torch.tensor(X), "target", **FAST)
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(gputune.InputError, match="y must name the target column of the file"):
+        gputune.tune("mlp", tmp_path / "a.csv", y, **FAST)
+    with pytest.raises(gputune.InputError, match="scoring='roc_auc_ovr' needs every class.*fold 0 lacks one"):
+        gputune.tune(
+            "mlp", X, y, scoring="roc_auc_ovr", **{**FAST, "cv": [(np.arange(100), np.arange(100, 150))]}
+        )
+    with pytest.raises(gputune.InputError, match="scoring='r2' needs two validation rows"):
+        gputune.tune("mlp", X, X[:, 0], **{**FAST, "cv": [(np.arange(149), [149])]})
