@@ -1,5 +1,6 @@
 """The options of a search that stand by themselves, checked before anything is read or trained."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,18 +74,16 @@ def choose_device(device: str) -> torch.device:
     """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    chosen = None
+    with contextlib.suppress(RuntimeError, TypeError):
         chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        chosen = None
     count = torch.cuda.device_count()
-    known = chosen is not None and (
-        chosen.type == "cpu" or (chosen.type == "cuda" and (chosen.index or 0) < count)
-    )
-    if not known:
-        there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-        raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
-    return chosen
+    if chosen is not None and chosen.type == "cpu":
+        return chosen
+    if chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < count:
+        return chosen
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

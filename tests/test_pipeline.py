@@ -2,20 +2,21 @@
 
 import warnings
 
-import gputune
 import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
-import reference
 import torch
+from sklearn.datasets import load_iris, make_classification, make_regression
+from sklearn.model_selection import GroupKFold, StratifiedKFold, TimeSeriesSplit
+from torch import nn
+
+import gputune
+import reference
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.table import as_table
 from gputune.engine.population import complete
 from problems import largest_difference
-from sklearn.datasets import load_iris, make_classification, make_regression
-from sklearn.model_selection import GroupKFold, StratifiedKFold, TimeSeriesSplit
-from torch import nn
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
 

@@ -8,7 +8,6 @@ gradient zero and stay zero. Axes: F folds, C trials, P = F*C members (fold-majo
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,27 +15,13 @@ from torch import Tensor, nn
 from gputune.engine.batches import Batch
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import cross_entropy_slope_, squared_error_slope_
-from gputune.engine.network import by_copy
+from gputune.engine.network import Shape, by_copy
 from gputune.engine.population import padded_width
 from gputune.models import MLP, LogisticRegression
 from gputune.seeding import stream
 from gputune.types import Config, Params
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the stacked tensors of a chunk have in common."""
-
-    folds: int
-    n_features: int
-    n_outputs: int
-    dtype: torch.dtype
-    device: torch.device
-    regression: bool
-    present: Tensor | None
-    """(F, K) bool: classes that take part in a fold, None when all do."""
 
 
 class StackedMLP:
@@ -210,25 +195,23 @@ class _Workspace:
 
     def __init__(self, net: StackedMLP, rows: int) -> None:
         folds, trials = net.shape.folds, len(net.configs)
-        like = {"dtype": net.shape.dtype, "device": net.shape.device}
         first = net.sizes[1]
 
-        def members(width: int) -> Tensor:
-            return torch.empty(folds, trials, rows, width, **like)  # type: ignore[arg-type]
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=net.shape.dtype, device=net.shape.device)
 
-        self.wide = torch.empty(folds, rows, trials * first, **like)  # type: ignore[arg-type]
+        def members(width: int) -> Tensor:
+            return empty(folds, trials, rows, width)
+
+        self.wide = empty(folds, rows, trials * first)
         self.by_trial = self.wide.view(folds, rows, trials, first).movedim(2, 1)  # (F, C, B, H)
         self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
         # relu and tanh are recovered from their value, so it may overwrite its argument
         in_place = net.activation in ("relu", "tanh")
-        self.active = (
-            self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
-        )
-        self.dropped = [members(net.hidden) for _ in range(net.depth)] if net.rates is not None else []
-        self.keep = [
-            torch.empty(trials, rows, net.hidden, **like)  # type: ignore[arg-type]
-            for _ in range(net.depth if net.rates is not None else 0)
-        ]
+        self.active = self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
+        dropping = net.depth if net.rates is not None else 0
+        self.dropped = [members(net.hidden) for _ in range(dropping)]
+        self.keep = [empty(trials, rows, net.hidden) for _ in range(dropping)]
         self.out = members(net.shape.n_outputs)
         self.slope, self._spare = members(net.hidden), members(net.hidden)
 

@@ -34,7 +34,7 @@ class Blocks:
 
     def views(self, flat: Tensor) -> Params:
         """Return the parameters of a flat buffer, in their own shapes, sharing its memory."""
-        return {b.name: part.view(b.shape) for b, part in zip(self.blocks, flat.split(self.sizes))}
+        return {b.name: part.view(b.shape) for b, part in zip(self.blocks, torch.split(flat, self.sizes))}
 
     def by_member(self, flat: Tensor) -> Params:
         """Return the parameters with axes (F, C, ...), sharing the buffer's memory."""

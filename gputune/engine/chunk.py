@@ -9,8 +9,8 @@ import numpy as np
 from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backprop import Shape, StackedMLP
-from gputune.engine.network import Network
+from gputune.engine.backprop import StackedMLP
+from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population
 from gputune.engine.scoring import Scoring
 from gputune.engine.train import Trained, train

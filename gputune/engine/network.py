@@ -1,5 +1,6 @@
 """What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -8,6 +9,20 @@ from torch import Tensor, nn
 from gputune.engine.batches import Batch
 from gputune.engine.blocks import Blocks
 from gputune.types import Params
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the stacked tensors of a chunk have in common."""
+
+    folds: int
+    n_features: int
+    n_outputs: int
+    dtype: torch.dtype
+    device: torch.device
+    regression: bool
+    present: Tensor | None
+    """(F, K) bool: classes that take part in a fold, None when all do."""
 
 
 class Network(Protocol):

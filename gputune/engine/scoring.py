@@ -93,7 +93,7 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
     """Raise InputError where the score is undefined on a fold, before anything trains."""
     for f, fold in enumerate(data.folds):
         rows = data.target[fold.valid]
-        if scoring.name.startswith("roc_auc") and len(rows.unique()) < data.n_outputs:
+        if scoring.name.startswith("roc_auc") and len(set(rows.tolist())) < data.n_outputs:
             raise InputError(
                 f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
                 "choose fewer or stratified folds, or another scoring."

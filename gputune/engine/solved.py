@@ -81,7 +81,7 @@ def _column(configs: Sequence[Config], key: str, data: Dataset) -> Tensor:
 def _warn_of_unsolved(solution: Solution, configs: Sequence[Config]) -> None:
     unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
     if unsolved.any():
-        values = sorted({configs[c]["C"] for c in np.flatnonzero(unsolved.any(0))})
+        values = sorted({configs[int(c)]["C"] for c in np.flatnonzero(unsolved.any(0))})
         warnings.warn(
             f"the logistic regression did not converge in {int(unsolved.sum())} of {unsolved.size} fits, for C = "
             f"{', '.join(f'{v:.3g}' for v in values[:5])}; a smaller C, or scaled inputs, converge.",

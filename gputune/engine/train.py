@@ -144,7 +144,7 @@ def _evaluate(chunk: _Chunk, data: Dataset, validation: list[Tensor], scoring: S
     columns = []
     for fold, x in enumerate(validation):
         rows = _block_rows(chunk, x.shape[1], x.element_size())
-        blocks = [chunk.network.outputs(chunk.params, fold, part) for part in x.split(rows)]
+        blocks = [chunk.network.outputs(chunk.params, fold, part) for part in torch.split(x, rows)]
         outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
         columns.append(scoring(data, fold, outputs))
     return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch

@@ -156,5 +156,5 @@ def schedule_factor(name: str, done: Array, total: Array) -> Array:
     Source of the cosine: Loshchilov and Hutter (2017), without restarts, per step.
     """
     if name == "cosine":
-        return 0.5 * (1 + np.cos(math.pi * done / total))
+        return np.asarray(0.5 * (1 + np.cos(math.pi * done / total)))
     return np.ones_like(done, dtype=float)

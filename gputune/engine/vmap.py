@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from gputune.engine.backprop import Shape
 from gputune.engine.batches import Batch
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import row_losses
+from gputune.engine.network import Shape
 from gputune.engine.population import module_arguments
 from gputune.errors import InputError
 from gputune.seeding import stream_seed
@@ -99,7 +99,8 @@ class StackedModule:
         leaves = {k: w[batch.folds].flatten(0, 1).detach().requires_grad_() for k, w in params.items()}
         x = batch.x[:, None].expand(-1, trials, -1, -1).flatten(0, 1)
         with torch.enable_grad(), keyed_draws(self.shape.device, self.seed, "dropout", *batch.key):
-            outputs = self._forward(leaves, x, training=True).unflatten(0, (-1, trials))  # (F, C, B, K)
+            outputs = self._forward(leaves, x, training=True)
+            outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
             if self.shape.present is not None:
                 outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share

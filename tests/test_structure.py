@@ -1,0 +1,81 @@
+"""Reading order is import order: a file imports only from files above it, and the public names are these."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import gputune
+import pytest
+
+PACKAGE = Path(gputune.__file__).parent
+
+LAYERS = """
+version errors types seeding
+data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
+data/folds data/holdout data/source data/fingerprint
+engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/population engine/batches
+engine/network engine/backprop engine/vmap engine/train engine/chunk engine/plan engine/workers
+engine/logistic engine/newton engine/proximal engine/exact engine/solved
+study/values study/database study/score study/store study/study study/ledger
+study/module_source study/folder study/model study/model_files
+search/distributions search/config search/spec search/space search/random
+options model_choice progress problem refit pipeline
+report/closing report/cli
+""".split()
+
+
+def imported(path):
+    """Modules of gputune that a file imports when it is loaded, as names of layers."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gputune"):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".removeprefix("gputune.").replace(".", "/")
+                yield whole if whole in LAYERS else node.module.removeprefix("gputune.").replace(".", "/")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_file_imports_only_files_above_it(layer):
+    above = {*LAYERS[: LAYERS.index(layer)], "models"}
+    assert set(imported(PACKAGE / f"{layer}.py")) <= above
+
+
+def test_every_file_is_a_layer():
+    found = {str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py")}
+    assert {name for name in found if not name.endswith("__init__") and not name.startswith("models/")} == set(LAYERS)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_first_line_says_the_idea(layer):
+    assert ast.get_docstring(ast.parse((PACKAGE / f"{layer}.py").read_text()))
+
+
+def test_models_import_no_gputune():
+    for name in ("stacked", "mlp", "logistic_regression"):
+        module = importlib.import_module(f"gputune.models.{name}")
+        assert "gputune" not in Path(inspect.getfile(module)).read_text()
+
+
+def test_public_names():
+    assert gputune.__all__ == sorted(gputune.__all__)
+    for name in gputune.__all__:
+        assert getattr(gputune, name) is not None
+    assert set(gputune.__all__) <= set(dir(gputune))
+    with pytest.raises(AttributeError, match="no attribute 'tuna'"):
+        gputune.tuna  # noqa: B018
+
+
+def test_a_public_name_stays_itself_whatever_is_imported():
+    before = {name: getattr(gputune, name) for name in gputune.__all__}
+    for module in pkgutil.walk_packages(gputune.__path__, "gputune."):
+        importlib.import_module(module.name)
+    assert {name: getattr(gputune, name) for name in gputune.__all__} == before
+    assert callable(gputune.tune)
+
+
+def test_the_signature_of_tune():
+    assert list(inspect.signature(gputune.tune).parameters) == (
+        "model X y space n_trials include include_default cv groups scoring task class_weight sample_weight numbers "
+        "optimizer schedule max_epochs epoch timeout study device dtype memory workers random_state verbose"
+    ).split()
