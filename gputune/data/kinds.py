@@ -69,8 +69,8 @@ def _read_date(text: str) -> float:
     return _epoch_seconds(datetime.datetime.fromisoformat(text.replace("/", "-")))
 
 
-def from_series(series: "nw.Series[Any]", *, untyped: bool) -> tuple[Kind, np.ndarray]:
-    """Return kind and values of one column of a data frame; ``untyped``: text may stand for other kinds."""
+def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
+    """Return kind and values of one column of a data frame, whose type gives the kind."""
     dtype = series.dtype
     if dtype == nw.Boolean:
         return "boolean", _floats(series)
@@ -84,9 +84,8 @@ def from_series(series: "nw.Series[Any]", *, untyped: bool) -> tuple[Kind, np.nd
     if isinstance(dtype, nw.Categorical | nw.Enum):
         return "category", _category(values)
     if dtype == nw.String:
-        texts = np.array(values, dtype=object)
-        return parse_text(texts) if untyped else ("category", texts)
-    return from_values(values, name=str(series.name), untyped=untyped)
+        return "category", np.array(values, dtype=object)
+    return from_values(values, name=str(series.name), untyped=False)
 
 
 def _floats(series: "nw.Series[Any]") -> np.ndarray:

@@ -204,7 +204,7 @@ def _first_line(error: Exception) -> str:
 
 def _from_frame(frame: "nw.DataFrame[Any]") -> Table:
     names = [str(name) for name in frame.columns]
-    return _checked(names, [from_series(series, untyped=False) for series in frame.iter_columns()])
+    return _checked(names, [from_series(series) for series in frame.iter_columns()])
 
 
 def _last_line(error: Exception) -> str:

@@ -45,6 +45,8 @@ def newton_step(rows: Rows, point: Point) -> Point:
 FORCING = 0.25
 KAPPA = 0.0
 ROUNDS = 10
+LENGTHS = [.25**i for i in range(10)]
+ARM = 0.1
 COUNT = [0, 0, 0]
 
 def _within_signs(rows, point, slopes, free, signed, forcing):
@@ -71,16 +73,18 @@ def _within_signs(rows, point, slopes, free, signed, forcing):
         first_bent = reach * bent
         best = _dot(slopes, first) + _dot(first, first_bent) / 2
         chosen, chosen_bent = first, first_bent
-        for length in (1.0, 0.5, 0.25, 0.125):
+        accepted = torch.zeros_like(best, dtype=torch.bool)
+        for length in LENGTHS:
             target = point.weight + length * step
             clipped = torch.where(signed & (target * point.weight < 0), -point.weight, length * step)
             clipped_bent = (curvature(rows, point.chance, clipped) + point.ridge * rows.penalised * clipped) * free
             COUNT[0] += len(left)
             value = _dot(slopes, clipped) + _dot(clipped, clipped_bent) / 2
-            better = (value < best)[:, None, None]
-            best = torch.minimum(best, value)
+            good = (value < ARM * _dot(slopes, clipped)) & (value < best) & ~accepted
+            accepted |= good
+            better = good[:, None, None]
             chosen, chosen_bent = torch.where(better, clipped, chosen), torch.where(better, clipped_bent, chosen_bent)
-            if better.all(): break
+            if accepted.all(): break
         total[left] += chosen
         weight = point.weight + chosen
         free = free & ((weight != 0) | ~signed)

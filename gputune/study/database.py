@@ -162,17 +162,18 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def _connect_readonly(path: Path) -> sqlite3.Connection:
-    connection = _connect(path, "ro")
     try:
-        connection.execute("PRAGMA schema_version")
-    except sqlite3.Error:
+        connection = _connect(path, "ro")  # setting a pragma reads the file, so this may fail already
+        with translated(path):
+            connection.execute("PRAGMA schema_version")
+        return connection
+    except (OSError, StudyCorruptError):
         file = path.resolve()
-        if not file.with_name(file.name + "-wal").exists():
-            # The write-ahead log needs files beside the study even to read. Where they cannot be made (a
-            # read-only medium) and no log is pending, the file alone is the whole study.
-            connection.close()
-            connection = _connect(path, "ro&immutable=1")
-    return connection
+        if file.with_name(file.name + "-wal").exists():
+            raise
+    # The write-ahead log needs files beside the study even to read. Where they cannot be made (a read-only
+    # medium) and no log is pending, the file alone is the whole study.
+    return _connect(path, "ro&immutable=1")
 
 
 def _check_header(path: Path) -> None:

@@ -84,6 +84,12 @@ def test_every_column_of_text_reads_as_its_values_do_one_by_one(tmp_path):
             np.testing.assert_array_equal(table.columns[j], values)
 
 
+def test_compact_iso_dates_of_a_file(tmp_path):
+    table = read_table(write(tmp_path, "sold,price\n20141013T000000,1\n20141209T120000,2\n"))
+    assert table.kinds == ("date", "number")
+    np.testing.assert_array_equal(table.column("sold"), [1413158400, 1418126400])
+
+
 def test_a_late_text_makes_a_long_column_of_numbers_a_category(tmp_path):
     table = read_table(write(tmp_path, "a,b\n" + "1,2\n" * 20000 + "abc,2\n"))
     assert kinds(table) == {"a": "category", "b": "number"}

@@ -1,6 +1,7 @@
 """The store gives back what was put in, bit for bit, and each trial has at most one result."""
 
 import math
+import os
 import resource
 import sqlite3
 import subprocess
@@ -428,3 +429,20 @@ store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.ones((1, 1))) for n 
     with Store.open(path) as store:
         assert [c.number for c, found in store.trials() if found] == [0, 1]
         store.finish([result(n) for n in range(2, 6)])
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_study_that_may_not_be_written_opens_for_reading(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, {"seed": 1}):
+        pass
+    for part in (path, tmp_path, *tmp_path.parents[:3]):
+        part.chmod(0o444 if part.is_file() else 0o555 if part == tmp_path else 0o755)
+    script = (
+        "import os, sys; from gputune.study.store import Store; os.setuid(65534)\n"
+        f"with Store.open({str(path)!r}) as store: print(store.meta)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    tmp_path.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'seed': 1}"

@@ -1,0 +1,103 @@
+"""The score of a tuned model on rows that were kept apart, as the study scored its folds."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+
+from gputune.data.source import Source
+from gputune.engine.scoring import make_scoring
+from gputune.study.model import TunedModel
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out score in scikit-learn's sign, on so many rows.
+
+    ``score`` is NaN where there is none, and ``why`` says why. ``unseen`` rows have a class that no row of the
+    search has: they count as rows that the model gets wrong.
+    """
+
+    score: float
+    rows: int
+    unseen: int = 0
+    why: str = ""
+
+
+def held_out_score(model: TunedModel, scoring: str, test: Source) -> HeldOut:
+    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score."""
+    rows = len(test.X)
+    classes, y = _labels(model, test)
+    unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
+    try:
+        score = _score(model, scoring, test, classes, y)
+    except ValueError as error:  # what scikit-learn raises where a metric is undefined
+        return HeldOut(math.nan, rows, unseen, str(error))
+    why = "" if math.isfinite(score) else "it is undefined on these rows"
+    return HeldOut(score if math.isfinite(score) else math.nan, rows, unseen, why)
+
+
+def _score(model: TunedModel, scoring: str, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
+    how = make_scoring(scoring, model.task, classes)
+    estimator: Any
+    if classes is None:
+        estimator = _Regressor(model.predict(test.X))
+        outputs = torch.from_numpy(estimator.values)[:, None]
+    else:
+        # A class that the model has never seen has no probability.
+        known = model.predict_proba(test.X)
+        estimator = _Classifier(np.pad(known, [(0, 0), (0, len(classes) - known.shape[1])]))
+        outputs = torch.from_numpy(estimator.probabilities).log()
+    if how.score is not None:
+        return float(how.score(outputs[None], torch.from_numpy(y)))
+    assert how.scorer is not None  # a Scoring has one of the two
+    return float(how.scorer(estimator, np.zeros((len(y), 1)), y))
+
+
+def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
+    if model.classes is None:
+        return None, np.asarray(test.y, dtype=np.float64)
+    labels = np.asarray(test.y)
+    if model.classes.dtype.kind == "U":
+        labels = labels.astype(str)
+    classes = [*model.classes.tolist(), *np.setdiff1d(labels, model.classes).tolist()]
+    position = {label: code for code, label in enumerate(classes)}
+    return np.array(classes), np.array([position[label] for label in labels.tolist()], dtype=np.int64)
+
+
+class _Predicted(BaseEstimator):  # type: ignore[misc]
+    """What a scikit-learn scorer asks of a fitted estimator, answered from predictions that are already there."""
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def fit(self, X: Any, y: Any) -> "_Predicted":
+        return self
+
+
+class _Classifier(ClassifierMixin, _Predicted):  # type: ignore[misc]
+    def __init__(self, probabilities: np.ndarray) -> None:
+        self.probabilities = probabilities
+
+    @property
+    def classes_(self) -> np.ndarray:
+        return np.arange(self.probabilities.shape[1])
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        return self.probabilities
+
+    def predict(self, X: Any) -> np.ndarray:
+        codes: np.ndarray = self.probabilities.argmax(1)
+        return codes
+
+
+class _Regressor(RegressorMixin, _Predicted):  # type: ignore[misc]
+    def __init__(self, values: np.ndarray) -> None:
+        self.values = values
+
+    def predict(self, X: Any) -> np.ndarray:
+        return self.values

@@ -1,0 +1,91 @@
+"""Text for a terminal: cleaned of control characters, numbers kept short, columns aligned."""
+
+import math
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+GAP = "  "
+_DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""Invisible characters that make a terminal show text in another order."""
+
+
+def clean(value: object, *, keep: str = "") -> str:
+    """Return the text of a value without what steers a terminal; only the control characters in ``keep`` stay.
+
+    A line break or a tab becomes a blank, everything else of the kind is dropped.
+    """
+    return "".join(
+        char if char in keep else " " if char in "\n\r\t\u2028\u2029" else ""
+        if unicodedata.category(char) == "Cc" or char in _DIRECTIONS
+        else char
+        for char in str(value)
+    )  # fmt: skip
+
+
+def short(value: Any) -> str:
+    """Return a hyperparameter's value as text: four digits of a float, the name of a function or class."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return clean(getattr(value, "__name__", value))
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower is better."""
+
+    name: str
+    lower_is_better: bool
+    decimals: int
+
+    @property
+    def title(self) -> str:
+        """The name, with the direction where it is not the usual one."""
+        return f"{self.name} (lower is better)" if self.lower_is_better else self.name
+
+    def text(self, score: float) -> str:
+        """Return a score, in scikit-learn's sign, as it is shown; "-" where there is none."""
+        return self.size(-score if self.lower_is_better else score)
+
+    def size(self, value: float) -> str:
+        """Return a number in the score's unit, a standard error for one, with the same decimals."""
+        if not math.isfinite(value):
+            return "-"
+        # adding 0.0 turns -0.0 into 0.0
+        return f"{value:.3e}" if abs(value) >= 1e7 else f"{value + 0.0:.{self.decimals}f}"
+
+
+def measure_of(scoring: str, best: float) -> Measure:
+    """Return the measure of a scorer's name, with decimals for four digits of the best score."""
+    size = abs(best)
+    usual = not math.isfinite(size) or size == 0 or 0.01 <= size < 10
+    decimals = 4 if usual else min(max(3 - math.floor(math.log10(size)), 0), 12)
+    name = scoring.rpartition(":")[2]  # a callable's name is "module:function"
+    return Measure(clean(name.removeprefix("neg_")), name.startswith("neg_"), decimals)
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[str] = (), indent: str = ""
+) -> str:
+    """Return lines of aligned cells, to the right but for the columns named in ``left``."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[j]) for line in lines) for j in range(len(header))]
+    aligns = ["<" if name in left else ">" for name in header]
+    return "\n".join(
+        (indent + GAP.join(f"{cell:{a}{w}}" for cell, a, w in zip(line, aligns, widths))).rstrip()
+        for line in lines
+    )
+
+
+def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
+    """Return text filled to ``width``, its first line behind ``first``, the others behind ``then``."""
+    return textwrap.fill(
+        text,
+        width=max(width, 40),
+        initial_indent=first,
+        subsequent_indent=then,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

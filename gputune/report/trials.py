@@ -1,0 +1,132 @@
+"""The trials of a study as a table for a terminal, as JSON and as CSV."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from gputune.report.text import GAP, Measure, clean, measure_of, paragraph, short, table
+from gputune.study.study import Study, Trial
+
+FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds")
+
+
+def trials_table(study: Study, *, width: int) -> str:
+    """Return one line a trial in the order of their numbers, under a title; at most ``width`` columns where it can."""
+    measure = study_measure(study)
+    title = f"{len(study.trials)} trials, {measure.title}{error_words(study)}"
+    shown = trial_rows(study.trials, measure, width=width, more=("state", "seconds"))
+    return f"{title}\n\n{shown}"
+
+
+def trials_json(study: Study) -> str:
+    """Return a list of objects with the keys ``FIELDS``; scores in scikit-learn's sign, null for NaN."""
+    return json.dumps([_plain(trial) for trial in study.trials], indent=1, default=_name, allow_nan=False)
+
+
+def trials_csv(study: Study) -> str:
+    """Return the columns ``FIELDS``; empty for NaN.
+
+    ``params`` and ``fold_scores`` are JSON, and states are words: no text begins with a character that makes
+    a spreadsheet take it for a formula.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for trial in study.trials:
+        row = _plain(trial)
+        writer.writerow(
+            [json.dumps(row[f], default=_name) if f in ("params", "fold_scores") else row[f] for f in FIELDS]
+        )
+    return file.getvalue().rstrip("\n")
+
+
+def best_text(study: Study) -> str:
+    """Return the best score and its parameters, these in full so that they can be copied."""
+    best, measure = study.best_trial, study_measure(study)
+    rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
+    parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
+    return f"trial {best.number}: {measure.title} {_score(best, measure)}, epoch {best.best_epoch}\n\n{parameters}"
+
+
+def best_json(study: Study) -> str:
+    """Return the best trial as one object with the keys ``FIELDS``, and the ``scoring``."""
+    best = {"scoring": study.meta["scoring"], **_plain(study.best_trial)}
+    return json.dumps(best, indent=1, default=_name, allow_nan=False)
+
+
+def study_measure(study: Study) -> Measure:
+    """Return how the scores of a study are shown."""
+    best = max((trial.score for trial in study.trials if math.isfinite(trial.score)), default=math.nan)
+    return measure_of(study.meta["scoring"], best)
+
+
+def error_words(study: Study) -> str:
+    """Return what stands behind the plus-minus sign, nothing where there is one fold."""
+    folds = study.meta["folds"]
+    return f", mean ± standard error over {folds} folds" if folds > 1 else ""
+
+
+def trial_rows(
+    trials: Sequence[Trial], measure: Measure, *, width: int, more: Sequence[str] = (), indent: str = ""
+) -> str:
+    """Return a table of trials: a column for each parameter, or where that is too wide, one for all of them."""
+    header = ["trial", measure.name, "epoch", *more]
+    rows = [_cells(trial, measure, more) for trial in trials]
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    values = [[short(t.params[name]) if name in t.params else "-" for name in names] for t in trials]
+    wide = table(
+        [*header, *map(clean, names)],
+        [row + cells for row, cells in zip(rows, values)],
+        left=["state"],
+        indent=indent,
+    )
+    if max(map(len, wide.split("\n"))) <= width:
+        return wide
+    return _with_wrapped_parameters(table(header, rows, left=["state"], indent=indent), trials, width)
+
+
+def _with_wrapped_parameters(narrow: str, trials: Sequence[Trial], width: int) -> str:
+    lines = narrow.split("\n")
+    start = max(map(len, lines))
+    shown = [f"{lines[0]:{start}}{GAP}parameters"]
+    for line, trial in zip(lines[1:], trials):
+        parameters = " ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
+        begin = f"{line:{start}}{GAP}"
+        shown.append(paragraph(parameters, width, first=begin, then=" " * len(begin)).rstrip())
+    return "\n".join(shown)
+
+
+def _cells(trial: Trial, measure: Measure, more: Sequence[str]) -> list[str]:
+    seconds = f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-"
+    extra = {"state": trial.state, "seconds": seconds}
+    epoch = str(trial.best_epoch) if math.isfinite(trial.score) else "-"
+    return [str(trial.number), _score(trial, measure), epoch, *(extra[name] for name in more)]
+
+
+def _score(trial: Trial, measure: Measure) -> str:
+    error = f" ± {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
+    return measure.text(trial.score) + error
+
+
+def _plain(trial: Trial) -> dict[str, Any]:
+    """A trial as values that JSON has."""
+    row = {field: getattr(trial, field) for field in FIELDS}
+    row["params"] = {key: _parameter(value) for key, value in trial.params.items()}
+    row["fold_scores"] = [_number(score) for score in trial.fold_scores]
+    return row | {"score": _number(trial.score), "seconds": _number(trial.seconds)}
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _parameter(value: Any) -> Any:
+    """JSON has no infinity, which is a value that C may have."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", value))

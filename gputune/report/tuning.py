@@ -1,0 +1,127 @@
+"""``gputune tune``: rows apart, search, refit, held-out score, and everything saved in one folder."""
+
+import argparse
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from gputune.data.folds import parse_cv
+from gputune.data.source import read_source, set_apart
+from gputune.errors import InputError
+from gputune.model_choice import choose_model
+from gputune.options import Options
+from gputune.pipeline import search
+from gputune.report.closing import Ending, closing_text
+from gputune.report.held_out import held_out_score
+from gputune.search.spec import parse_specs
+from gputune.study.study import Study
+
+STUDY, MODEL = "study.db", "model"
+"""What the folder of a search holds."""
+
+
+def tune(arguments: argparse.Namespace) -> str:
+    """Run the command and return its closing text.
+
+    Raises KeyboardInterrupt with a line that says what is kept, and what ``gputune.tune`` raises.
+    """
+    begin = time.perf_counter()
+    out = Path(arguments.out)
+    study_file, model_folder = out / STUDY, out / MODEL
+    _check_out(out)
+    choice = choose_model(arguments.model, arguments.optimizer)
+    options = _options(arguments, study_file)
+    source = read_source(arguments.file, _target(arguments), arguments.groups)
+    rest, test = set_apart(
+        source,
+        test_size=arguments.test_size,
+        cv=arguments.cv,
+        seed=options.random_state,
+        task=options.task,
+    )
+    with _folder(out), _kept(study_file):
+        study = search(choice, rest, options)
+        model = study.best_model()
+        held_out = None if test is None else held_out_score(model, study.meta["scoring"], test)
+        if held_out is not None:
+            known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+            model = replace(model, info={**model.info, **known})
+        model.save(model_folder)
+    ending = Ending(study, rest, held_out, study_file, model_folder, time.perf_counter() - begin)
+    return closing_text(ending, width=shutil.get_terminal_size().columns)
+
+
+def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
+    same = (
+        "scoring",
+        "task",
+        "numbers",
+        "schedule",
+        "timeout",
+        "device",
+        "dtype",
+        "memory",
+        "workers",
+        "verbose",
+    )
+    return Options(
+        space=parse_specs(arguments.space) or None,
+        n_trials=arguments.trials,
+        cv=parse_cv(arguments.cv),
+        max_epochs=arguments.epochs,
+        random_state=arguments.seed,
+        study=study_file,
+        **{name: getattr(arguments, name) for name in same},
+    )
+
+
+def _target(arguments: argparse.Namespace) -> str | None:
+    if arguments.target is None and not arguments.file.startswith("sklearn:"):
+        raise InputError(
+            f"--target is missing: name the column of {arguments.file!r} to predict, for example --target price."
+        )
+    target: str | None = arguments.target
+    return target
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before anything is read, a place where the result could not be written without a loss."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {str(out)!r} is a file; give a folder.")
+    if (out / MODEL).exists() and not (out / STUDY).exists():
+        raise InputError(
+            f"--out {str(out)!r} holds {MODEL!r} but not the {STUDY!r} it came from, and would lose it; "
+            "give another folder."
+        )
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make the folder; one that a failed command leaves empty goes again."""
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()
+
+
+@contextmanager
+def _kept(study_file: Path) -> Iterator[None]:
+    """Say on Ctrl-C what is safe and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not study_file.exists():
+            raise KeyboardInterrupt("interrupted before the first trial; nothing was kept.") from None
+        trials = Study.open(study_file).trials
+        done = sum(trial.state != "waiting" for trial in trials)
+        raise KeyboardInterrupt(
+            f"interrupted: {done} of {len(trials)} trials are finished and kept in {str(study_file)!r}; "
+            "repeat the command to go on."
+        ) from None
