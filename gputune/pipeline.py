@@ -89,7 +89,7 @@ def tune(
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start
     random_state seed of candidates, folds, row order, starts and dropout
-    verbose      0 silent, 1 a bar and remarks on standard error, 2 the plan too
+    verbose      0 silent, 1 a bar, the plan and remarks on standard error
 
     Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed.
     """
@@ -105,6 +105,7 @@ def tune(
 
 def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study."""
+    deadline = None if options.timeout is None else time.monotonic() + options.timeout
     space = _checked_space(choice, options)
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
@@ -118,7 +119,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     meta = _meta(choice, problem, options, scoring, data, space)
     with open_ledger(options.study, meta) as ledger:
         _add_trials(ledger, space, choice, options, progress)
-        _train(ledger, data, scoring, choice, options, progress)
+        _train(ledger, data, scoring, deadline, choice, options, progress)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
@@ -170,10 +171,15 @@ def _add_trials(
 
 
 def _train(
-    ledger: Ledger, data: Dataset, scoring: Scoring, choice: ModelChoice, options: Options, progress: Progress
+    ledger: Ledger,
+    data: Dataset,
+    scoring: Scoring,
+    deadline: float | None,
+    choice: ModelChoice,
+    options: Options,
+    progress: Progress,
 ) -> None:
     """Train what waits in the ledger, chunk by chunk; what is finished is kept at once."""
-    deadline = None if options.timeout is None else time.monotonic() + options.timeout
     waiting = ledger.waiting()
     configs = [
         complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule) for trial in waiting
@@ -239,7 +245,7 @@ def _train_all(
         workers=None if options.workers == "auto" else int(options.workers),
         parameters=parameters,
     )
-    progress.say(f"plan: {plan}", level=2)
+    progress.say(f"plan: {plan}")
     run_chunks(job, data, plan, progress=progress.advance, on_outcome=keep)
 
 

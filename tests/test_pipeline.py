@@ -342,7 +342,7 @@ def test_memory_cuts_chunks_and_changes_nothing(iris):
 
 
 def test_the_plan_and_the_columns_are_said_aloud(iris, capsys):
-    gputune.tune("mlp", *iris, n_trials=2, **{**FAST, "verbose": 2})
+    gputune.tune("mlp", *iris, n_trials=2, **{**FAST, "verbose": 1})
     said = capsys.readouterr().err
     assert "mlp on 150 rows, 4 features; target 'y': 3 classes" in said
     assert "plan: 3 trials in" in said

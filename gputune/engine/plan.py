@@ -6,7 +6,7 @@ passes over the whole state at every step. Results do not depend on the cut beyo
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,15 +35,16 @@ class Plan:
     workers: int
     threads: int
     chunk_bytes: int
+    data_bytes: int
     seconds: float
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
-        trials = f"{min(sizes)}-{max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
-        place = "this process" if self.workers == 1 else f"{self.workers} processes"
+        trials = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
+        place = "in this process" if self.workers == 1 else f"in {self.workers} processes"
         return (
-            f"{sum(sizes)} trials in {len(sizes)} chunks of {trials} trials, about "
-            f"{self.chunk_bytes / 2**20:.0f} MiB a chunk, in {place}"
+            f"{_count(sum(sizes), 'trial')} in {_count(len(sizes), 'chunk')} of {trials}, about "
+            f"{_size(self.chunk_bytes)} a chunk and {_size(self.data_bytes)} of data, {place}"
         )
 
 
@@ -70,26 +71,58 @@ def make_plan(
     ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module.
     """
     limit = memory_limit(data, memory)
-    chunks: list[tuple[float, int, Population]] = []
+    pieces = []
     for population in populations:
         cost = trial_cost(population, data, parameters)
-        trials = len(population.index)
-        count = -(-trials // max(1, limit // cost.trial_bytes))
-        for part in np.array_split(np.arange(trials), count):
-            seconds = epochs * (cost.step_seconds + len(part) * cost.trial_seconds)
-            chunk = population.part(int(part[0]), int(part[-1]) + 1)
-            chunks.append((seconds, len(part) * cost.trial_bytes, chunk))
-    chunks.sort(key=lambda item: -item[0])
-    total = sum(seconds for seconds, _, _ in chunks)
-    ordered = tuple(chunk for _, _, chunk in chunks)
+        whole = _Piece(population, cost, epochs)
+        pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
+    total = sum(piece.seconds for piece in pieces)
     if workers is None:
         workers = _cores() if data.device.type == "cpu" and total > _WORKERS_PAY else 1
-    if len(ordered) < workers:
-        ordered = _split_further(ordered, workers)
-    workers = min(workers, len(ordered))
+    pieces = _balanced(pieces, workers)
+    workers = min(workers, len(pieces))
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
     threads = _cores() if workers == 1 and total > _WORKERS_PAY else 1
-    return Plan(ordered, workers, threads, max(b for _, b, _ in chunks), total)
+    return Plan(
+        chunks=tuple(piece.chunk for piece in pieces),
+        workers=workers,
+        threads=threads,
+        chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
+        data_bytes=data.x.numel() * data.x.element_size(),
+        seconds=total,
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A chunk with what it costs."""
+
+    chunk: Population
+    cost: Cost
+    epochs: int
+
+    @property
+    def seconds(self) -> float:
+        return self.epochs * (self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds)
+
+    def cut(self, count: int) -> list["_Piece"]:
+        """Cut into so many pieces of equal size, or one a trial."""
+        parts = np.array_split(np.arange(len(self.chunk.index)), min(count, len(self.chunk.index)))
+        return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
+
+
+def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
+    """Return the pieces, longest first, with those halved that would keep one worker long after the others."""
+    share = sum(piece.seconds for piece in pieces) / (2 * workers)
+    done: list[_Piece] = []
+    waiting = list(pieces)
+    while waiting:
+        piece = waiting.pop()
+        if workers > 1 and piece.seconds > share and len(piece.chunk.index) > 1:
+            waiting += piece.cut(2)
+        else:
+            done.append(piece)
+    return sorted(done, key=lambda piece: -piece.seconds)
 
 
 def trial_cost(population: Population, data: Dataset, parameters: int = 0) -> Cost:
@@ -150,17 +183,12 @@ def parse_memory(memory: int | str | None) -> int | None:
     return max(1, int(value))
 
 
-def _split_further(chunks: tuple[Population, ...], wanted: int) -> tuple[Population, ...]:
-    """Halve the largest chunks until every worker has one, or no chunk has two trials."""
-    parts = list(chunks)
-    while len(parts) < wanted:
-        largest = max(parts, key=lambda chunk: len(chunk.index))
-        trials = len(largest.index)
-        if trials == 1:
-            break
-        place = parts.index(largest)
-        parts[place : place + 1] = [largest.part(0, trials // 2), largest.part(trials // 2, trials)]
-    return tuple(parts)
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _cores() -> int:
