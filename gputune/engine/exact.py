@@ -1,92 +1,228 @@
 """The logistic regression solved to convergence for every (C, l1_ratio, fold) at once, in float64."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gputune.engine.logistic import Rows, smooth_slope, start, violation
+from gputune.engine.logistic import Point, Rows, objective, origin, rows_of, violation
 from gputune.engine.newton import newton_step
-from gputune.engine.proximal import bound_of_curvature, proximal_newton_step
+from gputune.engine.proximal import proximal_newton_step
+from gputune.errors import InputError
 
-CHUNK = 2**18
+CPU_NUMBERS, GPU_NUMBERS = 2**17, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
+STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
+PATIENCE = 10  # such steps in a row before a member is given up
+CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
+SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
+
+Step = Callable[[Rows, Point, float], Point]
 
 
 @dataclass(frozen=True)
 class Solution:
-    coef: Tensor
-    intercept: Tensor
-    steps: Tensor
-    residual: Tensor
-    converged: Tensor
+    """The P = F * C solved members, fold-major (p = f * C + c).
+
+    ``residual`` is the largest violation of the optimality conditions, free of the units of C, of the inputs and
+    of the weights: the smallest subgradient of the mean loss plus penalty / (C * sum of weights) in each
+    coefficient over its input's root mean square (1 for an intercept), over the mean largest misfit of a row's
+    class chances. At 1e-10 the terms of the gradient's sum cancel to ten digits.
+    """
+
+    coef: Tensor  # (P, K, D); K = 1 for two classes (sigmoid, class 1 positive), else the number of classes
+    intercept: Tensor  # (P, K); over more than two classes the finite ones sum to zero
+    steps: Tensor  # (P,) int64 Newton steps taken
+    residual: Tensor  # (P,)
+    converged: Tensor  # (P,) bool
 
 
-def solve(x: Tensor, y: Tensor, weights: Tensor, *, C: Tensor, l1_ratio: Tensor, n_classes: int,
-          fit_intercept: bool = True, tolerance: float = 1e-10, max_steps: int = 200, present: Tensor | None = None) -> Solution:
-    outs = []
-    for f in range(len(x)):
-        outs.append(_fold(x[f], y, weights[f], C, l1_ratio, n_classes, fit_intercept, tolerance, max_steps))
-    return Solution(*(torch.cat(t) for t in zip(*outs)))
+def solve(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    *,
+    C: Tensor,
+    l1_ratio: Tensor,
+    n_classes: int,
+    fit_intercept: bool = True,
+    tolerance: float = 1e-10,
+    max_steps: int = 100,
+    present: Tensor | None = None,
+) -> Solution:
+    """Minimise ``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1`` for every fold and C.
+
+    x (F, n, D) float64, one preprocessed copy a fold; y (n,) class codes; weights (F, n) >= 0, 0 for a row that
+    is no training row of the fold; C (C,) > 0, inf for no penalty; l1_ratio (C,) in [0, 1]. ``present`` (F, K)
+    says which classes have a training row; None: those with a weight above zero. An absent class gets
+    coefficients 0 and intercept -inf; with two classes the sigmoid's intercept is then inf or -inf.
+
+    A member that has not reached ``tolerance`` after ``max_steps``, or that float64 lets come no nearer, has
+    ``converged`` false and the finite coefficients that it reached. Raises InputError where an argument breaks
+    these rules. Objective: sklearn.linear_model.LogisticRegression's.
+    """
+    _check(x, y, weights, C, l1_ratio, n_classes)
+    occurs = torch.stack([torch.bincount(y[w > 0], minlength=n_classes) > 0 for w in weights])
+    occurs = occurs if present is None else occurs & present
+    parts = []
+    for f, classes in enumerate(occurs):
+        keep = (weights[f] > 0) & classes[y]
+        fold = x[f, keep], y[keep], weights[f, keep], classes
+        parts.append(_solve_fold(*fold, C, l1_ratio, fit_intercept, tolerance, max_steps))
+    return Solution(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in Solution.__dataclass_fields__)
+    )
 
 
-def _fold(x, y, w, C, ratio, n_classes, fit_intercept, tolerance, max_steps):
-    keep = w > 0
-    x, y, w = x[keep], y[keep], w[keep]
-    total = w.sum()
-    share = w / total
-    sigmoid = n_classes == 2
-    m, D = len(C), x.shape[1]
-    K = 1 if sigmoid else n_classes
-    coef = x.new_zeros(m, K, D); intercept = x.new_zeros(m, K)
-    steps = torch.zeros(m, dtype=torch.int64); res = x.new_zeros(m)
-    center = share @ x if fit_intercept else x.new_zeros(D)
-    strength = 1 / (C * total)
-    lasso = strength * ratio
-    ridge = strength * (1 - ratio)
-    for plain in (True, False):
-        which = ((lasso == 0) == plain).nonzero()[:, 0]
-        if not len(which): continue
-        z = x - center
-        basis = None
-        rms = (share @ z**2).sqrt()
-        rms[rms == 0] = 1
-        scale = torch.cat([rms, rms.new_ones(1)]) if fit_intercept else rms
-        if plain:
-            _, v = torch.linalg.eigh((z * share[:, None]).T @ z)
-            z = z @ v
-            basis = torch.block_diag(v.T, v.new_ones(1, 1)) if fit_intercept else v.T
-        if fit_intercept:
-            z = torch.cat([z, z.new_ones(len(z), 1)], 1)
-        pen = z.new_ones(z.shape[1])
-        if fit_intercept: pen[-1] = 0
-        rows = Rows(z * share.sqrt()[:, None], share.sqrt(), y, n_classes, fit_intercept, pen, scale, basis, sigmoid)
-        bound = None if plain else bound_of_curvature(rows)
-        adv = newton_step if plain else (lambda r, p: proximal_newton_step(r, p, bound))
-        size = max(1, CHUNK // (len(z) * K))
-        for idx in which.split(size):
-            wt, st, re = run(rows, ridge[idx], lasso[idx], adv, tolerance, max_steps)
-            if basis is not None: wt = wt @ basis
-            coef[idx] = wt[..., :D]
-            if fit_intercept:
-                b = wt[..., -1] - wt[..., :D] @ center
-                if not sigmoid: b = b - b.mean(1, keepdim=True)
-                intercept[idx] = b
-            steps[idx] = st; res[idx] = re
-    return coef, intercept, steps, res, res <= tolerance
+def _solve_fold(
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    classes: Tensor,
+    C: Tensor,
+    l1_ratio: Tensor,
+    fit_intercept: bool,
+    tolerance: float,
+    max_steps: int,
+) -> Solution:
+    """Solve all C of one fold on its own rows; ``classes`` (K,) says which occur."""
+    solution = _nothing_learned(classes, len(C), x)
+    if int(classes.sum()) == 1:
+        return solution
+    kept = torch.arange(1, device=x.device) if len(classes) == 2 else classes.nonzero()[:, 0]
+    codes = (classes.cumsum(0) - 1)[y]
+    total = weights.sum()
+    share = weights / total
+    x, center = _centred(x, share) if fit_intercept else (x, torch.zeros_like(x[0]))
+    lasso, ridge = l1_ratio / (C * total), (1 - l1_ratio) / (C * total)
+    for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
+        if not which.any():
+            continue
+        rotate = step is newton_step
+        rows = rows_of(x, codes, share, len(kept), intercept=fit_intercept, rotate=rotate)
+        for members in _chunks(which, C, rows):
+            descent = descend(rows, step, ridge[members], lasso[members], tolerance, max_steps)
+            weight = descent.weight if rows.basis is None else descent.weight @ rows.basis
+            if rotate and len(kept) > 1:
+                # Exactly so at the optimum; without a penalty softmax leaves it open.
+                weight = weight - weight.mean(1, keepdim=True)
+            _write(solution, members, kept, weight, center)
+            solution.steps[members], solution.residual[members] = descent.steps, descent.residual
+            solution.converged[members] = descent.converged
+    return solution
 
 
-def run(rows, ridge, lasso, adv, tolerance, max_steps):
-    point = start(rows, ridge, lasso)
-    m = len(ridge)
-    out = torch.zeros_like(point.weight); steps = torch.zeros(m, dtype=torch.int64); res = ridge.new_zeros(m)
-    left = torch.arange(m)
-    for step in range(max_steps + 1):
-        r = violation(rows, point, smooth_slope(rows, point))
-        out[left] = point.weight; steps[left] = step; res[left] = r
-        go = r > tolerance
-        if VERBOSE: print(step, len(left), r.max().item(), r.min().item(), (point.weight!=0).double().mean().item())
-        if not go.any(): break
-        point, left = point[go], left[go]
-        point = adv(rows, point)
-    return out, steps, res
-VERBOSE = False
+def _nothing_learned(classes: Tensor, members: int, x: Tensor) -> Solution:
+    """Zero coefficients, and intercepts that rule out the classes that do not occur."""
+    outputs = 1 if len(classes) == 2 else len(classes)
+    intercept = x.new_zeros(len(classes)).masked_fill(~classes, -torch.inf)
+    if outputs == 1:
+        intercept = intercept[1:] - intercept[:1]
+    return Solution(
+        coef=x.new_zeros(members, outputs, x.shape[1]),
+        intercept=intercept.expand(members, -1).clone(),
+        steps=torch.zeros(members, dtype=torch.int64, device=x.device),
+        residual=x.new_zeros(members),
+        converged=torch.ones(members, dtype=torch.bool, device=x.device),
+    )
+
+
+def _centred(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs less their weighted means, and the means; a constant input becomes zeros, not rounding errors."""
+    center = share @ x
+    x = x - center
+    spread = (share @ x**2).sqrt()
+    return x * (spread > CONSTANT * center.abs()), center
+
+
+def _chunks(which: Tensor, C: Tensor, rows: Rows) -> tuple[Tensor, ...]:
+    """The chosen members in chunks of a bounded size; alike C take about as many steps, so they go together."""
+    members = which.nonzero()[:, 0]
+    members = members[C[members].argsort(stable=True)]
+    numbers = CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS
+    return members.split(max(1, numbers // (rows.outputs * len(rows.design))))
+
+
+def _write(solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor) -> None:
+    """Put weights (m, K', D or D + 1) into the rows of the classes kept, the inputs' centring undone."""
+    inputs = len(center)
+    coef = weight[..., :inputs]
+    intercept = (weight[..., inputs:].sum(-1)) - coef @ center
+    if solution.coef.shape[1] > 1 and weight.shape[-1] > inputs:
+        intercept = intercept - intercept.mean(1, keepdim=True)  # softmax does not see a common shift
+    solution.coef[members[:, None], kept] = coef
+    solution.intercept[members[:, None], kept] = intercept
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Where m members of a fold ended."""
+
+    weight: Tensor  # (m, K, E)
+    steps: Tensor  # (m,)
+    residual: Tensor  # (m,)
+    converged: Tensor  # (m,) bool
+
+
+def descend(
+    rows: Rows, step: Step, ridge: Tensor, lasso: Tensor, tolerance: float, max_steps: int
+) -> Descent:
+    """Step all members until each has converged or changes no more; who is done leaves and costs nothing."""
+    point = origin(rows, ridge, lasso)
+    steps, residual = torch.zeros_like(ridge, dtype=torch.int64), torch.zeros_like(ridge)
+    end = Descent(point.weight.clone(), steps, residual, torch.zeros_like(ridge, dtype=torch.bool))
+    left = torch.arange(len(ridge), device=ridge.device)
+    idle, calm = torch.zeros_like(steps), torch.ones_like(end.converged)
+    for taken in range(max_steps + 1):
+        gap = violation(rows, point)
+        converged = (gap <= tolerance) & calm
+        end.weight[left], end.steps[left] = point.weight, taken
+        end.residual[left], end.converged[left] = gap, converged
+        going = ~converged & (idle < PATIENCE)
+        if taken == max_steps or not going.any():
+            break
+        left, idle = left[going], idle[going]
+        old = point if going.all() else point[going]
+        point = step(rows, old, tolerance)
+        fall = objective(old) - objective(point)
+        idle = torch.where(fall > STILL * objective(point).abs(), 0, idle + 1)
+        calm = _calm(old, point)
+    return end
+
+
+def _calm(old: Point, new: Point) -> Tensor:
+    """Members whose last step was small, or that a penalty holds.
+
+    Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but the weights
+    grow for ever.
+    """
+    held = ((new.ridge + new.lasso) > 0).flatten(1).any(1)
+    if held.all():
+        return held
+    return held | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
+
+
+def _check(x: Tensor, y: Tensor, weights: Tensor, C: Tensor, l1_ratio: Tensor, n_classes: int) -> None:
+    """Raise InputError where an argument of ``solve`` breaks its rules."""
+    if x.dtype != torch.float64 or weights.dtype != torch.float64:
+        raise InputError(
+            f"solve needs float64 x and weights, got {x.dtype} and {weights.dtype}; use .double()."
+        )
+    if x.ndim != 3 or x.shape[:2] != weights.shape or x.shape[1:2] != y.shape:
+        raise InputError(
+            "solve needs x (folds, rows, inputs), weights (folds, rows) and y (rows,), "
+            f"got {tuple(x.shape)}, {tuple(weights.shape)} and {tuple(y.shape)}."
+        )
+    if n_classes < 2 or int(y.min()) < 0 or int(y.max()) >= n_classes:
+        raise InputError(
+            f"solve needs class codes y in 0 .. n_classes - 1 and n_classes >= 2, "
+            f"got codes {int(y.min())} .. {int(y.max())} and {n_classes=}."
+        )
+    if not bool((weights >= 0).all() & (weights > 0).any(1).all()):
+        raise InputError(
+            "solve needs weights >= 0 with one above zero in every fold: is a fold without rows?"
+        )
+    if C.shape != l1_ratio.shape or C.ndim != 1 or not bool((C > 0).all()):
+        raise InputError(f"solve needs C > 0, one for each l1_ratio (inf = no penalty), got C={C.tolist()}.")
+    if not bool(((l1_ratio >= 0) & (l1_ratio <= 1)).all()):
+        raise InputError(f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {l1_ratio.tolist()}.")

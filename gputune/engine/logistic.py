@@ -2,145 +2,177 @@
 
 It is scikit-learn's, divided by C times the sum of the row weights, so that any C up to infinity is one scale:
 ``mean loss + ridge / 2 ||W||^2 + lasso ||W||_1``, intercepts not penalised. All members read the same rows, so
-the products with the rows are one matrix product of width members x outputs, and no operation mixes members.
-Axes: m members, K outputs (1 = sigmoid, else softmax), E columns (inputs, then the intercept's), n rows.
+a product with the rows is one matrix product of width members x outputs, and no operation mixes members.
+Axes: m members, K outputs (1 = sigmoid, else softmax), n rows, D inputs, E columns of the design.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows of one fold that carry weight, as every member of the fold sees them."""
 
-    design: Tensor  # (n, E), each row times ``root``; the last column is the intercept's where ``intercept``
-    root: Tensor  # (n,) square root of the row's share of the weight; the squares sum to 1
-    codes: Tensor  # (n,) class of each row, 0 .. classes - 1
-    classes: int
-    intercept: bool
+    design: Tensor  # (n, E) inputs, then the intercept's 1 if there is one; each row times ``root``
+    squares: Tensor  # (n, E) the design squared
+    root: Tensor  # (n,) square root of the row's share of all weight
+    codes: Tensor  # (n,) class of each row
+    truth: Tensor  # (K, n) 1 where the row is of the class; one output: the chance of class 1
     penalised: Tensor  # (E,) 1, and 0 for the intercept
-    scale: Tensor  # (D,) root mean square of each input and of the intercept's 1: the unit of a slope
-    basis: Tensor | None  # (E, D) directions of the columns in the inputs' coordinates; None: the same
+    unit: Tensor  # (D or D + 1,) weighted root mean square of each input, in which slopes are measured
+    basis: (
+        Tensor | None
+    )  # (E, D or D + 1) the columns' directions among the inputs; None: they are the inputs
+    bound: Tensor  # () the mean loss's curvature is nowhere higher
 
     @property
     def outputs(self) -> int:
-        return 1 if self.classes == 2 and self.sigmoid else self.classes
-
-    sigmoid: bool = False
+        """Number of weight vectors of a member: 1 means sigmoid."""
+        return len(self.truth)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where each member stands, and its strengths of penalty."""
+    """Where each member stands, what it sees there, and its strengths of penalty."""
 
     weight: Tensor  # (m, K, E)
     logits: Tensor  # (m, K, n)
-    chance: Tensor  # (m, K, n) of each class given the row
-    loss: Tensor  # (m,) mean loss, without the penalty
-    ridge: Tensor  # (m, 1, 1)
-    lasso: Tensor  # (m, 1, 1)
+    chance: Tensor  # (m, K, n) of each class; sigmoid: of the class that the row is not
+    loss: Tensor  # (m,) mean loss
+    slope: Tensor  # (m, K, E) of the mean loss and the ridge term
+    error: Tensor  # (m,) mean over rows of the largest difference between chance and truth
+    ridge: Tensor  # (m, 1, E) zero for the intercept
+    lasso: Tensor  # (m, 1, E) zero for the intercept
 
-    def __getitem__(self, keep: Tensor) -> "Point":
-        return Point(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
-
-
-def start(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
-    """All members at zero; ridge and lasso are (m,)."""
-    members = len(ridge)
-    weight = rows.design.new_zeros(members, rows.outputs, rows.design.shape[1])
-    logits = rows.design.new_zeros(members, rows.outputs, len(rows.design))
-    chance, loss = evaluate(rows, logits)
-    return Point(weight, logits, chance, loss, ridge[:, None, None], lasso[:, None, None])
+    def __getitem__(self, members: Tensor) -> "Point":
+        return Point(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
 
 
-def evaluate(rows: Rows, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the chances (m, K, n) and the mean loss (m,) at the logits."""
+def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool) -> Rows:
+    """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum to one.
+
+    ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows), on which the
+    curvature is nearly diagonal; a ridge does not see the rotation, a lasso does. ``classes`` is 1 for sigmoid.
+    """
+    truth = (
+        codes[None] == torch.arange(classes, device=x.device)[:, None] if classes > 1 else codes[None] == 1
+    )
+    unit = (share @ x**2).sqrt()
+    basis = None
+    if rotate:
+        basis = _principal_axes(x * share.sqrt()[:, None])
+        x = x @ basis.T
+    penalised = x.new_ones(x.shape[1])
+    if intercept:
+        one = x.new_ones(1)
+        x = torch.cat([x, one.expand(len(x), 1)], 1)
+        penalised, unit = torch.cat([penalised, 0 * one]), torch.cat([unit, one])
+        basis = None if basis is None else torch.block_diag(basis, one[:, None])
+    design = x * share.sqrt()[:, None]
+    return Rows(
+        design=design,
+        squares=design**2,
+        root=share.sqrt(),
+        codes=codes,
+        truth=truth.to(x.dtype),
+        penalised=penalised,
+        unit=unit.where(unit > 0, 1),
+        basis=basis,
+        bound=_curvature_bound(design, classes),
+    )
+
+
+def _principal_axes(x: Tensor) -> Tensor:
+    """Orthonormal directions (E, D) that span the rows (n, D), along which their second moment is diagonal."""
+    rows, inputs = x.shape
+    span = torch.linalg.qr(x.T)[0].T if inputs > rows else torch.eye(inputs, dtype=x.dtype, device=x.device)
+    seen = x @ span.T
+    return torch.linalg.eigh(seen.T @ seen)[1].T @ span
+
+
+def _curvature_bound(design: Tensor, classes: int) -> Tensor:
+    """Source: Böhning (1992), doi:10.1007/BF00048682: half the second moment for softmax, a quarter for sigmoid."""
+    tall = len(design) >= design.shape[1]
+    moment = design.T @ design if tall else design @ design.T
+    return torch.linalg.eigvalsh(moment)[-1] * (0.25 if classes == 1 else 0.5)
+
+
+def point_at(rows: Rows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: Tensor) -> Point:
+    """The point of weights (m, K, E) whose logits are known."""
     share = rows.root**2
-    if rows.sigmoid:
-        sign = 1 - 2 * rows.codes
-        return logits.sigmoid(), torch.nn.functional.softplus(sign * logits, threshold=40)[:, 0] @ share
-    log_chance = logits.log_softmax(1)
-    picked = log_chance.gather(1, rows.codes.expand(len(logits), 1, -1))[:, 0]
-    return log_chance.exp_(), -(picked @ share)
+    if rows.outputs == 1:
+        against = (1 - 2 * rows.truth) * logits
+        chance, loss = against.sigmoid(), functional.softplus(against)[:, 0] @ share
+    else:
+        log_chance = logits.log_softmax(1)
+        loss = -(log_chance.gather(1, rows.codes.expand(len(logits), 1, -1))[:, 0] @ share)
+        chance = log_chance.exp_()
+    wrong = misfit(rows, chance)
+    error = wrong.abs().amax(1) @ share
+    slope = product(wrong.mul_(rows.root), rows.design) + ridge * weight
+    return Point(weight, logits, chance, loss, slope, error, ridge, lasso)
 
 
-def slope(rows: Rows, chance: Tensor) -> Tensor:
-    """Slope of the mean loss in the weights, (m, K, E): sum over rows of share x (chance - onehot) x row."""
-    return _back(rows, misfit(rows, chance) * rows.root)
+def origin(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
+    """All members at zero; ridge and lasso are (m,)."""
+    weight = rows.design.new_zeros(len(ridge), rows.outputs, rows.design.shape[1])
+    logits = rows.design.new_zeros(len(ridge), rows.outputs, len(rows.design))
+    return point_at(
+        rows, weight, logits, ridge[:, None, None] * rows.penalised, lasso[:, None, None] * rows.penalised
+    )
 
 
 def misfit(rows: Rows, chance: Tensor) -> Tensor:
-    """Chance minus truth, (m, K, n)."""
-    if rows.sigmoid:
-        return chance - rows.codes
-    truth = torch.nn.functional.one_hot(rows.codes, rows.classes).T
-    return chance - truth
+    """Chance minus truth, (m, K, n), without the cancellation of 1 - chance where the chance is near 1."""
+    if rows.outputs == 1:
+        return (1 - 2 * rows.truth) * chance
+    wrong = chance * (1 - rows.truth)
+    return wrong.addcmul_(wrong.sum(1, keepdim=True), rows.truth, value=-1)
 
 
-def curvature(rows: Rows, chance: Tensor, direction: Tensor) -> Tensor:
-    """Hessian of the mean loss times a direction (m, K, E)."""
-    along = _forth(rows, direction)
-    if rows.sigmoid:
-        return _back(rows, along.mul_(chance).mul_(1 - chance))
-    along.mul_(chance)
-    return _back(rows, along.sub_(chance * along.sum(1, keepdim=True)))
+def objective(point: Point) -> Tensor:
+    """What is minimised, (m,)."""
+    return point.loss + (point.ridge / 2 * point.weight**2 + point.lasso * point.weight.abs()).sum((1, 2))
+
+
+def steepest(point: Point) -> Tensor:
+    """The smallest element of the subdifferential, (m, K, E), which is zero exactly at the optimum."""
+    at_zero = point.slope.sign() * (point.slope.abs() - point.lasso).clamp_min(0)
+    return torch.where(point.weight == 0, at_zero, point.slope + point.lasso * point.weight.sign())
+
+
+def violation(rows: Rows, point: Point) -> Tensor:
+    """How far each member is from optimal, (m,): see ``exact.Solution.residual``."""
+    slopes = steepest(point)
+    slopes = slopes if rows.basis is None else slopes @ rows.basis
+    return (slopes.abs() / rows.unit).amax((1, 2)) / point.error.clamp_min(torch.finfo(slopes.dtype).tiny)
+
+
+def change_of_logits(rows: Rows, step: Tensor) -> Tensor:
+    """By how much a step (m, K, E) changes the logits, (m, K, n)."""
+    return product(step, rows.design.T).div_(rows.root)
+
+
+def curvature_times(rows: Rows, chance: Tensor, direction: Tensor) -> Tensor:
+    """Hessian of the mean loss times a direction, (m, K, E).
+
+    Source: softmax's curvature in the logits is diag(p) - p p', sigmoid's is p (1 - p).
+    """
+    along = product(direction, rows.design.T).mul_(chance)
+    if rows.outputs == 1:
+        return product(along.mul_(1 - chance), rows.design)
+    return product(along.addcmul_(chance, along.sum(1, keepdim=True), value=-1), rows.design)
 
 
 def curvature_diagonal(rows: Rows, chance: Tensor) -> Tensor:
     """Diagonal of the Hessian of the mean loss, (m, K, E)."""
-    return _product(chance * (1 - chance), rows.design**2)
+    return product(chance * (1 - chance), rows.squares)
 
 
-def change_of_logits(rows: Rows, direction: Tensor) -> Tensor:
-    """By how much a step along direction changes the logits, (m, K, n)."""
-    return _forth(rows, direction) / rows.root
-
-
-def penalty(rows: Rows, point: Point, weight: Tensor) -> Tensor:
-    """The penalty (m,) at weights (m, K, E)."""
-    held = weight * rows.penalised
-    return (point.ridge / 2 * held**2 + point.lasso * held.abs()).sum((1, 2))
-
-
-def smooth_slope(rows: Rows, point: Point) -> Tensor:
-    """Slope (m, K, E) of all but the lasso term."""
-    return slope(rows, point.chance) + point.ridge * rows.penalised * point.weight
-
-
-def steepest(rows: Rows, point: Point, gradient: Tensor) -> Tensor:
-    """The element of least size of the subdifferential, (m, K, E), zero exactly at the optimum."""
-    lasso = point.lasso * rows.penalised
-    at_zero = gradient.sign() * (gradient.abs() - lasso).clamp_min(0)
-    return torch.where(point.weight == 0, at_zero, gradient + lasso * point.weight.sign())
-
-
-def violation(rows: Rows, point: Point, gradient: Tensor) -> Tensor:
-    """How far each member is from optimal, (m,): see ``exact.Solution.residual``."""
-    slopes = steepest(rows, point, gradient)
-    if rows.basis is not None:
-        slopes = slopes @ rows.basis
-    error = (misfit(rows, point.chance).abs().amax(1)) @ rows.root**2
-    return (slopes.abs() / rows.scale).amax((1, 2)) / error.clamp_min(torch.finfo(slopes.dtype).tiny)
-
-
-def moved(rows: Rows, point: Point, step: Tensor) -> Point:
-    """The point after a step (m, K, E)."""
-    logits = point.logits + change_of_logits(rows, step)
-    chance, loss = evaluate(rows, logits)
-    return replace(point, weight=point.weight + step, logits=logits, chance=chance, loss=loss)
-
-
-def _forth(rows: Rows, direction: Tensor) -> Tensor:
-    return _product(direction, rows.design.T)
-
-
-def _back(rows: Rows, values: Tensor) -> Tensor:
-    return _product(values, rows.design)
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """(m, K, a) times the shared (a, b) as one wide product."""
-    return (left.flatten(0, 1) @ right).unflatten(0, left.shape[:2])
+def product(left: Tensor, shared: Tensor) -> Tensor:
+    """(m, K, a) times the members' common (a, b), as one wide product."""
+    return (left.flatten(0, 1) @ shared).unflatten(0, left.shape[:2])

@@ -9,15 +9,15 @@ from pathlib import Path
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.report.held_out import HeldOut
-from gputune.report.text import clean, paragraph
-from gputune.report.trials import error_words, study_measure, trial_rows
-from gputune.study.study import Study
+from gputune.report.text import clean, count, paragraph
+from gputune.report.trials import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
+from gputune.study.study import Study, TrialState
 
 BEST = 5
 """Trials in the table."""
 
-_LABEL = 8
-_STATES = {
+_LABEL = 9
+_STATES: dict[TrialState, str] = {
     "complete": "complete",
     "stopped": "stopped by the timeout",
     "failed": "diverged",
@@ -27,11 +27,12 @@ _STATES = {
 
 @dataclass(frozen=True)
 class Ending:
-    """A finished search: its study, the rows it searched on, its held-out score (None: all rows were used).
+    """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
 
     ``study_file`` and ``model_folder`` are where both lie, ``seconds`` is the time of the whole run.
     """
 
+    file: str
     study: Study
     rest: Source
     held_out: HeldOut | None
@@ -48,20 +49,21 @@ def closing_text(ending: Ending, *, width: int) -> str:
 
 def _understood(ending: Ending, width: int) -> str:
     meta = ending.study.meta
-    lines = [("Data", _data(ending)), ("Task", _task(ending.study)), ("Model", _model(ending.study))]
+    apart = "" if ending.held_out is None else f" and {ending.held_out.rows} held out"
+    lines = [
+        ("Data", f"{ending.file}: {meta['fingerprint']['rows']} rows to search on{apart}"),
+        ("Columns", _columns(ending)),
+        ("Task", _task(ending.study)),
+        ("Search", _search(ending.study)),
+    ]
     return _labelled([*lines, *(("Note", note) for note in meta["notes"])], width)
 
 
-def _data(ending: Ending) -> str:
-    meta, X = ending.study.meta, ending.rest.X
-    rows = ending.study.meta["fingerprint"]["rows"]
-    apart = "" if ending.held_out is None else f" and {ending.held_out.rows} held out"
+def _columns(ending: Ending) -> str:
+    X = ending.rest.X
     kinds = Counter(X.kinds) if isinstance(X, Table) else {}
-    named = ", ".join(_count(number, kind, _PLURALS) for kind, number in kinds.items())
-    return f"{rows} rows to search on{apart}; {named}, made into {_count(meta['features'], 'feature')}"
-
-
-_PLURALS = {"number": "numbers", "boolean": "booleans", "category": "categories", "date": "dates"}
+    named = ", ".join(count(number, kind) for kind, number in kinds.items())
+    return f"{named}, made into {count(ending.study.meta['features'], 'feature')}"
 
 
 def _task(study: Study) -> str:
@@ -73,60 +75,64 @@ def _task(study: Study) -> str:
     return f"{len(classes)} classes of {target!r}: {shown}{more}"
 
 
-def _model(study: Study) -> str:
+def _search(study: Study) -> str:
     meta = study.meta
-    size = f"{_count(len(study.trials), 'trial')} x {_count(meta['folds'], 'fold')}"
+    size = f"{count(len(study.trials), 'trial')} x {count(meta['folds'], 'fold')}"
     if meta["optimizer"] == "exact":
         return f"{meta['model']}, solved to convergence; {size}"
     rule = meta["optimizer"] if meta["schedule"] == "constant" else f"{meta['optimizer']}, {meta['schedule']}"
-    return f"{clean(meta['model'])} trained with {rule}; {size} x {_count(meta['max_epochs'], 'epoch')}"
+    return f"{clean(meta['model'])} trained with {rule}; {size} x {count(meta['max_epochs'], 'epoch')}"
 
 
 def _best_trials(ending: Ending, width: int) -> str:
     study = ending.study
     shown = [trial for trial in study.ranking() if math.isfinite(trial.score)][:BEST]
     best = f"The best {len(shown)} of {len(study.trials)} trials" if len(shown) > 1 else "The best trial"
-    title = f"{best} by {study_measure(study).title}{error_words(study)}:"
-    rows = trial_rows(shown, study_measure(study), width=width, indent="  ")
+    title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.meta['folds'] > 1)}:"
+    layout = ("trial", SCORE_AND_ERROR, "epoch")
+    rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ")
     return f"{paragraph(title, width)}\n\n{rows}"
 
 
 def _scores(ending: Ending, width: int) -> str:
-    measure, study, held = study_measure(ending.study), ending.study, ending.held_out
-    ran = sum(math.isfinite(trial.score) for trial in study.trials)
-    chosen = (
-        f"the best of {ran} on the folds that chose it"
-        if ran > 1
-        else "its epoch was chosen on its own folds"
-    )
-    optimistic = f"cross-validated {measure.name} of {measure.text(study.best_score)}"
-    optimistic += f" is optimistic: it is {chosen}." if ran > 1 else f" may be optimistic: {chosen}."
+    measure, held = study_measure(ending.study), ending.held_out
     if held is None:
-        text = f"All rows were used, so no honest score is left. The {optimistic} Keep rows apart with --test-size."
+        text = "All rows were used, so no honest score is left; --test-size keeps rows apart for one."
     elif held.why:
-        text = f"There is no held-out {measure.name}: {clean(held.why)}. The {optimistic}"
+        text = f"There is no held-out {measure.name}: {clean(held.why)}."
     else:
         text = (
-            f"Held-out {measure.title}: {measure.text(held.score)} on {_count(held.rows, 'row')} that nothing was "
-            f"fitted on. It is the saved model's own score. The {optimistic}"
+            f"Held-out {measure.title}: {measure.text(held.score)}, the saved model's own score on "
+            f"{count(held.rows, 'row')} that nothing was fitted on."
         )
     if held is not None and held.unseen:
-        text += f" {_count(held.unseen, 'held-out row')} with a class that no other row has count as wrong."
-    return paragraph(text, width)
+        text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
+    return paragraph(f"{text} {_optimistic(ending.study)}", width)
+
+
+def _optimistic(study: Study) -> str:
+    measure = study_measure(study)
+    best = f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
+    scored = sum(math.isfinite(trial.score) for trial in study.trials)
+    if scored > 1:
+        return f"{best} it is the best of {scored} trials on the folds that chose it."
+    chosen = study.meta["max_epochs"] > 1
+    return f"{best} its epoch was chosen on the folds that scored it." if chosen else ""
 
 
 def _whereabouts(ending: Ending, width: int) -> str:
     states = Counter(trial.state for trial in ending.study.trials)
     counts = ", ".join(f"{states[state]} {words}" for state, words in _STATES.items() if states[state])
     go_on = " (repeat the command to run them)" if states["waiting"] else ""
+    trials = _labelled([("Trials", f"{counts}{go_on}; {_seconds(ending.seconds)} in all")], width)
     model = clean(ending.model_folder)
-    lines = [
-        ("Trials", f"{counts}{go_on}; {_seconds(ending.seconds)} in all"),
-        ("Study", clean(ending.study_file)),
-        ("Model", model),
-        ("Next", f"gputune predict {shlex.quote(model)} FILE"),
+    # Not filled: a path must stay in one piece.
+    places = [
+        f"{'Study':{_LABEL}}{clean(ending.study_file)}",
+        f"{'Model':{_LABEL}}{model}",
+        f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE",
     ]
-    return _labelled(lines, width)
+    return "\n".join([trials, *places])
 
 
 def _labelled(lines: list[tuple[str, str]], width: int) -> str:
@@ -134,10 +140,6 @@ def _labelled(lines: list[tuple[str, str]], width: int) -> str:
     return "\n".join(
         paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
     )
-
-
-def _count(number: int, noun: str, plurals: dict[str, str] | None = None) -> str:
-    return f"{number} {noun if number == 1 else (plurals or {}).get(noun, noun + 's')}"
 
 
 def _seconds(seconds: float) -> str:

@@ -32,6 +32,12 @@ def short(value: Any) -> str:
     return clean(getattr(value, "__name__", value))
 
 
+def count(number: int, noun: str) -> str:
+    """Return "1 row", "2 rows", "2 categories"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"
+
+
 @dataclass(frozen=True)
 class Measure:
     """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower is better."""

@@ -7,18 +7,28 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gputune.report.text import GAP, Measure, clean, measure_of, paragraph, short, table
+from gputune.report.text import GAP, Measure, clean, count, measure_of, paragraph, short, table
 from gputune.study.study import Study, Trial
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds")
 
+PLUS_MINUS = "±"
+SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
+"""Columns that are named as the measure when they are shown."""
+
+_LISTINGS = (
+    ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
+    ("trial", SCORE_AND_ERROR, "epoch", "state"),
+    ("trial", SCORE, "epoch", "state"),
+)
+
 
 def trials_table(study: Study, *, width: int) -> str:
-    """Return one line a trial in the order of their numbers, under a title; at most ``width`` columns where it can."""
+    """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
     measure = study_measure(study)
-    title = f"{len(study.trials)} trials, {measure.title}{error_words(study)}"
-    shown = trial_rows(study.trials, measure, width=width, more=("state", "seconds"))
-    return f"{title}\n\n{shown}"
+    rows = trial_rows(study.trials, measure, _LISTINGS, width=width)
+    title = f"{count(len(study.trials), 'trial')} by {measure.title}, {mean_words(study, errors=PLUS_MINUS in rows)}"
+    return f"{paragraph(title, width)}\n\n{rows}"
 
 
 def trials_json(study: Study) -> str:
@@ -48,7 +58,8 @@ def best_text(study: Study) -> str:
     best, measure = study.best_trial, study_measure(study)
     rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
     parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
-    return f"trial {best.number}: {measure.title} {_score(best, measure)}, epoch {best.best_epoch}\n\n{parameters}"
+    title = f"trial {best.number}: {measure.title} {_score_and_error(best, measure)}, epoch {best.best_epoch}"
+    return f"{title}\n\n{parameters}"
 
 
 def best_json(study: Study) -> str:
@@ -63,51 +74,67 @@ def study_measure(study: Study) -> Measure:
     return measure_of(study.meta["scoring"], best)
 
 
-def error_words(study: Study) -> str:
-    """Return what stands behind the plus-minus sign, nothing where there is one fold."""
+def mean_words(study: Study, *, errors: bool) -> str:
+    """Return what a score is over the folds, and what stands behind the plus-minus sign where there is one."""
     folds = study.meta["folds"]
-    return f", mean ± standard error over {folds} folds" if folds > 1 else ""
+    return f"mean{f' {PLUS_MINUS} standard error' * errors} over {count(folds, 'fold')}"
 
 
 def trial_rows(
-    trials: Sequence[Trial], measure: Measure, *, width: int, more: Sequence[str] = (), indent: str = ""
+    trials: Sequence[Trial],
+    measure: Measure,
+    layouts: Sequence[Sequence[str]],
+    *,
+    width: int,
+    indent: str = "",
 ) -> str:
-    """Return a table of trials: a column for each parameter, or where that is too wide, one for all of them."""
-    header = ["trial", measure.name, "epoch", *more]
-    rows = [_cells(trial, measure, more) for trial in trials]
+    """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
+
+    Where none fits, the parameters of a trial share the last column of the last layout, on several lines.
+    """
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    values = [[short(t.params[name]) if name in t.params else "-" for name in names] for t in trials]
-    wide = table(
-        [*header, *map(clean, names)],
-        [row + cells for row, cells in zip(rows, values)],
-        left=["state"],
-        indent=indent,
-    )
-    if max(map(len, wide.split("\n"))) <= width:
-        return wide
+    values = [
+        [short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials
+    ]
+    for layout in layouts:
+        header = [measure.name if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
+        rows = [_cells(trial, measure, layout) for trial in trials]
+        lines = table(
+            [*header, *map(clean, names)],
+            [row + cells for row, cells in zip(rows, values)],
+            left=["state"],
+            indent=indent,
+        )
+        if max(map(len, lines.split("\n"))) <= width:
+            return lines
     return _with_wrapped_parameters(table(header, rows, left=["state"], indent=indent), trials, width)
 
 
 def _with_wrapped_parameters(narrow: str, trials: Sequence[Trial], width: int) -> str:
-    lines = narrow.split("\n")
-    start = max(map(len, lines))
-    shown = [f"{lines[0]:{start}}{GAP}parameters"]
-    for line, trial in zip(lines[1:], trials):
+    header, *lines = narrow.split("\n")
+    start = max(map(len, (header, *lines)))
+    shown = [f"{header:{start}}{GAP}parameters"]
+    for line, trial in zip(lines, trials):
         parameters = " ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
         begin = f"{line:{start}}{GAP}"
         shown.append(paragraph(parameters, width, first=begin, then=" " * len(begin)).rstrip())
     return "\n".join(shown)
 
 
-def _cells(trial: Trial, measure: Measure, more: Sequence[str]) -> list[str]:
-    seconds = f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-"
-    extra = {"state": trial.state, "seconds": seconds}
-    epoch = str(trial.best_epoch) if math.isfinite(trial.score) else "-"
-    return [str(trial.number), _score(trial, measure), epoch, *(extra[name] for name in more)]
+def _cells(trial: Trial, measure: Measure, layout: Sequence[str]) -> list[str]:
+    cells = {
+        "trial": str(trial.number),
+        SCORE: measure.text(trial.score),
+        SCORE_AND_ERROR: _score_and_error(trial, measure),
+        "epoch": str(trial.best_epoch) if math.isfinite(trial.score) else "-",
+        "state": trial.state,
+        "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
+    }
+    return [cells[column] for column in layout]
 
 
-def _score(trial: Trial, measure: Measure) -> str:
-    error = f" ± {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
+def _score_and_error(trial: Trial, measure: Measure) -> str:
+    error = f" {PLUS_MINUS} {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
     return measure.text(trial.score) + error
 
 

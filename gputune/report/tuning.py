@@ -50,7 +50,8 @@ def tune(arguments: argparse.Namespace) -> str:
             known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
             model = replace(model, info={**model.info, **known})
         model.save(model_folder)
-    ending = Ending(study, rest, held_out, study_file, model_folder, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    ending = Ending(arguments.file, study, rest, held_out, study_file, model_folder, seconds)
     return closing_text(ending, width=shutil.get_terminal_size().columns)
 
 

@@ -1,0 +1,181 @@
+"""What can be typed on the command line. Nothing heavy is imported, so that ``gputune --help`` waits for nothing."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from gputune.version import __version__
+
+_DESCRIPTION = """\
+Tune an MLP, a logistic regression or a torch module of your own: every
+configuration and every fold trains at the same time, as one tensor program.
+"""
+
+_EXAMPLES = """\
+examples:
+  gputune tune sklearn:digits
+  gputune tune houses.csv --target price --trials 100 --epochs 30
+  gputune tune houses.csv --target price --space lr=1e-4..1e-1:log width=64,128
+  gputune tune houses.csv --target price --model net.py:Net --cv 3
+  gputune trials gputune-out --format csv
+  gputune predict gputune-out/model new-houses.csv --out prices.csv
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"gputune: error: {message}\nTry '{self.prog} --help'.\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line; ``command`` is the name of the command."""
+    parser = _Parser(
+        prog="gputune",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"gputune {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_tune(commands)
+    _add_trials(commands)
+    _add_best(commands)
+    _add_predict(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, text: str) -> Any:
+    return commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
+    )
+
+
+def _add_tune(commands: Any) -> None:
+    parser = _add(commands, "tune", "search hyperparameters on a table, and save the study and the model")
+    parser.add_argument(
+        "file", metavar="FILE", help="a .csv, .tsv or .parquet file, or sklearn:digits, :iris, ..."
+    )
+    parser.add_argument("--target", metavar="COL", help="the column to predict (sklearn:NAME has 'target')")
+    _add_search(parser.add_argument_group("the search"))
+    _add_data(parser.add_argument_group("the rows"))
+    _add_machine(parser.add_argument_group("the machine, and what is written"))
+
+
+def _add_search(group: Any) -> None:
+    group.add_argument(
+        "--model", default="mlp", metavar="M", help="mlp (default), logistic, or PATH.py:CLASS"
+    )
+    group.add_argument(
+        "--trials",
+        type=_whole(0),
+        default=64,
+        metavar="N",
+        help="configurations to draw, beside the default one (64)",
+    )
+    group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
+    group.add_argument("--scoring", metavar="NAME", help="a scikit-learn scorer name (accuracy, or r2)")
+    group.add_argument(
+        "--space", nargs="+", action="extend", default=[], metavar="KEY=SPEC",
+        help="what to search: width=32,64 is a list, width=16..256 all integers between, lr=1e-4..1e-1:log is "
+        "log-uniform, dropout=0..0.5 uniform, depth=3 fixed",
+    )  # fmt: skip
+    group.add_argument(
+        "--optimizer", metavar="O", help="adamw (default), adam, sgd, nesterov; logistic: exact"
+    )
+    group.add_argument("--schedule", default="constant", metavar="S", help="constant (default) or cosine")
+    group.add_argument(
+        "--seed", type=_whole(0), default=0, metavar="S", help="of everything that is drawn (0)"
+    )
+    group.add_argument("--timeout", type=_number, metavar="SEC", help="stop training after so many seconds")
+
+
+def _add_data(group: Any) -> None:
+    group.add_argument("--task", metavar="T", help="classification or regression, where the guess is wrong")
+    group.add_argument(
+        "--cv", default="5", metavar="K", help="folds (5), or time:5 where rows are in order of time"
+    )
+    group.add_argument("--groups", metavar="COL", help="rows of one group are never split between folds")
+    group.add_argument(
+        "--test-size", type=_number, default=0.2, metavar="SHARE",
+        help="share of the rows kept apart for one honest score (0.2); 0 uses all rows",
+    )  # fmt: skip
+    group.add_argument(
+        "--numbers", default="standard", metavar="HOW", help="scaling: standard (default), quantile or none"
+    )
+
+
+def _add_machine(group: Any) -> None:
+    group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:1")
+    group.add_argument("--dtype", default="float32", metavar="T", help="float32 (default) or float64")
+    group.add_argument(
+        "--memory", metavar="8GB", help="what trials that train together may take on the device"
+    )
+    group.add_argument(
+        "--workers", type=_workers, default="auto", metavar="N", help="processes on a CPU (auto)"
+    )
+    group.add_argument(
+        "--out", default="gputune-out", metavar="DIR",
+        help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
+    )  # fmt: skip
+    group.add_argument(
+        "-q",
+        "--quiet",
+        dest="verbose",
+        action="store_const",
+        const=0,
+        default=1,
+        help="no bar and no remarks",
+    )
+
+
+def _add_trials(commands: Any) -> None:
+    parser = _add(commands, "trials", "list the trials of a study")
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+    parser.add_argument(
+        "--format", choices=["table", "json", "csv"], default="table",
+        help="json and csv have scores in scikit-learn's sign: greater is better",
+    )  # fmt: skip
+
+
+def _add_best(commands: Any) -> None:
+    parser = _add(commands, "best", "show the best score of a study and its parameters")
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+    parser.add_argument("--format", choices=["text", "json"], default="text")
+
+
+def _add_predict(commands: Any) -> None:
+    parser = _add(commands, "predict", "predict the rows of a file with a saved model, as CSV")
+    parser.add_argument("model", metavar="MODEL_DIR", help="the folder of a saved model")
+    parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
+    parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
+    parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return value
+
+    return read
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number such as 0.5, got {text!r}") from None
+
+
+def _workers(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return _whole(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or 'auto'") from None

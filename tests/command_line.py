@@ -1,0 +1,33 @@
+"""Small tables, and one command of gputune in this process."""
+
+import contextlib
+import io
+
+import numpy as np
+
+from gputune.report.cli import main
+
+FAST = ["--trials", "2", "--epochs", "2", "--cv", "2", "--workers", "1", "--quiet"]
+
+
+def run(*arguments):
+    """Return exit code, standard output and standard error of a command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def write_table(path, n_rows=40, *, seed=0, **columns):
+    """Write a CSV of numbers a and b, a text c, and the further columns (lists of n_rows)."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.normal(size=(2, n_rows)).round(3)
+    columns = {"a": a, "b": b, "c": rng.choice(["red", "blue"], n_rows), **columns}
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values()))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def kinds(n_rows=40):
+    """Return a text target with two classes."""
+    return ["ant" if i % 2 else "bee" for i in range(n_rows)]

@@ -1,0 +1,425 @@
+"""Every command from its words to its output, in this process."""
+
+import csv
+import io
+import json
+import math
+import sqlite3
+
+import numpy as np
+import pytest
+
+import gputune
+from command_line import FAST, kinds, run, write_table
+from gputune.data.source import read_again
+from gputune.report import tuning
+
+NET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs, hidden=4):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A search on a table with two classes: the folder of its input, and what it printed."""
+    folder = tmp_path_factory.mktemp("tuned")
+    table = write_table(folder / "bugs.csv", 60, id=[f"row{i}" for i in range(60)], kind=kinds(60))
+    code, out, err = run("tune", table, "--target", "kind", "--out", folder / "out", *FAST)
+    assert (code, err) == (0, "")
+    return folder, out
+
+
+def read_csv(text):
+    return list(csv.reader(io.StringIO(text)))
+
+
+def test_tune_says_what_it_understood(tuned):
+    folder, out = tuned
+    lines = out.split("\n")
+    assert " ".join(out.split()).startswith(
+        f"Data {folder / 'bugs.csv'}: 48 rows to search on and 12 held out"
+    )
+    assert "Columns  2 numbers, 2 categories, made into 4 features" in lines
+    assert "Task     2 classes of 'kind': ant, bee" in lines
+    assert "Search   mlp trained with adamw; 3 trials x 2 folds x 2 epochs" in lines
+    assert "Note     Column 'id': left out, text with all 48 values distinct." in lines
+
+
+def test_tune_shows_the_best_trials(tuned):
+    folder, out = tuned
+    study = gputune.Study.open(folder / "out" / "study.db")
+    begin = out.index("The best 3 of 3 trials by accuracy, mean ± standard error over 2 folds:")
+    header, *rows = out[begin:].split("\n")[2:6]
+    assert header.split() == ["trial", "accuracy", "epoch", *study.best_params]
+    for row, trial in zip(rows, study.ranking(), strict=True):
+        assert row.split()[:5] == [
+            str(trial.number), f"{trial.score:.4f}", "±", f"{trial.std_error:.4f}", str(trial.best_epoch)
+        ]  # fmt: skip
+
+
+def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
+    folder, out = tuned
+    model = gputune.load_model(folder / "out" / "model")
+    study = gputune.Study.open(folder / "out" / "study.db")
+    table = list(csv.DictReader(io.StringIO((folder / "bugs.csv").read_text())))
+    searched = {tuple(row) for row in zip(*read_again(study.meta["source"]).X.columns)}
+    held = [row for row in table if (float(row["a"]), float(row["b"]), row["c"], row["id"]) not in searched]
+    assert len(held) == 12
+    columns = {name: [row[name] for row in held] for name in ("a", "b", "c", "id")}
+    X = gputune_frame(columns)
+    score = np.mean(model.predict(X) == [row["kind"] for row in held])
+    assert model.info["held_out_score"] == pytest.approx(score)
+    assert model.info["held_out_rows"] == 12
+    said = " ".join(out.split())
+    assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
+    assert (
+        f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3"
+        in said
+    )
+
+
+def gputune_frame(columns):
+    import polars as pl
+
+    return pl.DataFrame({**columns, "a": map(float, columns["a"]), "b": map(float, columns["b"])})
+
+
+def test_tune_says_where_all_lies_and_what_comes_next(tuned):
+    folder, out = tuned
+    *_, trials, study, model, following, _ = out.split("\n")
+    assert trials.startswith("Trials   3 complete; ") and trials.endswith(" s in all")
+    assert study == f"Study    {folder / 'out' / 'study.db'}"
+    assert model == f"Model    {folder / 'out' / 'model'}"
+    assert following == f"Next     gputune predict {folder / 'out' / 'model'} FILE"
+
+
+def test_the_default_folder_is_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "bugs.csv", kind=kinds())
+    code, out, _ = run("tune", "bugs.csv", "--target", "kind", *FAST)
+    assert code == 0
+    assert "Next     gputune predict gputune-out/model FILE" in out
+    assert sorted(p.name for p in (tmp_path / "gputune-out").iterdir()) == ["model", "study.db"]
+
+
+def test_a_bundled_set_needs_no_target(tmp_path):
+    code, out, err = run("tune", "sklearn:iris", "--out", tmp_path, *FAST)
+    assert (code, err) == (0, "")
+    assert "Task     3 classes of 'target': setosa, versicolor, virginica" in out
+
+
+def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    command = ["tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST]
+    assert run(*command)[0] == 0
+    study_file = tmp_path / "out" / "study.db"
+    before = gputune.Study.open(study_file).trials
+    with sqlite3.connect(study_file) as connection:
+        connection.execute("DELETE FROM results WHERE number = 1")
+    connection.close()
+    trained = []
+    original = tuning.search
+
+    def search(*arguments):
+        study = original(*arguments)
+        trained.append(study)
+        return study
+
+    monkeypatch.setattr(tuning, "search", search)
+    code, out, _ = run(*command)
+    assert code == 0 and "3 complete" in out
+    after = gputune.Study.open(study_file).trials
+    assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
+    assert [t.seconds == u.seconds for t, u in zip(after, before)] == [True, False, True]
+    code, _, err = run(*command, "--epochs", "3")
+    assert code == 2
+    assert "holds another search" in err and "max_epochs" in err
+
+
+def test_more_trials_are_added_to_a_study(tmp_path):
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    command = ["tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST]
+    assert run(*command)[0] == 0
+    code, out, _ = run(*command, "--trials", "4")
+    assert code == 0 and "5 complete" in out
+
+
+def test_a_loss_is_shown_as_what_it_measures(tmp_path):
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    code, out, _ = run(
+        "tune", table, "--target", "kind", "--scoring", "neg_log_loss", "--out", tmp_path / "o", *FAST
+    )
+    study = gputune.Study.open(tmp_path / "o" / "study.db")
+    held = gputune.load_model(tmp_path / "o" / "model").info["held_out_score"]
+    said = " ".join(out.split())
+    assert code == 0 and held < 0 and study.best_score < 0
+    assert "by log_loss (lower is better), mean" in said and "neg_" not in said
+    assert f"Held-out log_loss (lower is better): {-held:.4f}" in said
+    assert f"The best cross-validated log_loss, {-study.best_score:.4f}" in said
+    assert "log_loss (lower is better) 0." in run("best", tmp_path / "o")[1]
+
+
+def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    code, out, _ = run("tune", table, "--target", "kind", "--test-size", "0", "--out", tmp_path / "o", *FAST)
+    assert code == 0
+    assert "40 rows to search on\n" in out
+    assert "All rows were used, so no honest score is left" in out
+    assert "Held-out" not in out
+    assert "held_out_score" not in gputune.load_model(tmp_path / "o" / "model").info
+
+
+def test_a_number_is_a_regression_with_all_options(tmp_path):
+    table = write_table(
+        tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)], site=[i // 8 for i in range(40)]
+    )
+    code, out, err = run(
+        "tune", table, "--target", "price", "--task", "regression", "--groups", "site", "--cv", "2",
+        "--space", "width=4,8", "lr=1e-3..1e-1:log", "--space", "dropout=0..0.5", "--optimizer", "sgd",
+        "--schedule", "cosine", "--numbers", "quantile", "--test-size", "0.4", "--seed", "3", "--device", "cpu",
+        "--dtype", "float64", "--memory", "1GB", "--timeout", "600", "--trials", "2", "--epochs", "2",
+        "--workers", "1", "--scoring", "neg_mean_absolute_error", "--out", tmp_path / "o", "-q",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "Task     regression: predict the number 'price'" in out
+    assert "mlp trained with sgd, cosine; 3 trials" in out
+    assert "16 held out" in out  # two whole groups of five
+    study = gputune.Study.open(tmp_path / "o" / "study.db")
+    assert set(study.best_params) == {"width", "lr", "dropout"}
+    assert (
+        study.meta["numbers"] == "quantile" and study.meta["dtype"] == "float64" and study.meta["seed"] == 3
+    )
+
+
+def test_a_time_series_keeps_the_last_rows_apart(tmp_path):
+    table = write_table(tmp_path / "t.csv", step=list(range(40)), price=[i * 1.5 + 0.25 for i in range(40)])
+    command = ["tune", table, "--target", "price", "--out", tmp_path / "o", *FAST, "--cv", "time:3"]
+    assert run(*command)[0] == 0
+    study = gputune.Study.open(tmp_path / "o" / "study.db")
+    assert read_again(study.meta["source"]).X.column("step").tolist() == list(range(32))
+    assert study.meta["cv"] == "TimeSeriesSplit" and study.meta["folds"] == 3
+
+
+def test_the_solved_logistic_regression(tmp_path):
+    code, out, _ = run("tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path, *FAST)
+    assert code == 0
+    assert "Search   logistic, solved to convergence; 3 trials x 2 folds\n" in out
+    code, out, _ = run(
+        "tune", "sklearn:iris", "--model", "logistic", "--out", tmp_path / "b", *FAST, "--trials", "0"
+    )
+    assert code == 0
+    assert "The best trial by accuracy" in out and "optimistic" not in out
+
+
+def test_a_module_of_ones_own(tmp_path):
+    (tmp_path / "net.py").write_text(NET)
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    code, out, err = run(
+        "tune", table, "--target", "kind", "--model", f"{tmp_path / 'net.py'}:Net", "--space", "module__hidden=2,3",
+        "--out", tmp_path / "o", *FAST,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "Search   Net trained with adamw" in out and "module__hidden" in out
+    code, out, _ = run("predict", tmp_path / "o" / "model", table)
+    assert code == 0 and len(read_csv(out)) == 41
+
+
+def test_a_timeout_is_told(tmp_path):
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    code, out, _ = run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST, "--timeout", "1e-6")
+    stopped = sum(t.state == "stopped" for t in gputune.Study.open(tmp_path / "o" / "study.db").trials)
+    assert code == 0 and stopped
+    assert f"{stopped} stopped by the timeout" in out
+
+
+def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
+    options = ["--model", "logistic", *FAST, "--trials", "20", "--out", tmp_path]
+    code, out, _ = run("tune", "sklearn:iris", *options, "--timeout", "1e-6")
+    waiting = sum(trial.state == "waiting" for trial in gputune.Study.open(tmp_path / "study.db").trials)
+    assert code == 0 and waiting
+    assert f"{waiting} not started before the timeout (repeat the command to run them)" in " ".join(
+        out.split()
+    )
+    assert f"it is the best of {21 - waiting} trials" in " ".join(out.split())
+    code, out, _ = run("tune", "sklearn:iris", *options)
+    assert code == 0 and "Trials   21 complete; " in out
+
+
+def test_a_diverged_trial_is_counted(tmp_path):
+    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
+    code, out, _ = run(
+        "tune", table, "--target", "price", "--optimizer", "sgd", "--space", "lr=0.01,1e30", "--out", tmp_path / "o",
+        *FAST,
+    )  # fmt: skip
+    assert code == 0
+    assert "2 complete, 1 diverged" in out
+    assert "The best 2 of 3 trials" in out
+
+
+def test_a_search_of_which_every_trial_fails_ends_with_1(tmp_path):
+    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
+    code, out, err = run(
+        "tune",
+        table,
+        "--target",
+        "price",
+        "--optimizer",
+        "sgd",
+        "--space",
+        "lr=1e30",
+        "--out",
+        tmp_path / "o",
+        *FAST,
+    )
+    assert (code, out) == (1, "")
+    assert err.startswith("gputune: error: no trial has a finite score") and "lower the learning rates" in err
+
+
+def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("surprise")
+
+    monkeypatch.setattr(tuning, "search", broken)
+    code, out, err = run("tune", "sklearn:iris", "--out", tmp_path / "o", *FAST)
+    assert (code, out) == (1, "")
+    assert "Traceback" in err and "ValueError: surprise" in err
+    assert not (tmp_path / "o").exists()  # an empty folder does not stay
+
+
+@pytest.mark.parametrize("stop_after", [0, 1])
+def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
+    original, out = tuning.search, tmp_path / "o"
+
+    def search(*arguments):
+        if stop_after:
+            original(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "search", search)
+    code, printed, err = run("tune", "sklearn:iris", "--out", out, *FAST)
+    assert (code, printed, err.count("\n")) == (130, "", 1)
+    if stop_after:
+        assert f"interrupted: 3 of 3 trials are finished and kept in '{out / 'study.db'}'; repeat" in err
+    else:
+        assert err == "gputune: interrupted before the first trial; nothing was kept.\n"
+
+
+def test_names_from_a_file_do_not_steer_the_terminal(tmp_path):
+    evil = "\x1b[2Jevil\x07"
+    table = write_table(
+        tmp_path / "t.csv", **{f"{evil}col": [f"{evil}{i}" for i in range(40)]},
+        **{f"{evil}y": [f"{evil}ant" if i % 2 else f"{evil}bee" for i in range(40)]},
+    )  # fmt: skip
+    code, out, err = run("tune", table, "--target", f"{evil}y", "--out", tmp_path / "o", *FAST[:-1])
+    assert code == 0
+    assert "[2Jevilant" in out and "left out" in out
+    assert not set(out + err.replace("\r", "")) & set(map(chr, [*range(10), *range(11, 32), 127]))
+    code, out, err = run("tune", table, "--target", f"{evil}z", "--out", tmp_path / "p", *FAST)
+    assert code == 2 and "\x1b" not in err
+
+
+def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path, monkeypatch):
+    table = write_table(tmp_path / "t.csv", kind=[f"\x1b[3{i % 2}m" for i in range(40)])
+    assert run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST)[0] == 0
+    _, exact, _ = run("predict", tmp_path / "o" / "model", table)
+    monkeypatch.setattr(io.StringIO, "isatty", lambda self: True, raising=False)
+    _, shown, _ = run("predict", tmp_path / "o" / "model", table)
+    assert "\x1b" in exact
+    assert shown == exact.replace("\x1b", "")
+
+
+def test_a_warning_is_one_line_said_once(tmp_path):
+    kind = [*kinds(58), "cat", "cat", "cat"]
+    table = write_table(tmp_path / "bugs.csv", 61, kind=kind)
+    command = [
+        "tune",
+        table,
+        "--target",
+        "kind",
+        "--test-size",
+        "0",
+        "--out",
+        tmp_path / "o",
+        *FAST,
+        "--cv",
+        "5",
+    ]
+    code, _, err = run(*command)
+    assert code == 0
+    assert err.count("\n") == 1
+    assert err.startswith("gputune: warning: kind has classes with fewer rows than the 5 folds: 'cat' (3)")
+
+
+def test_trials_lists_a_study_by_its_file_or_its_folder(tuned):
+    folder, _ = tuned
+    study = gputune.Study.open(folder / "out" / "study.db")
+    code, out, err = run("trials", folder / "out")
+    assert (code, err) == (0, "")
+    assert out == run("trials", folder / "out" / "study.db")[1]
+    assert len(out.split("\n")) == 2 + 1 + 3 + 1
+    code, out, _ = run("trials", folder / "out", "--format", "json")
+    assert [row["score"] for row in json.loads(out)] == [trial.score for trial in study.trials]
+    code, out, _ = run("trials", folder / "out", "--format", "csv")
+    header, *rows = read_csv(out)
+    assert header == ["number", "params", "score", "fold_scores", "best_epoch", "state", "seconds"]
+    assert [float(row[2]) for row in rows] == [trial.score for trial in study.trials]
+
+
+def test_best_shows_the_best_trial(tuned):
+    folder, _ = tuned
+    study = gputune.Study.open(folder / "out" / "study.db")
+    code, out, err = run("best", folder / "out")
+    assert (code, err) == (0, "")
+    assert out.startswith(f"trial {study.best_trial.number}: accuracy {study.best_score:.4f} ± ")
+    found = json.loads(run("best", folder / "out", "--format", "json")[1])
+    assert (found["params"], found["score"]) == (study.best_params, study.best_score)
+
+
+def test_predict_writes_one_column_named_as_the_target(tuned):
+    folder, _ = tuned
+    model, table = gputune.load_model(folder / "out" / "model"), folder / "bugs.csv"
+    code, out, err = run("predict", folder / "out" / "model", table)
+    assert (code, err) == (0, "")
+    assert read_csv(out) == [["kind"], *([label] for label in model.predict(table))]
+    code, printed, _ = run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")
+    assert (code, printed) == (0, "")
+    assert (folder / "guess.csv").read_text() == out
+
+
+def test_predict_writes_probabilities_of_each_class(tuned):
+    folder, _ = tuned
+    code, out, _ = run("predict", folder / "out" / "model", folder / "bugs.csv", "--proba")
+    header, *rows = read_csv(out)
+    assert (code, header) == (0, ["ant", "bee"])
+    expected = gputune.load_model(folder / "out" / "model").predict_proba(folder / "bugs.csv")
+    np.testing.assert_array_equal(np.array(rows, dtype=float), expected)
+
+
+def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
+    folder, _ = tuned
+    n = 9000  # more than one batch
+    table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
+    code, out, err = run("predict", folder / "out" / "model", table)
+    assert code == 0 and len(read_csv(out)) == n + 1
+    assert err == "gputune: warning: X has columns that were not there in training and are ignored: 'more'.\n"
+
+
+def test_a_regression_is_predicted_in_full_precision(tmp_path):
+    table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
+    assert run("tune", table, "--target", "price", "--out", tmp_path / "o", *FAST)[0] == 0
+    code, out, _ = run("predict", tmp_path / "o" / "model", table)
+    header, *rows = read_csv(out)
+    assert (code, header) == (0, ["price"])
+    values = gputune.load_model(tmp_path / "o" / "model").predict(table)
+    assert [float(row[0]) for row in rows] == values.tolist()
+    assert all(math.isfinite(v) for v in values)
+    code, _, err = run("predict", tmp_path / "o" / "model", table, "--proba")
+    assert code == 2 and "--proba needs a model of classes" in err

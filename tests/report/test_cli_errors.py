@@ -1,0 +1,280 @@
+"""Bad input ends with exit code 2 and one line that names the argument, the value and the remedy."""
+
+import pytest
+import torch
+from command_line import FAST, kinds, run, write_table
+
+
+@pytest.fixture
+def bugs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_table(tmp_path / "bugs.csv", kind=kinds())
+
+
+def refused(*arguments, words=(), lines=1):
+    """Run a command that must be refused; its message must have the words."""
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("gputune: error: ") and "Traceback" not in err
+    assert err.count("\n") == lines
+    for word in words:
+        assert word in err
+
+
+def test_missing_file(bugs):
+    refused("tune", "bug.csv", "--target", "kind", *FAST, words=["'bug.csv'", "CSV"])
+
+
+def test_missing_target(bugs):
+    refused("tune", "bugs.csv", *FAST, words=["--target is missing", "'bugs.csv'", "--target price"])
+
+
+def test_unknown_target(bugs):
+    refused("tune", bugs, "--target", "knd", *FAST, words=["target='knd'", "did you mean 'kind'?"])
+
+
+def test_unknown_groups(bugs):
+    refused("tune", bugs, "--target", "kind", "--groups", "site", *FAST, words=["groups='site'", "'a', 'b'"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "header line"), ("a,kind\n", "at least one"), ("a,kind\n\n\n", "at least one")]
+)
+def test_empty_table(bugs, text, words):
+    bugs.write_text(text)
+    refused("tune", bugs, "--target", "kind", *FAST, words=["row", words])
+
+
+def test_unknown_format(bugs):
+    refused(
+        "tune", bugs.rename("bugs.xls"), "--target", "kind", *FAST, words=["bugs.xls", ".csv", "convert it"]
+    )
+
+
+def test_one_class(bugs):
+    write_table(bugs, kind=["ant"] * 40)
+    refused("tune", bugs, "--target", "kind", *FAST, words=["kind", "at least two classes", "'ant'", "check"])
+
+
+def test_missing_values_in_the_target(bugs):
+    write_table(bugs, kind=[*kinds(38), "", "NA"])
+    refused(
+        "tune",
+        bugs,
+        "--target",
+        "kind",
+        *FAST,
+        words=["kind has 2 missing values", "row 38", "leave those rows out"],
+    )
+
+
+def test_more_folds_than_rows(bugs):
+    write_table(bugs, 20, kind=kinds(20))
+    refused("tune", bugs, "--target", "kind", *FAST, "--cv", "17", words=["cv=17", "got 16", "use fewer"])
+
+
+def test_infinite_features(bugs):
+    write_table(bugs, kind=kinds(), d=[*range(38), "inf", "-inf"])
+    refused("tune", bugs, "--target", "kind", *FAST, words=["'d'", "infinite", "row 38", "clip it"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("widht=8", ["'widht'", "Did you mean 'width'?"]),
+        ("learning_rate=0.1", ["'learning_rate'", "Did you mean 'lr'?"]),
+        ("lr=0", ["lr", "> 0", "got 0"]),
+        ("lr=-0.1,0.1", ["lr", "> 0", "got -0.1"]),
+        ("width=0", ["width", ">= 1", "got 0"]),
+        ("width=0..8", ["width", ">= 1", "from 0 to 8"]),
+        ("lr=0..0.1:log", ["LOW > 0", "'lr=0..0.1:log'", "For example lr=0.0001..0.1:log"]),
+        ("lr=", ["KEY=SPEC", "'lr='", "Examples: "]),
+        ("lr=,", ["value at each place", "'lr=,'", "Examples: "]),
+        ("lr=fast", ["lr", "number", "'fast'", "Examples: "]),
+        ("width=8.5", ["width", "integer", "8.5"]),
+        ("width", ["KEY=SPEC", "'width'", "Examples: "]),
+        ("dropout=1", ["dropout", "[0, 1)", "got 1"]),
+        ("activation=relo", ["activation", "'relo'", "relu"]),
+        ("module__hidden=8", ["module__hidden", "nn.Module class", "Leave it out"]),
+    ],
+)
+def test_bad_space(bugs, spec, words):
+    refused("tune", bugs, "--target", "kind", "--space", spec, *FAST, words=words)
+    assert not bugs.with_name("gputune-out").exists()
+
+
+def test_a_key_given_twice(bugs):
+    refused(
+        "tune",
+        bugs,
+        "--target",
+        "kind",
+        "--space",
+        "lr=1",
+        "--space",
+        "lr=2",
+        *FAST,
+        words=["'lr' twice", "Join"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--trials", "many", ["--trials", "whole number of at least 0", "'many'"]),
+        ("--trials", "-1", ["--trials", "whole number of at least 0", "'-1'"]),
+        ("--epochs", "0", ["--epochs", "whole number of at least 1", "'0'"]),
+        ("--epochs", "1.5", ["--epochs", "whole number", "'1.5'"]),
+        ("--seed", "x", ["--seed", "whole number", "'x'"]),
+        ("--workers", "some", ["--workers", "whole number", "'some'", "'auto'"]),
+        ("--timeout", "1h", ["--timeout", "a number such as", "'1h'"]),
+        ("--test-size", "a fifth", ["--test-size", "a number such as", "'a fifth'"]),
+    ],
+)
+def test_text_where_a_number_is_due(bugs, option, value, words):
+    refused("tune", bugs, "--target", "kind", option, value, words=[*words, "gputune tune --help"], lines=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--test-size", "1", ["test_size", "0 <= test_size < 1", "got 1.0"]),
+        ("--timeout", "0", ["timeout", "above 0", "got 0.0"]),
+        ("--cv", "some", ["--cv", "such as 5", "'some'"]),
+        ("--cv", "1", ["--cv", "at least 2", "'1'"]),
+        ("--device", "cuda:99", ["device", "'cuda:99'", "cpu"]),
+        ("--device", "tpu", ["device", "'tpu'", "cpu"]),
+        ("--dtype", "float16", ["dtype", "'float16'", "float32"]),
+        ("--memory", "much", ["memory", "'much'", "8GB"]),
+        ("--numbers", "log", ["numbers", "'log'", "quantile"]),
+        ("--schedule", "linear", ["schedule", "'linear'", "cosine"]),
+        ("--optimizer", "lion", ["optimizer", "'lion'", "adamw"]),
+        ("--scoring", "acuracy", ["scoring", "'acuracy'", "Did you mean 'accuracy'?"]),
+        ("--scoring", "r2", ["scoring='r2'", "binary", "accuracy"]),
+        ("--task", "ranking", ["task", "'ranking'", "classification"]),
+        ("--task", "regression", ["task='regression'", "kind", "text", "classification"]),
+        ("--model", "mpl", ["model", "'mpl'", "mlp"]),
+        ("--model", "net.py:Net", ["net.py", "does not exist", "check the path"]),
+    ],
+)
+def test_bad_options(bugs, option, value, words):
+    refused("tune", bugs, "--target", "kind", *FAST, option, value, words=words)
+    assert not bugs.with_name("gputune-out").exists()
+
+
+def test_a_device_that_is_not_there(bugs):
+    there = torch.cuda.device_count()
+    refused(
+        "tune", bugs, "--target", "kind", "--device", f"cuda:{there}", *FAST, words=[f"'cuda:{there}'", "cpu"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("import no_such_package", ["does not run", "no_such_package", "correct it"]),
+        ("class Net: pass", ["no torch.nn.Module class 'Net'", "it has none"]),
+        ("from torch import nn\nclass Other(nn.Module): pass", ["'Net'", "it has Other"]),
+    ],
+)
+def test_a_model_file_without_a_module(bugs, content, words):
+    bugs.with_name("net.py").write_text(content)
+    refused("tune", bugs, "--target", "kind", "--model", "net.py:Net", *FAST, words=["net.py", *words])
+
+
+def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
+    refused(
+        "tune",
+        bugs,
+        "--target",
+        "kind",
+        "--out",
+        "bugs.csv",
+        *FAST,
+        words=["--out 'bugs.csv'", "give a folder"],
+    )
+    folder = bugs.with_name("mine")
+    (folder / "model").mkdir(parents=True)
+    refused(
+        "tune",
+        bugs,
+        "--target",
+        "kind",
+        "--out",
+        "mine",
+        *FAST,
+        words=["--out 'mine'", "give another folder"],
+    )
+    assert [p.name for p in folder.rglob("*")] == ["model"]
+
+
+def test_a_study_of_another_search(bugs):
+    assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
+    command = ["tune", bugs, "--target", "kind", *FAST, "--seed", "1"]
+    refused(*command, words=["holds another search", "random_state", "path of its own"])
+    assert run("best", "gputune-out")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    table = write_table(folder / "bugs.csv", kind=kinds())
+    assert run("tune", table, "--target", "kind", "--out", folder / "out", *FAST)[0] == 0
+    return folder / "out" / "model"
+
+
+def test_predict_with_missing_columns(bugs, model):
+    bugs.write_text("b,c\n1,red\n")
+    refused("predict", model, bugs, words=["no column 'a'", "'a', 'b', 'c'", "got 'b', 'c'"])
+
+
+def test_predict_with_text_in_a_number_column(bugs, model):
+    bugs.write_text("a,b,c\n1,many,red\n")
+    refused("predict", model, bugs, words=["'b'", "must be a number", "'many'", "convert it"])
+
+
+def test_predict_without_a_file_or_a_model(bugs, model):
+    refused("predict", model, "none.csv", words=["'none.csv'"])
+    refused("predict", "nowhere", bugs, words=["'nowhere'", "check the path"])
+
+
+def test_a_damaged_model_folder(bugs, model, tmp_path):
+    for name, damage in [("model.json", lambda b: b[:-40]), ("model.safetensors", lambda b: b[:-1] + b"!")]:
+        folder = tmp_path / f"damaged-{name}"
+        folder.mkdir()
+        for file in model.iterdir():
+            content = file.read_bytes()
+            (folder / file.name).write_bytes(damage(content) if file.name == name else content)
+        refused("predict", folder, bugs, words=[name, "damaged", "restore it"])
+
+
+def test_predict_does_not_write_over_its_input(bugs, model):
+    before = bugs.read_text()
+    refused(
+        "predict", model, bugs, "--out", bugs, words=["--out", "is the file that is read", "another name"]
+    )
+    refused("predict", model, bugs, "--out", bugs.parent, words=["--out", "is a folder", "name of a file"])
+    assert bugs.read_text() == before
+    refused("predict", model, bugs, "--out", "no/such/folder.csv", words=["no/such/folder.csv"])
+
+
+@pytest.mark.parametrize("command", ["trials", "best"])
+def test_no_study(bugs, command):
+    refused(command, "nowhere", words=["no study file", "check the path", "'nowhere'"])
+    refused(command, bugs.parent, words=["no study file", "study.db"])
+    refused(command, bugs, words=["bugs.csv"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["tune"], "FILE"),
+        (["tune", "a.csv", "--targte", "x"], "--targte"),
+        (["tune", "a.csv", "--tar", "x"], "--tar"),
+        (["search", "a.csv"], "'search'"),
+        (["trials", "x", "--format", "xml"], "'xml'"),
+    ],
+)
+def test_usage(arguments, words):
+    refused(*arguments, words=[words, "--help'"], lines=2)

@@ -1,0 +1,93 @@
+"""The held-out score is the study's score on rows that were kept apart."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.metrics import get_scorer, log_loss
+
+from gputune.data.source import read_source
+from gputune.report.held_out import held_out_score
+
+RNG = np.random.default_rng(0)
+X, LABELS = RNG.normal(size=(60, 3)), np.array(["ant", "bee", "cat"])
+
+
+def fitted(y, kind=LogisticRegression):
+    """A fitted scikit-learn estimator in the place of a tuned model, which has its methods."""
+    estimator = kind().fit(X[:40], y[:40])
+    classes = getattr(estimator, "classes_", None)
+    task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
+
+    def proba(table):
+        return estimator.predict_proba(np.column_stack(table.columns))
+
+    def predict(table):
+        return estimator.predict(np.column_stack(table.columns)).astype(np.float64)
+
+    return estimator, SimpleNamespace(classes=classes, task=task, predict=predict, predict_proba=proba)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize(
+    "scoring",
+    ["accuracy", "balanced_accuracy", "neg_log_loss", "f1_macro", "roc_auc_ovr", "matthews_corrcoef"],
+)
+def test_classes_are_scored_as_scikit_learn_does(scoring, classes):
+    y = LABELS[RNG.integers(0, classes, 60)]
+    estimator, model = fitted(y)
+    held = held_out_score(model, scoring, read_source(X[40:], y[40:]))
+    assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], y[40:]), abs=1e-9)
+    assert (held.rows, held.unseen, held.why) == (20, 0, "")
+
+
+@pytest.mark.parametrize("scoring", ["roc_auc", "f1", "average_precision"])
+def test_the_last_class_is_the_positive_one(scoring):
+    codes = RNG.integers(0, 2, 60)
+    estimator, _ = fitted(codes)
+    _, model = fitted(LABELS[codes])
+    held = held_out_score(model, scoring, read_source(X[40:], LABELS[codes][40:]))
+    assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], codes[40:]), abs=1e-9)
+
+
+@pytest.mark.parametrize("scoring", ["r2", "neg_root_mean_squared_error", "neg_median_absolute_error"])
+def test_numbers_are_scored_as_scikit_learn_does(scoring):
+    y = X[:, 0] ** 3 * 100 + 1000
+    estimator, model = fitted(y, LinearRegression)
+    held = held_out_score(model, scoring, read_source(X[40:], y[40:]))
+    assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], y[40:]), rel=1e-9)
+
+
+def test_a_class_that_the_held_out_rows_lack_is_no_trouble():
+    y = LABELS[np.arange(60) % 3]
+    estimator, model = fitted(y)
+    rows = np.flatnonzero(y != "cat")[-10:]
+    held = held_out_score(model, "neg_log_loss", read_source(X[rows], y[rows]))
+    assert held.score == pytest.approx(
+        -log_loss(y[rows], estimator.predict_proba(X[rows]), labels=estimator.classes_), abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("scoring", ["accuracy", "matthews_corrcoef"])
+def test_a_class_that_only_held_out_rows_have_counts_as_wrong(scoring):
+    y = LABELS[np.arange(60) % 2]
+    estimator, model = fitted(y)
+    test = y[40:].astype("<U9")
+    test[:3] = "dragonfly"  # longer than any class of the model
+    held = held_out_score(model, scoring, read_source(X[40:], test))
+    assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], test), abs=1e-9)
+    assert held.unseen == 3
+
+
+def test_an_undefined_score_is_nan_with_the_reason():
+    y = LABELS[np.arange(60) % 2]
+    _, model = fitted(y)
+    alone = np.flatnonzero(y == "ant")[:5]
+    held = held_out_score(model, "roc_auc", read_source(X[alone], y[alone]))
+    assert math.isnan(held.score) and held.why == "it is undefined on these rows"
+    tested = y[40:].copy()
+    tested[0] = "cat"
+    held = held_out_score(model, "f1", read_source(X[40:], tested))
+    assert math.isnan(held.score) and "multiclass" in held.why
