@@ -16,7 +16,7 @@ from gputune.data.fingerprint import fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.chunk import Job, Outcome
-from gputune.engine.plan import make_plan, parse_memory
+from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import complete, populations
 from gputune.engine.scoring import Scorer, Scoring, check_folds, make_scoring
 from gputune.engine.solved import solve_chunk
@@ -191,19 +191,16 @@ def _train(
         )
         progress.finished(len(outcome.index))
 
-    with progress.bar_over(len(waiting), 1 if choice.solved else options.max_epochs):
-        if choice.solved:
+    if choice.solved:
+        with progress.bar_over(len(waiting), 1):
             _solve_all(configs, data, scoring, deadline, progress, keep)
-        elif configs:
-            job = Job(
-                options.random_state,
-                options.max_epochs,
-                options.max_epochs,
-                scoring,
-                choice.module_class,
-                deadline,
-            )
-            _train_all(configs, data, job, choice, options, progress, keep)
+    elif configs:
+        plan = _plan(configs, data, choice, options)
+        progress.say(f"plan: {plan}")
+        epochs = options.max_epochs
+        job = Job(options.random_state, epochs, epochs, scoring, choice.module_class, deadline)
+        with progress.bar_over(len(waiting), epochs):
+            run_chunks(job, data, plan, progress=progress.advance, on_outcome=keep)
 
 
 def _solve_all(
@@ -223,21 +220,13 @@ def _solve_all(
         keep(outcome)
 
 
-def _train_all(
-    configs: Sequence[Config],
-    data: Dataset,
-    job: Job,
-    choice: ModelChoice,
-    options: Options,
-    progress: Progress,
-    keep: Callable[[Outcome], None],
-) -> None:
+def _plan(configs: Sequence[Config], data: Dataset, choice: ModelChoice, options: Options) -> Plan:
     groups = populations(configs, choice.kind, rows=max(len(fold.train) for fold in data.folds))
     parameters = 0
     if choice.module_class is not None:
         for config in {group.arguments: group.configs[0] for group in groups}.values():
             parameters = max(parameters, _check_module(choice.module_class, config, data))
-    plan = make_plan(
+    return make_plan(
         groups,
         data,
         epochs=options.max_epochs,
@@ -245,8 +234,6 @@ def _train_all(
         workers=None if options.workers == "auto" else int(options.workers),
         parameters=parameters,
     )
-    progress.say(f"plan: {plan}")
-    run_chunks(job, data, plan, progress=progress.advance, on_outcome=keep)
 
 
 def _check_module(module_class: type[nn.Module], config: Config, data: Dataset) -> int:

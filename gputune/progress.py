@@ -1,6 +1,7 @@
 """What a person sees while a search runs: one bar over trials x epochs, with the best score so far."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,13 +9,17 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+_LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
+
 
 class Progress:
-    """A bar that counts trial-epochs; silent with ``verbose=0``. Lines of text go to standard error, above it."""
+    """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``."""
 
     def __init__(self, verbose: int) -> None:
         self.verbose = verbose
         self.bar: Any = None
+        self.plain = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+        self.next_line = time.monotonic() + _LINE_SECONDS
         self.best, self.trials_done, self.trials = float("-inf"), 0, 0
 
     def say(self, text: str, *, level: int = 1) -> None:
@@ -29,7 +34,7 @@ class Progress:
         self.bar = tqdm(
             total=trials * epochs,
             unit=" trial-epochs",
-            disable=self.verbose < 1,
+            disable=self.verbose < 1 or self.plain,
             dynamic_ncols=True,
             leave=False,
         )
@@ -54,4 +59,8 @@ class Progress:
 
     def _show(self) -> None:
         best = "-" if self.best == float("-inf") else f"{self.best:.4f}"
-        self.bar.set_postfix_str(f"trials {self.trials_done}/{self.trials}, best {best}", refresh=False)
+        words = f"trials {self.trials_done}/{self.trials}, best {best}"
+        self.bar.set_postfix_str(words, refresh=False)
+        if self.plain and time.monotonic() > self.next_line:
+            self.next_line = time.monotonic() + _LINE_SECONDS
+            self.say(words)

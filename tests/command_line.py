@@ -10,9 +10,9 @@ from gputune.report.cli import main
 FAST = ["--trials", "2", "--epochs", "2", "--cv", "2", "--workers", "1", "--quiet"]
 
 
-def run(*arguments):
+def run(*arguments, out=None):
     """Return exit code, standard output and standard error of a command."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err = out or io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()

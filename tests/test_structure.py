@@ -6,8 +6,9 @@ import inspect
 import pkgutil
 from pathlib import Path
 
-import gputune
 import pytest
+
+import gputune
 
 PACKAGE = Path(gputune.__file__).parent
 
@@ -17,12 +18,13 @@ data/kinds data/columns data/table data/quantiles data/tensors data/encode data/
 data/folds data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/population engine/batches
 engine/network engine/backprop engine/vmap engine/train engine/chunk engine/plan engine/workers
-engine/logistic engine/newton engine/proximal engine/exact engine/solved
+engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
 study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/random
 options model_choice progress problem refit pipeline
-report/closing report/cli
+report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
+__main__
 """.split()
 
 
@@ -43,7 +45,9 @@ def test_a_file_imports_only_files_above_it(layer):
 
 def test_every_file_is_a_layer():
     found = {str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py")}
-    assert {name for name in found if not name.endswith("__init__") and not name.startswith("models/")} == set(LAYERS)
+    assert {
+        name for name in found if not name.endswith("__init__") and not name.startswith("models/")
+    } == set(LAYERS)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -75,7 +79,10 @@ def test_a_public_name_stays_itself_whatever_is_imported():
 
 
 def test_the_signature_of_tune():
-    assert list(inspect.signature(gputune.tune).parameters) == (
-        "model X y space n_trials include include_default cv groups scoring task class_weight sample_weight numbers "
-        "optimizer schedule max_epochs epoch timeout study device dtype memory workers random_state verbose"
-    ).split()
+    assert (
+        list(inspect.signature(gputune.tune).parameters)
+        == (
+            "model X y space n_trials include include_default cv groups scoring task class_weight sample_weight numbers "
+            "optimizer schedule max_epochs epoch timeout study device dtype memory workers random_state verbose"
+        ).split()
+    )

@@ -134,7 +134,7 @@ def _fit_category(
     notes = ["missing values are a level of their own"] * missing
     if rare:
         rows = known - sum(counts[level] for level in levels)
-        notes.append(f"{rare} of {len(counts)} levels are rare and share one feature ({rows} rows)")
+        notes.append(f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows)")
     return column, tuple(notes)
 
 

@@ -208,7 +208,9 @@ class _Workspace:
         self.linear = [members(width) for width in net.sizes[1 : net.depth + 1]] or [members(first)]
         # relu and tanh are recovered from their value, so it may overwrite its argument
         in_place = net.activation in ("relu", "tanh")
-        self.active = self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
+        self.active = (
+            self.linear[: net.depth] if in_place else [members(net.hidden) for _ in range(net.depth)]
+        )
         dropping = net.depth if net.rates is not None else 0
         self.dropped = [members(net.hidden) for _ in range(dropping)]
         self.keep = [empty(trials, rows, net.hidden) for _ in range(dropping)]

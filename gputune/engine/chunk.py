@@ -30,7 +30,11 @@ class Job:
     scoring: Scoring | None
     module_class: type[nn.Module] | None
     deadline: float | None
-    """``time.monotonic()`` at which training stops after the running epoch."""
+    """``time.monotonic()`` at which training stops after the running epoch, and no chunk begins any more."""
+
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress |
     def after_epoch(epoch: int, curves: np.ndarray) -> bool:
         if progress is not None:
             progress(len(curves), curves[:, epoch - 1 : epoch])
-        return job.deadline is not None and time.monotonic() > job.deadline
+        return job.is_over()
 
     return train(
         make_network(chunk, data, seed=job.seed, module_class=job.module_class),

@@ -54,8 +54,9 @@ def solve(
 
     x (F, n, D) float64, one preprocessed copy a fold; y (n,) class codes; weights (F, n) >= 0, 0 for a row that
     is no training row of the fold; C (C,) > 0, inf for no penalty; l1_ratio (C,) in [0, 1]. ``present`` (F, K)
-    says which classes have a training row; None: those with a weight above zero. An absent class gets
-    coefficients 0 and intercept -inf; with two classes the sigmoid's intercept is then inf or -inf.
+    says which classes have a training row; one whose rows all weigh 0 is absent as well. An absent class gets
+    coefficients 0 and intercept -inf, the others are solved without it; where only one of two classes is present,
+    the sigmoid's intercept is inf or -inf.
 
     A member that has not reached ``tolerance`` after ``max_steps``, or that float64 lets come no nearer, has
     ``converged`` false and the finite coefficients that it reached. Raises InputError where an argument breaks
@@ -63,10 +64,11 @@ def solve(
     """
     _check(x, y, weights, C, l1_ratio, n_classes)
     occurs = torch.stack([torch.bincount(y[w > 0], minlength=n_classes) > 0 for w in weights])
-    occurs = occurs if present is None else occurs & present
+    if present is not None and bool((occurs & ~present).any()):
+        raise InputError("solve needs present=True for every class with a weight above zero in the fold.")
     parts = []
     for f, classes in enumerate(occurs):
-        keep = (weights[f] > 0) & classes[y]
+        keep = weights[f] > 0
         fold = x[f, keep], y[keep], weights[f, keep], classes
         parts.append(_solve_fold(*fold, C, l1_ratio, fit_intercept, tolerance, max_steps))
     return Solution(
@@ -140,7 +142,7 @@ def _chunks(which: Tensor, C: Tensor, rows: Rows) -> tuple[Tensor, ...]:
     members = which.nonzero()[:, 0]
     members = members[C[members].argsort(stable=True)]
     numbers = CPU_NUMBERS if C.device.type == "cpu" else GPU_NUMBERS
-    return members.split(max(1, numbers // (rows.outputs * len(rows.design))))
+    return torch.split(members, max(1, numbers // (rows.outputs * len(rows.design))))
 
 
 def _write(solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor) -> None:

@@ -71,7 +71,9 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
         one = x.new_ones(1)
         x = torch.cat([x, one.expand(len(x), 1)], 1)
         penalised, unit = torch.cat([penalised, 0 * one]), torch.cat([unit, one])
-        basis = None if basis is None else torch.block_diag(basis, one[:, None])
+        if basis is not None:
+            basis = functional.pad(basis, (0, 1, 0, 1))
+            basis[-1, -1] = 1
     design = x * share.sqrt()[:, None]
     return Rows(
         design=design,
@@ -91,14 +93,16 @@ def _principal_axes(x: Tensor) -> Tensor:
     rows, inputs = x.shape
     span = torch.linalg.qr(x.T)[0].T if inputs > rows else torch.eye(inputs, dtype=x.dtype, device=x.device)
     seen = x @ span.T
-    return torch.linalg.eigh(seen.T @ seen)[1].T @ span
+    axes: Tensor = torch.linalg.eigh(seen.T @ seen).eigenvectors
+    return axes.T @ span
 
 
 def _curvature_bound(design: Tensor, classes: int) -> Tensor:
     """Source: Böhning (1992), doi:10.1007/BF00048682: half the second moment for softmax, a quarter for sigmoid."""
     tall = len(design) >= design.shape[1]
     moment = design.T @ design if tall else design @ design.T
-    return torch.linalg.eigvalsh(moment)[-1] * (0.25 if classes == 1 else 0.5)
+    largest: Tensor = torch.linalg.eigvalsh(moment)[-1]
+    return largest * (0.25 if classes == 1 else 0.5)
 
 
 def point_at(rows: Rows, weight: Tensor, logits: Tensor, ridge: Tensor, lasso: Tensor) -> Point:
@@ -175,4 +179,4 @@ def curvature_diagonal(rows: Rows, chance: Tensor) -> Tensor:
 
 def product(left: Tensor, shared: Tensor) -> Tensor:
     """(m, K, a) times the members' common (a, b), as one wide product."""
-    return (left.flatten(0, 1) @ shared).unflatten(0, left.shape[:2])
+    return (left.flatten(0, 1) @ shared).view(*left.shape[:2], -1)

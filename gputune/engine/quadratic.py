@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gputune.engine.logistic import Rows, curvature_times
 
-ROUNDS = 10  # of conjugate gradients; what they leave is for the next Newton step
+ROUNDS = 4  # of conjugate gradients; what they leave is for the next Newton step
 SEARCHES = 10  # lengths of the projected search, each a quarter of the last
 SUFFICIENT = 0.1  # of the decrease that the slope promises
 FLOOR = 1e-12  # smallest entry of the preconditioner's diagonal, as a share of the largest

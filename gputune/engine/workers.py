@@ -43,7 +43,9 @@ def run_chunks(
     """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done."""
     with threads(plan.threads):
         if plan.workers == 1:
-            for chunk in plan.chunks:
+            for number, chunk in enumerate(plan.chunks):
+                if number and job.is_over():
+                    break
                 on_outcome(run_chunk(job, data, chunk, progress))
         else:
             _run_with_workers(job, data, plan, progress, on_outcome)
@@ -53,7 +55,7 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
         joblib.dump(_to_arrays(data), path)
-        queue = _Queue(_packed(job), str(path), plan.chunks, plan.workers - 1)
+        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
 
         def collect(outcomes: Iterator[Outcome]) -> None:
             for outcome in outcomes:
@@ -64,6 +66,8 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
             while (chunk := queue.take()) is not None:
                 on_outcome(run_chunk(job, data, chunk, progress))
                 collect(queue.finished())
+                if job.is_over():
+                    break
             collect(queue.drain())
         except BaseException:
             queue.stop()
@@ -73,8 +77,8 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
 class _Queue:
     """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
 
-    def __init__(self, job: bytes, path: str, chunks: Sequence[Population], workers: int) -> None:
-        self.job, self.path = job, path
+    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int) -> None:
+        self.job, self.packed, self.path = job, _packed(job), path
         self.waiting = deque(chunks)
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
@@ -92,13 +96,13 @@ class _Queue:
     def _submit(self) -> None:
         with self.lock:
             if self.waiting:
-                future = self.executor.submit(_run_in_worker, self.job, self.path, self.waiting.popleft())
+                future = self.executor.submit(_run_in_worker, self.packed, self.path, self.waiting.popleft())
                 self.running.add(future)
                 future.add_done_callback(self._on_done)
 
     def _on_done(self, future: "Future[Outcome]") -> None:
         with self.changed:
-            if not future.cancelled() and future.exception() is None:
+            if not future.cancelled() and future.exception() is None and not self.job.is_over():
                 self._submit()  # before this one leaves, so that drain never sees an empty room too early
             self.running.discard(future)
             self.done.append(future)

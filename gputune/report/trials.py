@@ -14,7 +14,9 @@ FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "se
 
 PLUS_MINUS = "±"
 SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
-"""Columns that are named as the measure when they are shown."""
+"""Columns that are named as the measure when they are shown, unless its name is long; titles have it in full."""
+
+_LONGEST = 17
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -96,8 +98,9 @@ def trial_rows(
     values = [
         [short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials
     ]
+    score = measure.name if len(measure.name) <= _LONGEST else SCORE
     for layout in layouts:
-        header = [measure.name if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
+        header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
         rows = [_cells(trial, measure, layout) for trial in trials]
         lines = table(
             [*header, *map(clean, names)],

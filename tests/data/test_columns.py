@@ -21,7 +21,7 @@ def text(*values):
 def test_rare_levels_share_a_feature():
     column, notes, values = fit("category", ["a"] * 50 + ["b"] * 12 + ["c"] * 9 + ["d"] * 929)
     assert column.feature_names == ("c=a", "c=b", "c=d", "c=(other)")
-    assert notes == ("1 of 4 levels are rare and share one feature (9 rows)",)
+    assert notes == ("rare levels share one feature (1 of 4 levels, 9 rows)",)
     np.testing.assert_array_equal(column.features("category", values).sum(0), [50, 12, 929, 9])
     # Unknown and missing ones (there was none in training) count as other.
     np.testing.assert_array_equal(column.features("category", text("zzz", None)), [[0, 0, 0, 1]] * 2)

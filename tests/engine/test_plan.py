@@ -1,6 +1,7 @@
 """The plan: memory bounds chunks, work decides on processes, nothing is lost or doubled."""
 
 import pytest
+
 from gputune.engine.plan import make_plan, parse_memory, trial_cost
 from gputune.engine.population import populations
 from gputune.errors import InputError
@@ -29,7 +30,9 @@ def test_memory_bounds_a_chunk_but_one_trial_always_fits():
     data = make_data()
     found = groups(data, *({"width": 100} for _ in range(12)))
     one = trial_cost(found[0], data).trial_bytes
-    assert [len(c.index) for c in make_plan(found, data, epochs=1, memory=3 * one, workers=1).chunks] == [3] * 4
+    assert [len(c.index) for c in make_plan(found, data, epochs=1, memory=3 * one, workers=1).chunks] == [
+        3
+    ] * 4
     assert [len(c.index) for c in make_plan(found, data, epochs=1, memory=1, workers=1).chunks] == [1] * 12
 
 
@@ -45,7 +48,9 @@ def test_short_work_stays_in_one_process_and_long_work_is_cut_for_all():
 
 def test_the_longest_chunk_comes_first():
     data = make_data()
-    plan = make_plan(groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data, epochs=1, memory=None, workers=1)
+    plan = make_plan(
+        groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data, epochs=1, memory=None, workers=1
+    )
     assert [chunk.configs[0]["width"] for chunk in plan.chunks] == [512, 64, 8]
 
 
@@ -57,7 +62,14 @@ def test_the_plan_reads_well():
 
 @pytest.mark.parametrize(
     ("memory", "size"),
-    [(None, None), (1000, 1000), ("8GB", 8 * 2**30), ("500 mb", 500 * 2**20), ("1.5GiB", 3 * 2**29), ("64B", 64)],
+    [
+        (None, None),
+        (1000, 1000),
+        ("8GB", 8 * 2**30),
+        ("500 mb", 500 * 2**20),
+        ("1.5GiB", 3 * 2**29),
+        ("64B", 64),
+    ],
 )
 def test_memory_is_read(memory, size):
     assert parse_memory(memory) == size

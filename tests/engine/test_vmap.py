@@ -1,5 +1,7 @@
 """A user's module, stacked, equals its plain training; what cannot be stacked is refused by name."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -51,7 +53,7 @@ def assert_module_equals_plain_loop(build, data, configs, *, epochs):
             for f in range(data.n_folds):
                 x, y, weights = rows_of(data, f)
                 alone = reference.train_module(
-                    lambda: build(n_features=data.n_features, n_outputs=data.n_outputs, **words),
+                    partial(build, n_features=data.n_features, n_outputs=data.n_outputs, **words),
                     x, y, config, epochs=epochs, weights=weights,
                 )  # fmt: skip
                 assert largest_difference(trained.member(f, c), alone) <= 1e-10

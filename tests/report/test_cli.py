@@ -326,12 +326,16 @@ def test_names_from_a_file_do_not_steer_the_terminal(tmp_path):
     assert code == 2 and "\x1b" not in err
 
 
-def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path, monkeypatch):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path):
     table = write_table(tmp_path / "t.csv", kind=[f"\x1b[3{i % 2}m" for i in range(40)])
     assert run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST)[0] == 0
     _, exact, _ = run("predict", tmp_path / "o" / "model", table)
-    monkeypatch.setattr(io.StringIO, "isatty", lambda self: True, raising=False)
-    _, shown, _ = run("predict", tmp_path / "o" / "model", table)
+    _, shown, _ = run("predict", tmp_path / "o" / "model", table, out=Terminal())
     assert "\x1b" in exact
     assert shown == exact.replace("\x1b", "")
 

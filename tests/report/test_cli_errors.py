@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from command_line import FAST, kinds, run, write_table
 
 

@@ -74,6 +74,14 @@ def test_a_loss_is_shown_positive_and_stays_negative_in_json():
     assert json.loads(trials_json(study))[0]["score"] == -0.31
 
 
+def test_a_long_name_is_in_the_title_alone():
+    lines = trials_table(
+        make_study([trial(0, -0.31)], scoring="neg_root_mean_squared_error"), width=80
+    ).split("\n")
+    assert "root_mean_squared_error (lower is better)" in " ".join(lines)
+    assert ["trial", "score", "epoch"] in [line.split()[:3] for line in lines]
+
+
 def test_json_has_null_for_nan(study):
     rows = json.loads(trials_json(study), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert [list(row) for row in rows] == [list(FIELDS)] * 3

@@ -1,0 +1,343 @@
+"""The solved logistic regression: scikit-learn's solution, the optimality conditions, and no member sees another."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from gputune.engine.exact import solve
+from gputune.engine.logistic import curvature_diagonal, curvature_times, origin, point_at, rows_of
+from gputune.errors import InputError
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+LOADERS = {"iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer, "digits": load_digits}
+ALL_C = {"iris": (0.01, 0.1, 1, 10), "wine": (0.01, 0.1, 1, 10), "breast_cancer": (0.01, 0.1, 1, 10), "digits": (0.1, 10)}
+
+
+@functools.cache
+def table(name):
+    """Standardised inputs (n, D) and class codes, as NumPy."""
+    x, y = LOADERS[name](return_X_y=True)
+    return StandardScaler().fit_transform(x), y
+
+
+def solve_table(name, C, l1_ratio, **options):
+    """All C with one l1_ratio on one table, as a single fold of all rows."""
+    x, y = table(name)
+    C = torch.as_tensor(C, dtype=torch.float64)
+    return solve(
+        torch.from_numpy(x)[None],
+        torch.from_numpy(y),
+        torch.ones(1, len(y), dtype=torch.float64),
+        C=C,
+        l1_ratio=torch.full_like(C, l1_ratio),
+        n_classes=int(y.max()) + 1,
+        **options,
+    )
+
+
+def random_problem(folds=2, n=60, d=4, k=3, seed=0):
+    """Folds with inputs of their own, overlapping classes, and a third of the rows left out of each fold."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(k, size=n)
+    x = rng.normal(size=(folds, n, d)) + y[:, None] * rng.normal(size=(folds, 1, d)) / 2
+    weights = (np.arange(n) % 3 != np.arange(folds)[:, None] % 3) * rng.uniform(0.5, 2, size=(folds, n))
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(weights)
+
+
+def many(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def worst(found, reference):
+    """Largest difference over the largest reference."""
+    found, reference = np.asarray(found), np.asarray(reference)
+    return np.abs(found - reference).max() / np.abs(reference).max()
+
+
+def chances(x, coef, intercept):
+    """Class chances (n, K) by NumPy alone, in both forms."""
+    z = x @ coef.T + intercept
+    if coef.shape[0] == 1:
+        z = np.hstack([np.zeros_like(z), z])
+    p = np.exp(z - z.max(1, keepdims=True))
+    return p / p.sum(1, keepdims=True)
+
+
+def objective(x, y, coef, intercept, C, l1_ratio):
+    """scikit-learn's objective, by NumPy alone."""
+    loss = -np.log(chances(x, coef, intercept)[np.arange(len(y)), y]).sum()
+    return C * loss + (1 - l1_ratio) / 2 * (coef**2).sum() + l1_ratio * np.abs(coef).sum()
+
+
+def kkt(x, y, coef, intercept, C, l1_ratio):
+    """Largest violation of the optimality conditions of that objective, in its own units."""
+    p = chances(x, coef, intercept)
+    wrong = C * (p - np.eye(p.shape[1])[y])
+    wrong = wrong[:, 1:] if coef.shape[0] == 1 else wrong
+    slope = wrong.T @ x + (1 - l1_ratio) * coef
+    at_zero = np.maximum(np.abs(slope) - l1_ratio, 0)
+    held = np.where(coef == 0, at_zero, np.abs(slope + l1_ratio * np.sign(coef)))
+    return max(held.max(), np.abs(wrong.sum(0)).max())
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_l2_is_newton_cg_at_its_limit(name):
+    x, y = table(name)
+    solution = solve_table(name, ALL_C[name], 0.0)
+    assert solution.converged.all()
+    assert (solution.residual <= 1e-10).all()
+    for c, C in enumerate(ALL_C[name]):
+        reference = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10_000).fit(x, y)
+        assert worst(solution.coef[c], reference.coef_) < 1e-6
+        if len(reference.intercept_) > 1:
+            assert abs(solution.intercept[c].sum()) < 1e-12
+            reference.intercept_ -= reference.intercept_.mean()
+        assert np.abs(solution.intercept[c] - reference.intercept_).max() < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # saga stops far from the optimum
+@pytest.mark.parametrize("l1_ratio", [1.0, 0.4])
+@pytest.mark.parametrize("name", LOADERS)
+def test_l1_and_elastic_net_are_optimal(name, l1_ratio):
+    x, y = table(name)
+    solution = solve_table(name, ALL_C[name], l1_ratio)
+    assert solution.converged.all()
+    for c, C in enumerate(ALL_C[name]):
+        coef, intercept = solution.coef[c].numpy(), solution.intercept[c].numpy()
+        assert kkt(x, y, coef, intercept, C, l1_ratio) < 1e-6
+        if name != "digits" or C == 0.1:
+            saga = LogisticRegression(
+                C=C, l1_ratio=l1_ratio, solver="saga", tol=1e-10, max_iter=300, random_state=0
+            ).fit(x, y)
+            ours = objective(x, y, coef, intercept, C, l1_ratio)
+            assert ours <= objective(x, y, saga.coef_, saga.intercept_, C, l1_ratio) + 1e-9
+    strongest = solution.coef[0]
+    assert (strongest == 0).double().mean() > 0.3  # zeros are exact
+
+
+def test_a_little_l1_is_near_l2_and_all_of_it_is_near_l1():
+    # The two methods meet at the ends of l1_ratio.
+    l2, almost_l2 = solve_table("wine", [1.0], 0.0), solve_table("wine", [1.0], 1e-7)
+    l1, almost_l1 = solve_table("wine", [1.0], 1.0), solve_table("wine", [1.0], 1 - 1e-7)
+    assert worst(almost_l2.coef, l2.coef) < 1e-5
+    assert worst(almost_l1.coef, l1.coef) < 1e-4
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_member_alone_is_the_member_in_the_batch(k):
+    x, y, weights = random_problem(k=k)
+    C, l1_ratio = many(0.01, 3.0, 0.5, 100.0, 0.3, 1.0), many(0, 1, 0, 0.5, 1, 0)
+    together = solve(x, y, weights, C=C, l1_ratio=l1_ratio, n_classes=k)
+    for f in range(2):
+        for c in range(len(C)):
+            alone = solve(
+                x[f : f + 1], y, weights[f : f + 1], C=C[c : c + 1], l1_ratio=l1_ratio[c : c + 1], n_classes=k
+            )
+            p = f * len(C) + c  # fold-major
+            assert worst(together.coef[p], alone.coef[0]) < 1e-8
+            assert worst(together.intercept[p], alone.intercept[0]) < 1e-8
+    assert together.coef.shape == (12, 1 if k == 2 else 3, 4)
+    assert together.converged.all()
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+def test_alone_is_together_on_digits(l1_ratio):
+    together = solve_table("digits", [0.02, 0.3, 10.0], l1_ratio)
+    for c, C in enumerate((0.02, 0.3, 10.0)):
+        alone = solve_table("digits", [C], l1_ratio)
+        assert worst(together.coef[c], alone.coef[0]) < 1e-8
+
+
+def test_a_member_with_an_odd_C_disturbs_no_other():
+    usual = solve_table("wine", [0.1, 5.0], 0.0)
+    odd = solve_table("wine", [1e-300, 0.1, 1e-12, math.inf, 5.0, 1e15], 0.0, max_steps=40)
+    assert worst(odd.coef[[1, 4]], usual.coef) < 1e-8
+    assert odd.converged[[1, 2, 4]].all()
+    assert odd.coef.isfinite().all()
+    assert odd.coef[[0, 2]].abs().max() < 1e-9
+    usual = solve_table("wine", [0.1, 5.0], 1.0)
+    odd = solve_table("wine", [1e-300, 0.1, 1e-12, 5.0, 1e15], 1.0, max_steps=40)
+    assert worst(odd.coef[[1, 3]], usual.coef) < 1e-8
+    assert odd.coef.isfinite().all()
+    assert (odd.coef[[0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer"])  # iris: one class of three is separable
+def test_no_penalty_on_separable_classes_ends_unconverged_and_finite(name):
+    solution = solve_table(name, [math.inf], 0.0)
+    assert not solution.converged.any()
+    assert solution.coef.isfinite().all()
+    assert solution.intercept.isfinite().all()
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+@pytest.mark.parametrize("k", [2, 3])
+def test_no_penalty_on_overlapping_classes_is_the_likeliest(k, l1_ratio):
+    x, y, weights = random_problem(folds=1, k=k)
+    solution = solve(x, y, weights, C=many(math.inf), l1_ratio=many(l1_ratio), n_classes=k)
+    assert solution.converged.all()
+    reference = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[0], y, sample_weight=weights[0])
+    assert worst(solution.coef[0], reference.coef_) < 1e-5
+
+
+def test_a_step_limit_is_told():
+    solution = solve_table("wine", [1.0], 0.0, max_steps=2)
+    assert solution.steps.tolist() == [2]
+    assert not solution.converged.any()
+    assert (solution.residual > 1e-10).all()
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.7])
+def test_weights_are_repeated_rows_and_rows_without_weight_do_not_matter(l1_ratio):
+    x, y, _ = random_problem(folds=1)
+    count = torch.arange(60) % 4
+    C, ratio = many(0.5), many(l1_ratio)
+    blind = x.masked_fill((count == 0)[None, :, None], 1e6)
+    weighted = solve(blind, y, count[None].double(), C=C, l1_ratio=ratio, n_classes=3)
+    again, codes = x[:, torch.arange(60).repeat_interleave(count)], y.repeat_interleave(count)
+    ones = torch.ones(again.shape[:2], dtype=torch.float64)
+    repeated = solve(again, codes, ones, C=C, l1_ratio=ratio, n_classes=3)
+    assert worst(weighted.coef, repeated.coef) < 1e-8
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+@pytest.mark.parametrize("missing", [[1], [0, 2]])
+def test_an_absent_class_takes_no_part(missing, l1_ratio):
+    x, y, weights = random_problem(k=4)
+    rest = [k for k in range(4) if k not in missing]
+    weights[1] = weights[1].masked_fill(torch.isin(y, torch.tensor(missing)), 0)
+    present = torch.ones(2, 4, dtype=torch.bool)
+    present[1, missing] = False
+    C, ratio = many(0.3, 2.0), many(l1_ratio, l1_ratio)
+    solution = solve(x, y, weights, C=C, l1_ratio=ratio, n_classes=4, present=present)
+    assert solution.converged.all()
+    assert solution.intercept[:2].isfinite().all()
+    assert (solution.coef[2:, missing] == 0).all()
+    assert (solution.intercept[2:, missing] == -math.inf).all()
+    kept = weights[1] > 0
+    codes = torch.searchsorted(torch.tensor(rest), y[kept])
+    coef, intercept = solution.coef[2:, rest].numpy(), solution.intercept[2:, rest].numpy()
+    assert np.abs(intercept.sum(1)).max() < 1e-12
+    unit_weights = (weights[1] > 0).double()[None]
+    plain = solve(x[1:], y, unit_weights, C=C, l1_ratio=ratio, n_classes=4)
+    # Two of four classes are still the softmax form: two vectors, each with its own penalty.
+    for c in range(2):
+        ours = plain.coef[c, rest].numpy(), plain.intercept[c, rest].numpy()
+        if len(rest) == 2:
+            ours_kkt = kkt_softmax(x[1, kept].numpy(), codes.numpy(), *ours, C[c].item(), l1_ratio)
+        else:
+            ours_kkt = kkt(x[1, kept].numpy(), codes.numpy(), *ours, C[c].item(), l1_ratio)
+        assert ours_kkt < 1e-7
+    assert np.isfinite(coef).all()
+
+
+def kkt_softmax(x, y, coef, intercept, C, l1_ratio):
+    assert coef.shape[0] == 2
+    return kkt(x, y, coef, intercept, C, l1_ratio)
+
+
+@pytest.mark.parametrize("label, intercept", [(0, -math.inf), (1, math.inf)])
+def test_one_of_two_classes_alone_is_certain(label, intercept):
+    x, y, weights = random_problem(folds=1, k=2)
+    weights = weights * (y == label)
+    solution = solve(x, y, weights, C=many(1.0), l1_ratio=many(0.0), n_classes=2)
+    assert (solution.coef == 0).all()
+    assert solution.intercept.tolist() == [[intercept]]
+    assert solution.converged.all()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_without_an_intercept(k):
+    x, y, weights = random_problem(folds=1, k=k)
+    solution = solve(x, y, weights, C=many(2.0), l1_ratio=many(0.0), n_classes=k, fit_intercept=False)
+    reference = LogisticRegression(C=2.0, fit_intercept=False, solver="newton-cg", tol=1e-12).fit(
+        x[0], y, sample_weight=weights[0]
+    )
+    assert worst(solution.coef[0], reference.coef_) < 1e-6
+    assert (solution.intercept == 0).all()
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+def test_more_inputs_than_rows(l1_ratio):
+    x, y, _ = random_problem(folds=1, n=30, d=80)
+    ones = torch.ones(1, 30, dtype=torch.float64)
+    solution = solve(x, y, ones, C=many(0.5), l1_ratio=many(l1_ratio), n_classes=3)
+    assert solution.converged.all()
+    coef, intercept = solution.coef[0].numpy(), solution.intercept[0].numpy()
+    assert kkt(x[0].numpy(), y.numpy(), coef, intercept, 0.5, l1_ratio) < 1e-7
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+def test_constant_and_unscaled_inputs(l1_ratio):
+    x, y, weights = random_problem(folds=1)
+    plain = solve(x, y, weights, C=many(1.0), l1_ratio=many(l1_ratio), n_classes=3)
+    wide = torch.cat([x + 1e3, torch.full_like(x[..., :1], 0.1), torch.zeros_like(x[..., :1])], -1)
+    solution = solve(wide, y, weights, C=many(1.0), l1_ratio=many(l1_ratio), n_classes=3)
+    assert solution.converged.all()
+    assert worst(solution.coef[..., :4], plain.coef) < 1e-8
+    assert (solution.coef[..., 4:] == 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_slope_and_curvature_are_the_derivatives(k):
+    x, y, weights = random_problem(folds=1, k=max(k, 2))
+    rows = rows_of(x[0], y, torch.full((60,), 1 / 60).double(), k, intercept=True, rotate=False)
+    g = torch.Generator().manual_seed(0)
+    weight, direction = torch.randn(2, 2, k, 5, generator=g, dtype=torch.float64)
+    start = origin(rows, many(0.1, 0.2), many(0, 0))
+
+    def loss(w):
+        logits = w @ (rows.design / rows.root[:, None]).T
+        point = point_at(rows, w, logits, start.ridge, start.lasso)
+        return point.loss.sum(), point
+
+    _, point = loss(weight)
+    leaf = weight.clone().requires_grad_()
+    logits = leaf @ (rows.design / rows.root[:, None]).T
+    if k == 1:
+        plain = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits[:, 0], y.double().expand(2, -1), reduction="none"
+        )
+    else:
+        plain = torch.nn.functional.cross_entropy(logits, y.expand(2, -1), reduction="none")
+    torch.testing.assert_close(point.loss, plain.mean(1).detach())
+    (slope,) = torch.autograd.grad(plain.mean(1).sum(), leaf, create_graph=True)
+    torch.testing.assert_close(point.slope, slope.detach() + start.ridge * weight)
+    (bent,) = torch.autograd.grad((slope * direction).sum(), leaf, retain_graph=True)
+    torch.testing.assert_close(curvature_times(rows, point.chance, direction), bent)
+    unit = torch.zeros_like(weight)
+    unit[:, 0, 2] = 1
+    (column,) = torch.autograd.grad((slope * unit).sum(), leaf)
+    torch.testing.assert_close(curvature_diagonal(rows, point.chance)[:, 0, 2], column[:, 0, 2])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(1, 6, 2)}, r"float64 x and weights, got torch.float32 .* use .double\(\)"),
+        ({"y": torch.zeros(5, dtype=torch.int64)}, r"y \(rows,\), got \(1, 6, 2\), \(1, 6\) and \(5,\)"),
+        ({"y": torch.tensor([0, 1, 2, 0, 1, 3])}, r"codes y in 0 .. n_classes - 1 .* got codes 0 .. 3"),
+        ({"weights": torch.zeros(1, 6, dtype=torch.float64)}, "one above zero in every fold"),
+        ({"weights": -torch.ones(1, 6, dtype=torch.float64)}, "weights >= 0"),
+        ({"C": many(0.0)}, r"C > 0, .* got C=\[0.0\]"),
+        ({"C": many(math.nan)}, "C > 0"),
+        ({"C": many(1.0, 2.0)}, "one for each l1_ratio"),
+        ({"l1_ratio": many(1.5)}, r"l1_ratio from 0 \(l2\) to 1 \(l1\), got \[1.5\]"),
+        ({"present": torch.tensor([[True, False, True]])}, "present=True for every class with a weight"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "x": torch.zeros(1, 6, 2, dtype=torch.float64),
+        "y": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "weights": torch.ones(1, 6, dtype=torch.float64),
+        "C": many(1.0),
+        "l1_ratio": many(0.0),
+        "n_classes": 3,
+    }
+    with pytest.raises(InputError, match=message):
+        solve(**{**good, **change})

@@ -1,0 +1,50 @@
+"""The README's code runs, in order, in one session, and prints as many lines as it shows."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from gputune.report.cli import main
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", TEXT, re.S)
+
+
+def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    session = {"__name__": "readme"}
+    shown = [text for kind, text in BLOCKS if kind == "text"]
+    python = [text for kind, text in BLOCKS if kind == "python"]
+    assert len(python) == 2
+    for code, expected in zip(python, shown):
+        exec(compile(code, "README.md", "exec"), session)
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == expected.count("\n"), printed
+        assert printed.split("(")[0] == expected.split("(")[0]
+
+
+def test_the_console_block_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (console,) = (text for kind, text in BLOCKS if kind == "console")
+    command, shown = console.split("\n", 1)
+    assert command.startswith("$ gputune ")
+    assert main(shlex.split(command.removeprefix("$ gputune "))) == 0
+    printed = capsys.readouterr().out
+    for line, expected in zip(printed.splitlines()[:5], shown.splitlines()[:5]):
+        assert line == expected
+
+
+def test_what_the_readme_names_exists():
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:gputune|models|tests|scripts)/[\w./]*)`", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", ".ci/run"])
+def test_shell_scripts_can_be_started(script):
+    assert (ROOT / script).stat().st_mode & 0o111
+    assert (ROOT / script).read_text().startswith("#!/bin/sh\n")
