@@ -13,7 +13,7 @@ from gputune.engine.chunk import Job, train_chunk
 from gputune.engine.plan import make_plan
 from gputune.engine.population import complete, module_arguments, populations
 from gputune.engine.solved import solve_all, solved_module
-from gputune.engine.workers import threads
+from gputune.engine.workers import computing
 from gputune.errors import DivergedError, InputError
 from gputune.model_choice import ModelChoice, choose_again
 from gputune.options import Options
@@ -126,7 +126,7 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
     (chunk,) = populations([config], choice.kind, rows=data.n_rows)
     job = Job(options.random_state, epochs, options.max_epochs, None, choice.module_class, None)
     plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1)
-    with threads(plan.threads):
+    with computing(plan.threads):
         return train_chunk(job, data, chunk).member(0, 0)
 
 

@@ -334,6 +334,13 @@ def test_a_timeout_ends_after_the_running_epoch(iris):
     assert study.best_trial.best_epoch == 1
 
 
+def test_torch_computes_as_before_when_a_search_has_ended(iris):
+    threads = torch.get_num_threads()
+    gputune.tune("mlp", *iris, n_trials=1, **FAST).best_model()
+    assert torch.get_num_threads() == threads
+    assert torch.tensor(1e-39) * 1 != 0  # denormal numbers are not taken for zero
+
+
 def test_memory_cuts_chunks_and_changes_nothing(iris):
     arguments = dict(n_trials=6, **FAST)
     wide = gputune.tune("mlp", *iris, **arguments)
