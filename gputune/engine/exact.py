@@ -11,7 +11,7 @@ from gputune.engine.newton import newton_step
 from gputune.engine.proximal import proximal_newton_step
 from gputune.errors import InputError
 
-CPU_NUMBERS, GPU_NUMBERS = 2**17, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
+CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
 PATIENCE = 10  # such steps in a row before a member is given up
 CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone

@@ -22,7 +22,7 @@ from gputune.engine.logistic import (
 from gputune.engine.quadratic import Model, dot, minimise
 
 LOOSEST = 0.25  # share of the slopes that conjugate gradients may leave far from the optimum
-DAMPING = 0.1  # per unit of violation, as a share of the curvature; fades at the optimum
+DAMPING = 0.03  # per unit of violation, as a share of the curvature; fades at the optimum
 SUFFICIENT = 1e-4  # of the decrease that the slope promises
 ROUNDING = 1e-14  # share of the objective below which float64 sees no decrease
 HALVINGS = 40

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gputune.engine.logistic import Rows, curvature_times
 
-ROUNDS = 4  # of conjugate gradients; what they leave is for the next Newton step
+ROUNDS = 3  # of conjugate gradients; what they leave is for the next Newton step
 SEARCHES = 10  # lengths of the projected search, each a quarter of the last
 SUFFICIENT = 0.1  # of the decrease that the slope promises
 FLOOR = 1e-12  # smallest entry of the preconditioner's diagonal, as a share of the largest
@@ -36,7 +36,7 @@ class Model:
 
     def times(self, rows: Rows, step: Tensor) -> Tensor:
         """The model's matrix times a step, on the free weights."""
-        return (curvature_times(rows, self.chance, step) + self.hold * step) * self.free
+        return curvature_times(rows, self.chance, step).addcmul_(self.hold, step).mul_(self.free)
 
 
 def minimise(rows: Rows, model: Model) -> Tensor:
@@ -76,23 +76,18 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
             steps[left], rests[left] = step, rest
             if not running:
                 break
-            left, model, inverse, step, rest = (
-                left[going],
-                model[going],
-                inverse[going],
-                step[going],
-                rest[going],
-            )
-            direction, size, goal, going = direction[going], size[going], goal[going], going[going]
+            left, model, inverse = left[going], model[going], inverse[going]
+            step, rest, direction = step[going], rest[going], direction[going]
+            size, goal, going = size[going], goal[going], going[going]
         bent = model.times(rows, direction)
         bend = dot(direction, bent)
         going = going & (bend > 0)
         stride = torch.where(going, size / bend, 0)[:, None, None]
-        step = step + stride * direction
-        rest = rest - stride * bent
+        step = torch.addcmul(step, stride, direction)
+        rest = torch.addcmul(rest, stride, bent, value=-1)
         scaled = inverse * rest
         last, size = size, torch.where(going, dot(rest, scaled), 0)
-        direction = scaled + torch.where(going, size / last, 0)[:, None, None] * direction
+        direction = torch.addcmul(scaled, torch.where(going, size / last, 0)[:, None, None], direction)
     steps[left], rests[left] = step, rest
     return steps, -slopes - rests
 
