@@ -68,9 +68,7 @@ def solved_module(solution: Solution, member: int) -> LogisticRegression:
     """Return one member as a plain module, float64, on the CPU."""
     coef, intercept = (part[member].cpu() for part in as_softmax(solution))
     module = LogisticRegression(coef.shape[1], coef.shape[0]).double()
-    with torch.no_grad():
-        module.layers[0].weight.copy_(coef)
-        module.layers[0].bias.copy_(intercept)
+    module.layers[0].load_state_dict({"weight": coef, "bias": intercept})
     return module.eval()
 
 
