@@ -34,13 +34,15 @@ class Scoring:
 
     def __call__(self, data: Dataset, fold: int, outputs: Tensor) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged."""
-        finite = outputs.isfinite().flatten(1).all(-1)
-        rows = data.folds[fold].valid
-        target = data.target[rows]
+        absent = None if data.present is None else ~data.present[fold]
+        # A class that takes no part may have the logit -inf; that is no divergence.
+        known = outputs if absent is None else outputs.masked_fill(absent, 0)
+        finite = known.isfinite().flatten(1).all(-1)
+        target = data.target[data.folds[fold].valid]
         if data.task == "regression":
             outputs = outputs.double() * data.scale[fold] + data.center[fold]
-        elif data.present is not None:
-            outputs = outputs.masked_fill(~data.present[fold], -torch.inf)
+        elif absent is not None:
+            outputs = outputs.masked_fill(absent, -torch.inf)
         if self.score is not None:
             result = self.score(outputs, target).double()
         else:

@@ -59,8 +59,11 @@ def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
     coef, intercept = solution.coef, solution.intercept
     if coef.shape[1] > 1:
         return coef, intercept
+    # A fold with rows of the second class alone has intercept inf: the first class takes no part.
+    alone = intercept.isposinf()
+    first = torch.zeros_like(intercept).masked_fill(alone, -torch.inf)
     return torch.cat([torch.zeros_like(coef), coef], 1), torch.cat(
-        [torch.zeros_like(intercept), intercept], 1
+        [first, intercept.masked_fill(alone, 0)], 1
     )
 
 
