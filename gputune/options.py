@@ -58,8 +58,10 @@ class Options:
 def draw_seed(random_state: Any) -> int:
     """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
     if _is_number(random_state) and not isinstance(random_state, float | np.floating):
-        if random_state < 0:
-            raise InputError(f"random_state must be at least 0, got {random_state}.")
+        if not 0 <= random_state < 2**32:
+            raise InputError(
+                f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
+            )
         return int(random_state)
     if isinstance(random_state, np.random.RandomState):
         return int(random_state.randint(2**31))

@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.data.fingerprint import fingerprint
+from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.chunk import Job, Outcome
@@ -22,7 +23,7 @@ from gputune.engine.scoring import Scorer, Scoring, check_folds, make_scoring
 from gputune.engine.solved import solve_chunk
 from gputune.engine.vmap import check_module
 from gputune.engine.workers import run_chunks
-from gputune.errors import SearchFailedError
+from gputune.errors import InputError, SearchFailedError
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options
 from gputune.problem import Problem, make_problem
@@ -76,16 +77,20 @@ def tune(
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
-    n_trials     drawn configurations, on top of the default one and of ``include`` (dicts)
+    n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
     groups       one label a row, or the name of a column: a group is never split between folds
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2
     task         overrides what the target looks like
+    class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     numbers      how numeric columns are scaled, fitted on each fold's training rows
     optimizer    "sgd", "nesterov", "adam", "adamw"; "logistic" is solved to convergence ("exact") by default
+    schedule     of the learning rate over ``max_epochs``, per step
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
-    timeout      seconds after which training stops at the end of the running epoch
+    timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
+                 what it had, and not trained further
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
+    device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start
     random_state seed of candidates, folds, row order, starts and dropout
@@ -103,6 +108,7 @@ def tune(
     return search(choice, read_source(X, y, groups), options)
 
 
+@torch.inference_mode(False)
 def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study."""
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
@@ -111,6 +117,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     problem = make_problem(source, options.task, choice)
     _say_what_was_understood(problem, choice, progress)
     scoring = make_scoring(options.scoring, problem.target.task, problem.target.classes)
+    _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
     )
@@ -124,6 +131,15 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
+
+
+def _check_scoring_has_a_name(scoring: Scoring, options: Options) -> None:
+    """Refuse to keep a study whose scorer could not be told from another one later."""
+    if options.study is not None and ("<lambda>" in scoring.name or "<locals>" in scoring.name):
+        raise InputError(
+            f"scoring={scoring.name!r} has no name by which study={str(options.study)!r} could know it again; define "
+            "it with def at the top of a module, or leave study out."
+        )
 
 
 def _checked_space(choice: ModelChoice, options: Options) -> Space:
@@ -146,19 +162,24 @@ def _add_trials(
     ledger: Ledger, space: Space, choice: ModelChoice, options: Options, progress: Progress
 ) -> None:
     """Draw the trials that the ledger lacks: all of a new study, or what a larger n_trials adds to an old one."""
-    drawn = {"n_trials": options.n_trials, "random_state": options.random_state}
     defaults = _defaults(choice, options)
+    n_trials, seed = options.n_trials, options.random_state
+    wanted = candidates(
+        space,
+        n_trials=n_trials,
+        include=options.include,
+        include_default=options.include_default,
+        random_state=seed,
+        defaults=defaults,
+    )
     if ledger.candidates:
-        new = top_up(ledger.candidates, space, **drawn)
+        known = [candidate.params for candidate in ledger.candidates]
+        given = [c for c in wanted if c.origin != "random" and c.params not in known]
+        number = 1 + max(candidate.number for candidate in ledger.candidates)
+        ledger.add([replace(c, number=number + i) for i, c in enumerate(given)])
+        ledger.add(top_up(ledger.candidates, space, n_trials, seed))
     else:
-        new = candidates(
-            space,
-            include=options.include,
-            include_default=options.include_default,
-            defaults=defaults,
-            **drawn,
-        )
-    ledger.add(new)
+        ledger.add(wanted)
     said = remarks(
         ledger.candidates,
         space,
@@ -278,9 +299,14 @@ def _meta(
         "notes": list(problem.layout.notes),
         "numbers": options.numbers,
         "class_weight": None if options.class_weight is None else repr(options.class_weight),
-        "weighted": options.sample_weight is not None,
+        "sample_weight": None
+        if options.sample_weight is None
+        else digest_of(np.asarray(options.sample_weight)),
         "cv": repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
         "folds": data.n_folds,
+        "splits": digest_of(
+            *(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))
+        ),
         "scoring": scoring.name,
         "epoch": options.epoch,
         "max_epochs": 1 if choice.solved else options.max_epochs,

@@ -24,6 +24,7 @@ from gputune.types import Config
 from gputune.version import __version__
 
 
+@torch.inference_mode(False)
 def refit(study: Study, X: Any = None, y: Any = None) -> TunedModel:
     """Train the best trial of a study on all its rows, for as many epochs as its best score took.
 
@@ -68,7 +69,7 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         return (
             (choice, source, options) if X is None else (choice, read_source(X, y), _without_weights(options))
         )
-    if meta["weighted"]:
+    if meta["sample_weight"] is not None:
         raise InputError(
             "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "
             "returned, in the same process."

@@ -15,7 +15,7 @@ Config = dict[str, Any]
 """One configuration: hyperparameter name -> value."""
 
 Params = dict[str, Tensor]
-"""Parameter name -> tensor whose leading axis is the member axis P."""
+"""Parameter name -> tensor of all members: (P, ...) in update rules, (F, C, ...) or as its Block says in a chunk."""
 
 Task = Literal["binary", "multiclass", "regression"]
 

@@ -287,7 +287,7 @@ def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris):
     more = gputune.tune("mlp", X, y, n_trials=7, study=path, **FAST)
     assert more.trials[:6] == whole.trials and len(more.trials) > 6
     with pytest.raises(
-        gputune.InputError, match="holds another search: its random_state, .*differ|its random_state differ"
+        gputune.InputError, match="holds another search: its folds .cv, groups., random_state differ"
     ):
         gputune.tune("mlp", X, y, n_trials=5, study=path, random_state=1, **FAST)
     with pytest.raises(gputune.InputError, match="its data differ"):
@@ -387,7 +387,7 @@ def test_a_random_state_object_is_used_once(iris):
             r"device must be 'auto' or one that this machine has \(cpu.*\), got 'cuda:99'",
         ),
         ({"device": "gpu"}, "device must be 'auto' or one that this machine has"),
-        ({"random_state": -1}, "random_state must be at least 0, got -1"),
+        ({"random_state": -1}, "random_state must be in \\[0, 2\\*\\*32\\), as scikit-learn has it, got -1"),
         (
             {"random_state": "0"},
             "random_state is an integer, a numpy RandomState or Generator, or None, got '0'",
@@ -421,3 +421,69 @@ def test_more_bad_input(tmp_path, iris):
         )
     with pytest.raises(gputune.InputError, match="scoring='r2' needs two validation rows"):
         gputune.tune("mlp", X, X[:, 0], **{**FAST, "cv": [(np.arange(149), [149])]})
+
+
+def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris):
+    X, y = iris
+    path = tmp_path / "study.db"
+    first = StratifiedKFold(3, shuffle=True, random_state=1)
+    weights = np.ones(150)
+    arguments = {**FAST, "n_trials": 1, "study": path}
+    gputune.tune("mlp", X, y, sample_weight=weights, **{**arguments, "cv": first})
+    with pytest.raises(gputune.InputError, match="its folds .cv, groups. differ"):
+        gputune.tune("mlp", X, y, sample_weight=weights, **{**arguments, "cv": StratifiedKFold(3)})
+    with pytest.raises(gputune.InputError, match="its sample_weight differ"):
+        gputune.tune("mlp", X, y, sample_weight=weights * 2, **{**arguments, "cv": first})
+    with pytest.raises(gputune.InputError, match="has no name by which study="):
+        gputune.tune("mlp", X, y, scoring=lambda *_: 0.0, **{**arguments, "study": tmp_path / "other.db"})
+
+
+def test_included_configurations_join_a_study_that_goes_on(tmp_path, iris):
+    arguments = {**FAST, "study": tmp_path / "study.db", "n_trials": 1}
+    gputune.tune("mlp", *iris, include_default=False, **arguments)
+    study = gputune.tune("mlp", *iris, include=[{"lr": 0.5}], **arguments)
+    assert [trial.origin for trial in study.trials] == ["random", "default", "include"]
+    assert [trial.number for trial in study.trials] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("space", [{"lr": [1e39]}, {"lr": [1e-3], "weight_decay": [1e40]}])
+def test_values_beyond_single_precision_diverge_and_harm_nobody(iris, space):
+    study = gputune.tune(
+        "mlp", *iris, space=space, optimizer="sgd", include=[{"lr": 1e-2, "weight_decay": 0.0, "width": 300}],
+        include_default=False, n_trials=1, **FAST,
+    )  # fmt: skip
+    assert [trial.state for trial in study.trials] == ["complete", "failed"]
+
+
+def test_a_batch_size_beyond_all_rows_means_all_rows(iris):
+    study = gputune.tune("mlp", *iris, space={"batch_size": [10**20, 10**6]}, n_trials=2, **FAST)
+    np.testing.assert_allclose(study.curves[1], study.curves[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [1e38, 1e-42])
+def test_the_size_of_equal_weights_changes_nothing(iris, weight):
+    plain, weighted = (
+        gputune.tune("mlp", *iris, n_trials=1, sample_weight=w, **FAST) for w in (None, np.full(150, weight))
+    )
+    np.testing.assert_allclose(weighted.curves, plain.curves, atol=1e-6)
+
+
+def test_a_row_that_no_fold_uses_harms_nobody(iris):
+    X, y = iris
+    X = X.copy()
+    X[0] = 1e300
+    order = np.random.RandomState(0).permutation(np.arange(1, 150))
+    folds = [(order[:90], order[90:]), (order[:80], order[80:])]
+    study = gputune.tune("mlp", X, y, n_trials=1, **{**FAST, "cv": folds})
+    assert all(trial.state == "complete" for trial in study.trials)
+
+
+def test_a_search_inside_inference_mode(iris):
+    with torch.inference_mode():
+        assert gputune.tune(Net, *iris, n_trials=1, **FAST).best_model() is not None
+
+
+def test_accuracy_has_the_digits_of_double_precision(iris):
+    study = gputune.tune("mlp", *iris, n_trials=0, **FAST)
+    for score in study.best_trial.fold_scores:
+        assert score * 50 == pytest.approx(round(score * 50), abs=1e-12)

@@ -35,7 +35,7 @@ class Dataset:
     x: Tensor  # (V, n, D) in the dtype of the study
     copies: tuple[int, ...]  # (F,) which copy a fold reads
     y: Tensor  # (n,) int64 class codes; regression: (F, n), standardised by each fold's training rows
-    weights: Tensor | None  # (F, n) sample weight times class weight; None when all are one
+    weights: Tensor | None  # (F, n) float64, sample weight times class weight; None when all are one
     folds: tuple[Fold, ...]
     present: Tensor | None  # (F, K) bool, classes that a fold's training rows have; None when all have all
     center: Tensor  # (F,) float64, the target's training mean; 0 for classes
@@ -66,7 +66,7 @@ class Dataset:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The float type of x, of weights and of a regression's y."""
+        """The float type of x and of a regression's y; weights are float64."""
         return self.x.dtype
 
 
@@ -99,7 +99,7 @@ def make_dataset(
         x=x,
         copies=copies,
         y=torch.as_tensor(y, device=device).to(torch.int64 if target.classes is not None else dtype),
-        weights=_stack(rows, dtype, device),
+        weights=_stack(rows, device),
         folds=tuple(Fold(_positions(train, device), _positions(valid, device)) for train, valid in folds),
         present=_present(target, folds, device),
         center=torch.as_tensor(center, device=device),
@@ -152,14 +152,12 @@ def _standardise(target: Target, folds: Sequence[Rows]) -> tuple[np.ndarray, np.
     return (target.values - center[:, None]) / scale[:, None], center, scale
 
 
-def _stack(
-    rows: Sequence[np.ndarray | None], dtype: torch.dtype, device: torch.device | str
-) -> Tensor | None:
+def _stack(rows: Sequence[np.ndarray | None], device: torch.device | str) -> Tensor | None:
     length = next((len(row) for row in rows if row is not None), None)
     if length is None:
         return None
     stacked = np.stack([np.ones(length) if row is None else row for row in rows])
-    return torch.as_tensor(stacked, device=device).to(dtype)
+    return torch.as_tensor(stacked, dtype=torch.float64, device=device)
 
 
 def _present(target: Target, folds: Sequence[Rows], device: torch.device | str) -> Tensor | None:

@@ -44,3 +44,12 @@ def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:
     numbers[np.isnan(numbers)] = np.nan  # NaN has many bit patterns
     digest.update(f"{len(numbers)} numbers".encode())
     digest.update(numbers.data)
+
+
+def digest_of(*arrays: np.ndarray) -> str:
+    """Return the SHA-256, in hex, of arrays: their shapes, types and contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype.str};".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

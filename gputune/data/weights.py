@@ -67,7 +67,7 @@ def _check_rows(sample_weight: Any, target: Target) -> np.ndarray | None:
     if bad.any():
         raise InputError(
             f"sample_weight must be finite and not negative, got {weights[bad][0]} in row {int(bad.argmax())}; "
-            "use 0 to ignore a row."
+            "weight 0 takes a row out of the loss (leave it out of the data to ignore it in all else)."
         )
     return weights
 

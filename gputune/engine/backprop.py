@@ -154,7 +154,8 @@ class StackedMLP:
     def _draw_dropout(self, key: tuple[int, int], layer: int, keep: Tensor) -> None:
         """Fill keep (C, B, H) with 1/(1-p) where a unit stays: one draw for all, each trial with its rate."""
         assert self.rates is not None
-        draw = torch.rand(keep.shape[1:], generator=stream(self.seed, "dropout", *key, layer))
+        generator = stream(self.seed, "dropout", *key, layer)
+        draw = torch.rand(keep.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
         rates = self.rates[:, None, None]
         torch.ge(draw.to(keep.device), rates, out=keep).div_(1 - rates)
 
@@ -225,7 +226,10 @@ class _Workspace:
 def linear_start(seed: int, layer: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
     """Return weight (n_out, n_in) and bias (n_out,), float64: uniform in +-1/sqrt(n_in), keyed by the shape."""
     draw = torch.rand(
-        n_out * n_in + n_out, generator=stream(seed, "start", layer, n_out, n_in), dtype=torch.float64
+        n_out * n_in + n_out,
+        generator=stream(seed, "start", layer, n_out, n_in),
+        dtype=torch.float64,
+        device="cpu",
     )
     draw = (2 * draw - 1) / math.sqrt(n_in)
     return draw[: n_out * n_in].view(n_out, n_in), draw[n_out * n_in :]

@@ -85,15 +85,14 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         """Rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target.
 
-        A shorter fold repeats row 0 at its end.
+        A shorter fold repeats its first row at its end.
         """
         drawn = {
-            n: torch.randperm(n, generator=stream(self.seed, "rows", n, epoch))
+            n: torch.randperm(n, generator=stream(self.seed, "rows", n, epoch), device="cpu")
             for n in set(self.lengths.tolist())
         }
-        order = torch.zeros(
-            len(self.lengths), int(self.lengths.max()), dtype=torch.int64, device=self.data.device
-        )
+        longest = int(self.lengths.max())
+        order = torch.stack([fold.train[:1].expand(longest) for fold in self.data.folds])
         for f, fold in enumerate(self.data.folds):
             n = len(fold.train)
             order[f, :n] = fold.train[drawn[n].to(self.data.device)]
@@ -135,16 +134,17 @@ class Batches:
         full = bool((counts == length).all())
         if self.data.weights is None and full:
             return 1 / length
-        weights = torch.ones(rows.shape, dtype=self.data.dtype, device=rows.device)
+        # In double precision: sums of weights may leave the range of single precision, their shares do not.
+        weights = torch.ones(rows.shape, dtype=torch.float64, device=rows.device)
         if self.data.weights is not None:
-            own = self.data.weights[folds, None].expand(-1, rows.shape[1], -1)
+            own = self.data.weights[folds, None].double().expand(-1, rows.shape[1], -1)
             weights = own.gather(2, rows)
         if not full:
             limit = torch.as_tensor(counts).to(rows.device)
             weights = weights * (torch.arange(length, device=rows.device) < limit[..., None])
         # A minibatch whose weights are all zero has no slope rather than 0/0.
         total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return (weights / total)[..., None]
+        return (weights / total).to(self.data.dtype)[..., None]
 
 
 def _runs(values: np.ndarray) -> list[slice]:

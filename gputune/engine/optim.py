@@ -1,8 +1,8 @@
 """The update rules: one pure function each, with per-member hyperparameters, as torch.optim defines them.
 
 ``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor, every
-parameter (P, ...); nothing is changed in place, so a rule can be differentiated. They are the definition;
-``update.py`` holds the same rules in place, tested against these.
+parameter (P, ...); nothing is changed in place, so a rule can be differentiated. They are the definition, which
+training does not call: ``update.py`` holds the same rules in place, tested against these.
 """
 
 from collections.abc import Callable, Mapping

@@ -17,7 +17,8 @@ from gputune.errors import InputError
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
 _FREE_SHARE = 0.8  # of the GPU memory that is free
-_BUFFERS = 7  # parameters, gradient, two moments, scratch, expanded rate and decay
+# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
+_BUFFERS = 11
 _WORKERS_PAY = 10.0  # seconds of work from which a second process repays its start
 
 # One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
@@ -136,11 +137,13 @@ def trial_cost(population: Population, data: Dataset, parameters: int = 0) -> Co
         1, len(batch_sizes)
     )
     dropout = 2 * rows * units if config["dropout"] else 0
+    # Outputs on the validation rows, in the scores' working precision and once more for their terms.
+    scored = 5 * max(len(fold.valid) for fold in data.folds) * data.n_outputs
     member_seconds = (
         _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
     )
     return Cost(
-        trial_bytes=folds * item * (_BUFFERS * size + activations + dropout),
+        trial_bytes=folds * item * (_BUFFERS * size + activations + dropout) + item * scored,
         trial_seconds=folds * steps * member_seconds,
         step_seconds=steps * layers * _STEP_SECONDS,
     )

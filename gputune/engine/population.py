@@ -1,7 +1,7 @@
 """Trials grouped by tensor shape: a population trains as one tensor program, crossed with all folds.
 
-Padding and groups are functions of the trial alone, never of its neighbours, so that its numbers do not
-depend on the company it trains in.
+Padding is a function of the trial alone, never of its neighbours, so that its numbers do not depend on the
+company it trains in. Which trials share a group does depend on it, and changes no number beyond rounding.
 """
 
 from collections import defaultdict

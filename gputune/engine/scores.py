@@ -17,7 +17,7 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Share of rows whose largest logit is the label, in [0, 1]."""
-    return (logits.argmax(-1) == y).to(logits.dtype).mean(-1)
+    return (logits.argmax(-1) == y).double().mean(-1)
 
 
 def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def balanced_accuracy(logits: Tensor, y: Tensor) -> Tensor:
     member_of = _onehot(y, logits)  # (m, K)
     count = member_of.sum(0)
     hits = (logits.argmax(-1) == y).to(logits.dtype) @ member_of  # (C, K)
-    return (hits / count.clamp_min(1)).sum(-1) / (count > 0).sum()
+    return (hits.double() / count.double().clamp_min(1)).sum(-1) / (count > 0).sum()
 
 
 def neg_log_loss(logits: Tensor, y: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def f1_macro(logits: Tensor, y: Tensor) -> Tensor:
     guess = functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)  # (C, m, K)
     both = (guess * truth).sum(-2)
     either = guess.sum(-2) + truth.sum(-2)  # 2 tp + fp + fn
-    return (2 * both / either.clamp_min(1)).sum(-1) / (either > 0).sum(-1)
+    return (2 * both.double() / either.double().clamp_min(1)).sum(-1) / (either > 0).sum(-1)
 
 
 def r2(outputs: Tensor, y: Tensor) -> Tensor:

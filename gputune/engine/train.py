@@ -80,7 +80,8 @@ class _Chunk:
         self.network = network
         self.alive = list(range(len(configs)))
         self.schedules = [config["schedule"] for config in configs]
-        sizes = np.array([config["batch_size"] for config in configs])
+        longest = max(len(fold.train) for fold in data.folds)
+        sizes = np.array([min(config["batch_size"], longest) for config in configs])
         target = network.targets(data.y)
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
         self.flat = network.start()
@@ -105,6 +106,8 @@ class _Chunk:
             self._step(step, before + step.done, total)
 
     def _step(self, step: Step, done: np.ndarray, total: np.ndarray) -> None:
+        if step.active is not None and self.network.exact:
+            self.grad.zero_()  # folds without a part would keep the last step's gradient, or what became of it
         for part in step.parts:
             self.network.gradient(self.params, part, self.grads)
         factor = self._factor(done, total)

@@ -46,14 +46,19 @@ class Update:
         self.lr = self.amount(h.lr)
         self.shrink = self.amount(h.lr * h.weight_decay) if decoupled else 0.0
         self.l2 = 0.0 if decoupled else self.amount(h.weight_decay)
-        self.momentum = self.amount(h.momentum)
+        self.momentum = self.amount(h.momentum) if self.optimizer in ("sgd", "nesterov") else 0.0
 
     def amount(self, values: Array) -> Amount:
         """Return a float where all members have one value, otherwise the expanded buffer."""
         first = float(values.flat[0])
         if (values == first).all():
-            return first
+            return self._held(first)
         return self.blocks.expand(torch.as_tensor(values, dtype=self.like.dtype).to(self.like.device))
+
+    def _held(self, value: float) -> float:
+        """The value, held to what the dtype can say: a larger one makes members diverge all the same."""
+        largest = torch.finfo(self.like.dtype).max
+        return min(max(value, -largest), largest)
 
     def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
         """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
@@ -69,7 +74,7 @@ class Update:
     def step(self, theta: Tensor, grad: Tensor, *, count: Array, factor: Array, active: Array | None) -> None:
         """Take one step: ``count`` (F, C) numbers each member's step from 1, ``factor`` scales its lr.
 
-        ``grad`` is used up.
+        ``grad`` is used up: what it holds afterwards means nothing.
         """
         keep = None if active is None else self.amount(active.astype(float))
         if isinstance(keep, float):
@@ -138,7 +143,7 @@ class Update:
             rate = self.amount(values * factor * (1.0 if active is None else active))
             first = 1.0
         if isinstance(rate, float):
-            theta.sub_(direction, alpha=rate * first)
+            theta.sub_(direction, alpha=self._held(rate * first))
         else:
             theta.addcmul_(direction, rate, value=-first)
 

@@ -176,8 +176,30 @@ def check_module(
                 f"model: the buffer {name!r} of {module_class.__name__} changes in training, so members cannot "
                 "be stacked; keep no running state in the forward."
             )
+    _check_rows_alone(module_class, module, x, plain)
     _check_stacked(module_class, config, shape, x, plain)
+    _check_trainable(module_class, module, x)
     return sum(w.numel() for w in module.parameters() if w.requires_grad)
+
+
+def _check_rows_alone(module_class: type[nn.Module], module: nn.Module, x: Tensor, plain: Tensor) -> None:
+    with torch.no_grad():
+        fewer = module(x[:2])
+    if not torch.allclose(fewer, plain[:2], rtol=1e-3, atol=1e-4):
+        raise InputError(
+            f"model: {module_class.__name__} gives a row other outputs in the company of other rows; its forward must "
+            "treat every row by itself, in eval mode too."
+        )
+
+
+def _check_trainable(module_class: type[nn.Module], module: nn.Module, x: Tensor) -> None:
+    with torch.enable_grad(), torch.random.fork_rng([]):
+        outputs = module.train()(x)
+    if not any(w.requires_grad for w in module.parameters()) or not outputs.requires_grad:
+        raise InputError(
+            f"model: {module_class.__name__} has nothing to train: its outputs depend on no parameter with "
+            "requires_grad. Give it one, and do not detach what it returns."
+        )
 
 
 def _check_stacked(
@@ -191,7 +213,8 @@ def _check_stacked(
     except Exception as error:
         raise InputError(
             f"model: {module_class.__name__}{trail} cannot be stacked over members: {error} "
-            "Control flow and .item() that depend on data are the usual causes; write them with torch.where."
+            "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an "
+            "operation that torch.func.vmap does not know, as in nn.GRU and nn.LSTM."
         ) from error
     if not torch.allclose(outputs[1], plain.view(outputs[1].shape), rtol=1e-3, atol=1e-4):
         raise InputError(

@@ -137,11 +137,19 @@ class _Queue:
 def _packed(job: Job) -> bytes:
     """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code."""
     scorer = None if job.scoring is None else job.scoring.scorer
-    for value in (job.module_class, scorer):
-        module = sys.modules.get(getattr(value, "__module__", None) or "")
-        if module is not None and module.__name__ != "__main__" and not _importable(module.__name__):
-            cloudpickle.register_pickle_by_value(module)
-    packed: bytes = cloudpickle.dumps(job)
+    modules = {
+        sys.modules.get(getattr(value, "__module__", None) or "") for value in (job.module_class, scorer)
+    }
+    hidden = [
+        m for m in modules if m is not None and m.__name__ != "__main__" and not _importable(m.__name__)
+    ]
+    for module in hidden:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        packed: bytes = cloudpickle.dumps(job)
+    finally:
+        for module in hidden:
+            cloudpickle.unregister_pickle_by_value(module)
     return packed
 
 
@@ -175,7 +183,7 @@ def computing(threads: int) -> Iterator[None]:
     The momentum of units that no longer learn decays into such denormal numbers, which a CPU handles so slowly
     that the training of a wide network took twice as long.
     """
-    before, flushed = torch.get_num_threads(), bool(torch.tensor(1e-39) * 1 == 0)
+    before, flushed = torch.get_num_threads(), bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:

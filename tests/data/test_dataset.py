@@ -113,7 +113,7 @@ def test_weights_are_one_row_a_fold():
     data, _ = build(sample_weight=np.arange(N), class_weight={"yes": 2}, dtype=torch.float32)
     expected = np.arange(N) * np.where(labels() == "yes", 2, 1)
     np.testing.assert_array_equal(data.weights.numpy(), [expected] * 3)
-    assert data.weights.dtype == torch.float32
+    assert data.weights.dtype == torch.float64
     balanced = build(class_weight="balanced")[0]
     for f, fold in enumerate(balanced.folds):
         weights, codes = balanced.weights[f, fold.train], balanced.y[fold.train]

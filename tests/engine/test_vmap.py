@@ -1,5 +1,6 @@
 """A user's module, stacked, equals its plain training; what cannot be stacked is refused by name."""
 
+import dataclasses
 from functools import partial
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import reference
+from gputune.data.dataset import Fold
 from gputune.engine.population import populations
 from gputune.engine.train import train
 from gputune.engine.vmap import StackedModule, check_module
@@ -175,3 +177,46 @@ def test_an_unknown_module_argument_is_named():
 def test_a_good_module_passes():
     (config,) = fill({"module__p": 0.5})
     check_module(Residual, config, n_features=3, n_outputs=2, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])
+def test_folds_of_very_unlike_length(optimizer):
+    data = make_data(n=120)
+    rows = torch.arange(120)
+    folds = tuple(Fold(train=rows[:n], valid=rows[n : n + 20]) for n in (20, 55, 100))
+    data = dataclasses.replace(data, folds=folds)
+    configs = fill({"batch_size": 8, "optimizer": optimizer, "lr": 0.01, "module__p": 0.2})
+    assert_module_equals_plain_loop(Residual, data, configs, epochs=30)
+
+
+class Mixing(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+class Frozen(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.requires_grad_(False)
+
+
+class Detached(Mixing):
+    def forward(self, x):
+        return nn.Linear.forward(self, x).detach()
+
+
+@pytest.mark.parametrize(
+    ("module_class", "message"),
+    [
+        (Mixing, "treat every row by itself"),
+        (Frozen, "Frozen has nothing to train"),
+        (Detached, "Detached has nothing to train"),
+    ],
+)
+def test_what_cannot_be_trained_alone_is_refused(module_class, message):
+    (config,) = fill({})
+    with pytest.raises(InputError, match=message):
+        check_module(module_class, config, n_features=3, n_outputs=2, dtype=torch.float32)
