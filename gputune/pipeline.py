@@ -115,7 +115,6 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     space = _checked_space(choice, options)
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
-    _say_what_was_understood(problem, choice, progress)
     scoring = make_scoring(options.scoring, problem.target.task, problem.target.classes)
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
@@ -123,9 +122,14 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     )
     data, _ = problem.dataset(folds, options, choice)
     check_folds(scoring, data)
+    wanted = _wanted(space, choice, options)
+    if choice.module_class is not None:
+        _check_module(choice.module_class, wanted[0].params, data)
+    _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
     with open_ledger(options.study, meta) as ledger:
-        _add_trials(ledger, space, choice, options, progress)
+        _add_trials(ledger, wanted, space, options)
+        _say_remarks(ledger, space, choice, options, progress)
         _train(ledger, data, scoring, deadline, choice, options, progress)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
     if all(trial.state == "failed" for trial in study.trials):
@@ -158,37 +162,42 @@ def _defaults(choice: ModelChoice, options: Options) -> Config:
     return defaults
 
 
-def _add_trials(
-    ledger: Ledger, space: Space, choice: ModelChoice, options: Options, progress: Progress
-) -> None:
-    """Draw the trials that the ledger lacks: all of a new study, or what a larger n_trials adds to an old one."""
-    defaults = _defaults(choice, options)
-    n_trials, seed = options.n_trials, options.random_state
-    wanted = candidates(
+def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
+    """Draw the trials of this call: the default one, the included ones, the random ones."""
+    return candidates(
         space,
-        n_trials=n_trials,
+        n_trials=options.n_trials,
         include=options.include,
         include_default=options.include_default,
-        random_state=seed,
-        defaults=defaults,
+        random_state=options.random_state,
+        defaults=_defaults(choice, options),
     )
-    if ledger.candidates:
-        known = [candidate.params for candidate in ledger.candidates]
-        given = [c for c in wanted if c.origin != "random" and c.params not in known]
-        number = 1 + max(candidate.number for candidate in ledger.candidates)
-        ledger.add([replace(c, number=number + i) for i, c in enumerate(given)])
-        ledger.add(top_up(ledger.candidates, space, n_trials, seed))
-    else:
+
+
+def _add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
+    """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
+    if not ledger.candidates:
         ledger.add(wanted)
+        return
+    known = [candidate.params for candidate in ledger.candidates]
+    given = [c for c in wanted if c.origin != "random" and c.params not in known]
+    number = 1 + max(candidate.number for candidate in ledger.candidates)
+    ledger.add([replace(c, number=number + i) for i, c in enumerate(given)])
+    ledger.add(top_up(ledger.candidates, space, options.n_trials, options.random_state))
+
+
+def _say_remarks(
+    ledger: Ledger, space: Space, choice: ModelChoice, options: Options, progress: Progress
+) -> None:
     said = remarks(
         ledger.candidates,
         space,
         n_trials=options.n_trials,
         include_default=options.include_default,
-        defaults=defaults,
+        defaults=_defaults(choice, options),
     )
     for sentence in said:
-        progress.say(sentence)
+        progress.say(f"note: {sentence}")
 
 
 def _train(

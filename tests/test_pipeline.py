@@ -487,3 +487,40 @@ def test_accuracy_has_the_digits_of_double_precision(iris):
     study = gputune.tune("mlp", *iris, n_trials=0, **FAST)
     for score in study.best_trial.fold_scores:
         assert score * 50 == pytest.approx(round(score * 50), abs=1e-12)
+
+
+def test_what_was_asked_for_and_cannot_be_is_refused(tmp_path, iris):
+    X, y = iris
+    frame = pd.DataFrame(X, columns=list("abcd")).assign(kind=y)
+    with pytest.raises(gputune.InputError, match="groups cannot be kept whole by a time series split"):
+        gputune.tune("mlp", X, y, groups=np.arange(150) // 5, **{**FAST, "cv": TimeSeriesSplit(3)})
+    with pytest.raises(
+        gputune.InputError, match="groups and the target must be two columns, got 'kind' for both"
+    ):
+        gputune.tune("mlp", frame, "kind", groups="kind", **FAST)
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(gputune.InputError, match="folder.csv' is a folder; give the file in it"):
+        gputune.tune("mlp", tmp_path / "folder.csv", "kind", **FAST)
+    (tmp_path / "latin.csv").write_bytes("a,kind\ncaf\xe9,1\n".encode("latin-1"))
+    with pytest.raises(gputune.InputError, match="must be UTF-8 text"):
+        gputune.tune("mlp", tmp_path / "latin.csv", "kind", **FAST)
+
+
+def test_a_default_configuration_outside_of_the_space_is_said(iris, capsys):
+    gputune.tune("mlp", *iris, space={"width": [16, 32]}, n_trials=1, **{**FAST, "verbose": 1})
+    assert (
+        "Trial 0 is the default configuration, whose width=128 is not in the space."
+        in capsys.readouterr().err
+    )
+    gputune.tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1, **{**FAST, "verbose": 1})
+    assert "not in the space" not in capsys.readouterr().err
+
+
+def test_a_refused_module_leaves_no_study(tmp_path, iris):
+    class Broken(Net):
+        def forward(self, x):
+            return super().forward(x)[:, :1]
+
+    with pytest.raises(gputune.InputError, match="must return a tensor of shape"):
+        gputune.tune(Broken, *iris, study=tmp_path / "study.db", n_trials=1, **FAST)
+    assert not (tmp_path / "study.db").exists()

@@ -9,6 +9,7 @@ Where values are missing, numbers, booleans and dates get a feature ``(missing)`
 and a category gets a level of that name.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -120,8 +121,9 @@ def _fit_category(
     missing = known < len(values)
     if not counts:
         return Column(name, "category"), ("left out, all values missing",)
+    meant = _meant_otherwise(counts)
     if len(counts) == known and known > 1:
-        return Column(name, "category"), (f"left out, text with all {known} values distinct",)
+        return Column(name, "category"), (f"left out, text with all {known} values distinct", *meant)
     least = min(min_count, -(-len(values) // 100))
     # By count, then by name, so that the order of rows decides nothing.
     ranked = sorted(counts, key=lambda level: (-counts[level], level))[:max_levels]
@@ -130,12 +132,36 @@ def _fit_category(
     column = Column(name, "category", levels=levels, other=rare > 0, missing=missing)
     if len(column.feature_names) == 1:
         why = "constant" if levels else f"text with {rare} levels of which none has {least} rows"
-        return Column(name, "category"), (f"left out, {why}",)
-    notes = ["missing values are a level of their own"] * missing
+        return Column(name, "category"), (f"left out, {why}", *meant)
+    notes = [*meant, *["missing values are a level of their own"] * missing]
     if rare:
         rows = known - sum(counts[level] for level in levels)
         notes.append(f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows)")
     return column, tuple(notes)
+
+
+def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
+    """Say where text looks as if numbers or dates were meant: one odd cell makes a whole column text."""
+    most = 0.8 * sum(counts.values())
+    odd = sorted(level for level in counts if not _is_number(level))
+    if odd and sum(n for level, n in counts.items() if _is_number(level)) >= most:
+        return (f"read as text because of {odd[0]!r}, though most of its values are numbers",)
+    if odd and sum(n for level, n in counts.items() if _is_number(level.replace(",", ""))) >= most:
+        return (f"read as text because of commas as in {odd[0]!r}; write such numbers without",)
+    if sum(n for level, n in counts.items() if _DAY_FIRST.fullmatch(level)) >= most:
+        return (f"read as text; write dates like {min(counts)!r} as year-month-day",)
+    return ()
+
+
+_DAY_FIRST = re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _counts_rows(values: np.ndarray) -> bool:

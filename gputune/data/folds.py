@@ -39,6 +39,7 @@ def make_folds(cv: Any, target: Target, *, n_rows: int, groups: Any = None, seed
     that validate on their own training rows. Raises InputError for folds that cannot be made.
     """
     groups = check_groups(groups, n_rows)
+    refuse_groups_in_time(cv, groups)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
         pairs = _split(_shuffled(int(cv), target, n_rows, groups, seed), target, n_rows, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
@@ -57,6 +58,15 @@ def make_folds(cv: Any, target: Target, *, n_rows: int, groups: Any = None, seed
     ]
     _warn_of_overlap(folds)
     return folds
+
+
+def refuse_groups_in_time(cv: Any, groups: np.ndarray | None) -> None:
+    """Raise InputError for a time series split of groups: it would cut them, in spite of what was asked for."""
+    if groups is not None and isinstance(cv, TimeSeriesSplit):
+        raise InputError(
+            "groups cannot be kept whole by a time series split (cv='time:K', TimeSeriesSplit), which cuts by the "
+            "order of rows; leave groups out, or give a number of folds."
+        )
 
 
 def all_rows(n_rows: int) -> Rows:

@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.model_selection import GroupShuffleSplit, ShuffleSplit, StratifiedShuffleSplit, TimeSeriesSplit
 
 from gputune.data.dataset import Rows
-from gputune.data.folds import all_rows, check_groups
+from gputune.data.folds import all_rows, check_groups, refuse_groups_in_time
 from gputune.data.target import Target
 from gputune.errors import InputError
 from gputune.seeding import stream_seed
@@ -29,6 +29,7 @@ def hold_out(target: Target, *, test_size: float, groups: Any = None, cv: Any = 
         return all_rows(n_rows)
     n_test = math.ceil(test_size * n_rows)
     groups = check_groups(groups, n_rows)
+    refuse_groups_in_time(cv, groups)
     random_state = stream_seed(seed, "hold out") % 2**32
     if isinstance(cv, TimeSeriesSplit):
         test = np.arange(n_rows - n_test, n_rows)
@@ -62,6 +63,11 @@ def _whole_groups(groups: np.ndarray, test_size: float, random_state: int) -> Ro
 
 def _stratified(target: Target, n_test: int, random_state: int) -> Rows:
     counts = np.bincount(target.values, minlength=target.n_outputs)
+    if (counts == 1).all():
+        raise InputError(
+            f"the target {target.name!r} has {len(counts)} classes of one row each, from which nothing can be learned; "
+            "choose another target, or task='regression' where it is a number."
+        )
     single = counts[target.values] == 1
     pool = np.flatnonzero(~single)
     try:

@@ -62,6 +62,8 @@ def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
         path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
         origin = {"path": path, "target": y, "groups": groups if isinstance(groups, str) else None}
     name = "y"
+    if isinstance(groups, str) and isinstance(y, str) and groups == y:
+        raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
     if isinstance(groups, str):
         table, groups = _take_column(table, groups)
     if isinstance(y, str):

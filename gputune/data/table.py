@@ -73,6 +73,8 @@ def read_table(source: str | Path) -> Table:
         raise FileNotFoundError(
             f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'."
         )
+    if path.is_dir():
+        raise InputError(f"{str(source)!r} is a folder; give the file in it.")
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _read_parquet(path)
@@ -174,7 +176,10 @@ def _read_text(path: Path, separator: str) -> Table:
     except pl.exceptions.NoDataError as error:
         raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise InputError(f"{str(path)!r} could not be read as a text table: {_first_line(error)}") from error
+        raise InputError(
+            f"{str(path)!r} could not be read as a text table: {_first_line(error)}; it must be UTF-8 text with one "
+            "header line and equally many fields in every line."
+        ) from error
     if fields.width == 1 and separator == "," and ";" in str(fields.row(0)[0]):
         return _read_text(path, ";")
     names = ["" if name is None else name.strip() for name in fields.row(0)]

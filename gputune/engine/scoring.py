@@ -64,8 +64,9 @@ class Scoring:
             ]
         except Exception as error:
             raise InputError(
-                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error} "
-                "Choose a scoring that fits the task, for example accuracy, neg_log_loss or r2."
+                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. "
+                "Choose a scoring that fits the task, for example accuracy or r2; a callable is called as "
+                "scorer(estimator, X, y)."
             ) from error
         return torch.tensor(result, dtype=torch.float64, device=outputs.device)
 

@@ -212,7 +212,7 @@ def _check_stacked(
             outputs = stacked.outputs(stacked.blocks.views(stacked.start()), 0, x)
     except Exception as error:
         raise InputError(
-            f"model: {module_class.__name__}{trail} cannot be stacked over members: {error} "
+            f"model: {module_class.__name__}{trail} cannot be stacked over members: {_first_sentence(error)}. "
             "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an "
             "operation that torch.func.vmap does not know, as in nn.GRU and nn.LSTM."
         ) from error
@@ -221,6 +221,11 @@ def _check_stacked(
             f"model: {module_class.__name__} gives other outputs when its members are stacked than alone; "
             "its forward must be deterministic in eval mode and treat every row alike."
         )
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch says first; the rest is advice to its own developers."""
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
 
 
 def _refuse_running_statistics(module: nn.Module) -> None:

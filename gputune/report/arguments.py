@@ -73,6 +73,12 @@ def _add_search(group: Any) -> None:
         metavar="N",
         help="configurations to draw, beside the default one (64)",
     )
+    group.add_argument(
+        "--no-default",
+        dest="include_default",
+        action="store_false",
+        help="do not run the default configuration, which may lie outside of --space",
+    )
     group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
     group.add_argument("--scoring", metavar="NAME", help="a scikit-learn scorer name (accuracy, or r2)")
     group.add_argument(

@@ -87,9 +87,12 @@ def _search(study: Study) -> str:
 def _best_trials(ending: Ending, width: int) -> str:
     study = ending.study
     shown = [trial for trial in study.ranking() if math.isfinite(trial.score)][:BEST]
-    best = f"The best {len(shown)} of {len(study.trials)} trials" if len(shown) > 1 else "The best trial"
+    begun = sum(trial.state != "waiting" for trial in study.trials)
+    best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
     title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.meta['folds'] > 1)}:"
-    layout = ("trial", SCORE_AND_ERROR, "epoch")
+    layout = (
+        ("trial", SCORE_AND_ERROR, "epoch") if study.meta["max_epochs"] > 1 else ("trial", SCORE_AND_ERROR)
+    )
     rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ")
     return f"{paragraph(title, width)}\n\n{rows}"
 
@@ -107,7 +110,14 @@ def _scores(ending: Ending, width: int) -> str:
         )
     if held is not None and held.unseen:
         text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
-    return paragraph(f"{text} {_optimistic(ending.study)}", width)
+    return paragraph(f"{text} {_optimistic(ending.study)}{_unfinished(ending.study)}", width)
+
+
+def _unfinished(study: Study) -> str:
+    epochs = study.meta["max_epochs"]
+    if study.best_trial.best_epoch == epochs > 1:
+        return f" It was best after the last of {epochs} epochs: more of them may be better."
+    return ""
 
 
 def _optimistic(study: Study) -> str:

@@ -67,6 +67,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "memory",
         "workers",
         "verbose",
+        "include_default",
     )
     return Options(
         space=parse_specs(arguments.space) or None,

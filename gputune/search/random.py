@@ -119,6 +119,15 @@ def top_up(
     return new[: max(0, n_trials - _n_random(old))]
 
 
+def _holds(choices: list[Any] | Distribution, value: Any) -> bool:
+    if isinstance(choices, list):
+        return value in choices
+    if not hasattr(choices, "support") or not isinstance(value, int | float):
+        return True  # nobody knows
+    low, high = choices.support()
+    return bool(low <= value <= high)
+
+
 def remarks(
     trials: Sequence[Candidate],
     space: Space,
@@ -132,6 +141,12 @@ def remarks(
     missing = _missing(_fixed(space), space, defaults)
     if include_default and missing:
         said.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
+    outside = [trial for trial in trials if trial.origin == "default"]
+    for key, value in (outside[0].params if outside else {}).items():
+        if not any(_holds(alternative[key], value) for alternative in space if key in alternative):
+            said.append(
+                f"Trial {outside[0].number} is the default configuration, whose {key}={value!r} is not in the space."
+            )
     n_draws, n_random = _n_draws(space, n_trials), _n_random(trials)
     if n_draws < n_trials:
         said.append(

@@ -113,7 +113,9 @@ def _read(path: Path) -> bytes:
     if not path.parent.is_dir():
         raise InputError(f"there is no model folder {str(path.parent)!r}; check the path.")
     if not path.is_file():
-        raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; save the model again.")
+        inner = path.parent / "model"
+        remedy = f"did you mean {str(inner)!r}?" if (inner / path.name).exists() else "save the model again."
+        raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
     return path.read_bytes()
 
 

@@ -152,3 +152,32 @@ def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
     column = Column("c", wanted, parts=("value",))
     with pytest.raises(InputError, match=f"column 'c' {message}"):
         column.features(kind, np.array(values, dtype=object if kind == "category" else float))
+
+
+@pytest.mark.parametrize(
+    ("texts", "note"),
+    [
+        (
+            ["1"] * 10 + ["2"] * 10 + ["oops"] * 2,
+            "read as text because of 'oops', though most of its values are numbers",
+        ),
+        (
+            ["1,234.5"] * 10 + ["2,500"] * 10,
+            "read as text because of commas as in '1,234.5'; write such numbers without",
+        ),
+        (
+            ["31/12/2020"] * 5 + ["01.02.2021"] * 15,
+            "read as text; write dates like '01.02.2021' as year-month-day",
+        ),
+    ],
+)
+def test_text_that_was_meant_otherwise_is_said(texts, note):
+    values = np.array(texts, dtype=object)
+    _, notes = fit_column("a", "category", values, max_levels=32, min_count=1)
+    assert notes[0].removeprefix("read as text ") == note.removeprefix("read as text ")
+
+
+def test_codes_and_words_need_no_remark():
+    for texts in (["1", "2"] * 10, ["red", "blue", "3"] * 10):
+        values = np.array(texts, dtype=object)
+        assert fit_column("a", "category", values, max_levels=32, min_count=1)[1] == ()

@@ -159,8 +159,11 @@ def test_a_missing_file_and_an_unknown_set(tmp_path):
         read_table(tmp_path / "nowhere.csv")
     with pytest.raises(InputError, match=r"'sklearn:NAME' knows iris, .*got 'sklearn:boston'"):
         read_table("sklearn:boston")
-    with pytest.raises(InputError, match=r"a table is read from \.csv"):
+    with pytest.raises(InputError, match=r"is a folder; give the file in it"):
         read_table(tmp_path)
+    (tmp_path / "table.xlsx").touch()
+    with pytest.raises(InputError, match=r"a table is read from \.csv"):
+        read_table(tmp_path / "table.xlsx")
 
 
 @pytest.mark.parametrize("library", [pd.DataFrame, pl.DataFrame])
