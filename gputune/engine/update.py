@@ -15,6 +15,9 @@ from torch import Tensor
 from gputune.engine.blocks import Blocks
 from gputune.engine.optim import BETA1, BETA2, EPS
 
+# Entries from which torch's fused Adam beats nine passes: 1.2 times the speed of training at width 256, 1.5 at 1024.
+_FUSED_PAYS = 100_000
+
 Array = np.ndarray
 Amount = float | Tensor
 
@@ -43,6 +46,8 @@ class Update:
     def _settle(self) -> None:
         h = self.hyper
         decoupled = self.optimizer == "adamw"
+        pays = self.scratch is not None and self.like.numel() >= _FUSED_PAYS
+        self.fused = _Fused(self.optimizer, self.like, self.moments) if pays else None
         self.lr = self.amount(h.lr)
         self.shrink = self.amount(h.lr * h.weight_decay) if decoupled else 0.0
         self.l2 = 0.0 if decoupled else self.amount(h.weight_decay)
@@ -79,10 +84,18 @@ class Update:
         keep = None if active is None else self.amount(active.astype(float))
         if isinstance(keep, float):
             keep = None
-        if self.optimizer in ("adam", "adamw"):
+        if self.fused is not None and keep is None and self._alike(count, factor):
+            decay, lr = float(self.hyper.weight_decay.flat[0]), float(self.hyper.lr.flat[0] * factor.flat[0])
+            self.fused.step(theta, grad, lr=self._held(lr), weight_decay=decay, count=float(count.flat[0]))
+        elif self.optimizer in ("adam", "adamw"):
             self._adam(theta, grad, count, factor, active, keep)
         else:
             self._sgd(theta, grad, factor, active, keep)
+
+    def _alike(self, count: Array, factor: Array) -> bool:
+        """Whether one step with one set of numbers serves all members."""
+        tables = (self.hyper.lr, self.hyper.weight_decay, count, factor)
+        return all(bool((table == table.flat[0]).all()) for table in tables)
 
     def _adam(
         self,
@@ -146,6 +159,29 @@ class Update:
             theta.sub_(direction, alpha=self._held(rate * first))
         else:
             theta.addcmul_(direction, rate, value=-first)
+
+
+class _Fused:
+    """torch's own fused Adam over the flat buffers, for members that are all alike: one pass instead of nine.
+
+    A chunk of one trial is such a case, which is how wide networks train on a CPU: there the update was most of a
+    step. The moments are the caller's, so that a step may be taken by either form.
+    """
+
+    def __init__(self, optimizer: str, theta: Tensor, moments: list[Tensor]) -> None:
+        rule = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = rule([theta], lr=1.0, betas=(BETA1, BETA2), eps=EPS, fused=True)
+        self.count = torch.zeros((), dtype=torch.float32, device=theta.device)
+        self.optimizer.state[theta] = {"step": self.count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+
+    def step(self, theta: Tensor, grad: Tensor, *, lr: float, weight_decay: float, count: float) -> None:
+        """Take step number ``count``, from 1."""
+        group = self.optimizer.param_groups[0]
+        group["lr"], group["weight_decay"] = lr, weight_decay
+        self.count.fill_(count - 1)
+        theta.grad = grad
+        self.optimizer.step()
+        theta.grad = None
 
 
 def _add_product_(total: Tensor, tensor: Tensor, amount: Amount) -> Tensor:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gputune.engine import update as update_module
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.optim import RULES, Rates, empty_moments
 from gputune.engine.update import Hyper, Update, schedule_factor
@@ -24,7 +25,9 @@ def hyper(alike):
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize("all_active", [True, False])
-def test_in_place_equals_the_pure_rule(name, alike, all_active):
+@pytest.mark.parametrize("fused_pays", [0, 10**9])
+def test_in_place_equals_the_pure_rule(name, alike, all_active, fused_pays, monkeypatch):
+    monkeypatch.setattr(update_module, "_FUSED_PAYS", fused_pays)
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
     h, params = hyper(alike), stacked(flat)
@@ -102,3 +105,20 @@ def test_the_cosine_falls_from_one_to_zero_as_torch_has_it():
         optimizer.step()
         scheduler.step()
     assert schedule_factor("constant", np.array([3.0]), np.array([10])) == 1
+
+
+def test_one_training_may_use_both_forms(monkeypatch):
+    monkeypatch.setattr(update_module, "_FUSED_PAYS", 0)
+    both, plain = (
+        torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(4)).double() for _ in range(2)
+    )
+    fused, unfused = Update("adamw", BLOCKS, hyper(True), both), Update("adamw", BLOCKS, hyper(True), plain)
+    unfused.fused = None
+    some = np.ones((F, C), bool)
+    some[0, 1] = False
+    for step in range(1, 7):
+        grad = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(step)).double()
+        active, count = (None, np.full((F, C), step)) if step % 2 else (some, np.full((F, C), step))
+        for update, flat in ((fused, both), (unfused, plain)):
+            update.step(flat, grad.clone(), count=count.astype(float), factor=np.ones((F, C)), active=active)
+    torch.testing.assert_close(both, plain, rtol=1e-12, atol=1e-13)
