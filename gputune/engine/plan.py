@@ -19,7 +19,8 @@ _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alik
 _FREE_SHARE = 0.8  # of the GPU memory that is free
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
 _BUFFERS = 11
-_WORKERS_PAY = 10.0  # seconds of work from which a second process repays its start
+_WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
+_THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
 
 # One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
 _STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
@@ -83,7 +84,7 @@ def make_plan(
     pieces = _balanced(pieces, workers)
     workers = min(workers, len(pieces))
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
-    threads = _cores() if workers == 1 and total > _WORKERS_PAY else 1
+    threads = _cores() if workers == 1 and total > _THREADS_PAY else 1
     return Plan(
         chunks=tuple(piece.chunk for piece in pieces),
         workers=workers,
