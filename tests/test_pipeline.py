@@ -14,7 +14,9 @@ from torch import nn
 import gputune
 import reference
 from gputune.data.encode import fit_layout, fit_statistics, transform
+from gputune.data.holdout import hold_out
 from gputune.data.table import as_table
+from gputune.data.target import check_target
 from gputune.engine.population import complete
 from problems import largest_difference
 
@@ -524,3 +526,14 @@ def test_a_refused_module_leaves_no_study(tmp_path, iris):
     with pytest.raises(gputune.InputError, match="must return a tensor of shape"):
         gputune.tune(Broken, *iris, study=tmp_path / "study.db", n_trials=1, **FAST)
     assert not (tmp_path / "study.db").exists()
+
+
+def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path, iris):
+    target = check_target(np.array(list("abcdefghij")), n_rows=10, name="id")
+    with pytest.raises(
+        gputune.InputError, match="'id' has 10 classes of one row each.*choose another target"
+    ):
+        hold_out(target, test_size=0.2, seed=0)
+    gputune.tune("mlp", *iris, n_trials=0, **FAST).best_model().save(tmp_path / "model")
+    with pytest.raises(gputune.InputError, match="has no model.json; did you mean .*model'"):
+        gputune.load_model(tmp_path)

@@ -38,7 +38,6 @@ class Plan:
     threads: int
     chunk_bytes: int
     data_bytes: int
-    seconds: float
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
@@ -91,7 +90,6 @@ def make_plan(
         threads=threads,
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
         data_bytes=data.x.numel() * data.x.element_size(),
-        seconds=total,
     )
 
 

@@ -56,10 +56,9 @@ class Scoring:
         x = data.x[data.copies[fold], data.folds[fold].valid].cpu().numpy()
         y = target.cpu().numpy()
         y = y if self.classes is None else self.classes[y]
-        make = _Classifier if self.classes is not None else _Regressor
         try:
             result = [
-                float(self.scorer(make(output, self.classes), x, y)) if ok else np.nan
+                float(self.scorer(fitted(output, self.classes), x, y)) if ok else np.nan
                 for output, ok in zip(outputs.cpu(), finite.tolist())
             ]
         except Exception as error:
@@ -125,6 +124,11 @@ def _check_fits_task(scoring: str, task: Task) -> None:
 
 def _qualified_name(scorer: Scorer) -> str:
     return f"{getattr(scorer, '__module__', '')}:{getattr(scorer, '__qualname__', type(scorer).__qualname__)}"
+
+
+def fitted(output: Tensor, classes: np.ndarray | None) -> Any:
+    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) on the scored rows are given."""
+    return _Regressor(output, None) if classes is None else _Classifier(output, classes)
 
 
 class _Fitted(BaseEstimator):  # type: ignore[misc]

@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 
 from gputune.data.source import Source
-from gputune.engine.scoring import make_scoring
+from gputune.engine.scoring import fitted, make_scoring
 from gputune.study.model import TunedModel
 
 
@@ -42,19 +40,16 @@ def held_out_score(model: TunedModel, scoring: str, test: Source) -> HeldOut:
 
 def _score(model: TunedModel, scoring: str, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
     how = make_scoring(scoring, model.task, classes)
-    estimator: Any
     if classes is None:
-        estimator = _Regressor(model.predict(test.X))
-        outputs = torch.from_numpy(estimator.values)[:, None]
+        outputs = torch.from_numpy(model.predict(test.X))[:, None]
     else:
         # A class that the model has never seen has no probability.
         known = model.predict_proba(test.X)
-        estimator = _Classifier(np.pad(known, [(0, 0), (0, len(classes) - known.shape[1])]))
-        outputs = torch.from_numpy(estimator.probabilities).log()
+        outputs = torch.from_numpy(np.pad(known, [(0, 0), (0, len(classes) - known.shape[1])])).log()
     if how.score is not None:
         return float(how.score(outputs[None], torch.from_numpy(y)))
     assert how.scorer is not None  # a Scoring has one of the two
-    return float(how.scorer(estimator, np.zeros((len(y), 1)), y))
+    return float(how.scorer(fitted(outputs, how.classes), np.zeros((len(y), 1)), y))
 
 
 def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
@@ -67,37 +62,3 @@ def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndar
     classes = [*model.classes.tolist(), *np.setdiff1d(labels, model.classes).tolist()]
     position = {label: code for code, label in enumerate(classes)}
     return np.array(classes), np.array([position[label] for label in labels.tolist()], dtype=np.int64)
-
-
-class _Predicted(BaseEstimator):  # type: ignore[misc]
-    """What a scikit-learn scorer asks of a fitted estimator, answered from predictions that are already there."""
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-    def fit(self, X: Any, y: Any) -> "_Predicted":
-        return self
-
-
-class _Classifier(ClassifierMixin, _Predicted):  # type: ignore[misc]
-    def __init__(self, probabilities: np.ndarray) -> None:
-        self.probabilities = probabilities
-
-    @property
-    def classes_(self) -> np.ndarray:
-        return np.arange(self.probabilities.shape[1])
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        return self.probabilities
-
-    def predict(self, X: Any) -> np.ndarray:
-        codes: np.ndarray = self.probabilities.argmax(1)
-        return codes
-
-
-class _Regressor(RegressorMixin, _Predicted):  # type: ignore[misc]
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values
-
-    def predict(self, X: Any) -> np.ndarray:
-        return self.values
