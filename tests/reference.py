@@ -14,6 +14,7 @@ from gputune.models import MLP
 from torch.nn import functional
 
 from gputune.engine.population import padded_width
+from gputune.optim import SGDHD, AdamHD, AdamWHD
 from gputune.seeding import stream, stream_seed
 
 
@@ -34,6 +35,10 @@ def start(module, seed):
 def make_optimizer(module, config):
     parameters, name = module.parameters(), config["optimizer"]
     lr, decay, momentum = config["lr"], config["weight_decay"], config.get("momentum", 0.0)
+    if name.endswith("hd"):
+        kind = {"adamhd": AdamHD, "adamwhd": AdamWHD}.get(name, SGDHD)
+        more = {} if kind is not SGDHD else {"momentum": momentum, "nesterov": name == "nesterovhd"}
+        return kind(parameters, lr, hypergrad_lr=config["hypergrad_lr"], weight_decay=decay, **more)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
     if name == "nesterov":
