@@ -27,6 +27,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "dropout": 0.0,
         "batch_size": 32,
         "lr": 1e-3,
+        "hypergrad_lr": 0.02,
         "schedule": "constant",
         "C": 1.0,
         "l1_ratio": 0.0,
@@ -34,16 +35,19 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 """What a trial uses where its configuration is silent (``weight_decay`` and ``momentum`` depend on the optimizer)."""
 
-OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
+"""Optimizers that adapt each member's learning rate while it trains; ``lr`` is where it begins."""
+
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", *ONLINE)
 SCHEDULES = ("constant", "cosine")
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 
 def default_weight_decay(optimizer: str) -> float:
     """0.01 for adamw, whose decay is decoupled from the gradient; 0 for the others, as in torch.optim."""
-    return 0.01 if optimizer == "adamw" else 0.0
+    return 0.01 if optimizer in ("adamw", "adamwhd") else 0.0
 
 
 def default_momentum(optimizer: str) -> float:
     """0.9 for nesterov, which without momentum is plain gradient descent; 0 for sgd (adam has betas instead)."""
-    return 0.9 if optimizer == "nesterov" else 0.0
+    return 0.9 if optimizer in ("nesterov", "nesterovhd") else 0.0

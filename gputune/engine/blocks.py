@@ -45,10 +45,21 @@ class Blocks:
         """Return a flat buffer that holds each member's value, of values (F, C), at all its entries."""
         flat = values.new_empty(self.size)
         for block, view in zip(self.blocks, self.views(flat).values()):
-            shape = [1] * len(block.shape)
-            shape[0], shape[block.trial_axis] = values.shape
-            view.copy_(values.view(shape))
+            view.copy_(_with_axes_of(block, values))
         return flat
+
+    def total(self, flat: Tensor) -> Tensor:
+        """Return the sum of each member's entries, (F, C)."""
+        sums = []
+        for block, view in zip(self.blocks, self.views(flat).values()):
+            inner = [axis for axis in range(1, len(block.shape)) if axis != block.trial_axis]
+            sums.append(view.sum(inner) if inner else view)  # to sum over no axis means all of them in torch
+        return torch.stack(sums).sum(0)
+
+    def add_product_(self, total: Tensor, flat: Tensor, values: Tensor) -> None:
+        """total += value * flat in place, with each member's own value, of values (F, C)."""
+        for block, a, b in zip(self.blocks, self.views(total).values(), self.views(flat).values()):
+            a.addcmul_(b, _with_axes_of(block, values))
 
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
         """Return the buffer of the trials ``keep`` (positions along C) alone."""
@@ -58,6 +69,13 @@ class Blocks:
     def subset(self, trials: int) -> "Blocks":
         """Return the blocks of a chunk with another number of trials."""
         return Blocks([replace(b, shape=_with_axis(b, trials)) for b in self.blocks])
+
+
+def _with_axes_of(block: Block, values: Tensor) -> Tensor:
+    """Return values (F, C) with axes that meet those of the block."""
+    shape = [1] * len(block.shape)
+    shape[0], shape[block.trial_axis] = values.shape
+    return values.reshape(shape)
 
 
 def _with_axis(block: Block, trials: int) -> tuple[int, ...]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batches, Step
+from gputune.engine.blocks import Blocks
 from gputune.engine.network import Network
+from gputune.engine.online import OnlineHyper, OnlineUpdate
 from gputune.engine.scoring import Scoring
 from gputune.engine.update import Hyper, Update, schedule_factor
-from gputune.types import Config
+from gputune.types import ONLINE, Config
 
 _BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
 
@@ -86,11 +88,7 @@ class _Chunk:
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
         self.flat = network.start()
         self.horizon = horizon
-        per_member = [
-            np.tile([float(config[key]) for config in configs], (data.n_folds, 1))
-            for key in ("lr", "weight_decay", "momentum")
-        ]
-        self.update = Update(configs[0]["optimizer"], network.blocks, Hyper(*per_member), self.flat)
+        self.update = _make_update(configs, data.n_folds, network.blocks, self.flat)
         self._settle()
 
     def _settle(self) -> None:
@@ -136,6 +134,19 @@ class _Chunk:
         self.schedules = [self.schedules[i] for i in places]
         self.flat = flat
         self._settle()
+
+
+def _make_update(
+    configs: Sequence[Config], folds: int, blocks: Blocks, flat: Tensor
+) -> Update | OnlineUpdate:
+    optimizer = configs[0]["optimizer"]
+    lr, weight_decay, momentum, hypergrad_lr = (
+        np.tile([float(config[key]) for config in configs], (folds, 1))
+        for key in ("lr", "weight_decay", "momentum", "hypergrad_lr")
+    )
+    if optimizer in ONLINE:
+        return OnlineUpdate(optimizer, blocks, OnlineHyper(lr, weight_decay, momentum, hypergrad_lr), flat)
+    return Update(optimizer, blocks, Hyper(lr, weight_decay, momentum), flat)
 
 
 def _validation_rows(data: Dataset) -> list[Tensor]:

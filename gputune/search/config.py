@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES, Config
+from gputune.types import ACTIVATIONS, ONLINE, OPTIMIZERS, SCHEDULES, Config
 
 
 class Range(NamedTuple):
@@ -37,6 +37,7 @@ class Range(NamedTuple):
 
 RANGES: Mapping[str, Range] = {
     "lr": Range("a finite number > 0", "0.001", 0, low_counts=False),
+    "hypergrad_lr": Range("a number in [0, 1)", "0.02", 0, 1),
     "batch_size": Range("an integer >= 1", "32", 1, integer=True),
     "width": Range("an integer >= 1", "128", 1, integer=True),
     "depth": Range("an integer >= 1, the number of hidden layers", "2", 1, integer=True),
@@ -82,8 +83,10 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty")
-    trained = ("lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule")
-    return (*trained, "width", "depth", "activation", "dropout") if model == "mlp" else trained
+    trained = ["lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule"]
+    if optimizer in ONLINE:
+        trained.append("hypergrad_lr")
+    return (*trained, "width", "depth", "activation", "dropout") if model == "mlp" else tuple(trained)
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
@@ -107,6 +110,8 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
 
 
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
+    if key == "hypergrad_lr":
+        return f"Only the optimizers {', '.join(ONLINE)} have it, for example optimizer='adamwhd'."
     other = _OTHER_NAMES.get(key)
     near = [other] if other in keys else get_close_matches(key, sorted(keys), 1)
     if near:

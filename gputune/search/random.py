@@ -14,7 +14,7 @@ from gputune.search.config import KEYS, check_config
 from gputune.search.distributions import Distribution
 from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
-from gputune.types import Config, default_momentum, default_weight_decay
+from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
 
 __all__ = ["Candidate", "candidates", "default_space", "draw", "remarks", "top_up"]
 
@@ -36,12 +36,14 @@ def default_space(
     """
     if model == "logistic" and optimizer == "exact":
         return {"C": stats.loguniform(1e-3, 1e3), "l1_ratio": [0.0, 0.5, 1.0]}
-    plain = optimizer in ("sgd", "nesterov")
+    plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
     space: dict[str, list[Any] | Distribution] = {
         "lr": stats.loguniform(1e-3, 1.0) if plain else stats.loguniform(1e-4, 3e-2),
         "batch_size": [32, 64, 128, 256],
         "weight_decay": stats.loguniform(1e-5, 1e-1),
     }
+    if optimizer in ONLINE:
+        space["hypergrad_lr"] = stats.loguniform(1e-3, 1e-1)
     return space | {"width": [32, 64, 128, 256]} if model == "mlp" else space
 
 

@@ -15,6 +15,7 @@ EXACT = legal_keys("logistic", "exact")
 
 LEGAL = {
     "lr": (1e-8, 1, 10.0),
+    "hypergrad_lr": (0, 0.02, 0.999),
     "batch_size": (1, 10**6),
     "width": (1, 32.0),
     "depth": (1, 9),
@@ -29,6 +30,7 @@ LEGAL = {
 }
 ILLEGAL = {
     "lr": (0, -1.0, math.inf, math.nan, 10**400),
+    "hypergrad_lr": (-0.1, 1, math.nan),
     "batch_size": (0, -3, math.inf, math.nan, 10**400),
     "width": (0, 17.3),
     "depth": (0, 0.5),
@@ -50,7 +52,7 @@ def test_the_keys_of_each_kind_of_model():
     assert set(legal_keys("logistic", "sgd")) == set(legal_keys("module", "adamw")) == trained
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
     assert set(EXACT) == {"C", "l1_ratio", "penalty"}
-    assert set(KEYS) == set(MLP) | set(EXACT)
+    assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr"}
     assert set(LEGAL) == set(ILLEGAL) == set(KEYS) - {"penalty"}  # no key escapes the tests below
 
 
