@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gputune.engine.batches import Batch
 from gputune.engine.blocks import Block, Blocks
@@ -22,6 +23,8 @@ from gputune.seeding import stream
 from gputune.types import Config, Params
 
 aten = torch.ops.aten
+
+_DIFFERENTIABLE = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
 
 
 class StackedMLP:
@@ -105,6 +108,24 @@ class StackedMLP:
             h = _activate(self.activation, h)
             h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
         return h
+
+    def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
+        h = x
+        for layer in range(self.depth + 1):
+            if layer:
+                h = _DIFFERENTIABLE[self.activation](h)
+                if self.rates is not None and key is not None:
+                    keep = h.new_empty((len(self.configs), *h.shape[1:]))
+                    self._draw_dropout(key, layer - 1, keep)
+                    h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
+            h = torch.baddbmm(params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"])
+        return h
+
+    def layers(self) -> dict[str, int]:
+        return {
+            block.name: int(block.name.removeprefix("weight").removeprefix("bias"))
+            for block in self.blocks.blocks
+        }
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         space = self._workspace(batch.x.shape[1])

@@ -69,6 +69,7 @@ class Batches:
         y_start = [(f % len(target)) * n for f in range(data.n_folds)]
         # Where a fold's rows begin in data rows, in x and in the target: (3, F, 1)
         self.start = torch.tensor([[0] * data.n_folds, x_start, y_start], device=device)[..., None]
+        self._drawn: tuple[int, Tensor] | None = None
 
     def select(self, keep: np.ndarray) -> None:
         """Go on with the trials ``keep`` alone."""
@@ -76,11 +77,17 @@ class Batches:
 
     def epoch(self, epoch: int) -> Iterator[Step]:
         """Yield the steps of one epoch."""
-        order = self._order(epoch)
         for step in range(int(self.steps.max())):
-            parts = self._shared(order, epoch, step) if self.shared else self._own(order, epoch, step)
-            active = step < self.steps
-            yield Step(parts, np.minimum(step, self.steps - 1), None if active.all() else active)
+            yield self.at(epoch, step)
+
+    def at(self, epoch: int, step: int) -> Step:
+        """Return one step."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = (epoch, self._order(epoch))
+        order = self._drawn[1]
+        parts = self._shared(order, epoch, step) if self.shared else self._own(order, epoch, step)
+        active = step < self.steps
+        return Step(parts, np.minimum(step, self.steps - 1), None if active.all() else active)
 
     def _order(self, epoch: int) -> Tensor:
         """Rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target.

@@ -35,10 +35,16 @@ def squared_error_slope_(outputs: Tensor, y: Tensor, share: Tensor | float) -> T
 
 
 def row_losses(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return the loss of each row, (..., B), of outputs (..., B, K); y is codes (classes) or values."""
+    """Return the loss of each row, (..., B), of outputs (..., B, K), twice differentiable.
+
+    y (..., B) is codes (classes) or values. A class that takes no part has the output -inf.
+    """
     if y.is_floating_point():
         return (outputs.squeeze(-1) - y) ** 2
-    flat = functional.cross_entropy(
-        outputs.flatten(0, -2), y.expand(outputs.shape[:-1]).flatten(), reduction="none"
-    )
-    return flat.view(outputs.shape[:-1])
+    y = y.expand(outputs.shape[:-1])
+    if outputs.device.type != "cpu" or outputs.shape[-1] >= _FULL_REGISTER:
+        flat = functional.cross_entropy(outputs.flatten(0, -2), y.flatten(), reduction="none")
+        return flat.view(y.shape)
+    shifted = outputs - outputs.detach().amax(-1, keepdim=True)
+    picked = shifted.gather(-1, y[..., None]).squeeze(-1)
+    return shifted.exp().sum(-1).log() - picked

@@ -44,6 +44,15 @@ class Network(Protocol):
     def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
         """Return the outputs (C, m, K) of one fold's members on rows x (m, D), as in evaluation mode."""
 
+    def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
+        """Return the outputs (P, B, K) of whole folds' members on rows x (P, B, D), twice differentiable.
+
+        ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in evaluation mode.
+        """
+
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter."""
+
     def subset(self, keep: list[int]) -> "Network":
         """Return the network of the trials ``keep`` (positions along C) alone."""
 

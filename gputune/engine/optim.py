@@ -1,8 +1,9 @@
 """The update rules: one pure function each, with per-member hyperparameters, as torch.optim defines them.
 
-``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor, every
-parameter (P, ...); nothing is changed in place, so a rule can be differentiated. They are the definition, which
-training does not call: ``update.py`` holds the same rules in place, tested against these.
+``rule(params, grads, moments, rates) -> (params, moments)``. Every hyperparameter is a (P,) tensor, or has the
+shape of the parameter it is for; every parameter is (P, ...). Nothing is changed in place, so a rule can be
+differentiated, which is what hypergradients do. Plain training does not call them: ``update.py`` holds the same
+rules in place, tested against these.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,14 +22,14 @@ BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
 
 @dataclass(frozen=True)
 class Rates:
-    """Hyperparameters of one step, each (P,); ``count`` is the number of this step, from 1."""
+    """Hyperparameters of one step; ``count`` (P,) is the number of this step, from 1."""
 
     lr: Tensor
     weight_decay: Tensor
     momentum: Tensor
     count: Tensor
-    beta1: float = BETA1
-    beta2: float = BETA2
+    beta1: Tensor | float = BETA1
+    beta2: Tensor | float = BETA2
     eps: float = EPS
 
 
@@ -71,8 +72,9 @@ def empty_moments(optimizer: str, params: Params) -> Moments:
     return {name: {k: torch.zeros_like(w) for k, w in params.items()} for name in names}
 
 
-def _per_member(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+def _per_member(values: Tensor | float, like: Tensor) -> Tensor:
+    values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return values if values.dim() == like.dim() > 1 else values.view(-1, *[1] * (like.dim() - 1))
 
 
 def _with_l2(params: Params, grads: Params, rates: Rates) -> Params:
@@ -88,13 +90,21 @@ def _descend(params: Params, direction: Params, lr: Tensor) -> Params:
 
 
 def _adam_step(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
-    b1, b2 = rates.beta1, rates.beta2
-    m = {k: b1 * moments["m"][k] + (1 - b1) * g for k, g in grads.items()}
-    v = {k: b2 * moments["v"][k] + (1 - b2) * g * g for k, g in grads.items()}
-    count = rates.count.double()
-    m_scale, v_scale = 1 / (1 - b1**count), 1 / (1 - b2**count)  # undo the start at zero
-    direction = {
-        k: m[k] * _per_member(m_scale, g) / ((v[k] * _per_member(v_scale, g)).sqrt() + rates.eps)
-        for k, g in grads.items()
-    }
+    m, v, direction = {}, {}, {}
+    for k, g in grads.items():
+        b1, b2, count = (_per_member(r, g) for r in (rates.beta1, rates.beta2, rates.count))
+        m[k] = b1 * moments["m"][k] + (1 - b1) * g
+        v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
+        # The divisions undo the start at zero.
+        direction[k] = m[k] / (1 - b1**count) / (_root(v[k] / (1 - b2**count)) + rates.eps)
     return _descend(params, direction, rates.lr), {"m": m, "v": v}
+
+
+def _root(squares: Tensor) -> Tensor:
+    """The square root, with slope 0 at 0 instead of an infinite one.
+
+    An entry whose gradient has always been 0, as every padded one, stays where it is whatever the hyperparameters
+    are; an infinite slope times its gradient of 0 would make the hypergradient NaN. Below the smallest number the
+    clamp has no slope, and what it adds is nothing beside eps.
+    """
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()

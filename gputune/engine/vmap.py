@@ -117,6 +117,16 @@ class StackedModule:
         members = {k: w[fold] for k, w in params.items()}
         return self._forward(members, x.expand(len(self.configs), *x.shape), training=False)
 
+    def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
+        if key is None:
+            return self._forward(params, x, training=False)
+        with keyed_draws(self.shape.device, self.seed, "dropout", *key):
+            return self._forward(params, x, training=True)
+
+    def layers(self) -> dict[str, int]:
+        owners = layers_of(self.template)
+        return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
+
     def _forward(self, params: Params, x: Tensor, *, training: bool) -> Tensor:
         """Outputs (P, B, K) of stacked parameters (P, ...) on rows (P, B, D)."""
         self.template.train(training)
@@ -135,6 +145,13 @@ class StackedModule:
             for name, value in params.items():
                 own[name].copy_(value[fold, trial])
         return module.eval()
+
+
+def layers_of(module: nn.Module) -> list[str]:
+    """Return the names of the submodules that own trained parameters: the layers, in ``named_modules()`` order."""
+    # named_parameters() goes through the modules in that order, and gives a shared parameter to its first owner.
+    trained = (name for name, p in module.named_parameters() if p.requires_grad)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
 
 
 @contextmanager
