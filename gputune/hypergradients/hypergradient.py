@@ -1,0 +1,258 @@
+"""hypergradient(): the derivative of a validation loss in the hyperparameters of the training before it."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gputune.engine.plan import parse_memory
+from gputune.errors import InputError
+from gputune.hypergradients.arguments import (
+    check_hyperparameters,
+    check_optimizer,
+    default_tables,
+)
+from gputune.hypergradients.curvature import twice_differentiable
+from gputune.hypergradients.differences import default_width, differences
+from gputune.hypergradients.inner import Tables
+from gputune.hypergradients.memory import Need, free_bytes, measure
+from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
+from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
+from gputune.types import Params
+
+Mode = Literal["auto", "reverse", "forward", "fd"]
+
+
+@dataclass(frozen=True)
+class HypergradientResult:
+    """The validation loss after training, and its derivatives.
+
+    value         the validation loss
+    gradient      hyperparameter -> d value / d hyperparameter, in the shape that the hyperparameter was given in
+    log_gradient  the same times the hyperparameter: d value / d log hyperparameter
+    parameters    name -> parameter after the last step
+    ratio         by how much training amplifies a small change: above ``guard.CHAOTIC`` (100) the gradient is noise
+    mode          "reverse", "forward" or "fd": how the gradient was taken
+    reason        why that mode
+    """
+
+    value: float
+    gradient: Params
+    log_gradient: Params
+    parameters: Params
+    ratio: float
+    mode: str
+    reason: str
+
+
+@torch.inference_mode(False)
+def hypergradient(
+    module: nn.Module,
+    loss: Loss,
+    batches: Iterable[Pair],
+    valid: Pair,
+    *,
+    hyperparameters: Mapping[str, Any],
+    optimizer: str,
+    mode: Mode = "auto",
+    truncate: int | None = None,
+    checkpoint: bool = False,
+    seed: int | None = None,
+    memory: int | str | None = None,
+) -> HypergradientResult:
+    """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters of that training.
+
+    module           any ``nn.Module`` without running statistics; it is left as it was
+    loss             ``loss(module(x), y)`` -> one number, for example ``torch.nn.functional.cross_entropy``
+    batches          the minibatches (x, y), one step of the optimizer each
+    valid            the validation pair (x, y)
+    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2", each a number, (S,) or (S, L): segment
+                     s covers the steps from floor(s*T/S) on, layer l is the l-th submodule that owns parameters;
+                     those left out have their default value (a momentum of 0 for sgd, 0.9 for momentum and nesterov)
+    optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them
+    mode             "reverse" (memory grows with the steps, one price for any number of hyperparameters), "forward"
+                     (memory independent of the steps, a price for each), "fd" (finite differences: two more trainings
+                     for each), "auto" (one of the first two, by their need of memory)
+    truncate         reverse mode through the last so many steps only: cheaper, and biased towards small rates
+    checkpoint       reverse mode that trains twice and remembers every sqrt(T)-th step
+    seed             of dropout and other draws, the same in every training; None: drawn from torch's generator
+    memory           bytes, or text such as "8GB", that may be used; None: most of what is free
+
+    Raises InputError for bad input, for an operation that cannot be differentiated twice, and where the memory does
+    not suffice. Sources: Maclaurin et al. (2015), Franceschi et al. (2017).
+    """
+    check_module(module)
+    if not callable(loss):
+        raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
+    batches = _checked_batches(batches)
+    _check_pair("valid", valid)
+    rule, momentum = check_optimizer(optimizer)
+    _check_choice(mode, truncate, checkpoint)
+    budget = parse_memory(memory)
+    if seed is None:
+        seed = int(torch.randint(2**62, ()))
+    training = ModuleTraining(module, loss, batches, valid, seed=seed)
+    start = training.start()
+    given = check_hyperparameters(
+        hyperparameters, rule, steps=len(batches), layers=training.layers, like=start
+    )
+    tables = {**default_tables(rule, momentum, start), **given}
+    with _modes_restored(module):
+        choice, result = _differentiate(
+            training, rule, tables, tuple(given), mode, truncate, checkpoint, budget
+        )
+    shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
+    gradient = {name: table.view(shapes[name]) for name, table in result.gradients.items()}
+    return HypergradientResult(
+        value=float(result.value),
+        gradient=gradient,
+        log_gradient={name: slope * given[name].view(shapes[name]) for name, slope in gradient.items()},
+        parameters={name: w.detach().clone() for name, w in training.parameters(result.weights).items()},
+        ratio=float(result.ratio),
+        mode=choice.mode,
+        reason=choice.reason,
+    )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    mode: Literal["reverse", "forward", "fd"]
+    checkpoint: bool
+    reason: str
+
+
+def _differentiate(
+    training: ModuleTraining,
+    rule: str,
+    tables: Tables,
+    wanted: tuple[str, ...],
+    mode: Mode,
+    truncate: int | None,
+    checkpoint: bool,
+    budget: int | None,
+) -> tuple[_Choice, Hypergradients]:
+    training.check_graph()
+    if mode == "fd":
+        _check_above_zero(tables, wanted)
+        width = default_width(training.start().dtype)
+        choice = _Choice(
+            "fd", False, f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
+        )
+        return choice, differences(training, rule, tables, wanted, width=width)
+    with twice_differentiable(training):
+        need = measure(training, rule, tables)
+        number = sum(tables[name][0].numel() for name in wanted)
+        choice = _choose(
+            mode, need, budget or free_bytes(training.device), training.steps, number, truncate, checkpoint
+        )
+        if choice.mode == "forward":
+            return choice, forward(training, rule, tables, wanted)
+        return choice, reverse(
+            training, rule, tables, wanted, truncate=truncate, checkpoint=choice.checkpoint
+        )
+
+
+def _choose(
+    mode: Mode, need: Need, budget: int, steps: int, number: int, truncate: int | None, checkpoint: bool
+) -> _Choice:
+    """Return the mode: the one asked for where it fits, or the fastest that fits."""
+    back = steps if truncate is None else min(truncate, steps)
+    whole, blocks, tangents = need.reverse(back), need.checkpointed(back), need.forward(number)
+    reversible = mode == "reverse" or truncate is not None or checkpoint
+    sizes = (
+        f"reverse needs about {_size(whole)} for {back} steps, checkpointed {_size(blocks)}, forward "
+        f"{_size(tangents)} for {number} hyperparameter{'' if number == 1 else 's'}; {_size(budget)} may be used"
+    )
+    if mode == "forward" or (not reversible and number == 1 and tangents <= budget):
+        chosen = _Choice(
+            "forward",
+            False,
+            "asked for"
+            if mode == "forward"
+            else "one hyperparameter, whose tangent is no slower than reverse",
+        )
+    elif reversible:
+        chosen = _Choice("reverse", checkpoint, "asked for")
+    elif whole <= budget:
+        chosen = _Choice("reverse", False, "one price for all hyperparameters")
+    elif blocks <= budget:
+        chosen = _Choice("reverse", True, "checkpointed, since the whole does not fit")
+    else:
+        chosen = _Choice("forward", False, "reverse does not fit")
+    needed = tangents if chosen.mode == "forward" else blocks if chosen.checkpoint else whole
+    if needed > budget:
+        fitting = [
+            word
+            for word, size in (("checkpoint=True", blocks), ("mode='forward'", tangents))
+            if size <= budget
+        ]
+        if need.longest(budget):
+            fitting.append(f"truncate={need.longest(budget)}")
+        raise InputError(
+            f"memory does not suffice for mode={chosen.mode!r}: {sizes}. Use "
+            f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
+        )
+    return replace(chosen, reason=f"{chosen.reason}; {sizes}")
+
+
+def _size(count: int) -> str:
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+        if count >= unit or unit == 2**10
+    )
+    return f"{count / unit:.1f} {name}"
+
+
+def _checked_batches(batches: Iterable[Pair]) -> list[Pair]:
+    if not isinstance(batches, Iterable):
+        raise InputError(f"batches must be the minibatches (x, y), got {type(batches).__name__}.")
+    pairs = list(batches)
+    if not pairs:
+        raise InputError("batches must have at least one minibatch (x, y), got none.")
+    for i, pair in enumerate(pairs):
+        _check_pair(f"batches[{i}]", pair)
+    return pairs
+
+
+def _check_pair(name: str, pair: object) -> None:
+    if not isinstance(pair, tuple | list) or len(pair) != 2:
+        found = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
+        raise InputError(f"{name} must be a pair (x, y), got {found}; put several inputs into one x.")
+
+
+def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
+    if mode not in ("auto", "reverse", "forward", "fd"):
+        raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
+    if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
+        raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
+    if not isinstance(checkpoint, bool):
+        raise InputError(f"checkpoint must be True or False, got {checkpoint!r}.")
+    if mode in ("forward", "fd") and (truncate is not None or checkpoint):
+        raise InputError(
+            f"truncate and checkpoint belong to reverse mode, got mode={mode!r}; leave them out, or use "
+            "mode='reverse'."
+        )
+
+
+def _check_above_zero(tables: Tables, wanted: tuple[str, ...]) -> None:
+    for name in wanted:
+        if bool((tables[name] == 0).any()):
+            raise InputError(
+                f"hyperparameters[{name!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
+                f"{tables[name].tolist()}; use mode='reverse' or 'forward'."
+            )
+
+
+@contextmanager
+def _modes_restored(module: nn.Module) -> Iterator[None]:
+    """Leave each submodule in the mode (training or evaluation) that it was in."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

@@ -1,0 +1,142 @@
+"""A user's module, loss and minibatches as one member of an inner training."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from gputune.engine.vmap import keyed_draws, layers_of
+from gputune.errors import InputError
+from gputune.hypergradients.curvature import nodes
+from gputune.hypergradients.inner import Clock
+from gputune.types import Params
+
+Loss = Callable[[Any, Any], Tensor]
+Pair = tuple[Any, Any]
+
+
+class ModuleTraining:
+    """One minibatch a step, in training mode; the validation pair in evaluation mode. One member, P = 1."""
+
+    def __init__(
+        self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int
+    ) -> None:
+        self.module, self.batches, self.valid, self.seed = module, batches, valid, seed
+        self.objective = _Objective(module, loss)
+        self.steps = len(batches)
+        self.totals = np.array([self.steps])
+        self.own = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.sizes = [p.numel() for p in self.own.values()]
+        self.layers = layers_of(module)
+        numbers = torch.tensor([self.layers.index(name.rpartition(".")[0]) for name in self.own])
+        self.device = next(iter(self.own.values())).device
+        self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
+        self.fixed = {
+            name: _normal(p.detach()) for name, p in module.named_parameters() if not p.requires_grad
+        }
+        self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+
+    def start(self) -> Tensor:
+        """Return the module's own parameters, (1, N)."""
+        return torch.cat([p.detach().flatten() for p in self.own.values()])[None]
+
+    def clock(self, step: int) -> Clock:
+        """Return the step's number: there is one member, and it takes every step."""
+        return Clock(np.array([step]))
+
+    def losses(self, weights: Tensor, step: int) -> Tensor:
+        """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step alone."""
+        self.module.train()
+        with keyed_draws(self.device, self.seed, "hypergradient", step):
+            return self._loss(weights, self.batches[step], f"batches[{step}]")
+
+    def validation(self, weights: Tensor) -> Tensor:
+        """Return the validation loss (1,)."""
+        self.module.eval()
+        with keyed_draws(self.device, self.seed, "hypergradient", "valid"):
+            return self._loss(weights, self.valid, "valid")
+
+    def _loss(self, weights: Tensor, pair: Pair, name: str) -> Tensor:
+        x, y = pair
+        tensors = {**self.parameters(weights), **self.fixed, **self.buffers}
+        state = {f"module.{key}": tensor for key, tensor in tensors.items()}
+        loss = functional_call(self.objective, state, (_normal(x), _normal(y)))
+        for key, before in self.buffers.items():  # the call leaves in ``state`` what the module has put there
+            after = state[f"module.{key}"]
+            if after is not before or after._version:
+                raise InputError(
+                    f"module: the buffer {key!r} changes in {name}; what a module remembers from step to step is no "
+                    "function of the hyperparameters. Keep no running state in the forward (spectral_norm does)."
+                )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise InputError(
+                f"loss must return one number for {name}, got {shape}; reduce it, for example with .mean()."
+            )
+        if weights.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+            raise InputError(
+                f"loss must depend on the parameters of the module, but for {name} it depends on none; it must "
+                "use what the module returns, without .detach() or .item()."
+            )
+        return loss.view(1)
+
+    def check_graph(self) -> None:
+        """Raise InputError where the first minibatch reads the module's parameters from behind its back.
+
+        Such parameters would stay at their start while the others are trained.
+        """
+        with torch.enable_grad():
+            loss = self.losses(self.start().requires_grad_(), 0)
+        own = {id(p): name for name, p in self.own.items()}
+        read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
+        for key in own.keys() & read:
+            raise InputError(
+                f"loss or module reads the parameter {own[key]!r} from a variable of its own, where training does not "
+                "reach it; read it from the module when it is called, for example by module.parameters()."
+            )
+
+    def parameters(self, weights: Tensor) -> Params:
+        """Return the named parameters that a row (1, N) holds."""
+        parts = torch.split(weights[0], self.sizes)
+        return {name: part.view(p.shape) for (name, p), part in zip(self.own.items(), parts)}
+
+
+class _Objective(nn.Module):
+    """The loss of a module's output, in one call: a loss that reads the module's parameters sees the trained ones."""
+
+    def __init__(self, module: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, x: Any, y: Any) -> Tensor:
+        return self.loss(self.module(x), y)
+
+
+def _normal(value: Any) -> Any:
+    """Return a tensor that autograd may keep: one made in inference mode is copied."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def check_module(module: nn.Module) -> None:
+    """Raise InputError for a module that cannot be trained as a function of its parameters."""
+    if not isinstance(module, nn.Module):
+        raise InputError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if not trained:
+        raise InputError("module has no parameter with requires_grad: there is nothing to train.")
+    kinds = {(p.dtype, p.device) for p in trained.values()}
+    if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
+        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        raise InputError(
+            f"module must have its trained parameters in one floating dtype on one device, got {found}; "
+            "use module.to(device, dtype)."
+        )
+    for name, part in module.named_modules():
+        if getattr(part, "running_mean", None) is not None:
+            raise InputError(
+                f"module: the submodule {name!r} ({type(part).__name__}) keeps running statistics, which are no "
+                "function of the hyperparameters; use nn.LayerNorm or nn.GroupNorm, or track_running_stats=False."
+            )
