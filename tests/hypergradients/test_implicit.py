@@ -1,0 +1,358 @@
+"""Implicit differentiation in log C: finite differences of solved problems, autograd's Hessian, and the odd cases."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from torch.nn import functional
+
+from gputune.engine.exact import Solution, solve
+from gputune.errors import InputError
+from gputune.hypergradients.implicit import implicit_chunk, implicit_gradients
+from problems import make_data
+
+STEP = 1e-4  # of log C, in central differences
+SIX = (0.02, 0.1, 0.4, 1.5, 6.0, 30.0)
+
+
+def problem(folds=5, n=90, d=4, k=3, seed=0, weighted=True):
+    """Overlapping classes, inputs of its own for each fold, folds of unequal length, weights on the training rows."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.arange(n) % k)
+    x = rng.normal(size=(folds, n, d)) + y[:, None] * rng.normal(size=(1, 1, d)) / 2 + 3
+    fold_of = rng.integers(folds + 1, size=n)  # the last part is in all trainings and in no validation
+    weights = (fold_of != np.arange(folds)[:, None]) * (rng.uniform(0.5, 2, (folds, n)) if weighted else 1.0)
+    valid = [torch.from_numpy(np.flatnonzero(fold_of == f)) for f in range(folds)]
+    return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(weights), valid
+
+
+def many(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def solved(data, C, l1_ratio, k, *, tolerance=1e-10, **options):
+    x, y, weights, _ = data
+    return solve(x, y, weights, C=C, l1_ratio=l1_ratio, n_classes=k, tolerance=tolerance, **options)
+
+
+def implicit(data, solution, C, l1_ratio, **options):
+    return implicit_gradients(solution, *data, C=C, l1_ratio=l1_ratio, **options)
+
+
+def central_difference(data, C, l1_ratio, k):
+    """Slope of the validation loss in log C from two solutions; no coefficient may come to zero or leave it between."""
+    ends = [C * math.exp(STEP), C * math.exp(-STEP)]
+    # A difference over 2e-4 is as good as the solutions are: as near as float64 lets them come.
+    solutions = [solved(data, end, l1_ratio, k, tolerance=1e-15) for end in ends]
+    assert all((s.residual < 1e-12).all() for s in solutions)
+    up, down = (implicit(data, s, end, l1_ratio).value for s, end in zip(solutions, ends))
+    return (up - down) / (2 * STEP)
+
+
+def agree(found, reference):
+    torch.testing.assert_close(found, reference, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_central_differences_over_six_C_and_five_folds(k, l1_ratio, weighted):
+    data = problem(k=k, weighted=weighted)
+    C, ratio = many(*SIX), many(*[l1_ratio] * 6)
+    solution = solved(data, C, ratio, k)
+    found = implicit(data, solution, C, ratio)
+    assert len({len(rows) for rows in data[3]}) > 1
+    assert found.gradient.shape == found.value.shape == (30,)
+    agree(found.gradient, central_difference(data, C, ratio, k))
+    assert (found.gradient != 0).sum() >= 20
+    if l1_ratio:
+        assert (solution.coef == 0).any()
+
+
+def oracle(data, solution, member, C, l1_ratio, trials):
+    """The formula by autograd and a pseudo-inverse, from the objective as it is written down."""
+    x, y, weights, valid = data
+    f = member // trials
+    coef, intercept = solution.coef[member], solution.intercept[member]
+    active = torch.cat(
+        [((coef != 0) | (l1_ratio == 0)).flatten(), torch.ones_like(intercept, dtype=torch.bool)]
+    )
+
+    def losses(flat, rows):
+        w, b = flat[: coef.numel()].view_as(coef), flat[coef.numel() :]
+        z = x[f, rows] @ w.T + b
+        z = torch.cat([torch.zeros_like(z), z], 1) if len(b) == 1 else z
+        return functional.cross_entropy(z, y[rows], reduction="none")
+
+    def objective(flat, log_C):
+        w = flat[: coef.numel()]
+        rows = weights[f] > 0
+        penalty = (1 - l1_ratio) / 2 * (w**2).sum() + l1_ratio * w.abs().sum()
+        return log_C.exp() * (weights[f, rows] * losses(flat, rows)).sum() + penalty
+
+    at = torch.cat([coef.flatten(), intercept])
+    at.requires_grad_()
+    log_C = C.log().requires_grad_()
+    (slope,) = torch.autograd.grad(objective(at, log_C), at, create_graph=True)
+    second = [torch.autograd.grad(s, (at, log_C), retain_graph=True) for s in slope]
+    hessian, mixed = (torch.stack(part) for part in zip(*second))
+    hessian = hessian[active][:, active]
+    moved = -torch.linalg.pinv(hessian, rtol=1e-13, hermitian=True) @ mixed[active]
+    value = losses(at, valid[f]).mean()
+    (toward,) = torch.autograd.grad(value, at)
+    return value.detach(), toward[active] @ moved
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_autograd_and_a_pseudo_inverse_say_the_same(k):
+    data = problem(folds=2, n=40, d=3, k=k)
+    C, ratio = many(0.3, 5.0, 0.6, 0.6), many(0.0, 0.0, 0.5, 1.0)
+    solution = solved(data, C, ratio, k)
+    found = implicit(data, solution, C, ratio)
+    for p in range(8):
+        value, gradient = oracle(data, solution, p, C[p % 4], ratio[p % 4], 4)
+        torch.testing.assert_close(found.value[p], value, rtol=1e-12, atol=0)
+        torch.testing.assert_close(found.gradient[p], gradient, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_scikit_learn_says_the_same(k):
+    data = problem(folds=1, k=k)
+    x, y, weights, valid = data
+    C = many(0.5)
+
+    def loss(C):
+        model = LogisticRegression(C=C, solver="newton-cg", tol=1e-12, max_iter=10_000)
+        model.fit(x[0], y, sample_weight=weights[0])
+        return log_loss(y[valid[0]], model.predict_proba(x[0, valid[0]]))
+
+    found = implicit(data, solved(data, C, many(0), k), C, many(0))
+    assert abs(found.value.item() - loss(0.5)) < 1e-8
+    slope = (loss(0.5 * math.exp(0.01)) - loss(0.5 * math.exp(-0.01))) / 0.02
+    assert abs(found.gradient.item() - slope) < 1e-4 * abs(slope)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_a_member_alone_is_the_member_in_the_batch(k):
+    data = problem(folds=3, k=k)
+    x, y, weights, valid = data
+    C, ratio = many(*SIX), many(0, 1, 0.5, 0, 1, 1)
+    solution = solved(data, C, ratio, k)
+    together = implicit(data, solution, C, ratio)
+    few = implicit(data, solution, C, ratio, memory=70_000)  # one or two members at once
+    torch.testing.assert_close(few.gradient, together.gradient, rtol=1e-12, atol=1e-15)
+    for p in range(18):
+        f, c = divmod(p, 6)
+        one = Solution(*(getattr(solution, name)[p : p + 1] for name in Solution.__dataclass_fields__))
+        alone = implicit(
+            (x[f : f + 1], y, weights[f : f + 1], valid[f : f + 1]), one, C[c : c + 1], ratio[c : c + 1]
+        )
+        torch.testing.assert_close(alone.gradient, together.gradient[p : p + 1], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(alone.value, together.value[p : p + 1], rtol=1e-12, atol=0)
+
+
+def test_a_common_shift_of_the_intercepts_changes_nothing():
+    data = problem()
+    C, ratio = many(0.1, 1.0), many(0, 1)
+    solution = solved(data, C, ratio, 3)
+    shifted = replace(solution, intercept=solution.intercept + 5)
+    found, again = implicit(data, solution, C, ratio), implicit(data, shifted, C, ratio)
+    torch.testing.assert_close(again.gradient, found.gradient, rtol=1e-10, atol=0)
+
+
+def test_a_common_shift_of_coefficients_that_pure_l1_leaves_open_changes_nothing():
+    # Of four coefficients one below zero, one at zero and two above: until the third is at zero, a shift down is free.
+    data = problem(folds=1, k=4)
+    C, ratio = many(100.0), many(1.0)
+    solution = solved(data, C, ratio, 4)
+    coef = solution.coef[0].sort(0).values
+    free = (coef[0] < 0) & (coef[1] == 0) & (coef[2] > 0)
+    assert free.sum() >= 3
+    shifted = replace(solution, coef=solution.coef - torch.where(free, coef[2] / 2, 0))
+    found, again = implicit(data, solution, C, ratio), implicit(data, shifted, C, ratio)
+    torch.testing.assert_close(again.gradient, found.gradient, rtol=1e-8, atol=0)
+    assert found.gradient.abs() > 1e-9
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("k", [2, 3])
+def test_one_hot_columns_beside_an_intercept(k, seed):
+    # The columns of four levels add up to one, so that pure l1 can leave a direction without any curvature.
+    x, y, weights, valid = problem(folds=2, n=120, k=k, seed=seed)
+    level = torch.from_numpy(np.random.default_rng(seed).integers(4, size=120))
+    data = torch.cat([x, functional.one_hot(level).double().expand(2, -1, -1)], -1), y, weights, valid
+    C, ratio = many(50.0, 50.0), many(0.0, 1.0)
+    found = implicit(data, solved(data, C, ratio, k), C, ratio)
+    agree(found.gradient, central_difference(data, C, ratio, k))
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 1.0])
+def test_a_doubled_input_leaves_a_split_open_and_nothing_else(l1_ratio):
+    data = problem(folds=2, k=2)
+    x, *rest = data
+    C, ratio = many(0.7), many(l1_ratio)
+    solution = solved(data, C, ratio, 2)
+    twice = torch.cat([x, x], -1), *rest
+    if l1_ratio:  # pure l1: any split of a coefficient over both copies is as good
+        split = replace(solution, coef=torch.cat([solution.coef * 0.3, solution.coef * 0.7], -1))
+        found, expected = implicit(twice, split, C, ratio), implicit(data, solution, C, ratio).gradient
+    else:
+        found = implicit(twice, solved(twice, C, ratio, 2), C, ratio)
+        expected = central_difference(twice, C, ratio, 2)
+    agree(found.gradient, expected)
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
+def test_more_inputs_than_rows(l1_ratio):
+    data = problem(folds=2, n=40, d=50)
+    C, ratio = many(0.05, 0.5, 5.0), many(*[l1_ratio] * 3)
+    found = implicit(data, solved(data, C, ratio, 3), C, ratio)
+    agree(found.gradient, central_difference(data, C, ratio, 3))
+
+
+def test_little_C_wants_more_and_much_C_wants_less():
+    data = problem(n=90, d=20, k=3)
+    C = many(1e-4, 1e3)
+    gradient = implicit(data, solved(data, C, many(0, 0), 3), C, many(0, 0)).gradient.view(5, 2)
+    assert (gradient[:, 0] < 0).all()
+    assert (gradient[:, 1] > 0).all()
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("k", [2, 3])
+def test_without_a_penalty_and_with_all_coefficients_held_at_zero_nothing_moves(k, l1_ratio):
+    data = problem(folds=2, k=k)
+    C, ratio = many(math.inf, 1e-9), many(l1_ratio, 1.0)
+    solution = solved(data, C, ratio, k)
+    assert solution.converged.all()
+    assert (solution.coef.view(2, 2, -1)[:, 1] == 0).all()
+    found = implicit(data, solution, C, ratio)
+    assert found.gradient.tolist() == [0, 0, 0, 0]
+    assert found.value.isfinite().all()
+
+
+def test_a_member_that_is_not_converged_is_nan_and_no_other():
+    data = problem(folds=2)
+    C, ratio = many(0.1, 1.0, math.inf), many(0, 1, 0)
+    solution = solved(data, C, ratio, 3)
+    told = replace(solution, converged=torch.tensor([True, False, True, True, True, False]))
+    found, whole = implicit(data, told, C, ratio), implicit(data, solution, C, ratio)
+    assert found.gradient.isnan().tolist() == [False, True, False, False, False, True]
+    torch.testing.assert_close(found.gradient[[0, 2, 3, 4]], whole.gradient[[0, 2, 3, 4]], rtol=1e-12, atol=0)
+    assert torch.equal(found.value, whole.value)
+
+
+def test_no_curvature_left_is_nan():
+    x = many(-1, 1)[None, :, None]
+    sure = Solution(
+        many(1e4)[None, None], many(0)[None], torch.tensor([1]), many(0), converged=torch.tensor([True])
+    )
+    data = x, torch.tensor([0, 1]), torch.ones(1, 2, dtype=torch.float64), [torch.tensor([0, 1])]
+    found = implicit(data, sure, many(1.0), many(1.0))
+    assert found.gradient.isnan().all()
+    assert found.value.tolist() == [0]
+
+
+@pytest.mark.parametrize("l1_ratio", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("missing", [[1], [0, 2]])
+def test_an_absent_class_takes_no_part(missing, l1_ratio):
+    x, y, weights, valid = problem(folds=2, k=4)
+    absent = torch.isin(y, torch.tensor(missing))
+    weights[1] = weights[1].masked_fill(absent, 0)
+    own = [valid[0], valid[1][~absent[valid[1]]]]
+    C, ratio = many(0.3, 4.0), many(l1_ratio, l1_ratio)
+    solution = solved((x, y, weights, own), C, ratio, 4)
+    found = implicit((x, y, weights, own), solution, C, ratio)
+    agree(found.gradient, central_difference((x, y, weights, own), C, ratio, 4))
+    assert (found.gradient != 0).all()
+    # A validation row of a class never trained on costs inf, whatever C.
+    unknown = implicit((x, y, weights, valid), solution, C, ratio)
+    assert unknown.value.isinf().tolist() == [False, False, True, True]
+    assert unknown.gradient[2:].tolist() == [0, 0]
+    torch.testing.assert_close(unknown.gradient[:2], found.gradient[:2], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("k", [2, 3])
+def test_one_class_alone_is_certain(k, label):
+    x, y, weights, _ = problem(folds=2, k=k)
+    weights = weights * (y == label)
+    valid = [(y == label).nonzero()[:, 0], torch.arange(90)]
+    C, ratio = many(0.5, 0.5), many(0, 1)
+    found = implicit((x, y, weights, valid), solved((x, y, weights, valid), C, ratio, k), C, ratio)
+    assert found.value.tolist() == [0, 0, math.inf, math.inf]
+    assert found.gradient.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("task", ["binary", "multiclass"])
+def test_a_dataset(task, copies, weights):
+    data = make_data(task, copies=copies, weights=weights)
+    configs = [{"C": 0.2, "l1_ratio": 0.0}, {"C": 2.0, "l1_ratio": 0.5}]
+    solution, found = implicit_chunk(data, configs)
+    rows = torch.zeros(3, 61, dtype=torch.float64)
+    for f, fold in enumerate(data.folds):
+        rows[f, fold.train] = data.weights[f, fold.train] if weights else 1
+    x = data.x if copies else data.x.expand(3, -1, -1)
+    plain = x, data.y, rows, [fold.valid for fold in data.folds]
+    assert torch.equal(solution.coef, solved(plain, many(0.2, 2.0), many(0, 0.5), data.n_outputs).coef)
+    agree(found.gradient, central_difference(plain, many(0.2, 2.0), many(0, 0.5), data.n_outputs))
+
+
+def test_a_dataset_that_does_not_converge_warns_and_is_nan():
+    data = make_data("binary", n=12, d=20)
+    with pytest.warns(ConvergenceWarning, match="did not converge in 3 of 6 fits"):
+        _, found = implicit_chunk(data, [{"C": 1.0, "l1_ratio": 0.0}, {"C": math.inf, "l1_ratio": 0.0}])
+    assert found.gradient.isnan().tolist() == [False, True] * 3
+
+
+def test_memory_for_not_even_one_member_is_told():
+    data = make_data("multiclass")
+    config = {"C": 1.0, "l1_ratio": 0.0}
+    # 18 x 18 numbers three times, 3 chances of 61 rows four times, 6 pairs of classes for 512 rows.
+    needed = 8 * (3 * 18**2 + 4 * 3 * 61 + 512 * 6)
+    implicit_chunk(data, [config, config], memory=needed)
+    message = (
+        rf"memory={needed - 1} bytes .* 3 outputs of 6 coefficients needs {needed} bytes; allow that much"
+    )
+    with pytest.raises(InputError, match=message):
+        implicit_chunk(data, [config, config], memory=needed - 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.zeros(1, 6, 2)}, r"float64 x and weights, got torch.float32 .* use .double\(\)"),
+        (
+            {"y": torch.zeros(5, dtype=torch.int64)},
+            r"y \(rows,\) .* got \(1, 6, 2\), \(1, 6\), \(5,\) and 1 valid",
+        ),
+        ({"valid": []}, "one valid a fold, .* 0 valid"),
+        ({"l1_ratio": many(0, 1)}, r"one l1_ratio for each C, got shapes \(1,\) and \(2,\)"),
+        ({"C": many(1, 2), "l1_ratio": many(0, 0)}, "with 2 members of 2 inputs, got 1 members of 2 inputs"),
+        ({"x": torch.zeros(1, 6, 3).double()}, "with 1 members of 3 inputs, got 1 members of 2"),
+        ({"valid": [torch.tensor([], dtype=torch.int64)]}, "at least one a fold, got 0 in fold 0"),
+        ({"valid": [torch.tensor([1, 6])]}, r"rows in 0 .. 5, .* got 2 in fold 0, from 1 to 6"),
+        ({"valid": [torch.tensor([-1, 5])]}, r"rows in 0 .. 5, .* got 2 in fold 0, from -1 to 5"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "solution": Solution(
+            torch.zeros(1, 3, 2).double(), torch.zeros(1, 3).double(), many(0), many(0), torch.tensor([True])
+        ),
+        "x": torch.zeros(1, 6, 2, dtype=torch.float64),
+        "y": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "weights": torch.ones(1, 6, dtype=torch.float64),
+        "valid": [torch.tensor([0, 1])],
+        "C": many(1.0),
+        "l1_ratio": many(0.0),
+    }
+    with pytest.raises(InputError, match=message):
+        implicit_gradients(**{**good, **change})
