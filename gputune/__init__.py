@@ -16,14 +16,17 @@ from gputune.errors import (
 from gputune.version import __version__
 
 if TYPE_CHECKING:
+    from gputune.hypergradients.hypergradient import hypergradient
     from gputune.pipeline import tune
     from gputune.search.distributions import log_int
+    from gputune.search.hypergradient import Hypergradient
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
     from gputune.study.study import Study, Trial
 
 __all__ = [
     "DivergedError",
+    "Hypergradient",
     "InputError",
     "SearchFailedError",
     "Study",
@@ -32,28 +35,34 @@ __all__ = [
     "Trial",
     "TunedModel",
     "__version__",
+    "hypergradient",
     "load_model",
     "log_int",
     "tune",
 ]
 
 _HOMES = {
+    "Hypergradient": "gputune.search.hypergradient",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",
+    "hypergradient": "gputune.hypergradients.hypergradient",
     "load_model": "gputune.study.model_files",
     "log_int": "gputune.search.distributions",
     "models": "gputune.models",
+    "optim": "gputune.optim",
     "tune": "gputune.pipeline",
 }
+
+_MODULES = ("models", "optim")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gputune' has no attribute {name!r}")
     home = import_module(_HOMES[name])
-    return home if name == "models" else getattr(home, name)
+    return home if name in _MODULES else getattr(home, name)
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "models"]
+    return [*__all__, *_MODULES]

@@ -3,13 +3,14 @@
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
+from gputune.search.hypergradient import Hypergradient
 from gputune.types import SCHEDULES
 
 
@@ -21,6 +22,7 @@ class Options:
     n_trials: int = 64
     include: Sequence[Mapping[str, Any]] = ()
     include_default: bool = True
+    method: Any = "random"
     cv: Any = 5
     scoring: Any = None
     task: Any = None
@@ -41,6 +43,7 @@ class Options:
     verbose: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "method", check_method(self.method))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
@@ -53,6 +56,18 @@ class Options:
         parse_memory(self.memory)
         choose_device(self.device)
         object.__setattr__(self, "random_state", draw_seed(self.random_state))
+
+
+def check_method(method: Any) -> Literal["random"] | Hypergradient:
+    """Return the search method of a word or of a value."""
+    if method == "hypergradient":
+        return Hypergradient()
+    if isinstance(method, Hypergradient) or method == "random":
+        found: Literal["random"] | Hypergradient = method
+        return found
+    raise InputError(
+        f"method must be 'random', 'hypergradient' or gputune.Hypergradient(...), got {method!r}."
+    )
 
 
 def draw_seed(random_state: Any) -> int:

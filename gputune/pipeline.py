@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
+from gputune.descend import Evaluation, descend, searched_names
 from gputune.engine.chunk import Job, Outcome
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import complete, populations
@@ -29,6 +30,7 @@ from gputune.options import Options
 from gputune.problem import Problem, make_problem
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
+from gputune.search.hypergradient import Hypergradient
 from gputune.search.random import candidates, default_space, remarks, top_up
 from gputune.search.space import Space, check_include, check_space, space_text
 from gputune.study.ledger import Ledger, open_ledger
@@ -50,6 +52,7 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, Any]] = (),
     include_default: bool = True,
+    method: Literal["random", "hypergradient"] | Hypergradient = "random",
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
@@ -78,13 +81,18 @@ def tune(
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
     n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
+    method       "random"; "hypergradient" or ``gputune.Hypergradient(...)``: every drawn configuration is a start that
+                 descends on the fold mean of its validation loss after ``max_epochs``; each point is a trial, scored
+                 after the last epoch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
     groups       one label a row, or the name of a column: a group is never split between folds
-    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2
+    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2, for hypergradients
+                 the loss that is descended
     task         overrides what the target looks like
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     numbers      how numeric columns are scaled, fitted on each fold's training rows
-    optimizer    "sgd", "nesterov", "adam", "adamw"; "logistic" is solved to convergence ("exact") by default
+    optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
+                 "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
     schedule     of the learning rate over ``max_epochs``, per step
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
@@ -100,10 +108,11 @@ def tune(
     """
     choice = choose_model(model, optimizer)
     options = Options(
-        space=space, n_trials=n_trials, include=include, include_default=include_default, cv=cv, scoring=scoring,
-        task=task, class_weight=class_weight, sample_weight=sample_weight, numbers=numbers, schedule=schedule,
-        max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study, device=device, dtype=dtype,
-        memory=memory, workers=workers, random_state=random_state, verbose=verbose,
+        space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
+        cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
+        numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
+        device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
+        verbose=verbose,
     )  # fmt: skip
     return search(choice, read_source(X, y, groups), options)
 
@@ -115,7 +124,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     space = _checked_space(choice, options)
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
-    scoring = make_scoring(options.scoring, problem.target.task, problem.target.classes)
+    scoring = make_scoring(_scoring(options, problem), problem.target.task, problem.target.classes)
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
@@ -130,11 +139,26 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     with open_ledger(options.study, meta) as ledger:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
-        _train(ledger, data, scoring, deadline, choice, options, progress)
+        if isinstance(options.method, Hypergradient):
+            names = searched_names(options.method, choice)
+            descend(
+                ledger,
+                space,
+                Evaluation(data, scoring, options.method, names, choice, options, deadline, progress),
+            )
+        else:
+            _train(ledger, data, scoring, deadline, choice, options, progress)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
+
+
+def _scoring(options: Options, problem: Problem) -> Any:
+    """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends."""
+    if options.scoring is not None or options.method == "random":
+        return options.scoring
+    return "neg_mean_squared_error" if problem.target.task == "regression" else "neg_log_loss"
 
 
 def _check_scoring_has_a_name(scoring: Scoring, options: Options) -> None:
@@ -299,6 +323,7 @@ def _meta(
         "optimizer": choice.optimizer,
         "schedule": options.schedule,
         "space": space_text(space),
+        "method": options.method if isinstance(options.method, str) else asdict(options.method),
         "task": problem.target.task,
         "target": problem.target.name,
         "classes": None if classes is None else classes.tolist(),

@@ -15,9 +15,11 @@ from gputune.engine.population import complete, module_arguments, populations
 from gputune.engine.solved import solve_all, solved_module
 from gputune.engine.workers import computing
 from gputune.errors import DivergedError, InputError
+from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.model_choice import ModelChoice, choose_again
 from gputune.options import Options
 from gputune.problem import Problem, make_problem
+from gputune.search.hypergradient import Hypergradient
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial
 from gputune.types import Config
@@ -84,6 +86,7 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         numbers=meta["numbers"],
         schedule=meta["schedule"],
         max_epochs=meta["max_epochs"],
+        method=meta["method"] if isinstance(meta["method"], str) else Hypergradient(**meta["method"]),
         dtype=meta["dtype"],
         random_state=meta["seed"],
     )
@@ -125,7 +128,16 @@ def _reread(study: Study, X: Any, y: Any) -> Source:
 
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
     (chunk,) = populations([config], choice.kind, rows=data.n_rows)
-    job = Job(options.random_state, epochs, options.max_epochs, None, choice.module_class, None)
+    common = (options.random_state, epochs, options.max_epochs, None, choice.module_class, None)
+    if isinstance(options.method, Hypergradient):
+        names, segments, layers = (
+            options.method.hyperparameters,
+            options.method.segments,
+            options.method.per_layer,
+        )
+        job = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
+        return train_scheduled(job, data, chunk)
+    job = Job(*common)
     plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1)
     with computing(plan.threads):
         return train_chunk(job, data, chunk).member(0, 0)

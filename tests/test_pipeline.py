@@ -374,7 +374,8 @@ def test_a_random_state_object_is_used_once(iris):
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
         (
             {"optimizer": "adagrad"},
-            "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, got 'adagrad'",
+            "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, sgdhd, nesterovhd, adamhd, adamwhd, "
+            "got 'adagrad'",
         ),
         ({"schedule": "linear"}, "schedule must be one of 'constant', 'cosine', got 'linear'"),
         ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),

@@ -16,13 +16,17 @@ LAYERS = """
 version errors types seeding
 data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
 data/folds data/holdout data/source data/fingerprint
-engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/population engine/batches
-engine/network engine/backprop engine/vmap engine/train engine/chunk engine/plan engine/workers
+engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
+engine/batches engine/network engine/backprop engine/vmap engine/train engine/chunk engine/plan engine/workers
 engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
+hypergradients/online hypergradients/inner hypergradients/coordinates hypergradients/guard hypergradients/unrolled
+hypergradients/differences hypergradients/memory hypergradients/arguments hypergradients/curvature
+hypergradients/module_training hypergradients/hypergradient hypergradients/population_training
+hypergradients/chunk hypergradients/plan hypergradients/implicit optim
 study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files
-search/distributions search/config search/spec search/space search/random
-options model_choice progress problem refit pipeline
+search/distributions search/config search/spec search/space search/random search/hypergradient
+options model_choice progress problem refit descend pipeline
 report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
 __main__
 """.split()
@@ -80,7 +84,8 @@ def test_a_public_name_stays_itself_whatever_is_imported():
 
 def test_the_signature_of_tune():
     expected = (
-        "model X y space n_trials include include_default cv groups scoring task class_weight sample_weight numbers "
-        "optimizer schedule max_epochs epoch timeout study device dtype memory workers random_state verbose"
+        "model X y space n_trials include include_default method cv groups scoring task class_weight "
+        "sample_weight numbers optimizer schedule max_epochs epoch timeout study device dtype memory workers "
+        "random_state verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected

@@ -36,6 +36,12 @@ class Job:
         """Whether the deadline has passed."""
         return self.deadline is not None and time.monotonic() > self.deadline
 
+    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
+        """Train one chunk and return its curves."""
+        begin = time.monotonic()
+        trained = train_chunk(self, data, chunk, progress)
+        return Outcome(chunk.index, trained.curves, trained.epochs, time.monotonic() - begin)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -45,13 +51,6 @@ class Outcome:
     curves: np.ndarray
     epochs: int
     seconds: float
-
-
-def run_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Outcome:
-    """Train one chunk and return its curves."""
-    begin = time.monotonic()
-    trained = train_chunk(job, data, chunk, progress)
-    return Outcome(chunk.index, trained.curves, trained.epochs, time.monotonic() - begin)
 
 
 def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Trained:

@@ -5,7 +5,7 @@ passes over the whole state at every step. Results do not depend on the cut beyo
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.population import Population, padded_width
 from gputune.errors import InputError
+from gputune.types import ONLINE
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
 _FREE_SHARE = 0.8  # of the GPU memory that is free
@@ -66,24 +67,28 @@ def make_plan(
     memory: int | None,
     workers: int | None,
     parameters: int = 0,
+    cost_of: Callable[[Population, "Cost"], "Cost"] | None = None,
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
-    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module.
+    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module. ``cost_of`` turns what a
+    trial costs in plain training into what it costs here; ``memory`` is then the only limit.
     """
-    limit = memory_limit(data, memory)
+    limit = memory_limit(data, memory) if cost_of is None or memory is None else memory
     pieces = []
     for population in populations:
         cost = trial_cost(population, data, parameters)
+        if cost_of is not None:
+            cost = cost_of(population, cost)
         whole = _Piece(population, cost, epochs)
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
     total = sum(piece.seconds for piece in pieces)
     if workers is None:
-        workers = _cores() if data.device.type == "cpu" and total > _WORKERS_PAY else 1
+        workers = cores() if data.device.type == "cpu" and total > _WORKERS_PAY else 1
     pieces = _balanced(pieces, workers)
     workers = min(workers, len(pieces))
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
-    threads = _cores() if workers == 1 and total > _THREADS_PAY else 1
+    threads = cores() if workers == 1 and total > _THREADS_PAY else 1
     return Plan(
         chunks=tuple(piece.chunk for piece in pieces),
         workers=workers,
@@ -136,13 +141,14 @@ def trial_cost(population: Population, data: Dataset, parameters: int = 0) -> Co
         1, len(batch_sizes)
     )
     dropout = 2 * rows * units if config["dropout"] else 0
+    buffers = _BUFFERS + (config["optimizer"] in ONLINE)  # one more: the last direction
     # Outputs on the validation rows, in the scores' working precision and once more for their terms.
     scored = 5 * max(len(fold.valid) for fold in data.folds) * data.n_outputs
     member_seconds = (
         _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
     )
     return Cost(
-        trial_bytes=folds * item * (_BUFFERS * size + activations + dropout) + item * scored,
+        trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
         trial_seconds=folds * steps * member_seconds,
         step_seconds=steps * layers * _STEP_SECONDS,
     )
@@ -193,5 +199,6 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

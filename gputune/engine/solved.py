@@ -22,17 +22,21 @@ def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], 
     begin = time.monotonic()
     part = [configs[i] for i in index]
     solution = solve_all(data, part)
+    curves = score_solution(data, len(part), solution, scoring)
+    return Outcome(tuple(index), curves, 1, time.monotonic() - begin)
+
+
+def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scoring) -> np.ndarray:
+    """Return the curves (C, 1, F) of so many trials on the validation rows of each fold."""
     coef, intercept = as_softmax(solution)
-    trials = len(part)
     scores = []
     for f, fold in enumerate(data.folds):
         own = slice(f * trials, (f + 1) * trials)
         x = data.x[data.copies[f], fold.valid]
-        scores.append(
-            scoring(data, f, torch.baddbmm(intercept[own, None], x.expand(trials, -1, -1), coef[own].mT))
-        )
-    curves = torch.stack(scores, 1).cpu().numpy()[:, None]
-    return Outcome(tuple(index), curves, 1, time.monotonic() - begin)
+        outputs = torch.baddbmm(intercept[own, None], x.expand(trials, -1, -1), coef[own].mT)
+        scores.append(scoring(data, f, outputs))
+    curves: np.ndarray = torch.stack(scores, 1).cpu().numpy()[:, None]
+    return curves
 
 
 def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:

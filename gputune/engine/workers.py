@@ -25,7 +25,7 @@ import torch
 from joblib.externals.loky import get_reusable_executor
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.chunk import Job, Outcome, Progress, run_chunk
+from gputune.engine.chunk import Job, Outcome, Progress
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
 
@@ -46,7 +46,7 @@ def run_chunks(
             for number, chunk in enumerate(plan.chunks):
                 if number and job.is_over():
                     break
-                on_outcome(run_chunk(job, data, chunk, progress))
+                on_outcome(job.run(data, chunk, progress))
         else:
             _run_with_workers(job, data, plan, progress, on_outcome)
 
@@ -64,7 +64,7 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
 
         try:
             while (chunk := queue.take()) is not None:
-                on_outcome(run_chunk(job, data, chunk, progress))
+                on_outcome(job.run(data, chunk, progress))
                 collect(queue.finished())
                 if job.is_over():
                     break
@@ -166,7 +166,8 @@ def _importable(name: str) -> bool:
 
 def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome:
     with computing(1):
-        return run_chunk(pickle.loads(packed), _load(path), chunk)
+        job: Job = pickle.loads(packed)
+        return job.run(_load(path), chunk)
 
 
 @functools.lru_cache(maxsize=1)

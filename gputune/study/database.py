@@ -16,7 +16,7 @@ from pathlib import Path
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 
 APPLICATION_ID = 0x67707475  # "gptu"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BUSY_SECONDS = 30.0
 PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON")
 
@@ -26,7 +26,7 @@ TABLES = {
     " checksum TEXT NOT NULL) STRICT",
     "results": "CREATE TABLE results (number INTEGER PRIMARY KEY REFERENCES trials (number), state TEXT NOT"
     " NULL, score BLOB NOT NULL, fold_scores BLOB NOT NULL, best_epoch INTEGER NOT NULL, seconds BLOB NOT"
-    " NULL, curve BLOB NOT NULL, checksum TEXT NOT NULL) STRICT",
+    " NULL, curve BLOB NOT NULL, detail TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
 }
 
 
@@ -194,6 +194,11 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
             raise StudyVersionError(
                 f"study {str(path)!r} has file format {version}, this gputune reads up to {FORMAT_VERSION}; "
                 "upgrade gputune to open it."
+            )
+        if version == 1:
+            raise StudyVersionError(
+                f"study {str(path)!r} has file format 1, of a gputune before its first release; search again with "
+                "another path."
             )
         verdict = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
         if verdict != ["ok"]:

@@ -14,6 +14,7 @@ _IDENTITY = {
     "optimizer": "optimizer",
     "schedule": "schedule",
     "space": "space",
+    "method": "method",
     "task": "task",
     "fingerprint": "data",
     "numbers": "numbers",

@@ -9,7 +9,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -31,7 +31,8 @@ class Candidate:
 
     number: int
     params: dict[str, Any]
-    origin: str  # "default", "include" or the search method that drew it
+    origin: str | tuple[int, int]
+    """"default", "include" or "random"; a point of a descent has (trial number of its start, outer step from 1)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,7 @@ class Result:
     best_epoch: int
     seconds: float
     curve: Curve  # (epochs, F)
+    detail: Mapping[str, Any] = field(default_factory=dict)  # what the search method keeps of it
 
     def __post_init__(self) -> None:
         if self.state not in get_args(State):
@@ -98,7 +100,8 @@ class Store:
     def add_trials(self, rows: Iterable[Candidate]) -> None:
         """Write candidates, all or none. Raises InputError for a number that is taken."""
         texts = [
-            (int(row.number), to_json(row.params, name=f"trial {row.number}"), row.origin) for row in rows
+            (int(row.number), to_json(row.params, name=f"trial {row.number}"), _origin_text(row.origin))
+            for row in rows
         ]
         self._insert("INSERT INTO trials VALUES (?, ?, ?, ?)", texts)
 
@@ -117,10 +120,11 @@ class Store:
                 int(result.best_epoch),
                 _pack([result.seconds]),
                 _pack(result.curve),
+                to_json(result.detail, name=f"detail of trial {result.number}"),
             )
             for result in results
         ]
-        self._insert("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self._insert("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def trials(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate in order of its number, with its result or None where it still waits.
@@ -129,7 +133,7 @@ class Store:
         """
         query = (
             "SELECT t.number, t.params, t.origin, t.checksum, r.number, r.state, r.score, r.fold_scores,"
-            " r.best_epoch, r.seconds, r.curve, r.checksum"
+            " r.best_epoch, r.seconds, r.curve, r.detail, r.checksum"
             " FROM trials t LEFT JOIN results r ON r.number = t.number ORDER BY t.number"
         )
         return [(self._candidate(*row[:4]), self._result(*row[4:])) for row in self._read(query)]
@@ -148,7 +152,7 @@ class Store:
 
     def _candidate(self, number: int, params: str, origin: str, checksum: str) -> Candidate:
         value = self._value(f"trial {number}", checksum, params, number, params, origin)
-        return Candidate(number, value, origin)
+        return Candidate(number, value, _origin(origin))
 
     def _result(self, number: int | None, *row: Any) -> Result | None:
         if number is None:
@@ -156,7 +160,7 @@ class Store:
         what = f"the result of trial {number}"
         *values, checksum = row
         self._verify(what, checksum, number, *values)
-        state, score, fold_scores, best_epoch, seconds, curve = values
+        state, score, fold_scores, best_epoch, seconds, curve, detail = values
         folds = _unpack(fold_scores)
         try:
             return Result(
@@ -167,6 +171,7 @@ class Store:
                 best_epoch=best_epoch,
                 seconds=_unpack(seconds).item(),
                 curve=_unpack(curve).reshape(-1, len(folds)),
+                detail=from_json(detail),
             )
         except ValueError as error:
             raise damaged(self.path, f"{what} cannot be read ({error})") from error
@@ -198,6 +203,15 @@ class Store:
                         f"{'was never added' if never_added else 'is there already and is never replaced'}; "
                         "nothing was written. Two processes may be at work on one study, or it is another one."
                     ) from error
+
+
+def _origin_text(origin: str | tuple[int, int]) -> str:
+    return origin if isinstance(origin, str) else "{}:{}".format(*origin)
+
+
+def _origin(text: str) -> str | tuple[int, int]:
+    start, colon, step = text.partition(":")
+    return (int(start), int(step)) if colon and start.isdigit() and step.isdigit() else text
 
 
 def _pack(values: Sequence[float] | Curve) -> bytes:

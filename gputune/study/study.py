@@ -2,8 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,7 +32,9 @@ class Trial:
     score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has run
     best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
     seconds      time of its training; members train together, so it is the trial's share of its chunk
-    origin       "default", "include", or the method that drew it
+    origin       "default", "include" or "random"; in a study by hypergradients (start, outer step), the start being the
+                 number of the trial it began with, which is outer step 0
+    detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...
     """
 
     number: int
@@ -42,7 +44,8 @@ class Trial:
     best_epoch: int
     state: TrialState
     seconds: float
-    origin: str
+    origin: str | tuple[int, int]
+    detail: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def std_error(self) -> float:
@@ -96,7 +99,8 @@ class Study:
         cls, meta: dict[str, Any], rows: Sequence[tuple[Candidate, Result | None]], *, data: Any = None
     ) -> "Study":
         """Return the study of these candidates, in this order, and of the results that there are so far."""
-        trials = tuple(_trial(*row) for row in rows)
+        descent = meta.get("method", "random") != "random"
+        trials = tuple(_trial(*row, descent=descent) for row in rows)
         return cls(meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data)
 
     @property
@@ -172,7 +176,9 @@ class Study:
             columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
         columns["best_epoch"] = [t.best_epoch for t in trials]
         columns["seconds"] = [t.seconds for t in trials]
-        columns["origin"] = [t.origin for t in trials]
+        columns["origin"] = [
+            t.origin if isinstance(t.origin, str) else "start {}, step {}".format(*t.origin) for t in trials
+        ]
         for name in dict.fromkeys(name for t in trials for name in t.params):
             columns[f"params_{name}"] = [t.params.get(name) for t in trials]
         return columns
@@ -216,13 +222,22 @@ def _kinds(values: list[Any]) -> set[type]:
     return {type(value) for value in values if value is not None}
 
 
-def _trial(candidate: Candidate, result: Result | None) -> Trial:
+def _trial(candidate: Candidate, result: Result | None, *, descent: bool) -> Trial:
     number, params, origin = candidate.number, dict(candidate.params), candidate.origin
+    if descent and isinstance(origin, str):
+        origin = (number, 0)
     if result is None:
         return Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin)
-    scores = tuple(result.fold_scores)
     return Trial(
-        number, params, result.score, scores, result.best_epoch, result.state, result.seconds, origin
+        number=number,
+        params=params,
+        score=result.score,
+        fold_scores=tuple(result.fold_scores),
+        best_epoch=result.best_epoch,
+        state=result.state,
+        seconds=result.seconds,
+        origin=origin,
+        detail=dict(result.detail),
     )
 
 

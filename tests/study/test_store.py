@@ -93,7 +93,7 @@ def test_settings_of_the_file(path):
     with Store.create(path, {}) as store:
         pragma = lambda name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: E731
         assert pragma("application_id") == int.from_bytes(b"gptu", "big")
-        assert pragma("user_version") == 1
+        assert pragma("user_version") == 2
         assert pragma("journal_mode") == "wal"
         assert pragma("synchronous") == 2  # FULL
         assert pragma("busy_timeout") == 30_000
@@ -275,10 +275,11 @@ def test_files_that_are_no_study_of_this_version(path):
     ("statement", "error", "message"),
     [
         (
-            "PRAGMA user_version = 2",
+            "PRAGMA user_version = 3",
             StudyVersionError,
-            "file format 2, this gputune reads up to 1; upgrade gputune",
+            "file format 3, this gputune reads up to 2; upgrade gputune",
         ),
+        ("PRAGMA user_version = 1", StudyVersionError, "format 1, of a gputune before its first release"),
         ("PRAGMA user_version = 0", StudyCorruptError, "its tables are not those of a study"),
         ("DROP TABLE results", StudyCorruptError, "its tables are not those of a study"),
         ("CREATE VIEW v AS SELECT 1", StudyCorruptError, "its tables are not those of a study"),

@@ -1,0 +1,253 @@
+"""The search by hypergradients at work: all starts descend at once, and every point on the way is a trial."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset
+from gputune.engine.chunk import Outcome
+from gputune.engine.optim import BETA1, BETA2
+from gputune.engine.plan import parse_memory
+from gputune.engine.population import complete, populations
+from gputune.engine.scoring import Scoring
+from gputune.engine.solved import score_solution
+from gputune.engine.workers import run_chunks
+from gputune.errors import InputError
+from gputune.hypergradients.arguments import hyperparameters_of
+from gputune.hypergradients.chunk import HypergradientJob, Slopes
+from gputune.hypergradients.coordinates import to_coordinate
+from gputune.hypergradients.implicit import implicit_chunk
+from gputune.hypergradients.plan import plan_chunks
+from gputune.model_choice import ModelChoice
+from gputune.options import Options
+from gputune.progress import Progress
+from gputune.search.hypergradient import Bounds, Descent, Hypergradient, Slope, slope_at
+from gputune.search.space import Space
+from gputune.study.ledger import Ledger
+from gputune.study.score import score_curve
+from gputune.study.store import Candidate, Result
+from gputune.types import ONLINE, Config
+
+SlopeMode = Literal["exact", "differences"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that the evaluation of a point needs, whichever point it is."""
+
+    data: Dataset
+    scoring: Scoring
+    method: Hypergradient
+    names: tuple[str, ...]
+    choice: ModelChoice
+    options: Options
+    deadline: float | None
+    progress: Progress
+
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
+    """Return the hyperparameters that are descended on; the solved logistic regression has C alone.
+
+    Raises InputError for one that the model has not.
+    """
+    names = tuple(method.hyperparameters)
+    if not choice.solved:
+        if "C" in names:
+            raise InputError(
+                "Hypergradient(hyperparameters=...): only the logistic regression solved with optimizer='exact' has "
+                f"'C', got {names!r}; descend on 'weight_decay'."
+            )
+        return names
+    if names not in (("lr",), ("C",)) or method.segments > 1 or method.per_layer:
+        raise InputError(
+            "Hypergradient: the solved logistic regression has C alone, without segments or layers, got "
+            f"hyperparameters={names!r}, segments={method.segments}, per_layer={method.per_layer}; leave them out, or "
+            "train it with optimizer='adamw'."
+        )
+    return ("C",)
+
+
+def descend(ledger: Ledger, space: Space, evaluation: Evaluation) -> None:
+    """Let every start of the ledger descend, outer step by outer step; finished points are kept at once.
+
+    Points that the ledger has already are not trained again, so that a search goes on where it was stopped.
+    """
+    starts = [c for c in ledger.candidates if isinstance(c.origin, str)]
+    configs = {c.number: _complete(c.params, evaluation) for c in starts}
+    _check_starts(configs, evaluation)
+    bounds = _bounds(space, evaluation.names)
+    paths = {
+        number: Descent(evaluation.method, evaluation.names, config, bounds)
+        for number, config in configs.items()
+    }
+    known = {c.origin: c for c in ledger.candidates}
+    points = {c.number: c for c in starts}  # of each start that still descends, where it stands
+    outer = evaluation.method.outer_steps
+    with evaluation.progress.bar_over(len(starts) * (outer + 1), _epochs(evaluation)):
+        for step in range(outer + 1):
+            _evaluate_all(ledger, points, paths, evaluation)
+            points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
+            if not points or evaluation.is_over():
+                return
+
+
+def _evaluate_all(
+    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], evaluation: Evaluation
+) -> None:
+    """Evaluate the points that have no result yet: those with exact slopes together, then the others."""
+    for mode in ("exact", "differences"):
+        waiting = [
+            point
+            for start, point in points.items()
+            if point.number not in ledger.results and paths[start].mode == mode
+        ]
+        if waiting and evaluation.choice.solved:
+            _solve(ledger, waiting, evaluation)
+        elif waiting:
+            _train(ledger, waiting, mode, evaluation)
+
+
+def _moved(
+    ledger: Ledger,
+    points: dict[int, Candidate],
+    paths: dict[int, Descent],
+    known: dict[str | tuple[int, int], Candidate],
+    step: int,
+) -> dict[int, Candidate]:
+    """Return the next points of the starts that go on, each a trial of the ledger."""
+    following: dict[int, Candidate] = {}
+    new: list[Candidate] = []
+    number = 1 + max(candidate.number for candidate in ledger.candidates)
+    for start, point in points.items():
+        result, path = ledger.results.get(point.number), paths[start]
+        if result is None or not result.detail:  # the deadline came first
+            continue
+        path.move(Slope.from_detail(result.detail))
+        if path.ended:
+            continue
+        candidate = known.get((start, step))
+        if candidate is None:
+            params = {**point.params, **{name: path.config[name] for name in path.names}}
+            candidate = Candidate(number + len(new), params, (start, step))
+            new.append(candidate)
+        path.config |= candidate.params
+        following[start] = candidate
+    ledger.add(new)
+    return following
+
+
+def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, evaluation: Evaluation) -> None:
+    data, options, choice = evaluation.data, evaluation.options, evaluation.choice
+    configs = [_complete(point.params, evaluation) for point in points]
+    epochs = options.max_epochs
+    job = HypergradientJob(
+        options.random_state,
+        epochs,
+        epochs,
+        evaluation.scoring,
+        choice.module_class,
+        evaluation.deadline,
+        wanted=evaluation.names,
+        segments=evaluation.method.segments,
+        per_layer=evaluation.method.per_layer,
+        mode=mode,
+    )
+    groups = populations(configs, choice.kind, rows=max(len(fold.train) for fold in data.folds))
+    workers = None if options.workers == "auto" else int(options.workers)
+    plan, job = plan_chunks(groups, data, job, memory=parse_memory(options.memory), workers=workers)
+
+    def keep(outcome: Outcome) -> None:
+        assert isinstance(outcome, Slopes)
+        ledger.finish([_result(points[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)])
+        evaluation.progress.finished(len(outcome.index))
+
+    run_chunks(job, data, plan, progress=evaluation.progress.advance, on_outcome=keep)
+
+
+def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
+    """The result of a point: its score is that of the last epoch, whose loss is descended."""
+    curve = outcome.curves[c]
+    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule="last")
+    share = outcome.seconds / len(outcome.index)
+    detail = {}
+    if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
+        slopes = {name: table[c] for name, table in outcome.slopes.items()}
+        detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
+    return Result(point.number, state, score, fold_scores, best_epoch, share, curve, detail)
+
+
+def _solve(ledger: Ledger, points: list[Candidate], evaluation: Evaluation) -> None:
+    """Solve all points in all folds at once, and differentiate the solutions."""
+    begin, data = time.monotonic(), evaluation.data
+    configs = [_complete(point.params, evaluation) for point in points]
+    memory = parse_memory(evaluation.options.memory)
+    solution, found = implicit_chunk(data, configs, memory=memory)
+    curves = score_solution(data, len(points), solution, evaluation.scoring)
+    losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (found.value, found.gradient))
+    outcome = Slopes(
+        tuple(range(len(points))),
+        curves,
+        1,
+        time.monotonic() - begin,
+        losses,
+        {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]},
+        np.zeros(losses.shape),
+    )
+    evaluation.progress.advance(len(points), curves)
+    ledger.finish([_result(points[i], configs[i], i, outcome, "exact") for i in outcome.index])
+    evaluation.progress.finished(len(points))
+
+
+def _complete(params: Config, evaluation: Evaluation) -> Config:
+    options = evaluation.options
+    defaults = {"beta1": BETA1, "beta2": BETA2}
+    return defaults | complete(params, optimizer=evaluation.choice.optimizer, schedule=options.schedule)
+
+
+def _epochs(evaluation: Evaluation) -> int:
+    return 1 if evaluation.choice.solved else evaluation.options.max_epochs
+
+
+def _check_starts(configs: dict[int, Config], evaluation: Evaluation) -> None:
+    """Refuse, before anything trains, a start that cannot move."""
+    for number, config in configs.items():
+        optimizer = config["optimizer"]
+        if optimizer in ONLINE:
+            raise InputError(
+                f"method='hypergradient' differentiates sgd, nesterov, adam and adamw, got optimizer={optimizer!r} in "
+                f"trial {number}, which adapts its rate itself; choose one of those."
+            )
+        for name in evaluation.names:
+            if not evaluation.choice.solved and name not in hyperparameters_of(optimizer):
+                raise InputError(
+                    f"Hypergradient(hyperparameters=...): {optimizer} has no {name!r}, and trial {number} uses it; "
+                    f"choose from {', '.join(hyperparameters_of(optimizer))}."
+                )
+            if not np.isfinite(float(to_coordinate(name, torch.tensor(float(config[name]))))):
+                raise InputError(
+                    f"method='hypergradient' moves {name!r} in its logarithm and cannot start from "
+                    f"{config[name]:g}, as trial {number} does; put {name!r} in the space with values above 0"
+                    f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters, and leave out the "
+                    "default configuration with include_default=False where it is the one."
+                )
+
+
+def _bounds(space: Space, names: Sequence[str]) -> Bounds:
+    """Return the range of the distributions that a space draws a hyperparameter from: what it may move in."""
+    bounds: dict[str, tuple[float, float]] = {}
+    for alternative in space:
+        for name in names:
+            support = getattr(alternative.get(name), "support", None)  # lists have none
+            if support is not None:
+                low, high = map(float, support())
+                old = bounds.get(name, (low, high))
+                bounds[name] = (min(low, old[0]), max(high, old[1]))
+    return bounds
