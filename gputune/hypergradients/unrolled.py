@@ -6,7 +6,9 @@ along, Z <- A Z + B, one Hessian-vector product a step and hyperparameter, and n
 (Franceschi et al. 2017, Forward-HG). Both differentiate the rules of engine/optim.py, and agree to rounding.
 """
 
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -96,7 +98,7 @@ def reverse(
             weights = end.weights.detach()
             with torch.enable_grad():
                 value = training.validation(end.weights)
-            found = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
+                found = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
             total = list(found[: len(wanted)])
         else:
             outputs = [end.weights, *end.moments]
@@ -139,8 +141,8 @@ def _record(
         gradient = slope(training, state.weights, step, graph=True)
         amplification.watch(state.weights)
         clock = training.clock(step)
-        rates = rates_at(tables, clock, training.totals, training.layer)
         with torch.enable_grad():
+            rates = rates_at(tables, clock, training.totals, training.layer)
             state = update(optimizer, state, gradient, rates, active_rows(clock, gradient))
         if watch is not None:
             watch(step + 1, state.weights.detach())
@@ -174,12 +176,13 @@ class _Amplification:
         weights.register_hook(look)  # type: ignore[no-untyped-call]
 
     def ratio(self, like: Tensor) -> Tensor:
-        """Return the largest ratio (P,); 0 where the loss does not depend on the weights at all."""
+        """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the weights at all."""
         largest, final = (
             torch.as_tensor(weight, dtype=like.dtype, device=like.device).expand(len(like))
             for weight in (self.largest, self.final)
         )
-        return torch.where((final == 0) & (largest == 0), torch.zeros_like(largest), largest / final)
+        ratio = torch.maximum(largest, final) / final
+        return torch.where((final == 0) & (largest == 0), torch.zeros_like(ratio), ratio)
 
 
 def forward(
@@ -191,6 +194,7 @@ def forward(
     watch: Watch | None = None,
 ) -> Hypergradients:
     """Return the hypergradients of ``wanted`` by carrying a tangent of the state along for each of their entries."""
+    _load_dual_numbers()
     state = first_state(training, optimizer)
     # Those of the first segments first: at every step, the ones that have begun are a prefix.
     columns = sorted(
@@ -294,6 +298,14 @@ def _product(gradient: Tensor, weights: Tensor, tangent: Tensor) -> Tensor:
         return torch.zeros_like(tangent)
     (product,) = torch.autograd.grad(gradient, weights, tangent, retain_graph=True, materialize_grads=True)
     return product
+
+
+@functools.cache
+def _load_dual_numbers() -> None:
+    """Let torch load what its first dual number makes it load, with a warning that is meant for torch alone."""
+    with warnings.catch_warnings(), dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        _dual(torch.zeros(1), torch.zeros(1))
 
 
 def _copies(tensor: Tensor, number: int) -> Tensor:

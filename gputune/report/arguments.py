@@ -80,14 +80,42 @@ def _add_search(group: Any) -> None:
         help="do not run the default configuration, which may lie outside of --space",
     )
     group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
-    group.add_argument("--scoring", metavar="NAME", help="a scikit-learn scorer name (accuracy, or r2)")
+    group.add_argument(
+        "--method", choices=["random", "hypergradient"], default="random",
+        help="hypergradient: every drawn configuration descends on its validation loss (random)",
+    )  # fmt: skip
+    group.add_argument(
+        "--descend-on", nargs="+", metavar="KEY",
+        help="with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, beta2",
+    )  # fmt: skip
+    group.add_argument(
+        "--outer-steps",
+        type=_whole(1),
+        metavar="N",
+        help="with --method hypergradient: steps of a descent (10)",
+    )
+    group.add_argument(
+        "--segments", type=_whole(1), metavar="S",
+        help="with --method hypergradient: so many values of each over the time of training (1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--per-layer", action="store_true", default=None,
+        help="with --method hypergradient: values of its own for each layer",
+    )  # fmt: skip
+    group.add_argument(
+        "--scoring",
+        metavar="NAME",
+        help="a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended)",
+    )
     group.add_argument(
         "--space", nargs="+", action="extend", default=[], metavar="KEY=SPEC",
         help="what to search: width=32,64 is a list, width=16..256 all integers between, lr=1e-4..1e-1:log is "
         "log-uniform, dropout=0..0.5 uniform, depth=3 fixed",
     )  # fmt: skip
     group.add_argument(
-        "--optimizer", metavar="O", help="adamw (default), adam, sgd, nesterov; logistic: exact"
+        "--optimizer",
+        metavar="O",
+        help="adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; logistic: exact",
     )
     group.add_argument("--schedule", default="constant", metavar="S", help="constant (default) or cosine")
     group.add_argument(

@@ -55,6 +55,7 @@ def _understood(ending: Ending, width: int) -> str:
         ("Columns", _columns(ending)),
         ("Task", _task(ending.study)),
         ("Search", _search(ending.study)),
+        *_descent(ending.study),
     ]
     return _labelled([*lines, *(("Note", note) for note in meta["notes"])], width)
 
@@ -82,6 +83,23 @@ def _search(study: Study) -> str:
         return f"{meta['model']}, solved to convergence; {size}"
     rule = meta["optimizer"] if meta["schedule"] == "constant" else f"{meta['optimizer']}, {meta['schedule']}"
     return f"{clean(meta['model'])} trained with {rule}; {size} x {count(meta['max_epochs'], 'epoch')}"
+
+
+def _descent(study: Study) -> list[tuple[str, str]]:
+    """What a search by hypergradients did: its starts and points, and where the guard acted."""
+    method = study.meta["method"]
+    if isinstance(method, str):
+        return []
+    names = "C" if study.meta["optimizer"] == "exact" else ", ".join(method["hyperparameters"])
+    starts = sum(trial.origin[1] == 0 for trial in study.trials)
+    steps = count(method["outer_steps"], "outer step")
+    text = f"on {names} from {count(starts, 'start')}, at most {steps} each"
+    guarded = study.guarded
+    if guarded["chaotic"]:
+        text += f"; the slope was noise at {count(guarded['chaotic'], 'point')}"
+    if guarded["differences"]:
+        text += f"; taken by wide finite differences at {count(guarded['differences'], 'point')}"
+    return [("Descent", text)]
 
 
 def _best_trials(ending: Ending, width: int) -> str:
@@ -115,7 +133,7 @@ def _scores(ending: Ending, width: int) -> str:
 
 def _unfinished(study: Study) -> str:
     epochs = study.meta["max_epochs"]
-    if study.best_trial.best_epoch == epochs > 1:
+    if study.meta["method"] == "random" and study.best_trial.best_epoch == epochs > 1:
         return f" It was best after the last of {epochs} epochs: more of them may be better."
     return ""
 

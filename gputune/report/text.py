@@ -26,9 +26,14 @@ def clean(value: object, *, keep: str = "") -> str:
 
 
 def short(value: Any) -> str:
-    """Return a hyperparameter's value as text: four digits of a float, the name of a function or class."""
+    """Return a hyperparameter's value as text: four digits of a float, the name of a function or class.
+
+    Values for the segments (and layers) of a training are lists of such numbers.
+    """
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(short, value))}]"
     return clean(getattr(value, "__name__", value))
 
 

@@ -16,6 +16,7 @@ from gputune.options import Options
 from gputune.pipeline import search
 from gputune.report.closing import Ending, closing_text
 from gputune.report.held_out import held_out_score
+from gputune.search.hypergradient import Hypergradient
 from gputune.search.spec import parse_specs
 from gputune.study.study import Study
 
@@ -75,9 +76,28 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         cv=parse_cv(arguments.cv),
         max_epochs=arguments.epochs,
         random_state=arguments.seed,
+        method=_method(arguments),
         study=study_file,
         **{name: getattr(arguments, name) for name in same},
     )
+
+
+def _method(arguments: argparse.Namespace) -> str | Hypergradient:
+    given = {
+        "hyperparameters": arguments.descend_on,
+        "outer_steps": arguments.outer_steps,
+        "segments": arguments.segments,
+        "per_layer": arguments.per_layer,
+    }
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if arguments.method == "hypergradient":
+        return Hypergradient(**chosen)
+    if chosen:
+        raise InputError(
+            "--descend-on, --outer-steps, --segments and --per-layer belong to --method hypergradient, got --method "
+            f"{arguments.method}; leave them out, or choose that method."
+        )
+    return "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

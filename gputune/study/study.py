@@ -124,6 +124,19 @@ class Study:
         """The score of ``best_trial``. Optimistic: it is the best of many on the folds that chose it."""
         return self.best_trial.score
 
+    @property
+    def guarded(self) -> dict[str, int]:
+        """Points of a search by hypergradients at which the guard acted, by what it did.
+
+        "chaotic": the slope was noise, and the start stepped down; "differences": taken by wide finite differences.
+        """
+        details = [trial.detail for trial in self.trials if trial.detail]
+        exact = [detail for detail in details if detail.get("mode") == "exact"]
+        return {
+            "chaotic": sum(not detail["usable"] for detail in exact),
+            "differences": sum(detail.get("mode") == "differences" for detail in details),
+        }
+
     def ranking(self) -> tuple[Trial, ...]:
         """The trials, best first; those without a finite score last; ties by number."""
         return tuple(sorted(self.trials, key=_rank))

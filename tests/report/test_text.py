@@ -36,6 +36,7 @@ def test_clean_keeps_what_it_is_told_to():
         (True, "True"),
         ("relu", "relu"),
         (nn.ReLU, "ReLU"),
+        ([[0.0012075633, 1e-5], [0.5, 2.0]], "[[0.001208, 1e-05], [0.5, 2]]"),
     ],
 )
 def test_short(value, shown):

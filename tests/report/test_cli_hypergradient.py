@@ -1,0 +1,73 @@
+"""``gputune tune --method hypergradient``: what it takes, what it says, what it leaves."""
+
+import json
+
+import pytest
+
+import gputune
+from command_line import FAST, run
+
+SHORT = ["--space", "lr=0.001..0.1:log", "width=8", "batch_size=16", *FAST]
+DESCENT = ["--method", "hypergradient", "--segments", "2", "--per-layer", "--outer-steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def descended(tmp_path_factory):
+    out = tmp_path_factory.mktemp("descended") / "out"
+    code, text, err = run("tune", "sklearn:iris", *DESCENT, "--out", out, *SHORT)
+    assert (code, err) == (0, "")
+    return out, text
+
+
+def test_the_closing_text_counts_starts(descended):
+    out, text = descended
+    study = gputune.Study.open(out / "study.db")
+    assert "Descent  on lr from 3 starts, at most 3 outer steps each\n" in text
+    assert f"The best {min(5, len(study.trials))} of {len(study.trials)} trials by log_loss" in text
+    assert "more of them may be better" not in text
+    assert {trial.origin[0] for trial in study.trials} == {0, 1, 2}
+
+
+def test_the_best_parameters_can_be_copied(descended):
+    out, _ = descended
+    code, text, _ = run("best", out, "--format", "json")
+    best = json.loads(text)
+    assert code == 0 and best["params"]["lr"] == gputune.Study.open(out / "study.db").best_params["lr"]
+    code, text, _ = run("trials", out)
+    assert code == 0 and "lr" in text
+
+
+def test_the_saved_model_has_the_rates(descended):
+    out, _ = descended
+    model = gputune.load_model(out / "model")
+    assert model.info["params"]["lr"] == gputune.Study.open(out / "study.db").best_params["lr"]
+
+
+def test_chaos_is_counted_in_the_closing_text(tmp_path):
+    code, text, _ = run(
+        "tune", "sklearn:iris", "--method", "hypergradient", "--optimizer", "sgd", "--space", "lr=30",
+        "momentum=0.9", "width=8", "depth=1", "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3",
+        "--trials", "1", "--no-default", "--workers", "1", "--quiet", "--out", tmp_path / "out",
+    )  # fmt: skip
+    guarded = gputune.Study.open(tmp_path / "out" / "study.db").guarded
+    assert code == 0 and guarded["chaotic"] and guarded["differences"]
+    flat = " ".join(text.split())
+    assert f"the slope was noise at {guarded['chaotic']} point" in flat
+    assert f"taken by wide finite differences at {guarded['differences']} point" in flat
+
+
+@pytest.mark.parametrize(
+    "option", [["--segments", "2"], ["--per-layer"], ["--descend-on", "lr"], ["--outer-steps", "2"]]
+)
+def test_options_of_the_other_method_are_refused(tmp_path, option):
+    code, _, err = run("tune", "sklearn:iris", *option, "--out", tmp_path / "out", *SHORT)
+    assert code == 2 and "belong to --method hypergradient, got --method random" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_values_exit_with_2(tmp_path):
+    arguments = ["tune", "sklearn:iris", "--method", "hypergradient", "--out", tmp_path / "out", *SHORT]
+    code, _, err = run(*arguments, "--descend-on", "width")
+    assert code == 2 and "must be some of lr, momentum, weight_decay, beta1, beta2" in err
+    code, _, err = run(*arguments, "--descend-on", "momentum")
+    assert code == 2 and "adamw has no 'momentum'" in err

@@ -1,0 +1,188 @@
+"""How one start of a descent moves: steps, flips, noise, chaos, bounds."""
+
+import math
+
+import numpy as np
+import pytest
+
+import gputune
+from gputune.errors import InputError
+from gputune.search.hypergradient import Descent, Hypergradient, Slope, slope_at
+
+
+def slope(value, *, error=0.0, usable=True, loss=1.0, mode="exact", name="lr"):
+    table = np.atleast_2d(np.asarray(value, dtype=float))
+    return Slope(loss, {name: table}, {name: np.full(table.shape, error)}, usable, 1.0, mode)
+
+
+def start(value=0.01, *, name="lr", bounds=None, **options):
+    method = Hypergradient(hyperparameters=(name,), **options)
+    return Descent(method, (name,), {name: value, "width": 8}, bounds or {})
+
+
+def logs(descent, name="lr"):
+    return np.log(np.asarray(descent.config[name]))
+
+
+def test_a_step_goes_against_the_sign_and_halves_on_a_flip():
+    path = start(first_step=1.0)
+    places = [logs(path)]
+    for sign in (-3.0, -0.1, 0.2, 5.0, -1.0):
+        path.move(slope(sign))
+        places.append(logs(path))
+    np.testing.assert_allclose(np.diff(places), [1, 1, -0.5, -0.5, 0.25], rtol=1e-12)
+
+
+def test_the_default_first_step_depends_on_the_number_of_values():
+    for value, first in ((1.0, 1.5), ([[1.0], [1.0]], 1.0)):
+        path = start()
+        before = logs(path)
+        path.move(slope(value))
+        np.testing.assert_allclose(before - logs(path), first, rtol=1e-12)
+
+
+def test_a_number_becomes_one_for_each_segment_and_layer():
+    path = start()
+    path.move(slope([[1.0, -1.0], [-1.0, 1.0], [1.0, 1.0]]))
+    assert np.shape(path.config["lr"]) == (3, 2)
+    path = start()
+    path.move(slope([[1.0], [-1.0]]))
+    assert np.shape(path.config["lr"]) == (2,)
+    assert path.config["width"] == 8
+
+
+def test_a_slope_within_its_standard_error_moves_nothing():
+    path = start(first_step=1.0)
+    path.move(slope([[1.0], [0.5]], error=0.7))
+    np.testing.assert_allclose(logs(path) - math.log(0.01), [-1, 0], atol=1e-12)
+    assert not path.ended
+    path.move(slope([[0.1], [0.5]], error=0.7))
+    assert path.ended  # nothing moves: the next training would be the same again
+
+
+def test_a_descent_ends_when_its_steps_are_short():
+    path = start(first_step=1.0, smallest_step=0.2)
+    for sign in (1, -1, 1, -1):
+        assert not path.ended
+        path.move(slope(sign))
+    assert path.ended
+
+
+def test_the_sign_steps_find_the_minimum_of_a_quadratic():
+    path, target = start(first_step=1.0, outer_steps=40), math.log(0.37)
+    while not path.ended:
+        path.move(slope(float(logs(path)) - target))
+    assert abs(float(logs(path)) - target) < 0.1
+
+
+def test_normalized_steps_have_one_length_and_shorten_when_the_loss_rises():
+    path = start(step="normalized", first_step=1.0)
+    path.move(slope([[3.0], [4.0]], loss=1.0))
+    np.testing.assert_allclose(logs(path) - math.log(0.01), [-0.6, -0.8], rtol=1e-12)
+    before = logs(path)
+    path.move(slope([[3.0], [4.0]], loss=2.0))
+    np.testing.assert_allclose(logs(path) - before, [-0.06, -0.08], rtol=1e-9)
+
+
+def test_momentum_moves_in_the_logit_and_never_leaves_its_range():
+    path = start(0.9, name="momentum", first_step=3.0)
+    for _ in range(5):
+        path.move(slope(-1.0, name="momentum"))
+    assert 0.9 < path.config["momentum"] < 1
+    path.move(slope(1.0, name="momentum"))
+    assert 0.9 < path.config["momentum"] < 1
+
+
+def test_the_range_of_a_distribution_holds_the_values():
+    path = start(0.01, bounds={"lr": (0.005, 0.02)}, first_step=2.0)
+    path.move(slope(1.0))
+    assert path.config["lr"] == pytest.approx(0.005)
+    path.move(slope(1.0))
+    assert path.ended  # it cannot go further that way
+
+
+def test_chaos_steps_the_rate_down_then_turns_to_finite_differences():
+    path = start(1.0, first_step=1.0)
+    path.move(slope(-50.0, usable=False))  # whatever the sign of noise says
+    assert float(logs(path)) == pytest.approx(-1)
+    assert path.mode == "exact"
+    path.move(slope(math.nan, usable=False))
+    assert float(logs(path)) == pytest.approx(-2)
+    assert path.mode == "differences"
+    path.move(slope(-1.0, mode="differences"))
+    assert float(logs(path)) == pytest.approx(-1.5)  # the sign has flipped
+    assert path.mode == "differences"
+
+
+def test_chaos_where_the_rate_is_not_searched_looks_at_the_same_point_by_finite_differences():
+    path = start(0.01, name="weight_decay")
+    path.move(slope(math.inf, usable=False, name="weight_decay"))
+    assert (
+        not path.ended and path.mode == "differences" and path.config["weight_decay"] == pytest.approx(0.01)
+    )
+    path.move(slope(math.nan, usable=False, name="weight_decay", mode="differences"))
+    assert path.ended
+
+
+def test_slope_at_is_the_fold_mean_in_the_coordinate_with_its_standard_error():
+    table = np.array([1.0, 2.0, 3.0])[:, None, None]  # (F, S, L)
+    found = slope_at({"lr": 0.1}, np.array([1.0, 2.0, 6.0]), {"lr": table}, np.ones(3), "exact")
+    assert found.loss == 3.0 and found.usable
+    np.testing.assert_allclose(found.slopes["lr"], 0.2)
+    np.testing.assert_allclose(found.errors["lr"], 0.1 / math.sqrt(3))
+    found = slope_at({"momentum": 0.8}, np.ones(1), {"momentum": table[:1]}, np.ones(1), "exact")
+    np.testing.assert_allclose(found.slopes["momentum"], 0.8 * 0.2)
+    assert np.isnan(found.errors["momentum"]).all()
+
+
+@pytest.mark.parametrize(
+    ("losses", "gradient", "ratio", "mode", "usable"),
+    [
+        (1.0, 1.0, 1.0, "exact", True),
+        (1.0, 1.0, 101.0, "exact", False),
+        (1.0, 1.0, math.nan, "exact", False),
+        (1.0, math.nan, 1.0, "exact", False),
+        (math.inf, 1.0, 1.0, "exact", False),
+        (1.0, 1.0, 1e9, "differences", True),
+        (1.0, math.nan, 1.0, "differences", False),
+    ],
+)
+def test_what_makes_a_slope_usable(losses, gradient, ratio, mode, usable):
+    """One fold that is noise spoils the mean."""
+    table = np.array([1.0, gradient])[:, None, None]
+    found = slope_at({"lr": 0.1}, np.array([1.0, losses]), {"lr": table}, np.array([1.0, ratio]), mode)
+    assert found.usable is usable
+
+
+def test_a_slope_survives_the_study():
+    first = slope([[1.0, math.inf], [math.nan, -0.0]], error=0.3, usable=False, loss=math.nan)
+    again = Slope.from_detail(first.to_detail())
+    np.testing.assert_array_equal(again.slopes["lr"], first.slopes["lr"])
+    np.testing.assert_array_equal(again.errors["lr"], first.errors["lr"])
+    assert (again.usable, again.ratio, again.mode) == (False, 1.0, "exact") and math.isnan(again.loss)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"hyperparameters": ()},
+            r"must be some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)",
+        ),
+        ({"hyperparameters": ("lr", "lr")}, "each once"),
+        ({"hyperparameters": "width"}, r"got \('width',\)"),
+        ({"outer_steps": 0}, "outer_steps=...\\) must be an integer >= 1, got 0"),
+        ({"outer_steps": True}, "must be an integer >= 1, got True"),
+        ({"segments": 1.5}, "segments=...\\) must be an integer >= 1, got 1.5"),
+        ({"step": "adam"}, "must be 'sign' or 'normalized', got 'adam'"),
+        ({"first_step": 0}, "first_step=...\\) must be a finite number > 0, got 0"),
+        ({"smallest_step": math.inf}, "smallest_step=...\\) must be a finite number > 0, got inf"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        gputune.Hypergradient(**options)
+
+
+def test_one_name_may_stand_alone():
+    assert gputune.Hypergradient(hyperparameters="lr").hyperparameters == ("lr",)

@@ -1,0 +1,302 @@
+"""The search by hypergradients, through the public tune()."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from gputune.models import MLP
+from scipy.stats import loguniform
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from torch import nn
+
+import gputune
+import reference
+from gputune import descend
+from gputune.errors import InputError
+
+FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
+LR = {"lr": loguniform(1e-4, 1.0), "batch_size": [16], "width": [8], "activation": ["tanh"], "depth": [1]}
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris(return_X_y=True)
+
+
+class Net(nn.Module):
+    """A user's module."""
+
+    def __init__(self, n_features, n_outputs, hidden=6):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def paths(study):
+    """The trials of each start, in the order of its outer steps."""
+    found = {}
+    for trial in study.trials:
+        found.setdefault(trial.origin[0], []).append(trial)
+    assert all([t.origin[1] for t in path] == list(range(len(path))) for path in found.values())
+    return found
+
+
+def test_every_point_is_a_trial_and_the_best_so_far_is_returned(iris):
+    study = gputune.tune("mlp", *iris, space=LR, n_trials=3, method="hypergradient", **FAST)
+    found = paths(study)
+    assert sorted(found) == [0, 1, 2]
+    assert max(map(len, found.values())) > 1
+    assert study.meta["scoring"] == "neg_log_loss"
+    assert study.best_score == max(trial.score for trial in study.trials)
+    assert study.best_score > max(trial.score for trial in study.trials if trial.origin[1] == 0)
+    for trial in study.trials:
+        assert trial.best_epoch == 4  # the horizon, whose loss is descended
+        assert trial.detail["loss"] == pytest.approx(-trial.score, rel=1e-5)
+    assert study.guarded == {"chaotic": 0, "differences": 0}
+
+
+def test_the_slopes_of_the_study_are_those_of_its_losses(iris):
+    """Two studies of one fixed rate each, a little apart: the difference of their scores is the slope."""
+    common = {**FAST, "dtype": "float64", "n_trials": 1, "method": gputune.Hypergradient(outer_steps=1)}
+    first, up, down = (
+        gputune.tune("mlp", *iris, space={**LR, "lr": [0.01 * math.exp(h)]}, **common).trials[0]
+        for h in (0, 1e-5, -1e-5)
+    )
+    slope = (down.score - up.score) / 2e-5
+    assert first.detail["slope"]["lr"][0][0] == pytest.approx(slope, rel=1e-6)
+
+
+def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris):
+    """The refit equals a plain loop with a parameter group for each layer, whose rate changes from part to part."""
+    X, y = iris
+    method = gputune.Hypergradient(segments=2, per_layer=True, outer_steps=3)
+    study = gputune.tune("mlp", X, y, space=LR, n_trials=2, method=method, **FAST, dtype="float64")
+    rates = study.best_params["lr"]
+    assert np.shape(rates) == (2, 2) and len(set(np.ravel(rates))) > 1
+    x = torch.as_tensor((X - X.mean(0)) / X.std(0))
+    module = reference.start(MLP(4, 3, width=8, depth=1, activation="tanh").double(), 0)
+    groups = [{"params": layer.parameters(), "lr": 0.0} for layer in module.layers]
+    optimizer = torch.optim.Adam(groups)
+    steps = 10  # an epoch: 150 rows in batches of 16
+    for epoch, step in itertools.product(range(4), range(steps)):
+        rows = torch.randperm(150, generator=reference.stream(0, "rows", 150, epoch))[
+            step * 16 : step * 16 + 16
+        ]
+        segment = int(epoch * steps + step >= 4 * steps // 2)
+        for group, rate in zip(optimizer.param_groups, rates[segment]):
+            group["lr"] = rate
+        loss = nn.functional.cross_entropy(module(x[rows]), torch.as_tensor(y)[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model = study.best_model()
+    np.testing.assert_allclose(model.predict_proba(X), module(x).softmax(1).detach(), atol=1e-9)
+    assert model.info["params"]["lr"] == rates
+
+
+def test_batch_size_width_and_depth_stay_population_axes(iris):
+    space = {**LR, "batch_size": [8, 16, 32], "width": [4, 8], "depth": [1, 2]}
+    method = gputune.Hypergradient(per_layer=True, outer_steps=2, hyperparameters=("lr", "weight_decay"))
+    space["weight_decay"] = [1e-3]
+    study = gputune.tune("mlp", *iris, space=space, n_trials=5, method=method, **FAST)
+    for path in paths(study).values():
+        shapes = {(t.params["batch_size"], t.params["width"], t.params["depth"]) for t in path}
+        assert len(shapes) == 1
+        for trial in path[1:]:
+            assert (
+                np.shape(trial.params["lr"])
+                == np.shape(trial.params["weight_decay"])
+                == (1, path[0].params["depth"] + 1)
+            )
+
+
+def test_momentum_and_betas_move_too(iris):
+    space = {**LR, "momentum": [0.5]}
+    method = gputune.Hypergradient(hyperparameters=("lr", "momentum"), outer_steps=3)
+    study = gputune.tune("mlp", *iris, space=space, n_trials=1, method=method, **{**FAST, "optimizer": "sgd"})
+    assert {trial.params["momentum"] for trial in study.trials} != {0.5}
+    method = gputune.Hypergradient(hyperparameters=("beta1", "beta2"), outer_steps=3)
+    study = gputune.tune("mlp", *iris, space=LR, n_trials=1, method=method, **FAST)
+    assert len({trial.params.get("beta1", 0.9) for trial in study.trials}) > 1
+    model = study.best_model()
+    assert (model.predict(iris[0]) == iris[1]).mean() > 0.3
+
+
+def test_another_scoring_ranks_the_points_but_the_loss_is_descended(iris):
+    common = {"space": LR, "n_trials": 2, "method": "hypergradient", **FAST}
+    by_loss, by_accuracy = (gputune.tune("mlp", *iris, scoring=s, **common) for s in (None, "accuracy"))
+    assert [t.params for t in by_loss.trials] == [t.params for t in by_accuracy.trials]
+    assert by_accuracy.best_score == max(t.score for t in by_accuracy.trials) <= 1
+    assert by_accuracy.trials[0].detail == by_loss.trials[0].detail
+
+
+def test_a_regression_descends_its_squared_error_in_the_targets_units():
+    X, y = load_diabetes(return_X_y=True)
+    study = gputune.tune("mlp", X, y, space=LR, n_trials=2, method="hypergradient", **FAST)
+    assert study.meta["scoring"] == "neg_mean_squared_error"
+    for trial in study.trials:
+        assert trial.detail["loss"] == pytest.approx(-trial.score, rel=1e-5)
+    assert study.best_score > study.trials[0].score or len(study.trials) > 1
+
+
+def test_the_solved_logistic_regression_descends_on_c():
+    X, y = load_breast_cancer(return_X_y=True)
+    space = {"C": loguniform(1e-3, 1e3), "l1_ratio": [0.0, 1.0]}
+    study = gputune.tune(
+        "logistic", X, y, space=space, n_trials=4, method="hypergradient", verbose=0, include_default=False
+    )
+    grid = gputune.tune(
+        "logistic", X, y, scoring="neg_log_loss", verbose=0, n_trials=0, include_default=False,
+        include=[{"C": C, "l1_ratio": r} for C in np.logspace(-2, 2, 25) for r in (0.0, 1.0)],
+    )  # fmt: skip
+    assert study.best_score > grid.best_score - grid.best_trial.std_error / 4
+    for path in paths(study).values():
+        assert len({trial.params["l1_ratio"] for trial in path}) == 1
+        assert path[-1].score >= path[0].score - 1e-3
+    assert study.best_model().predict(X).shape == y.shape
+
+
+def test_a_users_module_descends(iris):
+    study = gputune.tune(
+        Net, *iris, space={"lr": [1e-3], "batch_size": [16], "module__hidden": [4, 6]}, n_trials=2,
+        method=gputune.Hypergradient(per_layer=True, outer_steps=3), **FAST,
+    )  # fmt: skip
+    assert study.best_score > study.trials[0].score
+    assert np.shape(study.best_params["lr"]) == (1, 2)
+    model = study.best_model()
+    np.testing.assert_array_equal(model.predict(iris[0]), study.best_model().predict(iris[0]))
+
+
+def test_chaos_is_flagged_stepped_down_from_and_counted(iris):
+    """Momentum 0.9 at a rate of 10: the slope is noise, and the search still ends at a good rate."""
+    space = {**LR, "lr": [30.0], "momentum": [0.9]}
+    options = {**FAST, "optimizer": "sgd", "max_epochs": 10}
+    study = gputune.tune("mlp", *iris, space=space, n_trials=1, method="hypergradient", **options)
+    assert study.guarded["chaotic"] >= 2 and study.guarded["differences"] >= 1
+    (path,) = paths(study).values()
+    assert path[1].params["lr"] < path[0].params["lr"]
+    assert all(math.isfinite(trial.score) for trial in path[1:])
+    assert study.best_score > path[0].score + 0.1 or not math.isfinite(path[0].score)
+
+
+def test_a_start_that_diverges_is_failed_and_steps_down():
+    space = {**LR, "lr": [1e3]}
+    study = gputune.tune(
+        "mlp",
+        *load_diabetes(return_X_y=True),
+        space=space,
+        n_trials=1,
+        method="hypergradient",
+        **{**FAST, "optimizer": "sgd"},
+    )
+    assert study.trials[0].state == "failed" and math.isnan(study.trials[0].score)
+    assert study.trials[1].params["lr"] < 1e3
+    assert math.isfinite(study.best_score)
+
+
+def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path, monkeypatch):
+    space = {**LR, "lr": [1e-4, 3e-4, 1e-3]}
+    common = {"space": space, "n_trials": 3, "method": gputune.Hypergradient(outer_steps=4), **FAST}
+    whole = gputune.tune("mlp", *iris, **common)
+    trained, run = [], descend.run_chunks
+
+    def interrupted(job, data, plan, **rest):
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(sum(len(chunk.index) for chunk in plan.chunks))
+        run(job, data, plan, **rest)
+
+    monkeypatch.setattr(descend, "run_chunks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
+    kept = [trial for trial in gputune.Study.open(tmp_path / "s.db").trials if trial.state == "complete"]
+    assert len(kept) == sum(trained)
+    again = []
+    monkeypatch.setattr(
+        descend,
+        "run_chunks",
+        lambda job, data, plan, **rest: (again.extend(plan.chunks), run(job, data, plan, **rest))[1],
+    )
+    study = gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
+    assert sum(len(chunk.index) for chunk in again) == len(whole.trials) - len(kept)
+    assert [t.origin for t in study.trials] == [t.origin for t in whole.trials]
+    for a, b in zip(study.trials, whole.trials):
+        assert a.params["lr"] == pytest.approx(b.params["lr"], rel=1e-4)
+        assert a.score == pytest.approx(b.score, rel=1e-4)
+    opened = gputune.Study.open(tmp_path / "s.db")
+    assert [t.detail for t in opened.trials] == [t.detail for t in study.trials]
+    np.testing.assert_allclose(
+        opened.best_model(*iris).predict_proba(iris[0]), study.best_model().predict_proba(iris[0]), atol=1e-6
+    )
+
+
+def test_more_starts_join_a_study(iris, tmp_path):
+    common = {"space": LR, "method": gputune.Hypergradient(outer_steps=2), "study": tmp_path / "s.db", **FAST}
+    first = gputune.tune("mlp", *iris, n_trials=1, **common)
+    second = gputune.tune("mlp", *iris, n_trials=3, **common)
+    assert [t.score for t in second.trials[: len(first.trials)]] == [t.score for t in first.trials]
+    assert len(paths(second)) == 3
+    with pytest.raises(InputError, match="holds another search: its method, scoring differ"):
+        gputune.tune("mlp", *iris, n_trials=1, **{**common, "method": "random"})
+
+
+def test_processes_give_what_one_process_gives(iris):
+    common = {
+        "space": {**LR, "width": [8, 20, 40]},
+        "n_trials": 4,
+        "method": gputune.Hypergradient(outer_steps=1),
+        **FAST,
+    }
+    one, two = (gputune.tune("mlp", *iris, **{**common, "workers": n}) for n in (1, 2))
+    for a, b in zip(one.trials, two.trials):
+        assert a.score == pytest.approx(b.score, rel=1e-4) and a.params["lr"] == pytest.approx(
+            b.params["lr"], rel=1e-4
+        )
+
+
+def test_a_timeout_keeps_what_was_trained(iris):
+    options = {**FAST, "max_epochs": 2000}
+    study = gputune.tune("mlp", *iris, space=LR, n_trials=1, method="hypergradient", timeout=1.0, **options)
+    (trial,) = study.trials
+    assert trial.state == "stopped" and 1 <= trial.best_epoch < 2000 and math.isfinite(trial.score)
+
+
+def test_little_memory_cuts_chunks_and_changes_nothing(iris):
+    common = {"space": LR, "n_trials": 4, "method": gputune.Hypergradient(outer_steps=1, segments=2), **FAST}
+    plenty, little, least = (
+        gputune.tune("mlp", *iris, **common, memory=memory) for memory in (None, "3MB", "800KB")
+    )
+    for a, b, c in zip(plenty.trials, little.trials, least.trials):
+        assert a.score == pytest.approx(b.score, rel=1e-5) and a.score == pytest.approx(c.score, rel=1e-5)
+    with pytest.raises(InputError, match="memory does not suffice to differentiate one trial in 3 folds"):
+        gputune.tune("mlp", *iris, **common, memory="20KB")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("halfing", {}, "method must be 'random', 'hypergradient' or gputune.Hypergradient"),
+        (gputune.Hypergradient(hyperparameters="C"), {}, "only the logistic regression solved with .* has 'C'"),
+        (gputune.Hypergradient(hyperparameters="momentum"), {}, "adam has no 'momentum', and trial 0 uses it"),
+        (gputune.Hypergradient(hyperparameters="weight_decay"), {}, "cannot start from 0, as trial 0 does"),
+        ("hypergradient", {"optimizer": "sgdhd"}, "which adapts its rate itself"),
+    ],
+)  # fmt: skip
+def test_bad_methods_are_named(iris, method, options, message):
+    with pytest.raises(InputError, match=message):
+        gputune.tune("mlp", *iris, space=LR, n_trials=1, method=method, **{**FAST, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"segments": 2}, {"per_layer": True}, {"hyperparameters": "weight_decay"}]
+)
+def test_the_solved_logistic_regression_has_c_alone(iris, options):
+    with pytest.raises(InputError, match="the solved logistic regression has C alone"):
+        gputune.tune("logistic", *iris, method=gputune.Hypergradient(**options), verbose=0)
+    with pytest.raises(InputError, match="cannot start from inf, as trial 0 does.*above 0 and finite"):
+        gputune.tune("logistic", *iris, space={"C": [math.inf]}, n_trials=1, include_default=False,
+                     method="hypergradient", verbose=0)  # fmt: skip
