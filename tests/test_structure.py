@@ -21,8 +21,8 @@ engine/batches engine/network engine/backprop engine/vmap engine/train engine/ch
 engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
 hypergradients/online hypergradients/inner hypergradients/coordinates hypergradients/guard hypergradients/unrolled
 hypergradients/differences hypergradients/memory hypergradients/arguments hypergradients/curvature
-hypergradients/module_training hypergradients/hypergradient hypergradients/population_training
-hypergradients/chunk hypergradients/plan hypergradients/implicit optim
+hypergradients/module_training hypergradients/implicit hypergradients/result hypergradients/convex
+hypergradients/hypergradient hypergradients/population_training hypergradients/chunk hypergradients/plan optim
 study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/random search/hypergradient

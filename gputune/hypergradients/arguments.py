@@ -30,7 +30,7 @@ def check_optimizer(optimizer: object) -> tuple[str, float]:
     if optimizer == "momentum":
         return "sgd", HEAVY_BALL
     if not isinstance(optimizer, str) or optimizer not in RULES:
-        words = ", ".join(("sgd", "momentum", *(name for name in RULES if name != "sgd")))
+        words = ", ".join(("sgd", "momentum", *(name for name in RULES if name != "sgd"), "exact"))
         raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
     return optimizer, default_momentum(optimizer)
 

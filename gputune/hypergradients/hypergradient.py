@@ -15,37 +15,16 @@ from gputune.hypergradients.arguments import (
     check_optimizer,
     default_tables,
 )
+from gputune.hypergradients.convex import differentiate_minimum
 from gputune.hypergradients.curvature import twice_differentiable
 from gputune.hypergradients.differences import default_width, differences
 from gputune.hypergradients.inner import Tables
 from gputune.hypergradients.memory import Need, free_bytes, measure
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
+from gputune.hypergradients.result import HypergradientResult
 from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
-from gputune.types import Params
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
-
-
-@dataclass(frozen=True)
-class HypergradientResult:
-    """The validation loss after training, and its derivatives.
-
-    value         the validation loss
-    gradient      hyperparameter -> d value / d hyperparameter, in the shape that the hyperparameter was given in
-    log_gradient  the same times the hyperparameter: d value / d log hyperparameter
-    parameters    name -> parameter after the last step
-    ratio         by how much training amplifies a small change: above ``guard.CHAOTIC`` (100) the gradient is noise
-    mode          "reverse", "forward" or "fd": how the gradient was taken
-    reason        why that mode
-    """
-
-    value: float
-    gradient: Params
-    log_gradient: Params
-    parameters: Params
-    ratio: float
-    mode: str
-    reason: str
 
 
 @torch.inference_mode(False)
@@ -72,7 +51,9 @@ def hypergradient(
     hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2", each a number, (S,) or (S, L): segment
                      s covers the steps from floor(s*T/S) on, layer l is the l-th submodule that owns parameters;
                      those left out have their default value (a momentum of 0 for sgd, 0.9 for momentum and nesterov)
-    optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them
+    optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them; "exact" solves a
+                     ``gputune.models.LogisticRegression`` on all minibatches together, whose hyperparameter is "C", and
+                     differentiates at the minimum (implicit differentiation), whatever the mode
     mode             "reverse" (memory grows with the steps, one price for any number of hyperparameters), "forward"
                      (memory independent of the steps, a price for each), "fd" (finite differences: two more trainings
                      for each), "auto" (one of the first two, by their need of memory)
@@ -82,16 +63,18 @@ def hypergradient(
     memory           bytes, or text such as "8GB", that may be used; None: most of what is free
 
     Raises InputError for bad input, for an operation that cannot be differentiated twice, and where the memory does
-    not suffice. Sources: Maclaurin et al. (2015), Franceschi et al. (2017).
+    not suffice. Sources: Maclaurin et al. (2015), Franceschi et al. (2017); Bengio (2000) for the implicit derivative.
     """
     check_module(module)
     if not callable(loss):
         raise InputError(f"loss must be a function loss(module(x), y), got {loss!r}.")
     batches = _checked_batches(batches)
     _check_pair("valid", valid)
-    rule, momentum = check_optimizer(optimizer)
     _check_choice(mode, truncate, checkpoint)
     budget = parse_memory(memory)
+    if optimizer == "exact":
+        return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=budget)
+    rule, momentum = check_optimizer(optimizer)
     if seed is None:
         seed = int(torch.randint(2**62, ()))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)

@@ -1,0 +1,27 @@
+"""What hypergradient() returns."""
+
+from dataclasses import dataclass
+
+from gputune.types import Params
+
+
+@dataclass(frozen=True)
+class HypergradientResult:
+    """The validation loss after training, and its derivatives.
+
+    value         the validation loss
+    gradient      hyperparameter -> d value / d hyperparameter, in the shape that the hyperparameter was given in
+    log_gradient  the same times the hyperparameter: d value / d log hyperparameter
+    parameters    name -> parameter after the last step
+    ratio         by how much training amplifies a small change: above ``guard.CHAOTIC`` (100) the gradient is noise
+    mode          "reverse", "forward", "fd" or "implicit": how the gradient was taken
+    reason        why that mode
+    """
+
+    value: float
+    gradient: Params
+    log_gradient: Params
+    parameters: Params
+    ratio: float
+    mode: str
+    reason: str
