@@ -135,8 +135,8 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
             options.method.segments,
             options.method.per_layer,
         )
-        job = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
-        return train_scheduled(job, data, chunk)
+        descent = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
+        return train_scheduled(descent, data, chunk)
     job = Job(*common)
     plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1)
     with computing(plan.threads):

@@ -41,12 +41,32 @@ class Blocks:
         views = self.views(flat)
         return {b.name: views[b.name].movedim(b.trial_axis, 1) for b in self.blocks}
 
+    def to_rows(self, flat: Tensor) -> Tensor:
+        """Return a copy of a flat buffer with one row (F, N) a trial, (C, F, N)."""
+        return torch.cat([view.transpose(0, 1).flatten(2) for view in self._pairs(flat)], 2)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """Return the flat buffer of rows (C, F, N)."""
+        flat = rows.new_empty(self.size)
+        views = self._pairs(flat)
+        for view, part in zip(views, torch.split(rows, [view[0, 0].numel() for view in views], 2)):
+            view.copy_(part.transpose(0, 1).view(view.shape))
+        return flat
+
+    def _pairs(self, flat: Tensor) -> list[Tensor]:
+        """The parameters as (F, C, ...), with at least one axis after the first two."""
+        return [view if view.dim() > 2 else view[..., None] for view in self.by_member(flat).values()]
+
     def expand(self, values: Tensor) -> Tensor:
         """Return a flat buffer that holds each member's value, of values (F, C), at all its entries."""
         flat = values.new_empty(self.size)
         for block, view in zip(self.blocks, self.views(flat).values()):
             view.copy_(_with_axes_of(block, values))
         return flat
+
+    def first(self, flat: Tensor) -> Tensor:
+        """Return one entry of each member, (F, C): the value that ``expand`` gave it."""
+        return self._pairs(flat)[0].flatten(2)[..., 0].clone()
 
     def total(self, flat: Tensor) -> Tensor:
         """Return the sum of each member's entries, (F, C)."""

@@ -44,6 +44,17 @@ class OnlineUpdate:
         first = float(values.flat[0])
         return first if (values == first).all() else self.blocks.expand(self._table(values))
 
+    def state(self) -> list[Tensor]:
+        """Return the flat buffers that a later step depends on, to be filled again by ``resume``; the last is the rate."""
+        return [*self.moments, self.last, self.blocks.expand(self.rate)]
+
+    def resume(self, buffers: list[Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        *flats, rate = buffers
+        for buffer, kept in zip([*self.moments, self.last], flats, strict=True):
+            buffer.copy_(kept)
+        self.rate = self.blocks.first(rate)
+
     def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
         """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]

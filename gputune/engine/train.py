@@ -23,10 +23,32 @@ AfterEpoch = Callable[[int, np.ndarray], bool]
 
 
 @dataclass(frozen=True)
+class State:
+    """Members in the middle of their training: ``buffers`` (C, F, N), parameters first, after ``epoch`` epochs.
+
+    A row holds all that is known of a trial, so that trials may be parked, sent and grouped anew.
+    """
+
+    epoch: int
+    buffers: tuple[Tensor, ...]
+
+    def select(self, keep: Sequence[int]) -> "State":
+        """Return the state of some trials."""
+        return State(self.epoch, tuple(buffer[list(keep)] for buffer in self.buffers))
+
+    @staticmethod
+    def stack(states: "Sequence[State]") -> "State":
+        """Return several states of one epoch and one shape as one."""
+        parts = zip(*(state.buffers for state in states))
+        return State(states[0].epoch, tuple(torch.cat(buffers) for buffers in parts))
+
+
+@dataclass(frozen=True)
 class Trained:
     """A chunk after its training: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
 
-    ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``.
+    ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``,
+    and ``state`` is theirs. ``moments`` are the optimizer's flat buffers.
     """
 
     curves: np.ndarray
@@ -34,6 +56,15 @@ class Trained:
     alive: tuple[int, ...]
     network: Network
     flat: Tensor
+    moments: tuple[Tensor, ...]
+
+    @property
+    def state(self) -> State:
+        """The state of the trials ``alive``, for ``train(begin=...)``."""
+        blocks, count = self.network.blocks, len(self.alive)
+        return State(
+            self.epochs, tuple(blocks.to_rows(buffer)[:count] for buffer in (self.flat, *self.moments))
+        )
 
     def member(self, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module on the CPU; ``trial`` counts as it did before any diverged."""
@@ -51,16 +82,20 @@ def train(
     horizon: int,
     scoring: Scoring | None = None,
     after_epoch: AfterEpoch | None = None,
+    begin: State | None = None,
 ) -> Trained:
     """Train the F x C members of one chunk for ``epochs`` epochs and return their curves.
 
     A schedule runs over ``horizon`` epochs. Without ``scoring`` nothing is evaluated (a refit). Trials that
-    diverge in any fold leave the chunk after the epoch, and cost nothing from then on.
+    diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
+    where it is given, up to the same ``epochs``; the curves are NaN before it.
     """
     chunk = _Chunk(network, data, configs, seed=seed, horizon=horizon)
+    if begin is not None:
+        chunk.resume(begin)
     validation = _validation_rows(data) if scoring is not None else []
     curves = np.full((len(configs), epochs, data.n_folds), np.nan)
-    epoch = 0
+    epoch = 0 if begin is None else begin.epoch
     while epoch < epochs and chunk.alive:
         chunk.advance(epoch)
         epoch += 1
@@ -70,7 +105,7 @@ def train(
             chunk.keep(np.isfinite(scores).all(1))
         if after_epoch is not None and after_epoch(epoch, curves):
             break
-    return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat)
+    return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, tuple(chunk.update.state()))
 
 
 class _Chunk:
@@ -95,6 +130,12 @@ class _Chunk:
         self.grad = torch.zeros_like(self.flat)
         self.params = self.network.blocks.views(self.flat)
         self.grads = self.network.blocks.views(self.grad)
+
+    def resume(self, state: State) -> None:
+        """Go on from a state of these trials."""
+        flat, *rest = (self.network.blocks.from_rows(rows.to(self.flat.device)) for rows in state.buffers)
+        self.flat.copy_(flat)
+        self.update.resume(rest)
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""

@@ -65,6 +65,15 @@ class Update:
         largest = torch.finfo(self.like.dtype).max
         return min(max(value, -largest), largest)
 
+    def state(self) -> list[Tensor]:
+        """Return the flat buffers that a later step depends on, to be filled again by ``resume``."""
+        return self.moments
+
+    def resume(self, buffers: list[Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        for moment, kept in zip(self.moments, buffers, strict=True):
+            moment.copy_(kept)
+
     def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
         """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
         host = keep.cpu().numpy()

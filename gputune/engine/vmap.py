@@ -158,7 +158,11 @@ def layers_of(module: nn.Module) -> list[str]:
 def keyed_draws(device: torch.device, seed: int, *key: object) -> Any:
     """Let torch's own generator draw from the stream of ``key`` inside, and go on as before outside."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(stream_seed(seed, *key))
+        # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put back.
+        torch.default_generator.manual_seed(stream_seed(seed, *key))
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(stream_seed(seed, *key))
         yield
 
 

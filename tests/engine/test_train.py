@@ -1,0 +1,73 @@
+"""Training that stops and goes on: the same numbers, in another company too."""
+
+import numpy as np
+import pytest
+import torch
+
+from gputune.engine.backprop import StackedMLP
+from gputune.engine.scoring import make_scoring
+from gputune.engine.train import State, train
+from gputune.types import OPTIMIZERS
+from problems import fill, largest_difference, make_data, shape_of
+
+
+def configs_of(optimizer, *widths, schedule="constant"):
+    return fill(
+        *(
+            {"optimizer": optimizer, "width": w, "batch_size": 10 + w, "lr": 0.02, "momentum": 0.5, "weight_decay": 0.01,
+             "schedule": schedule, "dropout": 0.1}
+            for w in widths
+        )
+    )  # fmt: skip
+
+
+def run(data, configs, *, epochs, begin=None, horizon=6):
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    scoring = make_scoring("neg_log_loss", data.task, np.arange(3))
+    return train(network, data, configs, seed=0, epochs=epochs, horizon=horizon, scoring=scoring, begin=begin)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_that_goes_on_is_training_that_never_stopped(optimizer, schedule):
+    data, configs = make_data(), configs_of(optimizer, 5, 9, 16, schedule=schedule)
+    whole, first = (run(data, configs, epochs=n) for n in (6, 2))
+    second = run(data, configs, epochs=6, begin=first.state)
+    np.testing.assert_array_equal(second.curves[:, 2:], whole.curves[:, 2:])
+    assert np.isnan(second.curves[:, :2]).all()
+    np.testing.assert_array_equal(first.curves, whole.curves[:, :2])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_trials_go_on_in_another_company(optimizer):
+    data, configs = make_data(), configs_of(optimizer, 5, 9, 16, 12)
+    whole = run(data, configs, epochs=6)
+    one, two = run(data, configs[:2], epochs=3), run(data, configs[2:], epochs=3)
+    state = State.stack([one.state.select([1]), two.state])
+    assert state.epoch == 3 and {len(buffer) for buffer in state.buffers} == {3}
+    rest = run(data, configs[1:], epochs=6, begin=state)
+    np.testing.assert_allclose(rest.curves[:, 3:], whole.curves[1:, 3:], rtol=1e-9)
+    for c in range(3):
+        assert largest_difference(rest.member(1, c), whole.member(1, c + 1)) <= 1e-10
+
+
+def test_the_state_of_a_chunk_whose_trials_all_diverged_is_empty():
+    data = make_data("regression")
+    configs = [{**c, "lr": 1e200, "optimizer": "sgd"} for c in configs_of("sgd", 5, 9)]
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    found = train(
+        network, data, configs, seed=0, epochs=3, horizon=3, scoring=make_scoring(None, data.task, None)
+    )
+    assert found.alive == () and {len(buffer) for buffer in found.state.buffers} == {0}
+
+
+def test_rows_give_the_flat_buffer_back():
+    data = make_data()
+    for kind in ("mlp", "linear"):
+        network = StackedMLP(kind, configs_of("adam", 5, 9, 16), shape_of(data), seed=0)
+        flat = torch.randn(
+            network.blocks.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        rows = network.blocks.to_rows(flat)
+        assert rows.shape[:2] == (3, 3) and rows.numel() == flat.numel()
+        assert torch.equal(network.blocks.from_rows(rows), flat)
