@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.pipeline import tune
     from gputune.search.distributions import log_int
+    from gputune.search.halving import Halving
     from gputune.search.hypergradient import Hypergradient
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DivergedError",
+    "Halving",
     "Hypergradient",
     "InputError",
     "SearchFailedError",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Halving": "gputune.search.halving",
     "Hypergradient": "gputune.search.hypergradient",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",

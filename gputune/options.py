@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -10,8 +10,11 @@ import torch
 
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
+from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.types import SCHEDULES
+
+Method = Literal["random"] | Halving | Hypergradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +61,30 @@ class Options:
         object.__setattr__(self, "random_state", draw_seed(self.random_state))
 
 
-def check_method(method: Any) -> Literal["random"] | Hypergradient:
+def check_method(method: Any) -> Method:
     """Return the search method of a word or of a value."""
-    if method == "hypergradient":
-        return Hypergradient()
-    if isinstance(method, Hypergradient) or method == "random":
-        found: Literal["random"] | Hypergradient = method
-        return found
+    words: dict[str, Method] = {"random": "random", "halving": Halving(), "hypergradient": Hypergradient()}
+    if isinstance(method, str) and method in words:
+        return words[method]
+    if isinstance(method, Halving | Hypergradient):
+        return method
     raise InputError(
-        f"method must be 'random', 'hypergradient' or gputune.Hypergradient(...), got {method!r}."
+        "method must be 'random', 'halving', 'hypergradient', gputune.Halving(...) or gputune.Hypergradient(...), got "
+        f"{method!r}."
     )
+
+
+def method_meta(method: Method) -> str | dict[str, Any]:
+    """Return a method as a study file holds it."""
+    return method if isinstance(method, str) else {"name": type(method).__name__.lower(), **asdict(method)}
+
+
+def method_again(meta: str | dict[str, Any]) -> Method:
+    """Return the method that ``method_meta`` wrote."""
+    if isinstance(meta, str):
+        return check_method(meta)
+    options = {key: value for key, value in meta.items() if key != "name"}
+    return Halving(**options) if meta["name"] == "halving" else Hypergradient(**options)
 
 
 def draw_seed(random_state: Any) -> int:

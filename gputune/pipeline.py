@@ -2,40 +2,36 @@
 
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import sklearn
 import torch
-from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
-from gputune.descend import Evaluation, descend, searched_names
-from gputune.engine.chunk import Job, Outcome
-from gputune.engine.plan import Plan, make_plan, parse_memory
-from gputune.engine.population import complete, populations
 from gputune.engine.scoring import Scorer, Scoring, check_folds, make_scoring
-from gputune.engine.solved import solve_chunk
-from gputune.engine.vmap import check_module
-from gputune.engine.workers import run_chunks
 from gputune.errors import InputError, SearchFailedError
+from gputune.methods.context import Context
+from gputune.methods.descent import descend
+from gputune.methods.full import train_fully
+from gputune.methods.halving import halve
 from gputune.model_choice import ModelChoice, choose_model
-from gputune.options import Options
+from gputune.options import Options, method_meta
 from gputune.problem import Problem, make_problem
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
+from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.random import candidates, default_space, remarks, top_up
 from gputune.search.space import Space, check_include, check_space, space_text
 from gputune.study.ledger import Ledger, open_ledger
-from gputune.study.score import score_curve
-from gputune.study.store import Candidate, Result
+from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.types import DEFAULTS, Config
 from gputune.version import __version__
@@ -52,7 +48,7 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, Any]] = (),
     include_default: bool = True,
-    method: Literal["random", "hypergradient"] | Hypergradient = "random",
+    method: Literal["random", "halving", "hypergradient"] | Halving | Hypergradient = "random",
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
@@ -81,9 +77,10 @@ def tune(
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
     n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
-    method       "random"; "hypergradient" or ``gputune.Hypergradient(...)``: every drawn configuration is a start that
-                 descends on the fold mean of its validation loss after ``max_epochs``; each point is a trial, scored
-                 after the last epoch
+    method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train together,
+                 and at each rung those with the best fold means go on; "hypergradient" or ``gputune.Hypergradient(...)``:
+                 each drawn configuration is a start that descends on the fold mean of its validation loss after
+                 ``max_epochs``; each point of it is a trial, scored after the last epoch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
     groups       one label a row, or the name of a column: a group is never split between folds
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2, for hypergradients
@@ -132,31 +129,34 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     data, _ = problem.dataset(folds, options, choice)
     check_folds(scoring, data)
     wanted = _wanted(space, choice, options)
-    if choice.module_class is not None:
-        _check_module(choice.module_class, wanted[0].params, data)
+    context = Context(data, scoring, choice, options, deadline, progress)
+    context.check_module(wanted[0].params)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
     with open_ledger(options.study, meta) as ledger:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
-        if isinstance(options.method, Hypergradient):
-            names = searched_names(options.method, choice)
-            descend(
-                ledger,
-                space,
-                Evaluation(data, scoring, options.method, names, choice, options, deadline, progress),
-            )
-        else:
-            _train(ledger, data, scoring, deadline, choice, options, progress)
+        _run(ledger, space, context)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
 
 
+def _run(ledger: Ledger, space: Space, context: Context) -> None:
+    """Train the trials of the ledger as the method has it."""
+    match context.options.method:
+        case Hypergradient() as method:
+            descend(ledger, space, method, context)
+        case Halving() as method:
+            halve(ledger, method, context)
+        case _:
+            train_fully(ledger, context)
+
+
 def _scoring(options: Options, problem: Problem) -> Any:
     """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends."""
-    if options.scoring is not None or options.method == "random":
+    if options.scoring is not None or not isinstance(options.method, Hypergradient):
         return options.scoring
     return "neg_mean_squared_error" if problem.target.task == "regression" else "neg_log_loss"
 
@@ -224,84 +224,6 @@ def _say_remarks(
         progress.say(f"note: {sentence}")
 
 
-def _train(
-    ledger: Ledger,
-    data: Dataset,
-    scoring: Scoring,
-    deadline: float | None,
-    choice: ModelChoice,
-    options: Options,
-    progress: Progress,
-) -> None:
-    """Train what waits in the ledger, chunk by chunk; what is finished is kept at once."""
-    waiting = ledger.waiting()
-    configs = [
-        complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule) for trial in waiting
-    ]
-
-    def keep(outcome: Outcome) -> None:
-        ledger.finish(
-            [_result(waiting[i], curve, outcome, options) for i, curve in zip(outcome.index, outcome.curves)]
-        )
-        progress.finished(len(outcome.index))
-
-    if choice.solved:
-        with progress.bar_over(len(waiting), 1):
-            _solve_all(configs, data, scoring, deadline, progress, keep)
-    elif configs:
-        plan = _plan(configs, data, choice, options)
-        progress.say(f"plan: {plan}")
-        epochs = options.max_epochs
-        job = Job(options.random_state, epochs, epochs, scoring, choice.module_class, deadline)
-        with progress.bar_over(len(waiting), epochs):
-            run_chunks(job, data, plan, progress=progress.advance, on_outcome=keep)
-
-
-def _solve_all(
-    configs: Sequence[Config],
-    data: Dataset,
-    scoring: Scoring,
-    deadline: float | None,
-    progress: Progress,
-    keep: Callable[[Outcome], None],
-) -> None:
-    for begin in range(0, len(configs), _SOLVED_TOGETHER):
-        if deadline is not None and begin and time.monotonic() > deadline:
-            return
-        part = range(begin, min(begin + _SOLVED_TOGETHER, len(configs)))
-        outcome = solve_chunk(data, configs, part, scoring)
-        progress.advance(len(part), outcome.curves)
-        keep(outcome)
-
-
-def _plan(configs: Sequence[Config], data: Dataset, choice: ModelChoice, options: Options) -> Plan:
-    groups = populations(configs, choice.kind, rows=max(len(fold.train) for fold in data.folds))
-    parameters = 0
-    if choice.module_class is not None:
-        for config in {group.arguments: group.configs[0] for group in groups}.values():
-            parameters = max(parameters, _check_module(choice.module_class, config, data))
-    return make_plan(
-        groups,
-        data,
-        epochs=options.max_epochs,
-        memory=parse_memory(options.memory),
-        workers=None if options.workers == "auto" else int(options.workers),
-        parameters=parameters,
-    )
-
-
-def _check_module(module_class: type[nn.Module], config: Config, data: Dataset) -> int:
-    return check_module(
-        module_class, config, n_features=data.n_features, n_outputs=data.n_outputs, dtype=data.dtype
-    )
-
-
-def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
-    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule=options.epoch)
-    share = outcome.seconds / len(outcome.index)
-    return Result(trial.number, state, score, fold_scores, best_epoch, share, curve)
-
-
 def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Progress) -> None:
     target, rows = problem.target, len(problem.source.X)
     kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
@@ -323,7 +245,7 @@ def _meta(
         "optimizer": choice.optimizer,
         "schedule": options.schedule,
         "space": space_text(space),
-        "method": options.method if isinstance(options.method, str) else asdict(options.method),
+        "method": options.method if isinstance(options.method, str) else method_meta(options.method),
         "task": problem.target.task,
         "target": problem.target.name,
         "classes": None if classes is None else classes.tolist(),

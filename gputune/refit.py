@@ -17,7 +17,7 @@ from gputune.engine.workers import computing
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.model_choice import ModelChoice, choose_again
-from gputune.options import Options
+from gputune.options import Options, method_again
 from gputune.problem import Problem, make_problem
 from gputune.search.hypergradient import Hypergradient
 from gputune.study.model import TunedModel
@@ -86,7 +86,7 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         numbers=meta["numbers"],
         schedule=meta["schedule"],
         max_epochs=meta["max_epochs"],
-        method=meta["method"] if isinstance(meta["method"], str) else Hypergradient(**meta["method"]),
+        method=method_again(meta["method"]),
         dtype=meta["dtype"],
         random_state=meta["seed"],
     )

@@ -45,7 +45,7 @@ class OnlineUpdate:
         return first if (values == first).all() else self.blocks.expand(self._table(values))
 
     def state(self) -> list[Tensor]:
-        """Return the flat buffers that a later step depends on, to be filled again by ``resume``; the last is the rate."""
+        """Return the flat buffers that a later step depends on, for ``resume``; the last one is the rate."""
         return [*self.moments, self.last, self.blocks.expand(self.rate)]
 
     def resume(self, buffers: list[Tensor]) -> None:

@@ -49,15 +49,16 @@ def nodes(tensor: Tensor) -> set[Node]:
     return found
 
 
+@torch.enable_grad()
 def _try(training: Training) -> None:
     weights = training.start().requires_grad_()
     gradient = slope(training, weights, 0, graph=True)
-    if not gradient.requires_grad:
-        return  # a loss that is linear in the parameters
+    if not gradient.requires_grad:  # the loss is linear in the parameters, as far as torch sees
+        gradient = gradient + 0 * weights
     # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts in the place of a
     # missing derivative is on none of them.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
-    if missing or not _symmetric(gradient, weights):
+    if missing or not _symmetric(gradient, weights) or not _as_measured(training, gradient, weights):
         raise InputError(
             f"module or loss has an operation that cannot be differentiated twice{_suspects(training)}: the second "
             "derivative that torch takes is incomplete. The usual causes are weight_norm, a .detach() of what depends "
@@ -72,15 +73,44 @@ def _symmetric(gradient: Tensor, weights: Tensor) -> bool:
     With p = H'v the products p'p and v'(H'p) are equal if it is. In single precision rounding makes them differ by
     far less than the tolerance, the cube root of the dtype's spacing.
     """
-    generator = stream(0, "curvature")
-    v = torch.randn(weights.shape, generator=generator, dtype=torch.float64).to(weights)
-    p, q = v, v
-    for _ in range(2):
-        (following,) = torch.autograd.grad(gradient, weights, q, retain_graph=True, materialize_grads=True)
-        p, q = q, following
+    v = _direction(weights)
+    p = _product(gradient, weights, v)
+    q = _product(gradient, weights, p)
     once, twice = (p.double() ** 2).sum(), (v.double() * q.double()).sum()
     # Not <=: where either is infinite or NaN, the training says so by itself.
     return not bool((once - twice).abs() > torch.finfo(weights.dtype).eps ** (1 / 3) * once)
+
+
+def _as_measured(training: Training, gradient: Tensor, weights: Tensor) -> bool:
+    """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance.
+
+    Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or operations of lower
+    precision, make them differ. In single precision kinks are too close to each other for that: it is not measured.
+    """
+    if weights.dtype != torch.float64:
+        return True
+    v = _direction(weights)
+    v *= (weights.detach().norm() / v.norm()).clamp_min(1e-3)
+
+    def change(h: float) -> Tensor:
+        ends = [(weights.detach() + s * h * v).requires_grad_() for s in (1, -1)]
+        up, down = (slope(training, end, 0, graph=False) for end in ends)
+        return (up - down) / (2 * h)
+
+    measured, further = change(1e-8), change(2e-8)
+    product = _product(gradient, weights, v)
+    allowed = 10 * (measured - further).norm() + 1e-3 * product.norm()
+    return not bool((measured - product).norm() > allowed)
+
+
+def _direction(weights: Tensor) -> Tensor:
+    drawn = torch.randn(weights.shape, generator=stream(0, "curvature"), dtype=torch.float64)
+    return drawn.to(weights.device, weights.dtype)
+
+
+def _product(gradient: Tensor, weights: Tensor, v: Tensor) -> Tensor:
+    (product,) = torch.autograd.grad(gradient, weights, v, retain_graph=True, materialize_grads=True)
+    return product
 
 
 def _suspects(training: Training) -> str:

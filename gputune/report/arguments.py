@@ -81,8 +81,23 @@ def _add_search(group: Any) -> None:
     )
     group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
     group.add_argument(
-        "--method", choices=["random", "hypergradient"], default="random",
-        help="hypergradient: every drawn configuration descends on its validation loss (random)",
+        "--method", choices=["random", "halving", "hypergradient"], default="random",
+        help="halving: at each rung the best third goes on; hypergradient: every drawn configuration descends on its "
+        "validation loss (random)",
+    )  # fmt: skip
+    group.add_argument(
+        "--factor",
+        type=_number,
+        metavar="F",
+        help="with --method halving: the best 1/F go on from a rung (3)",
+    )
+    group.add_argument(
+        "--min-epochs", type=_whole(1), metavar="E",
+        help="with --method halving: epochs before the first rung (a 27th of --epochs)",
+    )  # fmt: skip
+    group.add_argument(
+        "--brackets", type=_whole(1), metavar="N",
+        help="with --method halving: brackets, each with its first rung later (1)",
     )  # fmt: skip
     group.add_argument(
         "--descend-on", nargs="+", metavar="KEY",

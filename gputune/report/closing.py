@@ -19,6 +19,7 @@ BEST = 5
 _LABEL = 9
 _STATES: dict[TrialState, str] = {
     "complete": "complete",
+    "pruned": "sent away by a rung",
     "stopped": "stopped by the timeout",
     "failed": "diverged",
     "waiting": "not started before the timeout",
@@ -55,7 +56,7 @@ def _understood(ending: Ending, width: int) -> str:
         ("Columns", _columns(ending)),
         ("Task", _task(ending.study)),
         ("Search", _search(ending.study)),
-        *_descent(ending.study),
+        *_method(ending.study),
     ]
     return _labelled([*lines, *(("Note", note) for note in meta["notes"])], width)
 
@@ -85,11 +86,25 @@ def _search(study: Study) -> str:
     return f"{clean(meta['model'])} trained with {rule}; {size} x {count(meta['max_epochs'], 'epoch')}"
 
 
-def _descent(study: Study) -> list[tuple[str, str]]:
-    """What a search by hypergradients did: its starts and points, and where the guard acted."""
+def _method(study: Study) -> list[tuple[str, str]]:
+    """What a search other than the random one did."""
     method = study.meta["method"]
     if isinstance(method, str):
         return []
+    return [("Halving", _halving(study))] if method["name"] == "halving" else [("Descent", _descent(study))]
+
+
+def _halving(study: Study) -> str:
+    """The rungs at which trials left, and how much training that saved."""
+    left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
+    rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(left.items()))
+    spent, full = study.spent
+    return f"{rungs or 'no trial'} left; {spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
+
+
+def _descent(study: Study) -> str:
+    """The starts and points of a search by hypergradients, and where the guard acted."""
+    method = study.meta["method"]
     names = "C" if study.meta["optimizer"] == "exact" else ", ".join(method["hyperparameters"])
     starts = sum(trial.origin[1] == 0 for trial in study.trials)
     steps = count(method["outer_steps"], "outer step")
@@ -99,7 +114,7 @@ def _descent(study: Study) -> list[tuple[str, str]]:
         text += f"; the slope was noise at {count(guarded['chaotic'], 'point')}"
     if guarded["differences"]:
         text += f"; taken by wide finite differences at {count(guarded['differences'], 'point')}"
-    return [("Descent", text)]
+    return text
 
 
 def _best_trials(ending: Ending, width: int) -> str:
@@ -133,7 +148,8 @@ def _scores(ending: Ending, width: int) -> str:
 
 def _unfinished(study: Study) -> str:
     epochs = study.meta["max_epochs"]
-    if study.meta["method"] == "random" and study.best_trial.best_epoch == epochs > 1:
+    descent = not isinstance(study.meta["method"], str) and study.meta["method"]["name"] == "hypergradient"
+    if not descent and study.best_trial.best_epoch == epochs > 1:
         return f" It was best after the last of {epochs} epochs: more of them may be better."
     return ""
 

@@ -16,6 +16,7 @@ from gputune.options import Options
 from gputune.pipeline import search
 from gputune.report.closing import Ending, closing_text
 from gputune.report.held_out import held_out_score
+from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.spec import parse_specs
 from gputune.study.study import Study
@@ -82,22 +83,31 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
     )
 
 
-def _method(arguments: argparse.Namespace) -> str | Hypergradient:
-    given = {
-        "hyperparameters": arguments.descend_on,
-        "outer_steps": arguments.outer_steps,
-        "segments": arguments.segments,
-        "per_layer": arguments.per_layer,
+def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
+    """Return the method of the command, with its own options; those of another one are refused."""
+    of_method = {
+        "halving": {"factor": "factor", "min_epochs": "min_epochs", "brackets": "brackets"},
+        "hypergradient": {
+            "descend_on": "hyperparameters",
+            "outer_steps": "outer_steps",
+            "segments": "segments",
+            "per_layer": "per_layer",
+        },
     }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if arguments.method == "hypergradient":
-        return Hypergradient(**chosen)
-    if chosen:
-        raise InputError(
-            "--descend-on, --outer-steps, --segments and --per-layer belong to --method hypergradient, got --method "
-            f"{arguments.method}; leave them out, or choose that method."
-        )
-    return "random"
+    for method, words in of_method.items():
+        given = [word for word in words if getattr(arguments, word) is not None]
+        if given and arguments.method != method:
+            raise InputError(
+                f"--{given[0].replace('_', '-')} belongs to --method {method}, got --method {arguments.method}; "
+                "leave it out, or choose that method."
+            )
+    words = of_method.get(arguments.method, {})
+    options = {
+        name: getattr(arguments, word) for word, name in words.items() if getattr(arguments, word) is not None
+    }
+    if arguments.method == "halving":
+        return Halving(**options)
+    return Hypergradient(**options) if arguments.method == "hypergradient" else "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 
 EpochRule = Literal["best", "last"]
-State = Literal["complete", "failed", "stopped"]
+State = Literal["complete", "failed", "stopped", "pruned"]
 
 
 def score_curve(

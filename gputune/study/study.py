@@ -27,14 +27,16 @@ TrialState = State | Literal["waiting"]
 class Trial:
     """One configuration and its cross-validated result. Scores follow scikit-learn: greater is better.
 
-    state        "complete"; "stopped" where a deadline cut the training short, which is scored on what it had;
+    state        "complete"; "pruned" where a rung of successive halving sent it away; "stopped" where a deadline cut the
+                 training short; both are scored on what they had;
                  "failed" where it diverged (score NaN); "waiting" where it has not run
     score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has run
     best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
     seconds      time of its training; members train together, so it is the trial's share of its chunk
     origin       "default", "include" or "random"; in a study by hypergradients (start, outer step), the start being the
                  number of the trial it began with, which is outer step 0
-    detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...
+    detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
+                 halving "rung", the epoch at which it was sent away
     """
 
     number: int
@@ -99,13 +101,13 @@ class Study:
         cls, meta: dict[str, Any], rows: Sequence[tuple[Candidate, Result | None]], *, data: Any = None
     ) -> "Study":
         """Return the study of these candidates, in this order, and of the results that there are so far."""
-        descent = meta.get("method", "random") != "random"
+        descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
         return cls(meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data)
 
     @property
     def best_trial(self) -> Trial:
-        """The trial with the highest finite score, the lower number on a tie.
+        """The trial with the highest finite score, the lower number on a tie; a pruned one only where all are.
 
         Raises SearchFailedError where no trial has one.
         """
@@ -125,6 +127,12 @@ class Study:
         return self.best_trial.score
 
     @property
+    def spent(self) -> tuple[int, int]:
+        """Trial-epochs that were trained, and those that training every trial to the end would have taken."""
+        trained = int(np.isfinite(self.curves).all(2).sum())
+        return trained, len(self.trials) * self.curves.shape[1]
+
+    @property
     def guarded(self) -> dict[str, int]:
         """Points of a search by hypergradients at which the guard acted, by what it did.
 
@@ -138,7 +146,7 @@ class Study:
         }
 
     def ranking(self) -> tuple[Trial, ...]:
-        """The trials, best first; those without a finite score last; ties by number."""
+        """The trials, best first; pruned ones after the others, those without a finite score last; ties by number."""
         return tuple(sorted(self.trials, key=_rank))
 
     def best_model(self, X: Any = None, y: Any = None) -> "TunedModel":
@@ -214,7 +222,7 @@ class Study:
         parts.append(f"{len(self.trials)} trials")
         parts += [
             f"{n} {s}"
-            for s in ("stopped", "failed", "waiting")
+            for s in ("pruned", "stopped", "failed", "waiting")
             if (n := sum(t.state == s for t in self.trials))
         ]
         best = min(self.trials, key=_rank, default=None)
@@ -225,10 +233,10 @@ class Study:
         return f"Study({', '.join(parts)})"
 
 
-def _rank(trial: Trial) -> tuple[bool, float, int]:
+def _rank(trial: Trial) -> tuple[bool, bool, float, int]:
     """Sorts best first. A score that is not finite is never best, whatever its sign."""
     finite = math.isfinite(trial.score)
-    return (not finite, -trial.score if finite else 0.0, trial.number)
+    return (not finite, trial.state == "pruned", -trial.score if finite else 0.0, trial.number)
 
 
 def _kinds(values: list[Any]) -> set[type]:

@@ -14,8 +14,8 @@ from problems import fill, largest_difference, make_data, shape_of
 def configs_of(optimizer, *widths, schedule="constant"):
     return fill(
         *(
-            {"optimizer": optimizer, "width": w, "batch_size": 10 + w, "lr": 0.02, "momentum": 0.5, "weight_decay": 0.01,
-             "schedule": schedule, "dropout": 0.1}
+            {"optimizer": optimizer, "width": w, "batch_size": 10 + w, "lr": 0.02, "momentum": 0.5,
+             "weight_decay": 0.01, "schedule": schedule, "dropout": 0.1}
             for w in widths
         )
     )  # fmt: skip

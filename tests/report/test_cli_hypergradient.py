@@ -61,7 +61,7 @@ def test_chaos_is_counted_in_the_closing_text(tmp_path):
 )
 def test_options_of_the_other_method_are_refused(tmp_path, option):
     code, _, err = run("tune", "sklearn:iris", *option, "--out", tmp_path / "out", *SHORT)
-    assert code == 2 and "belong to --method hypergradient, got --method random" in err
+    assert code == 2 and "belongs to --method hypergradient, got --method random" in err
     assert not (tmp_path / "out").exists()
 
 

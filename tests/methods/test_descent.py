@@ -13,8 +13,8 @@ from torch import nn
 
 import gputune
 import reference
-from gputune import descend
 from gputune.errors import InputError
+from gputune.methods import descent
 
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
 LR = {"lr": loguniform(1e-4, 1.0), "batch_size": [16], "width": [8], "activation": ["tanh"], "depth": [1]}
@@ -202,7 +202,7 @@ def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path,
     space = {**LR, "lr": [1e-4, 3e-4, 1e-3]}
     common = {"space": space, "n_trials": 3, "method": gputune.Hypergradient(outer_steps=4), **FAST}
     whole = gputune.tune("mlp", *iris, **common)
-    trained, run = [], descend.run_chunks
+    trained, run = [], descent.run_chunks
 
     def interrupted(job, data, plan, **rest):
         if len(trained) == 2:
@@ -210,14 +210,14 @@ def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path,
         trained.append(sum(len(chunk.index) for chunk in plan.chunks))
         run(job, data, plan, **rest)
 
-    monkeypatch.setattr(descend, "run_chunks", interrupted)
+    monkeypatch.setattr(descent, "run_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
     kept = [trial for trial in gputune.Study.open(tmp_path / "s.db").trials if trial.state == "complete"]
     assert len(kept) == sum(trained)
     again = []
     monkeypatch.setattr(
-        descend,
+        descent,
         "run_chunks",
         lambda job, data, plan, **rest: (again.extend(plan.chunks), run(job, data, plan, **rest))[1],
     )
@@ -279,7 +279,7 @@ def test_little_memory_cuts_chunks_and_changes_nothing(iris):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("halfing", {}, "method must be 'random', 'hypergradient' or gputune.Hypergradient"),
+        ("halfing", {}, "method must be 'random', 'halving', 'hypergradient', gputune.Halving"),
         (gputune.Hypergradient(hyperparameters="C"), {}, "only the logistic regression solved with .* has 'C'"),
         (gputune.Hypergradient(hyperparameters="momentum"), {}, "adam has no 'momentum', and trial 0 uses it"),
         (gputune.Hypergradient(hyperparameters="weight_decay"), {}, "cannot start from 0, as trial 0 does"),

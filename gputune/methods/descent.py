@@ -2,18 +2,13 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 
-from gputune.data.dataset import Dataset
 from gputune.engine.chunk import Outcome
 from gputune.engine.optim import BETA1, BETA2
-from gputune.engine.plan import parse_memory
-from gputune.engine.population import complete, populations
-from gputune.engine.scoring import Scoring
 from gputune.engine.solved import score_solution
 from gputune.engine.workers import run_chunks
 from gputune.errors import InputError
@@ -22,9 +17,8 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import to_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
+from gputune.methods.context import Context
 from gputune.model_choice import ModelChoice
-from gputune.options import Options
-from gputune.progress import Progress
 from gputune.search.hypergradient import Bounds, Descent, Hypergradient, Slope, slope_at
 from gputune.search.space import Space
 from gputune.study.ledger import Ledger
@@ -33,24 +27,6 @@ from gputune.study.store import Candidate, Result
 from gputune.types import ONLINE, Config
 
 SlopeMode = Literal["exact", "differences"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Everything that the evaluation of a point needs, whichever point it is."""
-
-    data: Dataset
-    scoring: Scoring
-    method: Hypergradient
-    names: tuple[str, ...]
-    choice: ModelChoice
-    options: Options
-    deadline: float | None
-    progress: Progress
-
-    def is_over(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
 
 
 def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
@@ -75,32 +51,30 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     return ("C",)
 
 
-def descend(ledger: Ledger, space: Space, evaluation: Evaluation) -> None:
+def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
     """Let every start of the ledger descend, outer step by outer step; finished points are kept at once.
 
     Points that the ledger has already are not trained again, so that a search goes on where it was stopped.
     """
+    names = searched_names(method, context.choice)
     starts = [c for c in ledger.candidates if isinstance(c.origin, str)]
-    configs = {c.number: _complete(c.params, evaluation) for c in starts}
-    _check_starts(configs, evaluation)
-    bounds = _bounds(space, evaluation.names)
-    paths = {
-        number: Descent(evaluation.method, evaluation.names, config, bounds)
-        for number, config in configs.items()
-    }
+    configs = {c.number: _complete(c.params, context) for c in starts}
+    _check_starts(configs, names, context)
+    bounds = _bounds(space, names)
+    paths = {number: Descent(method, names, config, bounds) for number, config in configs.items()}
     known = {c.origin: c for c in ledger.candidates}
     points = {c.number: c for c in starts}  # of each start that still descends, where it stands
-    outer = evaluation.method.outer_steps
-    with evaluation.progress.bar_over(len(starts) * (outer + 1), _epochs(evaluation)):
+    outer = method.outer_steps
+    with context.progress.bar_over(len(starts) * (outer + 1), context.epochs):
         for step in range(outer + 1):
-            _evaluate_all(ledger, points, paths, evaluation)
+            _evaluate_all(ledger, points, paths, context)
             points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
-            if not points or evaluation.is_over():
+            if not points or context.is_over():
                 return
 
 
 def _evaluate_all(
-    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], evaluation: Evaluation
+    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], context: Context
 ) -> None:
     """Evaluate the points that have no result yet: those with exact slopes together, then the others."""
     for mode in ("exact", "differences"):
@@ -109,10 +83,10 @@ def _evaluate_all(
             for start, point in points.items()
             if point.number not in ledger.results and paths[start].mode == mode
         ]
-        if waiting and evaluation.choice.solved:
-            _solve(ledger, waiting, evaluation)
+        if waiting and context.choice.solved:
+            _solve(ledger, waiting, context)
         elif waiting:
-            _train(ledger, waiting, mode, evaluation)
+            _train(ledger, waiting, mode, context)
 
 
 def _moved(
@@ -144,32 +118,33 @@ def _moved(
     return following
 
 
-def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, evaluation: Evaluation) -> None:
-    data, options, choice = evaluation.data, evaluation.options, evaluation.choice
-    configs = [_complete(point.params, evaluation) for point in points]
-    epochs = options.max_epochs
+def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Context) -> None:
+    data, options, choice = context.data, context.options, context.choice
+    configs = [_complete(point.params, context) for point in points]
+    method = options.method
+    assert isinstance(method, Hypergradient)
     job = HypergradientJob(
         options.random_state,
-        epochs,
-        epochs,
-        evaluation.scoring,
+        context.epochs,
+        context.epochs,
+        context.scoring,
         choice.module_class,
-        evaluation.deadline,
-        wanted=evaluation.names,
-        segments=evaluation.method.segments,
-        per_layer=evaluation.method.per_layer,
+        context.deadline,
+        wanted=searched_names(method, choice),
+        segments=method.segments,
+        per_layer=method.per_layer,
         mode=mode,
     )
-    groups = populations(configs, choice.kind, rows=max(len(fold.train) for fold in data.folds))
-    workers = None if options.workers == "auto" else int(options.workers)
-    plan, job = plan_chunks(groups, data, job, memory=parse_memory(options.memory), workers=workers)
+    plan, job = plan_chunks(
+        context.groups(configs), data, job, memory=context.memory, workers=context.workers
+    )
 
     def keep(outcome: Outcome) -> None:
         assert isinstance(outcome, Slopes)
         ledger.finish([_result(points[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)])
-        evaluation.progress.finished(len(outcome.index))
+        context.progress.finished(len(outcome.index))
 
-    run_chunks(job, data, plan, progress=evaluation.progress.advance, on_outcome=keep)
+    run_chunks(job, data, plan, progress=context.progress.advance, on_outcome=keep)
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
@@ -184,13 +159,12 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
     return Result(point.number, state, score, fold_scores, best_epoch, share, curve, detail)
 
 
-def _solve(ledger: Ledger, points: list[Candidate], evaluation: Evaluation) -> None:
+def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     """Solve all points in all folds at once, and differentiate the solutions."""
-    begin, data = time.monotonic(), evaluation.data
-    configs = [_complete(point.params, evaluation) for point in points]
-    memory = parse_memory(evaluation.options.memory)
-    solution, found = implicit_chunk(data, configs, memory=memory)
-    curves = score_solution(data, len(points), solution, evaluation.scoring)
+    begin, data = time.monotonic(), context.data
+    configs = [_complete(point.params, context) for point in points]
+    solution, found = implicit_chunk(data, configs, memory=context.memory)
+    curves = score_solution(data, len(points), solution, context.scoring)
     losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (found.value, found.gradient))
     outcome = Slopes(
         tuple(range(len(points))),
@@ -201,22 +175,16 @@ def _solve(ledger: Ledger, points: list[Candidate], evaluation: Evaluation) -> N
         {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]},
         np.zeros(losses.shape),
     )
-    evaluation.progress.advance(len(points), curves)
+    context.progress.advance(len(points), curves)
     ledger.finish([_result(points[i], configs[i], i, outcome, "exact") for i in outcome.index])
-    evaluation.progress.finished(len(points))
+    context.progress.finished(len(points))
 
 
-def _complete(params: Config, evaluation: Evaluation) -> Config:
-    options = evaluation.options
-    defaults = {"beta1": BETA1, "beta2": BETA2}
-    return defaults | complete(params, optimizer=evaluation.choice.optimizer, schedule=options.schedule)
+def _complete(params: Config, context: Context) -> Config:
+    return {"beta1": BETA1, "beta2": BETA2} | context.complete(params)
 
 
-def _epochs(evaluation: Evaluation) -> int:
-    return 1 if evaluation.choice.solved else evaluation.options.max_epochs
-
-
-def _check_starts(configs: dict[int, Config], evaluation: Evaluation) -> None:
+def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Context) -> None:
     """Refuse, before anything trains, a start that cannot move."""
     for number, config in configs.items():
         optimizer = config["optimizer"]
@@ -225,8 +193,8 @@ def _check_starts(configs: dict[int, Config], evaluation: Evaluation) -> None:
                 f"method='hypergradient' differentiates sgd, nesterov, adam and adamw, got optimizer={optimizer!r} in "
                 f"trial {number}, which adapts its rate itself; choose one of those."
             )
-        for name in evaluation.names:
-            if not evaluation.choice.solved and name not in hyperparameters_of(optimizer):
+        for name in names:
+            if not context.choice.solved and name not in hyperparameters_of(optimizer):
                 raise InputError(
                     f"Hypergradient(hyperparameters=...): {optimizer} has no {name!r}, and trial {number} uses it; "
                     f"choose from {', '.join(hyperparameters_of(optimizer))}."

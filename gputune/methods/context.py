@@ -1,0 +1,78 @@
+"""What every search method works with: the data, the model, the options, the clock, the screen."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gputune.data.dataset import Dataset
+from gputune.engine.plan import Plan, make_plan, parse_memory
+from gputune.engine.population import Population, complete, populations
+from gputune.engine.scoring import Scoring
+from gputune.engine.vmap import check_module
+from gputune.model_choice import ModelChoice
+from gputune.options import Options
+from gputune.progress import Progress
+from gputune.types import Config
+
+
+@dataclass(frozen=True)
+class Context:
+    """A search that is about to train: everything but its trials."""
+
+    data: Dataset
+    scoring: Scoring
+    choice: ModelChoice
+    options: Options
+    deadline: float | None
+    progress: Progress
+
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that a trial is trained for."""
+        return 1 if self.choice.solved else self.options.max_epochs
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the user allows, or None."""
+        return parse_memory(self.options.memory)
+
+    @property
+    def workers(self) -> int | None:
+        """Processes that the user asks for, or None."""
+        return None if self.options.workers == "auto" else int(self.options.workers)
+
+    def complete(self, params: Config) -> Config:
+        """Return a trial's parameters with every key that training reads."""
+        return complete(params, optimizer=self.choice.optimizer, schedule=self.options.schedule)
+
+    def groups(self, configs: Sequence[Config]) -> list[Population]:
+        """Return complete configurations as populations of one tensor shape each."""
+        return populations(configs, self.choice.kind, rows=max(len(fold.train) for fold in self.data.folds))
+
+    def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
+        """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
+        groups = self.groups(configs)
+        parameters = 0
+        if self.choice.module_class is not None:
+            for config in {group.arguments: group.configs[0] for group in groups}.values():
+                parameters = max(parameters, self.check_module(config))
+        return make_plan(
+            groups, self.data, epochs=epochs, memory=self.memory, workers=self.workers, parameters=parameters
+        )
+
+    def check_module(self, config: Config) -> int:
+        """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""
+        if self.choice.module_class is None:
+            return 0
+        data = self.data
+        return check_module(
+            self.choice.module_class,
+            config,
+            n_features=data.n_features,
+            n_outputs=data.n_outputs,
+            dtype=data.dtype,
+        )

@@ -1,0 +1,196 @@
+"""Successive halving, through the public tune()."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import loguniform
+from sklearn.datasets import load_diabetes, load_iris
+from torch import nn
+
+import gputune
+from gputune.engine.rung import Parking
+from gputune.errors import InputError
+from gputune.methods import halving
+
+FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
+SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris(return_X_y=True)
+
+
+@pytest.fixture(scope="module")
+def both(iris):
+    """The same trials searched in full and by halving."""
+    return tuple(
+        gputune.tune("mlp", *iris, space=SPACE, n_trials=26, method=method, **FAST)
+        for method in ("random", gputune.Halving(min_epochs=1))
+    )
+
+
+class Net(nn.Module):
+    """A user's module."""
+
+    def __init__(self, n_features, n_outputs, hidden=6):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def lengths(study):
+    return np.isfinite(study.curves).all(2).sum(1)
+
+
+def test_the_trials_leave_at_the_rungs(both):
+    _, halved = both
+    assert [t.state for t in halved.trials].count("complete") == 3
+    assert np.bincount(lengths(halved)).tolist() == [0, 18, 0, 6, 0, 0, 0, 0, 0, 3]
+    for trial, length in zip(halved.trials, lengths(halved)):
+        assert trial.detail == ({} if length == 9 else {"rung": length})
+        assert (trial.state == "pruned") == (length < 9)
+    assert halved.spent == (18 + 6 * 3 + 3 * 9, 27 * 9)
+
+
+def test_curves_are_those_of_the_full_search(both):
+    full, halved = both
+    assert [t.params for t in full.trials] == [t.params for t in halved.trials]
+    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
+        np.testing.assert_allclose(b[:length], a[:length], atol=2e-6)
+        assert np.isnan(b[length:]).all()
+
+
+def test_each_rung_keeps_the_best_fold_means(both):
+    full, halved = both
+    alive = np.arange(27)
+    for rung, stays in ((1, 9), (3, 3)):
+        means = full.curves[alive, rung - 1].mean(1)
+        alive = alive[np.sort(np.argsort(-means, kind="stable")[:stays])]
+        assert set(alive) == set(np.flatnonzero(lengths(halved) > rung))
+
+
+def test_a_pruned_trial_is_never_best_while_one_is_complete(both):
+    _, halved = both
+    assert halved.best_trial.state == "complete"
+    states = [trial.state for trial in halved.ranking()]
+    assert states == ["complete"] * 3 + ["pruned"] * 24
+    assert halved.best_model().predict(load_iris().data).shape == (150,)
+
+
+def test_brackets_share_the_run(iris):
+    study = gputune.tune(
+        "mlp", *iris, space=SPACE, n_trials=30, method=gputune.Halving(min_epochs=1, brackets=3), **FAST
+    )
+    found = np.bincount(lengths(study), minlength=10)
+    assert found[1] and found[3] and found[9] and found.sum() == 31
+    brackets = gputune.Halving(min_epochs=1, brackets=3).brackets_of(31, 9)
+    assert all(length == 9 for length, b in zip(lengths(study), brackets) if b == 2)
+    assert not any(length == 1 for length, b in zip(lengths(study), brackets) if b == 1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamwhd"])
+def test_every_optimizer_goes_on_from_its_state(iris, optimizer):
+    common = {
+        "space": {"lr": loguniform(1e-3, 0.1), "width": [8]},
+        "n_trials": 8,
+        "optimizer": optimizer,
+        **FAST,
+    }
+    full, halved = (
+        gputune.tune("mlp", *iris, method=m, dtype="float64", **common) for m in ("random", "halving")
+    )
+    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
+        np.testing.assert_allclose(b[:length], a[:length], atol=1e-9)
+
+
+def test_a_users_module_is_halved(iris):
+    common = {"space": {"lr": loguniform(1e-3, 0.1), "module__hidden": [4, 6]}, "n_trials": 8, **FAST}
+    full, halved = (gputune.tune(Net, *iris, method=m, **common) for m in ("random", "halving"))
+    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
+        np.testing.assert_allclose(b[:length], a[:length], atol=2e-6)
+
+
+def test_processes_give_what_one_process_gives(iris, both):
+    two = gputune.tune(
+        "mlp", *iris, space=SPACE, n_trials=26, method=gputune.Halving(min_epochs=1), **{**FAST, "workers": 2}
+    )
+    np.testing.assert_allclose(two.curves, both[1].curves, atol=2e-6)
+
+
+def test_a_trial_that_diverges_leaves_and_is_failed():
+    X, y = load_diabetes(return_X_y=True)
+    space = {"lr": [1e-3, 1e-2, 1e4, 3e-3, 1e-1, 1e5], "width": [8]}
+    study = gputune.tune("mlp", X, y, space=space, n_trials=6, optimizer="sgd", method="halving", **FAST)
+    states = {trial.params["lr"]: trial.state for trial in study.trials}
+    assert states[1e4] == states[1e5] == "failed"
+    assert math.isfinite(study.best_score)
+
+
+def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
+    parked = []
+
+    class Small(Parking):
+        def __init__(self, limit):
+            super().__init__(3000)
+            parked.append(self)
+
+        def close(self):
+            assert self.folder is not None and not self.states
+            super().close()
+
+    monkeypatch.setattr(halving, "Parking", Small)
+    study = gputune.tune("mlp", *iris, space=SPACE, n_trials=26, method=gputune.Halving(min_epochs=1), **FAST)
+    np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
+    assert parked[0].held == 0
+
+
+def test_a_stopped_search_goes_on(iris, both, tmp_path, monkeypatch):
+    runs, run = [], halving.run_chunks
+
+    def interrupted(*arguments, **rest):
+        runs.append(1)
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        run(*arguments, **rest)
+
+    common = {
+        "space": SPACE,
+        "n_trials": 26,
+        "method": gputune.Halving(min_epochs=1),
+        "study": tmp_path / "s.db",
+        **FAST,
+    }
+    monkeypatch.setattr(halving, "run_chunks", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gputune.tune("mlp", *iris, **common)
+    kept = gputune.Study.open(tmp_path / "s.db")
+    assert [t.state for t in kept.trials].count("pruned") == 18
+    monkeypatch.setattr(halving, "run_chunks", run)
+    study = gputune.tune("mlp", *iris, **common)
+    assert [t.state for t in study.trials] == [t.state for t in both[1].trials]
+    np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
+    assert [t.detail for t in gputune.Study.open(tmp_path / "s.db").trials] == [
+        t.detail for t in study.trials
+    ]
+
+
+def test_a_timeout_scores_what_was_trained(iris):
+    study = gputune.tune(
+        "mlp", *iris, n_trials=3, method="halving", timeout=1.0, **{**FAST, "max_epochs": 5000}
+    )
+    assert {trial.state for trial in study.trials} <= {"stopped", "pruned", "waiting"}
+    assert math.isfinite(study.best_score)
+
+
+def test_the_solved_logistic_regression_is_refused(iris):
+    with pytest.raises(InputError, match="method='halving' judges trials while they train, and the solved"):
+        gputune.tune("logistic", *iris, method="halving", verbose=0)
+
+
+def test_too_few_epochs_are_named(iris):
+    with pytest.raises(InputError, match=r"Halving\(min_epochs=...\) must be below max_epochs=9, got 20"):
+        gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=20), n_trials=2, **FAST)

@@ -1,0 +1,73 @@
+"""When successive halving decides, and who stays."""
+
+import math
+
+import numpy as np
+import pytest
+
+import gputune
+from gputune.errors import InputError
+from gputune.search.halving import Halving, survivors
+
+
+def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch():
+    assert Halving().rungs(54) == [[2, 6, 18]]
+    assert Halving().rungs(27) == [[1, 3, 9]]
+    assert Halving(factor=2, min_epochs=4).rungs(20) == [[4, 8, 16]]
+    assert Halving(factor=1.5, min_epochs=1).rungs(6) == [[1, 2, 3, 5]]
+    assert Halving().rungs(1) == [[]]
+
+
+def test_brackets_begin_later_and_later():
+    assert Halving(brackets=4).rungs(54) == [[2, 6, 18], [6, 18], [18], []]
+
+
+def test_brackets_get_about_the_same_number_of_epochs():
+    method = Halving(brackets=4)
+    found = np.bincount(method.brackets_of(2000, 54), minlength=4)
+    costs = np.array([2 + 4 / 3 + 12 / 9 + 36 / 27, 6 + 12 / 3 + 36 / 9, 18 + 36 / 3, 54])
+    np.testing.assert_allclose(found * costs / (found * costs).mean(), 1, atol=0.05)
+
+
+def test_more_trials_move_no_other_to_another_bracket():
+    method = Halving(brackets=3)
+    assert method.brackets_of(100, 54)[:40] == method.brackets_of(40, 54)
+    assert set(Halving().brackets_of(10, 54)) == {0}
+
+
+def test_the_best_third_stays():
+    means = np.array([0.1, 0.9, 0.5, 0.7, 0.2, 0.3, 0.8])
+    assert np.flatnonzero(survivors(means, 3)).tolist() == [1, 6]
+    assert np.flatnonzero(survivors(means[:2], 3)).tolist() == [1]
+
+
+def test_the_earlier_trial_wins_a_tie_and_nan_never_stays():
+    assert np.flatnonzero(survivors(np.array([0.5, 0.5, 0.5, math.nan]), 2)).tolist() == [0, 1]
+    assert np.flatnonzero(survivors(np.array([math.nan, 0.1, math.nan, math.nan]), 2)).tolist() == [1]
+    assert not survivors(np.array([math.nan, math.nan]), 3).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor": 1}, r"Halving\(factor=...\) must be a finite number > 1, got 1"),
+        ({"factor": math.inf}, "got inf"),
+        ({"factor": "3"}, "got '3'"),
+        ({"min_epochs": 0}, r"Halving\(min_epochs=...\) must be an integer >= 1, got 0"),
+        ({"min_epochs": 2.5}, "got 2.5"),
+        ({"brackets": 0}, r"Halving\(brackets=...\) must be an integer >= 1, got 0"),
+        ({"brackets": True}, "got True"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        gputune.Halving(**options)
+
+
+def test_options_that_do_not_fit_the_epochs():
+    with pytest.raises(InputError, match="must be below max_epochs=10, got 10; lower it"):
+        Halving(min_epochs=10).rungs(10)
+    with pytest.raises(
+        InputError, match=r"must be at most 3 for max_epochs=5, which has rungs at \[1, 3\], got 4"
+    ):
+        Halving(brackets=4).rungs(5)
