@@ -15,7 +15,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
-from gputune.engine.scoring import Scorer, Scoring, check_folds, make_scoring
+from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
 from gputune.errors import InputError, SearchFailedError
 from gputune.methods.context import Context
 from gputune.methods.descent import descend
@@ -77,10 +77,10 @@ def tune(
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
     n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
-    method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train together,
-                 and at each rung those with the best fold means go on; "hypergradient" or ``gputune.Hypergradient(...)``:
-                 each drawn configuration is a start that descends on the fold mean of its validation loss after
-                 ``max_epochs``; each point of it is a trial, scored after the last epoch
+    method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
+                 together, and at each rung those with the best fold means go on; "hypergradient" or
+                 ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
+                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
     groups       one label a row, or the name of a column: a group is never split between folds
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2, for hypergradients
@@ -93,7 +93,7 @@ def tune(
     schedule     of the learning rate over ``max_epochs``, per step
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
-                 what it had, and not trained further
+                 what it had, and trained again by a later call with the same ``study``
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
@@ -121,7 +121,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     space = _checked_space(choice, options)
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
-    scoring = make_scoring(_scoring(options, problem), problem.target.task, problem.target.classes)
+    scoring = _scoring(options, problem)
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
@@ -154,11 +154,12 @@ def _run(ledger: Ledger, space: Space, context: Context) -> None:
             train_fully(ledger, context)
 
 
-def _scoring(options: Options, problem: Problem) -> Any:
+def _scoring(options: Options, problem: Problem) -> Scoring:
     """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends."""
-    if options.scoring is not None or not isinstance(options.method, Hypergradient):
-        return options.scoring
-    return "neg_mean_squared_error" if problem.target.task == "regression" else "neg_log_loss"
+    target = problem.target
+    if options.scoring is None and isinstance(options.method, Hypergradient):
+        return loss_scoring(target.task, target.classes)
+    return make_scoring(options.scoring, target.task, target.classes)
 
 
 def _check_scoring_has_a_name(scoring: Scoring, options: Options) -> None:

@@ -19,7 +19,7 @@ data/folds data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/chunk engine/rung engine/plan
 engine/workers engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
-hypergradients/online hypergradients/inner hypergradients/coordinates hypergradients/guard hypergradients/unrolled
+hypergradients/online hypergradients/inner hypergradients/coordinates hypergradients/guard hypergradients/dual hypergradients/unrolled
 hypergradients/differences hypergradients/memory hypergradients/arguments hypergradients/curvature
 hypergradients/module_training hypergradients/implicit hypergradients/result hypergradients/convex
 hypergradients/hypergradient hypergradients/population_training hypergradients/chunk hypergradients/plan optim

@@ -73,7 +73,8 @@ def empty_moments(optimizer: str, params: Params) -> Moments:
 
 
 def _per_member(values: Tensor | float, like: Tensor) -> Tensor:
-    values = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    values = torch.tensor(values, dtype=torch.float64) if isinstance(values, float) else values
+    values = values.to(device=like.device, dtype=like.dtype)
     return values if values.dim() == like.dim() > 1 else values.view(-1, *[1] * (like.dim() - 1))
 
 

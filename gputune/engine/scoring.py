@@ -91,6 +91,16 @@ def make_scoring(scoring: str | Scorer | None, task: Task, classes: np.ndarray |
     return Scoring(scoring, None, get_scorer(scoring), codes)
 
 
+def loss_scoring(task: Task, classes: np.ndarray | None) -> Scoring:
+    """Return minus the validation loss as a score, under scikit-learn's name for it.
+
+    Unlike scikit-learn's log loss, which holds chances to [eps, 1 - eps], it has no upper limit.
+    """
+    if task == "regression":
+        return make_scoring("neg_mean_squared_error", task, classes)
+    return Scoring("neg_log_loss", scores.neg_cross_entropy, None, classes)
+
+
 def check_folds(scoring: Scoring, data: Dataset) -> None:
     """Raise InputError where the score is undefined on a fold, before anything trains."""
     for f, fold in enumerate(data.folds):

@@ -48,48 +48,54 @@ def default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, T
 
 
 def check_hyperparameters(
-    values: Mapping[str, Any], optimizer: str, *, steps: int, layers: Sequence[str], like: Tensor
+    values: Mapping[str, Any],
+    optimizer: str,
+    *,
+    steps: int,
+    layers: Sequence[str],
+    like: Tensor,
+    argument: str = "hyperparameters",
 ) -> dict[str, Tensor]:
     """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and layers.
 
-    Raises InputError for a name the optimizer has not, a value out of range, another shape, more segments than steps.
+    ``argument`` is how errors call ``values``. Raises InputError for a name the optimizer has not, a value out of
+    range, another shape, more segments than steps.
     """
     if not isinstance(values, Mapping) or not values:
         raise InputError(
-            'hyperparameters must be a dict with at least one of them, for example {"lr": 0.1}, '
-            f"got {values!r}."
+            f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got {values!r}.'
         )
     for name in values:
         if name not in _OF[optimizer]:
             raise InputError(
-                f"hyperparameters: {optimizer} has {', '.join(_OF[optimizer])}, got {name!r}; leave it out, or choose "
+                f"{argument}: {optimizer} has {', '.join(_OF[optimizer])}, got {name!r}; leave it out, or choose "
                 "an optimizer that has it."
             )
-    return {name: _table(name, value, steps, layers, like) for name, value in values.items()}
+    return {
+        name: _table(f"{argument}[{name!r}]", name, value, steps, layers, like)
+        for name, value in values.items()
+    }
 
 
-def _table(name: str, value: Any, steps: int, layers: Sequence[str], like: Tensor) -> Tensor:
+def _table(place: str, name: str, value: Any, steps: int, layers: Sequence[str], like: Tensor) -> Tensor:
     try:
         table = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(
-            f"hyperparameters[{name!r}] must be a number or an array of numbers, got {value!r}."
-        ) from error
+        raise InputError(f"{place} must be a number or an array of numbers, got {value!r}.") from error
     if table.dim() > 2 or 0 in table.shape or (table.dim() == 2 and table.shape[1] != len(layers)):
         raise InputError(
-            f"hyperparameters[{name!r}] must be a number, (segments,) or (segments, layers) with {len(layers)} layers "
+            f"{place} must be a number, (segments,) or (segments, layers) with {len(layers)} layers "
             f"({', '.join(layer or 'the module itself' for layer in layers)}), got shape {tuple(table.shape)}."
         )
     if table.dim() and len(table) > steps:
         raise InputError(
-            f"hyperparameters[{name!r}] must have at most one segment a step, got {len(table)} segments for {steps} "
-            "minibatches."
+            f"{place} must have at most one segment a step, got {len(table)} segments for {steps} minibatches."
         )
-    _check_range(name, table)
+    _check_range(place, name, table)
     return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
 
 
-def _check_range(name: str, table: Tensor) -> None:
+def _check_range(place: str, name: str, table: Tensor) -> None:
     low, high = float(table.min()), float(table.max())
     if name == "lr":
         legal, rule = low > 0 and high < float("inf"), "finite and > 0"
@@ -98,4 +104,4 @@ def _check_range(name: str, table: Tensor) -> None:
     else:
         legal, rule = low >= 0 and high < 1, "in [0, 1)"
     if not legal or bool(table.isnan().any()):
-        raise InputError(f"hyperparameters[{name!r}] must be {rule}, got {table.tolist()}.")
+        raise InputError(f"{place} must be {rule}, got {table.tolist()}.")

@@ -1,12 +1,13 @@
 """hypergradient(): the derivative of a validation loss in the hyperparameters of the training before it."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
@@ -19,7 +20,7 @@ from gputune.hypergradients.convex import differentiate_minimum
 from gputune.hypergradients.curvature import twice_differentiable
 from gputune.hypergradients.differences import default_width, differences
 from gputune.hypergradients.inner import Tables
-from gputune.hypergradients.memory import Need, free_bytes, measure
+from gputune.hypergradients.memory import Need, free_bytes, measure, size_words
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
 from gputune.hypergradients.result import HypergradientResult
 from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
@@ -40,6 +41,7 @@ def hypergradient(
     truncate: int | None = None,
     checkpoint: bool = False,
     seed: int | None = None,
+    fixed: Mapping[str, Any] | None = None,
     memory: int | str | None = None,
 ) -> HypergradientResult:
     """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters of that training.
@@ -50,7 +52,8 @@ def hypergradient(
     valid            the validation pair (x, y)
     hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2", each a number, (S,) or (S, L): segment
                      s covers the steps from floor(s*T/S) on, layer l is the l-th submodule that owns parameters;
-                     those left out have their default value (a momentum of 0 for sgd, 0.9 for momentum and nesterov)
+                     those left out have the value of ``fixed``, or their default one (a momentum of 0 for sgd, 0.9 for
+                     momentum and nesterov)
     optimizer        "sgd", "momentum", "nesterov", "adam" or "adamw", as ``torch.optim`` has them; "exact" solves a
                      ``gputune.models.LogisticRegression`` on all minibatches together, whose hyperparameter is "C", and
                      differentiates at the minimum (implicit differentiation), whatever the mode
@@ -60,12 +63,14 @@ def hypergradient(
     truncate         reverse mode through the last so many steps only: cheaper, and biased towards small rates
     checkpoint       reverse mode that trains twice and remembers every sqrt(T)-th step
     seed             of dropout and other draws, the same in every training; None: drawn from torch's generator
+    fixed            values, in the same shapes, of hyperparameters that are not differentiated
     memory           bytes, or text such as "8GB", that may be used; None: most of what is free
 
-    Raises InputError for bad input, for an operation that cannot be differentiated twice, and where the memory does
-    not suffice. Second derivatives are tried on the first minibatch: in float64 against measured ones, in lower
-    precision for symmetry alone, which a .detach() in the loss passes unseen. Sources: Maclaurin et al. (2015),
-    Franceschi et al. (2017); Bengio (2000) for the implicit derivative.
+    Warns (RuntimeWarning) where training is chaotic, so that the gradient is noise. Raises InputError for bad input,
+    for an operation that cannot be differentiated twice, and where the memory does not suffice. Second derivatives are
+    tried on the first minibatch: in float64 against measured ones, in lower precision for symmetry alone, which a
+    .detach() in the loss passes unseen. Sources: Maclaurin et al. (2015), Franceschi et al. (2017); Bengio (2000) for
+    the implicit derivative.
     """
     check_module(module)
     if not callable(loss):
@@ -84,14 +89,15 @@ def hypergradient(
     given = check_hyperparameters(
         hyperparameters, rule, steps=len(batches), layers=training.layers, like=start
     )
-    tables = {**default_tables(rule, momentum, start), **given}
+    held = _held(fixed, hyperparameters, rule, training, start)
+    tables = {**default_tables(rule, momentum, start), **held, **given}
     with _modes_restored(module):
         choice, result = _differentiate(
             training, rule, tables, tuple(given), mode, truncate, checkpoint, budget
         )
     shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
     gradient = {name: table.view(shapes[name]) for name, table in result.gradients.items()}
-    return HypergradientResult(
+    found = HypergradientResult(
         value=float(result.value),
         gradient=gradient,
         log_gradient={name: slope * given[name].view(shapes[name]) for name, slope in gradient.items()},
@@ -99,6 +105,34 @@ def hypergradient(
         ratio=float(result.ratio),
         mode=choice.mode,
         reason=choice.reason,
+    )
+    if found.chaotic:
+        warnings.warn(
+            f"training is chaotic: it amplifies a small change {found.ratio:.3g} times, and the gradient is noise; "
+            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _held(
+    fixed: Mapping[str, Any] | None,
+    searched: Mapping[str, Any],
+    rule: str,
+    training: ModuleTraining,
+    like: Tensor,
+) -> dict[str, Tensor]:
+    """Return the tables of the hyperparameters that are not differentiated."""
+    if not fixed:
+        return {}
+    twice = sorted(set(fixed) & set(searched))
+    if twice:
+        raise InputError(
+            f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of one."
+        )
+    return check_hyperparameters(
+        fixed, rule, steps=training.steps, layers=training.layers, like=like, argument="fixed"
     )
 
 
@@ -148,8 +182,9 @@ def _choose(
     whole, blocks, tangents = need.reverse(back), need.checkpointed(back), need.forward(number)
     reversible = mode == "reverse" or truncate is not None or checkpoint
     sizes = (
-        f"reverse needs about {_size(whole)} for {back} steps, checkpointed {_size(blocks)}, forward "
-        f"{_size(tangents)} for {number} hyperparameter{'' if number == 1 else 's'}; {_size(budget)} may be used"
+        f"reverse needs about {size_words(whole)} for {back} steps, checkpointed {size_words(blocks)}, forward "
+        f"{size_words(tangents)} for {number} hyperparameter{'' if number == 1 else 's'}; {size_words(budget)} may be "
+        "used"
     )
     if mode == "forward" or (not reversible and number == 1 and tangents <= budget):
         chosen = _Choice(
@@ -181,15 +216,6 @@ def _choose(
             f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
         )
     return replace(chosen, reason=f"{chosen.reason}; {sizes}")
-
-
-def _size(count: int) -> str:
-    unit, name = next(
-        (unit, name)
-        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-        if count >= unit or unit == 2**10
-    )
-    return f"{count / unit:.1f} {name}"
 
 
 def _checked_batches(batches: Iterable[Pair]) -> list[Pair]:

@@ -6,7 +6,7 @@ steps from floor(s*T/S) on; with L = 1 all layers share it. No operation mixes m
 members holds each member's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,6 +21,9 @@ HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 Tables = Mapping[str, Tensor]
 """Each of HYPERPARAMETERS -> (P, S, L), S and L of its own."""
 
+Rows = Mapping[str, Sequence[Tensor]]
+"""The same, cut into what the steps of each segment read: (P, 1), or (P, N) where layers differ."""
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -32,13 +35,6 @@ class Clock:
     done: np.ndarray
     active: np.ndarray | None = None
     factor: np.ndarray | None = None
-
-    def repeated(self, times: int) -> "Clock":
-        """Return the clock of so many copies of the members."""
-        active, factor = (
-            None if part is None else np.tile(part, times) for part in (self.active, self.factor)
-        )
-        return Clock(np.tile(self.done, times), active, factor)
 
 
 class Training(Protocol):
@@ -101,18 +97,26 @@ def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, active:
     return State(first, tuple(rest))
 
 
-def plain_step(training: Training, optimizer: str, tables: Tables, state: State, step: int) -> State:
+def plain_step(training: Training, optimizer: str, rows: Rows, state: State, step: int) -> State:
     """Return the state after one step, without a past to differentiate through."""
     gradient = slope(training, state.weights.detach().requires_grad_(), step, graph=False)
     with torch.no_grad():
         clock = training.clock(step)
-        rates = rates_at(tables, clock, training.totals, training.layer)
+        rates = rates_at(rows, clock, training.totals)
         return update(optimizer, state, gradient, rates, active_rows(clock, gradient))
 
 
-def rates_at(tables: Tables, clock: Clock, totals: np.ndarray, layer: Tensor) -> Rates:
+def rows_of(tables: Tables, layer: Tensor) -> Rows:
+    """Return the rows of tables: once for all steps, since a row may be as large as the parameters."""
+    return {
+        name: tuple(row if row.shape[1] == 1 else row.index_select(1, layer) for row in table.unbind(1))
+        for name, table in tables.items()
+    }
+
+
+def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
     """Return the hyperparameters of one step: (P, 1) where the layers share a value, otherwise (P, N)."""
-    value = {name: _value(table, clock, totals, layer) for name, table in tables.items()}
+    value = {name: _row(own, segment_at(clock.done, totals, len(own))) for name, own in rows.items()}
     lr = value["lr"]
     if clock.factor is not None:
         lr = lr * torch.as_tensor(clock.factor, dtype=lr.dtype, device=lr.device)[:, None]
@@ -122,7 +126,7 @@ def rates_at(tables: Tables, clock: Clock, totals: np.ndarray, layer: Tensor) ->
         momentum=value["momentum"],
         beta1=value["beta1"],
         beta2=value["beta2"],
-        count=torch.as_tensor(clock.done + 1.0, device=layer.device),
+        count=torch.as_tensor(clock.done + 1.0, device=lr.device),
     )
 
 
@@ -137,14 +141,13 @@ def active_rows(clock: Clock, like: Tensor) -> Tensor | None:
     return None if clock.active is None else torch.as_tensor(clock.active, device=like.device)[:, None]
 
 
-def _value(table: Tensor, clock: Clock, totals: np.ndarray, layer: Tensor) -> Tensor:
-    segment = segment_at(clock.done, totals, table.shape[1])
-    if (segment == segment[0]).all():
-        row = table[:, int(segment[0])]
-    else:
-        members = torch.arange(len(table), device=table.device)
-        row = table[members, torch.as_tensor(segment, device=table.device)]
-    return row if row.shape[1] == 1 else row.index_select(1, layer)
+def _row(rows: Sequence[Tensor], segment: np.ndarray) -> Tensor:
+    """Return the row of each member's segment (P,)."""
+    first, *others = np.unique(segment)
+    row: Tensor = rows[first]
+    for s in others:
+        row = torch.where(torch.as_tensor(segment == s, device=row.device)[:, None], rows[s], row)
+    return row
 
 
 def _moments(optimizer: str) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from gputune.hypergradients.inner import (
     active_rows,
     first_state,
     rates_at,
+    rows_of,
     slope,
     update,
 )
@@ -39,7 +40,7 @@ class Need:
         return block * self.step + -(-steps // block) * self.state
 
     def forward(self, hyperparameters: int) -> int:
-        """Bytes of carrying tangents along, for any number of steps."""
+        """Bytes of carrying tangents along, for any number of steps: in the update rule, four times the tangents."""
         return self.step + 4 * (1 + hyperparameters) * self.state
 
     def longest(self, budget: int) -> int:
@@ -60,7 +61,7 @@ def measure(training: Training, optimizer: str, tables: Tables) -> Need:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
         gradient = slope(training, state.weights, 0, graph=True)
         clock = training.clock(0)
-        rates = rates_at(leaves, clock, training.totals, training.layer)
+        rates = rates_at(rows_of(leaves, training.layer), clock, training.totals)
         end = update(optimizer, state, gradient, rates, active_rows(clock, gradient))
     for tensor in (end.weights, *end.moments):
         kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -84,6 +85,16 @@ def _available() -> int:
         return int(found.split()[1]) * 1024
     except (OSError, StopIteration):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def size_words(count: int) -> str:
+    """Return a number of bytes as text."""
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+        if count >= unit or name == "KiB"
+    )
+    return f"{count / unit:.1f} {name}"
 
 
 def fastest_that_fits(

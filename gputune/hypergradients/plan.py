@@ -8,7 +8,8 @@ from gputune.engine.plan import Cost, Plan, cores, make_plan
 from gputune.engine.population import Population
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, inner_training
-from gputune.hypergradients.memory import fastest_that_fits, free_bytes, measure
+from gputune.hypergradients.curvature import twice_differentiable
+from gputune.hypergradients.memory import fastest_that_fits, free_bytes, measure, size_words
 
 _SLOWER = 10.0  # than plain training: a step that is differentiated twice, by operations of autograd
 
@@ -31,20 +32,25 @@ def plan_chunks(
     def cost_of(population: Population, plain: Cost) -> Cost:
         one = population.part(0, 1)
         training = inner_training(job, data, one)
-        tables = job.tables(training, one.configs)
-        need = measure(training, one.configs[0]["optimizer"], tables)
-        number = sum(tables[name][0].numel() for name in job.wanted)
-        mode = fastest_that_fits(need, budget, steps=training.steps, hyperparameters=number)
-        needed = {
-            "reverse": need.reverse(training.steps),
-            "checkpointed": need.checkpointed(training.steps),
-            "forward": need.forward(number),
-        }[mode]
-        if needed > budget:
+        if job.segments > training.totals.min():
             raise InputError(
-                f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {needed} bytes are "
-                f"needed for {number} hyperparameters, {budget} may be used a process. Use fewer segments, smaller "
-                "batches, workers=1, or a larger memory=."
+                f"Hypergradient(segments=...) must be at most the number of steps, got {job.segments} segments for "
+                f"{training.totals.min()} steps; use fewer, smaller batches, or more epochs."
+            )
+        tables = job.tables(training, one.configs)
+        with twice_differentiable(training):
+            need = measure(training, one.configs[0]["optimizer"], tables)
+        number = sum(tables[name][0].numel() for name in job.wanted)
+        steps = training.steps
+        mode = fastest_that_fits(need, budget, steps=steps, hyperparameters=number)
+        reverse, blocks, tangents = need.reverse(steps), need.checkpointed(steps), need.forward(number)
+        needed = {"reverse": reverse, "checkpointed": blocks, "forward": tangents}[mode]
+        if needed > budget:
+            least = tangents if number == 1 else min(blocks, tangents)
+            raise InputError(
+                f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {number} hyperparameters "
+                f"over {steps} steps need about {size_words(least)}, and {size_words(budget)} may be used a process. "
+                "Use fewer segments, smaller batches, workers=1, or a larger memory=."
             )
         return replace(plain, trial_bytes=needed, trial_seconds=_SLOWER * plain.trial_seconds)
 

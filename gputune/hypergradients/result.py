@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
+from gputune.hypergradients.guard import CHAOTIC
 from gputune.types import Params
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HypergradientResult:
     """The validation loss after training, and its derivatives.
 
@@ -25,3 +26,8 @@ class HypergradientResult:
     ratio: float
     mode: str
     reason: str
+
+    @property
+    def chaotic(self) -> bool:
+        """Whether training amplifies changes so much that the gradient is noise."""
+        return not self.ratio <= CHAOTIC

@@ -6,18 +6,19 @@ along, Z <- A Z + B, one Hessian-vector product a step and hyperparameter, and n
 (Franceschi et al. 2017, Forward-HG). Both differentiate the rules of engine/optim.py, and agree to rounding.
 """
 
-import functools
 import math
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import dual_level, make_dual, unpack_dual
 
+from gputune.hypergradients.dual import Dual
 from gputune.hypergradients.inner import (
+    Clock,
+    Rows,
     State,
     Tables,
     Training,
@@ -25,6 +26,7 @@ from gputune.hypergradients.inner import (
     first_state,
     plain_step,
     rates_at,
+    rows_of,
     segment_at,
     slope,
     update,
@@ -57,8 +59,8 @@ def train_plainly(
     steps: int | None = None,
 ) -> Tensor:
     """Return the weights (P, N) after all steps, or after the first ``steps``, no derivatives taken."""
-    begin = first_state(training, optimizer)
-    return _advance(training, optimizer, tables, begin, 0, steps or training.steps, watch).weights
+    begin, rows = first_state(training, optimizer), rows_of(tables, training.layer)
+    return _advance(training, optimizer, rows, begin, 0, steps or training.steps, watch).weights
 
 
 def reverse(
@@ -81,10 +83,16 @@ def reverse(
     begin = 0 if truncate is None else max(0, steps - truncate)
     length = math.isqrt(steps - begin - 1) + 1 if checkpoint else steps - begin
     edges = [*range(begin, steps, length), steps]
-    leaves = {name: table.detach().requires_grad_(name in wanted) for name, table in tables.items()}
+    leaves = {name: tables[name].detach().requires_grad_() for name in wanted}
+    with torch.enable_grad():
+        spread = rows_of(leaves, training.layer)
+    # Differentiated by the rows, which many steps share, and only then by the tables.
+    cut = {name: [row.detach().requires_grad_() for row in own] for name, own in spread.items()}
+    rows = {**rows_of(tables, training.layer), **cut}
+    searched = [row for own in cut.values() for row in own]
     state, starts = first_state(training, optimizer), []
     for here, there in zip([0, *edges[:-2]], edges[:-1]):  # up to where the last block begins
-        state = _advance(training, optimizer, tables, state, here, there, watch)
+        state = _advance(training, optimizer, rows, state, here, there, watch)
         starts.append(state)
     amplification = _Amplification()
     total: list[Tensor] = []
@@ -92,27 +100,28 @@ def reverse(
     for here, there, start in reversed(list(zip(edges[:-1], edges[1:], starts))):
         start = start.leaves()
         last = there == steps
-        end = _record(training, optimizer, leaves, start, here, there, amplification, watch if last else None)
-        inputs = [*(leaves[name] for name in wanted), start.weights, *start.moments]
+        end = _record(training, optimizer, rows, start, here, there, amplification, watch if last else None)
+        inputs = [*searched, start.weights, *start.moments]
         if last:
             weights = end.weights.detach()
             with torch.enable_grad():
                 value = training.validation(end.weights)
                 found = torch.autograd.grad(value.sum(), inputs, materialize_grads=True)
-            total = list(found[: len(wanted)])
+            total = list(found[: len(searched)])
         else:
             outputs = [end.weights, *end.moments]
             found = torch.autograd.grad(outputs, inputs, grad_outputs=adjoint, materialize_grads=True)
             total = [a + b for a, b in zip(total, found)]
-        adjoint = list(found[len(wanted) :])
-    gradients = dict(zip(wanted, total))
+        adjoint = list(found[len(searched) :])
+    ends = [row for own in spread.values() for row in own]
+    gradients = dict(zip(wanted, torch.autograd.grad(ends, list(leaves.values()), total)))
     return Hypergradients(value.detach(), gradients, amplification.ratio(weights), weights)
 
 
 def _advance(
     training: Training,
     optimizer: str,
-    tables: Tables,
+    rows: Rows,
     state: State,
     here: int,
     there: int,
@@ -120,7 +129,7 @@ def _advance(
 ) -> State:
     """Train the steps here..there-1 without a graph."""
     for step in range(here, there):
-        state = plain_step(training, optimizer, tables, state, step)
+        state = plain_step(training, optimizer, rows, state, step)
         if watch is not None:
             watch(step + 1, state.weights)
     return state
@@ -129,7 +138,7 @@ def _advance(
 def _record(
     training: Training,
     optimizer: str,
-    tables: Tables,
+    rows: Rows,
     state: State,
     here: int,
     there: int,
@@ -142,7 +151,7 @@ def _record(
         amplification.watch(state.weights)
         clock = training.clock(step)
         with torch.enable_grad():
-            rates = rates_at(tables, clock, training.totals, training.layer)
+            rates = rates_at(rows, clock, training.totals)
             state = update(optimizer, state, gradient, rates, active_rows(clock, gradient))
         if watch is not None:
             watch(step + 1, state.weights.detach())
@@ -194,16 +203,15 @@ def forward(
     watch: Watch | None = None,
 ) -> Hypergradients:
     """Return the hypergradients of ``wanted`` by carrying a tangent of the state along for each of their entries."""
-    _load_dual_numbers()
     state = first_state(training, optimizer)
     # Those of the first segments first: at every step, the ones that have begun are a prefix.
     columns = sorted(
         ((name, s, layer) for name in wanted for s, layer in np.ndindex(tables[name].shape[1:])),
         key=lambda column: column[1] / tables[column[0]].shape[1],
     )
-    tangents = _Tangents(optimizer, tables, columns, state)
+    tangents, rows = _Tangents(optimizer, tables, columns, state), rows_of(tables, training.layer)
     for step in range(training.steps):
-        state = tangents.step(training, state, step)
+        state = tangents.step(training, rows, state, step)
         if watch is not None:
             watch(step + 1, state.weights)
     weights = state.weights.detach().requires_grad_()
@@ -217,79 +225,77 @@ def forward(
 
 
 class _Tangents:
-    """The tangents (d, P, N) of the parameters and moments, one for each of d hyperparameters."""
+    """The tangents (d, P, N) of the parameters and moments, one for each hyperparameter that has begun."""
 
     def __init__(
         self, optimizer: str, tables: Tables, columns: list[tuple[str, int, int]], state: State
     ) -> None:
         self.optimizer, self.tables, self.columns = optimizer, tables, columns
-        shape = (len(columns), *state.weights.shape)
-        self.weights = state.weights.new_zeros(shape)
-        self.moments = [state.weights.new_zeros(shape) for _ in state.moments]
+        none = state.weights.new_zeros(0, *state.weights.shape)
+        self.weights, self.moments = none, [none for _ in state.moments]
         self.sizes = torch.stack([tables[name][:, s, layer] for name, s, layer in columns])  # (d, P)
         self.ratio = state.weights.new_zeros(len(state.weights))
-        self.begun = 0
-        self.constant: dict[str, Tensor] = {}
-        self.seeded: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def step(self, training: Training, state: State, step: int) -> State:
+    def step(self, training: Training, rows: Rows, state: State, step: int) -> State:
         """Take one step of the training and of its tangents."""
         weights = state.weights.detach().requires_grad_()
         gradient = slope(training, weights, step, graph=True)
-        self._begin(training, step)
-        products = [_product(gradient, weights, tangent) for tangent in self.weights[: self.begun]]
-        new = self._through_the_rule(training, state, gradient.detach(), torch.cat(products), step)
-        grown = self.weights[: self.begun].norm(dim=2) * self.sizes[: self.begun]  # per log hyperparameter
+        clock = training.clock(step)
+        self._begin(training, clock)
+        products = [_product(gradient, weights, tangent) for tangent in self.weights]
+        new = self._through_the_rule(training, rows, state, Dual(gradient.detach(), _stack(products)), clock)
+        grown = self.weights.norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
         relative = torch.where(
             grown == 0, grown, grown / new.weights.norm(dim=1)
         )  # no growth, though of nothing
         self.ratio = torch.maximum(self.ratio, relative.amax(0))
         return new
 
-    def _begin(self, training: Training, step: int) -> None:
+    def _begin(self, training: Training, clock: Clock) -> None:
         """Take in the hyperparameters whose segment has begun in some member; before that their tangent is zero."""
-        clock = training.clock(step)
         reached = {
             name: int(segment_at(clock.done, training.totals, table.shape[1]).max())
             for name, table in self.tables.items()
         }
-        begun = sum(s <= reached[name] for name, s, _ in self.columns)
-        if begun == self.begun:
-            return
-        self.begun = begun
-        members = len(self.ratio)
-        self.constant = {name: _copies(table, begun) for name, table in self.tables.items()}
-        seeds = {name: torch.zeros_like(self.constant[name]) for name, _, _ in self.columns}
-        for j, (name, s, layer) in enumerate(self.columns[:begun]):
-            seeds[name][j * members : (j + 1) * members, s, layer] = 1.0
-        self.seeded = {name: (self.constant[name], seed) for name, seed in seeds.items()}
+        more = sum(s <= reached[name] for name, s, _ in self.columns) - len(self.weights)
+        if more:
+            zeros = self.weights.new_zeros(more, *self.weights.shape[1:])
+            self.weights, *self.moments = (torch.cat([t, zeros]) for t in (self.weights, *self.moments))
 
     @torch.no_grad()
     def _through_the_rule(
-        self, training: Training, state: State, gradient: Tensor, products: Tensor, step: int
+        self, training: Training, rows: Rows, state: State, gradient: Any, clock: Clock
     ) -> State:
-        """Push all columns through the update rule at once, as d*P members that are dual numbers."""
-        members, d = len(gradient), self.begun
-        clock = training.clock(step)
-        clock, totals = clock.repeated(d), np.tile(training.totals, d)
+        """Push the state through the update rule with all its tangents."""
+        rates: Any = rates_at(rows, clock, training.totals)
+        searched = dict.fromkeys(name for name, _, _ in self.columns)
+        seeded = {name: Dual(getattr(rates, name), self._seed(name, training, clock)) for name in searched}
+        before: list[Any] = [Dual(state.weights, self.weights), *map(Dual, state.moments, self.moments)]
+        old = State(before[0], tuple(before[1:]))
+        rates, active = replace(rates, **seeded), active_rows(clock, state.weights)
+        new = update(self.optimizer, old, gradient, rates, active)
+        after: list[Any] = [new.weights, *new.moments]
+        self.weights, *self.moments = (end.tangents for end in after)
+        return State(after[0].value, tuple(end.value for end in after[1:]))
 
-        def dual(primal: Tensor, tangents: Tensor) -> Tensor:
-            return _dual(_copies(primal, d), tangents[:d].flatten(0, 1))
+    def _seed(self, name: str, training: Training, clock: Clock) -> Tensor:
+        """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1) for all layers."""
+        columns = self.columns[: len(self.weights)]
+        _, segments, layers = self.tables[name].shape
+        segment = segment_at(clock.done, training.totals, segments)
+        now = np.stack([(segment == s) & (own == name) for own, s, _ in columns])
+        if name == "lr" and clock.factor is not None:
+            now = now * clock.factor
+        seed = torch.as_tensor(now).to(self.weights)[..., None]
+        if layers == 1:
+            return seed
+        place = torch.tensor([layer for _, _, layer in columns], device=seed.device)
+        return seed * (place[:, None] == training.layer)[:, None]
 
-        with dual_level():
-            tables = self.constant | {name: _dual(*pair) for name, pair in self.seeded.items()}
-            many = State(
-                dual(state.weights, self.weights),
-                tuple(dual(primal, tangent) for primal, tangent in zip(state.moments, self.moments)),
-            )
-            slopes = _dual(_copies(gradient, d), products)
-            rates = rates_at(tables, clock, totals, training.layer)
-            new = update(self.optimizer, many, slopes, rates, active_rows(clock, gradient))
-            primals, tangents = zip(*(unpack_dual(tensor) for tensor in (new.weights, *new.moments)))  # type: ignore[no-untyped-call]
-        for all_columns, tangent in zip([self.weights, *self.moments], tangents):
-            all_columns[:d] = tangent.view(d, members, -1)
-        first, *rest = (primal[:members] for primal in primals)
-        return State(first, tuple(rest))
+
+def _stack(products: list[Tensor]) -> Tensor:
+    """Return (d, P, N) products, without a copy of the one there may be."""
+    return torch.stack(products) if len(products) > 1 else products[0][None]
 
 
 def _product(gradient: Tensor, weights: Tensor, tangent: Tensor) -> Tensor:
@@ -298,20 +304,3 @@ def _product(gradient: Tensor, weights: Tensor, tangent: Tensor) -> Tensor:
         return torch.zeros_like(tangent)
     (product,) = torch.autograd.grad(gradient, weights, tangent, retain_graph=True, materialize_grads=True)
     return product
-
-
-@functools.cache
-def _load_dual_numbers() -> None:
-    """Let torch load what its first dual number makes it load, with a warning that is meant for torch alone."""
-    with warnings.catch_warnings(), dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        _dual(torch.zeros(1), torch.zeros(1))
-
-
-def _copies(tensor: Tensor, number: int) -> Tensor:
-    return tensor if number == 1 else tensor.repeat(number, *[1] * (tensor.dim() - 1))
-
-
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    made: Tensor = make_dual(primal, tangent)  # type: ignore[no-untyped-call]
-    return made

@@ -144,6 +144,8 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Co
         ledger.finish([_result(points[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)])
         context.progress.finished(len(outcome.index))
 
+    if isinstance(points[0].origin, str):  # the starts
+        context.progress.say(f"plan: {plan}")
     run_chunks(job, data, plan, progress=context.progress.advance, on_outcome=keep)
 
 

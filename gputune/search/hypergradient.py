@@ -143,6 +143,7 @@ class Descent:
         self.last_loss = math.inf
         self.hits = 0
         self.ended = False
+        self.visited: list[dict[str, Table]] = []
 
     @property
     def mode(self) -> Literal["exact", "differences"]:
@@ -160,13 +161,23 @@ class Descent:
             moves = self._sign_step(slope)
         else:
             moves = self._normalized_step(slope)
-        after = {name: self._held(name, before[name] + moves[name]) for name in self.names}
-        still = all(np.array_equal(after[name], before[name]) for name in self.names)
-        again = self.mode != slope.mode  # the same point may be looked at once more, by finite differences
-        if (still and not again) or self._longest() < self.method.smallest_step:
+        unclear = not slope.usable or not any(move.any() for move in moves.values())
+        after = self._moved(before, moves)
+        while not _alike(after, before) and self._was_at(after):  # steps of 1, 1/2 and 1/2 lead back
+            moves = {name: move / 2 for name, move in moves.items()}
+            self.steps = {name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()}
+            self.length /= 2
+            after = self._moved(before, moves)
+        self.visited.append(before)
+        if _alike(after, before) and unclear and slope.mode == "exact":
+            self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
+        elif _alike(after, before) or self._longest() < self.method.smallest_step:
             self.ended = True
-            return
-        self.config |= {name: _as_value(from_table(name, after[name])) for name in self.names}
+        else:
+            self.config |= {name: _as_value(self._values(name, after[name])) for name in self.names}
+
+    def _was_at(self, place: Mapping[str, Table]) -> bool:
+        return any(_alike(place, old) for old in self.visited)
 
     def _begin(self, slope: Slope) -> None:
         number = sum(table.size for table in slope.slopes.values())
@@ -209,16 +220,26 @@ class Descent:
         moves = {name: np.zeros(slope.slopes[name].shape) for name in self.names}
         if "lr" in self.names:
             moves["lr"] = self._by_sign("lr", np.ones(slope.slopes["lr"].shape))
-        else:
-            self.hits = _HITS  # the rate is not ours to change
         return moves
 
-    def _held(self, name: str, coordinate: Table) -> Table:
-        low, high = self.bounds.get(name, (None, None))
-        if low is None or high is None:
-            return coordinate
-        ends = [float(to_coordinate(name, torch.tensor(end, dtype=torch.float64))) for end in (low, high)]
-        held: Table = np.clip(coordinate, ends[0], ends[1])
+    def _moved(self, before: dict[str, Table], moves: dict[str, Table]) -> dict[str, Table]:
+        """Return the coordinates after a move, held within the bounds."""
+        after = {}
+        for name in self.names:
+            low, high = self.bounds.get(name, (-math.inf, math.inf))
+            least, most = (
+                float(to_coordinate(name, torch.tensor(end, dtype=torch.float64)))
+                for end in (max(low, 0.0), high)
+            )
+            most = math.inf if math.isnan(most) else most  # infinity has no logit
+            after[name] = np.clip(before[name] + moves[name], least, most)
+        return after
+
+    def _values(self, name: str, coordinate: Table) -> Table:
+        """Return the values at coordinates; at a bound the bound itself, not its neighbour by rounding."""
+        values: Table = from_coordinate(name, torch.as_tensor(coordinate)).numpy()
+        low, high = self.bounds.get(name, (-math.inf, math.inf))
+        held: Table = np.clip(values, low, high)
         return held
 
     def _longest(self) -> float:
@@ -233,10 +254,9 @@ def as_table(value: Any, shape: tuple[int, ...]) -> Table:
     return np.broadcast_to(table.reshape(len(table) if table.ndim else 1, -1), shape).copy()
 
 
-def from_table(name: str, coordinate: Table) -> Table:
-    """Return the values at coordinates."""
-    values: Table = from_coordinate(name, torch.as_tensor(coordinate)).numpy()
-    return values
+def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
+    """Whether two points are the same but for rounding."""
+    return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)
 
 
 def _as_value(table: Table) -> Any:

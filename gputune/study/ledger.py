@@ -36,7 +36,10 @@ class Ledger:
         self.store = store
         known = [] if store is None else store.trials()
         self.candidates: list[Candidate] = [candidate for candidate, _ in known]
-        self.results: dict[int, Result] = {r.number: r for _, r in known if r is not None}
+        found = {r.number: r for _, r in known if r is not None}
+        self.results: dict[int, Result] = {n: r for n, r in found.items() if r.state != "stopped"}
+        # What an earlier call's deadline cut short is trained again; until then its result counts.
+        self._stopped = {n: r for n, r in found.items() if r.state == "stopped"}
 
     def add(self, new: Sequence[Candidate]) -> None:
         """Take in drawn candidates before anything trains."""
@@ -56,7 +59,15 @@ class Ledger:
 
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
-        return [(candidate, self.results.get(candidate.number)) for candidate in self.candidates]
+        known = {**self._stopped, **self.results}
+        return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
+
+
+def _same(value: Any) -> Any:
+    """A value without what may grow when a search goes on: the steps of a descent."""
+    if isinstance(value, dict) and "outer_steps" in value:
+        return {key: part for key, part in value.items() if key != "outer_steps"}
+    return value
 
 
 @contextmanager
@@ -69,7 +80,7 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         yield Ledger(None)
         return
     with Store.open(path) if Path(path).exists() else Store.create(path, meta) as store:
-        differing = [word for key, word in _IDENTITY.items() if store.meta[key] != meta[key]]
+        differing = [word for key, word in _IDENTITY.items() if _same(store.meta[key]) != _same(meta[key])]
         if differing:
             raise InputError(
                 f"study={str(path)!r} holds another search: its {', '.join(differing)} differ from this call's. "

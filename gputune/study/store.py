@@ -108,8 +108,8 @@ class Store:
     def finish(self, results: Iterable[Result]) -> None:
         """Write the results of one chunk, all or none; when this returns they are on the disk.
 
-        Raises InputError for a trial that has a result already (results are never replaced) or that was never
-        added; the file is then as before.
+        A trial that a deadline had stopped gets its new result in place of the old one. Raises InputError for one
+        that has any other result already (which is never replaced) or that was never added; the file is then as before.
         """
         rows = [
             (
@@ -124,7 +124,11 @@ class Store:
             )
             for result in results
         ]
-        self._insert("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self._insert(
+            "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+            first="DELETE FROM results WHERE number = ? AND state = 'stopped'",
+        )
 
     def trials(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate in order of its number, with its result or None where it still waits.
@@ -191,10 +195,12 @@ class Store:
         with translated(self.path):
             return self._connection.execute(query).fetchall()
 
-    def _insert(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    def _insert(self, statement: str, rows: Sequence[tuple[Any, ...]], *, first: str | None = None) -> None:
         with transaction(self._connection, self.path):
             for row in rows:
                 try:
+                    if first is not None:
+                        self._connection.execute(first, row[:1])
                     self._connection.execute(statement, (*row, _checksum(*row)))
                 except sqlite3.IntegrityError as error:
                     never_added = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY

@@ -27,9 +27,9 @@ TrialState = State | Literal["waiting"]
 class Trial:
     """One configuration and its cross-validated result. Scores follow scikit-learn: greater is better.
 
-    state        "complete"; "pruned" where a rung of successive halving sent it away; "stopped" where a deadline cut the
-                 training short; both are scored on what they had;
-                 "failed" where it diverged (score NaN); "waiting" where it has not run
+    state        "complete"; "pruned" where a rung of successive halving sent it away, "stopped" where a deadline cut
+                 the training short (both are scored on what they had); "failed" where it diverged (score NaN);
+                 "waiting" where it has not run
     score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has run
     best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
     seconds      time of its training; members train together, so it is the trial's share of its chunk

@@ -82,9 +82,8 @@ def test_a_pruned_trial_is_never_best_while_one_is_complete(both):
 
 
 def test_brackets_share_the_run(iris):
-    study = gputune.tune(
-        "mlp", *iris, space=SPACE, n_trials=30, method=gputune.Halving(min_epochs=1, brackets=3), **FAST
-    )
+    method = gputune.Halving(min_epochs=1, brackets=3)
+    study = gputune.tune("mlp", *iris, space=SPACE, n_trials=30, method=method, **FAST)
     found = np.bincount(lengths(study), minlength=10)
     assert found[1] and found[3] and found[9] and found.sum() == 31
     brackets = gputune.Halving(min_epochs=1, brackets=3).brackets_of(31, 9)

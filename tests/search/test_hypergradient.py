@@ -30,7 +30,8 @@ def test_a_step_goes_against_the_sign_and_halves_on_a_flip():
     for sign in (-3.0, -0.1, 0.2, 5.0, -1.0):
         path.move(slope(sign))
         places.append(logs(path))
-    np.testing.assert_allclose(np.diff(places), [1, 1, -0.5, -0.5, 0.25], rtol=1e-12)
+    # Of the fourth step half is taken, since the whole would lead back to the second place.
+    np.testing.assert_allclose(np.diff(places), [1, 1, -0.5, -0.25, 0.125], rtol=1e-12)
 
 
 def test_the_default_first_step_depends_on_the_number_of_values():
@@ -57,7 +58,26 @@ def test_a_slope_within_its_standard_error_moves_nothing():
     np.testing.assert_allclose(logs(path) - math.log(0.01), [-1, 0], atol=1e-12)
     assert not path.ended
     path.move(slope([[0.1], [0.5]], error=0.7))
-    assert path.ended  # nothing moves: the next training would be the same again
+    assert not path.ended and path.mode == "differences"  # nothing moves: the same point, looked at from afar
+    path.move(slope([[0.1], [0.5]], error=0.7, mode="differences"))
+    assert path.ended
+
+
+def test_noise_may_give_way_to_a_trend_seen_from_afar():
+    path = start(first_step=1.0)
+    path.move(slope(5.0, error=9.0))
+    assert float(logs(path)) == pytest.approx(math.log(0.01)) and not path.ended
+    path.move(slope(5.0, error=1.0, mode="differences"))
+    assert float(logs(path)) == pytest.approx(math.log(0.01) - 1)
+
+
+def test_a_descent_never_comes_back_to_where_it_was():
+    path, places = start(first_step=1.0, smallest_step=0.01), []
+    for sign in (1, -1, -1, 1, 1, -1):  # halved steps on a flip alone would lead back twice
+        places.append(float(logs(path)))
+        path.move(slope(sign))
+    places.append(float(logs(path)))
+    assert len({round(place, 9) for place in places}) == len(places)
 
 
 def test_a_descent_ends_when_its_steps_are_short():
@@ -112,6 +132,20 @@ def test_chaos_steps_the_rate_down_then_turns_to_finite_differences():
     path.move(slope(-1.0, mode="differences"))
     assert float(logs(path)) == pytest.approx(-1.5)  # the sign has flipped
     assert path.mode == "differences"
+
+
+def test_chaos_at_the_lower_bound_is_looked_at_by_finite_differences():
+    path = start(0.3, bounds={"lr": (0.3, 3.0)})
+    path.move(slope(9.0, usable=False))
+    assert not path.ended and path.mode == "differences" and path.config["lr"] == pytest.approx(0.3)
+    path.move(slope(1.0, mode="differences"))
+    assert path.ended
+
+
+def test_a_value_at_a_bound_is_the_bound():
+    path = start(0.05, bounds={"lr": (1e-4, 0.1)})
+    path.move(slope(-1.0))
+    assert path.config["lr"] == 0.1
 
 
 def test_chaos_where_the_rate_is_not_searched_looks_at_the_same_point_by_finite_differences():

@@ -102,6 +102,31 @@ def test_settings_of_the_file(path):
         assert {name for (name,) in strict} == {"meta", "trials", "results"}
 
 
+def test_a_stopped_trial_gets_its_result_later_and_no_other_is_replaced(path):
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates([0, 1]))
+        store.finish([result(0, state="stopped"), result(1)])
+        with pytest.raises(InputError, match="trial 1 is there already"):
+            store.finish([result(0, epochs=7), result(1)])
+        assert bits(store.trials()[0][1]) == bits(result(0, state="stopped"))  # all or none
+        store.finish([result(0, epochs=7)])
+        with pytest.raises(InputError, match="trial 0 is there already"):
+            store.finish([result(0, epochs=9)])
+    with Store.open(path) as store:
+        assert [bits(found) for _, found in store.trials()] == [bits(result(0, epochs=7)), bits(result(1))]
+
+
+def test_details_and_origins_come_back(path):
+    detail = {"slope": {"lr": [[0.1, math.inf]]}, "usable": False, "rung": 3}
+    with Store.create(path, {}) as store:
+        store.add_trials([Candidate(0, {}, "random"), Candidate(1, {"lr": [0.1, 0.2]}, (0, 12))])
+        store.finish([result(0, detail=detail), result(1, state="pruned")])
+    with Store.open(path) as store:
+        (first, kept), (second, pruned) = store.trials()
+    assert (first.origin, second.origin, second.params) == ("random", (0, 12), {"lr": [0.1, 0.2]})
+    assert kept.detail == detail and pruned.detail == {} and pruned.state == "pruned"
+
+
 def test_a_closed_study_is_one_file(path):
     with Store.create(path, META) as store:
         store.add_trials(candidates([0]))

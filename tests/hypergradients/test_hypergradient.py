@@ -1,0 +1,576 @@
+"""hypergradient(): against torch.optim and finite differences, for many modules; what it leaves as it was."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, TensorDataset
+
+from gputune.hypergradients.arguments import default_tables
+from gputune.hypergradients.guard import CHAOTIC
+from gputune.hypergradients.hypergradient import hypergradient
+from gputune.hypergradients.memory import measure
+from gputune.hypergradients.module_training import ModuleTraining
+from inner_problems import OF, OPTIMIZERS
+
+MODES = (
+    {"mode": "reverse"},
+    {"mode": "reverse", "checkpoint": True},
+    {"mode": "forward"},
+    {"mode": "fd"},
+    {"mode": "auto"},
+)
+VALUES = {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.02, "beta1": 0.85, "beta2": 0.98}
+cross_entropy = functional.cross_entropy
+
+
+def data(steps=6, *, rows=8, inputs=5, outputs=3, dtype=torch.float64):
+    """Minibatches and a validation pair that can be learned a little."""
+    g = torch.Generator().manual_seed(1)
+    true = torch.randn(inputs, outputs, generator=g, dtype=torch.float64)
+
+    def pair(n):
+        x = torch.randn(n, inputs, generator=g, dtype=torch.float64)
+        noise = torch.randn(n, outputs, generator=g, dtype=torch.float64)
+        return x.to(dtype), (x @ true + noise).argmax(1)
+
+    return [pair(rows) for _ in range(steps)], pair(40)
+
+
+def network(*middle, inputs=5, width=6, outputs=3):
+    torch.manual_seed(0)
+    layers = (nn.Linear(inputs, width), nn.Tanh(), *middle, nn.Linear(width, outputs))
+    return nn.Sequential(*layers).double()
+
+
+def run(module, loss=cross_entropy, given=None, *, hyperparameters=None, optimizer="sgd", **options):
+    batches, valid = given or data()
+    options.setdefault("seed", 0)
+    values = {"lr": 0.1} if hyperparameters is None else hyperparameters
+    return hypergradient(module, loss, batches, valid, hyperparameters=values, optimizer=optimizer, **options)
+
+
+def assert_close(found, expected, tolerance=1e-12):
+    for name, table in expected.items():
+        assert (found[name] - table).abs().max() <= tolerance * table.abs().max(), name
+
+
+def values_of(optimizer):
+    shapes = {"lr": (3, 2), "momentum": (2,), "weight_decay": (1, 2)}
+    return {name: np.full(shapes.get(name, ()), VALUES[name]) for name in OF[optimizer]}
+
+
+@functools.cache
+def slopes_of_the_value(optimizer):
+    """Central differences in the logarithm of every entry."""
+    found = values_of(optimizer)
+    for name, value in found.items():
+        for entry in np.ndindex(value.shape):
+            ends = []
+            for sign in (1, -1):
+                moved = values_of(optimizer)
+                moved[name][entry] *= np.exp(sign * 1e-5)
+                ends.append(run(network(), hyperparameters=moved, optimizer=optimizer, mode="reverse").value)
+            value[entry] = (ends[0] - ends[1]) / 2e-5
+    return found
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_mode_is_the_slope_of_the_value(optimizer, options):
+    found = run(network(), hyperparameters=values_of(optimizer), optimizer=optimizer, **options)
+    for name, slope in slopes_of_the_value(optimizer).items():
+        tolerance = (1e-5 if found.mode == "fd" else 1e-6) * np.abs(slope) + 1e-9
+        assert (np.abs(found.log_gradient[name].numpy() - slope) <= tolerance).all(), name
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_parameters_are_those_of_torch_optim(optimizer):
+    given, module, v = data(50), network(), VALUES
+    result = run(
+        module, given=given, hyperparameters={name: v[name] for name in OF[optimizer]}, optimizer=optimizer
+    )
+    theirs = copy.deepcopy(module)
+    betas = (v["beta1"], v["beta2"])
+    stepper = {
+        "sgd": functools.partial(torch.optim.SGD),
+        "momentum": functools.partial(torch.optim.SGD, momentum=v["momentum"]),
+        "nesterov": functools.partial(torch.optim.SGD, momentum=v["momentum"], nesterov=True),
+        "adam": functools.partial(torch.optim.Adam, betas=betas),
+        "adamw": functools.partial(torch.optim.AdamW, betas=betas),
+    }[optimizer](theirs.parameters(), lr=v["lr"], weight_decay=v["weight_decay"])
+    for x, y in given[0]:
+        stepper.zero_grad()
+        cross_entropy(theirs(x), y).backward()
+        stepper.step()
+    assert list(result.parameters) == [name for name, _ in module.named_parameters()]
+    for name, expected in theirs.named_parameters():
+        torch.testing.assert_close(result.parameters[name], expected.detach(), rtol=1e-11, atol=1e-13)
+    x, y = given[1]
+    assert result.value == pytest.approx(cross_entropy(theirs(x), y).item(), rel=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "defaults", "theirs"),
+    (
+        ("sgd", {}, torch.optim.SGD),
+        ("momentum", {"momentum": 0.9}, torch.optim.SGD),
+        ("nesterov", {"momentum": 0.9, "nesterov": True}, torch.optim.SGD),
+        ("adam", {}, torch.optim.Adam),
+        ("adamw", {}, torch.optim.AdamW),
+    ),
+)
+def test_what_is_left_out_has_its_default(optimizer, defaults, theirs):
+    given, module = data(5), network()
+    result = run(module, given=given, hyperparameters={"lr": 0.01}, optimizer=optimizer)
+    stepper = theirs(module.parameters(), lr=0.01, **defaults)
+    for x, y in given[0]:
+        stepper.zero_grad()
+        cross_entropy(module(x), y).backward()
+        stepper.step()
+    for name, expected in module.named_parameters():
+        torch.testing.assert_close(result.parameters[name], expected.detach(), rtol=1e-11, atol=1e-13)
+
+
+class Nested(nn.Module):
+    """Layers in the order of named_modules: the root, "block.first", "last"; one is frozen, one shares the first's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last_but_named_first = None
+        self.block = nn.ModuleDict({"frozen": nn.Linear(5, 5), "first": nn.Linear(5, 5)})
+        self.again = nn.Linear(5, 5)
+        self.last = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.block["frozen"].requires_grad_(False)
+        self.again.weight, self.again.bias = self.block["first"].weight, self.block["first"].bias
+        self.double()
+
+    def forward(self, x):
+        hidden = torch.tanh(self.block["first"](self.block["frozen"](x) * self.scale))
+        return self.last(torch.tanh(self.again(hidden)))
+
+
+def test_segments_and_layers_are_the_steps_and_submodules_they_are_said_to_be():
+    given, module = data(7), Nested()
+    rates = torch.tensor([[0.1, 0.2, 0.3], [0.05, 0.25, 0.15], [0.3, 0.1, 0.2]], dtype=torch.float64)
+    result = run(module, given=given, hyperparameters={"lr": rates})
+    theirs = copy.deepcopy(module)
+    layers = [[theirs.scale], theirs.block["first"].parameters(), theirs.last.parameters()]
+    stepper = torch.optim.SGD([{"params": list(layer)} for layer in layers], lr=1.0)
+    for step, (x, y) in enumerate(given[0]):
+        segment = [0, 0, 1, 1, 2, 2, 2][step]  # from floor(s * 7 / 3) on
+        for group, rate in zip(stepper.param_groups, rates[segment]):
+            group["lr"] = float(rate)
+        stepper.zero_grad()
+        cross_entropy(theirs(x), y).backward()
+        stepper.step()
+    trained = {name: p.detach() for name, p in theirs.named_parameters() if p.requires_grad}
+    assert result.parameters.keys() == trained.keys()
+    for name, expected in trained.items():
+        torch.testing.assert_close(result.parameters[name], expected, rtol=1e-12, atol=1e-14)
+    assert (result.gradient["lr"] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("value", "shape"),
+    (
+        (0.1, ()),
+        (1, ()),
+        (np.float32(0.1), ()),
+        (np.array(0.1), ()),
+        (torch.tensor(0.1, requires_grad=True), ()),
+        ([0.1], (1,)),
+        ((0.1, 0.2), (2,)),
+        (np.array([0.1, 0.2, 0.3]), (3,)),
+        (torch.tensor([0.1, 0.2], requires_grad=True), (2,)),
+        ([[0.1, 0.2]], (1, 2)),
+        (np.full((3, 2), 0.1), (3, 2)),
+    ),
+)
+@pytest.mark.parametrize("mode", ("reverse", "forward", "fd"))
+def test_gradients_have_the_shape_of_what_was_given(value, shape, mode):
+    result = run(network(), hyperparameters={"lr": value}, mode=mode)
+    found = result.gradient["lr"]
+    assert tuple(found.shape) == tuple(result.log_gradient["lr"].shape) == shape
+    assert found.dtype == torch.float64 and not found.requires_grad
+    numbers = torch.as_tensor(value).detach().double()
+    torch.testing.assert_close(result.log_gradient["lr"], found * numbers, rtol=1e-7, atol=0)
+    assert isinstance(result.value, float) and isinstance(result.ratio, float)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_the_module_is_left_as_it_was(options):
+    module = network(nn.Dropout(0.5), nn.LayerNorm(6))
+    module.register_buffer("kept", torch.ones(2))
+    module[2].eval()
+    module[0].bias.requires_grad_(False)
+    for p in module.parameters():
+        p.grad = torch.full_like(p, 7)
+    state = copy.deepcopy(module.state_dict())
+    flags = [part.training for part in module.modules()]
+    objects = [id(tensor) for tensor in (*module.parameters(), *module.buffers())]
+    draws = torch.get_rng_state()
+    given = data()
+    before = [tensor.clone() for pair in (*given[0], given[1]) for tensor in pair]
+    run(module, given=given, **options)
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert [part.training for part in module.modules()] == flags and False in flags
+    assert [id(tensor) for tensor in (*module.parameters(), *module.buffers())] == objects
+    assert [p.requires_grad for p in module.parameters()] == [True, False, True, True, True, True]
+    assert all((p.grad == 7).all() for p in module.parameters())
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before, (tensor for pair in (*given[0], given[1]) for tensor in pair))
+    )
+
+
+def test_the_module_is_left_as_it_was_after_an_error():
+    module = network().eval()
+    given = data()
+    given[0][3] = (given[0][3][0][:, :2], given[0][3][1])
+    draws, state = torch.get_rng_state(), copy.deepcopy(module.state_dict())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        run(module, given=given)
+    assert not any(part.training for part in module.modules())
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
+
+
+def test_dropout_is_the_same_under_one_seed_in_all_modes():
+    results = [run(network(nn.Dropout(0.5)), seed=5, **options) for options in MODES]
+    for result in results[1:]:
+        assert result.value == pytest.approx(results[0].value, rel=1e-13)
+        assert_close(result.gradient, results[0].gradient, 1e-6 if result.mode == "fd" else 1e-12)
+    trained, (x, y) = network(nn.Dropout(0.5)), data()[1]
+    trained.load_state_dict(results[0].parameters)
+    assert results[0].value == pytest.approx(cross_entropy(trained.eval()(x), y).item(), rel=1e-12)
+    assert run(network(nn.Dropout(0.5)), seed=6).value != results[0].value
+    assert run(network(nn.Dropout(0.0)), seed=5).value != results[0].value
+
+
+def test_without_a_seed_one_is_drawn():
+    module = network(nn.Dropout(0.5))
+    torch.manual_seed(3)
+    first, second = run(module, seed=None), run(module, seed=None)
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    seeds = [int(torch.randint(2**62, ())) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [first.value, second.value] == [run(module, seed=seed).value for seed in seeds]
+    assert first.value != second.value
+
+
+def test_draws_in_evaluation_are_keyed_too():
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x + 0.3 * torch.randn(x.shape, dtype=x.dtype))
+
+    module = Noisy(network())
+    draws = torch.get_rng_state()
+    results = [run(module, seed=1, **options) for options in MODES]
+    assert torch.equal(torch.get_rng_state(), draws)
+    for result in results[1:]:
+        assert result.value == pytest.approx(results[0].value, rel=1e-13)
+        assert_close(result.gradient, results[0].gradient, 1e-6 if result.mode == "fd" else 1e-12)
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize("off", (torch.no_grad, torch.inference_mode))
+def test_it_works_where_gradients_are_off(off, options):
+    expected = run(network(nn.LayerNorm(6)), **options)
+    with off():  # the module's tensors and the data are made there too
+        module = network(nn.LayerNorm(6))
+        module[0].weight.requires_grad_(True)
+        found = run(module, given=data(), **options)
+    assert found.value == expected.value
+    assert torch.equal(found.gradient["lr"], expected.gradient["lr"])
+    assert not found.gradient["lr"].is_inference()
+    given = data()
+    with torch.inference_mode():
+        made_there = data()
+    assert run(network(), given=made_there, **options).value == run(network(), given=given, **options).value
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ("reverse", "forward"))
+def test_single_precision_is_within_a_thousandth_of_double(mode, optimizer):
+    single, double = (
+        run(
+            network().to(dtype),
+            given=data(50, rows=32, dtype=dtype),
+            hyperparameters={"lr": 0.02, "weight_decay": 0.01},
+            optimizer=optimizer,
+            mode=mode,
+        )
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert single.gradient["lr"].dtype == torch.float32
+    assert_close(single.gradient, double.gradient, 1e-3)
+
+
+class Tokens(nn.Module):
+    """Rows of integers through an embedding and a middle layer, to 3 classes."""
+
+    def __init__(self, middle, inputs=5):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.middle, self.last = nn.Embedding(9, 4), middle, nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x):
+        hidden = self.middle(self.embedding(x))
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return self.last(hidden.mean(1))
+
+
+class Image(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x[:, :4].reshape(-1, 1, 2, 2))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)
+
+
+def tokens(given):
+    return [((10 * x).long().abs() % 9, y) for x, y in given]
+
+
+MODULES = {
+    "layer norm": lambda: network(nn.LayerNorm(6), nn.GELU()),
+    "group norm": lambda: network(nn.GroupNorm(2, 6), nn.SiLU()),
+    "batch norm": lambda: network(nn.BatchNorm1d(6, track_running_stats=False)),
+    "conv": lambda: Image(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)),
+    "embedding": lambda: Tokens(nn.Identity()),
+    "gru": lambda: Tokens(nn.GRU(4, 4, batch_first=True)),
+    "lstm": lambda: Tokens(nn.LSTM(4, 4, batch_first=True)),
+    "attention": lambda: Tokens(Attention()),
+    "transformer": lambda: Tokens(
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2, activation="gelu", batch_first=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules(kind):
+    module = MODULES[kind]().double()
+    batches, valid = data()
+    if isinstance(module, Tokens):
+        batches, (valid,) = tokens(batches), tokens([valid])
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+        results = [run(module, given=(batches, valid), optimizer="adam", **options) for options in MODES]
+    for result in results[1:]:
+        assert result.value == pytest.approx(results[0].value, rel=1e-10)
+        assert_close(result.gradient, results[0].gradient, 1e-5 if result.mode == "fd" else 1e-10)
+
+
+@pytest.mark.parametrize("options", MODES)
+@pytest.mark.parametrize(
+    "loss", (functional.mse_loss, functional.l1_loss, functional.huber_loss, nn.MSELoss())
+)
+def test_losses_of_a_regression(loss, options):
+    batches, valid = (
+        [(x, x.sin().sum(1, keepdim=True)) for x, _ in pairs] for pairs in (data()[0], [data()[1]])
+    )
+    given = batches, valid[0]
+    expected = run(network(outputs=1), loss, given, mode="reverse")
+    found = run(network(outputs=1), loss, given, **options)
+    assert_close(found.gradient, expected.gradient, 1e-5 if found.mode == "fd" else 1e-12)
+
+
+def test_a_loss_may_have_parameters_and_weights_of_its_own():
+    class Weighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float64))
+            self.register_buffer("weight", torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+        def forward(self, output, y):
+            return functional.cross_entropy(output, y, weight=self.weight) * self.log_scale.exp()
+
+    loss = Weighted()
+    expected = run(network(), functools.partial(cross_entropy, weight=loss.weight))
+    found = run(network(), loss)
+    assert_close(found.gradient, expected.gradient)
+    assert list(found.parameters) == list(expected.parameters) and loss.log_scale.grad is None
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_loss_that_reads_the_parameters_of_the_module_sees_the_trained_ones(options):
+    module = network()
+
+    def with_decay(output, y):
+        return cross_entropy(output, y) + 0.1 / 2 * sum(p.square().sum() for p in module.parameters())
+
+    found = run(module, with_decay, **options)
+    expected = run(module, hyperparameters={"lr": 0.1, "weight_decay": 0.1})
+    for name, trained in expected.parameters.items():
+        torch.testing.assert_close(found.parameters[name], trained, rtol=1e-12, atol=1e-14)
+    assert found.value > expected.value
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_parameters_that_some_minibatches_do_not_use(options):
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.never = network(), network(), nn.Linear(2, 2).double()
+
+        def forward(self, x):
+            return self.left(x) if x[0, 0] > 0 else self.right(x)
+
+    given = data(8)
+    assert {bool(x[0, 0] > 0) for x, _ in given[0]} == {True, False}
+    values = {"lr": [[0.1] * 5, [0.2] * 5]}
+    found = run(Branches(), given=given, hyperparameters=values, optimizer="adam", **options)
+    expected = run(Branches(), given=given, hyperparameters=values, optimizer="adam", mode="reverse")
+    assert_close(found.gradient, expected.gradient, 1e-5 if found.mode == "fd" else 1e-12)
+    assert (found.gradient["lr"][:, 4] == 0).all() and found.gradient["lr"].isfinite().all()
+
+
+def test_parameters_without_entries():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.none, self.inner = nn.Parameter(torch.zeros(0, 3, dtype=torch.float64)), network()
+
+        def forward(self, x):
+            return self.inner(x) + self.none.sum()
+
+    found = run(Empty(), hyperparameters={"lr": [[0.1, 0.1, 0.1]]})
+    assert_close(
+        {"lr": found.gradient["lr"][:, 1:]}, run(network(), hyperparameters={"lr": [[0.1, 0.1]]}).gradient
+    )
+    assert found.gradient["lr"][0, 0] == 0 and found.parameters["none"].shape == (0, 3)
+
+
+def test_minibatches_from_a_data_loader_a_generator_and_of_unlike_sizes():
+    (x, y), valid = data(1, rows=20)[0][0], data()[1]
+    loader = DataLoader(TensorDataset(x, y), batch_size=8)
+    expected = run(network(), given=([(x[:8], y[:8]), (x[8:16], y[8:16]), (x[16:], y[16:])], valid))
+    for batches in (loader, iter(loader), (pair for pair in loader)):
+        assert run(network(), given=(batches, list(valid))).gradient == expected.gradient
+
+
+def test_x_may_be_anything_that_the_module_takes():
+    class Pieces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x):
+            return self.inner(torch.cat([x["left"], x["right"]], 1))
+
+    batches, valid = data()
+    parted = [({"left": x[:, :2], "right": x[:, 2:]}, y) for x, y in (*batches, valid)]
+    found = run(Pieces(), given=(parted[:-1], parted[-1]))
+    assert_close(found.gradient, run(network()).gradient)
+
+
+@pytest.mark.parametrize("checkpoint", (False, True))
+def test_truncated(checkpoint):
+    values = {"lr": [0.1, 0.2, 0.3]}
+    whole = run(network(), given=data(9), hyperparameters=values, mode="reverse")
+    for steps in (9, 10, 10**6):
+        found = run(network(), given=data(9), hyperparameters=values, truncate=steps, checkpoint=checkpoint)
+        assert_close(found.gradient, whole.gradient)
+    last = run(network(), given=data(9), hyperparameters=values, truncate=3, checkpoint=checkpoint)
+    assert last.mode == "reverse" and last.value == pytest.approx(whole.value, rel=1e-13)
+    assert (last.gradient["lr"][:2] == 0).all()
+    # The last segment is the last three steps: before it, its rate has no effect.
+    assert_close({"lr": last.gradient["lr"][2:]}, {"lr": whole.gradient["lr"][2:]})
+    one = run(network(), given=data(9), truncate=1, checkpoint=checkpoint)
+    assert 0 < abs(one.gradient["lr"]) < abs(run(network(), given=data(9)).gradient["lr"])
+
+
+def test_one_step_with_a_checkpoint():
+    given = data(1)
+    assert (
+        run(network(), given=given, checkpoint=True).gradient
+        == run(network(), given=given, mode="reverse").gradient
+    )
+
+
+def test_auto_takes_the_fastest_mode_that_fits():
+    steps, values = 80, {"lr": [0.1, 0.1, 0.1]}
+    given = data(steps)
+    training = ModuleTraining(network(), cross_entropy, *given, seed=0)
+    tables = {**default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
+    need = measure(training, "sgd", tables)
+
+    def chosen(memory, values=values):
+        result = run(network(), given=given, hyperparameters=values, memory=memory)
+        return result.mode, result.reason.split(";")[0]
+
+    assert chosen(None, {"lr": 0.1}) == (
+        "forward",
+        "one hyperparameter, whose tangent is no slower than reverse",
+    )
+    assert chosen("1GB") == chosen(need.reverse(steps)) == ("reverse", "one price for all hyperparameters")
+    between = (need.checkpointed(steps) + need.reverse(steps)) // 2
+    assert chosen(between) == ("reverse", "checkpointed, since the whole does not fit")
+    assert need.forward(3) < need.checkpointed(steps) - 1
+    assert chosen(need.forward(3)) == ("forward", "reverse does not fit")
+    reason = run(network(), given=given, hyperparameters=values, memory="1MB").reason
+    assert "for 80 steps" in reason and "for 3 hyperparameters" in reason and "1.0 MiB may be used" in reason
+
+
+def test_asked_for_modes_say_so():
+    for options in MODES[:4]:
+        result = run(network(), **options)
+        assert result.mode == options["mode"] and result.reason.startswith("asked for; ")
+
+
+@pytest.mark.parametrize("mode", ("reverse", "forward"))
+def test_the_ratio_flags_chaotic_training_and_nothing_else(mode):
+    def ratio(optimizer, lr, steps):
+        torch.manual_seed(0)
+        module = nn.Sequential(
+            nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)
+        ).double()
+        given = data(steps, rows=32, inputs=10)
+        return run(module, given=given, hyperparameters={"lr": lr}, optimizer=optimizer, mode=mode).ratio
+
+    with pytest.warns(RuntimeWarning, match="training is chaotic: it amplifies a small change .* times"):
+        assert ratio("momentum", 0.3, 300) > CHAOTIC
+    assert ratio("momentum", 0.003, 100) < 20
+    assert ratio("adam", 0.001, 100) < 20
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_training_that_diverges_is_seen_to(options):
+    def steep(output, y):
+        return (output**4).sum()
+
+    with pytest.warns(RuntimeWarning, match="training is chaotic"):
+        result = run(network(), steep, hyperparameters={"lr": 10.0}, **options)
+    assert not np.isfinite(result.value) and result.chaotic
+    assert not result.gradient["lr"].isfinite() and not result.ratio <= CHAOTIC
+
+
+def test_fixed_values_are_used_and_not_differentiated():
+    both = run(network(), hyperparameters={"lr": 0.1, "momentum": 0.7, "weight_decay": [0.1, 0.01]})
+    one = run(network(), hyperparameters={"lr": 0.1}, fixed={"momentum": 0.7, "weight_decay": [0.1, 0.01]})
+    assert set(one.gradient) == {"lr"} and not one.chaotic
+    assert one.value == pytest.approx(both.value, rel=1e-12)
+    torch.testing.assert_close(one.gradient["lr"], both.gradient["lr"], rtol=1e-12, atol=0)
+
+
+def test_half_precision_runs():
+    result = run(network().bfloat16(), given=data(dtype=torch.bfloat16))
+    assert result.gradient["lr"].dtype == torch.bfloat16
+    assert result.value == pytest.approx(run(network()).value, rel=0.05)

@@ -1,0 +1,512 @@
+"""What hypergradient() refuses: by which words, and with which remedy."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from gputune.errors import InputError
+from gputune.hypergradients import hypergradient as hypergradient_file
+from gputune.hypergradients.hypergradient import hypergradient
+from gputune.hypergradients.memory import Need
+
+EXACT = ("reverse", "forward", "auto")
+
+
+def data(steps=4):
+    g = torch.Generator().manual_seed(0)
+
+    def pair(n):
+        x = torch.randn(n, 5, generator=g, dtype=torch.float64)
+        return x, torch.randint(3, (n,), generator=g)
+
+    return [pair(8) for _ in range(steps)], pair(10)
+
+
+def network(*middle):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), *middle, nn.Linear(4, 3)).double()
+
+
+def run(module=None, loss=functional.cross_entropy, *, batches=None, valid=None, **options):
+    given = data()
+    options = {"hyperparameters": {"lr": 0.1}, "optimizer": "sgd", "seed": 0} | options
+    return hypergradient(
+        network() if module is None else module,
+        loss,
+        given[0] if batches is None else batches,
+        given[1] if valid is None else valid,
+        **options,
+    )
+
+
+def refused(*words, **arguments):
+    with pytest.raises(InputError) as caught:
+        run(**arguments)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "optimizer", "words"),
+    (
+        (
+            {"momentum": 0.9},
+            "adam",
+            ("adam has lr, weight_decay, beta1, beta2", "'momentum'", "leave it out"),
+        ),
+        ({"lr": 0.1, "beta1": 0.9}, "sgd", ("sgd has lr, momentum, weight_decay", "'beta1'")),
+        ({"rate": 0.1}, "sgd", ("'rate'",)),
+        ({1: 0.1}, "sgd", ("got 1",)),
+        ({}, "sgd", ("at least one", "got {}")),
+        (None, "sgd", ("must be a dict", "got None")),
+        (["lr"], "sgd", ("must be a dict", "['lr']")),
+        ({"lr": 0.0}, "sgd", ("hyperparameters['lr'] must be finite and > 0", "got 0.0")),
+        ({"lr": [0.1, -0.2]}, "sgd", ("finite and > 0", "[0.1, -0.2]")),
+        ({"lr": math.nan}, "sgd", ("finite and > 0", "got nan")),
+        ({"lr": [[0.1, math.nan]]}, "sgd", ("finite and > 0", "nan")),
+        ({"lr": math.inf}, "sgd", ("finite and > 0", "got inf")),
+        (
+            {"weight_decay": -1e-9},
+            "sgd",
+            ("hyperparameters['weight_decay'] must be finite and >= 0", "-1e-09"),
+        ),
+        ({"weight_decay": math.nan}, "sgd", ("finite and >= 0",)),
+        ({"momentum": 1.0}, "sgd", ("hyperparameters['momentum'] must be in [0, 1)", "got 1.0")),
+        ({"momentum": -0.1}, "momentum", ("in [0, 1)",)),
+        ({"beta1": 1}, "adam", ("hyperparameters['beta1'] must be in [0, 1)",)),
+        ({"beta2": math.nan}, "adamw", ("in [0, 1)",)),
+        ({"lr": [0.1] * 5}, "sgd", ("at most one segment a step", "5 segments for 4 minibatches")),
+        ({"lr": [[0.1, 0.1]] * 5}, "sgd", ("5 segments for 4 minibatches",)),
+        ({"lr": [[0.1, 0.1, 0.1]]}, "sgd", ("2 layers (0, 2)", "got shape (1, 3)")),
+        ({"lr": [[0.1]]}, "sgd", ("(segments, layers)", "got shape (1, 1)")),
+        ({"lr": [[[0.1]]]}, "sgd", ("got shape (1, 1, 1)",)),
+        ({"lr": []}, "sgd", ("got shape (0,)",)),
+        ({"lr": np.ones((0, 2))}, "sgd", ("got shape (0, 2)",)),
+        ({"lr": "fast"}, "sgd", ("must be a number or an array of numbers", "'fast'")),
+        ({"lr": None}, "sgd", ("must be a number or an array of numbers", "got None")),
+        ({"lr": [[0.1], [0.1, 0.2]]}, "sgd", ("must be a number or an array of numbers",)),
+        ({"lr": 10**400}, "sgd", ("must be a number or an array of numbers",)),
+        ({"lr": {"value": 0.1}}, "sgd", ("must be a number or an array of numbers",)),
+    ),
+)
+def test_hyperparameters(hyperparameters, optimizer, words):
+    refused(*words, hyperparameters=hyperparameters, optimizer=optimizer)
+
+
+def test_the_module_itself_as_a_layer_is_named():
+    class Rooted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.last = nn.Parameter(torch.ones(5).double()), network()
+
+        def forward(self, x):
+            return self.last(x * self.weight)
+
+    refused("3 layers (the module itself, last.0, last.2)", module=Rooted(), hyperparameters={"lr": [[0.1]]})
+
+
+@pytest.mark.parametrize("optimizer", ("rmsprop", "", None, ["sgd"], torch.optim.SGD))
+def test_optimizer(optimizer):
+    refused(
+        "optimizer must be one of sgd, momentum, nesterov, adam, adamw", repr(optimizer), optimizer=optimizer
+    )
+
+
+@pytest.mark.parametrize("mode", ("backward", None, 3, ["reverse"]))
+def test_mode(mode):
+    refused("mode must be 'auto', 'reverse', 'forward' or 'fd'", repr(mode), mode=mode)
+
+
+@pytest.mark.parametrize("options", ({"truncate": 2}, {"checkpoint": True}))
+@pytest.mark.parametrize("mode", ("forward", "fd"))
+def test_truncate_and_checkpoint_belong_to_reverse_mode(mode, options):
+    refused(
+        "truncate and checkpoint belong to reverse mode", repr(mode), "mode='reverse'", mode=mode, **options
+    )
+
+
+@pytest.mark.parametrize("truncate", (0, -1, 1.5, True, "all"))
+def test_truncate(truncate):
+    refused("truncate must be a number of steps >= 1 or None", repr(truncate), truncate=truncate)
+
+
+def test_checkpoint():
+    refused("checkpoint must be True or False", "'sqrt'", checkpoint="sqrt")
+
+
+@pytest.mark.parametrize("mode", ("fd", "auto"))
+@pytest.mark.parametrize("memory", ("much", 0, -5, math.nan, True))
+def test_memory(memory, mode):
+    refused("memory is a number of bytes", repr(memory), memory=memory, mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "optimizer"),
+    (({"weight_decay": 0.0}, "sgd"), ({"momentum": [0.5, 0.0]}, "nesterov"), ({"beta1": 0}, "adam")),
+)
+def test_finite_differences_at_zero(hyperparameters, optimizer):
+    name = next(iter(hyperparameters))
+    refused(
+        f"hyperparameters[{name!r}] must be above 0 for mode='fd'",
+        "use mode='reverse' or 'forward'",
+        hyperparameters=hyperparameters,
+        optimizer=optimizer,
+        mode="fd",
+    )
+    for mode in ("reverse", "forward"):
+        result = run(hyperparameters=hyperparameters, optimizer=optimizer, mode=mode)
+        assert result.gradient[name].isfinite().all() and (result.gradient[name] != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    (
+        ([], ("at least one minibatch", "got none")),
+        (iter(()), ("at least one minibatch",)),
+        (5, ("batches must be the minibatches (x, y)", "got int")),
+        (data()[1], ("batches[0] must be a pair (x, y)", "got Tensor")),
+        (data()[1][0], ("batches[0] must be a pair (x, y)", "got Tensor")),
+        ([*data()[0], 1], ("batches[4] must be a pair (x, y)", "got int")),
+        ([(1, 2, 3)], ("batches[0] must be a pair (x, y)", "got 3 values", "one x")),
+        ([{"x": 1, "y": 2}], ("batches[0] must be a pair (x, y)", "got dict")),
+        ("ab", ("batches[0] must be a pair (x, y)", "got str")),
+    ),
+)
+def test_batches(batches, words):
+    refused(*words, batches=batches)
+
+
+@pytest.mark.parametrize(
+    ("valid", "found"),
+    ((data()[1][0], "Tensor"), ((data()[1][0],), "1 values"), (data()[0], "4 values"), (7, "int")),
+)
+def test_valid(valid, found):
+    refused("valid must be a pair (x, y)", f"got {found}", valid=valid)
+
+
+def test_what_does_not_fit_the_module_is_said_by_torch():
+    (x, y), *_ = data()[0]
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        run(batches=[(x[:, :3], y)])
+    with pytest.raises(RuntimeError, match="expected target dtype|expected scalar type"):
+        run(batches=[(x, y.double())])
+    with pytest.raises(RuntimeError, match="same dtype"):
+        run(batches=[(x.float(), y)])
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(5, 3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (x.to(torch.complex128) @ self.weight).abs()
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    (
+        (nn.Linear, ("must be a torch.nn.Module", "got type")),
+        (lambda x: x, ("must be a torch.nn.Module", "got function")),
+        (nn.Sequential(nn.Tanh()), ("nothing to train",)),
+        (network().requires_grad_(False), ("nothing to train",)),
+        (
+            nn.Sequential(nn.Linear(5, 4).double(), nn.Linear(4, 3)),
+            ("one floating dtype on one device", "torch.float32 on cpu, torch.float64 on cpu", "module.to("),
+        ),
+        (Complex(), ("one floating dtype", "torch.complex128 on cpu")),
+        (network(nn.BatchNorm1d(4)), ("'2' (BatchNorm1d) keeps running statistics", "nn.LayerNorm")),
+        (network(nn.InstanceNorm1d(4, track_running_stats=True)), ("'2' (InstanceNorm1d) keeps running",)),
+    ),
+)
+def test_module(module, words):
+    refused(*words, module=module)
+
+
+class Counter(nn.Module):
+    """Remembers how often it was called, in place or by a new tensor, in training or in evaluation."""
+
+    def __init__(self, *, in_place, when):
+        super().__init__()
+        self.in_place, self.when = in_place, when
+        self.register_buffer("calls", torch.zeros(()).double())
+
+    def forward(self, x):
+        if self.training == (self.when == "batches[0]"):
+            if self.in_place:
+                self.calls += 1
+            else:
+                self.calls = self.calls + 1
+        return x * (1 + self.calls)
+
+
+@pytest.mark.parametrize("mode", (*EXACT, "fd"))
+@pytest.mark.parametrize("when", ("batches[0]", "valid"))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_buffers_that_change(in_place, when, mode):
+    counter = Counter(in_place=in_place, when=when)
+    refused(f"the buffer '2.calls' changes in {when}", "no running state", module=network(counter), mode=mode)
+    assert counter.calls == 0 and counter.training
+
+
+def test_spectral_norm_keeps_a_running_state():
+    module = network(spectral_norm(nn.Linear(4, 4)))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    refused("'2.parametrizations.weight.0._u' changes", module=module)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", (*EXACT, "fd"))
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    (
+        (lambda output, y: output, ("one number for batches[0]", "got (8, 3)", ".mean()")),
+        (lambda output, y: functional.cross_entropy(output, y, reduction="none"), ("got (8,)",)),
+        (
+            lambda output, y: functional.cross_entropy(output, y).item(),
+            ("one number for batches[0]", "got float"),
+        ),
+        (lambda output, y: None, ("got NoneType",)),
+        ("cross_entropy", ("loss must be a function loss(module(x), y)", "'cross_entropy'")),
+        (lambda output, y: torch.zeros(()), ("must depend on the parameters", "batches[0]", ".detach()")),
+        (lambda output, y: output.detach().mean(), ("must depend on the parameters",)),
+        (lambda output, y: (output.argmax(1) == y).sum(), ("must depend on the parameters",)),
+    ),
+)
+def test_loss(loss, words, mode):
+    refused(*words, loss=loss, mode=mode)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_validation_loss_that_depends_on_nothing(mode):
+    def loss(output, y):
+        return functional.cross_entropy(output, y) if len(y) == 8 else output.detach().mean()
+
+    refused("for valid it depends on none", loss=loss, mode=mode)
+
+
+@pytest.mark.parametrize("mode", (*EXACT, "fd"))
+def test_parameters_that_are_read_from_behind(mode):
+    module = network()
+    kept = list(module.parameters())
+
+    def loss(output, y):
+        return functional.cross_entropy(output, y) + kept[2].square().sum()
+
+    refused(
+        "reads the parameter '2.weight' from a variable",
+        "module.parameters()",
+        module=module,
+        loss=loss,
+        mode=mode,
+    )
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return slope * (1 - x.tanh() ** 2)
+
+
+class Numeric(torch.autograd.Function):
+    """Its backward leaves autograd without a word."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x.detach()
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope.detach() * (1 - ctx.kept.tanh() ** 2)
+
+
+class Partial(torch.autograd.Function):
+    """What it misses is symmetric."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.kept = x.detach()
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope * (1 - ctx.kept.tanh() ** 2)
+
+
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def cdist(x):
+    return torch.cdist(x, torch.ones(4, 4, dtype=x.dtype))
+
+
+@pytest.mark.parametrize("mode", EXACT)
+@pytest.mark.parametrize(
+    ("middle", "words"),
+    (
+        (Apply(Once.apply), ("cannot be differentiated twice (Once)", "incomplete")),
+        (Apply(Numeric.apply), ("cannot be differentiated twice (Numeric)", "incomplete")),
+        (Apply(Partial.apply), ("cannot be differentiated twice (Partial)", "incomplete")),
+        (Apply(cdist), ("cannot be differentiated twice", "_cdist_backward")),
+        (
+            weight_norm(nn.Linear(4, 4)),
+            ("cannot be differentiated twice (WeightNormInterface)", "weight_norm"),
+        ),
+    ),
+)
+def test_operations_without_a_second_derivative(middle, words, mode):
+    module = network(middle)
+    refused(*words, "mode='fd'", module=module, mode=mode)
+    result = run(module, mode="fd")  # as the message says
+    assert result.gradient["lr"].isfinite() and result.gradient["lr"] != 0
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_attention_names_its_remedy(mode):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(2, 1, batch_first=True)
+
+        def forward(self, x):
+            x = x.view(-1, 2, 2)
+            return self.inner(x, x, x, need_weights=False)[0].flatten(1)
+
+    refused("scaled_dot_product", "sdpa_kernel(SDPBackend.MATH)", module=network(Attention()), mode=mode)
+
+
+@pytest.mark.parametrize("mode", EXACT)
+def test_a_detached_path_is_no_second_derivative(mode):
+    def loss(output, y):
+        return functional.cross_entropy(output * output.detach().norm(), y)
+
+    refused("a .detach() of what depends on the parameters", loss=loss, mode=mode)
+    straight_through = Apply(lambda x: x + (x.round() - x).detach())
+    refused("a .detach() of what depends", module=network(straight_through), mode=mode)
+
+
+@pytest.mark.parametrize(
+    "module",
+    (
+        network(Apply(Numeric.apply)),
+        network(weight_norm(nn.Linear(4, 4))),
+        nn.Sequential(
+            nn.Linear(5, 3), Apply(Once.apply)
+        ),  # what is left of its second derivative is symmetric: 0
+    ),
+)
+def test_in_single_precision_most_are_seen_too(module):
+    (x, y), valid = data(1)[0][0], data()[1]
+    refused("incomplete", module=module.float(), batches=[(x.float(), y)], valid=(valid[0].float(), valid[1]))
+
+
+class InSingle(nn.Module):
+    """A float64 module that computes in float32 inside."""
+
+    def forward(self, x):
+        return x.float().sigmoid().double()
+
+
+@pytest.mark.parametrize(
+    "middle",
+    (
+        nn.ReLU(),
+        nn.Hardtanh(-0.1, 0.1),
+        nn.Dropout(0.5),
+        nn.Sequential(nn.Unflatten(1, (1, 4)), nn.MaxPool1d(2, 1), nn.Flatten(), nn.Linear(3, 4)),
+        InSingle(),
+        Apply(torch.round),
+    ),
+)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_what_has_kinks_or_steps_or_little_precision_is_not_refused(middle, dtype):
+    def lower(pair):
+        return pair[0].to(dtype), pair[1]
+
+    batches, valid = data()
+    if isinstance(middle, InSingle) and dtype == torch.float32:
+        middle = nn.Sigmoid()
+    run(
+        network(middle).to(dtype),
+        batches=[lower(pair) for pair in batches],
+        valid=lower(valid),
+        mode="reverse",
+    )
+
+
+def test_other_errors_of_torch_stay_themselves():
+    def loss(output, y):
+        raise NotImplementedError('"this kernel" not implemented for my device')
+
+    with pytest.raises(NotImplementedError, match="not implemented for my device"):
+        run(loss=loss)
+
+
+def numbers(text):
+    """Sizes in a message, in bytes: of reverse, checkpointed, forward mode, and of the budget."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return [float(size) * units[unit] for size, unit in re.findall(r"([\d.]+) (KiB|MiB|GiB)", text)]
+
+
+def test_memory_beyond_the_budget_says_what_fits():
+    options = {"batches": data(100)[0], "hyperparameters": {"lr": [0.1] * 2}}
+    text = refused(
+        "memory does not suffice for mode='reverse': reverse needs about", mode="reverse", memory=1, **options
+    )
+    assert text.endswith("Use smaller minibatches or a larger memory=.")
+    whole, blocks, tangents, budget = numbers(text)
+    assert whole > blocks > tangents > budget
+    text = refused("mode='reverse'", mode="reverse", memory=int(1.1 * blocks), **options)
+    assert "Use checkpoint=True (fits), mode='forward' (fits), truncate=" in text
+    steps = int(re.search(r"truncate=(\d+) \(fits\)", text)[1])
+    fitting = ({"checkpoint": True}, {"mode": "forward"}, {"truncate": steps})
+    for option in fitting:
+        run(memory=int(1.1 * blocks), **options, **option)
+    refused("mode='reverse'", memory=int(1.1 * blocks), truncate=steps + 1, **options)
+    refused("mode='reverse'", "mode='forward' (fits)", checkpoint=True, memory=int(1.1 * tangents), **options)
+    refused("mode='forward'", "larger memory=", mode="forward", memory=100, **options)
+    refused("mode='forward'", "larger memory=", memory=100, **options)
+
+
+def test_large_sizes_are_in_larger_units(monkeypatch):
+    def large(*_):
+        return Need(step=3 * 2**30, state=2**20)
+
+    monkeypatch.setattr(hypergradient_file, "measure", large)
+    refused("reverse needs about 12.0 GiB for 4 steps", "1.0 MiB may be used", mode="reverse", memory="1MB")
+
+
+def test_fixed_values_are_checked_as_the_others_are():
+    refused("fixed must have other names than hyperparameters, got lr in both", fixed={"lr": 0.1})
+    refused("fixed: sgd has lr, momentum, weight_decay, got 'beta1'", fixed={"beta1": 0.9})
+    refused("fixed['momentum'] must be in [0, 1), got 1.0", fixed={"momentum": 1.0})
+
+
+@pytest.mark.filterwarnings("ignore:training is chaotic")
+@pytest.mark.parametrize("mode", (*EXACT, "fd"))
+def test_a_loss_that_is_not_a_number_is_seen(mode):
+    result = run(loss=lambda output, y: functional.cross_entropy(output, y) * math.nan, mode=mode)
+    assert math.isnan(result.value) and result.gradient["lr"].isnan() and math.isnan(result.ratio)
+    empty = (data()[1][0][:0], data()[1][1][:0])
+    assert math.isnan(run(valid=empty, mode=mode).value)

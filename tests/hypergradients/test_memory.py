@@ -1,0 +1,111 @@
+"""What the modes need: the estimate beside the bytes that were truly alive, and how both grow with the steps."""
+
+import functools
+
+import pytest
+import torch
+
+from gputune.hypergradients import memory
+from gputune.hypergradients.memory import Need, fastest_that_fits, free_bytes, measure
+from gputune.hypergradients.unrolled import forward, reverse, train_plainly
+from inner_problems import OF, StackedNets, peak_bytes, rule_of, tables_of
+
+checkpointed = functools.partial(reverse, checkpoint=True)
+
+
+def peak_of(mode, training, optimizer, wanted):
+    tables = tables_of(optimizer, training.members)
+    return peak_bytes(lambda: mode(training, rule_of(optimizer), tables, wanted))
+
+
+@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+def test_forward_mode_needs_no_more_for_more_steps(optimizer):
+    short, long = (peak_of(forward, StackedNets(steps), optimizer, ("lr",)) for steps in (50, 500))
+    assert long <= 1.1 * short  # and the count does see what grows: reverse mode below
+
+
+def test_reverse_mode_grows_with_the_steps_and_checkpointed_with_their_root():
+    (few, many), (few_blocks, many_blocks) = (
+        [peak_of(mode, StackedNets(steps), "adam", ("lr",)) for steps in (16, 144)]
+        for mode in (reverse, checkpointed)
+    )
+    assert many > 8 * few
+    assert 2.5 * few_blocks < many_blocks < 3.5 * few_blocks
+    assert many_blocks < many / 4
+
+
+def test_training_without_derivatives_keeps_nothing():
+    few, many = (
+        peak_of(lambda *given: train_plainly(*given[:3]), StackedNets(steps), "adam", ())
+        for steps in (10, 100)
+    )
+    assert many == few
+
+
+@pytest.mark.parametrize(
+    "shape", ({"widths": (6,)}, {"widths": (64,)}, {"widths": (16, 8), "sizes": (60, 100)})
+)
+@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
+def test_the_estimate_is_within_a_factor_of_two(optimizer, shape):
+    training = StackedNets(40, **shape)
+    tables = tables_of(optimizer, training.members)
+    need = measure(training, optimizer, tables)
+    for wanted in (("lr",), OF[optimizer]):
+        number = sum(tables[name][0].numel() for name in wanted)
+        for mode, estimate in (
+            (reverse, need.reverse(40)),
+            (checkpointed, need.checkpointed(40)),
+            (forward, need.forward(number)),
+        ):
+            assert 0.5 < estimate / peak_of(mode, training, optimizer, wanted) < 2, mode
+
+
+def test_measuring_leaves_nothing_behind():
+    training, tables = StackedNets(3), tables_of("adam")
+    before = [tensor.clone() for tensor in (training.first, *tables.values())]
+    first, second = (measure(training, "adam", tables) for _ in range(2))
+    assert first == second
+    assert all(torch.equal(a, b) for a, b in zip(before, (training.first, *tables.values())))
+    assert not any(table.requires_grad for table in tables.values())
+
+
+def test_needs_are_counted_in_steps_and_states():
+    need = Need(step=1000, state=10)
+    assert need.reverse(7) == 7000
+    assert need.checkpointed(1) == 1010
+    assert need.checkpointed(9) == 3 * 1000 + 3 * 10
+    assert need.checkpointed(10) == 4 * 1000 + 3 * 10
+    assert need.forward(2) == need.forward(1) + 40
+    assert need.longest(6999) == 6 and need.longest(999) == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "hyperparameters", "mode"),
+    (
+        (10**9, 1, "forward"),
+        (100_000, 2, "reverse"),
+        (99_999, 2, "checkpointed"),
+        (10_100, 2, "checkpointed"),
+        (10_099, 2, "forward"),
+        (1, 2, "forward"),
+    ),
+)
+def test_the_fastest_that_fits(budget, hyperparameters, mode):
+    need = Need(step=1000, state=10)
+    assert fastest_that_fits(need, budget, steps=100, hyperparameters=hyperparameters) == mode
+
+
+def test_free_bytes_are_some_of_the_main_memory():
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_free_bytes_where_the_system_does_not_say(monkeypatch):
+    class Nowhere:
+        def __init__(self, _):
+            pass
+
+        def read_text(self):
+            raise FileNotFoundError
+
+    monkeypatch.setattr(memory, "Path", Nowhere)
+    assert 2**20 < free_bytes(torch.device("cpu")) < 2**50

@@ -1,0 +1,352 @@
+"""Reverse and forward mode: finite differences, closed forms, each other; unlike members beside each other."""
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gputune.hypergradients.guard import CHAOTIC, chaotic, usable
+from gputune.hypergradients.inner import first_state, plain_step, rates_at, rows_of, segment_at, slope, update
+from gputune.hypergradients.unrolled import forward, reverse, train_plainly
+from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tables_of
+
+LOSSES = {"cross_entropy": torch.tanh, "mse_loss": torch.nn.functional.gelu}
+checkpointed = functools.partial(reverse, checkpoint=True)
+MODES = (reverse, checkpointed, forward)
+STEP = 1e-5  # of the logarithm, in central differences
+
+
+def central_differences(training_of, optimizer, tables, wanted):
+    """d validation / d log hyperparameter of one member; all the trainings that it takes are members of one."""
+    columns = [(name, s, layer) for name in wanted for s, layer in np.ndindex(tables[name].shape[1:])]
+    many = {name: table.repeat(2 * len(columns), 1, 1) for name, table in tables.items()}
+    for j, (name, s, layer) in enumerate(columns):
+        many[name][2 * j, s, layer] *= math.exp(STEP)
+        many[name][2 * j + 1, s, layer] *= math.exp(-STEP)
+    training = training_of(2 * len(columns))
+    values = training.validation(train_plainly(training, optimizer, many)).view(-1, 2)
+    found = {name: torch.zeros_like(tables[name]) for name in wanted}
+    for (name, s, layer), (up, down) in zip(columns, values):
+        found[name][0, s, layer] = (up - down) / (2 * STEP)
+    return found
+
+
+def assert_same(found, expected, tables):
+    """To 1e-12 of the largest entry of each hyperparameter's log gradient, and 1e-15 where the truth is 0."""
+    for name, table in expected.items():
+        a, b = found[name] * tables[name], table * tables[name]
+        assert (a - b).abs().max() <= 1e-12 * b.abs().max() + 1e-15, name
+
+
+@pytest.mark.parametrize("steps", (1, 2, 20, 50))
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_all_modes_equal_finite_differences(optimizer, loss, steps):
+    def training_of(members):
+        return StackedNets(steps, widths=(6,) * members, loss=loss, activation=LOSSES[loss])
+
+    rule, wanted, tables = rule_of(optimizer), OF[optimizer], tables_of(optimizer, segments=min(3, steps))
+    whole, blocks, tangents = (mode(training_of(1), rule, tables, wanted) for mode in MODES)
+    assert tangents.ratio < 10
+    for name, expected in central_differences(training_of, rule, tables, wanted).items():
+        found = whole.gradients[name] * tables[name]
+        assert ((found - expected).abs() <= 1e-6 * expected.abs() + 1e-9).all(), name
+        if steps > 1:  # before, momentum, the betas and Adam's L2 have no effect
+            assert expected.abs().max() > 1e-6, name
+    assert_same(blocks.gradients, whole.gradients, tables)
+    assert_same(tangents.gradients, whole.gradients, tables)
+    for other in (blocks, tangents):
+        torch.testing.assert_close(other.value, whole.value, rtol=1e-13, atol=0)
+        torch.testing.assert_close(other.weights, whole.weights, rtol=1e-12, atol=1e-14)
+
+
+def unlike_members():
+    """Six members of which no two are alike: widths, minibatches, starts, numbers of steps, a schedule, all rates."""
+    active = np.ones((6, 12), dtype=bool)
+    active[1, 3::4] = active[2, [0, 1, 7]] = active[4, 1:] = False
+    return StackedNets(
+        12,
+        widths=(3, 6, 8, 6, 1, 8),
+        width=9,
+        sizes=(16, 7, 16, 30, 16, 1),
+        active=active,
+        cosine=(False, True, False, True, False, False),
+        seeds=(0, 1, 2, 0, 4, 5),
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_unlike_members_together_equal_each_alone_unpadded(optimizer):
+    rule, wanted, training = rule_of(optimizer), OF[optimizer], unlike_members()
+    assert training.totals.tolist() == [12, 9, 9, 12, 1, 12]
+    tables = tables_of(optimizer, training.members, segments=3)
+    together = [mode(training, rule, tables, wanted) for mode in MODES]
+    for p in range(training.members):
+        own = {name: table[p : p + 1] for name, table in tables.items()}
+        single = training.alone(p)
+        alone = reverse(single, rule, own, wanted)
+        for found in together:
+            assert_same({name: found.gradients[name][p : p + 1] for name in wanted}, alone.gradients, own)
+            torch.testing.assert_close(found.value[p], alone.value[0], rtol=1e-12, atol=0)
+            torch.testing.assert_close(
+                training.own(found.weights, p), single.own(alone.weights, 0), rtol=1e-12, atol=1e-13
+            )
+        torch.testing.assert_close(together[2].ratio[p], forward(single, rule, own, wanted).ratio[0])
+        torch.testing.assert_close(together[0].ratio[p], alone.ratio[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
+    training, wanted = StackedNets(6, widths=(6, 6, 6)), OF[optimizer]
+    calm = tables_of(optimizer, 3, segments=2)
+    wild = {name: table.clone() for name, table in calm.items()}
+    wild["lr"][1] = wild["weight_decay"][1] = 1e200
+    before, after = (mode(training, rule_of(optimizer), tables, wanted) for tables in (calm, wild))
+    others = [0, 2]
+    assert not usable(after.ratio, after.gradients)[1]
+    assert usable(after.ratio, after.gradients)[others].all()
+    assert torch.equal(before.value[others], after.value[others])
+    for name in wanted:
+        assert torch.equal(before.gradients[name][others], after.gradients[name][others])
+
+
+def test_a_permutation_of_the_members_permutes_the_results():
+    order, tables = torch.tensor([2, 0, 1]), tables_of("adam", 3)
+    first = reverse(StackedNets(5, widths=(4, 5, 6), seeds=(1, 2, 3)), "adam", tables, ("lr", "beta2"))
+    moved = {name: table[order] for name, table in tables.items()}
+    second = reverse(StackedNets(5, widths=(6, 4, 5), seeds=(3, 1, 2)), "adam", moved, ("lr", "beta2"))
+    for name in ("lr", "beta2"):
+        torch.testing.assert_close(
+            second.gradients[name], first.gradients[name][order], rtol=1e-12, atol=1e-15
+        )
+
+
+class Silent(StackedNets):
+    """No minibatch has a gradient, so that only weight decay moves the weights."""
+
+    def losses(self, weights: Tensor, step: int) -> Tensor:
+        return 0 * super().losses(weights, step)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimizer", ("sgd", "adamw"))
+def test_zero_gradients_give_the_closed_form_of_weight_decay(optimizer, mode):
+    training, tables = Silent(7), tables_of("sgd")
+    tables["lr"], tables["weight_decay"] = (torch.full((1, 1, 1), x, dtype=torch.float64) for x in (0.1, 0.3))
+    tables["momentum"] *= 0
+    found = mode(training, optimizer, tables, ("lr", "weight_decay"))
+    lr, decay = (tables[name].clone().requires_grad_() for name in ("lr", "weight_decay"))
+    value = training.validation((1 - lr * decay).view(1, 1) ** 7 * training.start())
+    expected = torch.autograd.grad(value.sum(), (lr, decay))
+    assert_same(found.gradients, dict(zip(("lr", "weight_decay"), expected)), tables)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_dead_network_has_finite_gradients_with_adam(mode):
+    def dead(x):
+        return torch.relu(x - 100)
+
+    training, tables = StackedNets(5, activation=dead), tables_of("adam", segments=2)
+    found = mode(training, "adam", tables, OF["adam"])
+    assert usable(found.ratio, found.gradients).all()
+    assert (found.gradients["lr"][0, :, 1] != 0).all()  # the last layer's bias lives
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_step_back_from_the_next_minibatch_is_the_formula_of_hypergradient_descent(optimizer):
+    """Baydin et al. (2018): the slope of the next loss in the rate is minus its gradient times the last direction."""
+    two, tables = StackedNets(2), tables_of(optimizer)
+    tables["lr"] = tables["lr"].mean((1, 2), keepdim=True)
+    momentum, decay = tables["momentum"][0, 0, 0], tables["weight_decay"][0, 0][two.layer][None]
+
+    class One(StackedNets):
+        def validation(self, weights):
+            return two.losses(weights, 1)
+
+    found = reverse(One(1), rule_of(optimizer), tables, ("lr",))
+    w = two.start()
+    g = slope(two, w.clone().requires_grad_(), 0, graph=False)
+    l2 = g + decay * w
+    u = {
+        "sgd": l2,
+        "momentum": l2,
+        "nesterov": (1 + momentum) * l2,
+        "adam": l2 / (l2.abs() + 1e-8),
+        "adamw": g / (g.abs() + 1e-8) + decay * w,
+    }[optimizer]
+    following = slope(two, (w - tables["lr"].view(1, 1) * u).requires_grad_(), 1, graph=False)
+    expected = -(following * u).sum()
+    assert abs(found.gradients["lr"].item() - expected) <= 1e-12 * abs(expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", (1, 2, 5, 40))
+def test_a_quadratic_has_its_closed_form(mode, steps):
+    product = torch.tensor([0.01, 0.5, 1.0, 1.3, 1.99], dtype=torch.float64)  # lr a, in (0, 2)
+    a, w0 = torch.linspace(0.5, 4, 5).double(), torch.linspace(1, -2, 5).double()
+    tables = tables_of("sgd", 5)
+    tables["lr"] = (product / a).view(5, 1, 1)
+    tables["momentum"], tables["weight_decay"] = 0 * tables["momentum"], 0 * tables["weight_decay"]
+    found = mode(Quadratics(a, w0, steps), "sgd", tables, ("lr",))
+    contraction = 1 - product
+    torch.testing.assert_close(found.value, a / 2 * (contraction**steps * w0) ** 2, rtol=1e-12, atol=1e-30)
+    expected = -steps * a**2 * w0**2 * contraction ** (2 * steps - 1)
+    torch.testing.assert_close(found.gradients["lr"].flatten(), expected, rtol=1e-12, atol=1e-30)
+
+
+@pytest.mark.parametrize("checkpoint", (False, True))
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_truncated_is_the_derivative_of_the_last_steps_from_a_fixed_state(optimizer, checkpoint):
+    training, rule, wanted = StackedNets(11, widths=(6, 4)), rule_of(optimizer), OF[optimizer]
+    tables = tables_of(optimizer, 2, segments=3)
+    state = first_state(training, rule)
+    for step in range(6):
+        state = plain_step(training, rule, rows_of(tables, training.layer), state, step)
+    leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
+    state = state.leaves()
+    for step in range(6, 11):
+        gradient = slope(training, state.weights, step, graph=True)
+        rates = rates_at(rows_of(leaves, training.layer), training.clock(step), training.totals)
+        state = update(rule, state, gradient, rates, None)
+    value = training.validation(state.weights).sum()
+    expected = dict(zip(wanted, torch.autograd.grad(value, [leaves[name] for name in wanted])))
+    found = reverse(training, rule, tables, wanted, truncate=5, checkpoint=checkpoint)
+    assert_same(found.gradients, expected, tables)
+    assert (found.gradients["lr"][:, 0] == 0).all()  # the first segment was over before
+
+
+@pytest.mark.parametrize("truncate", (11, 1000))
+@pytest.mark.parametrize("mode", (reverse, checkpointed))
+def test_truncated_to_all_steps_is_the_whole(mode, truncate):
+    training, tables = StackedNets(11), tables_of("nesterov", segments=3)
+    whole = reverse(training, "nesterov", tables, OF["nesterov"])
+    found = mode(training, "nesterov", tables, OF["nesterov"], truncate=truncate)
+    assert_same(found.gradients, whole.gradients, tables)
+    torch.testing.assert_close(found.ratio, whole.ratio)
+
+
+@pytest.mark.parametrize("steps", (1, 2, 3, 4, 9, 10))
+def test_checkpoints_at_every_edge(steps):
+    training, tables = StackedNets(steps, widths=(6, 3)), tables_of("adam", 2)
+    whole = reverse(training, "adam", tables, OF["adam"])
+    blocks = reverse(training, "adam", tables, OF["adam"], checkpoint=True)
+    assert_same(blocks.gradients, whole.gradients, tables)
+    torch.testing.assert_close(blocks.ratio, whole.ratio)
+
+
+def test_a_segment_covers_the_steps_from_its_floor_on():
+    for steps in range(1, 30):
+        for segments in range(1, steps + 1):
+            begins = [s * steps // segments for s in range(segments)]
+            expected = [max(s for s in range(segments) if begins[s] <= done) for done in range(steps)]
+            assert segment_at(np.arange(steps), np.full(steps, steps), segments).tolist() == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_gradient_of_a_segment_is_the_sum_over_its_steps(mode):
+    training, few = StackedNets(7), tables_of("momentum", segments=3)
+    many = {name: table.clone() for name, table in few.items()}
+    for name in ("lr", "momentum"):
+        many[name] = few[name][:, [0, 0, 1, 1, 2, 2, 2]]
+    found, each = (mode(training, "sgd", tables, ("lr", "momentum")) for tables in (few, many))
+    for name in ("lr", "momentum"):
+        parts = [each.gradients[name][:, i:j].sum(1) for i, j in ((0, 2), (2, 4), (4, 7))]
+        assert_same({name: found.gradients[name]}, {name: torch.stack(parts, 1)}, few)
+    torch.testing.assert_close(found.weights, each.weights, rtol=1e-13, atol=1e-15)
+
+
+def test_layers_share_a_value_or_have_their_own():
+    training, own = StackedNets(5), tables_of("sgd", segments=2)
+    own["lr"] = own["lr"].mean(2, keepdim=True).expand(-1, -1, 2).clone()
+    shared = own | {"lr": own["lr"][:, :, :1]}
+    for mode in MODES:
+        found, each = (mode(training, "sgd", tables, ("lr",)) for tables in (shared, own))
+        assert_same(found.gradients, {"lr": each.gradients["lr"].sum(2, keepdim=True)}, shared)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_step_is_watched_once_and_in_order(mode):
+    training, tables, seen = StackedNets(10), tables_of("sgd"), []
+    found = mode(training, "sgd", tables, ("lr",), watch=lambda step, weights: seen.append((step, weights)))
+    assert [step for step, _ in seen] == list(range(1, 11))
+    plain = []
+    train_plainly(training, "sgd", tables, watch=lambda _, weights: plain.append(weights))
+    for (_, weights), expected in zip(seen, plain):
+        torch.testing.assert_close(weights, expected, rtol=1e-13, atol=1e-15)
+        assert not weights.requires_grad
+    assert torch.equal(seen[-1][1], found.weights)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_works_where_gradients_are_off(mode):
+    training, tables = StackedNets(4), tables_of("adamw")
+    with torch.no_grad():
+        found = mode(training, "adamw", tables, OF["adamw"])
+    assert_same(found.gradients, mode(training, "adamw", tables, OF["adamw"]).gradients, tables)
+    results = (found.value, found.ratio, found.weights, *found.gradients.values())
+    assert not any(tensor.requires_grad for tensor in results)
+
+
+def test_two_thousand_steps_do_not_overflow_the_stack():
+    tables = tables_of("sgd")
+    found = reverse(StackedNets(2000), "sgd", tables, ("lr",))
+    assert usable(found.ratio, found.gradients).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_single_precision_is_within_a_thousandth_of_double(mode):
+    found, exact = (
+        mode(StackedNets(50, dtype=d), "adam", tables_of("adam", dtype=d), ("lr",)).gradients["lr"]
+        for d in (torch.float32, torch.float64)
+    )
+    assert found.dtype == torch.float32
+    assert ((found - exact).abs() <= 1e-3 * exact.abs().max()).all()
+
+
+def test_the_ratio_is_zero_where_the_loss_depends_on_no_weight():
+    class Indifferent(StackedNets):
+        def validation(self, weights):
+            return torch.ones(self.members, dtype=self.dtype, requires_grad=True) * 2
+
+    for mode in MODES:
+        found = mode(Indifferent(3, widths=(6, 6)), "sgd", tables_of("sgd", 2), ("lr",))
+        assert (found.gradients["lr"] == 0).all() and not chaotic(found.ratio).any()
+        assert found.value.tolist() == [2, 2]
+    assert (reverse(Indifferent(3), "sgd", tables_of("sgd"), ("lr",)).ratio == 0).all()
+
+
+def test_a_network_of_zeros_that_stays_so_is_not_chaotic():
+    class Zero(Silent):
+        def start(self):
+            return 0 * super().start()
+
+    for mode in MODES:
+        found = mode(Zero(3), "sgd", tables_of("sgd"), ("lr",))
+        assert found.ratio.item() == 0
+
+
+def test_a_loss_that_is_linear_in_the_weights():
+    class Linear(StackedNets):
+        def losses(self, weights, step):
+            return weights.sum(1)
+
+    tables, training = tables_of("sgd", segments=2), Linear(4)
+    whole, blocks, tangents = (mode(training, "sgd", tables, ("lr", "weight_decay")) for mode in MODES)
+    assert_same(blocks.gradients, whole.gradients, tables)
+    assert_same(tangents.gradients, whole.gradients, tables)
+
+
+def test_what_is_usable():
+    ratio = torch.tensor([1.0, CHAOTIC, 1.01 * CHAOTIC, math.nan, math.inf, 1.0])
+    assert chaotic(ratio).tolist() == [False, False, True, True, True, False]
+    slopes = torch.zeros(6, 2, 2)
+    slopes[5, 1, 1] = math.nan
+    assert usable(ratio, {"lr": torch.zeros(6, 1, 1), "momentum": slopes}).tolist() == [
+        True,
+        True,
+        *[False] * 4,
+    ]
