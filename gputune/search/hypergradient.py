@@ -148,7 +148,7 @@ class Descent:
     @property
     def mode(self) -> Literal["exact", "differences"]:
         """How the slope at the next point is to be taken."""
-        return "differences" if self.hits >= _HITS else "exact"
+        return "differences" if self.hits >= _HITS and self.names != ("C",) else "exact"
 
     def move(self, slope: Slope) -> None:
         """Step from the present point, whose slope is given; ``ended`` where there is nowhere to go."""
@@ -169,7 +169,8 @@ class Descent:
             self.length /= 2
             after = self._moved(before, moves)
         self.visited.append(before)
-        if _alike(after, before) and unclear and slope.mode == "exact":
+        again = slope.mode == "exact" and self.names != ("C",)  # a solution is as smooth from near as from afar
+        if _alike(after, before) and unclear and again:
             self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
         elif _alike(after, before) or self._longest() < self.method.smallest_step:
             self.ended = True

@@ -63,6 +63,12 @@ def test_a_slope_within_its_standard_error_moves_nothing():
     assert path.ended
 
 
+def test_a_solution_has_no_trend_to_be_seen_from_afar():
+    path = start(1.0, name="C")
+    path.move(slope(5.0, error=9.0, name="C"))
+    assert path.ended and path.mode == "exact"
+
+
 def test_noise_may_give_way_to_a_trend_seen_from_afar():
     path = start(first_step=1.0)
     path.move(slope(5.0, error=9.0))

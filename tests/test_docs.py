@@ -1,0 +1,87 @@
+"""Every page of docs/: its code runs, in order, in one session, and prints what the page shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+WHOLE = re.compile(r"-?\d+")
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.name)
+def page(request):
+    return request.param
+
+
+def python_blocks(page):
+    """The python blocks, each with the text block that comes next, or None: then it prints nothing."""
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page.read_text(), re.S)
+    for (kind, code), (next_kind, text) in zip(blocks, [*blocks[1:], ("", "")]):
+        if kind == "python":
+            yield code, text if next_kind == "text" else None
+
+
+def is_close(printed, shown):
+    """The same words and whole numbers; other numbers as near as another machine's rounding leaves them."""
+    words, expected = (" ".join(NUMBER.sub(" # ", text).split()) for text in (printed, shown))
+    if words != expected:
+        return False
+    for found, wanted in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
+        if WHOLE.fullmatch(wanted):
+            if found != wanted:
+                return False
+        elif float(found) != pytest.approx(float(wanted), rel=0.02, abs=0.001):
+            return False
+    return True
+
+
+def test_there_are_pages():
+    assert "hypergradients.md" in [page.name for page in PAGES]
+
+
+def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    session = {"__name__": page.stem}
+    blocks = list(python_blocks(page))
+    assert blocks
+    for code, shown in blocks:
+        exec(compile(code, page.name, "exec"), session)
+        printed = capsys.readouterr().out
+        if shown is None:
+            assert printed == ""
+        else:
+            assert is_close(printed, shown), printed
+
+
+def test_python_blocks_are_formatted_for_the_page(page):
+    for code, _ in python_blocks(page):
+        assert max(map(len, code.splitlines())) <= 110
+
+
+def test_what_a_page_names_exists(page):
+    text = page.read_text()
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    for target in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        assert (page.parent / path).exists(), target
+        assert path or anchor in anchors, target
+
+
+@pytest.mark.parametrize(
+    ("printed", "close"),
+    [
+        ("trial 3   loss 0.5010", True),
+        ("trial 3  loss 0.5200", False),
+        ("trial 4  loss 0.5000", False),
+        ("trial 3  loss -0.5000", False),
+        ("trial 3  score 0.5000", False),
+        ("trial 3  loss 0.5000 0.1", False),
+    ],
+)
+def test_the_comparison_can_tell(printed, close):
+    assert is_close(printed, "trial 3  loss 0.5000\n") is close
