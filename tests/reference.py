@@ -38,6 +38,7 @@ def make_optimizer(module, config):
     if name.endswith("hd"):
         kind = {"adamhd": AdamHD, "adamwhd": AdamWHD}.get(name, SGDHD)
         more = {} if kind is not SGDHD else {"momentum": momentum, "nesterov": name == "nesterovhd"}
+        more["rule"] = config.get("hypergrad_rule", "multiplicative")
         return kind(parameters, lr, hypergrad_lr=config["hypergrad_lr"], weight_decay=decay, **more)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
