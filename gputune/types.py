@@ -28,6 +28,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "batch_size": 32,
         "lr": 1e-3,
         "hypergrad_lr": 0.02,
+        "hypergrad_rule": "multiplicative",
         "schedule": "constant",
         "C": 1.0,
         "l1_ratio": 0.0,
@@ -37,6 +38,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
 """Optimizers that adapt each member's learning rate while it trains; ``lr`` is where it begins."""
+
+ONLINE_RULES = ("multiplicative", "additive", "normalized")
+"""What they do to it, see ``gputune.optim``."""
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", *ONLINE)
 SCHEDULES = ("constant", "cosine")

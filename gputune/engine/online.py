@@ -1,7 +1,7 @@
 """The update rules in place, over the flat buffers of a chunk, with a learning rate that each member adapts.
 
-Every step of a member multiplies its rate by 1 + hypergrad_lr cos(g, u), with its gradient g now and the direction
-u of its last step: rule="multiplicative" of ``gputune.optim``, whose classes say what it is and what it is not.
+Every step of a member moves its rate by what its gradient g now and the direction u of its last step say: the rules of
+``gputune.optim``, whose classes say what they are and what they are not.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,16 @@ class OnlineHyper(Hyper):
 class OnlineUpdate:
     """The optimizer of one chunk, as ``Update`` is; ``rate`` (F, C) holds the members' rates, on the device."""
 
-    def __init__(self, optimizer: str, blocks: Blocks, hyper: OnlineHyper, flat: Tensor) -> None:
-        self.optimizer, self.blocks, self.like = optimizer, blocks, flat
+    def __init__(
+        self,
+        optimizer: str,
+        blocks: Blocks,
+        hyper: OnlineHyper,
+        flat: Tensor,
+        *,
+        rule: str = "multiplicative",
+    ) -> None:
+        self.optimizer, self.blocks, self.like, self.rule = optimizer, blocks, flat, rule
         adam = optimizer in ("adamhd", "adamwhd")
         momentum = optimizer == "nesterovhd" or bool(hyper.momentum.any())
         self.moments = [torch.zeros_like(flat) for _ in range(2 if adam else int(momentum))]
@@ -35,6 +43,7 @@ class OnlineUpdate:
         self.decays = bool(hyper.weight_decay.any())
         tables = (hyper.lr, hyper.hypergrad_lr, hyper.weight_decay, hyper.momentum)
         self.rate, self.hypergrad_lr, self.decay, self.momentum = map(self._table, tables)
+        self.norm = torch.zeros_like(self.rate)  # |g| of each member's last step
 
     def _table(self, values: Array) -> Tensor:
         return torch.as_tensor(values, dtype=self.like.dtype).to(self.like.device)
@@ -45,23 +54,23 @@ class OnlineUpdate:
         return first if (values == first).all() else self.blocks.expand(self._table(values))
 
     def state(self) -> list[Tensor]:
-        """Return the flat buffers that a later step depends on, for ``resume``; the last one is the rate."""
-        return [*self.moments, self.last, self.blocks.expand(self.rate)]
+        """Return the flat buffers that a later step depends on, for ``resume``; the last two have the rate and |g|."""
+        return [*self.moments, self.last, self.blocks.expand(self.rate), self.blocks.expand(self.norm)]
 
     def resume(self, buffers: list[Tensor]) -> None:
         """Go on from what ``state`` returned."""
-        *flats, rate = buffers
+        *flats, rate, norm = buffers
         for buffer, kept in zip([*self.moments, self.last], flats, strict=True):
             buffer.copy_(kept)
-        self.rate = self.blocks.first(rate)
+        self.rate, self.norm = self.blocks.first(rate), self.blocks.first(norm)
 
     def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
         """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.last = self.blocks.select(self.last, keep)
         self.blocks, self.like, self.scratch = blocks, flat, torch.empty_like(flat)
-        tables = (self.rate, self.hypergrad_lr, self.decay, self.momentum)
-        self.rate, self.hypergrad_lr, self.decay, self.momentum = (t[:, keep] for t in tables)
+        tables = (self.rate, self.hypergrad_lr, self.decay, self.momentum, self.norm)
+        self.rate, self.hypergrad_lr, self.decay, self.momentum, self.norm = (t[:, keep] for t in tables)
 
     def step(self, theta: Tensor, grad: Tensor, *, count: Array, factor: Array, active: Array | None) -> None:
         """Adapt the rates and take one step: ``count`` (F, C) numbers each member's step from 1.
@@ -88,14 +97,20 @@ class OnlineUpdate:
             self.blocks.add_product_(total, theta, self.decay)
 
     def _adapt(self, grad: Tensor, on: Tensor | None) -> None:
-        """Multiply each rate by 1 + hypergrad_lr cos(g, u), or by 1 where the cosine is none (a norm of zero)."""
+        """Move each rate by its rule, or not at all where that says nothing (a norm of zero)."""
         pairs = ((grad, self.last), (grad, grad), (self.last, self.last))
         h, gg, uu = (self.blocks.total(torch.mul(a, b, out=self.scratch)) for a, b in pairs)
-        cosine = h / (gg.sqrt() * uu.sqrt())
-        cosine = torch.where(cosine.isfinite(), cosine, 0.0)
+        norm = gg.sqrt()
+        if self.rule == "multiplicative":
+            change = h / (norm * uu.sqrt()) * self.rate
+        elif self.rule == "normalized":
+            change = h / (self.norm * uu.sqrt())
+        else:
+            change = h
+        change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
         if on is not None:
-            cosine = cosine * on
-        self.rate = self.rate * (1 + self.hypergrad_lr * cosine).clamp_min(0.0)
+            change, norm = change * on, torch.where(on > 0, norm, self.norm)
+        self.rate, self.norm = (self.rate + change).clamp_min(0.0), norm
 
     def _adam(self, theta: Tensor, grad: Tensor, count: Array, keep: Amount) -> Tensor:
         (m, v), below = self.moments, self.scratch

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gputune.types import DEFAULTS, Config, default_momentum, default_weight_decay
+from gputune.types import DEFAULTS, ONLINE, Config, default_momentum, default_weight_decay
 
 ModelKind = Literal["mlp", "linear", "module"]
 
@@ -72,12 +72,13 @@ def module_arguments(config: Config) -> Config:
 
 
 def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
+    optimizer = (config["optimizer"], config["hypergrad_rule"] if config["optimizer"] in ONLINE else None)
     if kind == "module":
-        return (config["optimizer"], *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
+        return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
     if kind == "linear":
-        return (config["optimizer"],)
+        return (optimizer,)
     width = padded_width(config["width"])
-    return (config["optimizer"], config["depth"], width, config["activation"], config["dropout"] > 0)
+    return (optimizer, config["depth"], width, config["activation"], config["dropout"] > 0)
 
 
 def _by_batch_size(

@@ -186,7 +186,8 @@ def _make_update(
         for key in ("lr", "weight_decay", "momentum", "hypergrad_lr")
     )
     if optimizer in ONLINE:
-        return OnlineUpdate(optimizer, blocks, OnlineHyper(lr, weight_decay, momentum, hypergrad_lr), flat)
+        hyper = OnlineHyper(lr, weight_decay, momentum, hypergrad_lr)
+        return OnlineUpdate(optimizer, blocks, hyper, flat, rule=configs[0]["hypergrad_rule"])
     return Update(optimizer, blocks, Hyper(lr, weight_decay, momentum), flat)
 
 

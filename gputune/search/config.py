@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.types import ACTIVATIONS, ONLINE, OPTIMIZERS, SCHEDULES, Config
+from gputune.types import ACTIVATIONS, ONLINE, ONLINE_RULES, OPTIMIZERS, SCHEDULES, Config
 
 
 class Range(NamedTuple):
@@ -52,6 +52,7 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "activation": ACTIVATIONS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "hypergrad_rule": ONLINE_RULES,
     "penalty": ("l2", "l1", "none"),
 }
 
@@ -85,7 +86,7 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
         return ("C", "l1_ratio", "penalty")
     trained = ["lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule"]
     if optimizer in ONLINE:
-        trained.append("hypergrad_lr")
+        trained += ["hypergrad_lr", "hypergrad_rule"]
     return (*trained, "width", "depth", "activation", "dropout") if model == "mlp" else tuple(trained)
 
 
@@ -110,7 +111,7 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
 
 
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
-    if key == "hypergrad_lr":
+    if key in ("hypergrad_lr", "hypergrad_rule"):
         return f"Only the optimizers {', '.join(ONLINE)} have it, for example optimizer='adamwhd'."
     other = _OTHER_NAMES.get(key)
     near = [other] if other in keys else get_close_matches(key, sorted(keys), 1)
@@ -137,6 +138,11 @@ def check_config(config: Mapping[str, Any], *, name: str = "config") -> Config:
         check_key(key, keys=KEYS, module=True, name=name)
     check_penalty(config, name)
     checked = {key: check_value(key, value, f"{name}[{key!r}]") for key, value in config.items()}
+    if checked.get("hypergrad_rule", "multiplicative") != "multiplicative" and "hypergrad_lr" not in checked:
+        raise InputError(
+            f"{name} must have a value for 'hypergrad_lr' beside hypergrad_rule={checked['hypergrad_rule']!r}, whose "
+            "unit depends on the model; try powers of ten, or the rule 'multiplicative'."
+        )
     penalty = checked.pop("penalty", None)
     if penalty is not None:
         checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0

@@ -169,7 +169,9 @@ class Descent:
             self.length /= 2
             after = self._moved(before, moves)
         self.visited.append(before)
-        again = slope.mode == "exact" and self.names != ("C",)  # a solution is as smooth from near as from afar
+        again = slope.mode == "exact" and self.names != (
+            "C",
+        )  # a solution is as smooth from near as from afar
         if _alike(after, before) and unclear and again:
             self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
         elif _alike(after, before) or self._longest() < self.method.smallest_step:

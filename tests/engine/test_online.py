@@ -76,6 +76,30 @@ def test_law_1_for_one_batch_size_and_one_trial(optimizer):
         )
 
 
+@pytest.mark.parametrize("rule", ["additive", "normalized"])
+@each_optimizer
+def test_law_1_for_the_other_rules(optimizer, rule):
+    data = make_data()
+    configs = fill(
+        *(
+            {
+                **optimizer,
+                "width": 8,
+                "batch_size": size,
+                "lr": 1e-2,
+                "hypergrad_lr": rate,
+                "hypergrad_rule": rule,
+            }
+            for size, rate in ((16, 1e-4), (9, 1e-3), (12, 1e-2))
+        )
+    )
+    assert len(populations(configs, "mlp", rows=41)) == 1
+    assert_equals_plain_loop(data, configs, epochs=8)
+    mixed = [configs[0], {**configs[1], "hypergrad_rule": "multiplicative"}]
+    assert len(populations(mixed, "mlp", rows=41)) == 2
+    assert_equals_plain_loop(data, mixed, epochs=3)
+
+
 @pytest.mark.parametrize("weights", [False, True])
 def test_law_1_for_linear_models(weights):
     data = make_data("binary", weights=weights)
@@ -249,8 +273,8 @@ def test_a_search_adapts_a_rate_per_member_and_refits(monkeypatch):
     seen = []
 
     class Seen(OnlineUpdate):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
             self.begin = self.rate.clone()
             seen.append(self)
 
@@ -304,6 +328,7 @@ def test_hypergrad_lr_is_a_key_of_the_optimizers_that_read_it():
     for name in ONLINE:
         assert "hypergrad_lr" in legal_keys("mlp", name)
         assert set(default_space("module", name)) == {"lr", "batch_size", "weight_decay", "hypergrad_lr"}
+        assert "hypergrad_rule" in legal_keys("mlp", name)
     message = "must have only the keys .*, got 'hypergrad_lr'. Only the optimizers sgdhd, nesterovhd, adamhd, adamwhd"
     with pytest.raises(InputError, match=message):
         gputune.tune("mlp", X, y, space={"hypergrad_lr": [0.01]}, verbose=0)
@@ -329,3 +354,10 @@ def test_the_plan_counts_the_last_direction():
     more = trial_cost(online, data).trial_bytes - trial_cost(plain, data).trial_bytes
     size = (data.n_features + 1) * 16 + 17 * data.n_outputs
     assert more == data.n_folds * size * 8
+
+
+def test_a_rule_whose_unit_depends_on_the_model_needs_a_value():
+    X, y = load_iris(return_X_y=True)
+    message = "must have a value for 'hypergrad_lr' beside hypergrad_rule='additive', whose unit depends on the model"
+    with pytest.raises(InputError, match=message):
+        gputune.tune("mlp", X, y, optimizer="sgdhd", space={"hypergrad_rule": "additive"}, verbose=0)

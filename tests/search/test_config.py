@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gputune.errors import InputError
-from gputune.search.config import KEYS, check_config, check_key, legal_keys
+from gputune.search.config import KEYS, WORDS, check_config, check_key, legal_keys
 from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES
 
 MLP = legal_keys("mlp", "adamw")
@@ -27,6 +27,7 @@ LEGAL = {
     "activation": ACTIVATIONS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "hypergrad_rule": ("multiplicative",),
 }
 ILLEGAL = {
     "lr": (0, -1.0, math.inf, math.nan, 10**400),
@@ -42,6 +43,7 @@ ILLEGAL = {
     "activation": ("swish", None, 1),
     "optimizer": ("exact", "lbfgs"),
     "schedule": ("step",),
+    "hypergrad_rule": ("adam",),
 }
 CASES = [(key, value) for key, values in LEGAL.items() for value in values]
 BAD_CASES = [(key, value) for key, values in ILLEGAL.items() for value in values]
@@ -52,7 +54,7 @@ def test_the_keys_of_each_kind_of_model():
     assert set(legal_keys("logistic", "sgd")) == set(legal_keys("module", "adamw")) == trained
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
     assert set(EXACT) == {"C", "l1_ratio", "penalty"}
-    assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr"}
+    assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr", "hypergrad_rule"}
     assert set(LEGAL) == set(ILLEGAL) == set(KEYS) - {"penalty"}  # no key escapes the tests below
 
 
@@ -67,7 +69,7 @@ def test_values_out_of_range_are_refused(key, value):
         check_config({key: value}, name="trial")
 
 
-@pytest.mark.parametrize("key", [key for key in LEGAL if key not in ("activation", "optimizer", "schedule")])
+@pytest.mark.parametrize("key", [key for key in LEGAL if key not in WORDS])
 def test_text_and_booleans_are_no_numbers(key):
     with pytest.raises(InputError, match=r"got the text '32'. For example"):
         check_config({key: "32"})
