@@ -54,10 +54,11 @@ _HOMES = {
     "log_int": "gputune.search.distributions",
     "models": "gputune.models",
     "optim": "gputune.optim",
+    "sklearn": "gputune.sklearn",
     "tune": "gputune.pipeline",
 }
 
-_MODULES = ("models", "optim")
+_MODULES = ("models", "optim", "sklearn")
 
 
 def __getattr__(name: str) -> Any:

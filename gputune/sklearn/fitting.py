@@ -1,0 +1,225 @@
+"""All configurations trained in all folds at once, to the last epoch: the one way in which this face trains."""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from gputune.data.dataset import Dataset
+from gputune.engine.chunk import Job, Outcome, Progress, make_network, train_chunk
+from gputune.engine.network import Network
+from gputune.engine.plan import Plan, make_plan
+from gputune.engine.population import Population, module_arguments, populations
+from gputune.engine.vmap import build_module, check_module
+from gputune.engine.workers import run_chunks
+from gputune.errors import DivergedError, InputError
+from gputune.options import choose_device
+from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
+from gputune.sklearn.words import Recipe
+from gputune.types import Params
+
+Place = tuple[int, int]
+"""(fold, trial): which member of a search."""
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One trained member: a network of its own as soon as it is asked for.
+
+    classes   positions of its outputs' classes among all classes, None for a regression
+    present   (K,) which of them take part, None where all do
+    center, scale   a regression's target is ``output * scale + center``
+    """
+
+    network: Network
+    params: Params
+    place: Place
+    classes: NDArray[np.int64] | None
+    present: NDArray[np.bool_] | None
+    center: float
+    scale: float
+    epochs: int
+
+    def module(self) -> nn.Module:
+        """Return a plain module with copies of the member's parameters, in evaluation mode, on the CPU."""
+        return self.network.member(self.params, *self.place)
+
+
+Members = dict[Place, Member | Exception]
+"""What became of each (fold, trial): DivergedError, ValueError for a fold that cannot be trained on, TimeoutError."""
+
+
+@torch.inference_mode(False)
+def fit_members(
+    recipes: Sequence[Recipe],
+    rows: Rows,
+    folds: Sequence[NDArray[np.int64]],
+    *,
+    workers: int | None = 1,
+    deadline: float | None = None,
+) -> Members:
+    """Train every recipe on the training rows of every fold, as one tensor program as far as shapes allow.
+
+    ``folds`` are arrays of training rows. Every member trains for all epochs of its recipe; its numbers depend on its
+    recipe and on its rows, not on its company. ``workers`` None lets an estimate decide about processes;
+    ``deadline`` (``time.monotonic()``) ends training, and what has not ended by then is a TimeoutError.
+    """
+    trials: dict[Any, list[int]] = defaultdict(list)
+    for i, recipe in enumerate(recipes):
+        trials[recipe.device, recipe.kind, recipe.module, recipe.seed, recipe.epochs].append(i)
+    found: Members = {}
+    for index in trials.values():
+        alike = [recipes[i] for i in index]
+        for (fold, trial), member in _fit_alike(alike, rows, folds, workers, deadline).items():
+            found[fold, index[trial]] = member
+    return found
+
+
+def _fit_alike(
+    recipes: Sequence[Recipe],
+    rows: Rows,
+    folds: Sequence[NDArray[np.int64]],
+    workers: int | None,
+    deadline: float | None,
+) -> Members:
+    """Train recipes of one kind, device, seed and length."""
+    x = shared_x(rows, choose_device(recipes[0].device))
+
+    def decays(train: NDArray[np.int64]) -> tuple[float, ...]:
+        configs = _configs(recipes, rows, train)
+        return tuple(c["weight_decay"] for c, r in zip(configs, recipes) if r.alpha is not None)
+
+    groups, refused = group_folds(rows, folds, key=decays)
+    found: Members = {(fold, i): error for fold, error in refused.items() for i in range(len(recipes))}
+    for group in groups:
+        configs = _configs(recipes, rows, group.trains[0])
+        members = _fit_group(recipes[0], configs, make_dataset(rows, group, x), group, workers, deadline)
+        found |= {(group.places[f], i): member for (f, i), member in members.items()}
+    return found
+
+
+def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[dict[str, Any]]:
+    return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
+
+
+def _fit_group(
+    recipe: Recipe,
+    configs: Sequence[dict[str, Any]],
+    data: Dataset,
+    group: FoldGroup,
+    workers: int | None,
+    deadline: float | None,
+) -> Members:
+    """Train the configurations in the folds of one dataset; ``recipe`` says what they have in common."""
+    longest = max(len(train) for train in group.trains)
+    found: Members = {}
+    chunks, parameters = [], 0
+    for population in populations(configs, recipe.kind, rows=longest):
+        try:
+            parameters = max(parameters, _check_module(recipe, population, data))
+            chunks.append(population)
+        except InputError as error:
+            refusal = InputError(str(error).replace("model:", "module:", 1))  # as this face calls it
+            found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
+    if chunks:
+        job = MemberJob(recipe.seed, recipe.epochs, recipe.epochs, None, recipe.module, deadline)
+        plan = make_plan(
+            chunks, data, epochs=recipe.epochs, memory=None, workers=workers, parameters=parameters
+        )
+        found |= _run(job, data, replace(plan, threads=min(plan.threads, torch.get_num_threads())), group)
+    return found
+
+
+def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
+    """Return the size of a user's module, which is tried first; 0 for a built-in model."""
+    if recipe.module is None:
+        return 0
+    size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
+    number = check_module(recipe.module, population.configs[0], **size, dtype=data.dtype)
+    arguments = module_arguments(population.configs[0])
+    _refuse_probabilities(build_module(recipe.module, arguments, **size, seed=recipe.seed), data)
+    return number
+
+
+def _refuse_probabilities(module: nn.Module, data: Dataset) -> None:
+    """Raise InputError where a classifier's module ends in a softmax: the loss has one already."""
+    if data.task == "regression":
+        return
+    rows = data.x[0, data.folds[0].train[:32]]
+    with torch.no_grad():
+        outputs = module.to(rows).eval()(rows)
+    if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+        raise InputError(
+            f"model: {type(module).__name__} returns probabilities, and the cross-entropy wants logits; leave out the "
+            "softmax at its end."
+        )
+
+
+def _run(job: "MemberJob", data: Dataset, plan: Plan, group: FoldGroup) -> Members:
+    found: Members = {}
+
+    def collect(outcome: Outcome) -> None:
+        assert isinstance(outcome, Weights)
+        chunk = next(chunk for chunk in plan.chunks if chunk.index == outcome.index)
+        found.update(_members(job, data, chunk, outcome, group))
+
+    run_chunks(job, data, plan, progress=lambda _done, _curves: None, on_outcome=collect)
+    over = TimeoutError("the time was over before this fit had ended; give it more.")
+    wanted = [(f, i) for chunk in plan.chunks for f in range(data.n_folds) for i in chunk.index]
+    return {place: found.get(place, over) for place in wanted}
+
+
+def _members(
+    job: "MemberJob", data: Dataset, chunk: Population, outcome: "Weights", group: FoldGroup
+) -> Members:
+    if outcome.epochs < job.epochs:
+        return {}
+    network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
+    flat = torch.from_numpy(outcome.flat)
+    params = network.blocks.views(flat)
+    members = (data.n_folds, len(chunk.index), -1)
+    whole = [w.reshape(members).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
+    finite = torch.stack(whole).all(0).tolist()  # F lists of C
+    center, scale = data.center.tolist(), data.scale.tolist()
+    present = None if data.present is None else data.present.cpu().numpy()
+    found: Members = {}
+    for f in range(data.n_folds):
+        takes_part = None if present is None or present[f].all() else present[f]
+        for c, i in enumerate(chunk.index):
+            facts = (group.classes, takes_part, center[f], scale[f], job.epochs)
+            found[f, i] = (
+                Member(network, params, (f, c), *facts) if finite[f][c] else _diverged(chunk.configs[c])
+            )
+    return found
+
+
+def _diverged(config: dict[str, Any]) -> DivergedError:
+    return DivergedError(
+        f"the training diverged with lr={config['lr']:.3g} and optimizer={config['optimizer']!r}: its weights are "
+        "no finite numbers any more; use a smaller lr, or scale the inputs (StandardScaler in a pipeline)."
+    )
+
+
+@dataclass(frozen=True)
+class MemberJob(Job):
+    """A job whose chunks give their members' weights, not their scores."""
+
+    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Weights":
+        """Train one chunk and return its weights."""
+        begin = time.monotonic()
+        trained = train_chunk(self, data, chunk, progress)
+        flat = trained.flat.cpu().numpy()
+        return Weights(chunk.index, trained.curves, trained.epochs, time.monotonic() - begin, flat)
+
+
+@dataclass(frozen=True)
+class Weights(Outcome):
+    """What training a chunk gave: ``flat``, the parameters of all its members in the order of its blocks."""
+
+    flat: np.ndarray

@@ -1,0 +1,132 @@
+"""The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all at once."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, clone, is_regressor
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, validate_data
+
+from gputune.sklearn.dataset import Rows
+from gputune.sklearn.fitting import Place
+from gputune.sklearn.words import Fresh, fresh_seed
+
+
+class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """An estimator whose configurations and folds can be fitted together.
+
+    A subclass says what its parameters mean (``_recipe``), how recipes are fitted on the rows of folds
+    (``_fit_recipes``), and what a fitted one takes over (``_settle``).
+    """
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+        """Fit on the rows X (n, D) with targets y (n,); ``sample_weight`` (n,) is each row's weight in the loss.
+
+        Returns the estimator. Raises ValueError for bad input, DivergedError where the training diverges.
+        """
+        rows = check_rows(self, X, y, sample_weight)
+        return fit_together([self], rows, [np.arange(len(rows.X))]).settle(self, 0, 0)
+
+    def _recipe(self, fresh: Fresh) -> Any:
+        """Return what the parameters mean; ``fresh`` draws the seed of random_state=None."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _fit_recipes(
+        recipes: Sequence[Any],
+        rows: Rows,
+        folds: Sequence[NDArray[np.int64]],
+        *,
+        workers: int | None,
+        deadline: float | None,
+    ) -> dict[Place, Any]:
+        """Return for each (fold, trial) what ``_settle`` takes, or an exception."""
+        raise NotImplementedError
+
+    def _settle(self, fitted: Any, rows: Rows) -> None:
+        """Take over what one of the fits gave."""
+        raise NotImplementedError
+
+
+E = TypeVar("E", bound=FusedEstimator)
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """The fits of all candidates in all folds: each one fitted, or the exception that its own ``fit`` would raise."""
+
+    candidates: tuple[FusedEstimator, ...]
+    rows: Rows
+    found: dict[Place, Any]
+
+    def error(self, fold: int, trial: int) -> Exception | None:
+        """Return the exception of a fit that failed, None for one that did not."""
+        fitted = self.found[fold, trial]
+        return fitted if isinstance(fitted, Exception) else None
+
+    def estimator(self, fold: int, trial: int) -> FusedEstimator:
+        """Return a fitted clone of a candidate, as ``clone(candidate).fit`` on the fold's training rows is.
+
+        Raises the exception of a fit that failed.
+        """
+        copy: FusedEstimator = clone(self.candidates[trial])
+        return self.settle(copy, fold, trial)
+
+    def settle(self, estimator: E, fold: int, trial: int) -> E:
+        """Make ``estimator`` a fitted one and return it; raises the exception of a fit that failed."""
+        error = self.error(fold, trial)
+        if error is not None:
+            raise error
+        estimator.n_features_in_ = self.rows.X.shape[1]
+        if self.rows.names is not None:
+            estimator.feature_names_in_ = self.rows.names
+        estimator._settle(self.found[fold, trial], self.rows)
+        return estimator
+
+
+def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any = None) -> Rows:
+    """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its feature names over."""
+    regression = is_regressor(estimator)
+    X, y = validate_data(estimator, X, y, dtype=(np.float64, np.float32), order="C", y_numeric=regression)
+    weights = None
+    if sample_weight is not None:
+        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    names = getattr(estimator, "feature_names_in_", None)
+    if regression:
+        return Rows(X, np.asarray(y, dtype=np.float64), weights, None, names)
+    check_classification_targets(y)
+    classes, codes = np.unique(y, return_inverse=True)
+    return Rows(X, codes.astype(np.int64), weights, classes, names)
+
+
+def fit_together(
+    candidates: Sequence[FusedEstimator],
+    rows: Rows,
+    folds: Sequence[NDArray[np.int64]],
+    *,
+    workers: int | None = 1,
+    deadline: float | None = None,
+) -> Fits:
+    """Fit all candidates, of one class, on the training rows of all folds at once.
+
+    ``random_state=None`` is one fresh draw for all of them. A candidate whose parameters are refused fails in every
+    fold, as its own ``fit`` would. ``workers`` None lets an estimate decide about processes; ``deadline``
+    (``time.monotonic()``) ends training, and fits that have not ended by then fail with TimeoutError.
+    """
+    fresh = functools.cache(fresh_seed)
+    found: dict[Place, Any] = {}
+    recipes, index = [], []
+    for i, candidate in enumerate(candidates):
+        try:
+            recipes.append(candidate._recipe(fresh))
+            index.append(i)
+        except (TypeError, ValueError) as error:
+            found |= {(fold, i): error for fold in range(len(folds))}
+    if recipes:
+        fits = candidates[0]._fit_recipes(recipes, rows, folds, workers=workers, deadline=deadline)
+        found |= {(fold, index[trial]): fitted for (fold, trial), fitted in fits.items()}
+    return Fits(tuple(candidates), rows, found)

@@ -1,0 +1,173 @@
+"""LogisticRegression: scikit-learn's linear classifier, solved to convergence for every C and fold at once."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import expit, log_expit, log_softmax, softmax
+from sklearn.base import ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from gputune.errors import InputError
+from gputune.search.config import check_value
+from gputune.sklearn.dataset import Rows
+from gputune.sklearn.fitting import Place
+from gputune.sklearn.fused import FusedEstimator
+from gputune.sklearn.solving import Penalty, Solved, solve_members
+from gputune.sklearn.words import Fresh, whole_number
+
+
+class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
+    """The logistic regression (softmax for more than two classes), with scikit-learn's objective.
+
+    Minimises C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1 by Newton's method, in
+    double precision whatever X has; the intercepts carry no penalty.
+
+    C                the inverse strength of the penalty, inf for none
+    l1_ratio         0 is L2, 1 is L1, between them the elastic net
+    penalty          the older word: "l2", "l1", "elasticnet" (as l1_ratio says), None (no penalty, C ignored);
+                     "auto" leaves it to C and l1_ratio
+    class_weight     None, "balanced", or a dict from class to weight
+    fit_intercept    False: no intercept
+    tol              largest violation of the optimality conditions; scikit-learn's default stops earlier
+    max_iter         Newton steps at most; a ConvergenceWarning where they were not enough
+    random_state     takes no part: the solution is unique
+    device           "auto", "cpu", "cuda", "cuda:1"
+
+    After ``fit``: ``coef_`` (K, D) and ``intercept_`` (K,), with K = 1 for two classes, ``classes_``, ``n_iter_`` (1,)
+    Newton steps, ``n_features_in_``, ``feature_names_in_``.
+    """
+
+    coef_: NDArray[np.float64]
+    intercept_: NDArray[np.float64]
+    classes_: NDArray[Any]
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        l1_ratio: float = 0.0,
+        penalty: str | None = "auto",
+        class_weight: Mapping[Any, float] | str | None = None,
+        fit_intercept: bool = True,
+        tol: float = 1e-10,
+        max_iter: int = 100,
+        random_state: Any = None,
+        device: str = "auto",
+    ) -> None:
+        self.C = C
+        self.l1_ratio = l1_ratio
+        self.penalty = penalty
+        self.class_weight = class_weight
+        self.fit_intercept = fit_intercept
+        self.tol = tol
+        self.max_iter = max_iter
+        self.random_state = random_state
+        self.device = device
+
+    def decision_function(self, X: Any) -> NDArray[np.float64]:
+        """Return the logit of each class, (n, K); of the second class, (n,), for two classes."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        scores: NDArray[np.float64] = X @ self.coef_.T + self.intercept_
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return the most probable class of each row, (n,)."""
+        scores = self.decision_function(X)
+        places = scores > 0 if scores.ndim == 1 else scores.argmax(1)
+        labels: NDArray[Any] = self.classes_[places.astype(int)]
+        return labels
+
+    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+        """Return the probability of each class, (n, K) in the order of ``classes_``."""
+        scores = self.decision_function(X)
+        both = np.stack([expit(-scores), expit(scores)], 1) if scores.ndim == 1 else softmax(scores, 1)
+        return np.asarray(both)
+
+    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
+        """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
+        scores = self.decision_function(X)
+        if scores.ndim == 1:
+            return np.stack([log_expit(-scores), log_expit(scores)], 1)
+        return np.asarray(log_softmax(scores, 1))
+
+    def _recipe(self, fresh: Fresh) -> Penalty:
+        C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
+        if not (self.class_weight is None or isinstance(self.class_weight, Mapping)) and not (
+            isinstance(self.class_weight, str) and self.class_weight == "balanced"
+        ):
+            raise InputError(
+                f"class_weight must be None, 'balanced' or a dict from class to weight, got {self.class_weight!r}."
+            )
+        if not isinstance(self.fit_intercept, bool | np.bool_):
+            raise InputError(f"fit_intercept must be True or False, got {self.fit_intercept!r}.")
+        return Penalty(
+            C=C,
+            l1_ratio=l1_ratio,
+            class_weight=self.class_weight,
+            fit_intercept=bool(self.fit_intercept),
+            tol=_tolerance(self.tol),
+            max_iter=whole_number("max_iter", self.max_iter),
+            device=self.device,
+        )
+
+    @staticmethod
+    def _fit_recipes(
+        recipes: Sequence[Penalty],
+        rows: Rows,
+        folds: Sequence[NDArray[np.int64]],
+        *,
+        workers: int | None,
+        deadline: float | None,
+    ) -> dict[Place, Solved | Exception]:
+        del workers, deadline  # one batched solve, which takes seconds where training takes minutes
+        return solve_members(recipes, rows, folds)
+
+    def _settle(self, fitted: Solved, rows: Rows) -> None:
+        assert rows.classes is not None
+        self.classes_ = rows.classes[fitted.classes]
+        self.coef_, self.intercept_ = fitted.coef.copy(), fitted.intercept.copy()
+        self.n_iter_ = np.array([fitted.steps], dtype=np.int32)
+        if not fitted.converged:
+            warnings.warn(
+                f"the logistic regression did not converge in {fitted.steps} Newton steps (violation "
+                f"{fitted.residual:.1e}, tol={self.tol:g}); a smaller C, scaled inputs or a larger tol converge.",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+
+
+def _penalty(C: Any, l1_ratio: Any, penalty: Any) -> tuple[float, float]:
+    """Return C and l1_ratio with the older word ``penalty`` translated."""
+    C = check_value("C", C, "C")
+    l1_ratio = check_value("l1_ratio", l1_ratio, "l1_ratio")
+    if penalty is None:
+        if C != 1.0 or l1_ratio != 0.0:
+            warnings.warn(
+                f"penalty=None is no penalty: C={C} and l1_ratio={l1_ratio} are ignored.", stacklevel=5
+            )
+        return math.inf, 0.0
+    meant = {"auto": l1_ratio, "elasticnet": l1_ratio, "l2": 0.0, "l1": 1.0}
+    if not isinstance(penalty, str) or penalty not in meant:
+        raise InputError(f"penalty must be one of l1, l2, elasticnet, None or auto, got {penalty!r}.")
+    if l1_ratio not in (0.0, meant[penalty]):
+        raise InputError(
+            f"penalty={penalty!r} and l1_ratio={l1_ratio} say the same thing and differ; give l1_ratio alone: 0 is "
+            "l2, 1 is l1."
+        )
+    return C, meant[penalty]
+
+
+def _tolerance(value: Any) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.number)
+        or not 0 < float(value) < math.inf
+    ):
+        raise InputError(f"tol must be a number > 0, got {value!r}. For example 1e-10.")
+    return float(value)

@@ -1,0 +1,38 @@
+"""scikit-learn's own checks, all of them: no excusing tags, no expected failures."""
+
+import pytest
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from face_modules import Net
+from gputune.sklearn import (
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    NeuralNetRegressor,
+)
+
+ESTIMATORS = [
+    LogisticRegression(),
+    MLPClassifier(width=16, depth=1, lr=0.02, max_epochs=60, random_state=0),
+    MLPClassifier((16,), learning_rate_init=0.02, max_iter=60, alpha=1e-3, random_state=0),
+    MLPRegressor(width=16, depth=1, lr=0.02, max_epochs=60, random_state=0),
+    NeuralNetClassifier(Net, module__hidden=16, optimizer="adam", lr=0.05, max_epochs=40, random_state=0),
+    NeuralNetRegressor(Net, module__hidden=16, optimizer="adam", lr=0.02, max_epochs=40, random_state=0),
+]
+
+
+# scikit-learn 1.6 asks scipy for names that later releases have deprecated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@parametrize_with_checks(ESTIMATORS)
+def test_scikit_learns_check(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+def test_no_tag_excuses_anything(estimator):
+    tags = get_tags(estimator)
+    assert not (tags.no_validation or tags.non_deterministic or tags._skip_test)
+    kind = tags.classifier_tags or tags.regressor_tags
+    assert not kind.poor_score

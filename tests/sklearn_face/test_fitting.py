@@ -1,0 +1,265 @@
+"""All at once = one after the other, and the words for it."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_iris, make_regression
+from sklearn.neural_network import MLPClassifier as Theirs
+
+import reference
+from face_modules import Net
+from gputune.engine.population import complete
+from gputune.errors import DivergedError, InputError
+from gputune.sklearn import MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
+from gputune.sklearn.fused import check_rows, fit_together
+
+IRIS = load_iris(return_X_y=True)
+NUMBERS = make_regression(97, 5, noise=3.0, random_state=0)
+MIXED = [
+    {},
+    {"width": 20, "lr": 0.01},
+    {"width": 20, "batch_size": 32, "dropout": 0.2},
+    {"width": 20, "batch_size": 17, "optimizer": "sgd", "lr": 0.1},
+    {"depth": 1, "activation": "tanh", "max_epochs": 3},
+    {"alpha": 1.0, "lr": 0.01},
+    {"alpha": 0.5, "batch_size": 32, "solver": "sgd", "learning_rate_init": 0.05, "schedule": "cosine"},
+    {"optimizer": "adamwhd", "random_state": 7},
+]
+NETS = [
+    {},
+    {"module__hidden": 5},
+    {"batch_size": 16, "optimizer": "adam"},
+    {"module__dropout": 0.3, "lr": 0.1},
+]
+
+
+def unequal_folds(n, folds=3):
+    """Training rows in no order, of lengths that differ by more than one."""
+    order = np.random.default_rng(0).permutation(n)
+    parts = np.split(order, [n // 2, n // 2 + n // 5])
+    return [np.concatenate(parts[:f] + parts[f + 1 :]) for f in range(folds)]
+
+
+def together(estimator, spaces, X, y, folds, sample_weight=None, **options):
+    candidates = [clone(estimator).set_params(**params) for params in spaces]
+    return fit_together(candidates, check_rows(clone(estimator), X, y, sample_weight), folds, **options)
+
+
+def predictions(estimator, X):
+    return estimator.predict_proba(X) if hasattr(estimator, "predict_proba") else estimator.predict(X)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("estimator", "spaces"),
+    [
+        (MLPClassifier(width=12, max_epochs=5, random_state=3), MIXED),
+        (MLPRegressor(width=12, max_epochs=5, random_state=3), MIXED),
+        (NeuralNetClassifier(Net, lr=0.02, max_epochs=4, random_state=3), NETS),
+        (NeuralNetRegressor(Net, lr=0.02, max_epochs=4, random_state=3), NETS),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_together_is_what_fit_gives_alone(estimator, spaces, weighted):
+    X, y = IRIS if hasattr(estimator, "predict_proba") else NUMBERS
+    weights = np.random.default_rng(1).uniform(0, 2, len(X)) if weighted else None
+    folds = unequal_folds(len(X))
+    fits = together(estimator, spaces, X, y, folds, weights)
+    for f, train in enumerate(folds):
+        for i, params in enumerate(spaces):
+            own = None if weights is None else weights[train]
+            alone = clone(estimator).set_params(**params).fit(X[train], y[train], sample_weight=own)
+            member = fits.estimator(f, i)
+            np.testing.assert_allclose(predictions(member, X), predictions(alone, X), rtol=1e-9, atol=1e-9)
+            assert member.get_params() == alone.get_params()
+            assert (member.n_iter_, member.n_features_in_) == (alone.n_iter_, alone.n_features_in_)
+
+
+def test_single_precision_stays_single_and_together_is_alone():
+    X, y = IRIS[0].astype(np.float32), IRIS[1]
+    estimator = MLPClassifier(width=12, max_epochs=5, random_state=3)
+    folds = unequal_folds(len(X))
+    fits = together(estimator, [{}, {"lr": 0.01}], X, y, folds)
+    for f, train in enumerate(folds):
+        member, alone = fits.estimator(f, 1), clone(estimator).set_params(lr=0.01).fit(X[train], y[train])
+        assert next(member.module_.parameters()).dtype == torch.float32
+        np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), atol=1e-5)
+        assert member.predict_proba(X).dtype == np.float64
+
+
+def test_a_fit_is_the_plain_loop():
+    X, y = NUMBERS
+    weights = np.random.default_rng(1).uniform(0, 2, len(X))
+    params = {"width": 12, "lr": 0.01, "batch_size": 40, "optimizer": "adam", "weight_decay": 0.1}
+    fitted = MLPRegressor(**params, max_epochs=6, random_state=3).fit(X, y, sample_weight=weights)
+    mean = np.average(y, weights=weights)
+    scale = np.sqrt(np.average((y - mean) ** 2, weights=weights))
+    plain = reference.train_mlp(
+        torch.from_numpy(X),
+        torch.from_numpy((y - mean) / scale),
+        complete(params, optimizer="adam", schedule="constant"),
+        n_outputs=1,
+        seed=3,
+        epochs=6,
+        weights=torch.from_numpy(weights),
+    )
+    with torch.no_grad():
+        expected = plain(torch.from_numpy(X)).numpy()[:, 0] * scale + mean
+    np.testing.assert_allclose(fitted.predict(X), expected, rtol=1e-9)
+    assert (fitted.target_mean_, fitted.target_scale_) == pytest.approx((mean, scale))
+
+
+def test_alpha_decays_the_weights_as_scikit_learns():
+    X, y = IRIS
+    common = {
+        "hidden_layer_sizes": (8,),
+        "activation": "tanh",
+        "solver": "sgd",
+        "momentum": 0.0,
+        "alpha": 30.0,
+    }
+    start, step = (
+        MLPClassifier(**common, batch_size=150, learning_rate_init=lr, max_iter=1, random_state=0)
+        .fit(X, y)
+        .module_
+        for lr in (1e-14, 0.1)
+    )
+    theirs = Theirs(**common, batch_size=150, learning_rate_init=0.1, random_state=0).partial_fit(
+        X, y, classes=np.unique(y)
+    )
+    for layer, coef, intercept in zip(start.layers, theirs.coefs_, theirs.intercepts_):
+        coef[:], intercept[:] = layer.weight.detach().numpy().T, layer.bias.detach().numpy()
+    theirs.partial_fit(X, y)
+    for layer, coef in zip(step.layers, theirs.coefs_):
+        np.testing.assert_allclose(layer.weight.detach().numpy().T, coef, rtol=1e-9, atol=1e-12)
+
+
+def test_a_fold_that_lacks_a_class_has_a_network_without_it():
+    X, y = IRIS
+    folds = [np.arange(100), np.arange(150)]
+    fits = together(MLPClassifier(width=8, max_epochs=2, random_state=0), [{}], X, y, folds)
+    member, alone = (
+        fits.estimator(0, 0),
+        MLPClassifier(width=8, max_epochs=2, random_state=0).fit(X[:100], y[:100]),
+    )
+    assert member.classes_.tolist() == [0, 1]
+    np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-9)
+    assert fits.estimator(1, 0).classes_.tolist() == [0, 1, 2]
+
+
+def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
+    X, y = IRIS
+    for estimator in (MLPClassifier(width=8, max_epochs=2), NeuralNetClassifier(Net, max_epochs=2)):
+        fitted = estimator.fit(X, y, sample_weight=(y != 1).astype(float))
+        assert fitted.classes_.tolist() == [0, 1, 2]
+        assert (fitted.predict_proba(X)[:, 1] == 0).all()
+        np.testing.assert_allclose(fitted.predict_proba(X).sum(1), 1)
+        assert set(fitted.predict(X)) <= {0, 2}
+
+
+def test_folds_that_cannot_be_trained_on_fail_alone():
+    X, y = IRIS
+    weights = np.ones(150)
+    weights[:60] = 0
+    folds = [np.arange(150), np.arange(100, 150), np.arange(60), np.arange(0)]
+    fits = together(MLPClassifier(width=8, max_epochs=1), [{}, {"lr": 0.1}], X, y, folds, weights)
+    messages = ["at least 2 classes, got 1 class: 2", "sample_weight must be above 0", "no rows"]
+    assert fits.error(0, 0) is None and fits.error(0, 1) is None
+    for fold, message in enumerate(messages, start=1):
+        for trial in (0, 1):
+            assert isinstance(fits.error(fold, trial), ValueError)
+            with pytest.raises(ValueError, match=message):
+                fits.estimator(fold, trial)
+
+
+def test_a_candidate_that_is_refused_fails_alone():
+    X, y = IRIS
+    spaces = [{"solver": "lbfgs"}, {}, {"width": "wide"}]
+    fits = together(MLPClassifier(width=8, max_epochs=1), spaces, X, y, unequal_folds(150))
+    for fold in range(3):
+        assert fits.error(fold, 1) is None
+        assert isinstance(fits.error(fold, 0), InputError) and "solver" in str(fits.error(fold, 0))
+        assert "width must be" in str(fits.error(fold, 2))
+
+
+def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
+    with pytest.raises(
+        DivergedError, match=r"lr=1e\+30 and optimizer='sgd'.*smaller lr, or scale the inputs"
+    ):
+        MLPClassifier(lr=1e30, optimizer="sgd", max_epochs=5, random_state=0).fit(*IRIS)
+    assert issubclass(DivergedError, ArithmeticError)
+
+
+@pytest.mark.parametrize(
+    "estimator", [MLPRegressor(width=8), NeuralNetRegressor(Net)], ids=lambda e: type(e).__name__
+)
+def test_a_diverged_member_leaves_the_others_as_they_were(estimator):
+    X, y = NUMBERS
+    wild = X.copy()
+    wild[0] = 1e200  # in the training rows of two folds
+    estimator.set_params(max_epochs=4, random_state=0, optimizer="sgd", lr=0.01, batch_size=16)
+    folds = unequal_folds(len(X))
+    with_row = [f for f in range(3) if 0 in folds[f]]
+    tame, mad = (together(estimator, [{}, {"lr": 0.02}], rows, y, folds) for rows in (X, wild))
+    for fold in range(3):
+        for trial in (0, 1):
+            if fold in with_row:
+                assert isinstance(mad.error(fold, trial), DivergedError)
+            else:
+                own, other = (fits.estimator(fold, trial).module_.state_dict() for fits in (tame, mad))
+                assert all(torch.equal(own[name], other[name]) for name in own)
+
+
+def test_none_is_one_draw_for_all():
+    X, y = IRIS
+    fits = together(
+        MLPClassifier(width=8, max_epochs=1), [{"lr": 1e-14}, {"lr": 2e-14}], X, y, [np.arange(150)] * 2
+    )
+    first, *others = (predictions(fits.estimator(f, i), X) for f in (0, 1) for i in (0, 1))
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-9)
+
+
+def test_other_processes_train_the_same():
+    X, y = IRIS
+    estimator = NeuralNetClassifier(Net, max_epochs=3, random_state=0)
+    spaces = [{"module__hidden": h} for h in (3, 4, 5)]
+    folds = unequal_folds(150)
+    here, there = (together(estimator, spaces, X, y, folds, workers=workers) for workers in (1, 2))
+    for fold in range(3):
+        for trial in range(3):
+            member = there.estimator(fold, trial)
+            assert type(member.module_) is Net
+            np.testing.assert_array_equal(
+                member.predict_proba(X), here.estimator(fold, trial).predict_proba(X)
+            )
+
+
+def test_what_has_not_ended_in_time_is_no_fit():
+    X, y = IRIS
+    spaces = [{"max_epochs": 1}, {"max_epochs": 2}, {"max_epochs": 2, "depth": 1}]
+    fits = together(MLPClassifier(width=8), spaces, X, y, unequal_folds(150), deadline=time.monotonic() - 1)
+    assert fits.error(0, 0) is None  # a chunk that runs ends its epoch
+    assert all(isinstance(fits.error(f, i), TimeoutError) for f in range(3) for i in (1, 2))
+
+
+def test_the_module_is_plain_and_the_users_own():
+    X, y = IRIS
+    fitted = NeuralNetClassifier(Net, module__hidden=5, module__dropout=0.5, max_epochs=1).fit(X, y)
+    assert type(fitted.module_) is Net and fitted.module_.first.out_features == 5
+    assert not fitted.module_.training
+    with torch.no_grad():
+        logits = fitted.module_(torch.from_numpy(X))
+    fitted.module_.train()  # what the user does with it draws no dropout in a prediction
+    np.testing.assert_allclose(fitted.predict_proba(X), logits.softmax(1).numpy(), rtol=1e-12)
+
+
+def test_fits_are_fast():
+    estimator = MLPClassifier(max_epochs=50, random_state=0)
+    estimator.fit(*IRIS)
+    begin = time.perf_counter()
+    estimator.fit(*IRIS)
+    assert time.perf_counter() - begin < 0.3

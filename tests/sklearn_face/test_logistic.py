@@ -1,0 +1,158 @@
+import warnings
+
+import numpy as np
+import pytest
+import sklearn.linear_model
+from sklearn.datasets import load_breast_cancer, load_digits, load_iris, make_classification
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.preprocessing import StandardScaler
+
+from gputune.errors import InputError
+from gputune.sklearn import LogisticRegression
+from gputune.sklearn.fused import check_rows, fit_together
+
+IRIS = load_iris(return_X_y=True)
+
+
+def scaled(data, rows=None):
+    X, y = data
+    return StandardScaler().fit_transform(X)[:rows], y[:rows]
+
+
+CANCER = scaled(load_breast_cancer(return_X_y=True))
+DIGITS = scaled(load_digits(return_X_y=True), 300)
+TIGHT = {"solver": "newton-cg", "tol": 1e-10, "max_iter": 10000}
+
+
+def same(own, theirs, X):
+    for name in ("coef_", "intercept_"):
+        np.testing.assert_allclose(getattr(own, name), getattr(theirs, name), rtol=1e-6, atol=1e-6)
+        assert getattr(own, name).shape == getattr(theirs, name).shape
+    for method in ("predict_proba", "decision_function"):
+        np.testing.assert_allclose(getattr(own, method)(X), getattr(theirs, method)(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(own.predict(X), theirs.predict(X))
+    np.testing.assert_array_equal(own.classes_, theirs.classes_)
+
+
+@pytest.mark.parametrize("data", [IRIS, CANCER, DIGITS], ids=["iris", "cancer", "digits"])
+@pytest.mark.parametrize(
+    "params", [{}, {"C": 0.01}, {"C": 30.0}, {"fit_intercept": False}, {"class_weight": "balanced"}]
+)
+def test_the_solution_is_scikit_learns(data, params):
+    X, y = data
+    same(
+        LogisticRegression(**params).fit(X, y),
+        sklearn.linear_model.LogisticRegression(**params, **TIGHT).fit(X, y),
+        X,
+    )
+
+
+@pytest.mark.parametrize("class_weight", [None, {0: 2.0, 1: 0.5, 2: 1.0}])
+def test_weights_count_as_in_scikit_learn(class_weight):
+    X, y = IRIS
+    weights = np.random.default_rng(0).uniform(0, 3, len(y))
+    own, theirs = (
+        estimator.fit(X, y, sample_weight=weights)
+        for estimator in (
+            LogisticRegression(class_weight=class_weight),
+            sklearn.linear_model.LogisticRegression(class_weight=class_weight, **TIGHT),
+        )
+    )
+    same(own, theirs, X)
+
+
+def test_balanced_classes_count_the_weights_of_their_rows():
+    X, y = IRIS
+    weights = np.where(y == 0, 3.0, 1.0)
+    own = LogisticRegression(class_weight="balanced").fit(X, y, sample_weight=weights)
+    even = LogisticRegression(class_weight={0: 5 / 9, 1: 5 / 3, 2: 5 / 3}).fit(X, y, sample_weight=weights)
+    np.testing.assert_allclose(own.coef_, even.coef_, rtol=1e-8, atol=1e-10)
+
+
+def test_the_older_word_for_the_penalty():
+    X, y = CANCER
+    lasso = LogisticRegression(l1_ratio=1.0, C=0.1).fit(X, y)
+    np.testing.assert_array_equal(LogisticRegression(penalty="l1", C=0.1).fit(X, y).coef_, lasso.coef_)
+    assert (lasso.coef_ == 0).mean() > 0.5
+    ridge = LogisticRegression(C=0.1).fit(X, y)
+    np.testing.assert_array_equal(LogisticRegression(penalty="l2", C=0.1).fit(X, y).coef_, ridge.coef_)
+    net, word = (LogisticRegression(l1_ratio=0.5, penalty=p).fit(X, y) for p in ("auto", "elasticnet"))
+    np.testing.assert_array_equal(word.coef_, net.coef_)
+    X, y = make_classification(
+        200, 5, flip_y=0.4, random_state=0
+    )  # without a penalty, what can be separated has no optimum
+    free, none = LogisticRegression(C=np.inf).fit(X, y), LogisticRegression(penalty=None).fit(X, y)
+    np.testing.assert_array_equal(none.coef_, free.coef_)
+    with pytest.warns(UserWarning, match="penalty=None is no penalty: C=3.0"):
+        LogisticRegression(3.0, penalty=None).fit(X, y)
+
+
+def test_it_warns_where_it_did_not_converge():
+    with pytest.warns(ConvergenceWarning, match="did not converge in 1 Newton steps .*tol=1e-10") as caught:
+        LogisticRegression(max_iter=1).fit(*CANCER)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LogisticRegression(max_iter=1, tol=10.0).fit(*CANCER).n_iter_.tolist() == [0]
+
+
+REFUSED = [
+    ({"C": 0}, "C must be a number > 0"),
+    ({"l1_ratio": 2}, "l1_ratio must be a number in"),
+    ({"penalty": "l3"}, "penalty must be one of l1, l2, elasticnet, None or auto, got 'l3'"),
+    ({"penalty": "l1", "l1_ratio": 0.5}, "penalty='l1' and l1_ratio=0.5 say the same thing and differ"),
+    ({"class_weight": "even"}, "class_weight must be None, 'balanced' or a dict"),
+    ({"class_weight": {0: 1.0, 9: 1.0}}, "are not in class_weight"),
+    ({"class_weight": {0: -1.0, 1: 1.0, 2: 1.0}}, "must leave weights >= 0"),
+    ({"fit_intercept": "no"}, "fit_intercept must be True or False"),
+    ({"tol": 0}, "tol must be a number > 0, got 0"),
+    ({"max_iter": 0}, "max_iter must be an integer >= 1"),
+    ({"device": "tpu"}, "device must be"),
+]
+
+
+@pytest.mark.parametrize(("params", "message"), REFUSED, ids=[str(params) for params, _ in REFUSED])
+def test_what_cannot_be_meant_is_refused(params, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        LogisticRegression(**params).fit(*IRIS)
+    assert isinstance(caught.value, InputError) or "class_weight" in params
+
+
+def test_together_is_what_fit_gives_alone():
+    X, y = IRIS
+    weights = np.random.default_rng(0).uniform(0, 3, len(y))
+    folds = [np.arange(150), np.arange(100), np.arange(30, 150), np.arange(50)]
+    spaces = [
+        {},
+        {"C": 0.1},
+        {"C": 0.1, "l1_ratio": 0.7},
+        {"fit_intercept": False},
+        {"class_weight": "balanced", "C": 5.0},
+        {"tol": 1e-6},
+        {"C": -1.0},
+        {"class_weight": {0: 1.0, 9: 1.0}},
+    ]
+    candidates = [LogisticRegression(**params) for params in spaces]
+    fits = fit_together(candidates, check_rows(LogisticRegression(), X, y, weights), folds)
+    for f, train in enumerate(folds):
+        for i, params in enumerate(spaces):
+            alone = LogisticRegression(**params)
+            try:
+                alone.fit(X[train], y[train], sample_weight=weights[train])
+            except ValueError as error:
+                assert type(fits.error(f, i)) is type(error) and str(fits.error(f, i)) == str(error)
+                continue
+            member = fits.estimator(f, i)
+            np.testing.assert_allclose(member.coef_, alone.coef_, rtol=1e-6, atol=1e-8)
+            np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-6, atol=1e-8)
+            assert member.classes_.tolist() == alone.classes_.tolist()
+            assert member.n_iter_.tolist() == alone.n_iter_.tolist()
+
+
+def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
+    X, y = IRIS
+    three = LogisticRegression().fit(X, y, sample_weight=(y != 1).astype(float))
+    assert (three.predict_proba(X)[:, 1] == 0).all() and (three.coef_[1] == 0).all()
+    two = LogisticRegression().fit(X[:100], y[:100], sample_weight=(y[:100] == 1).astype(float))
+    assert (two.predict(X) == 1).all()
+    np.testing.assert_array_equal(two.predict_log_proba(X[:2]), [[-np.inf, 0]] * 2)

@@ -1,0 +1,144 @@
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_iris, make_regression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+
+from face_modules import Net, Normed, OneNumber, PlainNet, Probabilities
+from gputune.errors import InputError
+from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
+
+IRIS = load_iris(return_X_y=True)
+
+
+def recipe(**params):
+    return NeuralNetClassifier(**{"module": Net, **params})._recipe(lambda: 1)
+
+
+def test_parameters_of_the_module_are_parameters_of_the_estimator():
+    net = NeuralNetClassifier(Net, module__hidden=5, optimizer__weight_decay=0.1)
+    assert net.get_params()["module__hidden"] == 5
+    assert net.set_params(module__dropout=0.5, optimizer__momentum=0.9, lr=0.2) is net
+    expected = {"module__hidden": 5, "module__dropout": 0.5, "optimizer__momentum": 0.9, "lr": 0.2}
+    copy = clone(net)
+    for estimator in (net, copy, pickle.loads(pickle.dumps(net))):
+        assert {k: estimator.get_params()[k] for k in expected} == expected
+    copy.set_params(module__hidden=9)
+    assert net.get_params()["module__hidden"] == 5
+    assert "module__hidden=5" in repr(net)
+    with pytest.raises(ValueError, match="Invalid parameter 'momentum'"):
+        net.set_params(momentum=0.9)
+    with pytest.raises(TypeError, match="NeuralNetClassifier has no parameter 'hidden'.*module__"):
+        NeuralNetClassifier(Net, hidden=3).fit(*IRIS)
+
+
+def test_the_defaults_are_skorchs():
+    r = recipe()
+    expected = {"lr": 0.01, "batch_size": 128, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    assert {k: r.config[k] for k in expected} == expected
+    assert r.epochs == 10
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "word", "decay"),
+    [
+        (torch.optim.SGD, "sgd", 0),
+        (torch.optim.Adam, "adam", 0),
+        (torch.optim.AdamW, "adamw", 0.01),
+        ("nesterov", "nesterov", 0),
+    ],
+)
+def test_an_optimizer_is_a_word_or_a_class(optimizer, word, decay):
+    config = recipe(optimizer=optimizer).config
+    assert (config["optimizer"], config["weight_decay"]) == (word, decay)
+    assert recipe(optimizer=optimizer, optimizer__weight_decay=0.3).config["weight_decay"] == 0.3
+
+
+def test_a_plain_module_of_skorch_is_built_with_its_own_arguments():
+    fitted = NeuralNetClassifier(PlainNet, module__hidden=6, max_epochs=2).fit(*IRIS)
+    assert fitted.module_.layers[0].out_features == 6
+    X, y = make_regression(40, 7, random_state=0)
+    net = NeuralNetRegressor(
+        PlainNet, module__inputs=7, module__outputs=1, lr=0.1, max_epochs=60, random_state=0
+    )
+    assert net.fit(X, y).score(X, y) > 0.9
+    assert NeuralNetRegressor(OneNumber, lr=0.3, max_epochs=60).fit(X, y).score(X, y) > 0.99
+
+
+@pytest.mark.parametrize("criterion", [None, nn.CrossEntropyLoss, nn.CrossEntropyLoss()])
+def test_the_criterion_may_be_the_cross_entropy(criterion):
+    NeuralNetClassifier(Net, criterion=criterion, max_epochs=1).fit(*IRIS)
+    NeuralNetRegressor(Net, criterion=nn.MSELoss(), max_epochs=1).fit(*IRIS)
+
+
+REFUSED = [
+    ({"module": Net(4, 3)}, "module must be the class, not an instance.*pass Net"),
+    ({"module": "Net"}, "module must be a torch.nn.Module class, got 'Net'"),
+    ({"module": Normed}, "module: the submodule 'norm' .BatchNorm1d"),
+    ({"module": Probabilities}, "module: Probabilities returns probabilities.*leave out the softmax"),
+    (
+        {"module": PlainNet, "module__outputs": 5},
+        r"module: PlainNet must return a tensor of shape \(rows, 3\)",
+    ),
+    ({"module": PlainNet, "module__inputs": 5}, "module: the forward of PlainNet.*raised"),
+    ({"module__width": 5}, r"module__width is no argument of Net\(n_features, n_outputs, hidden=16"),
+    ({"module__n_features": 5}, "module__n_features is given by the data"),
+    ({"optimizer": torch.optim.LBFGS}, "optimizer must be torch.optim.SGD, Adam or AdamW.*got LBFGS"),
+    ({"optimizer": "lamb"}, "got 'lamb'"),
+    ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has none"),
+    (
+        {"criterion": nn.NLLLoss},
+        "criterion must be torch.nn.CrossEntropyLoss, got NLLLoss.*leave out a softmax",
+    ),
+    (
+        {"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)},
+        "with its default settings, got .*label_smoothing",
+    ),
+    ({"criterion": nn.CrossEntropyLoss(weight=torch.ones(3))}, "with its default settings"),
+    ({"lr": 0}, "lr must be"),
+    ({"batch_size": -1}, "batch_size must be"),
+    ({"max_epochs": 0}, "max_epochs must be"),
+]
+
+
+@pytest.mark.parametrize(("params", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_trained_is_refused_by_name(params, message):
+    with pytest.raises(InputError, match=message):
+        NeuralNetClassifier(**{"module": Net, **params}).fit(*IRIS)
+
+
+def test_a_regression_has_its_own_loss():
+    with pytest.raises(
+        InputError, match="criterion must be torch.nn.MSELoss, got L1Loss; leave criterion out"
+    ):
+        NeuralNetRegressor(Net, criterion=nn.L1Loss).fit(*IRIS)
+
+
+def test_module_arguments_reach_the_engine_in_a_search_of_unlike_ones():
+    X, y = IRIS
+    weights = [
+        NeuralNetClassifier(Net, module__hidden=h, max_epochs=1, random_state=0)
+        .fit(X, y)
+        .module_.first.weight
+        for h in (3, 3, 4)
+    ]
+    assert torch.equal(weights[0], weights[1]) and weights[2].shape == (4, 4)
+    assert np.isfinite(weights[2].detach().numpy()).all()
+
+
+def test_a_search_over_a_pipeline_reaches_the_modules_arguments():
+    pipeline = make_pipeline(StandardScaler(), NeuralNetClassifier(Net, max_epochs=2, random_state=0))
+    space = {
+        "neuralnetclassifier__module__hidden": [3, 9],
+        "neuralnetclassifier__optimizer__momentum": [0.5],
+    }
+    best = GridSearchCV(pipeline, space, cv=2).fit(*IRIS).best_estimator_
+    net = best[-1]
+    assert net.module_.first.out_features == net.get_params()["module__hidden"]
+    assert net.optimizer__momentum == 0.5 and "module__hidden" in best._repr_html_()

@@ -1,0 +1,154 @@
+"""The estimators inside scikit-learn: pipelines, cross-validation, ensembles, searches, copies."""
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+from scipy.stats import loguniform, randint
+from sklearn.base import clone, is_classifier
+from sklearn.calibration import CalibratedClassifierCV
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.ensemble import VotingClassifier, VotingRegressor
+from sklearn.exceptions import FitFailedWarning
+from sklearn.model_selection import RandomizedSearchCV, check_cv, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import gputune.sklearn as face
+from face_modules import Net
+from gputune.sklearn import (
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    NeuralNetRegressor,
+)
+
+IRIS = load_iris(return_X_y=True)
+DIABETES = load_diabetes(return_X_y=True)
+CLASSIFIERS = [
+    LogisticRegression(),
+    MLPClassifier(width=16, depth=1, learning_rate_init=0.05, max_epochs=30, random_state=0),
+    NeuralNetClassifier(Net, optimizer="adam", lr=0.05, max_epochs=30, random_state=0),
+]
+REGRESSORS = [
+    MLPRegressor(width=16, depth=1, lr=0.01, max_epochs=30, random_state=0),
+    NeuralNetRegressor(Net, lr=0.1, max_epochs=30, random_state=0),
+]
+SPACES = [
+    {"C": loguniform(1e-2, 1e2)},
+    {"width": randint(4, 20), "alpha": loguniform(1e-4, 1e-1), "learning_rate_init": loguniform(1e-3, 1e-1)},
+    {"module__hidden": [4, 8], "lr": loguniform(1e-2, 1e-1), "batch_size": randint(16, 64)},
+]
+each = pytest.mark.parametrize("estimator", CLASSIFIERS + REGRESSORS, ids=lambda e: type(e).__name__)
+each_classifier = pytest.mark.parametrize("estimator", CLASSIFIERS, ids=lambda e: type(e).__name__)
+
+
+def data_for(estimator):
+    return IRIS if hasattr(estimator, "predict_proba") else DIABETES
+
+
+def test_the_public_names():
+    assert face.__all__ == sorted(face.__all__)
+    assert {type(e).__name__ for e in CLASSIFIERS + REGRESSORS} == set(face.__all__)
+
+
+@each
+def test_pipelines_and_cross_validation(estimator):
+    X, y = data_for(estimator)
+    scores = cross_validate(make_pipeline(StandardScaler(), estimator), X, y, cv=3)["test_score"]
+    assert scores.mean() > (0.9 if y is IRIS[1] else 0.4)
+
+
+@each
+def test_copies_predict_the_same(estimator):
+    X, y = data_for(estimator)
+    fitted = clone(estimator).fit(X, y)
+    for other in (pickle.loads(pickle.dumps(fitted)), copy.deepcopy(fitted)):
+        np.testing.assert_array_equal(other.predict(X), fitted.predict(X))
+        assert other.get_params() == fitted.get_params()
+    assert not hasattr(clone(fitted), "n_features_in_")
+
+
+@each
+def test_names_of_features_are_kept_and_checked(estimator):
+    X, y = data_for(estimator)
+    frame = pd.DataFrame(X, columns=[f"x{i}" for i in range(X.shape[1])])
+    fitted = clone(estimator).fit(frame, y)
+    assert fitted.feature_names_in_.tolist() == list(frame.columns)
+    with pytest.raises(ValueError, match="feature names should match"):
+        fitted.predict(frame.rename(columns={"x0": "other"}))
+
+
+@each_classifier
+def test_labels_keep_their_type(estimator):
+    X, codes = IRIS
+    labels = np.array(["setosa", "versicolor", "virginica"])[codes]
+    fitted = clone(estimator).fit(X, labels)
+    assert fitted.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+    np.testing.assert_array_equal(fitted.predict(X), fitted.classes_[fitted.predict_proba(X).argmax(1)])
+    np.testing.assert_allclose(np.exp(fitted.predict_log_proba(X)), fitted.predict_proba(X), rtol=1e-9)
+
+
+@each_classifier
+def test_ensembles_and_calibration(estimator):
+    X, y = IRIS
+    votes = VotingClassifier([("one", estimator), ("two", LogisticRegression())], voting="soft")
+    assert votes.fit(X, y).score(X, y) > 0.9
+    weights = np.ones(len(y))
+    calibrated = CalibratedClassifierCV(estimator, cv=3).fit(X, y, sample_weight=weights)
+    assert calibrated.score(X, y) > 0.9
+
+
+def test_an_ensemble_of_regressors():
+    pair = VotingRegressor([(type(e).__name__, e) for e in REGRESSORS])
+    assert make_pipeline(StandardScaler(), pair).fit(*DIABETES).score(*DIABETES) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("estimator", "space"), list(zip(CLASSIFIERS, SPACES)), ids=lambda v: type(v).__name__
+)
+def test_scikit_learns_search(estimator, space):
+    search = RandomizedSearchCV(estimator, space, n_iter=3, cv=3, random_state=0).fit(*IRIS)
+    assert search.best_score_ > 0.8 and search.best_estimator_.get_params().keys() >= space.keys()
+
+
+def test_a_diverged_fit_gets_the_error_score():
+    search = RandomizedSearchCV(
+        MLPClassifier(width=8, optimizer="sgd", max_epochs=3, random_state=0),
+        {"lr": [1e300, 0.1]},
+        n_iter=2,
+        cv=3,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        search.fit(*IRIS)
+    failed = [str(w.message) for w in caught if issubclass(w.category, FitFailedWarning)]
+    assert (
+        len(failed) == 1 and "3 fits failed out of a total of 6" in failed[0] and "DivergedError" in failed[0]
+    )
+    assert search.best_params_ == {"lr": 0.1}
+    scores = dict(zip(search.cv_results_["param_lr"], search.cv_results_["mean_test_score"]))
+    assert np.isnan(scores[1e300]) and scores[0.1] > 0
+
+
+@each
+def test_sample_weights_are_routed(estimator):
+    X, y = data_for(estimator)
+    weights = np.random.default_rng(0).uniform(0.1, 2, len(y)) ** 4
+    splits = list(check_cv(3, y, classifier=is_classifier(estimator)).split(X, y))
+    with sklearn.config_context(enable_metadata_routing=True):
+        asking = clone(estimator).set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
+        routed = cross_validate(
+            asking, X, y, cv=splits, params={"sample_weight": weights}, return_estimator=True
+        )
+    for (train, _), found in zip(splits, routed["estimator"]):
+        by_hand = clone(estimator).fit(X[train], y[train], sample_weight=weights[train])
+        unweighted = clone(estimator).fit(X[train], y[train])
+        predict = "predict_proba" if y is IRIS[1] else "predict"
+        np.testing.assert_array_equal(getattr(found, predict)(X), getattr(by_hand, predict)(X))
+        assert not np.allclose(getattr(found, predict)(X), getattr(unweighted, predict)(X), rtol=1e-3)
