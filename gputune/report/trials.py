@@ -10,7 +10,7 @@ from typing import Any
 from gputune.report.text import GAP, Measure, clean, count, measure_of, paragraph, short, table
 from gputune.study.study import Study, Trial
 
-FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds")
+FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
 PLUS_MINUS = "±"
 SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
@@ -146,7 +146,11 @@ def _plain(trial: Trial) -> dict[str, Any]:
     row = {field: getattr(trial, field) for field in FIELDS}
     row["params"] = {key: _parameter(value) for key, value in trial.params.items()}
     row["fold_scores"] = [_number(score) for score in trial.fold_scores]
-    return row | {"score": _number(trial.score), "seconds": _number(trial.seconds)}
+    return row | {
+        "score": _number(trial.score),
+        "seconds": _number(trial.seconds),
+        "origin": trial.origin_text,
+    }
 
 
 def _number(value: float) -> float | None:

@@ -27,7 +27,7 @@ from gputune.search.config import (
 )
 from gputune.search.distributions import Distribution, LogInt, distribution_text, is_distribution, log_int
 from gputune.search.spec import parse_spec, parse_specs
-from gputune.types import Config
+from gputune.types import ONLINE, Config
 
 __all__ = [
     "Distribution",
@@ -72,10 +72,23 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
         for key in d:
             check_key(key, keys=keys, module=module, name=name)
         check_penalty(d, name)
+        _check_online(d, name)
     return [
         {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()}
         for d, name in zip(dicts, names)
     ]
+
+
+def _check_online(d: Mapping[str, Any], name: str) -> None:
+    """Refuse what only an optimizer that adapts its rate reads, where the space never draws one."""
+    given = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d]
+    optimizers = d.get("optimizer")
+    drawn = [optimizers] if isinstance(optimizers, str) else optimizers
+    if given and isinstance(drawn, list | tuple) and not set(ONLINE) & {str(word) for word in drawn}:
+        raise InputError(
+            f"{name} has the key {given[0]!r}, which only the optimizers {', '.join(ONLINE)} read, and draws "
+            f"optimizer={optimizers!r}; leave it out, or add one of those."
+        )
 
 
 def check_include(include: object, *, keys: Collection[str], module: bool) -> list[Config]:

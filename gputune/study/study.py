@@ -50,6 +50,11 @@ class Trial:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def origin_text(self) -> str:
+        """``origin`` in words."""
+        return self.origin if isinstance(self.origin, str) else "start {}, step {}".format(*self.origin)
+
+    @property
     def std_error(self) -> float:
         """Standard error of ``score`` over the folds, std(ddof=1) / sqrt(F); NaN for fewer than two folds."""
         folds = len(self.fold_scores)
@@ -197,9 +202,7 @@ class Study:
             columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
         columns["best_epoch"] = [t.best_epoch for t in trials]
         columns["seconds"] = [t.seconds for t in trials]
-        columns["origin"] = [
-            t.origin if isinstance(t.origin, str) else "start {}, step {}".format(*t.origin) for t in trials
-        ]
+        columns["origin"] = [t.origin_text for t in trials]
         for name in dict.fromkeys(name for t in trials for name in t.params):
             columns[f"params_{name}"] = [t.params.get(name) for t in trials]
         return columns

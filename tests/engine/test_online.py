@@ -361,3 +361,13 @@ def test_a_rule_whose_unit_depends_on_the_model_needs_a_value():
     message = "must have a value for 'hypergrad_lr' beside hypergrad_rule='additive', whose unit depends on the model"
     with pytest.raises(InputError, match=message):
         gputune.tune("mlp", X, y, optimizer="sgdhd", space={"hypergrad_rule": "additive"}, verbose=0)
+
+
+def test_a_space_that_never_draws_an_optimizer_that_adapts():
+    X, y = load_iris(return_X_y=True)
+    for optimizers in (["adam", "sgd"], "adam"):
+        space = {"optimizer": optimizers, "hypergrad_lr": 0.1}
+        with pytest.raises(
+            InputError, match="'hypergrad_lr', which only the optimizers sgdhd, .* read, and draws"
+        ):
+            gputune.tune("mlp", X, y, optimizer="sgdhd", space=space, verbose=0)
