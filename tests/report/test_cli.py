@@ -373,7 +373,7 @@ def test_trials_lists_a_study_by_its_file_or_its_folder(tuned):
     assert [row["score"] for row in json.loads(out)] == [trial.score for trial in study.trials]
     code, out, _ = run("trials", folder / "out", "--format", "csv")
     header, *rows = read_csv(out)
-    assert header == ["number", "params", "score", "fold_scores", "best_epoch", "state", "seconds"]
+    assert header == ["number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin"]
     assert [float(row[2]) for row in rows] == [trial.score for trial in study.trials]
 
 

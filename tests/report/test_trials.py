@@ -87,7 +87,7 @@ def test_json_has_null_for_nan(study):
     assert [list(row) for row in rows] == [list(FIELDS)] * 3
     assert rows[0] == {
         "number": 0, "params": {"lr": 0.001, "width": 64}, "score": 0.8, "fold_scores": [0.8 - 0.1, 0.8 + 0.1],
-        "best_epoch": 7, "state": "complete", "seconds": 1.25,
+        "best_epoch": 7, "state": "complete", "seconds": 1.25, "origin": "random",
     }  # fmt: skip
     assert (rows[1]["score"], rows[1]["fold_scores"], rows[2]["seconds"]) == (None, [None, None], None)
 
