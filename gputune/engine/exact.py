@@ -1,7 +1,9 @@
 """The logistic regression solved to convergence for every (C, l1_ratio, fold) at once, in float64."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,17 +68,35 @@ def solve(
     occurs = torch.stack([torch.bincount(y[w > 0], minlength=n_classes) > 0 for w in weights])
     if present is not None and bool((occurs & ~present).any()):
         raise InputError("solve needs present=True for every class with a weight above zero in the fold.")
-    parts = []
+    parts, jobs = [], []
     for f, classes in enumerate(occurs):
         keep = weights[f] > 0
-        fold = x[f, keep], y[keep], weights[f, keep], classes
-        parts.append(_solve_fold(*fold, C, l1_ratio, fit_intercept, tolerance, max_steps))
+        parts.append(_nothing_learned(classes, len(C), x[f]))
+        if int(classes.sum()) > 1:
+            fold = x[f, keep], y[keep], weights[f, keep], classes
+            jobs += _jobs(parts[-1], *fold, C, l1_ratio, fit_intercept, tolerance, max_steps)
+    _run(jobs, x.device)
     return Solution(
         *(torch.cat([getattr(part, name) for part in parts]) for name in Solution.__dataclass_fields__)
     )
 
 
-def _solve_fold(
+def _run(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
+    """Do all jobs: on a CPU as many at a time as torch has threads, each with one of them.
+
+    The products of a chunk are too small to be shared by threads; whole chunks are not.
+    """
+    threads = min(torch.get_num_threads(), len(jobs)) if device.type == "cpu" else 1
+    if threads <= 1:
+        for job in jobs:
+            job()
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(lambda job: job(), jobs))  # the list raises what a job has raised
+
+
+def _jobs(
+    solution: Solution,
     x: Tensor,
     y: Tensor,
     weights: Tensor,
@@ -86,32 +106,35 @@ def _solve_fold(
     fit_intercept: bool,
     tolerance: float,
     max_steps: int,
-) -> Solution:
-    """Solve all C of one fold on its own rows; ``classes`` (K,) says which occur."""
-    solution = _nothing_learned(classes, len(C), x)
-    if int(classes.sum()) == 1:
-        return solution
+) -> list[Callable[[], None]]:
+    """Return what solves all C of one fold on its own rows, chunk by chunk, and writes its part of ``solution``.
+
+    ``classes`` (K,) says which occur, two at least.
+    """
     kept = torch.arange(1, device=x.device) if len(classes) == 2 else classes.nonzero()[:, 0]
     codes = (classes.cumsum(0) - 1)[y]
     total = weights.sum()
     share = weights / total
     x, center = _centred(x, share) if fit_intercept else (x, torch.zeros_like(x[0]))
     lasso, ridge = l1_ratio / (C * total), (1 - l1_ratio) / (C * total)
+
+    def solve_chunk(rows: Rows, step: Step, members: Tensor) -> None:
+        descent = descend(rows, step, ridge[members], lasso[members], tolerance, max_steps)
+        weight = descent.weight if rows.basis is None else descent.weight @ rows.basis
+        if rows.basis is not None and len(kept) > 1:
+            # Exactly so at the optimum; without a penalty softmax leaves it open.
+            weight = weight - weight.mean(1, keepdim=True)
+        _write(solution, members, kept, weight, center)
+        solution.steps[members], solution.residual[members] = descent.steps, descent.residual
+        solution.converged[members] = descent.converged
+
+    jobs: list[Callable[[], None]] = []
     for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
-        if not which.any():
-            continue
-        rotate = step is newton_step
-        rows = rows_of(x, codes, share, len(kept), intercept=fit_intercept, rotate=rotate)
-        for members in _chunks(which, C, rows):
-            descent = descend(rows, step, ridge[members], lasso[members], tolerance, max_steps)
-            weight = descent.weight if rows.basis is None else descent.weight @ rows.basis
-            if rotate and len(kept) > 1:
-                # Exactly so at the optimum; without a penalty softmax leaves it open.
-                weight = weight - weight.mean(1, keepdim=True)
-            _write(solution, members, kept, weight, center)
-            solution.steps[members], solution.residual[members] = descent.steps, descent.residual
-            solution.converged[members] = descent.converged
-    return solution
+        if which.any():
+            rotate = step is newton_step
+            rows = rows_of(x, codes, share, len(kept), intercept=fit_intercept, rotate=rotate)
+            jobs += [partial(solve_chunk, rows, step, members) for members in _chunks(which, C, rows)]
+    return jobs
 
 
 def _nothing_learned(classes: Tensor, members: int, x: Tensor) -> Solution:

@@ -41,8 +41,19 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     damping = DAMPING * closeness.clamp_max(1)[:, None, None] * signed
     hold = point.ridge + damping * diagonal
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
-    step = minimise(rows, model)
+    step = minimise(rows, model) if rows.coarse is None else _coarse_step(rows, model)
     return line_search(rows, point, step, dot(slopes, step))
+
+
+def _coarse_step(rows: Rows, model: Model) -> Tensor:
+    """Minimise the model in single precision, which finds the direction to the few digits that are asked for.
+
+    The slopes and the line search stay in double precision, so the end does. It is in units of each member's largest
+    slope, so that none is too small for single precision.
+    """
+    unit = model.slopes.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(model.slopes.dtype).tiny)
+    model = replace(model, weight=model.weight / unit, slopes=model.slopes / unit)
+    return minimise(rows.single(), model.single()).to(unit.dtype) * unit
 
 
 def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
