@@ -71,6 +71,11 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         return (
             (choice, source, options) if X is None else (choice, read_source(X, y), _without_weights(options))
         )
+    if meta.get("face") == "sklearn":
+        raise InputError(
+            f"best_model() cannot refit a study of {meta['method']}, which searched scikit-learn's estimators; its "
+            "best_estimator_ is the model."
+        )
     if meta["sample_weight"] is not None:
         raise InputError(
             "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "

@@ -1,13 +1,21 @@
-"""The scikit-learn face: estimators that are fitted for all configurations and folds at once."""
+"""The scikit-learn face: estimators and searches in which all configurations and folds are fitted at once."""
 
+from gputune.sklearn.halving import HalvingRandomSearchCV
 from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.mlp import MLPClassifier, MLPRegressor
+from gputune.sklearn.nested import NestedScores, nested_cv
 from gputune.sklearn.net import NeuralNetClassifier, NeuralNetRegressor
+from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
 
 __all__ = [
+    "GridSearchCV",
+    "HalvingRandomSearchCV",
     "LogisticRegression",
     "MLPClassifier",
     "MLPRegressor",
+    "NestedScores",
     "NeuralNetClassifier",
     "NeuralNetRegressor",
+    "RandomizedSearchCV",
+    "nested_cv",
 ]

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.chunk import Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import Population, module_arguments, populations
+from gputune.engine.rung import BegunChunk, RungJob, RungOutcome
+from gputune.engine.train import State
 from gputune.engine.vmap import build_module, check_module
 from gputune.engine.workers import run_chunks
 from gputune.errors import DivergedError, InputError
@@ -35,6 +37,8 @@ class Member:
     classes   positions of its outputs' classes among all classes, None for a regression
     present   (K,) which of them take part, None where all do
     center, scale   a regression's target is ``output * scale + center``
+    epochs, seed    how long it has trained, and what its random numbers come from
+    state           the engine's buffers of this member where it may train on, None where its training is over
     """
 
     network: Network
@@ -45,6 +49,8 @@ class Member:
     center: float
     scale: float
     epochs: int
+    seed: int
+    state: tuple[Tensor, ...] | None
 
     def module(self) -> nn.Module:
         """Return a plain module with copies of the member's parameters, in evaluation mode, on the CPU."""
@@ -72,7 +78,8 @@ def fit_members(
     """
     trials: dict[Any, list[int]] = defaultdict(list)
     for i, recipe in enumerate(recipes):
-        trials[recipe.device, recipe.kind, recipe.module, recipe.seed, recipe.epochs].append(i)
+        length = (recipe.start, recipe.epochs, recipe.horizon, recipe.begun is None)
+        trials[recipe.device, recipe.kind, recipe.module, recipe.seed, length].append(i)
     found: Members = {}
     for index in trials.values():
         alike = [recipes[i] for i in index]
@@ -99,7 +106,7 @@ def _fit_alike(
     found: Members = {(fold, i): error for fold, error in refused.items() for i in range(len(recipes))}
     for group in groups:
         configs = _configs(recipes, rows, group.trains[0])
-        members = _fit_group(recipes[0], configs, make_dataset(rows, group, x), group, workers, deadline)
+        members = _fit_group(recipes, configs, make_dataset(rows, group, x), group, workers, deadline)
         found |= {(group.places[f], i): member for (f, i), member in members.items()}
     return found
 
@@ -109,14 +116,15 @@ def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) ->
 
 
 def _fit_group(
-    recipe: Recipe,
+    recipes: Sequence[Recipe],
     configs: Sequence[dict[str, Any]],
     data: Dataset,
     group: FoldGroup,
     workers: int | None,
     deadline: float | None,
 ) -> Members:
-    """Train the configurations in the folds of one dataset; ``recipe`` says what they have in common."""
+    """Train the configurations of recipes that have all else in common in the folds of one dataset."""
+    recipe = recipes[0]
     longest = max(len(train) for train in group.trains)
     found: Members = {}
     chunks, parameters = [], 0
@@ -128,12 +136,26 @@ def _fit_group(
             refusal = InputError(str(error).replace("model:", "module:", 1))  # as this face calls it
             found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
     if chunks:
-        job = MemberJob(recipe.seed, recipe.epochs, recipe.epochs, None, recipe.module, deadline)
-        plan = make_plan(
-            chunks, data, epochs=recipe.epochs, memory=None, workers=workers, parameters=parameters
-        )
+        kind = MemberJob if recipe.begun is None else RungJob
+        job = kind(recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, deadline)
+        epochs = recipe.epochs - recipe.start
+        plan = make_plan(chunks, data, epochs=epochs, memory=None, workers=workers, parameters=parameters)
+        if recipe.start:
+            plan = replace(plan, chunks=tuple(_begun_chunk(chunk, recipes, group) for chunk in plan.chunks))
         found |= _run(job, data, replace(plan, threads=min(plan.threads, torch.get_num_threads())), group)
     return found
+
+
+def _begun_chunk(chunk: Population, recipes: Sequence[Recipe], group: FoldGroup) -> BegunChunk:
+    """Return the chunk with the states of its members, from which they train on."""
+    members = [
+        [begun.states[place] for place in group.places]
+        for begun in (recipes[i].begun for i in chunk.index)
+        if begun is not None
+    ]
+    per_trial = [[torch.stack(buffers) for buffers in zip(*folds)] for folds in members]
+    state = State(recipes[0].start, tuple(torch.stack(buffers) for buffers in zip(*per_trial)))
+    return BegunChunk(chunk.kind, chunk.index, chunk.configs, state)
 
 
 def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
@@ -161,11 +183,11 @@ def _refuse_probabilities(module: nn.Module, data: Dataset) -> None:
         )
 
 
-def _run(job: "MemberJob", data: Dataset, plan: Plan, group: FoldGroup) -> Members:
+def _run(job: "MemberJob | RungJob", data: Dataset, plan: Plan, group: FoldGroup) -> Members:
     found: Members = {}
 
     def collect(outcome: Outcome) -> None:
-        assert isinstance(outcome, Weights)
+        assert isinstance(outcome, Weights | RungOutcome)
         chunk = next(chunk for chunk in plan.chunks if chunk.index == outcome.index)
         found.update(_members(job, data, chunk, outcome, group))
 
@@ -176,12 +198,19 @@ def _run(job: "MemberJob", data: Dataset, plan: Plan, group: FoldGroup) -> Membe
 
 
 def _members(
-    job: "MemberJob", data: Dataset, chunk: Population, outcome: "Weights", group: FoldGroup
+    job: "MemberJob | RungJob",
+    data: Dataset,
+    chunk: Population,
+    outcome: "Weights | RungOutcome",
+    group: FoldGroup,
 ) -> Members:
-    if outcome.epochs < job.epochs:
-        return {}
     network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
-    flat = torch.from_numpy(outcome.flat)
+    if isinstance(outcome, RungOutcome):
+        epochs, flat = outcome.state.epoch, network.blocks.from_rows(outcome.state.buffers[0])
+    else:
+        epochs, flat = outcome.epochs, torch.from_numpy(outcome.flat)
+    if epochs < job.epochs:
+        return {}
     params = network.blocks.views(flat)
     members = (data.n_folds, len(chunk.index), -1)
     whole = [w.reshape(members).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
@@ -192,11 +221,18 @@ def _members(
     for f in range(data.n_folds):
         takes_part = None if present is None or present[f].all() else present[f]
         for c, i in enumerate(chunk.index):
-            facts = (group.classes, takes_part, center[f], scale[f], job.epochs)
+            facts = (group.classes, takes_part, center[f], scale[f], epochs, job.seed, _state(outcome, f, c))
             found[f, i] = (
                 Member(network, params, (f, c), *facts) if finite[f][c] else _diverged(chunk.configs[c])
             )
     return found
+
+
+def _state(outcome: "Weights | RungOutcome", fold: int, trial: int) -> tuple[Tensor, ...] | None:
+    """Return the buffers of one member where it may train on."""
+    if not isinstance(outcome, RungOutcome):
+        return None
+    return tuple(buffer[trial, fold] for buffer in outcome.state.buffers)
 
 
 def _diverged(config: dict[str, Any]) -> DivergedError:

@@ -1,9 +1,10 @@
 """The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all at once."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
         Returns the estimator. Raises ValueError for bad input, DivergedError where the training diverges.
         """
+        search = conductor.get()
+        if search is not None and search.fit(self, X, y, sample_weight):
+            return self
         rows = check_rows(self, X, y, sample_weight)
         return fit_together([self], rows, [np.arange(len(rows.X))]).settle(self, 0, 0)
 
@@ -51,6 +55,18 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         """Take over what one of the fits gave."""
         raise NotImplementedError
 
+
+class Conductor(Protocol):
+    """A search that trains many estimators together, while it lets scikit-learn call their ``fit`` one by one."""
+
+    def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
+        """Do what ``fit`` would do and return True, or leave it to ``fit``."""
+
+    def transform(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+        """Return what ``function`` does, which fits a transformer of a pipeline and transforms with it."""
+
+
+conductor: ContextVar[Conductor | None] = ContextVar("conductor", default=None)
 
 E = TypeVar("E", bound=FusedEstimator)
 
@@ -110,19 +126,22 @@ def fit_together(
     *,
     workers: int | None = 1,
     deadline: float | None = None,
+    begun: Sequence[Any] | None = None,
 ) -> Fits:
     """Fit all candidates, of one class, on the training rows of all folds at once.
 
     ``random_state=None`` is one fresh draw for all of them. A candidate whose parameters are refused fails in every
     fold, as its own ``fit`` would. ``workers`` None lets an estimate decide about processes; ``deadline``
-    (``time.monotonic()``) ends training, and fits that have not ended by then fail with TimeoutError.
+    (``time.monotonic()``) ends training, and fits that have not ended by then fail with TimeoutError. ``begun`` says
+    for each candidate where its training goes on from.
     """
     fresh = functools.cache(fresh_seed)
     found: dict[Place, Any] = {}
     recipes, index = [], []
     for i, candidate in enumerate(candidates):
         try:
-            recipes.append(candidate._recipe(fresh))
+            recipe = candidate._recipe(fresh)
+            recipes.append(recipe if begun is None else recipe.going_on(begun[i]))
             index.append(i)
         except (TypeError, ValueError) as error:
             found |= {(fold, i): error for fold in range(len(folds))}

@@ -1,13 +1,13 @@
 """The parameters of an MLP estimator, in gputune's words or scikit-learn's, turned into what the engine trains."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from sklearn.utils import check_random_state
-from torch import nn
+from torch import Tensor, nn
 
 from gputune.engine.population import ModelKind, complete
 from gputune.errors import InputError
@@ -32,6 +32,20 @@ Fresh = Callable[[], int]
 """Draws the seed of random_state=None: once for all configurations that are fitted together."""
 
 
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Where one configuration is in a training that stops at rungs and goes on: after ``epoch`` of ``horizon`` epochs.
+
+    seed     that of its random numbers, None before the first rung
+    states   by fold: the engine's buffers of one member, parameters first
+    """
+
+    epoch: int
+    horizon: int
+    seed: int | None
+    states: Mapping[int, tuple[Tensor, ...]]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How one configuration trains, whatever words it was written in.
@@ -42,6 +56,7 @@ class Recipe:
     seed     keys its start, row orders and dropout
     device   as the user wrote it
     module   the user's class for kind "module", under the two keywords of the engine
+    begun    where a training that stops at rungs is; None for one that goes to its end at once
     """
 
     kind: ModelKind
@@ -51,6 +66,21 @@ class Recipe:
     seed: int
     device: str
     module: type[nn.Module] | None
+    begun: Begun | None = None
+
+    @property
+    def start(self) -> int:
+        """Epochs that it has trained already."""
+        return 0 if self.begun is None else self.begun.epoch
+
+    @property
+    def horizon(self) -> int:
+        """Epochs that its schedule runs over."""
+        return self.epochs if self.begun is None else self.begun.horizon
+
+    def going_on(self, begun: Begun) -> "Recipe":
+        """Return the recipe of a training that goes on from where it is."""
+        return replace(self, begun=begun, seed=self.seed if begun.seed is None else begun.seed)
 
     def config_for(self, rows: int, weight: float) -> Config:
         """Return the configuration for so many training rows of so much weight in all.

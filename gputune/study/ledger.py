@@ -80,7 +80,7 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         yield Ledger(None)
         return
     with Store.open(path) if Path(path).exists() else Store.create(path, meta) as store:
-        differing = [word for key, word in _IDENTITY.items() if _same(store.meta[key]) != _same(meta[key])]
+        differing = [word for key, word in _IDENTITY.items() if _same(store.meta.get(key)) != _same(meta[key])]
         if differing:
             raise InputError(
                 f"study={str(path)!r} holds another search: its {', '.join(differing)} differ from this call's. "

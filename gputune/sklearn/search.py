@@ -1,0 +1,245 @@
+"""scikit-learn's searches with all candidates and folds trained together; everything else is scikit-learn's own."""
+
+import functools
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+from sklearn import model_selection
+from sklearn.utils._param_validation import Interval
+
+from gputune.sklearn.optuna_space import translated
+from gputune.sklearn.pipelines import prepared, returned, why_not_together
+from gputune.sklearn.running import Run, Trained
+from gputune.sklearn.search_file import check_new, write_search
+
+_run: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+class FusedSearch:
+    """What makes a search of scikit-learn train together; it comes before scikit-learn's class among the bases."""
+
+    _space_name: ClassVar[str]
+    """The parameter that holds the space."""
+
+    def fit(self: Any, X: Any, y: Any = None, **params: Any) -> Any:
+        """Run the search on the rows X (n, D) with targets y (n,), and refit the best candidate on all of them.
+
+        ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
+        the search. Raises what scikit-learn's search raises, and InputError for a ``study`` that exists.
+        """
+        return self._fit_given(None, X, y, params)
+
+    def _fit_given(self: Any, given: Trained | None, X: Any, y: Any, params: Mapping[str, Any]) -> Any:
+        """Fit; candidates that were ``given`` trained are evaluated in place of those that the search would draw."""
+        if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
+            check_new(self.study)
+        reason = why_not_together(self.estimator, getattr(self, self._space_name))
+        if reason is not None:
+            self._warn_of_own_loop(reason)
+        with _lending(self, self._lent(together=reason is None)):
+            run = self._make_run(given) if reason is None else None
+            with _running(run):
+                super().fit(X, y, **params)  # type: ignore[misc]  # scikit-learn's
+        if hasattr(self, "best_estimator_"):
+            returned(self.best_estimator_)
+        if self.study is not None:
+            write_search(self.study, self, None if run is None else run.epochs)
+        return self
+
+    def _make_run(self: Any, given: Trained | None) -> Run:
+        timeout = self.timeout if isinstance(self.timeout, Real) else None
+        deadline = None if timeout is None else time.monotonic() + float(timeout)
+        return Run(self.estimator, self.cv, deadline, given)
+
+    def _lent(self: Any, *, together: bool) -> dict[str, Any]:
+        """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
+        lent = {self._space_name: translated(getattr(self, self._space_name))}
+        if getattr(self, "pre_dispatch", "") is None:
+            lent["pre_dispatch"] = "2*n_jobs"
+        if together:
+            lent |= {"estimator": prepared(self.estimator, self.device), "n_jobs": 1}
+            if (
+                isinstance(self.cv, Iterable)
+                and not hasattr(self.cv, "split")
+                and not isinstance(self.cv, str)
+            ):
+                lent["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
+        return lent
+
+    def _warn_of_own_loop(self: Any, reason: str) -> None:
+        unheard = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
+        without = f", and {' and '.join(unheard)} have no effect" if unheard else ""
+        warnings.warn(
+            f"{type(self).__name__} cannot train these candidates together, because {reason}: scikit-learn's own "
+            f"loop fits them one by one{without}.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+    def _get_routed_params_for_fit(self: Any, params: Any) -> Any:
+        routed = super()._get_routed_params_for_fit(params)  # type: ignore[misc]  # scikit-learn's
+        if (run := _run.get()) is not None:
+            run.fit_params = routed.estimator.fit
+        return routed
+
+    def _run_search(self: Any, evaluate_candidates: Callable[..., Any], *, callback_ctx: Any = None) -> None:
+        run = _run.get()
+        if run is not None:
+            evaluate_candidates = functools.partial(run.evaluate, evaluate_candidates)
+        context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}  # since scikit-learn 1.9
+        super()._run_search(evaluate_candidates, **context)  # type: ignore[misc]  # scikit-learn's
+
+
+@contextmanager
+def _lending(search: Any, lent: Mapping[str, Any]) -> Iterator[None]:
+    """Let a search have other parameters inside."""
+    own = {name: getattr(search, name) for name in lent}
+    vars(search).update(lent)
+    try:
+        yield
+    finally:
+        vars(search).update(own)
+
+
+@contextmanager
+def _running(run: Run | None) -> Iterator[None]:
+    token = _run.set(run)
+    try:
+        yield
+    finally:
+        _run.reset(token)
+
+
+_CONSTRAINTS: dict[str, Any] = {
+    "pre_dispatch": [Integral, str, None],
+    "device": [str],
+    "study": [str, os.PathLike, None],
+    "timeout": [Interval(Real, 0, None, closed="neither"), None],
+}
+
+_TOGETHER = """
+
+    The estimator is one of gputune's, or a Pipeline that ends in one: then all candidates train in all folds as one
+    tensor program, and scikit-learn evaluates them. A transformer of a pipeline is fitted once a fold for all
+    candidates that have its parameters in common. Any other estimator is left to scikit-learn's own loop, with a
+    warning. Candidates, folds, scores, ranks, ``cv_results_`` and all attributes are scikit-learn's.
+
+    device      where candidates train; "auto" leaves it to the estimator's own ``device``
+    study       the path of a new study file, in which the trials are kept after the search: see gputune.Study.open and
+                ``gputune trials``
+    timeout     seconds after which no fit goes on; those that have not ended get ``error_score``
+    n_jobs      accepted, and without effect where candidates train together; so is ``pre_dispatch``
+
+    Members train to their last epoch, and their random numbers come from the estimator's ``random_state``; the search's
+    own is for the candidates. ``mean_fit_time`` is a fit's share of the time that all took together, and
+    ``std_fit_time`` is 0. Each fit is the one that the estimator's own ``fit`` makes on the rows of the fold, to
+    rounding. Callbacks (since scikit-learn 1.9) hear of every fit of a candidate, and of a transformer's in the refit.
+"""
+
+
+class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
+    __doc__ = f"""scikit-learn's RandomizedSearchCV, with its candidates trained together.{_TOGETHER}
+    ``param_distributions`` may hold Optuna's distributions too.
+    """
+
+    _space_name = "param_distributions"
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **model_selection.RandomizedSearchCV._parameter_constraints,
+        **_CONSTRAINTS,
+    }
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_distributions: Any,
+        *,
+        n_iter: int = 10,
+        scoring: Any = None,
+        n_jobs: int | None = None,
+        refit: Any = True,
+        cv: Any = None,
+        verbose: int = 0,
+        pre_dispatch: int | str | None = None,
+        random_state: Any = None,
+        error_score: Any = np.nan,
+        return_train_score: bool = False,
+        device: str = "auto",
+        study: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(
+            estimator,
+            param_distributions,
+            n_iter=n_iter,
+            scoring=scoring,
+            n_jobs=n_jobs,
+            refit=refit,
+            cv=cv,
+            verbose=verbose,
+            pre_dispatch=pre_dispatch,
+            random_state=random_state,
+            error_score=error_score,
+            return_train_score=return_train_score,
+        )
+        self.device = device
+        self.study = study
+        self.timeout = timeout
+
+    def _drawn(self) -> list[dict[str, Any]]:
+        """Return the candidates that the search draws."""
+        space = translated(self.param_distributions)
+        return list(model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state))
+
+
+class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[misc]
+    __doc__ = f"""scikit-learn's GridSearchCV, with its candidates trained together.{_TOGETHER}"""
+
+    _space_name = "param_grid"
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **model_selection.GridSearchCV._parameter_constraints,
+        **_CONSTRAINTS,
+    }
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_grid: Any,
+        *,
+        scoring: Any = None,
+        n_jobs: int | None = None,
+        refit: Any = True,
+        cv: Any = None,
+        verbose: int = 0,
+        pre_dispatch: int | str | None = None,
+        error_score: Any = np.nan,
+        return_train_score: bool = False,
+        device: str = "auto",
+        study: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(
+            estimator,
+            param_grid,
+            scoring=scoring,
+            n_jobs=n_jobs,
+            refit=refit,
+            cv=cv,
+            verbose=verbose,
+            pre_dispatch=pre_dispatch,
+            error_score=error_score,
+            return_train_score=return_train_score,
+        )
+        self.device = device
+        self.study = study
+        self.timeout = timeout
+
+    def _drawn(self) -> list[dict[str, Any]]:
+        """Return all candidates of the grid."""
+        return list(model_selection.ParameterGrid(self.param_grid))

@@ -1,0 +1,101 @@
+"""A search of the scikit-learn face as a study file: its trials, for ``gputune.Study.open`` and the command line."""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+
+from gputune.errors import InputError
+from gputune.sklearn.pipelines import last_step
+from gputune.study.score import State
+from gputune.study.store import Candidate, Result, Store
+from gputune.study.values import to_json
+from gputune.version import __version__
+
+Place = str | os.PathLike[str]
+
+
+def check_new(path: Place) -> None:
+    """Raise InputError where a study file cannot be made at ``path``: a search of this face is never resumed."""
+    if Path(path).exists():
+        raise InputError(
+            f"study={str(path)!r} exists already, and this search begins a new one; give it a path of its own, or "
+            "remove the file."
+        )
+    if not Path(path).parent.is_dir():
+        raise InputError(f"study={str(path)!r}: the folder does not exist; make it first.")
+
+
+def write_search(path: Place, search: Any, epochs: Sequence[int] | None) -> None:
+    """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
+    results = search.cv_results_
+    candidates = [
+        Candidate(number, {name: _storable(value) for name, value in params.items()}, "random")
+        for number, params in enumerate(results["params"])
+    ]
+    metric = _metric(search, results)
+    scores = np.stack([results[f"split{f}_test_{metric}"] for f in range(search.n_splits_)], 1)
+    seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
+    rows = zip(scores, seconds.tolist(), epochs or [1] * len(candidates))
+    with Store.create(path, _meta(search)) as store:
+        store.add_trials(candidates)
+        store.finish(_result(number, *row) for number, row in enumerate(rows))
+
+
+def _meta(search: Any) -> dict[str, Any]:
+    return {
+        "face": "sklearn",
+        "model": type(last_step(search.estimator)[1]).__name__,
+        "method": type(search).__name__,
+        "scoring": _score_name(search),
+        "folds": search.n_splits_,
+        "versions": {
+            "gputune": __version__,
+            "torch": torch.__version__,
+            "sklearn": sklearn.__version__,
+            "numpy": np.__version__,
+        },
+    }
+
+
+def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
+    """Return the result of a trial that was scored after its last epoch alone."""
+    curve = np.full((epochs, len(scores)), np.nan)
+    curve[-1] = scores
+    state: State = "complete" if np.isfinite(scores).all() else "failed"
+    return Result(number, state, float(scores.mean()), tuple(scores.tolist()), epochs, seconds, curve)
+
+
+def _metric(search: Any, results: Mapping[str, Any]) -> str:
+    """Return the metric that chooses: the one of ``refit``, or the first of many."""
+    if "mean_test_score" in results:
+        return "score"
+    if isinstance(search.refit, str):
+        return search.refit
+    return next(name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_"))
+
+
+def _score_name(search: Any) -> str:
+    """Return what the scores are, for a reader."""
+    if isinstance(search.refit, str):
+        return search.refit
+    if isinstance(search.scoring, str):
+        return search.scoring
+    if search.scoring is None:
+        return "r2" if sklearn.base.is_regressor(search.estimator) else "accuracy"
+    if callable(search.scoring):
+        return getattr(search.scoring, "__name__", type(search.scoring).__name__)
+    return str(next(iter(search.scoring)))
+
+
+def _storable(value: Any) -> Any:
+    """Return a value of a configuration as a file can hold it: as text where it can in no other way."""
+    with suppress(InputError):
+        to_json(value)
+        return value
+    return repr(value)

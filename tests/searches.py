@@ -1,0 +1,55 @@
+"""A search of gputune beside scikit-learn's own with the same arguments."""
+
+import warnings
+
+import numpy as np
+from sklearn import model_selection
+
+SCORES = ["neg_log_loss", "accuracy"]
+
+
+def both(ours, theirs, estimator, space, X, y, *, fit_params=None, **options):
+    """Fit the two searches and return them with the messages of their warnings."""
+    found = []
+    for search_class in (ours, theirs):
+        made = {name: value() if callable(value) else value for name, value in options.items()}
+        search = search_class(estimator, space, **made)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            search.fit(X, y, **(fit_params or {}))
+        found += [search, [(w.category, str(w.message)) for w in caught]]
+    return found
+
+
+def assert_same_results(ours, theirs, *, tolerance=1e-6):
+    """Assert that two searches found the same, trial by trial and fold by fold."""
+    mine, other = ours.cv_results_, theirs.cv_results_
+    assert list(mine) == list(other)
+    assert repr(mine["params"]) == repr(other["params"])
+    for name, values in other.items():
+        assert type(mine[name]) is type(values)
+        if isinstance(values, np.ndarray):
+            assert mine[name].dtype == values.dtype and mine[name].shape == values.shape
+        if isinstance(values, np.ma.MaskedArray):
+            np.testing.assert_array_equal(mine[name].mask, values.mask)
+        elif name.startswith("rank_"):
+            np.testing.assert_array_equal(mine[name], values)
+        elif name.endswith("_score") or "_test_" in name or "_train_" in name:
+            np.testing.assert_allclose(mine[name], values, rtol=0, atol=tolerance)
+    for name in ("best_index_", "best_params_", "n_splits_", "multimetric_"):
+        assert hasattr(ours, name) == hasattr(theirs, name)
+        assert repr(getattr(ours, name, None)) == repr(getattr(theirs, name, None))
+
+
+class CountingSplitter:
+    """Splits as KFold does, and counts how often it is asked."""
+
+    def __init__(self, n_splits=3):
+        self.n_splits, self.asked = n_splits, []
+
+    def split(self, X, y=None, groups=None):
+        self.asked.append(groups)
+        yield from model_selection.KFold(self.n_splits).split(X, y)
+
+    def get_n_splits(self, X=None, y=None, groups=None):
+        return self.n_splits

@@ -1,0 +1,401 @@
+"""RandomizedSearchCV and GridSearchCV beside scikit-learn's own, over the same estimators."""
+
+import pickle
+import time
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import sklearn
+from scipy.stats import loguniform, randint
+from sklearn import model_selection
+from sklearn.base import clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.exceptions import ConvergenceWarning, FitFailedWarning
+from sklearn.model_selection import GroupKFold, KFold, cross_val_score
+from sklearn.svm import SVC
+
+from face_modules import Net
+from gputune.sklearn import (
+    GridSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    RandomizedSearchCV,
+    running,
+    tape,
+)
+from searches import SCORES, CountingSplitter, assert_same_results, both
+
+X, Y = load_iris(return_X_y=True)
+WEIGHTS = np.random.default_rng(0).uniform(0.1, 2, len(Y))
+MLP = MLPClassifier(width=8, depth=1, max_epochs=4, batch_size=32, random_state=0)
+RATES = {"lr": loguniform(1e-3, 1e-1)}
+OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
+
+
+def both_random(estimator=MLP, space=RATES, X=X, y=Y, **options):
+    return both(
+        RandomizedSearchCV, model_selection.RandomizedSearchCV, estimator, space, X, y, **(OPTIONS | options)
+    )
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """Count the calls that train, by their numbers of candidates and folds."""
+    calls = []
+    fit_together = tape.fit_together
+
+    def counted(candidates, rows, folds, **options):
+        calls.append((len(candidates), len(folds)))
+        return fit_together(candidates, rows, folds, **options)
+
+    monkeypatch.setattr(tape, "fit_together", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("estimator", "space"),
+    [
+        (
+            MLPClassifier(max_epochs=5, random_state=3),
+            [
+                {"width": randint(4, 40), "learning_rate_init": loguniform(1e-3, 1e-1), "alpha": [0.01, 0.1]},
+                {
+                    "lr": [0.01, 0.1],
+                    "dropout": [0.2],
+                    "batch_size": randint(5, 60),
+                    "optimizer": ["adam", "sgd"],
+                },
+            ],
+        ),
+        (LogisticRegression(), {"C": loguniform(1e-2, 1e2), "l1_ratio": [0.0, 1.0]}),
+        (
+            NeuralNetClassifier(Net, max_epochs=3, random_state=1),
+            {"module__hidden": [4, 8], "lr": [0.1, 0.01]},
+        ),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_scores_are_those_of_scikit_learns_search(estimator, space, training):
+    options = {"scoring": SCORES, "refit": "neg_log_loss", "n_iter": 8, "return_train_score": True}
+    if isinstance(space, dict) and "module__hidden" in space:
+        options["n_iter"] = 4
+    ours, _, theirs, _ = both_random(estimator, space, **options)
+    assert_same_results(ours, theirs)
+    assert training == [(options["n_iter"], 3)]
+    np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-6)
+    assert ours.score(X, Y) == pytest.approx(theirs.score(X, Y), abs=1e-6)
+    assert ours.classes_.tolist() == [0, 1, 2] and ours.n_features_in_ == 4
+
+
+def test_a_grid_and_a_regression(training):
+    data = load_diabetes(return_X_y=True)
+    model = MLPRegressor(width=8, depth=1, max_epochs=5, random_state=0)
+    grid = {"lr": [0.01, 0.1], "weight_decay": [0.0, 0.1]}
+    ours, _, theirs, _ = both(GridSearchCV, model_selection.GridSearchCV, model, grid, *data, cv=4)
+    assert_same_results(ours, theirs)
+    assert training == [(4, 4)]
+
+
+def test_single_precision_flips_one_prediction_at_most():
+    single = X.astype(np.float32)
+    ours, _, theirs, _ = both_random(X=single, scoring="accuracy")
+    assert next(ours.best_estimator_.module_.parameters()).dtype.itemsize == 4
+    for name in (f"split{fold}_test_score" for fold in range(3)):
+        np.testing.assert_allclose(ours.cv_results_[name], theirs.cv_results_[name], atol=1 / 50 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"refit": lambda: lambda results: int(results["mean_test_score"].argmin())},
+        {"scoring": SCORES, "refit": False},
+        {"scoring": lambda: lambda model, X, y: {"a": model.score(X, y), "b": 1.0}, "refit": "a"},
+        {"cv": lambda: KFold(3, shuffle=True, random_state=np.random.RandomState(1))},
+        {"random_state": lambda: np.random.RandomState(1)},
+        {"cv": lambda: ((np.arange(i, 150, 2), np.arange(1 - i, 150, 2)) for i in range(2))},
+        {"cv": lambda: [(np.arange(150) % 3 > 0, np.arange(150) % 3 == 0)]},
+        {"cv": GroupKFold(3), "fit_params": {"groups": np.arange(150) % 7}},
+        {"fit_params": {"sample_weight": WEIGHTS}},
+    ],
+    ids=["callable refit", "no refit", "dict scorer", "random folds", "generator state", "splits", "masks",
+         "groups", "weights"],
+)  # fmt: skip
+def test_the_options_of_scikit_learn(options):
+    ours, said, theirs, said_by_theirs = both_random(**options)
+    assert_same_results(ours, theirs)
+    assert said == said_by_theirs
+    assert hasattr(ours, "best_score_") == hasattr(theirs, "best_score_")
+    assert hasattr(ours, "best_estimator_") == hasattr(theirs, "best_estimator_")
+
+
+def test_weights_are_routed():
+    with sklearn.config_context(enable_metadata_routing=True):
+        asking = clone(MLP).set_fit_request(sample_weight=True).set_score_request(sample_weight=True)
+        ours, _, theirs, _ = both_random(asking, fit_params={"sample_weight": WEIGHTS})
+    plain = RandomizedSearchCV(MLP, RATES, **OPTIONS).fit(X, Y)
+    assert_same_results(ours, theirs)
+    assert not np.allclose(ours.cv_results_["mean_test_score"], plain.cv_results_["mean_test_score"])
+
+
+def test_frames_lists_and_labels():
+    frame = pd.DataFrame(X, columns=list("abcd"))
+    labels = pd.Series(np.array(["setosa", "versicolor", "virginica"])[Y])
+    ours, _, theirs, _ = both_random(X=frame, y=labels)
+    assert_same_results(ours, theirs)
+    assert ours.feature_names_in_.tolist() == list("abcd")
+    assert ours.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+    ours, _, theirs, _ = both_random(X=X.tolist(), y=Y.tolist())
+    assert_same_results(ours, theirs)
+
+
+def test_every_seed_of_the_estimator_is_understood():
+    both_seeds = both_random(MLP, {"random_state": [1, 2, 3, 4]})
+    assert_same_results(both_seeds[0], both_seeds[2])
+    generator = clone(MLP).set_params(random_state=np.random.RandomState(5))
+    ours, _, theirs, _ = both_random(generator)
+    assert_same_results(ours, theirs)
+    fresh = clone(MLP).set_params(random_state=None)
+    search = RandomizedSearchCV(fresh, {"lr": [0.05], "depth": [1, 1, 1]}, n_iter=3, cv=3).fit(X, Y)
+    assert np.ptp(search.cv_results_["mean_test_score"]) == 0  # one draw for all candidates
+
+
+def test_a_search_leaves_its_parameters_as_they_were(training):
+    splitter, generator = CountingSplitter(), np.random.RandomState(0)
+    search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=splitter, n_jobs=-1, random_state=generator)
+    before = dict(vars(search))
+    search.fit(X, Y)
+    assert all(vars(search)[name] is value for name, value in before.items())
+    assert len(splitter.asked) == 1 and training == [(2, 3)]
+    again = pickle.loads(pickle.dumps(search))
+    np.testing.assert_array_equal(again.predict(X), search.predict(X))
+
+
+def test_times_are_shares_of_the_time_of_all():
+    begin = time.perf_counter()
+    search = RandomizedSearchCV(MLP, RATES, **OPTIONS).fit(X, Y)
+    spent = time.perf_counter() - begin
+    times = search.cv_results_
+    assert np.ptp(times["mean_fit_time"]) == 0 and not times["std_fit_time"].any()
+    assert 0 < times["mean_fit_time"].sum() * 3 < spent
+    assert (times["mean_score_time"] > 0).all() and 0 < search.refit_time_ < spent
+
+
+def test_failed_fits_are_counted_and_explained():
+    rates = {"lr": [1e300, 0.1, -1.0]}
+    sgd = clone(MLP).set_params(optimizer="sgd")
+    ours, said, theirs, said_by_theirs = both_random(sgd, rates, n_iter=3)
+    assert_same_results(ours, theirs)
+    assert len(said) == 2 and [kind for kind, _ in said] == [kind for kind, _ in said_by_theirs]
+    failed = next(message for kind, message in said if kind is FitFailedWarning)
+    assert "6 fits failed out of a total of 9" in failed
+    assert "3 fits failed with the following error" in failed  # each reason once
+    assert "DivergedError: the training diverged with lr=1e+300" in failed and "lr must be" in failed
+
+
+def test_all_failed_raises():
+    sgd = clone(MLP).set_params(optimizer="sgd")
+    search = RandomizedSearchCV(sgd, {"lr": [1e300, 1e299]}, n_iter=2, cv=3)
+    with pytest.raises(ValueError, match=r"All the 6 fits failed[\s\S]*DivergedError"):
+        search.fit(X, Y)
+    with pytest.raises(ArithmeticError, match="diverged"):
+        search.set_params(error_score="raise").fit(X, Y)
+
+
+def test_a_fold_may_fail_alone():
+    wrong = X.copy()
+    wrong[0, 0] = np.nan
+    ours, said, theirs, said_by_theirs = both_random(X=wrong, refit=False)
+    assert_same_results(ours, theirs)
+    assert np.isfinite(ours.cv_results_["split0_test_score"]).sum() == 0  # trained, but cannot be scored
+    assert len(said) == len(said_by_theirs) > 2
+    assert "8 fits failed out of a total of 12" in str(said)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"space": {"bogus": [1, 2]}}, "Invalid parameter 'bogus'"),
+        ({"space": {"lr": 5}}, "not iterable or a distribution"),
+        ({"space": 7}, "param_distributions"),
+        ({"n_iter": 0}, "n_iter"),
+        ({"cv": "five"}, "'cv' parameter"),
+        ({"scoring": "bogus"}, "'scoring' parameter"),
+        ({"scoring": SCORES}, "For multi-metric scoring"),
+        ({"y": X[:, 0]}, "Unknown label type"),
+        ({"y": Y[:-1]}, "inconsistent numbers of samples"),
+        ({"y": None}, "fits failed"),
+        ({"fit_params": {"bogus": 1}}, "unexpected keyword argument 'bogus'"),
+    ],
+)
+def test_the_same_mistake_is_the_same_error(wrong, error, training):
+    arguments = {"estimator": MLP, "space": RATES, "X": X, "y": Y, **OPTIONS, **wrong}
+    caught = []
+    for search in (RandomizedSearchCV, model_selection.RandomizedSearchCV):
+        with pytest.raises((ValueError, TypeError), match=error) as found:
+            both(search, search, **arguments)
+        caught.append(found.type)
+    assert caught[0] is caught[1] and training == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"device": 3}, {"timeout": 0}, {"timeout": "long"}, {"study": 3}, {"pre_dispatch": 2.5}]
+)
+def test_its_own_parameters_are_checked_as_scikit_learns(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"The '{name}' parameter of RandomizedSearchCV must be"):
+        RandomizedSearchCV(MLP, RATES, **wrong).fit(X, Y)
+
+
+@pytest.mark.parametrize("options", [{}, {"timeout": 60.0}])
+def test_another_estimator_is_left_to_scikit_learn_with_one_warning(options, training):
+    ours, said, theirs, _ = both(
+        lambda *a, **k: RandomizedSearchCV(*a, **k, **options),
+        model_selection.RandomizedSearchCV,
+        SVC(), {"C": [0.1, 1.0]}, X, Y, n_iter=2, random_state=0,
+    )  # fmt: skip
+    assert_same_results(ours, theirs)
+    ((kind, message),) = said
+    assert kind is UserWarning and "SVC is none of gputune's estimators" in message
+    assert ("timeout have no effect" in message) == bool(options) and training == []
+
+
+def test_an_estimator_with_a_fit_of_its_own_is_left_to_scikit_learn():
+    class Own(MLPClassifier):
+        def fit(self, X, y):
+            return super().fit(X + 1, y)
+
+    own = Own(width=8, max_epochs=2, random_state=0)
+    with pytest.warns(UserWarning, match="Own has a fit of its own") as caught:
+        search = RandomizedSearchCV(own, RATES, n_iter=2, random_state=0).fit(X, Y)
+    assert [w.filename for w in caught] == [__file__]
+    theirs = model_selection.RandomizedSearchCV(own, RATES, n_iter=2, random_state=0).fit(X, Y)
+    assert_same_results(search, theirs)
+
+
+def test_a_device_is_that_of_all_fits_and_the_refit():
+    search = RandomizedSearchCV(MLP, RATES, device="cpu", n_iter=2).fit(X, Y)
+    assert search.best_estimator_.device == "cpu" and search.estimator.device == "auto"
+    with pytest.raises(ValueError, match="device"):
+        RandomizedSearchCV(MLP, RATES, device="abacus", n_iter=2).fit(X, Y)
+
+
+def test_time_that_is_over_fails_the_fits(monkeypatch):
+    monkeypatch.setattr(running, "workers", lambda: 1)  # a process takes longer to start than this
+    long = MLPClassifier(width=8, depth=1, max_epochs=10**6, random_state=0)
+    search = RandomizedSearchCV(long, {"lr": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False)
+    with pytest.raises(ValueError, match=r"All the 4 fits failed[\s\S]*TimeoutError: the time was over"):
+        search.fit(X, Y)
+
+
+def test_within_a_worker_of_joblib_no_other_processes_start():
+    assert running.workers() is None
+    within = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(running.workers)() for _ in range(2))
+    assert within == [1, 1]
+
+
+def test_a_scorer_may_fit_estimators_of_its_own():
+    def scorer(model, X, y):
+        return (
+            model.score(X, y)
+            + clone(model).fit(X, y).score(X, y)
+            + LogisticRegression().fit(X, y).score(X, y)
+        )
+
+    ours, _, theirs, _ = both_random(scoring=lambda: scorer)
+    assert_same_results(ours, theirs)
+
+
+def test_a_convergence_warning_is_that_of_each_fit():
+    slow = LogisticRegression(max_iter=1)
+    ours, said, theirs, said_by_theirs = both_random(slow, {"C": [1.0, 10.0]}, n_iter=2)
+    assert_same_results(ours, theirs)
+    kinds = [kind for kind, _ in said]
+    assert kinds == [kind for kind, _ in said_by_theirs] and kinds.count(ConvergenceWarning) == 7
+
+
+def test_a_search_within_cross_validation():
+    search = RandomizedSearchCV(MLP, RATES, **OPTIONS)
+    theirs = model_selection.RandomizedSearchCV(MLP, RATES, **OPTIONS)
+    scores = cross_val_score(search, X, Y, cv=3)
+    np.testing.assert_allclose(scores, cross_val_score(theirs, X, Y, cv=3))
+
+
+def test_loops_that_change_are_noticed(monkeypatch):
+    search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=3)
+    monkeypatch.setattr(tape.Fit, "is_of", lambda *_: False)
+    with pytest.raises(RuntimeError, match="6 of the fits that were trained together were never asked for"):
+        search.fit(X, Y)
+
+
+@pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
+def test_callbacks_hear_what_they_hear_of_scikit_learn():
+    class Hearing:
+        def __init__(self):
+            self.heard = []
+
+        def setup(self, estimator, context):
+            self.heard.append("setup")
+
+        def teardown(self, estimator, context):
+            self.heard.append("teardown")
+
+        def on_fit_task_begin(self, estimator, context, *, X=None, y=None):
+            self.heard.append(("begin", context.task_name, context.task_id, None if X is None else len(X)))
+
+        def on_fit_task_end(self, estimator, context, *, X=None, y=None):
+            self.heard.append(("end", context.task_name, context.task_id, None if X is None else len(X)))
+
+    heard = []
+    for search in (RandomizedSearchCV, model_selection.RandomizedSearchCV):
+        callback = Hearing()
+        search(MLP, RATES, **OPTIONS).set_callbacks(callback).fit(X, Y)
+        heard.append(callback.heard)
+    assert heard[0] == heard[1] and len(heard[0]) > 20
+
+
+class _Optuna:
+    """Stand-ins for Optuna's distributions: the names and attributes that are read of them."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+def optuna_distribution(name, **attributes):
+    kind = type(name, (_Optuna,), {"__module__": "optuna.distributions"})
+    return kind(**attributes)
+
+
+def test_optunas_distributions():
+    space = {
+        "lr": optuna_distribution("FloatDistribution", low=1e-3, high=1e-1, log=True, step=None),
+        "weight_decay": optuna_distribution("FloatDistribution", low=0.0, high=0.5, log=False, step=None),
+        "dropout": optuna_distribution("FloatDistribution", low=0.0, high=0.5, log=False, step=0.25),
+        "momentum": optuna_distribution("FloatDistribution", low=0.9, high=0.9, log=False, step=None),
+        "width": optuna_distribution("IntDistribution", low=4, high=64, log=True, step=1),
+        "batch_size": optuna_distribution("IntDistribution", low=16, high=50, log=False, step=16),
+        "activation": optuna_distribution("CategoricalDistribution", choices=("relu", "tanh")),
+    }
+    quick = MLPClassifier(depth=1, max_epochs=1, optimizer="sgd", random_state=0)
+    search = RandomizedSearchCV(quick, space, n_iter=60, cv=2, random_state=0).fit(X, Y)
+    drawn = {name: [params[name] for params in search.cv_results_["params"]] for name in space}
+    assert all(1e-3 <= lr <= 1e-1 for lr in drawn["lr"]) and np.median(drawn["lr"]) < 0.02
+    assert all(0 <= decay <= 0.5 for decay in drawn["weight_decay"])
+    assert set(drawn["dropout"]) == {0.0, 0.25, 0.5} and set(drawn["momentum"]) == {0.9}
+    assert set(drawn["batch_size"]) == {16, 32, 48} and set(drawn["activation"]) == {"relu", "tanh"}
+    assert all(type(width) is int and 4 <= width <= 64 for width in drawn["width"])
+    assert np.median(drawn["width"]) < 30
+    assert search.param_distributions is space
+
+
+def test_optuna_itself():
+    distributions = pytest.importorskip("optuna.distributions")
+    space = {
+        "lr": distributions.FloatDistribution(1e-3, 1e-1, log=True),
+        "width": distributions.IntDistribution(4, 8),
+    }
+    search = RandomizedSearchCV(MLP, [space], n_iter=3, random_state=0).fit(X, Y)
+    assert all(params.keys() == space.keys() for params in search.cv_results_["params"])

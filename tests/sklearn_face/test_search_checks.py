@@ -1,0 +1,43 @@
+"""scikit-learn's own checks of the searches, all of them: no excusing tags, no expected failures."""
+
+import pytest
+from scipy.stats import loguniform
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from gputune.sklearn import (
+    GridSearchCV,
+    HalvingRandomSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    RandomizedSearchCV,
+)
+
+CLASSIFIER = MLPClassifier(width=16, depth=1, max_epochs=40, random_state=0)
+REGRESSOR = MLPRegressor(width=16, depth=1, max_epochs=40, random_state=0)
+PIPELINE = make_pipeline(StandardScaler(), LogisticRegression())
+RATES = {"lr": loguniform(0.01, 0.05)}
+SEARCHES = [
+    RandomizedSearchCV(CLASSIFIER, RATES, n_iter=2, cv=2, random_state=0),
+    RandomizedSearchCV(REGRESSOR, RATES, n_iter=2, cv=2, random_state=0),
+    GridSearchCV(PIPELINE, {"logisticregression__C": [0.5, 2.0]}, cv=2),
+    HalvingRandomSearchCV(CLASSIFIER, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
+    HalvingRandomSearchCV(REGRESSOR, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
+]
+
+
+# The checks hand over data with a NaN in one fold, of which a search warns before its refit raises.
+@pytest.mark.filterwarnings("ignore")
+@parametrize_with_checks(SEARCHES)
+def test_scikit_learns_check(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
+def test_no_tag_excuses_anything(search):
+    tags = get_tags(search)
+    assert not (tags.no_validation or tags.non_deterministic or tags._skip_test)
+    assert not (tags.classifier_tags or tags.regressor_tags).poor_score
