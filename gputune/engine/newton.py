@@ -25,6 +25,7 @@ LOOSEST = 0.25  # share of the slopes that conjugate gradients may leave far fro
 DAMPING = 0.03  # per unit of violation, as a share of the curvature; fades at the optimum
 SUFFICIENT = 1e-4  # of the decrease that the slope promises
 ROUNDING = 1e-14  # share of the objective below which float64 sees no decrease
+UNSEEN = 1e-11
 HALVINGS = 40
 
 
@@ -75,6 +76,7 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
         )
         enough = before[left] + SUFFICIENT * length * slope[left] + ROUNDING * before[left].abs()
         good = objective(trial) <= enough
+        good |= _unseen(before[left], slope[left]) & (violation(rows, trial) < violation(rows, here))
         if len(left) == len(step) and good.all():
             return trial
         new = _replaced(new, left[good], trial[good])
@@ -83,6 +85,14 @@ def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:
             break
         length /= 2
     return new
+
+
+def _unseen(objective: Tensor, slope: Tensor) -> Tensor:
+    """Whether the decrease that a slope promises is lost in the rounding of the objective, so that slopes must judge.
+
+    Source: the approximate conditions of Hager and Zhang (2005), doi:10.1137/030601880.
+    """
+    return slope.abs() < UNSEEN * objective.abs()
 
 
 def _replaced(point: Point, members: Tensor, by: Point) -> Point:
