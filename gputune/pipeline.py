@@ -18,9 +18,9 @@ from gputune.data.source import Source, read_source
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
 from gputune.errors import InputError, SearchFailedError
 from gputune.methods.context import Context
-from gputune.methods.descent import descend
+from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
-from gputune.methods.halving import halve
+from gputune.methods.halving import check_halving, halve
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options, method_meta
 from gputune.problem import Problem, make_problem
@@ -131,6 +131,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     wanted = _wanted(space, choice, options)
     context = Context(data, scoring, choice, options, deadline, progress)
     context.check_module(wanted[0].params)
+    _check_method(wanted, context)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
     with open_ledger(options.study, meta) as ledger:
@@ -141,6 +142,15 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
+
+
+def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
+    """Refuse what the method cannot do before a study file is made."""
+    match context.options.method:
+        case Hypergradient() as method:
+            check_descent(method, wanted, context)
+        case Halving() as method:
+            check_halving(method, context)
 
 
 def _run(ledger: Ledger, space: Space, context: Context) -> None:

@@ -289,10 +289,11 @@ def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris):
     more = gputune.tune("mlp", X, y, n_trials=7, study=path, **FAST)
     assert more.trials[:6] == whole.trials and len(more.trials) > 6
     with pytest.raises(
-        gputune.InputError, match="holds another search: its folds .cv, groups., random_state differ"
+        gputune.InputError,
+        match="this call in: folds .cv, groups., random_state .0 there, 1 here.",
     ):
         gputune.tune("mlp", X, y, n_trials=5, study=path, random_state=1, **FAST)
-    with pytest.raises(gputune.InputError, match="its data differ"):
+    with pytest.raises(gputune.InputError, match="call in: data"):
         gputune.tune("mlp", X + 1, y, n_trials=5, study=path, **FAST)
 
 
@@ -433,9 +434,9 @@ def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris
     weights = np.ones(150)
     arguments = {**FAST, "n_trials": 1, "study": path}
     gputune.tune("mlp", X, y, sample_weight=weights, **{**arguments, "cv": first})
-    with pytest.raises(gputune.InputError, match="its folds .cv, groups. differ"):
+    with pytest.raises(gputune.InputError, match="differs from this call in: folds .cv, groups."):
         gputune.tune("mlp", X, y, sample_weight=weights, **{**arguments, "cv": StratifiedKFold(3)})
-    with pytest.raises(gputune.InputError, match="its sample_weight differ"):
+    with pytest.raises(gputune.InputError, match="call in: sample_weight"):
         gputune.tune("mlp", X, y, sample_weight=weights * 2, **{**arguments, "cv": first})
     with pytest.raises(gputune.InputError, match="has no name by which study="):
         gputune.tune("mlp", X, y, scoring=lambda *_: 0.0, **{**arguments, "study": tmp_path / "other.db"})

@@ -83,9 +83,11 @@ class Dual:
 
     def clamp_min(self, least: float) -> "Dual":
         """As ``Tensor.clamp_min``: no derivative below ``least``."""
-        return Dual(self.value.clamp_min(least), torch.where(self.value >= least, self.tangents, 0))
+        # PyTorch's own kernel for it: a comparison and a choice would be two passes.
+        tangents: Tensor = torch.ops.aten.threshold_backward(self.tangents, self.value, least)
+        return Dual(self.value.clamp_min(least), tangents)
 
     def sqrt(self) -> "Dual":
         """As ``Tensor.sqrt``."""
         root = self.value.sqrt()
-        return Dual(root, (self.tangents / root).mul_(0.5))
+        return Dual(root, torch.addcdiv(root.new_zeros(()), self.tangents, root, value=0.5))

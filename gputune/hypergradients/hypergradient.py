@@ -1,5 +1,6 @@
 """hypergradient(): the derivative of a validation loss in the hyperparameters of the training before it."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -106,14 +107,25 @@ def hypergradient(
         mode=choice.mode,
         reason=choice.reason,
     )
-    if found.chaotic:
-        warnings.warn(
-            f"training is chaotic: it amplifies a small change {found.ratio:.3g} times, and the gradient is noise; "
-            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    _warn(found)
     return found
+
+
+def _warn(found: HypergradientResult) -> None:
+    """Warn of a result that says nothing."""
+    if not math.isfinite(found.value):
+        text = (
+            f"the validation loss is {found.value}: look for NaN in the minibatches and in valid, or lower the "
+            "learning rate."
+        )
+    elif found.chaotic:
+        text = (
+            f"training is chaotic: it amplifies a small change {found.ratio:.3g} times, and the gradient is noise; "
+            "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference."
+        )
+    else:
+        return
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def _held(

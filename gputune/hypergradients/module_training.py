@@ -63,7 +63,16 @@ class ModuleTraining:
         x, y = pair
         tensors = {**self.parameters(weights), **self.fixed, **self.buffers}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
-        loss = functional_call(self.objective, state, (_normal(x), _normal(y)))
+        try:
+            loss = functional_call(self.objective, state, (_normal(x), _normal(y)))
+        except (torch.OutOfMemoryError, NotImplementedError):
+            raise
+        except (RuntimeError, TypeError, IndexError) as error:
+            text = str(error).split("\n")[0]
+            raise InputError(
+                f"{name}: the module or the loss raised {type(error).__name__}: {text}. Check the shapes and "
+                "dtypes of x and y."
+            ) from error
         for key, before in self.buffers.items():  # the call leaves in ``state`` what the module has put there
             after = state[f"module.{key}"]
             if after is not before or after._version:

@@ -73,7 +73,8 @@ class PopulationTraining:
 
     def _part(self, params: Params, batch: Batch) -> Tensor:
         """Return the losses (F, C) of the folds of one part of a step."""
-        own = {name: w[batch.folds].flatten(0, 1) for name, w in params.items()}
+        whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
+        own = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
         shared = len(batch.x) != self.folds * self.trials or self.trials == 1
         x = batch.x[:, None].expand(-1, self.trials, -1, -1).flatten(0, 1) if shared else batch.x
         outputs = self.network.differentiable(own, x, batch.key)

@@ -27,6 +27,17 @@ class HypergradientResult:
     mode: str
     reason: str
 
+    def __repr__(self) -> str:
+        slopes = ", ".join(
+            f"{name}: {slope.item():.4g}" if slope.dim() == 0 else f"{name}: {tuple(slope.shape)}"
+            for name, slope in self.gradient.items()
+        )
+        noise = ", chaotic" if self.chaotic else ""
+        return (
+            f"HypergradientResult(value {self.value:.4g}, gradient {{{slopes}}}, ratio {self.ratio:.3g}{noise}, "
+            f"{self.mode})"
+        )
+
     @property
     def chaotic(self) -> bool:
         """Whether training amplifies changes so much that the gradient is noise."""

@@ -243,7 +243,8 @@ class _Tangents:
         clock = training.clock(step)
         self._begin(training, clock)
         products = [_product(gradient, weights, tangent) for tangent in self.weights]
-        new = self._through_the_rule(training, rows, state, Dual(gradient.detach(), _stack(products)), clock)
+        gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
+        new = self._through_the_rule(training, rows, state, Dual(gradient, _stack(products)), clock)
         grown = self.weights.norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
         relative = torch.where(
             grown == 0, grown, grown / new.weights.norm(dim=1)

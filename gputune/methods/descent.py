@@ -9,6 +9,7 @@ import torch
 
 from gputune.engine.chunk import Outcome
 from gputune.engine.optim import BETA1, BETA2
+from gputune.engine.plan import Plan
 from gputune.engine.solved import score_solution
 from gputune.engine.workers import run_chunks
 from gputune.errors import InputError
@@ -51,6 +52,15 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     return ("C",)
 
 
+def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
+    """Raise InputError where these starts cannot descend, before anything is kept or trained."""
+    names = searched_names(method, context.choice)
+    configs = {c.number: _complete(c.params, context) for c in trials}
+    _check_starts(configs, names, context)
+    if not context.choice.solved:
+        _plan(list(configs.values()), "exact", context)
+
+
 def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
     """Let every start of the ledger descend, outer step by outer step; finished points are kept at once.
 
@@ -59,13 +69,17 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     names = searched_names(method, context.choice)
     starts = [c for c in ledger.candidates if isinstance(c.origin, str)]
     configs = {c.number: _complete(c.params, context) for c in starts}
-    _check_starts(configs, names, context)
     bounds = _bounds(space, names)
     paths = {number: Descent(method, names, config, bounds) for number, config in configs.items()}
     known = {c.origin: c for c in ledger.candidates}
     points = {c.number: c for c in starts}  # of each start that still descends, where it stands
     outer = method.outer_steps
-    with context.progress.bar_over(len(starts) * (outer + 1), context.epochs):
+    most = len(starts) * (outer + 1)
+    context.progress.say(
+        f"descent: {len(starts)} starts x at most {outer + 1} points = {most} trainings at most, each in all folds and "
+        f"with derivatives; fewer with a smaller n_trials ({len(starts)} starts now)"
+    )
+    with context.progress.bar_over(most, context.epochs):
         for step in range(outer + 1):
             _evaluate_all(ledger, points, paths, context)
             points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
@@ -119,25 +133,8 @@ def _moved(
 
 
 def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Context) -> None:
-    data, options, choice = context.data, context.options, context.choice
     configs = [_complete(point.params, context) for point in points]
-    method = options.method
-    assert isinstance(method, Hypergradient)
-    job = HypergradientJob(
-        options.random_state,
-        context.epochs,
-        context.epochs,
-        context.scoring,
-        choice.module_class,
-        context.deadline,
-        wanted=searched_names(method, choice),
-        segments=method.segments,
-        per_layer=method.per_layer,
-        mode=mode,
-    )
-    plan, job = plan_chunks(
-        context.groups(configs), data, job, memory=context.memory, workers=context.workers
-    )
+    plan, job = _plan(configs, mode, context)
 
     def keep(outcome: Outcome) -> None:
         assert isinstance(outcome, Slopes)
@@ -146,7 +143,27 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Co
 
     if isinstance(points[0].origin, str):  # the starts
         context.progress.say(f"plan: {plan}")
-    run_chunks(job, data, plan, progress=context.progress.advance, on_outcome=keep)
+    run_chunks(job, context.data, plan, progress=context.progress.advance, on_outcome=keep)
+
+
+def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
+    """Return the chunks of these points and their job; raises InputError where they cannot be differentiated."""
+    method, options = context.options.method, context.options
+    assert isinstance(method, Hypergradient)
+    job = HypergradientJob(
+        options.random_state,
+        context.epochs,
+        context.epochs,
+        context.scoring,
+        context.choice.module_class,
+        context.deadline,
+        wanted=searched_names(method, context.choice),
+        segments=method.segments,
+        per_layer=method.per_layer,
+        mode=mode,
+    )
+    groups = context.groups(configs)
+    return plan_chunks(groups, context.data, job, memory=context.memory, workers=context.workers)
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
@@ -206,7 +223,7 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                     f"method='hypergradient' moves {name!r} in its logarithm and cannot start from "
                     f"{config[name]:g}, as trial {number} does; put {name!r} in the space with values above 0"
                     f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters, and leave out the "
-                    "default configuration with include_default=False where it is the one."
+                    "default configuration (include_default=False, --no-default) where it is the one."
                 )
 
 

@@ -30,16 +30,21 @@ class _Runner:
     seconds: float = 0.0
 
 
-def halve(ledger: Ledger, method: Halving, context: Context) -> None:
-    """Train all trials of the ledger from rung to rung; each is finished when it leaves, or at the end.
-
-    Trials that a study file has finished already keep their results, and are judged by their curves.
-    """
+def check_halving(method: Halving, context: Context) -> None:
+    """Raise InputError where this search cannot be halved, before anything is kept or trained."""
     if context.choice.solved:
         raise InputError(
             "method='halving' judges trials while they train, and the solved logistic regression does not train: "
             "choose optimizer='adamw', or method='random'."
         )
+    method.rungs(context.epochs)
+
+
+def halve(ledger: Ledger, method: Halving, context: Context) -> None:
+    """Train all trials of the ledger from rung to rung; each is finished when it leaves, or at the end.
+
+    Trials that a study file has finished already keep their results, and are judged by their curves.
+    """
     search = _Search(ledger, method, context)
     try:
         search.run()

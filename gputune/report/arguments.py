@@ -69,9 +69,9 @@ def _add_search(group: Any) -> None:
     group.add_argument(
         "--trials",
         type=_whole(0),
-        default=64,
         metavar="N",
-        help="configurations to draw, beside the default one (64)",
+        help="configurations to draw, beside the default one (64; 8 with --method hypergradient, which trains up to 11 "
+        "points for each)",
     )
     group.add_argument(
         "--no-default",
@@ -100,8 +100,9 @@ def _add_search(group: Any) -> None:
         help="with --method halving: brackets, each with its first rung later (1)",
     )  # fmt: skip
     group.add_argument(
-        "--descend-on", nargs="+", metavar="KEY",
-        help="with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, beta2",
+        "--descend-on", type=lambda text: text.split(","), metavar="KEY,KEY",
+        help="with --method hypergradient: some of lr (default), momentum, weight_decay, beta1, beta2; C for the "
+        "solved logistic regression",
     )  # fmt: skip
     group.add_argument(
         "--outer-steps",

@@ -97,9 +97,14 @@ def _method(study: Study) -> list[tuple[str, str]]:
 def _halving(study: Study) -> str:
     """The rungs at which trials left, and how much training that saved."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
+    if not left:
+        return "no trial was sent away: there was no rung before the last epoch, or one trial alone"
     rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(left.items()))
     spent, full = study.spent
-    return f"{rungs or 'no trial'} left; {spent} of {full} trial-epochs were trained ({spent / max(1, full):.0%})"
+    return (
+        f"of {count(len(study.trials), 'trial')} these were sent away: {rungs}; {spent} of {full} trial-epochs were "
+        f"trained ({spent / max(1, full):.0%})"
+    )
 
 
 def _descent(study: Study) -> str:
@@ -119,7 +124,9 @@ def _descent(study: Study) -> str:
 
 def _best_trials(ending: Ending, width: int) -> str:
     study = ending.study
-    shown = [trial for trial in study.ranking() if math.isfinite(trial.score)][:BEST]
+    scored = [trial for trial in study.ranking() if math.isfinite(trial.score)]
+    finished = [trial for trial in scored if trial.state != "pruned"]
+    shown = (finished or scored)[:BEST]  # a score that a pruned trial had early is no match for them
     begun = sum(trial.state != "waiting" for trial in study.trials)
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
     title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.meta['folds'] > 1)}:"

@@ -21,6 +21,9 @@ from gputune.search.hypergradient import Hypergradient
 from gputune.search.spec import parse_specs
 from gputune.study.study import Study
 
+TRIALS, DESCENTS = 64, 8
+"""Configurations drawn where the command does not say."""
+
 STUDY, MODEL = "study.db", "model"
 """What the folder of a search holds."""
 
@@ -73,7 +76,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
     )
     return Options(
         space=parse_specs(arguments.space) or None,
-        n_trials=arguments.trials,
+        n_trials=_trials(arguments),
         cv=parse_cv(arguments.cv),
         max_epochs=arguments.epochs,
         random_state=arguments.seed,
@@ -81,6 +84,12 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         study=study_file,
         **{name: getattr(arguments, name) for name in same},
     )
+
+
+def _trials(arguments: argparse.Namespace) -> int:
+    if arguments.trials is not None:
+        return int(arguments.trials)
+    return DESCENTS if arguments.method == "hypergradient" else TRIALS
 
 
 def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:

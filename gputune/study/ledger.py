@@ -70,6 +70,15 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _values(held: Any, given: Any) -> str:
+    """Two values that differ in words, where both are short."""
+    texts = [repr(value) for value in (held, given)]
+    if isinstance(held, dict) and isinstance(given, dict) and held.keys() == given.keys():
+        keys = [key for key in held if held[key] != given[key]]
+        texts = [", ".join(f"{key}={part[key]!r}" for key in keys) for part in (held, given)]
+    return f" ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 60 else ""
+
+
 @contextmanager
 def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Ledger]:
     """Open the ledger of a new search, or of the search that ``path`` holds.
@@ -80,10 +89,15 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         yield Ledger(None)
         return
     with Store.open(path) if Path(path).exists() else Store.create(path, meta) as store:
-        differing = [word for key, word in _IDENTITY.items() if _same(store.meta.get(key)) != _same(meta[key])]
+        held = store.meta
+        differing = [
+            f"{word}{_values(held.get(key), meta[key])}"
+            for key, word in _IDENTITY.items()
+            if _same(held.get(key)) != _same(meta[key])
+        ]
         if differing:
             raise InputError(
-                f"study={str(path)!r} holds another search: its {', '.join(differing)} differ from this call's. "
+                f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."
             )
         yield Ledger(store)

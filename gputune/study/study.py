@@ -222,7 +222,7 @@ class Study:
 
     def __repr__(self) -> str:
         parts = [str(self.meta["model"])] if "model" in self.meta else []
-        parts.append(f"{len(self.trials)} trials")
+        parts.append(f"{len(self.trials)} trial{'' if len(self.trials) == 1 else 's'}")
         parts += [
             f"{n} {s}"
             for s in ("pruned", "stopped", "failed", "waiting")

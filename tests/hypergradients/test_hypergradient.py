@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
+from gputune.errors import InputError
 from gputune.hypergradients.arguments import default_tables
 from gputune.hypergradients.guard import CHAOTIC
 from gputune.hypergradients.hypergradient import hypergradient
@@ -238,7 +239,7 @@ def test_the_module_is_left_as_it_was_after_an_error():
     given = data()
     given[0][3] = (given[0][3][0][:, :2], given[0][3][1])
     draws, state = torch.get_rng_state(), copy.deepcopy(module.state_dict())
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(InputError, match="shapes cannot be multiplied"):
         run(module, given=given)
     assert not any(part.training for part in module.modules())
     assert torch.equal(torch.get_rng_state(), draws)
@@ -556,7 +557,9 @@ def test_a_training_that_diverges_is_seen_to(options):
     def steep(output, y):
         return (output**4).sum()
 
-    with pytest.warns(RuntimeWarning, match="training is chaotic"):
+    with pytest.warns(
+        RuntimeWarning, match="the validation loss is (nan|inf): look for NaN in the minibatches"
+    ):
         result = run(network(), steep, hyperparameters={"lr": 10.0}, **options)
     assert not np.isfinite(result.value) and result.chaotic
     assert not result.gradient["lr"].isfinite() and not result.ratio <= CHAOTIC
@@ -574,3 +577,10 @@ def test_half_precision_runs():
     result = run(network().bfloat16(), given=data(dtype=torch.bfloat16))
     assert result.gradient["lr"].dtype == torch.bfloat16
     assert result.value == pytest.approx(run(network()).value, rel=0.05)
+
+
+def test_a_result_is_shown_in_one_line():
+    shown = repr(run(network(), hyperparameters={"lr": 0.1, "weight_decay": [0.1, 0.2]}))
+    assert (
+        shown.startswith("HypergradientResult(value ") and "weight_decay: (2,)" in shown and len(shown) < 160
+    )

@@ -191,14 +191,13 @@ def test_valid(valid, found):
     refused("valid must be a pair (x, y)", f"got {found}", valid=valid)
 
 
-def test_what_does_not_fit_the_module_is_said_by_torch():
+def test_what_does_not_fit_the_module_is_said_with_the_minibatch():
     (x, y), *_ = data()[0]
-    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
-        run(batches=[(x[:, :3], y)])
-    with pytest.raises(RuntimeError, match="expected target dtype|expected scalar type"):
-        run(batches=[(x, y.double())])
-    with pytest.raises(RuntimeError, match="same dtype"):
-        run(batches=[(x.float(), y)])
+    said = ": the module or the loss raised RuntimeError: ", "Check the shapes and dtypes of x and y."
+    refused("batches[0]", *said, "mat1 and mat2 shapes cannot be multiplied", batches=[(x[:, :3], y)])
+    refused("batches[0]", *said, batches=[(x, y.double())])
+    refused("batches[0]", *said, "same dtype", batches=[(x.float(), y)])
+    refused("valid", *said, valid=(x[:, :3], y))
 
 
 class Complex(nn.Module):
@@ -503,7 +502,7 @@ def test_fixed_values_are_checked_as_the_others_are():
     refused("fixed['momentum'] must be in [0, 1), got 1.0", fixed={"momentum": 1.0})
 
 
-@pytest.mark.filterwarnings("ignore:training is chaotic")
+@pytest.mark.filterwarnings("ignore:the validation loss is nan")
 @pytest.mark.parametrize("mode", (*EXACT, "fd"))
 def test_a_loss_that_is_not_a_number_is_seen(mode):
     result = run(loss=lambda output, y: functional.cross_entropy(output, y) * math.nan, mode=mode)

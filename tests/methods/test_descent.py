@@ -240,7 +240,9 @@ def test_more_starts_join_a_study(iris, tmp_path):
     second = gputune.tune("mlp", *iris, n_trials=3, **common)
     assert [t.score for t in second.trials[: len(first.trials)]] == [t.score for t in first.trials]
     assert len(paths(second)) == 3
-    with pytest.raises(InputError, match="holds another search: its method, scoring differ"):
+    with pytest.raises(
+        InputError, match="holds another search, which differs from this call in: method, scoring"
+    ):
         gputune.tune("mlp", *iris, n_trials=1, **{**common, "method": "random"})
 
 

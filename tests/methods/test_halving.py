@@ -193,3 +193,14 @@ def test_the_solved_logistic_regression_is_refused(iris):
 def test_too_few_epochs_are_named(iris):
     with pytest.raises(InputError, match=r"Halving\(min_epochs=...\) must be below max_epochs=9, got 20"):
         gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=20), n_trials=2, **FAST)
+
+
+def test_a_refused_call_leaves_no_study(iris, tmp_path):
+    path = tmp_path / "s.db"
+    for method in (gputune.Halving(min_epochs=20), gputune.Hypergradient(segments=1000)):
+        with pytest.raises(InputError):
+            gputune.tune("mlp", *iris, method=method, n_trials=2, study=path, **FAST)
+        assert not path.exists()
+    gputune.tune("mlp", *iris, method="halving", n_trials=2, study=path, **FAST)
+    with pytest.raises(InputError, match=r"in: method \(min_epochs=None there, min_epochs=3 here\)"):
+        gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=3), n_trials=2, study=path, **FAST)

@@ -57,7 +57,7 @@ def test_chaos_is_counted_in_the_closing_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [["--segments", "2"], ["--per-layer"], ["--descend-on", "lr"], ["--outer-steps", "2"]]
+    "option", [["--segments", "2"], ["--per-layer"], ["--descend-on", "lr,momentum"], ["--outer-steps", "2"]]
 )
 def test_options_of_the_other_method_are_refused(tmp_path, option):
     code, _, err = run("tune", "sklearn:iris", *option, "--out", tmp_path / "out", *SHORT)
@@ -71,3 +71,33 @@ def test_bad_values_exit_with_2(tmp_path):
     assert code == 2 and "must be some of lr, momentum, weight_decay, beta1, beta2" in err
     code, _, err = run(*arguments, "--descend-on", "momentum")
     assert code == 2 and "adamw has no 'momentum'" in err
+
+
+def test_halving_is_told_in_the_closing_text(tmp_path):
+    common = [
+        "tune",
+        "sklearn:iris",
+        "--method",
+        "halving",
+        "--space",
+        "lr=0.001..0.1:log",
+        "width=8",
+        "--trials",
+        "8",
+    ]
+    rest = ["--cv", "2", "--workers", "1", "--quiet"]
+    code, text, _ = run(*common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a")
+    flat = " ".join(text.split())
+    assert code == 0 and "Halving of 9 trials these were sent away: 6 after epoch 1, 2 after epoch 3;" in flat
+    assert "The best trial by accuracy" in flat  # of those that trained to the end
+    code, text, _ = run(*common, "--epochs", "1", *rest, "--out", tmp_path / "b")
+    assert code == 0 and "Halving no trial was sent away" in " ".join(text.split())
+
+
+def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):
+    code, _, _ = run(
+        "tune", "sklearn:iris", "--method", "hypergradient", "--space", "lr=0.01..0.1:log", "width=8", "--epochs", "1",
+        "--outer-steps", "1", "--cv", "2", "--workers", "1", "--quiet", "--out", tmp_path / "out",
+    )  # fmt: skip
+    study = gputune.Study.open(tmp_path / "out" / "study.db")
+    assert code == 0 and len({trial.origin[0] for trial in study.trials}) == 9

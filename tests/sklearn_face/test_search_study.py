@@ -101,5 +101,7 @@ def test_what_only_a_study_of_tune_can_do_is_refused_by_name(path):
         gputune.errors.InputError, match=r"best_model\(\) cannot refit a study of GridSearchCV"
     ):
         gputune.Study.open(path).best_model(X, Y)
-    with pytest.raises(gputune.errors.InputError, match="holds another search: its model"):
+    with pytest.raises(
+        gputune.errors.InputError, match="holds another search, which differs from this call in: model"
+    ):
         gputune.tune("mlp", X, Y, n_trials=1, max_epochs=1, study=path, verbose=0)

@@ -88,7 +88,7 @@ def test_repr_is_short():
     assert repr(found) == "Study(mlp, 3 trials, 1 failed, best r2 0.9123 in trial 2)"
     assert repr(study()) == "Study(0 trials)"
     assert (
-        repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trials, 1 stopped, best score 0.5 in trial 0)"
+        repr(study(trial(0, 0.5, state="stopped"))) == "Study(1 trial, 1 stopped, best score 0.5 in trial 0)"
     )
 
 
