@@ -3,6 +3,8 @@
     python scripts/benchmark.py                     digits, widths 16..64 and 16..256, into benchmarks/
     python scripts/benchmark.py --work narrow --trials 128
     python scripts/benchmark.py --big               100,000 rows: the plan, the time, the peak memory
+    python scripts/benchmark.py --hypergradients    what each mode costs over plain training, into benchmarks/
+    python scripts/benchmark.py --logistic          the solved logistic regression beside scikit-learn's
 
 Run it on a machine that does nothing else.
 """
@@ -19,6 +21,8 @@ import numpy as np
 from benchmark_big import big_work, run_big
 from benchmark_cores import stop_workers
 from benchmark_gputune import train_with_gputune
+from benchmark_hypergradients import EPOCHS, MEMBERS, run_hypergradients
+from benchmark_logistic import CANDIDATES, run_logistic
 from benchmark_machine import ROOT, card, describe_machine
 from benchmark_report import AGREEMENT, Measured, agree, markdown, summary, write
 from benchmark_sklearn import train_with_sklearn
@@ -38,10 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
         work = big_work(n_trials=options.trials, epochs=options.epochs or 5)
         run_big(work, "cuda" if card() else "cpu")
         return 0
+    if options.hypergradients:
+        return run_hypergradients(
+            options.out,
+            {**describe_machine(), "card": None},  # one thread of the processor, whatever else there is
+            members=MEMBERS,
+            epochs=options.epochs or EPOCHS,
+            repeats=options.repeats or 7,
+        )
+    if options.logistic:
+        return run_logistic(options.out, {**describe_machine(), "card": None}, candidates=CANDIDATES)
     machine, parts = describe_machine(), []
     for name in WIDTHS if options.work == "both" else (options.work,):
         work = digits_work(name, n_trials=options.trials, epochs=options.epochs or 20)
-        measured = measure(engines(), work, options.repeats)
+        measured = measure(engines(), work, options.repeats or 3)
         for m in measured:
             print(f"{name}: {m.engine}: mean last-epoch accuracy {m.accuracy:.4f}")
         if not agree(measured):
@@ -108,11 +122,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=_positive, default=64, help="length of the shared list (default 64)")
-    parser.add_argument("--epochs", type=_positive, help="default 20, with --big 5")
-    parser.add_argument("--repeats", type=_positive, default=3, help="of each engine (default 3)")
+    parser.add_argument("--epochs", type=_positive, help="default 20, with --big and --hypergradients 5")
+    parser.add_argument("--repeats", type=_positive, help="default 3, with --hypergradients 7")
     parser.add_argument("--work", choices=[*WIDTHS, "both"], default="both")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the two files")
     parser.add_argument("--big", action="store_true", help="100,000 rows x 50 columns with gputune alone")
+    parser.add_argument("--hypergradients", action="store_true", help="the modes on one stacked population")
+    parser.add_argument("--logistic", action="store_true", help="60 values of C with each penalty, on digits")
     return parser.parse_args(arguments)
 
 

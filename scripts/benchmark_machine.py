@@ -51,8 +51,8 @@ def commit() -> str:
         return "unknown"
 
 
-def file_stem(machine: dict[str, Any]) -> str:
+def file_stem(machine: dict[str, Any], what: str = "training") -> str:
     """Return for example "training-amd-epyc-9r14-2-cores", or the card's name where there is one."""
     name = machine["card"] or f"{machine['cpu']} {machine['cores']} cores"
     plain = re.sub(r"\((r|tm)\)", "", name.lower())
-    return "training-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    return f"{what}-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

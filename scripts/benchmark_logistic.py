@@ -1,0 +1,175 @@
+"""The logistic regression searched by gputune's GridSearchCV and by scikit-learn's, no further from optimal.
+
+Both search the same candidates on the same folds of standardised digits: C from 1e-3 to 1e3, with the l2 and with the
+l1 penalty. How far a solution is from optimal is measured in one way for both: the objective of every fit over the
+best that either library found. Times are shown only where gputune's worst objective is no worse than scikit-learn's.
+scikit-learn solves l2 with newton-cholesky and l1 with saga, its only solver for the softmax with l1, which at large C
+ends at its limit of steps.
+"""
+
+import json
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from benchmark_cores import stop_workers
+from benchmark_machine import file_stem
+from scipy.special import logsumexp
+from sklearn.datasets import load_digits
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+
+import gputune.sklearn
+
+FOLDS, CANDIDATES = 5, 60
+ROUNDING = 1e-7  # share by which an objective may lie above the best one and count as equal
+CHOLESKY_TOLERANCE, SAGA_TOLERANCE, SAGA_STEPS = 1e-6, 1e-3, 200
+OWN_TOLERANCE = 1e-6
+
+Found = tuple[float, np.ndarray, list[np.ndarray]]
+"""Seconds, split scores (C, F) and the coefficients with intercepts of each fit (F arrays of a candidate)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One penalty: seconds of both, worst share of an objective above the best, and difference of the mean scores."""
+
+    penalty: str
+    candidates: int
+    gputune_seconds: float
+    sklearn_seconds: float
+    gputune_gap: float
+    sklearn_gap: float
+    score_difference: float
+
+
+def run_logistic(out: Path, machine: dict[str, Any], *, candidates: int) -> int:
+    """Measure, print and write; return 0, or 1 where a solution is too far from optimal to compare times."""
+    rows = [compare(penalty, candidates) for penalty in ("l2", "l1")]
+    text = markdown(machine, rows)
+    print(text)
+    if max(max(row.gputune_gap, row.sklearn_gap) for row in rows) > LOOSE:
+        print(
+            f"NO SPEED: an objective lies more than {LOOSE:g} above the best, so the work was not the same."
+        )
+        return 1
+    stem = out / file_stem(machine, "logistic")
+    out.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".md").write_text(text)
+    found = {**machine, "rows": [asdict(row) for row in rows]}
+    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def compare(penalty: str, candidates: int) -> Row:
+    """Search one penalty with both libraries, scikit-learn on all cores."""
+    X, y = load_digits(return_X_y=True)
+    X = StandardScaler().fit_transform(X)
+    grid = {"C": np.geomspace(1e-3, 1e3, candidates)}
+    folds = list(StratifiedKFold(FOLDS).split(X, y))
+    own = gputune.sklearn.LogisticRegression(l1_ratio=float(penalty == "l1"), tol=OWN_TOLERANCE)
+    theirs = (
+        LogisticRegression(solver="newton-cholesky", tol=CHOLESKY_TOLERANCE)
+        if penalty == "l2"
+        else LogisticRegression(
+            solver="saga", l1_ratio=1.0, tol=SAGA_TOLERANCE, max_iter=SAGA_STEPS, random_state=0
+        )
+    )
+    searches = {
+        "gputune": lambda: gputune.sklearn.GridSearchCV(
+            own, grid, cv=folds, scoring="neg_log_loss", refit=False
+        ),
+        "sklearn": lambda: GridSearchCV(
+            theirs, grid, cv=folds, scoring="neg_log_loss", refit=False, n_jobs=-1
+        ),
+    }
+    seconds, scores = {}, {}
+    for name, make in searches.items():
+        seconds[name], scores[name] = timed(make(), X, y)
+    gaps = optimality({"gputune": own, "sklearn": theirs}, X, y, folds, grid["C"], penalty)
+    difference = float(np.nanmax(np.abs(scores["gputune"] - scores["sklearn"])))
+    return Row(
+        penalty,
+        candidates,
+        seconds["gputune"],
+        seconds["sklearn"],
+        gaps["gputune"],
+        gaps["sklearn"],
+        difference,
+    )
+
+
+def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:
+    """Return the seconds that a search takes with everything that a user waits for, and its mean scores."""
+    stop_workers()
+    begin = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        search.fit(X, y)
+    return time.perf_counter() - begin, search.cv_results_["mean_test_score"]
+
+
+def optimality(
+    models: dict[str, Any],
+    X: np.ndarray,
+    y: np.ndarray,
+    folds: list[tuple[np.ndarray, np.ndarray]],
+    values: np.ndarray,
+    penalty: str,
+) -> dict[str, float]:
+    """Return by how much each library's worst objective lies above the better one, over the values of C on one fold."""
+    train, _ = folds[0]
+    worst = dict.fromkeys(models, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for C in values[:: max(1, len(values) // 6)]:
+            found = {}
+            for name, model in models.items():
+                fitted = model.set_params(C=float(C)).fit(X[train], y[train])
+                found[name] = objective(
+                    fitted.coef_, fitted.intercept_, X[train], y[train], float(C), penalty
+                )
+            best = min(found.values())
+            worst = {name: max(worst[name], found[name] / best - 1) for name in models}
+    return worst
+
+
+def objective(
+    coef: np.ndarray, intercept: np.ndarray, X: np.ndarray, y: np.ndarray, C: float, penalty: str
+) -> float:
+    """Return ``C * sum of losses + penalty``, scikit-learn's objective."""
+    logits = X @ coef.T + intercept
+    loss = float((logsumexp(logits, axis=1) - logits[np.arange(len(y)), y]).sum())
+    size: Callable[[np.ndarray], np.ndarray] = np.abs if penalty == "l1" else lambda w: w**2 / 2
+    return C * loss + float(size(coef).sum())
+
+
+def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
+    """Return the table."""
+    lines = [
+        f"# Searching the logistic regression: {machine['cpu']}, {machine['cores']} cores",
+        "",
+        f"{machine['date']}, commit {machine['commit']}, Python {machine['python']}, "
+        + ", ".join(f"{name} {number}" for name, number in machine["versions"].items()),
+        "",
+        (__doc__ or "").strip(),
+        "",
+        "| penalty | candidates x folds | gputune, s | scikit-learn on all cores, s | times as fast | "
+        "worst objective over the best: gputune, scikit-learn | largest difference of mean log loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.penalty} | {r.candidates} x {FOLDS} | {r.gputune_seconds:.1f} | {r.sklearn_seconds:.1f} | "
+        f"{r.sklearn_seconds / r.gputune_seconds:.1f} | {r.gputune_gap:.1e}, {r.sklearn_gap:.1e} | "
+        f"{r.score_difference:.1e} |"
+        for r in rows
+    ]
+    own, theirs = sum(r.gputune_seconds for r in rows), sum(r.sklearn_seconds for r in rows)
+    lines.append(f"| both | | {own:.1f} | {theirs:.1f} | {theirs / own:.1f} | | |")
+    return "\n".join(lines) + "\n"
