@@ -6,12 +6,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from gputune.models import MLP, LogisticRegression
-from gputune.optim import SGDHD, AdamHD
 from reproduce_baydin2018_data import Data
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+
+from gputune.models import MLP, LogisticRegression
+from gputune.optim import SGDHD, AdamHD
 
 BATCH, ALPHA0, DECAY, WIDTH = 128, 1e-3, 1e-4, 1000
 GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # further constant rates for SGD

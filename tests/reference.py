@@ -10,10 +10,10 @@ dropout  step s of epoch e, hidden layer l reads ``rand(B, padded width)`` of st
 import math
 
 import torch
-from gputune.models import MLP
 from torch.nn import functional
 
 from gputune.engine.population import padded_width
+from gputune.models import MLP
 from gputune.optim import SGDHD, AdamHD, AdamWHD
 from gputune.seeding import stream, stream_seed
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
-from gputune.models import MLP
 
 from gputune.data.encode import fit_layout, fit_statistics
 from gputune.data.table import as_table
+from gputune.models import MLP
 from gputune.study.model import TunedModel
 
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from gputune.models import MLP, LogisticRegression
 from sklearn.datasets import load_iris
 from sklearn.linear_model import LogisticRegression as Sklearn
 from sklearn.metrics import log_loss
@@ -14,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import gputune
 from gputune.errors import DivergedError, InputError
+from gputune.models import MLP, LogisticRegression
 
 
 def rows(classes=3):

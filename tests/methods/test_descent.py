@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from gputune.models import MLP
 from scipy.stats import loguniform
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 from torch import nn
@@ -15,6 +14,7 @@ import gputune
 import reference
 from gputune.errors import InputError
 from gputune.methods import descent
+from gputune.models import MLP
 
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
 LR = {"lr": loguniform(1e-4, 1.0), "batch_size": [16], "width": [8], "activation": ["tanh"], "depth": [1]}

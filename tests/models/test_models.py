@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gputune.models import MLP, LogisticRegression, StackedLinear
 
 

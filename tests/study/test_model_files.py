@@ -13,10 +13,10 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from gputune.models import LogisticRegression
 from torch import nn
 
 from gputune.errors import InputError
+from gputune.models import LogisticRegression
 from gputune.study import folder as folder_file
 from gputune.study.model_files import load_model
 from gputune.study.module_source import class_from_file, class_source

@@ -4,10 +4,10 @@ import hashlib
 import sys
 
 import pytest
-from gputune.models import MLP
 from torch import nn
 
 from gputune.errors import InputError
+from gputune.models import MLP
 from gputune.study.module_source import class_from_file, class_source, find_class
 
 NET = """
