@@ -18,7 +18,7 @@ def to_coordinate(name: str, value: Tensor) -> Tensor:
 
 def has_coordinate(name: str, value: float) -> bool:
     """Whether a value has a finite coordinate: 0 and infinity have none."""
-    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value)))))
+    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64))))
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:

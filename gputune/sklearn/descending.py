@@ -39,6 +39,13 @@ class _Path:
     descent: Descent
     params: Mapping[str, Any]
 
+    def move(self, slope: Slope) -> bool:
+        """Move from the present point, whose slope is given, and say whether it is another one now."""
+        before = dict(self.descent.config)
+        self.descent.move(slope)
+        self.params = self.start.moved(self.params, self.descent.config)
+        return self.descent.config != before
+
 
 @dataclass(eq=False)
 class DescentRun(Run):
@@ -136,11 +143,14 @@ class DescentRun(Run):
         for mode in ("exact", "differences"):
             own = {n: f for n, f in whole.items() if n not in slopes and paths[n].descent.mode == mode}
             slopes |= self._slopes(own, paths, mode)
-        for number, slope in slopes.items():
-            path = paths[number]
-            path.descent.move(slope)
-            path.params = path.start.moved(path.params, path.descent.config)
-        return [number for number in present if number in slopes and not paths[number].descent.ended]
+        stayed = [number for number, slope in slopes.items() if not paths[number].move(slope)]
+        # A slope that is noise leaves its start where it is, to be measured there by differences.
+        own = {n: whole[n] for n in stayed if not paths[n].descent.ended}
+        again = self._slopes(own, paths, "differences")
+        for number, slope in again.items():
+            paths[number].move(slope)
+        moved = (slopes.keys() - own.keys()) | again.keys()
+        return [number for number in present if number in moved and not paths[number].descent.ended]
 
     def _slopes(
         self, fits: Mapping[int, list[Fit]], paths: Mapping[int, _Path], mode: Any

@@ -46,10 +46,11 @@ def check_held_out(fits: Sequence[Fit]) -> None:
         if len(valid.index) == 0:
             raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
         if lacking := _classes(valid, weighing=False) - _classes(train, weighing=True):
+            weighing = "" if train.rows.weights is None else " with sample_weight above 0"
             raise InputError(
                 f"cv: the validation rows of fold {fit.fold} have class {sorted(lacking)[0]!r}, of which it has no "
-                "training row that weighs anything: its log loss is infinite at every point of a descent. Use "
-                "stratified folds, fewer of them, or leave the class out."
+                f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
+                "fewer of them, or leave the class out."
             )
 
 

@@ -37,8 +37,9 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
                      all move along the slope, by a length divided by ten when the loss rises
     first_step       length of the first step in the logarithm; None: 1.5 for one value, 1.0 for several
     smallest_step    a start whose steps are all shorter has ended
-    scoring          None is the loss that is descended: "neg_log_loss", for a regressor "neg_mean_squared_error".
-                     Any other one ranks the points, and does not move them
+    scoring          None is the loss that is descended: "neg_log_loss", for a regressor "neg_mean_squared_error"; the
+                     method ``score`` is then the estimator's own, as in every search of scikit-learn.
+                     Any other one ranks the points, and does not move them.
     device, study, timeout, n_jobs   as in gputune's RandomizedSearchCV; after ``timeout`` seconds no start moves on
 
     A point whose training diverges, or whose slope is noise, steps down with its learning rate; after the second time
@@ -108,6 +109,12 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         self.device = device
         self.study = study
         self.timeout = timeout
+
+    def score(self, X: Any, y: Any = None, **params: Any) -> Any:
+        """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
+        if self.scoring is None and hasattr(self, "best_estimator_"):
+            return self.best_estimator_.score(X, y, **params)
+        return super().score(X, y, **params)
 
     def _effective_scoring(self) -> Any:
         if self.scoring is not None:
