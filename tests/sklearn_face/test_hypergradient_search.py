@@ -196,8 +196,8 @@ def test_pipelines():
         (
             make_pipeline(StandardScaler(), MLP),
             {"mlpclassifier__alpha": [0.1]},
-            "alpha",
-            {"mlpclassifier__alpha"},
+            ("alpha", "lr"),
+            {"mlpclassifier__alpha", "mlpclassifier__lr"},
         ),
     ],
 )
