@@ -30,8 +30,9 @@ search/distributions search/config search/spec search/space search/random search
 options model_choice progress problem refit
 methods/context methods/full methods/halving methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
-sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking
-sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving
+sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
+sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested
+sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/hypergradient
 report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
 __main__
 """.split()
