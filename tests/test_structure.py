@@ -24,11 +24,11 @@ hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
-study/values study/database study/score study/store study/study study/ledger
+study/values study/score study/rows study/database study/new_file study/store study/study study/claims study/ledger
 study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/random search/halving search/hypergradient
 options model_choice progress problem refit
-methods/context methods/full methods/halving methods/descent pipeline
+methods/context methods/frozen methods/full methods/halving methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking
 sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving
