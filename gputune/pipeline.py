@@ -138,7 +138,8 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
         _run(ledger, space, context)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+    path = None if options.study is None else Path(options.study)
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), path=path)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study

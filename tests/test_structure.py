@@ -25,6 +25,7 @@ hypergradients/arguments hypergradients/curvature hypergradients/module_training
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
 study/values study/score study/rows study/database study/new_file study/store study/study study/claims study/ledger
+study/carving study/repair
 study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/random search/halving search/hypergradient
 options model_choice progress problem refit

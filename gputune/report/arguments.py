@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_trials(commands)
     _add_best(commands)
     _add_predict(commands)
+    _add_repair(commands)
     return parser
 
 
@@ -200,6 +201,16 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
     parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+
+def _add_repair(commands: Any) -> None:
+    parser = _add(commands, "repair", "save what is whole in a damaged study into a new file")
+    parser.add_argument(
+        "study", metavar="STUDY", help="a study.db, or the folder that holds it; it is only read"
+    )
+    parser.add_argument(
+        "--out", metavar="NEW", required=True, help="the new file; the folder where it lies exists"
+    )
 
 
 def _whole(least: int) -> Callable[[str], int]:

@@ -85,11 +85,18 @@ def _predict(arguments: argparse.Namespace) -> str:
     return ""
 
 
+def _repair(arguments: argparse.Namespace) -> str:
+    from gputune.study.repair import repair
+
+    return str(repair(_study_file(arguments.study), arguments.out))
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
     "trials": _trials,
     "best": _best,
     "predict": _predict,
+    "repair": _repair,
 }
 """Each returns what goes to standard output."""
 
@@ -98,8 +105,12 @@ def _open(place: str) -> Any:
     """Return the study of a file, or of the folder that ``gputune tune`` made."""
     from gputune.study.study import Study
 
+    return Study.open(_study_file(place))
+
+
+def _study_file(place: str) -> Path:
     path = Path(place)
-    return Study.open(path / "study.db" if path.is_dir() else path)
+    return path / "study.db" if path.is_dir() else path
 
 
 def _write(text: str) -> int:
