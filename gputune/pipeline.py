@@ -11,6 +11,7 @@ import numpy as np
 import sklearn
 import torch
 
+from gputune.again import stored_arguments
 from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
@@ -132,6 +133,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     _check_method(wanted, context)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
+    meta["arguments"] = stored_arguments(options, source, space, folds)
     with open_ledger(options.study, meta) as ledger:
         if not isinstance(options.method, str):
             ledger.decide_alone(method_name(options.method))

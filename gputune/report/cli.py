@@ -57,6 +57,12 @@ def _tune(arguments: argparse.Namespace) -> str:
     return tune(arguments)
 
 
+def _resume(arguments: argparse.Namespace) -> str:
+    from gputune.report.tuning import resume
+
+    return resume(arguments)
+
+
 def _trials(arguments: argparse.Namespace) -> str:
     from gputune.report import trials
 
@@ -93,6 +99,7 @@ def _repair(arguments: argparse.Namespace) -> str:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
+    "resume": _resume,
     "trials": _trials,
     "best": _best,
     "predict": _predict,

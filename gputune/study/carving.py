@@ -1,6 +1,6 @@
 """Rows of a damaged SQLite file, found by their own shape and not through its tree of pages.
 
-Every row of ours but a claim ends in a checksum of 16 characters, so that the header of its record ends in the same byte
+Every row of ours but a claim ends in a checksum of 16 characters, so the header of its record ends in the same byte
 wherever it lies. A row counts only if its checksum fits; a page that is lost takes its own rows with it and no others.
 Format: https://www.sqlite.org/fileformat2.html (records, overflow pages, write-ahead log).
 """
