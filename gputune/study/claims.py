@@ -56,6 +56,7 @@ class Claims:
         self._lock = ""
         self._mutex = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        self._sweep()
 
     def take(self, chunk: Chunk) -> bool:
         """Claim a chunk; say no where another process has it, or where all its results are there."""
@@ -137,7 +138,7 @@ class Claims:
         """Return the owner of a lock file while that process lives, else None; the file of a dead one is removed."""
         place = self._place(lock)
         try:
-            file = os.open(place, os.O_RDWR)
+            file = os.open(place, os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
@@ -154,7 +155,6 @@ class Claims:
         """Make the lock file of this process when it is first needed; return its name."""
         try:
             while self._file is None:
-                self._sweep()
                 self._make_lock(f"{self.path.name}-{secrets.token_hex(8)}.lock")
         except OSError as error:
             raise OSError(
@@ -166,7 +166,7 @@ class Claims:
 
     def _make_lock(self, lock: str) -> None:
         place = self._place(lock)
-        file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}

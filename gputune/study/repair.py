@@ -2,13 +2,15 @@
 
 import os
 import sqlite3
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.errors import StudyCorruptError
 from gputune.study.carving import carve
 from gputune.study.new_file import create_file
-from gputune.study.rows import Row
+from gputune.study.rows import Chunk, Row, candidate_of, chunk_of, result_of
+from gputune.study.values import from_json
 
 Rows = dict[int, Row]
 
@@ -49,22 +51,29 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
     options: Rows = {}
     trials: Rows = {}
     plan: Rows = {}
+    chunks: dict[int, Chunk] = {}
     results: Rows = {}
     for rowid, row in carve(Path(path)):
-        match row:
-            case (str(), str(), _):
-                options[rowid] = row
-            case (int(), str(), str(), _):
-                trials[rowid] = row
-            case (int(), int(), str(), str(), _):
-                plan[rowid] = row
-            case (int(), str(), bytes(), bytes(), int(), bytes(), bytes(), str(), _):
-                if row[1] != "stopped" or rowid not in results:  # one that was stopped may have been replaced
-                    results[rowid] = row
+        with suppress(ValueError, LookupError, TypeError):  # its checksum fits, and nobody can read it
+            match row:
+                case (str(), str(), _):
+                    from_json(row[1])
+                    options[rowid] = row
+                case (int(), str(), str(), _):
+                    candidate_of(*row[:-1])
+                    trials[rowid] = row
+                case (int(), int(), str(), str(), _):
+                    plan[rowid], chunks[rowid] = row, chunk_of(*row[:-1])
+                case (int(), str(), bytes(), bytes(), int(), bytes(), bytes(), str(), _):
+                    result_of(*row[:-1])
+                    if (
+                        row[1] != "stopped" or rowid not in results
+                    ):  # one that was stopped may have been replaced
+                        results[rowid] = row
     if not options and not trials:
         raise StudyCorruptError(f"{str(path)!r} holds no whole row of a study; check the path.")
-    numbers = {*trials, *results, *(n for row in plan.values() for n in _numbers(row))}
-    whole = {n: row for n, row in plan.items() if set(_numbers(row)) <= trials.keys()}
+    numbers = {*trials, *results, *(number for chunk in chunks.values() for number in chunk.trials)}
+    whole = {n: plan[n] for n, chunk in chunks.items() if trials.keys() >= set(chunk.trials)}
     kept = {n: row for n, row in results.items() if n in trials}
 
     def fill(connection: sqlite3.Connection) -> None:
@@ -80,8 +89,3 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
         chunks=(len(whole), 1 + max(plan, default=-1)),
         finished=sum(row[1] != "stopped" for row in kept.values()),
     )
-
-
-def _numbers(row: Row) -> list[int]:
-    """Return the trials of a chunk, whose checksum fits: a JSON list of integers."""
-    return [int(number) for number in row[2].strip("[]").split(",")]
