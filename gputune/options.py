@@ -76,7 +76,12 @@ def check_method(method: Any) -> Method:
 
 def method_meta(method: Method) -> str | dict[str, Any]:
     """Return a method as a study file holds it."""
-    return method if isinstance(method, str) else {"name": type(method).__name__.lower(), **asdict(method)}
+    return method if isinstance(method, str) else {"name": method_name(method), **asdict(method)}
+
+
+def method_name(method: Method) -> str:
+    """Return the word for a method."""
+    return method if isinstance(method, str) else type(method).__name__.lower()
 
 
 def method_again(meta: str | dict[str, Any]) -> Method:

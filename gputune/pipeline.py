@@ -11,6 +11,7 @@ import numpy as np
 import sklearn
 import torch
 
+from gputune.again import stored_arguments
 from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
@@ -22,7 +23,7 @@ from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
 from gputune.model_choice import ModelChoice, choose_model
-from gputune.options import Options, method_meta
+from gputune.options import Options, method_meta, method_name
 from gputune.problem import Problem, make_problem
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
@@ -35,8 +36,6 @@ from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.types import DEFAULTS, Config
 from gputune.version import __version__
-
-_SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
 
 def tune(
@@ -134,11 +133,15 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     _check_method(wanted, context)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
+    meta["arguments"] = stored_arguments(options, source, space, folds)
     with open_ledger(options.study, meta) as ledger:
+        if not isinstance(options.method, str):
+            ledger.decide_alone(method_name(options.method))
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
         _run(ledger, space, context)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+    path = None if options.study is None else Path(options.study)
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), path=path)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
@@ -211,14 +214,21 @@ def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candid
 
 def _add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
+    if _lacking(ledger, wanted, space, options):
+        with ledger.alone():  # another process may have added them meanwhile
+            ledger.add(_lacking(ledger, wanted, space, options))
+
+
+def _lacking(
+    ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options
+) -> Sequence[Candidate]:
     if not ledger.candidates:
-        ledger.add(wanted)
-        return
+        return wanted
     known = [candidate.params for candidate in ledger.candidates]
     given = [c for c in wanted if c.origin != "random" and c.params not in known]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
-    ledger.add([replace(c, number=number + i) for i, c in enumerate(given)])
-    ledger.add(top_up(ledger.candidates, space, options.n_trials, options.random_state))
+    added = [replace(c, number=number + i) for i, c in enumerate(given)]
+    return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
 
 
 def _say_remarks(

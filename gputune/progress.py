@@ -21,10 +21,12 @@ class Progress:
         self.plain = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         self.next_line = time.monotonic() + _LINE_SECONDS
         self.best, self.trials_done, self.trials = float("-inf"), 0, 0
+        self.said: set[str] = set()
 
-    def say(self, text: str, *, level: int = 1) -> None:
-        """Print a line where ``verbose`` reaches ``level``."""
-        if self.verbose >= level:
+    def say(self, text: str, *, level: int = 1, once: bool = False) -> None:
+        """Print a line where ``verbose`` reaches ``level``; with ``once`` not again in this search."""
+        if self.verbose >= level and not (once and text in self.said):
+            self.said.add(text)
             tqdm.write(text, file=sys.stderr)
 
     @contextmanager

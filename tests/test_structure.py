@@ -15,7 +15,7 @@ PACKAGE = Path(gputune.__file__).parent
 LAYERS = """
 version errors types seeding
 data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
-data/folds data/holdout data/source data/fingerprint
+data/folds data/packed data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/chunk engine/rung engine/plan
 engine/workers engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
@@ -24,11 +24,13 @@ hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
-study/values study/database study/score study/store study/study study/ledger
+study/values study/score study/rows study/database study/new_file study/store study/study study/claims study/ledger
+study/carving study/repair
 study/module_source study/folder study/model study/model_files
-search/distributions search/config search/spec search/space search/random search/halving search/hypergradient
-options model_choice progress problem refit
-methods/context methods/full methods/halving methods/descent pipeline
+search/distributions search/config search/spec search/space search/space_again search/random search/halving
+search/hypergradient
+options model_choice progress problem again refit
+methods/context methods/frozen methods/full methods/halving methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
 sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested

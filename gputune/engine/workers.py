@@ -31,6 +31,9 @@ from gputune.engine.population import Population
 
 OnOutcome = Callable[[Outcome], None]
 
+Claim = Callable[[Population], bool]
+"""Asked, from any thread, before a chunk begins: whether this process may train it."""
+
 
 def run_chunks(
     job: Job,
@@ -39,23 +42,32 @@ def run_chunks(
     *,
     progress: Progress,
     on_outcome: OnOutcome,
+    claim: Claim = lambda chunk: True,
 ) -> None:
-    """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done."""
+    """Train the chunks of a plan; ``on_outcome`` is called here, in this process, for each one done.
+
+    A chunk that ``claim`` refuses is passed over: another process has it.
+    """
     with computing(plan.threads):
         if plan.workers == 1:
-            for number, chunk in enumerate(plan.chunks):
-                if number and job.is_over():
+            begun = False
+            for chunk in plan.chunks:
+                if begun and job.is_over():
                     break
-                on_outcome(job.run(data, chunk, progress))
+                if claim(chunk):
+                    begun = True
+                    on_outcome(job.run(data, chunk, progress))
         else:
-            _run_with_workers(job, data, plan, progress, on_outcome)
+            _run_with_workers(job, data, plan, progress, on_outcome, claim)
 
 
-def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, on_outcome: OnOutcome) -> None:
+def _run_with_workers(
+    job: Job, data: Dataset, plan: Plan, progress: Progress, on_outcome: OnOutcome, claim: Claim
+) -> None:
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
         joblib.dump(_to_arrays(data), path)
-        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
+        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1, claim)
 
         def collect(outcomes: Iterator[Outcome]) -> None:
             for outcome in outcomes:
@@ -77,8 +89,8 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
 class _Queue:
     """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
 
-    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int) -> None:
-        self.job, self.packed, self.path = job, _packed(job), path
+    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int, claim: Claim) -> None:
+        self.job, self.packed, self.path, self.claim = job, _packed(job), path, claim
         self.waiting = deque(chunks)
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
@@ -91,12 +103,15 @@ class _Queue:
 
     def take(self) -> Population | None:
         with self.lock:
-            return self.waiting.popleft() if self.waiting else None
+            while self.waiting:
+                if self.claim(chunk := self.waiting.popleft()):
+                    return chunk
+            return None
 
     def _submit(self) -> None:
         with self.lock:
-            if self.waiting:
-                future = self.executor.submit(_run_in_worker, self.packed, self.path, self.waiting.popleft())
+            if (chunk := self.take()) is not None:
+                future = self.executor.submit(_run_in_worker, self.packed, self.path, chunk)
                 self.running.add(future)
                 future.add_done_callback(self._on_done)
 
@@ -184,13 +199,23 @@ def computing(threads: int) -> Iterator[None]:
     The momentum of units that no longer learn decays into such denormal numbers, which a CPU handles so slowly
     that the training of a wide network took twice as long.
     """
-    before, flushed = torch.get_num_threads(), bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
-    torch.set_num_threads(threads)
+    flushed = bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
     torch.set_flush_denormal(True)
+    try:
+        with on_threads(threads):
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_flush_denormal(flushed)
         torch.set_num_threads(before)
 
 

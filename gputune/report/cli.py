@@ -57,6 +57,12 @@ def _tune(arguments: argparse.Namespace) -> str:
     return tune(arguments)
 
 
+def _resume(arguments: argparse.Namespace) -> str:
+    from gputune.report.tuning import resume
+
+    return resume(arguments)
+
+
 def _trials(arguments: argparse.Namespace) -> str:
     from gputune.report import trials
 
@@ -85,11 +91,19 @@ def _predict(arguments: argparse.Namespace) -> str:
     return ""
 
 
+def _repair(arguments: argparse.Namespace) -> str:
+    from gputune.study.repair import repair
+
+    return str(repair(_study_file(arguments.study), arguments.out))
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
+    "resume": _resume,
     "trials": _trials,
     "best": _best,
     "predict": _predict,
+    "repair": _repair,
 }
 """Each returns what goes to standard output."""
 
@@ -98,8 +112,12 @@ def _open(place: str) -> Any:
     """Return the study of a file, or of the folder that ``gputune tune`` made."""
     from gputune.study.study import Study
 
+    return Study.open(_study_file(place))
+
+
+def _study_file(place: str) -> Path:
     path = Path(place)
-    return Study.open(path / "study.db" if path.is_dir() else path)
+    return path / "study.db" if path.is_dir() else path
 
 
 def _write(text: str) -> int:

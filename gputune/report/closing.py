@@ -30,7 +30,8 @@ _STATES: dict[TrialState, str] = {
 class Ending:
     """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
 
-    ``study_file`` and ``model_folder`` are where both lie, ``seconds`` is the time of the whole run.
+    ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
+    whole run.
     """
 
     file: str
@@ -38,7 +39,7 @@ class Ending:
     rest: Source
     held_out: HeldOut | None
     study_file: Path
-    model_folder: Path
+    model_folder: Path | None
     seconds: float
 
 
@@ -176,13 +177,17 @@ def _whereabouts(ending: Ending, width: int) -> str:
     counts = ", ".join(f"{states[state]} {words}" for state, words in _STATES.items() if states[state])
     go_on = " (repeat the command to run them)" if states["waiting"] else ""
     trials = _labelled([("Trials", f"{counts}{go_on}; {_seconds(ending.seconds)} in all")], width)
-    model = clean(ending.model_folder)
+    study = clean(ending.study_file)
     # Not filled: a path must stay in one piece.
-    places = [
-        f"{'Study':{_LABEL}}{clean(ending.study_file)}",
-        f"{'Model':{_LABEL}}{model}",
-        f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE",
-    ]
+    places = [f"{'Study':{_LABEL}}{study}"]
+    if ending.model_folder is None:
+        places += [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]
+    else:
+        model = clean(ending.model_folder)
+        places += [
+            f"{'Model':{_LABEL}}{model}",
+            f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE",
+        ]
     return "\n".join([trials, *places])
 
 

@@ -1,4 +1,4 @@
-"""``gputune tune``: rows apart, search, refit, held-out score, and everything saved in one folder."""
+"""``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved in one folder."""
 
 import argparse
 import shutil
@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from gputune.again import Again, search_again
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
 from gputune.errors import InputError
@@ -35,10 +36,9 @@ def tune(arguments: argparse.Namespace) -> str:
     """
     begin = time.perf_counter()
     out = Path(arguments.out)
-    study_file, model_folder = out / STUDY, out / MODEL
     _check_out(out)
     choice = choose_model(arguments.model, arguments.optimizer)
-    options = _options(arguments, study_file)
+    options = _options(arguments, out / STUDY)
     source = read_source(arguments.file, _target(arguments), arguments.groups)
     rest, test = set_apart(
         source,
@@ -47,16 +47,42 @@ def tune(arguments: argparse.Namespace) -> str:
         seed=options.random_state,
         task=options.task,
     )
-    with _folder(out), _kept(study_file):
-        study = search(choice, rest, options)
-        model = study.best_model()
-        held_out = None if test is None else held_out_score(model, study.meta["scoring"], test)
-        if held_out is not None:
-            known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
-            model = replace(model, info={**model.info, **known})
-        model.save(model_folder)
+    with _folder(out):
+        return _to_the_end(arguments.file, Again(choice, rest, test, options), out / MODEL, begin)
+
+
+def resume(arguments: argparse.Namespace) -> str:
+    """Go on with the search of a study file and return its closing text, as ``tune`` does."""
+    begin = time.perf_counter()
+    place = Path(arguments.study)
+    study_file = place / STUDY if place.is_dir() else place
+    changed = {name: getattr(arguments, name) for name in ("device", "memory", "workers", "timeout")}
+    changed["n_trials"] = arguments.trials
+    given = {name: value for name, value in changed.items() if value is not None}
+    meta = Study.open(study_file).meta
+    again = search_again(study_file, meta, {**given, "verbose": arguments.verbose})
+    # Only the command ``tune`` keeps rows apart, and a model beside the study.
+    model_folder = study_file.parent / MODEL if "test_size" in meta["source"] else None
+    return _to_the_end(meta["source"]["path"], again, model_folder, begin)
+
+
+def _to_the_end(file: str, again: Again, model_folder: Path | None, begin: float) -> str:
+    """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
+    study_file = Path(again.options.study)
+    with _kept(study_file):
+        study = search(again.choice, again.source, again.options)
+        held_out = None
+        if model_folder is not None:
+            model = study.best_model()
+            held_out = (
+                None if again.test is None else held_out_score(model, study.meta["scoring"], again.test)
+            )
+            if held_out is not None:
+                known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+                model = replace(model, info={**model.info, **known})
+            model.save(model_folder)
     seconds = time.perf_counter() - begin
-    ending = Ending(arguments.file, study, rest, held_out, study_file, model_folder, seconds)
+    ending = Ending(file, study, again.source, held_out, study_file, model_folder, seconds)
     return closing_text(ending, width=shutil.get_terminal_size().columns)
 
 

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -74,12 +75,14 @@ class Study:
              "model"    the model's name, shown by ``repr``
              "scoring"  the name of the score, shown by ``repr``
     data     what the process that searched keeps for a refit; None for a study that was opened from its file
+    path     of its file; None for a study in memory
     """
 
     meta: dict[str, Any]
     trials: tuple[Trial, ...]
     curves: Curve
     data: Any = None
+    path: Path | None = None
 
     def __post_init__(self) -> None:
         curves = np.array(self.curves, dtype=np.float64)
@@ -99,16 +102,34 @@ class Study:
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
         """
         with Store.open(path) as store:
-            return cls.from_rows(store.meta, store.trials())
+            return cls.from_rows(store.meta, store.trials(), path=store.path)
 
     @classmethod
     def from_rows(
-        cls, meta: dict[str, Any], rows: Sequence[tuple[Candidate, Result | None]], *, data: Any = None
+        cls,
+        meta: dict[str, Any],
+        rows: Sequence[tuple[Candidate, Result | None]],
+        *,
+        data: Any = None,
+        path: Path | None = None,
     ) -> "Study":
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
-        return cls(meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data)
+        curves = _stack([result for _, result in rows])
+        return cls(meta=meta, trials=trials, curves=curves, data=data, path=path)
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
+
+        Raises InputError for a study without a file, or where something lies at ``path`` already.
+        """
+        if self.path is None:
+            raise InputError(
+                "backup() copies the file of a study, and this one is in memory; search with study=PATH."
+            )
+        with Store.open(self.path) as store:
+            store.backup(path)
 
     @property
     def best_trial(self) -> Trial:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
-from gputune.study import database
+from gputune.study import database, new_file
 from gputune.study.store import Candidate, Store
 from study_rows import bits, candidates, result
 
@@ -93,13 +93,13 @@ def test_settings_of_the_file(path):
     with Store.create(path, {}) as store:
         pragma = lambda name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: E731
         assert pragma("application_id") == int.from_bytes(b"gptu", "big")
-        assert pragma("user_version") == 2
+        assert pragma("user_version") == 3
         assert pragma("journal_mode") == "wal"
         assert pragma("synchronous") == 2  # FULL
         assert pragma("busy_timeout") == 30_000
         assert pragma("foreign_keys") == 1 and pragma("trusted_schema") == 0
         strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
-        assert {name for (name,) in strict} == {"meta", "trials", "results"}
+        assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
 
 
 def test_a_stopped_trial_gets_its_result_later_and_no_other_is_replaced(path):
@@ -168,13 +168,13 @@ def test_create_that_fails_leaves_nothing(path):
 
 
 def test_create_never_replaces_a_file_that_came_meanwhile(path, monkeypatch):
-    publish = database._publish
+    publish = new_file._publish
 
     def late(draft, path):
         path.write_text("of another process")
         publish(draft, path)
 
-    monkeypatch.setattr(database, "_publish", late)
+    monkeypatch.setattr(new_file, "_publish", late)
     with pytest.raises(InputError, match="exists already"):
         Store.create(path, {})
     assert path.read_text() == "of another process"
@@ -218,7 +218,7 @@ def test_a_study_that_may_not_be_written_is_read(path, monkeypatch):
 def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch):
     with Store.create(path, {"a": 1}):
         pass
-    connect = database._connect
+    connect = database.connect
 
     class NoSharedMemory:
         def execute(self, statement):
@@ -229,7 +229,7 @@ def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch
 
     monkeypatch.setattr(database.os, "access", lambda *_: False)
     monkeypatch.setattr(
-        database, "_connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode)
+        database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode)
     )
     with Store.open(path) as store:
         assert store.meta == {"a": 1}
@@ -300,11 +300,12 @@ def test_files_that_are_no_study_of_this_version(path):
     ("statement", "error", "message"),
     [
         (
-            "PRAGMA user_version = 3",
+            "PRAGMA user_version = 4",
             StudyVersionError,
-            "file format 3, this gputune reads up to 2; upgrade gputune",
+            "file format 4, this gputune reads up to 3; upgrade gputune",
         ),
         ("PRAGMA user_version = 1", StudyVersionError, "format 1, of a gputune before its first release"),
+        ("PRAGMA user_version = 2", StudyVersionError, "format 2, of a gputune before its first release"),
         ("PRAGMA user_version = 0", StudyCorruptError, "its tables are not those of a study"),
         ("DROP TABLE results", StudyCorruptError, "its tables are not those of a study"),
         ("CREATE VIEW v AS SELECT 1", StudyCorruptError, "its tables are not those of a study"),
