@@ -16,7 +16,9 @@ from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
-from gputune.errors import InputError, SearchFailedError
+from gputune.engine.stopping import Stop
+from gputune.errors import InputError, SearchFailedError, SearchInterrupted
+from gputune.interrupting import CTRL_C, interrupted_words, is_interactive, run_until_told
 from gputune.methods.context import Context
 from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
@@ -101,7 +103,8 @@ def tune(
     random_state seed of candidates, folds, row order, starts and dropout
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
 
-    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed.
+    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
+    KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
     """
     choice = choose_model(model, optimizer)
     options = Options(
@@ -111,13 +114,25 @@ def tune(
         device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
         verbose=verbose,
     )  # fmt: skip
-    return search(choice, read_source(X, y, groups), options)
+    try:
+        return search(choice, read_source(X, y, groups), options)
+    except SearchInterrupted as stopped:
+        if not is_interactive():
+            raise
+        Progress(verbose).say(str(stopped))
+        so_far: Study = stopped.study
+        return so_far
 
 
 @torch.inference_mode(False)
-def search(choice: ModelChoice, source: Source, options: Options) -> Study:
-    """The pipeline: space, rows, folds, data on the device, trials, training, study."""
-    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+def search(
+    choice: ModelChoice, source: Source, options: Options, signals: Sequence[int] = (CTRL_C,)
+) -> Study:
+    """The pipeline: space, rows, folds, data on the device, trials, training, study.
+
+    Raises SearchInterrupted where one of ``signals`` ended the training early.
+    """
+    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
@@ -129,7 +144,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     data, _ = problem.dataset(folds, options, choice)
     check_folds(scoring, data)
     wanted = _wanted(space, choice, options)
-    context = Context(data, scoring, choice, options, deadline, progress)
+    context = Context(data, scoring, choice, options, stop, progress)
     context.check_module(wanted[0].params)
     _check_method(wanted, context)
     _say_what_was_understood(problem, choice, progress)
@@ -137,8 +152,10 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     with open_ledger(options.study, meta) as ledger:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
-        _run(ledger, space, context)
+        told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+    if told is not None:
+        raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study

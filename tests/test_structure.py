@@ -17,8 +17,8 @@ version errors types seeding
 data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
 data/folds data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/batches engine/network engine/backprop engine/vmap engine/train engine/chunk engine/rung engine/plan
-engine/workers engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
+engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/chunk engine/rung
+engine/plan engine/workers engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
 hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
@@ -27,7 +27,7 @@ hypergradients/chunk hypergradients/plan optim
 study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/random search/halving search/hypergradient
-options model_choice progress problem refit
+options model_choice progress interrupting problem refit
 methods/context methods/full methods/halving methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking

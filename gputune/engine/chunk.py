@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from gputune.engine.backprop import StackedMLP
 from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population
 from gputune.engine.scoring import Scoring
+from gputune.engine.stopping import Stop
 from gputune.engine.train import Trained, train
 from gputune.engine.vmap import StackedModule
 
@@ -29,12 +30,12 @@ class Job:
     horizon: int
     scoring: Scoring | None
     module_class: type[nn.Module] | None
-    deadline: float | None
-    """``time.monotonic()`` at which training stops after the running epoch, and no chunk begins any more."""
+    stop: Stop = field(default_factory=Stop)
+    """Says when training ends after the running epoch, and no chunk begins any more."""
 
     def is_over(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether training ends now."""
+        return self.stop.is_over()
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""

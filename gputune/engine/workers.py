@@ -6,6 +6,7 @@ while this process is already training.
 
 import functools
 import pickle
+import signal
 import sys
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.machinery import PathFinder
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +57,24 @@ def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, o
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
         joblib.dump(_to_arrays(data), path)
-        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
 
         def collect(outcomes: Iterator[Outcome]) -> None:
             for outcome in outcomes:
                 progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
                 on_outcome(outcome)
 
-        try:
-            while (chunk := queue.take()) is not None:
-                on_outcome(job.run(data, chunk, progress))
-                collect(queue.finished())
-                if job.is_over():
-                    break
-            collect(queue.drain())
-        except BaseException:
-            queue.stop()
-            raise
+        with job.stop.heard_by_workers(Path(folder) / "stop"):
+            queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
+            try:
+                while (chunk := queue.take()) is not None:
+                    on_outcome(job.run(data, chunk, progress))
+                    collect(queue.finished())
+                    if job.is_over():
+                        break
+                collect(queue.drain())
+            except BaseException:
+                queue.stop()
+                raise
 
 
 class _Queue:
@@ -83,9 +86,11 @@ class _Queue:
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.running: set[Future[Outcome]] = set()
-        self.done: deque[Future[Outcome]] = deque()
+        self.running: set[Future[Outcome | None]] = set()
+        self.done: deque[Future[Outcome | None]] = deque()
         self.executor = get_reusable_executor(max_workers=workers, timeout=60)
+        # A start of its own, as it would let the signals through that are held off from a worker's.
+        resource_tracker.ensure_running()
         for _ in range(workers):
             self._submit()
 
@@ -96,11 +101,14 @@ class _Queue:
     def _submit(self) -> None:
         with self.lock:
             if self.waiting:
-                future = self.executor.submit(_run_in_worker, self.packed, self.path, self.waiting.popleft())
+                with _signals_held_off():
+                    future = self.executor.submit(
+                        _run_in_worker, self.packed, self.path, self.waiting.popleft()
+                    )
                 self.running.add(future)
                 future.add_done_callback(self._on_done)
 
-    def _on_done(self, future: "Future[Outcome]") -> None:
+    def _on_done(self, future: "Future[Outcome | None]") -> None:
         with self.changed:
             if not future.cancelled() and future.exception() is None and not self.job.is_over():
                 self._submit()  # before this one leaves, so that drain never sees an empty room too early
@@ -115,7 +123,9 @@ class _Queue:
                 if not self.done:
                     return
                 future = self.done.popleft()
-            yield future.result()
+            outcome = future.result()
+            if outcome is not None:
+                yield outcome
 
     def drain(self) -> Iterator[Outcome]:
         """Yield what is done until nothing runs any more."""
@@ -164,9 +174,26 @@ def _importable(name: str) -> bool:
     return True
 
 
-def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome:
+@contextmanager
+def _signals_held_off() -> Iterator[None]:
+    """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM.
+
+    Both may be sent to all processes of a terminal or a service. Workers are told by ``Stop``, and end by themselves
+    where this process has died.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome | None:
+    """Train one chunk; None where it is over before it has begun."""
+    job: Job = pickle.loads(packed)
+    if job.is_over():
+        return None
     with computing(1):
-        job: Job = pickle.loads(packed)
         return job.run(_load(path), chunk)
 
 
@@ -210,7 +237,8 @@ def _to_tensors(value: Any) -> Any:
     kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
-    if isinstance(value, tuple) and len(value) == 2 and value[0] in kinds and isinstance(value[1], dict):
+    # Two folds are a tuple of two as well, of tuples.
+    if isinstance(value, tuple) and isinstance(value[0], str) and value[0] in kinds:
         return kinds[value[0]](**{name: _to_tensors(item) for name, item in value[1].items()})
     if isinstance(value, tuple):
         return tuple(_to_tensors(item) for item in value)

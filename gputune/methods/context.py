@@ -1,6 +1,5 @@
 """What every search method works with: the data, the model, the options, the clock, the screen."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import Population, complete, populations
 from gputune.engine.scoring import Scoring
+from gputune.engine.stopping import Stop
 from gputune.engine.vmap import check_module
 from gputune.model_choice import ModelChoice
 from gputune.options import Options
@@ -23,12 +23,12 @@ class Context:
     scoring: Scoring
     choice: ModelChoice
     options: Options
-    deadline: float | None
+    stop: Stop
     progress: Progress
 
     def is_over(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether training ends now: the deadline has passed, or someone asks for it."""
+        return self.stop.is_over()
 
     @property
     def epochs(self) -> int:

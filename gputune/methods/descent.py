@@ -156,7 +156,7 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
         context.epochs,
         context.scoring,
         context.choice.module_class,
-        context.deadline,
+        context.stop,
         wanted=searched_names(method, context.choice),
         segments=method.segments,
         per_layer=method.per_layer,

@@ -40,7 +40,7 @@ def train_fully(ledger: Ledger, context: Context) -> None:
             context.epochs,
             context.scoring,
             context.choice.module_class,
-            context.deadline,
+            context.stop,
         )
         with progress.bar_over(len(waiting), context.epochs):
             run_chunks(job, context.data, plan, progress=progress.advance, on_outcome=keep)

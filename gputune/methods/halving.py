@@ -92,7 +92,7 @@ class _Search:
             context.epochs,
             context.scoring,
             context.choice.module_class,
-            context.deadline,
+            context.stop,
         )
 
         def keep(outcome: Outcome) -> None:

@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def closing_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune``."""
     parts = [_understood(ending, width), _best_trials(ending, width), _scores(ending, width)]
     return "\n\n".join([*parts, _whereabouts(ending, width)])
+
+
+def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
+    """Return what is there when Ctrl-C has ended ``gputune`` with the words ``typed``: the table, and how to go on."""
+    parts = [_understood(ending, width)]
+    if any(math.isfinite(trial.score) for trial in ending.study.trials):
+        parts.append(_best_trials(ending, width))
+    words = {**_STATES, "stopped": "cut short", "waiting": "not started"}
+    go_on = f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *typed]))}"
+    return "\n\n".join([*parts, "\n".join([*_kept(ending, words, width), go_on])])
 
 
 def _understood(ending: Ending, width: int) -> str:
@@ -172,18 +183,19 @@ def _optimistic(study: Study) -> str:
 
 
 def _whereabouts(ending: Ending, width: int) -> str:
-    states = Counter(trial.state for trial in ending.study.trials)
-    counts = ", ".join(f"{states[state]} {words}" for state, words in _STATES.items() if states[state])
-    go_on = " (repeat the command to run them)" if states["waiting"] else ""
-    trials = _labelled([("Trials", f"{counts}{go_on}; {_seconds(ending.seconds)} in all")], width)
+    words = {**_STATES, "waiting": f"{_STATES['waiting']} (repeat the command to run them)"}
     model = clean(ending.model_folder)
+    places = [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
+    return "\n".join([*_kept(ending, words, width), *places])
+
+
+def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
+    """How many trials there are of each state, in these words, and their file."""
+    states = Counter(trial.state for trial in ending.study.trials)
+    counts = ", ".join(f"{states[state]} {said}" for state, said in words.items() if states[state])
+    trials = _labelled([("Trials", f"{counts}; {_seconds(ending.seconds)} in all")], width)
     # Not filled: a path must stay in one piece.
-    places = [
-        f"{'Study':{_LABEL}}{clean(ending.study_file)}",
-        f"{'Model':{_LABEL}}{model}",
-        f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE",
-    ]
-    return "\n".join([trials, *places])
+    return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
 
 
 def _labelled(lines: list[tuple[str, str]], width: int) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
-from gputune.errors import InputError
+from gputune.errors import InputError, SearchInterrupted
+from gputune.interrupting import CTRL_C, TERMINATED, interrupted_words
 from gputune.model_choice import choose_model
 from gputune.options import Options
 from gputune.pipeline import search
-from gputune.report.closing import Ending, closing_text
+from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
@@ -31,7 +32,7 @@ STUDY, MODEL = "study.db", "model"
 def tune(arguments: argparse.Namespace) -> str:
     """Run the command and return its closing text.
 
-    Raises KeyboardInterrupt with a line that says what is kept, and what ``gputune.tune`` raises.
+    Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
     """
     begin = time.perf_counter()
     out = Path(arguments.out)
@@ -48,7 +49,13 @@ def tune(arguments: argparse.Namespace) -> str:
         task=options.task,
     )
     with _folder(out), _kept(study_file):
-        study = search(choice, rest, options)
+        try:
+            study = search(choice, rest, options, (CTRL_C, TERMINATED))
+        except SearchInterrupted as stop:
+            seconds = time.perf_counter() - begin
+            ending = Ending(arguments.file, stop.study, rest, None, study_file, model_folder, seconds)
+            stop.report = stopped_text(ending, arguments.typed, width=shutil.get_terminal_size().columns)
+            raise
         model = study.best_model()
         held_out = None if test is None else held_out_score(model, study.meta["scoring"], test)
         if held_out is not None:
@@ -154,15 +161,13 @@ def _folder(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _kept(study_file: Path) -> Iterator[None]:
-    """Say on Ctrl-C what is safe and how to go on."""
+    """Say on a Ctrl-C before or after the training what is safe and how to go on."""
     try:
         yield
+    except SearchInterrupted:
+        raise
     except KeyboardInterrupt:
         if not study_file.exists():
             raise KeyboardInterrupt("interrupted before the first trial; nothing was kept.") from None
-        trials = Study.open(study_file).trials
-        done = sum(trial.state != "waiting" for trial in trials)
-        raise KeyboardInterrupt(
-            f"interrupted: {done} of {len(trials)} trials are finished and kept in {str(study_file)!r}; "
-            "repeat the command to go on."
-        ) from None
+        words = interrupted_words(Study.open(study_file), study_file)
+        raise KeyboardInterrupt(words) from None

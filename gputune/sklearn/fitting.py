@@ -17,6 +17,7 @@ from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import Population, module_arguments, populations
 from gputune.engine.rung import BegunChunk, RungJob, RungOutcome
+from gputune.engine.stopping import Stop
 from gputune.engine.train import State
 from gputune.engine.vmap import build_module, check_module
 from gputune.engine.workers import run_chunks
@@ -137,7 +138,7 @@ def _fit_group(
             found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
     if chunks:
         kind = MemberJob if recipe.begun is None else RungJob
-        job = kind(recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, deadline)
+        job = kind(recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, Stop(deadline))
         epochs = recipe.epochs - recipe.start
         plan = make_plan(chunks, data, epochs=epochs, memory=None, workers=workers, parameters=parameters)
         if recipe.start:
