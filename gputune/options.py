@@ -38,6 +38,7 @@ class Options:
     epoch: Any = "best"
     timeout: float | None = None
     study: Any = None
+    checkpoint_seconds: float = 60.0
     device: str = "auto"
     dtype: str = "float32"
     memory: int | str | None = None
@@ -56,6 +57,10 @@ class Options:
             _whole("workers", self.workers)
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
             raise InputError(f"timeout is a number of seconds above 0, or None, got {self.timeout!r}.")
+        if not (_is_number(self.checkpoint_seconds) and self.checkpoint_seconds > 0):
+            raise InputError(
+                f"checkpoint_seconds is a number of seconds above 0, got {self.checkpoint_seconds!r}."
+            )
         parse_memory(self.memory)
         choose_device(self.device)
         object.__setattr__(self, "random_state", draw_seed(self.random_state))

@@ -23,6 +23,7 @@ from gputune.methods.context import Context
 from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
+from gputune.methods.resuming import checkpoint_folder
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options, method_meta
 from gputune.problem import Problem, make_problem
@@ -64,6 +65,7 @@ def tune(
     epoch: Literal["best", "last"] = "best",
     timeout: float | None = None,
     study: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
     device: str = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     memory: int | str | None = None,
@@ -95,8 +97,10 @@ def tune(
     schedule     of the learning rate over ``max_epochs``, per step
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
-                 what it had, and trained again by a later call with the same ``study``
+                 what it had, and trained on by a later call with the same ``study``
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
+    checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
+                 again (or at 20 times what writing takes), so that a killed search repeats no more than that
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start
@@ -111,6 +115,7 @@ def tune(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
         cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
+        checkpoint_seconds=checkpoint_seconds,
         device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
         verbose=verbose,
     )  # fmt: skip
@@ -149,10 +154,11 @@ def search(
     _check_method(wanted, context)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
+    kept = replace(context, checkpoints=checkpoint_folder(options.study, meta))
     with open_ledger(options.study, meta) as ledger:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
-        told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
+        told = run_until_told(lambda: _run(ledger, space, kept), stop, signals, progress.say)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
     if told is not None:
         raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)

@@ -43,6 +43,9 @@ def run_chunks(
     on_outcome: OnOutcome,
 ) -> None:
     """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done."""
+    if job.checkpointing is not None:
+        for chunk in plan.chunks:
+            job.checkpointing.expect(chunk.index)
     with computing(plan.threads):
         if plan.workers == 1:
             for number, chunk in enumerate(plan.chunks):

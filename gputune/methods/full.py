@@ -8,6 +8,7 @@ from gputune.engine.chunk import Job, Outcome
 from gputune.engine.solved import solve_chunk
 from gputune.engine.workers import run_chunks
 from gputune.methods.context import Context
+from gputune.methods.resuming import with_begun
 from gputune.options import Options
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -23,16 +24,20 @@ def train_fully(ledger: Ledger, context: Context) -> None:
     configs = [context.complete(trial.params) for trial in waiting]
 
     def keep(outcome: Outcome) -> None:
-        ledger.finish(
-            [_result(waiting[i], curve, outcome, options) for i, curve in zip(outcome.index, outcome.curves)]
-        )
+        results = [
+            _result(waiting[i], curve, outcome, options) for i, curve in zip(outcome.index, outcome.curves)
+        ]
+        ledger.finish(results)
+        context.ended(results)
         progress.finished(len(outcome.index))
 
     if context.choice.solved:
         with progress.bar_over(len(waiting), 1):
             _solve(configs, context, keep)
     elif configs:
+        numbers = [trial.number for trial in waiting]
         plan = context.plan(configs, epochs=context.epochs)
+        plan = with_begun(plan, context.checkpoints_of(numbers, configs), numbers, configs)
         progress.say(f"plan: {plan}")
         job = Job(
             options.random_state,
@@ -41,6 +46,7 @@ def train_fully(ledger: Ledger, context: Context) -> None:
             context.scoring,
             context.choice.module_class,
             context.stop,
+            context.checkpointing(numbers),
         )
         with progress.bar_over(len(waiting), context.epochs):
             run_chunks(job, context.data, plan, progress=progress.advance, on_outcome=keep)

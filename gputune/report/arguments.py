@@ -169,6 +169,10 @@ def _add_machine(group: Any) -> None:
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
     )  # fmt: skip
     group.add_argument(
+        "--checkpoint-seconds", type=_number, default=60.0, metavar="SEC",
+        help="what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
+    )  # fmt: skip
+    group.add_argument(
         "-q",
         "--quiet",
         dest="verbose",

@@ -74,6 +74,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "numbers",
         "schedule",
         "timeout",
+        "checkpoint_seconds",
         "device",
         "dtype",
         "memory",

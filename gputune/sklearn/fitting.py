@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.chunk import Job, Outcome, Progress, make_network, train_chunk
+from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import Population, module_arguments, populations
-from gputune.engine.rung import BegunChunk, RungJob, RungOutcome
+from gputune.engine.rung import RungJob, RungOutcome
 from gputune.engine.stopping import Stop
 from gputune.engine.train import State
 from gputune.engine.vmap import build_module, check_module
