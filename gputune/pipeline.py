@@ -23,6 +23,7 @@ from gputune.methods.context import Context
 from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
+from gputune.methods.median import check_median, stop_below_median
 from gputune.methods.resuming import checkpoint_folder
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options, method_meta
@@ -31,6 +32,7 @@ from gputune.progress import Progress
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.median import Median
 from gputune.search.random import candidates, default_space, remarks, top_up
 from gputune.search.space import Space, check_include, check_space, space_text
 from gputune.study.ledger import Ledger, open_ledger
@@ -51,7 +53,10 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, Any]] = (),
     include_default: bool = True,
-    method: Literal["random", "halving", "hypergradient"] | Halving | Hypergradient = "random",
+    method: Literal["random", "halving", "median", "hypergradient"]
+    | Halving
+    | Median
+    | Hypergradient = "random",
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
@@ -82,7 +87,8 @@ def tune(
                  ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
     n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
-                 together, and at each rung those with the best fold means go on; "hypergradient" or
+                 together, and at each rung those with the best fold means go on; "median" or
+                 ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or
                  ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
                  its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
@@ -174,6 +180,8 @@ def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
             check_descent(method, wanted, context)
         case Halving() as method:
             check_halving(method, context)
+        case Median() as method:
+            check_median(method, context)
 
 
 def _run(ledger: Ledger, space: Space, context: Context) -> None:
@@ -183,6 +191,8 @@ def _run(ledger: Ledger, space: Space, context: Context) -> None:
             descend(ledger, space, method, context)
         case Halving() as method:
             halve(ledger, method, context)
+        case Median() as method:
+            stop_below_median(ledger, method, context)
         case _:
             train_fully(ledger, context)
 

@@ -18,8 +18,8 @@ data/kinds data/columns data/table data/quantiles data/tensors data/encode data/
 data/folds data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/checkpoint engine/chunk
-engine/rung engine/plan engine/workers engine/logistic engine/quadratic engine/newton engine/proximal engine/exact
-engine/solved
+engine/out_of_memory engine/rung engine/plan engine/workers engine/logistic engine/quadratic engine/newton
+engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
 hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
@@ -27,9 +27,10 @@ hypergradients/result hypergradients/convex hypergradients/hypergradient hypergr
 hypergradients/chunk hypergradients/plan optim
 study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files
-search/distributions search/config search/spec search/space search/random search/halving search/hypergradient
+search/distributions search/config search/spec search/space search/random search/halving search/median
+search/hypergradient
 options model_choice progress interrupting problem refit
-methods/context methods/resuming methods/rungs methods/full methods/halving methods/descent pipeline
+methods/context methods/resuming methods/rungs methods/full methods/halving methods/median methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking
 sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving

@@ -36,6 +36,20 @@ class BegunChunk(Population):
     before: np.ndarray | None = None
     seconds: float = 0.0
 
+    def part(self, start: int, stop: int) -> "BegunChunk":
+        """Return the trials start..stop-1 as a chunk of their own, with their states."""
+        alive = range(len(self.index)) if self.alive is None else self.alive
+        rows = [row for row, c in enumerate(alive) if start <= c < stop]
+        return BegunChunk(
+            self.kind,
+            self.index[start:stop],
+            self.configs[start:stop],
+            None if self.state is None else self.state.select(rows),
+            None if self.alive is None else tuple(alive[row] - start for row in rows),
+            None if self.before is None else self.before[start:stop],
+            self.seconds * (stop - start) / len(self.index),
+        )
+
 
 @dataclass(frozen=True)
 class Job:

@@ -97,7 +97,7 @@ def train(
     chunk = _Chunk(network, data, configs, seed=seed, horizon=horizon)
     if alive is not None:
         chunk.keep(np.isin(np.arange(len(configs)), alive))
-    if begin is not None:
+    if begin is not None and chunk.alive:
         chunk.resume(begin)
     validation = _validation_rows(data) if scoring is not None else []
     curves = np.full((len(configs), epochs, data.n_folds), np.nan)

@@ -28,10 +28,14 @@ from joblib.externals.loky import get_reusable_executor
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.chunk import Job, Outcome, Progress
+from gputune.engine.out_of_memory import DoesNotFit, run_in_parts
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
 
 OnOutcome = Callable[[Outcome], None]
+OnFailure = Callable[[int, str], None]
+Outcomes = Sequence[Outcome | DoesNotFit]
+Settle = Callable[[Outcomes], None]
 
 
 def run_chunks(
@@ -41,8 +45,25 @@ def run_chunks(
     *,
     progress: Progress,
     on_outcome: OnOutcome,
+    on_failure: OnFailure | None = None,
 ) -> None:
-    """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done."""
+    """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done.
+
+    A chunk that memory does not hold comes in parts. ``on_failure`` is called for a trial that does not fit alone, with
+    its place in the search and the reason; without it that is a MemoryError.
+    """
+
+    def settle(outcomes: Outcomes) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Outcome):
+                if job.checkpointing is not None:
+                    job.checkpointing.expect(outcome.index)
+                on_outcome(outcome)
+            elif on_failure is None:
+                raise MemoryError(f"{outcome.reason}. One training alone does not fit; make it smaller.")
+            else:
+                on_failure(outcome.index[0], outcome.reason)
+
     if job.checkpointing is not None:
         for chunk in plan.chunks:
             job.checkpointing.expect(chunk.index)
@@ -51,26 +72,28 @@ def run_chunks(
             for number, chunk in enumerate(plan.chunks):
                 if number and job.is_over():
                     break
-                on_outcome(job.run(data, chunk, progress))
+                settle(run_in_parts(job, data, chunk, progress))
         else:
-            _run_with_workers(job, data, plan, progress, on_outcome)
+            _run_with_workers(job, data, plan, progress, settle)
 
 
-def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, on_outcome: OnOutcome) -> None:
+def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, settle: Settle) -> None:
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
         joblib.dump(_to_arrays(data), path)
 
-        def collect(outcomes: Iterator[Outcome]) -> None:
-            for outcome in outcomes:
-                progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
-                on_outcome(outcome)
+        def collect(found: Iterator[Outcomes]) -> None:
+            for outcomes in found:
+                for outcome in outcomes:
+                    if isinstance(outcome, Outcome):
+                        progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
+                settle(outcomes)
 
         with job.stop.heard_by_workers(Path(folder) / "stop"):
             queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
             try:
                 while (chunk := queue.take()) is not None:
-                    on_outcome(job.run(data, chunk, progress))
+                    settle(run_in_parts(job, data, chunk, progress))
                     collect(queue.finished())
                     if job.is_over():
                         break
@@ -89,8 +112,8 @@ class _Queue:
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.running: set[Future[Outcome | None]] = set()
-        self.done: deque[Future[Outcome | None]] = deque()
+        self.running: set[Future[Outcomes]] = set()
+        self.done: deque[Future[Outcomes]] = deque()
         self.executor = get_reusable_executor(max_workers=workers, timeout=60)
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
@@ -111,7 +134,7 @@ class _Queue:
                 self.running.add(future)
                 future.add_done_callback(self._on_done)
 
-    def _on_done(self, future: "Future[Outcome | None]") -> None:
+    def _on_done(self, future: "Future[Outcomes]") -> None:
         with self.changed:
             if not future.cancelled() and future.exception() is None and not self.job.is_over():
                 self._submit()  # before this one leaves, so that drain never sees an empty room too early
@@ -119,18 +142,16 @@ class _Queue:
             self.done.append(future)
             self.changed.notify()
 
-    def finished(self) -> Iterator[Outcome]:
+    def finished(self) -> Iterator[Outcomes]:
         """Yield what is done by now. An error in a worker is raised here."""
         while True:
             with self.lock:
                 if not self.done:
                     return
                 future = self.done.popleft()
-            outcome = future.result()
-            if outcome is not None:
-                yield outcome
+            yield future.result()
 
-    def drain(self) -> Iterator[Outcome]:
+    def drain(self) -> Iterator[Outcomes]:
         """Yield what is done until nothing runs any more."""
         while True:
             yield from self.finished()
@@ -191,13 +212,13 @@ def _signals_held_off() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome | None:
-    """Train one chunk; None where it is over before it has begun."""
+def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcomes:
+    """Train one chunk; nothing comes of it where it is over before it has begun."""
     job: Job = pickle.loads(packed)
     if job.is_over():
-        return None
+        return []
     with computing(1):
-        return job.run(_load(path), chunk)
+        return run_in_parts(job, _load(path), chunk)
 
 
 @functools.lru_cache(maxsize=1)

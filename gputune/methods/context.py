@@ -1,7 +1,10 @@
 """What every search method works with: the data, the model, the options, the clock, the screen."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
@@ -15,6 +18,12 @@ from gputune.options import Options
 from gputune.progress import Progress
 from gputune.study.store import Result
 from gputune.types import Config
+
+
+def does_not_fit(trial: int, curve: np.ndarray, reason: str) -> Result:
+    """Return the result of a trial that memory does not hold, with its curve so far (epochs, F)."""
+    folds = (math.nan,) * curve.shape[1]
+    return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import to_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
-from gputune.methods.context import Context
+from gputune.methods.context import Context, does_not_fit
 from gputune.model_choice import ModelChoice
 from gputune.search.hypergradient import Bounds, Descent, Hypergradient, Slope, slope_at
 from gputune.search.space import Space
@@ -116,7 +116,7 @@ def _moved(
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     for start, point in points.items():
         result, path = ledger.results.get(point.number), paths[start]
-        if result is None or not result.detail:  # the deadline came first
+        if result is None or "slope" not in result.detail:  # it was cut short, or memory did not hold it
             continue
         path.move(Slope.from_detail(result.detail))
         if path.ended:
@@ -141,9 +141,15 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Co
         ledger.finish([_result(points[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)])
         context.progress.finished(len(outcome.index))
 
+    def give_up(place: int, reason: str) -> None:
+        ledger.finish([does_not_fit(points[place].number, np.empty((0, context.data.n_folds)), reason)])
+        context.progress.finished(1)
+
     if isinstance(points[0].origin, str):  # the starts
         context.progress.say(f"plan: {plan}")
-    run_chunks(job, context.data, plan, progress=context.progress.advance, on_outcome=keep)
+    run_chunks(
+        job, context.data, plan, progress=context.progress.advance, on_outcome=keep, on_failure=give_up
+    )
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:

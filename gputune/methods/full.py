@@ -7,7 +7,7 @@ import numpy as np
 from gputune.engine.chunk import Job, Outcome
 from gputune.engine.solved import solve_chunk
 from gputune.engine.workers import run_chunks
-from gputune.methods.context import Context
+from gputune.methods.context import Context, does_not_fit
 from gputune.methods.resuming import with_begun
 from gputune.options import Options
 from gputune.study.ledger import Ledger
@@ -31,6 +31,10 @@ def train_fully(ledger: Ledger, context: Context) -> None:
         context.ended(results)
         progress.finished(len(outcome.index))
 
+    def give_up(place: int, reason: str) -> None:
+        ledger.finish([does_not_fit(waiting[place].number, np.empty((0, context.data.n_folds)), reason)])
+        progress.finished(1)
+
     if context.choice.solved:
         with progress.bar_over(len(waiting), 1):
             _solve(configs, context, keep)
@@ -49,7 +53,9 @@ def train_fully(ledger: Ledger, context: Context) -> None:
             context.checkpointing(numbers),
         )
         with progress.bar_over(len(waiting), context.epochs):
-            run_chunks(job, context.data, plan, progress=progress.advance, on_outcome=keep)
+            run_chunks(
+                job, context.data, plan, progress=progress.advance, on_outcome=keep, on_failure=give_up
+            )
 
 
 def _solve(configs: Sequence[Config], context: Context, keep: Callable[[Outcome], None]) -> None:

@@ -14,7 +14,7 @@ from gputune.engine.rung import Parking, RungJob, RungOutcome
 from gputune.engine.train import State
 from gputune.engine.workers import run_chunks
 from gputune.hypergradients.memory import free_bytes
-from gputune.methods.context import Context
+from gputune.methods.context import Context, does_not_fit
 from gputune.methods.resuming import latest
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -114,6 +114,7 @@ class _Search:
         )
 
         trained: set[int] = set()
+        given_up: set[int] = set()
 
         def keep(outcome: Outcome) -> None:
             assert isinstance(outcome, RungOutcome)
@@ -127,13 +128,27 @@ class _Search:
             if time.monotonic() - self.saved_at > context.options.checkpoint_seconds:
                 self._save()
 
+        def give_up(place: int, reason: str) -> None:
+            trained.add(place)
+            given_up.add(runners[place].number)
+            self.ledger.finish([does_not_fit(runners[place].number, runners[place].curve, reason)])
+            context.progress.finished(1)
+
         if chunks:
             plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
-            run_chunks(job, context.data, plan, progress=context.progress.advance, on_outcome=keep)
+            run_chunks(
+                job,
+                context.data,
+                plan,
+                progress=context.progress.advance,
+                on_outcome=keep,
+                on_failure=give_up,
+            )
         for chunk in chunks:
             if chunk.state is not None and chunk.alive is not None and chunk.index[0] not in trained:
                 for row, position in enumerate(chunk.alive):  # time was over before it went on
                     self.parking.park(runners[chunk.index[position]].number, chunk.state.select([row]))
+        self.running = [runner for runner in runners if runner.number not in given_up]
 
     def _begun(self, chunk: Population, stop: int) -> Iterator[BegunChunk]:
         """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together.

@@ -20,7 +20,7 @@ BEST = 5
 _LABEL = 9
 _STATES: dict[TrialState, str] = {
     "complete": "complete",
-    "pruned": "sent away by a rung",
+    "pruned": "sent away",
     "stopped": "stopped by the timeout",
     "failed": "diverged",
     "waiting": "not started before the timeout",
@@ -102,10 +102,12 @@ def _method(study: Study) -> list[tuple[str, str]]:
     method = study.meta["method"]
     if isinstance(method, str):
         return []
-    return [("Halving", _halving(study))] if method["name"] == "halving" else [("Descent", _descent(study))]
+    if method["name"] == "hypergradient":
+        return [("Descent", _descent(study))]
+    return [(method["name"].capitalize(), _sent_away(study))]
 
 
-def _halving(study: Study) -> str:
+def _sent_away(study: Study) -> str:
     """The rungs at which trials left, and how much training that saved."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not left:
@@ -192,7 +194,10 @@ def _whereabouts(ending: Ending, width: int) -> str:
 def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
     """How many trials there are of each state, in these words, and their file."""
     states = Counter(trial.state for trial in ending.study.trials)
-    counts = ", ".join(f"{states[state]} {said}" for state, said in words.items() if states[state])
+    too_big = sum("reason" in trial.detail for trial in ending.study.trials)
+    states["failed"] -= too_big
+    found = [f"{states[state]} {said}" for state, said in words.items() if states[state]]
+    counts = ", ".join([*found, *([f"{too_big} too big for the memory"] if too_big else [])])
     trials = _labelled([("Trials", f"{counts}; {_seconds(ending.seconds)} in all")], width)
     # Not filled: a path must stay in one piece.
     return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]

@@ -3,7 +3,7 @@
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.median import Median
 from gputune.search.spec import parse_specs
 from gputune.study.study import Study
 
@@ -100,10 +101,11 @@ def _trials(arguments: argparse.Namespace) -> int:
     return DESCENTS if arguments.method == "hypergradient" else TRIALS
 
 
-def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
+def _method(arguments: argparse.Namespace) -> str | Halving | Median | Hypergradient:
     """Return the method of the command, with its own options; those of another one are refused."""
     of_method = {
         "halving": {"factor": "factor", "min_epochs": "min_epochs", "brackets": "brackets"},
+        "median": {"min_epochs": "min_epochs", "every": "every"},
         "hypergradient": {
             "descend_on": "hyperparameters",
             "outer_steps": "outer_steps",
@@ -112,8 +114,9 @@ def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
         },
     }
     for method, words in of_method.items():
-        given = [word for word in words if getattr(arguments, word) is not None]
-        if given and arguments.method != method:
+        own = of_method.get(arguments.method, {})
+        given = [word for word in words if getattr(arguments, word) is not None and word not in own]
+        if given:
             raise InputError(
                 f"--{given[0].replace('_', '-')} belongs to --method {method}, got --method {arguments.method}; "
                 "leave it out, or choose that method."
@@ -122,9 +125,12 @@ def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
     options = {
         name: getattr(arguments, word) for word, name in words.items() if getattr(arguments, word) is not None
     }
-    if arguments.method == "halving":
-        return Halving(**options)
-    return Hypergradient(**options) if arguments.method == "hypergradient" else "random"
+    kinds: dict[str, Callable[..., Halving | Median | Hypergradient]] = {
+        "halving": Halving,
+        "median": Median,
+        "hypergradient": Hypergradient,
+    }
+    return kinds[arguments.method](**options) if arguments.method in kinds else "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

@@ -189,7 +189,9 @@ def _run(job: "MemberJob | RungJob", data: Dataset, plan: Plan, group: FoldGroup
 
     def collect(outcome: Outcome) -> None:
         assert isinstance(outcome, Weights | RungOutcome)
-        chunk = next(chunk for chunk in plan.chunks if chunk.index == outcome.index)
+        whole = next(chunk for chunk in plan.chunks if outcome.index[0] in chunk.index)
+        at = whole.index.index(outcome.index[0])
+        chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
         found.update(_members(job, data, chunk, outcome, group))
 
     run_chunks(job, data, plan, progress=lambda _done, _curves: None, on_outcome=collect)
