@@ -18,7 +18,7 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
-from gputune.methods.context import Context
+from gputune.methods.context import Context, does_not_fit
 from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.model_choice import ModelChoice
 from gputune.search.distributions import range_of
@@ -119,7 +119,7 @@ def _moved(
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     for start, point in points.items():
         result, path = ledger.results.get(point.number), paths[start]
-        if result is None or not result.detail:  # the deadline came first
+        if result is None or "slope" not in result.detail:  # it was cut short, or memory did not hold it
             continue
         path.move(Slope.from_detail(result.detail))
         if path.ended:
@@ -160,6 +160,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
             frozen.plan,
             progress=context.progress.advance,
             on_outcome=partial(_keep, ledger, frozen, mode, context),
+            on_failure=partial(_give_up, ledger, frozen, context),
         )
 
 
@@ -169,6 +170,11 @@ def _keep(ledger: Ledger, frozen: FrozenPlan, mode: SlopeMode, context: Context,
     results = [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
     context.progress.finished(sum(result.number not in ledger.results for result in results))
     ledger.finish(results)
+
+
+def _give_up(ledger: Ledger, frozen: FrozenPlan, context: Context, place: int, reason: str) -> None:
+    ledger.finish([does_not_fit(frozen.trials[place].number, np.empty((0, context.data.n_folds)), reason)])
+    context.progress.finished(1)
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
@@ -181,7 +187,7 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
         context.epochs,
         context.scoring,
         context.choice.module_class,
-        context.deadline,
+        context.stop,
         wanted=searched_names(method, context.choice),
         segments=method.segments,
         per_layer=method.per_layer,

@@ -27,8 +27,8 @@ class FrozenPlan:
     chunks: dict[tuple[int, ...], Chunk]
 
     def chunk(self, population: Population) -> Chunk:
-        """Return the frozen chunk that a chunk of the plan is."""
-        return self.chunks[population.index]
+        """Return the frozen chunk that a chunk of the plan is, or is a part of."""
+        return next(chunk for index, chunk in self.chunks.items() if population.index[0] in index)
 
 
 def frozen_plans(

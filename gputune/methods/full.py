@@ -8,8 +8,9 @@ import torch
 from gputune.engine.chunk import Job, Outcome
 from gputune.engine.solved import solve_chunk
 from gputune.engine.workers import on_threads, run_chunks
-from gputune.methods.context import Context
+from gputune.methods.context import Context, does_not_fit
 from gputune.methods.frozen import FrozenPlan, frozen_plans
+from gputune.methods.resuming import with_begun
 from gputune.options import Options
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -53,22 +54,31 @@ def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 
 def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
-    context.progress.say(f"plan: {frozen.plan}", once=True)
+    numbers = [trial.number for trial in frozen.trials]
+    plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
+    context.progress.say(f"plan: {plan}", once=True)
     job = Job(
         context.options.random_state,
         context.epochs,
         context.epochs,
         context.scoring,
         context.choice.module_class,
-        context.deadline,
+        context.stop,
+        context.checkpointing(numbers),
     )
+
+    def give_up(place: int, reason: str) -> None:
+        none = np.empty((0, context.data.n_folds))
+        _finish(ledger, [does_not_fit(numbers[place], none, reason)], context)
+
     run_chunks(
         job,
         context.data,
-        frozen.plan,
+        plan,
         progress=context.progress.advance,
         on_outcome=lambda outcome: _keep(ledger, frozen.trials, outcome, context),
         claim=lambda population: ledger.claim(frozen.chunk(population)),
+        on_failure=give_up,
     )
 
 
@@ -98,9 +108,13 @@ def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
     curves = zip(outcome.index, outcome.curves)
-    results = [_result(trials[i], curve, outcome, context.options) for i, curve in curves]
+    _finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves], context)
+
+
+def _finish(ledger: Ledger, results: Sequence[Result], context: Context) -> None:
     context.progress.finished(sum(result.number not in ledger.results for result in results))
     ledger.finish(results)
+    context.ended(results)
 
 
 def _wait(ledger: Ledger, chunks: Sequence[Chunk], context: Context) -> None:

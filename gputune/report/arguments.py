@@ -84,9 +84,9 @@ def _add_search(group: Any) -> None:
     )
     group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
     group.add_argument(
-        "--method", choices=["random", "halving", "hypergradient"], default="random",
-        help="halving: at each rung the best third goes on; hypergradient: every drawn configuration descends on its "
-        "validation loss (random)",
+        "--method", choices=["random", "halving", "median", "hypergradient"], default="random",
+        help="halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "
+        "drawn configuration descends on its validation loss (random)",
     )  # fmt: skip
     group.add_argument(
         "--factor",
@@ -96,7 +96,12 @@ def _add_search(group: Any) -> None:
     )
     group.add_argument(
         "--min-epochs", type=_whole(1), metavar="E",
-        help="with --method halving: epochs before the first rung (a 27th of --epochs)",
+        help="with --method halving: epochs before the first rung (a 27th of --epochs); median: before the first "
+        "decision (a tenth)",
+    )  # fmt: skip
+    group.add_argument(
+        "--every", type=_whole(1), metavar="E",
+        help="with --method median: epochs between two decisions (as many as before the first)",
     )  # fmt: skip
     group.add_argument(
         "--brackets", type=_whole(1), metavar="N",
@@ -188,6 +193,10 @@ def _add_resume(commands: Any) -> None:
 
 
 def _add_quiet(group: Any) -> None:
+    group.add_argument(
+        "--checkpoint-seconds", type=_number, default=60.0, metavar="SEC",
+        help="what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
+    )  # fmt: skip
     group.add_argument(
         "-q",
         "--quiet",

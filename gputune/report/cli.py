@@ -1,4 +1,4 @@
-"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, or 130 interrupted.
+"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, 130 Ctrl-C, 143 SIGTERM.
 
 Everything heavy is imported inside the commands, so that ``gputune --help`` waits for nothing.
 """
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gputune.errors import DivergedError, InputError, SearchFailedError
+from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted
 from gputune.report.arguments import make_parser
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name that the terminal's encoding lacks must not end a search in an error.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    typed = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = make_parser().parse_args(argv)
+        arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
     with _warnings_in_words():
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         return _write(_COMMANDS[arguments.command](arguments))
+    except SearchInterrupted as stop:
+        _write(stop.report)
+        _say(str(stop))
+        return 128 + stop.signal  # as a shell reports a process that a signal has ended
     except KeyboardInterrupt as stop:
         _say(str(stop) or "interrupted.")
         return INTERRUPTED

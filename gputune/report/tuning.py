@@ -3,7 +3,7 @@
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +11,16 @@ from pathlib import Path
 from gputune.again import Again, search_again
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
-from gputune.errors import InputError
+from gputune.errors import InputError, SearchInterrupted
+from gputune.interrupting import CTRL_C, TERMINATED, interrupted_words
 from gputune.model_choice import choose_model
 from gputune.options import Options
 from gputune.pipeline import search
-from gputune.report.closing import Ending, closing_text
+from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.median import Median
 from gputune.search.spec import parse_specs
 from gputune.study.study import Study
 
@@ -32,7 +34,7 @@ STUDY, MODEL = "study.db", "model"
 def tune(arguments: argparse.Namespace) -> str:
     """Run the command and return its closing text.
 
-    Raises KeyboardInterrupt with a line that says what is kept, and what ``gputune.tune`` raises.
+    Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
     """
     begin = time.perf_counter()
     out = Path(arguments.out)
@@ -48,7 +50,7 @@ def tune(arguments: argparse.Namespace) -> str:
         task=options.task,
     )
     with _folder(out):
-        return _to_the_end(arguments.file, Again(choice, rest, test, options), out / MODEL, begin)
+        return _to_the_end(arguments, arguments.file, Again(choice, rest, test, options), out / MODEL, begin)
 
 
 def resume(arguments: argparse.Namespace) -> str:
@@ -63,14 +65,22 @@ def resume(arguments: argparse.Namespace) -> str:
     again = search_again(study_file, meta, {**given, "verbose": arguments.verbose})
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     model_folder = study_file.parent / MODEL if "test_size" in meta["source"] else None
-    return _to_the_end(meta["source"]["path"], again, model_folder, begin)
+    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin)
 
 
-def _to_the_end(file: str, again: Again, model_folder: Path | None, begin: float) -> str:
+def _to_the_end(
+    arguments: argparse.Namespace, file: str, again: Again, model_folder: Path | None, begin: float
+) -> str:
     """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
     study_file = Path(again.options.study)
     with _kept(study_file):
-        study = search(again.choice, again.source, again.options)
+        try:
+            study = search(again.choice, again.source, again.options, (CTRL_C, TERMINATED))
+        except SearchInterrupted as stop:
+            seconds = time.perf_counter() - begin
+            ending = Ending(file, stop.study, again.source, None, study_file, model_folder, seconds)
+            stop.report = stopped_text(ending, arguments.typed, width=shutil.get_terminal_size().columns)
+            raise
         held_out = None
         if model_folder is not None:
             model = study.best_model()
@@ -93,6 +103,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "numbers",
         "schedule",
         "timeout",
+        "checkpoint_seconds",
         "device",
         "dtype",
         "memory",
@@ -118,10 +129,11 @@ def _trials(arguments: argparse.Namespace) -> int:
     return DESCENTS if arguments.method == "hypergradient" else TRIALS
 
 
-def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
+def _method(arguments: argparse.Namespace) -> str | Halving | Median | Hypergradient:
     """Return the method of the command, with its own options; those of another one are refused."""
     of_method = {
         "halving": {"factor": "factor", "min_epochs": "min_epochs", "brackets": "brackets"},
+        "median": {"min_epochs": "min_epochs", "every": "every"},
         "hypergradient": {
             "descend_on": "hyperparameters",
             "outer_steps": "outer_steps",
@@ -130,8 +142,9 @@ def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
         },
     }
     for method, words in of_method.items():
-        given = [word for word in words if getattr(arguments, word) is not None]
-        if given and arguments.method != method:
+        own = of_method.get(arguments.method, {})
+        given = [word for word in words if getattr(arguments, word) is not None and word not in own]
+        if given:
             raise InputError(
                 f"--{given[0].replace('_', '-')} belongs to --method {method}, got --method {arguments.method}; "
                 "leave it out, or choose that method."
@@ -140,9 +153,12 @@ def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
     options = {
         name: getattr(arguments, word) for word, name in words.items() if getattr(arguments, word) is not None
     }
-    if arguments.method == "halving":
-        return Halving(**options)
-    return Hypergradient(**options) if arguments.method == "hypergradient" else "random"
+    kinds: dict[str, Callable[..., Halving | Median | Hypergradient]] = {
+        "halving": Halving,
+        "median": Median,
+        "hypergradient": Hypergradient,
+    }
+    return kinds[arguments.method](**options) if arguments.method in kinds else "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:
@@ -180,15 +196,13 @@ def _folder(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _kept(study_file: Path) -> Iterator[None]:
-    """Say on Ctrl-C what is safe and how to go on."""
+    """Say on a Ctrl-C before or after the training what is safe and how to go on."""
     try:
         yield
+    except SearchInterrupted:
+        raise
     except KeyboardInterrupt:
         if not study_file.exists():
             raise KeyboardInterrupt("interrupted before the first trial; nothing was kept.") from None
-        trials = Study.open(study_file).trials
-        done = sum(trial.state != "waiting" for trial in trials)
-        raise KeyboardInterrupt(
-            f"interrupted: {done} of {len(trials)} trials are finished and kept in {str(study_file)!r}; "
-            "repeat the command to go on."
-        ) from None
+        words = interrupted_words(Study.open(study_file), study_file)
+        raise KeyboardInterrupt(words) from None

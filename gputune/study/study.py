@@ -37,7 +37,7 @@ class Trial:
     origin       "default", "include" or "random"; in a study by hypergradients (start, outer step), the start being the
                  number of the trial it began with, which is outer step 0
     detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
-                 halving "rung", the epoch at which it was sent away
+                 halving "rung", the epoch at which it was sent away; "reason" where memory did not hold it
     """
 
     number: int
@@ -236,6 +236,12 @@ class Study:
         waiting = sum(t.state == "waiting" for t in self.trials)
         if waiting == len(self.trials):
             return f"none of the {waiting} trials has been trained yet; run the search."
+        reasons = {str(t.detail["reason"]) for t in self.trials if "reason" in t.detail}
+        if reasons:
+            return (
+                f"no trial has a finite score, and some of {len(self.trials)} did not fit into memory even alone "
+                f"({min(reasons)}); search smaller widths and batch sizes."
+            )
         return (
             f"no trial has a finite score: of {len(self.trials)} trials {failed} diverged, {waiting} have not been "
             "trained; lower the learning rates of the space, and look for extreme values in the data."

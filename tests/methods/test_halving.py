@@ -11,7 +11,7 @@ from torch import nn
 import gputune
 from gputune.engine.rung import Parking
 from gputune.errors import InputError
-from gputune.methods import halving
+from gputune.methods import rungs
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -141,14 +141,14 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
             assert self.folder is not None and not self.states
             super().close()
 
-    monkeypatch.setattr(halving, "Parking", Small)
+    monkeypatch.setattr(rungs, "Parking", Small)
     study = gputune.tune("mlp", *iris, space=SPACE, n_trials=26, method=gputune.Halving(min_epochs=1), **FAST)
     np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
     assert parked[0].held == 0
 
 
 def test_a_stopped_search_goes_on(iris, both, tmp_path, monkeypatch):
-    runs, run = [], halving.run_chunks
+    runs, run = [], rungs.run_chunks
 
     def interrupted(*arguments, **rest):
         runs.append(1)
@@ -163,12 +163,12 @@ def test_a_stopped_search_goes_on(iris, both, tmp_path, monkeypatch):
         "study": tmp_path / "s.db",
         **FAST,
     }
-    monkeypatch.setattr(halving, "run_chunks", interrupted)
+    monkeypatch.setattr(rungs, "run_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gputune.tune("mlp", *iris, **common)
     kept = gputune.Study.open(tmp_path / "s.db")
     assert [t.state for t in kept.trials].count("pruned") == 18
-    monkeypatch.setattr(halving, "run_chunks", run)
+    monkeypatch.setattr(rungs, "run_chunks", run)
     study = gputune.tune("mlp", *iris, **common)
     assert [t.state for t in study.trials] == [t.state for t in both[1].trials]
     np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
