@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from gputune.engine.workers import run_chunks
 from gputune.errors import InputError
 from gputune.hypergradients.memory import free_bytes
 from gputune.methods.context import Context
+from gputune.methods.frozen import frozen_plans
 from gputune.search.halving import Halving, survivors
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -20,7 +22,7 @@ from gputune.study.store import Candidate, Result
 from gputune.types import Config
 
 
-@dataclass
+@dataclass(eq=False)
 class _Runner:
     """One trial on its way: its curve so far (epochs, F) and the seconds it took."""
 
@@ -52,6 +54,22 @@ def halve(ledger: Ledger, method: Halving, context: Context) -> None:
         search.parking.close()
 
 
+def _company(ledger: Ledger) -> dict[int, set[int]]:
+    """Return, for each epoch at which frozen chunks begin, the trials that the waiting ones need there.
+
+    A search that goes on begins anew with its waiting trials, and their bits depend on those that trained with them:
+    the others of their chunks, which in turn depend on the others of their earlier chunks.
+    """
+    needed = {trial.number for trial in ledger.waiting()}
+    company = {}
+    for stage in sorted({chunk.stage for chunk in ledger.plan}, reverse=True):
+        for chunk in ledger.plan:
+            if chunk.stage == stage and not needed.isdisjoint(chunk.trials):
+                needed = needed | set(chunk.trials)
+        company[stage] = needed
+    return company
+
+
 class _Search:
     """The trials on their way, and where they wait."""
 
@@ -60,10 +78,11 @@ class _Search:
         self.rungs = method.rungs(context.epochs)
         brackets = method.brackets_of(len(ledger.candidates), context.epochs)
         self.bracket = {c.number: b for c, b in zip(ledger.candidates, brackets)}
-        folds = context.data.n_folds
-        self.running = [
-            _Runner(trial, context.complete(trial.params), np.empty((0, folds))) for trial in ledger.waiting()
-        ]
+        self.company = _company(ledger)
+        wanted = self.company.get(0, set()) | {trial.number for trial in ledger.waiting()}
+        trials = [trial for trial in ledger.candidates if trial.number in wanted]
+        nothing = np.empty((0, context.data.n_folds))
+        self.running = [_Runner(trial, context.complete(trial.params), nothing) for trial in trials]
         self.parking = Parking(context.memory or free_bytes(context.data.device) // 4)
 
     def run(self) -> None:
@@ -73,6 +92,7 @@ class _Search:
         with progress.bar_over(len(self.running), self.context.epochs):
             for stop in stops:
                 if self.running and not self.context.is_over():
+                    self._part_company(begin)
                     self._train(begin, stop)
                     self._leave(stop)
                 begin = stop
@@ -80,12 +100,16 @@ class _Search:
 
     def _train(self, begin: int, stop: int) -> None:
         """Train the running trials from one stop to the next."""
-        context, runners = self.context, self.running
-        plan = context.plan([runner.config for runner in runners], epochs=stop - begin)
-        if begin == 0:
-            context.progress.say(f"plan: {plan}")
-        chunks = tuple(self._begun(chunk, begin) for chunk in plan.chunks)
-        options = context.options
+        context, options = self.context, self.context.options
+        plans = frozen_plans(
+            self.ledger,
+            [runner.trial for runner in self.running],
+            stage=begin,
+            kind=context.choice.kind,
+            complete=context.complete,
+            make=lambda configs: context.plan(configs, epochs=stop - begin),
+            alone=True,
+        )
         job = RungJob(
             options.random_state,
             stop,
@@ -94,27 +118,42 @@ class _Search:
             context.choice.module_class,
             context.deadline,
         )
+        by_number = {runner.trial.number: runner for runner in self.running}
+        for frozen in plans:
+            if begin == 0:
+                context.progress.say(f"plan: {frozen.plan}", once=True)
+            runners = [by_number[trial.number] for trial in frozen.trials]
+            chunks = tuple(self._begun(chunk, runners, begin) for chunk in frozen.plan.chunks)
+            run_chunks(
+                job,
+                context.data,
+                replace(frozen.plan, chunks=chunks),
+                progress=context.progress.advance,
+                on_outcome=partial(self._keep, runners),
+            )
 
-        def keep(outcome: Outcome) -> None:
-            assert isinstance(outcome, RungOutcome)
-            for i, curve in zip(outcome.index, outcome.curves):
-                runners[i].curve = np.concatenate([runners[i].curve, curve])
-                runners[i].seconds += outcome.seconds / len(outcome.index)
-            for row, position in enumerate(outcome.alive):
-                self.parking.park(runners[outcome.index[position]].trial.number, outcome.state.select([row]))
+    def _keep(self, runners: Sequence[_Runner], outcome: Outcome) -> None:
+        assert isinstance(outcome, RungOutcome)
+        for i, curve in zip(outcome.index, outcome.curves):
+            runners[i].curve = np.concatenate([runners[i].curve, curve])
+            runners[i].seconds += outcome.seconds / len(outcome.index)
+        for row, position in enumerate(outcome.alive):
+            self.parking.park(runners[outcome.index[position]].trial.number, outcome.state.select([row]))
 
-        run_chunks(
-            job,
-            context.data,
-            replace(plan, chunks=chunks),
-            progress=context.progress.advance,
-            on_outcome=keep,
-        )
+    def _part_company(self, epoch: int) -> None:
+        """Let go the trials that are finished, and are no company for others from this epoch on."""
+        stay = self.company.get(epoch, set())
+        gone = [
+            r for r in self.running if r.trial.number in self.ledger.results and r.trial.number not in stay
+        ]
+        for runner in gone:
+            self.parking.drop(runner.trial.number)
+        self.running = [runner for runner in self.running if runner not in gone]
 
-    def _begun(self, chunk: Population, epoch: int) -> BegunChunk:
+    def _begun(self, chunk: Population, runners: Sequence[_Runner], epoch: int) -> BegunChunk:
         state: State | None = None
         if epoch:
-            state = self.parking.take([self.running[i].trial.number for i in chunk.index], epoch)
+            state = self.parking.take([runners[i].trial.number for i in chunk.index], epoch)
         return BegunChunk(chunk.kind, chunk.index, chunk.configs, state)
 
     def _leave(self, epoch: int) -> None:
