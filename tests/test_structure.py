@@ -31,8 +31,8 @@ study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/space_again search/random search/halving
 search/median search/hypergradient
 options model_choice progress interrupting problem again refit
-methods/context methods/resuming methods/frozen methods/rungs methods/full methods/halving methods/median
-methods/descent pipeline
+methods/context methods/resuming methods/frozen methods/company methods/rungs methods/full methods/halving
+methods/median methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
 sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested

@@ -14,7 +14,9 @@ from gputune.engine.rung import Parking, RungJob, RungOutcome
 from gputune.engine.train import State
 from gputune.engine.workers import run_chunks
 from gputune.hypergradients.memory import free_bytes
+from gputune.methods.company import company_of
 from gputune.methods.context import Context, does_not_fit
+from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.methods.resuming import latest
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -25,7 +27,7 @@ SendAway = Callable[[int, Mapping[int, np.ndarray]], set[int]]
 """An epoch and the curves (epochs, F) of trials by number, ended ones too -> the numbers of those that leave."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Runner:
     """One trial on its way: its curve so far (epochs, F) and the seconds it took."""
 
@@ -60,34 +62,39 @@ class _Search:
 
     def __init__(self, ledger: Ledger, stops: Sequence[int], send_away: SendAway, context: Context) -> None:
         self.ledger, self.stops, self.send_away, self.context = ledger, stops, send_away, context
-        folds = context.data.n_folds
-        self.running = [
-            _Runner(trial, context.complete(trial.params), np.empty((0, folds))) for trial in ledger.waiting()
-        ]
+        self.ends = sorted({*stops, context.epochs})
+        configs = {trial.number: context.complete(trial.params) for trial in ledger.candidates}
+        begun = latest(context.checkpoints_of(list(configs), list(configs.values())))
+        done = {number: checkpoint.state.epoch for number, (checkpoint, _) in begun.items()}
+        self.company = company_of(ledger, self.ends, done)
+        wanted = self.company.get(0, set()) | {trial.number for trial in ledger.waiting()}
+        nothing = np.empty((0, context.data.n_folds))
+        trials = [trial for trial in ledger.candidates if trial.number in wanted]
+        self.running = [_Runner(trial, configs[trial.number], nothing) for trial in trials]
         self.parking = Parking(context.memory or free_bytes(context.data.device) // 4)
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
         self.saved_at = time.monotonic()
-        self._resume()
+        self._resume(begun)
 
-    def _resume(self) -> None:
+    def _resume(self, begun: Mapping[int, tuple[Checkpoint, int]]) -> None:
         """Put the trials where their checkpoints have them."""
-        runners = {runner.number: runner for runner in self.running}
-        found = self.context.checkpoints_of(list(runners), [r.config for r in self.running])
-        for number, (checkpoint, position) in latest(found).items():
-            if number in runners:
-                runner = runners[number]
-                runner.curve = checkpoint.curves[position]
-                runner.seconds = checkpoint.seconds / len(checkpoint.trials)
-                if position in checkpoint.alive:
-                    row = checkpoint.alive.index(position)
-                    self.parking.park(number, checkpoint.state.select([row]))
+        for runner in self.running:
+            if runner.number not in begun:
+                continue
+            checkpoint, position = begun[runner.number]
+            runner.curve = checkpoint.curves[position]
+            runner.seconds = checkpoint.seconds / len(checkpoint.trials)
+            if position in checkpoint.alive:
+                row = checkpoint.alive.index(position)
+                self.parking.park(runner.number, checkpoint.state.select([row]))
 
     def run(self) -> None:
         """Train to every epoch at which the rule decides, and to the end."""
         progress, begin = self.context.progress, 0
         with progress.bar_over(len(self.running), self.context.epochs):
-            for stop in sorted({*self.stops, self.context.epochs}):
+            for stop in self.ends:
                 if self.running and not self.context.is_over():
+                    self._part_company(begin)
                     self._train(begin, stop)
                     if self.context.is_over():
                         self._save()
@@ -95,13 +102,36 @@ class _Search:
                 begin = stop
             self._finish([runner for runner in self.running if len(runner.curve)])
 
+    def _part_company(self, epoch: int) -> None:
+        """Let go the trials that are finished, and are no company for others from this epoch on."""
+        stay, over = self.company.get(epoch, set()), self.ledger.results
+        for runner in self.running:
+            if runner.number in over and runner.number not in stay:
+                self.parking.drop(runner.number)
+        self.running = [r for r in self.running if r.number not in over or r.number in stay]
+
     def _train(self, begin: int, stop: int) -> None:
         """Train the running trials from one stop to the next."""
-        context, runners = self.context, self.running
-        plan = context.plan([runner.config for runner in runners], epochs=stop - begin)
-        if begin == 0:
-            context.progress.say(f"plan: {plan}")
-        chunks = tuple(part for chunk in plan.chunks for part in self._begun(chunk, stop))
+        context = self.context
+        plans = frozen_plans(
+            self.ledger,
+            [runner.trial for runner in self.running],
+            stage=begin,
+            kind=context.choice.kind,
+            complete=context.complete,
+            make=lambda configs: context.plan(configs, epochs=stop - begin),
+            alone=True,
+        )
+        for frozen in plans:
+            if begin == 0:
+                context.progress.say(f"plan: {frozen.plan}", once=True)
+            self._run(frozen, stop)
+
+    def _run(self, frozen: FrozenPlan, stop: int) -> None:
+        """Train the chunks of a plan to a stop."""
+        context, by_number = self.context, {runner.number: runner for runner in self.running}
+        runners = [by_number[trial.number] for trial in frozen.trials]
+        chunks = tuple(part for chunk in frozen.plan.chunks for part in self._begun(chunk, runners, stop))
         job = RungJob(
             context.options.random_state,
             stop,
@@ -112,30 +142,19 @@ class _Search:
             context.checkpointing([runner.number for runner in runners]),
             keep_stopped=False,
         )
-
         trained: set[int] = set()
-        given_up: set[int] = set()
 
         def keep(outcome: Outcome) -> None:
             assert isinstance(outcome, RungOutcome)
-            for i, curve in zip(outcome.index, outcome.curves):
-                runners[i].curve = np.concatenate([runners[i].curve, curve])
-                runners[i].seconds += outcome.seconds / len(outcome.index)
-            for row, position in enumerate(outcome.alive):
-                self.parking.park(runners[outcome.index[position]].number, outcome.state.select([row]))
-            self.unsaved.append(tuple(runners[i].number for i in outcome.index))
             trained.update(outcome.index)
-            if time.monotonic() - self.saved_at > context.options.checkpoint_seconds:
-                self._save()
+            self._keep(runners, outcome)
 
         def give_up(place: int, reason: str) -> None:
             trained.add(place)
-            given_up.add(runners[place].number)
-            self.ledger.finish([does_not_fit(runners[place].number, runners[place].curve, reason)])
-            context.progress.finished(1)
+            self._give_up(runners[place], reason)
 
         if chunks:
-            plan = replace(plan, chunks=chunks, workers=min(plan.workers, len(chunks)))
+            plan = replace(frozen.plan, chunks=chunks, workers=min(frozen.plan.workers, len(chunks)))
             run_chunks(
                 job,
                 context.data,
@@ -148,26 +167,41 @@ class _Search:
             if chunk.state is not None and chunk.alive is not None and chunk.index[0] not in trained:
                 for row, position in enumerate(chunk.alive):  # time was over before it went on
                     self.parking.park(runners[chunk.index[position]].number, chunk.state.select([row]))
-        self.running = [runner for runner in runners if runner.number not in given_up]
 
-    def _begun(self, chunk: Population, stop: int) -> Iterator[BegunChunk]:
+    def _keep(self, runners: Sequence[_Runner], outcome: RungOutcome) -> None:
+        for i, curve in zip(outcome.index, outcome.curves):
+            runners[i].curve = np.concatenate([runners[i].curve, curve])
+            runners[i].seconds += outcome.seconds / len(outcome.index)
+        for row, position in enumerate(outcome.alive):
+            self.parking.park(runners[outcome.index[position]].number, outcome.state.select([row]))
+        self.unsaved.append(tuple(runners[i].number for i in outcome.index))
+        if time.monotonic() - self.saved_at > self.context.options.checkpoint_seconds:
+            self._save()
+
+    def _give_up(self, runner: _Runner, reason: str) -> None:
+        """Finish a trial that memory does not hold."""
+        self.running = [other for other in self.running if other is not runner]
+        self.ledger.finish([does_not_fit(runner.number, runner.curve, reason)])
+        self.context.progress.finished(1)
+
+    def _begun(self, chunk: Population, runners: Sequence[_Runner], stop: int) -> Iterator[BegunChunk]:
         """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together.
 
         Those that have diverged stay in their place, without a state, so that what trains on a checkpoint is what
         trained before it.
         """
-        places = sorted(range(len(chunk.index)), key=lambda c: len(self.running[chunk.index[c]].curve))
-        for epoch, group in groupby(places, key=lambda c: len(self.running[chunk.index[c]].curve)):
+        places = sorted(range(len(chunk.index)), key=lambda c: len(runners[chunk.index[c]].curve))
+        for epoch, group in groupby(places, key=lambda c: len(runners[chunk.index[c]].curve)):
             own = sorted(group)
-            runners = [self.running[chunk.index[c]] for c in own]
+            those = [runners[chunk.index[c]] for c in own]
             index, configs = tuple(chunk.index[c] for c in own), tuple(chunk.configs[c] for c in own)
-            alive = tuple(i for i, r in enumerate(runners) if not r.has_diverged(epoch))
+            alive = tuple(i for i, r in enumerate(those) if not r.has_diverged(epoch))
             if epoch == 0:
                 yield BegunChunk(chunk.kind, index, configs)
             elif epoch < stop and alive:
-                state: State = self.parking.take([runners[i].number for i in alive])
-                before = np.stack([runner.curve for runner in runners])
-                seconds = sum(runner.seconds for runner in runners)
+                state: State = self.parking.take([those[i].number for i in alive])
+                before = np.stack([runner.curve for runner in those])
+                seconds = sum(runner.seconds for runner in those)
                 yield BegunChunk(chunk.kind, index, configs, state, alive, before, seconds)
 
     def _save(self) -> None:

@@ -80,8 +80,7 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
     code, out, err = run("resume", "gputune-out", "--quiet")
     assert (code, err) == (0, "")
     assert without_time(out) == without_time(whole)
-    if "halving" not in options:
-        assert table(path) == expected
+    assert table(path) == expected
     assert gputune.load_model("gputune-out/model").target == "kind"
 
 
