@@ -140,8 +140,8 @@ def markdown(machine: dict[str, Any], found: list[Seed], *, trials: int, epochs:
         f"{machine['date']}.",
         "",
         f"{trials} trials of the default space, {epochs} epochs, {FOLDS} folds; `gputune.Halving()`. Accuracy is the "
-        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. The "
-        f"aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs.",
+        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. "
+        f"The aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs.",
         "",
         "| table | seed | full search | halving | loss | trial-epochs | run |",
         "|---|---|---|---|---|---|---|",
