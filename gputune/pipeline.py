@@ -122,6 +122,7 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
+    progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
@@ -138,7 +139,8 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
         _run(ledger, space, context)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+    file = None if options.study is None else Path(options.study)
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), file=file)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study

@@ -79,10 +79,13 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
         f"descent: {len(starts)} starts x at most {outer + 1} points = {most} trainings at most, each in all folds and "
         f"with derivatives; fewer with a smaller n_trials ({len(starts)} starts now)"
     )
-    with context.progress.bar_over(most, context.epochs):
+    with context.progress.bar_over(most - len(ledger.results), context.epochs):
         for step in range(outer + 1):
             _evaluate_all(ledger, points, paths, context)
+            before = len(points)
             points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
+            ended = (before - len(points)) * (outer - step)
+            context.progress.spare(ended * context.epochs, trials=ended)
             if not points or context.is_over():
                 return
 
@@ -141,8 +144,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Co
         ledger.finish([_result(points[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)])
         context.progress.finished(len(outcome.index))
 
-    if isinstance(points[0].origin, str):  # the starts
-        context.progress.say(f"plan: {plan}")
+    context.progress.plan(plan, aloud=isinstance(points[0].origin, str))  # that of the starts
     run_chunks(job, context.data, plan, progress=context.progress.advance, on_outcome=keep)
 
 

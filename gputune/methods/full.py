@@ -33,7 +33,7 @@ def train_fully(ledger: Ledger, context: Context) -> None:
             _solve(configs, context, keep)
     elif configs:
         plan = context.plan(configs, epochs=context.epochs)
-        progress.say(f"plan: {plan}")
+        progress.plan(plan)
         job = Job(
             options.random_state,
             context.epochs,

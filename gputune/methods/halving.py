@@ -82,8 +82,7 @@ class _Search:
         """Train the running trials from one stop to the next."""
         context, runners = self.context, self.running
         plan = context.plan([runner.config for runner in runners], epochs=stop - begin)
-        if begin == 0:
-            context.progress.say(f"plan: {plan}")
+        context.progress.plan(plan, aloud=begin == 0)
         chunks = tuple(self._begun(chunk, begin) for chunk in plan.chunks)
         options = context.options
         job = RungJob(
@@ -147,8 +146,10 @@ class _Search:
         for runner in runners:
             self.parking.drop(runner.trial.number)
         if runners:
-            self.ledger.finish([self._result(runner, rung) for runner in runners])
-            self.context.progress.finished(len(runners))
+            results = [self._result(runner, rung) for runner in runners]
+            self.ledger.finish(results)
+            self.context.progress.finished(len(runners), pruned=sum(r.state == "pruned" for r in results))
+            self.context.progress.spare(sum(self.context.epochs - len(runner.curve) for runner in runners))
 
     def _result(self, runner: _Runner, rung: int | None) -> Result:
         done = len(runner.curve)

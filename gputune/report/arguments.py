@@ -17,6 +17,8 @@ examples:
   gputune tune houses.csv --target price --trials 100 --epochs 30
   gputune tune houses.csv --target price --space lr=1e-4..1e-1:log width=64,128
   gputune tune houses.csv --target price --model net.py:Net --cv 3
+  gputune status gputune-out
+  gputune report gputune-out --out report.html
   gputune trials gputune-out --format csv
   gputune predict gputune-out/model new-houses.csv --out prices.csv
 """
@@ -42,6 +44,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_trials(commands)
     _add_best(commands)
     _add_predict(commands)
+    _add_report(commands)
+    _add_status(commands)
     return parser
 
 
@@ -200,6 +204,21 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
     parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add(commands, "report", "write one page of HTML about a study, finished or running")
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+    parser.add_argument(
+        "--out", default="report.html", metavar="FILE", help="where the page is written (report.html)"
+    )
+
+
+def _add_status(commands: Any) -> None:
+    parser = _add(
+        commands, "status", "look at a running search: trials by state, the best so far, the last result"
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
 
 
 def _whole(least: int) -> Callable[[str], int]:

@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gputune.errors import DivergedError, InputError, SearchFailedError
@@ -85,21 +84,35 @@ def _predict(arguments: argparse.Namespace) -> str:
     return ""
 
 
+def _report(arguments: argparse.Namespace) -> str:
+    from gputune.report.reporting import report
+
+    return report(arguments.study, arguments.out)
+
+
+def _status(arguments: argparse.Namespace) -> str:
+    from gputune.report.status import status
+
+    return status(arguments.study)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
     "trials": _trials,
     "best": _best,
     "predict": _predict,
+    "report": _report,
+    "status": _status,
 }
 """Each returns what goes to standard output."""
 
 
 def _open(place: str) -> Any:
     """Return the study of a file, or of the folder that ``gputune tune`` made."""
+    from gputune.report.places import study_file
     from gputune.study.study import Study
 
-    path = Path(place)
-    return Study.open(path / "study.db" if path.is_dir() else path)
+    return Study.open(study_file(place))
 
 
 def _write(text: str) -> int:

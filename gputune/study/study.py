@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError, SearchFailedError
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
+from gputune.study.views import StudyViews
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
@@ -64,7 +66,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Study:
+class Study(StudyViews):
     """What a search found.
 
     trials   in order of their number
@@ -74,12 +76,14 @@ class Study:
              "model"    the model's name, shown by ``repr``
              "scoring"  the name of the score, shown by ``repr``
     data     what the process that searched keeps for a refit; None for a study that was opened from its file
+    file     the file that keeps the study; None where none does
     """
 
     meta: dict[str, Any]
     trials: tuple[Trial, ...]
     curves: Curve
     data: Any = None
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         curves = np.array(self.curves, dtype=np.float64)
@@ -99,16 +103,23 @@ class Study:
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
         """
         with Store.open(path) as store:
-            return cls.from_rows(store.meta, store.trials())
+            return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
     def from_rows(
-        cls, meta: dict[str, Any], rows: Sequence[tuple[Candidate, Result | None]], *, data: Any = None
+        cls,
+        meta: dict[str, Any],
+        rows: Sequence[tuple[Candidate, Result | None]],
+        *,
+        data: Any = None,
+        file: Path | None = None,
     ) -> "Study":
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
-        return cls(meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data)
+        return cls(
+            meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data, file=file
+        )
 
     @property
     def best_trial(self) -> Trial:
