@@ -40,6 +40,19 @@ META = {
 }
 
 
+HOSTILE = (
+    "</script><script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><svg onload=alert(1)>',
+    "'-alert(1)-'",
+    "{{ 7 * 7 }}{% raw %}",
+    "</style><style>*{display:none}",
+    "a\x00\x1b[2J\u202eb",
+    "</title><h1>",
+    "]]><!--",
+)
+
+
 def made_study(n, *, epochs=30, folds=5, seed=0, halved=False, waiting=0, file=None, **meta):
     """Return a study of ``n`` trials, the last ``waiting`` of them not trained; ``halved``: with rungs at 3 and 9."""
     rng = np.random.default_rng(seed)
@@ -124,7 +137,7 @@ def made_descent(starts=6, steps=8, *, seed=0):
         for step in range(steps + 1):
             loss = 0.08 + 0.05 * math.log10(lr / 5e-3) ** 2 + 0.01 * math.log10(decay / 1e-2) ** 2
             folds = (-loss + rng.normal(0, 0.004, 5)).tolist()
-            usable = bool(lr < 0.08)
+            usable = bool(lr < 0.012)
             detail = {
                 "loss": loss,
                 "ratio": 0.2,
@@ -155,3 +168,21 @@ def made_descent(starts=6, steps=8, *, seed=0):
     method = method_meta(Hypergradient(hyperparameters=("lr", "weight_decay"), outer_steps=steps))
     meta = {**META, "method": method, "scoring": "neg_log_loss", "max_epochs": 10}
     return Study(meta=meta, trials=trials, curves=np.stack(curves))
+
+
+def hostile_study(text):
+    """A study in which every text is hostile."""
+    n, rng = 14, np.random.default_rng(0)
+    trials = []
+    for c in range(n):
+        params = {"lr": 0.01 * (c + 1), f"module__{text}": text if c % 2 else "b", text: [text, (text,)]}
+        score = math.nan if c == 3 else 0.5 + c / 100
+        state = "failed" if c == 3 else "complete"
+        trials.append(Trial(c, params, score, (score, score), 2, state, 1.0, text))
+    meta = {
+        **META, "model": text, "target": text, "classes": [text, "b"], "space": text, "optimizer": text, "device": text,
+        "source": {"path": f"/tmp/{text}.csv", "target": text, "groups": text}, "notes": [text], "scoring": text,
+        "versions": {text: text}, "cv": text, "class_weight": text, "task": text, "dtype": text,
+        "method": {"name": text}, "spec": {"kind": "module", "path": f"{text}.py", "class": text, "sha256": ""},
+    }  # fmt: skip
+    return Study(meta=meta, trials=trials, curves=rng.normal(size=(n, 3, 2)))

@@ -13,7 +13,7 @@ from gputune.study.study import Study
 FEWEST, MOST = 10, 2000
 """Trials that a forest needs, and those it is given at most, drawn from all."""
 
-_TREES, _SHUFFLES = 64, 5
+_TREES, _SHUFFLES = 32, 5
 
 
 @dataclass(frozen=True, eq=False)

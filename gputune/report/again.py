@@ -7,8 +7,11 @@ from typing import Any
 
 from gputune.errors import InputError
 from gputune.report.facts import best_trial
+from gputune.report.text import clean
 from gputune.study.study import Study
 from gputune.study.values import to_json
+
+_LONGEST = 70
 
 
 class _Code:
@@ -118,7 +121,7 @@ def _tune(code: _Code, study: Study) -> str:
 
 def _comment(text: Any) -> str:
     """Return text that stays within a comment."""
-    return " ".join(str(text).split())
+    return clean(" ".join(str(text).split()))
 
 
 def _model(code: _Code, spec: Mapping[str, Any]) -> str:
@@ -163,8 +166,9 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
     assert best is not None
     descent = isinstance(meta["method"], dict) and meta["method"].get("name") == "hypergradient"
     options = {
-        "include": f"[{code.literal(dict(best.params))}]",
-        "n_trials": "0",
+        # A space of one point gives these very parameters; an included trial would be filled up with defaults.
+        "space": _over_lines(code, {name: [value] for name, value in best.params.items()}),
+        "n_trials": "1",
         "include_default": "False",
         "cv": _folds(code, meta),
         "scoring": _scoring(code, meta, descent),
@@ -188,6 +192,17 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
     }
     left_out = {name for value, names in absent.items() for name in names if options[name] == value}
     return {name: value for name, value in options.items() if name not in left_out}
+
+
+def _over_lines(code: _Code, params: Mapping[str, Any]) -> str:
+    """Return a configuration on one line, or with a line for each hyperparameter where that is too long."""
+    line = code.literal(dict(params))
+    if len(line) <= _LONGEST:
+        return line
+    inside = "".join(
+        f"\n        {code.literal(key)}: {code.literal(value)}," for key, value in params.items()
+    )
+    return f"{{{inside}\n    }}"
 
 
 def _given(code: _Code, name: str) -> str:

@@ -56,7 +56,7 @@ def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
         note += f"; {trained} of {whole} trial-epochs"
     found.append(Fact("time of training", seconds_text(seconds), note))
     if meta.get("device"):
-        found.append(Fact("device", str(meta["device"]), str(meta.get("dtype", ""))))
+        found.append(Fact("device", clean(meta["device"]), clean(meta.get("dtype", ""))))
     return found
 
 

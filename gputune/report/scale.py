@@ -69,13 +69,12 @@ def log_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Sc
     margin = pad * (math.log(high) - math.log(low))
     low, high = math.exp(math.log(low) - margin), math.exp(math.log(high) + margin)
     begin, end = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    decades = end - begin
     for digits in ((1, 2, 5), (1, 3), (1,)):
         marks = [float(f"{d}e{e}") for e in range(begin, end + 1) for d in digits]
         inside = [m for m in marks if low * (1 - 1e-9) <= m <= high * (1 + 1e-9)]
         if 2 <= len(inside) <= most:
             return Scale(low, high, tuple((m, number_text(m)) for m in inside), True)
-    inside = inside[:: max(1, math.ceil(decades / most))] if len(inside) > 1 else []
+    inside = inside[:: max(1, math.ceil(len(inside) / most))] if len(inside) > 1 else []
     if not inside:  # less than a decade, between the marks
         return Scale(low, high, linear_scale(low, high, most=most).ticks, True)
     return Scale(low, high, tuple((m, number_text(m)) for m in inside), True)

@@ -80,8 +80,8 @@ class Frame:
         return self.height - self.bottom - self.y(values) * (self.height - self.top - self.bottom)
 
     def held_down(self, values: ArrayLike) -> NDArray[np.float64]:
-        """As ``down``; what lies beyond an end of the axis is drawn on it."""
-        return np.clip(self.down(values), self.top, self.height - self.bottom)
+        """As ``down``; what lies beyond an end of the axis is drawn near it."""
+        return np.clip(self.down(values), self.top + 6, self.height - self.bottom - 12)
 
     def axes(self, across: str, up: str, *, letters: int = 12) -> Markup:
         """Return the grid, the ticks and the names of both axes; ticks of the x axis have so many letters at most."""

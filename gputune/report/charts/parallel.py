@@ -71,7 +71,7 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> Parallel | No
     axes = [
         Axis(key, scale, np.clip(scale(one[ranked]), 0, 1)) for key, scale, one in zip(keys, scales, values)
     ]
-    width = max(720.0, min(1100.0, 2 * _SIDE + 130.0 * (len(axes) - 1)))
+    width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
     lines, more = _lines(shown.values[ranked], x, np.stack([_down(_apart(axis)) for axis in axes], axis=1))
     labels = [*(c.label for c in columns), shown.measure.name]

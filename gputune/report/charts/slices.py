@@ -13,10 +13,13 @@ from gputune.report.svg import Chart, Frame, dots_path, drawing, element, line_p
 from gputune.report.text import count
 from gputune.study.study import Study
 
-POINTS, FAILURES = 1500, 300
-"""Points of a chart, and marks of diverged trials, at most."""
+POINTS, FEWEST, ALL, FAILURES = 1500, 100, 9000, 300
+"""Points of a chart at most, how few of them many charts leave it, points of all charts, marks of diverged trials."""
 
 _WIDTH, _HEIGHT = 440.0, 300.0
+_PAD = 0.06
+"""Share of the axis of scores below and above them: room for the marks of diverged trials."""
+
 _WIDE = 960.0
 _SHIFT = 0.3
 """Points of one word or of few numbers stand beside each other within so much of their step."""
@@ -35,7 +38,7 @@ def slice_charts(study: Study) -> Slices | None:
     shown, varied = shown_scores(study), varied_parameters(study)
     if not np.isfinite(shown.values).any() or not varied:
         return None
-    drawn, notes = _drawn(study, shown)
+    drawn, notes = _drawn(study, shown, max(FEWEST, min(POINTS, ALL // len(varied))))
     return Slices(tuple((one.label, _slice(study, shown, one, drawn)) for one in varied), notes)
 
 
@@ -48,7 +51,7 @@ def history_chart(study: Study) -> Chart | None:
     frame = Frame(
         _WIDE, 280.0, linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01), score_scale(shown)
     )
-    drawn, notes = _drawn(study, shown)
+    drawn, notes = _drawn(study, shown, POINTS)
     best = shown.best_so_far
     steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
     x = np.append(np.repeat(numbers[steps], 2)[1:], numbers[-1])
@@ -67,7 +70,7 @@ def score_scale(shown: Scores) -> Scale:
     """Return the axis of the scores: the best one, and all that are not far off."""
     low, high = shown.range
     make = log_scale if is_wide(low, high, shown.measure) else linear_scale
-    return make(low, high, pad=0.04)
+    return make(low, high, pad=_PAD)
 
 
 def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
@@ -92,15 +95,15 @@ def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[in
     return Chart(drawing(_WIDTH, _HEIGHT, f"Score against {parameter.label}", *parts), notes)
 
 
-def _drawn(study: Study, shown: Scores) -> tuple[list[int], tuple[str, ...]]:
+def _drawn(study: Study, shown: Scores, most: int) -> tuple[list[int], tuple[str, ...]]:
     """Return the rows whose points are drawn, worst first, and what must be said of those that are not."""
     place = {trial.number: row for row, trial in enumerate(study.trials)}
     scored = [place[t.number] for t in study.ranking() if np.isfinite(shown.values[place[t.number]])]
-    drawn = spread_over(scored, POINTS)
+    drawn = spread_over(scored, most)
     notes = []
     if len(drawn) < len(scored):
         notes.append(
-            f"{len(drawn)} of {len(scored)} scored trials are drawn: the best {POINTS // 4}, and the others evenly by "
+            f"{len(drawn)} of {len(scored)} scored trials are drawn: the best {most // 4}, and the others evenly by "
             "rank."
         )
     low, high = shown.range
