@@ -14,6 +14,8 @@ from gputune.report.text import measure_of
 
 _LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
 
+_SHARE = 0.01  # of the work: before it is done the pace says nothing
+
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} trial-epochs [{elapsed}, {remaining} left{postfix}]"
 
 
@@ -105,7 +107,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """An estimate by the pace so far; None before there is one."""
-        if not self.epochs_done:
+        if self.epochs_done < max(1.0, _SHARE * self.epochs):
             return None
         pace = (time.monotonic() - self.begin) / self.epochs_done
         return pace * max(0, self.epochs - self.epochs_done)

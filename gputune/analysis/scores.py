@@ -12,6 +12,9 @@ from gputune.study.study import Study
 _FAR = 1.5
 """Scores worse than the lower quartile by so many interquartile ranges lie beyond the axis, as in a box plot."""
 
+_ENOUGH = 0.25
+"""Share of the trials that must have been trained to the end for their scores alone to make the axis."""
+
 _DECADE = 30.0
 """A loss whose largest value is so many times its smallest one is read on a logarithm."""
 
@@ -30,9 +33,10 @@ class Scores:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The ends of an axis of scores. What halving sent away was scored early, so it stretches no axis."""
-        late = self.values[self.judged]
-        return score_range(late if np.isfinite(late).any() else self.values, self.measure)
+        """The ends of an axis of scores. What halving sent away was scored early, and stretches no axis of others."""
+        late = np.isfinite(self.values) & self.judged
+        few = late.sum() < _ENOUGH * np.isfinite(self.values).sum()
+        return score_range(self.values if few else self.values[late], self.measure)
 
     @property
     def best_so_far(self) -> NDArray[np.float64]:

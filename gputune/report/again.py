@@ -151,11 +151,8 @@ def _rows(code: _Code, study: Study) -> tuple[list[str], list[str]]:
         return [], ["X", "y"]
     if "test_size" in source:
         code.use("from gputune.data.source import read_again")
-        origin = ", ".join(f"{code.literal(key)}: {code.literal(value)}" for key, value in source.items())
-        lines = [
-            "# the rows of the search, without those that were held out",
-            f"rows = read_again({{{origin}}})",
-        ]
+        origin = _over_lines(code, source, indent=0)
+        lines = ["# the rows of the search, without those that were held out", f"rows = read_again({origin})"]
         return lines, ["rows.X", "rows.y", "groups=rows.groups"]
     groups = [f"groups={code.literal(source['groups'])}"] if source.get("groups") else []
     return [], [code.literal(source["path"]), code.literal(source["target"]), *groups]
@@ -167,7 +164,7 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
     descent = isinstance(meta["method"], dict) and meta["method"].get("name") == "hypergradient"
     options = {
         # A space of one point gives these very parameters; an included trial would be filled up with defaults.
-        "space": _over_lines(code, {name: [value] for name, value in best.params.items()}),
+        "space": _over_lines(code, {name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
         "include_default": "False",
         "cv": _folds(code, meta),
@@ -194,15 +191,16 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
     return {name: value for name, value in options.items() if name not in left_out}
 
 
-def _over_lines(code: _Code, params: Mapping[str, Any]) -> str:
-    """Return a configuration on one line, or with a line for each hyperparameter where that is too long."""
-    line = code.literal(dict(params))
+def _over_lines(code: _Code, values: Mapping[str, Any], *, indent: int) -> str:
+    """Return a dict on one line, or with a line for each key where that is too long."""
+    line = code.literal(dict(values))
     if len(line) <= _LONGEST:
         return line
+    edge = "\n" + " " * indent
     inside = "".join(
-        f"\n        {code.literal(key)}: {code.literal(value)}," for key, value in params.items()
+        f"{edge}    {code.literal(key)}: {code.literal(value)}," for key, value in values.items()
     )
-    return f"{{{inside}\n    }}"
+    return f"{{{inside}{edge}}}"
 
 
 def _given(code: _Code, name: str) -> str:

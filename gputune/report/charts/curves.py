@@ -34,7 +34,7 @@ def curves_chart(study: Study) -> Chart | None:
         _WIDTH,
         _HEIGHT,
         linear_scale(1, len(epochs), most=10),
-        _score_scale(curves, best, order),
+        _score_scale(study, curves, best, order),
         right=118,
     )
     parts = [
@@ -54,9 +54,10 @@ def curves_chart(study: Study) -> Chart | None:
     return Chart(drawing(_WIDTH, _HEIGHT, title, *parts), notes)
 
 
-def _score_scale(curves: Curves, best: list[int], order: list[int]) -> Scale:
+def _score_scale(study: Study, curves: Curves, best: list[int], order: list[int]) -> Scale:
     """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
-    ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in order]
+    late = [row for row in order if study.trials[row].state != "pruned"] or order
+    ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]
     low, high = score_range(np.array(ends), curves.measure)
     whole = curves.mean[best]
     low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))

@@ -21,6 +21,9 @@ _PAD = 0.06
 """Share of the axis of scores below and above them: room for the marks of diverged trials."""
 
 _WIDE = 960.0
+_FEW = 12
+"""Values of a hyperparameter that are few: their points stand in a strip each."""
+
 _SHIFT = 0.3
 """Points of one word or of few numbers stand beside each other within so much of their step."""
 
@@ -74,7 +77,11 @@ def score_scale(shown: Scores) -> Scale:
 
 
 def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
-    frame = Frame(_WIDTH, _HEIGHT, parameter_scale(parameter, most=6, pad=0.04), score_scale(shown))
+    few = len(np.unique(parameter.values[np.isfinite(parameter.values)])) <= _FEW
+    scale = parameter_scale(
+        parameter, most=6, pad=0.12 if few else 0.04
+    )  # few values need room for their points
+    frame = Frame(_WIDTH, _HEIGHT, scale, score_scale(shown))
     across = _beside(frame.across(parameter.values), parameter)
     failed = [c for c, trial in enumerate(study.trials) if trial.state == "failed"]
     failed = spread_over(failed, FAILURES)
@@ -136,7 +143,7 @@ def _points(
 def _beside(across: np.ndarray, parameter: Parameter) -> np.ndarray:
     """Return places from the left; those of one word or of few numbers are spread a little, always alike."""
     known = np.unique(across[np.isfinite(across)])
-    if len(known) > 12 or len(known) < 2:
+    if len(known) > _FEW or len(known) < 2:
         return across
     width = float(np.diff(known).min()) * _SHIFT
     # the golden ratio spreads any number of neighbours evenly
