@@ -59,8 +59,15 @@ def _score_scale(study: Study, curves: Curves, best: list[int], order: list[int]
     late = [row for row in order if study.trials[row].state != "pruned"] or order
     ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]
     low, high = score_range(np.array(ends), curves.measure)
-    whole = curves.mean[best]
+    whole, spread = curves.mean[best], np.nan_to_num(curves.spread[best])
     low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
+    if curves.measure.lower_is_better:  # the bands too, on the good side
+        low = min(
+            low,
+            float(np.nanmin(whole - spread)) if low <= 0 else max(float(np.nanmin(whole - spread)), low / 2),
+        )
+    else:
+        high = max(high, float(np.nanmax(whole + spread)))
     if is_wide(low, high, curves.measure):
         return log_scale(low, high, pad=0.03)
     return linear_scale(low, high, pad=0.03)
