@@ -3,9 +3,9 @@
 import ast
 import json
 from collections.abc import Mapping
+from keyword import iskeyword
 from typing import Any
 
-from gputune.errors import InputError
 from gputune.report.facts import best_trial
 from gputune.report.text import clean
 from gputune.study.study import Study
@@ -130,17 +130,17 @@ def _model(code: _Code, spec: Mapping[str, Any]) -> str:
     if "path" in spec:
         return code.literal(f"{spec['path']}:{spec['class']}")
     module, _, name = str(spec["import"]).partition(":")
-    if not _is_name(name):
-        raise InputError(f"the study names the module class {spec['import']!r}, which is no name in Python.")
-    if module == "__main__" or not _is_name(module) or "<" in name:
-        code.remarks.append(f"{name}: the module class of the search")
-    else:
+    if module != "__main__" and _is_name(module) and _is_name(name):
         code.use(f"from {module} import {name.split('.')[0]}")
-    return name
+        return name
+    last = name.rpartition(".")[2]  # of a class that was made within a function, which no import reaches
+    last = last if _is_name(last) else "Module"
+    code.remarks.append(f"{last}: the module class of the search")
+    return last
 
 
 def _is_name(text: str) -> bool:
-    return all(part.isidentifier() for part in text.split("."))
+    return all(part.isidentifier() and not iskeyword(part) for part in text.split("."))
 
 
 def _rows(code: _Code, study: Study) -> tuple[list[str], list[str]]:

@@ -53,42 +53,55 @@ def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:
     parallel = parallel_chart(study, found.names if found else ())
     columns, rows = table_columns(study)
     style, script = _packaged("report.css"), _packaged("report.js")
-    best = best_trial(study)
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
         style=Markup(style),
         script=Markup(script),
-        title=f"Study of {clean(study.meta['model'])}" if "model" in study.meta else "Study",
-        source=_source(study),
         facts=facts(study, model),
-        best=best,
-        parameters=[] if best is None else [(clean(k), _exact(v)) for k, v in best.params.items()],
-        why_none=study.why_none_is_best() if best is None else "",
-        waiting=sum(trial.state == "waiting" for trial in study.trials),
-        trials=len(study.trials),
-        curves=curves_chart(study),
-        folds_note=folds_note(study),
-        history=history_chart(study),
-        slices=slice_charts(study),
         parallel=None if parallel is None else parallel.chart,
         importance=importance_chart(found) if found else None,
         forest=found,
         weak=WEAK,
         why_not=why_not,
-        endings=endings(study),
-        paths=path_charts(study),
-        guarded=study.guarded,
         columns=[(column["label"], "levels" in column) for column in columns],
         first=_first_rows(columns),
         rows=rows,
         data=Markup(as_json(_data(columns, parallel, rows))),
-        code=again_code(study),
-        setting=setting(study),
-        notes=[clean(note) for note in study.meta.get("notes") or ()],
-        version=__version__,
+        **_words(study),
+        **_charts(study),
     )
     return html
+
+
+def _words(study: Study) -> dict[str, Any]:
+    """Return what the page says of a study beside its charts and its table."""
+    best = best_trial(study)
+    return {
+        "title": f"Study of {clean(study.meta['model'])}" if "model" in study.meta else "Study",
+        "source": _source(study),
+        "best": best,
+        "parameters": [] if best is None else [(clean(k), _exact(v)) for k, v in best.params.items()],
+        "why_none": study.why_none_is_best() if best is None else "",
+        "waiting": sum(trial.state == "waiting" for trial in study.trials),
+        "trials": len(study.trials),
+        "guarded": study.guarded,
+        "endings": endings(study),
+        "code": again_code(study),
+        "setting": setting(study),
+        "notes": [clean(note) for note in study.meta.get("notes") or ()],
+        "version": __version__,
+    }
+
+
+def _charts(study: Study) -> dict[str, Any]:
+    return {
+        "curves": curves_chart(study),
+        "folds_note": folds_note(study),
+        "history": history_chart(study),
+        "slices": slice_charts(study),
+        "paths": path_charts(study),
+    }
 
 
 def _importance(study: Study) -> tuple[Importance | None, str]:

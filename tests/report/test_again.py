@@ -14,7 +14,6 @@ from torch import nn
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.errors import InputError
 from gputune.report.again import again_code
 from gputune.report.page import page
 from made_studies import made_descent, made_study
@@ -202,12 +201,22 @@ def test_no_text_of_a_study_becomes_code():
     assert [ast.unparse(node) for node in imports] == ["import gputune"]
 
 
-def test_a_module_class_without_a_name_is_refused():
-    study = made_study(3, spec={"kind": "module", "import": "os:x; import os"})
-    with pytest.raises(
-        InputError, match=r"the study names the module class 'os:x; import os', which is no name in"
-    ):
-        again_code(study)
+def test_a_module_class_made_within_a_function():
+    class Inner(Net):
+        pass
+
+    X, y = load_iris(return_X_y=True)
+    study = gputune.tune(Inner, X, y, space={"lr": [0.01, 0.1]}, **CHEAP)
+    assert "# Inner: the module class of the search" in again_code(study)
+    assert_trains_it_again(study, executed(study, X=X, y=y, Inner=Inner), X)
+
+
+@pytest.mark.parametrize("place", ["os:x; import os", "os.system('x'):Net", "__main__:Net", "a.b:class", ":"])
+def test_the_name_of_a_module_class_is_no_code(place):
+    code = again_code(made_study(3, spec={"kind": "module", "import": place}))
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [ast.unparse(node) for node in imports] == ["import gputune"]
+    assert re.search(r"# (Net|Module): the module class of the search", code)
 
 
 def test_no_best_trial_has_no_code():

@@ -61,11 +61,10 @@ def _score_scale(study: Study, curves: Curves, best: list[int], order: list[int]
     low, high = score_range(np.array(ends), curves.measure)
     whole, spread = curves.mean[best], np.nan_to_num(curves.spread[best])
     low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
-    if curves.measure.lower_is_better:  # the bands too, on the good side
-        low = min(
-            low,
-            float(np.nanmin(whole - spread)) if low <= 0 else max(float(np.nanmin(whole - spread)), low / 2),
-        )
+    if (
+        curves.measure.lower_is_better
+    ):  # the bands too, on the good side; a logarithm has no room for all of one
+        low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
     else:
         high = max(high, float(np.nanmax(whole + spread)))
     if is_wide(low, high, curves.measure):
