@@ -147,6 +147,7 @@ def search(
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
+    progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
@@ -167,8 +168,8 @@ def search(
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
         told = run_until_told(lambda: _run(ledger, space, kept), stop, signals, progress.say)
-    path = None if options.study is None else Path(options.study)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), path=path)
+    file = None if options.study is None else Path(options.study)
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), file=file)
     if told is not None:
         raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):

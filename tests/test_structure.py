@@ -13,7 +13,7 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
-version errors types seeding
+version errors types seeding report/text
 data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
 data/folds data/packed data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
@@ -25,8 +25,8 @@ hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
-study/values study/score study/rows study/database study/new_file study/store study/study study/claims study/ledger
-study/carving study/repair
+study/values study/score study/rows study/database study/new_file study/store study/cards study/views study/study
+study/claims study/ledger study/carving study/repair
 study/module_source study/folder study/model study/model_files
 search/distributions search/config search/spec search/space search/space_again search/random search/halving
 search/median search/hypergradient
@@ -37,7 +37,12 @@ sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused skle
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
 sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested
 sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/hypergradient
-report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
+analysis/scores analysis/parameters analysis/importance analysis/curves analysis/descents
+plots/canvas plots/history plots/curves plots/slices plots/parallel plots/importance plots/contour plots/path
+report/trials report/held_out report/closing report/predicting report/places report/tuning
+report/scale report/svg report/charts/curves report/charts/slices report/charts/importance report/charts/paths
+report/charts/parallel report/facts report/endings report/rows report/again report/page report/reporting report/status
+report/arguments report/cli
 __main__
 """.split()
 

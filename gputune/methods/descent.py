@@ -82,10 +82,13 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
         f"descent: {len(starts)} starts x at most {outer + 1} points = {most} trainings at most, each in all folds and "
         f"with derivatives; fewer with a smaller n_trials ({len(starts)} starts now)"
     )
-    with context.progress.bar_over(most, context.epochs):
+    with context.progress.bar_over(most - len(ledger.results), context.epochs):
         for step in range(outer + 1):
             _evaluate_all(ledger, points, paths, step, context)
+            before = len(points)
             points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
+            ended = (before - len(points)) * (outer - step)
+            context.progress.spare(ended * context.epochs, trials=ended)
             if not points or context.is_over():
                 return
 
@@ -152,8 +155,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
         make=make,
     )
     for frozen in plans:
-        if step == 0:
-            context.progress.say(f"plan: {frozen.plan}")
+        context.progress.plan(frozen.plan, aloud=step == 0)
         run_chunks(
             jobs[-1],
             context.data,

@@ -56,7 +56,7 @@ def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
     numbers = [trial.number for trial in frozen.trials]
     plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
-    context.progress.say(f"plan: {plan}", once=True)
+    context.progress.plan(plan)
     job = Job(
         context.options.random_state,
         context.epochs,

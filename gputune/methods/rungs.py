@@ -123,8 +123,7 @@ class _Search:
             alone=True,
         )
         for frozen in plans:
-            if begin == 0:
-                context.progress.say(f"plan: {frozen.plan}", once=True)
+            context.progress.plan(frozen.plan, aloud=begin == 0)
             self._run(frozen, stop)
 
     def _run(self, frozen: FrozenPlan, stop: int) -> None:
@@ -182,7 +181,7 @@ class _Search:
         """Finish a trial that memory does not hold."""
         self.running = [other for other in self.running if other is not runner]
         self.ledger.finish([does_not_fit(runner.number, runner.curve, reason)])
-        self.context.progress.finished(1)
+        self._tell([runner])
 
     def _begun(self, chunk: Population, runners: Sequence[_Runner], stop: int) -> Iterator[BegunChunk]:
         """Yield the trials of a planned chunk that have not come to the stop yet, those of one length together.
@@ -249,7 +248,12 @@ class _Search:
             results = [self._result(runner, rung) for runner in runners]
             self.ledger.finish(results)
             self.context.ended(results)
-            self.context.progress.finished(len(runners))
+            self._tell(runners, pruned=sum(result.state == "pruned" for result in results))
+
+    def _tell(self, runners: Sequence[_Runner], *, pruned: int = 0) -> None:
+        """Count trials that have ended, and what is not trained of them."""
+        self.context.progress.finished(len(runners), pruned=pruned)
+        self.context.progress.spare(sum(self.context.epochs - len(runner.curve) for runner in runners))
 
     def _result(self, runner: _Runner, rung: int | None) -> Result:
         curve = runner.curve[: self.context.epochs if rung is None else rung]

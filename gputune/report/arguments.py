@@ -18,6 +18,8 @@ examples:
   gputune tune houses.csv --target price --space lr=1e-4..1e-1:log width=64,128
   gputune tune houses.csv --target price --model net.py:Net --cv 3
   gputune resume gputune-out
+  gputune status gputune-out
+  gputune report gputune-out --out report.html
   gputune trials gputune-out --format csv
   gputune predict gputune-out/model new-houses.csv --out prices.csv
 """
@@ -45,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_best(commands)
     _add_predict(commands)
     _add_repair(commands)
+    _add_report(commands)
+    _add_status(commands)
     return parser
 
 
@@ -239,6 +243,21 @@ def _add_repair(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="NEW", required=True, help="the new file; the folder where it lies exists"
     )
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add(commands, "report", "write one page of HTML about a study, finished or running")
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+    parser.add_argument(
+        "--out", default="report.html", metavar="FILE", help="where the page is written (report.html)"
+    )
+
+
+def _add_status(commands: Any) -> None:
+    parser = _add(
+        commands, "status", "look at a running search: trials by state, the best so far, the last result"
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
 
 
 def _whole(least: int) -> Callable[[str], int]:

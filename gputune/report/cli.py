@@ -11,7 +11,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted
@@ -97,9 +96,22 @@ def _predict(arguments: argparse.Namespace) -> str:
 
 
 def _repair(arguments: argparse.Namespace) -> str:
+    from gputune.report.places import study_file
     from gputune.study.repair import repair
 
-    return str(repair(_study_file(arguments.study), arguments.out))
+    return str(repair(study_file(arguments.study), arguments.out))
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from gputune.report.reporting import report
+
+    return report(arguments.study, arguments.out)
+
+
+def _status(arguments: argparse.Namespace) -> str:
+    from gputune.report.status import status
+
+    return status(arguments.study)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
@@ -109,20 +121,18 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "best": _best,
     "predict": _predict,
     "repair": _repair,
+    "report": _report,
+    "status": _status,
 }
 """Each returns what goes to standard output."""
 
 
 def _open(place: str) -> Any:
     """Return the study of a file, or of the folder that ``gputune tune`` made."""
+    from gputune.report.places import study_file
     from gputune.study.study import Study
 
-    return Study.open(_study_file(place))
-
-
-def _study_file(place: str) -> Path:
-    path = Path(place)
-    return path / "study.db" if path.is_dir() else path
+    return Study.open(study_file(place))
 
 
 def _write(text: str) -> int:

@@ -18,6 +18,7 @@ from gputune.options import Options
 from gputune.pipeline import search
 from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
+from gputune.report.places import MODEL, STUDY
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
@@ -26,9 +27,6 @@ from gputune.study.study import Study
 
 TRIALS, DESCENTS = 64, 8
 """Configurations drawn where the command does not say."""
-
-STUDY, MODEL = "study.db", "model"
-"""What the folder of a search holds."""
 
 
 def tune(arguments: argparse.Namespace) -> str:

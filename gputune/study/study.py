@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError, SearchFailedError
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
+from gputune.study.views import StudyViews
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
@@ -65,7 +66,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Study:
+class Study(StudyViews):
     """What a search found.
 
     trials   in order of their number
@@ -75,14 +76,14 @@ class Study:
              "model"    the model's name, shown by ``repr``
              "scoring"  the name of the score, shown by ``repr``
     data     what the process that searched keeps for a refit; None for a study that was opened from its file
-    path     of its file; None for a study in memory
+    file     the file that keeps the study; None where none does
     """
 
     meta: dict[str, Any]
     trials: tuple[Trial, ...]
     curves: Curve
     data: Any = None
-    path: Path | None = None
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         curves = np.array(self.curves, dtype=np.float64)
@@ -102,7 +103,7 @@ class Study:
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
         """
         with Store.open(path) as store:
-            return cls.from_rows(store.meta, store.trials(), path=store.path)
+            return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
     def from_rows(
@@ -111,24 +112,25 @@ class Study:
         rows: Sequence[tuple[Candidate, Result | None]],
         *,
         data: Any = None,
-        path: Path | None = None,
+        file: Path | None = None,
     ) -> "Study":
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
-        curves = _stack([result for _, result in rows])
-        return cls(meta=meta, trials=trials, curves=curves, data=data, path=path)
+        return cls(
+            meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data, file=file
+        )
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
 
         Raises InputError for a study without a file, or where something lies at ``path`` already.
         """
-        if self.path is None:
+        if self.file is None:
             raise InputError(
                 "backup() copies the file of a study, and this one is in memory; search with study=PATH."
             )
-        with Store.open(self.path) as store:
+        with Store.open(self.file) as store:
             store.backup(path)
 
     @property
