@@ -52,7 +52,7 @@ MANY = [
 def start(*arguments, cwd):
     """The command in a process group of its own, as a shell starts it, with standard output as a pipe."""
     return subprocess.Popen(
-        [sys.executable, "-c", START, *map(str, arguments)],
+        [sys.executable, "-P", "-c", START, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
         env={**os.environ, "COLUMNS": "100"},
     )  # fmt: skip

@@ -147,7 +147,7 @@ study = gputune.tune("mlp", *load_iris(return_X_y=True), space={"lr": [1e-4, 1e-
 def test_a_killed_search_with_workers_goes_on(tmp_path):
     epochs = 300
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
+        [sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
     )
     deadline = time.monotonic() + 60
     state = tmp_path / "s.db.state"
@@ -156,7 +156,7 @@ def test_a_killed_search_with_workers_goes_on(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run([sys.executable, "-c", SCRIPT, str(epochs)], cwd=tmp_path, check=True, timeout=120)
+    subprocess.run([sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, check=True, timeout=120)
     assert not state.exists()
     found = gputune.Study.open(tmp_path / "s.db")
     space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40]}

@@ -22,7 +22,7 @@ class Net(torch.nn.Linear):
 
 
 def start(*arguments, **options):
-    command = [sys.executable, "-c", START, *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", START, *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "80"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     return subprocess.Popen(command, **{**pipes, **options})
@@ -44,7 +44,7 @@ def test_help_and_version_wait_for_nothing():
     heavy = {"torch", "numpy", "scipy", "sklearn", "polars", "pandas", "narwhals", "joblib", "tqdm"}
     print(sorted(heavy & set(sys.modules)))
     """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     lines = ran.stdout.split("\n")
     assert lines[-2] == "[]"
     assert f"gputune {gputune.__version__}" in lines

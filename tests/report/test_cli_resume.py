@@ -39,7 +39,7 @@ def bugs(tmp_path, monkeypatch):
 def start(*arguments, cwd):
     script = "import sys; from gputune.report.cli import main; sys.exit(main())"
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-c", script, *arguments], cwd=cwd, **pipes)
+    return subprocess.Popen([sys.executable, "-P", "-c", script, *arguments], cwd=cwd, **pipes)
 
 
 def finish(process):

@@ -397,7 +397,8 @@ print(taken)
     with Store.create(path, {}) as store:
         store.add_trials(candidates(range(40)))
     jobs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
     ]
     outputs = [job.communicate()[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0]
@@ -424,7 +425,7 @@ with Store.open({str(path)!r}) as store:
 """
     with Store.create(path, {}) as store:
         store.add_trials(candidates(range(100)))
-    done = int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+    done = int(subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=subprocess.PIPE).stdout)
     assert 0 < done < 99
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     with Store.open(path) as store:
@@ -452,7 +453,7 @@ store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.ones((1, 1))) for n 
 """
     with Store.create(path, {}) as store:
         store.add_trials(candidates(range(6)))
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == -9
     with Store.open(path) as store:
         assert [c.number for c, found in store.trials() if found] == [0, 1]
         store.finish([result(n) for n in range(2, 6)])
@@ -469,7 +470,7 @@ def test_a_study_that_may_not_be_written_opens_for_reading(tmp_path):
         "import os, sys; from gputune.study.store import Store; os.setuid(65534)\n"
         f"with Store.open({str(path)!r}) as store: print(store.meta)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     tmp_path.chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "{'seed': 1}"
