@@ -10,6 +10,7 @@ from gputune.errors import (
     DivergedError,
     InputError,
     SearchFailedError,
+    SearchInterrupted,
     StudyCorruptError,
     StudyVersionError,
 )
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gputune.search.distributions import log_int
     from gputune.search.halving import Halving
     from gputune.search.hypergradient import Hypergradient
+    from gputune.search.median import Median
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
     from gputune.study.study import Study, Trial
@@ -30,7 +32,9 @@ __all__ = [
     "Halving",
     "Hypergradient",
     "InputError",
+    "Median",
     "SearchFailedError",
+    "SearchInterrupted",
     "Study",
     "StudyCorruptError",
     "StudyVersionError",
@@ -46,6 +50,7 @@ __all__ = [
 _HOMES = {
     "Halving": "gputune.search.halving",
     "Hypergradient": "gputune.search.hypergradient",
+    "Median": "gputune.search.median",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",

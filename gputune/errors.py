@@ -5,7 +5,10 @@ DivergedError       one training went to infinity or NaN where a finite result w
 SearchFailedError   every trial of a search failed, so there is no best one
 StudyCorruptError   the file is damaged, or it is no study
 StudyVersionError   the study was written by a newer gputune
+SearchInterrupted   Ctrl-C or SIGTERM ended a search, after what is finished was kept
 """
+
+from typing import Any
 
 
 class InputError(ValueError):
@@ -26,3 +29,16 @@ class StudyCorruptError(InputError):
 
 class StudyVersionError(InputError):
     """A study file of a format that this version of gputune does not know."""
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """A search was ended by Ctrl-C or SIGTERM, after what is finished was kept.
+
+    study   the Study so far
+    signal  number of the signal: 2 for Ctrl-C, 15 for SIGTERM
+    report  what the command line prints of it on standard output
+    """
+
+    def __init__(self, message: str, *, study: Any, signal: int, report: str = "") -> None:
+        super().__init__(message)
+        self.study, self.signal, self.report = study, signal, report

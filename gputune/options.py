@@ -12,9 +12,10 @@ from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.median import Median
 from gputune.types import SCHEDULES
 
-Method = Literal["random"] | Halving | Hypergradient
+Method = Literal["random"] | Halving | Median | Hypergradient
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Options:
     epoch: Any = "best"
     timeout: float | None = None
     study: Any = None
+    checkpoint_seconds: float = 60.0
     device: str = "auto"
     dtype: str = "float32"
     memory: int | str | None = None
@@ -56,6 +58,10 @@ class Options:
             _whole("workers", self.workers)
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
             raise InputError(f"timeout is a number of seconds above 0, or None, got {self.timeout!r}.")
+        if not (_is_number(self.checkpoint_seconds) and self.checkpoint_seconds > 0):
+            raise InputError(
+                f"checkpoint_seconds is a number of seconds above 0, got {self.checkpoint_seconds!r}."
+            )
         parse_memory(self.memory)
         choose_device(self.device)
         object.__setattr__(self, "random_state", draw_seed(self.random_state))
@@ -63,20 +69,30 @@ class Options:
 
 def check_method(method: Any) -> Method:
     """Return the search method of a word or of a value."""
-    words: dict[str, Method] = {"random": "random", "halving": Halving(), "hypergradient": Hypergradient()}
+    words: dict[str, Method] = {
+        "random": "random",
+        "halving": Halving(),
+        "median": Median(),
+        "hypergradient": Hypergradient(),
+    }
     if isinstance(method, str) and method in words:
         return words[method]
-    if isinstance(method, Halving | Hypergradient):
+    if isinstance(method, Halving | Median | Hypergradient):
         return method
     raise InputError(
-        "method must be 'random', 'halving', 'hypergradient', gputune.Halving(...) or gputune.Hypergradient(...), got "
-        f"{method!r}."
+        "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...) or "
+        f"gputune.Hypergradient(...), got {method!r}."
     )
 
 
 def method_meta(method: Method) -> str | dict[str, Any]:
     """Return a method as a study file holds it."""
-    return method if isinstance(method, str) else {"name": type(method).__name__.lower(), **asdict(method)}
+    return method if isinstance(method, str) else {"name": method_name(method), **asdict(method)}
+
+
+def method_name(method: Method) -> str:
+    """Return the word for a method."""
+    return method if isinstance(method, str) else type(method).__name__.lower()
 
 
 def method_again(meta: str | dict[str, Any]) -> Method:
@@ -84,7 +100,9 @@ def method_again(meta: str | dict[str, Any]) -> Method:
     if isinstance(meta, str):
         return check_method(meta)
     options = {key: value for key, value in meta.items() if key != "name"}
-    return Halving(**options) if meta["name"] == "halving" else Hypergradient(**options)
+    kinds = {"halving": Halving, "median": Median, "hypergradient": Hypergradient}
+    again: Method = kinds[meta["name"]](**options)
+    return again
 
 
 def draw_seed(random_state: Any) -> int:

@@ -11,23 +11,29 @@ import numpy as np
 import sklearn
 import torch
 
+from gputune.again import stored_arguments
 from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
-from gputune.errors import InputError, SearchFailedError
+from gputune.engine.stopping import Stop
+from gputune.errors import InputError, SearchFailedError, SearchInterrupted
+from gputune.interrupting import CTRL_C, interrupted_words, is_interactive, run_until_told
 from gputune.methods.context import Context
 from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
+from gputune.methods.median import check_median, stop_below_median
+from gputune.methods.resuming import checkpoint_folder
 from gputune.model_choice import ModelChoice, choose_model
-from gputune.options import Options, method_meta
+from gputune.options import Options, method_meta, method_name
 from gputune.problem import Problem, make_problem
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.median import Median
 from gputune.search.random import candidates, default_space, remarks, top_up
 from gputune.search.space import Space, check_include, check_space, space_text
 from gputune.study.ledger import Ledger, open_ledger
@@ -35,8 +41,6 @@ from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.types import DEFAULTS, Config
 from gputune.version import __version__
-
-_SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
 
 def tune(
@@ -48,7 +52,10 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, Any]] = (),
     include_default: bool = True,
-    method: Literal["random", "halving", "hypergradient"] | Halving | Hypergradient = "random",
+    method: Literal["random", "halving", "median", "hypergradient"]
+    | Halving
+    | Median
+    | Hypergradient = "random",
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
@@ -62,6 +69,7 @@ def tune(
     epoch: Literal["best", "last"] = "best",
     timeout: float | None = None,
     study: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
     device: str = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     memory: int | str | None = None,
@@ -78,7 +86,8 @@ def tune(
                  ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
     n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
-                 together, and at each rung those with the best fold means go on; "hypergradient" or
+                 together, and at each rung those with the best fold means go on; "median" or
+                 ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or
                  ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
                  its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
@@ -93,35 +102,52 @@ def tune(
     schedule     of the learning rate over ``max_epochs``, per step
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
-                 what it had, and trained again by a later call with the same ``study``
+                 what it had, and trained on by a later call with the same ``study``
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
+    checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
+                 again (or at 20 times what writing takes), so that a killed search repeats no more than that
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start
     random_state seed of candidates, folds, row order, starts and dropout
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
 
-    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed.
+    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
+    KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
     """
     choice = choose_model(model, optimizer)
     options = Options(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
         cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
+        checkpoint_seconds=checkpoint_seconds,
         device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
         verbose=verbose,
     )  # fmt: skip
-    return search(choice, read_source(X, y, groups), options)
+    try:
+        return search(choice, read_source(X, y, groups), options)
+    except SearchInterrupted as stopped:
+        if not is_interactive():
+            raise
+        Progress(verbose).say(str(stopped))
+        so_far: Study = stopped.study
+        return so_far
 
 
 @torch.inference_mode(False)
-def search(choice: ModelChoice, source: Source, options: Options) -> Study:
-    """The pipeline: space, rows, folds, data on the device, trials, training, study."""
-    deadline = None if options.timeout is None else time.monotonic() + options.timeout
+def search(
+    choice: ModelChoice, source: Source, options: Options, signals: Sequence[int] = (CTRL_C,)
+) -> Study:
+    """The pipeline: space, rows, folds, data on the device, trials, training, study.
+
+    Raises SearchInterrupted where one of ``signals`` ended the training early.
+    """
+    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
     progress = Progress(options.verbose)
     problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
+    progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
@@ -129,16 +155,23 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     data, _ = problem.dataset(folds, options, choice)
     check_folds(scoring, data)
     wanted = _wanted(space, choice, options)
-    context = Context(data, scoring, choice, options, deadline, progress)
+    context = Context(data, scoring, choice, options, stop, progress)
     context.check_module(wanted[0].params)
     _check_method(wanted, context)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
+    meta["arguments"] = stored_arguments(options, source, space, folds)
+    kept = replace(context, checkpoints=checkpoint_folder(options.study, meta))
     with open_ledger(options.study, meta) as ledger:
+        if not isinstance(options.method, str):
+            ledger.decide_alone(method_name(options.method))
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
-        _run(ledger, space, context)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+        told = run_until_told(lambda: _run(ledger, space, kept), stop, signals, progress.say)
+    file = None if options.study is None else Path(options.study)
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), file=file)
+    if told is not None:
+        raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
@@ -151,6 +184,8 @@ def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
             check_descent(method, wanted, context)
         case Halving() as method:
             check_halving(method, context)
+        case Median() as method:
+            check_median(method, context)
 
 
 def _run(ledger: Ledger, space: Space, context: Context) -> None:
@@ -160,6 +195,8 @@ def _run(ledger: Ledger, space: Space, context: Context) -> None:
             descend(ledger, space, method, context)
         case Halving() as method:
             halve(ledger, method, context)
+        case Median() as method:
+            stop_below_median(ledger, method, context)
         case _:
             train_fully(ledger, context)
 
@@ -211,14 +248,21 @@ def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candid
 
 def _add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
+    if _lacking(ledger, wanted, space, options):
+        with ledger.alone():  # another process may have added them meanwhile
+            ledger.add(_lacking(ledger, wanted, space, options))
+
+
+def _lacking(
+    ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options
+) -> Sequence[Candidate]:
     if not ledger.candidates:
-        ledger.add(wanted)
-        return
+        return wanted
     known = [candidate.params for candidate in ledger.candidates]
     given = [c for c in wanted if c.origin != "random" and c.params not in known]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
-    ledger.add([replace(c, number=number + i) for i, c in enumerate(given)])
-    ledger.add(top_up(ledger.candidates, space, options.n_trials, options.random_state))
+    added = [replace(c, number=number + i) for i, c in enumerate(given)]
+    return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
 
 
 def _say_remarks(

@@ -133,7 +133,7 @@ def _reread(study: Study, X: Any, y: Any) -> Source:
 
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
     (chunk,) = populations([config], choice.kind, rows=data.n_rows)
-    common = (options.random_state, epochs, options.max_epochs, None, choice.module_class, None)
+    common = (options.random_state, epochs, options.max_epochs, None, choice.module_class)
     if isinstance(options.method, Hypergradient):
         names, segments, layers = (
             options.method.hyperparameters,

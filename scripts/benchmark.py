@@ -4,6 +4,7 @@
     python scripts/benchmark.py --work narrow --trials 128
     python scripts/benchmark.py --big               100,000 rows: the plan, the time, the peak memory
     python scripts/benchmark.py --hypergradients    what each mode costs over plain training, into benchmarks/
+    python scripts/benchmark.py --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark.py --logistic          the solved logistic regression beside scikit-learn's
 
 Run it on a machine that does nothing else.
@@ -21,6 +22,8 @@ import numpy as np
 from benchmark_big import big_work, run_big
 from benchmark_cores import stop_workers
 from benchmark_gputune import train_with_gputune
+from benchmark_halving import EPOCHS as HALVED_EPOCHS
+from benchmark_halving import SEEDS, TRIALS, run_halving, tables
 from benchmark_hypergradients import EPOCHS, MEMBERS, run_hypergradients
 from benchmark_logistic import CANDIDATES, run_logistic
 from benchmark_machine import ROOT, card, describe_machine
@@ -49,6 +52,15 @@ def main(arguments: list[str] | None = None) -> int:
             members=MEMBERS,
             epochs=options.epochs or EPOCHS,
             repeats=options.repeats or 7,
+        )
+    if options.halving:
+        return run_halving(
+            options.out,
+            describe_machine(),
+            tables(options.adult),
+            trials=TRIALS,
+            epochs=options.epochs or HALVED_EPOCHS,
+            seeds=options.repeats or SEEDS,
         )
     if options.logistic:
         return run_logistic(options.out, {**describe_machine(), "card": None}, candidates=CANDIDATES)
@@ -128,6 +140,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the two files")
     parser.add_argument("--big", action="store_true", help="100,000 rows x 50 columns with gputune alone")
     parser.add_argument("--hypergradients", action="store_true", help="the modes on one stacked population")
+    parser.add_argument(
+        "--halving", action="store_true", help="243 trials, 54 epochs; --repeats is the seeds (10)"
+    )
+    parser.add_argument(
+        "--adult", type=Path, metavar="FILE", help="with --halving: UCI's adult.data, also .gz"
+    )
     parser.add_argument("--logistic", action="store_true", help="60 values of C with each penalty, on digits")
     return parser.parse_args(arguments)
 

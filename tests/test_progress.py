@@ -1,33 +1,117 @@
 """What is shown while a search runs."""
 
-import numpy as np
+import re
+import time
 
+import numpy as np
+import pytest
+from sklearn.datasets import load_iris
+
+import gputune
 from gputune import progress
 from gputune.progress import Progress
+
+
+class FakePlan:
+    workers = 2
+
+    def __str__(self):
+        return "4 trials"
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "_LINE_SECONDS", -1)
     shown = Progress(1)
+    shown.scoring = "accuracy"
     with shown.bar_over(4, 2):
         shown.advance(4, np.full((4, 1, 3), 0.5))
         shown.finished(4)
     lines = capsys.readouterr().err.split("\n")
-    assert "trials 0/4, best 0.5000" in lines
-    assert "trials 4/4, best 0.5000" in lines
-    assert not any("trial-epochs" in line for line in lines)
+    assert lines[0] == "trials 0/4, best -, 0/8 trial-epochs"
+    assert re.fullmatch(
+        r"trials 0/4, best accuracy 0\.5000, 12 members, 4/8 trial-epochs, 0 s left", lines[1]
+    )
+    assert lines[2].startswith("trials 4/4, best accuracy 0.5000, 12 members, 4/8 trial-epochs")
+    assert not any("|" in line for line in lines)
 
 
-def test_the_best_score_skips_diverged_trials():
+def test_plain_lines_are_far_apart(capsys):
+    shown = Progress(1)
+    with shown.bar_over(100, 1):
+        for _ in range(100):
+            shown.advance(1, np.ones((1, 1, 1)))
+    assert capsys.readouterr().err == ""
+
+
+def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name():
+    shown = Progress(0)
+    shown.scoring = "neg_log_loss"
+    with shown.bar_over(2, 1):
+        shown.advance(2, np.array([[[np.nan, -1.0]], [[-0.2, -0.4]]]))
+    assert abs(shown.best + 0.3) < 1e-12
+    assert shown.words == "trials 0/2, best log_loss 0.3000, 3 members"
+
+
+def test_members_count_in_each_process():
     shown = Progress(0)
     with shown.bar_over(2, 1):
-        shown.advance(2, np.array([[[np.nan, 1.0]], [[0.2, 0.4]]]))
-    assert abs(shown.best - 0.3) < 1e-12
+        shown.plan(FakePlan())
+        shown.advance(2, np.ones((2, 1, 5)))
+    assert "10 members in each of 2 processes" in shown.words
+
+
+def test_the_plan_is_said_once(capsys):
+    shown = Progress(1)
+    shown.plan(FakePlan())
+    shown.plan(FakePlan(), aloud=False)
+    assert capsys.readouterr().err == "plan: 4 trials\n"
+
+
+def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    shown = Progress(0)
+    with shown.bar_over(10, 8):
+        assert shown.seconds_left is None
+        now[0] += 5.0
+        shown.advance(10, np.ones((10, 1, 2)))
+        assert shown.seconds_left == pytest.approx(35.0)  # 70 trial-epochs at half a second
+        shown.finished(6, pruned=6)
+        shown.spare(6 * 7)
+        assert shown.seconds_left == pytest.approx(14.0)
+        assert "6 pruned" in shown.words
+        shown.spare(8, trials=1)
+        assert shown.words.startswith("trials 6/9")
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs"),
+    [("random", 3), (gputune.Halving(min_epochs=1), 3), (gputune.Hypergradient(outer_steps=2), 2)],
+)
+def test_every_method_ends_where_its_counts_end(method, epochs, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        progress.Progress,
+        "__init__",
+        lambda self, verbose, begin=progress.Progress.__init__: (begin(self, verbose), made.append(self))[0],
+    )
+    X, y = load_iris(return_X_y=True)
+    study = gputune.tune(
+        "mlp", X, y, n_trials=5, space={"lr": [0.001, 0.002, 0.003, 0.004, 0.005], "width": [8]}, cv=2,
+        max_epochs=epochs, method=method, workers=1, verbose=0,
+    )  # fmt: skip
+    (shown,) = made
+    assert shown.trials_done == shown.trials == len(study.trials)
+    assert shown.epochs_done == shown.epochs == study.spent[0]
+    assert shown.pruned == sum(trial.state == "pruned" for trial in study.trials)
+    assert shown.seconds_left == 0
+    assert shown.scoring == study.meta["scoring"]
 
 
 def test_silence(capsys):
     shown = Progress(0)
     shown.say("nothing")
+    shown.plan(FakePlan())
     with shown.bar_over(1, 1):
         shown.advance(1, np.ones((1, 1, 1)))
         shown.finished(1)
@@ -37,7 +121,15 @@ def test_silence(capsys):
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     shown = Progress(1)
+    shown.scoring = "accuracy"
     with shown.bar_over(2, 1):
-        shown.advance(2, np.ones((2, 1, 1)))
+        shown.bar.ncols, shown.bar.dynamic_ncols = 160, False
+        shown.advance(1, np.ones((2, 1, 1)))
         shown.bar.refresh()
-    assert "trial-epochs" in capsys.readouterr().err
+    last = [line for line in capsys.readouterr().err.split("\r") if line.strip()][-1]
+    assert "1/2 trial-epochs [" in last and " left, trials 0/2, best accuracy 1.0000, 2 members]" in last
+
+
+def test_a_notebook_gets_a_bar(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ipykernel", object())
+    assert not Progress(1).plain

@@ -74,10 +74,15 @@ def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
 
 def read_again(origin: Origin) -> Source:
     """Return the rows that a study was searched on, without those it held out."""
+    return read_apart(origin)[0]
+
+
+def read_apart(origin: Origin) -> tuple[Source, Source | None]:
+    """Return the rows that a study was searched on, and those that it held out, if it did."""
     source = read_source(origin["path"], origin["target"], origin["groups"])
     if "test_size" not in origin:
-        return source
-    return set_apart(source, **{k: origin[k] for k in ("test_size", "cv", "seed", "task")})[0]
+        return source, None
+    return set_apart(source, **{k: origin[k] for k in ("test_size", "cv", "seed", "task")})
 
 
 def set_apart(
@@ -89,10 +94,10 @@ def set_apart(
     """
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed)
-    if len(test) == 0:
-        return source, None
     how = {"test_size": test_size, "cv": cv, "seed": seed, "task": task}
     origin = None if source.origin is None else {**source.origin, **how}
+    if len(test) == 0:
+        return replace(source, origin=origin), None
     return replace(source.rows(rest), origin=origin), source.rows(test)
 
 

@@ -1,8 +1,9 @@
 """One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,44 @@ from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backprop import StackedMLP
+from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population
 from gputune.engine.scoring import Scoring
-from gputune.engine.train import Trained, train
+from gputune.engine.stopping import Stop
+from gputune.engine.train import State, Trained, train
 from gputune.engine.vmap import StackedModule
 
 Progress = Callable[[int, np.ndarray], Any]
 """Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
+
+
+@dataclass(frozen=True)
+class BegunChunk(Population):
+    """Trials of one shape that have trained for some epochs already, or for none (``state`` None).
+
+    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C, epochs, F) are the
+    curves so far where they are known, and ``seconds`` is what the training took.
+    """
+
+    state: State | None = None
+    alive: tuple[int, ...] | None = None
+    before: np.ndarray | None = None
+    seconds: float = 0.0
+
+    def part(self, start: int, stop: int) -> "BegunChunk":
+        """Return the trials start..stop-1 as a chunk of their own, with their states."""
+        alive = range(len(self.index)) if self.alive is None else self.alive
+        rows = [row for row, c in enumerate(alive) if start <= c < stop]
+        return BegunChunk(
+            self.kind,
+            self.index[start:stop],
+            self.configs[start:stop],
+            None if self.state is None else self.state.select(rows),
+            None if self.alive is None else tuple(alive[row] - start for row in rows),
+            None if self.before is None else self.before[start:stop],
+            self.seconds * (stop - start) / len(self.index),
+        )
 
 
 @dataclass(frozen=True)
@@ -29,18 +60,23 @@ class Job:
     horizon: int
     scoring: Scoring | None
     module_class: type[nn.Module] | None
-    deadline: float | None
-    """``time.monotonic()`` at which training stops after the running epoch, and no chunk begins any more."""
+    stop: Stop = field(default_factory=Stop)
+    """Says when training ends after the running epoch, and no chunk begins any more."""
+    checkpointing: Checkpointing | None = None
+    """How the state of a long training is kept; None: not at all."""
+    keep_stopped: bool = True
+    """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
 
     def is_over(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether training ends now."""
+        return self.stop.is_over()
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
-        return Outcome(chunk.index, trained.curves, trained.epochs, time.monotonic() - begin)
+        seconds = time.monotonic() - begin + _begun(chunk).seconds
+        return Outcome(chunk.index, trained.curves, trained.epochs, seconds)
 
 
 @dataclass(frozen=True)
@@ -54,13 +90,8 @@ class Outcome:
 
 
 def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Trained:
-    """Train one chunk and return it with its members."""
-
-    def after_epoch(epoch: int, curves: np.ndarray) -> bool:
-        if progress is not None:
-            progress(len(curves), curves[:, epoch - 1 : epoch])
-        return job.is_over()
-
+    """Train one chunk, from where it was begun, and return it with its members."""
+    begun = _begun(chunk)
     return train(
         make_network(chunk, data, seed=job.seed, module_class=job.module_class),
         data,
@@ -69,8 +100,45 @@ def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress |
         epochs=job.epochs,
         horizon=job.horizon,
         scoring=job.scoring,
-        after_epoch=after_epoch,
+        after_epoch=_Watch(job, begun, progress),
+        begin=begun.state,
+        alive=begun.alive,
+        before=begun.before,
     )
+
+
+def _begun(chunk: Population) -> BegunChunk:
+    return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
+
+
+class _Watch:
+    """What happens after every epoch: it is told, the state is kept where that is due, and training may end."""
+
+    def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
+        self.job, self.chunk, self.progress = job, chunk, progress
+        self.begin = time.monotonic()
+        seconds = math.inf if job.checkpointing is None else job.checkpointing.seconds
+        self.due = self.begin + seconds
+
+    def __call__(self, trained: Trained) -> bool:
+        epoch, curves = trained.epochs, trained.curves
+        if self.progress is not None:
+            self.progress(len(curves), curves[:, epoch - 1 : epoch])
+        over = self.job.is_over()
+        goes_on = epoch < self.job.epochs and bool(trained.alive)
+        if goes_on and (time.monotonic() >= self.due or (over and self.job.keep_stopped)):
+            self._keep(trained)
+        return over
+
+    def _keep(self, trained: Trained) -> None:
+        checkpointing, index = self.job.checkpointing, self.chunk.index
+        if checkpointing is None:
+            return
+        seconds = self.chunk.seconds + time.monotonic() - self.begin
+        curves = trained.curves[:, : trained.epochs]
+        trials = tuple(checkpointing.numbers[i] for i in index)
+        checkpoint = Checkpoint(trials, trained.alive, curves, trained.state, seconds)
+        self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
 
 
 def make_network(

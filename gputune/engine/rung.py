@@ -6,20 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gputune.data.dataset import Dataset
-from gputune.engine.chunk import Job, Outcome, Progress, make_network
+from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.population import Population
-from gputune.engine.train import State, train
-
-
-@dataclass(frozen=True)
-class BegunChunk(Population):
-    """Trials of one shape that have trained for some epochs already, or for none (``state`` None)."""
-
-    state: State | None = None
+from gputune.engine.train import State
 
 
 @dataclass(frozen=True)
@@ -37,25 +30,8 @@ class RungJob(Job):
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> RungOutcome:
         """Train one chunk; its curves have the epochs since it was begun."""
         begin = time.monotonic()
-        state = chunk.state if isinstance(chunk, BegunChunk) else None
-        start = 0 if state is None else state.epoch
-
-        def after_epoch(epoch: int, curves: np.ndarray) -> bool:
-            if progress is not None:
-                progress(len(curves), curves[:, epoch - 1 : epoch])
-            return self.is_over()
-
-        trained = train(
-            make_network(chunk, data, seed=self.seed, module_class=self.module_class),
-            data,
-            chunk.configs,
-            seed=self.seed,
-            epochs=self.epochs,
-            horizon=self.horizon,
-            scoring=self.scoring,
-            after_epoch=after_epoch,
-            begin=state,
-        )
+        start = chunk.state.epoch if isinstance(chunk, BegunChunk) and chunk.state is not None else 0
+        trained = train_chunk(self, data, chunk, progress)
         kept = State(trained.state.epoch, tuple(buffer.cpu() for buffer in trained.state.buffers))
         seconds = time.monotonic() - begin
         curves = trained.curves[:, start : trained.epochs]
@@ -85,18 +61,23 @@ class Parking:
         save_file(tensors, path, metadata={"epoch": str(state.epoch)})
         self.states[trial] = path
 
-    def take(self, trials: Sequence[int], epoch: int) -> State:
-        """Return the states of some trials, all after ``epoch`` epochs, and keep them no longer."""
-        return State.stack([self._taken(trial, epoch) for trial in trials])
+    def look(self, trial: int) -> State:
+        """Return the state of a trial, which stays."""
+        state = self.states[trial]
+        return state if isinstance(state, State) else self._loaded(state)
 
-    def _taken(self, trial: int, epoch: int) -> State:
-        state = self.states.pop(trial)
-        if isinstance(state, State):
-            self.held -= sum(buffer.nbytes for buffer in state.buffers)
-            return state
-        tensors = load_file(state)
-        state.unlink()
-        return State(epoch, tuple(tensors[str(i)] for i in range(len(tensors))))
+    def take(self, trials: Sequence[int]) -> State:
+        """Return the states of some trials, all after one number of epochs, and keep them no longer."""
+        states = [self.look(trial) for trial in trials]
+        for trial in trials:
+            self.drop(trial)
+        return State.stack(states)
+
+    def _loaded(self, path: Path) -> State:
+        with safe_open(path, framework="pt") as file:
+            count = len(list(file.keys()))
+            buffers = tuple(file.get_tensor(str(i)) for i in range(count))
+            return State(int(file.metadata()["epoch"]), buffers)
 
     def drop(self, trial: int) -> None:
         """Forget the state of a trial that has left."""

@@ -18,9 +18,6 @@ from gputune.types import ONLINE, Config
 
 _BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
 
-AfterEpoch = Callable[[int, np.ndarray], bool]
-"""Called with the number of epochs done and the curves so far; returns whether to stop."""
-
 
 @dataclass(frozen=True)
 class State:
@@ -71,6 +68,10 @@ class Trained:
         return self.network.member(self.network.blocks.views(self.flat), fold, self.alive.index(trial))
 
 
+AfterEpoch = Callable[[Trained], bool]
+"""Called with the chunk as it is, of which nothing was copied; returns whether to stop."""
+
+
 @torch.no_grad()
 def train(
     network: Network,
@@ -83,19 +84,31 @@ def train(
     scoring: Scoring | None = None,
     after_epoch: AfterEpoch | None = None,
     begin: State | None = None,
+    alive: Sequence[int] | None = None,
+    before: np.ndarray | None = None,
 ) -> Trained:
     """Train the F x C members of one chunk for ``epochs`` epochs and return their curves.
 
     A schedule runs over ``horizon`` epochs. Without ``scoring`` nothing is evaluated (a refit). Trials that
     diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
-    where it is given, up to the same ``epochs``; the curves are NaN before it.
+    where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
+    The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given.
     """
     chunk = _Chunk(network, data, configs, seed=seed, horizon=horizon)
-    if begin is not None:
+    if alive is not None:
+        chunk.keep(np.isin(np.arange(len(configs)), alive))
+    if begin is not None and chunk.alive:
         chunk.resume(begin)
     validation = _validation_rows(data) if scoring is not None else []
     curves = np.full((len(configs), epochs, data.n_folds), np.nan)
     epoch = 0 if begin is None else begin.epoch
+    if before is not None:
+        curves[:, :epoch] = before
+
+    def so_far() -> Trained:
+        moments = tuple(chunk.update.state())
+        return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, moments)
+
     while epoch < epochs and chunk.alive:
         chunk.advance(epoch)
         epoch += 1
@@ -103,9 +116,9 @@ def train(
             scores = _evaluate(chunk, data, validation, scoring)
             curves[chunk.alive, epoch - 1] = scores
             chunk.keep(np.isfinite(scores).all(1))
-        if after_epoch is not None and after_epoch(epoch, curves):
+        if after_epoch is not None and after_epoch(so_far()):
             break
-    return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, tuple(chunk.update.state()))
+    return so_far()
 
 
 class _Chunk:

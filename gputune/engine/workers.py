@@ -6,6 +6,7 @@ while this process is already training.
 
 import functools
 import pickle
+import signal
 import sys
 import tempfile
 import threading
@@ -15,6 +16,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.machinery import PathFinder
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,17 @@ from joblib.externals.loky import get_reusable_executor
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.chunk import Job, Outcome, Progress
+from gputune.engine.out_of_memory import DoesNotFit, run_in_parts
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
 
 OnOutcome = Callable[[Outcome], None]
+OnFailure = Callable[[int, str], None]
+Outcomes = Sequence[Outcome | DoesNotFit]
+Settle = Callable[[Outcomes], None]
+
+Claim = Callable[[Population], bool]
+"""Asked, from any thread, before a chunk begins: whether this process may train it."""
 
 
 def run_chunks(
@@ -39,68 +48,104 @@ def run_chunks(
     *,
     progress: Progress,
     on_outcome: OnOutcome,
+    claim: Claim = lambda chunk: True,
+    on_failure: OnFailure | None = None,
 ) -> None:
-    """Train all chunks of a plan; ``on_outcome`` is called here, in this process, for each one done."""
+    """Train the chunks of a plan; ``on_outcome`` is called here, in this process, for each one done.
+
+    A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
+    parts. ``on_failure`` is called for a trial that does not fit alone, with its place in the search and the reason;
+    without it that is a MemoryError.
+    """
+
+    def settle(outcomes: Outcomes) -> None:
+        for outcome in outcomes:
+            if isinstance(outcome, Outcome):
+                if job.checkpointing is not None:
+                    job.checkpointing.expect(outcome.index)
+                on_outcome(outcome)
+            elif on_failure is None:
+                raise MemoryError(f"{outcome.reason}. One training alone does not fit; make it smaller.")
+            else:
+                on_failure(outcome.index[0], outcome.reason)
+
+    if job.checkpointing is not None:
+        for chunk in plan.chunks:
+            job.checkpointing.expect(chunk.index)
     with computing(plan.threads):
         if plan.workers == 1:
-            for number, chunk in enumerate(plan.chunks):
-                if number and job.is_over():
+            begun = False
+            for chunk in plan.chunks:
+                if begun and job.is_over():
                     break
-                on_outcome(job.run(data, chunk, progress))
+                if claim(chunk):
+                    begun = True
+                    settle(run_in_parts(job, data, chunk, progress))
         else:
-            _run_with_workers(job, data, plan, progress, on_outcome)
+            _run_with_workers(job, data, plan, progress, settle, claim)
 
 
-def _run_with_workers(job: Job, data: Dataset, plan: Plan, progress: Progress, on_outcome: OnOutcome) -> None:
+def _run_with_workers(
+    job: Job, data: Dataset, plan: Plan, progress: Progress, settle: Settle, claim: Claim
+) -> None:
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
         joblib.dump(_to_arrays(data), path)
-        queue = _Queue(job, str(path), plan.chunks, plan.workers - 1)
 
-        def collect(outcomes: Iterator[Outcome]) -> None:
-            for outcome in outcomes:
-                progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
-                on_outcome(outcome)
+        def collect(found: Iterator[Outcomes]) -> None:
+            for outcomes in found:
+                for outcome in outcomes:
+                    if isinstance(outcome, Outcome):
+                        progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
+                settle(outcomes)
 
-        try:
-            while (chunk := queue.take()) is not None:
-                on_outcome(job.run(data, chunk, progress))
-                collect(queue.finished())
-                if job.is_over():
-                    break
-            collect(queue.drain())
-        except BaseException:
-            queue.stop()
-            raise
+        with job.stop.heard_by_workers(Path(folder) / "stop"):
+            queue = _Queue(job, str(path), plan.chunks, plan.workers - 1, claim)
+            try:
+                while (chunk := queue.take()) is not None:
+                    settle(run_in_parts(job, data, chunk, progress))
+                    collect(queue.finished())
+                    if job.is_over():
+                        break
+                collect(queue.drain())
+            except BaseException:
+                queue.stop()
+                raise
 
 
 class _Queue:
     """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
 
-    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int) -> None:
-        self.job, self.packed, self.path = job, _packed(job), path
+    def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int, claim: Claim) -> None:
+        self.job, self.packed, self.path, self.claim = job, _packed(job), path, claim
         self.waiting = deque(chunks)
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.running: set[Future[Outcome]] = set()
-        self.done: deque[Future[Outcome]] = deque()
+        self.running: set[Future[Outcomes]] = set()
+        self.done: deque[Future[Outcomes]] = deque()
         self.executor = get_reusable_executor(max_workers=workers, timeout=60)
+        # A start of its own, as it would let the signals through that are held off from a worker's.
+        resource_tracker.ensure_running()
         for _ in range(workers):
             self._submit()
 
     def take(self) -> Population | None:
         with self.lock:
-            return self.waiting.popleft() if self.waiting else None
+            while self.waiting:
+                if self.claim(chunk := self.waiting.popleft()):
+                    return chunk
+            return None
 
     def _submit(self) -> None:
         with self.lock:
-            if self.waiting:
-                future = self.executor.submit(_run_in_worker, self.packed, self.path, self.waiting.popleft())
+            if (chunk := self.take()) is not None:
+                with _signals_held_off():
+                    future = self.executor.submit(_run_in_worker, self.packed, self.path, chunk)
                 self.running.add(future)
                 future.add_done_callback(self._on_done)
 
-    def _on_done(self, future: "Future[Outcome]") -> None:
+    def _on_done(self, future: "Future[Outcomes]") -> None:
         with self.changed:
             if not future.cancelled() and future.exception() is None and not self.job.is_over():
                 self._submit()  # before this one leaves, so that drain never sees an empty room too early
@@ -108,7 +153,7 @@ class _Queue:
             self.done.append(future)
             self.changed.notify()
 
-    def finished(self) -> Iterator[Outcome]:
+    def finished(self) -> Iterator[Outcomes]:
         """Yield what is done by now. An error in a worker is raised here."""
         while True:
             with self.lock:
@@ -117,7 +162,7 @@ class _Queue:
                 future = self.done.popleft()
             yield future.result()
 
-    def drain(self) -> Iterator[Outcome]:
+    def drain(self) -> Iterator[Outcomes]:
         """Yield what is done until nothing runs any more."""
         while True:
             yield from self.finished()
@@ -164,10 +209,27 @@ def _importable(name: str) -> bool:
     return True
 
 
-def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome:
+@contextmanager
+def _signals_held_off() -> Iterator[None]:
+    """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM.
+
+    Both may be sent to all processes of a terminal or a service. Workers are told by ``Stop``, and end by themselves
+    where this process has died.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcomes:
+    """Train one chunk; nothing comes of it where it is over before it has begun."""
+    job: Job = pickle.loads(packed)
+    if job.is_over():
+        return []
     with computing(1):
-        job: Job = pickle.loads(packed)
-        return job.run(_load(path), chunk)
+        return run_in_parts(job, _load(path), chunk)
 
 
 @functools.lru_cache(maxsize=1)
@@ -184,13 +246,23 @@ def computing(threads: int) -> Iterator[None]:
     The momentum of units that no longer learn decays into such denormal numbers, which a CPU handles so slowly
     that the training of a wide network took twice as long.
     """
-    before, flushed = torch.get_num_threads(), bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
-    torch.set_num_threads(threads)
+    flushed = bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
     torch.set_flush_denormal(True)
+    try:
+        with on_threads(threads):
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_flush_denormal(flushed)
         torch.set_num_threads(before)
 
 
@@ -210,7 +282,8 @@ def _to_tensors(value: Any) -> Any:
     kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
-    if isinstance(value, tuple) and len(value) == 2 and value[0] in kinds and isinstance(value[1], dict):
+    # Two folds are a tuple of two as well, of tuples.
+    if isinstance(value, tuple) and isinstance(value[0], str) and value[0] in kinds:
         return kinds[value[0]](**{name: _to_tensors(item) for name, item in value[1].items()})
     if isinstance(value, tuple):
         return tuple(_to_tensors(item) for item in value)

@@ -1,18 +1,29 @@
 """What every search method works with: the data, the model, the options, the clock, the screen."""
 
-import time
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from gputune.data.dataset import Dataset
+from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import Population, complete, populations
 from gputune.engine.scoring import Scoring
+from gputune.engine.stopping import Stop
 from gputune.engine.vmap import check_module
 from gputune.model_choice import ModelChoice
 from gputune.options import Options
 from gputune.progress import Progress
+from gputune.study.store import Result
 from gputune.types import Config
+
+
+def does_not_fit(trial: int, curve: np.ndarray, reason: str) -> Result:
+    """Return the result of a trial that memory does not hold, with its curve so far (epochs, F)."""
+    folds = (math.nan,) * curve.shape[1]
+    return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,13 @@ class Context:
     scoring: Scoring
     choice: ModelChoice
     options: Options
-    deadline: float | None
+    stop: Stop
     progress: Progress
+    checkpoints: CheckpointFolder | None = None
 
     def is_over(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether training ends now: the deadline has passed, or someone asks for it."""
+        return self.stop.is_over()
 
     @property
     def epochs(self) -> int:
@@ -63,6 +75,23 @@ class Context:
         return make_plan(
             groups, self.data, epochs=epochs, memory=self.memory, workers=self.workers, parameters=parameters
         )
+
+    def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
+        """Return how the trials with these numbers keep their state while they train; None without a study file."""
+        if self.checkpoints is None:
+            return None
+        return Checkpointing(self.checkpoints, tuple(numbers), self.options.checkpoint_seconds)
+
+    def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
+        """Return the checkpoints that there are of these trials."""
+        if self.checkpoints is None:
+            return []
+        return self.checkpoints.read(dict(zip(numbers, configs)))
+
+    def ended(self, results: Sequence[Result]) -> None:
+        """Remove the checkpoints of trials with a final result."""
+        if self.checkpoints is not None:
+            self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
     def check_module(self, config: Config) -> int:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,8 @@ from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
-from gputune.methods.context import Context
+from gputune.methods.context import Context, does_not_fit
+from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.model_choice import ModelChoice
 from gputune.search.distributions import range_of
 from gputune.search.hypergradient import Descent, Hypergradient, Slope, slope_at
@@ -80,16 +82,19 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
         f"descent: {len(starts)} starts x at most {outer + 1} points = {most} trainings at most, each in all folds and "
         f"with derivatives; fewer with a smaller n_trials ({len(starts)} starts now)"
     )
-    with context.progress.bar_over(most, context.epochs):
+    with context.progress.bar_over(most - len(ledger.results), context.epochs):
         for step in range(outer + 1):
-            _evaluate_all(ledger, points, paths, context)
+            _evaluate_all(ledger, points, paths, step, context)
+            before = len(points)
             points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
+            ended = (before - len(points)) * (outer - step)
+            context.progress.spare(ended * context.epochs, trials=ended)
             if not points or context.is_over():
                 return
 
 
 def _evaluate_all(
-    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], context: Context
+    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], step: int, context: Context
 ) -> None:
     """Evaluate the points that have no result yet: those with exact slopes together, then the others."""
     for mode in ("exact", "differences"):
@@ -101,7 +106,7 @@ def _evaluate_all(
         if waiting and context.choice.solved:
             _solve(ledger, waiting, context)
         elif waiting:
-            _train(ledger, waiting, mode, context)
+            _train(ledger, waiting, mode, step, context)
 
 
 def _moved(
@@ -117,7 +122,7 @@ def _moved(
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     for start, point in points.items():
         result, path = ledger.results.get(point.number), paths[start]
-        if result is None or not result.detail:  # the deadline came first
+        if result is None or "slope" not in result.detail:  # it was cut short, or memory did not hold it
             continue
         path.move(Slope.from_detail(result.detail))
         if path.ended:
@@ -133,18 +138,45 @@ def _moved(
     return following
 
 
-def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, context: Context) -> None:
-    configs = [_complete(point.params, context) for point in points]
-    plan, job = _plan(configs, mode, context)
+def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
+    jobs = []
 
-    def keep(outcome: Outcome) -> None:
-        assert isinstance(outcome, Slopes)
-        ledger.finish([_result(points[i], configs[i], c, outcome, mode) for c, i in enumerate(outcome.index)])
-        context.progress.finished(len(outcome.index))
+    def make(configs: Sequence[Config]) -> Plan:
+        plan, job = _plan(configs, mode, context)
+        jobs.append(job)
+        return plan
 
-    if isinstance(points[0].origin, str):  # the starts
-        context.progress.say(f"plan: {plan}")
-    run_chunks(job, context.data, plan, progress=context.progress.advance, on_outcome=keep)
+    plans = frozen_plans(
+        ledger,
+        points,
+        stage=step,
+        kind=context.choice.kind,
+        complete=lambda params: _complete(params, context),
+        make=make,
+    )
+    for frozen in plans:
+        context.progress.plan(frozen.plan, aloud=step == 0)
+        run_chunks(
+            jobs[-1],
+            context.data,
+            frozen.plan,
+            progress=context.progress.advance,
+            on_outcome=partial(_keep, ledger, frozen, mode, context),
+            on_failure=partial(_give_up, ledger, frozen, context),
+        )
+
+
+def _keep(ledger: Ledger, frozen: FrozenPlan, mode: SlopeMode, context: Context, outcome: Outcome) -> None:
+    assert isinstance(outcome, Slopes)
+    rows = enumerate(outcome.index)
+    results = [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
+    context.progress.finished(sum(result.number not in ledger.results for result in results))
+    ledger.finish(results)
+
+
+def _give_up(ledger: Ledger, frozen: FrozenPlan, context: Context, place: int, reason: str) -> None:
+    ledger.finish([does_not_fit(frozen.trials[place].number, np.empty((0, context.data.n_folds)), reason)])
+    context.progress.finished(1)
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
@@ -157,7 +189,7 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
         context.epochs,
         context.scoring,
         context.choice.module_class,
-        context.deadline,
+        context.stop,
         wanted=searched_names(method, context.choice),
         segments=method.segments,
         per_layer=method.per_layer,

@@ -1,59 +1,129 @@
 """Every trial trained to the end (or solved), in the order that suits the machine: what random search does."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from gputune.engine.chunk import Job, Outcome
 from gputune.engine.solved import solve_chunk
-from gputune.engine.workers import run_chunks
-from gputune.methods.context import Context
+from gputune.engine.workers import on_threads, run_chunks
+from gputune.methods.context import Context, does_not_fit
+from gputune.methods.frozen import FrozenPlan, frozen_plans
+from gputune.methods.resuming import with_begun
 from gputune.options import Options
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
-from gputune.study.store import Candidate, Result
-from gputune.types import Config
+from gputune.study.store import Candidate, Chunk, Result
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
 
 def train_fully(ledger: Ledger, context: Context) -> None:
-    """Train what waits in the ledger, chunk by chunk; what is finished is kept at once."""
-    waiting, options, progress = ledger.waiting(), context.options, context.progress
-    configs = [context.complete(trial.params) for trial in waiting]
+    """Train what waits in the ledger, chunk by chunk; what is finished is kept at once.
 
-    def keep(outcome: Outcome) -> None:
-        ledger.finish(
-            [_result(waiting[i], curve, outcome, options) for i, curve in zip(outcome.index, outcome.curves)]
-        )
-        progress.finished(len(outcome.index))
-
-    if context.choice.solved:
-        with progress.bar_over(len(waiting), 1):
-            _solve(configs, context, keep)
-    elif configs:
-        plan = context.plan(configs, epochs=context.epochs)
-        progress.say(f"plan: {plan}")
-        job = Job(
-            options.random_state,
-            context.epochs,
-            context.epochs,
-            context.scoring,
-            context.choice.module_class,
-            context.deadline,
-        )
-        with progress.bar_over(len(waiting), context.epochs):
-            run_chunks(job, context.data, plan, progress=progress.advance, on_outcome=keep)
+    Chunks that another process trains are left to it and waited for, and trained here where it ends without them.
+    """
+    train = _solve if context.choice.solved else _train
+    with context.progress.bar_over(len(ledger.waiting()), context.epochs):
+        while waiting := ledger.waiting():
+            left = train(ledger, waiting, context)
+            if context.is_over():
+                return
+            ledger.refresh()
+            if left:
+                _wait(ledger, left, context)
 
 
-def _solve(configs: Sequence[Config], context: Context, keep: Callable[[Outcome], None]) -> None:
-    for begin in range(0, len(configs), _SOLVED_TOGETHER):
-        if begin and context.is_over():
-            return
-        part = range(begin, min(begin + _SOLVED_TOGETHER, len(configs)))
-        outcome = solve_chunk(context.data, configs, part, context.scoring)
-        context.progress.advance(len(part), outcome.curves)
-        keep(outcome)
+def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
+    """Train the chunks that can be claimed; return those that other processes have where none can."""
+    plans = frozen_plans(
+        ledger,
+        waiting,
+        stage=0,
+        kind=context.choice.kind,
+        complete=context.complete,
+        make=lambda configs: context.plan(configs, epochs=context.epochs),
+    )
+    chunks = [chunk for frozen in plans for chunk in frozen.chunks.values()]
+    if not any(map(ledger.claim, chunks)):  # the first will do
+        return chunks
+    for frozen in plans:
+        _run(ledger, frozen, context)
+    return []
+
+
+def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
+    numbers = [trial.number for trial in frozen.trials]
+    plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
+    context.progress.plan(plan)
+    job = Job(
+        context.options.random_state,
+        context.epochs,
+        context.epochs,
+        context.scoring,
+        context.choice.module_class,
+        context.stop,
+        context.checkpointing(numbers),
+    )
+
+    def give_up(place: int, reason: str) -> None:
+        none = np.empty((0, context.data.n_folds))
+        _finish(ledger, [does_not_fit(numbers[place], none, reason)], context)
+
+    run_chunks(
+        job,
+        context.data,
+        plan,
+        progress=context.progress.advance,
+        on_outcome=lambda outcome: _keep(ledger, frozen.trials, outcome, context),
+        claim=lambda population: ledger.claim(frozen.chunk(population)),
+        on_failure=give_up,
+    )
+
+
+def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
+    """As ``_train``, for the logistic regression that is solved."""
+
+    def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
+        begins = range(0, len(new), _SOLVED_TOGETHER)
+        return [(range(n, min(n + _SOLVED_TOGETHER, len(new))), torch.get_num_threads()) for n in begins]
+
+    chunks = ledger.chunks(waiting, 0, cut)
+    by_number = {trial.number: trial for trial in ledger.candidates}
+    solved = 0
+    for chunk in chunks:
+        if solved and context.is_over():
+            break
+        if ledger.claim(chunk):
+            trials = [by_number[number] for number in chunk.trials]
+            configs = [context.complete(trial.params) for trial in trials]
+            with on_threads(chunk.threads):
+                outcome = solve_chunk(context.data, configs, range(len(configs)), context.scoring)
+            context.progress.advance(len(trials), outcome.curves)
+            _keep(ledger, trials, outcome, context)
+            solved += 1
+    return [] if solved else chunks
+
+
+def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
+    curves = zip(outcome.index, outcome.curves)
+    _finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves], context)
+
+
+def _finish(ledger: Ledger, results: Sequence[Result], context: Context) -> None:
+    context.progress.finished(sum(result.number not in ledger.results for result in results))
+    ledger.finish(results)
+    context.ended(results)
+
+
+def _wait(ledger: Ledger, chunks: Sequence[Chunk], context: Context) -> None:
+    """Wait for what other processes are training."""
+    trials = sum(len(chunk.trials) for chunk in chunks)
+    context.progress.say(
+        f"waiting for another process, which is training {trials} of these trials", once=True
+    )
+    ledger.wait(chunks, context.is_over)
 
 
 def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:

@@ -17,6 +17,9 @@ examples:
   gputune tune houses.csv --target price --trials 100 --epochs 30
   gputune tune houses.csv --target price --space lr=1e-4..1e-1:log width=64,128
   gputune tune houses.csv --target price --model net.py:Net --cv 3
+  gputune resume gputune-out
+  gputune status gputune-out
+  gputune report gputune-out --out report.html
   gputune trials gputune-out --format csv
   gputune predict gputune-out/model new-houses.csv --out prices.csv
 """
@@ -39,9 +42,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_tune(commands)
+    _add_resume(commands)
     _add_trials(commands)
     _add_best(commands)
     _add_predict(commands)
+    _add_repair(commands)
+    _add_report(commands)
+    _add_status(commands)
     return parser
 
 
@@ -81,9 +88,9 @@ def _add_search(group: Any) -> None:
     )
     group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
     group.add_argument(
-        "--method", choices=["random", "halving", "hypergradient"], default="random",
-        help="halving: at each rung the best third goes on; hypergradient: every drawn configuration descends on its "
-        "validation loss (random)",
+        "--method", choices=["random", "halving", "median", "hypergradient"], default="random",
+        help="halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "
+        "drawn configuration descends on its validation loss (random)",
     )  # fmt: skip
     group.add_argument(
         "--factor",
@@ -93,7 +100,12 @@ def _add_search(group: Any) -> None:
     )
     group.add_argument(
         "--min-epochs", type=_whole(1), metavar="E",
-        help="with --method halving: epochs before the first rung (a 27th of --epochs)",
+        help="with --method halving: epochs before the first rung (a 27th of --epochs); median: before the first "
+        "decision (a tenth)",
+    )  # fmt: skip
+    group.add_argument(
+        "--every", type=_whole(1), metavar="E",
+        help="with --method median: epochs between two decisions (as many as before the first)",
     )  # fmt: skip
     group.add_argument(
         "--brackets", type=_whole(1), metavar="N",
@@ -168,6 +180,27 @@ def _add_machine(group: Any) -> None:
         "--out", default="gputune-out", metavar="DIR",
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
     )  # fmt: skip
+    _add_quiet(group)
+
+
+def _add_resume(commands: Any) -> None:
+    parser = _add(commands, "resume", "go on with a search where it was stopped, from its study alone")
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+    parser.add_argument(
+        "--trials", type=_whole(0), metavar="N", help="configurations in all, where there are to be more"
+    )
+    parser.add_argument("--timeout", type=_number, metavar="SEC", help="stop training after so many seconds")
+    parser.add_argument("--device", metavar="D", help="another device; results are then equal up to rounding")
+    parser.add_argument("--memory", metavar="8GB", help="what new chunks of trials may take on the device")
+    parser.add_argument("--workers", type=_workers, metavar="N", help="processes on a CPU")
+    _add_quiet(parser)
+
+
+def _add_quiet(group: Any) -> None:
+    group.add_argument(
+        "--checkpoint-seconds", type=_number, default=60.0, metavar="SEC",
+        help="what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
+    )  # fmt: skip
     group.add_argument(
         "-q",
         "--quiet",
@@ -200,6 +233,31 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
     parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+
+def _add_repair(commands: Any) -> None:
+    parser = _add(commands, "repair", "save what is whole in a damaged study into a new file")
+    parser.add_argument(
+        "study", metavar="STUDY", help="a study.db, or the folder that holds it; it is only read"
+    )
+    parser.add_argument(
+        "--out", metavar="NEW", required=True, help="the new file; the folder where it lies exists"
+    )
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add(commands, "report", "write one page of HTML about a study, finished or running")
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+    parser.add_argument(
+        "--out", default="report.html", metavar="FILE", help="where the page is written (report.html)"
+    )
+
+
+def _add_status(commands: Any) -> None:
+    parser = _add(
+        commands, "status", "look at a running search: trials by state, the best so far, the last result"
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
 
 
 def _whole(least: int) -> Callable[[str], int]:

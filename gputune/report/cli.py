@@ -1,4 +1,4 @@
-"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, or 130 interrupted.
+"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, 130 Ctrl-C, 143 SIGTERM.
 
 Everything heavy is imported inside the commands, so that ``gputune --help`` waits for nothing.
 """
@@ -11,10 +11,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-from gputune.errors import DivergedError, InputError, SearchFailedError
+from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted
 from gputune.report.arguments import make_parser
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -26,8 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name that the terminal's encoding lacks must not end a search in an error.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    typed = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = make_parser().parse_args(argv)
+        arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
     with _warnings_in_words():
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     try:
         return _write(_COMMANDS[arguments.command](arguments))
+    except SearchInterrupted as stop:
+        _write(stop.report)
+        _say(str(stop))
+        return 128 + stop.signal  # as a shell reports a process that a signal has ended
     except KeyboardInterrupt as stop:
         _say(str(stop) or "interrupted.")
         return INTERRUPTED
@@ -55,6 +59,12 @@ def _tune(arguments: argparse.Namespace) -> str:
     from gputune.report.tuning import tune
 
     return tune(arguments)
+
+
+def _resume(arguments: argparse.Namespace) -> str:
+    from gputune.report.tuning import resume
+
+    return resume(arguments)
 
 
 def _trials(arguments: argparse.Namespace) -> str:
@@ -85,21 +95,44 @@ def _predict(arguments: argparse.Namespace) -> str:
     return ""
 
 
+def _repair(arguments: argparse.Namespace) -> str:
+    from gputune.report.places import study_file
+    from gputune.study.repair import repair
+
+    return str(repair(study_file(arguments.study), arguments.out))
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from gputune.report.reporting import report
+
+    return report(arguments.study, arguments.out)
+
+
+def _status(arguments: argparse.Namespace) -> str:
+    from gputune.report.status import status
+
+    return status(arguments.study)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
+    "resume": _resume,
     "trials": _trials,
     "best": _best,
     "predict": _predict,
+    "repair": _repair,
+    "report": _report,
+    "status": _status,
 }
 """Each returns what goes to standard output."""
 
 
 def _open(place: str) -> Any:
     """Return the study of a file, or of the folder that ``gputune tune`` made."""
+    from gputune.report.places import study_file
     from gputune.study.study import Study
 
-    path = Path(place)
-    return Study.open(path / "study.db" if path.is_dir() else path)
+    return Study.open(study_file(place))
 
 
 def _write(text: str) -> int:

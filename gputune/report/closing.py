@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ BEST = 5
 _LABEL = 9
 _STATES: dict[TrialState, str] = {
     "complete": "complete",
-    "pruned": "sent away by a rung",
+    "pruned": "sent away",
     "stopped": "stopped by the timeout",
     "failed": "diverged",
     "waiting": "not started before the timeout",
@@ -30,7 +31,8 @@ _STATES: dict[TrialState, str] = {
 class Ending:
     """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
 
-    ``study_file`` and ``model_folder`` are where both lie, ``seconds`` is the time of the whole run.
+    ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
+    whole run.
     """
 
     file: str
@@ -38,7 +40,7 @@ class Ending:
     rest: Source
     held_out: HeldOut | None
     study_file: Path
-    model_folder: Path
+    model_folder: Path | None
     seconds: float
 
 
@@ -46,6 +48,16 @@ def closing_text(ending: Ending, *, width: int) -> str:
     """Return the lines that end ``gputune tune``."""
     parts = [_understood(ending, width), _best_trials(ending, width), _scores(ending, width)]
     return "\n\n".join([*parts, _whereabouts(ending, width)])
+
+
+def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
+    """Return what is there when Ctrl-C has ended ``gputune`` with the words ``typed``: the table, and how to go on."""
+    parts = [_understood(ending, width)]
+    if any(math.isfinite(trial.score) for trial in ending.study.trials):
+        parts.append(_best_trials(ending, width))
+    words = {**_STATES, "stopped": "cut short", "waiting": "not started"}
+    go_on = f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *typed]))}"
+    return "\n\n".join([*parts, "\n".join([*_kept(ending, words, width), go_on])])
 
 
 def _understood(ending: Ending, width: int) -> str:
@@ -91,10 +103,12 @@ def _method(study: Study) -> list[tuple[str, str]]:
     method = study.meta["method"]
     if isinstance(method, str):
         return []
-    return [("Halving", _halving(study))] if method["name"] == "halving" else [("Descent", _descent(study))]
+    if method["name"] == "hypergradient":
+        return [("Descent", _descent(study))]
+    return [(method["name"].capitalize(), _sent_away(study))]
 
 
-def _halving(study: Study) -> str:
+def _sent_away(study: Study) -> str:
     """The rungs at which trials left, and how much training that saved."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not left:
@@ -172,18 +186,26 @@ def _optimistic(study: Study) -> str:
 
 
 def _whereabouts(ending: Ending, width: int) -> str:
+    words = {**_STATES, "waiting": f"{_STATES['waiting']} (repeat the command to run them)"}
+    if ending.model_folder is None:
+        study = clean(ending.study_file)
+        places = [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]
+    else:
+        model = clean(ending.model_folder)
+        places = [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
+    return "\n".join([*_kept(ending, words, width), *places])
+
+
+def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
+    """How many trials there are of each state, in these words, and their file."""
     states = Counter(trial.state for trial in ending.study.trials)
-    counts = ", ".join(f"{states[state]} {words}" for state, words in _STATES.items() if states[state])
-    go_on = " (repeat the command to run them)" if states["waiting"] else ""
-    trials = _labelled([("Trials", f"{counts}{go_on}; {_seconds(ending.seconds)} in all")], width)
-    model = clean(ending.model_folder)
+    too_big = sum("reason" in trial.detail for trial in ending.study.trials)
+    states["failed"] -= too_big
+    found = [f"{states[state]} {said}" for state, said in words.items() if states[state]]
+    counts = ", ".join([*found, *([f"{too_big} too big for the memory"] if too_big else [])])
+    trials = _labelled([("Trials", f"{counts}; {_seconds(ending.seconds)} in all")], width)
     # Not filled: a path must stay in one piece.
-    places = [
-        f"{'Study':{_LABEL}}{clean(ending.study_file)}",
-        f"{'Model':{_LABEL}}{model}",
-        f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE",
-    ]
-    return "\n".join([trials, *places])
+    return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
 
 
 def _labelled(lines: list[tuple[str, str]], width: int) -> str:

@@ -1,44 +1,44 @@
-"""``gputune tune``: rows apart, search, refit, held-out score, and everything saved in one folder."""
+"""``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved in one folder."""
 
 import argparse
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from gputune.again import Again, search_again
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
-from gputune.errors import InputError
+from gputune.errors import InputError, SearchInterrupted
+from gputune.interrupting import CTRL_C, TERMINATED, interrupted_words
 from gputune.model_choice import choose_model
 from gputune.options import Options
 from gputune.pipeline import search
-from gputune.report.closing import Ending, closing_text
+from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
+from gputune.report.places import MODEL, STUDY
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.median import Median
 from gputune.search.spec import parse_specs
 from gputune.study.study import Study
 
 TRIALS, DESCENTS = 64, 8
 """Configurations drawn where the command does not say."""
 
-STUDY, MODEL = "study.db", "model"
-"""What the folder of a search holds."""
-
 
 def tune(arguments: argparse.Namespace) -> str:
     """Run the command and return its closing text.
 
-    Raises KeyboardInterrupt with a line that says what is kept, and what ``gputune.tune`` raises.
+    Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
     """
     begin = time.perf_counter()
     out = Path(arguments.out)
-    study_file, model_folder = out / STUDY, out / MODEL
     _check_out(out)
     choice = choose_model(arguments.model, arguments.optimizer)
-    options = _options(arguments, study_file)
+    options = _options(arguments, out / STUDY)
     source = read_source(arguments.file, _target(arguments), arguments.groups)
     rest, test = set_apart(
         source,
@@ -47,16 +47,50 @@ def tune(arguments: argparse.Namespace) -> str:
         seed=options.random_state,
         task=options.task,
     )
-    with _folder(out), _kept(study_file):
-        study = search(choice, rest, options)
-        model = study.best_model()
-        held_out = None if test is None else held_out_score(model, study.meta["scoring"], test)
-        if held_out is not None:
-            known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
-            model = replace(model, info={**model.info, **known})
-        model.save(model_folder)
+    with _folder(out):
+        return _to_the_end(arguments, arguments.file, Again(choice, rest, test, options), out / MODEL, begin)
+
+
+def resume(arguments: argparse.Namespace) -> str:
+    """Go on with the search of a study file and return its closing text, as ``tune`` does."""
+    begin = time.perf_counter()
+    place = Path(arguments.study)
+    study_file = place / STUDY if place.is_dir() else place
+    changed = {name: getattr(arguments, name) for name in ("device", "memory", "workers", "timeout")}
+    changed["n_trials"] = arguments.trials
+    given = {name: value for name, value in changed.items() if value is not None}
+    meta = Study.open(study_file).meta
+    again = search_again(study_file, meta, {**given, "verbose": arguments.verbose})
+    # Only the command ``tune`` keeps rows apart, and a model beside the study.
+    model_folder = study_file.parent / MODEL if "test_size" in meta["source"] else None
+    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin)
+
+
+def _to_the_end(
+    arguments: argparse.Namespace, file: str, again: Again, model_folder: Path | None, begin: float
+) -> str:
+    """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
+    study_file = Path(again.options.study)
+    with _kept(study_file):
+        try:
+            study = search(again.choice, again.source, again.options, (CTRL_C, TERMINATED))
+        except SearchInterrupted as stop:
+            seconds = time.perf_counter() - begin
+            ending = Ending(file, stop.study, again.source, None, study_file, model_folder, seconds)
+            stop.report = stopped_text(ending, arguments.typed, width=shutil.get_terminal_size().columns)
+            raise
+        held_out = None
+        if model_folder is not None:
+            model = study.best_model()
+            held_out = (
+                None if again.test is None else held_out_score(model, study.meta["scoring"], again.test)
+            )
+            if held_out is not None:
+                known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+                model = replace(model, info={**model.info, **known})
+            model.save(model_folder)
     seconds = time.perf_counter() - begin
-    ending = Ending(arguments.file, study, rest, held_out, study_file, model_folder, seconds)
+    ending = Ending(file, study, again.source, held_out, study_file, model_folder, seconds)
     return closing_text(ending, width=shutil.get_terminal_size().columns)
 
 
@@ -67,6 +101,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "numbers",
         "schedule",
         "timeout",
+        "checkpoint_seconds",
         "device",
         "dtype",
         "memory",
@@ -92,10 +127,11 @@ def _trials(arguments: argparse.Namespace) -> int:
     return DESCENTS if arguments.method == "hypergradient" else TRIALS
 
 
-def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
+def _method(arguments: argparse.Namespace) -> str | Halving | Median | Hypergradient:
     """Return the method of the command, with its own options; those of another one are refused."""
     of_method = {
         "halving": {"factor": "factor", "min_epochs": "min_epochs", "brackets": "brackets"},
+        "median": {"min_epochs": "min_epochs", "every": "every"},
         "hypergradient": {
             "descend_on": "hyperparameters",
             "outer_steps": "outer_steps",
@@ -104,8 +140,9 @@ def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
         },
     }
     for method, words in of_method.items():
-        given = [word for word in words if getattr(arguments, word) is not None]
-        if given and arguments.method != method:
+        own = of_method.get(arguments.method, {})
+        given = [word for word in words if getattr(arguments, word) is not None and word not in own]
+        if given:
             raise InputError(
                 f"--{given[0].replace('_', '-')} belongs to --method {method}, got --method {arguments.method}; "
                 "leave it out, or choose that method."
@@ -114,9 +151,12 @@ def _method(arguments: argparse.Namespace) -> str | Halving | Hypergradient:
     options = {
         name: getattr(arguments, word) for word, name in words.items() if getattr(arguments, word) is not None
     }
-    if arguments.method == "halving":
-        return Halving(**options)
-    return Hypergradient(**options) if arguments.method == "hypergradient" else "random"
+    kinds: dict[str, Callable[..., Halving | Median | Hypergradient]] = {
+        "halving": Halving,
+        "median": Median,
+        "hypergradient": Hypergradient,
+    }
+    return kinds[arguments.method](**options) if arguments.method in kinds else "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:
@@ -154,15 +194,13 @@ def _folder(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _kept(study_file: Path) -> Iterator[None]:
-    """Say on Ctrl-C what is safe and how to go on."""
+    """Say on a Ctrl-C before or after the training what is safe and how to go on."""
     try:
         yield
+    except SearchInterrupted:
+        raise
     except KeyboardInterrupt:
         if not study_file.exists():
             raise KeyboardInterrupt("interrupted before the first trial; nothing was kept.") from None
-        trials = Study.open(study_file).trials
-        done = sum(trial.state != "waiting" for trial in trials)
-        raise KeyboardInterrupt(
-            f"interrupted: {done} of {len(trials)} trials are finished and kept in {str(study_file)!r}; "
-            "repeat the command to go on."
-        ) from None
+        words = interrupted_words(Study.open(study_file), study_file)
+        raise KeyboardInterrupt(words) from None

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.chunk import Job, Outcome, Progress, make_network, train_chunk
+from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import Population, module_arguments, populations
-from gputune.engine.rung import BegunChunk, RungJob, RungOutcome
+from gputune.engine.rung import RungJob, RungOutcome
+from gputune.engine.stopping import Stop
 from gputune.engine.train import State
 from gputune.engine.vmap import build_module, check_module
 from gputune.engine.workers import run_chunks
@@ -150,7 +151,7 @@ def _fit_group(
             found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
     if chunks:
         kind = MemberJob if recipe.begun is None else RungJob
-        job = kind(recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, deadline)
+        job = kind(recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, Stop(deadline))
         epochs = recipe.epochs - recipe.start
         plan = make_plan(chunks, data, epochs=epochs, memory=None, workers=workers, parameters=parameters)
         if recipe.start:
@@ -201,7 +202,9 @@ def _run(job: "MemberJob | RungJob", data: Dataset, plan: Plan, group: FoldGroup
 
     def collect(outcome: Outcome) -> None:
         assert isinstance(outcome, Weights | RungOutcome)
-        chunk = next(chunk for chunk in plan.chunks if chunk.index == outcome.index)
+        whole = next(chunk for chunk in plan.chunks if outcome.index[0] in chunk.index)
+        at = whole.index.index(outcome.index[0])
+        chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
         found.update(_members(job, data, chunk, outcome, group))
 
     run_chunks(job, data, plan, progress=lambda _done, _curves: None, on_outcome=collect)

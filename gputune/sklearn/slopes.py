@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.chunk import Outcome
 from gputune.engine.population import populations
+from gputune.engine.stopping import Stop
 from gputune.engine.workers import run_chunks
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
@@ -138,7 +139,7 @@ def _trained_group(
         recipe.horizon,
         None,
         recipe.module,
-        how.deadline,
+        Stop(how.deadline),
         wanted=how.names,
         mode=how.mode,
     )

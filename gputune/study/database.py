@@ -1,4 +1,4 @@
-"""How a study file is opened, checked and written: SQLite, with its errors put into words.
+"""How a study file is opened, checked and written to: SQLite, with its errors put into words.
 
 A file is looked at through a read-only connection first, and only one that is whole, of a known version and with
 exactly our tables is opened for writing. What a transaction wrote is on the disk when it ends, or was never there.
@@ -6,17 +6,17 @@ exactly our tables is opened for writing. What a transaction wrote is on the dis
 
 import errno
 import os
-import secrets
+import shlex
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.errors import StudyCorruptError, StudyVersionError
 
 APPLICATION_ID = 0x67707475  # "gptu"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BUSY_SECONDS = 30.0
 PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON")
 
@@ -24,37 +24,13 @@ TABLES = {
     "meta": "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
     "trials": "CREATE TABLE trials (number INTEGER PRIMARY KEY, params TEXT NOT NULL, origin TEXT NOT NULL,"
     " checksum TEXT NOT NULL) STRICT",
+    "plan": "CREATE TABLE plan (chunk INTEGER PRIMARY KEY, stage INTEGER NOT NULL, trials TEXT NOT NULL,"
+    " facts TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
     "results": "CREATE TABLE results (number INTEGER PRIMARY KEY REFERENCES trials (number), state TEXT NOT"
     " NULL, score BLOB NOT NULL, fold_scores BLOB NOT NULL, best_epoch INTEGER NOT NULL, seconds BLOB NOT"
     " NULL, curve BLOB NOT NULL, detail TEXT NOT NULL, checksum TEXT NOT NULL) STRICT",
+    "claims": "CREATE TABLE claims (chunk INTEGER PRIMARY KEY, lock TEXT NOT NULL) STRICT",
 }
-
-
-def create_file(path: Path, fill: Callable[[sqlite3.Connection], object]) -> None:
-    """Make a file with our tables and what ``fill`` writes; it appears whole or not at all.
-
-    Raises InputError where something lies at ``path`` already, or where its folder does not exist.
-    """
-    if path.exists():
-        raise _already_exists(path)
-    if not path.parent.is_dir():
-        raise InputError(
-            f"study={str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first."
-        )
-    draft = path.with_name(f".study-{secrets.token_hex(8)}.tmp")
-    try:
-        with closing(_connect(draft, "rwc")) as connection:
-            with transaction(connection, path):
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-                for statement in TABLES.values():
-                    connection.execute(statement)
-                fill(connection)
-            # Now, while no other process knows the file: changing the mode later needs it alone.
-            _use_wal(connection, path)
-        _publish(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def open_file(path: Path) -> sqlite3.Connection:
@@ -71,8 +47,8 @@ def open_file(path: Path) -> sqlite3.Connection:
         _check_content(connection, path)
         if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
             connection.close()
-            connection = _connect(path, "rw")
-            if not _use_wal(connection, path):
+            connection = connect(path, "rw")
+            if not use_wal(connection, path):
                 warnings.warn(
                     f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a "
                     "rollback journal is used. It is as safe, but readers and writers wait for each other; "
@@ -116,7 +92,8 @@ def translated(path: Path) -> Iterator[None]:
 def damaged(path: Path, reason: str) -> StudyCorruptError:
     """The error for a file that was a study once."""
     return StudyCorruptError(
-        f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file from a copy."
+        f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file from a copy, or save "
+        f"what is whole in it: gputune repair {shlex.quote(str(path))} --out NEW.db"
     )
 
 
@@ -140,18 +117,17 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
     return damaged(path, str(error))
 
 
-def _already_exists(path: Path) -> InputError:
-    return InputError(f"study={str(path)!r} exists already; open it, or give a path that is free.")
-
-
 def _foreign(path: Path, reason: str) -> StudyCorruptError:
     return StudyCorruptError(f"{str(path)!r} is not a gputune study: {reason}; check the path.")
 
 
-def _connect(path: Path, mode: str) -> sqlite3.Connection:
+def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
+    """Return a connection in autocommit mode; with ``threads`` any thread may use it, one at a time."""
     uri = f"{path.resolve().as_uri()}?mode={mode}"
     with translated(path):
-        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None)
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=not threads
+        )
         try:
             for pragma in PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")
@@ -163,7 +139,7 @@ def _connect(path: Path, mode: str) -> sqlite3.Connection:
 
 def _connect_readonly(path: Path) -> sqlite3.Connection:
     try:
-        connection = _connect(path, "ro")  # setting a pragma reads the file, so this may fail already
+        connection = connect(path, "ro")  # setting a pragma reads the file, so this may fail already
         with translated(path):
             connection.execute("PRAGMA schema_version")
         return connection
@@ -173,7 +149,7 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
             raise
     # The write-ahead log needs files beside the study even to read. Where they cannot be made (a read-only
     # medium) and no log is pending, the file alone is the whole study.
-    return _connect(path, "ro&immutable=1")
+    return connect(path, "ro&immutable=1")
 
 
 def _check_header(path: Path) -> None:
@@ -195,10 +171,10 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
                 f"study {str(path)!r} has file format {version}, this gputune reads up to {FORMAT_VERSION}; "
                 "upgrade gputune to open it."
             )
-        if version == 1:
+        if version in (1, 2):
             raise StudyVersionError(
-                f"study {str(path)!r} has file format 1, of a gputune before its first release; search again with "
-                "another path."
+                f"study {str(path)!r} has file format {version}, of a gputune before its first release; search again "
+                "with another path."
             )
         verdict = [row[0] for row in connection.execute("PRAGMA quick_check(1)")]
         if verdict != ["ok"]:
@@ -211,7 +187,7 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
         raise damaged(path, f"{len(orphans)} results belong to no trial")
 
 
-def _use_wal(connection: sqlite3.Connection, path: Path) -> bool:
+def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
     """Switch to the write-ahead log, or to the rollback journal where the file system has no shared memory."""
     with translated(path):
         (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -219,18 +195,3 @@ def _use_wal(connection: sqlite3.Connection, path: Path) -> bool:
             return True
         connection.execute("PRAGMA journal_mode = DELETE")
         return False
-
-
-def _publish(draft: Path, path: Path) -> None:
-    """Give the finished draft its name, unless another process took the name meanwhile."""
-    try:
-        os.link(draft, path)
-    except FileExistsError:
-        raise _already_exists(path) from None
-    except OSError:  # a file system without hard links
-        os.rename(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -12,19 +12,20 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gputune.errors import InputError
 from gputune.study.values import from_json, to_json
+
+if TYPE_CHECKING:
+    from torch import Tensor  # reading a description must not wait for torch
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
 FORMAT, FORMAT_VERSION = "gputune model", 1
 DRAFT = re.compile(r"\.model\.(json|safetensors)\.[0-9a-f]{16}\.tmp")
 
 
-def write_model(folder: Path, state: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+def write_model(folder: Path, state: Mapping[str, "Tensor"], body: Mapping[str, Any]) -> None:
     """Write a model's tensors and description into ``folder``, which is made where it is missing.
 
     A model that lies there is replaced. Raises InputError for a folder that holds anything else, and for what
@@ -41,7 +42,7 @@ def write_model(folder: Path, state: Mapping[str, Tensor], body: Mapping[str, An
     _write(folder, {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()})
 
 
-def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_model(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
     """Return the tensors (on the CPU) and the description that ``write_model`` wrote.
 
     Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or
@@ -50,7 +51,7 @@ def read_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     import safetensors
     import safetensors.torch
 
-    body = _read_description(folder / DESCRIPTION)
+    body = read_description(folder / DESCRIPTION)
     path = folder / TENSORS
     raw = _read(path)
     with blaming(path):
@@ -119,7 +120,8 @@ def _read(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
+    """Return the description of a model from its file, without the tensors; errors as of ``read_model``."""
     with blaming(path):
         head = json.loads(_read(path))
         if head["format"] != FORMAT:

@@ -1,12 +1,14 @@
-"""The trials of a running search and their results: in memory, and in a study file where one is kept."""
+"""The trials of a running search, its plan and its results: in memory, and in a study file where one is kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from gputune.errors import InputError
-from gputune.study.store import Candidate, Result, Store
+from gputune.study.claims import Claims
+from gputune.study.store import Candidate, Chunk, Result, Store
 
 # What must be the same for a search to go on in a file. Anything else (device, versions, n_trials) may differ.
 _IDENTITY = {
@@ -29,17 +31,38 @@ _IDENTITY = {
 }
 
 
-class Ledger:
-    """Candidates in the order of their numbers, and the results of those that are finished."""
+_LOOK = 0.2
+"""Seconds between two looks at what another process has finished."""
 
-    def __init__(self, store: Store | None) -> None:
-        self.store = store
-        known = [] if store is None else store.trials()
-        self.candidates: list[Candidate] = [candidate for candidate, _ in known]
-        found = {r.number: r for _, r in known if r is not None}
-        self.results: dict[int, Result] = {n: r for n, r in found.items() if r.state != "stopped"}
+Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int]]]
+"""Makes chunks of candidates: their positions, in order, and the threads that compute each chunk."""
+
+
+class Ledger:
+    """Candidates in the order of their numbers, the chunks they train in, and the results of those that are finished.
+
+    Where a file is kept, other processes may work on the same one: ``refresh`` takes in what they have written.
+    """
+
+    def __init__(self, store: Store | None, claims: Claims | None = None) -> None:
+        self.store, self.claims = store, claims
+        self.candidates: list[Candidate] = []
+        self.plan: list[Chunk] = []
+        self.results: dict[int, Result] = {}
         # What an earlier call's deadline cut short is trained again; until then its result counts.
+        self._stopped: dict[int, Result] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the file again, where there is one."""
+        if self.store is None:
+            return
+        known = self.store.trials()
+        self.candidates = [candidate for candidate, _ in known]
+        found = {r.number: r for _, r in known if r is not None}
+        self.results = {n: r for n, r in found.items() if r.state != "stopped"}
         self._stopped = {n: r for n, r in found.items() if r.state == "stopped"}
+        self.plan = self.store.plan()
 
     def add(self, new: Sequence[Candidate]) -> None:
         """Take in drawn candidates before anything trains."""
@@ -47,15 +70,73 @@ class Ledger:
             self.store.add_trials(new)
         self.candidates += new
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let no other process add candidates or chunks inside; what others have added is known then."""
+        if self.claims is None:
+            yield
+            return
+        while self.claims.take_setup() is not None:
+            time.sleep(_LOOK)
+        try:
+            self.refresh()
+            yield
+        finally:
+            self.claims.leave_setup()
+
+    def decide_alone(self, method: str) -> None:
+        """Claim the whole search. Raises InputError, naming the other process, where one is at work on it."""
+        if self.claims is not None:
+            self.claims.take_search(method)
+            self.refresh()
+
+    def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
+        """Return the frozen chunks of a stage that hold these trials; what is in none is cut into new ones first."""
+        if self._unplanned(trials, stage):
+            with self.alone():
+                if new := self._unplanned(trials, stage):
+                    self._freeze(new, stage, cut(new))
+        wanted = {trial.number for trial in trials}
+        return [c for c in self.plan if c.stage == stage and not wanted.isdisjoint(c.trials)]
+
+    def _unplanned(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
+        planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
+        return [trial for trial in trials if trial.number not in planned]
+
+    def _freeze(
+        self, trials: Sequence[Candidate], stage: int, parts: Sequence[tuple[Sequence[int], int]]
+    ) -> None:
+        number = 1 + max((chunk.number for chunk in self.plan), default=-1)
+        new = [
+            Chunk(number + i, stage, tuple(trials[position].number for position in part), threads)
+            for i, (part, threads) in enumerate(parts)
+        ]
+        if self.store is not None:
+            self.store.add_chunks(new)
+        self.plan += new
+
+    def claim(self, chunk: Chunk) -> bool:
+        """Say whether a chunk is ours to train: no other process trains it, and it is not finished."""
+        return self.claims is None or self.claims.take(chunk)
+
+    def wait(self, chunks: Sequence[Chunk], is_over: Callable[[], bool]) -> None:
+        """Wait until another process has finished something, one that has a chunk is gone, or ``is_over``."""
+        assert self.store is not None and self.claims is not None
+        finished = self.store.finished()
+        while not is_over() and self.store.finished() == finished and all(map(self.claims.holder, chunks)):
+            time.sleep(_LOOK)
+        self.refresh()
+
     def waiting(self) -> list[Candidate]:
         """Return the candidates without a result."""
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
     def finish(self, results: Sequence[Result]) -> None:
-        """Keep the results of one chunk, all or none."""
+        """Keep the results of one chunk, all or none; those that are kept already stay as they are."""
+        new = [result for result in results if result.number not in self.results]
         if self.store is not None:
-            self.store.finish(results)
-        self.results.update({result.number: result for result in results})
+            self.store.finish(new)
+        self.results.update({result.number: result for result in new})
 
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
@@ -88,7 +169,7 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
     if path is None:
         yield Ledger(None)
         return
-    with Store.open(path) if Path(path).exists() else Store.create(path, meta) as store:
+    with _opened(Path(path), meta) as store, Claims(Path(path)) as claims:
         held = store.meta
         differing = [
             f"{word}{_values(held.get(key), meta[key])}"
@@ -100,4 +181,15 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."
             )
-        yield Ledger(store)
+        yield Ledger(store, claims)
+
+
+def _opened(path: Path, meta: Mapping[str, Any]) -> Store:
+    """Open a study, or make it; another process may make it at the same time."""
+    if not path.exists():
+        try:
+            return Store.create(path, meta)
+        except InputError:
+            if not path.exists():
+                raise
+    return Store.open(path)

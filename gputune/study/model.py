@@ -15,6 +15,7 @@ from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import Table, as_table, read_table
 from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
+from gputune.study.cards import model_card
 from gputune.types import Task
 
 ROWS, NUMBERS = 8192, 2**23
@@ -116,6 +117,9 @@ class TunedModel:
             f"{type(self.module).__name__} must return a tensor of shape {(rows, K)}, got {got}; "
             "correct its forward()."
         )
+
+    def _repr_html_(self) -> str:
+        return model_card(self)
 
     def __repr__(self) -> str:
         what = "regression" if self.classes is None else f"{len(self.classes)} classes"

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError, SearchFailedError
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
+from gputune.study.views import StudyViews
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
@@ -36,7 +38,7 @@ class Trial:
     origin       "default", "include" or "random"; in a study by hypergradients (start, outer step), the start being the
                  number of the trial it began with, which is outer step 0
     detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
-                 halving "rung", the epoch at which it was sent away
+                 halving "rung", the epoch at which it was sent away; "reason" where memory did not hold it
     """
 
     number: int
@@ -64,7 +66,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Study:
+class Study(StudyViews):
     """What a search found.
 
     trials   in order of their number
@@ -74,12 +76,14 @@ class Study:
              "model"    the model's name, shown by ``repr``
              "scoring"  the name of the score, shown by ``repr``
     data     what the process that searched keeps for a refit; None for a study that was opened from its file
+    file     the file that keeps the study; None where none does
     """
 
     meta: dict[str, Any]
     trials: tuple[Trial, ...]
     curves: Curve
     data: Any = None
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         curves = np.array(self.curves, dtype=np.float64)
@@ -99,16 +103,35 @@ class Study:
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
         """
         with Store.open(path) as store:
-            return cls.from_rows(store.meta, store.trials())
+            return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
     def from_rows(
-        cls, meta: dict[str, Any], rows: Sequence[tuple[Candidate, Result | None]], *, data: Any = None
+        cls,
+        meta: dict[str, Any],
+        rows: Sequence[tuple[Candidate, Result | None]],
+        *,
+        data: Any = None,
+        file: Path | None = None,
     ) -> "Study":
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
-        return cls(meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data)
+        return cls(
+            meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data, file=file
+        )
+
+    def backup(self, path: str | os.PathLike[str]) -> None:
+        """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
+
+        Raises InputError for a study without a file, or where something lies at ``path`` already.
+        """
+        if self.file is None:
+            raise InputError(
+                "backup() copies the file of a study, and this one is in memory; search with study=PATH."
+            )
+        with Store.open(self.file) as store:
+            store.backup(path)
 
     @property
     def best_trial(self) -> Trial:
@@ -215,6 +238,12 @@ class Study:
         waiting = sum(t.state == "waiting" for t in self.trials)
         if waiting == len(self.trials):
             return f"none of the {waiting} trials has been trained yet; run the search."
+        reasons = {str(t.detail["reason"]) for t in self.trials if "reason" in t.detail}
+        if reasons:
+            return (
+                f"no trial has a finite score, and some of {len(self.trials)} did not fit into memory even alone "
+                f"({min(reasons)}); search smaller widths and batch sizes."
+            )
         return (
             f"no trial has a finite score: of {len(self.trials)} trials {failed} diverged, {waiting} have not been "
             "trained; lower the learning rates of the space, and look for extreme values in the data."

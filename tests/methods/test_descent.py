@@ -281,7 +281,7 @@ def test_little_memory_cuts_chunks_and_changes_nothing(iris):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("halfing", {}, "method must be 'random', 'halving', 'hypergradient', gputune.Halving"),
+        ("halfing", {}, "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving"),
         (gputune.Hypergradient(hyperparameters="C"), {}, "only the logistic regression solved with .* has 'C'"),
         (gputune.Hypergradient(hyperparameters="momentum"), {}, "adam has no 'momentum', and trial 0 uses it"),
         (gputune.Hypergradient(hyperparameters="weight_decay"), {}, "cannot start from 0, as trial 0 does"),

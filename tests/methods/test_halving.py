@@ -11,7 +11,7 @@ from torch import nn
 import gputune
 from gputune.engine.rung import Parking
 from gputune.errors import InputError
-from gputune.methods import halving
+from gputune.methods import rungs
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -141,40 +141,63 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
             assert self.folder is not None and not self.states
             super().close()
 
-    monkeypatch.setattr(halving, "Parking", Small)
+    monkeypatch.setattr(rungs, "Parking", Small)
     study = gputune.tune("mlp", *iris, space=SPACE, n_trials=26, method=gputune.Halving(min_epochs=1), **FAST)
     np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
     assert parked[0].held == 0
 
 
-def test_a_stopped_search_goes_on(iris, both, tmp_path, monkeypatch):
-    runs, run = [], halving.run_chunks
-
-    def interrupted(*arguments, **rest):
-        runs.append(1)
-        if len(runs) == 2:
-            raise KeyboardInterrupt
-        run(*arguments, **rest)
-
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+@pytest.mark.parametrize("memory", [None, 60_000])
+def test_a_stopped_search_goes_on_bit_for_bit(iris, tmp_path, monkeypatch, stop_at, memory):
+    """Stopped before its first, second or third leg, in one chunk a shape or in many."""
+    run = rungs.run_chunks
     common = {
         "space": SPACE,
         "n_trials": 26,
         "method": gputune.Halving(min_epochs=1),
-        "study": tmp_path / "s.db",
+        "memory": memory,
         **FAST,
     }
-    monkeypatch.setattr(halving, "run_chunks", interrupted)
+    whole = gputune.tune("mlp", *iris, **common)
+
+    monkeypatch.setattr(rungs, "run_chunks", stopping_at(stop_at))
     with pytest.raises(KeyboardInterrupt):
-        gputune.tune("mlp", *iris, **common)
+        gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
     kept = gputune.Study.open(tmp_path / "s.db")
-    assert [t.state for t in kept.trials].count("pruned") == 18
-    monkeypatch.setattr(halving, "run_chunks", run)
-    study = gputune.tune("mlp", *iris, **common)
-    assert [t.state for t in study.trials] == [t.state for t in both[1].trials]
-    np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
+    assert [t.state for t in kept.trials].count("pruned") == [0, 18, 24][stop_at - 1]
+    monkeypatch.setattr(rungs, "run_chunks", run)
+    study = gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
+    np.testing.assert_array_equal(study.curves, whole.curves)
+    assert [(t.state, t.score, t.detail) for t in study.trials] == [
+        (t.state, t.score, t.detail) for t in whole.trials
+    ]
     assert [t.detail for t in gputune.Study.open(tmp_path / "s.db").trials] == [
         t.detail for t in study.trials
     ]
+
+
+def test_a_halved_search_grows(iris, tmp_path):
+    common = {"space": SPACE, "method": gputune.Halving(min_epochs=1), "study": tmp_path / "s.db", **FAST}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rungs, "run_chunks", stopping_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            gputune.tune("mlp", *iris, n_trials=8, **common)
+    study = gputune.tune("mlp", *iris, n_trials=20, **common)
+    assert len(study.trials) == 21 and {t.state for t in study.trials} == {"pruned", "complete"}
+
+
+def stopping_at(number):
+    """Return a ``run_chunks`` whose so many-th call is interrupted."""
+    runs, run = [], rungs.run_chunks
+
+    def interrupted(*arguments, **rest):
+        runs.append(1)
+        if len(runs) == number:
+            raise KeyboardInterrupt
+        run(*arguments, **rest)
+
+    return interrupted
 
 
 def test_a_timeout_scores_what_was_trained(iris):

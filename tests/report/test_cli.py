@@ -307,7 +307,7 @@ def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
     code, printed, err = run("tune", "sklearn:iris", "--out", out, *FAST)
     assert (code, printed, err.count("\n")) == (130, "", 1)
     if stop_after:
-        assert f"interrupted: 3 of 3 trials are finished and kept in '{out / 'study.db'}'; repeat" in err
+        assert f"interrupted: 3 of 3 trials are finished; all is kept in '{out / 'study.db'}': repeat" in err
     else:
         assert err == "gputune: interrupted before the first trial; nothing was kept.\n"
 

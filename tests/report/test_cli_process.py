@@ -1,12 +1,8 @@
-"""The command line in a process of its own: start-up, a model that outlives its process, Ctrl-C, a closed pipe."""
+"""The command line in a process of its own: start-up, a model that outlives its process, a closed pipe."""
 
 import os
-import signal
 import subprocess
 import sys
-import time
-
-import pytest
 
 import gputune
 from command_line import FAST, kinds, write_table
@@ -26,7 +22,7 @@ class Net(torch.nn.Linear):
 
 
 def start(*arguments, **options):
-    command = [sys.executable, "-c", START, *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", START, *map(str, arguments)]
     environment = {**os.environ, "COLUMNS": "80"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     return subprocess.Popen(command, **{**pipes, **options})
@@ -48,7 +44,7 @@ def test_help_and_version_wait_for_nothing():
     heavy = {"torch", "numpy", "scipy", "sklearn", "polars", "pandas", "narwhals", "joblib", "tqdm"}
     print(sorted(heavy & set(sys.modules)))
     """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
     lines = ran.stdout.split("\n")
     assert lines[-2] == "[]"
     assert f"gputune {gputune.__version__}" in lines
@@ -80,35 +76,6 @@ def test_a_module_of_a_file_predicts_in_a_new_process(tmp_path):
     code, out, err = finish("predict", "../gputune-out/model", "../bugs.csv", cwd=elsewhere)
     assert (code, err) == (0, "")
     assert out.startswith("kind\n") and out.count("\n") == 41
-
-
-def test_ctrl_c_keeps_what_is_finished(tmp_path):
-    study_file = tmp_path / "out" / "study.db"
-    # So little memory makes every trial a chunk of its own: the first ends at once, all of them in many minutes.
-    options = ["--trials", "5000", "--epochs", "20", "--memory", "1KB", "--workers", "1", "-q"]
-    process = start("tune", "sklearn:iris", "--out", "out", *options, cwd=tmp_path)
-    try:
-        wait_for_results(study_file, process)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out) == (130, "")
-    done = sum(trial.state == "complete" for trial in gputune.Study.open(study_file).trials)
-    assert 1 <= done < 5001
-    assert err == (
-        f"gputune: interrupted: {done} of 5001 trials are finished and kept in 'out/study.db'; repeat the command to "
-        "go on.\n"
-    )
-
-
-def wait_for_results(study_file, process):
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if study_file.exists() and any(t.state == "complete" for t in gputune.Study.open(study_file).trials):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"no trial was finished; exit code {process.poll()}")
 
 
 def test_a_reader_that_stops_reading_ends_it_quietly(tmp_path):

@@ -258,6 +258,6 @@ text = space_text(check_space(space, keys=set(space), module=False))
 def test_space_text_is_the_same_in_another_process():
     here = {}
     exec(CODE, here)
-    run = [sys.executable, "-c", CODE + "print(text)"]
+    run = [sys.executable, "-P", "-c", CODE + "print(text)"]
     there = subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     assert there == here["text"] and "rv_histogram(draws=" in there and "width=log_int(1, 9)" in there

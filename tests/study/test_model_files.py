@@ -108,7 +108,9 @@ model = load_model({str(folder)!r})
 numpy.save({str(tmp_path / "out.npy")!r}, model.predict_proba({str(tmp_path / "rows.parquet")!r}))
 print(type(model.module).__name__, model.predict({str(tmp_path / "rows.parquet")!r}).dtype.kind)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd="/"
+    )
     assert done.stdout.split() == ["Net", "U"]
     # Another process may add in another order, so the last bit is not asked for.
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model.predict_proba(frame), rtol=1e-6)

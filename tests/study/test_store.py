@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
-from gputune.study import database
+from gputune.study import database, new_file
 from gputune.study.store import Candidate, Store
 from study_rows import bits, candidates, result
 
@@ -93,13 +93,13 @@ def test_settings_of_the_file(path):
     with Store.create(path, {}) as store:
         pragma = lambda name: store._connection.execute(f"PRAGMA {name}").fetchone()[0]  # noqa: E731
         assert pragma("application_id") == int.from_bytes(b"gptu", "big")
-        assert pragma("user_version") == 2
+        assert pragma("user_version") == 3
         assert pragma("journal_mode") == "wal"
         assert pragma("synchronous") == 2  # FULL
         assert pragma("busy_timeout") == 30_000
         assert pragma("foreign_keys") == 1 and pragma("trusted_schema") == 0
         strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
-        assert {name for (name,) in strict} == {"meta", "trials", "results"}
+        assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
 
 
 def test_a_stopped_trial_gets_its_result_later_and_no_other_is_replaced(path):
@@ -168,13 +168,13 @@ def test_create_that_fails_leaves_nothing(path):
 
 
 def test_create_never_replaces_a_file_that_came_meanwhile(path, monkeypatch):
-    publish = database._publish
+    publish = new_file._publish
 
     def late(draft, path):
         path.write_text("of another process")
         publish(draft, path)
 
-    monkeypatch.setattr(database, "_publish", late)
+    monkeypatch.setattr(new_file, "_publish", late)
     with pytest.raises(InputError, match="exists already"):
         Store.create(path, {})
     assert path.read_text() == "of another process"
@@ -218,7 +218,7 @@ def test_a_study_that_may_not_be_written_is_read(path, monkeypatch):
 def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch):
     with Store.create(path, {"a": 1}):
         pass
-    connect = database._connect
+    connect = database.connect
 
     class NoSharedMemory:
         def execute(self, statement):
@@ -229,7 +229,7 @@ def test_a_study_in_a_folder_where_nothing_can_be_made_is_read(path, monkeypatch
 
     monkeypatch.setattr(database.os, "access", lambda *_: False)
     monkeypatch.setattr(
-        database, "_connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode)
+        database, "connect", lambda p, mode: NoSharedMemory() if mode == "ro" else connect(p, mode)
     )
     with Store.open(path) as store:
         assert store.meta == {"a": 1}
@@ -300,11 +300,12 @@ def test_files_that_are_no_study_of_this_version(path):
     ("statement", "error", "message"),
     [
         (
-            "PRAGMA user_version = 3",
+            "PRAGMA user_version = 4",
             StudyVersionError,
-            "file format 3, this gputune reads up to 2; upgrade gputune",
+            "file format 4, this gputune reads up to 3; upgrade gputune",
         ),
         ("PRAGMA user_version = 1", StudyVersionError, "format 1, of a gputune before its first release"),
+        ("PRAGMA user_version = 2", StudyVersionError, "format 2, of a gputune before its first release"),
         ("PRAGMA user_version = 0", StudyCorruptError, "its tables are not those of a study"),
         ("DROP TABLE results", StudyCorruptError, "its tables are not those of a study"),
         ("CREATE VIEW v AS SELECT 1", StudyCorruptError, "its tables are not those of a study"),
@@ -396,7 +397,8 @@ print(taken)
     with Store.create(path, {}) as store:
         store.add_trials(candidates(range(40)))
     jobs = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
     ]
     outputs = [job.communicate()[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0]
@@ -423,7 +425,7 @@ with Store.open({str(path)!r}) as store:
 """
     with Store.create(path, {}) as store:
         store.add_trials(candidates(range(100)))
-    done = int(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE).stdout)
+    done = int(subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=subprocess.PIPE).stdout)
     assert 0 < done < 99
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     with Store.open(path) as store:
@@ -451,7 +453,7 @@ store.finish([Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.ones((1, 1))) for n 
 """
     with Store.create(path, {}) as store:
         store.add_trials(candidates(range(6)))
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == -9
     with Store.open(path) as store:
         assert [c.number for c, found in store.trials() if found] == [0, 1]
         store.finish([result(n) for n in range(2, 6)])
@@ -468,7 +470,7 @@ def test_a_study_that_may_not_be_written_opens_for_reading(tmp_path):
         "import os, sys; from gputune.study.store import Store; os.setuid(65534)\n"
         f"with Store.open({str(path)!r}) as store: print(store.meta)"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     tmp_path.chmod(0o755)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "{'seed': 1}"

@@ -147,4 +147,4 @@ def test_text_is_plain_ascii_json_without_nan():
 
 def test_reading_a_study_does_not_import_torch():
     code = "import sys, gputune.study.study; assert 'torch' not in sys.modules, 'torch'"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)

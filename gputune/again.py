@@ -1,0 +1,121 @@
+"""The arguments of a search as its study file holds them, and the search made again from there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gputune.data.dataset import Rows
+from gputune.data.fingerprint import fingerprint
+from gputune.data.packed import pack_folds, unpack_folds
+from gputune.data.source import Source, read_apart
+from gputune.errors import InputError
+from gputune.model_choice import ModelChoice, choose_again
+from gputune.options import Options, method_again
+from gputune.problem import make_problem
+from gputune.search.space import Space
+from gputune.search.space_again import space_again, space_values
+from gputune.study.values import to_json
+
+_KEPT = (
+    *("n_trials", "include_default", "scoring", "task", "class_weight"),
+    *("max_epochs", "device", "dtype", "memory", "workers"),
+)
+"""Arguments that a file holds as they were given, beside what ``meta`` has under names of its own."""
+
+
+@dataclass(frozen=True)
+class Again:
+    """A search as it was begun; ``test`` are the rows that it held out, if it did."""
+
+    choice: ModelChoice
+    source: Source
+    test: Source | None
+    options: Options
+
+
+def stored_arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> dict[str, Any]:
+    """Return what makes the search again: ``kept``, ``space``, ``folds``; ``lacking`` names what a file cannot hold."""
+    values = space_values(space)
+    lacking = [
+        word
+        for word, lost in {
+            "X and y, which were in memory": source.origin is None,
+            "groups, which were in memory": source.groups is not None
+            and not (source.origin or {}).get("groups"),
+            "scoring, a function": callable(options.scoring),
+            "class_weight": not _is_storable(options.class_weight),
+            "sample_weight": options.sample_weight is not None,
+            "space, with an object of your own": values is None,
+        }.items()
+        if lost
+    ]
+    kept = {name: getattr(options, name) for name in _KEPT if _is_storable(getattr(options, name))}
+    return {"kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking}
+
+
+def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> Again:
+    """Return the search of a study file, with some of its options ``changed``.
+
+    Raises InputError, saying what is missing or has changed.
+    """
+    if meta.get("face") == "sklearn":
+        raise InputError(
+            f"study {str(path)!r} is of {meta['method']}, which searched scikit-learn's estimators: a search of that "
+            "face is not resumed."
+        )
+    if "arguments" not in meta or "source" not in meta:
+        raise InputError(
+            f"study {str(path)!r} has lost options of its search and cannot go on; search again."
+        )
+    arguments = meta["arguments"]
+    if arguments["lacking"]:
+        raise InputError(
+            f"study {str(path)!r} does not hold: {'; '.join(arguments['lacking'])}. Repeat the call of "
+            f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
+        )
+    choice = choose_again(meta["spec"], meta["optimizer"])
+    source, test = _reread(meta, choice)
+    options = Options(
+        **{**arguments["kept"], **changed},
+        space=space_again(arguments["space"]),
+        method=method_again(meta["method"]),
+        cv=unpack_folds(arguments["folds"]),
+        numbers=meta["numbers"],
+        optimizer=meta["optimizer"],
+        schedule=meta["schedule"],
+        epoch=meta["epoch"],
+        study=path,
+        random_state=meta["seed"],
+    )
+    return Again(choice, source, test, options)
+
+
+def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source | None]:
+    """Return the rows of a search, read again from its file, and those that it held out."""
+    origin = meta["source"]
+    try:
+        source, test = read_apart(origin)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the search cannot go on: its data {origin['path']!r} is gone; put it back."
+        ) from error
+    found = fingerprint(source.X, make_problem(source, meta["task"], choice).target)
+    if found != meta["fingerprint"]:
+        raise InputError(
+            f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
+            f"({_difference(meta['fingerprint'], found)}); restore the file."
+        )
+    return source, test
+
+
+def _difference(held: dict[str, Any], found: dict[str, Any]) -> str:
+    counts = [f"{held[n]} {n} then, {found[n]} now" for n in ("rows", "columns") if held[n] != found[n]]
+    return "; ".join(counts) or f"{held['rows']} rows then and now, of other names or values"
+
+
+def _is_storable(value: Any) -> bool:
+    try:
+        to_json(value)
+    except InputError:
+        return False
+    return True

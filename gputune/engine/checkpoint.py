@@ -1,0 +1,184 @@
+"""A chunk in the middle of its training, in a file beside the study: what a stopped search goes on from.
+
+A file says which search, trials and configurations it belongs to, and carries a checksum of its content. It appears
+whole or not at all, and is gone when its trials have ended.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gputune.engine.train import State
+from gputune.types import Config
+
+_FORMAT = 1
+_WRITING_SHARE = (
+    20  # the training between two checkpoints takes at least so many times what writing one takes
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Trials (by number) after so many epochs: ``curves`` (C, epochs, F), and the state of those still ``alive``."""
+
+    trials: tuple[int, ...]
+    alive: tuple[int, ...]  # positions in ``trials``
+    curves: np.ndarray
+    state: State
+    seconds: float  # of training so far
+
+
+class CheckpointFolder:
+    """The checkpoints of one search. ``identity`` is a digest of all that its numbers depend on but the trials."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+        self._trials: dict[Path, set[int]] = {}  # of each file that there may be, those that have not ended
+
+    def path(self, trials: Sequence[int]) -> Path:
+        """Return where the checkpoint of these trials lies, and remember to remove it when they have ended."""
+        name = hashlib.sha256(json.dumps(list(trials)).encode()).hexdigest()[:16]
+        path = self.folder / f"{min(trials)}-{name}.safetensors"
+        self._trials.setdefault(path, set(trials))
+        return path
+
+    def write(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> None:
+        """Keep a checkpoint in the place of an older one of the same trials. Raises OSError where it cannot."""
+        tensors = {str(i): buffer.cpu().contiguous() for i, buffer in enumerate(checkpoint.state.buffers)}
+        tensors["curves"] = torch.from_numpy(np.ascontiguousarray(checkpoint.curves))
+        facts = {
+            "format": _FORMAT,
+            "search": self.identity,
+            "configs": _digest_of_configs(configs),
+            "trials": checkpoint.trials,
+            "alive": checkpoint.alive,
+            "epoch": checkpoint.state.epoch,
+            "seconds": checkpoint.seconds,
+        }
+        text = json.dumps(facts)
+        path = self.path(checkpoint.trials)
+        draft = path.with_suffix(".tmp")
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            save_file(tensors, draft, metadata={"facts": text, "checksum": _checksum(text, tensors)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
+        _flush(draft)
+        os.replace(draft, path)
+        _flush(self.folder)
+
+    def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
+        """Return the checkpoints of trials that all still wait, by the number of each its configuration.
+
+        A file that is damaged, or of another search, is left out with one warning for all.
+        """
+        found, ignored = [], []
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                checkpoint = self._read(path, configs)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                ignored.append(f"{path.name!r} {error if type(error) is ValueError else 'is damaged'}")
+                continue
+            self.path(checkpoint.trials)
+            found.append(checkpoint)
+        if ignored:
+            warnings.warn(
+                f"{len(ignored)} of the checkpoints in {str(self.folder)!r} cannot be used ({ignored[0]}); what they "
+                "are of is trained from its start.",
+                stacklevel=2,
+            )
+        return found
+
+    def _read(self, path: Path, configs: Mapping[int, Config]) -> Checkpoint:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            facts = json.loads(metadata["facts"])
+            if facts["format"] != _FORMAT or facts["search"] != self.identity:
+                raise ValueError("is of another search")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if metadata["checksum"] != _checksum(metadata["facts"], tensors):
+            raise ValueError("does not fit its checksum")
+        trials = tuple(facts["trials"])
+        known = [configs[trial] for trial in trials if trial in configs]
+        if len(known) == len(trials) and _digest_of_configs(known) != facts["configs"]:
+            raise ValueError("is of other configurations")
+        curves = tensors.pop("curves").numpy()
+        buffers = tuple(tensors[str(i)] for i in range(len(tensors)))
+        return Checkpoint(
+            trials, tuple(facts["alive"]), curves, State(facts["epoch"], buffers), facts["seconds"]
+        )
+
+    def drop(self, ended: Iterable[int]) -> None:
+        """Remove the files of which no trial trains any more, and the folder with the last of them."""
+        ended = set(ended)
+        for path, trials in list(self._trials.items()):
+            trials -= ended
+            if not trials:
+                del self._trials[path]
+                for file in (path, path.with_suffix(".tmp")):
+                    file.unlink(missing_ok=True)
+        with suppress(OSError):  # there is none, or something is left in it
+            self.folder.rmdir()
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """How the chunks of a job keep their state: ``numbers`` are those of its trials, by their place in the search."""
+
+    folder: CheckpointFolder
+    numbers: tuple[int, ...]
+    seconds: float
+    """At least so long between two checkpoints of a chunk."""
+
+    def expect(self, index: Sequence[int]) -> None:
+        """Remember that a worker may write a file of the trials at these places."""
+        self.folder.path([self.numbers[i] for i in index])
+
+    def keep(self, checkpoint: Checkpoint, configs: Sequence[Config]) -> float:
+        """Write a checkpoint, or warn where it cannot be written; return the seconds until the next is due."""
+        begin = time.monotonic()
+        try:
+            self.folder.write(checkpoint, configs)
+        except OSError as error:
+            warnings.warn(
+                f"no checkpoint could be written in {str(self.folder.folder)!r} ({error}). The training goes on; "
+                "were it stopped now, more of it would be repeated. Make room on the disk.",
+                stacklevel=2,
+            )
+        return max(self.seconds, _WRITING_SHARE * (time.monotonic() - begin))
+
+
+def _digest_of_configs(configs: Sequence[Config]) -> str:
+    text = repr([sorted(config.items()) for config in configs])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        array: np.ndarray[Any, Any] = tensor.numpy()
+        digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Return when what was written to a file, or into a folder, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

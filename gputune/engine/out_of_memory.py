@@ -1,0 +1,73 @@
+"""A chunk that does not fit into memory is halved and run again; a trial that does not fit alone is given up."""
+
+import gc
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset
+from gputune.engine.chunk import Job, Outcome, Progress
+from gputune.engine.population import Population
+
+# What torch says in a plain RuntimeError: its allocator on the CPU, and cuDNN where it finds no room to work in.
+_TEXTS = ("can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
+
+
+@dataclass(frozen=True)
+class DoesNotFit:
+    """A trial (its place in the search) that does not fit into memory even alone, and what was said."""
+
+    index: tuple[int]
+    reason: str
+
+
+def run_in_parts(
+    job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
+) -> list[Outcome | DoesNotFit]:
+    """Train one chunk, in as many parts as the memory makes necessary."""
+    waiting, done = [chunk], list[Outcome | DoesNotFit]()
+    while waiting:
+        part = waiting.pop()
+        outcome = _attempt(job, data, part, progress)
+        if not isinstance(outcome, str):
+            done.append(outcome)
+            continue
+        # Only here, where the error and the frames that it holds are gone, is there anything to free.
+        gc.collect()
+        if data.device.type == "cuda":
+            torch.cuda.empty_cache()
+        trials = len(part.index)
+        if trials == 1:
+            done.append(DoesNotFit((part.index[0],), outcome))
+        elif not job.is_over():
+            waiting += [part.part(trials // 2, trials), part.part(0, trials // 2)]
+    return done
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on the device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+
+
+def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:
+    """Train a chunk; where memory runs out, take back what was told of it and return the reason."""
+    told = 0
+
+    def tell(trial_epochs: int, curves: np.ndarray) -> None:
+        nonlocal told
+        told += trial_epochs
+        if progress is not None:
+            progress(trial_epochs, curves)
+
+    try:
+        return job.run(data, chunk, tell)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if progress is not None and told:
+        progress(-told, np.full((1, 1, 1), np.nan))
+    return reason

@@ -1,0 +1,137 @@
+"""What stands at the top of the page: the best score and its error, the held-out score, trials, time, device."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gputune.analysis.scores import shown_scores
+from gputune.errors import InputError
+from gputune.report.text import clean, count, short
+from gputune.study.study import Study, Trial, TrialState
+
+STATES: dict[TrialState, str] = {
+    "complete": "trained to the end",
+    "pruned": "sent away by a rung of halving",
+    "stopped": "cut short by a deadline",
+    "failed": "diverged",
+    "waiting": "not trained yet",
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number with its name, and a sentence about it."""
+
+    name: str
+    value: str
+    note: str
+
+
+def best_trial(study: Study) -> Trial | None:
+    """Return the best trial, None where none has a finite score."""
+    best = next(iter(study.ranking()), None)
+    return best if best is not None and math.isfinite(best.score) else None
+
+
+def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
+    """Return the facts of a study; ``model`` is the ``info`` of its tuned model, checked by ``check_model``."""
+    meta, best, measure = study.meta, best_trial(study), shown_scores(study).measure
+    found = []
+    if best is not None:
+        folds = count(len(best.fold_scores), "fold")
+        error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
+        tried = sum(math.isfinite(trial.score) for trial in study.trials)
+        note = f"trial {best.number}, mean{' ± standard error' * bool(error)} over {folds}"
+        found.append(
+            Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
+        )
+        found.append(_held_out(model, measure, tried))
+    found.append(Fact("trials", str(len(study.trials)), _states(study)))
+    seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
+    trained, whole = study.spent
+    note = "the trials' shares of their chunks, summed"
+    if 0 < trained < whole and meta.get("face") != "sklearn":
+        note += f"; {trained} of {whole} trial-epochs"
+    found.append(Fact("time of training", seconds_text(seconds), note))
+    if meta.get("device"):
+        found.append(Fact("device", clean(meta["device"]), clean(meta.get("dtype", ""))))
+    return found
+
+
+def _held_out(model: Mapping[str, Any] | None, measure: Any, tried: int) -> Fact:
+    name = f"held-out {measure.name}"
+    optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
+    score = None if model is None else model.get("held_out_score")
+    if model is None or score is None or not math.isfinite(score):
+        return Fact(name, "–", f"not known here; {optimistic}")
+    return Fact(
+        name,
+        measure.text(score),
+        f"the model on {count(model['held_out_rows'], 'row')} nothing was fitted on; {optimistic}",
+    )
+
+
+def check_model(study: Study, model: Mapping[str, Any]) -> None:
+    """Raise InputError where the ``info`` of a model is not that of this study's best trial."""
+    best = best_trial(study)
+    if best is None or model.get("params") != best.params or model.get("score") != best.score:
+        raise InputError(
+            "report(model=...) must be the tuned model of this study, got one of other parameters or another score; "
+            "make it with study.best_model(), or leave it out."
+        )
+
+
+def _states(study: Study) -> str:
+    counts = Counter(trial.state for trial in study.trials)
+    return ", ".join(f"{counts[state]} {words}" for state, words in STATES.items() if counts[state]) or "none"
+
+
+def seconds_text(seconds: float) -> str:
+    """Return a time in two units at most."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def setting(study: Study) -> list[tuple[str, str]]:
+    """Return the options of the search, name and text, those that its file has."""
+    meta = study.meta
+    rows: list[tuple[str, Any]] = []
+    source, print_ = meta.get("source"), meta.get("fingerprint")
+    if isinstance(source, dict):
+        rows.append(("data", source.get("path")))
+    if isinstance(print_, dict) and "rows" in print_:
+        rows.append(("rows", print_["rows"]))
+    rows += [("features", meta.get("features")), ("target", meta.get("target")), ("task", meta.get("task"))]
+    if meta.get("classes"):
+        shown = ", ".join(map(str, meta["classes"][:12]))
+        rows.append(
+            ("classes", f"{len(meta['classes'])}: {shown}{', …' if len(meta['classes']) > 12 else ''}")
+        )
+    method = meta.get("method")
+    rows += [
+        ("model", meta.get("model")),
+        ("optimizer", meta.get("optimizer")),
+        ("schedule", meta.get("schedule")),
+        ("method", _method(method)),
+        ("space", meta.get("space")),
+        ("folds", meta.get("folds")),
+        ("epochs", meta.get("max_epochs")),
+        ("seed", meta.get("seed")),
+    ]
+    versions = meta.get("versions")
+    if isinstance(versions, dict):
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
+    return [(name, clean(value)) for name, value in rows if value is not None]
+
+
+def _method(method: Any) -> Any:
+    if not isinstance(method, dict):
+        return method
+    options = ", ".join(
+        f"{key}={short(value)}" for key, value in method.items() if key != "name" and value is not None
+    )
+    return f"{method.get('name')}: {options}"

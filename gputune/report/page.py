@@ -1,0 +1,168 @@
+"""The report of a study: one page of HTML that needs no network, no other file and no right to run anything else."""
+
+import base64
+import hashlib
+import os
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from gputune.analysis.importance import Importance, importance
+from gputune.errors import InputError
+from gputune.report.again import again_code
+from gputune.report.charts.curves import curves_chart, folds_note
+from gputune.report.charts.importance import WEAK, importance_chart
+from gputune.report.charts.parallel import Parallel, parallel_chart
+from gputune.report.charts.paths import path_charts
+from gputune.report.charts.slices import history_chart, slice_charts
+from gputune.report.endings import endings
+from gputune.report.facts import best_trial, check_model, facts, setting
+from gputune.report.rows import as_json, table_columns
+from gputune.report.text import clean
+from gputune.study.study import Study
+from gputune.version import __version__
+
+FIRST_ROWS = 25
+"""Rows of the table that the page shows before its script runs, and on a page of the table."""
+
+
+def write_page(study: Study, path: str | os.PathLike[str], *, model: Mapping[str, Any] | None = None) -> None:
+    """Write the page of a study to a file; see ``Study.report``."""
+    place = Path(path)
+    if place.is_dir():
+        raise InputError(f"report({str(path)!r}) is a folder; give the name of a file, such as report.html.")
+    if study.file is not None and place.exists() and study.file.exists() and place.samefile(study.file):
+        raise InputError(f"report({str(path)!r}) is the file of the study itself; give another name.")
+    text = page(study, model=model)
+    place.write_text(text, encoding="utf-8")
+
+
+def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:
+    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model.
+
+    Raises InputError for a model of another study.
+    """
+    if model is not None:
+        check_model(study, model)
+    found, why_not = _importance(study)
+    parallel = parallel_chart(study, found.names if found else ())
+    columns, rows = table_columns(study)
+    style, script = _packaged("report.css"), _packaged("report.js")
+    html: str = _template().render(
+        policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
+        "form-action 'none'",
+        style=Markup(style),
+        script=Markup(script),
+        facts=facts(study, model),
+        parallel=None if parallel is None else parallel.chart,
+        importance=importance_chart(found) if found else None,
+        forest=found,
+        weak=WEAK,
+        why_not=why_not,
+        columns=[(column["label"], "levels" in column) for column in columns],
+        first=_first_rows(columns),
+        rows=rows,
+        data=Markup(as_json(_data(columns, parallel, rows))),
+        **_words(study),
+        **_charts(study),
+    )
+    return html
+
+
+def _words(study: Study) -> dict[str, Any]:
+    """Return what the page says of a study beside its charts and its table."""
+    best = best_trial(study)
+    return {
+        "title": f"Study of {clean(study.meta['model'])}" if "model" in study.meta else "Study",
+        "source": _source(study),
+        "best": best,
+        "parameters": [] if best is None else [(clean(k), _exact(v)) for k, v in best.params.items()],
+        "why_none": study.why_none_is_best() if best is None else "",
+        "waiting": sum(trial.state == "waiting" for trial in study.trials),
+        "trials": len(study.trials),
+        "guarded": study.guarded,
+        "endings": endings(study),
+        "code": again_code(study),
+        "setting": setting(study),
+        "notes": [clean(note) for note in study.meta.get("notes") or ()],
+        "version": __version__,
+    }
+
+
+def _charts(study: Study) -> dict[str, Any]:
+    return {
+        "curves": curves_chart(study),
+        "folds_note": folds_note(study),
+        "history": history_chart(study),
+        "slices": slice_charts(study),
+        "paths": path_charts(study),
+    }
+
+
+def _importance(study: Study) -> tuple[Importance | None, str]:
+    try:
+        return importance(study), ""
+    except InputError as error:  # a small study has none
+        return None, str(error)
+
+
+def _data(columns: list[dict[str, Any]], parallel: Parallel | None, rows: int) -> dict[str, Any]:
+    numbers = {column["key"] for column in columns if "levels" not in column}
+    axes = [] if parallel is None else [axis.plain(rows, numbers) for axis in parallel.axes]
+    return {"columns": columns, "axes": axes, "page": FIRST_ROWS}
+
+
+def _first_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of the first rows, as the script shows them too."""
+    return [list(row) for row in zip(*(_cells(column) for column in columns))]
+
+
+def _cells(column: dict[str, Any]) -> list[str]:
+    cells = []
+    for value in column["values"][:FIRST_ROWS]:
+        if value is None:
+            cells.append("–")
+        elif "levels" in column:
+            cells.append(column["levels"][value])
+        elif "decimals" in column:
+            cells.append(f"{value:.{column['decimals']}f}")
+        else:
+            cells.append(f"{value:.6g}" if isinstance(value, float) else str(value))
+    return cells
+
+
+def _exact(value: Any) -> str:
+    return clean(getattr(value, "__name__", value))
+
+
+def _source(study: Study) -> str:
+    """Return what the study was searched on, in few words."""
+    origin = study.meta.get("source")
+    target = clean(study.meta.get("target", ""))
+    if not isinstance(origin, dict):
+        return ""
+    path = str(origin.get("path", ""))
+    name = path if path.startswith("sklearn:") else Path(path).name
+    return f"{clean(name)}, predicting {target!r}"
+
+
+@cache
+def _packaged(name: str) -> str:
+    return (resources.files("gputune.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
+    surroundings = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return surroundings.from_string(_packaged("report.html"))
+
+
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,12 @@
+"""Where ``gputune tune`` puts what it makes, and how a command finds it again."""
+
+from pathlib import Path
+
+STUDY, MODEL = "study.db", "model"
+"""What the folder of a search holds."""
+
+
+def study_file(place: str) -> Path:
+    """Return the study file of a path, which may be the folder of a search."""
+    path = Path(place)
+    return path / STUDY if path.is_dir() else path

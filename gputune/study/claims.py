@@ -1,0 +1,237 @@
+"""Which process trains which chunk of a study: claims that are void when their process is.
+
+A process holds a lock of the operating system on a file of its own beside the study for as long as it lives; its claims
+are rows of the table ``claims`` that name this file. Nobody takes a claim over because time has passed: a process that
+is stopped, or a laptop that sleeps, keeps what it has.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import secrets
+import sqlite3
+import subprocess
+import threading
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gputune.errors import InputError
+from gputune.study.database import connect, transaction, translated
+from gputune.study.rows import Chunk
+
+SETUP, SEARCH = -1, -2
+"""What is claimed beside the chunks 0, 1, ...: adding to the plan, and the whole search."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that holds claims, as its lock file describes it; ``boot`` is an identity of the running system."""
+
+    host: str
+    boot: str
+    pid: int
+    lock: str
+
+    @property
+    def is_near(self) -> bool:
+        """Whether its locks reach this process: it runs on this system, or ran before the last start of this host."""
+        return self.boot == boot() != "" or self.host == platform.node()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host!r}"
+
+
+class Claims:
+    """The claims of this process on one study. A context manager; any thread may ask, one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: int | None = None
+        self._lock = ""
+        self._mutex = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._sweep()
+
+    def take(self, chunk: Chunk) -> bool:
+        """Claim a chunk; say no where another process has it, or where all its results are there."""
+        return self._take(chunk.number, chunk.trials) is None
+
+    def take_search(self, method: str) -> None:
+        """Claim the whole search. Raises InputError where another process has it, which it names."""
+        owner = self._take(SEARCH)
+        if isinstance(owner, Owner):
+            raise InputError(
+                f"study={str(self.path)!r}: {owner} is at work on this search, and one process alone decides which "
+                f"trials of method={method!r} train on. {self._remedy(owner)}"
+            )
+
+    def take_setup(self) -> Owner | None:
+        """Claim the right to add trials and chunks; return who has it, or None where it is ours now."""
+        owner = self._take(SETUP)
+        return owner if isinstance(owner, Owner) else None
+
+    def leave_setup(self) -> None:
+        """Let others add trials and chunks."""
+        self._delete("chunk = ?", SETUP)
+
+    def holder(self, chunk: Chunk) -> Owner | None:
+        """Return the other process that has a chunk, or None."""
+        with self._mutex, translated(self.path):
+            rows = self._connected().execute("SELECT lock FROM claims WHERE chunk = ?", (chunk.number,))
+            return next((self._alive(lock) for (lock,) in rows.fetchall() if lock != self._lock), None)
+
+    def close(self) -> None:
+        """Give up all claims, and remove the lock file."""
+        with self._mutex:
+            if self._file is not None:
+                with suppress(OSError, ValueError):  # the rows are void without the file
+                    self._delete("lock = ?", self._lock)
+                self._place(self._lock).unlink(missing_ok=True)
+                os.close(self._file)
+                self._file = None
+                self._sweep()
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def __enter__(self) -> "Claims":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self, number: int, trials: tuple[int, ...] = ()) -> Owner | bool | None:
+        """Claim and return None; or return the owner, or True where all the trials have their results."""
+        with self._mutex:
+            connection = self._connected()
+            if (taken := self._taken(connection, number, trials)) is not None:  # a look that locks nobody out
+                return taken
+            lock = self._own_lock()
+            with transaction(connection, self.path):
+                if (taken := self._taken(connection, number, trials)) is None:
+                    connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (number, lock))
+                return taken
+
+    def _taken(
+        self, connection: sqlite3.Connection, number: int, trials: tuple[int, ...]
+    ) -> Owner | bool | None:
+        with translated(self.path):
+            if trials and all(
+                connection.execute(
+                    "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'", (n,)
+                ).fetchone()
+                for n in trials
+            ):
+                return True
+            held = connection.execute("SELECT lock FROM claims WHERE chunk = ?", (number,)).fetchone()
+        return None if held is None or held[0] == self._lock else self._alive(held[0])
+
+    def _alive(self, lock: str) -> Owner | None:
+        """Return the owner of a lock file while that process lives, else None; the file of a dead one is removed."""
+        place = self._place(lock)
+        try:
+            file = os.open(place, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            owner = _read_owner(file, lock)
+            # Where locks do not reach from one host to another, a free one says nothing of that host's processes.
+            if _locked_by_other(file) or not owner.is_near:
+                return owner
+            place.unlink(missing_ok=True)
+            return None
+        finally:
+            os.close(file)
+
+    def _own_lock(self) -> str:
+        """Make the lock file of this process when it is first needed; return its name."""
+        try:
+            while self._file is None:
+                self._make_lock(f"{self.path.name}-{secrets.token_hex(8)}.lock")
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"study {str(self.path)!r}: its lock file cannot be made ({error.strerror}); check the disk, the "
+                "rights of its folder, and that its file system has locks",
+            ) from error
+        return self._lock
+
+    def _make_lock(self, lock: str) -> None:
+        place = self._place(lock)
+        file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
+            os.write(file, json.dumps(me).encode())
+            with suppress(FileNotFoundError):  # another process swept it before it was locked
+                if os.fstat(file).st_ino == place.stat().st_ino:
+                    self._file, self._lock = file, lock
+        finally:
+            if self._file is None:
+                place.unlink(missing_ok=True)
+                os.close(file)
+
+    def _sweep(self) -> None:
+        """Remove the lock files of dead processes."""
+        pattern = re.compile(re.escape(self.path.name) + r"-[0-9a-f]{16}\.lock")
+        for place in self.path.resolve().parent.iterdir():
+            if pattern.fullmatch(place.name):
+                with suppress(OSError):
+                    self._alive(place.name)
+
+    def _place(self, lock: str) -> Path:
+        return self.path.resolve().parent / lock
+
+    def _remedy(self, owner: Owner) -> str:
+        if owner.is_near:
+            return "Wait for it, or end it."
+        return f"Wait for it, or end it; where it is gone for good, remove {str(self._place(owner.lock))!r}."
+
+    def _delete(self, where: str, value: Any) -> None:
+        with self._mutex:
+            connection = self._connected()
+            with transaction(connection, self.path):
+                connection.execute(f"DELETE FROM claims WHERE {where} AND lock = ?", (value, self._lock))
+
+    def _connected(self) -> sqlite3.Connection:
+        """A connection of our own: the threads that look after workers ask too."""
+        if self._connection is None:
+            self._connection = connect(self.path, "rw", threads=True)
+            # A claim need not outlive the power, so it need not wait for the disk.
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+        return self._connection
+
+
+@cache
+def boot() -> str:
+    """Return an identity of the running system that is another one after its next start; "" where there is none."""
+    with suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with suppress(OSError):
+        asked = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
+        return asked.stdout.strip()
+    return ""
+
+
+def _read_owner(file: int, lock: str) -> Owner:
+    try:
+        held = json.loads(os.read(file, 4096))
+        return Owner(str(held["host"]), str(held["boot"]), int(held["pid"]), lock)
+    except (ValueError, LookupError, TypeError):  # killed before it had written it
+        return Owner(platform.node(), boot(), 0, lock)
+
+
+def _locked_by_other(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look must not see each other
+    except BlockingIOError:
+        return True
+    return False

@@ -1,0 +1,151 @@
+"""What a study file holds, row by row: candidates, results, the chunks of the frozen plan, and their checksums.
+
+Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0. Each row carries a
+checksum of its key and content, by which a whole row is known wherever it is found. Nothing is pickled.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gputune.errors import InputError
+from gputune.study.score import State
+from gputune.study.values import from_json, to_json
+
+Curve = NDArray[np.float64]
+Row = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A drawn configuration that waits for its training."""
+
+    number: int
+    params: dict[str, Any]
+    origin: str | tuple[int, int]
+    """"default", "include" or "random"; a point of a descent has (trial number of its start, outer step from 1)."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Trials that train together, in this order, whenever they train; ``threads`` compute each of its steps.
+
+    ``stage`` is where the chunk begins: epochs done before it (halving) or the outer step (a descent), else 0.
+    """
+
+    number: int
+    stage: int
+    trials: tuple[int, ...]
+    threads: int
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What training one candidate gave. Scores follow scikit-learn: greater is better."""
+
+    number: int
+    state: State
+    score: float
+    fold_scores: Sequence[float]  # (F,)
+    best_epoch: int
+    seconds: float
+    curve: Curve  # (epochs, F)
+    detail: Mapping[str, Any] = field(default_factory=dict)  # what the search method keeps of it
+
+    def __post_init__(self) -> None:
+        if self.state not in get_args(State):
+            raise InputError(f"Result(state=...) must be one of {get_args(State)}, got {self.state!r}.")
+        folds = len(self.fold_scores)
+        if folds < 1 or self.curve.ndim != 2 or self.curve.shape[1] != folds:
+            raise InputError(
+                f"Result(curve=...) must be (epochs, F) with a column for each of the fold_scores, got shape "
+                f"{self.curve.shape} and {folds} fold_scores in trial {self.number}."
+            )
+
+
+def option_row(key: str, value: Any) -> Row:
+    """Return the row of one option of a search."""
+    return key, to_json(value, name=f"meta[{key!r}]")
+
+
+def candidate_row(candidate: Candidate) -> Row:
+    """Return the row of a candidate; ``candidate_of`` is the way back."""
+    origin = candidate.origin if isinstance(candidate.origin, str) else "{}:{}".format(*candidate.origin)
+    return int(candidate.number), to_json(candidate.params, name=f"trial {candidate.number}"), origin
+
+
+def candidate_of(number: int, params: str, origin: str) -> Candidate:
+    """Return the candidate of a row whose checksum fits. Raises ValueError for one that was never written."""
+    start, colon, step = origin.partition(":")
+    point = colon and start.isdigit() and step.isdigit()
+    return Candidate(number, from_json(params), (int(start), int(step)) if point else origin)
+
+
+def result_row(result: Result) -> Row:
+    """Return the row of a result; ``result_of`` is the way back."""
+    return (
+        int(result.number),
+        str(result.state),
+        _pack([result.score]),
+        _pack(result.fold_scores),
+        int(result.best_epoch),
+        _pack([result.seconds]),
+        _pack(result.curve),
+        to_json(result.detail, name=f"detail of trial {result.number}"),
+    )
+
+
+def result_of(
+    number: int,
+    state: State,
+    score: bytes,
+    fold_scores: bytes,
+    best_epoch: int,
+    seconds: bytes,
+    curve: bytes,
+    detail: str,
+) -> Result:
+    """Return the result of a row whose checksum fits. Raises ValueError for one that was never written."""
+    folds = _unpack(fold_scores)
+    return Result(
+        number=number,
+        state=state,
+        score=_unpack(score).item(),
+        fold_scores=tuple(folds.tolist()),
+        best_epoch=best_epoch,
+        seconds=_unpack(seconds).item(),
+        curve=_unpack(curve).reshape(-1, len(folds)),
+        detail=from_json(detail),
+    )
+
+
+def chunk_row(chunk: Chunk) -> Row:
+    """Return the row of a chunk; ``chunk_of`` is the way back."""
+    return chunk.number, chunk.stage, to_json(list(chunk.trials)), to_json({"threads": chunk.threads})
+
+
+def chunk_of(number: int, stage: int, trials: str, facts: str) -> Chunk:
+    """Return the chunk of a row whose checksum fits. Raises ValueError for one that was never written."""
+    return Chunk(number, stage, tuple(from_json(trials)), int(from_json(facts)["threads"]))
+
+
+def checksum(*values: object) -> str:
+    """64 bits of SHA-256 over the values, each led by its type and length so that no two rows read alike."""
+    digest = hashlib.sha256()
+    for value in values:
+        raw = value if isinstance(value, bytes) else str(value).encode()
+        digest.update(f"{type(value).__name__}:{len(raw)}:".encode())
+        digest.update(raw)
+    return digest.hexdigest()[:16]
+
+
+def _pack(values: Sequence[float] | Curve) -> bytes:
+    return np.ascontiguousarray(values, dtype="<f8").tobytes()
+
+
+def _unpack(raw: bytes) -> Curve:
+    return np.frombuffer(raw, dtype="<f8").astype(np.float64)

@@ -1,0 +1,155 @@
+"""What successive halving costs and what it loses: its best score beside that of the full search, over seeds.
+
+Which trials halving keeps is read off the curves of the full search, which are the ones that it sees; on the first seed
+of every table it is also run, and must end the same. A seed draws its own trials, folds and starts.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from benchmark_machine import file_stem
+from sklearn.datasets import load_digits
+
+import gputune
+from gputune.search.halving import survivors
+
+TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 5
+ADULT_ROWS = 10_000
+LOSS, SHARE = 0.005, 0.2  # of the full search's best score, and of its trial-epochs
+AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
+
+Tables = Mapping[str, tuple[Any, Any]]
+"""Name -> what ``tune`` takes as X and y."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Best fold-mean scores of both, and their trial-epochs; ``run`` is the best of halving where it was run."""
+
+    table: str
+    seed: int
+    full: float
+    halving: float
+    full_epochs: int
+    halving_epochs: int
+    run: float | None
+
+    @property
+    def loss(self) -> float:
+        """The part of the full search's best score that halving is below it; below 0 where it is above."""
+        return 1 - self.halving / self.full
+
+    @property
+    def share(self) -> float:
+        """The part of the full search's trial-epochs that halving takes."""
+        return self.halving_epochs / self.full_epochs
+
+
+def run_halving(
+    out: Path, machine: dict[str, Any], tables: Tables, *, trials: int, epochs: int, seeds: int
+) -> int:
+    """Search, print and write; return 0, or 1 where halving as it is run does not end as it was read off."""
+    found = []
+    for name, (X, y) in tables.items():
+        for seed in range(seeds):
+            found.append(compare(name, X, y, trials=trials, epochs=epochs, seed=seed))
+            print(line(found[-1]), flush=True)
+    if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
+        print(
+            "NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves."
+        )
+        return 1
+    text = markdown(machine, found, trials=trials, epochs=epochs)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / file_stem(machine, "halving")
+    stem.with_suffix(".md").write_text(text)
+    whole = {"machine": machine, "trials": trials, "epochs": epochs, "seeds": [asdict(one) for one in found]}
+    stem.with_suffix(".json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    print(text)
+    return 0
+
+
+def compare(table: str, X: Any, y: Any, *, trials: int, epochs: int, seed: int) -> Seed:
+    """Search one table in full and by halving; the first seed runs both."""
+    method = gputune.Halving()
+
+    def search(how: Any) -> gputune.Study:
+        return gputune.tune(
+            "mlp", X, y, n_trials=trials - 1, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
+        )  # fmt: skip
+
+    full = search("random")
+    stays, spent = halved(full.curves, method, epochs)
+    score = float(np.nanmax(full.curves[stays].mean(2).max(1)))
+    ran = search(method).best_score if seed == 0 else None
+    return Seed(table, seed, full.best_score, score, full.spent[1], spent, ran)
+
+
+def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np.ndarray, int]:
+    """Return which trials (positions) come to the end, and the trial-epochs of all, by curves (C, epochs, F)."""
+    alive, spent, before = np.arange(len(curves)), 0, 0
+    (rungs,) = method.rungs(epochs)
+    for rung in rungs:
+        spent += len(alive) * (rung - before)
+        means = curves[alive, rung - 1].mean(1)
+        alive, before = alive[survivors(means, method.factor)], rung
+    return alive, spent + len(alive) * (epochs - before)
+
+
+def tables(adult: Path | None) -> Tables:
+    """Return digits, and a sample of the census table where its file is given."""
+    found: dict[str, tuple[Any, Any]] = {"digits": load_digits(return_X_y=True)}
+    return found if adult is None else {**found, "adult": adult_sample(adult)}
+
+
+def adult_sample(path: Path) -> tuple[pl.DataFrame, np.ndarray]:
+    """Return 10,000 rows of UCI's adult.data (or all, where there are fewer) and whether the income is above 50K."""
+    rows = pl.read_csv(path, has_header=False, null_values=["?", " ?"], truncate_ragged_lines=True)
+    rows = rows.sample(min(ADULT_ROWS, len(rows)), seed=0)
+    # The file has a blank after each comma, which makes text of its numbers.
+    plain = [_plain(column.str.strip_chars(" .") if column.dtype == pl.String else column) for column in rows]
+    return pl.DataFrame(plain[:-1]), plain[-1].to_numpy() == ">50K"
+
+
+def _plain(column: pl.Series) -> pl.Series:
+    numbers = column.cast(pl.Int64, strict=False)
+    return numbers if numbers.null_count() == column.null_count() else column
+
+
+def line(one: Seed) -> str:
+    """One seed in words."""
+    ran = "" if one.run is None else f"; run: {one.run:.4f}"
+    return (
+        f"{one.table}, seed {one.seed}: full {one.full:.4f}, halving {one.halving:.4f} ({one.loss:.2%} below) for "
+        f"{one.share:.1%} of the trial-epochs{ran}"
+    )
+
+
+def markdown(machine: dict[str, Any], found: list[Seed], *, trials: int, epochs: int) -> str:
+    """Return the report as a page."""
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        "# What successive halving loses, and what it saves",
+        "",
+        f"{machine['cpu']}; {machine['system']}; Python {machine['python']}, {versions}; commit {machine['commit']}; "
+        f"{machine['date']}.",
+        "",
+        f"{trials} trials of the default space, {epochs} epochs, {FOLDS} folds; `gputune.Halving()`. Accuracy is the "
+        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. "
+        f"The aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs.",
+        "",
+        "| table | seed | full search | halving | loss | trial-epochs | run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {s.table} | {s.seed} | {s.full:.4f} | {s.halving:.4f} | {s.loss:.2%} | {s.share:.1%} "
+        f"| {'' if s.run is None else f'{s.run:.4f}'} |"
+        for s in found
+    ]
+    within = sum(s.loss <= LOSS and s.share <= SHARE for s in found)
+    return "\n".join([*lines, "", f"{within} of {len(found)} reach the aim."]) + "\n"

@@ -1,0 +1,98 @@
+"""Checkpoint files: what they give back, what is refused in words, when they go."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.train import State
+
+CONFIGS = {3: {"lr": 0.1, "width": 8}, 5: {"lr": 0.2, "width": 8}}
+
+
+def checkpoint(trials=(3, 5), *, epoch=2):
+    buffers = tuple(torch.randn(1, 2, n, dtype=torch.float64) for n in (7, 7))
+    curves = np.array([[[0.1, 0.2]] * epoch, [[np.nan, -0.0]] * epoch])[: len(trials)]
+    return Checkpoint(trials, (0,), curves, State(epoch, buffers), 1.5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return CheckpointFolder(tmp_path / "s.db.state", "of this search")
+
+
+def written(folder, one=None):
+    one = one or checkpoint()
+    folder.write(one, [CONFIGS[trial] for trial in one.trials])
+    return one, folder.path(one.trials)
+
+
+def test_it_comes_back_bit_for_bit(folder):
+    one, path = written(folder)
+    (found,) = folder.read(CONFIGS)
+    assert (found.trials, found.alive, found.seconds) == ((3, 5), (0,), 1.5)
+    assert found.state.epoch == 2 and found.curves.tobytes() == one.curves.tobytes()
+    assert all(torch.equal(a, b) for a, b in zip(found.state.buffers, one.state.buffers))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_later_one_takes_its_place(folder):
+    written(folder)
+    written(folder, checkpoint(epoch=3))
+    assert [found.state.epoch for found in folder.read(CONFIGS)] == [3]
+
+
+def test_every_changed_or_missing_byte_is_seen(folder):
+    _, path = written(folder)
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in [*rng.integers(0, len(whole), 150), *range(len(whole) - 64, len(whole))]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.warns(
+            UserWarning, match="1 of the checkpoints in .* cannot be used .* trained from its start"
+        ):
+            assert folder.read(CONFIGS) == []
+    for end in range(0, len(whole), 37):
+        path.write_bytes(whole[:end])
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert folder.read(CONFIGS) == []
+
+
+def test_those_of_others_are_left_out_with_one_warning(folder):
+    written(folder)
+    written(folder, checkpoint((3,)))
+    other = CheckpointFolder(folder.folder, "of another search")
+    with pytest.warns(UserWarning, match="2 of the checkpoints in .* is of another search") as caught:
+        assert other.read(CONFIGS) == []
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match="is of other configurations"):
+        assert folder.read({3: {"lr": 0.3}, 5: CONFIGS[5]}) == []
+
+
+def test_they_go_when_all_their_trials_have_ended(folder):
+    _, path = written(folder)
+    path.with_suffix(".tmp").touch()  # of a write that was killed
+    folder.drop([3])
+    assert path.exists()
+    folder.drop([5])
+    assert not folder.folder.exists()
+    folder.drop([5])  # nothing is left to remove
+
+
+def test_a_disk_that_takes_nothing_is_a_warning(folder, monkeypatch):
+    folder.folder.write_text("a file in the place of the folder")
+    keeping = Checkpointing(folder, (3, 5), 60.0)
+    with pytest.warns(UserWarning, match="no checkpoint could be written in .* Make room on the disk"):
+        assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 60.0
+
+
+def test_the_next_is_due_in_twenty_times_what_writing_took(folder, monkeypatch):
+    times = iter([10.0, 10.25, 20.0, 24.0])
+    monkeypatch.setattr("gputune.engine.checkpoint.time.monotonic", lambda: next(times))
+    keeping = Checkpointing(folder, (3, 5), 6.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 6.0
+        assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 80.0

@@ -1,0 +1,148 @@
+"""An allocator that fails at the k-th step: what fits in parts comes out as it would whole, the others fail alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+
+import gputune
+from gputune.engine import train
+from gputune.engine.out_of_memory import is_out_of_memory
+from gputune.errors import SearchFailedError
+from gputune.sklearn import MLPClassifier, RandomizedSearchCV
+
+SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
+COMMON = {"space": SPACE, "n_trials": 11, "cv": 3, "max_epochs": 6, "verbose": 0, "workers": 1}
+METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."
+    ),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
+    MemoryError(),
+]
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris(return_X_y=True)
+
+
+@pytest.fixture(scope="module")
+def whole(iris):
+    return {name: gputune.tune("mlp", *iris, method=method, **COMMON) for name, method in METHODS.items()}
+
+
+def fail(monkeypatch, when, error=ERRORS[0]):
+    """Let the training's steps raise where ``when(number of the step from 1, number of trials)`` says so."""
+    step, count, failed = train._Chunk._step, [0], []
+
+    def allocating(chunk, *arguments):
+        count[0] += 1
+        if when(count[0], len(chunk.alive)):
+            failed.append(len(chunk.alive))
+            raise error
+        return step(chunk, *arguments)
+
+    monkeypatch.setattr(train._Chunk, "_step", allocating)
+    return failed
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_counts_as_out_of_memory(error):
+    assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("k", "error"), list(zip((1, 5, 12, 33), ERRORS)), ids=str)
+def test_a_failure_at_the_kth_step_changes_nothing(iris, whole, monkeypatch, method, k, error):
+    failed = fail(monkeypatch, lambda number, trials: number == k, error)
+    found = gputune.tune("mlp", *iris, method=METHODS[method], **COMMON)
+    assert len(failed) == 1
+    if failed[0] == 1:  # a chunk of one trial cannot be halved
+        assert sum("reason" in trial.detail for trial in found.trials) == 1
+        return
+    np.testing.assert_allclose(found.curves, whole[method].curves, rtol=0, atol=1e-4)
+    assert [t.state for t in found.trials] == [t.state for t in whole[method].trials]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_never_fits_together_is_trained_one_by_one(iris, whole, monkeypatch, method):
+    failed = fail(monkeypatch, lambda number, trials: trials > 1)
+    found = gputune.tune("mlp", *iris, method=METHODS[method], **COMMON)
+    assert failed
+    np.testing.assert_allclose(found.curves, whole[method].curves, rtol=0, atol=1e-4)
+    assert [t.state for t in found.trials] == [t.state for t in whole[method].trials]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_path, monkeypatch, method):
+    step = train._Chunk._step
+
+    def allocating(chunk, *arguments):
+        if any(config["batch_size"] == 16 and config["width"] == 16 for config in chunk.network.configs):
+            raise ERRORS[1]
+        return step(chunk, *arguments)
+
+    monkeypatch.setattr(train._Chunk, "_step", allocating)
+    gputune.tune("mlp", *iris, method=METHODS[method], study=tmp_path / "s.db", **COMMON)
+    found = gputune.Study.open(tmp_path / "s.db")
+    for trial, other in zip(found.trials, whole[method].trials, strict=True):
+        big = (trial.params.get("batch_size", 32), trial.params.get("width", 128)) == (16, 16)
+        assert ("reason" in trial.detail) == big
+        if big:
+            assert (
+                trial.state == "failed"
+                and math.isnan(trial.score)
+                and trial.number != found.best_trial.number
+            )
+            assert trial.detail["reason"].startswith("out of memory: [enforce fail at alloc_cpu.cpp:127]")
+        elif method == "random":
+            assert trial.fold_scores == pytest.approx(other.fold_scores, abs=1e-4)
+    assert any("reason" in trial.detail for trial in found.trials)
+
+
+def test_a_search_of_which_nothing_fits_says_so(iris, monkeypatch):
+    fail(monkeypatch, lambda number, trials: True)
+    with pytest.raises(
+        SearchFailedError, match="did not fit into memory even alone .* search smaller widths"
+    ):
+        gputune.tune("mlp", *iris, **COMMON)
+
+
+def test_an_error_of_another_kind_is_raised(iris, monkeypatch):
+    fail(monkeypatch, lambda number, trials: number == 3, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        gputune.tune("mlp", *iris, **COMMON)
+
+
+def test_the_bar_takes_back_what_was_lost(iris, monkeypatch):
+    told = []
+    monkeypatch.setattr("gputune.progress.Progress.advance", lambda bar, number, curves: told.append(number))
+    fail(monkeypatch, lambda number, trials: number == 6)  # in the second epoch
+    gputune.tune("mlp", *iris, **{**COMMON, "space": {"lr": [1e-3, 1e-2, 1e-1]}})
+    assert sum(told) == 3 * 6 and told[:2] == [3, -3]
+
+
+def test_the_search_of_scikit_learns_kind_is_halved_too(iris, monkeypatch):
+    def search():
+        model = MLPClassifier(max_epochs=3, random_state=0)
+        space = {"lr": [1e-3, 1e-2, 1e-1], "width": [8]}
+        return RandomizedSearchCV(model, space, n_iter=3, cv=3, random_state=0).fit(*iris)
+
+    whole = search()
+    with monkeypatch.context() as patch:
+        failed = fail(patch, lambda number, trials: number == 2)
+        found = search()
+    assert failed and failed[0] > 1
+    np.testing.assert_allclose(
+        found.cv_results_["mean_test_score"], whole.cv_results_["mean_test_score"], atol=1e-4
+    )
+    fail(monkeypatch, lambda number, trials: True)
+    with pytest.raises(MemoryError, match="One training alone does not fit; make it smaller"):
+        search()

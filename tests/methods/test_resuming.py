@@ -1,0 +1,172 @@
+"""A search that was killed or stopped goes on from its checkpoints, and ends as one that never was, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+
+import gputune
+from gputune.engine import chunk as chunks
+from gputune.errors import InputError
+
+SPACE = {
+    "lr": loguniform(1e-4, 0.1), "batch_size": [8, 16], "width": [8, 16], "dropout": [0.0, 0.1],
+    "optimizer": ["adamw", "sgd", "adamhd"],
+}  # fmt: skip
+COMMON = {"space": SPACE, "n_trials": 9, "cv": 3, "max_epochs": 27, "verbose": 0, "workers": 1}
+METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=3)}
+
+
+@pytest.fixture(scope="module")
+def iris():
+    return load_iris(return_X_y=True)
+
+
+@pytest.fixture(scope="module")
+def whole(iris):
+    return {name: gputune.tune("mlp", *iris, method=method, **COMMON) for name, method in METHODS.items()}
+
+
+def assert_same(found, whole):
+    assert found.curves.tobytes() == whole.curves.tobytes()
+    for a, b in zip(found.trials, whole.trials, strict=True):
+        for name in ("params", "state", "score", "fold_scores", "best_epoch", "detail"):
+            assert repr(getattr(a, name)) == repr(getattr(b, name))  # nan is nan
+
+
+class Dies:
+    """A job whose process is lost at the n-th epoch of all chunks; counts the epochs that are trained."""
+
+    def __init__(self, monkeypatch, at=None):
+        self.epochs, self.at = 0, at
+        advance = chunks._Watch.__call__
+
+        def watched(watch, trained):
+            self.epochs += 1
+            over = advance(watch, trained)
+            if self.epochs == self.at:
+                raise RuntimeError("lost")
+            return over
+
+        monkeypatch.setattr(chunks._Watch, "__call__", watched)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", [1, 7, 45])
+def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypatch, method, at):
+    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
+    with monkeypatch.context() as patch:
+        total = Dies(patch)
+        gputune.tune("mlp", *iris, **{**call, "study": None})
+    with monkeypatch.context() as patch:
+        # An interval of twenty writes would leave most epochs out here, where an epoch takes milliseconds.
+        patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+        Dies(patch, at)
+        with pytest.raises(RuntimeError, match="lost"):
+            gputune.tune("mlp", *iris, **call)
+    kept = sorted((tmp_path / "s.db.state").iterdir())
+    assert kept and all(file.suffix == ".safetensors" for file in kept)
+    with monkeypatch.context() as patch:
+        again = Dies(patch)
+        found = gputune.tune("mlp", *iris, **call)
+    if method == "random":
+        assert_same(found, whole[method])
+        assert again.epochs <= total.epochs - at + 1
+    else:  # the trials of a lost rung are grouped as they were
+        assert_same(found, whole[method])
+        assert again.epochs < total.epochs
+    assert not (tmp_path / "s.db.state").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkeypatch, method):
+    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db"}
+    epochs, found, advance = [0], [], chunks._Watch.__call__
+
+    def watched(watch, trained):
+        epochs[0] += 1
+        if epochs[0] % 13 == 0:
+            watch.job.stop.ask()
+        return advance(watch, trained)
+
+    monkeypatch.setattr(chunks._Watch, "__call__", watched)
+    while not found or {"stopped", "waiting"} & {trial.state for trial in found[-1].trials}:
+        found.append(gputune.tune("mlp", *iris, **call))
+        stopped = "stopped" in {trial.state for trial in found[-1].trials}
+        assert (tmp_path / "s.db.state").exists() == stopped
+    assert 3 <= len(found) < 40
+    assert_same(found[-1], whole[method])
+    assert not (tmp_path / "s.db.state").exists()
+
+
+def test_a_chunk_of_which_a_trial_has_diverged_goes_on(tmp_path, monkeypatch):
+    X, y = load_iris(return_X_y=True)
+    space = {"lr": [1e-3, 1e-2, 1e30, 3e-2], "width": [8], "batch_size": [8, 16]}
+    call = {**COMMON, "space": space, "n_trials": 8, "task": "regression", "optimizer": "sgd"}
+    whole = gputune.tune("mlp", X, y, **call)
+    assert "failed" in {t.state for t in whole.trials}
+    with monkeypatch.context() as patch:
+        patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+        Dies(patch, 12)
+        with pytest.raises(RuntimeError, match="lost"):
+            gputune.tune("mlp", X, y, study=tmp_path / "s.db", checkpoint_seconds=1e-9, **call)
+    assert_same(gputune.tune("mlp", X, y, study=tmp_path / "s.db", **call), whole)
+
+
+def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(iris, whole, tmp_path):
+    path = tmp_path / "s.db"
+    call = {**COMMON, "study": path}
+    gputune.tune("mlp", *iris, timeout=0.01, random_state=1, **call)
+    assert list((tmp_path / "s.db.state").iterdir())
+    path.unlink()
+    with pytest.warns(UserWarning, match="is of another search"):
+        found = gputune.tune("mlp", *iris, **call)
+    assert_same(found, whole["random"])
+
+
+def test_without_a_study_there_are_none(iris, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gputune.tune("mlp", *iris, timeout=0.01, checkpoint_seconds=1e-9, **COMMON)
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPT = """
+import sys, gputune
+from sklearn.datasets import load_iris
+study = gputune.tune("mlp", *load_iris(return_X_y=True), space={"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40]},
+    n_trials=6, include_default=False, cv=3, max_epochs=int(sys.argv[1]), verbose=0, workers=2, memory="1KB",
+    study="s.db", checkpoint_seconds=0.05)
+"""
+
+
+def test_a_killed_search_with_workers_goes_on(tmp_path):
+    epochs = 300
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    state = tmp_path / "s.db.state"
+    while not (state.exists() and len(list(state.glob("*.safetensors"))) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run([sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, check=True, timeout=120)
+    assert not state.exists()
+    found = gputune.Study.open(tmp_path / "s.db")
+    space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40]}
+    alone = gputune.tune(
+        "mlp", *load_iris(return_X_y=True), space=space, n_trials=6, include_default=False, cv=3,
+        max_epochs=epochs, verbose=0, workers=1, memory="1KB",
+    )  # fmt: skip
+    assert_same(found, alone)
+
+
+def test_its_seconds_are_checked(iris):
+    with pytest.raises(InputError, match="checkpoint_seconds is a number of seconds above 0, got 0"):
+        gputune.tune("mlp", *iris, checkpoint_seconds=0, **COMMON)

@@ -1,0 +1,247 @@
+"""What the plots draw is what the study holds."""
+
+import math
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from gputune.analysis.importance import importance
+from gputune.errors import InputError
+from gputune.study.study import Study, Trial
+from made_studies import META, made_descent, made_study
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture(scope="module")
+def study():
+    return made_study(40, epochs=8)
+
+
+@pytest.fixture(scope="module")
+def descent():
+    return made_descent()
+
+
+def scores(study):
+    return np.array([trial.score for trial in study.trials])
+
+
+def test_history(study):
+    ax = study.plot_history()
+    points = ax.collections[0].get_offsets()
+    finite = np.isfinite(scores(study))
+    np.testing.assert_array_equal(points[:, 0], np.flatnonzero(finite))
+    np.testing.assert_array_equal(points[:, 1], scores(study)[finite])
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), np.fmax.accumulate(scores(study)))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("trial", "accuracy")
+
+
+def test_curves(study):
+    ax = study.plot_curves(best=3)
+    lines = {line.get_label(): line.get_ydata() for line in ax.lines if line.get_label().startswith("trial ")}
+    best = study.ranking()[:3]
+    assert list(lines) == [f"trial {trial.number}" for trial in best]
+    for trial in best:
+        np.testing.assert_allclose(lines[f"trial {trial.number}"], study.curves[trial.number].mean(1))
+    band = ax.collections[0].get_paths()[0].vertices
+    curve = study.curves[best[0].number]
+    top = (curve.mean(1) + curve.std(1, ddof=1)).max()
+    assert band[:, 1].max() == pytest.approx(top)
+    assert len(ax.lines) == 40 and len(ax.collections) == 3
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), np.arange(1, 9))
+
+
+@pytest.mark.parametrize("best", [-1, 1.5, True])
+def test_curves_of_a_strange_number(study, best):
+    with pytest.raises(InputError, match=r"plot_curves\(best=...\) must be an integer of at least 0, got"):
+        study.plot_curves(best=best)
+
+
+def test_slice_of_one(study):
+    ax = study.plot_slice("lr")
+    points = ax.collections[0].get_offsets()
+    finite = np.isfinite(scores(study))
+    np.testing.assert_allclose(points[:, 0], np.array([t.params["lr"] for t in study.trials])[finite])
+    np.testing.assert_array_equal(points[:, 1], scores(study)[finite])
+    assert ax.get_xscale() == "log" and ax.get_xlabel() == "lr"
+    assert study.plot_slice("dropout").get_xscale() == "linear"
+
+
+def test_slice_of_words(study):
+    ax = study.plot_slice("activation")
+    names = [label.get_text() for label in ax.get_xticklabels()]
+    assert sorted(names) == ["gelu", "relu", "tanh"]
+    x = ax.collections[0].get_offsets()[:, 0]
+    shown = [names[int(place)] for place in x]
+    assert shown == [t.params["activation"] for t in study.trials if math.isfinite(t.score)]
+
+
+def test_slices_of_all(study):
+    cells = study.plot_slice()
+    assert [cell.get_xlabel() for cell in cells] == list(study.best_params)
+    assert all(isinstance(cell, Axes) for cell in cells)
+
+
+def test_slices_that_cannot_be(study):
+    with pytest.raises(
+        InputError, match=r"have no hyperparameter 'rate'; choose one of activation, batch_size"
+    ):
+        study.plot_slice("rate")
+    with pytest.raises(
+        InputError, match=r"plot_slice\(ax=...\) is one Axes and needs parameter=..., got none"
+    ):
+        study.plot_slice(ax=plt.subplots()[1])
+    with pytest.raises(InputError, match=r"plot_slice\(\) needs a hyperparameter in which two trials differ"):
+        made_study(1).plot_slice()
+
+
+def test_parallel(study):
+    ax = study.plot_parallel()
+    finite = [trial for trial in study.trials if math.isfinite(trial.score)]
+    assert len(ax.lines) == len(finite)
+    assert [label.get_text() for label in ax.get_xticklabels()] == [*study.best_params, "accuracy"]
+    top = ax.lines[-1].get_ydata()  # the best lies on top
+    logs = np.log([trial.params["lr"] for trial in study.trials])
+    expected = (math.log(study.best_params["lr"]) - logs.min()) / (logs.max() - logs.min())
+    assert top[3] == pytest.approx(expected) and top[-1] == 1.0
+
+
+def test_importance(study):
+    ax, found = study.plot_importance(), importance(study)
+    np.testing.assert_allclose([bar.get_width() for bar in ax.patches], found.drops)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(found.names)
+    assert f"R² {found.fit:.2f}" in ax.get_xlabel()
+
+
+def test_contour(study):
+    ax = study.plot_contour("lr", "dropout")
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()) == (
+        "lr",
+        "dropout",
+        "log",
+        "linear",
+    )
+    finite = [trial for trial in study.trials if math.isfinite(trial.score)]
+    points = next(c for c in ax.collections if len(c.get_offsets()) == len(finite)).get_offsets()
+    expected = sorted((t.params["lr"], t.params["dropout"]) for t in finite)
+    np.testing.assert_allclose(sorted(map(tuple, points)), expected)
+    first, second = importance(study).names[:2]
+    chosen = study.plot_contour()
+    assert (chosen.get_xlabel(), chosen.get_ylabel()) == (first, second)
+
+
+def test_contour_averages_trials_at_one_place():
+    places = [(0.1, 1), (0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
+    trials = [
+        Trial(c, {"a": a, "b": b}, c / 10, (c / 10,) * 2, 1, "complete", 1.0, "random")
+        for c, (a, b) in enumerate(places)
+    ]
+    ax = Study(meta={**META, "folds": 2}, trials=trials, curves=np.ones((5, 1, 2))).plot_contour("a", "b")
+    assert sum(len(c.get_offsets()) == 4 for c in ax.collections) == 1
+
+
+def test_contours_that_cannot_be(study):
+    with pytest.raises(
+        InputError, match=r"plot_contour needs two different hyperparameters or none, got x='lr'"
+    ):
+        study.plot_contour("lr")
+    with pytest.raises(InputError, match=r"got x='lr', y='lr'"):
+        study.plot_contour("lr", "lr")
+    with pytest.raises(InputError, match=r"plot_contour: the trials have no hyperparameter 'x'"):
+        study.plot_contour("lr", "x")
+    line = [Trial(c, {"a": c, "b": 2 * c}, 0.5, (0.5,) * 2, 1, "complete", 1.0, "random") for c in range(12)]
+    on_a_line = Study(meta={**META, "folds": 2}, trials=line, curves=np.ones((12, 1, 2)))
+    with pytest.raises(
+        InputError, match=r"at three places that are not on one line, got 12 places in 'a' and 'b'"
+    ):
+        on_a_line.plot_contour("a", "b")
+    with pytest.raises(InputError, match="importance needs 10 finished trials"):
+        made_study(4).plot_contour()
+    one = [Trial(c, {"a": c}, 0.5, (0.5,) * 2, 1, "complete", 1.0, "random") for c in range(12)]
+    with pytest.raises(InputError, match="plot_contour needs two hyperparameters that vary, got 1"):
+        Study(meta={**META, "folds": 2}, trials=one, curves=np.ones((12, 1, 2))).plot_contour()
+
+
+def test_path(descent):
+    ax = descent.plot_path("lr")
+    for start in range(6):
+        points = [t for t in descent.trials if t.origin[0] == start]
+        line = next(x for x in ax.lines if np.array_equal(x.get_ydata(), [t.params["lr"] for t in points]))
+        np.testing.assert_array_equal(line.get_xdata(), range(len(points)))
+    noisy = sum(not trial.detail["usable"] for trial in descent.trials)
+    hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
+    assert noisy > 0 and sum(len(line.get_xdata()) for line in hollow) == noisy
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("outer step", "lr", "log")
+    assert descent.plot_path().get_ylabel() == "lr"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(labels) == 5 and f"start {descent.best_trial.origin[0]}" in labels
+
+
+def test_paths_that_cannot_be(study, descent):
+    with pytest.raises(InputError, match=r"plot_path needs a study by hypergradients: tune\(..., method="):
+        study.plot_path()
+    with pytest.raises(
+        InputError, match=r"plot_path\(parameter=...\) must be one of lr, weight_decay, got 'width'"
+    ):
+        descent.plot_path("width")
+
+
+def test_a_loss_is_drawn_in_its_own_sign(descent):
+    points = descent.plot_history().collections[0].get_offsets()
+    np.testing.assert_array_equal(points[:, 1], -scores(descent))
+    assert descent.plot_history().get_ylabel() == "log_loss (lower is better)"
+    lines = descent.plot_history().lines[0].get_ydata()
+    np.testing.assert_array_equal(lines, np.minimum.accumulate(-scores(descent)))
+
+
+PLOTS = {
+    "plot_history": {}, "plot_curves": {}, "plot_slice": {"parameter": "lr"}, "plot_parallel": {},
+    "plot_importance": {}, "plot_contour": {"x": "lr", "y": "weight_decay"}, "plot_path": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_every_plot_draws_on_the_axes_it_is_given(descent, plot):
+    figure, ax = plt.subplots()
+    assert getattr(descent, plot)(ax=ax, **PLOTS[plot]) is ax
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    with pytest.raises(
+        ImportError, match=rf'study.{plot}\(\) needs matplotlib: pip install "gputune\[report\]"'
+    ):
+        getattr(descent, plot)(**PLOTS[plot])
+
+
+@pytest.mark.parametrize("plot", ["plot_history", "plot_curves", "plot_parallel"])
+@pytest.mark.parametrize(
+    "made", [lambda: made_study(0), lambda: made_study(3, waiting=3)], ids=["empty", "waiting"]
+)
+def test_an_empty_study_is_drawn(plot, made):
+    getattr(made(), plot)().figure.canvas.draw()
+
+
+@pytest.mark.parametrize("name", ["$x^$", "a_b{", r"\frac{", "\x1b[2Jx"])
+def test_no_name_is_a_formula(name):
+    trials = [
+        Trial(c, {name: c + 1, "words": name * (c + 1)}, 0.5, (0.5,) * 2, 1, "complete", 1.0, "random")
+        for c in range(5)
+    ]
+    study = Study(meta={**META, "folds": 2, "scoring": name}, trials=trials, curves=np.ones((5, 2, 2)))
+    for ax in (study.plot_slice(name), study.plot_slice("words"), study.plot_parallel(), study.plot_curves()):
+        ax.figure.canvas.draw()

@@ -1,0 +1,213 @@
+"""``gputune resume``: a search goes on from its study alone, or says what it lacks."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import accuracy_score, make_scorer
+from sklearn.model_selection import GroupKFold
+
+import gputune
+from command_line import kinds, run, write_table
+from gputune.data.packed import pack_folds, unpack_folds
+from gputune.search.space import check_space, legal_keys, space_text
+from gputune.search.space_again import space_again, space_values
+from gputune.study.store import Store
+from study_processes import done, table
+
+NET = """
+import torch
+
+class Net(torch.nn.Linear):
+    def __init__(self, n_features, n_outputs, scale=1.0):
+        super().__init__(n_features, n_outputs)
+"""
+SMALL = ["--trials", "3", "--epochs", "2", "--workers", "1", "--quiet"]
+
+
+@pytest.fixture
+def bugs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sites = [f"s{i % 6}" for i in range(40)]
+    return write_table(tmp_path / "bugs.csv", site=sites, kind=kinds())
+
+
+def start(*arguments, cwd):
+    script = "import sys; from gputune.report.cli import main; sys.exit(main())"
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-P", "-c", script, *arguments], cwd=cwd, **pipes)
+
+
+def finish(process):
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+
+
+def lose_results(path, keep):
+    """Make the study what it would be, had it been stopped after so many trials."""
+    with Store.open(path) as store:
+        store._connection.execute("DELETE FROM results WHERE number >= ?", (keep,))
+
+
+def without_time(text):
+    return [line for line in text.split("\n") if not line.startswith("Trials ")]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--cv", "time:3", "--space", "lr=1e-4..1e-1:log", "width=8..16", "dropout=0..0.5", "depth=1,2"],
+        ["--groups", "site", "--cv", "3", "--scoring", "neg_log_loss", "--numbers", "quantile"],
+        ["--method", "halving", "--test-size", "0"],
+        ["--method", "hypergradient", "--outer-steps", "1", "--space", "lr=1e-3..1e-2:log"],
+        ["--model", "logistic"],
+        ["--model", "net.py:Net", "--space", "module__scale=0.5,2.0"],
+    ],
+)
+def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
+    (bugs.parent / "net.py").write_text(NET)
+    code, whole, err = run("tune", bugs, "--target", "kind", *SMALL, *options)
+    assert (code, err) == (0, "")
+    path = bugs.parent / "gputune-out" / "study.db"
+    expected = table(path)
+    shutil.rmtree(bugs.parent / "gputune-out" / "model")
+    lose_results(path, 1)
+    code, out, err = run("resume", "gputune-out", "--quiet")
+    assert (code, err) == (0, "")
+    assert without_time(out) == without_time(whole)
+    assert table(path) == expected
+    assert gputune.load_model("gputune-out/model").target == "kind"
+
+
+def test_a_killed_command_is_resumed_in_a_new_process(tmp_path):
+    options = ["--trials", "10", "--epochs", "40", "--memory", "1KB", "--workers", "1", "-q"]
+    finish(start("tune", "sklearn:iris", "--out", "whole", *options, cwd=tmp_path))
+    process = start("tune", "sklearn:iris", "--out", "out", *options, cwd=tmp_path)
+    path = tmp_path / "out" / "study.db"
+    while done(path) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert 3 <= done(path) < 11
+    finish(start("resume", "out/study.db", "-q", cwd=tmp_path))
+    assert table(path) == table(tmp_path / "whole" / "study.db")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "study.db"]
+
+
+def test_more_trials_and_a_study_from_python(bugs):
+    space = {"lr": stats.loguniform(1e-4, 0.1)}
+    study = gputune.tune(
+        "mlp", "bugs.csv", "kind", space=space, n_trials=2, cv=2, max_epochs=2, study="my.db", verbose=0
+    )
+    code, out, err = run("resume", "my.db", "--trials", "4", "-q")
+    assert (
+        (code, err) == (0, "") and "gputune.Study.open('my.db').best_model()" in out and "Model " not in out
+    )
+    more = gputune.Study.open("my.db")
+    assert more.trials[:3] == study.trials and len(more.trials) == 5
+    assert sorted(p.name for p in bugs.parent.iterdir()) == ["bugs.csv", "my.db"]
+
+
+def refused(*words):
+    code, out, err = run("resume", "my.db", "-q")
+    assert (code, out) == (2, "") and err.startswith("gputune: error: ") and "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+def test_what_has_changed_is_said(bugs):
+    (bugs.parent / "net.py").write_text(NET)
+    whole = bugs.read_text()
+    common = {"n_trials": 1, "cv": 2, "max_epochs": 2, "study": "my.db", "verbose": 0}
+    gputune.tune("net.py:Net", "bugs.csv", "kind", space={"lr": [0.1, 0.2]}, **common)
+    bugs.write_text(whole + "1.0,2.0,red,s1,ant\n")
+    refused("the rows of", "bugs.csv", "have changed", "(40 rows then, 41 now)", "restore the file")
+    bugs.write_text(whole.replace("red", "pink"))
+    refused("(40 rows then and now, of other names or values)")
+    bugs.unlink()
+    refused("bugs.csv' is gone; put it back")
+    bugs.write_text(whole)
+    (bugs.parent / "net.py").write_text(NET + "\n")
+    refused("net.py' has changed", "restore it")
+    (bugs.parent / "net.py").unlink()
+    refused("net.py' does not exist")
+
+
+class Odd:
+    """A distribution of one's own."""
+
+    def rvs(self, size=None, random_state=None):
+        return 0.01
+
+
+def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
+    common = {"n_trials": 1, "cv": 2, "max_epochs": 2, "verbose": 0}
+    X, y = np.arange(80.0).reshape(40, 2), np.array(kinds())
+    cases = [
+        ((X, y), {}, "X and y, which were in memory"),
+        (("bugs.csv", "kind"), {"sample_weight": np.ones(40)}, "sample_weight"),
+        (("bugs.csv", "kind"), {"scoring": make_scorer(accuracy_score)}, "scoring, a function"),
+        (("bugs.csv", "kind"), {"space": {"lr": Odd()}}, "space, with an object of your own"),
+        (
+            ("bugs.csv", "kind"),
+            {"groups": np.arange(40) % 5, "cv": GroupKFold(2)},
+            "groups, which were in memory",
+        ),
+    ]
+    for data, options, words in cases:
+        gputune.tune("mlp", *data, study="my.db", **{**common, **options})
+        refused(f"does not hold: {words}. Repeat the call of gputune.tune(..., study='my.db')")
+        (bugs.parent / "my.db").unlink()
+    refused("there is no study file")
+    Store.create("my.db", {"face": "sklearn", "method": "RandomizedSearchCV"}).close()
+    refused("is of RandomizedSearchCV", "a search of that face is not resumed")
+    (bugs.parent / "my.db").unlink()
+    Store.create("my.db", {"model": "mlp"}).close()
+    refused("has lost options of its search and cannot go on; search again")
+
+
+def test_any_splitter_and_class_weights_go_on(bugs):
+    common = {"n_trials": 3, "max_epochs": 2, "memory": 1024, "study": "my.db", "verbose": 0, "workers": 1}
+    options = {"groups": "site", "cv": GroupKFold(3), "class_weight": {"ant": 2.0, "bee": 0.5}}
+    gputune.tune("mlp", "bugs.csv", "kind", **common, **options)
+    expected = table("my.db")
+    lose_results("my.db", 1)
+    assert run("resume", "my.db", "-q")[0] == 0
+    assert table("my.db") == expected
+
+
+def test_folds_come_back_in_order():
+    draw = np.random.default_rng(0)
+    folds = [(draw.permutation(1000)[:700], np.arange(700, 1000)), (np.arange(10), np.empty(0, np.int64))]
+    packed = pack_folds(folds)
+    assert len(packed[0][1]) < 100
+    for pair, back in zip(folds, unpack_folds(packed)):
+        for rows, again in zip(pair, back):
+            assert again.dtype == np.int64
+            np.testing.assert_array_equal(again, rows)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        {"lr": stats.loguniform(1e-4, 0.1), "width": [8, 16], "activation": ["relu", "tanh"], "depth": 2},
+        {"lr": stats.uniform(loc=0.1, scale=0.5), "width": stats.randint(4, 9), "dropout": stats.beta(2, 3, scale=0.5)},
+        [{"width": gputune.log_int(4, 64)}, {"lr": [0.1], "dropout": stats.uniform}],
+    ],
+)  # fmt: skip
+def test_a_space_is_made_again_from_plain_values(space):
+    checked = check_space(space, keys=legal_keys("mlp", "adamw"), module=False)
+    again = check_space(space_again(space_values(checked)), keys=legal_keys("mlp", "adamw"), module=False)
+    assert space_text(again) == space_text(checked)
+
+
+def test_a_space_names_nothing_but_distributions():
+    for name in ("sys", "ttest_ind", "__loader__", "no_such"):
+        with pytest.raises(gputune.InputError, match=f"scipy.stats has no distribution {name!r}; use the"):
+            space_again([{"lr": {"scipy": name, "with": {}}}])

@@ -1,0 +1,318 @@
+"""The page about a study: what it says, what no text can do to it, how large it is."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import gputune
+from gputune.analysis.importance import importance
+from gputune.errors import InputError
+from gputune.report.page import page
+from gputune.report.rows import BUDGET, as_json, table_columns
+from gputune.study.study import Study, Trial
+from made_studies import HOSTILE, META, hostile_study, made_descent, made_study
+
+
+class Elements(HTMLParser):
+    """All tags of a page with their attributes, and the text of each kind of element."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.texts, self.open = [], [], {}, []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attributes]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag  # every element is closed where it should be
+
+    def handle_data(self, data):
+        for tag in self.open[-1:]:
+            self.texts.setdefault(tag, []).append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(part for parts in self.texts.values() for part in parts).split())
+
+
+def table_of(html):
+    (data,) = [text for text in Elements(html).texts["script"] if text.startswith("{")]
+    return json.loads(data)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return made_study(60, halved=True)
+
+
+@pytest.fixture(scope="module")
+def html(study):
+    return page(study)
+
+
+def test_the_headline(study, html):
+    best, text = study.best_trial, Elements(html).text
+    assert f"{best.score:.4f} ± {best.std_error:.4f}" in text
+    assert f"trial {best.number}, mean ± standard error over 5 folds" in text
+    for name, value in best.params.items():
+        assert name in text and str(value) in text  # in full
+    assert "not known here" in text and "of" in text and "is optimistic" in text
+
+
+def test_the_held_out_score_is_that_of_the_studys_own_model(study):
+    best = study.best_trial
+    info = {"params": best.params, "score": best.score, "held_out_score": 0.87654, "held_out_rows": 36}
+    assert "0.8765" in Elements(page(study, model=info)).text
+    assert "the model on 36 rows nothing was fitted on" in Elements(page(study, model=info)).text
+    for other in ({**info, "score": 0.5}, {**info, "params": {"lr": 1.0}}):
+        with pytest.raises(
+            InputError, match=r"report\(model=...\) must be the tuned model of this study, got one of"
+        ):
+            page(study, model=other)
+
+
+def test_a_loss_is_shown_in_its_own_sign():
+    text, _, code = page(made_descent()).partition('<section id="again">')
+    best = made_descent().best_trial
+    assert repr(best.score) in code  # as study.best_score has it
+    assert "best cross-validated log_loss (lower is better)" in text
+    assert f"{-best.score:.4f} ± " in text and f"-{-best.score:.4f}" not in text
+
+
+def test_every_section_is_there_and_reached_from_the_top(html):
+    parsed = Elements(html)
+    ids = {value for _, name, value in parsed.attributes if name == "id"}
+    links = [value for tag, name, value in parsed.attributes if tag == "a" and name == "href"]
+    assert {link.removeprefix("#") for link in links} <= ids
+    assert {"curves", "slices", "parallel", "importance", "endings", "table", "again", "setting"} <= ids
+    assert "paths" not in ids
+    assert "paths" in {value for _, name, value in Elements(page(made_descent())).attributes if name == "id"}
+
+
+def test_a_chart_of_each_kind_is_drawn(study, html):
+    labels = [
+        value for tag, name, value in Elements(html).attributes if tag == "svg" and name == "aria-label"
+    ]
+    assert labels[0] == "Learning curves of the best 5 trials, mean and standard deviation over the folds"
+    for name in study.best_params:
+        assert f"Score against {name}" in labels
+    assert "Parallel coordinates: one line a trial" in labels
+    assert "Importance of the hyperparameters" in labels
+
+
+def test_how_the_trials_ended(study, html):
+    text = Elements(html).text
+    for state in ("complete", "pruned", "failed"):
+        number = sum(trial.state == state for trial in study.trials)
+        assert number and re.search(
+            rf"\b{number} (trained to the end|sent away by a rung of halving|diverged)", text
+        )
+    rungs = re.findall(
+        r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)', html
+    )
+    left = {r: sum(t.detail.get("rung") == r for t in study.trials) for r in (3, 9)}
+    on = {r: int((np.isfinite(study.curves).any(2).sum(1) > r).sum()) for r in (3, 9)}
+    assert rungs == [(str(r), str(left[r]), str(on[r])) for r in (3, 9)]
+    failed = next(trial for trial in study.trials if trial.state == "failed")
+    assert f'<td class="number">{failed.number}</td><td class="number">{failed.best_epoch + 1}</td>' in html
+
+
+def test_the_table_has_every_trial_best_first(study, html):
+    columns = {column["key"]: column for column in table_of(html)["columns"]}
+    ranking = study.ranking()
+    assert columns["number"]["values"] == [trial.number for trial in ranking]
+    assert columns["score"]["values"] == [
+        round(t.score, 4) if math.isfinite(t.score) else None for t in ranking
+    ]
+    states = columns["state"]
+    assert [states["levels"][place] for place in states["values"]] == [trial.state for trial in ranking]
+    assert columns["params_width"]["values"] == [trial.params["width"] for trial in ranking]
+    np.testing.assert_allclose(columns["params_lr"]["values"], [t.params["lr"] for t in ranking], rtol=1e-4)
+
+
+def test_importance_says_how_it_was_made(study, html):
+    found, text = importance(study), Elements(html).text
+    assert found.names[0] == "lr"
+    assert f"of {found.trials} finished trials" in text and "random forests (scikit-learn, seed 0)" in text
+    assert f"Unshuffled, R² is {found.fit:.2f}." in text
+    assert page(study) == html  # the same every time
+
+
+def test_it_needs_no_network(html):
+    parsed = Elements(html)
+    assert not re.search(r"https?:|//[a-z]", html.replace("application/json", ""))
+    for tag, name, value in parsed.attributes:
+        assert name not in ("src", "srcset", "style", "action", "data", "xlink:href") and not name.startswith(
+            "on"
+        )
+        assert name != "href" or value.startswith("#"), (tag, value)
+    assert not {
+        "link",
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "image",
+        "use",
+        "foreignobject",
+    } & {*parsed.tags}
+    assert "url(" not in re.sub(r"url\(#plot\)", "", html) and "@import" not in html
+
+
+def test_the_policy_allows_the_pages_own_script_and_style_alone(html):
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
+    rules = dict(rule.split(" ", 1) for rule in policy.replace("&#39;", "'").split("; "))
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for kind in ("script-src", "style-src"):
+        assert re.fullmatch(r"'sha256-[A-Za-z0-9+/]{43}='", rules[kind])
+    assert html.index("Content-Security-Policy") < html.index("<style")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_adds_an_element(text):
+    plain, hostile = Elements(page(hostile_study("plain"))), Elements(page(hostile_study(text)))
+    assert hostile.tags == plain.tags
+    assert [a[:2] for a in hostile.attributes] == [a[:2] for a in plain.attributes]
+    assert not any(ord(char) < 32 and char not in "\n" for char in page(hostile_study(text)))
+
+
+def test_no_text_ends_the_data():
+    assert as_json({"a": "</script><!--&\u2028"}) == '{"a":"\\u003c/script\\u003e\\u003c!--\\u0026\\u2028"}'
+    for text in HOSTILE[:6]:
+        columns = {column["key"]: column for column in table_of(page(hostile_study(text)))["columns"]}
+        assert text in columns[f"params_module__{text}"]["levels"]
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (lambda: made_study(0), "There is no best trial: the study has no trials"),
+        (lambda: made_study(12, waiting=12), "none of the 12 trials has been trained yet"),
+        (lambda: made_study(30, waiting=20), "20 of 30 trials have not been trained yet"),
+        (lambda: made_study(3, waiting=1), "1 of 3 trials has not been trained yet"),
+        (lambda: failed_study(), "of 4 trials 4 diverged"),
+        (lambda: Study(meta={}, trials=(), curves=np.zeros((0, 0, 0))), "The study holds no options."),
+    ],
+)
+def test_an_empty_a_running_and_a_failed_study_is_a_page(made, words):
+    html = page(made())
+    assert words in Elements(html).text
+    assert "nan" not in re.sub(r"<script>.*", "", html, flags=re.S).lower().replace("finance", "")
+
+
+def failed_study():
+    trials = [
+        Trial(c, {"lr": 1.0 + c}, math.nan, (math.nan,) * 2, 0, "failed", 1.0, "random") for c in range(4)
+    ]
+    return Study(meta={**META, "folds": 2}, trials=trials, curves=np.full((4, 3, 2), np.nan))
+
+
+def test_one_trial_is_a_page():
+    html = page(made_study(1))
+    assert "Not computed: importance needs 10 finished trials" in Elements(html).text
+
+
+def test_ten_thousand_trials_are_small_and_say_what_is_thinned():
+    html = page(made_study(10_000, epochs=50))
+    assert len(html.encode()) < 2_000_000
+    text = Elements(html).text
+    assert "250 of the 9995 other curves are drawn" in text or re.search(
+        r"250 of the \d+ other curves are drawn", text
+    )
+    assert re.search(
+        r"1500 of \d+ scored trials are drawn: the best 375, and the others evenly by rank", text
+    )
+    assert re.search(r"400 of \d+ scored trials have a line", text)
+    assert len(table_of(html)["columns"][0]["values"]) == 10_000
+
+
+def test_a_table_too_large_keeps_the_best_and_says_so():
+    names = [f"module__{'long' * 10}_{i}" for i in range(30)]
+    rng = np.random.default_rng(0)
+    trials = [
+        Trial(
+            c,
+            {name: float(rng.random()) for name in names},
+            c / 1e4,
+            (c / 1e4,) * 2,
+            1,
+            "complete",
+            1.0,
+            "random",
+        )
+        for c in range(5000)
+    ]
+    study = Study(meta={**META, "folds": 2}, trials=trials, curves=np.ones((5000, 1, 2)))
+    columns, rows = table_columns(study)
+    assert rows < 5000 and len(as_json(columns)) <= BUDGET
+    assert columns[0]["values"] == [trial.number for trial in study.ranking()[:rows]]
+    html = page(study)
+    assert len(html.encode()) < 2_000_000
+    assert f"The best {rows} of 5000 trials are in this table" in Elements(html).text
+    assert "hyperparameters have an axis here" in Elements(html).text
+
+
+def test_values_that_no_axis_has():
+    params = [{"C": math.inf}, {"C": 1.0}, {"C": 0.1}, {}]
+    trials = [
+        Trial(c, p, 0.5 + c / 10, (0.5, 0.6), 1, "complete", 1.0, "random") for c, p in enumerate(params)
+    ]
+    study = Study(meta={**META, "folds": 2}, trials=trials, curves=np.ones((4, 1, 2)))
+    text = Elements(page(study)).text
+    assert "1 trial with an infinite C has no place here" in text
+    columns = {column["key"]: column for column in table_columns(study)[0]}
+    assert columns["params_C"]["levels"] == ["0.1", "1", "inf"]
+
+
+def test_one_bad_score_does_not_stretch_the_axes():
+    trials = [
+        Trial(
+            c,
+            {"lr": 0.1 * (c + 1)},
+            -1e9 if c == 5 else 0.9 + c / 1000,
+            (0.9, 0.9),
+            1,
+            "complete",
+            1.0,
+            "random",
+        )
+        for c in range(20)
+    ]
+    html = page(Study(meta={**META, "folds": 2, "scoring": "r2"}, trials=trials, curves=np.ones((20, 1, 2))))
+    assert "1 score lies beyond the axis and stands at its edge." in Elements(html).text
+
+
+def test_report_writes_a_file_and_refuses_bad_places(study, tmp_path):
+    out = tmp_path / "report.html"
+    study.report(out)
+    study.report(out)  # again: it is replaced
+    assert out.read_text() == page(study)
+    with pytest.raises(InputError, match=r"is a folder; give the name of a file, such as report.html"):
+        study.report(tmp_path)
+    mine = made_study(2, file=tmp_path / "study.db")
+    (tmp_path / "study.db").write_text("study")
+    with pytest.raises(InputError, match=r"is the file of the study itself; give another name"):
+        mine.report(tmp_path / "study.db")
+    assert (tmp_path / "study.db").read_text() == "study"
+
+
+def test_a_model_gives_its_held_out_score(tmp_path):
+    X, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
+    study = gputune.tune("mlp", X, y, n_trials=0, max_epochs=2, cv=2, workers=1, verbose=0)
+    study.report(tmp_path / "report.html", model=study.best_model())
+    assert "not known here" in (tmp_path / "report.html").read_text()  # it has none

@@ -1,0 +1,70 @@
+"""``gputune status``: a search looked at from outside, while it runs and after it was killed."""
+
+import os
+import re
+import time
+
+import gputune
+from command_line import run
+from gputune.report.status import last_written, status
+from gputune.study.store import Store
+from study_rows import candidates, result
+
+META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
+
+
+def test_a_running_search(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, META) as store:  # stays open, as in a search that runs
+        store.add_trials(candidates(range(6)))
+        assert "Trials   0 of 6 trials finished: 6 not trained yet\nBest     none yet" in status(str(path))
+        store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
+        store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
+        code, out, err = run("status", tmp_path)
+        assert (code, err) == (0, "")
+        name, trials, best, written = out.rstrip("\n").split("\n")
+        assert name == f"Study    {path}"
+        assert trials == (
+            "Trials   4 of 6 trials finished: 2 trained to the end, 1 sent away by a rung of halving, 1 diverged, "
+            "2 not trained yet"
+        )
+        assert best == "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
+        assert re.fullmatch(r"Written  \d+\.\d s ago", written)
+        store.finish([result(4, score=0.75)])  # the search was not held up
+    assert "accuracy 0.7500 in trial 4" in status(str(path))
+
+
+def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(2)))
+        store.finish([result(0)])
+    os.utime(path, (time.time() - 3600,) * 2)
+    for _ in range(3):
+        assert "Written  1 h 0 min ago" in status(str(path))
+
+
+def test_results_in_the_log_count_as_written(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(2)))
+        os.utime(path, (time.time() - 3600,) * 2)
+        store.finish([result(0)])
+        assert time.time() - last_written(path) < 60
+
+
+def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, {**META, "scoring": "neg_log_loss"}) as store:
+        store.add_trials([gputune.study.store.Candidate(0, {"module__\x1b[2J": "\x1b]0;x\x07"}, "random")])
+        store.finish([result(0, score=-0.25)])
+    assert "log_loss (lower is better) 0.2500 in trial 0" in status(str(path))
+    assert "\x1b" not in status(str(path))
+
+
+def test_no_study_is_bad_input(tmp_path):
+    code, out, err = run("status", tmp_path / "none.db")
+    assert (code, out) == (2, "") and "there is no study file; check the path" in err
+    (tmp_path / "text.db").write_text("no study")
+    code, out, err = run("status", tmp_path / "text.db")
+    assert (code, out) == (2, "") and "is not a gputune study" in err

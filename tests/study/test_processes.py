@@ -1,0 +1,177 @@
+"""Several processes on one study: each trial is trained once, and what a dead process had is taken over."""
+
+import json
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from gputune.errors import InputError
+from gputune.study import claims as claims_file
+from gputune.study.claims import Claims
+from gputune.study.ledger import open_ledger
+from gputune.study.store import Chunk, Store
+from study_processes import done, finish, start, table, wait_for
+from study_rows import candidates, result
+
+CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The study of one process that nothing disturbed."""
+    path = tmp_path_factory.mktemp("alone") / "study.db"
+    finish(start(400, study=str(path)))
+    return table(path)
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, {}) as store:
+        store.add_trials(candidates(range(3)))
+        store.add_chunks(CHUNKS)
+    return path
+
+
+def left_over(folder):
+    return [entry.name for entry in folder.iterdir() if entry.name != "study.db"]
+
+
+def test_four_processes_share_a_search(tmp_path, alone):
+    path = tmp_path / "study.db"
+    processes = [start(400, study=str(path)) for _ in range(4)]
+    assert [finish(process) for process in processes] == ["400 400\n"] * 4  # each returns the whole study
+    assert table(path) == alone
+    assert left_over(tmp_path) == []
+
+
+def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
+    path = tmp_path / "study.db"
+    first = start(12, study=str(path), max_epochs=150)
+    wait_for(path, 2, first)
+    first.send_signal(signal.SIGSTOP)  # it keeps what it has for as long as it lives
+    second = start(12, study=str(path), max_epochs=150)
+    wait_for(path, 11, second)
+    time.sleep(1.0)
+    assert done(path) == 11 and second.poll() is None
+    first.kill()
+    first.communicate()
+    assert finish(second) == "12 12\n"
+    assert [row[:3] for row in table(path)] == [row[:3] for row in alone[:12]]
+    assert left_over(tmp_path) == []
+
+
+def test_a_claim_is_one_processs_until_it_is_closed(path):
+    with Claims(path) as mine, Claims(path) as other:
+        assert mine.take(CHUNKS[0]) and mine.take(CHUNKS[0])
+        assert not other.take(CHUNKS[0]) and other.take(CHUNKS[1])
+        assert other.holder(CHUNKS[0]).pid == os.getpid() and mine.holder(CHUNKS[0]) is None
+        mine.close()
+        assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
+    assert left_over(path.parent) == []
+
+
+def test_a_finished_chunk_cannot_be_claimed_but_a_stopped_one(path):
+    with Store.open(path) as store, Claims(path) as mine:
+        store.finish([result(0), result(1, state="stopped")])
+        assert mine.take(CHUNKS[0])
+        store.finish([result(1)])
+        assert not mine.take(CHUNKS[0])
+
+
+def test_one_process_at_a_time_adds_to_the_plan(path):
+    with Claims(path) as mine, Claims(path) as other:
+        assert mine.take_setup() is None
+        assert other.take_setup().pid == os.getpid()
+        mine.leave_setup()
+        assert other.take_setup() is None
+
+
+@pytest.mark.parametrize("method", ["halving", "hypergradient"])
+def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains(path, method):
+    with open_ledger(path.with_name("other.db"), dict.fromkeys(META)) as ledger:
+        ledger.decide_alone(method)
+        with open_ledger(path.with_name("other.db"), dict.fromkeys(META)) as second:
+            words = (
+                rf"process {os.getpid()} on '.*' is at work .* method='{method}' .* Wait for it, or end it\.$"
+            )
+            with pytest.raises(InputError, match=words):
+                second.decide_alone(method)
+
+
+META = (
+    "spec optimizer schedule space method task fingerprint numbers class_weight sample_weight splits".split()
+)
+META += "scoring epoch max_epochs seed dtype".split()
+
+
+def foreign(path, **owner):
+    """Claim chunk 0 as a process of another host, whose locks do not reach us."""
+    lock = path.with_name(f"study.db-{'0' * 16}.lock")
+    lock.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, **owner}))
+    with sqlite3.connect(path) as raw:
+        raw.execute("INSERT INTO claims VALUES (0, ?)", (lock.name,))
+    raw.close()
+    return lock
+
+
+def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(path):
+    lock = foreign(path)
+    with Claims(path) as mine:
+        assert not mine.take(CHUNKS[0]) and mine.take(CHUNKS[1])
+        assert str(mine.holder(CHUNKS[0])) == "process 7 on 'far'"
+        assert lock.exists()
+        lock.unlink()
+        assert mine.take(CHUNKS[0])
+
+
+def test_the_remedy_for_a_search_of_another_host_that_is_gone(path):
+    lock = foreign(path)
+    with sqlite3.connect(path) as raw:
+        raw.execute("UPDATE claims SET chunk = ?", (claims_file.SEARCH,))
+    raw.close()
+    with (
+        Claims(path) as mine,
+        pytest.raises(InputError, match=rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"),
+    ):
+        mine.take_search("halving")
+
+
+@pytest.mark.parametrize("owner", [{"host": claims_file.platform.node()}, {"boot": claims_file.boot()}])
+def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, owner):
+    lock = foreign(path, **owner)
+    with Claims(path) as mine:
+        assert mine.take(CHUNKS[0])
+        assert not lock.exists()
+
+
+def test_the_lock_file_of_a_process_that_died_at_once_is_swept(path):
+    path.with_name(f"study.db-{'1' * 16}.lock").touch()
+    path.with_name("study.db-mine.lock").touch()  # no name of ours
+    Claims(path).close()
+    assert left_over(path.parent) == ["study.db-mine.lock"]
+
+
+def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(claims_file.fcntl, "flock", refuse)
+    with Claims(path) as mine, pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"):
+        mine.take(CHUNKS[0])
+    assert left_over(path.parent) == []
+
+
+def test_a_study_that_another_process_makes_meanwhile_is_opened(tmp_path, monkeypatch):
+    path, create = tmp_path / "study.db", Store.create
+
+    def late(place, meta):
+        create(place, meta).close()
+        return create(place, meta)
+
+    monkeypatch.setattr(Store, "create", late)
+    with open_ledger(path, dict.fromkeys(META)) as ledger:
+        assert ledger.candidates == []

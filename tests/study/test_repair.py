@@ -1,0 +1,189 @@
+"""What is whole in a damaged study is saved into a new file, and nothing else is; a backup is the study as it was."""
+
+import random
+import re
+import shutil
+import sqlite3
+import threading
+
+import numpy as np
+import pytest
+
+import gputune
+from command_line import FAST, kinds, run, write_table
+from gputune.errors import InputError, StudyCorruptError
+from gputune.study.repair import Repaired, repair
+from gputune.study.store import Chunk, Store
+from study_rows import bits, candidates, result
+
+META = {"model": "mlp", "seed": 0, "notes": ["a" * 300]}
+TRIALS = 60
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study of many pages; long curves lie on pages of their own, and one result replaced another."""
+    path = tmp_path_factory.mktemp("whole") / "study.db"
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(TRIALS)))
+        store.add_chunks([Chunk(n, 0, tuple(range(3 * n, 3 * n + 3)), 1) for n in range(TRIALS // 3)])
+        store.finish([result(0, state="stopped"), result(TRIALS - 2, state="stopped")])
+        store.finish([result(n, epochs=900 if n % 10 == 0 else 5) for n in range(TRIALS - 2)])
+    return path
+
+
+def content(path):
+    with Store.open(path) as store:
+        rows = store.trials()
+        return store.meta, [c for c, _ in rows], {r.number: bits(r) for _, r in rows if r}, store.plan()
+
+
+def saved(path, tmp_path):
+    """Repair into a new file and return what it holds; every value must be one of the whole study."""
+    out = tmp_path / "out.db"
+    out.unlink(missing_ok=True)
+    report = repair(path, out)
+    return report, content(out)
+
+
+def test_a_healthy_file_is_saved_whole(whole, tmp_path):
+    report, found = saved(whole, tmp_path)
+    assert found == content(whole)
+    assert report == Repaired((3, 3), (60, 60), (20, 20), 58)
+    assert str(report).split("\n") == [
+        "options  3 of 3",
+        "trials   60 of 60",
+        "chunks   20 of 20 of the frozen plan",
+        "results  of 58 of the 60 trials; what has none is trained when the search goes on",
+    ]
+
+
+def test_a_lost_page_takes_its_own_rows_and_no_others(whole, tmp_path):
+    raw, (meta, trials, results, plan) = whole.read_bytes(), content(whole)
+    path = tmp_path / "study.db"
+    lost = {"meta": 0, "trials": 0, "results": 0, "plan": 0}
+    for page in range(len(raw) // 4096):
+        path.write_bytes(raw[: page * 4096] + bytes(4096) + raw[(page + 1) * 4096 :])
+        try:
+            _, found = saved(path, tmp_path)
+        except StudyCorruptError:
+            continue
+        assert found[0].items() <= meta.items() and found[2].items() <= results.items()
+        assert all(c in trials for c in found[1]) and all(c in plan for c in found[3])
+        for name, kept, all_of in zip(lost, found, (meta, trials, results, plan)):
+            lost[name] = max(lost[name], len(all_of) - len(kept))
+    # A result is lost with its own page and with that of its candidate; a page holds about forty candidates.
+    assert 0 < lost["trials"] < 50 and lost["meta"] == 3 and 0 < lost["results"] < 55
+
+
+def test_a_flipped_bit_loses_a_row_at_most_and_never_changes_one(whole, tmp_path):
+    raw, (meta, trials, results, plan) = whole.read_bytes(), content(whole)
+    path, draw = tmp_path / "study.db", random.Random(0)
+    for _ in range(150):
+        flipped = bytearray(raw)
+        flipped[draw.randrange(100, len(raw))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        _, found = saved(path, tmp_path)
+        assert found[0].items() <= meta.items() and found[2].items() <= results.items()
+        assert all(c in trials for c in found[1]) and all(c in plan for c in found[3])
+        missing = len(meta) - len(found[0]) + len(trials) - len(found[1])
+        assert missing <= 1 and len(results) - len(found[2]) <= 1
+
+
+def test_rows_that_are_only_in_the_log_are_saved(tmp_path):
+    (tmp_path / "copy").mkdir()
+    with Store.create(tmp_path / "study.db", META) as store:
+        store.add_trials(candidates(range(5)))
+        store.finish([result(n, epochs=700) for n in range(5)])
+        for file in tmp_path.glob("study.db*"):
+            shutil.copy(file, tmp_path / "copy")
+    path = tmp_path / "copy" / "study.db"
+    path.write_bytes(b"\xff" * 200 + path.read_bytes()[200:])
+    with pytest.raises(StudyCorruptError):
+        Store.open(path)
+    report, found = saved(path, tmp_path)
+    assert report.trials == (5, 5) and report.finished == 5
+    assert found[2] == {n: bits(result(n, epochs=700)) for n in range(5)}
+
+
+def test_lost_options_are_told(whole, tmp_path):
+    path = tmp_path / "study.db"
+    path.write_bytes(whole.read_bytes().replace(b'"mlp"', b'"mlq"'))
+    report, found = saved(path, tmp_path)
+    assert found[0] == {key: value for key, value in META.items() if key != "model"}
+    assert report.options == (2, 3) and "Options are lost: the trials can be read, and" in str(report)
+
+
+def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path):
+    (tmp_path / "text").write_text("number,score\n" * 500)
+    with pytest.raises(StudyCorruptError, match="text' holds no whole row of a study; check the path"):
+        repair(tmp_path / "text", tmp_path / "new.db")
+    with pytest.raises(FileNotFoundError):
+        repair(tmp_path / "none", tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists()
+    with pytest.raises(InputError, match="exists already"):
+        repair(whole, tmp_path / "text")
+
+
+def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "bugs.csv", kind=kinds())
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    path = tmp_path / "gputune-out" / "study.db"
+    before = gputune.Study.open(path).trials
+    raw = sqlite3.connect(path)
+    with raw:
+        raw.execute("UPDATE results SET best_epoch = 9 WHERE number = 1")
+    raw.close()
+    code, _, err = run("trials", "gputune-out")
+    assert code == 2
+    command = re.search(r"gputune (repair .*) --out NEW\.db$", err.strip())[1]
+    code, out, err = run(*command.split(), "--out", "new.db")
+    assert (code, err) == (0, "") and "results  of 2 of the 3 trials" in out
+    path.unlink()
+    (tmp_path / "new.db").rename(path)
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    after = gputune.Study.open(path).trials
+    assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
+
+
+def test_a_backup_while_a_writer_runs_is_a_prefix_of_its_commits(tmp_path):
+    path, ended = tmp_path / "study.db", threading.Event()
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(300)))
+
+    def write():
+        with Store.open(path) as store:
+            for n in range(300):
+                store.finish([result(n)])
+        ended.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    counts = []
+    while not ended.is_set() or not counts:
+        copy = tmp_path / f"copy{len(counts)}.db"
+        gputune.Study.open(path).backup(copy)
+        meta, trials, results, _ = content(copy)
+        assert meta == META and len(trials) == 300
+        assert results == {n: bits(result(n)) for n in range(len(results))}
+        counts.append(len(results))
+    writer.join()
+    assert counts == sorted(counts)
+
+
+def test_a_backup_needs_a_file_and_a_free_path_and_has_no_claims(tmp_path):
+    with Store.create(tmp_path / "study.db", META) as store:
+        store._connection.execute("INSERT INTO claims VALUES (0, 'study.db-0000000000000000.lock')")
+    study = gputune.Study.open(tmp_path / "study.db")
+    study.backup(tmp_path / "copy.db")
+    raw = sqlite3.connect(tmp_path / "copy.db")
+    assert raw.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    raw.close()
+    with pytest.raises(InputError, match=r"copy\.db' exists already"):
+        study.backup(tmp_path / "copy.db")
+    with pytest.raises(InputError, match="the folder '.*none' does not exist; make it first"):
+        study.backup(tmp_path / "none" / "copy.db")
+    with pytest.raises(InputError, match=r"backup\(\) copies the file of a study, and this one is in memory"):
+        gputune.Study(meta={}, trials=(), curves=np.empty((0, 0, 0))).backup(tmp_path / "other.db")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy.db", "study.db"]

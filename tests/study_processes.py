@@ -1,0 +1,64 @@
+"""Searches in processes of their own, on one study file: started, killed, and compared bit for bit."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+import gputune
+
+# So little memory makes every trial a chunk of its own.
+SEARCH = """
+import sys, gputune
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+n_trials, options = int(sys.argv[1]), eval(sys.argv[2])
+X, y = load_iris(return_X_y=True)
+common = {"space": {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}, "max_epochs": 1, "cv": 2, "memory": 1024}
+options = {**common, "workers": 1, "verbose": 0, "n_trials": n_trials, "include_default": False, **options}
+study = gputune.tune("mlp", X[::5], y[::5], **options)
+print(len(study.trials), sum(t.state == "complete" for t in study.trials))
+"""
+
+
+def start(n_trials, **options):
+    """Start a search with further options of ``tune``; many tiny trials in chunks of one."""
+    command = [sys.executable, "-P", "-c", SEARCH, str(n_trials), repr(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def finish(process, timeout=300):
+    """Return what a process printed; it must have ended well, and said nothing to standard error."""
+    out, err = process.communicate(timeout=timeout)
+    assert (process.returncode, err) == (0, ""), err
+    return out
+
+
+def table(path):
+    """Every trial of a study but its times, in a form that compares bits."""
+    study = gputune.Study.open(path)
+    return [
+        (
+            *(t.number, t.params, t.origin, t.state, t.best_epoch),
+            np.array([t.score, *t.fold_scores]).tobytes(),
+            curve.tobytes(),
+        )
+        for t, curve in zip(study.trials, study.curves)
+    ]
+
+
+def done(path):
+    """The number of trials with a result that stays."""
+    return sum(t.state == "complete" for t in gputune.Study.open(path).trials) if path.exists() else 0
+
+
+def wait_for(path, least, process=None):
+    """Wait until so many trials have a result, or the process has ended."""
+    deadline = time.monotonic() + 120
+    while done(path) < least and (process is None or process.poll() is None):
+        assert time.monotonic() < deadline, f"{done(path)} of {least} results"
+        time.sleep(0.02)

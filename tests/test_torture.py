@@ -1,0 +1,60 @@
+"""The short form of scripts/torture.py: real processes, killed by real signals, and nothing is lost."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def torture(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return import_module("torture")
+
+
+def only(counts, *words):
+    """The counts but those that must be nought, which are."""
+    assert not any(counts.pop(word, 0) for word in import_module("torture").BAD)
+    return tuple(counts[word] for word in words)
+
+
+def test_a_study_survives_kills_at_random_moments(torture, tmp_path):
+    killed, trials = only(torture.kills(tmp_path, 10, 100), "kills", "trials")
+    assert killed == 10 and trials == 100
+
+
+def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, tmp_path):
+    # Two trials: added, planned, each claimed and finished, and given up at the end.
+    (points,) = only(torture.fault_points(tmp_path, 2), "fault points")
+    assert points >= 10
+
+
+def test_a_full_disk_keeps_what_was_finished(torture, tmp_path):
+    counts = torture.full_disk(
+        tmp_path, torture.search, torture.table, torture.begin, torture.end, torture.undisturbed(40)
+    )
+    errors, kept = only(counts, "clear errors", "results kept then")
+    assert errors == 1 and 0 < kept < 40
+
+
+def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
+    count, opened, errors, repaired = only(
+        torture.flips(tmp_path, 60, 0), "flips", "opened", "clear errors", "repaired"
+    )
+    assert count == opened + errors == 60 and min(opened, errors, repaired) > 0
+    count, opened, errors = only(torture.cuts(tmp_path), "cuts", "opened", "clear errors")
+    assert count == opened + errors and min(opened, errors) > 50
+    assert torture.storing(tmp_path, 200)["trials"] == 200
+
+
+def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
+    for name in ("kills", "fault_points", "crowd", "cuts", "full_disk", "storing"):
+        monkeypatch.setattr(torture, name, lambda *arguments: {"lost": 0})
+    monkeypatch.setattr(torture, "undisturbed", lambda n: [])
+    monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 1})
+    assert torture.main([]) == 1
+    assert "flipped bits: 3 flips, 1 wrong values (0 s)" in capsys.readouterr().out
+    monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 0})
+    assert torture.main([]) == 0
