@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gputune.errors import (
     DivergedError,
     InputError,
+    MissingExtraError,
     SearchFailedError,
     StudyCorruptError,
     StudyVersionError,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from gputune.search.distributions import log_int
     from gputune.search.halving import Halving
     from gputune.search.hypergradient import Hypergradient
+    from gputune.search.optuna_sampler import OptunaSampler
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
     from gputune.study.study import Study, Trial
@@ -30,6 +32,8 @@ __all__ = [
     "Halving",
     "Hypergradient",
     "InputError",
+    "MissingExtraError",
+    "OptunaSampler",
     "SearchFailedError",
     "Study",
     "StudyCorruptError",
@@ -46,6 +50,7 @@ __all__ = [
 _HOMES = {
     "Halving": "gputune.search.halving",
     "Hypergradient": "gputune.search.hypergradient",
+    "OptunaSampler": "gputune.search.optuna_sampler",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",

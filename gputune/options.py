@@ -12,9 +12,10 @@ from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
+from gputune.search.optuna_sampler import OptunaSampler
 from gputune.types import SCHEDULES
 
-Method = Literal["random"] | Halving | Hypergradient
+Method = Literal["random"] | Halving | Hypergradient | OptunaSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +67,28 @@ def check_method(method: Any) -> Method:
     words: dict[str, Method] = {"random": "random", "halving": Halving(), "hypergradient": Hypergradient()}
     if isinstance(method, str) and method in words:
         return words[method]
-    if isinstance(method, Halving | Hypergradient):
+    if isinstance(method, Halving | Hypergradient | OptunaSampler):
         return method
     raise InputError(
-        "method must be 'random', 'halving', 'hypergradient', gputune.Halving(...) or gputune.Hypergradient(...), got "
-        f"{method!r}."
+        "method must be 'random', 'halving', 'hypergradient', gputune.Halving(...), gputune.Hypergradient(...) or "
+        f"gputune.OptunaSampler(...), got {method!r}."
     )
 
 
 def method_meta(method: Method) -> str | dict[str, Any]:
     """Return a method as a study file holds it."""
+    if isinstance(method, OptunaSampler):
+        halving = None if method.halving is None else asdict(method.halving)
+        return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
     return method if isinstance(method, str) else {"name": type(method).__name__.lower(), **asdict(method)}
 
 
 def method_again(meta: str | dict[str, Any]) -> Method:
-    """Return the method that ``method_meta`` wrote."""
+    """Return the method that ``method_meta`` wrote, for a refit; a sampler has no part in that."""
     if isinstance(meta, str):
         return check_method(meta)
+    if meta["name"] == "optuna":
+        return "random"
     options = {key: value for key, value in meta.items() if key != "name"}
     return Halving(**options) if meta["name"] == "halving" else Hypergradient(**options)
 

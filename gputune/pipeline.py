@@ -21,6 +21,7 @@ from gputune.methods.context import Context
 from gputune.methods.descent import check_descent, descend
 from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
+from gputune.methods.sampling import check_sampling, sample
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options, method_meta
 from gputune.problem import Problem, make_problem
@@ -28,7 +29,9 @@ from gputune.progress import Progress
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
-from gputune.search.random import candidates, default_space, remarks, top_up
+from gputune.search.optuna_sampler import OptunaSampler
+from gputune.search.optuna_space import described, translated
+from gputune.search.random import candidates, default_space, draw, remarks, top_up
 from gputune.search.space import Space, check_include, check_space, space_text
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Candidate
@@ -48,7 +51,10 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, Any]] = (),
     include_default: bool = True,
-    method: Literal["random", "halving", "hypergradient"] | Halving | Hypergradient = "random",
+    method: Literal["random", "halving", "hypergradient"]
+    | Halving
+    | Hypergradient
+    | OptunaSampler = "random",
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
@@ -75,12 +81,14 @@ def tune(
                  trial's ``module__*`` values, or "FILE.py:CLASS"
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
-                 ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
-    n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
+                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
+    n_trials     configurations that are drawn, or asked of Optuna's sampler, on top of ``include`` (dicts) and, with
+                 ``include_default``, of the default one
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
                  together, and at each rung those with the best fold means go on; "hypergradient" or
                  ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
-                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch
+                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch;
+                 ``gputune.OptunaSampler(...)``: a sampler of Optuna's proposes the configurations, batch by batch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
     groups       one label a row, or the name of a column: a group is never split between folds
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2, for hypergradients
@@ -130,8 +138,8 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     check_folds(scoring, data)
     wanted = _wanted(space, choice, options)
     context = Context(data, scoring, choice, options, deadline, progress)
-    context.check_module(wanted[0].params)
-    _check_method(wanted, context)
+    context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
+    _check_method(wanted, space, context)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
     with open_ledger(options.study, meta) as ledger:
@@ -144,13 +152,15 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     return study
 
 
-def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
+def _check_method(wanted: Sequence[Candidate], space: Space, context: Context) -> None:
     """Refuse what the method cannot do before a study file is made."""
     match context.options.method:
         case Hypergradient() as method:
             check_descent(method, wanted, context)
         case Halving() as method:
             check_halving(method, context)
+        case OptunaSampler() as method:
+            check_sampling(method, space, context)
 
 
 def _run(ledger: Ledger, space: Space, context: Context) -> None:
@@ -160,6 +170,8 @@ def _run(ledger: Ledger, space: Space, context: Context) -> None:
             descend(ledger, space, method, context)
         case Halving() as method:
             halve(ledger, method, context)
+        case OptunaSampler() as method:
+            sample(ledger, space, method, context)
         case _:
             train_fully(ledger, context)
 
@@ -185,7 +197,7 @@ def _checked_space(choice: ModelChoice, options: Options) -> Space:
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = default_space(choice.searched, choice.optimizer) if options.space is None else options.space
-    return check_space(space, keys=keys, module=module)
+    return check_space(translated(space), keys=keys, module=module)
 
 
 def _defaults(choice: ModelChoice, options: Options) -> Config:
@@ -197,11 +209,17 @@ def _defaults(choice: ModelChoice, options: Options) -> Config:
     return defaults
 
 
+def _drawn(options: Options) -> int:
+    """How many trials are drawn at once; a sampler of Optuna's proposes its own later."""
+    return 0 if isinstance(options.method, OptunaSampler) else options.n_trials
+
+
 def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
     """Draw the trials of this call: the default one, the included ones, the random ones."""
     return candidates(
         space,
-        n_trials=options.n_trials,
+        n_trials=_drawn(options),
+        asked=options.n_trials - _drawn(options),
         include=options.include,
         include_default=options.include_default,
         random_state=options.random_state,
@@ -218,7 +236,7 @@ def _add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, optio
     given = [c for c in wanted if c.origin != "random" and c.params not in known]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     ledger.add([replace(c, number=number + i) for i, c in enumerate(given)])
-    ledger.add(top_up(ledger.candidates, space, options.n_trials, options.random_state))
+    ledger.add(top_up(ledger.candidates, space, _drawn(options), options.random_state))
 
 
 def _say_remarks(
@@ -227,7 +245,7 @@ def _say_remarks(
     said = remarks(
         ledger.candidates,
         space,
-        n_trials=options.n_trials,
+        n_trials=_drawn(options),
         include_default=options.include_default,
         defaults=_defaults(choice, options),
     )
@@ -245,6 +263,13 @@ def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Pr
         progress.say(f"note: {note}")
 
 
+def _distributions(space: Space) -> dict[str, Any]:
+    """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
+    found = {key: described(choices) for part in space for key, choices in part.items()}
+    many = {key for key in found if sum(key in part for part in space) > 1}
+    return {key: law for key, law in found.items() if law is not None and key not in many}
+
+
 def _meta(
     choice: ModelChoice, problem: Problem, options: Options, scoring: Scoring, data: Dataset, space: Space
 ) -> dict[str, Any]:
@@ -256,6 +281,7 @@ def _meta(
         "optimizer": choice.optimizer,
         "schedule": options.schedule,
         "space": space_text(space),
+        "distributions": _distributions(space),
         "method": options.method if isinstance(options.method, str) else method_meta(options.method),
         "task": problem.target.task,
         "target": problem.target.name,

@@ -29,8 +29,8 @@ class Progress:
 
     @contextmanager
     def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
-        """Show the bar inside."""
-        self.trials = trials
+        """Show the bar inside, for so many trials more."""
+        self.trials = self.trials_done + trials
         self.bar = tqdm(
             total=trials * epochs,
             unit=" trial-epochs",

@@ -13,7 +13,7 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
-version errors types seeding
+version errors extras types seeding
 data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
 data/folds data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
@@ -26,12 +26,13 @@ hypergradients/result hypergradients/convex hypergradients/hypergradient hypergr
 hypergradients/chunk hypergradients/plan optim
 study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files
-search/distributions search/config search/spec search/space search/random search/halving search/hypergradient
+search/distributions search/config search/spec search/optuna_space search/space search/random search/halving
+search/hypergradient search/optuna_sampler search/asking search/optuna_export
 options model_choice progress problem refit
-methods/context methods/full methods/halving methods/descent pipeline
+methods/context methods/full methods/halving methods/descent methods/sampling pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking
-sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving
+sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving
 report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
 __main__
 """.split()

@@ -33,7 +33,8 @@ def train_fully(ledger: Ledger, context: Context) -> None:
             _solve(configs, context, keep)
     elif configs:
         plan = context.plan(configs, epochs=context.epochs)
-        progress.say(f"plan: {plan}")
+        if not progress.trials_done:  # the first of many where trials come in batches
+            progress.say(f"plan: {plan}")
         job = Job(
             options.random_state,
             context.epochs,
