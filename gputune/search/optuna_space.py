@@ -63,10 +63,9 @@ def described(choices: list[Any] | Distribution) -> Described | None:
 
 
 def _described_law(value: Any) -> Described | None:
-    law = (
-        value if isinstance(value, stats.rv_continuous | stats.rv_discrete) else getattr(value, "dist", None)
-    )
-    if law is None or type(law) is not type(getattr(stats, str(law.name), None)):
+    law: Any = getattr(value, "dist", value)
+    namesake: Any = getattr(stats, str(getattr(law, "name", "")), None)
+    if type(law) is not type(namesake):
         return None
     low, high = (end.item() if hasattr(end, "item") else end for end in value.support())
     if law.name == "randint":
