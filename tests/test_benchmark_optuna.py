@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-MACHINE = {"cpu": "one", "cores": 1, "card": None, "date": "today", "commit": "c", "python": "3", "versions": {}}
+MACHINE = {
+    "cpu": "one",
+    "cores": 1,
+    "card": None,
+    "date": "today",
+    "commit": "c",
+    "python": "3",
+    "versions": {},
+}
 
 
 @pytest.fixture
@@ -30,7 +38,9 @@ def test_optuna_alone_proposes_the_same(bridge):
 def test_it_ends_in_1_where_random_search_is_better(bridge, tmp_path, monkeypatch):
     for tpe, code in ((0.97, 1), (0.99, 0)):
         monkeypatch.setattr(
-            bridge, "compare", lambda seed, batches, tpe=tpe: bridge.Row(seed, 0.98, tpe, 1.0, 2.0, 0.12, 0.06)
+            bridge,
+            "compare",
+            lambda seed, batches, tpe=tpe: bridge.Row(seed, 0.98, tpe, 1.0, 2.0, 0.12, 0.06),
         )
         assert bridge.run_optuna(tmp_path, MACHINE, seeds=3, batches=10) == code
     text = (tmp_path / "optuna-one-1-cores.md").read_text()

@@ -14,8 +14,8 @@ PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
 version errors extras types seeding
-data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
-data/folds data/holdout data/source data/fingerprint
+data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
+data/dataset data/folds data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/chunk engine/rung engine/plan
 engine/workers engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
@@ -25,7 +25,7 @@ hypergradients/arguments hypergradients/curvature hypergradients/module_training
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
 study/values study/database study/score study/store study/study study/ledger
-study/module_source study/folder study/model study/model_files
+study/module_source study/folder study/model study/model_files study/whole_model study/export
 search/distributions search/config search/spec search/optuna_space search/space search/random search/halving
 search/hypergradient search/optuna_sampler search/asking search/optuna_export
 options model_choice progress problem refit
@@ -33,8 +33,8 @@ methods/context methods/full methods/halving methods/descent methods/sampling pi
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking
 sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving
-report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
-__main__
+report/text report/trials report/held_out report/closing report/predicting report/exporting report/tuning
+report/arguments report/cli __main__
 """.split()
 
 

@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_trials(commands)
     _add_best(commands)
     _add_predict(commands)
+    _add_export(commands)
     return parser
 
 
@@ -200,6 +201,14 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
     parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _add(commands, "export", "write a saved model as one file that runs without gputune")
+    parser.add_argument("model", metavar="MODEL_DIR", help="the folder of a saved model")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="a new file: .onnx for ONNX, .pt2 for torch.export"
+    )
 
 
 def _whole(least: int) -> Callable[[str], int]:

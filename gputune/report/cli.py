@@ -85,11 +85,18 @@ def _predict(arguments: argparse.Namespace) -> str:
     return ""
 
 
+def _export(arguments: argparse.Namespace) -> str:
+    from gputune.report.exporting import export
+
+    return export(arguments.model, arguments.out)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
     "trials": _trials,
     "best": _best,
     "predict": _predict,
+    "export": _export,
 }
 """Each returns what goes to standard output."""
 
