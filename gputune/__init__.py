@@ -57,13 +57,14 @@ _HOMES = {
     "hypergradient": "gputune.hypergradients.hypergradient",
     "load_model": "gputune.study.model_files",
     "log_int": "gputune.search.distributions",
+    "callbacks": "gputune.callbacks",
     "models": "gputune.models",
     "optim": "gputune.optim",
     "sklearn": "gputune.sklearn",
     "tune": "gputune.pipeline",
 }
 
-_MODULES = ("models", "optim", "sklearn")
+_MODULES = ("callbacks", "models", "optim", "sklearn")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from gputune.callbacks.callback import check_callbacks
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
 from gputune.search.halving import Halving
@@ -44,10 +45,12 @@ class Options:
     memory: int | str | None = None
     workers: int | str = "auto"
     random_state: Any = 0
+    callbacks: Any = ()
     verbose: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", check_method(self.method))
+        object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))

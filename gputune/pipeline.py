@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import numpy as np
 import sklearn
 import torch
 
+from gputune.callbacks.callback import Callback, Callbacks
 from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
@@ -73,6 +75,7 @@ def tune(
     memory: int | str | None = None,
     workers: int | Literal["auto"] = "auto",
     random_state: Any = 0,
+    callbacks: Sequence[Callback] = (),
     verbose: int = 1,
 ) -> Study:
     """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
@@ -107,6 +110,7 @@ def tune(
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start
     random_state seed of candidates, folds, row order, starts and dropout
+    callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
 
     Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed.
@@ -117,7 +121,7 @@ def tune(
         cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
         device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
-        verbose=verbose,
+        callbacks=callbacks, verbose=verbose,
     )  # fmt: skip
     return search(choice, read_source(X, y, groups), options)
 
@@ -127,7 +131,8 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study."""
     deadline = None if options.timeout is None else time.monotonic() + options.timeout
     space = _checked_space(choice, options)
-    progress = Progress(options.verbose)
+    callbacks = Callbacks(options.callbacks)
+    progress = Progress(options.verbose, callbacks.epoch)
     problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
     _check_scoring_has_a_name(scoring, options)
@@ -145,11 +150,23 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     with open_ledger(options.study, meta) as ledger:
         _add_trials(ledger, wanted, space, options)
         _say_remarks(ledger, space, choice, options, progress)
-        _run(ledger, space, context)
+        with _heard(callbacks, ledger, meta):
+            _run(ledger, space, context)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
+
+
+@contextmanager
+def _heard(callbacks: Callbacks, ledger: Ledger, meta: dict[str, Any]) -> Iterator[None]:
+    """Tell callbacks of the start, of what is finished inside, and of the end, however it comes."""
+    ledger.on_finish = lambda rows: callbacks.trials_end(Study.from_rows(meta, rows))
+    callbacks.study_start(Study.from_rows(meta, ledger.rows()))
+    try:
+        yield
+    finally:
+        callbacks.study_end(Study.from_rows(meta, ledger.rows()))
 
 
 def _check_method(wanted: Sequence[Candidate], space: Space, context: Context) -> None:

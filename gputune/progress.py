@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,8 @@ _LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
 class Progress:
     """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``."""
 
-    def __init__(self, verbose: int) -> None:
-        self.verbose = verbose
+    def __init__(self, verbose: int, on_epoch: Callable[[np.ndarray], None] | None = None) -> None:
+        self.verbose, self.on_epoch = verbose, on_epoch
         self.bar: Any = None
         self.plain = not sys.stderr.isatty() and "ipykernel" not in sys.modules
         self.next_line = time.monotonic() + _LINE_SECONDS
@@ -51,6 +51,8 @@ class Progress:
         if np.isfinite(mean).any():
             self.best = max(self.best, float(np.nanmax(mean)))
         self._show()
+        if self.on_epoch is not None:
+            self.on_epoch(curves)
 
     def finished(self, trials: int) -> None:
         """So many more trials are done."""

@@ -28,6 +28,7 @@ study/values study/database study/score study/store study/study study/ledger
 study/module_source study/folder study/model study/model_files study/whole_model study/export
 search/distributions search/config search/spec search/optuna_space search/space search/random search/halving
 search/hypergradient search/optuna_sampler search/asking search/optuna_export
+callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callbacks/wandb
 options model_choice progress problem refit
 methods/context methods/full methods/halving methods/descent methods/sampling pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
@@ -92,6 +93,6 @@ def test_the_signature_of_tune():
     expected = (
         "model X y space n_trials include include_default method cv groups scoring task class_weight "
         "sample_weight numbers optimizer schedule max_epochs epoch timeout study device dtype memory workers "
-        "random_state verbose"
+        "random_state callbacks verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected

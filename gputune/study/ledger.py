@@ -1,6 +1,6 @@
 """The trials of a running search and their results: in memory, and in a study file where one is kept."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Ledger:
 
     def __init__(self, store: Store | None) -> None:
         self.store = store
+        self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
         known = [] if store is None else store.trials()
         self.candidates: list[Candidate] = [candidate for candidate, _ in known]
         found = {r.number: r for _, r in known if r is not None}
@@ -55,7 +56,10 @@ class Ledger:
         """Keep the results of one chunk, all or none."""
         if self.store is not None:
             self.store.finish(results)
-        self.results.update({result.number: result for result in results})
+        found = {result.number: result for result in results}
+        self.results.update(found)
+        if self.on_finish is not None:
+            self.on_finish([(c, found[c.number]) for c in self.candidates if c.number in found])
 
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
