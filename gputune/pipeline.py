@@ -152,7 +152,8 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
         _say_remarks(ledger, space, choice, options, progress)
         with _heard(callbacks, ledger, meta):
             _run(ledger, space, context)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options))
+    kept = replace(options, callbacks=())  # a refit calls none
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, kept))
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
@@ -228,7 +229,12 @@ def _defaults(choice: ModelChoice, options: Options) -> Config:
 
 def _drawn(options: Options) -> int:
     """How many trials are drawn at once; a sampler of Optuna's proposes its own later."""
-    return 0 if isinstance(options.method, OptunaSampler) else options.n_trials
+    return 0 if _asked(options) else options.n_trials
+
+
+def _asked(options: Options) -> int:
+    """How many trials a sampler of Optuna's proposes."""
+    return options.n_trials if isinstance(options.method, OptunaSampler) else 0
 
 
 def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
@@ -236,7 +242,7 @@ def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candid
     return candidates(
         space,
         n_trials=_drawn(options),
-        asked=options.n_trials - _drawn(options),
+        asked=_asked(options),
         include=options.include,
         include_default=options.include_default,
         random_state=options.random_state,

@@ -17,7 +17,7 @@ Described = dict[str, Any]
 def translated(space: Any) -> Any:
     """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's terms."""
     if isinstance(space, list | tuple):
-        return [translated(part) for part in space]
+        return type(space)(translated(part) for part in space)
     if not isinstance(space, Mapping):
         return space
     return {name: _translated(value) for name, value in space.items()}

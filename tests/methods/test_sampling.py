@@ -158,8 +158,9 @@ def test_without_given_trials(capsys):
     assert said.count("plan:") == 1 and "repeat another" not in said
     with pytest.raises(InputError, match="n_trials must be >= 1 where nothing else is to run"):
         tune(tpe(), n_trials=0, include_default=False)
-    with pytest.raises(InputError, match="n_trials must be an integer >= 0, got -1"):
-        tune(tpe(), n_trials=-1)
+    for n_trials in (-1, "8", 2.5):
+        with pytest.raises(InputError, match=f"n_trials must be an integer >= 0, got {n_trials!r}"):
+            tune(tpe(), n_trials=n_trials)
 
 
 def interrupted(monkeypatch, at, **options):
