@@ -28,7 +28,7 @@ def test_objectives_agree_before_times_are_shown(logistic, tmp_path, monkeypatch
     assert row.gputune_gap < 1e-7 and row.sklearn_gap < 1e-3 and row.score_difference < 1e-2
     text = logistic.markdown(machine, [row])
     assert "| l2 | 3 x 5 |" in text and "| both |" in text
-    far = logistic.Row("l1", 3, 1.0, 9.0, 1e-3, 1e-4, 0.0)
+    far = logistic.Row("l1", 3, 1.0, 9.0, 1e-3, 1e-4, 9e-4, 0.0)
     monkeypatch.setattr(logistic, "compare", lambda penalty, candidates: far)
     assert logistic.run_logistic(tmp_path, machine, candidates=3) == 1
     assert "NO SPEED" in capsys.readouterr().out and not list(tmp_path.iterdir())

@@ -32,8 +32,9 @@ callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callba
 options model_choice progress problem refit
 methods/context methods/full methods/halving methods/descent methods/sampling pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
-sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines sklearn/asking
-sklearn/search_file sklearn/running sklearn/search sklearn/nested sklearn/halving
+sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
+sklearn/held_out sklearn/asking sklearn/search_file sklearn/running sklearn/search sklearn/nested
+sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/hypergradient
 report/text report/trials report/held_out report/closing report/predicting report/exporting report/tuning
 report/arguments report/cli __main__
 """.split()

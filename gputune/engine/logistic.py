@@ -28,11 +28,10 @@ class Rows:
         Tensor | None
     )  # (E, D or D + 1) the columns' directions among the inputs; None: they are the inputs
     bound: Tensor  # () the mean loss's curvature is nowhere higher
-    coarse: Tensor | None  # (n, E) the design in single precision; None where directions need double
+    coarse: Tensor  # (n, E) the design in single precision
 
     def single(self) -> "Rows":
         """The rows with the coarse design in the place of the other."""
-        assert self.coarse is not None
         return replace(self, design=self.coarse)
 
     @property
@@ -91,8 +90,7 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
         unit=unit.where(unit > 0, 1),
         basis=basis,
         bound=_curvature_bound(design, classes),
-        # Along the principal axes conjugate gradients reach their goal in single precision; elsewhere they may stall.
-        coarse=design.float() if rotate else None,
+        coarse=design.float(),
     )
 
 

@@ -27,6 +27,7 @@ SUFFICIENT = 1e-4  # of the decrease that the slope promises
 ROUNDING = 1e-14  # share of the objective below which float64 sees no decrease
 UNSEEN = 1e-11
 HALVINGS = 40
+COARSE = 1e-3  # violation above which single precision finds a direction that is good enough
 
 
 def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
@@ -42,19 +43,40 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     damping = DAMPING * closeness.clamp_max(1)[:, None, None] * signed
     hold = point.ridge + damping * diagonal
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
-    step = minimise(rows, model) if rows.coarse is None else _coarse_step(rows, model)
-    return line_search(rows, point, step, dot(slopes, step))
+    # Along the principal axes conjugate gradients reach their goal in single precision to the end.
+    coarse = (closeness > COARSE) | (not signed.any() and rows.basis is not None)
+    new = _moved(rows, point, model, coarse)
+    stuck = coarse & (objective(new) >= objective(point)) & (closeness > tolerance) & signed.flatten(1).any(1)
+    if stuck.any():
+        left = stuck.nonzero()[:, 0]
+        new = _replaced(new, left, _moved(rows, point[left], model[left], torch.zeros_like(stuck)[left]))
+    return new
+
+
+def _moved(rows: Rows, point: Point, model: Model, coarse: Tensor) -> Point:
+    """Go to the minimiser of the model, found in single precision for the members ``coarse`` (m,)."""
+    if coarse.all():
+        step = _coarse_step(rows, model)
+    elif not coarse.any():
+        step = minimise(rows, model)
+    else:
+        step = torch.zeros_like(model.slopes)
+        step[coarse], step[~coarse] = _coarse_step(rows, model[coarse]), minimise(rows, model[~coarse])
+    return line_search(rows, point, step, dot(model.slopes, step))
 
 
 def _coarse_step(rows: Rows, model: Model) -> Tensor:
     """Minimise the model in single precision, which finds the direction to the few digits that are asked for.
 
     The slopes and the line search stay in double precision, so the end does. It is in units of each member's largest
-    slope, so that none is too small for single precision.
+    slope, so that none is too small for single precision. A weight that comes to zero does so exactly.
     """
     unit = model.slopes.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(model.slopes.dtype).tiny)
-    model = replace(model, weight=model.weight / unit, slopes=model.slopes / unit)
-    return minimise(rows.single(), model.single()).to(unit.dtype) * unit
+    scaled = replace(model, weight=model.weight / unit, slopes=model.slopes / unit).single()
+    step = minimise(rows.single(), scaled)
+    exact = step.to(unit.dtype) * unit
+    ends = model.signed & ((step == -scaled.weight) | ((model.weight + exact) * model.weight < 0))
+    return torch.where(ends, -model.weight, exact)
 
 
 def line_search(rows: Rows, point: Point, step: Tensor, slope: Tensor) -> Point:

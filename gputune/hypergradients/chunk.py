@@ -44,12 +44,14 @@ class HypergradientJob(Job):
 
         def watch(step: int, weights: Tensor) -> None:
             epoch, within = divmod(step, training.each)
-            if within == 0 and self.scoring is not None:
+            if within:
+                return
+            if self.scoring is not None:
                 curves[:, epoch - 1] = training.scores(weights, self.scoring)
-                if progress is not None:
-                    progress(len(curves), curves[:, epoch - 1 : epoch])
-                if self.is_over() and epoch < self.epochs:
-                    raise _OverError(epoch)
+            if progress is not None:
+                progress(len(curves), curves[:, epoch - 1 : epoch])
+            if self.is_over() and epoch < self.epochs:
+                raise _OverError(epoch)
 
         epochs, found = self.epochs, None
         try:

@@ -3,6 +3,8 @@
 A step of one size then means the same change at a rate of 1e-5 as at 1, and never leaves the legal range.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,11 @@ _BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
 def to_coordinate(name: str, value: Tensor) -> Tensor:
     """Return log(value), or log(value / (1 - value)) for momentum and the betas; -inf at 0."""
     return value.logit() if name in _BETWEEN_0_AND_1 else value.log()
+
+
+def has_coordinate(name: str, value: float) -> bool:
+    """Whether a value has a finite coordinate: 0 and infinity have none."""
+    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64))))
 
 
 def from_coordinate(name: str, coordinate: Tensor) -> Tensor:

@@ -85,21 +85,24 @@ def _as_measured(training: Training, gradient: Tensor, weights: Tensor) -> bool:
     """Tell whether the derivative of a gradient is how the gradient changes, over a tiny distance.
 
     Two distances tell how far the measurement can be trusted: a kink (of a relu) between them, or operations of lower
-    precision, make them differ. In single precision kinks are too close to each other for that: it is not measured.
+    precision, make them differ. So do its two sides, where the kink is at the weights themselves, as that of a relu
+    whose input is exactly 0. In single precision kinks are too close to each other for that: it is not measured.
     """
     if weights.dtype != torch.float64:
         return True
     v = _direction(weights)
     v *= (weights.detach().norm() / v.norm()).clamp_min(1e-3)
 
-    def change(h: float) -> Tensor:
+    def changes(h: float) -> tuple[Tensor, Tensor]:
         ends = [(weights.detach() + s * h * v).requires_grad_() for s in (1, -1)]
         up, down = (slope(training, end, 0, graph=False) for end in ends)
-        return (up - down) / (2 * h)
+        here = gradient.detach()
+        return (up - here) / h, (here - down) / h
 
-    measured, further = change(1e-8), change(2e-8)
+    (above, below), (above_further, below_further) = changes(1e-8), changes(2e-8)
+    measured, further = (above + below) / 2, (above_further + below_further) / 2
     product = _product(gradient, weights, v)
-    allowed = 10 * (measured - further).norm() + 1e-3 * product.norm()
+    allowed = 10 * (measured - further).norm() + (above - below).norm() + 1e-3 * product.norm()
     return not bool((measured - product).norm() > allowed)
 
 

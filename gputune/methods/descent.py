@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-import torch
 
 from gputune.engine.chunk import Outcome
 from gputune.engine.optim import BETA1, BETA2
@@ -15,12 +14,13 @@ from gputune.engine.workers import run_chunks
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
-from gputune.hypergradients.coordinates import to_coordinate
+from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
 from gputune.methods.context import Context
 from gputune.model_choice import ModelChoice
-from gputune.search.hypergradient import Bounds, Descent, Hypergradient, Slope, slope_at
+from gputune.search.distributions import range_of
+from gputune.search.hypergradient import Descent, Hypergradient, Slope, slope_at
 from gputune.search.space import Space
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -69,7 +69,8 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     names = searched_names(method, context.choice)
     starts = [c for c in ledger.candidates if isinstance(c.origin, str)]
     configs = {c.number: _complete(c.params, context) for c in starts}
-    bounds = _bounds(space, names)
+    ranges = {name: range_of(space, (name,)) for name in names}
+    bounds = {name: ends for name, ends in ranges.items() if ends is not None}
     paths = {number: Descent(method, names, config, bounds) for number, config in configs.items()}
     known = {c.origin: c for c in ledger.candidates}
     points = {c.number: c for c in starts}  # of each start that still descends, where it stands
@@ -218,23 +219,10 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                     f"Hypergradient(hyperparameters=...): {optimizer} has no {name!r}, and trial {number} uses it; "
                     f"choose from {', '.join(hyperparameters_of(optimizer))}."
                 )
-            if not np.isfinite(float(to_coordinate(name, torch.tensor(float(config[name]))))):
+            if not has_coordinate(name, config[name]):
                 raise InputError(
                     f"method='hypergradient' moves {name!r} in its logarithm and cannot start from "
                     f"{config[name]:g}, as trial {number} does; put {name!r} in the space with values above 0"
                     f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters, and leave out the "
                     "default configuration (include_default=False, --no-default) where it is the one."
                 )
-
-
-def _bounds(space: Space, names: Sequence[str]) -> Bounds:
-    """Return the range of the distributions that a space draws a hyperparameter from: what it may move in."""
-    bounds: dict[str, tuple[float, float]] = {}
-    for alternative in space:
-        for name in names:
-            support = getattr(alternative.get(name), "support", None)  # lists have none
-            if support is not None:
-                low, high = map(float, support())
-                old = bounds.get(name, (low, high))
-                bounds[name] = (min(low, old[0]), max(high, old[1]))
-    return bounds

@@ -1,6 +1,7 @@
 """What a value of a space is drawn from: scipy.stats distributions, and those that scipy lacks."""
 
 import math
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from operator import index
 from typing import Any, Protocol, TypeGuard
@@ -21,6 +22,16 @@ class Distribution(Protocol):
 def is_distribution(value: object) -> TypeGuard[Distribution]:
     """Say whether ``value`` draws: an object (not a class) with ``rvs``."""
     return callable(getattr(value, "rvs", None)) and not isinstance(value, type)
+
+
+def range_of(space: Iterable[Mapping[str, Any]], names: Collection[str]) -> tuple[float, float] | None:
+    """Return the range that the distributions of some parameters span over all dicts of a space.
+
+    None where there are no distributions: values in lists have no range.
+    """
+    supports = [getattr(each[name], "support", None) for each in space for name in names if name in each]
+    ends = [tuple(map(float, support())) for support in supports if support is not None]
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
 from gputune.sklearn.fused import FusedEstimator, check_rows
+from gputune.sklearn.held_out import held_out_part
 from gputune.sklearn.layout import Part
 from gputune.sklearn.tape import Event, Fit, Transformation, conducting
 
@@ -36,11 +37,13 @@ def ask(
     within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
     if within is None:
         return hearing.listen(candidates, X, y, splits, fit_params)
-    parts = [Part(within.rows, within.index[_as_rows(train)]) for train, _ in splits]
+    parts, held_out = (
+        [Part(within.rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
+    )
     return [
-        Fit(trial, fold, candidate, len(part.index), part)
+        Fit(trial, fold, candidate, len(part.index), part, valid if hearing.held_out else None)
         for trial, candidate in enumerate(candidates)
-        for fold, part in enumerate(parts)
+        for fold, (part, valid) in enumerate(zip(parts, held_out))
     ]
 
 
@@ -61,13 +64,18 @@ def _as_rows(train: Any) -> NDArray[np.int64]:
 
 
 class Hearing:
-    """Hears what fits ask for, without training; transformers are fitted as they come, unless they were before."""
+    """Hears what fits ask for, without training; transformers are fitted as they come, unless they were before.
 
-    def __init__(self) -> None:
+    ``held_out``: each fit is given its fold's validation rows too.
+    """
+
+    def __init__(self, *, held_out: bool = False) -> None:
+        self.held_out = held_out
         self.events: list[Event] = []
         self.at = (0, 0)  # trial and fold
         self._parts: dict[Hashable, tuple[Part | Exception, Any]] = {}
         self._transformed: dict[Hashable, tuple[Transformation, Any]] = {}
+        self._held_out: dict[Hashable, Part | Exception] = {}
         self._folds: dict[Hashable, tuple[tuple[Any, Any, dict[str, Any]], Any]] = {}
 
     def listen(
@@ -76,12 +84,15 @@ class Hearing:
         """Call every fit of scikit-learn's loop and return what was heard."""
         self.events = []
         for trial, candidate in enumerate(candidates):
-            for fold, (train, _) in enumerate(splits):
+            for fold, (train, test) in enumerate(splits):
                 self.at = (trial, fold)
                 rows = self._rows(candidate, X, y, train, fit_params)
                 # What fails here fails again where scikit-learn listens, in its loop.
                 with conducting(self), suppress(Exception):
-                    _fit(_silent(clone(candidate)), *rows)
+                    fitted = _silent(clone(candidate))
+                    _fit(fitted, *rows)
+                    if self.held_out:  # only now are the steps those of this fold
+                        self._hold_out(fitted, X, y, train, test)
         return self.events
 
     def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
@@ -110,6 +121,17 @@ class Hearing:
         done = self._transformed[key][0]
         self.events.append(done)
         return done.take()
+
+    def _hold_out(self, fitted: Any, X: Any, y: Any, train: Any, test: Any) -> None:
+        """Give the fit that was just noted its validation rows: once for all candidates on the same training rows."""
+        fit = self.events[-1]
+        assert isinstance(fit, Fit) and isinstance(fit.asked, Part)
+        key = (id(fit.asked), self.at[1])
+        if key not in self._held_out:
+            rows = _safe_split(fitted, X, y, test, train)
+            with conducting(None):
+                self._held_out[key] = _outcome(functools.partial(held_out_part, fitted, fit.asked, *rows))
+        fit.held_out = self._held_out[key]
 
     def _rows(self, estimator: Any, X: Any, y: Any, train: Any, fit_params: Mapping[str, Any]) -> Any:
         """Return X, y and parameters of ``fit`` for some rows: the same objects whenever they are the same."""

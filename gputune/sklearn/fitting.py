@@ -76,16 +76,21 @@ def fit_members(
     recipe and on its rows, not on its company. ``workers`` None lets an estimate decide about processes;
     ``deadline`` (``time.monotonic()``) ends training, and what has not ended by then is a TimeoutError.
     """
-    trials: dict[Any, list[int]] = defaultdict(list)
-    for i, recipe in enumerate(recipes):
-        length = (recipe.start, recipe.epochs, recipe.horizon, recipe.begun is None)
-        trials[recipe.device, recipe.kind, recipe.module, recipe.seed, length].append(i)
     found: Members = {}
-    for index in trials.values():
+    for index in recipes_alike(recipes):
         alike = [recipes[i] for i in index]
         for (fold, trial), member in _fit_alike(alike, rows, folds, workers, deadline).items():
             found[fold, index[trial]] = member
     return found
+
+
+def recipes_alike(recipes: Sequence[Recipe]) -> list[list[int]]:
+    """Return the positions of recipes in groups of one kind, device, seed and length, which train together."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, recipe in enumerate(recipes):
+        length = (recipe.start, recipe.epochs, recipe.horizon, recipe.begun is None)
+        groups[recipe.device, recipe.kind, recipe.module, recipe.seed, length].append(i)
+    return list(groups.values())
 
 
 def _fit_alike(
@@ -97,21 +102,29 @@ def _fit_alike(
 ) -> Members:
     """Train recipes of one kind, device, seed and length."""
     x = shared_x(rows, choose_device(recipes[0].device))
-
-    def decays(train: NDArray[np.int64]) -> tuple[float, ...]:
-        configs = _configs(recipes, rows, train)
-        return tuple(c["weight_decay"] for c, r in zip(configs, recipes) if r.alpha is not None)
-
-    groups, refused = group_folds(rows, folds, key=decays)
+    groups, refused = groups_for(recipes, rows, folds)
     found: Members = {(fold, i): error for fold, error in refused.items() for i in range(len(recipes))}
     for group in groups:
-        configs = _configs(recipes, rows, group.trains[0])
+        configs = configs_for(recipes, rows, group.trains[0])
         members = _fit_group(recipes, configs, make_dataset(rows, group, x), group, workers, deadline)
         found |= {(group.places[f], i): member for (f, i), member in members.items()}
     return found
 
 
-def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[dict[str, Any]]:
+def groups_for(
+    recipes: Sequence[Recipe], rows: Rows, folds: Sequence[NDArray[np.int64]]
+) -> tuple[list[FoldGroup], dict[int, ValueError]]:
+    """Group the folds in which the recipes train together, as ``group_folds`` does."""
+
+    def decays(train: NDArray[np.int64]) -> tuple[float, ...]:
+        configs = configs_for(recipes, rows, train)
+        return tuple(c["weight_decay"] for c, r in zip(configs, recipes) if r.alpha is not None)
+
+    return group_folds(rows, folds, key=decays)
+
+
+def configs_for(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Return the configurations of recipes that train on these rows."""
     return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
 
 

@@ -136,8 +136,8 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         lent["estimator"] = clone(lent["estimator"]).set_params(**other)
         return lent
 
-    def _make_run(self, given: Trained | None) -> Run:
-        run = super()._make_run(given)
+    def _make_run(self, given: Trained | None, X: Any, y: Any) -> Run:
+        run = super()._make_run(given, X, y)
         prefix, last = last_step(self.estimator)
         if self.resource.removeprefix(prefix) not in _WORDS or not isinstance(last, TrainedEstimator):
             return run

@@ -12,7 +12,7 @@ from gputune.sklearn.dataset import Rows
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """The training rows of one fold: ``index`` into checked rows, which it may share with other folds."""
+    """The training or validation rows of one fold: ``index`` into checked rows, which it may share with other folds."""
 
     rows: Rows
     index: NDArray[np.int64]
@@ -31,11 +31,12 @@ def lay_out(parts: Sequence[Part]) -> list[Layout]:
     """Return the folds in as few layouts as their columns, names and precision allow."""
     forms: dict[Hashable, list[int]] = defaultdict(list)
     for place, part in enumerate(parts):
-        forms[_form(part.rows)].append(place)
+        forms[form(part.rows)].append(place)
     return [_layout(tuple(places), [parts[place] for place in places]) for places in forms.values()]
 
 
-def _form(rows: Rows) -> Hashable:
+def form(rows: Rows) -> Hashable:
+    """Return what rows must have in common to be laid out in one array."""
     names = None if rows.names is None else tuple(rows.names)
     return rows.X.shape[1], rows.X.dtype, names, rows.weights is None, rows.classes is None
 

@@ -36,6 +36,7 @@ class Run:
     deadline: float | None = None
     given: Trained | None = None
     fit_params: Mapping[str, Any] = field(default_factory=dict)
+    split_params: Mapping[str, Any] = field(default_factory=dict)
     hearing: Hearing = field(default_factory=Hearing)
     seconds: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)

@@ -19,7 +19,7 @@ from gputune.sklearn.pipelines import prepared, returned, why_not_together
 from gputune.sklearn.running import Run, Trained
 from gputune.sklearn.search_file import check_new, write_search
 
-_run: ContextVar[Run | None] = ContextVar("run", default=None)
+current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
 
 
 class FusedSearch:
@@ -42,9 +42,9 @@ class FusedSearch:
             check_new(self.study)
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
         if reason is not None:
-            self._warn_of_own_loop(reason)
+            self._leave_to_own_loop(reason)
         with _lending(self, self._lent(together=reason is None)):
-            run = self._make_run(given) if reason is None else None
+            run = self._make_run(given, X, y) if reason is None else None
             with _running(run):
                 super().fit(X, y, **params)  # type: ignore[misc]  # scikit-learn's
         if hasattr(self, "best_estimator_"):
@@ -53,7 +53,9 @@ class FusedSearch:
             write_search(self.study, self, None if run is None else run.epochs)
         return self
 
-    def _make_run(self: Any, given: Trained | None) -> Run:
+    def _make_run(self: Any, given: Trained | None, X: Any, y: Any) -> Run:
+        """Return the run of one fit on X and y, which are not checked yet."""
+        del X, y
         timeout = self.timeout if isinstance(self.timeout, Real) else None
         deadline = None if timeout is None else time.monotonic() + float(timeout)
         return Run(self.estimator, self.cv, deadline, given)
@@ -73,7 +75,12 @@ class FusedSearch:
                 lent["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
         return lent
 
-    def _warn_of_own_loop(self: Any, reason: str) -> None:
+    def _effective_scoring(self: Any) -> Any:
+        """Return what candidates are scored by."""
+        return self.scoring
+
+    def _leave_to_own_loop(self: Any, reason: str) -> None:
+        """Warn that scikit-learn's loop takes over."""
         unheard = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
         without = f", and {' and '.join(unheard)} have no effect" if unheard else ""
         warnings.warn(
@@ -85,12 +92,12 @@ class FusedSearch:
 
     def _get_routed_params_for_fit(self: Any, params: Any) -> Any:
         routed = super()._get_routed_params_for_fit(params)  # type: ignore[misc]  # scikit-learn's
-        if (run := _run.get()) is not None:
-            run.fit_params = routed.estimator.fit
+        if (run := current_run.get()) is not None:
+            run.fit_params, run.split_params = routed.estimator.fit, routed.splitter.split
         return routed
 
     def _run_search(self: Any, evaluate_candidates: Callable[..., Any], *, callback_ctx: Any = None) -> None:
-        run = _run.get()
+        run = current_run.get()
         if run is not None:
             evaluate_candidates = functools.partial(run.evaluate, evaluate_candidates)
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}  # since scikit-learn 1.9
@@ -110,11 +117,11 @@ def _lending(search: Any, lent: Mapping[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def _running(run: Run | None) -> Iterator[None]:
-    token = _run.set(run)
+    token = current_run.set(run)
     try:
         yield
     finally:
-        _run.reset(token)
+        current_run.reset(token)
 
 
 _CONSTRAINTS: dict[str, Any] = {

@@ -35,8 +35,8 @@ def write_search(path: Place, search: Any, epochs: Sequence[int] | None) -> None
     """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
     results = search.cv_results_
     candidates = [
-        Candidate(number, {name: _storable(value) for name, value in params.items()}, "random")
-        for number, params in enumerate(results["params"])
+        Candidate(number, {name: _storable(value) for name, value in params.items()}, origin)
+        for number, (params, origin) in enumerate(zip(results["params"], _origins(results)))
     ]
     metric = _metric(search, results)
     scores = np.stack([results[f"split{f}_test_{metric}"] for f in range(search.n_splits_)], 1)
@@ -45,6 +45,14 @@ def write_search(path: Place, search: Any, epochs: Sequence[int] | None) -> None
     with Store.create(path, _meta(search)) as store:
         store.add_trials(candidates)
         store.finish(_result(number, *row) for number, row in enumerate(rows))
+
+
+def _origins(results: Mapping[str, Any]) -> list[str | tuple[int, int]]:
+    """Return where each candidate comes from: a point of a descent from its start and outer step."""
+    if "outer_step" not in results:
+        return ["random"] * len(results["params"])
+    places = zip(results["start"].tolist(), results["outer_step"].tolist())
+    return [(start, step) if step else "random" for start, step in places]
 
 
 def _meta(search: Any) -> dict[str, Any]:
@@ -84,13 +92,14 @@ def _score_name(search: Any) -> str:
     """Return what the scores are, for a reader."""
     if isinstance(search.refit, str):
         return search.refit
-    if isinstance(search.scoring, str):
-        return search.scoring
-    if search.scoring is None:
+    scoring = search._effective_scoring()
+    if isinstance(scoring, str):
+        return scoring
+    if scoring is None:
         return "r2" if sklearn.base.is_regressor(search.estimator) else "accuracy"
-    if callable(search.scoring):
-        return getattr(search.scoring, "__name__", type(search.scoring).__name__)
-    return str(next(iter(search.scoring)))
+    if callable(scoring):
+        return getattr(scoring, "__name__", type(scoring).__name__)
+    return str(next(iter(scoring)))
 
 
 def _storable(value: Any) -> Any:

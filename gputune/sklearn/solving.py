@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
+from torch import Tensor
 
-from gputune.engine.exact import solve
+from gputune.engine.exact import Solution, solve
 from gputune.options import choose_device
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
 from gputune.sklearn.fitting import Place
@@ -45,12 +46,9 @@ def solve_members(
     penalties: Sequence[Penalty], rows: Rows, folds: Sequence[NDArray[np.int64]]
 ) -> dict[Place, Solved | Exception]:
     """Solve every penalty on the training rows of every fold; ValueError for a fold that cannot be fitted."""
-    trials: dict[Any, list[int]] = defaultdict(list)
-    for i, p in enumerate(penalties):
-        trials[p.device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(i)
     found: dict[Place, Solved | Exception] = {}
     groups, refused = group_folds(rows, folds, key=lambda train: None)
-    for index in trials.values():
+    for index in penalties_alike(penalties):
         alike = [penalties[i] for i in index]
         found |= {(fold, i): error for fold, error in refused.items() for i in index}
         x = shared_x(rows, choose_device(alike[0].device), torch.float64)
@@ -60,31 +58,73 @@ def solve_members(
     return found
 
 
-def _solve_group(
-    penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: torch.Tensor
-) -> dict[Place, Solved | Exception]:
-    """Solve penalties that differ in C and l1_ratio alone, in folds that have the same classes."""
-    common = penalties[0]
-    places = [(f, c) for f in range(len(group.trains)) for c in range(len(penalties))]
-    try:
-        weights = np.stack([_weights(common.class_weight, rows, group, train) for train in group.trains])
-    except ValueError as error:
-        return dict.fromkeys(places, error)
+def penalties_alike(penalties: Sequence[Penalty]) -> list[list[int]]:
+    """Return the positions of penalties in groups that differ in C and l1_ratio alone, which are solved together."""
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for i, p in enumerate(penalties):
+        groups[p.device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(i)
+    return list(groups.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Logistic regressions of F folds that have the same K classes, for C penalties.
+
+    x (F, n, D), y (n,) codes, weights (F, n): 0 outside of a fold's training rows; C and l1_ratio (C,).
+    """
+
+    x: Tensor
+    y: Tensor
+    weights: Tensor
+    C: Tensor
+    l1_ratio: Tensor
+    n_classes: int
+    common: Penalty
+
+    def solve(self) -> Solution:
+        """Solve it."""
+        return solve(
+            self.x,
+            self.y,
+            self.weights,
+            C=self.C,
+            l1_ratio=self.l1_ratio,
+            n_classes=self.n_classes,
+            fit_intercept=self.common.fit_intercept,
+            tolerance=self.common.tol,
+            max_steps=self.common.max_iter,
+        )
+
+
+def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: Tensor) -> Problem:
+    """Return the problem of penalties that are alike; raises ValueError for weights that leave no rows."""
+    class_weight = penalties[0].class_weight
+    weights = np.stack([_weights(class_weight, rows, group, train) for train in group.trains])
     assert rows.classes is not None and group.classes is not None
-    codes = np.searchsorted(group.classes, rows.y).clip(
-        max=len(group.classes) - 1
-    )  # other rows weigh nothing
-    solution = solve(
-        x.expand(len(weights), *x.shape),
-        as_tensor(codes).to(x.device),
-        as_tensor(weights).to(x.device),
+    # Rows of other classes weigh nothing.
+    codes = np.searchsorted(group.classes, rows.y).clip(max=len(group.classes) - 1)
+    return Problem(
+        x=x.expand(len(weights), *x.shape),
+        y=as_tensor(codes).to(x.device),
+        weights=as_tensor(weights).to(x.device),
         C=torch.tensor([p.C for p in penalties], dtype=x.dtype, device=x.device),
         l1_ratio=torch.tensor([p.l1_ratio for p in penalties], dtype=x.dtype, device=x.device),
         n_classes=len(group.classes),
-        fit_intercept=common.fit_intercept,
-        tolerance=common.tol,
-        max_steps=common.max_iter,
+        common=penalties[0],
     )
+
+
+def _solve_group(
+    penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: Tensor
+) -> dict[Place, Solved | Exception]:
+    """Solve penalties that are alike, in folds that have the same classes."""
+    places = [(f, c) for f in range(len(group.trains)) for c in range(len(penalties))]
+    try:
+        problem = make_problem(penalties, rows, group, x)
+    except ValueError as error:
+        return dict.fromkeys(places, error)
+    assert group.classes is not None
+    solution = problem.solve()
     coef, intercept = solution.coef.cpu().numpy(), solution.intercept.cpu().numpy()
     facts = zip(solution.steps.tolist(), solution.residual.tolist(), solution.converged.tolist())
     return {

@@ -5,7 +5,7 @@ so that every step of it finds what it would have made.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +19,17 @@ from gputune.sklearn.words import Begun
 
 @dataclass(eq=False)
 class Fit:
-    """One fit that a search asks for: candidate ``trial`` in ``fold``; the error where its rows are refused."""
+    """One fit that a search asks for: candidate ``trial`` in ``fold``; the error where its rows are refused.
+
+    ``held_out`` are the fold's validation rows, where the search differentiates its loss on them.
+    """
 
     trial: int
     fold: int
     estimator: FusedEstimator
     n_rows: int
     asked: Part | Exception
+    held_out: Part | Exception | None = None
     made: tuple[Fits, int, int] | None = None
     """All fits made together, and which fold and trial this one is of them."""
 
@@ -103,15 +107,19 @@ def train(
 
     ``begun`` says for each trial where its training goes on from.
     """
+    for trials in fits_alike([fit for fit in fits if isinstance(fit.asked, Part)]):
+        _train_group(trials, workers, deadline, begun)
+
+
+def fits_alike(fits: Iterable[Fit]) -> list[list[list[Fit]]]:
+    """Return groups of trials, each as its fits, that are of one class and wanted on the same rows."""
     by_trial: dict[int, list[Fit]] = defaultdict(list)
     for fit in fits:
-        if isinstance(fit.asked, Part):
-            by_trial[fit.trial].append(fit)
+        by_trial[fit.trial].append(fit)
     groups: dict[Any, list[list[Fit]]] = defaultdict(list)
     for own in by_trial.values():
         groups[type(own[0].estimator), tuple((fit.fold, id(fit.asked)) for fit in own)].append(own)
-    for trials in groups.values():
-        _train_group(trials, workers, deadline, begun)
+    return list(groups.values())
 
 
 def _train_group(

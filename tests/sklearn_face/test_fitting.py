@@ -255,11 +255,3 @@ def test_the_module_is_plain_and_the_users_own():
         logits = fitted.module_(torch.from_numpy(X))
     fitted.module_.train()  # what the user does with it draws no dropout in a prediction
     np.testing.assert_allclose(fitted.predict_proba(X), logits.softmax(1).numpy(), rtol=1e-12)
-
-
-def test_fits_are_fast():
-    estimator = MLPClassifier(max_epochs=50, random_state=0)
-    estimator.fit(*IRIS)
-    begin = time.perf_counter()
-    estimator.fit(*IRIS)
-    assert time.perf_counter() - begin < 0.3

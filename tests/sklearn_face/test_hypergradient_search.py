@@ -1,0 +1,442 @@
+"""HypergradientSearchCV: what it evaluates, how it moves, and what it refuses."""
+
+import time
+import warnings
+
+import numpy as np
+import pytest
+from scipy.stats import loguniform, uniform
+from sklearn import model_selection
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.exceptions import FitFailedWarning
+from sklearn.metrics import log_loss
+from sklearn.model_selection import KFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+import gputune
+from face_modules import Net
+from gputune.errors import InputError
+from gputune.sklearn import (
+    GridSearchCV,
+    HypergradientSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    descending,
+    nested_cv,
+)
+from gputune.sklearn.fused import check_rows
+from gputune.sklearn.held_out import held_out_part
+from gputune.sklearn.layout import Part
+from gputune.sklearn.running import Run
+from searches import CountingSplitter
+
+X, Y = load_iris(return_X_y=True)
+X = (X - X.mean(0)) / X.std(0)
+MLP = MLPClassifier(width=8, depth=1, max_epochs=4, batch_size=32, activation="tanh", random_state=0)
+SGD = clone(MLP).set_params(optimizer="sgd", activation="relu", batch_size=16)
+RATES = {"lr": loguniform(1e-4, 1)}
+SPACE = RATES | {"width": [4, 8, 20], "batch_size": [16, 32]}
+OPTIONS = {"n_iter": 3, "outer_steps": 4, "cv": 3, "random_state": 0}
+
+
+def descend(estimator, space, X=X, y=Y, **options):
+    return HypergradientSearchCV(estimator, space, **(OPTIONS | options)).fit(X, y)
+
+
+def path_of(search, start=0, name="lr"):
+    """Return the values that one start went through."""
+    results = search.cv_results_
+    return np.array([p.get(name) for p, s in zip(results["params"], results["start"]) if s == start])
+
+
+def assert_every_score_is_that_of_a_grid(search, X=X, y=Y, tolerance=1e-9):
+    """A search over the points that were visited, each trained as any candidate is, finds the same scores."""
+    results = search.cv_results_
+    grid = [{name: [value] for name, value in params.items()} for params in results["params"]]
+    scoring = search._effective_scoring()
+    fixed = GridSearchCV(search.estimator, grid, scoring=scoring, cv=search.cv, refit=False).fit(X, y)
+    for name, values in fixed.cv_results_.items():
+        if name.startswith("split") or name == "mean_test_score":
+            np.testing.assert_allclose(results[name], values, rtol=0, atol=tolerance)
+
+
+def test_every_point_is_a_candidate():
+    search = descend(MLP, SPACE)
+    drawn = model_selection.RandomizedSearchCV(MLP, SPACE, n_iter=3, cv=3, random_state=0).fit(X, Y)
+    results = search.cv_results_
+    assert set(results) == set(drawn.cv_results_) | {"start", "outer_step"}
+    assert results["params"][:3] == drawn.cv_results_["params"]
+    for start, params in enumerate(results["params"][:3]):
+        own = results["start"] == start
+        assert results["outer_step"][own].tolist() == list(range(own.sum()))
+        for point in np.flatnonzero(own):  # what is not moved stays
+            assert results["params"][point] | {"lr": 0} == params | {"lr": 0}
+    assert len({repr(params) for params in results["params"]}) == len(results["params"]) > 6
+    assert_every_score_is_that_of_a_grid(search)
+    assert (results["std_fit_time"] == 0).all() and (results["mean_fit_time"] > 0).all()
+
+
+def test_the_best_of_all_points_is_refitted():
+    search = descend(MLP, SPACE)
+    scores = search.cv_results_["mean_test_score"]
+    own = [scores[search.cv_results_["start"] == start] for start in range(3)]
+    assert all(path.max() > path[0] for path in own)  # every start came to something better
+    assert scores.argmax() == search.best_index_ < len(scores) - 1  # which was not the last point
+    assert (
+        search.best_score_ == scores.max()
+        and search.best_params_ == search.cv_results_["params"][scores.argmax()]
+    )
+    alone = clone(MLP).set_params(**search.best_params_).fit(X, Y)
+    np.testing.assert_allclose(search.predict_proba(X), alone.predict_proba(X), atol=1e-9)
+    # scikit-learn's word on ``score``: by ``scoring`` where it is given, else the refitted estimator's own.
+    assert search.score(X, Y) == alone.score(X, Y)
+    by_loss = descend(MLP, SPACE, scoring="neg_log_loss")
+    assert (
+        by_loss.score(X, Y)
+        == search.scorer_(search, X, Y)
+        == pytest.approx(-log_loss(Y, alone.predict_proba(X)))
+    )
+
+
+def test_another_score_ranks_and_does_not_move():
+    by_loss, by_accuracy = descend(MLP, RATES), descend(MLP, RATES, scoring="accuracy")
+    assert by_loss.cv_results_["params"] == by_accuracy.cv_results_["params"]
+    assert by_accuracy.best_score_ == by_accuracy.cv_results_["mean_test_score"].max() > 0.5
+    many = descend(MLP, RATES, scoring=["accuracy", "neg_log_loss"], refit="accuracy")
+    np.testing.assert_array_equal(
+        many.cv_results_["mean_test_neg_log_loss"], by_loss.cv_results_["mean_test_score"]
+    )
+    assert many.multimetric_ and by_loss.scoring is None
+
+
+def test_regressions_descend_on_the_squared_error():
+    diabetes = load_diabetes(return_X_y=True)
+    net = MLPRegressor(width=8, activation="tanh", max_epochs=3, batch_size=64, random_state=0)
+    search = descend(net, {"lr": [1e-4]}, *diabetes, n_iter=1)
+    scores = search.cv_results_["mean_test_score"]
+    assert (np.diff(scores[:3]) > 0).all() and scores.max() < -1000  # in the target's own unit
+    assert_every_score_is_that_of_a_grid(search, *diabetes)
+
+
+@pytest.mark.parametrize("step", ["sign", "normalized"])
+def test_several_hyperparameters(step):
+    names = ("lr", "weight_decay", "momentum")
+    space = {"lr": [0.01], "alpha": [0.5], "momentum": [0.5]}
+    search = descend(SGD, space, hyperparameters=names, step=step, first_step=0.5, n_iter=1)
+    scores, moved = search.cv_results_["mean_test_score"], [path_of(search, name=name) for name in space]
+    assert scores.max() > scores[0] and all(len(set(values)) > 1 for values in moved)
+    lengths = [np.log(values[1] / values[0]) for values in moved[:2]]
+    logit = np.diff(np.log(moved[2] / (1 - moved[2])))[0]
+    if step == "sign":
+        np.testing.assert_allclose(np.abs([*lengths, logit]), 0.5)
+    else:
+        assert np.linalg.norm([*lengths, logit]) == pytest.approx(0.5)
+    assert_every_score_is_that_of_a_grid(search)
+
+
+def test_the_logistic_regression_moves_C():
+    search = descend(LogisticRegression(), {"C": loguniform(1e-3, 1e2), "l1_ratio": [0, 0.5, 1]}, n_iter=4)
+    scores, starts = search.cv_results_["mean_test_score"], search.cv_results_["start"]
+    assert all(scores[starts == s].max() > scores[starts == s][0] for s in range(4))
+    assert_every_score_is_that_of_a_grid(search)
+    same = descend(LogisticRegression(), {"C": [0.1]}, hyperparameters="C", n_iter=1)
+    assert same.best_score_ > same.cv_results_["mean_test_score"][0]
+
+
+FITS = []
+
+
+class CountingScaler(TransformerMixin, BaseEstimator):
+    """Centers, and notes the rows of every fit."""
+
+    def fit(self, X, y=None):
+        FITS.append(len(X))
+        self.mean_ = X.mean(0)
+        return self
+
+    def transform(self, X):
+        return X - self.mean_
+
+
+def test_pipelines():
+    pipeline = make_pipeline(CountingScaler(), MLP)
+    FITS.clear()
+    search = descend(pipeline, {"mlpclassifier__lr": RATES["lr"]})
+    assert FITS == [100, 100, 100, 150]  # once a fold for all points, and the refit
+    assert search.best_score_ > search.cv_results_["mean_test_score"][:3].max()
+    assert_every_score_is_that_of_a_grid(search)
+    prefixed = descend(pipeline, {"mlpclassifier__lr": RATES["lr"]}, hyperparameters="mlpclassifier__lr")
+    assert prefixed.cv_results_["params"] == search.cv_results_["params"]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "space", "hyperparameters", "moved"),
+    [
+        (MLP, {"width": [8]}, "lr", {"lr"}),  # set nowhere
+        (MLP, {"learning_rate_init": [0.01]}, "lr", {"learning_rate_init"}),
+        (
+            clone(MLP).set_params(learning_rate_init=0.01),
+            {"width": [8]},
+            "learning_rate_init",
+            {"learning_rate_init"},
+        ),
+        (clone(MLP).set_params(lr=0.01), {"learning_rate_init": [0.01]}, "lr", {"lr", "learning_rate_init"}),
+        (MLP, {"alpha": [0.1]}, ["alpha", "lr"], {"lr", "alpha"}),
+        (
+            NeuralNetClassifier(Net, max_epochs=2, random_state=0),
+            {"optimizer__momentum": [0.5]},
+            ("momentum",),
+            {"optimizer__momentum"},
+        ),
+        (
+            make_pipeline(StandardScaler(), MLP),
+            {"mlpclassifier__alpha": [0.1]},
+            ("alpha", "lr"),
+            {"mlpclassifier__alpha", "mlpclassifier__lr"},
+        ),
+    ],
+)
+def test_a_value_is_written_in_the_word_that_holds_it(estimator, space, hyperparameters, moved):
+    search = descend(estimator, space, hyperparameters=hyperparameters, n_iter=1, outer_steps=1)
+    before, after = search.cv_results_["params"]
+    assert {name for name in after if after[name] != before.get(name)} == moved
+    assert all(name in before or name in moved for name in after)
+    assert len({after[name] for name in moved if "lr" in name or "rate" in name}) <= 1
+
+
+def test_values_stay_within_the_range_of_their_distribution():
+    for space in ({"lr": loguniform(1e-3, 1.1e-3)}, [{"lr": loguniform(1e-3, 1.1e-3)}]):
+        rates = path_of(descend(MLP, space, n_iter=1))
+        assert rates[1] == 1.1e-3 and len(rates) == 2  # held at the bound, and nowhere to go from there
+    alternatives = [
+        {"lr": loguniform(1e-3, 1.1e-3), "width": [4]},
+        {"lr": uniform(0.001, 0.001), "width": [8]},
+    ]
+    assert max(p["lr"] for p in descend(MLP, alternatives).cv_results_["params"]) == 0.002
+
+
+def test_folds_are_split_once_for_all_steps():
+    splitter = CountingSplitter()
+    search = HypergradientSearchCV(MLP, RATES, **(OPTIONS | {"cv": splitter, "scoring": "accuracy"}))
+    groups = np.arange(150)
+    shuffled = np.random.default_rng(0).permutation(150)
+    search.fit(X[shuffled], Y[shuffled], groups=groups)
+    assert len(splitter.asked) == 1 and splitter.asked[0] is groups
+    assert search.cv_results_["outer_step"].max() > 1
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+def test_a_point_that_diverges_steps_down():
+    with pytest.warns(FitFailedWarning, match="12 fits failed out of a total of") as said:
+        search = descend(SGD, [{"lr": [1e300]}, {"lr": [0.1]}], n_iter=2, outer_steps=3)
+    rates = path_of(search, int(search.cv_results_["params"][1]["lr"] == 1e300))
+    np.testing.assert_allclose(np.diff(np.log(rates)), -1.5)
+    assert (
+        len(rates) == 4
+        and len([w for w in said if w.category is FitFailedWarning]) == 1
+        and search.best_params_["lr"] < 100
+    )
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+def test_a_point_that_diverges_and_has_no_rate_to_lower_is_the_last():
+    space = [{"lr": [1e300], "alpha": [0.1]}, {"lr": [0.1], "alpha": [0.1]}]
+    with pytest.warns(FitFailedWarning, match="3 fits failed"):
+        search = descend(SGD, space, n_iter=2, hyperparameters="alpha")
+    assert (search.cv_results_["start"] == int(search.cv_results_["params"][1]["lr"] == 1e300)).sum() == 1
+
+
+def test_noise_is_looked_across_by_wide_differences(monkeypatch):
+    modes = []
+    slopes_of = descending.slopes_of
+
+    def noted(fits, how):
+        modes.append(how.mode)
+        return slopes_of(fits, how)
+
+    monkeypatch.setattr(descending, "slopes_of", noted)
+    chaotic = clone(SGD).set_params(activation="tanh", max_epochs=30, width=32, depth=2)
+    search = descend(chaotic, {"lr": [20.0]}, n_iter=1, outer_steps=5, first_step=0.3)
+    assert modes[:3] == ["exact", "exact", "differences"] and set(modes[2:]) == {"differences"}
+    np.testing.assert_allclose(np.diff(np.log(path_of(search)[:3])), -0.3)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+def test_a_configuration_that_is_refused_is_the_last_of_its_start():
+    with pytest.warns(FitFailedWarning, match="3 fits failed") as said:
+        search = descend(MLP, {"lr": [0.01], "batch_size": [-1, 32]}, n_iter=2)
+    refused = [params["batch_size"] == -1 for params in search.cv_results_["params"]]
+    assert (
+        sum(refused) == 1
+        and len(refused) > 3
+        and len([w for w in said if w.category is FitFailedWarning]) == 1
+    )
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+def test_a_point_that_cannot_be_scored_is_the_last():
+    holed = X.copy()
+    holed[140] = np.nan
+    split = [(np.arange(100), np.arange(100, 150))]
+    with pytest.warns(UserWarning, match="Scoring failed"):
+        search = descend(MLP, {"lr": [0.01]}, holed, Y % 2, n_iter=1, refit=False, cv=split)
+    assert len(search.cv_results_["params"]) == 1
+
+
+def test_no_start_moves_after_the_deadline(monkeypatch):
+    slopes_of, calls = descending.slopes_of, []
+
+    def slow(fits, how):
+        calls.append(how.deadline)
+        return {} if len(calls) == 2 else slopes_of(fits, how)
+
+    monkeypatch.setattr(descending, "slopes_of", slow)
+    search = descend(MLP, {"lr": [0.01]}, timeout=1000.0, n_iter=1)
+    assert search.cv_results_["outer_step"].tolist() == [0, 1] and len(calls) == 2 and None not in calls
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
+    calls = []
+
+    def late(run, candidates, fits):
+        calls.append(len(candidates))
+        if len(calls) == 2:
+            run.deadline = time.monotonic() - 1
+        Run.train(run, candidates, fits)
+
+    monkeypatch.setattr(descending.DescentRun, "train", late)
+    with pytest.warns(FitFailedWarning, match="9 fits failed out of a total of 18"):
+        search = descend(MLP, RATES, timeout=1000.0)
+    assert (
+        calls == [3, 3]
+        and np.isnan(search.cv_results_["mean_test_score"]).tolist() == [False] * 3 + [True] * 3
+    )
+    assert search.best_index_ < 3
+
+
+def test_a_study_has_the_origin_of_every_point(tmp_path):
+    search = descend(MLP, RATES, study=tmp_path / "study.db")
+    study = gputune.Study.open(tmp_path / "study.db")
+    starts, steps = search.cv_results_["start"].tolist(), search.cv_results_["outer_step"].tolist()
+    expected = [(start, step) if step else "random" for start, step in zip(starts, steps)]
+    assert [trial.origin for trial in study.trials] == expected
+    assert "best neg_log_loss" in repr(study) and study.best_params == search.best_params_
+
+
+@pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
+def test_callbacks_hear_of_every_point():
+    class Hearing:
+        def __init__(self):
+            self.heard = []
+
+        def setup(self, estimator, context):
+            pass
+
+        def teardown(self, estimator, context):
+            self.heard.append("teardown")
+
+        def on_fit_task_begin(self, estimator, context, *, X=None, y=None):
+            self.heard.append(context.task_name)
+
+        def on_fit_task_end(self, estimator, context, *, X=None, y=None):
+            self.heard.append(f"end of {context.task_name}")
+
+    callback = Hearing()
+    search = HypergradientSearchCV(MLP, RATES, **OPTIONS).set_callbacks(callback).fit(X, Y)
+    points = len(search.cv_results_["params"])
+    assert callback.heard.count("candidate-split-evaluation") == 3 * points
+    assert callback.heard.count("search") == callback.heard.count("end of search") == 1
+    assert callback.heard[-1] == "teardown"
+
+
+@pytest.mark.filterwarnings("ignore:The total space of parameters")
+@pytest.mark.parametrize(
+    ("estimator", "space", "options", "error"),
+    [
+        (SVC(), {"C": [1.0]}, {}, "and SVC is none of gputune's estimators; use RandomizedSearchCV"),
+        (MLP, RATES, {"hyperparameters": ("lr", "beta1")}, "descent of MLPClassifier moves some of lr or learn"),
+        (MLP, RATES, {"hyperparameters": "C"}, "weight_decay or alpha, momentum, each named once, got 'C'"),
+        (MLP, RATES, {"hyperparameters": ()}, r"each named once, got \(\)"),
+        (MLP, RATES, {"hyperparameters": ("lr", "learning_rate_init")}, "once, got .'lr', 'learning_rate_init'"),
+        (LogisticRegression(), {"C": [1.0]}, {"hyperparameters": ["lr", "C"]}, "moves some of C, each named once"),
+        (MLP, RATES | {"optimizer": ["adamhd"]}, {}, "got optimizer='adamhd' in start 0, which adapts its rate itself"),
+        (MLP, RATES, {"hyperparameters": "momentum"}, "adamw has no 'momentum', and start 0 uses it"),
+        (SGD, RATES, {"hyperparameters": "momentum"}, "cannot start from momentum=0, as start 0 does, .* in the logit"),
+        (MLP, {"alpha": [0.0]}, {"hyperparameters": "alpha"}, "cannot start from alpha=0, .* with values above 0, or"),
+        (LogisticRegression(), {"C": [np.inf]}, {}, "cannot start from C=inf, .* with values above 0 and finite"),
+        (
+            LogisticRegression(fit_intercept=False),
+            {"C": [1.0]},
+            {},
+            "got fit_intercept=False in start 0; leave it True, or search C with",
+        ),
+        (MLP, RATES, {"cv": KFold(3)}, "fold 0 have class 0, of which it has no training row: its log loss"),
+        (MLP, RATES, {"cv": [(np.arange(150), [])]}, "fold 0 has no validation rows to descend on"),
+        (MLP, {"rate": [1.0]}, {}, "Invalid parameter 'rate' for estimator MLPClassifier"),
+        (MLP, RATES, {"step": "long"}, "The 'step' parameter of HypergradientSearchCV must be a str among"),
+        (MLP, RATES, {"outer_steps": 0}, "The 'outer_steps' parameter of HypergradientSearchCV must be an int in"),
+        (MLP, RATES, {"first_step": 0.0}, "The 'first_step' parameter of HypergradientSearchCV must be a float in"),
+        (MLP, RATES, {"smallest_step": -1}, "The 'smallest_step' parameter of HypergradientSearchCV must be a float"),
+        (MLP, RATES, {"hyperparameters": 3}, "The 'hyperparameters' parameter of HypergradientSearchCV must be"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_said_before_anything_trains(monkeypatch, estimator, space, options, error):
+    monkeypatch.setattr("gputune.sklearn.tape.fit_together", None)
+    with pytest.raises(ValueError, match=error):
+        descend(estimator, space, **options)
+
+
+def test_a_class_whose_rows_weigh_nothing_is_lacking():
+    weights = (Y != 2).astype(float)
+    with pytest.raises(
+        InputError, match="class 2, of which it has no training row with sample_weight above 0"
+    ):
+        HypergradientSearchCV(MLP, RATES, **OPTIONS).fit(X, Y, sample_weight=weights)
+
+
+class Narrowing(TransformerMixin, BaseEstimator):
+    """Gives other columns of other rows."""
+
+    def fit(self, X, y=None):
+        self.rows_ = len(X)
+        return self
+
+    def transform(self, X):
+        return X if len(X) == self.rows_ else X[:, :1]
+
+
+@pytest.mark.filterwarnings("ignore:One or more of the test scores are non-finite")
+def test_validation_rows_of_other_columns_are_refused():
+    pipeline = make_pipeline(Narrowing(), MLP)
+    train = Part(check_rows(clone(MLP), X, Y), np.arange(150))
+    with pytest.raises(
+        ValueError, match="rows of 1 columns, named None, after training rows of 4 columns, named None"
+    ):
+        held_out_part(clone(pipeline).fit(X, Y), train, X[:50], Y[:50])
+    with pytest.warns(UserWarning, match="Scoring failed"):
+        search = descend(pipeline, {"mlpclassifier__lr": [0.01]}, n_iter=1)
+    assert len(search.cv_results_["params"]) == 1
+
+
+def test_score_without_a_refit_is_refused():
+    search = descend(MLP, RATES, n_iter=1, outer_steps=1, refit=False)
+    with pytest.raises(AttributeError, match="`refit=False`. score is available only after refitting"):
+        search.score(X, Y)
+
+
+def test_nested_cv_refuses_it():
+    with pytest.raises(InputError, match="must be a RandomizedSearchCV or a GridSearchCV of gputune"):
+        nested_cv(HypergradientSearchCV(MLP, RATES), X, Y)
+
+
+def test_nothing_is_said_where_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        descend(MLP, RATES, n_iter=1, outer_steps=1, n_jobs=2, device="cpu")
