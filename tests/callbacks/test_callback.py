@@ -8,6 +8,9 @@ from sklearn.datasets import load_iris
 import gputune
 from gputune.callbacks import Callback
 from gputune.errors import InputError
+from gputune.study.ledger import Ledger
+from gputune.study.store import Store
+from study_rows import candidates, result
 
 X, Y = load_iris(return_X_y=True)
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
@@ -46,6 +49,7 @@ def tune(*callbacks, **options):
 METHODS = {
     "random": "random",
     "halving": gputune.Halving(min_epochs=1),
+    "median": gputune.Median(every=1),
     "hypergradient": gputune.Hypergradient(outer_steps=2),
     "optuna": gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0), batch=3),
 }
@@ -122,6 +126,27 @@ def test_trials_are_in_the_file_before_a_callback_hears_of_them(tmp_path):
     assert seen == [True] * 7
 
 
+def test_what_was_told_or_is_of_another_process_is_not_told_again(tmp_path):
+    path, heard = tmp_path / "study.db", []
+    with Store.create(path, {}) as store, Store.open(path) as other:
+        ledger = Ledger(store)
+        ledger.add(candidates(range(4)))
+        ledger.on_finish = lambda rows: heard.append([(c.number, r.score) for c, r in rows])
+        other.finish([result(3, score=0.9)])
+        ledger.refresh()
+        ledger.finish([result(0, score=0.5), result(1, score=0.6)])
+        ledger.finish([result(1, score=0.6), result(2, score=0.7)])
+        ledger.finish([result(2, score=0.7), result(3, score=0.9)])
+    assert heard == [[(0, 0.5), (1, 0.6)], [(2, 0.7)]]
+
+
+def test_a_study_that_is_told_knows_its_file(tmp_path):
+    listener = Listener()
+    tune(listener, study=tmp_path / "study.db")
+    assert listener.starts[0].file == listener.ends[0].file == tmp_path / "study.db"
+    assert listener.batches[0].file is None  # which holds more than these trials
+
+
 def test_ctrl_c_in_a_callback_stops_the_search_and_keeps_what_is_done(tmp_path):
     path, listener = tmp_path / "study.db", Listener()
 
@@ -129,7 +154,7 @@ def test_ctrl_c_in_a_callback_stops_the_search_and_keeps_what_is_done(tmp_path):
         def on_trials_end(self, trials):
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(gputune.SearchInterrupted, match="all is kept in"):
         tune(listener, Stop(), study=path)
     (end,) = listener.ends
     done = [t.number for t in gputune.Study.open(path).trials if t.state == "complete"]

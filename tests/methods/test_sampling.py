@@ -16,6 +16,8 @@ import gputune
 from gputune.errors import InputError, MissingExtraError
 from gputune.methods import sampling
 from gputune.search.asking import Asking
+from gputune.study.claims import Claims
+from gputune.study.store import Store
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-3, 0.1), "width": gputune.log_int(8, 16), "dropout": [0.0, 0.1]}
@@ -165,15 +167,16 @@ def test_without_given_trials(capsys):
 
 def interrupted(monkeypatch, at, **options):
     """Run a search that is interrupted before its so-manieth training."""
-    count, whole = itertools.count(1), sampling.train_fully
+    count, name = itertools.count(1), "halve" if "halving" in options else "train_fully"
+    whole = getattr(sampling, name)
 
-    def train(ledger, context):
+    def train(*given):
         if next(count) == at:
             raise KeyboardInterrupt
-        whole(ledger, context)
+        whole(*given)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sampling, "train_fully", train)
+    with monkeypatch.context() as patched, pytest.raises(gputune.SearchInterrupted):
+        patched.setattr(sampling, name, train)
         tune(**options)
 
 
@@ -188,6 +191,42 @@ def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, tmp_path, monke
     assert params(resumed) == params(whole)
     np.testing.assert_array_equal(resumed.curves, whole.curves)
     assert [t.origin for t in resumed.trials] == [t.origin for t in whole.trials]
+
+
+def test_a_stopped_search_that_halves_its_batches_goes_on_as_well(tmp_path, monkeypatch):
+    options = {"halving": gputune.Halving(min_epochs=1), "batch": 6, "n_trials": 18, "include_default": False}
+    whole = tune(tpe(), **options)
+    path = tmp_path / "study.db"
+    interrupted(monkeypatch, 2, sampler=tpe(), study=path, **options)
+    with Store.open(path) as store:
+        store._connection.execute("DELETE FROM results WHERE number = 1")  # as if it had died within a batch
+    resumed = tune(tpe(), study=path, **options)
+    assert params(resumed) == params(whole)
+    np.testing.assert_array_equal(resumed.curves, whole.curves)
+    assert [t.state for t in resumed.trials] == [t.state for t in whole.trials]
+
+
+@pytest.mark.parametrize("halving", [None, gputune.Halving(min_epochs=1)])
+def test_each_batch_freezes_chunks_of_its_own(halving, tmp_path):
+    path = tmp_path / "study.db"
+    study = tune(tpe(), halving=halving, study=path)
+    with Store.open(path) as store:
+        plan = store.plan()
+    origins = [trial.origin for trial in study.trials]
+    assert [chunk.number for chunk in plan] == list(range(len(plan)))
+    assert all(len({origins[n] for n in chunk.trials}) == 1 for chunk in plan)
+    assert {chunk.stage for chunk in plan} == ({0} if halving is None else {0, 1})
+    assert sorted(n for chunk in plan if chunk.stage == 0 for n in chunk.trials) == list(range(11))
+
+
+def test_one_process_alone_asks_the_sampler(tmp_path):
+    path = tmp_path / "study.db"
+    tune(tpe(), n_trials=2, study=path)
+    with Claims(path) as other:
+        other.take_search("optuna")
+        with pytest.raises(InputError, match="is at work on this search, and one process alone decides"):
+            tune(tpe(), n_trials=4, study=path)
+    assert len(gputune.Study.open(path).trials) == 3
 
 
 def test_more_trials_later(tmp_path):
