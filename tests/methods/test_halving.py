@@ -203,7 +203,9 @@ def stopping_at(number):
 
 def test_any_result_that_was_lost_comes_back(iris, tmp_path):
     """As after a repair, which may leave out a trial that left at a rung while all that stayed are kept."""
-    options = {"method": gputune.Halving(min_epochs=1), "n_trials": 8, "study": tmp_path / "s.db", **FAST}
+    space = {"lr": loguniform(1e-4, 0.1), "width": [8]}  # one shape, so that all train in one company
+    common = {"space": space, "n_trials": 8, "include_default": False, "study": tmp_path / "s.db", **FAST}
+    options = {"method": gputune.Halving(min_epochs=1), **common}
     whole = gputune.tune("mlp", *iris, **options)
     assert {t.state for t in whole.trials} == {"pruned", "complete"}
     for trial in whole.trials:
