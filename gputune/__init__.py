@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gputune.errors import (
     DivergedError,
     InputError,
+    MissingExtraError,
     SearchFailedError,
     SearchInterrupted,
     StudyCorruptError,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from gputune.search.halving import Halving
     from gputune.search.hypergradient import Hypergradient
     from gputune.search.median import Median
+    from gputune.search.optuna_sampler import OptunaSampler
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
     from gputune.study.study import Study, Trial
@@ -33,6 +35,8 @@ __all__ = [
     "Hypergradient",
     "InputError",
     "Median",
+    "MissingExtraError",
+    "OptunaSampler",
     "SearchFailedError",
     "SearchInterrupted",
     "Study",
@@ -51,19 +55,21 @@ _HOMES = {
     "Halving": "gputune.search.halving",
     "Hypergradient": "gputune.search.hypergradient",
     "Median": "gputune.search.median",
+    "OptunaSampler": "gputune.search.optuna_sampler",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",
     "hypergradient": "gputune.hypergradients.hypergradient",
     "load_model": "gputune.study.model_files",
     "log_int": "gputune.search.distributions",
+    "callbacks": "gputune.callbacks",
     "models": "gputune.models",
     "optim": "gputune.optim",
     "sklearn": "gputune.sklearn",
     "tune": "gputune.pipeline",
 }
 
-_MODULES = ("models", "optim", "sklearn")
+_MODULES = ("callbacks", "models", "optim", "sklearn")
 
 
 def __getattr__(name: str) -> Any:

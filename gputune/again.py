@@ -12,6 +12,7 @@ from gputune.errors import InputError
 from gputune.model_choice import ModelChoice, choose_again
 from gputune.options import Options, method_again
 from gputune.problem import make_problem
+from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.space import Space
 from gputune.search.space_again import space_again, space_values
 from gputune.study.values import to_json
@@ -34,7 +35,10 @@ class Again:
 
 
 def stored_arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> dict[str, Any]:
-    """Return what makes the search again: ``kept``, ``space``, ``folds``; ``lacking`` names what a file cannot hold."""
+    """Return what makes the search again: ``kept``, ``space``, ``folds``.
+
+    ``lacking`` names what a file cannot hold and the search needs, ``callbacks`` those that will not be called again.
+    """
     values = space_values(space)
     lacking = [
         word
@@ -46,11 +50,15 @@ def stored_arguments(options: Options, source: Source, space: Space, folds: list
             "class_weight": not _is_storable(options.class_weight),
             "sample_weight": options.sample_weight is not None,
             "space, with an object of your own": values is None,
+            "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
         }.items()
         if lost
     ]
     kept = {name: getattr(options, name) for name in _KEPT if _is_storable(getattr(options, name))}
-    return {"kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking}
+    callbacks = [type(callback).__name__ for callback in options.callbacks]
+    return {
+        "kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking, "callbacks": callbacks,
+    }  # fmt: skip
 
 
 def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> Again:

@@ -5,6 +5,7 @@ DivergedError       one training went to infinity or NaN where a finite result w
 SearchFailedError   every trial of a search failed, so there is no best one
 StudyCorruptError   the file is damaged, or it is no study
 StudyVersionError   the study was written by a newer gputune
+MissingExtraError   an optional library is not installed
 SearchInterrupted   Ctrl-C or SIGTERM ended a search, after what is finished was kept
 """
 
@@ -29,6 +30,10 @@ class StudyCorruptError(InputError):
 
 class StudyVersionError(InputError):
     """A study file of a format that this version of gputune does not know."""
+
+
+class MissingExtraError(InputError, ImportError):
+    """An optional library is not installed; the message says which extra brings it. It is an ImportError too."""
 
 
 class SearchInterrupted(KeyboardInterrupt):

@@ -8,14 +8,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from gputune.callbacks.callback import check_callbacks
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
+from gputune.search.optuna_sampler import OptunaSampler
 from gputune.types import SCHEDULES
 
-Method = Literal["random"] | Halving | Median | Hypergradient
+Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,12 @@ class Options:
     memory: int | str | None = None
     workers: int | str = "auto"
     random_state: Any = 0
+    callbacks: Any = ()
     verbose: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", check_method(self.method))
+        object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
@@ -77,28 +81,37 @@ def check_method(method: Any) -> Method:
     }
     if isinstance(method, str) and method in words:
         return words[method]
-    if isinstance(method, Halving | Median | Hypergradient):
+    if isinstance(method, Halving | Median | Hypergradient | OptunaSampler):
         return method
     raise InputError(
-        "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...) or "
-        f"gputune.Hypergradient(...), got {method!r}."
+        "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...), "
+        f"gputune.Hypergradient(...) or gputune.OptunaSampler(...), got {method!r}."
     )
 
 
 def method_meta(method: Method) -> str | dict[str, Any]:
     """Return a method as a study file holds it."""
-    return method if isinstance(method, str) else {"name": method_name(method), **asdict(method)}
+    if isinstance(method, str):
+        return method
+    if isinstance(method, OptunaSampler):
+        halving = None if method.halving is None else asdict(method.halving)
+        return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
+    return {"name": method_name(method), **asdict(method)}
 
 
 def method_name(method: Method) -> str:
     """Return the word for a method."""
+    if isinstance(method, OptunaSampler):
+        return "optuna"
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
 def method_again(meta: str | dict[str, Any]) -> Method:
-    """Return the method that ``method_meta`` wrote."""
+    """Return the method that ``method_meta`` wrote, for a refit; a sampler has no part in that."""
     if isinstance(meta, str):
         return check_method(meta)
+    if meta["name"] == "optuna":
+        return "random"
     options = {key: value for key, value in meta.items() if key != "name"}
     kinds = {"halving": Halving, "median": Median, "hypergradient": Hypergradient}
     again: Method = kinds[meta["name"]](**options)

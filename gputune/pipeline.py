@@ -1,19 +1,15 @@
 """tune(): from rows to a study, top to bottom."""
 
-import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import sklearn
 import torch
 
-from gputune.again import stored_arguments
-from gputune.data.dataset import Dataset
-from gputune.data.fingerprint import digest_of, fingerprint
+from gputune.callbacks.callback import Callback, Callbacks
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
@@ -26,21 +22,24 @@ from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
 from gputune.methods.median import check_median, stop_below_median
 from gputune.methods.resuming import checkpoint_folder
+from gputune.methods.sampling import check_sampling, sample
 from gputune.model_choice import ModelChoice, choose_model
-from gputune.options import Options, method_meta, method_name
+from gputune.options import Options, method_name
 from gputune.problem import Problem, make_problem
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
-from gputune.search.random import candidates, default_space, remarks, top_up
-from gputune.search.space import Space, check_include, check_space, space_text
+from gputune.search.optuna_sampler import OptunaSampler
+from gputune.search.optuna_space import translated
+from gputune.search.random import default_space, draw
+from gputune.search.space import Space, check_include, check_space
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Candidate
 from gputune.study.study import Study
-from gputune.types import DEFAULTS, Config
-from gputune.version import __version__
+from gputune.study_meta import study_meta
+from gputune.wanted import add_trials, remarks_on, wanted_trials
 
 
 def tune(
@@ -55,7 +54,8 @@ def tune(
     method: Literal["random", "halving", "median", "hypergradient"]
     | Halving
     | Median
-    | Hypergradient = "random",
+    | Hypergradient
+    | OptunaSampler = "random",
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
@@ -75,6 +75,7 @@ def tune(
     memory: int | str | None = None,
     workers: int | Literal["auto"] = "auto",
     random_state: Any = 0,
+    callbacks: Sequence[Callback] = (),
     verbose: int = 1,
 ) -> Study:
     """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
@@ -83,13 +84,15 @@ def tune(
                  trial's ``module__*`` values, or "FILE.py:CLASS"
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
-                 ``gputune.log_int(a, b)`` or one fixed value; None: a default for the model
-    n_trials     drawn configurations, on top of ``include`` (dicts) and, with ``include_default``, of the default one
+                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
+    n_trials     configurations that are drawn, or asked of Optuna's sampler, on top of ``include`` (dicts) and, with
+                 ``include_default``, of the default one
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
                  together, and at each rung those with the best fold means go on; "median" or
                  ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or
                  ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
-                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch
+                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch;
+                 ``gputune.OptunaSampler(...)``: a sampler of Optuna's proposes the configurations, batch by batch
     cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
     groups       one label a row, or the name of a column: a group is never split between folds
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2, for hypergradients
@@ -110,6 +113,7 @@ def tune(
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start
     random_state seed of candidates, folds, row order, starts and dropout
+    callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
 
     Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
@@ -122,7 +126,7 @@ def tune(
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
         checkpoint_seconds=checkpoint_seconds,
         device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
-        verbose=verbose,
+        callbacks=callbacks, verbose=verbose,
     )  # fmt: skip
     try:
         return search(choice, read_source(X, y, groups), options)
@@ -144,7 +148,8 @@ def search(
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
-    progress = Progress(options.verbose)
+    callbacks = Callbacks(options.callbacks)
+    progress = Progress(options.verbose, callbacks.epoch)
     problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
@@ -154,22 +159,24 @@ def search(
     )
     data, _ = problem.dataset(folds, options, choice)
     check_folds(scoring, data)
-    wanted = _wanted(space, choice, options)
+    wanted = wanted_trials(space, choice, options)
     context = Context(data, scoring, choice, options, stop, progress)
-    context.check_module(wanted[0].params)
-    _check_method(wanted, context)
+    context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
+    _check_method(wanted, space, context)
     _say_what_was_understood(problem, choice, progress)
-    meta = _meta(choice, problem, options, scoring, data, space)
-    meta["arguments"] = stored_arguments(options, source, space, folds)
-    kept = replace(context, checkpoints=checkpoint_folder(options.study, meta))
+    meta = study_meta(choice, problem, options, scoring, data, space, folds)
+    context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
+    file = None if options.study is None else Path(options.study)
     with open_ledger(options.study, meta) as ledger:
         if not isinstance(options.method, str):
             ledger.decide_alone(method_name(options.method))
-        _add_trials(ledger, wanted, space, options)
-        _say_remarks(ledger, space, choice, options, progress)
-        told = run_until_told(lambda: _run(ledger, space, kept), stop, signals, progress.say)
-    file = None if options.study is None else Path(options.study)
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), file=file)
+        add_trials(ledger, wanted, space, options)
+        for sentence in remarks_on(ledger, space, choice, options):
+            progress.say(f"note: {sentence}")
+        with _heard(callbacks, ledger, meta, file):
+            told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
+    refitted = replace(options, callbacks=())  # a refit calls none
+    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)
     if told is not None:
         raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):
@@ -177,7 +184,18 @@ def search(
     return study
 
 
-def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
+@contextmanager
+def _heard(callbacks: Callbacks, ledger: Ledger, meta: dict[str, Any], file: Path | None) -> Iterator[None]:
+    """Tell callbacks of the start, of what is finished inside, and of the end, however it comes."""
+    ledger.on_finish = lambda rows: callbacks.trials_end(Study.from_rows(meta, rows))
+    callbacks.study_start(Study.from_rows(meta, ledger.rows(), file=file))
+    try:
+        yield
+    finally:
+        callbacks.study_end(Study.from_rows(meta, ledger.rows(), file=file))
+
+
+def _check_method(wanted: Sequence[Candidate], space: Space, context: Context) -> None:
     """Refuse what the method cannot do before a study file is made."""
     match context.options.method:
         case Hypergradient() as method:
@@ -186,6 +204,8 @@ def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
             check_halving(method, context)
         case Median() as method:
             check_median(method, context)
+        case OptunaSampler() as method:
+            check_sampling(method, space, context)
 
 
 def _run(ledger: Ledger, space: Space, context: Context) -> None:
@@ -197,6 +217,8 @@ def _run(ledger: Ledger, space: Space, context: Context) -> None:
             halve(ledger, method, context)
         case Median() as method:
             stop_below_median(ledger, method, context)
+        case OptunaSampler() as method:
+            sample(ledger, space, method, context)
         case _:
             train_fully(ledger, context)
 
@@ -222,61 +244,7 @@ def _checked_space(choice: ModelChoice, options: Options) -> Space:
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = default_space(choice.searched, choice.optimizer) if options.space is None else options.space
-    return check_space(space, keys=keys, module=module)
-
-
-def _defaults(choice: ModelChoice, options: Options) -> Config:
-    defaults = {**DEFAULTS, "optimizer": choice.optimizer, "schedule": options.schedule}
-    if choice.module_class is not None:  # what its own signature says
-        for name, parameter in inspect.signature(choice.module_class).parameters.items():
-            if parameter.default is not parameter.empty:
-                defaults[f"module__{name}"] = parameter.default
-    return defaults
-
-
-def _wanted(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
-    """Draw the trials of this call: the default one, the included ones, the random ones."""
-    return candidates(
-        space,
-        n_trials=options.n_trials,
-        include=options.include,
-        include_default=options.include_default,
-        random_state=options.random_state,
-        defaults=_defaults(choice, options),
-    )
-
-
-def _add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
-    """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
-    if _lacking(ledger, wanted, space, options):
-        with ledger.alone():  # another process may have added them meanwhile
-            ledger.add(_lacking(ledger, wanted, space, options))
-
-
-def _lacking(
-    ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options
-) -> Sequence[Candidate]:
-    if not ledger.candidates:
-        return wanted
-    known = [candidate.params for candidate in ledger.candidates]
-    given = [c for c in wanted if c.origin != "random" and c.params not in known]
-    number = 1 + max(candidate.number for candidate in ledger.candidates)
-    added = [replace(c, number=number + i) for i, c in enumerate(given)]
-    return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
-
-
-def _say_remarks(
-    ledger: Ledger, space: Space, choice: ModelChoice, options: Options, progress: Progress
-) -> None:
-    said = remarks(
-        ledger.candidates,
-        space,
-        n_trials=options.n_trials,
-        include_default=options.include_default,
-        defaults=_defaults(choice, options),
-    )
-    for sentence in said:
-        progress.say(f"note: {sentence}")
+    return check_space(translated(space), keys=keys, module=module)
 
 
 def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Progress) -> None:
@@ -287,47 +255,3 @@ def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Pr
     )
     for note in problem.layout.notes:
         progress.say(f"note: {note}")
-
-
-def _meta(
-    choice: ModelChoice, problem: Problem, options: Options, scoring: Scoring, data: Dataset, space: Space
-) -> dict[str, Any]:
-    """What a study file holds beside its trials: all that resumes the search and refits its best trial."""
-    classes = problem.target.classes
-    return {
-        "model": choice.name,
-        "spec": choice.spec,
-        "optimizer": choice.optimizer,
-        "schedule": options.schedule,
-        "space": space_text(space),
-        "method": options.method if isinstance(options.method, str) else method_meta(options.method),
-        "task": problem.target.task,
-        "target": problem.target.name,
-        "classes": None if classes is None else classes.tolist(),
-        "source": problem.source.origin,
-        "fingerprint": fingerprint(problem.source.X, problem.target),
-        "features": len(problem.layout.feature_names),
-        "notes": list(problem.layout.notes),
-        "numbers": options.numbers,
-        "class_weight": None if options.class_weight is None else repr(options.class_weight),
-        "sample_weight": None
-        if options.sample_weight is None
-        else digest_of(np.asarray(options.sample_weight)),
-        "cv": repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
-        "folds": data.n_folds,
-        "splits": digest_of(
-            *(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))
-        ),
-        "scoring": scoring.name,
-        "epoch": options.epoch,
-        "max_epochs": 1 if choice.solved else options.max_epochs,
-        "seed": options.random_state,
-        "dtype": str(data.dtype).removeprefix("torch."),
-        "device": str(data.device),
-        "versions": {
-            "gputune": __version__,
-            "torch": torch.__version__,
-            "sklearn": sklearn.__version__,
-            "numpy": np.__version__,
-        },
-    }

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,8 @@ class Progress:
     time, the trials that halving has sent away, and the time that is left.
     """
 
-    def __init__(self, verbose: int) -> None:
-        self.verbose = verbose
+    def __init__(self, verbose: int, on_epoch: Callable[[np.ndarray], None] | None = None) -> None:
+        self.verbose, self.on_epoch = verbose, on_epoch
         self.scoring = "score"
         self.bar: Any = None
         self.plain = not sys.stderr.isatty() and "ipykernel" not in sys.modules
@@ -36,7 +36,7 @@ class Progress:
         self.best, self.trials_done, self.trials = float("-inf"), 0, 0
         self.said: set[str] = set()
         self.epochs_done, self.epochs = 0, 0
-        self.members, self.processes, self.pruned = 0, 1, 0
+        self.members, self.processes, self.pruned, self.batches = 0, 1, 0, 0
 
     def say(self, text: str, *, level: int = 1, once: bool = False) -> None:
         """Print a line where ``verbose`` reaches ``level``; with ``once`` not again in this search."""
@@ -45,17 +45,24 @@ class Progress:
             tqdm.write(text, file=sys.stderr)
 
     def plan(self, plan: Plan, *, aloud: bool = True) -> None:
-        """Take note of the plan of what trains next, and say it."""
+        """Take note of the plan of what trains next, and say it; of batches that of the first."""
         self.processes = plan.workers
-        if aloud:
+        if aloud and not self.batches:
             self.say(f"plan: {plan}", once=True)
 
     @contextmanager
     def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
-        """Show the bar inside."""
-        self.trials, self.epochs, self.begin = trials, trials * epochs, time.monotonic()
+        """Show the bar inside, for so many trials more; inside of another bar, for a batch of its trials, that one."""
+        if self.bar is not None:
+            yield
+            self.batches += 1
+            return
+        if not self.epochs:
+            self.begin = time.monotonic()
+        self.trials, self.epochs = self.trials_done + trials, self.epochs_done + trials * epochs
         self.bar = tqdm(
-            total=trials * epochs,
+            total=self.epochs,
+            initial=self.epochs_done,
             bar_format=_FORMAT,
             disable=self.verbose < 1 or self.plain,
             dynamic_ncols=True,
@@ -66,6 +73,7 @@ class Progress:
             yield
         finally:
             self.bar.close()
+            self.bar = None
 
     def advance(self, trial_epochs: int, curves: np.ndarray) -> None:
         """So many more trial-epochs are done; their scores are ``curves`` (C, epochs, F)."""
@@ -77,6 +85,8 @@ class Progress:
         if np.isfinite(mean).any():
             self.best = max(self.best, float(np.nanmax(mean)))
         self._show()
+        if self.on_epoch is not None:
+            self.on_epoch(curves)
 
     def finished(self, trials: int, *, pruned: int = 0) -> None:
         """So many more trials are done, some of them because a rung sent them away."""

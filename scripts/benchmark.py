@@ -6,6 +6,7 @@
     python scripts/benchmark.py --hypergradients    what each mode costs over plain training, into benchmarks/
     python scripts/benchmark.py --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark.py --logistic          the solved logistic regression beside scikit-learn's
+    python scripts/benchmark.py --optuna            Optuna's TPE beside random search, and what asking costs
 
 Run it on a machine that does nothing else.
 """
@@ -64,6 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if options.logistic:
         return run_logistic(options.out, {**describe_machine(), "card": None}, candidates=CANDIDATES)
+    if options.optuna:
+        import benchmark_optuna  # Optuna is an extra
+
+        machine = {**describe_machine(), "card": None}
+        return benchmark_optuna.run_optuna(
+            options.out, machine, seeds=options.repeats or benchmark_optuna.SEEDS
+        )
     machine, parts = describe_machine(), []
     for name in WIDTHS if options.work == "both" else (options.work,):
         work = digits_work(name, n_trials=options.trials, epochs=options.epochs or 20)
@@ -135,7 +143,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--trials", type=_positive, default=64, help="length of the shared list (default 64)")
     parser.add_argument("--epochs", type=_positive, help="default 20, with --big and --hypergradients 5")
-    parser.add_argument("--repeats", type=_positive, help="default 3, with --hypergradients 7")
+    parser.add_argument("--repeats", type=_positive, help="default 3, with --hypergradients 7, --optuna 10")
     parser.add_argument("--work", choices=[*WIDTHS, "both"], default="both")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder of the two files")
     parser.add_argument("--big", action="store_true", help="100,000 rows x 50 columns with gputune alone")
@@ -147,6 +155,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--adult", type=Path, metavar="FILE", help="with --halving: UCI's adult.data, also .gz"
     )
     parser.add_argument("--logistic", action="store_true", help="60 values of C with each penalty, on digits")
+    parser.add_argument("--optuna", action="store_true", help="a search of 160 trials for each of 10 seeds")
     return parser.parse_args(arguments)
 
 

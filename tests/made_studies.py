@@ -1,6 +1,7 @@
 """Studies of any size without a training: scores follow a smooth law of the hyperparameters, some trials end early."""
 
 import math
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -126,6 +127,18 @@ def _diverged(number, config, curve, rng):
     curve[at:] = np.nan
     folds = tuple(curve[at].tolist())
     return Trial(number, config, math.nan, folds, at, "failed", 0.2, "random")
+
+
+def made_batches(n, *, batch=8, sampler="TPESampler", halving=None, **options):
+    """Return a study whose trials, after the default one, a sampler of Optuna's proposed in batches."""
+    study = made_study(n, halved=halving is not None, **options)
+    trials = [
+        trial if trial.number == 0 else replace(trial, origin=f"batch {1 + (trial.number - 1) // batch}")
+        for trial in study.trials
+    ]
+    plain = None if halving is None else asdict(halving)
+    meta = {**study.meta, "method": {"name": "optuna", "sampler": sampler, "halving": plain}}
+    return replace(study, meta=meta, trials=tuple(trials))
 
 
 def made_descent(starts=6, steps=8, *, seed=0):

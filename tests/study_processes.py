@@ -25,6 +25,7 @@ print(len(study.trials), sum(t.state == "complete" for t in study.trials))
 
 def start(n_trials, **options):
     """Start a search with further options of ``tune``; many tiny trials in chunks of one."""
+    # -P: the sources in the current folder lack the models, which an installation maps into them.
     command = [sys.executable, "-P", "-c", SEARCH, str(n_trials), repr(options)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from optuna.samplers import RandomSampler
 from sklearn.datasets import load_iris
 
 import gputune
@@ -15,8 +16,11 @@ from gputune.progress import Progress
 class FakePlan:
     workers = 2
 
+    def __init__(self, trials=4):
+        self.trials = trials
+
     def __str__(self):
-        return "4 trials"
+        return f"{self.trials} trials"
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch, capsys):
@@ -67,6 +71,24 @@ def test_the_plan_is_said_once(capsys):
     assert capsys.readouterr().err == "plan: 4 trials\n"
 
 
+def test_batches_share_a_bar_and_the_plan_of_the_first_is_said(capsys):
+    shown = Progress(1)
+    with shown.bar_over(1, 2):
+        shown.advance(2, np.ones((1, 2, 2)))
+        shown.finished(1)
+    with shown.bar_over(5, 2):
+        whole = shown.bar
+        assert shown.words.startswith("trials 1/6") and (shown.epochs_done, shown.epochs) == (2, 12)
+        for batch in (3, 2):
+            with shown.bar_over(batch, 2):
+                assert shown.bar is whole and shown.trials == 6
+                shown.plan(FakePlan(batch))
+                shown.advance(2 * batch, np.ones((batch, 2, 2)))
+                shown.finished(batch)
+    assert shown.words.startswith("trials 6/6") and shown.seconds_left == 0
+    assert capsys.readouterr().err == "plan: 3 trials\n"
+
+
 def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
@@ -86,14 +108,20 @@ def test_what_leaves_early_shortens_the_time_that_is_left(monkeypatch):
 
 @pytest.mark.parametrize(
     ("method", "epochs"),
-    [("random", 3), (gputune.Halving(min_epochs=1), 3), (gputune.Hypergradient(outer_steps=2), 2)],
+    [
+        ("random", 3),
+        (gputune.Halving(min_epochs=1), 3),
+        (gputune.Hypergradient(outer_steps=2), 2),
+        (gputune.OptunaSampler(RandomSampler(seed=0), batch=2), 3),
+        (gputune.OptunaSampler(RandomSampler(seed=0), batch=3, halving=gputune.Halving(min_epochs=1)), 3),
+    ],
 )
 def test_every_method_ends_where_its_counts_end(method, epochs, monkeypatch):
     made = []
     monkeypatch.setattr(
         progress.Progress,
         "__init__",
-        lambda self, verbose, begin=progress.Progress.__init__: (begin(self, verbose), made.append(self))[0],
+        lambda self, *given, begin=progress.Progress.__init__: (begin(self, *given), made.append(self))[0],
     )
     X, y = load_iris(return_X_y=True)
     study = gputune.tune(

@@ -13,9 +13,9 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
-version errors types seeding report/text
-data/kinds data/columns data/table data/quantiles data/tensors data/encode data/target data/weights data/dataset
-data/folds data/packed data/holdout data/source data/fingerprint
+version errors extras types seeding report/text
+data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
+data/dataset data/folds data/packed data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/checkpoint engine/chunk
 engine/out_of_memory engine/rung engine/plan engine/workers engine/logistic engine/quadratic engine/newton
@@ -27,19 +27,20 @@ hypergradients/result hypergradients/convex hypergradients/hypergradient hypergr
 hypergradients/chunk hypergradients/plan optim
 study/values study/score study/rows study/database study/new_file study/store study/cards study/views study/study
 study/claims study/ledger study/carving study/repair
-study/module_source study/folder study/model study/model_files
-search/distributions search/config search/spec search/space search/space_again search/random search/halving
-search/median search/hypergradient
-options model_choice progress interrupting problem again refit
+study/module_source study/folder study/model study/model_files study/whole_model study/export
+search/distributions search/config search/spec search/optuna_space search/space search/space_again search/random
+search/halving search/median search/hypergradient search/optuna_sampler search/asking search/optuna_export
+callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callbacks/wandb
+options model_choice progress interrupting problem again refit study_meta wanted
 methods/context methods/resuming methods/frozen methods/company methods/rungs methods/full methods/halving
-methods/median methods/descent pipeline
+methods/median methods/descent methods/sampling pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
-sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested
+sklearn/held_out sklearn/asking sklearn/search_file sklearn/running sklearn/search sklearn/nested
 sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/hypergradient
 analysis/scores analysis/parameters analysis/importance analysis/curves analysis/descents
 plots/canvas plots/history plots/curves plots/slices plots/parallel plots/importance plots/contour plots/path
-report/trials report/held_out report/closing report/predicting report/places report/tuning
+report/trials report/held_out report/closing report/predicting report/exporting report/places report/tuning
 report/scale report/svg report/charts/curves report/charts/slices report/charts/importance report/charts/paths
 report/charts/parallel report/facts report/endings report/rows report/again report/page report/reporting report/status
 report/arguments report/cli
@@ -101,6 +102,6 @@ def test_the_signature_of_tune():
     expected = (
         "model X y space n_trials include include_default method cv groups scoring task class_weight "
         "sample_weight numbers optimizer schedule max_epochs epoch timeout study checkpoint_seconds device dtype "
-        "memory workers random_state verbose"
+        "memory workers random_state callbacks verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected

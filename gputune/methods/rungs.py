@@ -93,8 +93,9 @@ class _Search:
         progress, begin = self.context.progress, 0
         with progress.bar_over(len(self.running), self.context.epochs):
             for stop in self.ends:
-                if self.running and not self.context.is_over():
+                if not self.context.is_over():
                     self._part_company(begin)
+                if self.running and not self.context.is_over():
                     self._train(begin, stop)
                     if self.context.is_over():
                         self._save()

@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_repair(commands)
     _add_report(commands)
     _add_status(commands)
+    _add_export(commands)
     return parser
 
 
@@ -258,6 +259,14 @@ def _add_status(commands: Any) -> None:
         commands, "status", "look at a running search: trials by state, the best so far, the last result"
     )
     parser.add_argument("study", metavar="STUDY", help="a study.db, or the folder that holds it")
+
+
+def _add_export(commands: Any) -> None:
+    parser = _add(commands, "export", "write a saved model as one file that runs without gputune")
+    parser.add_argument("model", metavar="MODEL_DIR", help="the folder of a saved model")
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="a new file: .onnx for ONNX, .pt2 for torch.export"
+    )
 
 
 def _whole(least: int) -> Callable[[str], int]:

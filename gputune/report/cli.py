@@ -114,6 +114,12 @@ def _status(arguments: argparse.Namespace) -> str:
     return status(arguments.study)
 
 
+def _export(arguments: argparse.Namespace) -> str:
+    from gputune.report.exporting import export
+
+    return export(arguments.model, arguments.out)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "tune": _tune,
     "resume": _resume,
@@ -123,6 +129,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
     "repair": _repair,
     "report": _report,
     "status": _status,
+    "export": _export,
 }
 """Each returns what goes to standard output."""
 

@@ -105,7 +105,21 @@ def _method(study: Study) -> list[tuple[str, str]]:
         return []
     if method["name"] == "hypergradient":
         return [("Descent", _descent(study))]
+    if method["name"] == "optuna":
+        halving = [("Halving", _sent_away(study))] if method["halving"] else []
+        return [("Sampler", _proposed(study)), *halving]
     return [(method["name"].capitalize(), _sent_away(study))]
+
+
+def _proposed(study: Study) -> str:
+    """How many trials Optuna's sampler proposed, in how many batches."""
+    batches = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
+    sampler = clean(study.meta["method"]["sampler"])
+    return f"Optuna's {sampler} proposed {count(len(batches), 'trial')} in {_batches(len(set(batches)))}"
+
+
+def _batches(number: int) -> str:
+    return f"{number} batch{'' if number == 1 else 'es'}"
 
 
 def _sent_away(study: Study) -> str:

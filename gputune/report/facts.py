@@ -132,6 +132,13 @@ def _method(method: Any) -> Any:
     if not isinstance(method, dict):
         return method
     options = ", ".join(
-        f"{key}={short(value)}" for key, value in method.items() if key != "name" and value is not None
+        f"{key}={_option(value)}" for key, value in method.items() if key != "name" and value is not None
     )
     return f"{method.get('name')}: {options}"
+
+
+def _option(value: Any) -> str:
+    """Return an option of a method as text; a sampler's halving has options of its own."""
+    if isinstance(value, dict):
+        return f"({', '.join(f'{key}={short(own)}' for key, own in value.items() if own is not None)})"
+    return short(value)

@@ -16,6 +16,7 @@ from gputune.interrupting import CTRL_C, TERMINATED, interrupted_words
 from gputune.model_choice import choose_model
 from gputune.options import Options
 from gputune.pipeline import search
+from gputune.progress import Progress
 from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
 from gputune.report.places import MODEL, STUDY
@@ -61,6 +62,10 @@ def resume(arguments: argparse.Namespace) -> str:
     given = {name: value for name, value in changed.items() if value is not None}
     meta = Study.open(study_file).meta
     again = search_again(study_file, meta, {**given, "verbose": arguments.verbose})
+    if callbacks := meta["arguments"].get("callbacks"):
+        Progress(arguments.verbose).say(
+            f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
+        )
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     model_folder = study_file.parent / MODEL if "test_size" in meta["source"] else None
     return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin)

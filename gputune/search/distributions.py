@@ -1,4 +1,4 @@
-"""What a value of a space is drawn from: scipy.stats distributions, and the log-uniform integers that scipy lacks."""
+"""What a value of a space is drawn from: scipy.stats distributions, and those that scipy lacks."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping
@@ -77,12 +77,54 @@ def log_int(low: int, high: int) -> LogInt:
     return LogInt(*ends)
 
 
+@dataclass(frozen=True)
+class Steps:
+    """The numbers low, low + step, ..., high with equal probability: integers where all three are."""
+
+    low: float
+    high: float
+    step: float
+
+    @property
+    def whole(self) -> bool:
+        """Whether it draws integers."""
+        return all(isinstance(value, int) for value in (self.low, self.high, self.step))
+
+    def support(self) -> tuple[float, float]:
+        """Return the smallest and the largest number, both of which are drawn."""
+        return self.low, self.high
+
+    def rvs(self, random_state: Any = None) -> Any:
+        """Draw one."""
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
+        return min(drawn, self.high)
+
+
+@dataclass(frozen=True)
+class LogIntegers:
+    """Log-uniform integers as Optuna draws them: the logarithm of [low - 1/2, high + 1/2], rounded."""
+
+    low: int
+    high: int
+
+    def support(self) -> tuple[int, int]:
+        """Return the smallest and the largest integer, both of which are drawn."""
+        return self.low, self.high
+
+    def rvs(self, random_state: Any = None) -> int:
+        """Draw one."""
+        ends = math.log(self.low - 0.5), math.log(self.high + 0.5)
+        drawn = round(math.exp(check_random_state(random_state).uniform(*ends)))
+        return int(np.clip(drawn, self.low, self.high))
+
+
 def distribution_text(value: Any) -> str:
     """Return a distribution as text that is the same in every process.
 
-    log_int by its repr, scipy's by name and parameters, any other by its type and first draws.
+    Our own by their repr, scipy's by name and parameters, any other by its type and first draws.
     """
-    if isinstance(value, LogInt):
+    if isinstance(value, LogInt | Steps | LogIntegers):
         return repr(value)
     unfrozen = isinstance(value, stats.rv_continuous | stats.rv_discrete)
     law: Any = value if unfrozen else getattr(value, "dist", value)

@@ -74,6 +74,7 @@ def candidates(
     include_default: bool,
     random_state: RandomState,
     defaults: Mapping[str, Any],
+    asked: int = 0,
 ) -> tuple[Candidate, ...]:
     """Return all trials of a new search in the order of their numbers, each with its origin.
 
@@ -81,11 +82,13 @@ def candidates(
     In the first two a key of the space that is missing takes its fixed value where the space has one, else its
     default. A configuration that is written like an earlier one (same keys, same values) is dropped, not redrawn.
 
+    asked: how many more trials the search method itself proposes later; with some there may be none here.
     space: checked. include: may have keys that the space lacks; ``check_include`` refuses those of other models.
     defaults: a value for each key of the space, with ``optimizer``, which ``weight_decay`` and ``momentum`` follow
     where they are left out. Where another one is missing, as that of a module's required argument, no default
     configuration is run (``remarks`` says so). Raises InputError, also where nothing is left to run.
     """
+    _check_n_trials(asked)
     fixed = _fixed(space)
     wanted: list[tuple[Config, Origin]] = []
     if include_default and not _missing(fixed, space, defaults):
@@ -99,7 +102,7 @@ def candidates(
             )
         wanted.append((_fill(fixed | config, space, defaults), "include"))
     wanted += [(config, "random") for config in draw(space, n_trials, random_state)]
-    if not wanted:
+    if not wanted and not asked:
         raise InputError(
             f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no default or "
             "included configuration. For example n_trials=64."

@@ -25,7 +25,15 @@ from gputune.search.config import (
     check_value,
     legal_keys,
 )
-from gputune.search.distributions import Distribution, LogInt, distribution_text, is_distribution, log_int
+from gputune.search.distributions import (
+    Distribution,
+    LogInt,
+    LogIntegers,
+    Steps,
+    distribution_text,
+    is_distribution,
+    log_int,
+)
 from gputune.search.spec import parse_spec, parse_specs
 from gputune.types import ONLINE, Config
 
@@ -138,8 +146,9 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
             f"For example {list(WORDS[key][:2])}."
         )
     law = value if unfrozen else getattr(value, "dist", None)
-    continuous = isinstance(law, stats.rv_continuous)
-    if not continuous and not isinstance(law, stats.rv_discrete) and not isinstance(value, LogInt):
+    real = isinstance(law, stats.rv_continuous) or (isinstance(value, Steps) and not value.whole)
+    own = isinstance(value, LogInt | LogIntegers | Steps)
+    if not own and not isinstance(law, stats.rv_continuous | stats.rv_discrete):
         return  # someone's own class: only its draws can be checked
     low, high = float(np.min(value.support()[0])), float(np.max(value.support()[1]))
     if math.isnan(low) or math.isnan(high):
@@ -148,17 +157,17 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
             "loguniform needs 0 < low < high, uniform(low, width) a width > 0, randint(low, high) low < high."
         )
     if key in RANGES:
-        _check_support(RANGES[key], value, low, high, continuous, name)
+        _check_support(RANGES[key], value, low, high, real, name)
 
 
-def _check_support(rule: Range, value: Any, low: float, high: float, continuous: bool, name: str) -> None:
-    if continuous and rule.integer:
+def _check_support(rule: Range, value: Any, low: float, high: float, real: bool, name: str) -> None:
+    if real and rule.integer:
         raise InputError(
             f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws real numbers. "
             f"{INTEGER_REMEDY}"
         )
     # A continuous draw meets an end of its support with probability zero, so an end may lie on the bound.
-    if continuous:
+    if real and not isinstance(value, Steps):
         inside = rule.low <= low and high <= rule.high
     else:
         inside = rule.holds(low) and (rule.holds(high) or high == rule.high == math.inf)

@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from gputune.errors import InputError
-from gputune.search.distributions import Distribution, LogInt, log_int
+from gputune.search.distributions import Distribution, LogInt, LogIntegers, Steps, log_int
 from gputune.search.space import Space
 from gputune.study.values import to_json
 
@@ -31,6 +31,10 @@ def _values(choices: list[Any] | Distribution) -> dict[str, Any]:
         return {"list": choices}
     if isinstance(choices, LogInt):
         return {"log_int": [choices.low, choices.high]}
+    if isinstance(choices, Steps):
+        return {"steps": [choices.low, choices.high, choices.step]}
+    if isinstance(choices, LogIntegers):
+        return {"log_integers": [choices.low, choices.high]}
     law: Any = getattr(choices, "dist", choices)
     namesake: Any = getattr(stats, str(getattr(law, "name", "")), None)
     if namesake is None or type(law) is not type(namesake):
@@ -46,6 +50,10 @@ def _choices(value: dict[str, Any]) -> Any:
         return value["list"]
     if "log_int" in value:
         return log_int(*value["log_int"])
+    if "steps" in value:
+        return Steps(*value["steps"])
+    if "log_integers" in value:
+        return LogIntegers(*value["log_integers"])
     law: Any = getattr(stats, str(value["scipy"]), None)
     if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
         raise InputError(

@@ -49,6 +49,8 @@ class Ledger:
         self.candidates: list[Candidate] = []
         self.plan: list[Chunk] = []
         self.results: dict[int, Result] = {}
+        self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
+        """Called with the trials that ``finish`` has kept, after they are."""
         # What an earlier call's deadline cut short is trained again; until then its result counts.
         self._stopped: dict[int, Result] = {}
         self.refresh()
@@ -136,7 +138,10 @@ class Ledger:
         new = [result for result in results if result.number not in self.results]
         if self.store is not None:
             self.store.finish(new)
-        self.results.update({result.number: result for result in new})
+        found = {result.number: result for result in new}
+        self.results.update(found)
+        if self.on_finish is not None and new:
+            self.on_finish([(c, found[c.number]) for c in self.candidates if c.number in found])
 
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""

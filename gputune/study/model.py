@@ -79,6 +79,31 @@ class TunedModel:
 
         save_model(self, folder)
 
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the model, with all its numeric preprocessing, to a new file that runs without gputune.
+
+        ``.onnx`` (with ``torch.onnx``; extra "onnx") or ``.pt2`` (with ``torch.export``). It takes one input X,
+        float64 (n, C) for any n, see ``encoded``, and gives label (n,), the position in ``classes``, and probabilities
+        (n, K); for a regression prediction (n,) in original units. The file's metadata, "gputune.json", names inputs,
+        outputs and classes.
+
+        Raises InputError for another suffix, a file that exists, a folder that does not, and a user's module
+        that PyTorch cannot trace; MissingExtraError where the extra is missing.
+        """
+        from gputune.study.export import export
+
+        export(self, path)
+
+    def encoded(self, X: Any) -> NDArray[np.float64]:
+        """Return what an exported model takes of these rows, float64 (n, C).
+
+        Where all columns of the training data are numbers or booleans: these columns, NaN where a value is missing.
+        Else the features that text and dates are made into, see ``Layout``. Raises InputError as ``predict``.
+        """
+        from gputune.study.whole_model import encoded
+
+        return encoded(self, self._inputs(X))
+
     def _outputs(self, X: Any) -> Tensor:
         """Return logits, or standardised values, (n, K) float64 on the CPU."""
         self.module.eval()  # the caller may have trained it on

@@ -27,7 +27,8 @@ class Candidate:
     number: int
     params: dict[str, Any]
     origin: str | tuple[int, int]
-    """"default", "include" or "random"; a point of a descent has (trial number of its start, outer step from 1)."""
+    """"default", "include", "random", or "batch 3" where Optuna's sampler proposed it; a point of a descent has
+    (trial number of its start, outer step from 1)."""
 
 
 @dataclass(frozen=True)

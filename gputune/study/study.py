@@ -17,6 +17,7 @@ from gputune.study.views import StudyViews
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
+    import optuna
     import pandas
     import polars
 
@@ -35,8 +36,9 @@ class Trial:
     score        mean of ``fold_scores`` at ``best_epoch``; NaN where one fold is NaN or nothing has run
     best_epoch   epochs trained when the score was taken, 1 for the first; 0 where nothing has run
     seconds      time of its training; members train together, so it is the trial's share of its chunk
-    origin       "default", "include" or "random"; in a study by hypergradients (start, outer step), the start being the
-                 number of the trial it began with, which is outer step 0
+    origin       "default", "include", "random", or "batch 3" where Optuna's sampler proposed it; in a study by
+                 hypergradients (start, outer step), the start being the number of the trial it began with, which is
+                 outer step 0
     detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
                  halving "rung", the epoch at which it was sent away; "reason" where memory did not hold it
     """
@@ -212,6 +214,25 @@ class Study(StudyViews):
             if not (kinds <= {int, float} or kinds in ({bool}, {str})):
                 columns[name] = [None if value is None else str(value) for value in values]
         return polars.DataFrame([polars.Series(name, v, strict=False) for name, v in columns.items()])
+
+    def to_optuna(self, storage: Any = None, *, name: str | None = None) -> "optuna.Study":
+        """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
+
+        storage: a URL such as "sqlite:///optuna.db" or an ``optuna.storages`` object; None: in memory. name: of the
+        new study, else Optuna makes one.
+
+        It is maximized. Each trial has its score as value, the fold mean of every epoch as intermediate values, its
+        state (COMPLETE, PRUNED, FAIL; one that a deadline stopped is PRUNED, one that has not run is WAITING), its
+        params in the distributions of the space, widened where the default or an included trial lies outside, and as
+        user attributes number, origin, fold_scores, std_error, best_epoch, seconds, state, and other_params, those that
+        have no place in the distribution. Its duration is the trial's; its time of day is that of the export.
+
+        Raises InputError where ``storage`` has a study of that name, MissingExtraError without Optuna. A study
+        that could not be written to its end is deleted again.
+        """
+        from gputune.search.optuna_export import export_to_optuna
+
+        return export_to_optuna(self, storage, name)  # type: ignore[no-any-return]
 
     def _columns(self) -> dict[str, list[Any]]:
         trials = self.trials

@@ -12,6 +12,7 @@ import gputune
 from gputune.engine.rung import Parking
 from gputune.errors import InputError
 from gputune.methods import rungs
+from gputune.study.store import Store
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -198,6 +199,21 @@ def stopping_at(number):
         run(*arguments, **rest)
 
     return interrupted
+
+
+def test_any_result_that_was_lost_comes_back(iris, tmp_path):
+    """As after a repair, which may leave out a trial that left at a rung while all that stayed are kept."""
+    space = {"lr": loguniform(1e-4, 0.1), "width": [8]}  # one shape, so that all train in one company
+    common = {"space": space, "n_trials": 8, "include_default": False, "study": tmp_path / "s.db", **FAST}
+    options = {"method": gputune.Halving(min_epochs=1), **common}
+    whole = gputune.tune("mlp", *iris, **options)
+    assert {t.state for t in whole.trials} == {"pruned", "complete"}
+    for trial in whole.trials:
+        with Store.open(options["study"]) as store:
+            store._connection.execute("DELETE FROM results WHERE number = ?", (trial.number,))
+        again = gputune.tune("mlp", *iris, **options)
+        np.testing.assert_array_equal(again.curves, whole.curves)
+        assert [t.state for t in again.trials] == [t.state for t in whole.trials]
 
 
 def test_a_timeout_scores_what_was_trained(iris):

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 import pytest
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.samplers import RandomSampler
 from scipy import stats
 from sklearn.metrics import accuracy_score, make_scorer
 from sklearn.model_selection import GroupKFold
@@ -14,6 +16,7 @@ from sklearn.model_selection import GroupKFold
 import gputune
 from command_line import kinds, run, write_table
 from gputune.data.packed import pack_folds, unpack_folds
+from gputune.search.optuna_space import translated
 from gputune.search.space import check_space, legal_keys, space_text
 from gputune.search.space_again import space_again, space_values
 from gputune.study.store import Store
@@ -159,6 +162,11 @@ def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
             {"groups": np.arange(40) % 5, "cv": GroupKFold(2)},
             "groups, which were in memory",
         ),
+        (
+            ("bugs.csv", "kind"),
+            {"method": gputune.OptunaSampler(RandomSampler(seed=0))},
+            "method, with a sampler of Optuna's",
+        ),
     ]
     for data, options, words in cases:
         gputune.tune("mlp", *data, study="my.db", **{**common, **options})
@@ -182,6 +190,29 @@ def test_any_splitter_and_class_weights_go_on(bugs):
     assert table("my.db") == expected
 
 
+class Count(gputune.callbacks.Callback):
+    """Counts the trials that it hears of."""
+
+    heard = 0
+
+    def on_trials_end(self, trials):
+        self.heard += len(trials.trials)
+
+
+def test_a_search_goes_on_without_its_callbacks_and_says_so(bugs):
+    count = Count()
+    common = {"n_trials": 3, "cv": 2, "max_epochs": 2, "memory": 1024, "workers": 1, "verbose": 0}
+    gputune.tune("mlp", "bugs.csv", "kind", study="my.db", callbacks=[count], **common)
+    expected = table("my.db")
+    lose_results("my.db", 1)
+    code, _, err = run("resume", "my.db")
+    assert code == 0 and count.heard == 4
+    assert "note: Count: callbacks are not held by a study file, so these are not called." in err
+    assert table("my.db") == expected
+    lose_results("my.db", 1)
+    assert run("resume", "my.db", "-q")[2] == ""
+
+
 def test_folds_come_back_in_order():
     draw = np.random.default_rng(0)
     folds = [(draw.permutation(1000)[:700], np.arange(700, 1000)), (np.arange(10), np.empty(0, np.int64))]
@@ -199,6 +230,14 @@ def test_folds_come_back_in_order():
         {"lr": stats.loguniform(1e-4, 0.1), "width": [8, 16], "activation": ["relu", "tanh"], "depth": 2},
         {"lr": stats.uniform(loc=0.1, scale=0.5), "width": stats.randint(4, 9), "dropout": stats.beta(2, 3, scale=0.5)},
         [{"width": gputune.log_int(4, 64)}, {"lr": [0.1], "dropout": stats.uniform}],
+        translated(
+            {
+                "lr": FloatDistribution(1e-4, 0.1, log=True),
+                "dropout": FloatDistribution(0.0, 0.5, step=0.1),
+                "width": IntDistribution(4, 64, log=True),
+                "depth": IntDistribution(1, 3),
+            }
+        ),
     ],
 )  # fmt: skip
 def test_a_space_is_made_again_from_plain_values(space):

@@ -7,14 +7,17 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from optuna.samplers import RandomSampler
+from sklearn.datasets import load_iris
 
 import gputune
 from gputune.analysis.importance import importance
 from gputune.errors import InputError
+from gputune.report.again import again_code
 from gputune.report.page import page
 from gputune.report.rows import BUDGET, as_json, table_columns
 from gputune.study.study import Study, Trial
-from made_studies import HOSTILE, META, hostile_study, made_descent, made_study
+from made_studies import HOSTILE, META, hostile_study, made_batches, made_descent, made_study
 
 
 class Elements(HTMLParser):
@@ -316,3 +319,26 @@ def test_a_model_gives_its_held_out_score(tmp_path):
     study = gputune.tune("mlp", X, y, n_trials=0, max_epochs=2, cv=2, workers=1, verbose=0)
     study.report(tmp_path / "report.html", model=study.best_model())
     assert "not known here" in (tmp_path / "report.html").read_text()  # it has none
+
+
+def test_the_page_of_a_samplers_study():
+    study = made_batches(40, halving=gputune.Halving(min_epochs=3))
+    html = page(study)
+    text = Elements(html).text
+    assert "optuna: sampler=TPESampler, halving=(factor=3, min_epochs=3, brackets=1)" in text
+    assert "optuna: sampler=TPESampler" in Elements(page(made_batches(9))).text
+    assert "hypergradient" not in text.lower()
+    (origins,) = [column for column in table_of(html)["columns"] if column["key"] == "origin"]
+    assert origins["levels"] == ["batch 1", "batch 2", "batch 3", "batch 4", "batch 5", "default"]
+    assert [origins["levels"][place] for place in origins["values"]] == [t.origin for t in study.ranking()]
+
+
+def test_the_code_of_a_samplers_best_trial_trains_it_again():
+    X, y = load_iris(return_X_y=True)
+    method = gputune.OptunaSampler(RandomSampler(seed=0), batch=3)
+    common = {"cv": 2, "max_epochs": 2, "workers": 1, "verbose": 0, "include_default": False}
+    study = gputune.tune("mlp", X, y, n_trials=6, method=method, **common)
+    found = {"X": X, "y": y}
+    exec(again_code(study), found)
+    assert found["study"].best_params == study.best_params
+    assert found["study"].best_score == pytest.approx(study.best_score, abs=1e-6)

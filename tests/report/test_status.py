@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from dataclasses import replace
 
 import gputune
 from command_line import run
@@ -68,3 +69,14 @@ def test_no_study_is_bad_input(tmp_path):
     (tmp_path / "text.db").write_text("no study")
     code, out, err = run("status", tmp_path / "text.db")
     assert (code, out) == (2, "") and "is not a gputune study" in err
+
+
+def test_a_search_by_a_sampler_waits_for_its_next_batch(tmp_path):
+    path = tmp_path / "study.db"
+    method = {"name": "optuna", "sampler": "TPESampler", "halving": None}
+    with Store.create(path, {**META, "method": method}) as store:
+        store.add_trials([replace(c, origin=f"batch {1 + c.number // 2}") for c in candidates(range(4))])
+        store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
+    text = status(str(path))
+    assert "Trials   2 of 4 trials finished: 2 trained to the end, 2 not trained yet" in text
+    assert "Best     accuracy 0.6000 in trial 1" in text

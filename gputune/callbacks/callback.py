@@ -1,0 +1,81 @@
+"""The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is finished."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gputune.errors import InputError
+from gputune.study.study import Study
+
+
+class Callback:
+    """A search calls these in its own process; override those that matter. Each does nothing here.
+
+    What one raises is a warning: it is not called again in this search, which goes on. (KeyboardInterrupt stops the
+    search, as ever.) Trials are kept, in memory and in the study's file, before a callback hears of them.
+    """
+
+    def on_study_start(self, study: Study) -> None:
+        """Called before anything trains; ``study`` has the options (``meta``), and the trials known so far."""
+
+    def on_epoch(self, curves: np.ndarray) -> None:
+        """Called when the trials of a chunk have trained on; their scores (C, epochs, F) in the epochs just done.
+
+        One epoch at a time in this process, all epochs of a chunk at once from a worker process.
+        """
+
+    def on_trials_end(self, trials: Study) -> None:
+        """Called with each batch of trials that is finished, as a study of its own: their ``trials`` and ``curves``."""
+
+    def on_study_end(self, study: Study) -> None:
+        """Called once at the end, also after an error or Ctrl-C; ``study`` has everything that is finished."""
+
+
+class Callbacks:
+    """Several callbacks; one that raises is left out from then on."""
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self.active = list(callbacks)
+
+    def study_start(self, study: Study) -> None:
+        """Tell all of the start."""
+        self._call("on_study_start", study)
+
+    def epoch(self, curves: np.ndarray) -> None:
+        """Tell all of epochs; each gets a copy, since the search goes on with its own."""
+        if self.active:
+            self._call("on_epoch", curves.copy())
+
+    def trials_end(self, trials: Study) -> None:
+        """Tell all of finished trials."""
+        self._call("on_trials_end", trials)
+
+    def study_end(self, study: Study) -> None:
+        """Tell all of the end."""
+        self._call("on_study_end", study)
+
+    def _call(self, moment: str, *given: Any) -> None:
+        for callback in list(self.active):
+            try:
+                getattr(callback, moment)(*given)
+            except Exception as error:  # whatever a user's callback raises
+                self.active.remove(callback)
+                warnings.warn(
+                    f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}. It is not called "
+                    "again; the search goes on, and nothing of it is lost.",
+                    UserWarning,
+                    stacklevel=4,
+                )
+
+
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+    """Return the callbacks; InputError for anything that is no ``Callback``."""
+    given = callbacks if isinstance(callbacks, list | tuple) else None
+    if given is None or not all(isinstance(callback, Callback) for callback in given):
+        raise InputError(
+            "callbacks must be a list of objects of a gputune.callbacks.Callback class, for example "
+            f"[gputune.callbacks.TensorBoard('runs')], got {callbacks!r}."
+        )
+    return tuple(given)

@@ -1,0 +1,77 @@
+"""What a study file holds beside its trials: all that resumes the search and refits its best trial."""
+
+from typing import Any
+
+import numpy as np
+import sklearn
+import torch
+
+from gputune.again import stored_arguments
+from gputune.data.dataset import Dataset, Rows
+from gputune.data.fingerprint import digest_of, fingerprint
+from gputune.engine.scoring import Scoring
+from gputune.model_choice import ModelChoice
+from gputune.options import Options, method_meta
+from gputune.problem import Problem
+from gputune.search.optuna_space import described
+from gputune.search.space import Space, space_text
+from gputune.version import __version__
+
+
+def study_meta(
+    choice: ModelChoice,
+    problem: Problem,
+    options: Options,
+    scoring: Scoring,
+    data: Dataset,
+    space: Space,
+    folds: list[Rows],
+) -> dict[str, Any]:
+    """Return what a study file holds beside its trials."""
+    classes = problem.target.classes
+    return {
+        "model": choice.name,
+        "spec": choice.spec,
+        "optimizer": choice.optimizer,
+        "schedule": options.schedule,
+        "space": space_text(space),
+        "distributions": _distributions(space),
+        "method": method_meta(options.method),
+        "task": problem.target.task,
+        "target": problem.target.name,
+        "classes": None if classes is None else classes.tolist(),
+        "source": problem.source.origin,
+        "fingerprint": fingerprint(problem.source.X, problem.target),
+        "features": len(problem.layout.feature_names),
+        "notes": list(problem.layout.notes),
+        "numbers": options.numbers,
+        "class_weight": None if options.class_weight is None else repr(options.class_weight),
+        "sample_weight": None
+        if options.sample_weight is None
+        else digest_of(np.asarray(options.sample_weight)),
+        "cv": repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
+        "folds": data.n_folds,
+        "splits": digest_of(
+            *(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))
+        ),
+        "scoring": scoring.name,
+        "epoch": options.epoch,
+        "max_epochs": 1 if choice.solved else options.max_epochs,
+        "seed": options.random_state,
+        "dtype": str(data.dtype).removeprefix("torch."),
+        "device": str(data.device),
+        "versions": {
+            "gputune": __version__,
+            "torch": torch.__version__,
+            "sklearn": sklearn.__version__,
+            "numpy": np.__version__,
+        },
+        "arguments": stored_arguments(options, problem.source, space, folds),
+    }
+
+
+def _distributions(space: Space) -> dict[str, Any]:
+    """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
+    found = {key: described(choices) for part in space for key, choices in part.items()}
+    many = {key for key in found if sum(key in part for part in space) > 1}
+    return {key: law for key, law in found.items() if law is not None and key not in many}

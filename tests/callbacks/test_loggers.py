@@ -1,0 +1,177 @@
+"""TensorBoard, MLflow and Weights & Biases, each with the real package."""
+
+import json
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_iris
+from torch import nn
+
+import gputune
+from gputune.callbacks import MLflow, TensorBoard, WandB
+from gputune.callbacks.plain import plain_params, trial_numbers
+from gputune.errors import MissingExtraError
+from study_rows import candidates, result
+
+X, Y = load_iris(return_X_y=True)
+SPACE = {"lr": [1e-3, 1e-2, 3e-2], "activation": ["relu", "tanh"], "width": 8}
+FAST = {
+    "max_epochs": 3,
+    "cv": 3,
+    "verbose": 0,
+    "workers": 1,
+    "n_trials": 5,
+    "space": SPACE,
+    "include_default": False,
+}
+
+
+def tune(callback, **options):
+    return gputune.tune("mlp", X, Y, callbacks=[callback], **{**FAST, **options})
+
+
+def test_values_as_loggers_take_them():
+    params = {"lr": 0.1, "act": nn.ReLU, "none": None, "flag": True, "word": "relu"}
+    assert plain_params(params) == {
+        "lr": 0.1, "act": "torch.nn.modules.activation.ReLU", "none": "None", "flag": True, "word": "relu",
+    }  # fmt: skip
+    rows = list(zip(candidates([0]), [result(0, state="failed", score=np.nan)]))
+    (trial,) = gputune.Study.from_rows({}, rows).trials
+    numbers = trial_numbers(trial)
+    assert "score" not in numbers and numbers["params/lr"] == 0.1 and "params/activation" not in numbers
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    with warnings.catch_warnings():  # its own parts warn of each other
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        study = tune(TensorBoard(tmp_path))
+        for trial, curve in zip(study.trials, study.curves):
+            events = EventAccumulator(str(tmp_path / f"trial-{trial.number:05d}")).Reload()
+            scores = events.Scalars("score")
+            assert [e.step for e in scores] == [1, 2, 3]
+            np.testing.assert_allclose([e.value for e in scores], curve.mean(1), rtol=1e-6)
+            assert events.Scalars("final score")[0].value == pytest.approx(trial.score)
+            (start,) = (
+                data.plugin_data.content
+                for tag, data in events.summary_metadata.items()
+                if tag == "_hparams_/session_start_info"
+            )
+            assert trial.params["activation"].encode() in start and b"lr" in start
+        search = EventAccumulator(str(tmp_path / "search")).Reload()
+        best = search.Scalars("best score")
+        assert best[-1].step == 15 and best[-1].value == pytest.approx(study.best_score)
+        assert [e.value for e in best] == sorted(e.value for e in best)
+
+
+def test_mlflow(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    uri, sent = f"sqlite:///{tmp_path / 'mlflow.db'}", []
+    whole = mlflow.MlflowClient.log_batch
+
+    def counted(client, run_id, metrics=(), **more):
+        sent.append(len(metrics))
+        return whole(client, run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", counted)
+    with warnings.catch_warnings():  # of SQLAlchemy and of MLflow's own parts
+        warnings.simplefilter("ignore")
+        batches = []
+
+        class Counting(MLflow):
+            def on_trials_end(self, trials):
+                batches.append(len(trials.trials))
+                super().on_trials_end(trials)
+
+        study = tune(Counting("iris", tracking_uri=uri, run_name="first"))
+        assert len(sent) == 2 + len(batches) and sum(batches) == 5  # the options, each batch, the best
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        (run,) = client.search_runs([client.get_experiment_by_name("iris").experiment_id])
+        assert run.info.status == "FINISHED" and run.info.run_name == "first"
+        assert run.data.params["model"] == "mlp" and run.data.params["best/trial"] == str(
+            study.best_trial.number
+        )
+        assert run.data.params["best/lr"] == str(study.best_params["lr"])
+        assert run.data.metrics["best_score"] == study.best_score
+        scores = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "score")}
+        assert scores == {trial.number: trial.score for trial in study.trials}
+        rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "params/lr")}
+        assert rates == {trial.number: trial.params["lr"] for trial in study.trials}
+        # Many trials at once are few requests, within what a server takes.
+        sent.clear()
+        callback = MLflow("iris", tracking_uri=uri)
+        rows = list(zip(candidates(range(400)), map(result, range(400))))
+        many = gputune.Study.from_rows({"model": "mlp"}, rows)
+        callback.on_study_start(many)
+        callback.on_trials_end(many)
+        assert sent[1:] == [1000, 1000, 401]
+        waiting = gputune.Study.from_rows({}, [*rows, (candidates([400])[0], None)])
+        callback.on_study_end(waiting)
+        assert client.get_run(callback.run_id).info.status == "KILLED"
+
+
+def records_of(path):
+    """Yield the records of a .wandb file: a header of 7 bytes, then LevelDB's log, in blocks of 32 KiB."""
+    raw, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        record += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_weights_and_biases_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with warnings.catch_warnings():  # of its own parts
+        warnings.simplefilter("ignore")
+        study = tune(WandB("iris", name="first", folder=tmp_path))
+        wandb.teardown()  # the end of a process: what W&B's own process holds is written
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    rows, config, summary = [], {}, {}
+    for raw in records_of(path):
+        record = wandb_internal_pb2.Record.FromString(raw)
+        rows.append({i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item})
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        summary |= {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.summary.update
+        }
+    rows = {row["trial"]: row for row in rows if row}
+    assert config["model"] == "mlp" and config["folds"] == 3
+    assert {number: row["score"] for number, row in rows.items()} == {
+        trial.number: trial.score for trial in study.trials
+    }
+    assert {n: row["params/activation"] for n, row in rows.items()} == {
+        trial.number: trial.params["activation"] for trial in study.trials
+    }
+    assert max(row["best_score"] for row in rows.values()) == study.best_score
+    assert summary["best_trial"] == study.best_trial.number
+
+
+@pytest.mark.parametrize(
+    ("package", "make", "extra"),
+    [
+        ("tensorboard", lambda: TensorBoard("runs"), "tensorboard"),
+        ("mlflow", MLflow, "mlflow"),
+        ("wandb", WandB, "wandb"),
+    ],
+)
+def test_a_missing_extra(package, make, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf'needs {package}.*pip install "gputune\[{extra}\]"'):
+        make()

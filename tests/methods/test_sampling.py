@@ -1,0 +1,354 @@
+"""A search with Optuna's samplers, through the public tune()."""
+
+import itertools
+import re
+import sys
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+from scipy.stats import loguniform, truncnorm
+from sklearn.datasets import load_iris
+from torch import nn
+
+import gputune
+from gputune.errors import InputError, MissingExtraError
+from gputune.methods import sampling
+from gputune.search.asking import Asking
+from gputune.study.claims import Claims
+from gputune.study.store import Store
+
+FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
+SPACE = {"lr": loguniform(1e-3, 0.1), "width": gputune.log_int(8, 16), "dropout": [0.0, 0.1]}
+NARROW = truncnorm(-2, 2, loc=0.1, scale=0.01)  # a law that Optuna lacks
+INSIDE = {"include": [{"lr": 0.01, "width": 8, "dropout": 0.0}], "include_default": False}
+
+X, Y = load_iris(return_X_y=True)
+
+
+def tune(sampler, *, batch=4, halving=None, space=SPACE, n_trials=10, model="mlp", **options):
+    method = gputune.OptunaSampler(sampler, batch=batch, halving=halving)
+    return gputune.tune(model, X, Y, space=space, n_trials=n_trials, method=method, **{**FAST, **options})
+
+
+def tpe(seed=0):
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=4)
+
+
+def params(study):
+    return [trial.params for trial in study.trials]
+
+
+class Listening(optuna.samplers.RandomSampler):
+    """Keeps what the study holds whenever it is asked, and what it is told."""
+
+    seen, told = [], []
+
+    def before_trial(self, study, trial):
+        self.seen.append([(t.state.name, t.value) for t in study.get_trials(deepcopy=False)[:-1]])
+
+    def after_trial(self, study, trial, state, values):
+        self.told.append((state.name, values, dict(trial.intermediate_values)))
+
+
+@pytest.fixture(autouse=True)
+def deaf():
+    Listening.seen.clear()
+    Listening.told.clear()
+
+
+@pytest.mark.parametrize("name", ["TPESampler", "GPSampler", "CmaEsSampler", "QMCSampler"])
+def test_samplers_propose_batch_by_batch(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        made = getattr(optuna.samplers, name)(seed=0)
+    study = tune(made, n_trials=10, include=[{"lr": 0.01}])
+    assert [t.origin for t in study.trials] == [
+        "default", "include", *["batch 1"] * 4, *["batch 2"] * 4, *["batch 3"] * 2,
+    ]  # fmt: skip
+    for trial in study.trials[2:]:
+        assert trial.params.keys() == SPACE.keys() and trial.state == "complete"
+        assert 1e-3 <= trial.params["lr"] <= 0.1 and 8 <= trial.params["width"] <= 16
+    assert len({trial.params["lr"] for trial in study.trials[2:]}) == 10
+    assert study.meta["method"] == {"name": "optuna", "sampler": name, "halving": None}
+
+
+def test_the_sampler_hears_every_result_before_the_next_batch():
+    study = tune(Listening(seed=0), **INSIDE)
+    values = [("COMPLETE", trial.score) for trial in study.trials]
+    assert [seen[:1] for seen in Listening.seen] == [values[:1]] * 10
+    assert Listening.seen[4][:5] == values[:5] and Listening.seen[8] == values[:9]
+    assert {state for state, _ in Listening.seen[7][5:]} == {"RUNNING"}
+
+
+def test_nothing_comes_between_optuna_and_its_sampler():
+    """The same proposals as from Optuna alone, given the same scores."""
+    study = tune(tpe(), n_trials=12, **INSIDE)
+    alone = optuna.create_study(sampler=tpe(), direction="maximize")
+    laws = {
+        "lr": optuna.distributions.FloatDistribution(1e-3, 0.1, log=True),
+        "width": optuna.distributions.IntDistribution(8, 16, log=True),
+        "dropout": optuna.distributions.CategoricalDistribution([0.0, 0.1]),
+    }
+    first = study.trials[0]
+    alone.add_trial(optuna.trial.create_trial(params=first.params, distributions=laws, value=first.score))
+    for batch in (study.trials[1:5], study.trials[5:9], study.trials[9:]):
+        asked = [alone.ask(laws) for _ in batch]
+        assert [trial.params for trial in asked] == [trial.params for trial in batch]
+        for trial, result in zip(asked, batch):
+            alone.tell(trial, result.score)
+
+
+def test_trials_score_as_they_do_alone():
+    study = tune(tpe())
+    again = gputune.tune(
+        "mlp", X, Y, space=SPACE, n_trials=0, include=params(study)[1:], include_default=True, **FAST
+    )
+    np.testing.assert_allclose(study.curves, again.curves, atol=1e-6)
+
+
+def test_a_diverged_trial_is_told_as_failed():
+    study = tune(
+        Listening(seed=0), space={"lr": [1e30, 0.01], "optimizer": "sgd", "width": 8}, n_trials=8,
+        include_default=False, scoring="neg_log_loss",
+    )  # fmt: skip
+    states = [trial.state for trial in study.trials]
+    assert set(states) == {"complete", "failed"}
+    expected = [("COMPLETE", [t.score]) if t.state == "complete" else ("FAIL", None) for t in study.trials]
+    assert [told[:2] for told in Listening.told] == expected
+
+
+def test_halving_within_a_batch_is_told_as_pruned():
+    halving = gputune.Halving(min_epochs=1)
+    study = tune(Listening(seed=0), halving=halving, batch=6, n_trials=12, include_default=False)
+    assert [trial.state for trial in study.trials].count("pruned") == 8
+    for begin in (0, 6):
+        assert [t.state for t in study.trials[begin : begin + 6]].count("complete") == 2
+    for trial, curve, (state, values, heard) in zip(study.trials, study.curves, Listening.told):
+        means = curve.mean(1)
+        if trial.state == "pruned":
+            assert (state, values, heard) == ("PRUNED", [means[0]], {1: means[0]})
+        else:
+            assert (state, values) == ("COMPLETE", [trial.score])
+    assert study.meta["method"]["halving"]["min_epochs"] == 1
+
+
+def test_the_sampler_that_was_given_stays_as_it_was():
+    given = tpe()
+    first, second = tune(given), tune(given)
+    assert params(first) == params(second)
+
+
+def test_given_trials_outside_the_space_are_run_and_not_told(capsys):
+    study = tune(Listening(seed=0), n_trials=2, include=[{"lr": 0.01, "depth": 3}], verbose=1)
+    said = capsys.readouterr().err
+    assert "trial 0 (default) is not in the space, so the sampler is not told" in said
+    assert "trial 1 (include) is not in the space" in said
+    assert Listening.seen[0] == [] and [t.state for t in study.trials] == ["complete"] * 4
+
+
+def test_nothing_is_said_when_silent(capsys):
+    tune(tpe(), n_trials=2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_given_trials(capsys):
+    study = tune(tpe(), n_trials=5, include_default=False, verbose=1)
+    assert [t.origin for t in study.trials] == ["batch 1"] * 4 + ["batch 2"]
+    said = capsys.readouterr().err
+    assert said.count("plan:") == 1 and "repeat another" not in said
+    with pytest.raises(InputError, match="n_trials must be >= 1 where nothing else is to run"):
+        tune(tpe(), n_trials=0, include_default=False)
+    for n_trials in (-1, "8", 2.5):
+        with pytest.raises(InputError, match=f"n_trials must be an integer >= 0, got {n_trials!r}"):
+            tune(tpe(), n_trials=n_trials)
+
+
+def interrupted(monkeypatch, at, **options):
+    """Run a search that is interrupted before its so-manieth training."""
+    count, name = itertools.count(1), "halve" if "halving" in options else "train_fully"
+    whole = getattr(sampling, name)
+
+    def train(*given):
+        if next(count) == at:
+            raise KeyboardInterrupt
+        whole(*given)
+
+    with monkeypatch.context() as patched, pytest.raises(gputune.SearchInterrupted):
+        patched.setattr(sampling, name, train)
+        tune(**options)
+
+
+@pytest.mark.parametrize("name", ["TPESampler", "CmaEsSampler", "RandomSampler"])
+def test_a_stopped_search_goes_on_as_if_it_had_not_stopped(name, tmp_path, monkeypatch):
+    made = tpe() if name == "TPESampler" else getattr(optuna.samplers, name)(seed=0)
+    whole = tune(made)
+    path = tmp_path / "study.db"
+    interrupted(monkeypatch, 3, sampler=made, study=path)
+    assert [t.state for t in gputune.Study.open(path).trials] == ["complete"] * 5 + ["waiting"] * 4
+    resumed = tune(made, study=path)
+    assert params(resumed) == params(whole)
+    np.testing.assert_array_equal(resumed.curves, whole.curves)
+    assert [t.origin for t in resumed.trials] == [t.origin for t in whole.trials]
+
+
+def test_a_stopped_search_that_halves_its_batches_goes_on_as_well(tmp_path, monkeypatch):
+    options = {"halving": gputune.Halving(min_epochs=1), "batch": 6, "n_trials": 18, "include_default": False}
+    whole = tune(tpe(), **options)
+    path = tmp_path / "study.db"
+    interrupted(monkeypatch, 2, sampler=tpe(), study=path, **options)
+    with Store.open(path) as store:
+        store._connection.execute("DELETE FROM results WHERE number = 1")  # as if it had died within a batch
+    resumed = tune(tpe(), study=path, **options)
+    assert params(resumed) == params(whole)
+    np.testing.assert_array_equal(resumed.curves, whole.curves)
+    assert [t.state for t in resumed.trials] == [t.state for t in whole.trials]
+
+
+@pytest.mark.parametrize("halving", [None, gputune.Halving(min_epochs=1)])
+def test_each_batch_freezes_chunks_of_its_own(halving, tmp_path):
+    path = tmp_path / "study.db"
+    study = tune(tpe(), halving=halving, study=path)
+    with Store.open(path) as store:
+        plan = store.plan()
+    origins = [trial.origin for trial in study.trials]
+    assert [chunk.number for chunk in plan] == list(range(len(plan)))
+    assert all(len({origins[n] for n in chunk.trials}) == 1 for chunk in plan)
+    assert {chunk.stage for chunk in plan} == ({0} if halving is None else {0, 1})
+    assert sorted(n for chunk in plan if chunk.stage == 0 for n in chunk.trials) == list(range(11))
+
+
+def test_one_process_alone_asks_the_sampler(tmp_path):
+    path = tmp_path / "study.db"
+    tune(tpe(), n_trials=2, study=path)
+    with Claims(path) as other:
+        other.take_search("optuna")
+        with pytest.raises(InputError, match="is at work on this search, and one process alone decides"):
+            tune(tpe(), n_trials=4, study=path)
+    assert len(gputune.Study.open(path).trials) == 3
+
+
+def test_more_trials_later(tmp_path):
+    path = tmp_path / "study.db"
+    tune(tpe(), n_trials=6, study=path)
+    longer = tune(tpe(), n_trials=11, study=path, include=[{"lr": 0.02, "width": 9, "dropout": 0.1}])
+    origins = ["default", *["batch 1"] * 4, *["batch 2"] * 2, "include", *["batch 3"] * 4, "batch 4"]
+    assert [t.origin for t in longer.trials] == origins
+    again = tune(tpe(), n_trials=11, study=path)
+    assert params(again) == params(longer)
+
+
+def test_a_sampler_without_a_seed_is_told_what_was_tried(tmp_path, capsys):
+    path = tmp_path / "study.db"
+    first = tune(Listening(), n_trials=4, study=path, **INSIDE)
+    Listening.seen.clear()
+    second = tune(Listening(), n_trials=8, study=path, verbose=1, **INSIDE)
+    assert "a reseeded copy of it is told their results" in capsys.readouterr().err
+    assert params(second)[:5] == params(first)
+    known = [("COMPLETE", trial.score) for trial in first.trials]
+    assert Listening.seen[-4] == known
+
+
+def test_another_seed_does_not_repeat_its_first_proposals(tmp_path):
+    path = tmp_path / "study.db"
+    tune(optuna.samplers.RandomSampler(seed=1), n_trials=4, study=path)
+    study = tune(optuna.samplers.RandomSampler(seed=2), n_trials=8, study=path)
+    fresh = tune(optuna.samplers.RandomSampler(seed=2), n_trials=4)
+    rates = {trial.params["lr"] for trial in study.trials[5:]}
+    assert not rates & {trial.params["lr"] for trial in fresh.trials[1:]}
+
+
+def test_another_kind_of_sampler_is_another_search(tmp_path):
+    path = tmp_path / "study.db"
+    tune(tpe(), n_trials=2, study=path)
+    with pytest.raises(InputError, match="holds another search, which differs from this call in: method"):
+        tune(optuna.samplers.RandomSampler(seed=0), n_trials=4, study=path)
+
+
+def test_a_deadline_ends_it_and_the_next_call_goes_on(tmp_path):
+    path = tmp_path / "study.db"
+    begun = tune(tpe(), n_trials=40, max_epochs=200, timeout=0.3, study=path)
+    assert {trial.state for trial in begun.trials} & {"stopped", "waiting"}
+    numbers = len(begun.trials)
+    study = tune(tpe(), n_trials=numbers + 3, max_epochs=200, study=path)
+    assert [trial.state for trial in study.trials] == ["complete"] * (numbers + 4)
+
+
+def test_the_solved_logistic_regression_and_its_refit(tmp_path):
+    path = tmp_path / "study.db"
+    study = tune(tpe(), model="logistic", space=None, n_trials=6, study=path)
+    assert study.best_trial.params.keys() == {"C", "l1_ratio"}
+    model = gputune.Study.open(path).best_model(X, Y)
+    np.testing.assert_array_equal(model.predict(X), study.best_model().predict(X))
+
+
+class Net(nn.Module):
+    """A user's module that is given a class."""
+
+    def __init__(self, n_features, n_outputs, act):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, 8), act(), nn.Linear(8, n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_module_with_choices_that_optuna_cannot_hold(tmp_path):
+    space = {"lr": loguniform(1e-3, 1e-1), "module__act": [nn.Tanh, nn.ReLU]}
+    path = tmp_path / "study.db"
+    study = tune(tpe(), model=Net, space=space, n_trials=8, study=path)
+    assert {trial.params["module__act"] for trial in study.trials} == {nn.Tanh, nn.ReLU}
+    assert params(tune(tpe(), model=Net, space=space, n_trials=8, study=path)) == params(study)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gputune.OptunaSampler("tpe"), "TPESampler(seed=0), got 'tpe'"),
+        (lambda: gputune.OptunaSampler(optuna.samplers.TPESampler), "must be a sampler of Optuna's"),
+        (
+            lambda: gputune.OptunaSampler(optuna.samplers.GridSampler({"lr": [0.1]}, seed=0)),
+            "cannot be a GridSampler",
+        ),
+        (lambda: gputune.OptunaSampler(tpe(), batch=0), "batch=...) must be an integer >= 1, got 0"),
+        (lambda: gputune.OptunaSampler(tpe(), batch=True), "batch=...) must be an integer >= 1, got True"),
+        (lambda: gputune.OptunaSampler(tpe(), halving=3), "must be gputune.Halving(...) or None, got 3"),
+        (lambda: tune(tpe(), space=[SPACE, SPACE]), "space must be one dict for an Optuna sampler, got a list of 2"),
+        (
+            lambda: tune(tpe(), model="logistic", space={"penalty": ["l1", "l2"], "C": [1.0]}),
+            "must have 'l1_ratio' in the place of its older word 'penalty'",
+        ),
+        (lambda: tune(tpe(), space={"lr": NARROW}), "must be a list, scipy's uniform"),
+        (
+            lambda: tune(tpe(), model="logistic", halving=gputune.Halving(), space=None),
+            "judges trials while they train",
+        ),
+        (lambda: gputune.tune("mlp", X, Y, method="tpe", **FAST), "or gputune.OptunaSampler(...), got 'tpe'"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(make, message, tmp_path):
+    with pytest.raises(InputError, match=re.escape(message)):
+        make()
+
+
+def test_nothing_is_kept_of_a_refused_search(tmp_path):
+    path = tmp_path / "study.db"
+    with pytest.raises(InputError):
+        tune(tpe(), space={"lr": NARROW}, study=path)
+    assert not path.exists()
+
+
+def test_without_optuna(monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna.samplers", None)
+    with pytest.raises(
+        MissingExtraError, match=r'OptunaSampler needs optuna.*pip install "gputune\[optuna\]"'
+    ):
+        gputune.OptunaSampler(None)
+    assert issubclass(MissingExtraError, ImportError) and issubclass(MissingExtraError, InputError)
+
+
+def test_a_conversation_reports_nothing_to_the_log(capsys):
+    before = optuna.logging.get_verbosity()
+    Asking(tpe(), [{"lr": [0.1, 0.2]}])
+    assert optuna.logging.get_verbosity() == before and capsys.readouterr().err == ""

@@ -1,0 +1,188 @@
+"""A tuned model as one file: what onnxruntime and torch.export make of it equals the model's own predictions."""
+
+import json
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer, load_iris
+from torch import nn
+
+import gputune
+from command_line import run
+from gputune.errors import InputError, MissingExtraError
+from gputune.models import MLP
+from study_models import make_model, rows
+
+ort = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+FRAME = pd.DataFrame(rows(60))
+NUMBERS = FRAME.drop(columns="city")
+OTHERS = pd.DataFrame(
+    {
+        "member": [1.0, 0.0, np.nan, 1.0],
+        "income": [-50.0, 1e5, 3000.0, 2500.0],
+        "age": [np.nan, 39.5, 1e3, -1e3],
+        "city": ["Oslo", "Bonn", "Lima", "Rome"],
+    }
+)
+"""Rows that training never saw: columns in another order, a missing boolean, far numbers, an unknown level."""
+
+
+def outputs(path, X):
+    """Run an exported file; return its outputs as arrays, and its description."""
+    if path.suffix == ".onnx":
+        session = ort.InferenceSession(path)
+        found = session.run(None, {"X": X})
+        return found, json.loads(session.get_modelmeta().custom_metadata_map["gputune.json"])
+    extra = {"gputune.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    found = program.module()(torch.tensor(X))
+    arrays = [f.detach().numpy() for f in (found if isinstance(found, tuple) else (found,))]
+    return arrays, json.loads(extra["gputune.json"])
+
+
+def check(model, path, X):
+    """Export, and compare predictions for all rows, for one and for none."""
+    model.export(path)
+    for part in (X, X[:1]):
+        found, known = outputs(path, model.encoded(part))
+        if model.classes is None:
+            (values,) = found
+            assert values.shape == (len(part),) and values.dtype == np.float64
+            np.testing.assert_allclose(values, model.predict(part), rtol=1e-5, atol=1e-5 * model.scale)
+        else:
+            label, probabilities = found
+            np.testing.assert_allclose(probabilities, model.predict_proba(part), atol=1e-5)
+            assert np.array(known["classes"])[label].tolist() == model.predict(part).tolist()
+    return known
+
+
+class Net(nn.Module):
+    """A user's module with a normalization that is no linear map, and one value a row for a regression."""
+
+    def __init__(self, n_features, n_outputs, hidden=8):
+        super().__init__()
+        layers = nn.Linear(n_features, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, n_outputs)
+        self.body = nn.Sequential(*layers)
+        self.single = n_outputs == 1
+
+    def forward(self, x):
+        output = self.body(x)
+        return output[:, 0] if self.single else output
+
+
+class Branching(nn.Module):
+    """A module whose path depends on the data, which no export can follow."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else -self.layer(x)
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    ("frame", "options"),
+    [
+        (NUMBERS, {}),
+        (NUMBERS, {"numbers": "quantile", "classes": None}),
+        (FRAME, {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float64}),
+    ],
+)
+def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
+    model = make_model(frame, **options)
+    known = check(model, tmp_path / f"model{suffix}", OTHERS[list(frame.columns[::-1])])
+    assert known["inputs"] == ("features" if "city" in frame else "columns")
+    names = model.layout.feature_names if "city" in frame else frame.columns
+    assert known["names"] == list(names) and known["target"] == "outcome"
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_activations_in_double(activation, tmp_path):
+    def module(**size):
+        return MLP(**size, width=8, depth=2, activation=activation, dropout=0.2)
+
+    check(
+        make_model(NUMBERS, module=module, dtype=torch.float64),
+        tmp_path / "model.onnx",
+        OTHERS.drop(columns="city"),
+    )
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic"])
+def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
+    X, y = load_breast_cancer(return_X_y=True)
+    labels = np.array(["malignant", "benign"])[y]
+    study = gputune.tune(model, X, labels, n_trials=2, cv=2, max_epochs=2, verbose=0, workers=1)
+    known = check(study.best_model(), tmp_path / "model.onnx", X)
+    assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == ["benign", "malignant"]
+
+
+def test_training_mode_and_weights_of_the_model_stay(tmp_path):
+    model = make_model(NUMBERS, dtype=torch.float64, module=Net)
+    model.module.train()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    model.export(tmp_path / "model.onnx")
+    assert model.module.training
+    for name, value in model.module.state_dict().items():
+        assert value.dtype == torch.float64 and torch.equal(value, before[name])
+
+
+def test_encoded_rows_are_columns_or_features():
+    numbers = make_model(NUMBERS)
+    others = OTHERS.drop(columns="city")
+    np.testing.assert_array_equal(numbers.encoded(others), others[["age", "income", "member"]].to_numpy())
+    mixed = make_model(FRAME)
+    assert mixed.encoded(OTHERS).shape == (4, len(mixed.layout.feature_names))
+    with pytest.raises(InputError, match="X has no column 'age'"):
+        numbers.encoded(others.drop(columns="age"))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_module_that_cannot_be_traced(suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    with pytest.raises(
+        InputError, match=f"Branching cannot be exported to {suffix}: .*torch.export can trace"
+    ):
+        make_model(NUMBERS, module=Branching).export(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    model = make_model(NUMBERS)
+    with pytest.raises(InputError, match=r"export\(path='.*model.pt'\) must end in .onnx or .pt2"):
+        model.export(tmp_path / "model.pt")
+    there = tmp_path / "there.onnx"
+    there.write_text("mine")
+    with pytest.raises(InputError, match="there.onnx'\\) exists already"):
+        model.export(there)
+    assert there.read_text() == "mine"
+    with pytest.raises(InputError, match="the folder '.*nowhere' does not exist"):
+        model.export(tmp_path / "nowhere" / "model.pt2")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(
+        MissingExtraError, match=r'export\(.model.onnx.\) needs onnxscript.*"gputune\[onnx\]"'
+    ):
+        model.export(tmp_path / "model.onnx")
+    model.export(tmp_path / "model.pt2")
+
+
+def test_the_command(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    model = gputune.tune("mlp", X, y, n_trials=1, cv=2, max_epochs=2, verbose=0, workers=1).best_model()
+    model.save(tmp_path / "model")
+    code, out, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
+    assert (code, err) == (0, "")
+    assert "takes X, float64, a row of 4 columns for each prediction; gives label and probabilities" in out
+    (label, _), _ = outputs(tmp_path / "iris.pt2", X)
+    assert label.tolist() == model.predict(X).tolist()
+    code, _, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
+    assert code == 2 and "exists already" in err
+    code, _, err = run("export", tmp_path / "nothing", "--out", tmp_path / "other.pt2")
+    assert code == 2 and "there is no model folder" in err
