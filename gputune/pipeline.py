@@ -156,7 +156,7 @@ def search(
     wanted = _wanted(space, choice, options)
     context = Context(data, scoring, choice, options, stop, progress)
     context.check_module(wanted[0].params)
-    _check_method(wanted, context)
+    _check_method(wanted, context, problem.target.classes)
     _say_what_was_understood(problem, choice, progress)
     meta = _meta(choice, problem, options, scoring, data, space)
     meta["arguments"] = stored_arguments(options, source, space, folds)
@@ -176,11 +176,11 @@ def search(
     return study
 
 
-def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
+def _check_method(wanted: Sequence[Candidate], context: Context, labels: np.ndarray | None) -> None:
     """Refuse what the method cannot do before a study file is made."""
     match context.options.method:
         case Hypergradient() as method:
-            check_descent(method, wanted, context)
+            check_descent(method, wanted, context, labels)
         case Halving() as method:
             check_halving(method, context)
         case Median() as method:

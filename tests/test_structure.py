@@ -21,7 +21,8 @@ engine/batches engine/network engine/backprop engine/vmap engine/train engine/st
 engine/out_of_memory engine/rung engine/plan engine/workers engine/logistic engine/quadratic engine/newton
 engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
-hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
+hypergradients/guard hypergradients/held_out
+hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
@@ -36,7 +37,7 @@ methods/median methods/descent pipeline
 sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
 sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
 sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested
-sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/hypergradient
+sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/descended_loss sklearn/hypergradient
 report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
 __main__
 """.split()

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.arguments import hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import has_coordinate
+from gputune.hypergradients.held_out import check_classes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
 from gputune.methods.context import Context, does_not_fit
@@ -54,9 +55,16 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     return ("C",)
 
 
-def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
-    """Raise InputError where these starts cannot descend, before anything is kept or trained."""
+def check_descent(
+    method: Hypergradient, trials: Sequence[Candidate], context: Context, labels: np.ndarray | None
+) -> None:
+    """Raise InputError where these starts cannot descend, before anything is kept or trained.
+
+    ``labels`` are those of the target's classes, None for a regression.
+    """
     names = searched_names(method, context.choice)
+    if labels is not None:
+        _check_folds(labels.tolist(), context)
     configs = {c.number: _complete(c.params, context) for c in trials}
     _check_starts(configs, names, context)
     if not context.choice.solved:
@@ -256,3 +264,13 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                     f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters, and leave out the "
                     "default configuration (include_default=False, --no-default) where it is the one."
                 )
+
+
+def _check_folds(labels: Sequence[Any], context: Context) -> None:
+    """Refuse a fold that holds out a class on which it does not train."""
+    data = context.data
+    if data.present is None:
+        return
+    for number, fold in enumerate(data.folds):
+        valid = [labels[code] for code in data.target[fold.valid].unique().tolist()]
+        check_classes(number, valid, [labels[code] for code in data.present[number].nonzero()])
