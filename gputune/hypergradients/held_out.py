@@ -9,7 +9,7 @@ from gputune.errors import InputError
 def check_classes(fold: int, valid: Iterable[Any], train: Iterable[Any], *, weighed: bool = False) -> None:
     """Raise InputError where the validation rows of a fold have a class of which it trains on no row.
 
-    ``valid`` and ``train`` are labels, each once; ``weighed``: those of training rows with a weight above 0.
+    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a weight above 0.
     """
     if lacking := set(valid) - set(train):
         weighing = " with sample_weight above 0" if weighed else ""

@@ -272,5 +272,5 @@ def _check_folds(labels: Sequence[Any], context: Context) -> None:
     if data.present is None:
         return
     for number, fold in enumerate(data.folds):
-        valid = [labels[code] for code in data.target[fold.valid].unique().tolist()]
+        valid = [labels[code] for code in data.target[fold.valid].tolist()]
         check_classes(number, valid, [labels[code] for code in data.present[number].nonzero()])
