@@ -34,8 +34,8 @@ search/median search/hypergradient
 options model_choice progress interrupting problem again refit
 methods/context methods/resuming methods/frozen methods/company methods/rungs methods/full methods/halving
 methods/median methods/descent pipeline
-sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
-sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
+sklearn/words sklearn/foreign sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp
+sklearn/logistic sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
 sklearn/held_out sklearn/asking sklearn/optuna_space sklearn/search_file sklearn/running sklearn/search sklearn/nested
 sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/descended_loss sklearn/hypergradient
 report/text report/trials report/held_out report/closing report/predicting report/tuning report/arguments report/cli
