@@ -136,10 +136,16 @@ def tune(
 
 @torch.inference_mode(False)
 def search(
-    choice: ModelChoice, source: Source, options: Options, signals: Sequence[int] = (CTRL_C,)
+    choice: ModelChoice,
+    source: Source,
+    options: Options,
+    signals: Sequence[int] = (CTRL_C,),
+    *,
+    say_notes: bool = True,
 ) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
+    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
@@ -157,7 +163,7 @@ def search(
     context = Context(data, scoring, choice, options, stop, progress)
     context.check_module(wanted[0].params)
     _check_method(wanted, context, problem.target.classes)
-    _say_what_was_understood(problem, choice, progress)
+    _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
     meta = _meta(choice, problem, options, scoring, data, space)
     meta["arguments"] = stored_arguments(options, source, space, folds)
     kept = replace(context, checkpoints=checkpoint_folder(options.study, meta))
@@ -278,13 +284,15 @@ def _say_remarks(
         progress.say(f"note: {sentence}")
 
 
-def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Progress) -> None:
+def _say_what_was_understood(
+    problem: Problem, choice: ModelChoice, progress: Progress, notes: Sequence[str]
+) -> None:
     target, rows = problem.target, len(problem.source.X)
     kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
     progress.say(
         f"{choice.name} on {rows} rows, {len(problem.layout.feature_names)} features; target {target.name!r}: {kind}"
     )
-    for note in problem.layout.notes:
+    for note in notes:
         progress.say(f"note: {note}")
 
 

@@ -85,10 +85,10 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     known = {c.origin: c for c in ledger.candidates}
     points = {c.number: c for c in starts}  # of each start that still descends, where it stands
     outer = method.outer_steps
-    most = len(starts) * (outer + 1)
+    most, plural = len(starts) * (outer + 1), "" if len(starts) == 1 else "s"
     context.progress.say(
-        f"descent: {len(starts)} starts x at most {outer + 1} points = {most} trainings at most, each in all folds and "
-        f"with derivatives; fewer with a smaller n_trials ({len(starts)} starts now)"
+        f"descent: {len(starts)} start{plural} x at most {outer + 1} points = {most} trainings "
+        "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
     )
     with context.progress.bar_over(most, context.epochs):
         for step in range(outer + 1):
