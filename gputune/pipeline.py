@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from gputune.callbacks.callback import Callback, Callbacks
@@ -140,10 +141,16 @@ def tune(
 
 @torch.inference_mode(False)
 def search(
-    choice: ModelChoice, source: Source, options: Options, signals: Sequence[int] = (CTRL_C,)
+    choice: ModelChoice,
+    source: Source,
+    options: Options,
+    signals: Sequence[int] = (CTRL_C,),
+    *,
+    say_notes: bool = True,
 ) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
+    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
@@ -162,8 +169,8 @@ def search(
     wanted = wanted_trials(space, choice, options)
     context = Context(data, scoring, choice, options, stop, progress)
     context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
-    _check_method(wanted, space, context)
-    _say_what_was_understood(problem, choice, progress)
+    _check_method(wanted, space, context, problem.target.classes)
+    _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
     meta = study_meta(choice, problem, options, scoring, data, space, folds)
     context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
     file = None if options.study is None else Path(options.study)
@@ -195,11 +202,13 @@ def _heard(callbacks: Callbacks, ledger: Ledger, meta: dict[str, Any], file: Pat
         callbacks.study_end(Study.from_rows(meta, ledger.rows(), file=file))
 
 
-def _check_method(wanted: Sequence[Candidate], space: Space, context: Context) -> None:
+def _check_method(
+    wanted: Sequence[Candidate], space: Space, context: Context, labels: np.ndarray | None
+) -> None:
     """Refuse what the method cannot do before a study file is made."""
     match context.options.method:
         case Hypergradient() as method:
-            check_descent(method, wanted, context)
+            check_descent(method, wanted, context, labels)
         case Halving() as method:
             check_halving(method, context)
         case Median() as method:
@@ -247,11 +256,13 @@ def _checked_space(choice: ModelChoice, options: Options) -> Space:
     return check_space(translated(space), keys=keys, module=module)
 
 
-def _say_what_was_understood(problem: Problem, choice: ModelChoice, progress: Progress) -> None:
+def _say_what_was_understood(
+    problem: Problem, choice: ModelChoice, progress: Progress, notes: Sequence[str]
+) -> None:
     target, rows = problem.target, len(problem.source.X)
     kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
     progress.say(
         f"{choice.name} on {rows} rows, {len(problem.layout.feature_names)} features; target {target.name!r}: {kind}"
     )
-    for note in problem.layout.notes:
+    for note in notes:
         progress.say(f"note: {note}")

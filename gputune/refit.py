@@ -81,13 +81,8 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
             "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "
             "returned, in the same process."
         )
-    if meta["class_weight"] not in (None, "balanced"):
-        raise InputError(
-            f"best_model() cannot read class_weight={meta['class_weight']} again; call it on the study that tune() "
-            "returned, in the same process."
-        )
     options = Options(
-        class_weight=meta["class_weight"],
+        class_weight=_class_weight(meta),
         numbers=meta["numbers"],
         schedule=meta["schedule"],
         max_epochs=meta["max_epochs"],
@@ -96,6 +91,19 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         random_state=meta["seed"],
     )
     return choose_again(meta["spec"], meta["optimizer"]), _reread(study, X, y), options
+
+
+def _class_weight(meta: dict[str, Any]) -> Any:
+    """Return the class weights of a study file: its meta has them as text, its arguments as they were given."""
+    if meta["class_weight"] in (None, "'balanced'"):
+        return None if meta["class_weight"] is None else "balanced"
+    kept = meta.get("arguments", {}).get("kept", {})
+    if "class_weight" in kept:
+        return kept["class_weight"]
+    raise InputError(
+        f"best_model() cannot read class_weight={meta['class_weight']} again; call it on the study that tune() "
+        "returned, in the same process."
+    )
 
 
 def _without_weights(options: Options) -> Options:

@@ -1,6 +1,7 @@
 """From rows to a study and its model, through the public tune()."""
 
 import warnings
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -325,9 +326,21 @@ def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):
         gputune.Study.open(tmp_path / "a.db").best_model(X, y)
     with pytest.raises(gputune.InputError, match="cannot weight other rows"):
         study.best_model(X, y)
-    gputune.tune("mlp", X, y, class_weight={0: 2.0}, n_trials=0, study=tmp_path / "b.db", **FAST)
-    with pytest.raises(gputune.InputError, match="cannot read class_weight={0: 2.0} again"):
+    half = {Fraction(0): 2.0}  # equals a class, and is none of the kinds that a file holds
+    gputune.tune("mlp", X, y, class_weight=half, n_trials=0, study=tmp_path / "b.db", **FAST)
+    with pytest.raises(gputune.InputError, match=r"cannot read class_weight={Fraction\(0, 1\): 2.0} again"):
         gputune.Study.open(tmp_path / "b.db").best_model(X, y)
+
+
+@pytest.mark.parametrize("class_weight", ["balanced", {0: 3.0, 2: 0.5}])
+def test_class_weights_are_read_from_a_study_file(tmp_path, iris, class_weight):
+    X, y = iris[0][20:], iris[1][20:]  # classes of unlike size
+    options = {"class_weight": class_weight, "n_trials": 0, **FAST}
+    expected = gputune.tune("mlp", X, y, study=tmp_path / "a.db", **options).best_model().predict_proba(X)
+    again = gputune.Study.open(tmp_path / "a.db").best_model(X, y)
+    np.testing.assert_array_equal(again.predict_proba(X), expected)
+    unweighted = gputune.tune("mlp", X, y, **options | {"class_weight": None}).best_model()
+    assert np.abs(unweighted.predict_proba(X) - expected).max() > 1e-4
 
 
 def test_a_timeout_ends_after_the_running_epoch(iris):

@@ -21,7 +21,8 @@ engine/batches engine/network engine/backprop engine/vmap engine/train engine/st
 engine/out_of_memory engine/rung engine/plan engine/workers engine/logistic engine/quadratic engine/newton
 engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
-hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
+hypergradients/guard hypergradients/held_out
+hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
@@ -34,10 +35,10 @@ callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callba
 options model_choice progress interrupting problem again refit study_meta wanted
 methods/context methods/resuming methods/frozen methods/company methods/rungs methods/full methods/halving
 methods/median methods/descent methods/sampling pipeline
-sklearn/words sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp sklearn/logistic
-sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
+sklearn/words sklearn/foreign sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp
+sklearn/logistic sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
 sklearn/held_out sklearn/asking sklearn/search_file sklearn/running sklearn/search sklearn/nested
-sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/hypergradient
+sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/descended_loss sklearn/hypergradient
 analysis/scores analysis/parameters analysis/importance analysis/curves analysis/descents
 plots/canvas plots/history plots/curves plots/slices plots/parallel plots/importance plots/contour plots/path
 report/trials report/held_out report/closing report/predicting report/exporting report/places report/tuning

@@ -30,6 +30,11 @@ def differentiate_minimum(
     the problem is not that convex one, DivergedError where it has no minimum that could be reached.
     """
     C = _checked(module, loss, hyperparameters)
+    if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
+        raise InputError(
+            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or y; make them with "
+            "torch.from_numpy or torch.as_tensor."
+        )
     x, y = (torch.cat(parts) for parts in zip(*batches))
     rows = torch.cat([x, valid[0]]).double()
     codes = _codes(torch.cat([y, valid[1]]), module)

@@ -1,5 +1,6 @@
 """A user's module, loss and minibatches as one member of an inner training."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from gputune.errors import InputError
 from gputune.hypergradients.curvature import nodes
 from gputune.hypergradients.inner import Clock
 from gputune.types import Params
+
+_WHOLE_NUMBERS = re.compile("not implemented for '(Long|Int|Short|Char|Byte|Bool)'")  # as torch says it
 
 Loss = Callable[[Any, Any], Tensor]
 Pair = tuple[Any, Any]
@@ -65,13 +68,22 @@ class ModuleTraining:
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
         try:
             loss = functional_call(self.objective, state, (_normal(x), _normal(y)))
-        except (torch.OutOfMemoryError, NotImplementedError):
+        except torch.OutOfMemoryError:
             raise
+        except NotImplementedError as error:
+            if not _WHOLE_NUMBERS.search(str(error)):
+                raise
+            raise InputError(
+                f"{name}: the module or the loss computes with whole numbers ({error}). It is called as "
+                "loss(module(x), y): check the order of its arguments, and that x is of floats."
+            ) from error
         except (RuntimeError, TypeError, IndexError) as error:
             text = str(error).split("\n")[0]
+            remedy = "Check the shapes and dtypes of x and y."
+            if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
+                remedy = "Make x and y tensors with torch.from_numpy."
             raise InputError(
-                f"{name}: the module or the loss raised {type(error).__name__}: {text}. Check the shapes and "
-                "dtypes of x and y."
+                f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
             ) from error
         for key, before in self.buffers.items():  # the call leaves in ``state`` what the module has put there
             after = state[f"module.{key}"]

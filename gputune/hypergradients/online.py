@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
@@ -43,6 +43,11 @@ class _Online(Optimizer):
     """
 
     def __init__(self, params: ParamsT, **defaults: Any) -> None:
+        groups = params if isinstance(params, list | tuple) else [params]
+        if any(isinstance(g.get("params") if isinstance(g, dict) else g, nn.Module) for g in groups):
+            raise InputError(
+                f"params must be the parameters of a module, got a module: {type(self).__name__}(module.parameters())."
+            )
         super().__init__(params, {**defaults, "grad_norm": 0.0})
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.arguments import hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import has_coordinate
+from gputune.hypergradients.held_out import check_classes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
 from gputune.methods.context import Context, does_not_fit
@@ -54,9 +55,16 @@ def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...
     return ("C",)
 
 
-def check_descent(method: Hypergradient, trials: Sequence[Candidate], context: Context) -> None:
-    """Raise InputError where these starts cannot descend, before anything is kept or trained."""
+def check_descent(
+    method: Hypergradient, trials: Sequence[Candidate], context: Context, labels: np.ndarray | None
+) -> None:
+    """Raise InputError where these starts cannot descend, before anything is kept or trained.
+
+    ``labels`` are those of the target's classes, None for a regression.
+    """
     names = searched_names(method, context.choice)
+    if labels is not None:
+        _check_folds(labels.tolist(), context)
     configs = {c.number: _complete(c.params, context) for c in trials}
     _check_starts(configs, names, context)
     if not context.choice.solved:
@@ -77,10 +85,10 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
     known = {c.origin: c for c in ledger.candidates}
     points = {c.number: c for c in starts}  # of each start that still descends, where it stands
     outer = method.outer_steps
-    most = len(starts) * (outer + 1)
+    most, plural = len(starts) * (outer + 1), "" if len(starts) == 1 else "s"
     context.progress.say(
-        f"descent: {len(starts)} starts x at most {outer + 1} points = {most} trainings at most, each in all folds and "
-        f"with derivatives; fewer with a smaller n_trials ({len(starts)} starts now)"
+        f"descent: {len(starts)} start{plural} x at most {outer + 1} points = {most} trainings "
+        "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
     )
     with context.progress.bar_over(most - len(ledger.results), context.epochs):
         for step in range(outer + 1):
@@ -258,3 +266,13 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                     f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters, and leave out the "
                     "default configuration (include_default=False, --no-default) where it is the one."
                 )
+
+
+def _check_folds(labels: Sequence[Any], context: Context) -> None:
+    """Refuse a fold that holds out a class on which it does not train."""
+    data = context.data
+    if data.present is None:
+        return
+    for number, fold in enumerate(data.folds):
+        valid = [labels[code] for code in data.target[fold.valid].tolist()]
+        check_classes(number, valid, [labels[code] for code in data.present[number].nonzero()])

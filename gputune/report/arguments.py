@@ -87,7 +87,11 @@ def _add_search(group: Any) -> None:
         action="store_false",
         help="do not run the default configuration, which may lie outside of --space",
     )
-    group.add_argument("--epochs", type=_whole(1), default=50, metavar="E", help="epochs at most (50)")
+    group.add_argument(
+        "--epochs", type=_whole(1), default=50, metavar="E",
+        help="epochs at most (50); with --method hypergradient also what the derivative looks through, so that a short "
+        "training favours small rates",
+    )  # fmt: skip
     group.add_argument(
         "--method", choices=["random", "halving", "median", "hypergradient"], default="random",
         help="halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "

@@ -12,7 +12,7 @@ from gputune.data.table import Table
 from gputune.report.held_out import HeldOut
 from gputune.report.text import clean, count, paragraph
 from gputune.report.trials import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
-from gputune.study.study import Study, TrialState
+from gputune.study.study import Study, Trial, TrialState
 
 BEST = 5
 """Trials in the table."""
@@ -152,7 +152,7 @@ def _descent(study: Study) -> str:
 
 def _best_trials(ending: Ending, width: int) -> str:
     study = ending.study
-    scored = [trial for trial in study.ranking() if math.isfinite(trial.score)]
+    scored = _first_looks([trial for trial in study.ranking() if math.isfinite(trial.score)])
     finished = [trial for trial in scored if trial.state != "pruned"]
     shown = (finished or scored)[:BEST]  # a score that a pruned trial had early is no match for them
     begun = sum(trial.state != "waiting" for trial in study.trials)
@@ -163,6 +163,15 @@ def _best_trials(ending: Ending, width: int) -> str:
     )
     rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ")
     return f"{paragraph(title, width)}\n\n{rows}"
+
+
+def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials without second looks: a start whose slope is noise is measured again where it stands."""
+    seen: dict[str, Trial] = {}
+    for trial in trials:
+        place = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
+        seen.setdefault(repr((place, sorted(trial.params.items()))), trial)
+    return list(seen.values())
 
 
 def _scores(ending: Ending, width: int) -> str:

@@ -78,7 +78,7 @@ def _to_the_end(
     study_file = Path(again.options.study)
     with _kept(study_file):
         try:
-            study = search(again.choice, again.source, again.options, (CTRL_C, TERMINATED))
+            study = search(again.choice, again.source, again.options, (CTRL_C, TERMINATED), say_notes=False)
         except SearchInterrupted as stop:
             seconds = time.perf_counter() - begin
             ending = Ending(file, stop.study, again.source, None, study_file, model_folder, seconds)

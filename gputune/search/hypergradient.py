@@ -21,6 +21,8 @@ from gputune.types import Config
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises
 _HITS = 2  # chaotic points of a start after which its slopes come from wide finite differences
 
+FIRST_STEP, FIRST_OF_SEVERAL = 1.5, 1.0  # in the coordinate, of one value and of several
+
 Table = np.ndarray  # (S, L)
 Bounds = Mapping[str, tuple[float, float]]
 
@@ -64,12 +66,21 @@ class Hypergradient:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"Hypergradient({name}=...) must be an integer >= 1, got {value!r}.")
+        if not isinstance(self.per_layer, bool):
+            raise InputError(f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}.")
         if self.step not in ("sign", "normalized"):
             raise InputError(f"Hypergradient(step=...) must be 'sign' or 'normalized', got {self.step!r}.")
         for name in ("first_step", "smallest_step"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise InputError(f"Hypergradient({name}=...) must be a finite number > 0, got {value!r}.")
+        several = len(names) > 1 or self.segments > 1 or self.per_layer
+        first = self.first_step or (FIRST_OF_SEVERAL if several else FIRST_STEP)
+        if self.smallest_step > first:
+            raise InputError(
+                "Hypergradient(smallest_step=...) must be at most the first step, or no start moves twice, got "
+                f"smallest_step={self.smallest_step:g} and a first step of {first:g}. For example smallest_step=0.05."
+            )
 
 
 @dataclass(frozen=True)
@@ -184,7 +195,7 @@ class Descent:
 
     def _begin(self, slope: Slope) -> None:
         number = sum(table.size for table in slope.slopes.values())
-        first = self.method.first_step or (1.5 if number == 1 else 1.0)
+        first = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
         self.length = first
         for name, table in slope.slopes.items():
             self.steps[name] = np.full(table.shape, first)

@@ -23,6 +23,13 @@ RandomState = int | np.random.RandomState | None
 
 Origin = Literal["default", "include", "random"]
 
+_TAKERS: Mapping[str, tuple[str, ...]] = {
+    "momentum": ("sgd", "nesterov", "sgdhd", "nesterovhd"),
+    "hypergrad_lr": ONLINE,
+    "hypergrad_rule": ONLINE,
+}
+"""Keys that some optimizers take, and the others leave aside."""
+
 
 def default_space(
     model: Literal["mlp", "logistic", "module"], optimizer: str
@@ -141,7 +148,7 @@ def remarks(
     include_default: bool,
     defaults: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """Return the sentences, if any, that tell the user once why ``trials`` are fewer than was asked for."""
+    """Return the sentences, if any, that tell the user once what of the call the ``trials`` do not do."""
     said = []
     missing = _missing(_fixed(space), space, defaults)
     if include_default and missing:
@@ -152,6 +159,7 @@ def remarks(
             said.append(
                 f"Trial {outside[0].number} is the default configuration, whose {key}={value!r} is not in the space."
             )
+    said += _without_effect(trials, str(defaults["optimizer"]))
     n_draws, n_random = _n_draws(space, n_trials), _n_random(trials)
     if n_draws < n_trials:
         said.append(
@@ -162,6 +170,19 @@ def remarks(
             f"{n_trials - n_random} of {n_trials} drawn configurations repeat another one and are not run again."
         )
     return tuple(said)
+
+
+def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
+    """Return what to say of keys that trials have, and no optimizer of theirs."""
+    said = []
+    for key, takers in _TAKERS.items():
+        used = {t.params.get("optimizer", optimizer) for t in trials if key in t.params}
+        if used and used.isdisjoint(takers):
+            said.append(
+                f"{key!r} has no effect: {' and '.join(sorted(used))} {'has' if len(used) == 1 else 'have'} none; "
+                f"leave it out, or use {', '.join(takers[:-1])} or {takers[-1]}."
+            )
+    return said
 
 
 def _check_n_trials(n_trials: object) -> None:

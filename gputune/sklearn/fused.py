@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from sklearn.utils.validation import _check_sample_weight, validate_data
 
 from gputune.sklearn.dataset import Rows
 from gputune.sklearn.fitting import Place
+from gputune.sklearn.foreign import Foreign, check_constructor
 from gputune.sklearn.words import Fresh, fresh_seed
 
 
@@ -23,6 +24,25 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     A subclass says what its parameters mean (``_recipe``), how recipes are fitted on the rows of folds
     (``_fit_recipes``), and what a fitted one takes over (``_settle``).
     """
+
+    _foreign: ClassVar[Foreign] = Foreign()
+
+    def __new__(cls, *args: Any, **params: Any) -> Self:
+        """Refuse what the constructor does not know in words that help."""
+        del args
+        check_constructor(cls, params, cls._foreign)
+        made: Self = super().__new__(cls)
+        return made
+
+    def set_params(self, **params: Any) -> Self:
+        """Set parameters and return the estimator; raises InputError for one that has no counterpart here."""
+        self._foreign.check_names(type(self), params)
+        super().set_params(**params)
+        return self
+
+    def _ours(self) -> dict[str, Any]:
+        """Return the parameters that mean something; raises InputError for a value that has no counterpart here."""
+        return self._foreign.ours(self.get_params(deep=False), type(self).__name__)
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit on the rows X (n, D) with targets y (n,); ``sample_weight`` (n,) is each row's weight in the loss.

@@ -61,10 +61,11 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
     ...) are scikit-learn's. The best candidate is trained anew on all rows, for as many epochs as the last rung has.
 
     estimator      one of gputune's that train, or a Pipeline that ends in one
-    resource       "max_epochs", or "max_iter" where a script calls it so; in a pipeline the name of the step may be
-                   left out. With another resource, as "n_samples", every rung trains anew
-    max_resources  epochs of the last rung at most; "auto" is the estimator's own max_epochs
-    min_resources  epochs of the first rung; "smallest" is 1
+    resource       "auto" is "max_epochs" where the estimator trains, and for any other one "n_samples", the default of
+                   scikit-learn; or "max_epochs", "max_iter" where a script calls it so (in a pipeline the name of
+                   the step may be left out). With another resource, as "n_samples", every rung trains anew
+    max_resources  epochs of the last rung at most; "auto" is the estimator's own max_epochs, or the number of rows
+    min_resources  epochs of the first rung; "smallest" is 1, or for rows what scikit-learn says
     device         where candidates train; "auto" leaves it to the estimator's own ``device``
     n_jobs         accepted, and without effect
 
@@ -88,7 +89,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         *,
         n_candidates: int | str = "exhaust",
         factor: float = 3,
-        resource: str = "max_epochs",
+        resource: str = "auto",
         max_resources: int | str = "auto",
         min_resources: int | str = "smallest",
         aggressive_elimination: bool = False,
@@ -123,23 +124,25 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         self.device = device
 
     def _lent(self, *, together: bool) -> dict[str, Any]:
-        lent: dict[str, Any] = super()._lent(together=together)
         prefix, last = last_step(self.estimator)
-        word = str(self.resource).removeprefix(prefix)
-        if not (together and word in _WORDS and isinstance(last, TrainedEstimator)):
-            return lent
+        trains, word = isinstance(last, TrainedEstimator), str(self.resource).removeprefix(prefix)
+        if word == "auto":
+            word = _WORDS[0] if trains else "n_samples"
+        lent: dict[str, Any] = super()._lent(together=together)
+        if not (trains and word in _WORDS):
+            return lent | ({"resource": word} if self.resource == "auto" else {})
         lent["resource"] = prefix + word
         if isinstance(self.max_resources, str) and self.max_resources == "auto":
             lent["max_resources"] = _own_epochs(last)
         # What the estimator says itself would contradict a rung's number in the other word.
         other = {prefix + name: None for name in _WORDS if name != word and name in last.get_params()}
-        lent["estimator"] = clone(lent["estimator"]).set_params(**other)
+        lent["estimator"] = clone(lent.get("estimator", self.estimator)).set_params(**other)
         return lent
 
     def _make_run(self, given: Trained | None, X: Any, y: Any) -> Run:
         run = super()._make_run(given, X, y)
         prefix, last = last_step(self.estimator)
-        if self.resource.removeprefix(prefix) not in _WORDS or not isinstance(last, TrainedEstimator):
+        if str(self.resource).removeprefix(prefix) not in _WORDS or not isinstance(last, TrainedEstimator):
             return run
         return HalvingRun(run.estimator, run.cv, resource=self.resource, horizon=self.max_resources)
 

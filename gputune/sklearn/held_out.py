@@ -7,6 +7,7 @@ import numpy as np
 from sklearn.base import clone
 
 from gputune.errors import InputError
+from gputune.hypergradients.held_out import check_classes
 from gputune.sklearn.dataset import Rows
 from gputune.sklearn.fused import check_rows
 from gputune.sklearn.layout import Part, form
@@ -45,13 +46,12 @@ def check_held_out(fits: Sequence[Fit]) -> None:
         seen.add((fit.fold, id(train)))
         if len(valid.index) == 0:
             raise InputError(f"cv: fold {fit.fold} has no validation rows to descend on; give it some.")
-        if lacking := _classes(valid, weighing=False) - _classes(train, weighing=True):
-            weighing = "" if train.rows.weights is None else " with sample_weight above 0"
-            raise InputError(
-                f"cv: the validation rows of fold {fit.fold} have class {sorted(lacking)[0]!r}, of which it has no "
-                f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
-                "fewer of them, or leave the class out."
-            )
+        check_classes(
+            fit.fold,
+            _classes(valid, weighing=False),
+            _classes(train, weighing=True),
+            weighed=train.rows.weights is not None,
+        )
 
 
 def _classes(part: Part, *, weighing: bool) -> set[Any]:

@@ -12,6 +12,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import InputError
 from gputune.search.hypergradient import Hypergradient
+from gputune.sklearn.descended_loss import neg_log_loss
 from gputune.sklearn.descending import Descended, DescentRun
 from gputune.sklearn.moving import moved_names
 from gputune.sklearn.running import Run, Trained
@@ -37,16 +38,16 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
                      all move along the slope, by a length divided by ten when the loss rises
     first_step       length of the first step in the logarithm; None: 1.5 for one value, 1.0 for several
     smallest_step    a start whose steps are all shorter has ended
-    scoring          None is the loss that is descended: "neg_log_loss", for a regressor "neg_mean_squared_error"; the
-                     method ``score`` is then the estimator's own, as in every search of scikit-learn.
-                     Any other one ranks the points, and does not move them.
+    scoring          None is the loss that is descended: the negative log loss, also on folds whose validation rows lack
+                     a class, for a regressor "neg_mean_squared_error"; the method ``score`` is then the estimator's
+                     own, as in every search of scikit-learn. Any other one ranks the points, and does not move them.
     device, study, timeout, n_jobs   as in gputune's RandomizedSearchCV; after ``timeout`` seconds no start moves on
 
     A point whose training diverges, or whose slope is noise, steps down with its learning rate; after the second time
     its slopes come from wide finite differences. ``mean_fit_time`` is a fit's share of all training, the differentiated
-    one included. The loss is not weighted by ``sample_weight``; training is. Folds are split once. A parameter of an
-    estimator is one number: for schedules and rates of each layer use
-    ``gputune.tune(method=gputune.Hypergradient(...))``.
+    one included. The descended loss is not weighted by ``sample_weight``; training is, and newer releases of
+    scikit-learn weight the scores too. Folds are split once. A parameter of an estimator is one number: for schedules
+    and rates of each layer use ``gputune.tune(method=gputune.Hypergradient(...))``.
 
     Raises InputError, before anything trains, for an estimator that is none of gputune's, a hyperparameter that it or
     its optimizer has not, a start that cannot move, and a fold whose validation rows have a class of their own.
@@ -119,7 +120,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     def _effective_scoring(self) -> Any:
         if self.scoring is not None:
             return self.scoring
-        return "neg_mean_squared_error" if is_regressor(self.estimator) else "neg_log_loss"
+        return "neg_mean_squared_error" if is_regressor(self.estimator) else neg_log_loss
 
     def _lent(self, *, together: bool) -> dict[str, Any]:
         return super()._lent(together=together) | {"scoring": self._effective_scoring()}

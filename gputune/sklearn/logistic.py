@@ -16,6 +16,7 @@ from gputune.errors import InputError
 from gputune.search.config import check_value
 from gputune.sklearn.dataset import Rows
 from gputune.sklearn.fitting import Place
+from gputune.sklearn.foreign import LOGISTIC
 from gputune.sklearn.fused import FusedEstimator
 from gputune.sklearn.solving import Penalty, Solved, solve_members
 from gputune.sklearn.words import Fresh, whole_number
@@ -35,12 +36,15 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
     fit_intercept    False: no intercept
     tol              largest violation of the optimality conditions; scikit-learn's default stops earlier
     max_iter         Newton steps at most; a ConvergenceWarning where they were not enough
-    random_state     takes no part: the solution is unique
+    random_state, solver, warm_start, n_jobs, verbose   take no part: the solution is unique; "liblinear" alone, which
+                     penalises the intercept too, is refused
     device           "auto", "cpu", "cuda", "cuda:1"
 
     After ``fit``: ``coef_`` (K, D) and ``intercept_`` (K,), with K = 1 for two classes, ``classes_``, ``n_iter_`` (1,)
     Newton steps, ``n_features_in_``, ``feature_names_in_``.
     """
+
+    _foreign = LOGISTIC
 
     coef_: NDArray[np.float64]
     intercept_: NDArray[np.float64]
@@ -58,6 +62,10 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         max_iter: int = 100,
         random_state: Any = None,
         device: str = "auto",
+        solver: str | None = None,
+        warm_start: bool = False,
+        n_jobs: int | None = None,
+        verbose: int = 0,
     ) -> None:
         self.C = C
         self.l1_ratio = l1_ratio
@@ -68,6 +76,10 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         self.max_iter = max_iter
         self.random_state = random_state
         self.device = device
+        self.solver = solver
+        self.warm_start = warm_start
+        self.n_jobs = n_jobs
+        self.verbose = verbose
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Return the logit of each class, (n, K); of the second class, (n,), for two classes."""
@@ -97,6 +109,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         return np.asarray(log_softmax(scores, 1))
 
     def _recipe(self, fresh: Fresh) -> Penalty:
+        self._ours()
         C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
         if not (self.class_weight is None or isinstance(self.class_weight, Mapping)) and not (
             isinstance(self.class_weight, str) and self.class_weight == "balanced"

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+from gputune.sklearn.foreign import MLP
 from gputune.sklearn.trained import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.words import Fresh, Recipe, mlp_recipe
 
 
 class _MLP(TrainedEstimator):
     """The constructor of both."""
+
+    _foreign = MLP
 
     def __init__(
         self,
@@ -30,6 +33,11 @@ class _MLP(TrainedEstimator):
         alpha: float | None = None,
         random_state: Any = None,
         device: str = "auto",
+        learning_rate: str = "constant",
+        shuffle: bool = True,
+        early_stopping: bool = False,
+        warm_start: bool = False,
+        verbose: Any = False,
     ) -> None:
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
@@ -49,9 +57,14 @@ class _MLP(TrainedEstimator):
         self.alpha = alpha
         self.random_state = random_state
         self.device = device
+        self.learning_rate = learning_rate
+        self.shuffle = shuffle
+        self.early_stopping = early_stopping
+        self.warm_start = warm_start
+        self.verbose = verbose
 
     def _recipe(self, fresh: Fresh) -> Recipe:
-        return mlp_recipe(self.get_params(deep=False), fresh=fresh)
+        return mlp_recipe(self._ours(), fresh=fresh)
 
 
 _PARAMETERS = """
@@ -76,6 +89,10 @@ _PARAMETERS = """
     its L2 penalty: a weight decay of alpha / (weight of a minibatch's rows) in the gradient, with the optimizer
     adam unless another is given. Departures from scikit-learn: the biases decay too, and a short last minibatch decays
     as a whole one. Two words for one thing that differ are an error.
+
+    ``verbose``, ``shuffle=True``, ``early_stopping=False``, ``warm_start=False`` and ``learning_rate="constant"`` are
+    taken as scikit-learn's scripts have them, without effect; other values are refused, and so are ``tol``,
+    ``n_iter_no_change`` and ``validation_fraction``.
 
     Numbers have X's precision on a CPU, single precision on a GPU.
 """

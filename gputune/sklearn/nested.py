@@ -2,16 +2,21 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn import get_config
 from sklearn.base import clone, is_classifier
+from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
 from sklearn.utils import indexable
+from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.metaestimators import _safe_split
+from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
 from gputune.sklearn.asking import shared_rows
@@ -39,7 +44,15 @@ class NestedScores:
     searches: tuple[Any, ...]
 
 
-def nested_cv(search: Any, X: Any, y: Any, *, outer: Any = 5) -> NestedScores:
+def nested_cv(
+    search: Any,
+    X: Any,
+    y: Any,
+    *,
+    outer: Any = 5,
+    groups: Any = None,
+    params: Mapping[str, Any] | None = None,
+) -> NestedScores:
     """Return scores and best parameters of a search in each outer fold, equal to those of the loop by hand.
 
     ``search`` is a RandomizedSearchCV or a GridSearchCV of gputune, ``outer`` a number of folds, a splitter or an
@@ -47,26 +60,65 @@ def nested_cv(search: Any, X: Any, y: Any, *, outer: Any = 5) -> NestedScores:
     fold. Here the inner folds of all outer ones train together; a search with ``random_state=None`` draws other
     candidates in every outer fold, which then train one outer fold after the other. A ``timeout`` is that of all.
 
-    Raises InputError for another search, for one without ``refit``, and for one with a ``study``.
+    ``groups`` (n,) are for the outer splitter, and ``params`` for the search's ``fit``, those with a value a row cut to
+    the training rows, as in ``cross_val_score``: ``params={"sample_weight": w}`` weights the rows, and
+    ``groups=g, params={"groups": g}`` splits inner folds by group too. With scikit-learn's metadata routing enabled,
+    ``params`` go to all that request them, the outer splitter included.
+
+    Raises InputError for another search, for one without ``refit``, for one with a ``study``, and for ``groups`` where
+    metadata routing is enabled.
     """
     _check_search(search)
     X, y = indexable(X, y)
-    splits = list(check_cv(outer, y, classifier=is_classifier(search)).split(X, y))
+    splitter = check_cv(outer, y, classifier=is_classifier(search))
+    metadata = _route(search, splitter, groups, params or {})
+    splits = list(splitter.split(X, y, **metadata.split))
     searches = [clone(search) for _ in splits]
-    rows = [_safe_split(search, X, y, train) for train, _ in splits]
+    trains = [train for train, _ in splits]
+    rows = [(*_safe_split(search, X, y, t), _check_method_params(X, metadata.fit, t)) for t in trains]
     together = why_not_together(search.estimator, getattr(search, search._space_name)) is None
     given: Sequence[Trained | None] = [None] * len(splits)
     if together:
-        given = _train(searches, rows, _parts(searches[0], X, y, [train for train, _ in splits]))
+        given = _train(searches, rows, _parts(searches[0], X, y, metadata.fit, trains))
     for each, trained, train_rows in zip(searches, given, rows):
-        each._fit_given(trained, *train_rows, {})
-    tests = [_safe_split(search, X, y, test, train) for train, test in splits]
+        each._fit_given(trained, *train_rows)
+    scorer = check_scoring(search)  # the search's own score
+    scores = [
+        scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, metadata.score, test))
+        for each, (train, test) in zip(searches, splits)
+    ]
     return NestedScores(
-        scores=np.array([each.score(*test) for each, test in zip(searches, tests)], dtype=np.float64),
+        scores=np.array(scores, dtype=np.float64),
         best_params=tuple(dict(each.best_params_) for each in searches),
         best_scores=np.array([getattr(each, "best_score_", np.nan) for each in searches], dtype=np.float64),
         searches=tuple(searches),
     )
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """What goes to the outer splitter, to the search's ``fit`` and to its ``score``."""
+
+    split: Mapping[str, Any]
+    fit: Mapping[str, Any]
+    score: Mapping[str, Any]
+
+
+def _route(search: Any, splitter: Any, groups: Any, params: Mapping[str, Any]) -> _Metadata:
+    """Return where ``cross_val_score`` would send groups and params."""
+    if not get_config()["enable_metadata_routing"]:
+        return _Metadata({"groups": groups}, params, {})
+    if groups is not None:
+        raise InputError(
+            "nested_cv(groups=...) goes to the outer splitter where metadata routing is off, and it is on: give "
+            "params={'groups': ...}."
+        )
+    to = {callee: MethodMapping().add(caller="fit", callee=callee) for callee in ("split", "fit", "score")}
+    router = MetadataRouter(owner="nested_cv").add(splitter=splitter, method_mapping=to["split"])
+    router.add(estimator=search, method_mapping=to["fit"])
+    router.add(scorer=check_scoring(search), method_mapping=to["score"])
+    routed = process_routing(router, "fit", **params)
+    return _Metadata(routed.splitter.split, routed.estimator.fit, routed.scorer.score)
 
 
 def _check_search(search: Any) -> None:
@@ -86,14 +138,26 @@ def _check_search(search: Any) -> None:
         )
 
 
-def _parts(search: Any, X: Any, y: Any, trains: Sequence[Any]) -> list[Part | None]:
+def _parts(
+    search: Any, X: Any, y: Any, params: Mapping[str, Any], trains: Sequence[Any]
+) -> list[Part | None]:
     """Return the rows of each outer fold as parts of all rows, None where a fold has to be checked by itself."""
-    whole = shared_rows(prepared(search.estimator, search.device), X, y, {})
+    fit_params = _routed_within(search, X, params).estimator.fit
+    whole = shared_rows(prepared(search.estimator, search.device), X, y, fit_params)
     return [None if whole is None else Part(whole.rows, whole.index[np.asarray(train)]) for train in trains]
 
 
+def _routed_within(search: Any, X: Any, params: Mapping[str, Any]) -> Any:
+    """Return what the search sends on of its ``fit``'s params; its ``fit`` says what there is to warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return search._get_routed_params_for_fit(_check_method_params(X, params))
+
+
 def _train(
-    searches: Sequence[Any], rows: Sequence[tuple[Any, Any]], parts: Sequence[Part | None]
+    searches: Sequence[Any],
+    rows: Sequence[tuple[Any, Any, Mapping[str, Any]]],
+    parts: Sequence[Part | None],
 ) -> list[Trained]:
     """Train the candidates of all searches in their inner folds."""
     begin = time.monotonic()
@@ -108,11 +172,13 @@ def _train(
     return [replace(each, seconds=share) for each in asked]
 
 
-def _ask(search: Any, rows: tuple[Any, Any], within: Part | None) -> Trained:
+def _ask(search: Any, rows: tuple[Any, Any, Mapping[str, Any]], within: Part | None) -> Trained:
     """Return what one search asks for, not trained yet."""
-    run = Run(prepared(search.estimator, search.device), search.cv)
-    candidates, splits = search._drawn(), run.split(*rows, {})
-    return Trained(candidates, splits, run.ask(candidates, *rows, splits, within), 0.0)
+    X, y, params = rows
+    routed = _routed_within(search, X, params)
+    run = Run(prepared(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
+    candidates, splits = search._drawn(), run.split(X, y, routed.splitter.split)
+    return Trained(candidates, splits, run.ask(candidates, X, y, splits, within), 0.0)
 
 
 def _numbered(fits: Sequence[Sequence[Fit]]) -> list[Fit]:

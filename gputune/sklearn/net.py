@@ -5,6 +5,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from gputune.sklearn.foreign import NET
 from gputune.sklearn.net_words import net_recipe
 from gputune.sklearn.trained import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.words import Fresh, Recipe
@@ -16,6 +17,7 @@ class _NeuralNet(TrainedEstimator):
     """Parameters of both: those of the constructor, and ``module__*`` for the arguments of the module's class."""
 
     _loss: type[nn.Module]
+    _foreign = NET
 
     def __init__(
         self,
@@ -30,6 +32,8 @@ class _NeuralNet(TrainedEstimator):
         max_epochs: int = 10,
         random_state: Any = None,
         device: str = "auto",
+        train_split: Any = None,
+        verbose: int = 0,
         **module_arguments: Any,
     ) -> None:
         self.module = module
@@ -42,6 +46,8 @@ class _NeuralNet(TrainedEstimator):
         self.max_epochs = max_epochs
         self.random_state = random_state
         self.device = device
+        self.train_split = train_split
+        self.verbose = verbose
         self._module_arguments = module_arguments
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
@@ -69,7 +75,7 @@ class _NeuralNet(TrainedEstimator):
             raise TypeError(
                 f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
             )
-        return net_recipe(self.get_params(deep=False), loss=self._loss, fresh=fresh)
+        return net_recipe(self._ours(), loss=self._loss, fresh=fresh)
 
 
 _PARAMETERS = """
@@ -87,6 +93,8 @@ _PARAMETERS = """
     max_epochs           epochs, always to the last one
     random_state         an integer gives the same numbers again, alone as in a search
     device               "auto", "cpu", "cuda", "cuda:1"
+    train_split          None: no row is held out, and nothing else is taken
+    verbose              taken, and without effect
 
     The module must treat every row by itself: running statistics (BatchNorm) are refused by name. Departures from
     skorch: every row is trained on, none is held out, and numbers have X's precision on a CPU (skorch: single).

@@ -44,6 +44,9 @@ class HandedMemory:
     def __init__(self, memory: Any) -> None:
         self.memory = memory
 
+    def __repr__(self) -> str:
+        return repr(self.memory)
+
     def cache(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """Return the function that fits a transformer, as the search at work wants it."""
         search = conductor.get()

@@ -41,7 +41,7 @@ class FusedSearch:
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
             check_new(self.study)
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
-        if reason is not None:
+        if reason is not None and not isinstance(self.estimator, type):  # which scikit-learn refuses
             self._leave_to_own_loop(reason)
         with _lending(self, self._lent(together=reason is None)):
             run = self._make_run(given, X, y) if reason is None else None

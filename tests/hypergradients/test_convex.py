@@ -90,6 +90,23 @@ def test_another_hyperparameter(hyperparameters):
         differentiate(1.0, hyperparameters=hyperparameters)
 
 
+def test_minibatches_that_are_no_tensors():
+    batches, valid = rows()
+    arrays = [(x.numpy(), y.numpy()) for x, y in batches]
+    for pairs, held in ((arrays, valid), (batches, (valid[0].numpy(), valid[1]))):
+        with pytest.raises(
+            InputError, match="needs tensors, got another kind of x or y; make them with torch.from_"
+        ):
+            gputune.hypergradient(
+                LogisticRegression(2, 3),
+                cross_entropy,
+                pairs,
+                held,
+                hyperparameters={"C": 1.0},
+                optimizer="exact",
+            )
+
+
 def test_what_is_not_that_convex_problem():
     batches, valid = rows()
     common = {"hyperparameters": {"C": 1.0}, "optimizer": "exact"}

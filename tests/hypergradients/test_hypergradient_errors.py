@@ -200,6 +200,22 @@ def test_what_does_not_fit_the_module_is_said_with_the_minibatch():
     refused("valid", *said, valid=(x[:, :3], y))
 
 
+def test_numpy_minibatches_name_their_remedy():
+    (x, y), *_ = data()[0]
+    remedy = "Make x and y tensors with torch.from_numpy."
+    refused("batches[0]", remedy, batches=[(x.numpy(), y.numpy())])
+    refused("batches[0]", remedy, batches=[(x, y.numpy())])
+    refused("valid", remedy, valid=(x.numpy(), y))
+
+
+def test_a_loss_whose_arguments_are_swapped_is_told_so():
+    refused(
+        "batches[0]: the module or the loss computes with whole numbers",
+        "called as loss(module(x), y): check the order of its arguments",
+        loss=lambda y, output: functional.cross_entropy(output, y),
+    )
+
+
 class Complex(nn.Module):
     def __init__(self):
         super().__init__()

@@ -438,6 +438,13 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: [m], lambda m: [{"params": m}]])
+def test_a_module_in_place_of_its_parameters_is_refused(kind, wrap):
+    with pytest.raises(InputError, match=rf"got a module: {kind.__name__}\(module.parameters\(\)\)"):
+        kind(wrap(torch.nn.Linear(2, 1)), lr=0.1)
+
+
+@pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
 @pytest.mark.parametrize(("keys", "message"), ERRORS, ids=lambda value: str(value)[:40])
 def test_bad_values_are_refused(kind, keys, message):
     w = torch.ones(1, requires_grad=True)

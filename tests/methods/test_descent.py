@@ -293,6 +293,25 @@ def test_bad_methods_are_named(iris, method, options, message):
         gputune.tune("mlp", *iris, space=LR, n_trials=1, method=method, **{**FAST, **options})
 
 
+@pytest.mark.filterwarnings("ignore:y has classes with fewer rows than the 3 folds")
+@pytest.mark.parametrize("options", [{}, {"scoring": "neg_log_loss"}])
+@pytest.mark.parametrize("model", ["mlp", "logistic"])
+def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
+    iris, monkeypatch, model, options
+):
+    """Its loss is infinite at every point: no learning rate is to blame."""
+    monkeypatch.setattr(descent, "run_chunks", None)
+    monkeypatch.setattr(descent, "implicit_chunk", None)
+    X, y = iris
+    names = np.array(["a", "b", "c"])[np.where(np.arange(150) == 149, 2, np.minimum(y, 1))]
+    common = {"method": "hypergradient", "n_trials": 1, "cv": 3, "verbose": 0}
+    with pytest.raises(
+        InputError,
+        match="validation rows of fold . have class 'c', of which it has no training row: its log loss",
+    ):
+        gputune.tune(model, X, names, **common, **options)
+
+
 @pytest.mark.parametrize(
     "options", [{"segments": 2}, {"per_layer": True}, {"hyperparameters": "weight_decay"}]
 )

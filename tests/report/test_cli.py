@@ -53,6 +53,15 @@ def test_tune_says_what_it_understood(tuned):
     assert "Note     Column 'id': left out, text with all 48 values distinct." in lines
 
 
+def test_a_note_is_said_once(tmp_path, capsys):
+    table = write_table(tmp_path / "bugs.csv", 40, id=[f"row{i}" for i in range(40)], kind=kinds(40))
+    loud = [word for word in FAST if word != "--quiet"]
+    code, out, err = run("tune", table, "--target", "kind", "--out", tmp_path / "out", *loud)
+    assert code == 0 and (out + err).count("left out, text with all 32 values distinct") == 1
+    gputune.tune("mlp", table, "kind", n_trials=0, max_epochs=1, cv=2, workers=1)  # without a closing text
+    assert "note: Column 'id': left out, text with all 40 values distinct" in capsys.readouterr().err
+
+
 def test_tune_shows_the_best_trials(tuned):
     folder, out = tuned
     study = gputune.Study.open(folder / "out" / "study.db")
@@ -128,8 +137,8 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
     trained = []
     original = tuning.search
 
-    def search(*arguments):
-        study = original(*arguments)
+    def search(*arguments, **options):
+        study = original(*arguments, **options)
         trained.append(study)
         return study
 
@@ -284,7 +293,7 @@ def test_a_search_of_which_every_trial_fails_ends_with_1(tmp_path):
 
 
 def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ValueError("surprise")
 
     monkeypatch.setattr(tuning, "search", broken)
@@ -298,9 +307,9 @@ def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
 def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
     original, out = tuning.search, tmp_path / "o"
 
-    def search(*arguments):
+    def search(*arguments, **options):
         if stop_after:
-            original(*arguments)
+            original(*arguments, **options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tuning, "search", search)

@@ -1,5 +1,6 @@
 """``gputune tune --method hypergradient``: what it takes, what it says, what it leaves."""
 
+import itertools
 import json
 
 import pytest
@@ -101,3 +102,27 @@ def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):
     )  # fmt: skip
     study = gputune.Study.open(tmp_path / "out" / "study.db")
     assert code == 0 and len({trial.origin[0] for trial in study.trials}) == 9
+
+
+def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
+    """A start whose slope is noise is measured again where it stands: a trial of its own, with the same score."""
+    out = tmp_path / "out"
+    code, text, err = run(
+        "tune", "sklearn:iris", "--method", "hypergradient", "--space", "lr=0.03", "width=8", "depth=1",
+        "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3", "--trials", "1", "--no-default",
+        "--workers", "1", "--test-size", "0", "--out", out,
+    )  # fmt: skip
+    assert code == 0 and "descent: 1 start x at most 11 points" in err
+    study = gputune.Study.open(out / "study.db")
+    again = [b.number for a, b in itertools.combinations(study.trials, 2) if a.params == b.params]
+    assert again, "no point was looked at twice: choose another start"
+    table = text[text.index("The best ") :].split("\n\n")[1].split("\n")[1:]
+    shown = [int(row.split()[0]) for row in table if row.split()[0].isdigit()]
+    assert shown == [t.number for t in study.ranking() if t.number not in again][:5]
+
+
+def test_the_epochs_are_said_to_be_what_the_derivative_looks_through():
+    code, text, _ = run("tune", "--help")
+    assert code == 0 and "with --method hypergradient also what the derivative looks through" in " ".join(
+        text.split()
+    )

@@ -214,6 +214,13 @@ def test_a_slope_survives_the_study():
         ({"outer_steps": 0}, "outer_steps=...\\) must be an integer >= 1, got 0"),
         ({"outer_steps": True}, "must be an integer >= 1, got True"),
         ({"segments": 1.5}, "segments=...\\) must be an integer >= 1, got 1.5"),
+        ({"per_layer": "yes"}, "per_layer=...\\) must be True or False, got 'yes'"),
+        (
+            {"first_step": 0.1, "smallest_step": 0.2},
+            "smallest_step=...\\) must be at most the first step, .* smallest_step=0.2 and a first step of 0.1",
+        ),
+        ({"smallest_step": 1.6}, "and a first step of 1.5. For example"),
+        ({"smallest_step": 1.2, "segments": 2}, "smallest_step=1.2 and a first step of 1. For example"),
         ({"step": "adam"}, "must be 'sign' or 'normalized', got 'adam'"),
         ({"first_step": 0}, "first_step=...\\) must be a finite number > 0, got 0"),
         ({"smallest_step": math.inf}, "smallest_step=...\\) must be a finite number > 0, got inf"),

@@ -205,6 +205,20 @@ def test_duplicates_are_dropped_not_redrawn():
     assert said == ("2 of 4 drawn configurations repeat another one and are not run again.",)
 
 
+def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
+    common = {"n_trials": 2, "include_default": False, "defaults": MLP_DEFAULTS}
+    space = checked({"momentum": [0.1, 0.9]})
+    said = remarks(search(space, 2, include_default=False), space, **common)
+    assert said == (
+        "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, sgdhd or nesterovhd.",
+    )
+    mixed = checked({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]})
+    (said,) = remarks(search(mixed, 4, include_default=False), mixed, **common | {"n_trials": 4})
+    assert said.startswith("'momentum' has no effect: adam and adamw have none;")
+    one_takes_it = checked({"momentum": [0.5], "optimizer": ["adam", "sgd"]})
+    assert not remarks(search(one_takes_it, 2, include_default=False), one_takes_it, **common)
+
+
 def test_values_without_a_hash_are_compared_too():
     space = checked({"module__sizes": [[8], [8, 8]], "module__d": [{"a": 1}]}, MODULE, True)
     trials = search(space, 2, include=[{"module__sizes": (8,)}], include_default=False)

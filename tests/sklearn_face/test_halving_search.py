@@ -156,6 +156,37 @@ def test_with_rows_as_the_resource_every_rung_trains_anew():
     assert search.n_resources_ == [18, 54]
 
 
+C_SPACE = {"C": loguniform(1e-2, 1)}
+
+
+@pytest.mark.filterwarnings("ignore:HalvingRandomSearchCV cannot train these candidates together")
+@pytest.mark.parametrize("estimator", [LogisticRegression(), SVC()])
+def test_rows_are_the_resource_of_an_estimator_without_epochs(estimator):
+    options = {"n_candidates": 6, "cv": 3, "random_state": 0}
+    search = HalvingRandomSearchCV(estimator, C_SPACE, **options).fit(X, Y)
+    theirs = scikit_learns.HalvingRandomSearchCV(estimator, C_SPACE, **options).fit(X, Y)
+    assert_same_results(search, theirs)
+    assert search.n_resources_ == theirs.n_resources_ == [18, 54]
+    assert search.get_params()["resource"] == "auto" and clone(search).resource == "auto"
+
+
+class FitsItself(MLPClassifier):
+    """Has a fit of its own, so that scikit-learn's loop fits it."""
+
+    def fit(self, X, y, sample_weight=None):
+        return super().fit(X, y, sample_weight)
+
+
+def test_epochs_are_the_resource_in_scikit_learns_loop_too():
+    pipeline = make_pipeline(StandardScaler(), FitsItself(depth=1, width=8, max_iter=3, random_state=0))
+    with pytest.warns(UserWarning, match="FitsItself has a fit of its own"):
+        search = HalvingRandomSearchCV(
+            pipeline, {"fitsitself__lr": loguniform(1e-3, 1e-1)}, n_candidates=3, cv=2, random_state=0
+        ).fit(X, Y)
+    assert search.n_resources_ == [1, 3] and search.best_params_["fitsitself__max_epochs"] == 3
+    assert search.resource == "auto" and search.estimator is pipeline
+
+
 def test_a_schedule_runs_to_the_end_of_the_last_rung():
     cosine = clone(MLP).set_params(schedule="cosine")
     options = {"n_candidates": 3, "max_resources": 9, "min_resources": 3, "cv": 2, "random_state": 0}
@@ -178,8 +209,12 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
             "part of the searched parameters",
         ),
         (
-            HalvingRandomSearchCV(LogisticRegression(), {"C": [1.0]}, max_resources=9),
+            HalvingRandomSearchCV(LogisticRegression(), {"C": [1.0]}, max_resources=9, resource="max_epochs"),
             "Cannot use resource=max_epochs",
+        ),
+        (
+            HalvingRandomSearchCV(MLP, RATES, resource=None),
+            "The 'resource' parameter of HalvingRandomSearchCV",
         ),
         (HalvingRandomSearchCV(MLP, RATES, device=3), "The 'device' parameter of HalvingRandomSearchCV"),
         (
@@ -195,6 +230,5 @@ def test_mistakes_are_scikit_learns(search, error):
 
 def test_another_estimator_is_left_to_scikit_learn():
     with pytest.warns(UserWarning, match="SVC is none of gputune's estimators"):
-        HalvingRandomSearchCV(
-            SVC(), {"C": loguniform(1e-2, 1)}, resource="n_samples", cv=3, random_state=0
-        ).fit(X, Y)
+        search = HalvingRandomSearchCV(SVC(), C_SPACE, cv=3, random_state=0).fit(X, Y)
+    assert search.max_resources_ == 150

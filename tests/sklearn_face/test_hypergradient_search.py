@@ -1,5 +1,6 @@
 """HypergradientSearchCV: what it evaluates, how it moves, and what it refuses."""
 
+import pickle
 import time
 import warnings
 
@@ -391,6 +392,45 @@ def test_mistakes_are_said_before_anything_trains(monkeypatch, estimator, space,
     monkeypatch.setattr("gputune.sklearn.tape.fit_together", None)
     with pytest.raises(ValueError, match=error):
         descend(estimator, space, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The least populated class in y has only 2 members")
+@pytest.mark.parametrize("estimator", [MLP, LogisticRegression(tol=1e-8)])
+def test_the_loss_holds_on_folds_that_hold_out_no_row_of_a_class(estimator):
+    """scikit-learn's own log loss refuses the fold without the third class; the descended one does not."""
+    labels = np.array(["a", "b", "c"])[np.where(np.arange(150) >= 148, 2, np.minimum(Y, 1))]
+    space = {"C": loguniform(1e-3, 1e2)} if isinstance(estimator, LogisticRegression) else RATES
+    search = descend(estimator, space, y=labels, n_iter=2)
+    results = search.cv_results_
+    scores = np.stack([results[f"split{fold}_test_score"] for fold in range(3)])
+    assert np.isfinite(scores).all() and search.best_score_ == results["mean_test_score"].max()
+    best = clone(estimator).set_params(**search.best_params_)
+    splits = list(model_selection.StratifiedKFold(3).split(X, labels))
+    assert any("c" not in labels[test] for _, test in splits)
+    for fold, (train, test) in enumerate(splits):
+        fitted = clone(best).fit(X[train], labels[train])
+        loss = log_loss(labels[test], fitted.predict_proba(X[test]), labels=["a", "b", "c"])
+        assert scores[fold][search.best_index_] == pytest.approx(-loss, rel=1e-6)
+    again = pickle.loads(pickle.dumps(search))
+    assert (
+        again.scorer_(again, X, labels) == search.scorer_(search, X, labels) and clone(search).scoring is None
+    )
+
+
+def test_the_best_score_is_minus_the_descended_loss(monkeypatch):
+    losses = []
+    slopes_of = descending.slopes_of
+
+    def noting(fits, how):
+        found = slopes_of(fits, how)
+        losses.extend(own.losses.mean() for own in found.values())
+        return found
+
+    monkeypatch.setattr(descending, "slopes_of", noting)
+    search = descend(MLP, {"lr": [1e-3]}, n_iter=1, outer_steps=3)
+    scores = search.cv_results_["mean_test_score"]
+    np.testing.assert_allclose(-scores[: len(losses)], losses, rtol=1e-9)  # the last point needs no slope
+    assert len(losses) >= 3
 
 
 def test_a_class_whose_rows_weigh_nothing_is_lacking():

@@ -1,11 +1,17 @@
 """Nested cross-validation beside the loop by hand."""
 
+import warnings
+
 import numpy as np
 import pytest
+import sklearn
 from scipy.stats import loguniform, randint
 from sklearn import model_selection
+from sklearn.base import clone
 from sklearn.datasets import load_iris
-from sklearn.model_selection import KFold, cross_validate
+from sklearn.exceptions import UnsetMetadataPassedError
+from sklearn.metrics import get_scorer
+from sklearn.model_selection import GroupKFold, KFold, cross_val_score, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -70,6 +76,73 @@ def test_outer_folds_are_any_that_scikit_learn_takes():
     np.testing.assert_allclose(found.scores, model_selection.cross_val_score(search, X, Y, cv=outer))
     again = nested_cv(search, X.tolist(), Y.tolist(), outer=outer.split(X))
     np.testing.assert_array_equal(again.scores, found.scores)
+
+
+GROUPS = np.arange(150) % 7
+WEIGHTS = np.random.default_rng(0).uniform(0.1, 5, 150)
+
+
+@pytest.mark.parametrize("params", [None, {"groups": GROUPS}], ids=["outer", "outer and inner"])
+def test_groups_split_outer_folds_and_as_params_inner_ones(params):
+    outer, inner = GroupKFold(3), 3 if params is None else GroupKFold(4)
+    search = clone(SEARCHES[1]).set_params(cv=inner, scoring="neg_log_loss")
+    found = nested_cv(search, X, Y, outer=outer, groups=GROUPS, params=params)
+    by_hand = cross_validate(
+        search, X, Y, cv=outer, groups=GROUPS, params=params, return_estimator=True, error_score="raise"
+    )
+    np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-8)
+    for mine, theirs in zip(found.searches, by_hand["estimator"]):
+        for name in ("split0_test_score", "mean_test_score"):
+            np.testing.assert_allclose(mine.cv_results_[name], theirs.cv_results_[name], atol=1e-8)
+
+
+@pytest.mark.parametrize("search", SEARCHES[:2], ids=["mlp", "logistic"])
+def test_sample_weight_reaches_every_fit(search, training):
+    search = clone(search).set_params(scoring="neg_log_loss", cv=3)
+    found = nested_cv(search, X, Y, outer=3, params={"sample_weight": WEIGHTS})
+    assert training == [(len(found.searches[0].cv_results_["params"]), 9)]
+    weighted, unweighted = (
+        cross_val_score(search, X, Y, cv=3, params=params) for params in ({"sample_weight": WEIGHTS}, {})
+    )
+    np.testing.assert_allclose(found.scores, weighted, atol=1e-6)
+    assert np.abs(weighted - unweighted).max() > 1e-3
+
+
+def test_params_of_a_pipelines_step_reach_it():
+    search = clone(SEARCHES[2])
+    params = {"mlpclassifier__sample_weight": WEIGHTS}
+    found = nested_cv(search, X, Y, outer=3, params=params)
+    np.testing.assert_allclose(found.scores, cross_val_score(search, X, Y, cv=3, params=params), atol=1e-6)
+
+
+def test_metadata_is_routed_as_in_cross_val_score():
+    with sklearn.config_context(enable_metadata_routing=True):
+        logistic = LogisticRegression().set_fit_request(sample_weight=True)
+        loss = get_scorer("neg_log_loss").set_score_request(sample_weight=True)
+        search = GridSearchCV(logistic, {"C": [0.01, 1.0]}, cv=GroupKFold(4), scoring=loss)
+        params = {"sample_weight": WEIGHTS, "groups": GROUPS}
+        found = nested_cv(search, X, Y, outer=GroupKFold(3), params=params)
+        by_hand = cross_val_score(search, X, Y, cv=GroupKFold(3), params=params, error_score="raise")
+        np.testing.assert_allclose(found.scores, by_hand, atol=1e-8)
+        with pytest.raises(InputError, match="metadata routing is off, and it is on: give params="):
+            nested_cv(search, X, Y, groups=GROUPS)
+        with pytest.raises(UnsetMetadataPassedError, match="sample_weight"):
+            nested_cv(
+                GridSearchCV(LogisticRegression(), {"C": [1.0]}), X, Y, params={"sample_weight": WEIGHTS}
+            )
+
+
+def test_what_a_scorer_cannot_weigh_is_warned_of_once_a_fit():
+    def own(estimator, X, y):
+        return estimator.score(X, y)
+
+    search = GridSearchCV(LogisticRegression(), {"C": [1.0]}, scoring=own, cv=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cross_val_score(search, X, Y, cv=3, params={"sample_weight": WEIGHTS})
+        theirs = len(caught)
+        nested_cv(search, X, Y, outer=3, params={"sample_weight": WEIGHTS})
+    assert len(caught) == 2 * theirs
 
 
 def test_a_search_without_a_seed_draws_anew_in_every_fold(training):

@@ -16,7 +16,7 @@ from sklearn.metrics import get_scorer
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 
-from gputune.sklearn import LogisticRegression, MLPClassifier, RandomizedSearchCV, tape
+from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, RandomizedSearchCV, tape
 from searches import SCORES, assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
@@ -122,6 +122,17 @@ def test_names_and_the_memory_of_the_user(tmp_path):
     assert_same_results(ours, theirs)
     assert ours.best_estimator_.memory.location == memory.location and pipeline.memory is memory
     assert ours.best_estimator_[-1].feature_names_in_.tolist() == list("abcd")
+
+
+@pytest.mark.parametrize("memory", [None, "cache-folder"])
+def test_a_mistake_shows_the_pipeline_as_the_user_wrote_it(memory):
+    pipeline = make_pipeline(StandardScaler(), MLP, memory=memory)
+    messages = []
+    for search in (GridSearchCV, model_selection.GridSearchCV):
+        with pytest.raises(ValueError) as found:
+            search(pipeline, {"mlp__lr": [0.1]}, cv=3).fit(X, Y)
+        messages.append(str(found.value))
+    assert messages[0] == messages[1] and "Invalid parameter 'mlp' for estimator Pipeline" in messages[0]
 
 
 def test_parameters_of_fit_reach_their_steps():

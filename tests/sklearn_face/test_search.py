@@ -2,6 +2,7 @@
 
 import pickle
 import time
+import warnings
 
 import joblib
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.svm import SVC
 from face_modules import Net
 from gputune.sklearn import (
     GridSearchCV,
+    HypergradientSearchCV,
     LogisticRegression,
     MLPClassifier,
     MLPRegressor,
@@ -239,6 +241,21 @@ def test_the_same_mistake_is_the_same_error(wrong, error, training):
             both(search, search, **arguments)
         caught.append(found.type)
     assert caught[0] is caught[1] and training == []
+
+
+@pytest.mark.parametrize("ours", [RandomizedSearchCV, HypergradientSearchCV])
+def test_a_class_in_place_of_an_estimator_is_scikit_learns_error(ours):
+    caught = []
+    for search in (ours, model_selection.RandomizedSearchCV):
+        with (
+            warnings.catch_warnings(record=True) as said,
+            pytest.raises(TypeError, match="instance") as found,
+        ):
+            warnings.simplefilter("always")
+            search(MLPClassifier, RATES).fit(X, Y)
+        caught.append(str(found.value))
+        assert not any("one by one" in str(warning.message) for warning in said)
+    assert caught[0] == caught[1]
 
 
 @pytest.mark.parametrize(

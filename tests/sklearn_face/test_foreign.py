@@ -1,0 +1,131 @@
+"""Words that scripts of scikit-learn and skorch have: taken where they change nothing, refused with what to do."""
+
+import numpy as np
+import pytest
+from sklearn import linear_model, neural_network
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+
+from face_modules import Net
+from gputune.errors import InputError
+from gputune.sklearn import (
+    GridSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+    NeuralNetRegressor,
+)
+
+X, Y = load_iris(return_X_y=True)
+
+
+def mlp(**params):
+    return MLPClassifier((8,), max_iter=2, random_state=0, **params)
+
+
+def net(**params):
+    return NeuralNetClassifier(Net, max_epochs=2, random_state=0, **params)
+
+
+@pytest.mark.parametrize(
+    ("make", "harmless"),
+    [
+        (mlp, {"verbose": 10, "shuffle": True, "early_stopping": False, "warm_start": False}),
+        (mlp, {"learning_rate": "constant", "verbose": True, "shuffle": np.True_}),
+        (LogisticRegression, {"solver": "lbfgs", "n_jobs": -1, "verbose": 1, "warm_start": True}),
+        (LogisticRegression, {"solver": "saga"}),
+        (net, {"verbose": 1, "train_split": None}),
+        (net, {"train_split": False}),
+    ],
+)
+def test_words_that_change_nothing_are_taken(make, harmless):
+    plain, said = make().fit(X, Y), make(**harmless).fit(X, Y)
+    np.testing.assert_array_equal(said.predict_proba(X), plain.predict_proba(X))
+    assert {name: clone(said).get_params()[name] for name in harmless} == harmless
+
+
+@pytest.mark.parametrize(
+    ("make", "params", "error"),
+    [
+        (mlp, {"early_stopping": True}, "MLPClassifier has no early_stopping=True: training always goes to the last"),
+        (mlp, {"shuffle": False}, "no shuffle=False: rows are shuffled anew in every epoch; leave it True"),
+        (mlp, {"warm_start": True}, "no warm_start=True: fit always begins anew; leave it False"),
+        (mlp, {"learning_rate": "adaptive"}, "no learning_rate='adaptive': use schedule='cosine', or an optimizer"),
+        (LogisticRegression, {"solver": "liblinear"}, "no solver='liblinear': the objective .* penalises the inter"),
+        (LogisticRegression, {"solver": "newton"}, "LogisticRegression has no solver='newton'"),
+        (net, {"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
+    ],
+)  # fmt: skip
+def test_values_that_would_change_the_result_are_refused(make, params, error):
+    estimator = make(**params)  # as everywhere in scikit-learn, ``fit`` is who looks
+    with pytest.raises(InputError, match=error):
+        estimator.fit(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "error"),
+    [
+        (MLPClassifier, "tol", "MLPClassifier has no parameter 'tol': training always goes to the last epoch"),
+        (MLPRegressor, "n_iter_no_change", "MLPRegressor has no parameter 'n_iter_no_change': training always"),
+        (MLPClassifier, "validation_fraction", "leave it out and search max_iter, or use HalvingRandomSearchCV"),
+        (MLPClassifier, "power_t", "there is no learning_rate='invscaling'"),
+        (MLPClassifier, "nesterovs_momentum", "optimizer='nesterov' has it"),
+        (MLPClassifier, "beta_1", "adam has 0.9, 0.999 and 1e-8; leave it out"),
+        (MLPClassifier, "beta_2", "leave it out"),
+        (MLPClassifier, "epsilon", "leave it out"),
+        (MLPClassifier, "max_fun", "there is no solver='lbfgs'"),
+        (MLPRegressor, "loss", "the squared error; leave it out"),
+        (LogisticRegression, "dual", "the objective has one solution"),
+        (LogisticRegression, "intercept_scaling", "the intercept is not penalised"),
+        (LogisticRegression, "multi_class", r"one softmax; leave it out, or use sklearn.multiclass"),
+        (NeuralNetClassifier, "callbacks", "there are none; for a schedule"),
+        (NeuralNetClassifier, "warm_start", "fit always begins anew; train longer with max_epochs"),
+        (NeuralNetRegressor, "iterator_train__shuffle", "NeuralNetRegressor has no parameter 'iterator_tr"),
+        (NeuralNetClassifier, "optimizer__lr", "give lr"),
+        (NeuralNetClassifier, "optimizer__nesterov", "give optimizer='nesterov'"),
+    ],
+)  # fmt: skip
+def test_words_without_a_counterpart_are_refused(kind, name, error):
+    first = [Net] if "NeuralNet" in kind.__name__ else []
+    with pytest.raises(InputError, match=error):
+        kind(*first, **{name: 1})
+    with pytest.raises(InputError, match=error):
+        kind(*first).set_params(**{name: 1})
+
+
+def test_a_search_over_such_a_word_says_so():
+    with pytest.raises(InputError, match="MLPClassifier has no parameter 'tol'"):
+        GridSearchCV(mlp(), {"tol": [1e-3, 1e-4]}, cv=2).fit(X, Y)
+
+
+def test_every_parameter_of_scikit_learns_is_ours_or_refused():
+    pairs = [
+        (MLPClassifier, neural_network.MLPClassifier),
+        (MLPRegressor, neural_network.MLPRegressor),
+        (LogisticRegression, linear_model.LogisticRegression),
+    ]
+    for ours, theirs in pairs:
+        known = {*ours().get_params(), *ours._foreign.refused}
+        assert set(theirs().get_params()) <= known
+
+
+def test_a_misspelt_parameter_is_named_as_of_the_class():
+    with pytest.raises(TypeError, match=r"^MLPClassifier has no parameter 'widht'. Did you mean 'width'\?$"):
+        MLPClassifier(widht=3)
+    with pytest.raises(TypeError, match=r"^LogisticRegression has no parameter 'ftrs'.$"):
+        LogisticRegression(ftrs=3)
+
+
+class Wider(MLPClassifier):
+    """A user's estimator, with a constructor of its own."""
+
+    def __init__(self, factor=1, tol=0.1):
+        super().__init__(width=8 * factor, max_epochs=1)
+        self.factor, self.tol = factor, tol
+
+
+def test_a_subclass_may_have_words_of_its_own():
+    assert Wider(factor=2, tol=1.0).set_params(tol=0.5).width == 16
+    with pytest.raises(TypeError, match="Wider has no parameter 'lr'"):
+        Wider(lr=1.0)
