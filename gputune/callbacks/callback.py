@@ -27,7 +27,7 @@ class Callback:
         """
 
     def on_trials_end(self, trials: Study) -> None:
-        """Called with each batch of trials that is finished, as a study of its own: their ``trials`` and ``curves``."""
+        """Called with each batch of trials that this process has finished, as a study: ``trials``, ``curves``."""
 
     def on_study_end(self, study: Study) -> None:
         """Called once at the end, also after an error or Ctrl-C; ``study`` has everything that is finished."""
