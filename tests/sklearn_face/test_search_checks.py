@@ -1,7 +1,6 @@
 """scikit-learn's own checks of the searches, all of them: no excusing tags, no expected failures."""
 
 import pytest
-from scipy.stats import loguniform
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import get_tags
@@ -20,7 +19,7 @@ from gputune.sklearn import (
 CLASSIFIER = MLPClassifier(width=16, depth=1, max_epochs=40, random_state=0)
 REGRESSOR = MLPRegressor(width=16, depth=1, max_epochs=40, random_state=0)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression())
-RATES = {"lr": loguniform(0.01, 0.05)}
+RATES = {"lr": [0.01, 0.02, 0.05]}  # no distribution, whose address would be in the names of the tests
 SEARCHES = [
     RandomizedSearchCV(CLASSIFIER, RATES, n_iter=2, cv=2, random_state=0),
     RandomizedSearchCV(REGRESSOR, RATES, n_iter=2, cv=2, random_state=0),
