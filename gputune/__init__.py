@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gputune.errors import (
+    ClusterError,
     DivergedError,
     InputError,
     SearchFailedError,
@@ -16,6 +17,7 @@ from gputune.errors import (
 from gputune.version import __version__
 
 if TYPE_CHECKING:
+    from gputune.engine.ray_connection import Ray
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.pipeline import tune
     from gputune.search.distributions import log_int
@@ -26,10 +28,12 @@ if TYPE_CHECKING:
     from gputune.study.study import Study, Trial
 
 __all__ = [
+    "ClusterError",
     "DivergedError",
     "Halving",
     "Hypergradient",
     "InputError",
+    "Ray",
     "SearchFailedError",
     "Study",
     "StudyCorruptError",
@@ -46,6 +50,7 @@ __all__ = [
 _HOMES = {
     "Halving": "gputune.search.halving",
     "Hypergradient": "gputune.search.hypergradient",
+    "Ray": "gputune.engine.ray_connection",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",

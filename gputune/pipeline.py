@@ -3,6 +3,7 @@
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import digest_of, fingerprint
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
+from gputune.engine.ray_connection import Ray, ray_cluster
+from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
 from gputune.errors import InputError, SearchFailedError
 from gputune.methods.context import Context
@@ -64,7 +67,7 @@ def tune(
     device: str = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     memory: int | str | None = None,
-    workers: int | Literal["auto"] = "auto",
+    workers: int | Literal["auto", "ray"] | Ray = "auto",
     random_state: Any = 0,
     verbose: int = 1,
 ) -> Study:
@@ -96,7 +99,8 @@ def tune(
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
-    workers      processes on a CPU; "auto" uses the cores where the work repays their start
+    workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
+                 ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
     random_state seed of candidates, folds, row order, starts and dropout
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
 
@@ -125,26 +129,45 @@ def search(choice: ModelChoice, source: Source, options: Options) -> Study:
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
     )
-    data, _ = problem.dataset(folds, options, choice)
+    data, _ = problem.dataset(folds, _data_options(options), choice)
     check_folds(scoring, data)
     wanted = _wanted(space, choice, options)
-    context = Context(data, scoring, choice, options, deadline, progress)
-    context.check_module(wanted[0].params)
-    _check_method(wanted, context)
-    _say_what_was_understood(problem, choice, progress)
-    meta = _meta(choice, problem, options, scoring, data, space)
-    meta["arguments"] = stored_arguments(options, source, space, folds)
-    with open_ledger(options.study, meta) as ledger:
-        if not isinstance(options.method, str):
-            ledger.decide_alone(method_name(options.method))
-        _add_trials(ledger, wanted, space, options)
-        _say_remarks(ledger, space, choice, options, progress)
-        _run(ledger, space, context)
+    with _cluster(options, choice) as cluster:
+        context = Context(data, scoring, choice, options, deadline, progress, cluster)
+        context.check_module(wanted[0].params)
+        _check_method(wanted, context)
+        _say_what_was_understood(problem, choice, progress)
+        meta = _meta(choice, problem, options, scoring, data, space)
+        meta["device"] = str(data.device) if cluster is None else cluster.device
+        meta["arguments"] = stored_arguments(options, source, space, folds)
+        with open_ledger(options.study, meta) as ledger:
+            if not isinstance(options.method, str):
+                ledger.decide_alone(method_name(options.method))
+            _add_trials(ledger, wanted, space, options)
+            _say_remarks(ledger, space, choice, options, progress)
+            _run(ledger, space, context)
     path = None if options.study is None else Path(options.study)
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, options), path=path)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
+
+
+def _data_options(options: Options) -> Options:
+    """Return the options for the data: on its way to a cluster it lies in main memory."""
+    return replace(options, workers=1, device="cpu") if isinstance(options.workers, Ray) else options
+
+
+def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[RayCluster | None]:
+    """Connect to the cluster that was asked for, if one was."""
+    if not isinstance(options.workers, Ray):
+        return nullcontext()
+    if choice.solved:
+        raise InputError(
+            "workers='ray': the logistic regression solved with optimizer='exact' is a batched solve of seconds on "
+            "this machine; leave workers (--ray) out, or train it with optimizer='adamw'."
+        )
+    return ray_cluster(options.workers, device=options.device)
 
 
 def _check_method(wanted: Sequence[Candidate], context: Context) -> None:
@@ -289,7 +312,6 @@ def _meta(
         "max_epochs": 1 if choice.solved else options.max_epochs,
         "seed": options.random_state,
         "dtype": str(data.dtype).removeprefix("torch."),
-        "device": str(data.device),
         "versions": {
             "gputune": __version__,
             "torch": torch.__version__,

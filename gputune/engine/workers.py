@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cloudpickle
 import joblib
@@ -35,6 +35,15 @@ Claim = Callable[[Population], bool]
 """Asked, from any thread, before a chunk begins: whether this process may train it."""
 
 
+class Cluster(Protocol):
+    """Other machines, which train the chunks of a plan."""
+
+    def run_chunks(
+        self, job: Job, data: Dataset, plan: Plan, *, progress: Progress, on_outcome: OnOutcome, claim: Claim
+    ) -> None:
+        """Train the chunks; ``on_outcome`` is called here, in this process, for each one done."""
+
+
 def run_chunks(
     job: Job,
     data: Dataset,
@@ -43,11 +52,15 @@ def run_chunks(
     progress: Progress,
     on_outcome: OnOutcome,
     claim: Claim = lambda chunk: True,
+    cluster: Cluster | None = None,
 ) -> None:
     """Train the chunks of a plan; ``on_outcome`` is called here, in this process, for each one done.
 
-    A chunk that ``claim`` refuses is passed over: another process has it.
+    A chunk that ``claim`` refuses is passed over: another process has it. A ``cluster`` trains all of them.
     """
+    if cluster is not None:
+        cluster.run_chunks(job, data, plan, progress=progress, on_outcome=on_outcome, claim=claim)
+        return
     with computing(plan.threads):
         if plan.workers == 1:
             begun = False
@@ -66,7 +79,7 @@ def _run_with_workers(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
-        joblib.dump(_to_arrays(data), path)
+        joblib.dump(to_arrays(data), path)
         queue = _Queue(job, str(path), plan.chunks, plan.workers - 1, claim)
 
         def collect(outcomes: Iterator[Outcome]) -> None:
@@ -90,7 +103,7 @@ class _Queue:
     """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
 
     def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int, claim: Claim) -> None:
-        self.job, self.packed, self.path, self.claim = job, _packed(job), path, claim
+        self.job, self.packed, self.path, self.claim = job, packed(job), path, claim
         self.waiting = deque(chunks)
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
@@ -149,15 +162,17 @@ class _Queue:
         self.executor.shutdown(wait=False, kill_workers=True)
 
 
-def _packed(job: Job) -> bytes:
-    """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code."""
+def packed(job: Job, *, here: bool = True) -> bytes:
+    """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code.
+
+    A worker on another machine (``here`` false) could import what is installed, and nothing else.
+    """
+    known = _importable if here else _installed
     scorer = None if job.scoring is None else job.scoring.scorer
     modules = {
         sys.modules.get(getattr(value, "__module__", None) or "") for value in (job.module_class, scorer)
     }
-    hidden = [
-        m for m in modules if m is not None and m.__name__ != "__main__" and not _importable(m.__name__)
-    ]
+    hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
     for module in hidden:
         cloudpickle.register_pickle_by_value(module)
     try:
@@ -179,6 +194,15 @@ def _importable(name: str) -> bool:
     return True
 
 
+def _installed(name: str) -> bool:
+    """Whether a module belongs to Python, to gputune, or to a package that was installed."""
+    top = name.partition(".")[0]
+    if top == "gputune" or top in sys.stdlib_module_names or top in sys.builtin_module_names:
+        return True
+    parts = Path(getattr(sys.modules[name], "__file__", None) or "").parts
+    return not {"site-packages", "dist-packages"}.isdisjoint(parts)
+
+
 def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome:
     with computing(1):
         job: Job = pickle.loads(packed)
@@ -188,7 +212,7 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcome:
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> Dataset:
     # copy-on-write: torch wants arrays that could be written, and nobody writes to them
-    found: Dataset = _to_tensors(joblib.load(path, mmap_mode="c"))
+    found: Dataset = to_tensors(joblib.load(path, mmap_mode="c"))
     return found
 
 
@@ -219,24 +243,24 @@ def on_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _to_arrays(value: Any) -> Any:
+def to_arrays(value: Any) -> Any:
     """Datasets and folds as dicts, tensors as arrays, so that joblib can map them."""
     if isinstance(value, torch.Tensor):
         return value.numpy()
     if isinstance(value, tuple):
-        return tuple(_to_arrays(item) for item in value)
+        return tuple(to_arrays(item) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        content = {field.name: _to_arrays(getattr(value, field.name)) for field in fields(value)}
+        content = {field.name: to_arrays(getattr(value, field.name)) for field in fields(value)}
         return type(value).__name__, content
     return value
 
 
-def _to_tensors(value: Any) -> Any:
+def to_tensors(value: Any) -> Any:
     kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, tuple) and len(value) == 2 and value[0] in kinds and isinstance(value[1], dict):
-        return kinds[value[0]](**{name: _to_tensors(item) for name, item in value[1].items()})
+        return kinds[value[0]](**{name: to_tensors(item) for name, item in value[1].items()})
     if isinstance(value, tuple):
-        return tuple(_to_tensors(item) for item in value)
+        return tuple(to_tensors(item) for item in value)
     return value

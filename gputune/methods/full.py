@@ -69,6 +69,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
         progress=context.progress.advance,
         on_outcome=lambda outcome: _keep(ledger, frozen.trials, outcome, context),
         claim=lambda population: ledger.claim(frozen.chunk(population)),
+        cluster=context.cluster,
     )
 
 

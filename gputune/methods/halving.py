@@ -109,6 +109,7 @@ class _Search:
             replace(plan, chunks=chunks),
             progress=context.progress.advance,
             on_outcome=keep,
+            cluster=context.cluster,
         )
 
     def _begun(self, chunk: Population, epoch: int) -> BegunChunk:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gputune.errors import DivergedError, InputError, SearchFailedError
+from gputune.errors import ClusterError, DivergedError, InputError, SearchFailedError
 from gputune.report.arguments import make_parser
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -43,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _say(f"error: {_in_words(error)}")
         return BAD_INPUT
-    except (SearchFailedError, DivergedError, OSError) as error:
+    except (SearchFailedError, ClusterError, DivergedError, OSError) as error:
         _say(f"error: {_in_words(error)}")
         return FAILED
     except Exception:  # a bug: whoever reports it needs the traceback
