@@ -18,7 +18,7 @@ data/kinds data/columns data/table data/quantiles data/tensors data/encode data/
 data/folds data/packed data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/chunk engine/rung engine/plan
-engine/workers engine/ray_workers engine/ray_connection
+engine/workers engine/ray_task engine/ray_workers engine/ray_connection
 engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
 hypergradients/guard hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory

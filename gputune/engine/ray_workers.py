@@ -4,15 +4,13 @@ The data goes to Ray's object store once. This process hands out chunks, at most
 in as they finish; the chunk of a worker that is lost is handed out again. Ray is imported where it is asked for.
 """
 
-import functools
 import os
 import pickle
 import sys
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from gputune.data.dataset import Dataset
 from gputune.engine.chunk import Job, Outcome, Progress
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
-from gputune.engine.workers import Claim, OnOutcome, computing, packed, to_arrays, to_tensors
+from gputune.engine.ray_task import free_bytes, make_task
+from gputune.engine.workers import Claim, OnOutcome, packed, to_arrays
 from gputune.errors import ClusterError, InputError
 from gputune.version import __version__
 
@@ -41,11 +40,11 @@ class RayCluster:
         gpus = sum(node.get("GPU", 0) for node in self._nodes())
         self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
         self.tasks = self.room(cpus)
-        self._task = _task(ray)
+        self._task = make_task(ray)
         self._held: tuple[Dataset, Any] | None = None
         self.free: int | None = None
         if self.device == "cuda":
-            self.free = int(ray.get(ray.remote(_free_bytes).options(num_gpus=1, num_cpus=cpus).remote()))
+            self.free = int(ray.get(ray.remote(free_bytes).options(num_gpus=1, num_cpus=cpus).remote()))
 
     def room(self, cpus: int) -> int:
         """Return how many tasks of so many CPUs run at once. Raises InputError where none does."""
@@ -207,66 +206,6 @@ class _Run:
                 return
 
 
-def _task(ray: Any) -> Any:
-    """Return the remote function. Being defined in here it travels as code, and arrives where gputune is missing."""
-
-    def chunk(
-        foreign: str, expected: dict[str, str], common: list[Any], population: bytes, *how: Any
-    ) -> tuple[Any, ...]:
-        import importlib
-        import socket
-        import sys
-
-        sys.path[:] = [folder for folder in sys.path if folder != foreign]
-        found = {}
-        for name in expected:
-            try:
-                found[name] = str(importlib.import_module(name).__version__).partition("+")[0]
-            except ImportError:
-                found[name] = ""
-        if found != expected:
-            return "unlike", socket.gethostname(), expected, found
-        run: Callable[..., Outcome] = importlib.import_module("gputune.engine.ray_workers").run_in_task
-        return "done", run(common, population, *how)
-
-    return ray.remote(chunk)
-
-
-def run_in_task(
-    common: list[Any], population: bytes, left: float | None, threads: int, device: str
-) -> Outcome:
-    """Train one chunk in a worker of the cluster; ``common`` holds references to the data and to the packed job."""
-    import ray
-
-    begin = time.monotonic()
-    job: Job = pickle.loads(ray.get(common[1]))
-    job = replace(job, deadline=None if left is None else begin + left)
-    with computing(threads):
-        return job.run(_dataset(common[0], device), pickle.loads(population))
-
-
-@functools.lru_cache(maxsize=1)
-def _dataset(reference: Any, device: str) -> Dataset:
-    import ray
-
-    with warnings.catch_warnings():
-        # The arrays lie in shared memory that cannot be written to; nobody writes to them.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        data: Dataset = to_tensors(ray.get(reference))
-    return data if device == "cpu" else _moved(data, torch.device(device))
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """A dataset, fold by fold and tensor by tensor, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_moved(item, device) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
-    return value
-
-
 def _foreign_folder() -> str:
     """Return the folder that workers search for modules and this process does not: Ray adds the current one.
 
@@ -274,10 +213,6 @@ def _foreign_folder() -> str:
     """
     here = os.getcwd()
     return "" if here in sys.path or "" in sys.path else here
-
-
-def _free_bytes() -> int:
-    return int(torch.cuda.mem_get_info()[0])
 
 
 def _tasks_on(node: dict[str, float], cpus: int, device: str) -> int:

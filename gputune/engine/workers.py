@@ -173,6 +173,8 @@ def packed(job: Job, *, here: bool = True) -> bytes:
         sys.modules.get(getattr(value, "__module__", None) or "") for value in (job.module_class, scorer)
     }
     hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
+    if not here:  # the whole package, which its files import from each other
+        hidden = list({sys.modules.get(m.__name__.partition(".")[0], m) for m in hidden})
     for module in hidden:
         cloudpickle.register_pickle_by_value(module)
     try:

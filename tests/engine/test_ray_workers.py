@@ -1,5 +1,8 @@
 """A search on a Ray cluster of two workers is the search of one machine, bit for bit, whatever the workers do."""
 
+import importlib
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,7 +12,9 @@ from sklearn.datasets import load_iris
 
 import gputune
 import ray_searches
-from gputune.engine import ray_workers
+from gputune.engine import ray_task, ray_workers
+from gputune.engine.chunk import Job
+from gputune.engine.workers import packed
 from problems import make_data
 from ray_searches import Net
 from study_processes import done, table
@@ -173,7 +178,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
     before = table(path)
     (tmp_path / "without" / "gputune").mkdir(parents=True)
     (tmp_path / "without" / "gputune" / "__init__.py").write_text("raise ModuleNotFoundError('not there')")
-    bare, make = {"env_vars": {"PYTHONPATH": str(tmp_path / "without")}}, ray_workers._task
+    bare, make = {"env_vars": {"PYTHONPATH": str(tmp_path / "without")}}, ray_workers.make_task
 
     class Bare:
         def __init__(self, ray):
@@ -182,7 +187,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
         def options(self, **options):
             return self.task.options(**options, runtime_env=bare)
 
-    monkeypatch.setattr(ray_workers, "_task", Bare)
+    monkeypatch.setattr(ray_workers, "make_task", Bare)
     with pytest.raises(
         gputune.InputError, match="has no gputune, and this process gputune .*: install gputune=="
     ):
@@ -233,6 +238,20 @@ def test_what_the_cluster_has_not_is_refused_and_the_study_stays(cluster, begun,
     assert table(path) == before
 
 
+def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "__init__.py").write_text("")
+    (tmp_path / "nets" / "layers.py").write_text("WIDTH = 7\ndef width(): return WIDTH\n")
+    net = "from nets.layers import width\nclass Net:\n    size = staticmethod(width)"
+    (tmp_path / "nets" / "net.py").write_text(net)
+    monkeypatch.syspath_prepend(tmp_path)
+    Net = importlib.import_module("nets.net").Net
+    sent = packed(Job(0, 1, 1, None, Net, None), here=False)
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).module_class.size())"
+    elsewhere = subprocess.run([sys.executable, "-P", "-c", code], input=sent, capture_output=True, cwd="/")
+    assert (elsewhere.stdout, elsewhere.stderr) == (b"7\n", b"")
+
+
 def test_tasks_on_nodes_with_gpus():
     node = {"CPU": 8.0, "GPU": 4.0}
     assert [ray_workers._tasks_on(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
@@ -242,7 +261,7 @@ def test_tasks_on_nodes_with_gpus():
 
 def test_all_of_a_dataset_moves():
     data = make_data(weights=True)
-    moved = ray_workers._moved(data, torch.device("meta"))
+    moved = ray_task.moved(data, torch.device("meta"))
     tensors = [moved.x, moved.y, moved.weights, moved.center, moved.scale, moved.target]
     tensors += [rows for fold in moved.folds for rows in (fold.train, fold.valid)]
     assert {str(tensor.device) for tensor in tensors} == {"meta"} and moved.copies == data.copies
