@@ -15,6 +15,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,9 +168,9 @@ def report(measured: Measured, *, bandwidth: float) -> str:
     return "\n".join(lines)
 
 
-def speedup(repeats: int, *, trials: int, epochs: int) -> str:
-    """Time the same search on one worker and on two, in turn; return the seconds of each as text."""
-    lines, found = [], []
+def speedup(repeats: int, *, trials: int, epochs: int) -> float:
+    """Time the same search on one worker and on two, in turn; print the seconds of each, return the median ratio."""
+    found = []
     for _ in range(repeats):
         seconds = []
         for workers in (1, 2):
@@ -177,25 +179,20 @@ def speedup(repeats: int, *, trials: int, epochs: int) -> str:
                 search(trials=trials, epochs=epochs)
                 seconds.append(time.perf_counter() - begin)
         found.append(seconds[0] / seconds[1])
-        lines.append(
-            f"one worker {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {found[-1]:.2f} times "
-            f"(load {os.getloadavg()[0]:.1f})"
-        )
-    return "\n".join([*lines, f"median {statistics.median(found):.2f} times"])
+        times = f"one worker {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {found[-1]:.2f} times"
+        print(f"{times} (load {os.getloadavg()[0]:.1f})", flush=True)
+    return statistics.median(found)
 
 
-class connected:
-    """A Ray cluster of so many CPUs inside."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-
-    def __enter__(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-        ray.init(address="local", num_cpus=self.workers, **options)
-
-    def __exit__(self, *error: Any) -> None:
+@contextmanager
+def connected(workers: int) -> Iterator[None]:
+    """Be connected to a Ray cluster of so many CPUs inside."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=workers, **quiet)
+    try:
+        yield
+    finally:
         ray.shutdown()
 
 
@@ -209,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     size = {"trials": arguments.trials, "epochs": arguments.epochs}
     if arguments.speedup:
-        print(speedup(arguments.speedup, **size))
+        print(f"median {speedup(arguments.speedup, **size):.2f} times")
         return
     with connected(os.cpu_count() or 1):
         print(report(measure(**size), bandwidth=arguments.bandwidth))

@@ -1,6 +1,8 @@
 """The simulation of a cluster: exact where it can be reckoned by hand, and fed with what was measured."""
 
+import contextlib
 import re
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -64,3 +66,18 @@ def test_a_search_is_measured_and_reported(script):
     rows = re.findall(r"^ +(\d+) +(\d+\.\d) +(\d+\.\d)% +(\d+\.\d)$", text, re.M)
     assert [int(row[0]) for row in rows] == list(script.SIZES)
     assert all(float(share) <= 100 for _, _, share, _ in rows)
+
+
+def test_one_worker_is_timed_against_two_in_turn(script, monkeypatch, capsys):
+    used = []
+
+    @contextlib.contextmanager
+    def connected(workers):
+        used.append(workers)
+        yield
+
+    monkeypatch.setattr(script, "connected", connected)
+    monkeypatch.setattr(script, "search", lambda **size: time.sleep(0.4 / used[-1]))
+    assert 1.5 < script.speedup(2, trials=1, epochs=1) < 2.5
+    assert used == [1, 2, 1, 2]
+    assert len(re.findall(r"one worker 0\.\d s, two 0\.\d s: \d\.\d\d times", capsys.readouterr().out)) == 2
