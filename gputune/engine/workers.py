@@ -261,7 +261,8 @@ def to_tensors(value: Any) -> Any:
     kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
-    if isinstance(value, tuple) and len(value) == 2 and value[0] in kinds and isinstance(value[1], dict):
+    # Two folds are a tuple of two as well, whose first is no name.
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str) and value[0] in kinds:
         return kinds[value[0]](**{name: to_tensors(item) for name, item in value[1].items()})
     if isinstance(value, tuple):
         return tuple(to_tensors(item) for item in value)

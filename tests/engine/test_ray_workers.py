@@ -49,7 +49,7 @@ def rows(study):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"space": {**LR, "width": [4, 8]}},
+        {"space": {**LR, "width": [4, 8]}, "cv": 2},
         {"space": LR, "method": gputune.Halving(min_epochs=1), "n_trials": 12},
         {
             "method": gputune.Hypergradient(outer_steps=1),
