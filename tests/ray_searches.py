@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,10 @@ import problems
 
 HERE = os.getpid()
 ORDERS = {"folder": ""}
-"""Travels with the code: where a file ``once`` or ``always`` asks workers to die, in the middle of a chunk."""
+"""Travels with the code: a folder whose files ask workers for something in the middle of a chunk.
+
+``once`` and ``always`` to die, ``full once`` and ``full`` to run out of memory.
+"""
 
 
 class Net(nn.Module):
@@ -30,7 +34,12 @@ class Net(nn.Module):
 
 
 def obey(folder):
-    """Kill this process where a file says so; ``once`` is taken by the first that sees it."""
+    """Do what a file says; ``once`` is taken by the first that sees it."""
+    if (folder / "full").exists():
+        raise MemoryError("no room")
+    with suppress(FileNotFoundError):
+        (folder / "full once").unlink()
+        raise MemoryError("no room")
     try:
         (folder / "once").unlink()
     except FileNotFoundError:

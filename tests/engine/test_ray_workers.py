@@ -1,10 +1,14 @@
 """A search on a Ray cluster of two workers is the search of one machine, bit for bit, whatever the workers do."""
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
 import warnings
 
+import numpy as np
+import optuna
 import pytest
 import torch
 from scipy.stats import loguniform
@@ -23,6 +27,7 @@ ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gput
 
 LR = {"lr": loguniform(1e-3, 0.1)}
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "n_trials": 6}
+SAMPLER = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0), batch=3)
 # So little memory makes every trial a chunk of its own.
 MODULE = {**FAST, "space": {**LR, "module__hidden": [4, 6]}, "memory": 1024, "include_default": False}
 
@@ -51,6 +56,8 @@ def rows(study):
     [
         {"space": {**LR, "width": [4, 8]}, "cv": 2},
         {"space": LR, "method": gputune.Halving(min_epochs=1), "n_trials": 12},
+        {"space": {"lr": [1e-3, 1e-2, 0.1]}, "method": gputune.Median(every=1, min_epochs=1)},
+        {"space": LR, "method": SAMPLER},
         {
             "method": gputune.Hypergradient(outer_steps=1),
             "space": LR,
@@ -58,7 +65,7 @@ def rows(study):
             "include_default": False,
         },
     ],
-    ids=["random", "halving", "hypergradient"],
+    ids=["random", "halving", "median", "sampler", "hypergradient"],
 )
 def test_a_cluster_gives_the_table_of_one_machine(cluster, iris, arguments):
     given = {**FAST, **arguments}
@@ -106,7 +113,10 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_pa
     assert done(tmp_path / "there.db") == 6
 
 
-def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(cluster, iris, tmp_path, orders):
+def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
+    cluster, iris, tmp_path, orders, monkeypatch
+):
+    monkeypatch.setattr(ray_workers, "LOSSES", 2)
     given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
     gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **given)
     (orders / "always").touch()
@@ -114,7 +124,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(clu
     with (
         warnings.catch_warnings(),
         pytest.raises(
-            gputune.ClusterError, match="have lost 3 workers one after the other, .* smaller memory="
+            gputune.ClusterError, match="have lost 2 workers one after the other, .* smaller memory="
         ),
     ):
         warnings.simplefilter("ignore", UserWarning)
@@ -129,11 +139,65 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(clu
 
 def test_a_deadline_stops_the_workers_and_a_later_call_goes_on(cluster, iris, tmp_path):
     given = {**FAST, "space": LR, "study": tmp_path / "study.db", "max_epochs": 3000, "memory": 1024}
-    study = gputune.tune("mlp", *iris, workers="ray", timeout=3, **given)
+    study = gputune.tune("mlp", *iris, workers="ray", timeout=1.5, **given)
     states = [trial.state for trial in study.trials]
     assert "stopped" in states and "waiting" in states
     with pytest.raises(ValueError, match="no score for such rows"):
         gputune.tune("mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.fails_there})
+
+
+class CtrlC(gputune.callbacks.Callback):
+    """Ctrl-C when the first trial is finished."""
+
+    def on_trials_end(self, trials):
+        """Send the signal."""
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=1)], ids=["random", "halving"])
+def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
+    sent = []
+    monkeypatch.setattr(ray_workers, "packed", lambda job, **how: sent.append(job) or packed(job, **how))
+    path = tmp_path / "study.db"
+    given = {
+        **FAST,
+        "space": LR,
+        "memory": 1024,
+        "n_trials": 12,
+        "method": method,
+        "checkpoint_seconds": 1e-9,
+    }
+    with pytest.raises(gputune.SearchInterrupted, match="interrupted: .* of 13 trials are finished"):
+        gputune.tune("mlp", *iris, workers="ray", study=path, callbacks=[CtrlC()], **given)
+    assert done(path) < 13
+    gputune.tune("mlp", *iris, workers="ray", study=path, **given)
+    gputune.tune("mlp", *iris, workers=1, study=tmp_path / "here.db", **given)
+    assert table(path) == table(tmp_path / "here.db")
+    # Workers keep no checkpoints: a folder beside the study is none of theirs.
+    assert {job.checkpointing for job in sent} == {None}
+
+
+def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders, monkeypatch):
+    parts, tell = [], ray_workers.tell
+    monkeypatch.setattr(ray_workers, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
+    # One task at a time, so that the plan keeps the trials together.
+    one = {"space": {**LR, "module__hidden": [6]}, "memory": None, "workers": gputune.Ray(cpus=2)}
+    given = {**MODULE, **one}
+    whole = gputune.tune(Net, *iris, **given)
+    (orders / "full once").touch()
+    halved = gputune.tune(Net, *iris, **given)
+    assert parts == [1, 2] and not (orders / "full once").exists()
+    np.testing.assert_allclose(halved.curves, whole.curves, rtol=0, atol=1e-4)
+
+
+def test_a_trial_that_fits_no_worker_fails_alone(cluster, iris, orders):
+    (orders / "full").touch()
+    study = gputune.tune(Net, *iris, workers="ray", **MODULE)
+    assert {t.state for t in study.trials if t.params["module__hidden"] == 4} == {"complete"}
+    large = [t for t in study.trials if t.params["module__hidden"] == 6]
+    assert large and all(
+        t.state == "failed" and t.detail["reason"] == "out of memory: no room" for t in large
+    )
 
 
 def test_what_a_worker_cannot_import_is_named(cluster, iris):
