@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gputune.errors import (
+    ClusterError,
     DivergedError,
     InputError,
     MissingExtraError,
@@ -18,6 +19,7 @@ from gputune.errors import (
 from gputune.version import __version__
 
 if TYPE_CHECKING:
+    from gputune.engine.ray_connection import Ray
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.pipeline import tune
     from gputune.search.distributions import log_int
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from gputune.study.study import Study, Trial
 
 __all__ = [
+    "ClusterError",
     "DivergedError",
     "Halving",
     "Hypergradient",
@@ -37,6 +40,7 @@ __all__ = [
     "Median",
     "MissingExtraError",
     "OptunaSampler",
+    "Ray",
     "SearchFailedError",
     "SearchInterrupted",
     "Study",
@@ -56,6 +60,7 @@ _HOMES = {
     "Hypergradient": "gputune.search.hypergradient",
     "Median": "gputune.search.median",
     "OptunaSampler": "gputune.search.optuna_sampler",
+    "Ray": "gputune.engine.ray_connection",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",

@@ -1,6 +1,6 @@
 """The arguments of a search as its study file holds them, and the search made again from there."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from gputune.data.dataset import Rows
 from gputune.data.fingerprint import fingerprint
 from gputune.data.packed import pack_folds, unpack_folds
 from gputune.data.source import Source, read_apart
+from gputune.engine.ray_connection import Ray
 from gputune.errors import InputError
 from gputune.model_choice import ModelChoice, choose_again
 from gputune.options import Options, method_again
@@ -55,6 +56,8 @@ def stored_arguments(options: Options, source: Source, space: Space, folds: list
         if lost
     ]
     kept = {name: getattr(options, name) for name in _KEPT if _is_storable(getattr(options, name))}
+    if isinstance(options.workers, Ray):
+        kept["workers"] = asdict(options.workers)
     callbacks = [type(callback).__name__ for callback in options.callbacks]
     return {
         "kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking, "callbacks": callbacks,
@@ -83,8 +86,11 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
         )
     choice = choose_again(meta["spec"], meta["optimizer"])
     source, test = _reread(meta, choice)
+    given = {**arguments["kept"], **changed}
+    if isinstance(given.get("workers"), dict):
+        given["workers"] = Ray(**given["workers"])
     options = Options(
-        **{**arguments["kept"], **changed},
+        **given,
         space=space_again(arguments["space"]),
         method=method_again(meta["method"]),
         cv=unpack_folds(arguments["folds"]),

@@ -2,6 +2,7 @@
 
 InputError          bad input: the message names the argument, the rule, the value and the remedy
 DivergedError       one training went to infinity or NaN where a finite result was asked for
+ClusterError        a cluster lost workers or nodes in the middle of a search; what was finished is kept
 SearchFailedError   every trial of a search failed, so there is no best one
 StudyCorruptError   the file is damaged, or it is no study
 StudyVersionError   the study was written by a newer gputune
@@ -18,6 +19,10 @@ class InputError(ValueError):
 
 class DivergedError(ArithmeticError):
     """A training that was asked for a finite result went to infinity or NaN."""
+
+
+class ClusterError(RuntimeError):
+    """A cluster failed while it trained: workers, or all nodes, were lost. What was finished is kept."""
 
 
 class SearchFailedError(RuntimeError):

@@ -10,6 +10,7 @@ import torch
 
 from gputune.callbacks.callback import check_callbacks
 from gputune.engine.plan import parse_memory
+from gputune.engine.ray_connection import Ray, check_ray
 from gputune.errors import InputError
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
@@ -45,7 +46,7 @@ class Options:
     device: str = "auto"
     dtype: str = "float32"
     memory: int | str | None = None
-    workers: int | str = "auto"
+    workers: int | str | Ray = "auto"
     random_state: Any = 0
     callbacks: Any = ()
     verbose: int = 1
@@ -58,7 +59,11 @@ class Options:
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
         _one_of("dtype", self.dtype, ("float32", "float64"))
         _whole("max_epochs", self.max_epochs)
-        if self.workers != "auto":
+        if self.workers == "ray":
+            object.__setattr__(self, "workers", Ray())
+        if isinstance(self.workers, Ray):
+            check_ray(self.device)
+        elif self.workers != "auto":
             _whole("workers", self.workers)
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
             raise InputError(f"timeout is a number of seconds above 0, or None, got {self.timeout!r}.")
@@ -67,8 +72,12 @@ class Options:
                 f"checkpoint_seconds is a number of seconds above 0, got {self.checkpoint_seconds!r}."
             )
         parse_memory(self.memory)
-        choose_device(self.device)
+        self.device_here()
         object.__setattr__(self, "random_state", draw_seed(self.random_state))
+
+    def device_here(self) -> torch.device:
+        """Return the device of this process; on a cluster ``device`` is that of the tasks, and this what there is."""
+        return choose_device("auto" if isinstance(self.workers, Ray) else self.device)
 
 
 def check_method(method: Any) -> Method:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ import torch
 from gputune.callbacks.callback import Callback, Callbacks
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
+from gputune.engine.ray_connection import Ray, ray_cluster
+from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
 from gputune.engine.stopping import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted
@@ -74,7 +76,7 @@ def tune(
     device: str = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     memory: int | str | None = None,
-    workers: int | Literal["auto"] = "auto",
+    workers: int | Literal["auto", "ray"] | Ray = "auto",
     random_state: Any = 0,
     callbacks: Sequence[Callback] = (),
     verbose: int = 1,
@@ -112,7 +114,8 @@ def tune(
                  again (or at 20 times what writing takes), so that a killed search repeats no more than that
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
-    workers      processes on a CPU; "auto" uses the cores where the work repays their start
+    workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
+                 ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
     random_state seed of candidates, folds, row order, starts and dropout
     callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
     verbose      0 silent, 1 a bar, the plan and remarks on standard error
@@ -164,24 +167,27 @@ def search(
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
     )
-    data, _ = problem.dataset(folds, options, choice)
+    data, _ = problem.dataset(folds, _data_options(options), choice)
     check_folds(scoring, data)
     wanted = wanted_trials(space, choice, options)
-    context = Context(data, scoring, choice, options, stop, progress)
-    context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
-    _check_method(wanted, space, context, problem.target.classes)
-    _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
-    meta = study_meta(choice, problem, options, scoring, data, space, folds)
-    context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
-    file = None if options.study is None else Path(options.study)
-    with open_ledger(options.study, meta) as ledger:
-        if not isinstance(options.method, str):
-            ledger.decide_alone(method_name(options.method))
-        add_trials(ledger, wanted, space, options)
-        for sentence in remarks_on(ledger, space, choice, options):
-            progress.say(f"note: {sentence}")
-        with _heard(callbacks, ledger, meta, file):
-            told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
+    with _cluster(options, choice) as cluster:
+        context = Context(data, scoring, choice, options, stop, progress, cluster=cluster)
+        context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
+        _check_method(wanted, space, context, problem.target.classes)
+        _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
+        meta = study_meta(choice, problem, options, scoring, data, space, folds)
+        if cluster is not None:
+            meta["device"] = cluster.device
+        context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
+        file = None if options.study is None else Path(options.study)
+        with open_ledger(options.study, meta) as ledger:
+            if not isinstance(options.method, str):
+                ledger.decide_alone(method_name(options.method))
+            add_trials(ledger, wanted, space, options)
+            for sentence in remarks_on(ledger, space, choice, options):
+                progress.say(f"note: {sentence}")
+            with _heard(callbacks, ledger, meta, file):
+                told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
     refitted = replace(options, callbacks=())  # a refit calls none
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)
     if told is not None:
@@ -200,6 +206,23 @@ def _heard(callbacks: Callbacks, ledger: Ledger, meta: dict[str, Any], file: Pat
         yield
     finally:
         callbacks.study_end(Study.from_rows(meta, ledger.rows(), file=file))
+
+
+def _data_options(options: Options) -> Options:
+    """Return the options for the data: on its way to a cluster it lies in main memory."""
+    return replace(options, workers=1, device="cpu") if isinstance(options.workers, Ray) else options
+
+
+def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[RayCluster | None]:
+    """Connect to the cluster that was asked for, if one was."""
+    if not isinstance(options.workers, Ray):
+        return nullcontext()
+    if choice.solved:
+        raise InputError(
+            "workers='ray': the logistic regression solved with optimizer='exact' is a batched solve of seconds on "
+            "this machine; leave workers (--ray) out, or train it with optimizer='adamw'."
+        )
+    return ray_cluster(options.workers, device=options.device)
 
 
 def _check_method(

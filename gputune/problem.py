@@ -14,7 +14,7 @@ from gputune.data.source import Source
 from gputune.data.target import Target, check_target
 from gputune.errors import InputError
 from gputune.model_choice import ModelChoice
-from gputune.options import Options, choose_device
+from gputune.options import Options
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -44,7 +44,7 @@ class Problem:
             sample_weight=options.sample_weight,
             class_weight=options.class_weight,
             dtype=dtype,
-            device=device or choose_device(options.device),
+            device=device or options.device_here(),
         )
 
 

@@ -32,18 +32,24 @@ _ACTIVATION_SECONDS = 1.5e-9
 
 @dataclass(frozen=True)
 class Plan:
-    """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each."""
+    """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
+
+    With ``cluster`` the workers are tasks that run at once on other machines.
+    """
 
     chunks: tuple[Population, ...]
     workers: int
     threads: int
     chunk_bytes: int
     data_bytes: int
+    cluster: bool = False
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
         trials = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
         place = "in this process" if self.workers == 1 else f"in {self.workers} processes"
+        if self.cluster:
+            place = f"on {_count(self.workers, 'Ray worker')}"
         return (
             f"{_count(sum(sizes), 'trial')} in {_count(len(sizes), 'chunk')} of {trials}, about "
             f"{_size(self.chunk_bytes)} a chunk and {_size(self.data_bytes)} of data, {place}"
@@ -67,14 +73,16 @@ def make_plan(
     memory: int | None,
     workers: int | None,
     parameters: int = 0,
+    free: int | None = None,
     cost_of: Callable[[Population, "Cost"], "Cost"] | None = None,
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
-    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module. ``cost_of`` turns what a
+    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module; ``free`` are the bytes
+    of a GPU that is not in this machine. ``cost_of`` turns what a
     trial costs in plain training into what it costs here; ``memory`` is then the only limit.
     """
-    limit = memory_limit(data, memory) if cost_of is None or memory is None else memory
+    limit = memory_limit(data, memory, free) if cost_of is None or memory is None else memory
     pieces = []
     for population in populations:
         cost = trial_cost(population, data, parameters)
@@ -166,10 +174,11 @@ def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int,
     return depth + 1, size, depth * width
 
 
-def memory_limit(data: Dataset, memory: int | None) -> int:
-    """Bytes that a chunk may take."""
+def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> int:
+    """Bytes that a chunk may take; ``free`` are those of a GPU elsewhere."""
     if data.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(data.device)
+    if free is not None:
         return int(min(_FREE_SHARE * free, memory or free))
     return min(_CACHE_BYTES, memory or _CACHE_BYTES)
 

@@ -25,6 +25,11 @@ class Stop:
             with suppress(OSError):  # the folder has just gone, and with it those who would look
                 self._sign.touch()
 
+    @property
+    def asked(self) -> bool:
+        """Whether someone has asked for the end; a deadline is not asked for."""
+        return self._asked
+
     def is_over(self) -> bool:
         """Whether training ends now: it was asked to, the deadline has passed, or a worker has lost its parent."""
         if self._asked or (self.deadline is not None and time.monotonic() > self.deadline):

@@ -7,28 +7,27 @@ while this process is already training.
 import functools
 import pickle
 import signal
-import sys
 import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from importlib.machinery import PathFinder
+from dataclasses import replace
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import cloudpickle
 import joblib
-import numpy as np
 import torch
 from joblib.externals.loky import get_reusable_executor
 
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset
+from gputune.engine.checkpoint import Checkpointing
 from gputune.engine.chunk import Job, Outcome, Progress
 from gputune.engine.out_of_memory import DoesNotFit, run_in_parts
+from gputune.engine.packing import packed, to_arrays, to_tensors
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
 
@@ -41,6 +40,15 @@ Claim = Callable[[Population], bool]
 """Asked, from any thread, before a chunk begins: whether this process may train it."""
 
 
+class Cluster(Protocol):
+    """Other machines, which train the chunks of a plan."""
+
+    def run_chunks(
+        self, job: Job, data: Dataset, plan: Plan, *, progress: Progress, settle: Settle, claim: Claim
+    ) -> None:
+        """Train the chunks; ``settle`` is called here, in this process, with what came of each one."""
+
+
 def run_chunks(
     job: Job,
     data: Dataset,
@@ -50,25 +58,19 @@ def run_chunks(
     on_outcome: OnOutcome,
     claim: Claim = lambda chunk: True,
     on_failure: OnFailure | None = None,
+    cluster: Cluster | None = None,
 ) -> None:
     """Train the chunks of a plan; ``on_outcome`` is called here, in this process, for each one done.
 
     A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
     parts. ``on_failure`` is called for a trial that does not fit alone, with its place in the search and the reason;
-    without it that is a MemoryError.
+    without it that is a MemoryError. A ``cluster`` trains all chunks, and its workers write no checkpoints.
     """
-
-    def settle(outcomes: Outcomes) -> None:
-        for outcome in outcomes:
-            if isinstance(outcome, Outcome):
-                if job.checkpointing is not None:
-                    job.checkpointing.expect(outcome.index)
-                on_outcome(outcome)
-            elif on_failure is None:
-                raise MemoryError(f"{outcome.reason}. One training alone does not fit; make it smaller.")
-            else:
-                on_failure(outcome.index[0], outcome.reason)
-
+    settle = partial(_settle, job.checkpointing, on_outcome, on_failure)
+    if cluster is not None:
+        job = replace(job, checkpointing=None)
+        cluster.run_chunks(job, data, plan, progress=progress, settle=settle, claim=claim)
+        return
     if job.checkpointing is not None:
         for chunk in plan.chunks:
             job.checkpointing.expect(chunk.index)
@@ -85,18 +87,41 @@ def run_chunks(
             _run_with_workers(job, data, plan, progress, settle, claim)
 
 
+def _settle(
+    checkpointing: Checkpointing | None,
+    on_outcome: OnOutcome,
+    on_failure: OnFailure | None,
+    outcomes: Outcomes,
+) -> None:
+    """Hand on what came of a chunk, part by part."""
+    for outcome in outcomes:
+        if isinstance(outcome, Outcome):
+            if checkpointing is not None:
+                checkpointing.expect(outcome.index)
+            on_outcome(outcome)
+        elif on_failure is None:
+            raise MemoryError(f"{outcome.reason}. One training alone does not fit; make it smaller.")
+        else:
+            on_failure(outcome.index[0], outcome.reason)
+
+
+def tell(progress: Progress, outcomes: Outcomes) -> None:
+    """Count what a worker has trained."""
+    for outcome in outcomes:
+        if isinstance(outcome, Outcome):
+            progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
+
+
 def _run_with_workers(
     job: Job, data: Dataset, plan: Plan, progress: Progress, settle: Settle, claim: Claim
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
         path = Path(folder) / "data.joblib"
-        joblib.dump(_to_arrays(data), path)
+        joblib.dump(to_arrays(data), path)
 
         def collect(found: Iterator[Outcomes]) -> None:
             for outcomes in found:
-                for outcome in outcomes:
-                    if isinstance(outcome, Outcome):
-                        progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
+                tell(progress, outcomes)
                 settle(outcomes)
 
         with job.stop.heard_by_workers(Path(folder) / "stop"):
@@ -117,7 +142,7 @@ class _Queue:
     """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
 
     def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int, claim: Claim) -> None:
-        self.job, self.packed, self.path, self.claim = job, _packed(job), path, claim
+        self.job, self.packed, self.path, self.claim = job, packed(job), path, claim
         self.waiting = deque(chunks)
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
@@ -179,36 +204,6 @@ class _Queue:
         self.executor.shutdown(wait=False, kill_workers=True)
 
 
-def _packed(job: Job) -> bytes:
-    """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code."""
-    scorer = None if job.scoring is None else job.scoring.scorer
-    modules = {
-        sys.modules.get(getattr(value, "__module__", None) or "") for value in (job.module_class, scorer)
-    }
-    hidden = [
-        m for m in modules if m is not None and m.__name__ != "__main__" and not _importable(m.__name__)
-    ]
-    for module in hidden:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        packed: bytes = cloudpickle.dumps(job)
-    finally:
-        for module in hidden:
-            cloudpickle.unregister_pickle_by_value(module)
-    return packed
-
-
-def _importable(name: str) -> bool:
-    """Whether a fresh process with this one's ``sys.path`` would find the module."""
-    path = None
-    for end in (i for i, c in enumerate(f"{name}.") if c == "."):
-        found = PathFinder.find_spec(name[:end], path)
-        if found is None:
-            return False
-        path = found.submodule_search_locations
-    return True
-
-
 @contextmanager
 def _signals_held_off() -> Iterator[None]:
     """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM.
@@ -235,7 +230,7 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcomes:
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> Dataset:
     # copy-on-write: torch wants arrays that could be written, and nobody writes to them
-    found: Dataset = _to_tensors(joblib.load(path, mmap_mode="c"))
+    found: Dataset = to_tensors(joblib.load(path, mmap_mode="c"))
     return found
 
 
@@ -264,27 +259,3 @@ def on_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _to_arrays(value: Any) -> Any:
-    """Datasets and folds as dicts, tensors as arrays, so that joblib can map them."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
-    if isinstance(value, tuple):
-        return tuple(_to_arrays(item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        content = {field.name: _to_arrays(getattr(value, field.name)) for field in fields(value)}
-        return type(value).__name__, content
-    return value
-
-
-def _to_tensors(value: Any) -> Any:
-    kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    # Two folds are a tuple of two as well, of tuples.
-    if isinstance(value, tuple) and isinstance(value[0], str) and value[0] in kinds:
-        return kinds[value[0]](**{name: _to_tensors(item) for name, item in value[1].items()})
-    if isinstance(value, tuple):
-        return tuple(_to_tensors(item) for item in value)
-    return value

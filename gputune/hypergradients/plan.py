@@ -21,13 +21,19 @@ def plan_chunks(
     *,
     memory: int | None,
     workers: int | None,
+    bytes_of_a_task: int | None = None,
 ) -> tuple[Plan, HypergradientJob]:
     """Return the plan, and the job with its budget of bytes for each process.
+
+    ``bytes_of_a_task`` are those of a task on another machine, which shares ``memory`` with no other.
 
     Raises InputError where one trial alone, with all its folds, does not fit.
     """
     processes = workers or (cores() if data.device.type == "cpu" else 1)
-    budget = (memory or free_bytes(data.device)) // processes
+    if bytes_of_a_task is None:
+        budget = (memory or free_bytes(data.device)) // processes
+    else:
+        budget = min(memory or bytes_of_a_task, bytes_of_a_task)
 
     def cost_of(population: Population, plain: Cost) -> Cost:
         one = population.part(0, 1)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,6 +10,8 @@ from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import Population, complete, populations
+from gputune.engine.ray_connection import Ray
+from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scoring
 from gputune.engine.stopping import Stop
 from gputune.engine.vmap import check_module
@@ -37,6 +39,7 @@ class Context:
     stop: Stop
     progress: Progress
     checkpoints: CheckpointFolder | None = None
+    cluster: RayCluster | None = None
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
@@ -54,8 +57,11 @@ class Context:
 
     @property
     def workers(self) -> int | None:
-        """Processes that the user asks for, or None."""
-        return None if self.options.workers == "auto" else int(self.options.workers)
+        """Processes that the user asks for, tasks that a cluster runs at once, or None."""
+        if self.cluster is not None:
+            return self.cluster.tasks
+        workers = self.options.workers
+        return None if isinstance(workers, str | Ray) else int(workers)
 
     def complete(self, params: Config) -> Config:
         """Return a trial's parameters with every key that training reads."""
@@ -72,8 +78,16 @@ class Context:
         if self.choice.module_class is not None:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
-        return make_plan(
-            groups, self.data, epochs=epochs, memory=self.memory, workers=self.workers, parameters=parameters
+        return self.placed(
+            make_plan(
+                groups,
+                self.data,
+                epochs=epochs,
+                memory=self.memory,
+                workers=self.workers,
+                parameters=parameters,
+                free=None if self.cluster is None else self.cluster.free,
+            )
         )
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
@@ -92,6 +106,10 @@ class Context:
         """Remove the checkpoints of trials with a final result."""
         if self.checkpoints is not None:
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
+
+    def placed(self, plan: Plan) -> Plan:
+        """Return a plan with the threads that each task of a cluster has, where there is one."""
+        return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
 
     def check_module(self, config: Config) -> int:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""

@@ -171,6 +171,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
             progress=context.progress.advance,
             on_outcome=partial(_keep, ledger, frozen, mode, context),
             on_failure=partial(_give_up, ledger, frozen, context),
+            cluster=context.cluster,
         )
 
 
@@ -204,7 +205,16 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
         mode=mode,
     )
     groups = context.groups(configs)
-    return plan_chunks(groups, context.data, job, memory=context.memory, workers=context.workers)
+    cluster = context.cluster
+    plan, job = plan_chunks(
+        groups,
+        context.data,
+        job,
+        memory=context.memory,
+        workers=context.workers,
+        bytes_of_a_task=None if cluster is None else cluster.bytes_of_a_task(),
+    )
+    return context.placed(plan), job
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:

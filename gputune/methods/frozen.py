@@ -70,7 +70,7 @@ def frozen_plans(
         of_part = replace(
             plan,
             chunks=tuple(Population(kind, i, tuple(configs[p] for p in i)) for i in part),
-            workers=1 if threads > 1 else min(plan.workers, len(part)),
+            workers=1 if threads > 1 and not plan.cluster else min(plan.workers, len(part)),
             threads=threads,
         )
         plans.append(FrozenPlan(of_part, trials, configs, part))

@@ -79,6 +79,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
         on_outcome=lambda outcome: _keep(ledger, frozen.trials, outcome, context),
         claim=lambda population: ledger.claim(frozen.chunk(population)),
         on_failure=give_up,
+        cluster=context.cluster,
     )
 
 

@@ -162,6 +162,7 @@ class _Search:
                 progress=context.progress.advance,
                 on_outcome=keep,
                 on_failure=give_up,
+                cluster=context.cluster,
             )
         for chunk in chunks:
             if chunk.state is not None and chunk.alive is not None and chunk.index[0] not in trained:

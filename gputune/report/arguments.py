@@ -181,6 +181,7 @@ def _add_machine(group: Any) -> None:
     group.add_argument(
         "--workers", type=_workers, default="auto", metavar="N", help="processes on a CPU (auto)"
     )
+    _add_ray(group)
     group.add_argument(
         "--out", default="gputune-out", metavar="DIR",
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
@@ -198,7 +199,15 @@ def _add_resume(commands: Any) -> None:
     parser.add_argument("--device", metavar="D", help="another device; results are then equal up to rounding")
     parser.add_argument("--memory", metavar="8GB", help="what new chunks of trials may take on the device")
     parser.add_argument("--workers", type=_workers, metavar="N", help="processes on a CPU")
+    _add_ray(parser)
     _add_quiet(parser)
+
+
+def _add_ray(group: Any) -> None:
+    group.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after FILE",
+    )  # fmt: skip
 
 
 def _add_quiet(group: Any) -> None:

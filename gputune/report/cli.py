@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted
+from gputune.errors import ClusterError, DivergedError, InputError, SearchFailedError, SearchInterrupted
 from gputune.report.arguments import make_parser
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _say(f"error: {_in_words(error)}")
         return BAD_INPUT
-    except (SearchFailedError, DivergedError, OSError) as error:
+    except (SearchFailedError, ClusterError, DivergedError, OSError) as error:
         _say(f"error: {_in_words(error)}")
         return FAILED
     except Exception:  # a bug: whoever reports it needs the traceback

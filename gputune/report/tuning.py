@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gputune.again import Again, search_again
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
+from gputune.engine.ray_connection import Ray
 from gputune.errors import InputError, SearchInterrupted
 from gputune.interrupting import CTRL_C, TERMINATED, interrupted_words
 from gputune.model_choice import choose_model
@@ -57,7 +59,8 @@ def resume(arguments: argparse.Namespace) -> str:
     begin = time.perf_counter()
     place = Path(arguments.study)
     study_file = place / STUDY if place.is_dir() else place
-    changed = {name: getattr(arguments, name) for name in ("device", "memory", "workers", "timeout")}
+    changed = {name: getattr(arguments, name) for name in ("device", "memory", "timeout")}
+    changed["workers"] = _workers(arguments, unsaid=None)
     changed["n_trials"] = arguments.trials
     given = {name: value for name, value in changed.items() if value is not None}
     meta = Study.open(study_file).meta
@@ -110,7 +113,6 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "device",
         "dtype",
         "memory",
-        "workers",
         "verbose",
         "include_default",
     )
@@ -122,8 +124,18 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         random_state=arguments.seed,
         method=_method(arguments),
         study=study_file,
+        workers=_workers(arguments, unsaid="auto"),
         **{name: getattr(arguments, name) for name in same},
     )
+
+
+def _workers(arguments: argparse.Namespace, *, unsaid: str | None) -> Any:
+    """Return the processes, or the cluster; they cannot both be asked for."""
+    if arguments.ray is None:
+        return arguments.workers
+    if arguments.workers != unsaid:
+        raise InputError(f"--workers {arguments.workers} and --ray exclude each other: leave one out.")
+    return Ray(arguments.ray)
 
 
 def _trials(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,111 @@
+"""The way to a Ray cluster: what is missing or cannot be reached is said before anything happens to the study."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from sklearn.datasets import load_iris
+
+import gputune
+from command_line import FAST, run
+from gputune.again import search_again
+from gputune.engine import ray_connection
+from study_processes import done, table, wait_for
+
+SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
+
+
+@pytest.fixture
+def iris():
+    return load_iris(return_X_y=True)
+
+
+def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):
+    monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
+    path = tmp_path / "study.db"
+    with pytest.raises(gputune.InputError, match=r'need Ray, which is missing: pip install "gputune\[ray\]"'):
+        gputune.tune("mlp", *iris, workers="ray", study=path, **SMALL)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(iris, tmp_path, monkeypatch, address):
+    ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+    assert not ray.is_initialized()
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    path = tmp_path / "study.db"
+    gputune.tune("mlp", *iris, study=path, workers=1, **SMALL)
+    before, begin = path.read_bytes(), time.monotonic()
+    message = f"the Ray cluster at '{address}' cannot be used: .*refused.* Start it with 'ray start --head'"
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.tune("mlp", *iris, study=path, workers=gputune.Ray(address), **{**SMALL, "n_trials": 4})
+    assert path.read_bytes() == before and time.monotonic() - begin < 20
+    assert not ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"address": "cluster"}, "must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got 'cluster'"),
+        (
+            {"address": "http://a:1"},
+            "must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got 'http://a:1'",
+        ),
+        ({"cpus": 0}, "Ray.cpus=.... must be an integer of at least 1, got 0"),
+        ({"cpus": True}, "Ray.cpus=.... must be an integer of at least 1, got True"),
+    ],
+)
+def test_a_bad_address_or_number_is_named(arguments, message):
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.Ray(**arguments)
+
+
+def test_the_solved_logistic_regression_needs_no_cluster(iris):
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+    with pytest.raises(
+        gputune.InputError, match="batched solve of seconds .* leave workers .--ray. out, or train it"
+    ):
+        gputune.tune("logistic", *iris, workers="ray", **SMALL)
+
+
+def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    quick = [option for option in FAST if option not in ("--workers", "1")]
+    code, out, err = run("tune", "sklearn:iris", "--ray", "auto", "--workers", "2", "--trials", "1")
+    assert (code, out) == (2, "") and "--workers 2 and --ray exclude each other: leave one out." in err
+    code, out, err = run("tune", "sklearn:iris", *quick, "--ray", "somewhere")
+    assert (code, out) == (2, "") and "--ray: must be 'local', 'auto', 'HOST:PORT'" in err
+    monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
+    code, out, err = run("tune", "sklearn:iris", *quick, "--ray")
+    assert (code, out) == (2, "") and 'pip install "gputune[ray]"' in err
+    assert not list(tmp_path.iterdir())
+
+
+def command(*words, cwd):
+    """Start gputune in a process of its own."""
+    program = "import sys; from gputune.report.cli import main; sys.exit(main())"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-P", "-c", program, *words], cwd=cwd, **pipes)
+
+
+def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
+    """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is shared."""
+    pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+    options = ["--trials", "24", "--epochs", "10", "--memory", "1KB", "--seed", "3", "-q"]
+    stopped = command("tune", "sklearn:iris", *options, "--out", "out", "--ray", cwd=tmp_path)
+    path = tmp_path / "out" / "study.db"
+    wait_for(path, 2, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 143 and " of 25 trials are finished" in err, err
+    assert "resume" in out or "--ray" in out
+    assert 2 <= done(path) < 25
+    monkeypatch.chdir(tmp_path)
+    meta = gputune.Study.open(path).meta
+    assert search_again(path, meta, {}).options.workers == gputune.Ray("local")
+    code, _, err = run("resume", "out", "-q", "--workers", "1")  # it would go on with Ray, but may go on here
+    assert code == 0, err
+    assert run("tune", "sklearn:iris", *options, "--workers", "1", "--out", "whole")[0] == 0
+    assert table(path) == table(tmp_path / "whole" / "study.db")

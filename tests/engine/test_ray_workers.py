@@ -1,0 +1,331 @@
+"""A search on a Ray cluster of two workers is the search of one machine, bit for bit, whatever the workers do."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+
+import gputune
+import ray_searches
+from gputune.engine import ray_task, ray_workers
+from gputune.engine.chunk import Job
+from gputune.engine.packing import packed
+from problems import make_data
+from ray_searches import Net
+from study_processes import done, table
+
+ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+
+LR = {"lr": loguniform(1e-3, 0.1)}
+FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "n_trials": 6}
+SAMPLER = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0), batch=3)
+# So little memory makes every trial a chunk of its own.
+MODULE = {**FAST, "space": {**LR, "module__hidden": [4, 6]}, "memory": 1024, "include_default": False}
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Connect to a cluster of two workers, which tune() then uses."""
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def iris():
+    return load_iris(return_X_y=True)
+
+
+def rows(study):
+    """Every trial but its seconds, in a form that compares bits."""
+    trials = [(t.number, t.params, t.origin, t.state, t.best_epoch, t.fold_scores) for t in study.trials]
+    return repr(trials), study.curves.tobytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"space": {**LR, "width": [4, 8]}, "cv": 2},
+        {"space": LR, "method": gputune.Halving(min_epochs=1), "n_trials": 12},
+        {"space": {"lr": [1e-3, 1e-2, 0.1]}, "method": gputune.Median(every=1, min_epochs=1)},
+        {"space": LR, "method": SAMPLER},
+        {
+            "method": gputune.Hypergradient(outer_steps=1),
+            "space": LR,
+            "n_trials": 3,
+            "include_default": False,
+        },
+    ],
+    ids=["random", "halving", "median", "sampler", "hypergradient"],
+)
+def test_a_cluster_gives_the_table_of_one_machine(cluster, iris, arguments):
+    given = {**FAST, **arguments}
+    here = gputune.tune("mlp", *iris, workers=2, **given)
+    there = gputune.tune("mlp", *iris, workers="ray", **given)
+    assert rows(there) == rows(here) and there.meta["device"] == "cpu"
+
+
+def test_a_module_and_a_scorer_travel_as_code(cluster, iris):
+    given = {**MODULE, "scoring": ray_searches.share_right}
+    here = gputune.tune(Net, *iris, workers=2, **given)
+    there = gputune.tune(Net, *iris, workers="ray", **given)
+    assert rows(there) == rows(here)
+    assert there.best_model().predict(iris[0]).shape == (150,)
+
+
+def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris, monkeypatch, capsys):
+    sent, threads, put, submit = [], [], ray_workers.to_arrays, ray_workers._Run._submit
+    monkeypatch.setattr(ray_workers, "to_arrays", lambda data: sent.append(data) or put(data))
+    monkeypatch.setattr(
+        ray_workers._Run, "_submit", lambda run, c: threads.append(run.threads) or submit(run, c)
+    )
+    workers = gputune.Ray("auto", cpus=2)
+    gputune.tune("mlp", *iris, method="halving", workers=workers, **{**FAST, "n_trials": 12, "verbose": 1})
+    assert len(sent) == 1 and set(threads) == {2}
+    assert "on 1 Ray worker\n" in capsys.readouterr().err
+
+
+@pytest.fixture
+def orders(tmp_path, monkeypatch):
+    """Return the folder of orders to workers."""
+    folder = tmp_path / "orders"
+    folder.mkdir()
+    monkeypatch.setitem(ray_searches.ORDERS, "folder", str(folder))
+    return folder
+
+
+def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_path, orders):
+    gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **MODULE)
+    (orders / "once").touch()
+    with pytest.warns(UserWarning, match="a Ray worker was lost with 1 trials, which are handed out again: "):
+        gputune.tune(Net, *iris, workers="ray", study=tmp_path / "there.db", **MODULE)
+    assert not (orders / "once").exists()
+    assert table(tmp_path / "there.db") == table(tmp_path / "here.db")
+    assert done(tmp_path / "there.db") == 6
+
+
+def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
+    cluster, iris, tmp_path, orders, monkeypatch
+):
+    monkeypatch.setattr(ray_workers, "LOSSES", 2)
+    given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
+    gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **given)
+    (orders / "always").touch()
+    path = tmp_path / "there.db"
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(
+            gputune.ClusterError, match="have lost 2 workers one after the other, .* smaller memory="
+        ),
+    ):
+        warnings.simplefilter("ignore", UserWarning)
+        gputune.tune(Net, *iris, workers="ray", study=path, **given)
+    small = [t.number for t in gputune.Study.open(path).trials if t.params["module__hidden"] == 4]
+    assert len(small) == 6
+    assert [t.number for t in gputune.Study.open(path).trials if t.state == "complete"] == small
+    (orders / "always").unlink()
+    gputune.tune(Net, *iris, workers="ray", study=path, **given)
+    assert table(path) == table(tmp_path / "here.db")
+
+
+def test_a_deadline_stops_the_workers_and_a_later_call_goes_on(cluster, iris, tmp_path):
+    given = {**FAST, "space": LR, "study": tmp_path / "study.db", "max_epochs": 3000, "memory": 1024}
+    study = gputune.tune("mlp", *iris, workers="ray", timeout=1.5, **given)
+    states = [trial.state for trial in study.trials]
+    assert "stopped" in states and "waiting" in states
+    with pytest.raises(ValueError, match="no score for such rows"):
+        gputune.tune("mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.fails_there})
+
+
+class CtrlC(gputune.callbacks.Callback):
+    """Ctrl-C when the first trial is finished."""
+
+    def on_trials_end(self, trials):
+        """Send the signal."""
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=1)], ids=["random", "halving"])
+def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
+    sent = []
+    monkeypatch.setattr(ray_workers, "packed", lambda job, **how: sent.append(job) or packed(job, **how))
+    path = tmp_path / "study.db"
+    given = {
+        **FAST,
+        "space": LR,
+        "memory": 1024,
+        "n_trials": 12,
+        "method": method,
+        "checkpoint_seconds": 1e-9,
+    }
+    with pytest.raises(gputune.SearchInterrupted, match="interrupted: .* of 13 trials are finished"):
+        gputune.tune("mlp", *iris, workers="ray", study=path, callbacks=[CtrlC()], **given)
+    assert done(path) < 13
+    gputune.tune("mlp", *iris, workers="ray", study=path, **given)
+    gputune.tune("mlp", *iris, workers=1, study=tmp_path / "here.db", **given)
+    assert table(path) == table(tmp_path / "here.db")
+    # Workers keep no checkpoints: a folder beside the study is none of theirs.
+    assert {job.checkpointing for job in sent} == {None}
+
+
+def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders, monkeypatch):
+    parts, tell = [], ray_workers.tell
+    monkeypatch.setattr(ray_workers, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
+    # One task at a time, so that the plan keeps the trials together.
+    one = {"space": {**LR, "module__hidden": [6]}, "memory": None, "workers": gputune.Ray(cpus=2)}
+    given = {**MODULE, **one}
+    whole = gputune.tune(Net, *iris, **given)
+    (orders / "full once").touch()
+    halved = gputune.tune(Net, *iris, **given)
+    assert parts == [1, 2] and not (orders / "full once").exists()
+    np.testing.assert_allclose(halved.curves, whole.curves, rtol=0, atol=1e-4)
+
+
+def test_a_trial_that_fits_no_worker_fails_alone(cluster, iris, orders):
+    (orders / "full").touch()
+    study = gputune.tune(Net, *iris, workers="ray", **MODULE)
+    assert {t.state for t in study.trials if t.params["module__hidden"] == 4} == {"complete"}
+    large = [t for t in study.trials if t.params["module__hidden"] == 6]
+    assert large and all(
+        t.state == "failed" and t.detail["reason"] == "out of memory: no room" for t in large
+    )
+
+
+def test_what_a_worker_cannot_import_is_named(cluster, iris):
+    message = "a Ray worker has no module 'problems', which your module or scorer imports"
+    with pytest.raises(gputune.InputError, match=message):
+        gputune.tune("mlp", *iris, workers="ray", **{**FAST, "scoring": ray_searches.lacks_a_module})
+
+
+@pytest.fixture
+def begun(iris, tmp_path):
+    """Return a call that goes on with a study on the cluster, and the table that must stay."""
+    path = tmp_path / "study.db"
+    gputune.tune("mlp", *iris, study=path, space=LR, workers=1, **{**FAST, "n_trials": 2})
+    return lambda **more: gputune.tune(
+        "mlp", *iris, study=path, space=LR, **{**FAST, "workers": "ray", **more}
+    ), path
+
+
+def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
+    go_on, path = begun
+    before = table(path)
+    monkeypatch.setattr(ray_workers, "__version__", "9.9.9")
+    message = (
+        f"the Ray worker on .* has gputune {gputune.__version__}, and this process gputune 9.9.9: install"
+    )
+    with pytest.raises(gputune.InputError, match=message):
+        go_on()
+    monkeypatch.undo()
+    torch_here = torch.__version__.partition("+")[0]
+    monkeypatch.setattr(torch, "__version__", "9.8.7+cu999")
+    with pytest.raises(
+        gputune.InputError, match=f"has torch {torch_here}, and this process torch 9.8.7: install"
+    ):
+        go_on()
+    assert table(path)[: len(before)] == before
+    monkeypatch.undo()
+    assert [trial.state for trial in go_on().trials] == ["complete"] * 7
+
+
+def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeypatch):
+    go_on, path = begun
+    before = table(path)
+    (tmp_path / "without" / "gputune").mkdir(parents=True)
+    (tmp_path / "without" / "gputune" / "__init__.py").write_text("raise ModuleNotFoundError('not there')")
+    bare, make = {"env_vars": {"PYTHONPATH": str(tmp_path / "without")}}, ray_workers.make_task
+
+    class Bare:
+        def __init__(self, ray):
+            self.task = make(ray)
+
+        def options(self, **options):
+            return self.task.options(**options, runtime_env=bare)
+
+    monkeypatch.setattr(ray_workers, "make_task", Bare)
+    with pytest.raises(
+        gputune.InputError, match="has no gputune, and this process gputune .*: install gputune=="
+    ):
+        go_on()
+    assert table(path)[: len(before)] == before
+
+
+def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
+    go_on, _ = begun
+    nodes, asked = ray_workers.RayCluster._nodes, []
+    monkeypatch.setattr(ray_workers, "_LOOK", 0.01)
+    monkeypatch.setattr(
+        ray_workers.RayCluster,
+        "_nodes",
+        lambda self: [] if len(asked) > 3 else asked.append(1) or nodes(self),
+    )
+    with pytest.raises(
+        gputune.ClusterError, match="the cluster has lost its nodes: .* What was finished is kept"
+    ):
+        go_on()
+    monkeypatch.undo()
+    assert [trial.state for trial in go_on().trials] == ["complete"] * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"device": "cuda"},
+            "device='cuda' with workers='ray': a task needs 1 CPU and a GPU on one node, and no node",
+        ),
+        ({"device": "cuda:1"}, "device with workers='ray' must be 'auto', 'cpu' or 'cuda' .*, got 'cuda:1'"),
+        (
+            {"workers": gputune.Ray(cpus=3)},
+            "needs 3 CPUs on one node, .* .nodes: 2 CPUs and 0 GPUs.. Start nodes",
+        ),
+        (
+            {"workers": gputune.Ray("127.0.0.1:1")},
+            "is connected to a Ray cluster already; call ray.shutdown.. first",
+        ),
+    ],
+)
+def test_what_the_cluster_has_not_is_refused_and_the_study_stays(cluster, begun, arguments, message):
+    go_on, path = begun
+    before = table(path)
+    with pytest.raises(gputune.InputError, match=message):
+        go_on(**arguments)
+    assert table(path) == before
+
+
+def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "__init__.py").write_text("")
+    (tmp_path / "nets" / "layers.py").write_text("WIDTH = 7\ndef width(): return WIDTH\n")
+    net = "from nets.layers import width\nclass Net:\n    size = staticmethod(width)"
+    (tmp_path / "nets" / "net.py").write_text(net)
+    monkeypatch.syspath_prepend(tmp_path)
+    Net = importlib.import_module("nets.net").Net
+    sent = packed(Job(0, 1, 1, None, Net), here=False)
+    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).module_class.size())"
+    elsewhere = subprocess.run([sys.executable, "-P", "-c", code], input=sent, capture_output=True, cwd="/")
+    assert (elsewhere.stdout, elsewhere.stderr) == (b"7\n", b"")
+
+
+def test_tasks_on_nodes_with_gpus():
+    node = {"CPU": 8.0, "GPU": 4.0}
+    assert [ray_workers._tasks_on(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
+    assert [ray_workers._tasks_on(node, cpus, "cpu") for cpus in (1, 3)] == [8, 2]
+    assert ray_workers._tasks_on({"CPU": 8.0}, 1, "cuda") == 0
+
+
+def test_all_of_a_dataset_moves():
+    data = make_data(weights=True)
+    moved = ray_task.moved(data, torch.device("meta"))
+    tensors = [moved.x, moved.y, moved.weights, moved.center, moved.scale, moved.target]
+    tensors += [rows for fold in moved.folds for rows in (fold.train, fold.valid)]
+    assert {str(tensor.device) for tensor in tensors} == {"meta"} and moved.copies == data.copies

@@ -1,0 +1,65 @@
+"""What the tests of the cluster search for: a module and a scorer that travel as code, and can end their worker."""
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import problems
+
+HERE = os.getpid()
+ORDERS = {"folder": ""}
+"""Travels with the code: a folder whose files ask workers for something in the middle of a chunk.
+
+``once`` and ``always`` to die, ``full once`` and ``full`` to run out of memory.
+"""
+
+
+class Net(nn.Module):
+    """A perceptron; with six hidden units it obeys the orders."""
+
+    def __init__(self, n_features, n_outputs, hidden):
+        super().__init__()
+        self.hidden, self.steps = hidden, 0
+        self.inner, self.outer = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
+
+    def forward(self, x):
+        self.steps += 1
+        if self.hidden == 6 and self.steps > 20 and os.getpid() != HERE and ORDERS["folder"]:
+            obey(Path(ORDERS["folder"]))
+        return self.outer(torch.relu(self.inner(x)))
+
+
+def obey(folder):
+    """Do what a file says; ``once`` is taken by the first that sees it."""
+    if (folder / "full").exists():
+        raise MemoryError("no room")
+    with suppress(FileNotFoundError):
+        (folder / "full once").unlink()
+        raise MemoryError("no room")
+    try:
+        (folder / "once").unlink()
+    except FileNotFoundError:
+        if not (folder / "always").exists():
+            return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def share_right(estimator, X, y):
+    """Accuracy, by hand."""
+    return float((estimator.predict(X) == y).mean())
+
+
+def fails_there(estimator, X, y):
+    """Fail in a worker."""
+    if os.getpid() != HERE:
+        raise ValueError("no score for such rows")
+    return 0.0
+
+
+def lacks_a_module(estimator, X, y):
+    """Need a module that only this process finds."""
+    return float(problems.shape_of is not None)

@@ -1,0 +1,83 @@
+"""The simulation of a cluster: exact where it can be reckoned by hand, and fed with what was measured."""
+
+import contextlib
+import re
+import time
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The script, imported as Python does when it is run from its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "scripts")
+        yield import_module("simulate_cluster")
+
+
+def measured(script, **costs):
+    free = {"driver": 1e-9, "trip": 0.0, "start": 0.0, "data_bytes": 0, "result_bytes": 0}
+    return script.Measured(chunks=(2.0,), **{**free, **costs})
+
+
+def test_workers_that_cost_nothing_train_all_the_time(script):
+    for workers in (1, 10, 1000):
+        seconds, share = script.simulate(measured(script), workers, bandwidth=1e9)
+        assert seconds == pytest.approx(2 * script.PER_WORKER, rel=1e-5) and share == pytest.approx(
+            1, rel=1e-5
+        )
+
+
+def test_starts_and_round_trips_are_added(script):
+    seconds, share = script.simulate(measured(script, trip=0.5, start=3.0), 10, bandwidth=1e9)
+    assert seconds == pytest.approx(3 + 2.5 * script.PER_WORKER, rel=1e-5)
+    assert share == pytest.approx(2 * script.PER_WORKER / seconds)
+    assert measured(script, trip=0.5).scheduling == pytest.approx(0.2)
+
+
+def test_data_arrives_one_worker_after_the_other(script):
+    alone, _ = script.simulate(measured(script, data_bytes=10**9), 1, bandwidth=1e9)
+    ten, _ = script.simulate(measured(script, data_bytes=10**9), 10, bandwidth=1e9)
+    # Ten start after 1, ..., 10 s and share 200 chunks: 45.5 s are too few for them, 46 are enough.
+    assert (alone, ten) == (pytest.approx(41, rel=1e-5), pytest.approx(46, rel=1e-5))
+
+
+def test_too_many_workers_wait_for_the_one_process(script):
+    busy = measured(script, driver=0.02)
+    assert busy.most_workers == pytest.approx(100)
+    assert script.simulate(busy, 50, bandwidth=1e9)[1] > 0.9
+    seconds, share = script.simulate(busy, 1000, bandwidth=1e9)
+    assert seconds == pytest.approx(0.02 * 1000 * script.PER_WORKER, rel=0.01)  # its hands are never still
+    assert share == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_search_is_measured_and_reported(script):
+    with script.connected(2):
+        found = script.measure(trials=7, epochs=1)
+    assert len(found.chunks) >= 2 and min(found.chunks) > 0
+    assert 0 < found.driver < 1 and found.trip > 0 and 0 < found.start < 60
+    # 1797 rows of some 60 numbers that vary; a score for each of five folds.
+    assert found.data_bytes > 1797 * 60 * 4 and found.result_bytes == 5 * 8
+    text = script.report(found, bandwidth=125e6)
+    rows = re.findall(r"^ +(\d+) +(\d+\.\d) +(\d+\.\d)% +(\d+\.\d)$", text, re.M)
+    assert [int(row[0]) for row in rows] == list(script.SIZES)
+    assert all(float(share) <= 100 for _, _, share, _ in rows)
+
+
+def test_one_worker_is_timed_against_two_in_turn(script, monkeypatch, capsys):
+    used = []
+
+    @contextlib.contextmanager
+    def connected(workers):
+        used.append(workers)
+        yield
+
+    monkeypatch.setattr(script, "connected", connected)
+    monkeypatch.setattr(script, "search", lambda **size: time.sleep(0.4 / used[-1]))
+    assert 1.5 < script.speedup(2, trials=1, epochs=1) < 2.5
+    assert used == [1, 2, 1, 2]
+    assert len(re.findall(r"one worker 0\.\d s, two 0\.\d s: \d\.\d\d times", capsys.readouterr().out)) == 2
