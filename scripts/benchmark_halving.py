@@ -4,7 +4,6 @@ Which trials halving keeps is read off the curves of the full search, which are 
 of every table it is also run, and must end the same. A seed draws its own trials, folds and starts.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from benchmark_machine import file_stem
+from benchmark_machine import write_both
 from sklearn.datasets import load_digits
 
 import gputune
@@ -65,11 +64,8 @@ def run_halving(
         )
         return 1
     text = markdown(machine, found, trials=trials, epochs=epochs)
-    out.mkdir(parents=True, exist_ok=True)
-    stem = out / file_stem(machine, "halving")
-    stem.with_suffix(".md").write_text(text)
     whole = {"machine": machine, "trials": trials, "epochs": epochs, "seeds": [asdict(one) for one in found]}
-    stem.with_suffix(".json").write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    write_both(out, machine, "halving", text, whole)
     print(text)
     return 0
 

@@ -3,7 +3,6 @@
 Members are 64-32-10 tanh networks of one population, trained in batches of 64 in float32 on one thread.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_machine import file_stem
+from benchmark_machine import write_both
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
@@ -180,9 +179,5 @@ def markdown(machine: dict[str, Any], costs: Sequence[Cost]) -> str:
 
 def write(out: Path, machine: dict[str, Any], costs: Sequence[Cost]) -> tuple[Path, Path]:
     """Write the JSON and the Markdown file into a folder, made if need be; return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    numbers, page = (out / f"{file_stem(machine, 'hypergradients')}{suffix}" for suffix in (".json", ".md"))
     whole = {"machine": machine, "costs": [asdict(cost) for cost in costs]}
-    numbers.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
-    page.write_text(markdown(machine, costs))
-    return numbers, page
+    return write_both(out, machine, "hypergradients", markdown(machine, costs), whole)

@@ -8,7 +8,6 @@ scikit-learn solves l2 with newton-cholesky and l1 with saga, its only solver fo
 ends at its limit of steps.
 """
 
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from benchmark_cores import stop_workers
-from benchmark_machine import file_stem
+from benchmark_machine import write_both
 from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.datasets import load_digits
@@ -64,11 +63,7 @@ def run_logistic(out: Path, machine: dict[str, Any], *, candidates: int) -> int:
     if any(row.excess > ROUNDING for row in rows):
         print("NO SPEED: gputune's solutions are further from optimal than scikit-learn's.")
         return 1
-    stem = out / file_stem(machine, "logistic")
-    out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
-    found = {**machine, "rows": [asdict(row) for row in rows]}
-    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write_both(out, machine, "logistic", text, {**machine, "rows": [asdict(row) for row in rows]})
     return 0
 
 

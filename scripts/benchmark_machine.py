@@ -1,5 +1,6 @@
 """Where a benchmark ran: machine, versions, commit, and a file name made of them."""
 
+import json
 import platform
 import re
 import subprocess
@@ -49,6 +50,15 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def write_both(out: Path, machine: dict[str, Any], what: str, page: str, numbers: Any) -> tuple[Path, Path]:
+    """Write numbers as JSON and the page as Markdown into a folder, made if need be; return their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    in_json, in_words = (out / f"{file_stem(machine, what)}{suffix}" for suffix in (".json", ".md"))
+    in_json.write_text(json.dumps(numbers, indent=1, allow_nan=False) + "\n")
+    in_words.write_text(page)
+    return in_json, in_words
 
 
 def file_stem(machine: dict[str, Any], what: str = "training") -> str:

@@ -6,7 +6,6 @@ the seeds of TPE's best score is at least that of random search. Asking and tell
 once more with Optuna alone: a fresh sampler of the same seed, asked and told the same.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import optuna
-from benchmark_machine import file_stem
+from benchmark_machine import write_both
 from scipy.stats import loguniform
 from sklearn.datasets import load_digits
 
@@ -58,11 +57,8 @@ def run_optuna(out: Path, machine: dict[str, Any], *, seeds: int, batches: int =
         print(rows[-1], flush=True)
     text = markdown(machine, rows, batches)
     print(text)
-    stem = out / file_stem(machine, "optuna")
-    out.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".md").write_text(text)
     found = {**machine, "optuna": optuna.__version__, "rows": [asdict(row) for row in rows]}
-    stem.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+    write_both(out, machine, "optuna", text, found)
     return int(median(rows, "tpe_best") < median(rows, "random_best"))
 
 

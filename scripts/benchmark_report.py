@@ -1,13 +1,12 @@
 """What was measured, as values: do the engines agree, how much faster is gputune; a JSON and a Markdown file."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_machine import file_stem
+from benchmark_machine import write_both
 from benchmark_work import Work
 
 AGREEMENT = 0.01  # in mean accuracy; a network's other start and row order move it less
@@ -141,10 +140,5 @@ def _card_rows(card: dict[str, float] | None, trials: int) -> list[str]:
 
 def write(out: Path, machine: dict[str, Any], parts: Sequence[dict[str, Any]]) -> tuple[Path, Path]:
     """Write the JSON and the Markdown file into a folder, made if need be; return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
-    numbers, page = (out / f"{file_stem(machine)}{suffix}" for suffix in (".json", ".md"))
-    numbers.write_text(
-        json.dumps({"machine": machine, "works": list(parts)}, indent=1, allow_nan=False) + "\n"
-    )
-    page.write_text(markdown(machine, parts))
-    return numbers, page
+    whole = {"machine": machine, "works": list(parts)}
+    return write_both(out, machine, "training", markdown(machine, parts), whole)

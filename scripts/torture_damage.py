@@ -1,7 +1,6 @@
 """The part of torture.py that damages files: whatever opens holds a prefix of what was committed."""
 
 import random
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -111,10 +110,3 @@ def _is_repaired(path: Path, whole: tuple) -> bool:
     ):
         raise ValueError("a repaired study holds another value")
     return True
-
-
-def copies(source: Path, folder: Path) -> Path:
-    """Copy a study with its log."""
-    for place in source.parent.glob(f"{source.name}*"):
-        shutil.copy(place, folder)
-    return folder / source.name

@@ -18,6 +18,7 @@ from gputune.engine.vmap import check_module
 from gputune.model_choice import ModelChoice
 from gputune.options import Options
 from gputune.progress import Progress
+from gputune.study.ledger import Ledger
 from gputune.study.store import Result
 from gputune.types import Config
 
@@ -110,6 +111,12 @@ class Context:
     def placed(self, plan: Plan) -> Plan:
         """Return a plan with the threads that each task of a cluster has, where there is one."""
         return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
+
+    def finish(self, ledger: Ledger, results: Sequence[Result]) -> None:
+        """Keep results of trials that have ended, show how many are new, and remove their checkpoints."""
+        self.progress.finished(sum(result.number not in ledger.results for result in results))
+        ledger.finish(results)
+        self.ended(results)
 
     def check_module(self, config: Config) -> int:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""

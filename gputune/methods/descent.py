@@ -179,13 +179,12 @@ def _keep(ledger: Ledger, frozen: FrozenPlan, mode: SlopeMode, context: Context,
     assert isinstance(outcome, Slopes)
     rows = enumerate(outcome.index)
     results = [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
-    context.progress.finished(sum(result.number not in ledger.results for result in results))
-    ledger.finish(results)
+    context.finish(ledger, results)
 
 
 def _give_up(ledger: Ledger, frozen: FrozenPlan, context: Context, place: int, reason: str) -> None:
-    ledger.finish([does_not_fit(frozen.trials[place].number, np.empty((0, context.data.n_folds)), reason)])
-    context.progress.finished(1)
+    none = np.empty((0, context.data.n_folds))
+    context.finish(ledger, [does_not_fit(frozen.trials[place].number, none, reason)])
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
@@ -246,8 +245,7 @@ def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
         np.zeros(losses.shape),
     )
     context.progress.advance(len(points), curves)
-    ledger.finish([_result(points[i], configs[i], i, outcome, "exact") for i in outcome.index])
-    context.progress.finished(len(points))
+    context.finish(ledger, [_result(points[i], configs[i], i, outcome, "exact") for i in outcome.index])
 
 
 def _complete(params: Config, context: Context) -> Config:

@@ -69,7 +69,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
 
     def give_up(place: int, reason: str) -> None:
         none = np.empty((0, context.data.n_folds))
-        _finish(ledger, [does_not_fit(numbers[place], none, reason)], context)
+        context.finish(ledger, [does_not_fit(numbers[place], none, reason)])
 
     run_chunks(
         job,
@@ -109,13 +109,7 @@ def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
     curves = zip(outcome.index, outcome.curves)
-    _finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves], context)
-
-
-def _finish(ledger: Ledger, results: Sequence[Result], context: Context) -> None:
-    context.progress.finished(sum(result.number not in ledger.results for result in results))
-    ledger.finish(results)
-    context.ended(results)
+    context.finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves])
 
 
 def _wait(ledger: Ledger, chunks: Sequence[Chunk], context: Context) -> None:

@@ -4,20 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gputune.errors import InputError
 from gputune.methods.context import Context
-from gputune.methods.rungs import train_in_rungs
+from gputune.methods.rungs import check_trains, train_in_rungs
 from gputune.search.halving import Halving, survivors
 from gputune.study.ledger import Ledger
 
 
 def check_halving(method: Halving, context: Context) -> None:
     """Raise InputError where this search cannot be halved, before anything is kept or trained."""
-    if context.choice.solved:
-        raise InputError(
-            "method='halving' judges trials while they train, and the solved logistic regression does not train: "
-            "choose optimizer='adamw', or method='random'."
-        )
+    check_trains("halving", context)
     method.rungs(context.epochs)
 
 

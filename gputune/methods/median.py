@@ -4,20 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gputune.errors import InputError
 from gputune.methods.context import Context
-from gputune.methods.rungs import train_in_rungs
+from gputune.methods.rungs import check_trains, train_in_rungs
 from gputune.search.median import Median, below_the_median
 from gputune.study.ledger import Ledger
 
 
 def check_median(method: Median, context: Context) -> None:
     """Raise InputError where no trial could be stopped, before anything is kept or trained."""
-    if context.choice.solved:
-        raise InputError(
-            "method='median' judges trials while they train, and the solved logistic regression does not train: "
-            "choose optimizer='adamw', or method='random'."
-        )
+    check_trains("median", context)
     method.stops(context.epochs)
 
 

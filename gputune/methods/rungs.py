@@ -13,6 +13,7 @@ from gputune.engine.population import Population
 from gputune.engine.rung import Parking, RungJob, RungOutcome
 from gputune.engine.train import State
 from gputune.engine.workers import run_chunks
+from gputune.errors import InputError
 from gputune.hypergradients.memory import free_bytes
 from gputune.methods.company import company_of
 from gputune.methods.context import Context, does_not_fit
@@ -43,6 +44,15 @@ class _Runner:
     def has_diverged(self, epoch: int) -> bool:
         """Whether it has no score up to an epoch."""
         return bool(np.isnan(self.curve[:epoch]).any())
+
+
+def check_trains(method: str, context: Context) -> None:
+    """Raise InputError for a model that a ``method`` cannot judge on its way."""
+    if context.choice.solved:
+        raise InputError(
+            f"method={method!r} judges trials while they train, and the solved logistic regression does not train: "
+            "choose optimizer='adamw', or method='random'."
+        )
 
 
 def train_in_rungs(ledger: Ledger, stops: Sequence[int], send_away: SendAway, context: Context) -> None:

@@ -21,7 +21,7 @@ from gputune.pipeline import search
 from gputune.progress import Progress
 from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
-from gputune.report.places import MODEL, STUDY
+from gputune.report.places import MODEL, STUDY, study_file
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
@@ -57,20 +57,19 @@ def tune(arguments: argparse.Namespace) -> str:
 def resume(arguments: argparse.Namespace) -> str:
     """Go on with the search of a study file and return its closing text, as ``tune`` does."""
     begin = time.perf_counter()
-    place = Path(arguments.study)
-    study_file = place / STUDY if place.is_dir() else place
+    study = study_file(arguments.study)
     changed = {name: getattr(arguments, name) for name in ("device", "memory", "timeout")}
     changed["workers"] = _workers(arguments, unsaid=None)
     changed["n_trials"] = arguments.trials
     given = {name: value for name, value in changed.items() if value is not None}
-    meta = Study.open(study_file).meta
-    again = search_again(study_file, meta, {**given, "verbose": arguments.verbose})
+    meta = Study.open(study).meta
+    again = search_again(study, meta, {**given, "verbose": arguments.verbose})
     if callbacks := meta["arguments"].get("callbacks"):
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
-    model_folder = study_file.parent / MODEL if "test_size" in meta["source"] else None
+    model_folder = study.parent / MODEL if "test_size" in meta["source"] else None
     return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin)
 
 
