@@ -15,6 +15,7 @@ from sklearn.model_selection import GroupKFold
 
 import gputune
 from command_line import kinds, run, write_table
+from gputune.again import search_again
 from gputune.data.packed import pack_folds, unpack_folds
 from gputune.search.optuna_space import translated
 from gputune.search.space import check_space, legal_keys, space_text
@@ -85,6 +86,12 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
     assert without_time(out) == without_time(whole)
     assert table(path) == expected
     assert gputune.load_model("gputune-out/model").target == "kind"
+
+
+def test_checkpoints_stay_as_far_apart_as_they_were(bugs):
+    assert run("tune", bugs, "--target", "kind", *SMALL, "--checkpoint-seconds", "7")[0] == 0
+    path = bugs.parent / "gputune-out" / "study.db"
+    assert search_again(path, gputune.Study.open(path).meta, {}).options.checkpoint_seconds == 7
 
 
 def test_a_killed_command_is_resumed_in_a_new_process(tmp_path):
