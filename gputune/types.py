@@ -22,6 +22,8 @@ Task = Literal["binary", "multiclass", "regression"]
 Backend = Literal["eager", "compiled"]
 """How a chunk trains: as operations on stacked tensors, or member by member in a compiled loop (on a CPU)."""
 
+BackendWord = Literal["auto", "eager", "compiled"]
+
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "width": 128,

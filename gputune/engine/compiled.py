@@ -17,23 +17,14 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.batches import row_order
 from gputune.engine.network import Network
+from gputune.engine.scores import accuracy
 from gputune.engine.scoring import Scoring
 from gputune.native.library import library
 from gputune.native.work import ACTIVATIONS, OPTIMIZERS, Work, make_work
 from gputune.seeding import stream
 from gputune.types import Config
 
-_DEEPEST = 63  # hidden layers that the compiled code has room for
-
-
-def compiles(network: Network, data: Dataset, configs: Sequence[Config]) -> bool:
-    """Whether the compiled code knows this model, its optimizer and its device."""
-    return (
-        isinstance(network, StackedMLP)
-        and network.depth <= _DEEPEST
-        and data.device.type == "cpu"
-        and configs[0]["optimizer"] in OPTIMIZERS
-    )
+Array = Tensor | np.ndarray | None
 
 
 class CompiledChunk:
@@ -57,7 +48,10 @@ class CompiledChunk:
         self.alive = list(range(len(configs)))
         self.flat = network.start()
         self._moments = [torch.zeros_like(self.flat) for _ in range(_n_moments(configs))]
-        self.fixed = _of_data(data)
+        self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
+        valid = [len(fold.valid) for fold in data.folds]
+        self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
+        self.fixed = {**_of_data(data), "lengths": self.lengths, "valid_start": self.starts}
         self._settle()
 
     def _settle(self) -> None:
@@ -74,17 +68,18 @@ class CompiledChunk:
             "optimizer": OPTIMIZERS.index(self.configs[0]["optimizer"]),
             "classes": int(data.task != "regression"),
             "rows": data.n_rows,
-            "longest": int(self.fixed["lengths"].max()),
+            "longest": int(self.lengths.max()),
             "horizon": self.horizon,
         }
         rows = {"lr": "lr", "decay": "weight_decay", "momentum": "momentum", "dropout": "dropout"}
-        sizes = np.array([min(config["batch_size"], self.numbers["longest"]) for config in self.configs])
-        self.steps = -(-self.fixed["lengths"][:, None] // np.minimum(sizes, self.fixed["lengths"][:, None]))
-        self.arrays = {
+        sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
+        self.arrays: dict[str, Array] = {
             **self.fixed,
             **{name: np.array([float(c[key]) for c in self.configs]) for name, key in rows.items()},
             "widths": np.array([c["width"] for c in self.configs], dtype=np.int64),
-            "sizes": sizes.astype(np.int64),
+            "sizes": self.sizes,
             "cosine": np.array([c["schedule"] == "cosine" for c in self.configs], dtype=np.int64),
             "theta": self.flat,
             "first": self._moments[0] if self._moments else None,
@@ -95,10 +90,15 @@ class CompiledChunk:
             "draw_start": None,
             "draw_rows": None,
             "scored": None,
+            "accuracy": None,
         }
-        if self.scoring is not None:
-            rows_scored = int(self.fixed["valid_start"][-1])
-            self.arrays["scored"] = torch.empty(rows_scored * trials * data.n_outputs, dtype=data.dtype)
+        if self.scoring is None:
+            return
+        if self.scoring.score is accuracy:  # counted where the outputs are, which are then not kept
+            self.arrays["accuracy"] = np.empty((folds, trials))
+        else:
+            scored = int(self.starts[-1]) * trials * data.n_outputs
+            self.arrays["scored"] = torch.empty(scored, dtype=data.dtype)
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -116,18 +116,20 @@ class CompiledChunk:
         arrays = {**self.arrays, "order": order, **self._draws(epoch)}
         _run(self.library, make_work({**self.numbers, "epoch": epoch}, arrays))
 
-    def _draws(self, epoch: int) -> dict[str, Tensor | np.ndarray]:
+    def _draws(self, epoch: int) -> dict[str, Array]:
         """The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has."""
         if self.network.rates is None:
             return {}
         depth, width = self.network.depth, self.network.hidden
-        sizes = self.arrays["sizes"]
         rows = np.array(
-            [sizes[(self.steps > step).any(0)].max() for step in range(int(self.steps.max()))], dtype=np.int64
+            [self.sizes[(self.steps > step).any(0)].max() for step in range(int(self.steps.max()))],
+            dtype=np.int64,
         )
         draws = [
             torch.rand(
-                (int(n), width), generator=stream(self.seed, "dropout", epoch, step, layer), dtype=torch.float32
+                (int(n), width),
+                generator=stream(self.seed, "dropout", epoch, step, layer),
+                dtype=torch.float32,
             ).flatten()
             for step, n in enumerate(rows)
             for layer in range(depth)
@@ -137,12 +139,14 @@ class CompiledChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        assert self.scoring is not None
-        trials, outputs, starts = len(self.configs), self.data.n_outputs, self.fixed["valid_start"]
-        columns = []
-        for fold, (begin, end) in enumerate(zip(starts[:-1], starts[1:])):
-            part = self.arrays["scored"][begin * trials * outputs : end * trials * outputs]
-            columns.append(self.scoring(self.data, fold, part.view(trials, end - begin, outputs)))
+        counted, kept = self.arrays["accuracy"], self.arrays["scored"]
+        if isinstance(counted, np.ndarray):
+            return counted.T.copy()
+        assert self.scoring is not None and isinstance(kept, Tensor)
+        trials, columns = len(self.configs), []
+        sizes = np.diff(self.starts)
+        for fold, part in enumerate(torch.split(kept, (sizes * trials * self.data.n_outputs).tolist())):
+            columns.append(self.scoring(self.data, fold, part.view(trials, int(sizes[fold]), -1)))
         return torch.stack(columns, 1).numpy()
 
     def keep(self, stays: np.ndarray) -> None:
@@ -167,9 +171,8 @@ def _n_moments(configs: Sequence[Config]) -> int:
     return int(configs[0]["optimizer"] == "nesterov" or any(config["momentum"] for config in configs))
 
 
-def _of_data(data: Dataset) -> dict[str, Tensor | np.ndarray | None]:
+def _of_data(data: Dataset) -> dict[str, Array]:
     """What is read of the data, in the form in which the compiled code reads it."""
-    valid = [len(fold.valid) for fold in data.folds]
     shape = (data.n_folds, data.n_outputs)
     present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
     return {
@@ -178,9 +181,7 @@ def _of_data(data: Dataset) -> dict[str, Tensor | np.ndarray | None]:
         "y": data.y.contiguous(),
         "weights": None if data.weights is None else data.weights.double().contiguous(),
         "present": present.to(data.dtype).contiguous(),
-        "lengths": np.array([len(fold.train) for fold in data.folds], dtype=np.int64),
         "valid": torch.cat([fold.valid for fold in data.folds]),
-        "valid_start": np.concatenate([[0], np.cumsum(valid)]).astype(np.int64),
     }
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.compiled import CompiledChunk, compiles
+from gputune.engine.backend import is_compiled
+from gputune.engine.backprop import StackedMLP
+from gputune.engine.compiled import CompiledChunk
 from gputune.engine.eager import EagerChunk
 from gputune.engine.network import Network
 from gputune.engine.scoring import Scoring
@@ -19,11 +21,14 @@ from gputune.types import Backend, Config
 class Chunk(Protocol):
     """The members of a chunk while they train, however that is done. No method mixes members."""
 
-    network: Network
     flat: Tensor
     """The parameters of all members."""
     alive: list[int]
     """The trials that are still in it, counted as they were at the start."""
+
+    @property
+    def network(self) -> Network:
+        """The model of the members that are still in it."""
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -117,11 +122,11 @@ def train(
     diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
     where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
     The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
-    "compiled" does not know (``compiles``) trains eagerly.
+    "compiled" does not know (``is_compiled``) trains eagerly.
     """
-    compiled = backend == "compiled" and compiles(network, data, configs)
-    kind: type[CompiledChunk | EagerChunk] = CompiledChunk if compiled else EagerChunk
-    chunk: Chunk = kind(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
+    compiled = isinstance(network, StackedMLP) and is_compiled(backend, network.kind, configs[0])
+    make: type[CompiledChunk | EagerChunk] = CompiledChunk if compiled else EagerChunk
+    chunk: Chunk = make(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
     if alive is not None:
         chunk.keep(np.isin(np.arange(len(configs)), alive))
     if begin is not None and chunk.alive:

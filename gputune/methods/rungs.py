@@ -151,6 +151,7 @@ class _Search:
             context.stop,
             context.checkpointing([runner.number for runner in runners]),
             keep_stopped=False,
+            backend=context.backend,
         )
         trained: set[int] = set()
 

@@ -83,11 +83,20 @@ def _build(compiler: str, path: Path, *, double: bool) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        words = [*FLAGS, *(["-DDOUBLE"] if double else []), str(FOLDER / "members.c"), "-o", str(built), "-lm"]
+        words = [
+            *FLAGS,
+            *(["-DDOUBLE"] if double else []),
+            str(FOLDER / "members.c"),
+            "-o",
+            str(built),
+            "-lm",
+        ]
         for more in ([_WHOLE_VECTORS], []):
             done = subprocess.run([compiler, *more, *words], capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 built.replace(path)
                 return
     said = done.stderr.strip().splitlines()
-    raise NotBuiltError(f"{compiler} could not build it: {said[0] if said else f'exit code {done.returncode}'}")
+    raise NotBuiltError(
+        f"{compiler} could not build it: {said[0] if said else f'exit code {done.returncode}'}"
+    )

@@ -48,6 +48,7 @@ typedef struct {
     const int64_t *valid;         /* validation rows of all folds */
     const int64_t *valid_start;   /* (F + 1) */
     real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */
+    double *accuracy;             /* (F, C) on them, NaN where an output is not finite; NULL: none */
     const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
 } Work;
 
@@ -241,17 +242,38 @@ static Rates rates(const Work *w, long c, double count, double total) {
     return by;
 }
 
+/* Whether the largest output, of several the first, is that of the label; -1 where one is not finite. */
+static int hits(const Work *w, long f, const real *z, int64_t label) {
+    const real *present = w->present + f * w->outputs;
+    long best = -1;
+    for (long k = 0; k < w->outputs; k++) {
+        if (present[k] == 0) continue;
+        if (z[k] - z[k] != 0) return -1;
+        if (best < 0 || z[k] > z[best]) best = k;
+    }
+    return best == label;
+}
+
 static void score(const Work *w, Space *s, long f, long c) {
     long count = w->valid_start[f + 1] - w->valid_start[f], row = s->layer[s->layers - 1].row;
     const int64_t *which = w->valid + w->valid_start[f];
-    real *out = w->scored + w->outputs * (w->trials * w->valid_start[f] + c * count);
+    long right = 0, broken = 0;
     for (long at = 0; at < count; at += SCORED_ROWS) {
         long rows = count - at < SCORED_ROWS ? count - at : SCORED_ROWS;
         gather(w, f, which + at, rows, s->h[0]);
         forward(w, s, rows, 0);
-        for (long i = 0; i < rows; i++)
-            memcpy(out + (at + i) * w->outputs, s->h[s->layers] + i * row, w->outputs * sizeof(real));
+        for (long i = 0; i < rows; i++) {
+            const real *z = s->h[s->layers] + i * row;
+            if (w->scored) {
+                real *out = w->scored + w->outputs * (w->trials * w->valid_start[f] + c * count);
+                memcpy(out + (at + i) * w->outputs, z, w->outputs * sizeof(real));
+            } else {
+                int hit = hits(w, f, z, ((const int64_t *)w->y)[which[at + i]]);
+                right += hit > 0, broken += hit < 0;
+            }
+        }
     }
+    if (w->accuracy) w->accuracy[f * w->trials + c] = broken ? NAN : (double)right / count;
 }
 
 static void train_member(const Work *w, Space *s, long f, long c, const int32_t *stop) {
@@ -268,7 +290,7 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         backward(w, s, rates(w, c, (double)w->epoch * steps + step + 1, (double)w->horizon * steps), rows, dropping);
     }
     move(w, s, f, c, 1);
-    if (w->scored) score(w, s, f, c);
+    if (w->scored || w->accuracy) score(w, s, f, c);
 }
 
 /* Train the members of the queue that nobody has taken yet: several threads may call this with one ``next``.

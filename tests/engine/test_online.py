@@ -13,8 +13,8 @@ import reference
 from gputune.engine import train as train_module
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.blocks import Block, Blocks
+from gputune.engine.cost import trial_cost
 from gputune.engine.online import OnlineHyper, OnlineUpdate
-from gputune.engine.plan import trial_cost
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train

@@ -2,7 +2,8 @@
 
 import pytest
 
-from gputune.engine.plan import make_plan, parse_memory, trial_cost
+from gputune.engine.cost import trial_cost
+from gputune.engine.plan import make_plan, parse_memory
 from gputune.engine.population import populations
 from gputune.errors import InputError
 from problems import fill, make_data
