@@ -79,7 +79,7 @@ static real *lay_out(const Work *w, Space *s, real *at) {
     s->state = at;
     for (int role = 0; role < s->roles; role++)
         for (int l = 0; l < s->layers; l++) {
-            long row = l + 1 < s->layers ? hidden : padded(w->outputs), in = l ? hidden : w->inputs;
+            long row = l + 1 < s->layers ? hidden : padded(w->outputs), in = padded(l ? hidden : w->inputs);
             widest = most(widest, row);
             s->layer[l].weight[role] = at, at += in * row;
             s->layer[l].bias[role] = at, at += row;
@@ -195,16 +195,25 @@ static void descend(Layer *layer, Space *s, Rates by, const real *h, long across
            s->panel);
 }
 
+/* b (columns, rows) = a (rows, columns) transposed, block by block: whole lines of the cache are read and written. */
+static void turn(long rows, long columns, const real *restrict a, real *restrict b) {
+    for (long j = 0; j < columns; j += PAD)
+        for (long i = 0; i < rows; i += PAD) {
+            real block[PAD][PAD];
+            for (long p = 0; p < PAD; p++)
+                for (long q = 0; q < PAD; q++) block[q][p] = a[(i + p) * columns + j + q];
+            for (long q = 0; q < PAD; q++)
+                for (long p = 0; p < PAD; p++) b[(j + q) * rows + i + p] = block[q][p];
+        }
+}
+
 static void backward(const Work *w, Space *s, Rates by, long rows, int dropping) {
     real *slope = s->h[s->layers], *below = s->slope;
     for (int l = s->layers - 1; l >= 0; l--) {
         Layer *layer = &s->layer[l];
         if (l > 0) { /* with the weights as they were before the step */
             long row = s->layer[l - 1].row;
-            for (long i = 0; i < layer->in; i++)
-                for (long j = 0; j < layer->out; j++) s->turned[j * row + i] = layer->weight[0][i * layer->row + j];
-            for (long j = 0; j < layer->out; j++)
-                for (long i = layer->in; i < row; i++) s->turned[j * row + i] = 0;
+            turn(row, layer->row, layer->weight[0], s->turned);
             product(rows, row, layer->out, slope, layer->row, 1, s->turned, row, 0, below, row);
         }
         descend(layer, s, by, s->h[l], l ? s->layer[l - 1].row : w->inputs, slope, rows);
