@@ -13,7 +13,7 @@ from typing import Any
 
 from gputune.engine.plan import cores
 from gputune.engine.ray_workers import RayCluster
-from gputune.errors import InputError
+from gputune.errors import InputError, MissingExtraError
 
 _SECONDS = 10.0  # to answer a knock; Ray itself waits for minutes
 _TOKEN = (
@@ -48,9 +48,11 @@ class Ray:
 
 
 def check_ray(device: str) -> None:
-    """Raise InputError where Ray is missing, or for a device that its tasks cannot have."""
+    """Raise MissingExtraError where Ray is missing, InputError for a device that its tasks cannot have."""
     if find_spec("ray") is None:
-        raise InputError('workers="ray" and --ray need Ray, which is missing: pip install "gputune[ray]".')
+        raise MissingExtraError(
+            'workers="ray" and --ray need Ray, which is missing: pip install "gputune[ray]".'
+        )
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
             "device with workers='ray' must be 'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is), got "

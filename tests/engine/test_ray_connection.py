@@ -15,6 +15,7 @@ import gputune
 from command_line import FAST, run
 from gputune.again import search_again
 from gputune.engine import ray_connection
+from gputune.errors import MissingExtraError
 from study_processes import done, table, wait_for
 
 SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
@@ -28,7 +29,7 @@ def iris():
 def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
     path = tmp_path / "study.db"
-    with pytest.raises(gputune.InputError, match=r'need Ray, which is missing: pip install "gputune\[ray\]"'):
+    with pytest.raises(MissingExtraError, match=r'need Ray, which is missing: pip install "gputune\[ray\]"'):
         gputune.tune("mlp", *iris, workers="ray", study=path, **SMALL)
     assert not path.exists()
 
