@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -56,30 +57,29 @@ def head(environment):
         f"-m ray.scripts.scripts start --head --block --num-cpus=2 --include-dashboard=false {ports}".split()
     )
     # In a folder without the sources: workers find the package that is installed.
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": environment["RAY_TMPDIR"]}
-    process = subprocess.Popen(
-        [sys.executable, "-P", *words], env=environment, start_new_session=True, **quiet
-    )
+    folder = Path(environment["RAY_TMPDIR"])
+    with (folder / "said").open("w") as said:
+        own = {"cwd": folder, "env": environment, "start_new_session": True, "stdout": said, "stderr": said}
+        process = subprocess.Popen([sys.executable, "-P", *words], **own)
     try:
-        wait_until_answered(port, process)
+        wait_until_started(process, folder / "said")
         yield f"127.0.0.1:{port}"
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def wait_until_answered(port, process):
+def wait_until_started(process, said):
+    """The address is noted for "auto" by then; the port answers before."""
     deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        with suppress(OSError):
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return
+    while "Ray runtime started" not in said.read_text():
+        assert process.poll() is None and time.monotonic() < deadline, said.read_text()
         time.sleep(0.1)
-    raise AssertionError(f"no head at port {port}")
 
 
 def test_both_ways_in_give_the_table_of_one_machine(head, environment):
     command = [sys.executable, "-P", "-c", SEARCH, "auto", head]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     found = [line.rpartition(" ")[2] for line in done.stdout.splitlines()]
     assert (done.returncode, found) == (0, ["True"] * 2), done.stdout + done.stderr
