@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -39,13 +40,18 @@ def free_ports(number):
 
 
 @pytest.fixture
-def environment(tmp_path_factory):
+def environment():
     """Return what the head and its users share: a token, and where the head notes that it runs."""
-    # Ray's sockets lie below its folder, and their paths may have 107 letters.
-    folder = tmp_path_factory.mktemp("r")
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests"}
-    own = {"RAY_TMPDIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **token, **own}
+    # Ray's sockets lie below its folder, and their paths may have 107 letters: no folder of pytest's.
+    with TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        own = {
+            "RAY_TMPDIR": folder,
+            "RAY_ADDRESS": "",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+        yield {**os.environ, **token, **own}
 
 
 @pytest.fixture
