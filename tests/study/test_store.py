@@ -280,7 +280,7 @@ def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(path):
 def test_files_that_are_no_study_of_this_version(path):
     with pytest.raises(FileNotFoundError, match=r"there is no study file; check the path: '.*study\.db'"):
         Store.open(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no study file; this is a folder, give the file in it: "):
         Store.open(path.parent)
     for content in (b"", b"number,score\n1,2\n" * 20):
         path.write_bytes(content)
