@@ -31,6 +31,7 @@ from gputune.methods.sampling import check_sampling, sample
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options, method_name
 from gputune.problem import Problem, make_problem
+from gputune.profile import PREPARING, Profile
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
@@ -157,29 +158,37 @@ def search(
     signals: Sequence[int] = (CTRL_C,),
     *,
     say_notes: bool = True,
+    profile: Profile | None = None,
 ) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
-    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself.
+    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself; ``profile``
+    is told where the time goes.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
     callbacks = Callbacks(options.callbacks)
     progress = Progress(options.verbose, callbacks.epoch)
-    problem = make_problem(source, options.task, choice)
+    profile = Profile() if profile is None else profile
+    with profile.clock(PREPARING):
+        problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
     )
-    data, _ = problem.dataset(folds, _data_options(options), choice)
+    with profile.clock(PREPARING):
+        data, _ = problem.dataset(folds, _data_options(options), choice)
     check_folds(scoring, data)
     wanted = wanted_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
-        backend = _backend(options, choice, data, cluster, progress)
-        context = Context(data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend)
+        with profile.clock("compiling"):
+            backend = _backend(options, choice, data, cluster, progress)
+        context = Context(
+            data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend, profile=profile
+        )
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
         _check_method(wanted, space, context, problem.target.classes)
         _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
@@ -194,7 +203,7 @@ def search(
             add_trials(ledger, wanted, space, options)
             for sentence in remarks_on(ledger, space, choice, options):
                 progress.say(f"note: {sentence}")
-            with _heard(callbacks, ledger, meta, file):
+            with _heard(callbacks, ledger, meta, file), profile.clock("training"):
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
     refitted = replace(options, callbacks=())  # a refit calls none
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)

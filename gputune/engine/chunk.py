@@ -16,7 +16,7 @@ from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population
 from gputune.engine.scoring import Scoring
 from gputune.engine.stopping import Stop
-from gputune.engine.train import State, Trained, train
+from gputune.engine.train import Spent, State, Trained, train
 from gputune.engine.vmap import StackedModule
 from gputune.types import Backend
 
@@ -78,17 +78,21 @@ class Job:
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
         seconds = time.monotonic() - begin + _begun(chunk).seconds
-        return Outcome(chunk.index, trained.curves, trained.epochs, seconds)
+        return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds."""
+    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds.
+
+    ``spent`` is what they were spent on, where that is known.
+    """
 
     index: tuple[int, ...]
     curves: np.ndarray
     epochs: int
     seconds: float
+    spent: Spent = field(default=Spent(), kw_only=True)
 
 
 def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Trained:

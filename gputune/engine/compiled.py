@@ -46,6 +46,7 @@ class CompiledChunk:
         self.library = library(data.dtype)
         self.configs = list(configs)
         self.alive = list(range(len(configs)))
+        self.nanoseconds = np.zeros(2, dtype=np.int64)
         self.flat = network.start()
         self._moments = [torch.zeros_like(self.flat) for _ in range(_n_moments(configs))]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
@@ -91,6 +92,7 @@ class CompiledChunk:
             "draw_rows": None,
             "scored": None,
             "accuracy": None,
+            "nanoseconds": self.nanoseconds,
         }
         if self.scoring is None:
             return
@@ -109,6 +111,13 @@ class CompiledChunk:
         """Go on from flat buffers: of the parameters, then of the moments."""
         for own, kept in zip([self.flat, *self._moments], buffers, strict=True):
             own.copy_(kept)
+
+    @property
+    def scoring_share(self) -> float:
+        """The part of the time of ``advance`` that went into outputs on validation rows."""
+        training, scoring = self.nanoseconds.tolist()
+        share: float = scoring / max(1, training + scoring)
+        return share
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""

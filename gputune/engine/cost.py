@@ -3,6 +3,7 @@
 No result depends on it beyond rounding.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
-from gputune.engine.population import Population, padded_width
-from gputune.types import ONLINE, Backend
+from gputune.engine.population import ModelKind, Population, padded_width
+from gputune.types import ONLINE, Backend, Config
 
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
 _BUFFERS = 11
@@ -96,3 +97,17 @@ def _compiled_cost(population: Population, data: Dataset) -> Cost:
         trial_seconds=folds * float((-(-longest // rows) * step_seconds).mean()),
         step_seconds=0.0,
     )
+
+
+def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
+    """Return the floating-point operations of an epoch of one trial's steps, in all folds: its matrix products alone.
+
+    A product (rows, in) x (in, out) is 2 rows in out; each layer has one forward and two backward, the first layer one
+    backward. NaN for a user's module, whose inside is unknown.
+    """
+    if kind == "module":
+        return math.nan
+    hidden = [config["width"]] * config["depth"] if kind == "mlp" else []
+    sizes = [data.n_features, *hidden, data.n_outputs]
+    pairs = sum(3 * a * b for a, b in zip(sizes[:-1], sizes[1:])) - sizes[0] * sizes[1]
+    return float(2 * pairs * sum(len(fold.train) for fold in data.folds))

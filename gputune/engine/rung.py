@@ -35,7 +35,9 @@ class RungJob(Job):
         kept = State(trained.state.epoch, tuple(buffer.cpu() for buffer in trained.state.buffers))
         seconds = time.monotonic() - begin
         curves = trained.curves[:, start : trained.epochs]
-        return RungOutcome(chunk.index, curves, trained.epochs - start, seconds, kept, trained.alive)
+        return RungOutcome(
+            chunk.index, curves, trained.epochs - start, seconds, kept, trained.alive, spent=trained.spent
+        )
 
 
 class Parking:

@@ -181,6 +181,7 @@ class _Search:
                     self.parking.park(runners[chunk.index[position]].number, chunk.state.select([row]))
 
     def _keep(self, runners: Sequence[_Runner], outcome: RungOutcome) -> None:
+        self.context.profile.trained(outcome.spent)
         for i, curve in zip(outcome.index, outcome.curves):
             runners[i].curve = np.concatenate([runners[i].curve, curve])
             runners[i].seconds += outcome.seconds / len(outcome.index)
@@ -193,7 +194,7 @@ class _Search:
     def _give_up(self, runner: _Runner, reason: str) -> None:
         """Finish a trial that memory does not hold."""
         self.running = [other for other in self.running if other is not runner]
-        self.ledger.finish([does_not_fit(runner.number, runner.curve, reason)])
+        self.context.store(self.ledger, [does_not_fit(runner.number, runner.curve, reason)])
         self._tell([runner])
 
     def _begun(self, chunk: Population, runners: Sequence[_Runner], stop: int) -> Iterator[BegunChunk]:
@@ -259,7 +260,7 @@ class _Search:
             self.parking.drop(runner.number)
         if runners:
             results = [self._result(runner, rung) for runner in runners]
-            self.ledger.finish(results)
+            self.context.store(self.ledger, results)
             self.context.ended(results)
             self._tell(runners, pruned=sum(result.state == "pruned" for result in results))
 

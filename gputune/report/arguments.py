@@ -187,6 +187,10 @@ def _add_machine(group: Any) -> None:
     )
     _add_ray(group)
     group.add_argument(
+        "--profile", action="store_true",
+        help="say at the end where the time went, and what share of the machine's matrix products the steps reached",
+    )  # fmt: skip
+    group.add_argument(
         "--out", default="gputune-out", metavar="DIR",
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
     )  # fmt: skip
