@@ -111,7 +111,7 @@ def tune(
                  what it had, and trained on by a later call with the same ``study``
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
-                 again (or at 20 times what writing takes), so that a killed search repeats no more than that
+                 again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or

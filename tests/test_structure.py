@@ -17,9 +17,10 @@ version errors extras types seeding report/text
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/checkpoint engine/chunk
-engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task engine/ray_workers
-engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact engine/solved
+engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/checkpoint engine/fits
+engine/chunk engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task
+engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact
+engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
 hypergradients/guard hypergradients/held_out
 hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory

@@ -14,7 +14,8 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.population import Population, padded_width
 from gputune.errors import InputError
-from gputune.types import ONLINE
+from gputune.report.text import count, size_words
+from gputune.types import ONLINE, Config
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
 _FREE_SHARE = 0.8  # of the GPU memory that is free
@@ -34,7 +35,8 @@ _ACTIVATION_SECONDS = 1.5e-9
 class Plan:
     """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
 
-    With ``cluster`` the workers are tasks that run at once on other machines.
+    With ``cluster`` the workers are tasks that run at once on other machines. ``state_bytes`` are those of all trials
+    between two epochs; where they wait for each other at rungs, ``parking_bytes`` of these have room in main memory.
     """
 
     chunks: tuple[Population, ...]
@@ -43,24 +45,37 @@ class Plan:
     chunk_bytes: int
     data_bytes: int
     cluster: bool = False
+    state_bytes: int = 0
+    parking_bytes: int | None = None
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
         trials = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
         place = "in this process" if self.workers == 1 else f"in {self.workers} processes"
         if self.cluster:
-            place = f"on {_count(self.workers, 'Ray worker')}"
+            place = f"on {count(self.workers, 'Ray worker')}"
         return (
-            f"{_count(sum(sizes), 'trial')} in {_count(len(sizes), 'chunk')} of {trials}, about "
-            f"{_size(self.chunk_bytes)} a chunk and {_size(self.data_bytes)} of data, {place}"
+            f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
+            f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}"
+            f"{self._waiting()}"
         )
+
+    def _waiting(self) -> str:
+        """Where the states lie that wait for their next rung, in words."""
+        if self.parking_bytes is None:
+            return ""
+        held = min(self.state_bytes, self.parking_bytes)
+        places = [(held, "main memory"), (self.state_bytes - held, "files")]
+        words = " and ".join(f"{size_words(size)} in {place}" for size, place in places if size)
+        return f"; states that wait for a rung take up to {words}"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial of a population costs: bytes while it trains, seconds an epoch, seconds of overhead."""
+    """What one trial of a population costs: bytes while it trains and while it waits, seconds an epoch, of overhead."""
 
     trial_bytes: int
+    state_bytes: int
     trial_seconds: float
     step_seconds: float
 
@@ -89,6 +104,7 @@ def make_plan(
         if cost_of is not None:
             cost = cost_of(population, cost)
         whole = _Piece(population, cost, epochs)
+        # Not cut by time too: each piece of a chunk pays the overhead of every step anew, its checkpoint costs less.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
     total = sum(piece.seconds for piece in pieces)
     if workers is None:
@@ -103,6 +119,7 @@ def make_plan(
         threads=threads,
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
         data_bytes=data.x.numel() * data.x.element_size(),
+        state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
     )
 
 
@@ -118,9 +135,9 @@ class _Piece:
     def seconds(self) -> float:
         return self.epochs * (self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds)
 
-    def cut(self, count: int) -> list["_Piece"]:
+    def cut(self, number: int) -> list["_Piece"]:
         """Cut into so many pieces of equal size, or one a trial."""
-        parts = np.array_split(np.arange(len(self.chunk.index)), min(count, len(self.chunk.index)))
+        parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
         return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
 
 
@@ -157,9 +174,20 @@ def trial_cost(population: Population, data: Dataset, parameters: int = 0) -> Co
     )
     return Cost(
         trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
+        state_bytes=folds * item * size * _kept_buffers(config["optimizer"], population.configs),
         trial_seconds=folds * steps * member_seconds,
         step_seconds=steps * layers * _STEP_SECONDS,
     )
+
+
+def _kept_buffers(optimizer: str, configs: Sequence[Config]) -> int:
+    """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
+    own = optimizer.removesuffix("hd")
+    if own in ("adam", "adamw"):
+        moments = 2
+    else:
+        moments = int(own == "nesterov" or any(config["momentum"] for config in configs))
+    return 1 + moments + 3 * (optimizer in ONLINE)
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
@@ -198,14 +226,6 @@ def parse_memory(memory: int | str | None) -> int | None:
     if isinstance(memory, bool) or not 0 < value < float("inf"):
         raise InputError(f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}.")
     return max(1, int(value))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def cores() -> int:

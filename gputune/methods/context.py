@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.fits import Fits
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import Population, complete, populations
 from gputune.engine.ray_connection import Ray
@@ -41,6 +42,7 @@ class Context:
     progress: Progress
     checkpoints: CheckpointFolder | None = None
     cluster: RayCluster | None = None
+    fits: Fits = field(default_factory=Fits)
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from scipy.stats import loguniform
@@ -12,6 +13,8 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine import chunk as chunks
+from gputune.engine import train
+from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError
 
 SPACE = {
@@ -81,6 +84,49 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
         assert_same(found, whole[method])
         assert again.epochs < total.epochs
     assert not (tmp_path / "s.db.state").exists()
+
+
+def told_time(monkeypatch, *, epoch, writing):
+    """Let the clock go by what is trained and written alone: seconds of a chunk's epoch, and of one checkpoint."""
+    now = [0.0]
+
+    def taking(seconds, work):
+        def run(*arguments):
+            now[0] += seconds
+            return work(*arguments)
+
+        return run
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train._Chunk, "advance", taking(epoch, train._Chunk.advance))
+    monkeypatch.setattr(CheckpointFolder, "write", taking(writing, CheckpointFolder.write))
+
+
+@pytest.mark.parametrize("writing", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
+    iris, tmp_path, monkeypatch, method, writing
+):
+    """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
+    space = {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}
+    call = {**COMMON, "space": space, "method": METHODS[method], "checkpoint_seconds": 7.0}
+    call["memory"] = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
+    with monkeypatch.context() as patch:
+        total = Dies(patch)
+        gputune.tune("mlp", *iris, **call)
+    repeated = []
+    for at in range(1, total.epochs, 3 if method == "random" else 1):
+        epochs = 0
+        for death in (at, None):
+            with monkeypatch.context() as patch:
+                told_time(patch, epoch=1.0, writing=writing)
+                run = Dies(patch, death)
+                with suppress(RuntimeError):
+                    gputune.tune("mlp", *iris, study=tmp_path / f"{at}.db", **call)
+                epochs += run.epochs
+        repeated.append(epochs - total.epochs)
+    together = {"random": 1, "halving": 2}[method]  # chunks whose states are written one after the other
+    assert 0 < max(repeated) <= max(7, 20 * writing * together) + 1
 
 
 @pytest.mark.parametrize("method", METHODS)
