@@ -246,6 +246,7 @@ def test_a_timeout_scores_what_was_trained(iris):
         "mlp", *iris, n_trials=3, method="halving", timeout=1.0, **{**FAST, "max_epochs": 5000}
     )
     assert {trial.state for trial in study.trials} <= {"stopped", "pruned", "waiting"}
+    assert study.spent[1] == 4 * 5000  # not the epochs that the longest came to
     assert math.isfinite(study.best_score)
 
 
