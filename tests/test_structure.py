@@ -15,7 +15,7 @@ PACKAGE = Path(gputune.__file__).parent
 LAYERS = """
 version errors extras types seeding report/text
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
-data/dataset data/folds data/packed data/holdout data/source data/fingerprint
+data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/checkpoint engine/fits
 engine/chunk engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task

@@ -1,5 +1,6 @@
 """A search that was killed or stopped goes on from its checkpoints, and ends as one that never was, bit for bit."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -216,3 +217,16 @@ def test_a_killed_search_with_workers_goes_on(tmp_path):
 def test_its_seconds_are_checked(iris):
     with pytest.raises(InputError, match="checkpoint_seconds is a number of seconds above 0, got 0"):
         gputune.tune("mlp", *iris, checkpoint_seconds=0, **COMMON)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_clock_that_jumps_changes_nothing(iris, whole, tmp_path, monkeypatch, method):
+    """The time of day goes back and forth by years: deadlines, checkpoints and claims do not read it."""
+    jumps = itertools.cycle([0.0, 4e9, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db", "timeout": 600.0}
+    with monkeypatch.context() as patch:
+        Dies(patch, 20)
+        with pytest.raises(RuntimeError, match="lost"):
+            gputune.tune("mlp", *iris, **call, checkpoint_seconds=0.001)
+    assert_same(gputune.tune("mlp", *iris, **call), whole[method])
