@@ -16,7 +16,7 @@ from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
 from gputune.search.optuna_sampler import OptunaSampler
-from gputune.types import SCHEDULES
+from gputune.types import SCHEDULES, BackendWord
 
 Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
 
@@ -44,6 +44,7 @@ class Options:
     study: Any = None
     checkpoint_seconds: float = 60.0
     device: str = "auto"
+    backend: BackendWord = "auto"
     dtype: str = "float32"
     memory: int | str | None = None
     workers: int | str | Ray = "auto"
@@ -57,12 +58,17 @@ class Options:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
+        _one_of("backend", self.backend, ("auto", "eager", "compiled"))
         _one_of("dtype", self.dtype, ("float32", "float64"))
         _whole("max_epochs", self.max_epochs)
         if self.workers == "ray":
             object.__setattr__(self, "workers", Ray())
         if isinstance(self.workers, Ray):
             check_ray(self.device)
+        elif isinstance(self.workers, str) and self.workers != "auto":
+            raise InputError(
+                f"workers must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {self.workers!r}."
+            )
         elif self.workers != "auto":
             _whole("workers", self.workers)
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from gputune.callbacks.callback import Callback, Callbacks
+from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
+from gputune.engine.backend import choose_backend
 from gputune.engine.ray_connection import Ray, ray_cluster
 from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
@@ -42,6 +44,7 @@ from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.study_meta import study_meta
+from gputune.types import Backend
 from gputune.wanted import add_trials, remarks_on, wanted_trials
 
 
@@ -74,6 +77,7 @@ def tune(
     study: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
+    backend: Literal["auto", "eager", "compiled"] = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",
@@ -113,6 +117,9 @@ def tune(
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
                  again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
+    backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
+                 CPU with a C compiler; "eager" trains all members step by step as operations on stacked tensors, as
+                 user's modules and GPUs always do; the numbers are the same to rounding
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
                  ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
@@ -129,7 +136,7 @@ def tune(
         cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
         checkpoint_seconds=checkpoint_seconds,
-        device=device, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
+        device=device, backend=backend, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
         callbacks=callbacks, verbose=verbose,
     )  # fmt: skip
     try:
@@ -171,7 +178,8 @@ def search(
     check_folds(scoring, data)
     wanted = wanted_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
-        context = Context(data, scoring, choice, options, stop, progress, cluster=cluster)
+        backend = _backend(options, choice, data, cluster, progress)
+        context = Context(data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend)
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
         _check_method(wanted, space, context, problem.target.classes)
         _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
@@ -223,6 +231,19 @@ def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[Ra
             "this machine; leave workers (--ray) out, or train it with optimizer='adamw'."
         )
     return ray_cluster(options.workers, device=options.device)
+
+
+def _backend(
+    options: Options, choice: ModelChoice, data: Dataset, cluster: RayCluster | None, progress: Progress
+) -> Backend:
+    """Return how chunks train, and say where it is slower than it could be."""
+    if choice.solved or choice.kind == "module":
+        return "eager"
+    device = data.device if cluster is None else torch.device(cluster.device)
+    backend, why = choose_backend(options.backend, device, data.dtype)
+    if why:
+        progress.say(f"note: training is slower here than it could be: {why}")
+    return backend
 
 
 def _check_method(

@@ -9,6 +9,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.fingerprint import fingerprint
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, read_again, read_source
+from gputune.engine.backend import choose_backend
 from gputune.engine.chunk import Job, train_chunk
 from gputune.engine.plan import make_plan
 from gputune.engine.population import complete, module_arguments, populations
@@ -150,8 +151,9 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
         )
         descent = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
         return train_scheduled(descent, data, chunk)
-    job = Job(*common)
-    plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1)
+    backend, _ = choose_backend(options.backend, data.device, data.dtype)
+    job = Job(*common, backend=backend)
+    plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1, backend=backend)
     with computing(plan.threads):
         return train_chunk(job, data, chunk).member(0, 0)
 

@@ -19,6 +19,11 @@ Params = dict[str, Tensor]
 
 Task = Literal["binary", "multiclass", "regression"]
 
+Backend = Literal["eager", "compiled"]
+"""How a chunk trains: as operations on stacked tensors, or member by member in a compiled loop (on a CPU)."""
+
+BackendWord = Literal["auto", "eager", "compiled"]
+
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "width": 128,

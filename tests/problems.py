@@ -9,6 +9,8 @@ from gputune.engine.network import Shape
 from gputune.engine.population import complete, populations
 from gputune.engine.train import train
 
+BACKEND = "eager"  # that of train_together; a test of all of them sets it
+
 
 def make_data(task="multiclass", *, n=61, d=5, k=3, folds=3, dtype=torch.float64, weights=False, copies=True):
     """A Dataset with folds of unequal length; every fold reads its own copy unless ``copies`` is false."""
@@ -72,6 +74,7 @@ def train_together(data, configs, *, kind="mlp", seed=0, epochs=3, horizon=None,
             epochs=epochs,
             horizon=horizon or epochs,
             scoring=scoring,
+            backend=BACKEND,
         )
         curves[list(population.index)] = trained.curves
         for c in trained.alive:

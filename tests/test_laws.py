@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+import problems
 import reference
 from gputune.engine import update
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
+from gputune.native.library import find_compiler
 from problems import fill, largest_difference, make_data, rows_of, shape_of, train_together
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -25,6 +27,19 @@ OPTIMIZERS = [
     {"optimizer": "adamw", "weight_decay": 0.1},
 ]
 SIZES = [(8, 16), (8, 7), (19, 33), (48, 500)]  # width, batch size
+
+
+@pytest.fixture(
+    autouse=True,
+    params=[
+        "eager",
+        pytest.param("compiled", marks=pytest.mark.skipif(find_compiler() is None, reason="no C compiler")),
+    ],
+)
+def backend(request, monkeypatch):
+    """Every law holds for every way to train."""
+    monkeypatch.setattr(problems, "BACKEND", request.param)
+    return request.param
 
 
 def assert_equals_plain_loop(data, configs, *, kind="mlp", epochs, horizon=None):
@@ -154,12 +169,12 @@ def test_law_2_trials_that_leave_change_no_other():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_law_3_padded_units_stay_zero(optimizer):
+def test_law_3_padded_units_stay_zero(optimizer, backend):
     data = make_data()
     configs = fill({"width": 3, "optimizer": optimizer}, {"width": 16, "optimizer": optimizer}, {"width": 9})
     configs[2]["optimizer"] = optimizer
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    trained = train(network, data, configs, seed=0, epochs=5, horizon=5)
+    trained = train(network, data, configs, seed=0, epochs=5, horizon=5, backend=backend)
     params = network.blocks.by_member(trained.flat)
     for c, width in enumerate((3, 16, 9)):
         assert not params["weight0"][:, c, :, width:].any()

@@ -13,12 +13,13 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
-version errors extras types seeding report/text
+version errors extras types seeding report/text native/library native/work
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/batches engine/network engine/backprop engine/vmap engine/train engine/stopping engine/checkpoint engine/fits
-engine/chunk engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task
+engine/backend engine/batches engine/network engine/backprop engine/vmap engine/eager engine/compiled engine/train
+engine/stopping engine/checkpoint engine/fits engine/chunk
+engine/out_of_memory engine/rung engine/cost engine/plan engine/packing engine/workers engine/ray_task
 engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact
 engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
@@ -103,7 +104,7 @@ def test_a_public_name_stays_itself_whatever_is_imported():
 def test_the_signature_of_tune():
     expected = (
         "model X y space n_trials include include_default method cv groups scoring task class_weight "
-        "sample_weight numbers optimizer schedule max_epochs epoch timeout study checkpoint_seconds device dtype "
-        "memory workers random_state callbacks verbose"
+        "sample_weight numbers optimizer schedule max_epochs epoch timeout study checkpoint_seconds device backend "
+        "dtype memory workers random_state callbacks verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected

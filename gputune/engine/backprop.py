@@ -17,7 +17,7 @@ from gputune.engine.batches import Batch
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import cross_entropy_slope_, squared_error_slope_
 from gputune.engine.network import Shape, by_copy
-from gputune.engine.population import padded_width
+from gputune.engine.population import ModelKind, padded_width
 from gputune.models import MLP, LogisticRegression
 from gputune.seeding import stream
 from gputune.types import Config, Params
@@ -32,7 +32,7 @@ class StackedMLP:
 
     exact = False
 
-    def __init__(self, kind: str, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
+    def __init__(self, kind: ModelKind, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
         self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
         first = configs[0]
         self.depth = first["depth"] if kind == "mlp" else 0

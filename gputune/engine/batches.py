@@ -90,20 +90,8 @@ class Batches:
         return Step(parts, np.minimum(step, self.steps - 1), None if active.all() else active)
 
     def _order(self, epoch: int) -> Tensor:
-        """Rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target.
-
-        A shorter fold repeats its first row at its end.
-        """
-        drawn = {
-            n: torch.randperm(n, generator=stream(self.seed, "rows", n, epoch), device="cpu")
-            for n in set(self.lengths.tolist())
-        }
-        longest = int(self.lengths.max())
-        order = torch.stack([fold.train[:1].expand(longest) for fold in self.data.folds])
-        for f, fold in enumerate(self.data.folds):
-            n = len(fold.train)
-            order[f, :n] = fold.train[drawn[n].to(self.data.device)]
-        return order + self.start
+        """Rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target."""
+        return row_order(self.data, self.seed, epoch) + self.start
 
     def _shared(self, order: Tensor, epoch: int, step: int) -> tuple[Batch, ...]:
         size = int(self.sizes.max())
@@ -152,6 +140,21 @@ class Batches:
         # A minibatch whose weights are all zero has no slope rather than 0/0.
         total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return (weights / total).to(self.data.dtype)[..., None]
+
+
+def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
+    """Return each fold's training rows in the order of an epoch, (F, longest fold), as positions in the data.
+
+    A shorter fold repeats its first row at its end.
+    """
+    lengths = [len(fold.train) for fold in data.folds]
+    drawn = {
+        n: torch.randperm(n, generator=stream(seed, "rows", n, epoch), device="cpu") for n in set(lengths)
+    }
+    order = torch.stack([fold.train[:1].expand(max(lengths)) for fold in data.folds])
+    for f, (fold, n) in enumerate(zip(data.folds, lengths)):
+        order[f, :n] = fold.train[drawn[n].to(data.device)]
+    return order
 
 
 def _runs(values: np.ndarray) -> list[slice]:

@@ -19,6 +19,7 @@ from gputune.engine.scoring import Scoring
 from gputune.engine.stopping import Stop
 from gputune.engine.train import State, Trained, train
 from gputune.engine.vmap import StackedModule
+from gputune.types import Backend
 
 Progress = Callable[[int, np.ndarray], Any]
 """Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
@@ -69,6 +70,7 @@ class Job:
     """How many trials of a shape memory has held so far."""
     keep_stopped: bool = True
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
+    backend: Backend = "eager"
 
     def is_over(self) -> bool:
         """Whether training ends now."""
@@ -107,6 +109,7 @@ def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress |
         begin=begun.state,
         alive=begun.alive,
         before=begun.before,
+        backend=job.backend,
     )
 
 

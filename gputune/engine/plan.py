@@ -1,7 +1,8 @@
 """The plan before a run: how many trials fit on the device at once, in which order, on how many processes.
 
 On a GPU a chunk may fill the memory that is free; on the CPU it should stay in the cache, because the update
-passes over the whole state at every step. Results do not depend on the cut beyond rounding.
+passes over the whole state at every step. Compiled members come into the cache one by one: their chunks are larger,
+and threads of one process share their members. Results do not depend on the cut beyond rounding.
 """
 
 import os
@@ -12,23 +13,20 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.population import Population, padded_width
+from gputune.engine.backend import is_compiled
+from gputune.engine.cost import Cost, trial_cost
+from gputune.engine.population import Population
 from gputune.errors import InputError
 from gputune.report.text import count, size_words
-from gputune.types import ONLINE, Config
+from gputune.types import Backend
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
+_COMPILED_BYTES = (
+    64 << 20
+)  # of compiled members: an epoch of a chunk is then long beside what is done between two
 _FREE_SHARE = 0.8  # of the GPU memory that is free
-# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
-_BUFFERS = 11
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
 _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
-
-# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
-_STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
-_PARAMETER_SECONDS = 2.2e-9  # update of one parameter
-_PRODUCT_SECONDS = 8e-12  # one multiply-add pair
-_ACTIVATION_SECONDS = 1.5e-9
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,6 @@ class Plan:
         return f"; states that wait for a rung take up to {words}"
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one trial of a population costs: bytes while it trains and while it waits, seconds an epoch, of overhead."""
-
-    trial_bytes: int
-    state_bytes: int
-    trial_seconds: float
-    step_seconds: float
-
-
 def make_plan(
     populations: Sequence[Population],
     data: Dataset,
@@ -89,7 +77,8 @@ def make_plan(
     workers: int | None,
     parameters: int = 0,
     free: int | None = None,
-    cost_of: Callable[[Population, "Cost"], "Cost"] | None = None,
+    cost_of: Callable[[Population, Cost], Cost] | None = None,
+    backend: Backend = "eager",
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
@@ -97,22 +86,34 @@ def make_plan(
     of a GPU that is not in this machine. ``cost_of`` turns what a
     trial costs in plain training into what it costs here; ``memory`` is then the only limit.
     """
-    limit = memory_limit(data, memory, free) if cost_of is None or memory is None else memory
-    pieces = []
+    pieces, all_compiled = [], cost_of is None
     for population in populations:
-        cost = trial_cost(population, data, parameters)
+        cost = trial_cost(population, data, parameters, backend)
+        compiled = is_compiled(backend, population.kind, population.configs[0])
+        all_compiled = all_compiled and compiled
+        limit = (
+            min(_COMPILED_BYTES, memory or _COMPILED_BYTES) if compiled else memory_limit(data, memory, free)
+        )
         if cost_of is not None:
-            cost = cost_of(population, cost)
+            cost, limit = cost_of(population, cost), memory or limit
         whole = _Piece(population, cost, epochs)
-        # Not cut by time too: each piece of a chunk pays the overhead of every step anew, its checkpoint costs less.
+        # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
+        # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
     total = sum(piece.seconds for piece in pieces)
+    if all_compiled and workers in (None, 1):  # threads share the members of a chunk, and need no start
+        return _plan(pieces, data, workers=1, threads=cores())
     if workers is None:
         workers = cores() if data.device.type == "cpu" and total > _WORKERS_PAY else 1
     pieces = _balanced(pieces, workers)
     workers = min(workers, len(pieces))
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
     threads = cores() if workers == 1 and total > _THREADS_PAY else 1
+    return _plan(pieces, data, workers=workers, threads=threads)
+
+
+def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: int) -> Plan:
+    pieces = sorted(pieces, key=lambda piece: -piece.seconds)
     return Plan(
         chunks=tuple(piece.chunk for piece in pieces),
         workers=workers,
@@ -142,7 +143,7 @@ class _Piece:
 
 
 def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
-    """Return the pieces, longest first, with those halved that would keep one worker long after the others."""
+    """Return the pieces with those halved that would keep one worker long after the others."""
     share = sum(piece.seconds for piece in pieces) / (2 * workers)
     done: list[_Piece] = []
     waiting = list(pieces)
@@ -152,54 +153,7 @@ def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
             waiting += piece.cut(2)
         else:
             done.append(piece)
-    return sorted(done, key=lambda piece: -piece.seconds)
-
-
-def trial_cost(population: Population, data: Dataset, parameters: int = 0) -> Cost:
-    """Estimate what one trial with all its folds costs."""
-    config, folds, item = population.configs[0], data.n_folds, torch.finfo(data.dtype).bits // 8
-    longest = max(len(fold.train) for fold in data.folds)
-    batch_sizes = [min(c["batch_size"], longest) for c in population.configs]
-    steps, rows = -(-longest // min(batch_sizes)), max(batch_sizes)
-    layers, size, units = _shape(population, data, parameters)
-    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.n_features) // max(
-        1, len(batch_sizes)
-    )
-    dropout = 2 * rows * units if config["dropout"] else 0
-    buffers = _BUFFERS + (config["optimizer"] in ONLINE)  # one more: the last direction
-    # Outputs on the validation rows, in the scores' working precision and once more for their terms.
-    scored = 5 * max(len(fold.valid) for fold in data.folds) * data.n_outputs
-    member_seconds = (
-        _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
-    )
-    return Cost(
-        trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
-        state_bytes=folds * item * size * _kept_buffers(config["optimizer"], population.configs),
-        trial_seconds=folds * steps * member_seconds,
-        step_seconds=steps * layers * _STEP_SECONDS,
-    )
-
-
-def _kept_buffers(optimizer: str, configs: Sequence[Config]) -> int:
-    """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
-    own = optimizer.removesuffix("hd")
-    if own in ("adam", "adamw"):
-        moments = 2
-    else:
-        moments = int(own == "nesterov" or any(config["momentum"] for config in configs))
-    return 1 + moments + 3 * (optimizer in ONLINE)
-
-
-def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
-    """Layers, parameters and hidden units of one member, padding included."""
-    config, d, k = population.configs[0], data.n_features, data.n_outputs
-    if population.kind == "linear":
-        return 1, (d + 1) * k, k
-    if population.kind == "module":  # its inside is unknown: a square root of the size is a fair width
-        return 8, parameters, 4 * int(parameters**0.5)
-    depth, width = config["depth"], padded_width(config["width"])
-    size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
-    return depth + 1, size, depth * width
+    return done
 
 
 def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> int:

@@ -5,7 +5,7 @@ company it trains in. Which trials share a group does depend on it, and changes 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,20 +49,28 @@ class Population:
         return Population(self.kind, self.index[start:stop], self.configs[start:stop])
 
 
-def populations(configs: Sequence[Config], kind: ModelKind, *, rows: int) -> list[Population]:
+def populations(
+    configs: Sequence[Config],
+    kind: ModelKind,
+    *,
+    rows: int,
+    own_steps: Callable[[Config], bool] | None = None,
+) -> list[Population]:
     """Group complete configurations by the shape of their tensors; ``rows`` is the longest training fold.
 
-    Batch sizes share a group up to the next power of two, or make one of their own where four trials agree.
+    Batch sizes share a group up to the next power of two, or make one of their own where four trials agree; those
+    whose members take their steps each on its own (``own_steps``) share one group whatever they are.
     A user's module is never padded: its groups have one batch size and one set of ``module__*`` values.
     """
     shapes: dict[Any, list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
         shapes[_shape(config, kind)].append(i)
-    groups = [
-        group
-        for members in shapes.values()
-        for group in _by_batch_size(members, configs, rows=rows, exact=kind == "module")
-    ]
+    groups = []
+    for members in shapes.values():
+        if own_steps is not None and own_steps(configs[members[0]]):
+            groups.append(members)
+        else:
+            groups += _by_batch_size(members, configs, rows=rows, exact=kind == "module")
     return [Population(kind, tuple(g), tuple(configs[i] for i in g)) for g in groups]
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gputune.data.dataset import Dataset
-from gputune.engine.plan import Cost, Plan, cores, make_plan
+from gputune.engine.cost import Cost
+from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.population import Population
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, inner_training

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from gputune.data.dataset import Dataset
+from gputune.engine.backend import is_compiled
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.fits import Fits
 from gputune.engine.plan import Plan, make_plan, parse_memory
@@ -21,7 +23,7 @@ from gputune.options import Options
 from gputune.progress import Progress
 from gputune.study.ledger import Ledger
 from gputune.study.store import Result
-from gputune.types import Config
+from gputune.types import Backend, Config
 
 
 def does_not_fit(trial: int, curve: np.ndarray, reason: str) -> Result:
@@ -43,6 +45,7 @@ class Context:
     checkpoints: CheckpointFolder | None = None
     cluster: RayCluster | None = None
     fits: Fits = field(default_factory=Fits)
+    backend: Backend = "eager"
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
@@ -72,7 +75,12 @@ class Context:
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""
-        return populations(configs, self.choice.kind, rows=max(len(fold.train) for fold in self.data.folds))
+        return populations(
+            configs,
+            self.choice.kind,
+            rows=max(len(fold.train) for fold in self.data.folds),
+            own_steps=partial(is_compiled, self.backend, self.choice.kind),
+        )
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
@@ -90,6 +98,7 @@ class Context:
                 workers=self.workers,
                 parameters=parameters,
                 free=None if self.cluster is None else self.cluster.free,
+                backend=self.backend,
             )
         )
 

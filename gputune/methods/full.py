@@ -66,6 +66,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
         context.stop,
         context.checkpointing(numbers),
         context.fits,
+        backend=context.backend,
     )
 
     def give_up(place: int, reason: str) -> None:

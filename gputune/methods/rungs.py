@@ -155,6 +155,7 @@ class _Search:
             context.checkpointing([runner.number for runner in runners]),
             context.fits,
             keep_stopped=False,
+            backend=context.backend,
         )
         trained: set[int] = set()
 

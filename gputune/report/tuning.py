@@ -110,6 +110,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "timeout",
         "checkpoint_seconds",
         "device",
+        "backend",
         "dtype",
         "memory",
         "verbose",

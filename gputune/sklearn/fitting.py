@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
+from gputune.engine.backend import choose_backend, is_compiled
 from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
@@ -142,7 +144,9 @@ def _fit_group(
     longest = max(len(train) for train in group.trains)
     found: Members = {}
     chunks, parameters = [], 0
-    for population in populations(configs, recipe.kind, rows=longest):
+    backend, _ = choose_backend("auto", data.device, data.dtype)
+    own_steps = partial(is_compiled, backend, recipe.kind)
+    for population in populations(configs, recipe.kind, rows=longest, own_steps=own_steps):
         try:
             parameters = max(parameters, _check_module(recipe, population, data))
             chunks.append(population)
@@ -151,9 +155,13 @@ def _fit_group(
             found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
     if chunks:
         kind = MemberJob if recipe.begun is None else RungJob
-        job = kind(recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, Stop(deadline))
+        job = kind(
+            recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, Stop(deadline), backend=backend
+        )
         epochs = recipe.epochs - recipe.start
-        plan = make_plan(chunks, data, epochs=epochs, memory=None, workers=workers, parameters=parameters)
+        plan = make_plan(
+            chunks, data, epochs=epochs, memory=None, workers=workers, parameters=parameters, backend=backend
+        )
         if recipe.start:
             plan = replace(plan, chunks=tuple(_begun_chunk(chunk, recipes, group) for chunk in plan.chunks))
         found |= _run(job, data, replace(plan, threads=min(plan.threads, torch.get_num_threads())), group)

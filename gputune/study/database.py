@@ -36,15 +36,12 @@ TABLES = {
 def open_file(path: Path) -> sqlite3.Connection:
     """Return a connection to a checked study file, for reading only where it may not be written.
 
-    It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises FileNotFoundError or
-    IsADirectoryError, StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
+    It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises FileNotFoundError,
+    StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
     """
-    if path.is_dir():
-        raise IsADirectoryError(
-            errno.EISDIR, "a study is a file, and this is a folder; name a file in it", str(path)
-        )
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "there is no study file; check the path", str(path))
+        remedy = "this is a folder, give the file in it" if path.is_dir() else "check the path"
+        raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
     _check_header(path)
     connection = _connect_readonly(path)
     try:

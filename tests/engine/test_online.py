@@ -10,11 +10,11 @@ from sklearn.datasets import load_iris
 
 import gputune
 import reference
-from gputune.engine import train as train_module
+from gputune.engine import eager
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.blocks import Block, Blocks
+from gputune.engine.cost import trial_cost
 from gputune.engine.online import OnlineHyper, OnlineUpdate
-from gputune.engine.plan import trial_cost
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
@@ -278,7 +278,7 @@ def test_a_search_adapts_a_rate_per_member_and_refits(monkeypatch):
             self.begin = self.rate.clone()
             seen.append(self)
 
-    monkeypatch.setattr(train_module, "OnlineUpdate", Seen)
+    monkeypatch.setattr(eager, "OnlineUpdate", Seen)
     X, y = load_iris(return_X_y=True)
     space = {"lr": [1e-3, 1e-2, 0.1], "momentum": [0.0, 0.9]}
     study = gputune.tune(

@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
+from gputune.engine.backend import choose_backend
 from gputune.engine.chunk import Job, train_chunk
-from gputune.engine.plan import make_plan, parse_memory, trial_cost
+from gputune.engine.cost import trial_cost
+from gputune.engine.plan import make_plan, parse_memory
 from gputune.engine.population import populations
 from gputune.errors import InputError
 from gputune.types import OPTIMIZERS
@@ -77,19 +80,28 @@ class Net(nn.Linear):
         self.still = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
 
 
+@pytest.mark.parametrize(
+    "backend", sorted({"eager", choose_backend("auto", torch.device("cpu"), torch.float64)[0]})
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["mlp", "linear", "module"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum):
+def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backend):
     data = make_data()
     own = {} if kind == "module" else {"width": 20, "depth": 1}
     found = groups(
         data, *({**own, "lr": lr, "momentum": momentum} for lr in (0.1, 0.2)), kind=kind, optimizer=optimizer
     )
     plan = make_plan(
-        found, data, epochs=1, memory=None, workers=1, parameters=(data.n_features + 1) * data.n_outputs
+        found,
+        data,
+        epochs=1,
+        memory=None,
+        workers=1,
+        parameters=(data.n_features + 1) * data.n_outputs,
+        backend=backend,
     )
-    job = Job(0, 1, 1, None, Net if kind == "module" else None)
+    job = Job(0, 1, 1, None, Net if kind == "module" else None, backend=backend)
     states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]
     assert plan.state_bytes == sum(buffer.nbytes for state in states for buffer in state.buffers)
 

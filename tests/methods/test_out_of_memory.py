@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune.engine import train
 from gputune.engine.chunk import Job
+from gputune.engine.compiled import CompiledChunk
+from gputune.engine.eager import EagerChunk
 from gputune.engine.out_of_memory import is_out_of_memory
 from gputune.engine.packing import packed
 from gputune.engine.population import Population
@@ -21,7 +23,15 @@ from gputune.study.store import Store
 from problems import fill
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
-COMMON = {"space": SPACE, "n_trials": 11, "cv": 3, "max_epochs": 6, "verbose": 0, "workers": 1}
+COMMON = {
+    "space": SPACE,
+    "n_trials": 11,
+    "cv": 3,
+    "max_epochs": 6,
+    "verbose": 0,
+    "workers": 1,
+    "backend": "eager",
+}
 METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -44,17 +54,18 @@ def whole(iris):
 
 
 def fail(monkeypatch, when, error=ERRORS[0]):
-    """Let the training's steps raise where ``when(number of the step from 1, number of trials)`` says so."""
-    step, count, failed = train._Chunk._step, [0], []
+    """Let the training raise where ``when(number from 1, number of trials)`` says so, steps or compiled epochs."""
+    count, failed = [0], []
 
-    def allocating(chunk, *arguments):
+    def allocating(chunk, *arguments, train):
         count[0] += 1
         if when(count[0], len(chunk.alive)):
             failed.append(len(chunk.alive))
             raise error
-        return step(chunk, *arguments)
+        return train(chunk, *arguments)
 
-    monkeypatch.setattr(train._Chunk, "_step", allocating)
+    for kind, name in ((EagerChunk, "_step"), (CompiledChunk, "advance")):
+        monkeypatch.setattr(kind, name, partialmethod(allocating, train=getattr(kind, name)))
     return failed
 
 
@@ -93,14 +104,14 @@ def test_what_never_fits_together_is_trained_one_by_one(iris, whole, monkeypatch
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_path, monkeypatch, method):
-    step = train._Chunk._step
+    step = EagerChunk._step
 
     def allocating(chunk, *arguments):
         if any(config["batch_size"] == 16 and config["width"] == 16 for config in chunk.network.configs):
             raise ERRORS[1]
         return step(chunk, *arguments)
 
-    monkeypatch.setattr(train._Chunk, "_step", allocating)
+    monkeypatch.setattr(EagerChunk, "_step", allocating)
     gputune.tune("mlp", *iris, method=METHODS[method], study=tmp_path / "s.db", **COMMON)
     found = gputune.Study.open(tmp_path / "s.db")
     for trial, other in zip(found.trials, whole[method].trials, strict=True):

@@ -14,8 +14,9 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine import chunk as chunks
-from gputune.engine import train
 from gputune.engine.checkpoint import CheckpointFolder
+from gputune.engine.compiled import CompiledChunk
+from gputune.engine.eager import EagerChunk
 from gputune.errors import InputError
 
 SPACE = {
@@ -99,7 +100,8 @@ def told_time(monkeypatch, *, epoch, writing):
         return run
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train._Chunk, "advance", taking(epoch, train._Chunk.advance))
+    for kind in (EagerChunk, CompiledChunk):
+        monkeypatch.setattr(kind, "advance", taking(epoch, kind.advance))
     monkeypatch.setattr(CheckpointFolder, "write", taking(writing, CheckpointFolder.write))
 
 
@@ -110,7 +112,13 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
 ):
     """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
     space = {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}
-    call = {**COMMON, "space": space, "method": METHODS[method], "checkpoint_seconds": 7.0}
+    call = {
+        **COMMON,
+        "space": space,
+        "method": METHODS[method],
+        "checkpoint_seconds": 7.0,
+        "backend": "eager",
+    }
     call["memory"] = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
     with monkeypatch.context() as patch:
         total = Dies(patch)
@@ -192,7 +200,7 @@ study = gputune.tune("mlp", *load_iris(return_X_y=True), space={"lr": [1e-4, 1e-
 
 
 def test_a_killed_search_with_workers_goes_on(tmp_path):
-    epochs = 300
+    epochs = 4000
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
     )

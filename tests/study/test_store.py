@@ -154,11 +154,6 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
             assert store.finished() == 2
 
 
-def test_a_folder_is_no_study(tmp_path):
-    with pytest.raises(IsADirectoryError, match="a study is a file, and this is a folder; name a file in it"):
-        Store.open(tmp_path)
-
-
 def test_a_closed_study_is_one_file(path):
     with Store.create(path, META) as store:
         store.add_trials(candidates([0]))
@@ -312,6 +307,8 @@ def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(path):
 def test_files_that_are_no_study_of_this_version(path):
     with pytest.raises(FileNotFoundError, match=r"there is no study file; check the path: '.*study\.db'"):
         Store.open(path)
+    with pytest.raises(FileNotFoundError, match="no study file; this is a folder, give the file in it: "):
+        Store.open(path.parent)
     for content in (b"", b"number,score\n1,2\n" * 20):
         path.write_bytes(content)
         with pytest.raises(

@@ -1,0 +1,42 @@
+"""How chunks train here: compiled where there is a CPU and a C compiler, by operations on tensors otherwise."""
+
+import torch
+
+from gputune.engine.population import ModelKind
+from gputune.errors import InputError
+from gputune.native.library import NotBuiltError, library
+from gputune.native.work import OPTIMIZERS
+from gputune.types import Backend, BackendWord, Config
+
+_DEEPEST = 63  # hidden layers that the compiled code has room for
+
+
+def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """Return the backend of "auto", "eager" or "compiled", and why "auto" is not compiled ("" where it may be).
+
+    Raises InputError where compiled training is asked for and cannot be had.
+    """
+    if word == "eager" or (word == "auto" and device.type != "cpu"):
+        return "eager", ""
+    if device.type != "cpu":
+        raise InputError(
+            f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose device='cpu', or "
+            "backend='auto'."
+        )
+    try:
+        library(dtype)
+    except NotBuiltError as error:
+        if word == "auto":
+            return "eager", str(error)
+        raise InputError(f"backend='compiled': {error}. Install one, or choose backend='auto'.") from error
+    return "compiled", ""
+
+
+def is_compiled(backend: Backend, kind: ModelKind, config: Config) -> bool:
+    """Whether trials like this one train in compiled code; all others train eagerly beside them."""
+    return (
+        backend == "compiled"
+        and kind != "module"
+        and config["optimizer"] in OPTIMIZERS
+        and config["depth"] <= _DEEPEST
+    )

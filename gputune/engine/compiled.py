@@ -1,0 +1,219 @@
+"""A chunk whose members each train through a whole epoch in compiled code, one after another on every core.
+
+A small network with its moments fits into a core's cache: there it takes all steps of an epoch, with nothing between
+them but arithmetic. Members need no common batch size, and no step that others have is idle for them. The numbers of
+a member depend neither on its company nor on the number of threads, bit for bit.
+"""
+
+import ctypes
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.data.dataset import Dataset
+from gputune.engine.backprop import StackedMLP
+from gputune.engine.batches import row_order
+from gputune.engine.network import Network
+from gputune.engine.scores import accuracy
+from gputune.engine.scoring import Scoring
+from gputune.native.library import library
+from gputune.native.work import ACTIVATIONS, OPTIMIZERS, Work, make_work
+from gputune.seeding import stream
+from gputune.types import Config
+
+Array = Tensor | np.ndarray | None
+
+
+class CompiledChunk:
+    """Parameters and moments of a chunk in the flat buffers of its network, and what the compiled code is told."""
+
+    def __init__(
+        self,
+        network: Network,
+        data: Dataset,
+        configs: Sequence[Config],
+        *,
+        seed: int,
+        horizon: int,
+        scoring: Scoring | None,
+    ) -> None:
+        assert isinstance(network, StackedMLP)
+        self.network: StackedMLP = network
+        self.data, self.seed, self.horizon, self.scoring = data, seed, horizon, scoring
+        self.library = library(data.dtype)
+        self.configs = list(configs)
+        self.alive = list(range(len(configs)))
+        self.flat = network.start()
+        self._moments = [torch.zeros_like(self.flat) for _ in range(_n_moments(configs))]
+        self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
+        valid = [len(fold.valid) for fold in data.folds]
+        self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
+        self.fixed = {**_of_data(data), "lengths": self.lengths, "valid_start": self.starts}
+        self._settle()
+
+    def _settle(self) -> None:
+        """Tell what stays as it is until a trial leaves."""
+        data, folds, trials = self.data, self.data.n_folds, len(self.configs)
+        self.numbers = {
+            "folds": folds,
+            "trials": trials,
+            "inputs": data.n_features,
+            "width": self.network.hidden,
+            "outputs": data.n_outputs,
+            "layers": self.network.depth + 1,
+            "activation": ACTIVATIONS.index(self.network.activation),
+            "optimizer": OPTIMIZERS.index(self.configs[0]["optimizer"]),
+            "classes": int(data.task != "regression"),
+            "rows": data.n_rows,
+            "longest": int(self.lengths.max()),
+            "horizon": self.horizon,
+        }
+        rows = {"lr": "lr", "decay": "weight_decay", "momentum": "momentum", "dropout": "dropout"}
+        sizes = [min(config["batch_size"], self.numbers["longest"]) for config in self.configs]
+        self.sizes = np.array(sizes, dtype=np.int64)
+        self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
+        self.arrays: dict[str, Array] = {
+            **self.fixed,
+            **{name: np.array([float(c[key]) for c in self.configs]) for name, key in rows.items()},
+            "widths": np.array([c["width"] for c in self.configs], dtype=np.int64),
+            "sizes": self.sizes,
+            "cosine": np.array([c["schedule"] == "cosine" for c in self.configs], dtype=np.int64),
+            "theta": self.flat,
+            "first": self._moments[0] if self._moments else None,
+            "second": self._moments[1] if len(self._moments) > 1 else None,
+            # The longest first, and of those one fold after another, whose rows are then in the cache.
+            "queue": np.argsort(-self.steps.flatten(), kind="stable").astype(np.int64),
+            "draws": None,
+            "draw_start": None,
+            "draw_rows": None,
+            "scored": None,
+            "accuracy": None,
+        }
+        if self.scoring is None:
+            return
+        if self.scoring.score is accuracy:  # counted where the outputs are, which are then not kept
+            self.arrays["accuracy"] = np.empty((folds, trials))
+        else:
+            scored = int(self.starts[-1]) * trials * data.n_outputs
+            self.arrays["scored"] = torch.empty(scored, dtype=data.dtype)
+
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """The optimizer's flat buffers."""
+        return tuple(self._moments)
+
+    def resume(self, buffers: Sequence[Tensor]) -> None:
+        """Go on from flat buffers: of the parameters, then of the moments."""
+        for own, kept in zip([self.flat, *self._moments], buffers, strict=True):
+            own.copy_(kept)
+
+    def advance(self, epoch: int) -> None:
+        """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
+        order = row_order(self.data, self.seed, epoch).contiguous()
+        arrays = {**self.arrays, "order": order, **self._draws(epoch)}
+        _run(self.library, {**self.numbers, "epoch": epoch}, arrays)
+
+    def _draws(self, epoch: int) -> dict[str, Array]:
+        """The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has."""
+        if self.network.rates is None:
+            return {}
+        depth, width = self.network.depth, self.network.hidden
+        rows = np.array(
+            [self.sizes[(self.steps > step).any(0)].max() for step in range(int(self.steps.max()))],
+            dtype=np.int64,
+        )
+        draws = [
+            torch.rand(
+                (int(n), width),
+                generator=stream(self.seed, "dropout", epoch, step, layer),
+                dtype=torch.float32,
+            ).flatten()
+            for step, n in enumerate(rows)
+            for layer in range(depth)
+        ]
+        start = np.concatenate([[0], np.cumsum(rows * depth * width)[:-1]]).astype(np.int64)
+        return {"draws": torch.cat(draws), "draw_start": start, "draw_rows": rows}
+
+    def scores(self) -> np.ndarray:
+        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        counted, kept = self.arrays["accuracy"], self.arrays["scored"]
+        if isinstance(counted, np.ndarray):
+            return counted.T.copy()
+        assert self.scoring is not None and isinstance(kept, Tensor)
+        trials, columns = len(self.configs), []
+        sizes = np.diff(self.starts)
+        for fold, part in enumerate(torch.split(kept, (sizes * trials * self.data.n_outputs).tolist())):
+            columns.append(self.scoring(self.data, fold, part.view(trials, int(sizes[fold]), -1)))
+        return torch.stack(columns, 1).numpy()
+
+    def keep(self, stays: np.ndarray) -> None:
+        """Go on with the trials of ``stays`` (C,) alone."""
+        if stays.all():
+            return
+        places = np.flatnonzero(stays).tolist()
+        self.alive = [self.alive[i] for i in places]
+        if not self.alive:
+            return
+        blocks, keep = self.network.blocks, torch.tensor(places)
+        self.flat = blocks.select(self.flat, keep)
+        self._moments = [blocks.select(moment, keep) for moment in self._moments]
+        self.network = self.network.subset(places)
+        self.configs = [self.configs[i] for i in places]
+        self._settle()
+
+
+def _n_moments(configs: Sequence[Config]) -> int:
+    if configs[0]["optimizer"] in ("adam", "adamw"):
+        return 2
+    return int(configs[0]["optimizer"] == "nesterov" or any(config["momentum"] for config in configs))
+
+
+def _of_data(data: Dataset) -> dict[str, Array]:
+    """What is read of the data, in the form in which the compiled code reads it."""
+    shape = (data.n_folds, data.n_outputs)
+    present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
+    return {
+        "x": data.x.contiguous(),
+        "copies": np.array(data.copies, dtype=np.int64),
+        "y": data.y.contiguous(),
+        "weights": None if data.weights is None else data.weights.double().contiguous(),
+        "present": present.to(data.dtype).contiguous(),
+        "valid": torch.cat([fold.valid for fold in data.folds]),
+    }
+
+
+def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
+    """Let as many threads as torch has here take members from one queue.
+
+    They are threads even where there is one, so that this one hears signals while they compute.
+    """
+    taken, stop, failed = ctypes.c_int64(0), ctypes.c_int32(0), list[bool]()
+
+    def train(work: Work, _held: Mapping[str, Array], ended: threading.Event) -> None:
+        torch.set_flush_denormal(True)  # each thread has its own setting
+        try:
+            if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):
+                failed.append(True)
+        finally:
+            ended.set()
+
+    # Each thread holds what it computes on, and says itself that it has ended: join() takes a thread for ended once
+    # a signal's handler has raised inside of it.
+    ends = [threading.Event() for _ in range(torch.get_num_threads())]
+    threads = [threading.Thread(target=train, args=(make_work(numbers, arrays), arrays, end)) for end in ends]
+    try:
+        for thread in threads:
+            thread.start()
+        for end in ends:
+            end.wait()
+    except BaseException:
+        stop.value = 1
+        for thread, end in zip(threads, ends):
+            if thread.ident is not None:
+                end.wait()
+        raise
+    if failed:
+        raise MemoryError("there is no memory for the activations of one member")

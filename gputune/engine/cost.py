@@ -1,0 +1,115 @@
+"""What a trial of a population costs: an estimate, to cut chunks, to order them and to count workers.
+
+No result depends on it beyond rounding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset
+from gputune.engine.backend import is_compiled
+from gputune.engine.population import Population, padded_width
+from gputune.types import ONLINE, Backend, Config
+
+# Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
+_BUFFERS = 11
+
+# One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
+_STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
+_PARAMETER_SECONDS = 2.2e-9  # update of one parameter
+_PRODUCT_SECONDS = 8e-12  # one multiply-add pair
+_ACTIVATION_SECONDS = 1.5e-9
+
+# The same of compiled training, measured on an EPYC core.
+_COMPILED_STEP_SECONDS = 0.4e-6  # of one member
+_COMPILED_PARAMETER_SECONDS = 0.6e-9
+_COMPILED_PRODUCT_SECONDS = 2e-11
+_COMPILED_ACTIVATION_SECONDS = 0.5e-9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one trial of a population costs: bytes while it trains and while it waits, seconds an epoch, of overhead."""
+
+    trial_bytes: int
+    state_bytes: int
+    trial_seconds: float
+    step_seconds: float
+
+
+def trial_cost(
+    population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager"
+) -> Cost:
+    """Estimate what one trial with all its folds costs."""
+    if is_compiled(backend, population.kind, population.configs[0]):
+        return _compiled_cost(population, data)
+    config, folds, item = population.configs[0], data.n_folds, torch.finfo(data.dtype).bits // 8
+    longest = max(len(fold.train) for fold in data.folds)
+    batch_sizes = [min(c["batch_size"], longest) for c in population.configs]
+    steps, rows = -(-longest // min(batch_sizes)), max(batch_sizes)
+    layers, size, units = _shape(population, data, parameters)
+    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.n_features) // max(
+        1, len(batch_sizes)
+    )
+    dropout = 2 * rows * units if config["dropout"] else 0
+    buffers = _BUFFERS + (config["optimizer"] in ONLINE)  # one more: the last direction
+    # Outputs on the validation rows, in the scores' working precision and once more for their terms.
+    scored = 5 * max(len(fold.valid) for fold in data.folds) * data.n_outputs
+    member_seconds = (
+        _PARAMETER_SECONDS * size + 3 * _PRODUCT_SECONDS * rows * size + _ACTIVATION_SECONDS * rows * units
+    )
+    return Cost(
+        trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
+        state_bytes=folds * item * size * _kept_buffers(config["optimizer"], population.configs),
+        trial_seconds=folds * steps * member_seconds,
+        step_seconds=steps * layers * _STEP_SECONDS,
+    )
+
+
+def _kept_buffers(optimizer: str, configs: Sequence[Config]) -> int:
+    """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
+    own = optimizer.removesuffix("hd")
+    if own in ("adam", "adamw"):
+        moments = 2
+    else:
+        moments = int(own == "nesterov" or any(config["momentum"] for config in configs))
+    return 1 + moments + 3 * (optimizer in ONLINE)
+
+
+def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
+    """Layers, parameters and hidden units of one member, padding included."""
+    config, d, k = population.configs[0], data.n_features, data.n_outputs
+    if population.kind == "linear":
+        return 1, (d + 1) * k, k
+    if population.kind == "module":  # its inside is unknown: a square root of the size is a fair width
+        return 8, parameters, 4 * int(parameters**0.5)
+    depth, width = config["depth"], padded_width(config["width"])
+    size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
+    return depth + 1, size, depth * width
+
+
+def _compiled_cost(population: Population, data: Dataset) -> Cost:
+    """Every member takes its own steps, and what it works in belongs to the thread."""
+    folds, item = data.n_folds, torch.finfo(data.dtype).bits // 8
+    longest = max(len(fold.train) for fold in data.folds)
+    _, size, units = _shape(population, data, 0)
+    rows = np.array([min(config["batch_size"], longest) for config in population.configs])
+    step_seconds = (
+        _COMPILED_STEP_SECONDS
+        + _COMPILED_PARAMETER_SECONDS * size
+        + rows * (3 * _COMPILED_PRODUCT_SECONDS * size + _COMPILED_ACTIVATION_SECONDS * units)
+    )
+    scored = sum(len(fold.valid) for fold in data.folds) * data.n_outputs
+    terms = 4 * max(len(fold.valid) for fold in data.folds) * data.n_outputs  # while one fold is scored
+    return Cost(
+        trial_bytes=item * (3 * folds * size + scored + terms),
+        state_bytes=folds
+        * item
+        * size
+        * _kept_buffers(population.configs[0]["optimizer"], population.configs),
+        trial_seconds=folds * float((-(-longest // rows) * step_seconds).mean()),
+        step_seconds=0.0,
+    )

@@ -1,0 +1,92 @@
+/* The matrix product of small row-major matrices that lie in a core's cache.
+
+   A tile of the result stays in registers while the inner dimension goes by: one line of b is read once for all rows
+   of the tile, and each number of a is spread over a register. The compiler's vector types make it the processor's
+   own instructions, whatever their width. Nothing is packed: what is multiplied here was just written. */
+
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#define TILE_ROWS 8
+#define TILE_VECTORS 3
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#define TILE_ROWS 4
+#define TILE_VECTORS 3
+#else
+#define VECTOR_BYTES 16
+#define TILE_ROWS 8
+#define TILE_VECTORS 2
+#endif
+
+#define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+typedef real vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const real *a, long a_row, long a_column,
+                        const real *b, long b_row, const real *bias, real *c, long c_row) {
+    vector sum[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) sum[i][j] = bias ? *(const vector *)(bias + j * LANES) : (vector){0};
+    for (long p = 0; p < inner; p++) {
+        vector line[TILE_VECTORS];
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) line[j] = *(const vector *)(b + p * b_row + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; i++) {
+            real x = a[i * a_row + p * a_column];
+#pragma GCC unroll 4
+            for (int j = 0; j < vectors; j++) sum[i][j] += x * line[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < vectors; j++) *(vector *)(c + i * c_row + j * LANES) = sum[i][j];
+}
+
+/* A function for each width of a tile; the number of rows is a constant in each of its cases, and so in registers. */
+#define CASE(n) \
+    case n: tile(n, WIDTH, inner, a, a_row, a_column, b, b_row, bias, c, c_row); break;
+#if TILE_ROWS == 8
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+#else
+#define CASES CASE(1) CASE(2) CASE(3) CASE(4)
+#endif
+#define TILES(name, width) \
+    static void name(int rows, long inner, const real *a, long a_row, long a_column, const real *b, long b_row, \
+                     const real *bias, real *c, long c_row) { \
+        enum { WIDTH = width }; \
+        switch (rows) { CASES } \
+    }
+TILES(tiles_of_1, 1)
+TILES(tiles_of_2, 2)
+#if TILE_VECTORS == 3
+TILES(tiles_of_3, 3)
+#endif
+
+/* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns), or without bias where it is NULL.
+
+   ``columns`` is a multiple of LANES. Element (i, p) of a is a[i a_row + p a_column]: a may be read as it lies or
+   transposed. The order of the sums depends on the column alone, so rows come out the same in any company. */
+static void product(long rows, long columns, long inner, const real *a, long a_row, long a_column, const real *b,
+                    long b_row, const real *bias, real *c, long c_row) {
+    for (long j = 0; j < columns;) {
+        long left = (columns - j) / LANES;
+        /* four vectors are two and two: three and one would leave the registers half empty */
+        long width = left > TILE_VECTORS && left != 4 ? TILE_VECTORS : left == 4 ? 2 : left;
+        for (long i = 0; i < rows; i += TILE_ROWS) {
+            int count = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
+            const real *from = a + i * a_row, *shift = bias ? bias + j : 0;
+            real *to = c + i * c_row + j;
+            if (width == 1) tiles_of_1(count, inner, from, a_row, a_column, b + j, b_row, shift, to, c_row);
+            if (width == 2) tiles_of_2(count, inner, from, a_row, a_column, b + j, b_row, shift, to, c_row);
+#if TILE_VECTORS == 3
+            if (width == 3) tiles_of_3(count, inner, from, a_row, a_column, b + j, b_row, shift, to, c_row);
+#endif
+        }
+        j += width * LANES;
+    }
+}
