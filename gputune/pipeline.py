@@ -116,7 +116,7 @@ def tune(
                  what it had, and trained on by a later call with the same ``study``
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
-                 again (or at 20 times what writing takes), so that a killed search repeats no more than that
+                 again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
                  CPU with a C compiler; "eager" trains all members step by step as operations on stacked tensors, as

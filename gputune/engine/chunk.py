@@ -12,6 +12,7 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
+from gputune.engine.fits import Fits
 from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population
 from gputune.engine.scoring import Scoring
@@ -65,6 +66,8 @@ class Job:
     """Says when training ends after the running epoch, and no chunk begins any more."""
     checkpointing: Checkpointing | None = None
     """How the state of a long training is kept; None: not at all."""
+    fits: Fits = field(default_factory=Fits)
+    """How many trials of a shape memory has held so far."""
     keep_stopped: bool = True
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
     backend: Backend = "eager"

@@ -10,6 +10,7 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.fits import Fits
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import Population, complete, populations
 from gputune.engine.ray_connection import Ray
@@ -44,6 +45,7 @@ class Context:
     progress: Progress
     checkpoints: CheckpointFolder | None = None
     cluster: RayCluster | None = None
+    fits: Fits = field(default_factory=Fits)
     backend: Backend = "eager"
     profile: Profile = field(default_factory=Profile)
 

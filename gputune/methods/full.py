@@ -65,6 +65,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
         context.choice.module_class,
         context.stop,
         context.checkpointing(numbers),
+        context.fits,
         backend=context.backend,
     )
 

@@ -254,6 +254,9 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="the folder of a saved model")
     parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
     parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
+    parser.add_argument(
+        "--raw", action="store_true", help="no ' before text that a spreadsheet takes for a formula"
+    )
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
 
 

@@ -120,9 +120,7 @@ def test_how_the_trials_ended(study, html):
     text = Elements(html).text
     for state in ("complete", "pruned", "failed"):
         number = sum(trial.state == state for trial in study.trials)
-        assert number and re.search(
-            rf"\b{number} (trained to the end|sent away by a rung of halving|diverged)", text
-        )
+        assert number and re.search(rf"\b{number} (trained to the end|sent away early|diverged)", text)
     rungs = re.findall(
         r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)', html
     )
