@@ -33,7 +33,8 @@ _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, wher
 class Plan:
     """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
 
-    With ``cluster`` the workers are tasks that run at once on other machines. ``state_bytes`` are those of all trials
+    With ``cluster`` the workers are tasks that run at once on other machines. ``compiled`` counts the chunks whose
+    members train in compiled code. ``state_bytes`` are those of all trials
     between two epochs; where they wait for each other at rungs, ``parking_bytes`` of these have room in main memory.
     """
 
@@ -45,18 +46,27 @@ class Plan:
     cluster: bool = False
     state_bytes: int = 0
     parking_bytes: int | None = None
+    compiled: int = 0
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
         trials = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
         place = "in this process" if self.workers == 1 else f"in {self.workers} processes"
+        if self.threads > 1:
+            place += f" on {self.threads} threads"
         if self.cluster:
             place = f"on {count(self.workers, 'Ray worker')}"
         return (
             f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
             f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}"
-            f"{self._waiting()}"
+            f"{self._how()}{self._waiting()}"
         )
+
+    def _how(self) -> str:
+        """Which chunks are compiled, in words."""
+        if self.compiled == len(self.chunks):
+            return ", compiled"
+        return f", {self.compiled} of the chunks compiled" if self.compiled else ""
 
     def _waiting(self) -> str:
         """Where the states lie that wait for their next rung, in words."""
@@ -96,7 +106,7 @@ def make_plan(
         )
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit
-        whole = _Piece(population, cost, epochs)
+        whole = _Piece(population, cost, epochs, compiled)
         # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
         # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
@@ -120,6 +130,7 @@ def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: i
         threads=threads,
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
         data_bytes=data.x.numel() * data.x.element_size(),
+        compiled=sum(piece.compiled for piece in pieces),
         state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
     )
 
@@ -131,6 +142,7 @@ class _Piece:
     chunk: Population
     cost: Cost
     epochs: int
+    compiled: bool
 
     @property
     def seconds(self) -> float:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from gputune.engine import plan
 from gputune.engine.backend import choose_backend
 from gputune.engine.chunk import Job, train_chunk
 from gputune.engine.cost import trial_cost
@@ -139,3 +140,25 @@ def test_memory_is_read(memory, size):
 def test_bad_memory_is_named(memory):
     with pytest.raises(InputError, match="memory is a number of bytes or text such as '8GB', above 0, got"):
         parse_memory(memory)
+
+
+def test_the_plan_says_what_is_compiled():
+    data = make_data()
+    found = groups(data, {"width": 8}, {"width": 20}, {"width": 40, "optimizer": "adamhd"})
+    common = {"epochs": 1, "memory": None, "workers": 1}
+    assert str(make_plan(found[:2], data, backend="compiled", **common)).endswith(", compiled")
+    assert str(make_plan(found, data, backend="compiled", **common)).endswith(", 2 of the chunks compiled")
+    assert str(make_plan(found, data, **common)).endswith(", in this process")
+
+
+def test_compiled_members_share_threads_of_one_process_whatever_their_batch_sizes(monkeypatch):
+    monkeypatch.setattr(plan, "cores", lambda: 4)
+    data = make_data()
+    configs = fill(*({"width": 8 + i, "batch_size": 3 + i} for i in range(8)))
+    (one,) = populations(configs, "mlp", rows=41, own_steps=lambda config: True)
+    made = make_plan([one], data, epochs=10**6, memory=None, workers=None, backend="compiled")
+    assert [len(chunk.index) for chunk in made.chunks] == [8]
+    assert (made.workers, made.threads, made.compiled) == (1, 4, 1)
+    assert "in this process on 4 threads, compiled" in str(made)
+    forced = make_plan([one], data, epochs=10**6, memory=None, workers=3, backend="compiled")
+    assert (forced.workers, forced.threads) == (3, 1)
