@@ -58,7 +58,7 @@ class Options:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
-        _one_of("backend", self.backend, ("auto", "eager", "compiled"))
+        _one_of("backend", self.backend, ("auto", "eager", "compiled", "graph"))
         _one_of("dtype", self.dtype, ("float32", "float64"))
         _whole("max_epochs", self.max_epochs)
         if self.workers == "ray":

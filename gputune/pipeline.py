@@ -77,7 +77,7 @@ def tune(
     study: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
-    backend: Literal["auto", "eager", "compiled"] = "auto",
+    backend: Literal["auto", "eager", "compiled", "graph"] = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",

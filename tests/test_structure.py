@@ -17,7 +17,8 @@ version errors extras types seeding report/text native/library native/work
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/source data/fingerprint
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/backend engine/batches engine/network engine/backprop engine/vmap engine/eager engine/compiled engine/train
+engine/backend engine/batches engine/network engine/validation engine/backprop engine/vmap engine/eager
+engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
 engine/stopping engine/checkpoint engine/chunk
 engine/out_of_memory engine/rung engine/cost engine/plan engine/packing engine/workers engine/ray_task
 engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact

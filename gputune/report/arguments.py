@@ -175,7 +175,7 @@ def _add_data(group: Any) -> None:
 def _add_machine(group: Any) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:1")
     group.add_argument(
-        "--backend", choices=("auto", "eager", "compiled"), default="auto",
+        "--backend", choices=("auto", "eager", "compiled", "graph"), default="auto",
         help="how members train: compiled where the CPU has a C compiler (auto), or as operations on tensors (eager)",
     )  # fmt: skip
     group.add_argument("--dtype", default="float32", metavar="T", help="float32 (default) or float64")
