@@ -208,7 +208,7 @@ class _Recording(TorchDispatchMode):
             yield
         finally:
             for storage, held in self.written.values():
-                _bytes(storage).copy_(held)
+                _bytes(storage)[: len(held)].copy_(held)
 
     def close(self) -> Tape:
         """Return the tape, where nothing that the step made is still there."""
