@@ -119,6 +119,12 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
             f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
             f"({_difference(meta['fingerprint'], found)}); restore the file."
         )
+    held, now = origin.get("held_out"), (source.origin or {}).get("held_out")
+    if held is not None and held != now:
+        raise InputError(
+            f"the search cannot go on: the rows of {origin['path']!r} that were held out have changed since it was "
+            "begun; restore the file."
+        )
     return source, test
 
 

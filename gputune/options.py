@@ -65,6 +65,10 @@ class Options:
             object.__setattr__(self, "workers", Ray())
         if isinstance(self.workers, Ray):
             check_ray(self.device)
+        elif isinstance(self.workers, str) and self.workers != "auto":
+            raise InputError(
+                f"workers must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {self.workers!r}."
+            )
         elif self.workers != "auto":
             _whole("workers", self.workers)
         if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):

@@ -31,6 +31,7 @@ from gputune.methods.sampling import check_sampling, sample
 from gputune.model_choice import ModelChoice, choose_model
 from gputune.options import Options, method_name
 from gputune.problem import Problem, make_problem
+from gputune.profile import PREPARING, Profile
 from gputune.progress import Progress
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
@@ -115,11 +116,12 @@ def tune(
                  what it had, and trained on by a later call with the same ``study``
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
-                 again (or at 20 times what writing takes), so that a killed search repeats no more than that
+                 again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
-                 CPU with a C compiler; "eager" trains all members step by step as operations on stacked tensors, as
-                 user's modules and GPUs always do; the numbers are the same to rounding
+                 CPU with a C compiler; "graph" records a step of all members once and replays it, on a GPU (on a CPU
+                 it is a slow check of that); "eager" takes it as operations on stacked tensors, as user's modules
+                 always do; "auto" chooses; the numbers are the same to rounding
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
                  ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
@@ -157,29 +159,37 @@ def search(
     signals: Sequence[int] = (CTRL_C,),
     *,
     say_notes: bool = True,
+    profile: Profile | None = None,
 ) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
-    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself.
+    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself; ``profile``
+    is told where the time goes.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
     callbacks = Callbacks(options.callbacks)
     progress = Progress(options.verbose, callbacks.epoch)
-    problem = make_problem(source, options.task, choice)
+    profile = Profile() if profile is None else profile
+    with profile.clock(PREPARING):
+        problem = make_problem(source, options.task, choice)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
     folds = make_folds(
         options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
     )
-    data, _ = problem.dataset(folds, _data_options(options), choice)
+    with profile.clock(PREPARING):
+        data, _ = problem.dataset(folds, _data_options(options), choice)
     check_folds(scoring, data)
     wanted = wanted_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
-        backend = _backend(options, choice, data, cluster, progress)
-        context = Context(data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend)
+        with profile.clock("compiling"):
+            backend = _backend(options, choice, data, cluster, progress)
+        context = Context(
+            data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend, profile=profile
+        )
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
         _check_method(wanted, space, context, problem.target.classes)
         _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
@@ -194,7 +204,7 @@ def search(
             add_trials(ledger, wanted, space, options)
             for sentence in remarks_on(ledger, space, choice, options):
                 progress.say(f"note: {sentence}")
-            with _heard(callbacks, ledger, meta, file):
+            with _heard(callbacks, ledger, meta, file), profile.clock("training"):
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
     refitted = replace(options, callbacks=())  # a refit calls none
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)

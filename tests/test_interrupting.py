@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,17 @@ def test_sigterm_with_workers(tmp_path):
     code, out, err, seconds = end(process, signal.SIGTERM)
     assert code == 143 and seconds < 5 and "Traceback" not in err
     assert f"Trials   {finished(study_file)} complete" in out
+
+
+def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
+    study_file = tmp_path / "out" / "study.db"
+    process = start("tune", "sklearn:iris", *MANY, "--workers", 1, "--out", "out", cwd=tmp_path)
+    wait_for(lambda: finished(study_file), process)
+    shutil.rmtree(tmp_path / "out")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "gputune: error: study 'out/study.db' was removed, moved or replaced while it was at work" in err
+    assert not (tmp_path / "out").exists()
 
 
 class Pressing(torch.nn.Linear):

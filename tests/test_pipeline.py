@@ -396,6 +396,10 @@ def test_a_random_state_object_is_used_once(iris):
         ({"numbers": "robust"}, "numbers must be one of 'standard', 'quantile', 'none', got 'robust'"),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
+        (
+            {"workers": "rays"},
+            "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'",
+        ),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
         ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),

@@ -44,6 +44,15 @@ def test_what_the_readme_names_exists():
         assert (ROOT / path).exists(), path
 
 
+def test_the_readme_links_every_page_and_names_every_script():
+    pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
+    assert pages <= set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
+    named = {line for line in TEXT.splitlines() if line.startswith("| `scripts/` |")}.pop()
+    scripts = [path.name for path in (ROOT / "scripts").glob("*.py")]
+    parts = re.compile(r"(benchmark|torture|reproduce_baydin2018)_\w+")  # imported by the script of that name
+    assert [name for name in scripts if f"`{name}`" not in named and not parts.match(name)] == []
+
+
 @pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", ".ci/run"])
 def test_shell_scripts_can_be_started(script):
     assert (ROOT / script).stat().st_mode & 0o111

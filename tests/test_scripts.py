@@ -24,6 +24,32 @@ def iris():
     return X, y, list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))
 
 
+def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, capsys):
+    """In a short form; once more, it goes on from the file, where nothing is left to do."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install "gputune[report]"')
+    pyplot.switch_backend("Agg")
+    text = (SCRIPTS / "example_digits.py").read_text()
+    short = text.replace("N_TRIALS, EPOCHS = 32, 20", "N_TRIALS, EPOCHS = 10, 4")
+    assert short != text and text.count("\n# %%") >= 7
+    monkeypatch.setattr("sys.argv", ["example_digits.py", str(tmp_path / "out")])
+    shown = []
+    for _ in range(2):
+        exec(compile(short, "example_digits.py", "exec"), {"__name__": "__main__"})
+        pyplot.close("all")
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    found = re.search(
+        r"cross-validated (0\.\d{4}), held out (0\.\d{4})\nthe same predictions: True\n$", shown[0]
+    )
+    assert min(map(float, found.groups())) > 0.7
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {
+        "study.db",
+        "plots.png",
+        "report.html",
+        "model",
+    }
+
+
 def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
     script("cross_validate_iris").main()
     pairs = re.findall(r"^(?:fold \d|mean) +(-?\d\.\d{4}) +(-?\d\.\d{4})$", capsys.readouterr().out, re.M)

@@ -2,7 +2,6 @@
 
 import contextlib
 import re
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -69,7 +68,7 @@ def test_a_search_is_measured_and_reported(script):
 
 
 def test_one_worker_is_timed_against_two_in_turn(script, monkeypatch, capsys):
-    used = []
+    used, now = [], [0.0]
 
     @contextlib.contextmanager
     def connected(workers):
@@ -77,7 +76,8 @@ def test_one_worker_is_timed_against_two_in_turn(script, monkeypatch, capsys):
         yield
 
     monkeypatch.setattr(script, "connected", connected)
-    monkeypatch.setattr(script, "search", lambda **size: time.sleep(0.4 / used[-1]))
-    assert 1.5 < script.speedup(2, trials=1, epochs=1) < 2.5
+    monkeypatch.setattr(script, "search", lambda **size: now.append(now[-1] + 3 / used[-1]))
+    monkeypatch.setattr(script.time, "perf_counter", lambda: now[-1])
+    assert script.speedup(2, trials=1, epochs=1) == 2
     assert used == [1, 2, 1, 2]
-    assert len(re.findall(r"one worker 0\.\d s, two 0\.\d s: \d\.\d\d times", capsys.readouterr().out)) == 2
+    assert capsys.readouterr().out.count("one worker 3.0 s, two 1.5 s: 2.00 times (load ") == 2

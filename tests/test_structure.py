@@ -15,12 +15,12 @@ PACKAGE = Path(gputune.__file__).parent
 LAYERS = """
 version errors extras types seeding report/text native/library native/work
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
-data/dataset data/folds data/packed data/holdout data/source data/fingerprint
+data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/backend engine/batches engine/network engine/validation engine/backprop engine/vmap engine/eager
+engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/vmap engine/eager
 engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
-engine/stopping engine/checkpoint engine/chunk
-engine/out_of_memory engine/rung engine/cost engine/plan engine/packing engine/workers engine/ray_task
+engine/stopping engine/checkpoint engine/fits engine/chunk
+engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task
 engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact
 engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
@@ -35,7 +35,7 @@ study/module_source study/folder study/model study/model_files study/whole_model
 search/distributions search/config search/spec search/optuna_space search/space search/space_again search/random
 search/halving search/median search/hypergradient search/optuna_sampler search/asking search/optuna_export
 callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callbacks/wandb
-options model_choice progress interrupting problem again refit study_meta wanted
+options model_choice profile progress interrupting problem again refit study_meta wanted
 methods/context methods/resuming methods/frozen methods/company methods/rungs methods/full methods/halving
 methods/median methods/descent methods/sampling pipeline
 sklearn/words sklearn/foreign sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp

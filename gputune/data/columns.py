@@ -147,7 +147,9 @@ def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
     if odd and sum(n for level, n in counts.items() if _is_number(level)) >= most:
         return (f"read as text because of {odd[0]!r}, though most of its values are numbers",)
     if odd and sum(n for level, n in counts.items() if _is_number(level.replace(",", ""))) >= most:
-        return (f"read as text because of commas as in {odd[0]!r}; write such numbers without",)
+        return (
+            f"read as text because of commas as in {odd[0]!r}; write numbers without them, decimals with a point",
+        )
     if sum(n for level, n in counts.items() if _DAY_FIRST.fullmatch(level)) >= most:
         return (f"read as text; write dates like {min(counts)!r} as year-month-day",)
     return ()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from gputune.data.fingerprint import fingerprint
 from gputune.data.folds import parse_cv
 from gputune.data.holdout import hold_out
 from gputune.data.table import Table, as_table, quoted, read_table, split_target
@@ -21,7 +22,7 @@ Origin = dict[str, Any]
 class Source:
     """Inputs and target as they were given: a table, or a tensor that stays where it lies.
 
-    ``origin`` holds what reads the same rows again (path, target, groups, and how rows were held out), None for
+    ``origin`` holds what reads the same rows again (path, target, groups, and how which rows were held out), None for
     data in memory.
     """
 
@@ -98,7 +99,10 @@ def set_apart(
     origin = None if source.origin is None else {**source.origin, **how}
     if len(test) == 0:
         return replace(source, origin=origin), None
-    return replace(source.rows(rest), origin=origin), source.rows(test)
+    apart = source.rows(test)
+    if origin is not None:
+        origin["held_out"] = fingerprint(apart.X, apart.y)
+    return replace(source.rows(rest), origin=origin), apart
 
 
 def _take_column(table: Table, name: str) -> tuple[Table, np.ndarray]:

@@ -1,6 +1,7 @@
 """Files, data frames and arrays become a table: named columns, each with a kind (kinds.py)."""
 
 import difflib
+import gzip
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def read_table(source: str | Path) -> Table:
     if name.endswith(".parquet"):
         return _read_parquet(path)
     if name.endswith((".csv", ".csv.gz", ".tsv", ".tsv.gz")):
-        return _read_text(path, "\t" if name.endswith((".tsv", ".tsv.gz")) else ",")
+        return _read_text(path, tabs=name.endswith((".tsv", ".tsv.gz")))
     raise InputError(
         f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; convert it first."
     )
@@ -167,21 +168,20 @@ def _read_parquet(path: Path) -> Table:
     return _from_frame(nw.from_native(frame, eager_only=True))
 
 
-def _read_text(path: Path, separator: str) -> Table:
+def _read_text(path: Path, *, tabs: bool) -> Table:
     """Read a text file with a header line; polars cuts it into fields, kinds.py reads them."""
     import polars as pl
 
     try:
+        separator = "\t" if tabs else _separator(path)
         fields = pl.read_csv(path, separator=separator, has_header=False, infer_schema=False)
     except pl.exceptions.NoDataError as error:
         raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         raise InputError(
             f"{str(path)!r} could not be read as a text table: {_first_line(error)}; it must be UTF-8 text with one "
             "header line and equally many fields in every line."
         ) from error
-    if fields.width == 1 and separator == "," and ";" in str(fields.row(0)[0]):
-        return _read_text(path, ";")
     names = ["" if name is None else name.strip() for name in fields.row(0)]
     rows = fields[1:]
     if fields.width > 1:
@@ -189,6 +189,14 @@ def _read_text(path: Path, separator: str) -> Table:
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return _checked(names, [_field(series) for series in rows])
+
+
+def _separator(path: Path) -> str:
+    """Return what the header line is cut by. Rows do not tell: where semicolons separate, commas may be decimal."""
+    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    with opened(path, "rb") as file:
+        header = next((line for line in file if line.strip()), b"")
+    return ";" if b";" in header and b"," not in header else ","
 
 
 def _field(texts: Any) -> tuple[Kind, np.ndarray]:

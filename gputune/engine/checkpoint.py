@@ -25,9 +25,7 @@ from gputune.engine.train import State
 from gputune.types import Config
 
 _FORMAT = 1
-_WRITING_SHARE = (
-    20  # the training between two checkpoints takes at least so many times what writing one takes
-)
+_WRITING_SHARE = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +156,12 @@ class Checkpointing:
                 "were it stopped now, more of it would be repeated. Make room on the disk.",
                 stacklevel=2,
             )
-        return max(self.seconds, _WRITING_SHARE * (time.monotonic() - begin))
+        return max(self.seconds, pause_after(time.monotonic() - begin))
+
+
+def pause_after(writing: float) -> float:
+    """Return the seconds of training before the next checkpoint, when one took so long to write."""
+    return _WRITING_SHARE * writing
 
 
 def _digest_of_configs(configs: Sequence[Config]) -> str:

@@ -12,11 +12,12 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
+from gputune.engine.fits import Fits
 from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population
 from gputune.engine.scoring import Scoring
 from gputune.engine.stopping import Stop
-from gputune.engine.train import State, Trained, train
+from gputune.engine.train import Spent, State, Trained, train
 from gputune.engine.vmap import StackedModule
 from gputune.types import Backend
 
@@ -65,6 +66,8 @@ class Job:
     """Says when training ends after the running epoch, and no chunk begins any more."""
     checkpointing: Checkpointing | None = None
     """How the state of a long training is kept; None: not at all."""
+    fits: Fits = field(default_factory=Fits)
+    """How many trials of a shape memory has held so far."""
     keep_stopped: bool = True
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
     backend: Backend = "eager"
@@ -78,17 +81,21 @@ class Job:
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
         seconds = time.monotonic() - begin + _begun(chunk).seconds
-        return Outcome(chunk.index, trained.curves, trained.epochs, seconds)
+        return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds."""
+    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds.
+
+    ``spent`` is what they were spent on, where that is known.
+    """
 
     index: tuple[int, ...]
     curves: np.ndarray
     epochs: int
     seconds: float
+    spent: Spent = field(default=Spent(), kw_only=True)
 
 
 def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Trained:

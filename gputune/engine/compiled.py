@@ -7,7 +7,7 @@ a member depend neither on its company nor on the number of threads, bit for bit
 
 import ctypes
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class CompiledChunk:
         self.library = library(data.dtype)
         self.configs = list(configs)
         self.alive = list(range(len(configs)))
+        self.nanoseconds = np.zeros(2, dtype=np.int64)
         self.flat = network.start()
         self._moments = [torch.zeros_like(self.flat) for _ in range(_n_moments(configs))]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
@@ -91,6 +92,7 @@ class CompiledChunk:
             "draw_rows": None,
             "scored": None,
             "accuracy": None,
+            "nanoseconds": self.nanoseconds,
         }
         if self.scoring is None:
             return
@@ -110,11 +112,18 @@ class CompiledChunk:
         for own, kept in zip([self.flat, *self._moments], buffers, strict=True):
             own.copy_(kept)
 
+    @property
+    def scoring_share(self) -> float:
+        """The part of the time of ``advance`` that went into outputs on validation rows."""
+        training, scoring = self.nanoseconds.tolist()
+        share: float = scoring / max(1, training + scoring)
+        return share
+
     def advance(self, epoch: int) -> None:
         """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
         order = row_order(self.data, self.seed, epoch).contiguous()
         arrays = {**self.arrays, "order": order, **self._draws(epoch)}
-        _run(self.library, make_work({**self.numbers, "epoch": epoch}, arrays))
+        _run(self.library, {**self.numbers, "epoch": epoch}, arrays)
 
     def _draws(self, epoch: int) -> dict[str, Array]:
         """The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has."""
@@ -185,28 +194,35 @@ def _of_data(data: Dataset) -> dict[str, Array]:
     }
 
 
-def _run(library: ctypes.CDLL, work: Work) -> None:
+def _run(library: ctypes.CDLL, numbers: Mapping[str, int], arrays: Mapping[str, Array]) -> None:
     """Let as many threads as torch has here take members from one queue.
 
     They are threads even where there is one, so that this one hears signals while they compute.
     """
-    taken, stop, failed = ctypes.c_int64(0), ctypes.c_int32(0), list[int]()
+    taken, stop, failed = ctypes.c_int64(0), ctypes.c_int32(0), list[bool]()
 
-    def train() -> None:
+    def train(work: Work, _held: Mapping[str, Array], ended: threading.Event) -> None:
         torch.set_flush_denormal(True)  # each thread has its own setting
-        if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):
-            failed.append(1)
+        try:
+            if library.train_members(ctypes.byref(work), ctypes.byref(taken), ctypes.byref(stop)):
+                failed.append(True)
+        finally:
+            ended.set()
 
-    threads = [threading.Thread(target=train) for _ in range(torch.get_num_threads())]
+    # Each thread holds what it computes on, and says itself that it has ended: join() takes a thread for ended once
+    # a signal's handler has raised inside of it.
+    ends = [threading.Event() for _ in range(torch.get_num_threads())]
+    threads = [threading.Thread(target=train, args=(make_work(numbers, arrays), arrays, end)) for end in ends]
     try:
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
+        for end in ends:
+            end.wait()
+    except BaseException:
         stop.value = 1
-        for thread in threads:
+        for thread, end in zip(threads, ends):
             if thread.ident is not None:
-                thread.join()
+                end.wait()
+        raise
     if failed:
         raise MemoryError("there is no memory for the activations of one member")

@@ -3,6 +3,8 @@
 No result depends on it beyond rounding.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +12,8 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
-from gputune.engine.population import Population, padded_width
-from gputune.types import ONLINE, Backend
+from gputune.engine.population import ModelKind, Population, padded_width
+from gputune.types import ONLINE, Backend, Config
 
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
 _BUFFERS = 11
@@ -31,9 +33,10 @@ _COMPILED_ACTIVATION_SECONDS = 0.5e-9
 
 @dataclass(frozen=True)
 class Cost:
-    """What one trial of a population costs: bytes while it trains, seconds an epoch, seconds of overhead."""
+    """What one trial of a population costs: bytes while it trains and while it waits, seconds an epoch, of overhead."""
 
     trial_bytes: int
+    state_bytes: int
     trial_seconds: float
     step_seconds: float
 
@@ -61,9 +64,20 @@ def trial_cost(
     )
     return Cost(
         trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
+        state_bytes=folds * item * size * _kept_buffers(config["optimizer"], population.configs),
         trial_seconds=folds * steps * member_seconds,
         step_seconds=steps * layers * _STEP_SECONDS,
     )
+
+
+def _kept_buffers(optimizer: str, configs: Sequence[Config]) -> int:
+    """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
+    own = optimizer.removesuffix("hd")
+    if own in ("adam", "adamw"):
+        moments = 2
+    else:
+        moments = int(own == "nesterov" or any(config["momentum"] for config in configs))
+    return 1 + moments + 3 * (optimizer in ONLINE)
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:
@@ -93,6 +107,24 @@ def _compiled_cost(population: Population, data: Dataset) -> Cost:
     terms = 4 * max(len(fold.valid) for fold in data.folds) * data.n_outputs  # while one fold is scored
     return Cost(
         trial_bytes=item * (3 * folds * size + scored + terms),
+        state_bytes=folds
+        * item
+        * size
+        * _kept_buffers(population.configs[0]["optimizer"], population.configs),
         trial_seconds=folds * float((-(-longest // rows) * step_seconds).mean()),
         step_seconds=0.0,
     )
+
+
+def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
+    """Return the floating-point operations of an epoch of one trial's steps, in all folds: its matrix products alone.
+
+    A product (rows, in) x (in, out) is 2 rows in out; each layer has one forward and two backward, the first layer one
+    backward. NaN for a user's module, whose inside is unknown.
+    """
+    if kind == "module":
+        return math.nan
+    hidden = [config["width"]] * config["depth"] if kind == "mlp" else []
+    sizes = [data.n_features, *hidden, data.n_outputs]
+    pairs = sum(3 * a * b for a, b in zip(sizes[:-1], sizes[1:])) - sizes[0] * sizes[1]
+    return float(2 * pairs * sum(len(fold.train) for fold in data.folds))

@@ -48,6 +48,8 @@ class EagerChunk:
         self.params = self.network.blocks.views(self.flat)
         self.grads = self.network.blocks.views(self.grad)
 
+    scoring_share = 0.0
+
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers."""

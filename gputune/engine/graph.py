@@ -66,6 +66,8 @@ class GraphChunk:
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
         self._seen: Network = self._network
 
+    scoring_share = 0.0
+
     @property
     def network(self) -> Network:
         """The model of the members that are still in it."""

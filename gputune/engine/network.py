@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gputune.engine.batches import Batch
 from gputune.engine.blocks import Blocks
+from gputune.engine.population import ModelKind
 from gputune.types import Params
 
 
@@ -28,6 +29,7 @@ class Shape:
 class Network(Protocol):
     """F x C members of one shape. No method mixes members."""
 
+    kind: ModelKind
     blocks: Blocks
     exact: bool
     """Whether minibatches must come without padded rows."""

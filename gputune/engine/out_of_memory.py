@@ -25,10 +25,16 @@ class DoesNotFit:
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
 ) -> list[Outcome | DoesNotFit]:
-    """Train one chunk, in as many parts as the memory makes necessary."""
+    """Train one chunk, in as many parts as the memory makes necessary.
+
+    Parts that have not begun when training is over are left out.
+    """
     waiting, done = [chunk], list[Outcome | DoesNotFit]()
-    while waiting:
+    while waiting and not (done and job.is_over()):
         part = waiting.pop()
+        if (most := job.fits.most(part)) < len(part.index):
+            waiting += [part.part(most, len(part.index)), part.part(0, most)]
+            continue
         outcome = _attempt(job, data, part, progress)
         if not isinstance(outcome, str):
             done.append(outcome)
@@ -37,11 +43,11 @@ def run_in_parts(
         gc.collect()
         if data.device.type == "cuda":
             torch.cuda.empty_cache()
-        trials = len(part.index)
-        if trials == 1:
+        job.fits.refused(part)
+        if len(part.index) == 1:
             done.append(DoesNotFit((part.index[0],), outcome))
-        elif not job.is_over():
-            waiting += [part.part(trials // 2, trials), part.part(0, trials // 2)]
+        else:
+            waiting.append(part)
     return done
 
 

@@ -17,6 +17,7 @@ from gputune.engine.backend import is_compiled
 from gputune.engine.cost import Cost, trial_cost
 from gputune.engine.population import Population
 from gputune.errors import InputError
+from gputune.report.text import count, size_words
 from gputune.types import Backend
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
@@ -32,7 +33,9 @@ _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, wher
 class Plan:
     """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
 
-    With ``cluster`` the workers are tasks that run at once on other machines.
+    With ``cluster`` the workers are tasks that run at once on other machines. ``compiled`` counts the chunks whose
+    members train in compiled code. ``state_bytes`` are those of all trials
+    between two epochs; where they wait for each other at rungs, ``parking_bytes`` of these have room in main memory.
     """
 
     chunks: tuple[Population, ...]
@@ -41,17 +44,38 @@ class Plan:
     chunk_bytes: int
     data_bytes: int
     cluster: bool = False
+    state_bytes: int = 0
+    parking_bytes: int | None = None
+    compiled: int = 0
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
         trials = f"{min(sizes)} to {max(sizes)}" if min(sizes) < max(sizes) else str(sizes[0])
         place = "in this process" if self.workers == 1 else f"in {self.workers} processes"
+        if self.threads > 1:
+            place += f" on {self.threads} threads"
         if self.cluster:
-            place = f"on {_count(self.workers, 'Ray worker')}"
+            place = f"on {count(self.workers, 'Ray worker')}"
         return (
-            f"{_count(sum(sizes), 'trial')} in {_count(len(sizes), 'chunk')} of {trials}, about "
-            f"{_size(self.chunk_bytes)} a chunk and {_size(self.data_bytes)} of data, {place}"
+            f"{count(sum(sizes), 'trial')} in {count(len(sizes), 'chunk')} of {trials}, about "
+            f"{size_words(self.chunk_bytes)} a chunk and {size_words(self.data_bytes)} of data, {place}"
+            f"{self._how()}{self._waiting()}"
         )
+
+    def _how(self) -> str:
+        """Which chunks are compiled, in words."""
+        if self.compiled == len(self.chunks):
+            return ", compiled"
+        return f", {self.compiled} of the chunks compiled" if self.compiled else ""
+
+    def _waiting(self) -> str:
+        """Where the states lie that wait for their next rung, in words."""
+        if self.parking_bytes is None:
+            return ""
+        held = min(self.state_bytes, self.parking_bytes)
+        places = [(held, "main memory"), (self.state_bytes - held, "files")]
+        words = " and ".join(f"{size_words(size)} in {place}" for size, place in places if size)
+        return f"; states that wait for a rung take up to {words}"
 
 
 def make_plan(
@@ -82,7 +106,9 @@ def make_plan(
         )
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit
-        whole = _Piece(population, cost, epochs)
+        whole = _Piece(population, cost, epochs, compiled)
+        # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
+        # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
     total = sum(piece.seconds for piece in pieces)
     if all_compiled and workers in (None, 1):  # threads share the members of a chunk, and need no start
@@ -104,6 +130,8 @@ def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: i
         threads=threads,
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
         data_bytes=data.x.numel() * data.x.element_size(),
+        compiled=sum(piece.compiled for piece in pieces),
+        state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
     )
 
 
@@ -114,14 +142,15 @@ class _Piece:
     chunk: Population
     cost: Cost
     epochs: int
+    compiled: bool
 
     @property
     def seconds(self) -> float:
         return self.epochs * (self.cost.step_seconds + len(self.chunk.index) * self.cost.trial_seconds)
 
-    def cut(self, count: int) -> list["_Piece"]:
+    def cut(self, number: int) -> list["_Piece"]:
         """Cut into so many pieces of equal size, or one a trial."""
-        parts = np.array_split(np.arange(len(self.chunk.index)), min(count, len(self.chunk.index)))
+        parts = np.array_split(np.arange(len(self.chunk.index)), min(number, len(self.chunk.index)))
         return [replace(self, chunk=self.chunk.part(int(part[0]), int(part[-1]) + 1)) for part in parts]
 
 
@@ -163,14 +192,6 @@ def parse_memory(memory: int | str | None) -> int | None:
     if isinstance(memory, bool) or not 0 < value < float("inf"):
         raise InputError(f"memory is a number of bytes or text such as '8GB', above 0, got {memory!r}.")
     return max(1, int(value))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{max(1, round(count / 2**20))} MiB"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def cores() -> int:

@@ -79,6 +79,12 @@ def module_arguments(config: Config) -> Config:
     return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
 
 
+def shape_of(population: Population) -> tuple[Any, ...]:
+    """Return what the memory that a trial of a population takes depends on, within one dataset."""
+    rows = max(config["batch_size"] for config in population.configs)
+    return (*_shape(population.configs[0], population.kind), (rows - 1).bit_length())
+
+
 def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
     optimizer = (config["optimizer"], config["hypergrad_rule"] if config["optimizer"] in ONLINE else None)
     if kind == "module":

@@ -13,9 +13,13 @@ from typing import Any
 
 from gputune.engine.plan import cores
 from gputune.engine.ray_workers import RayCluster
-from gputune.errors import InputError
+from gputune.errors import InputError, MissingExtraError
 
 _SECONDS = 10.0  # to answer a knock; Ray itself waits for minutes
+_TOKEN = (
+    "A cluster that asks for a token (Ray 2.52 and newer can) lets this process in with RAY_AUTH_MODE=token in its "
+    "environment and the token in RAY_AUTH_TOKEN, in the file of RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token."
+)
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,11 @@ class Ray:
 
 
 def check_ray(device: str) -> None:
-    """Raise InputError where Ray is missing, or for a device that its tasks cannot have."""
+    """Raise MissingExtraError where Ray is missing, InputError for a device that its tasks cannot have."""
     if find_spec("ray") is None:
-        raise InputError('workers="ray" and --ray need Ray, which is missing: pip install "gputune[ray]".')
+        raise MissingExtraError(
+            'workers="ray" and --ray need Ray, which is missing: pip install "gputune[ray]".'
+        )
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(
             "device with workers='ray' must be 'auto', 'cpu' or 'cuda' (each task has one GPU, whichever it is), got "
@@ -84,16 +90,27 @@ def _connect(ray: Any, address: str) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", num_cpus=cores(), include_dashboard=False, **quiet)
         return
+    hint = ""
     try:
-        known = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
-        if (place := _host_and_port(known)) is not None:
+        if (place := _host_and_port(_known(address))) is not None:
             socket.create_connection(place, timeout=_SECONDS).close()
+        hint = f" {_TOKEN}"  # someone is there; Ray does not say when it was the token that was missing
         ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"the Ray cluster at {address!r} cannot be used: {' '.join(str(error).split())} Start it with 'ray start "
-            "--head', check the address and the versions of Ray and Python, or use 'local'. Nothing was changed."
+            f"the Ray cluster at {address!r} cannot be used: {reason}. Start it with 'ray start --head', check the "
+            f"address and the versions of Ray and Python, or use 'local'.{hint} Nothing was changed."
         ) from error
+
+
+def _known(address: str) -> str:
+    """Return the address that Ray will take: for "auto" the one that it has noted, whose head may be long gone."""
+    if address != "auto":
+        return address
+    find = getattr(import_module("ray._private.services"), "canonicalize_bootstrap_address", None)
+    # Where Ray has this function no longer it finds out by itself, in minutes.
+    return os.environ.get("RAY_ADDRESS", "") or (str(find(address, None)) if find else address)
 
 
 def _host_and_port(address: str) -> tuple[str, int] | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gputune.data.dataset import Dataset
@@ -35,7 +35,9 @@ class RungJob(Job):
         kept = State(trained.state.epoch, tuple(buffer.cpu() for buffer in trained.state.buffers))
         seconds = time.monotonic() - begin
         curves = trained.curves[:, start : trained.epochs]
-        return RungOutcome(chunk.index, curves, trained.epochs - start, seconds, kept, trained.alive)
+        return RungOutcome(
+            chunk.index, curves, trained.epochs - start, seconds, kept, trained.alive, spent=trained.spent
+        )
 
 
 class Parking:
@@ -58,7 +60,13 @@ class Parking:
             self.folder = tempfile.TemporaryDirectory(prefix="gputune-")
         path = Path(self.folder.name) / f"{trial}.safetensors"
         tensors = {str(i): buffer.contiguous() for i, buffer in enumerate(state.buffers)}
-        save_file(tensors, path, metadata={"epoch": str(state.epoch)})
+        try:
+            save_file(tensors, path, metadata={"epoch": str(state.epoch)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(
+                f"no room for the states of trials that wait for their rung: {str(path.parent)!r} takes no more "
+                f"({error}). Make room there, let TMPDIR name a folder of a larger disk, or allow more memory=."
+            ) from error
         self.states[trial] = path
 
     def look(self, trial: int) -> State:

@@ -1,7 +1,8 @@
 """The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled, is_graph
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.compiled import CompiledChunk
+from gputune.engine.cost import operations
 from gputune.engine.eager import EagerChunk
 from gputune.engine.graph import GraphChunk
 from gputune.engine.network import Network
@@ -36,6 +38,10 @@ class Chunk(Protocol):
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers."""
+
+    @property
+    def scoring_share(self) -> float:
+        """The part of the time of ``advance`` that went into outputs on validation rows."""
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
@@ -72,6 +78,22 @@ class State:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What a training took: seconds in its steps and in its scores, and the floating-point operations of its steps.
+
+    These are NaN for a user's module, whose inside is unknown.
+    """
+
+    steps: float = 0.0
+    scores: float = 0.0
+    operations: float = 0.0
+
+    def __add__(self, other: "Spent") -> "Spent":
+        pairs = zip(astuple(self), astuple(other))
+        return Spent(*(a + b for a, b in pairs))
+
+
+@dataclass(frozen=True)
 class Trained:
     """A chunk after its training: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
 
@@ -85,6 +107,7 @@ class Trained:
     network: Network
     flat: Tensor
     moments: tuple[Tensor, ...]
+    spent: Spent = Spent()
 
     @property
     def state(self) -> State:
@@ -135,20 +158,26 @@ def train(
         blocks = chunk.network.blocks
         chunk.resume([blocks.from_rows(rows.to(chunk.flat.device)) for rows in begin.buffers])
     curves = np.full((len(configs), epochs, data.n_folds), np.nan)
-    epoch = 0 if begin is None else begin.epoch
+    each_epoch = [operations(config, network.kind, data) for config in configs]
+    epoch, spent = 0 if begin is None else begin.epoch, Spent()
     if before is not None:
         curves[:, :epoch] = before
 
     def so_far() -> Trained:
-        return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, chunk.moments)
+        return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, chunk.moments, spent)
 
     while epoch < epochs and chunk.alive:
+        work = sum(each_epoch[trial] for trial in chunk.alive)
+        begun = time.perf_counter()
         chunk.advance(epoch)
+        trained = time.perf_counter()
         epoch += 1
         if scoring is not None:
             scores = chunk.scores()
             curves[chunk.alive, epoch - 1] = scores
             chunk.keep(np.isfinite(scores).all(1))
+        scored = (trained - begun) * chunk.scoring_share
+        spent += Spent(trained - begun - scored, scored + time.perf_counter() - trained, work)
         if after_epoch is not None and after_epoch(so_far()):
             break
     return so_far()

@@ -18,7 +18,7 @@ from gputune.engine.batches import Batch
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Shape
-from gputune.engine.population import module_arguments
+from gputune.engine.population import ModelKind, module_arguments
 from gputune.errors import InputError
 from gputune.seeding import stream_seed
 from gputune.types import Config, Params
@@ -63,6 +63,7 @@ class StackedModule:
     """F x C members of a user's module, all with the same ``module__*`` values."""
 
     exact = True
+    kind: ModelKind = "module"
 
     def __init__(
         self, module_class: type[nn.Module], configs: Sequence[Config], shape: Shape, *, seed: int

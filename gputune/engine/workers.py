@@ -133,6 +133,8 @@ def _run_with_workers(
                     if job.is_over():
                         break
                 collect(queue.drain())
+                if job.is_over():
+                    queue.stop()  # idle workers, for whose end this process would wait when it ends
             except BaseException:
                 queue.stop()
                 raise

@@ -21,10 +21,11 @@ from gputune.hypergradients.convex import differentiate_minimum
 from gputune.hypergradients.curvature import twice_differentiable
 from gputune.hypergradients.differences import default_width, differences
 from gputune.hypergradients.inner import Tables
-from gputune.hypergradients.memory import Need, free_bytes, measure, size_words
+from gputune.hypergradients.memory import Need, free_bytes, measure
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
 from gputune.hypergradients.result import HypergradientResult
 from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
+from gputune.report.text import size_words
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 

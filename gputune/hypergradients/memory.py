@@ -87,16 +87,6 @@ def _available() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def size_words(count: int) -> str:
-    """Return a number of bytes as text."""
-    unit, name = next(
-        (unit, name)
-        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-        if count >= unit or name == "KiB"
-    )
-    return f"{count / unit:.1f} {name}"
-
-
 def fastest_that_fits(
     need: Need, budget: int, *, steps: int, hyperparameters: int
 ) -> Literal["forward", "reverse", "checkpointed"]:

@@ -10,7 +10,8 @@ from gputune.engine.population import Population
 from gputune.errors import InputError
 from gputune.hypergradients.chunk import HypergradientJob, inner_training
 from gputune.hypergradients.curvature import twice_differentiable
-from gputune.hypergradients.memory import fastest_that_fits, free_bytes, measure, size_words
+from gputune.hypergradients.memory import fastest_that_fits, free_bytes, measure
+from gputune.report.text import size_words
 
 _SLOWER = 10.0  # than plain training: a step that is differentiated twice, by operations of autograd
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.fits import Fits
 from gputune.engine.plan import Plan, make_plan, parse_memory
 from gputune.engine.population import Population, complete, populations
 from gputune.engine.ray_connection import Ray
@@ -19,6 +20,7 @@ from gputune.engine.stopping import Stop
 from gputune.engine.vmap import check_module
 from gputune.model_choice import ModelChoice
 from gputune.options import Options
+from gputune.profile import Profile
 from gputune.progress import Progress
 from gputune.study.ledger import Ledger
 from gputune.study.store import Result
@@ -43,7 +45,9 @@ class Context:
     progress: Progress
     checkpoints: CheckpointFolder | None = None
     cluster: RayCluster | None = None
+    fits: Fits = field(default_factory=Fits)
     backend: Backend = "eager"
+    profile: Profile = field(default_factory=Profile)
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
@@ -87,8 +91,8 @@ class Context:
         if self.choice.module_class is not None:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
-        return self.placed(
-            make_plan(
+        with self.profile.clock("planning"):
+            plan = make_plan(
                 groups,
                 self.data,
                 epochs=epochs,
@@ -98,7 +102,8 @@ class Context:
                 free=None if self.cluster is None else self.cluster.free,
                 backend=self.backend,
             )
-        )
+        self.profile.plan = plan
+        return self.placed(plan)
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
         """Return how the trials with these numbers keep their state while they train; None without a study file."""
@@ -124,8 +129,13 @@ class Context:
     def finish(self, ledger: Ledger, results: Sequence[Result]) -> None:
         """Keep results of trials that have ended, show how many are new, and remove their checkpoints."""
         self.progress.finished(sum(result.number not in ledger.results for result in results))
-        ledger.finish(results)
+        self.store(ledger, results)
         self.ended(results)
+
+    def store(self, ledger: Ledger, results: Sequence[Result]) -> None:
+        """Keep results of trials that have ended."""
+        with self.profile.clock("storing"):
+            ledger.finish(results)
 
     def check_module(self, config: Config) -> int:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""

@@ -65,6 +65,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
         context.choice.module_class,
         context.stop,
         context.checkpointing(numbers),
+        context.fits,
         backend=context.backend,
     )
 
@@ -109,6 +110,7 @@ def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
+    context.profile.trained(outcome.spent)
     curves = zip(outcome.index, outcome.curves)
     context.finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves])
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 import numpy as np
+import torch
 
-from gputune.engine.checkpoint import Checkpoint
+from gputune.engine.checkpoint import Checkpoint, pause_after
 from gputune.engine.chunk import BegunChunk, Outcome
 from gputune.engine.population import Population
 from gputune.engine.rung import Parking, RungJob, RungOutcome
@@ -81,9 +82,10 @@ class _Search:
         nothing = np.empty((0, context.data.n_folds))
         trials = [trial for trial in ledger.candidates if trial.number in wanted]
         self.running = [_Runner(trial, configs[trial.number], nothing) for trial in trials]
-        self.parking = Parking(context.memory or free_bytes(context.data.device) // 4)
+        free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
+        self.parking = Parking(min(free, context.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
-        self.saved_at = time.monotonic()
+        self.saved_at, self.earliest = time.monotonic(), 0.0
         self._resume(begun)
 
     def _resume(self, begun: Mapping[int, tuple[Checkpoint, int]]) -> None:
@@ -134,7 +136,8 @@ class _Search:
             alone=True,
         )
         for frozen in plans:
-            context.progress.plan(frozen.plan, aloud=begin == 0)
+            plan = replace(frozen.plan, parking_bytes=self.parking.limit)
+            context.progress.plan(plan, aloud=begin == 0)
             self._run(frozen, stop)
 
     def _run(self, frozen: FrozenPlan, stop: int) -> None:
@@ -150,6 +153,7 @@ class _Search:
             context.choice.module_class,
             context.stop,
             context.checkpointing([runner.number for runner in runners]),
+            context.fits,
             keep_stopped=False,
             backend=context.backend,
         )
@@ -176,24 +180,28 @@ class _Search:
                 cluster=context.cluster,
             )
         for chunk in chunks:
-            if chunk.state is not None and chunk.alive is not None and chunk.index[0] not in trained:
-                for row, position in enumerate(chunk.alive):  # time was over before it went on
-                    self.parking.park(runners[chunk.index[position]].number, chunk.state.select([row]))
+            if chunk.state is not None and chunk.alive is not None:
+                for row, position in enumerate(chunk.alive):
+                    if chunk.index[position] not in trained:  # time was over before it went on
+                        self.parking.park(runners[chunk.index[position]].number, chunk.state.select([row]))
 
     def _keep(self, runners: Sequence[_Runner], outcome: RungOutcome) -> None:
+        self.context.profile.trained(outcome.spent)
         for i, curve in zip(outcome.index, outcome.curves):
             runners[i].curve = np.concatenate([runners[i].curve, curve])
             runners[i].seconds += outcome.seconds / len(outcome.index)
         for row, position in enumerate(outcome.alive):
             self.parking.park(runners[outcome.index[position]].number, outcome.state.select([row]))
         self.unsaved.append(tuple(runners[i].number for i in outcome.index))
-        if time.monotonic() - self.saved_at > self.context.options.checkpoint_seconds:
+        # The next chunk takes at most about as long as this one: they are sorted.
+        due = self.saved_at + self.context.options.checkpoint_seconds - outcome.seconds
+        if time.monotonic() > max(due, self.earliest):
             self._save()
 
     def _give_up(self, runner: _Runner, reason: str) -> None:
         """Finish a trial that memory does not hold."""
         self.running = [other for other in self.running if other is not runner]
-        self.ledger.finish([does_not_fit(runner.number, runner.curve, reason)])
+        self.context.store(self.ledger, [does_not_fit(runner.number, runner.curve, reason)])
         self._tell([runner])
 
     def _begun(self, chunk: Population, runners: Sequence[_Runner], stop: int) -> Iterator[BegunChunk]:
@@ -218,7 +226,7 @@ class _Search:
 
     def _save(self) -> None:
         """Keep the states of the chunks that no file has, where there is a study file."""
-        of = {runner.number: runner for runner in self.running}
+        begin, of = time.monotonic(), {runner.number: runner for runner in self.running}
         checkpointing = self.context.checkpointing(list(of))
         if checkpointing is not None:
             seen: set[int] = set()
@@ -237,6 +245,7 @@ class _Search:
                     checkpointing.keep(checkpoint, [runner.config for runner in runners])
         self.unsaved.clear()
         self.saved_at = time.monotonic()
+        self.earliest = self.saved_at + pause_after(self.saved_at - begin)
 
     def _leave(self, epoch: int) -> None:
         """Finish the trials that have diverged, that were cut short, or that the rule sends away."""
@@ -259,7 +268,7 @@ class _Search:
             self.parking.drop(runner.number)
         if runners:
             results = [self._result(runner, rung) for runner in runners]
-            self.ledger.finish(results)
+            self.context.store(self.ledger, results)
             self.context.ended(results)
             self._tell(runners, pruned=sum(result.state == "pruned" for result in results))
 

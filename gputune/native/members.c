@@ -8,6 +8,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #ifdef DOUBLE
 typedef double real;
@@ -49,6 +50,7 @@ typedef struct {
     const int64_t *valid_start;   /* (F + 1) */
     real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */
     double *accuracy;             /* (F, C) on them, NaN where an output is not finite; NULL: none */
+    int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
     const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
 } Work;
 
@@ -285,7 +287,14 @@ static void score(const Work *w, Space *s, long f, long c) {
     if (w->accuracy) w->accuracy[f * w->trials + c] = broken ? NAN : (double)right / count;
 }
 
+static int64_t now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (int64_t)time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
 static void train_member(const Work *w, Space *s, long f, long c, const int32_t *stop) {
+    int64_t begin = now();
     long n = w->lengths[f], size = w->sizes[c] < n ? w->sizes[c] : n, steps = (n + size - 1) / size;
     int dropping = w->draws && w->dropout[c] > 0;
     move(w, s, f, c, 0);
@@ -299,7 +308,10 @@ static void train_member(const Work *w, Space *s, long f, long c, const int32_t 
         backward(w, s, rates(w, c, (double)w->epoch * steps + step + 1, (double)w->horizon * steps), rows, dropping);
     }
     move(w, s, f, c, 1);
+    int64_t trained = now();
     if (w->scored || w->accuracy) score(w, s, f, c);
+    __atomic_fetch_add(w->nanoseconds, trained - begin, __ATOMIC_RELAXED);
+    __atomic_fetch_add(w->nanoseconds + 1, now() - trained, __ATOMIC_RELAXED);
 }
 
 /* Train the members of the queue that nobody has taken yet: several threads may call this with one ``next``.

@@ -14,7 +14,7 @@ _NUMBERS = (
 _BEFORE = ("x", "copies", "y", "weights", "present", "order", "lengths")
 _AFTER = (
     "widths", "sizes", "cosine", "lr", "decay", "momentum", "dropout", "draws", "draw_start", "draw_rows", "theta",
-    "first", "second", "valid", "valid_start", "scored", "accuracy", "queue",
+    "first", "second", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",
 )  # fmt: skip
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")

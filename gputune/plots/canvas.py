@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.analysis.parameters import Parameter
+from gputune.extras import import_extra
 from gputune.report.text import clean
 
 BEST, OTHERS = "C0", "0.7"
@@ -13,12 +14,8 @@ BEST, OTHERS = "C0", "0.7"
 
 
 def pyplot(plot: str) -> Any:
-    """Return matplotlib.pyplot; ImportError, naming the plot and the extra, where it is not installed."""
-    try:
-        from matplotlib import pyplot as module
-    except ImportError as error:
-        raise ImportError(f'study.{plot}() needs matplotlib: pip install "gputune[report]".') from error
-    return module
+    """Return matplotlib.pyplot; MissingExtraError, naming the plot and the extra, where it is not installed."""
+    return import_extra("matplotlib.pyplot", extra="report", used_by=f"study.{plot}()")
 
 
 def axes(plot: str, ax: Any, size: tuple[float, float] = (7.0, 4.0)) -> Any:

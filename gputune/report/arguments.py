@@ -176,7 +176,8 @@ def _add_machine(group: Any) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:1")
     group.add_argument(
         "--backend", choices=("auto", "eager", "compiled", "graph"), default="auto",
-        help="how members train: compiled where the CPU has a C compiler (auto), or as operations on tensors (eager)",
+        help="how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, or as "
+        "operations on tensors (eager); auto (default) chooses",
     )  # fmt: skip
     group.add_argument("--dtype", default="float32", metavar="T", help="float32 (default) or float64")
     group.add_argument(
@@ -186,6 +187,10 @@ def _add_machine(group: Any) -> None:
         "--workers", type=_workers, default="auto", metavar="N", help="processes on a CPU (auto)"
     )
     _add_ray(group)
+    group.add_argument(
+        "--profile", action="store_true",
+        help="say at the end where the time went, and what share of the machine's matrix products the steps reached",
+    )  # fmt: skip
     group.add_argument(
         "--out", default="gputune-out", metavar="DIR",
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
@@ -250,6 +255,9 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL_DIR", help="the folder of a saved model")
     parser.add_argument("file", metavar="FILE", help="a table with the columns of the training data")
     parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
+    parser.add_argument(
+        "--raw", action="store_true", help="no ' before text that a spreadsheet takes for a formula"
+    )
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
 
 

@@ -88,7 +88,7 @@ def _best(arguments: argparse.Namespace) -> str:
 def _predict(arguments: argparse.Namespace) -> str:
     from gputune.report.predicting import predictions_csv, write_new
 
-    text = predictions_csv(arguments.model, arguments.file, proba=arguments.proba)
+    text = predictions_csv(arguments.model, arguments.file, proba=arguments.proba, raw=arguments.raw)
     if arguments.out is None:
         return text
     write_new(text, arguments.out, source=arguments.file)

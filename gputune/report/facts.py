@@ -13,8 +13,8 @@ from gputune.study.study import Study, Trial, TrialState
 
 STATES: dict[TrialState, str] = {
     "complete": "trained to the end",
-    "pruned": "sent away by a rung of halving",
-    "stopped": "cut short by a deadline",
+    "pruned": "sent away early",
+    "stopped": "cut short",
     "failed": "diverged",
     "waiting": "not trained yet",
 }
@@ -48,7 +48,7 @@ def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
             Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
         )
         found.append(_held_out(model, measure, tried))
-    found.append(Fact("trials", str(len(study.trials)), _states(study)))
+    found.append(Fact("trials", str(len(study.trials)), states_text(study)))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
     note = "the trials' shares of their chunks, summed"
@@ -83,9 +83,13 @@ def check_model(study: Study, model: Mapping[str, Any]) -> None:
         )
 
 
-def _states(study: Study) -> str:
+def states_text(study: Study) -> str:
+    """Return how many trials there are of each state."""
     counts = Counter(trial.state for trial in study.trials)
-    return ", ".join(f"{counts[state]} {words}" for state, words in STATES.items() if counts[state]) or "none"
+    too_big = sum("reason" in trial.detail for trial in study.trials)
+    counts["failed"] -= too_big
+    found = [f"{counts[state]} {words}" for state, words in STATES.items() if counts[state]]
+    return ", ".join([*found, *([f"{too_big} too big for the memory"] if too_big else [])]) or "none"
 
 
 def seconds_text(seconds: float) -> str:

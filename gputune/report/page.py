@@ -33,13 +33,21 @@ FIRST_ROWS = 25
 
 def write_page(study: Study, path: str | os.PathLike[str], *, model: Mapping[str, Any] | None = None) -> None:
     """Write the page of a study to a file; see ``Study.report``."""
-    place = Path(path)
-    if place.is_dir():
-        raise InputError(f"report({str(path)!r}) is a folder; give the name of a file, such as report.html.")
-    if study.file is not None and place.exists() and study.file.exists() and place.samefile(study.file):
-        raise InputError(f"report({str(path)!r}) is the file of the study itself; give another name.")
+    check_place(f"report({str(path)!r})", Path(path), study.file)
     text = page(study, model=model)
-    place.write_text(text, encoding="utf-8")
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def check_place(given: str, path: Path, study_file: Path | None) -> None:
+    """Raise InputError, which names what was ``given``, for a place where no page can or should be written."""
+    if path.is_dir():
+        raise InputError(f"{given} is a folder; give the name of a file, such as report.html.")
+    if study_file is not None and path.exists() and study_file.exists() and path.samefile(study_file):
+        raise InputError(f"{given} is the file of the study itself; give another name.")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"{given} must end in .html, since a page of HTML is written; give such a name.")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"{given}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
 def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:

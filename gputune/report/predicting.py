@@ -2,6 +2,7 @@
 
 import csv
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from gputune.errors import InputError
 from gputune.study.model_files import load_model
 
 
-def predictions_csv(folder: str, file: str, *, proba: bool) -> str:
-    """Return one column named as the target, or with ``proba`` one for each class, named as the class."""
+def predictions_csv(folder: str, file: str, *, proba: bool, raw: bool = False) -> str:
+    """Return one column named as the target, or with ``proba`` one for each class, named as the class.
+
+    Unless ``raw``, text that a spreadsheet takes for a formula has a ' before it, with one warning.
+    """
     model = load_model(folder)
     if proba and model.classes is None:
         raise InputError(
@@ -21,9 +25,29 @@ def predictions_csv(folder: str, file: str, *, proba: bool) -> str:
         header, rows = model.classes.tolist(), model.predict_proba(file).tolist()
     else:
         rows = [[value] for value in model.predict(file).tolist()]
+    formulas = {cell for row in [header, *rows] for cell in row if _is_formula(cell)}
+    if formulas and not raw:
+        warnings.warn(
+            f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it "
+            "out.",
+            stacklevel=2,
+        )
+        rows = [[f"'{cell}" if cell in formulas else cell for cell in row] for row in rows]
+        header = [f"'{cell}" if cell in formulas else cell for cell in header]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue().rstrip("\n")
+
+
+def _is_formula(cell: object) -> bool:
+    """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign or number alone."""
+    if not isinstance(cell, str) or len(cell) < 2 or cell[0] not in "=+-@\t\r":
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
 
 
 def write_new(text: str, out: str, *, source: str) -> None:

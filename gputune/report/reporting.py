@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from gputune.errors import InputError
 from gputune.report.facts import best_trial
-from gputune.report.page import write_page
+from gputune.report.page import check_place, write_page
 from gputune.report.places import MODEL, study_file
 from gputune.study.folder import DESCRIPTION, read_description
 from gputune.study.study import Study
@@ -14,12 +13,7 @@ from gputune.study.study import Study
 def report(place: str, out: str) -> str:
     """Write the page to ``out``, which may be overwritten, and return where it is."""
     file = study_file(place)
-    if Path(out).is_dir():
-        raise InputError(f"--out {out!r} is a folder; give the name of a file.")
-    if file.exists() and Path(out).exists() and file.samefile(out):
-        raise InputError(f"--out {out!r} is the study that is read; give another name.")
-    if not Path(out).resolve().parent.is_dir():
-        raise InputError(f"--out {out!r}: the folder does not exist; make it first.")
+    check_place(f"--out {out!r}", Path(out), file)
     study = Study.open(file)
     write_page(study, out, model=_model(study, file.parent / MODEL))
     return f"Report   {out}"

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from gputune.report.facts import STATES, best_trial, seconds_text
+from gputune.report.facts import best_trial, seconds_text, states_text
 from gputune.report.places import study_file
 from gputune.report.text import clean, count, measure_of, short
 from gputune.study.study import Study
@@ -16,13 +16,12 @@ def status(place: str) -> str:
     written = last_written(file) if file.is_file() else 0.0  # before it is opened, which may tidy up the file
     study = Study.open(file)
     states = Counter(trial.state for trial in study.trials)
-    done = len(study.trials) - states["waiting"]
-    counts = ", ".join(f"{states[state]} {words}" for state, words in STATES.items() if states[state])
+    done = len(study.trials) - states["waiting"] - states["stopped"]
     lines = [
         ("Study", clean(file)),
         (
             "Trials",
-            f"{done} of {count(len(study.trials), 'trial')} finished{f': {counts}' if counts else ''}",
+            f"{done} of {count(len(study.trials), 'trial')} finished{f': {states_text(study)}' if states else ''}",
         ),
         ("Best", _best(study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),

@@ -43,6 +43,16 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun if number == 1 else plural}"
 
 
+def size_words(number: int) -> str:
+    """Return a number of bytes as text."""
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+        if number >= unit or name == "KiB"
+    )
+    return f"{number / unit:.1f} {name}"
+
+
 @dataclass(frozen=True)
 class Measure:
     """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower is better."""

@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gputune.again import Again, search_again
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
@@ -18,6 +20,7 @@ from gputune.interrupting import CTRL_C, TERMINATED, interrupted_words
 from gputune.model_choice import choose_model
 from gputune.options import Options
 from gputune.pipeline import search
+from gputune.profile import PREPARING, Profile
 from gputune.progress import Progress
 from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
@@ -42,7 +45,9 @@ def tune(arguments: argparse.Namespace) -> str:
     _check_out(out)
     choice = choose_model(arguments.model, arguments.optimizer)
     options = _options(arguments, out / STUDY)
-    source = read_source(arguments.file, _target(arguments), arguments.groups)
+    profile = Profile()
+    with profile.clock(PREPARING):
+        source = read_source(arguments.file, _target(arguments), arguments.groups)
     rest, test = set_apart(
         source,
         test_size=arguments.test_size,
@@ -51,7 +56,12 @@ def tune(arguments: argparse.Namespace) -> str:
         task=options.task,
     )
     with _folder(out):
-        return _to_the_end(arguments, arguments.file, Again(choice, rest, test, options), out / MODEL, begin)
+        again = Again(choice, rest, test, options)
+        said = _to_the_end(arguments, arguments.file, again, out / MODEL, begin, profile)
+    if not arguments.profile:
+        return said
+    dtype = getattr(torch, options.dtype)
+    return f"{said}\n\n{profile.report(dtype=dtype, device=options.device_here())}"
 
 
 def resume(arguments: argparse.Namespace) -> str:
@@ -70,17 +80,25 @@ def resume(arguments: argparse.Namespace) -> str:
         )
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     model_folder = study.parent / MODEL if "test_size" in meta["source"] else None
-    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin)
+    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin, Profile())
 
 
 def _to_the_end(
-    arguments: argparse.Namespace, file: str, again: Again, model_folder: Path | None, begin: float
+    arguments: argparse.Namespace,
+    file: str,
+    again: Again,
+    model_folder: Path | None,
+    begin: float,
+    profile: Profile,
 ) -> str:
     """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
     study_file = Path(again.options.study)
     with _kept(study_file):
         try:
-            study = search(again.choice, again.source, again.options, (CTRL_C, TERMINATED), say_notes=False)
+            signals = (CTRL_C, TERMINATED)
+            study = search(
+                again.choice, again.source, again.options, signals, say_notes=False, profile=profile
+            )
         except SearchInterrupted as stop:
             seconds = time.perf_counter() - begin
             ending = Ending(file, stop.study, again.source, None, study_file, model_folder, seconds)
@@ -88,7 +106,8 @@ def _to_the_end(
             raise
         held_out = None
         if model_folder is not None:
-            model = study.best_model()
+            with profile.clock("training the best on all rows"):
+                model = study.best_model()
             held_out = (
                 None if again.test is None else held_out_score(model, study.meta["scoring"], again.test)
             )

@@ -37,7 +37,7 @@ def export_to_optuna(study: Study, storage: Any, name: str | None) -> Any:
 @contextmanager
 def _new_study(optuna: Any, storage: Any, name: str | None) -> Iterator[Any]:
     """Make a study that maximizes; one that cannot be written to its end goes again."""
-    place = optuna.storages.get_storage(storage)
+    place = _storage(optuna, storage)
     try:
         made = optuna.create_study(storage=place, study_name=name, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError as error:
@@ -50,6 +50,20 @@ def _new_study(optuna: Any, storage: Any, name: str | None) -> Iterator[Any]:
     except BaseException:
         optuna.delete_study(study_name=made.study_name, storage=place)
         raise
+
+
+def _storage(optuna: Any, storage: Any) -> Any:
+    """Return Optuna's storage of a URL, or of what else Optuna takes."""
+    try:
+        place = optuna.storages.get_storage(storage)
+        if not isinstance(place, optuna.storages.BaseStorage):
+            raise TypeError(f"{type(place).__name__} is no storage")
+    except Exception as error:  # SQLAlchemy's own, a driver's that is missing, those of other storages
+        raise InputError(
+            f"to_optuna(storage={str(storage)!r}) cannot be opened: {str(error).splitlines()[0]}. It is a URL such as "
+            "'sqlite:///optuna.db' in a folder that exists, a storage of Optuna's, or None for one in memory."
+        ) from error
+    return place
 
 
 def _finished(

@@ -182,7 +182,8 @@ class Claims:
     def _sweep(self) -> None:
         """Remove the lock files of dead processes."""
         pattern = re.compile(re.escape(self.path.name) + r"-[0-9a-f]{16}\.lock")
-        for place in self.path.resolve().parent.iterdir():
+        folder = self.path.resolve().parent
+        for place in folder.iterdir() if folder.is_dir() else ():
             if pattern.fullmatch(place.name):
                 with suppress(OSError):
                     self._alive(place.name)

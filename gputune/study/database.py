@@ -40,7 +40,8 @@ def open_file(path: Path) -> sqlite3.Connection:
     StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
     """
     if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, "there is no study file; check the path", str(path))
+        remedy = "this is a folder, give the file in it" if path.is_dir() else "check the path"
+        raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
     _check_header(path)
     connection = _connect_readonly(path)
     try:

@@ -181,6 +181,9 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
             for key, word in _IDENTITY.items()
             if _same(held.get(key)) != _same(meta[key])
         ]
+        apart = [(of.get("source") or {}).get("held_out") for of in (held, meta)]
+        if None not in apart and apart[0] != apart[1]:
+            differing.append("the held-out rows")
         if differing:
             raise InputError(
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "

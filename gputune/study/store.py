@@ -5,6 +5,7 @@ in which they train, frozen when they are planned), ``results`` (at most one row
 (which process trains which chunk; see ``claims.py``).
 """
 
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,7 @@ class Store:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
+        self._file = path.stat()
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], meta: Mapping[str, Any]) -> "Store":
@@ -157,9 +159,23 @@ class Store:
         with translated(self.path):
             return self._connection.execute(query).fetchall()
 
+    def _check_place(self) -> None:
+        """Raise OSError where the file is not at its path any more: what is written to it then may be in none."""
+        try:
+            there = os.path.samestat(self.path.stat(), self._file)
+        except OSError:
+            there = False
+        if not there:
+            raise OSError(
+                errno.ESTALE,
+                f"study {str(self.path)!r} was removed, moved or replaced while it was at work; where it was moved, "
+                "put it back, with the files beside it, and go on: what was finished before is in it",
+            )
+
     def _insert(
         self, statement: str, rows: Sequence[Row], *, first: str | None = None, noun: str = "trial"
     ) -> None:
+        self._check_place()
         with transaction(self._connection, self.path):
             for row in rows:
                 try:

@@ -160,7 +160,7 @@ class Study(StudyViews):
     def spent(self) -> tuple[int, int]:
         """Trial-epochs that were trained, and those that training every trial to the end would have taken."""
         trained = int(np.isfinite(self.curves).all(2).sum())
-        return trained, len(self.trials) * self.curves.shape[1]
+        return trained, len(self.trials) * int(self.meta.get("max_epochs") or self.curves.shape[1])
 
     @property
     def guarded(self) -> dict[str, int]:

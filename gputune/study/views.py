@@ -18,7 +18,7 @@ class StudyViews:
         """Write one page of HTML about the study to ``path``, which is replaced where it exists.
 
         ``model`` is the tuned model of the study, whose held-out score the page then shows. Raises InputError for a
-        folder, for the study's own file, and for a model of another study.
+        folder, one that does not exist, a name that does not end in .html, and for a model of another study.
         """
         from gputune.report.page import write_page
 

@@ -163,7 +163,7 @@ def test_values_of_another_kind_that_do_not_fit(wanted, kind, values, message):
         ),
         (
             ["1,234.5"] * 10 + ["2,500"] * 10,
-            "read as text because of commas as in '1,234.5'; write such numbers without",
+            "read as text because of commas as in '1,234.5'; write numbers without them, decimals with a point",
         ),
         (
             ["31/12/2020"] * 5 + ["01.02.2021"] * 15,

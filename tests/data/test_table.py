@@ -65,6 +65,15 @@ def test_text_files_read_alike(tmp_path, name):
     same(read_table(path), read_table(write(tmp_path, CSV, "plain.csv")))
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz"])
+def test_where_semicolons_separate_commas_belong_to_the_values(tmp_path, name):
+    text = "size;price\n" + "".join(f"{i},5;{i},25\n" for i in range(30))
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    table = read_table(tmp_path / name)
+    assert kinds(table) == {"size": "category", "price": "category"}
+    assert table.column("price")[1] == "1,25"
+
+
 def test_blanks_around_fields_are_no_part_of_them(tmp_path):
     table = read_table(write(tmp_path, "a, b, c\n 1, x, ?\n 2, y, 4\n"))
     assert kinds(table) == {"a": "number", "b": "category", "c": "number"}

@@ -271,12 +271,13 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     monkeypatch.setattr(graph, "make_recorder", Watched)
     monkeypatch.setattr(GraphChunk, "_take", failing)
     configs = configs_of(4)
-    job = Job(0, 5, 5, make_scoring(None, data.task, np.arange(3)), None, backend="graph")
-    outcomes = run_in_parts(job, data, Population("mlp", (0, 1, 2, 3), tuple(configs)))
+    common = (0, 5, 5, make_scoring(None, data.task, np.arange(3)), None)
+    chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
+    outcomes = run_in_parts(Job(*common, backend="graph"), data, chunk)
     assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
     assert len(left) == 1 + 2 * 2 and begun == [0, 0, 0]
     monkeypatch.undo()
-    whole = run_in_parts(job, data, Population("mlp", (0, 1, 2, 3), tuple(configs)))[0]
+    (whole,) = run_in_parts(Job(*common, backend="graph"), data, chunk)
     np.testing.assert_allclose(np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9)
 
 

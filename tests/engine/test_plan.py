@@ -1,16 +1,26 @@
 """The plan: memory bounds chunks, work decides on processes, nothing is lost or doubled."""
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+from torch import nn
+
+from gputune.engine import plan
+from gputune.engine.backend import choose_backend
+from gputune.engine.chunk import Job, train_chunk
 from gputune.engine.cost import trial_cost
 from gputune.engine.plan import make_plan, parse_memory
 from gputune.engine.population import populations
 from gputune.errors import InputError
+from gputune.types import OPTIMIZERS
 from problems import fill, make_data
 
 
-def groups(data, *configs, kind="mlp"):
-    return populations(fill(*configs), kind, rows=max(len(fold.train) for fold in data.folds))
+def groups(data, *configs, kind="mlp", optimizer="adamw"):
+    return populations(
+        fill(*configs, optimizer=optimizer), kind, rows=max(len(fold.train) for fold in data.folds)
+    )
 
 
 def indices(plan):
@@ -58,7 +68,57 @@ def test_the_longest_chunk_comes_first():
 def test_the_plan_reads_well():
     data = make_data()
     plan = make_plan(groups(data, {"width": 8}), data, epochs=1, memory=None, workers=1)
-    assert str(plan) == "1 trial in 1 chunk of 1, about 1 MiB a chunk and 1 MiB of data, in this process"
+    assert (
+        str(plan) == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process"
+    )
+
+
+class Net(nn.Linear):
+    """A user's module, with a parameter that is not trained."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.still = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    "backend", sorted({"eager", choose_backend("auto", torch.device("cpu"), torch.float64)[0]})
+)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("kind", ["mlp", "linear", "module"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backend):
+    data = make_data()
+    own = {} if kind == "module" else {"width": 20, "depth": 1}
+    found = groups(
+        data, *({**own, "lr": lr, "momentum": momentum} for lr in (0.1, 0.2)), kind=kind, optimizer=optimizer
+    )
+    plan = make_plan(
+        found,
+        data,
+        epochs=1,
+        memory=None,
+        workers=1,
+        parameters=(data.n_features + 1) * data.n_outputs,
+        backend=backend,
+    )
+    job = Job(0, 1, 1, None, Net if kind == "module" else None, backend=backend)
+    states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]
+    assert plan.state_bytes == sum(buffer.nbytes for state in states for buffer in state.buffers)
+
+
+@pytest.mark.parametrize(
+    ("room", "words"),
+    [
+        (None, ""),
+        (4096, "; states that wait for a rung take up to 4.0 KiB in main memory and 6.0 KiB in files"),
+        (10240, "; states that wait for a rung take up to 10.0 KiB in main memory"),
+    ],
+)
+def test_the_plan_says_where_states_wait(room, words):
+    data = make_data()
+    plan = make_plan(groups(data, {"width": 8}), data, epochs=1, memory=None, workers=1)
+    assert str(replace(plan, state_bytes=10240, parking_bytes=room)) == f"{plan}{words}"
 
 
 @pytest.mark.parametrize(
@@ -80,3 +140,25 @@ def test_memory_is_read(memory, size):
 def test_bad_memory_is_named(memory):
     with pytest.raises(InputError, match="memory is a number of bytes or text such as '8GB', above 0, got"):
         parse_memory(memory)
+
+
+def test_the_plan_says_what_is_compiled():
+    data = make_data()
+    found = groups(data, {"width": 8}, {"width": 20}, {"width": 40, "optimizer": "adamhd"})
+    common = {"epochs": 1, "memory": None, "workers": 1}
+    assert str(make_plan(found[:2], data, backend="compiled", **common)).endswith(", compiled")
+    assert str(make_plan(found, data, backend="compiled", **common)).endswith(", 2 of the chunks compiled")
+    assert str(make_plan(found, data, **common)).endswith(", in this process")
+
+
+def test_compiled_members_share_threads_of_one_process_whatever_their_batch_sizes(monkeypatch):
+    monkeypatch.setattr(plan, "cores", lambda: 4)
+    data = make_data()
+    configs = fill(*({"width": 8 + i, "batch_size": 3 + i} for i in range(8)))
+    (one,) = populations(configs, "mlp", rows=41, own_steps=lambda config: True)
+    made = make_plan([one], data, epochs=10**6, memory=None, workers=None, backend="compiled")
+    assert [len(chunk.index) for chunk in made.chunks] == [8]
+    assert (made.workers, made.threads, made.compiled) == (1, 4, 1)
+    assert "in this process on 4 threads, compiled" in str(made)
+    forced = make_plan([one], data, epochs=10**6, memory=None, workers=3, backend="compiled")
+    assert (forced.workers, forced.threads) == (3, 1)

@@ -1,6 +1,9 @@
 """The way to a Ray cluster: what is missing or cannot be reached is said before anything happens to the study."""
 
+import functools
+import importlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +15,7 @@ import gputune
 from command_line import FAST, run
 from gputune.again import search_again
 from gputune.engine import ray_connection
+from gputune.errors import MissingExtraError
 from study_processes import done, table, wait_for
 
 SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
@@ -25,7 +29,7 @@ def iris():
 def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):
     monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
     path = tmp_path / "study.db"
-    with pytest.raises(gputune.InputError, match=r'need Ray, which is missing: pip install "gputune\[ray\]"'):
+    with pytest.raises(MissingExtraError, match=r'need Ray, which is missing: pip install "gputune\[ray\]"'):
         gputune.tune("mlp", *iris, workers="ray", study=path, **SMALL)
     assert not path.exists()
 
@@ -43,6 +47,51 @@ def test_a_cluster_that_cannot_be_reached_is_named_and_the_study_stays(iris, tmp
         gputune.tune("mlp", *iris, study=path, workers=gputune.Ray(address), **{**SMALL, "n_trials": 4})
     assert path.read_bytes() == before and time.monotonic() - begin < 20
     assert not ray.is_initialized()
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """Return Ray, which has noted a cluster of this machine whose head is gone, and finds no other."""
+    ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
+    services = importlib.import_module("ray._private.services")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", functools.cache(set))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.1:1")
+    return ray
+
+
+def test_a_cluster_that_this_machine_no_longer_has_is_found_out_at_once(ray, iris, monkeypatch):
+    begin = time.monotonic()
+    with pytest.raises(
+        gputune.InputError, match="the Ray cluster at 'auto' cannot be used: .*refused. Start"
+    ):
+        gputune.tune("mlp", *iris, workers=gputune.Ray("auto"), **SMALL)
+    assert time.monotonic() - begin < 20
+    monkeypatch.setattr(importlib.import_module("ray._private.services"), "find_bootstrap_address", {}.get)
+    with pytest.raises(gputune.InputError, match="at 'auto' cannot be used: Could not find any running Ray"):
+        gputune.tune("mlp", *iris, workers=gputune.Ray("auto"), **SMALL)
+
+
+@pytest.mark.parametrize("kind", ["ray.exceptions.AuthenticationError", "builtins.ConnectionError"])
+def test_a_cluster_that_answers_and_does_not_let_in_may_want_a_token(ray, iris, monkeypatch, kind):
+    """What Ray raises without any token, and with a wrong one."""
+    module, _, name = kind.rpartition(".")
+    error = getattr(importlib.import_module(module), name, None)
+    if error is None:
+        pytest.skip("this Ray knows no tokens")
+
+    def init(**options):
+        raise error("no entry")
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        message = f"'{address}' cannot be used: no entry.* RAY_AUTH_MODE=token .* token in RAY_AUTH_TOKEN, .* Nothing"
+        with pytest.raises(gputune.InputError, match=message):
+            gputune.tune("mlp", *iris, workers=gputune.Ray(address), **SMALL)
+    with pytest.raises(gputune.InputError) as refused:
+        gputune.tune("mlp", *iris, workers=gputune.Ray("127.0.0.1:1"), **SMALL)
+    assert "token" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -93,15 +142,15 @@ def command(*words, cwd):
 def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is shared."""
     pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
-    options = ["--trials", "24", "--epochs", "10", "--memory", "1KB", "--seed", "3", "-q"]
+    options = ["--trials", "11", "--epochs", "20", "--memory", "1KB", "--seed", "3", "-q"]
     stopped = command("tune", "sklearn:iris", *options, "--out", "out", "--ray", cwd=tmp_path)
     path = tmp_path / "out" / "study.db"
     wait_for(path, 2, stopped)
     stopped.send_signal(signal.SIGTERM)
     out, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 143 and " of 25 trials are finished" in err, err
+    assert stopped.returncode == 143 and " of 12 trials are finished" in err, err
     assert "resume" in out or "--ray" in out
-    assert 2 <= done(path) < 25
+    assert 2 <= done(path) < 12
     monkeypatch.chdir(tmp_path)
     meta = gputune.Study.open(path).meta
     assert search_again(path, meta, {}).options.workers == gputune.Ray("local")

@@ -28,6 +28,7 @@ ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gput
 LR = {"lr": loguniform(1e-3, 0.1)}
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "n_trials": 6}
 SAMPLER = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0), batch=3)
+FEW_STEPS = {"space": {**LR, "batch_size": [64], "width": [4]}, "include_default": False}
 # So little memory makes every trial a chunk of its own.
 MODULE = {**FAST, "space": {**LR, "module__hidden": [4, 6]}, "memory": 1024, "include_default": False}
 
@@ -89,9 +90,11 @@ def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris,
         ray_workers._Run, "_submit", lambda run, c: threads.append(run.threads) or submit(run, c)
     )
     workers = gputune.Ray("auto", cpus=2)
-    gputune.tune("mlp", *iris, method="halving", workers=workers, **{**FAST, "n_trials": 12, "verbose": 1})
+    # Few steps: two threads that wait for each other on cores that something else keeps busy take long for many.
+    given = {**FAST, **FEW_STEPS, "max_epochs": 2, "n_trials": 6, "verbose": 1}
+    gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=1, factor=2), workers=workers, **given)
     assert len(sent) == 1 and set(threads) == {2}
-    assert "on 1 Ray worker\n" in capsys.readouterr().err
+    assert "on 1 Ray worker;" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -181,8 +184,12 @@ def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders
     parts, tell = [], ray_workers.tell
     monkeypatch.setattr(ray_workers, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
     # One task at a time, so that the plan keeps the trials together.
-    one = {"space": {**LR, "module__hidden": [6]}, "memory": None, "workers": gputune.Ray(cpus=2)}
-    given = {**MODULE, **one}
+    one = {
+        "space": {**LR, "module__hidden": [6], "batch_size": [10]},
+        "memory": None,
+        "workers": gputune.Ray(cpus=2),
+    }
+    given = {**MODULE, **one, "max_epochs": 3, "cv": 2}
     whole = gputune.tune(Net, *iris, **given)
     (orders / "full once").touch()
     halved = gputune.tune(Net, *iris, **given)

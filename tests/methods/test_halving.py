@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from scipy.stats import loguniform
 from sklearn.datasets import load_diabetes, load_iris
 from torch import nn
@@ -148,6 +149,30 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
     assert parked[0].held == 0
 
 
+def test_the_plan_counts_the_states_that_wait(iris, capsys, monkeypatch):
+    """30 trials of 16 x 4 + 16 + 16 x 16 + 16 + 3 x 16 + 3 parameters with two moments, in 3 folds: 419 KiB."""
+    common = {"space": {"lr": loguniform(1e-4, 0.1), "width": [16]}, "n_trials": 30, "include_default": False}
+    said_of = {"1GB": "425.0 KiB in main memory", "100KB": "100.0 KiB in main memory and 325.0 KiB in files"}
+    for memory, words in said_of.items():
+        gputune.tune("mlp", *iris, method="halving", memory=memory, **{**common, **FAST, "verbose": 1})
+        said = capsys.readouterr().err
+        assert f"; states that wait for a rung take up to {words}\n" in said
+        assert said.count("wait for a rung") == 1
+    gputune.tune("mlp", *iris, **{**common, **FAST, "verbose": 1})
+    assert "wait for a rung" not in capsys.readouterr().err
+
+
+def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
+    def full(*arguments, **more):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("gputune.engine.rung.save_file", full)
+    with pytest.raises(
+        OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"
+    ):
+        gputune.tune("mlp", *iris, n_trials=4, method="halving", memory=1000, **FAST)
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 @pytest.mark.parametrize("memory", [None, 60_000])
 def test_a_stopped_search_goes_on_bit_for_bit(iris, tmp_path, monkeypatch, stop_at, memory):
@@ -221,6 +246,7 @@ def test_a_timeout_scores_what_was_trained(iris):
         "mlp", *iris, n_trials=3, method="halving", timeout=1.0, **{**FAST, "max_epochs": 5000}
     )
     assert {trial.state for trial in study.trials} <= {"stopped", "pruned", "waiting"}
+    assert study.spent[1] == 4 * 5000  # not the epochs that the longest came to
     assert math.isfinite(study.best_score)
 
 

@@ -1,6 +1,8 @@
 """An allocator that fails at the k-th step: what fits in parts comes out as it would whole, the others fail alone."""
 
 import math
+import pickle
+from functools import partialmethod
 
 import numpy as np
 import pytest
@@ -9,13 +11,27 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune.engine import train
+from gputune.engine.chunk import Job
+from gputune.engine.compiled import CompiledChunk
+from gputune.engine.eager import EagerChunk
 from gputune.engine.out_of_memory import is_out_of_memory
+from gputune.engine.packing import packed
+from gputune.engine.population import Population
 from gputune.errors import SearchFailedError
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
+from gputune.study.store import Store
+from problems import fill
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
-COMMON = {"space": SPACE, "n_trials": 11, "cv": 3, "max_epochs": 6, "verbose": 0, "workers": 1}
+COMMON = {
+    "space": SPACE,
+    "n_trials": 11,
+    "cv": 3,
+    "max_epochs": 6,
+    "verbose": 0,
+    "workers": 1,
+    "backend": "eager",
+}
 METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -38,18 +54,24 @@ def whole(iris):
 
 
 def fail(monkeypatch, when, error=ERRORS[0]):
-    """Let the training's steps raise where ``when(number of the step from 1, number of trials)`` says so."""
-    step, count, failed = train._Chunk._step, [0], []
+    """Let the training raise where ``when(number from 1, number of trials)`` says so, steps or compiled epochs."""
+    count, failed = [0], []
 
-    def allocating(chunk, *arguments):
+    def allocating(chunk, *arguments, train):
         count[0] += 1
         if when(count[0], len(chunk.alive)):
             failed.append(len(chunk.alive))
             raise error
-        return step(chunk, *arguments)
+        return train(chunk, *arguments)
 
-    monkeypatch.setattr(train._Chunk, "_step", allocating)
+    for kind, name in ((EagerChunk, "_step"), (CompiledChunk, "advance")):
+        monkeypatch.setattr(kind, name, partialmethod(allocating, train=getattr(kind, name)))
     return failed
+
+
+def assert_close(found, whole):
+    np.testing.assert_allclose(found.curves, whole.curves, rtol=0, atol=1e-4)
+    assert [t.state for t in found.trials] == [t.state for t in whole.trials]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
@@ -82,14 +104,14 @@ def test_what_never_fits_together_is_trained_one_by_one(iris, whole, monkeypatch
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_path, monkeypatch, method):
-    step = train._Chunk._step
+    step = EagerChunk._step
 
     def allocating(chunk, *arguments):
         if any(config["batch_size"] == 16 and config["width"] == 16 for config in chunk.network.configs):
             raise ERRORS[1]
         return step(chunk, *arguments)
 
-    monkeypatch.setattr(train._Chunk, "_step", allocating)
+    monkeypatch.setattr(EagerChunk, "_step", allocating)
     gputune.tune("mlp", *iris, method=METHODS[method], study=tmp_path / "s.db", **COMMON)
     found = gputune.Study.open(tmp_path / "s.db")
     for trial, other in zip(found.trials, whole[method].trials, strict=True):
@@ -105,6 +127,60 @@ def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_
         elif method == "random":
             assert trial.fold_scores == pytest.approx(other.fold_scores, abs=1e-4)
     assert any("reason" in trial.detail for trial in found.trials)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_size_that_did_not_fit_is_not_tried_again(iris, monkeypatch, method):
+    """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that search."""
+    call = {
+        **COMMON,
+        "space": {"lr": loguniform(1e-4, 0.1), "width": [8]},
+        "n_trials": 24,
+        "include_default": False,
+    }
+    call |= {"method": METHODS[method], "memory": 800_000}
+    whole = gputune.tune("mlp", *iris, **call)
+    failed = fail(monkeypatch, lambda number, trials: trials > 2)
+    found = gputune.tune("mlp", *iris, **call)
+    assert failed == [6, 3]
+    np.testing.assert_allclose(found.curves, whole.curves, rtol=0, atol=1e-4)
+    gputune.tune("mlp", *iris, **call)
+    assert failed == [6, 3, 6, 3]  # another search, for which there may be more memory
+
+
+def test_the_frozen_plan_stays_whole_when_a_chunk_does_not_fit(iris, tmp_path, monkeypatch):
+    call = {**COMMON, "space": {"lr": loguniform(1e-4, 0.1), "width": [8]}, "study": tmp_path / "s.db"}
+    fail(monkeypatch, lambda number, trials: trials > 2)
+    gputune.tune("mlp", *iris, **call)
+    with Store.open(tmp_path / "s.db") as store:
+        assert max(len(chunk.trials) for chunk in store.plan()) > 2
+
+
+def test_workers_remember_what_did_not_fit():
+    """A job that comes again, as it does for every chunk, knows what this process has learned since."""
+    chunk = Population("mlp", tuple(range(8)), tuple(fill(*({"width": 8} for _ in range(8)))))
+    wider = Population("mlp", (8, 9), tuple(fill({"width": 100}, {"width": 100})))
+    sent = packed(Job(0, 1, 1, None, None))
+    first, second = pickle.loads(sent), pickle.loads(sent)
+    first.fits.refused(chunk)
+    assert (second.fits.most(chunk), second.fits.most(wider)) == (4, 2)
+    learned = Job(0, 1, 1, None, None, fits=second.fits)
+    second.fits.refused(chunk.part(0, 4))
+    assert pickle.loads(packed(learned)).fits.most(chunk) == 2
+    assert pickle.loads(packed(Job(0, 1, 1, None, None))).fits.most(chunk) == 8  # another search
+    assert pickle.loads(packed(learned)).fits.most(chunk) == 2
+
+
+def test_parts_that_have_not_begun_when_time_is_over_wait(iris, tmp_path, monkeypatch):
+    """A timeout holds to within one epoch of a chunk, in however many parts that trains."""
+    call = {**COMMON, "space": {"lr": loguniform(1e-4, 0.1), "width": [8]}, "study": tmp_path / "s.db"}
+    whole = gputune.tune("mlp", *iris, **{**call, "study": None})
+    with monkeypatch.context() as patch:
+        fail(patch, lambda number, trials: trials > 3)
+        cut = gputune.tune("mlp", *iris, timeout=1e-9, **call)
+    states = [trial.state for trial in cut.trials]
+    assert 1 <= states.count("stopped") <= 3 and set(states) == {"stopped", "waiting"}
+    assert_close(gputune.tune("mlp", *iris, **call), whole)
 
 
 def test_a_search_of_which_nothing_fits_says_so(iris, monkeypatch):

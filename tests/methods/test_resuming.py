@@ -1,10 +1,12 @@
 """A search that was killed or stopped goes on from its checkpoints, and ends as one that never was, bit for bit."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from scipy.stats import loguniform
@@ -12,6 +14,9 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine import chunk as chunks
+from gputune.engine.checkpoint import CheckpointFolder
+from gputune.engine.compiled import CompiledChunk
+from gputune.engine.eager import EagerChunk
 from gputune.errors import InputError
 
 SPACE = {
@@ -83,6 +88,56 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
     assert not (tmp_path / "s.db.state").exists()
 
 
+def told_time(monkeypatch, *, epoch, writing):
+    """Let the clock go by what is trained and written alone: seconds of a chunk's epoch, and of one checkpoint."""
+    now = [0.0]
+
+    def taking(seconds, work):
+        def run(*arguments):
+            now[0] += seconds
+            return work(*arguments)
+
+        return run
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for kind in (EagerChunk, CompiledChunk):
+        monkeypatch.setattr(kind, "advance", taking(epoch, kind.advance))
+    monkeypatch.setattr(CheckpointFolder, "write", taking(writing, CheckpointFolder.write))
+
+
+@pytest.mark.parametrize("writing", [0.0, 1.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
+    iris, tmp_path, monkeypatch, method, writing
+):
+    """Lost after any epoch, which takes a second: a checkpoint is due after 7, or 20 times what writing took."""
+    space = {"lr": loguniform(1e-4, 0.1), "width": [8, 20]}
+    call = {
+        **COMMON,
+        "space": space,
+        "method": METHODS[method],
+        "checkpoint_seconds": 7.0,
+        "backend": "eager",
+    }
+    call["memory"] = {"random": 800_000, "halving": 200_000}[method]  # chunks of 27 epochs, or of 3 to 18
+    with monkeypatch.context() as patch:
+        total = Dies(patch)
+        gputune.tune("mlp", *iris, **call)
+    repeated = []
+    for at in range(1, total.epochs, 3 if method == "random" else 1):
+        epochs = 0
+        for death in (at, None):
+            with monkeypatch.context() as patch:
+                told_time(patch, epoch=1.0, writing=writing)
+                run = Dies(patch, death)
+                with suppress(RuntimeError):
+                    gputune.tune("mlp", *iris, study=tmp_path / f"{at}.db", **call)
+                epochs += run.epochs
+        repeated.append(epochs - total.epochs)
+    together = {"random": 1, "halving": 2}[method]  # chunks whose states are written one after the other
+    assert 0 < max(repeated) <= max(7, 20 * writing * together) + 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkeypatch, method):
     call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db"}
@@ -145,7 +200,7 @@ study = gputune.tune("mlp", *load_iris(return_X_y=True), space={"lr": [1e-4, 1e-
 
 
 def test_a_killed_search_with_workers_goes_on(tmp_path):
-    epochs = 300
+    epochs = 4000
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
     )
@@ -170,3 +225,16 @@ def test_a_killed_search_with_workers_goes_on(tmp_path):
 def test_its_seconds_are_checked(iris):
     with pytest.raises(InputError, match="checkpoint_seconds is a number of seconds above 0, got 0"):
         gputune.tune("mlp", *iris, checkpoint_seconds=0, **COMMON)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_clock_that_jumps_changes_nothing(iris, whole, tmp_path, monkeypatch, method):
+    """The time of day goes back and forth by years: deadlines, checkpoints and claims do not read it."""
+    jumps = itertools.cycle([0.0, 4e9, 1.0])
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db", "timeout": 600.0}
+    with monkeypatch.context() as patch:
+        Dies(patch, 20)
+        with pytest.raises(RuntimeError, match="lost"):
+            gputune.tune("mlp", *iris, **call, checkpoint_seconds=0.001)
+    assert_same(gputune.tune("mlp", *iris, **call), whole[method])

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from gputune.analysis.importance import importance
-from gputune.errors import InputError
+from gputune.errors import InputError, MissingExtraError
 from gputune.study.study import Study, Trial
 from made_studies import META, made_descent, made_study
 
@@ -223,7 +223,7 @@ def test_without_matplotlib_the_error_says_what_to_install(descent, plot, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(
-        ImportError, match=rf'study.{plot}\(\) needs matplotlib: pip install "gputune\[report\]"'
+        MissingExtraError, match=rf'study.{plot}\(\) needs matplotlib, .*: pip install "gputune\[report\]"'
     ):
         getattr(descent, plot)(**PLOTS[plot])
 

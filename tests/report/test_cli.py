@@ -425,6 +425,25 @@ def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
     assert err == "gputune: warning: X has columns that were not there in training and are ignored: 'more'.\n"
 
 
+def test_no_predicted_text_is_a_formula(tmp_path):
+    labels = ["=1+1", "@x", "-", "+3", "-cheap"] * 8
+    table = write_table(tmp_path / "t.csv", kind=labels)
+    assert run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST)[0] == 0
+    model = tmp_path / "o" / "model"
+    code, out, err = run("predict", model, table, "--proba")
+    assert (code, read_csv(out)[0]) == (0, ["+3", "-", "'-cheap", "'=1+1", "'@x"])
+    assert err == (
+        "gputune: warning: a spreadsheet takes '-cheap' for a formula, so that there is a ' before it; --raw leaves it "
+        "out.\n"
+    )
+    code, out, err = run("predict", model, table, "--proba", "--raw")
+    assert (code, read_csv(out)[0], err) == (0, ["+3", "-", "-cheap", "=1+1", "@x"], "")
+    predicted = gputune.load_model(model).predict(table).tolist()
+    assert read_csv(run("predict", model, table, "--raw")[1]) == [["kind"], *([label] for label in predicted)]
+    guarded = [f"'{label}" if label in ("-cheap", "=1+1", "@x") else label for label in predicted]
+    assert read_csv(run("predict", model, table)[1])[1:] == [[label] for label in guarded]
+
+
 def test_a_regression_is_predicted_in_full_precision(tmp_path):
     table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
     assert run("tune", table, "--target", "price", "--out", tmp_path / "o", *FAST)[0] == 0

@@ -50,8 +50,9 @@ def test_bad_places_are_refused_and_nothing_is_lost(tmp_path):
     before = study.read_bytes()
     for out, words in [
         (tmp_path, "is a folder; give the name of a file"),
-        (study, "is the study that is read; give another name"),
-        (tmp_path / "none" / "report.html", "the folder does not exist; make it first"),
+        (study, "is the file of the study itself; give another name"),
+        (tmp_path / "none" / "report.html", "does not exist; make it first"),
+        (tmp_path / "data.csv", "must end in .html, since a page of HTML is written"),
     ]:
         code, said, err = run("report", study, "--out", out)
         assert (code, said) == (2, "") and words in err

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, make_scorer
 from sklearn.model_selection import GroupKFold
 
 import gputune
-from command_line import kinds, run, write_table
+from command_line import FAST, kinds, run, write_table
 from gputune.again import search_again
 from gputune.data.packed import pack_folds, unpack_folds
 from gputune.search.optuna_space import translated
@@ -147,6 +147,25 @@ def test_what_has_changed_is_said(bugs):
     refused("net.py' has changed", "restore it")
     (bugs.parent / "net.py").unlink()
     refused("net.py' does not exist")
+
+
+def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    whole, said = bugs.read_text().splitlines(), set()
+    for row in range(1, 41, 3):
+        changed = whole.copy()
+        changed[row] = changed[row].replace(",", "9,", 1)  # its first number
+        bugs.write_text("\n".join(changed) + "\n")
+        code, _, err = run("resume", "gputune-out")
+        again, _, words = run("tune", "bugs.csv", "--target", "kind", *FAST)
+        assert code == again == 2
+        held_out = "that were held out have changed since it was begun; restore the file" in err
+        assert held_out or "have changed since it was begun (" in err
+        assert ("this call in: the held-out rows." if held_out else "this call in: data.") in words
+        said.add(held_out)
+    assert said == {True, False}
+    bugs.write_text("\n".join(whole) + "\n")
+    assert run("resume", "gputune-out")[0] == run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
 
 
 class Odd:

@@ -1,6 +1,5 @@
 """Odd tables and odd command lines end in a result or in one line of words: never in a traceback."""
 
-import random
 import warnings
 
 import numpy as np
@@ -12,8 +11,10 @@ from hypothesis import strategies as st
 
 import gputune
 from command_line import run, write_table
+from gputune.report.arguments import make_parser
 
 QUICK = {"n_trials": 0, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
+FEW = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "-q"]
 SETTINGS = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -107,31 +108,55 @@ def test_nested_and_missing_cells_are_refused_by_name():
         gputune.tune("mlp", nested, ["a", "b"] * 6, **QUICK)
 
 
-OPTIONS = """
---target --model --trials --epochs --method --factor --min-epochs --brackets --descend-on --outer-steps --segments
---per-layer --scoring --space --optimizer --schedule --seed --timeout --task --cv --groups --test-size --numbers
---device --dtype --memory --workers --out --no-default --format --proba --help --version --nonsense
-""".split()
+PARSERS = make_parser()._subparsers._group_actions[0].choices
+"""Every command, and what it understands."""
 WORDS = """
-bugs.csv kind a c nowhere gputune-out 0 1 2 3 -1 0.5 nan inf 1e400 9999999999999999999999 time:3 time: mlp logistic
+bugs.csv kind out out/study.db a c nowhere gputune-out
+0 1 2 3 -1 0.5 nan inf 1e400 9999999999999999999999 time:3 time: mlp logistic
 net.py:Net random halving hypergradient accuracy r2 roc_auc lr=0.1 lr=1..2:log width=4,8 width=x lr= =1 exact sgd
 cosine float64 1KB cpu cuda:9 quantile binary csv json ../x /dev/null '' \x00 \x1b[31m é 😀
 """.split()
 
 
-def test_random_command_lines_show_no_traceback(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    table = write_table(tmp_path / "bugs.csv", 20, kind=["ant", "bee"] * 10)
-    quick = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "-q"]
-    assert run("tune", table, "--target", "kind", *quick)[0] == 0
-    draw, codes = random.Random(0), []
-    for _ in range(400):
-        command = draw.choice(["tune", "resume", "trials", "best", "predict", "repair", draw.choice(WORDS)])
-        base = ["bugs.csv", "--target", "kind", *quick] if command == "tune" and draw.random() < 0.7 else []
-        more = [draw.choice(OPTIONS if draw.random() < 0.6 else WORDS) for _ in range(draw.randrange(5))]
+@st.composite
+def command_lines(draw):
+    """A command, often with what it needs, and then options of any command and words in any order."""
+    command = draw(st.sampled_from([*PARSERS, *PARSERS, "", "-q", "--version", "nonsense"]))
+    needed = {
+        "tune": ["bugs.csv", "--target", "kind"],
+        "predict": ["out/model", "bugs.csv"],
+        "export": ["out/model"],
+    }
+    base = needed.get(command, ["out"]) if draw(st.booleans()) else []
+    options = [
+        name for parser in PARSERS.values() for action in parser._actions for name in action.option_strings
+    ]
+    words = st.sampled_from(WORDS) | st.text(max_size=3)
+    return [command, *base, *draw(st.lists(st.sampled_from(options) | words, max_size=5))]
+
+
+@pytest.fixture(scope="module")
+def searched_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_table(folder / "bugs.csv", 20, kind=["ant", "bee"] * 10)
+        assert run("tune", "bugs.csv", "--target", "kind", *FEW, "--out", "out")[0] == 0
+        yield folder
+
+
+def test_random_command_lines_show_no_traceback(searched_folder):
+    codes = []
+
+    @settings(SETTINGS, max_examples=400)
+    @given(command_lines())
+    def run_one(words):
+        quick = [*FEW, "--out", "out"] if words[0] == "tune" else []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            code, _, err = run(command, *base, *more)
-        assert code in (0, 1, 2) and "Traceback" not in err, (command, base, more, err)
+            code, _, err = run(words[0], *quick, *words[1:])
+        assert code in (0, 1, 2) and "Traceback" not in err, err
         codes.append(code)
-    assert min(map(codes.count, (0, 2))) > 5
+
+    run_one()
+    assert min(map(codes.count, (0, 2))) > 20

@@ -120,9 +120,7 @@ def test_how_the_trials_ended(study, html):
     text = Elements(html).text
     for state in ("complete", "pruned", "failed"):
         number = sum(trial.state == state for trial in study.trials)
-        assert number and re.search(
-            rf"\b{number} (trained to the end|sent away by a rung of halving|diverged)", text
-        )
+        assert number and re.search(rf"\b{number} (trained to the end|sent away early|diverged)", text)
     rungs = re.findall(
         r'<tr><td class="number">(3|9)</td><td class="number">(\d+)</td><td class="number">(\d+)', html
     )
@@ -312,6 +310,14 @@ def test_report_writes_a_file_and_refuses_bad_places(study, tmp_path):
     with pytest.raises(InputError, match=r"is the file of the study itself; give another name"):
         mine.report(tmp_path / "study.db")
     assert (tmp_path / "study.db").read_text() == "study"
+    with pytest.raises(
+        InputError, match=r"report\('.*report.pdf'\) must end in .html, since a page of HTML is"
+    ):
+        study.report(tmp_path / "report.pdf")
+    with pytest.raises(
+        InputError, match=r"report\('none/r.html'\): the folder 'none' does not exist; make it"
+    ):
+        study.report("none/r.html")
 
 
 def test_a_model_gives_its_held_out_score(tmp_path):

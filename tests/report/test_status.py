@@ -26,13 +26,26 @@ def test_a_running_search(tmp_path):
         name, trials, best, written = out.rstrip("\n").split("\n")
         assert name == f"Study    {path}"
         assert trials == (
-            "Trials   4 of 6 trials finished: 2 trained to the end, 1 sent away by a rung of halving, 1 diverged, "
+            "Trials   4 of 6 trials finished: 2 trained to the end, 1 sent away early, 1 diverged, "
             "2 not trained yet"
         )
         assert best == "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert re.fullmatch(r"Written  \d+\.\d s ago", written)
         store.finish([result(4, score=0.75)])  # the search was not held up
     assert "accuracy 0.7500 in trial 4" in status(str(path))
+
+
+def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(4)))
+        failed = result(2, state="failed", score=float("nan"))
+        store.finish([result(0), result(1, state="stopped"), failed])
+        store.finish([replace(failed, number=3, detail={"reason": "out of memory"})])
+    assert (
+        "Trials   3 of 4 trials finished: 1 trained to the end, 1 cut short, 1 diverged, 1 too big for the memory\n"
+        in status(str(path))
+    )
 
 
 def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path):

@@ -1,5 +1,6 @@
 """A study written as one of Optuna's: every trial, and what Optuna itself makes of it."""
 
+import re
 import sys
 
 import numpy as np
@@ -146,6 +147,13 @@ def test_what_a_key_is_drawn_from(law, values, expected):
         distributions={} if law is None else {"x": law},
     )
     assert widened(study, "x") == expected
+
+
+@pytest.mark.parametrize("storage", ["optuna.db", "sqlite:////no/such/folder/o.db", "nosuch://host/base", 7])
+def test_a_storage_that_cannot_be_opened_is_named(study, storage):
+    message = f"to_optuna\\(storage='{re.escape(str(storage))}'\\) cannot be opened: .* It is a URL such as 'sqlite:///"
+    with pytest.raises(InputError, match=message):
+        study.to_optuna(storage)
 
 
 def test_a_law_that_optuna_lacks_is_uniform_over_what_was_drawn():

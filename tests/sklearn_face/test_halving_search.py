@@ -11,7 +11,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.svm import SVC
 
 from face_modules import Net
-from gputune.engine import train
+from gputune.engine.compiled import CompiledChunk
+from gputune.engine.eager import EagerChunk
 from gputune.sklearn import (
     HalvingRandomSearchCV,
     LogisticRegression,
@@ -49,13 +50,13 @@ def beside_scikit_learn(estimator, space, X=X, y=Y, *, resource="max_epochs", **
 def epochs(monkeypatch):
     """Note the trials and epochs of all training."""
     spent = []
-    advance = train._Chunk.advance
+    for kind in (CompiledChunk, EagerChunk):
 
-    def noted(chunk, epoch):
-        spent.append((epoch, len(chunk.alive)))
-        advance(chunk, epoch)
+        def noted(chunk, epoch, advance=kind.advance):
+            spent.append((epoch, len(chunk.alive)))
+            advance(chunk, epoch)
 
-    monkeypatch.setattr(train._Chunk, "advance", noted)
+        monkeypatch.setattr(kind, "advance", noted)
     return spent
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -125,6 +126,32 @@ def test_details_and_origins_come_back(path):
         (first, kept), (second, pruned) = store.trials()
     assert (first.origin, second.origin, second.params) == ("random", (0, 12), {"lr": [0.1, 0.2]})
     assert kept.detail == detail and pruned.detail == {} and pruned.state == "pruned"
+
+
+@pytest.mark.parametrize("what", ["folder removed", "folder moved", "file replaced"])
+def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
+    """A result would seem to be kept, in a file that no name leads to."""
+    folder = tmp_path / "study"
+    folder.mkdir()
+    path = folder / "s.db"
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(3)))
+        store.finish([result(0)])
+        if what == "folder removed":
+            shutil.rmtree(folder)
+        elif what == "folder moved":
+            folder.rename(tmp_path / "elsewhere")
+        else:
+            Store.create(tmp_path / "other.db", META).close()
+            (tmp_path / "other.db").replace(path)
+        with pytest.raises(
+            OSError, match="was removed, moved or replaced while .* where it was moved, put it"
+        ):
+            store.finish([result(1)])
+        if what == "folder moved":
+            (tmp_path / "elsewhere").rename(folder)
+            store.finish([result(1)])
+            assert store.finished() == 2
 
 
 def test_a_closed_study_is_one_file(path):
@@ -280,7 +307,7 @@ def test_a_closed_store_and_another_thread_get_an_error_with_a_remedy(path):
 def test_files_that_are_no_study_of_this_version(path):
     with pytest.raises(FileNotFoundError, match=r"there is no study file; check the path: '.*study\.db'"):
         Store.open(path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="no study file; this is a folder, give the file in it: "):
         Store.open(path.parent)
     for content in (b"", b"number,score\n1,2\n" * 20):
         path.write_bytes(content)

@@ -1,0 +1,221 @@
+"""Compiled training beside eager training: the same numbers, whatever the shape, the company and the threads."""
+
+import itertools
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import gputune
+import problems
+import reference
+from gputune.engine import compiled
+from gputune.engine.backend import choose_backend, is_compiled
+from gputune.engine.backprop import StackedMLP
+from gputune.engine.scoring import make_scoring
+from gputune.engine.train import train
+from gputune.errors import InputError
+from gputune.native.library import find_compiler
+from problems import fill, largest_difference, make_data, rows_of, shape_of, train_together
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def backend(monkeypatch):
+    monkeypatch.setattr(problems, "BACKEND", "compiled")
+
+
+def run(data, configs, *, backend="compiled", epochs=3, scoring=None, kind="mlp", **options):
+    network = StackedMLP(kind, configs, shape_of(data), seed=0)
+    common = {"seed": 0, "epochs": epochs, "horizon": epochs, "scoring": scoring, "backend": backend}
+    return train(network, data, configs, **(common | options))
+
+
+@pytest.mark.parametrize("width", [1, 15, 17, 40, 70, 130, 300])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_any_width_and_depth(width, depth):
+    data = make_data()
+    for size in (1, 7, 33):
+        (config,) = fill({"width": width, "depth": depth, "batch_size": size})
+        found, _ = train_together(data, [config], epochs=2)
+        alone = reference.train_mlp(*rows_of(data, 1)[:2], config, n_outputs=3, epochs=2, max_epochs=2)
+        assert largest_difference(found[1, 0], alone) <= 1e-10
+
+
+@pytest.mark.parametrize(("inputs", "classes"), [(1, 3), (16, 15), (17, 16), (40, 17), (3, 40)])
+def test_any_number_of_inputs_and_classes(inputs, classes):
+    data = make_data(n=150, d=inputs, k=classes)
+    for kind in ("mlp", "linear"):
+        configs = fill({"width": 20, "batch_size": 19, "lr": 1e-2}, {"width": 9, "batch_size": 100})
+        found, _ = train_together(data, configs, kind=kind, epochs=3)
+        for f, i in itertools.product(range(3), range(2)):
+            config = configs[i] if kind == "mlp" else {**configs[i], "depth": 0}
+            x, y, _ = rows_of(data, f)
+            alone = reference.train_mlp(x, y, config, n_outputs=classes, epochs=3, max_epochs=3)
+            assert largest_difference(found[f, i], alone) <= 1e-10
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+def test_company_and_threads_change_no_bit(activation):
+    data = make_data(n=200, dtype=torch.float32)
+    scoring = make_scoring("neg_log_loss", data.task, np.arange(3))
+    sizes = [(3, 8), (16, 64), (9, 200), (12, 33), (16, 16)]
+    configs = fill(*({"width": w, "batch_size": b, "activation": activation} for w, b in sizes))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run(data, configs, scoring=scoring)
+        torch.set_num_threads(3)
+        three = run(data, configs, scoring=scoring)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one.flat, three.flat)
+    np.testing.assert_array_equal(one.curves, three.curves)
+    for c, config in enumerate(configs):
+        alone = run(data, [config], scoring=scoring)
+        for f in range(data.n_folds):
+            for a, b in zip(alone.member(f, 0).parameters(), one.member(f, c).parameters()):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("scoring", ["accuracy", "neg_log_loss", "balanced_accuracy", "f1_weighted"])
+@pytest.mark.parametrize("absent", [False, True])
+def test_scores_are_those_of_eager_training(scoring, absent):
+    data = make_data()
+    if absent:  # fold 1 has no row of class 2 to learn from
+        rows = data.folds[1].train
+        fold = replace(data.folds[1], train=rows[data.y[rows] != 2])
+        present = torch.ones(3, 3, dtype=torch.bool)
+        present[1, 2] = False
+        data = replace(data, folds=(data.folds[0], fold, data.folds[2]), present=present)
+    score = make_scoring(scoring, data.task, np.arange(3))
+    configs = fill({"width": 8, "lr": 1e-2}, {"width": 14, "batch_size": 9}, {"width": 16, "lr": 3e-2})
+    both = [run(data, configs, backend=b, scoring=score).curves for b in ("eager", "compiled")]
+    np.testing.assert_allclose(both[1], both[0], rtol=1e-9)
+
+
+def test_scores_of_a_regression():
+    data = make_data("regression")
+    for name in ("r2", "neg_mean_absolute_error", "neg_median_absolute_error"):
+        score = make_scoring(name, data.task, None)
+        both = [run(data, fill({"width": 8}), backend=b, scoring=score).curves for b in ("eager", "compiled")]
+        np.testing.assert_allclose(both[1], both[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize("scoring", ["accuracy", "neg_log_loss"])
+@pytest.mark.parametrize("lr", [1e30, 1e38])
+def test_a_trial_that_diverges_is_seen_to(activation, scoring, lr):
+    data = make_data(dtype=torch.float32)
+    score = make_scoring(scoring, data.task, np.arange(3))
+    base = {"activation": activation, "optimizer": "sgd", "batch_size": 8, "width": 16}
+    configs = fill({**base, "lr": 1e-2}, {**base, "lr": lr})
+    eager, trained = (run(data, configs, backend=b, epochs=4, scoring=score) for b in ("eager", "compiled"))
+    np.testing.assert_array_equal(np.isnan(trained.curves), np.isnan(eager.curves))
+    assert trained.alive == eager.alive == ((0, 1) if activation == "tanh" and lr < 1e38 else (0,))
+
+
+def test_all_trials_may_diverge():
+    data = make_data(dtype=torch.float32)
+    score = make_scoring(None, data.task, np.arange(3))
+    gone = run(data, fill({"optimizer": "sgd", "batch_size": 8, "lr": 1e38}), epochs=4, scoring=score)
+    assert gone.alive == () and np.isnan(gone.curves[0, -1]).all()
+
+
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+@pytest.mark.parametrize("optimizer", ["adamw", "nesterov", "sgd"])
+def test_a_state_goes_from_one_backend_to_the_other(first, optimizer):
+    data = make_data()
+    configs = fill(
+        {"width": 8, "optimizer": optimizer, "schedule": "cosine"},
+        {"width": 13, "optimizer": optimizer, "batch_size": 11},
+    )
+    second = "eager" if first == "compiled" else "compiled"
+    whole = run(data, configs, backend=first, epochs=6)
+    half = run(data, configs, backend=first, epochs=3, horizon=6)
+    rest = run(data, configs, backend=second, epochs=6, begin=half.state)
+    for f, c in itertools.product(range(3), range(2)):
+        assert largest_difference(rest.member(f, c), whole.member(f, c)) <= 1e-10
+
+
+def test_an_interruption_is_heard_in_the_middle_of_an_epoch():
+    data = make_data(n=20_000, d=60, dtype=torch.float32)
+    configs = fill(*({"width": 256, "depth": 4, "batch_size": 1} for _ in range(20)))  # minutes
+
+    def heard(signum, frame):
+        raise InterruptedError
+
+    before = signal.signal(signal.SIGALRM, heard)
+    begin = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        with pytest.raises(InterruptedError):
+            run(data, configs, epochs=1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begin < 30
+
+
+def test_no_memory_for_one_member_is_a_memory_error():
+    class Full:
+        def train_members(self, *_):
+            return 1
+
+    with pytest.raises(MemoryError, match="no memory for the activations of one member"):
+        compiled._run(Full(), {}, {})
+
+
+def test_what_is_compiled():
+    (config,) = fill({})
+    assert is_compiled("compiled", "mlp", config) and is_compiled("compiled", "linear", config)
+    assert not is_compiled("eager", "mlp", config)
+    assert not is_compiled("compiled", "module", config)
+    assert not is_compiled("compiled", "mlp", {**config, "optimizer": "adamhd"})
+    assert not is_compiled("compiled", "mlp", {**config, "depth": 64})
+
+
+def test_the_deepest_network_that_is_compiled():
+    data = make_data(n=20, d=2)
+    (config,) = fill({"width": 3, "depth": 63, "optimizer": "sgd", "activation": "tanh"})
+    both = [run(data, [config], backend=b, epochs=1) for b in ("eager", "compiled")]
+    assert largest_difference(both[1].member(0, 0), both[0].member(0, 0)) <= 1e-10
+
+
+def test_words_for_the_backend():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_backend("auto", cpu, torch.float32) == ("compiled", "")
+    assert choose_backend("eager", cpu, torch.float32) == ("eager", "")
+    assert choose_backend("auto", gpu, torch.float32) == ("eager", "")
+    with pytest.raises(
+        InputError, match="trains on the CPU, and the device is 'cuda:0'; choose device='cpu'"
+    ):
+        choose_backend("compiled", gpu, torch.float32)
+    with pytest.raises(InputError, match="backend must be one of 'auto', 'eager', 'compiled', got 'fast'"):
+        gputune.tune("mlp", [[0.0], [1.0]], [0, 1], backend="fast")
+
+
+@pytest.mark.parametrize("method", ["random", "halving", "median"])
+def test_a_search_has_the_same_table_either_way(method):
+    rng = np.random.RandomState(0)
+    X = rng.randn(90, 4)
+    y = (X[:, 0] + X[:, 1] ** 2 > 0.5).astype(int)
+    common = {
+        "n_trials": 12,
+        "max_epochs": 9,
+        "cv": 3,
+        "scoring": "neg_log_loss",
+        "dtype": "float64",
+        "verbose": 0,
+    }
+    space = {"lr": [1e-3, 1e-2], "width": [8, 20], "batch_size": [8, 16, 30], "dropout": [0.0, 0.2]}
+    eager, fast = (
+        gputune.tune("mlp", X, y, space=space, backend=b, method=method, **common)
+        for b in ("eager", "compiled")
+    )
+    assert [t.state for t in eager.trials] == [t.state for t in fast.trials]
+    np.testing.assert_allclose(fast.curves, eager.curves, rtol=1e-9)
+    assert fast.best_params == eager.best_params

@@ -1,0 +1,97 @@
+"""Where the time went: clocks that never count twice, an arithmetic that is torch's own count, and the command."""
+
+import re
+import time
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import reference
+from command_line import run
+from gputune.engine.cost import operations
+from gputune.engine.train import Spent
+from gputune.profile import Profile, product_speed
+from problems import fill, make_data, rows_of
+
+
+def test_a_clock_inside_another_is_counted_once():
+    profile = Profile()
+    with profile.clock("outer"):
+        time.sleep(0.02)
+        with profile.clock("inner"):
+            time.sleep(0.05)
+    assert list(profile.seconds) == ["outer", "inner"]
+    assert profile.seconds["inner"] >= 0.05
+    assert 0.02 <= profile.seconds["outer"] < 0.05 + profile.seconds["inner"]
+    whole = sum(profile.seconds.values())
+    assert whole <= time.perf_counter() - profile.begin
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("linear", 0), ("mlp", 1), ("mlp", 3)])
+def test_operations_are_those_that_torch_counts(kind, depth):
+    data = make_data("multiclass", n=60)
+    (config,) = fill({"width": 7, "depth": max(1, depth), "batch_size": 13})
+    counted = 0
+    for fold in range(data.n_folds):
+        x, y, _ = rows_of(data, fold)
+        with FlopCounterMode(display=False) as counter:
+            plain = {**config, "depth": depth}
+            reference.train_mlp(x, y, plain, n_outputs=3, epochs=1, max_epochs=1)
+        counted += counter.get_total_flops()
+    assert operations(config, kind, data) == counted
+
+
+def test_the_table():
+    profile = Profile()
+    with profile.clock("training"):
+        time.sleep(0.05)
+    profile.trained(Spent(0.03, 0.01, 3e9))
+    text = profile.report(dtype=torch.float64, device=torch.device("cpu"))
+    assert re.search(r"training +0\.\d\d s +\d+%\n +steps +\d+% of it\n +scores +\d+% of it", text)
+    assert re.search(
+        r"Steps reached 100\.0 GFLOP/s, \d+% of the [\d.]+ that .* on 1 core \(float64\)\.", text
+    )
+
+
+def test_what_is_inside_a_module_is_not_guessed():
+    profile = Profile()
+    profile.trained(Spent(0.03, 0.01, operations({}, "module", make_data())))
+    assert "Steps reached" not in profile.report(dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_the_speed_of_a_product_is_above_zero_and_leaves_the_threads_alone():
+    before = torch.get_num_threads()
+    assert product_speed(2, torch.float32, torch.device("cpu")) > 0
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--backend", "eager", "--workers", "2"], ["--method", "halving"]], ids=str
+)
+def test_the_command(tmp_path, more):
+    words = [
+        "tune",
+        "sklearn:iris",
+        "--trials",
+        "3",
+        "--epochs",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+        "--quiet",
+    ]
+    code, out, _ = run(*words, "--profile", *more)
+    assert code == 0
+    for name in (
+        "reading and preparing rows",
+        "planning",
+        "training",
+        "steps",
+        "scores",
+        "storing",
+        "the rest",
+    ):
+        assert re.search(rf"^ +{name} +[\d.]+", out, re.M), name
+    assert re.search(r"Steps reached [\d.]+ GFLOP/s, \d+% of the", out)
+    assert "Where the time went" not in run(*words[:-2], str(tmp_path / "other"), "--quiet")[1]
