@@ -181,6 +181,9 @@ def _add_machine(group: Any) -> None:
     )  # fmt: skip
     group.add_argument("--dtype", default="float32", metavar="T", help="float32 (default) or float64")
     group.add_argument(
+        "--tf32", action="store_true", help="let a GPU multiply matrices faster and with fewer bits"
+    )
+    group.add_argument(
         "--memory", metavar="8GB", help="what trials that train together may take on the device"
     )
     group.add_argument(
