@@ -20,7 +20,7 @@ from gputune.study.values import to_json
 
 _KEPT = (
     *("n_trials", "include_default", "scoring", "task", "class_weight"),
-    *("max_epochs", "checkpoint_seconds", "device", "backend", "dtype", "memory", "workers"),
+    *("max_epochs", "checkpoint_seconds", "device", "backend", "dtype", "tf32", "memory", "workers"),
 )
 """Arguments that a file holds as they were given, beside what ``meta`` has under names of its own."""
 

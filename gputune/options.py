@@ -46,6 +46,7 @@ class Options:
     device: str = "auto"
     backend: BackendWord = "auto"
     dtype: str = "float32"
+    tf32: bool = False
     memory: int | str | None = None
     workers: int | str | Ray = "auto"
     random_state: Any = 0
@@ -58,7 +59,7 @@ class Options:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
-        _one_of("backend", self.backend, ("auto", "eager", "compiled"))
+        _one_of("backend", self.backend, ("auto", "eager", "compiled", "graph"))
         _one_of("dtype", self.dtype, ("float32", "float64"))
         _whole("max_epochs", self.max_epochs)
         if self.workers == "ray":
@@ -78,12 +79,29 @@ class Options:
                 f"checkpoint_seconds is a number of seconds above 0, got {self.checkpoint_seconds!r}."
             )
         parse_memory(self.memory)
-        self.device_here()
+        device = self.device_here()
+        if self.tf32 is not False:
+            check_tf32(self, device)
         object.__setattr__(self, "random_state", draw_seed(self.random_state))
 
     def device_here(self) -> torch.device:
         """Return the device of this process; on a cluster ``device`` is that of the tasks, and this what there is."""
         return choose_device("auto" if isinstance(self.workers, Ray) else self.device)
+
+
+def check_tf32(options: Options, device: torch.device) -> None:
+    """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
+    if not isinstance(options.tf32, bool):
+        raise InputError(f"tf32 must be True or False, got {options.tf32!r}.")
+    if device.type != "cuda" or options.dtype != "float32":
+        raise InputError(
+            "tf32=True is for matrix products of single precision on a GPU, got "
+            f"device={str(device)!r}, dtype={options.dtype!r}; leave tf32 out."
+        )
+    if options.workers not in ("auto", 1):
+        raise InputError(
+            f"tf32=True is for a search in one process, got workers={options.workers!r}; leave one of them out."
+        )
 
 
 def check_method(method: Any) -> Method:

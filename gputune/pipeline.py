@@ -15,6 +15,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.backend import choose_backend
+from gputune.engine.precision import matrix_products
 from gputune.engine.ray_connection import Ray, ray_cluster
 from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
@@ -78,8 +79,9 @@ def tune(
     study: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
-    backend: Literal["auto", "eager", "compiled"] = "auto",
+    backend: Literal["auto", "eager", "compiled", "graph"] = "auto",
     dtype: Literal["float32", "float64"] = "float32",
+    tf32: bool = False,
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",
     random_state: Any = 0,
@@ -119,8 +121,11 @@ def tune(
                  again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
-                 CPU with a C compiler; "eager" trains all members step by step as operations on stacked tensors, as
-                 user's modules and GPUs always do; the numbers are the same to rounding
+                 CPU with a C compiler; "graph" records a step of all members once and replays it, on a GPU (on a CPU
+                 it is a slow check of that); "eager" takes it as operations on stacked tensors, as user's modules
+                 always do; "auto" chooses; the numbers are the same to rounding
+    tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
+                 trains, which is faster and moves scores by more than rounding; on a CPU it is refused
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
                  ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
@@ -137,8 +142,8 @@ def tune(
         cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
         checkpoint_seconds=checkpoint_seconds,
-        device=device, backend=backend, dtype=dtype, memory=memory, workers=workers, random_state=random_state,
-        callbacks=callbacks, verbose=verbose,
+        device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
+        random_state=random_state, callbacks=callbacks, verbose=verbose,
     )  # fmt: skip
     try:
         return search(choice, read_source(X, y, groups), options)
@@ -203,7 +208,8 @@ def search(
             add_trials(ledger, wanted, space, options)
             for sentence in remarks_on(ledger, space, choice, options):
                 progress.say(f"note: {sentence}")
-            with _heard(callbacks, ledger, meta, file), profile.clock("training"):
+            products = matrix_products(tf32=options.tf32)
+            with _heard(callbacks, ledger, meta, file), profile.clock("training"), products:
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
     refitted = replace(options, callbacks=())  # a refit calls none
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)

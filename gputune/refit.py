@@ -13,6 +13,7 @@ from gputune.engine.backend import choose_backend
 from gputune.engine.chunk import Job, train_chunk
 from gputune.engine.plan import make_plan
 from gputune.engine.population import complete, module_arguments, populations
+from gputune.engine.precision import matrix_products
 from gputune.engine.solved import solve_all, solved_module
 from gputune.engine.workers import computing
 from gputune.errors import DivergedError, InputError
@@ -150,11 +151,12 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
             options.method.per_layer,
         )
         descent = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
-        return train_scheduled(descent, data, chunk)
+        with matrix_products(tf32=options.tf32):
+            return train_scheduled(descent, data, chunk)
     backend, _ = choose_backend(options.backend, data.device, data.dtype)
     job = Job(*common, backend=backend)
     plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1, backend=backend)
-    with computing(plan.threads):
+    with computing(plan.threads), matrix_products(tf32=options.tf32):
         return train_chunk(job, data, chunk).member(0, 0)
 
 

@@ -19,10 +19,11 @@ Params = dict[str, Tensor]
 
 Task = Literal["binary", "multiclass", "regression"]
 
-Backend = Literal["eager", "compiled"]
-"""How a chunk trains: as operations on stacked tensors, or member by member in a compiled loop (on a CPU)."""
+Backend = Literal["eager", "compiled", "graph"]
+"""How a chunk trains: as operations on stacked tensors, one by one or each step as one recorded graph (made for a
+GPU), or member by member in a compiled loop (on a CPU)."""
 
-BackendWord = Literal["auto", "eager", "compiled"]
+BackendWord = Literal["auto", "eager", "compiled", "graph"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {

@@ -34,6 +34,7 @@ SIZES = [(8, 16), (8, 7), (19, 33), (48, 500)]  # width, batch size
     params=[
         "eager",
         pytest.param("compiled", marks=pytest.mark.skipif(find_compiler() is None, reason="no C compiler")),
+        "graph",
     ],
 )
 def backend(request, monkeypatch):

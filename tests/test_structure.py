@@ -17,9 +17,10 @@ version errors extras types seeding report/text native/library native/work
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/backend engine/batches engine/cost engine/network engine/backprop engine/vmap engine/eager engine/compiled
-engine/train engine/stopping engine/checkpoint engine/fits engine/chunk
-engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task
+engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/vmap engine/eager
+engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
+engine/stopping engine/checkpoint engine/fits engine/chunk
+engine/precision engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task
 engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact
 engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
@@ -105,6 +106,6 @@ def test_the_signature_of_tune():
     expected = (
         "model X y space n_trials include include_default method cv groups scoring task class_weight "
         "sample_weight numbers optimizer schedule max_epochs epoch timeout study checkpoint_seconds device backend "
-        "dtype memory workers random_state callbacks verbose"
+        "dtype tf32 memory workers random_state callbacks verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected

@@ -1,4 +1,4 @@
-"""How chunks train here: compiled where there is a CPU and a C compiler, by operations on tensors otherwise."""
+"""How chunks train here: compiled on a CPU with a C compiler, as recorded graphs on a GPU, eagerly otherwise."""
 
 import torch
 
@@ -8,16 +8,19 @@ from gputune.native.library import NotBuiltError, library
 from gputune.native.work import OPTIMIZERS
 from gputune.types import Backend, BackendWord, Config
 
+_GRAPH_OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 _DEEPEST = 63  # hidden layers that the compiled code has room for
 
 
 def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """Return the backend of "auto", "eager" or "compiled", and why "auto" is not compiled ("" where it may be).
+    """Return the backend of a word, and why "auto" is not compiled on a CPU ("" where it may be).
 
-    Raises InputError where compiled training is asked for and cannot be had.
+    "auto" is "graph" on a GPU. Raises InputError where compiled training is asked for and cannot be had.
     """
-    if word == "eager" or (word == "auto" and device.type != "cpu"):
-        return "eager", ""
+    if word in ("eager", "graph"):
+        return word, ""
+    if word == "auto" and device.type != "cpu":
+        return "graph" if device.type == "cuda" else "eager", ""
     if device.type != "cpu":
         raise InputError(
             f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose device='cpu', or "
@@ -40,3 +43,8 @@ def is_compiled(backend: Backend, kind: ModelKind, config: Config) -> bool:
         and config["optimizer"] in OPTIMIZERS
         and config["depth"] <= _DEEPEST
     )
+
+
+def is_graph(backend: Backend, kind: ModelKind, config: Config) -> bool:
+    """Whether the steps of trials like this one are recorded and replayed; all others train eagerly beside them."""
+    return backend == "graph" and kind != "module" and config["optimizer"] in _GRAPH_OPTIMIZERS

@@ -151,7 +151,10 @@ class StackedMLP:
             h = _activate(self.activation, z, out=space.active[layer - 1])
             if self.rates is not None:
                 keep = space.keep[layer - 1]
-                self._draw_dropout(batch.key, layer - 1, keep)
+                if batch.draws is None:
+                    self._draw_dropout(batch.key, layer - 1, keep)
+                else:
+                    self._keep_units(batch.draws[layer - 1], keep)
                 h = torch.mul(h, keep, out=space.dropped[layer - 1])
             out = space.out if layer == self.depth else space.linear[layer]
             weight, bias = params[f"weight{layer}"].flatten(0, 1), params[f"bias{layer}"].flatten(0, 1)
@@ -174,20 +177,22 @@ class StackedMLP:
 
     def _draw_dropout(self, key: tuple[int, int], layer: int, keep: Tensor) -> None:
         """Fill keep (C, B, H) with 1/(1-p) where a unit stays: one draw for all, each trial with its rate."""
+        draw = dropout_draw(self.seed, key, layer, *keep.shape[1:])
+        self._keep_units(draw.to(keep.device), keep)
+
+    def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
         assert self.rates is not None
-        generator = stream(self.seed, "dropout", *key, layer)
-        draw = torch.rand(keep.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
         rates = self.rates[:, None, None]
-        torch.ge(draw.to(keep.device), rates, out=keep).div_(1 - rates)
+        torch.ge(draw, rates, out=keep).div_(1 - rates)
 
     def _backward(self, params: Params, batch: Batch, space: "_Workspace", grads: Params) -> None:
         slope = space.out  # (F, C, B, width of this layer)
+        below, spare = space.slopes
         for layer in range(self.depth, 0, -1):
             h = space.dropped[layer - 1] if self.rates is not None else space.active[layer - 1]
             flat = slope.flatten(0, 1)
             torch.bmm(h.flatten(0, 1).mT, flat, out=grads[f"weight{layer}"].flatten(0, 1))
             torch.sum(flat, 1, keepdim=True, out=grads[f"bias{layer}"].flatten(0, 1))
-            below = space.slope
             torch.bmm(flat, params[f"weight{layer}"].flatten(0, 1).mT, out=below.flatten(0, 1))
             if self.rates is not None:
                 below.mul_(space.keep[layer - 1])
@@ -195,8 +200,10 @@ class StackedMLP:
             z = space.by_trial if wide else space.linear[layer - 1]
             into = space.by_trial if wide else below
             slope = _slope(self.activation, below, z, space.active[layer - 1], out=into)
-            if layer > 1:
-                space.swap()
+            below, spare = (
+                spare,
+                below,
+            )  # the next layer's slope is written beside the one it is computed from
         if self.depth == 0:
             slope = space.by_trial.copy_(space.out)
         self._first_gradient(batch, slope, space, grads)
@@ -237,11 +244,13 @@ class _Workspace:
         self.dropped = [members(net.hidden) for _ in range(dropping)]
         self.keep = [empty(trials, rows, net.hidden) for _ in range(dropping)]
         self.out = members(net.shape.n_outputs)
-        self.slope, self._spare = members(net.hidden), members(net.hidden)
+        self.slopes = members(net.hidden), members(net.hidden)
 
-    def swap(self) -> None:
-        """Let the next layer's slope be written beside the one it is computed from."""
-        self.slope, self._spare = self._spare, self.slope
+
+def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
+    """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the CPU."""
+    generator = stream(seed, "dropout", *key, layer)
+    return torch.rand((rows, width), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def linear_start(seed: int, layer: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:

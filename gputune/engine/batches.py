@@ -23,7 +23,8 @@ class Batch:
 
     ``x`` is (F, B, D) where a fold's members share their rows, otherwise (P, B, D); ``y`` likewise, with the
     target's own last axis; ``share`` is each row's weight over the minibatch's sum of weights, (F, 1 or C, B, 1),
-    or one float where all are equal. ``key`` is (epoch, step).
+    or one float where all are equal. ``key`` is (epoch, step). ``draws`` (layers, B, H) are the step's uniform draws
+    for dropout where they were made before it; None: they are drawn by their key.
     """
 
     x: Tensor
@@ -31,6 +32,7 @@ class Batch:
     share: Tensor | float
     folds: slice
     key: tuple[int, int]
+    draws: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ flat buffer in one pass and never asks.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,8 +78,13 @@ class Blocks:
 
     def add_product_(self, total: Tensor, flat: Tensor, values: Tensor) -> None:
         """total += value * flat in place, with each member's own value, of values (F, C)."""
-        for block, a, b in zip(self.blocks, self.views(total).values(), self.views(flat).values()):
-            a.addcmul_(b, _with_axes_of(block, values))
+        for value, a, b in self.by_block(values, total, flat):
+            a.addcmul_(b, value)
+
+    def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield for each block the values (F, C), with axes that meet it, and its part of each flat buffer."""
+        for block, *parts in zip(self.blocks, *(self.views(flat).values() for flat in flats)):
+            yield (_with_axes_of(block, values), *parts)
 
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
         """Return the buffer of the trials ``keep`` (positions along C) alone."""

@@ -13,9 +13,8 @@ from gputune.engine.network import Network
 from gputune.engine.online import OnlineHyper, OnlineUpdate
 from gputune.engine.scoring import Scoring
 from gputune.engine.update import Hyper, Update, schedule_factor
+from gputune.engine.validation import Validation
 from gputune.types import ONLINE, Config
-
-_BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
 
 
 class EagerChunk:
@@ -31,8 +30,8 @@ class EagerChunk:
         horizon: int,
         scoring: Scoring | None,
     ) -> None:
-        self.network, self.data, self.scoring = network, data, scoring
-        self.validation = _validation_rows(data) if scoring is not None else []
+        self.network, self.data = network, data
+        self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.schedules = [config["schedule"] for config in configs]
         longest = max(len(fold.train) for fold in data.folds)
@@ -85,20 +84,7 @@ class EagerChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        assert self.scoring is not None
-        columns = []
-        for fold, x in enumerate(self.validation):
-            blocks = [
-                self.network.outputs(self.params, fold, part) for part in torch.split(x, self._block_rows(x))
-            ]
-            outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(self.scoring(self.data, fold, outputs))
-        return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
-
-    def _block_rows(self, x: Tensor) -> int:
-        """Rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
-        widest = max([x.shape[1], *(block.shape[-1] for block in self.network.blocks.blocks)])
-        return max(64, _BLOCK_BYTES // (len(self.alive) * widest * x.element_size()))
+        return self.validation.scores(self.network, self.params, len(self.alive))
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""
@@ -130,7 +116,3 @@ def _make_update(
         hyper = OnlineHyper(lr, weight_decay, momentum, hypergrad_lr)
         return OnlineUpdate(optimizer, blocks, hyper, flat, rule=configs[0]["hypergrad_rule"])
     return Update(optimizer, blocks, Hyper(lr, weight_decay, momentum), flat)
-
-
-def _validation_rows(data: Dataset) -> list[Tensor]:
-    return [data.x[copy].index_select(0, fold.valid) for copy, fold in zip(data.copies, data.folds)]

@@ -52,10 +52,15 @@ def run_in_parts(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on the device or on the host."""
+    """Whether an error says that memory has run out, on the device or on the host.
+
+    A graph that ends with such an error may say only that it failed; why is then the error before it.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS)
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import is_compiled
+from gputune.engine.backend import is_compiled, is_graph
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
 from gputune.engine.eager import EagerChunk
+from gputune.engine.graph import GraphChunk
 from gputune.engine.network import Network
 from gputune.engine.scoring import Scoring
 from gputune.types import Backend, Config
@@ -23,10 +24,12 @@ from gputune.types import Backend, Config
 class Chunk(Protocol):
     """The members of a chunk while they train, however that is done. No method mixes members."""
 
-    flat: Tensor
-    """The parameters of all members."""
     alive: list[int]
     """The trials that are still in it, counted as they were at the start."""
+
+    @property
+    def flat(self) -> Tensor:
+        """The parameters of the members that are still in it."""
 
     @property
     def network(self) -> Network:
@@ -145,10 +148,9 @@ def train(
     diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
     where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
     The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
-    "compiled" does not know (``is_compiled``) trains eagerly.
+    does not know (``is_compiled``, ``is_graph``) trains eagerly.
     """
-    compiled = isinstance(network, StackedMLP) and is_compiled(backend, network.kind, configs[0])
-    make: type[CompiledChunk | EagerChunk] = CompiledChunk if compiled else EagerChunk
+    make = _kind_of_chunk(backend, network, configs[0])
     chunk: Chunk = make(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
     if alive is not None:
         chunk.keep(np.isin(np.arange(len(configs)), alive))
@@ -179,3 +181,13 @@ def train(
         if after_epoch is not None and after_epoch(so_far()):
             break
     return so_far()
+
+
+def _kind_of_chunk(
+    backend: Backend, network: Network, config: Config
+) -> type[CompiledChunk | EagerChunk | GraphChunk]:
+    if isinstance(network, StackedMLP) and is_compiled(backend, network.kind, config):
+        return CompiledChunk
+    if isinstance(network, StackedMLP) and is_graph(backend, network.kind, config):
+        return GraphChunk
+    return EagerChunk

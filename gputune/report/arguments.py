@@ -175,10 +175,14 @@ def _add_data(group: Any) -> None:
 def _add_machine(group: Any) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:1")
     group.add_argument(
-        "--backend", choices=("auto", "eager", "compiled"), default="auto",
-        help="how members train: compiled where the CPU has a C compiler (auto), or as operations on tensors (eager)",
+        "--backend", choices=("auto", "eager", "compiled", "graph"), default="auto",
+        help="how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, or as "
+        "operations on tensors (eager); auto (default) chooses",
     )  # fmt: skip
     group.add_argument("--dtype", default="float32", metavar="T", help="float32 (default) or float64")
+    group.add_argument(
+        "--tf32", action="store_true", help="let a GPU multiply matrices faster and with fewer bits"
+    )
     group.add_argument(
         "--memory", metavar="8GB", help="what trials that train together may take on the device"
     )

@@ -131,6 +131,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "device",
         "backend",
         "dtype",
+        "tf32",
         "memory",
         "verbose",
         "include_default",

@@ -1,0 +1,147 @@
+"""The update rules of ``optim.py`` in place, with every number that changes from step to step on the device.
+
+What ``update.py`` computes on the host, the number of a member's step and all that follows from it, is computed here by
+the step itself, in double precision: a recorded step cannot be told anything.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gputune.engine.blocks import Blocks
+from gputune.engine.optim import BETA1, BETA2, EPS
+from gputune.types import Config
+
+Amount = float | Tensor
+"""One value of all members, or each member's own, (F, C)."""
+
+
+class GraphUpdate:
+    """The optimizer of one chunk: owns the moments, changes parameters in place.
+
+    ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over ``horizon`` epochs.
+    """
+
+    def __init__(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
+    ) -> None:
+        self.horizon = horizon
+        self.optimizer = configs[0]["optimizer"]
+        self.adaptive = self.optimizer in ("adam", "adamw")
+        momentum = self.optimizer == "nesterov" or any(config["momentum"] for config in configs)
+        self.moments = [torch.zeros_like(flat) for _ in range(2 if self.adaptive else int(momentum))]
+        self._settle(configs, blocks, flat, steps)
+
+    def _settle(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
+        self.blocks, self.dtype, self.steps = blocks, flat.dtype, steps
+        self.scratch = torch.empty_like(flat) if self.adaptive else None
+        self.done = torch.zeros_like(steps, dtype=torch.float64)  # steps that each member has taken
+        self.lr = self._table(configs, "lr")
+        decoupled = self.optimizer == "adamw"
+        decays = any(config["weight_decay"] for config in configs)
+        self.shrink = self.lr * self._table(configs, "weight_decay") if decoupled and decays else None
+        self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
+        self.momentum = 0.0 if self.adaptive else self._amount(configs, "momentum")
+        cosine = [config["schedule"] == "cosine" for config in configs]
+        self.cosine = torch.tensor(cosine, device=flat.device) if any(cosine) else None
+
+    def _table(self, configs: Sequence[Config], key: str) -> Tensor:
+        values = torch.tensor([float(config[key]) for config in configs], dtype=torch.float64)
+        return values.expand(self.steps.shape).contiguous().to(self.steps.device)
+
+    def _amount(self, configs: Sequence[Config], key: str) -> Amount:
+        values = {float(config[key]) for config in configs}
+        if len(values) > 1:
+            return self._table(configs, key).to(self.dtype)
+        # Held to what the dtype can say: a larger one makes members diverge all the same.
+        return min(values.pop(), torch.finfo(self.dtype).max)
+
+    def select(
+        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, steps: Tensor
+    ) -> None:
+        """Go on with the trials ``keep`` alone, of which all else is given."""
+        self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
+        self._settle(configs, blocks, flat, steps)
+
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        torch.mul(self.steps, epoch, out=self.done)
+
+    def step(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take one step of the members that are ``active`` (F, C), None: of all.
+
+        ``grad`` is used up: what it holds afterwards means nothing.
+        """
+        keep = None if active is None else active.double()
+        factor = self._factor() if keep is None else self._factor() * keep
+        self._add(grad, theta, self.l2)
+        if self.adaptive:
+            self._adam(theta, grad, factor, keep)
+        else:
+            self._sgd(theta, grad, factor, keep)
+        self.done.add_(1.0 if keep is None else keep)
+
+    def _factor(self) -> Tensor:
+        """The factor on each member's rate, (F, C): 1, or half a cosine from 1 to 0."""
+        ones = torch.ones_like(self.done)
+        if self.cosine is None:
+            return ones
+        falling = torch.cos(self.done / (self.horizon * self.steps) * math.pi).add(1).mul(0.5)
+        return torch.where(self.cosine, falling, ones)
+
+    def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+        (m, v), scratch = self.moments, self.scratch
+        assert scratch is not None
+        if keep is None:
+            m.lerp_(grad, 1 - BETA1)
+            v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        else:
+            self._lerp(m, grad, keep * (1 - BETA1))
+            self._lerp(v, grad.mul_(grad), keep * (1 - BETA2))
+        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the members
+        count = self.done + 1
+        root = (1 - BETA2**count).sqrt()
+        torch.sqrt(v, out=scratch)
+        for eps, part in self.blocks.by_block((EPS * root).to(self.dtype), scratch):
+            part.add_(eps)
+        torch.div(m, scratch, out=scratch)
+        if self.shrink is not None:
+            self._add(theta, theta, -(self.shrink * factor).to(self.dtype))
+        self._add(theta, scratch, -(self.lr * factor * root / (1 - BETA1**count)).to(self.dtype))
+
+    def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+        direction = grad
+        if self.moments:
+            (buffer,) = self.moments
+            if keep is None:
+                self._scale(buffer, self.momentum)
+                buffer.add_(grad)
+            else:
+                stays = keep.to(self.dtype)
+                self._scale(buffer, 1 + stays * (self.momentum - 1))
+                self._add(buffer, grad, stays)
+            direction = buffer
+            if self.optimizer == "nesterov":
+                direction = grad
+                self._add(direction, buffer, self.momentum)
+        self._add(theta, direction, -(self.lr * factor).to(self.dtype))
+
+    def _add(self, total: Tensor, tensor: Tensor, amount: Amount) -> None:
+        """total += amount * tensor."""
+        if isinstance(amount, Tensor):
+            self.blocks.add_product_(total, tensor, amount)
+        elif amount != 0.0:
+            total.add_(tensor, alpha=amount)
+
+    def _scale(self, flat: Tensor, amount: Amount) -> None:
+        if isinstance(amount, Tensor):
+            for value, part in self.blocks.by_block(amount, flat):
+                part.mul_(value)
+        else:
+            flat.mul_(amount)
+
+    def _lerp(self, flat: Tensor, end: Tensor, weight: Tensor) -> None:
+        for value, part, toward in self.blocks.by_block(weight.to(self.dtype), flat, end):
+            part.lerp_(toward, value)

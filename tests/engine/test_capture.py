@@ -1,0 +1,106 @@
+"""The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to see that."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gputune.engine import capture
+from gputune.engine.capture import CudaRecorder, make_recorder
+from gputune.engine.out_of_memory import is_out_of_memory
+from gputune.engine.stand_in import StandIn
+
+
+class Stream:
+    """A stream that notes for whom it waits."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as a log of what is asked of it; the last capture ends as ``cuda.end`` says."""
+    log = []
+    fake = SimpleNamespace(log=log, end=lambda: None)
+    current, streams = Stream("current", log), []
+
+    @contextmanager
+    def inside(text):
+        log.append(f"in {text}")
+        yield
+        log.append(f"out of {text}")
+
+    @contextmanager
+    def graph(cuda_graph, pool, stream):
+        log.append(f"capture on {stream.name} into {pool}")
+        try:
+            yield
+        finally:
+            fake.end()
+            log.append("captured")
+
+    def make_stream(device):
+        streams.append(Stream(f"side {device}", log))
+        return streams[-1]
+
+    parts = {
+        "graph_pool_handle": lambda: "pool",
+        "Stream": make_stream,
+        "current_stream": lambda device: current,
+        "stream": lambda stream: inside(stream.name),
+        "device": lambda device: inside(str(device)),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
+        "graph": graph,
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    capture._side_stream.cache_clear()
+    yield fake
+    capture._side_stream.cache_clear()
+
+
+def test_warm_up_and_capture_are_on_one_side_stream(cuda):
+    recorder = make_recorder(torch.device("cuda", 1))
+    assert isinstance(recorder, CudaRecorder)
+    recorder.warm_up(lambda: cuda.log.append("step"))
+    recorder.capture(lambda: cuda.log.append("step")).replay()
+    assert cuda.log == [
+        "side cuda:1 waits for current",
+        "in side cuda:1",
+        "step",
+        "out of side cuda:1",
+        "current waits for side cuda:1",
+        "in cuda:1",
+        "capture on side cuda:1 into pool",
+        "step",
+        "captured",
+        "out of cuda:1",
+        "replay",
+    ]
+
+
+def test_chunks_share_the_stream_of_their_device(cuda):
+    one, two = make_recorder(torch.device("cuda", 0)), make_recorder(torch.device("cuda", 0))
+    assert one.stream is two.stream
+
+
+def test_a_capture_that_runs_out_of_memory_says_so(cuda):
+    def end():
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    cuda.end = end
+    with pytest.raises(RuntimeError, match="previous error during capture") as failed:
+        make_recorder(torch.device("cuda", 0)).capture(step)
+    assert is_out_of_memory(failed.value)
+
+
+def test_on_a_cpu_there_is_a_stand_in():
+    assert isinstance(make_recorder(torch.device("cpu")), StandIn)

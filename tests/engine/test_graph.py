@@ -1,0 +1,352 @@
+"""Recorded steps: how often they are recorded, that nothing of an epoch waits, and where graphs are used at all."""
+
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gputune
+from gputune.engine import graph, graph_batches
+from gputune.engine.backend import choose_backend, is_graph
+from gputune.engine.backprop import StackedMLP
+from gputune.engine.chunk import Job
+from gputune.engine.eager import EagerChunk
+from gputune.engine.graph import GraphChunk
+from gputune.engine.out_of_memory import run_in_parts
+from gputune.engine.population import Population
+from gputune.engine.scoring import make_scoring
+from gputune.engine.stand_in import CaptureError, StandIn
+from gputune.engine.train import train
+from gputune.types import OPTIMIZERS
+from problems import fill, largest_difference, make_data, shape_of
+
+CPU = torch.device("cpu")
+
+
+def configs_of(count, optimizer="adamw", **more):
+    return fill(
+        *({"optimizer": optimizer, "lr": 1e-3 * (i + 1), "batch_size": 9, **more} for i in range(count))
+    )
+
+
+def make_chunk(data, configs, kind=GraphChunk):
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    return kind(
+        network, data, configs, seed=0, horizon=20, scoring=make_scoring(None, data.task, np.arange(3))
+    )
+
+
+class Counting(StandIn):
+    """The stand-in, which counts."""
+
+    captures, warm_ups = 0, 0
+
+    def capture(self, step):
+        Counting.captures += 1
+        return super().capture(step)
+
+    def warm_up(self, step):
+        Counting.warm_ups += 1
+        super().warm_up(step)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    Counting.captures = Counting.warm_ups = 0
+    monkeypatch.setattr(graph, "make_recorder", Counting)
+    return Counting
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def test_a_step_is_taken_three_times_as_it_is_and_then_replayed(counted, monkeypatch):
+    data, asked = make_data(), []
+    chunk = make_chunk(data, configs_of(2))
+    monkeypatch.setattr(GraphChunk, "_step", lambda chunk, shape: asked.append(shape))
+    shapes = chunk.batches.shapes  # 40 or 41 rows: four whole minibatches, one of 4 or 5
+    assert [shape.rows for shape in shapes] == [9, 9, 9, 9, 5]
+    assert [shape.full for shape in shapes] == [True] * 4 + [False]
+    for epoch in range(6):
+        chunk.advance(epoch)
+    assert counted.warm_ups == 3 + 3 and counted.captures == 2
+    assert len(asked) == 3 + 1 + 3 + 1
+
+
+def test_few_steps_are_recorded_as_trials_leave_one_by_one(counted):
+    data, count, slots = make_data(), 12, []
+    configs = configs_of(count, batch_size=5)
+    found, expected = (make_chunk(data, configs, kind) for kind in (GraphChunk, EagerChunk))
+    for epoch in range(count):
+        for chunk in (found, expected):
+            chunk.advance(epoch)
+        np.testing.assert_array_equal(found.scores(), expected.scores())
+        slots.append(len(found.slots))
+        for chunk in (found, expected):
+            chunk.keep(np.arange(len(chunk.alive)) != epoch % len(chunk.alive))
+        assert found.alive == expected.alive
+        if not found.alive:
+            break
+        torch.testing.assert_close(found.flat, expected.flat, rtol=1e-10, atol=1e-12)
+        for moment, other in zip(found.moments, expected.moments, strict=True):
+            torch.testing.assert_close(moment, other, rtol=1e-9, atol=1e-15)
+        assert found.network.configs == expected.network.configs
+    # The tensors are made anew where fewer than three quarters are left.
+    assert " ".join(map(str, slots)) == "12 12 12 12 8 8 8 5 5 3 2 1"
+    # Once a size for whole minibatches, and for the last short one where it came a fourth time.
+    assert counted.captures == 6 + 1
+
+
+def test_trials_that_leave_before_anything_is_recorded_are_gone_at_once():
+    chunk = make_chunk(make_data(), configs_of(8))
+    chunk.keep(np.arange(8) != 3)
+    assert len(chunk.slots) == 7 and chunk.flat is chunk._flat
+
+
+def test_a_chunk_whose_trials_have_all_left_has_none():
+    chunk = make_chunk(make_data(), configs_of(2))
+    chunk.keep(np.array([False, False]))
+    assert chunk.alive == []
+
+
+class NothingWaits(TorchDispatchMode):
+    """Refuses every operation that reads a number of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert torch.Tag.data_dependent_output not in func.tags, func
+        assert torch.Tag.dynamic_output_shape not in func.tags or func is torch.ops.aten.index.Tensor, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
+def test_nothing_waits_for_the_device_inside_an_epoch(counted, sizes, monkeypatch):
+    data = make_data(weights=True)
+    configs = fill(*({"batch_size": size, "dropout": 0.2, "schedule": "cosine"} for size in sizes))
+    chunk = make_chunk(data, configs)
+    for epoch in range(4):
+        chunk.advance(epoch)
+    captures = counted.captures
+    monkeypatch.setattr(Tensor := torch.Tensor, "numpy", lambda tensor: pytest.fail("numpy"))
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("tolist"))
+    monkeypatch.setattr(GraphChunk, "_step", lambda chunk, shape: pytest.fail("a step was not replayed"))
+    with NothingWaits():
+        chunk.advance(4)
+    assert counted.captures == captures > 0
+
+
+class OnMetaAlone(TorchDispatchMode):
+    """Refuses every operation on a tensor elsewhere."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, *(kwargs or {}).values(), result) if isinstance(t, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} <= {"meta"}, func
+        return result
+
+
+class PlainRecorder:
+    """Takes every step as it is."""
+
+    def __init__(self, device):
+        assert device.type == "meta"
+
+    def warm_up(self, step):
+        with OnMetaAlone():
+            step()
+
+    def capture(self, step):
+        class Recorded:
+            replay = staticmethod(step)
+
+        return Recorded
+
+
+def on_meta(value):
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(
+            value, **{f.name: on_meta(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    return tuple(map(on_meta, value)) if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
+    """Tensors on torch's device without numbers: as on a GPU, they meet no tensor of the host."""
+    monkeypatch.setattr(graph, "make_recorder", PlainRecorder)
+    for task in ("multiclass", "regression"):
+        data = on_meta(make_data(task, weights=True))
+        configs = fill(
+            *(
+                {"batch_size": size, "optimizer": optimizer, "dropout": 0.2, "schedule": "cosine", "depth": 3,
+                 "lr": size / 100, "momentum": size / 100, "weight_decay": size / 100}
+                for size in sizes
+            )
+        )  # fmt: skip
+        network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+        chunk = GraphChunk(network, data, configs, seed=0, horizon=20, scoring=None)
+        for epoch in range(4):
+            chunk.advance(epoch)
+        chunk.keep(np.array([True, False]))
+        chunk.advance(4)
+        assert chunk.flat.device.type == "meta"
+
+
+def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
+    chunk = make_chunk(make_data(), configs_of(2))
+    step = GraphChunk._step
+
+    def asking(chunk, shape):
+        step(chunk, shape)
+        if bool(chunk.flat.isfinite().all()):
+            return
+
+    monkeypatch.setattr(GraphChunk, "_step", asking)
+    with pytest.raises(CaptureError, match="waits for the device"):
+        chunk.advance(0)
+
+
+def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
+    data, configs = make_data(), configs_of(2, dropout=0.3, width=8)
+    whole = make_chunk(data, configs)
+    monkeypatch.setattr(graph_batches, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
+    parts = make_chunk(data, configs)
+    assert (whole.batches.draws.ahead, parts.batches.draws.ahead) == (5, 2)
+    for epoch in range(5):
+        whole.advance(epoch)
+        parts.advance(epoch)
+    assert torch.equal(whole.flat, parts.flat)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_training_goes_on_from_a_state_of_either_backend(optimizer):
+    data = make_data()
+    configs = configs_of(4, optimizer, schedule="cosine", momentum=0.5)
+    scoring = make_scoring("neg_log_loss", data.task, np.arange(3))
+
+    def run(epochs, backend, begin=None, alive=None):
+        network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+        more = {"begin": begin, "alive": alive, "backend": backend, "scoring": scoring}
+        return train(network, data, configs, seed=0, epochs=epochs, horizon=9, **more)
+
+    whole = run(7, "eager")
+    for first, second in (("eager", "graph"), ("graph", "graph"), ("graph", "eager")):
+        state = run(3, first).state.select([0, 2, 3])
+        rest = run(7, second, state, (0, 2, 3))
+        np.testing.assert_allclose(rest.curves[[0, 2, 3], 3:], whole.curves[[0, 2, 3], 3:], rtol=1e-9)
+        for c in (0, 2, 3):
+            assert largest_difference(rest.member(1, c), whole.member(1, c)) <= 1e-10
+
+
+def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
+    """Memory runs out in a replay: when the halves begin, nothing is left of what was recorded."""
+    data, left, begun = make_data(), [], []
+    take = GraphChunk._take
+
+    class Watched(StandIn):
+        def __init__(self, device):
+            super().__init__(device)
+            gc.collect()
+            begun.append(sum(tape() is not None for tape in left))
+
+        def capture(self, step):
+            tape = super().capture(step)
+            left.append(weakref.ref(tape))
+            return tape
+
+    def failing(chunk, shape):
+        take(chunk, shape)
+        if len(chunk.slots) > 2 and chunk.recorded:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(graph, "make_recorder", Watched)
+    monkeypatch.setattr(GraphChunk, "_take", failing)
+    configs = configs_of(4)
+    common = (0, 5, 5, make_scoring(None, data.task, np.arange(3)), None)
+    chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
+    outcomes = run_in_parts(Job(*common, backend="graph"), data, chunk)
+    assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
+    assert len(left) == 1 + 2 * 2 and begun == [0, 0, 0]
+    monkeypatch.undo()
+    (whole,) = run_in_parts(Job(*common, backend="graph"), data, chunk)
+    np.testing.assert_allclose(np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9)
+
+
+def test_who_trains_as_a_graph():
+    cuda = torch.device("cuda", 1)
+    assert choose_backend("auto", cuda, torch.float32) == ("graph", "")
+    assert choose_backend("graph", cuda, torch.float32) == choose_backend("graph", CPU, torch.float32)
+    assert choose_backend("eager", cuda, torch.float32) == ("eager", "")
+    assert choose_backend("auto", torch.device("meta"), torch.float32) == ("eager", "")
+    assert choose_backend("auto", CPU, torch.float32)[0] != "graph"
+    taken = [o for o in OPTIMIZERS if is_graph("graph", "mlp", {"optimizer": o})]
+    assert taken == ["sgd", "nesterov", "adam", "adamw"]
+    assert not is_graph("graph", "module", {"optimizer": "adamw"})
+    assert not is_graph("eager", "mlp", {"optimizer": "adamw"})
+
+
+class Net(torch.nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = torch.nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer"), [("mlp", "adam"), ("logistic", "sgd"), ("mlp", "adamhd"), (Net, "sgd")]
+)
+def test_a_search_is_the_same(model, optimizer):
+    rng = np.random.RandomState(0)
+    X, y = rng.randn(60, 4), rng.randint(3, size=60)
+    common = {
+        "n_trials": 5,
+        "cv": 3,
+        "max_epochs": 4,
+        "optimizer": optimizer,
+        "scoring": "neg_log_loss",
+        "verbose": 0,
+    }
+    with torch.enable_grad():
+        eager, found = (
+            gputune.tune(model, X, y, backend=b, dtype="float64", **common) for b in ("eager", "graph")
+        )
+        np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)
+        assert found.best_model().predict(X).tolist() == eager.best_model().predict(X).tolist()
+
+
+def test_the_word_is_checked():
+    with pytest.raises(
+        gputune.InputError, match="backend must be one of 'auto', 'eager', 'compiled', 'graph', got 'g'"
+    ):
+        gputune.tune("mlp", np.zeros((9, 2)), np.arange(9) % 2, backend="g", verbose=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_on_a_gpu_graphs_give_the_numbers_of_eager_training(optimizer, sizes):
+    X, y = np.random.RandomState(0).randn(200, 5), np.random.RandomState(1).randint(3, size=200)
+    space = [{"batch_size": [size], "dropout": [0.0, 0.2], "lr": [1e-3, 1e-2]} for size in sizes]
+    common = {
+        "n_trials": 8,
+        "cv": 3,
+        "max_epochs": 6,
+        "optimizer": optimizer,
+        "space": space,
+        "device": "cuda",
+    }
+    common |= {"scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
+    with torch.enable_grad():
+        eager, found = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "graph"))
+    np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)

@@ -1,0 +1,79 @@
+"""TF32: set while a search or its best model trains, and refused where it would mean nothing; no GPU is needed."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gputune
+from command_line import run
+from gputune import options
+from gputune.engine.precision import matrix_products
+from gputune.options import Options, check_tf32
+
+CUDA = torch.device("cuda")
+MATMUL = torch.backends.cuda.matmul
+SEEN = []
+
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        SEEN.append(MATMUL.fp32_precision)
+        return self.layer(x)
+
+
+def test_it_is_set_inside_alone():
+    before = MATMUL.fp32_precision
+    with matrix_products(tf32=False):
+        assert MATMUL.fp32_precision == before != "tf32"
+    with pytest.raises(KeyError), matrix_products(tf32=True):
+        assert MATMUL.fp32_precision == "tf32"
+        raise KeyError
+    assert MATMUL.fp32_precision == before
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+@pytest.mark.parametrize("method", ["random", "hypergradient"])
+def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
+    """As on a GPU, but for the check that there is one."""
+    monkeypatch.setattr(options, "check_tf32", lambda options, device: None)
+    before, word = MATMUL.fp32_precision, "tf32" if tf32 else MATMUL.fp32_precision
+    X, y = np.random.RandomState(0).randn(40, 3), np.arange(40) % 2
+    common = {"n_trials": 1, "include_default": False, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 0}
+    study = gputune.tune(Net, X, y, space={"lr": 0.1}, method=method, optimizer="sgd", tf32=tf32, **common)
+    assert word in SEEN and MATMUL.fp32_precision == before
+    SEEN.clear()
+    study.best_model()
+    assert word in SEEN and MATMUL.fp32_precision == before
+    SEEN.clear()
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "message"),
+    [
+        ({}, "cpu", "tf32=True is for matrix products of single precision on a GPU, got device='cpu', dtype='float32'"),
+        ({"dtype": "float64"}, "cuda", "got device='cuda', dtype='float64'; leave tf32 out."),
+        ({"workers": 2}, "cuda", "tf32=True is for a search in one process, got workers=2; leave one of them out."),
+        ({"tf32": 1}, "cuda", "tf32 must be True or False, got 1."),
+    ],
+)  # fmt: skip
+def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatch):
+    monkeypatch.setattr(Options, "device_here", lambda options: torch.device(device))
+    with pytest.raises(gputune.InputError, match=re.escape(message)):
+        Options(**{"tf32": True, **given})
+
+
+def test_a_gpu_has_it(monkeypatch):
+    monkeypatch.setattr(Options, "device_here", lambda options: CUDA)
+    assert Options(tf32=True).tf32 and check_tf32(Options(tf32=True), CUDA) is None
+
+
+def test_the_command_line_asks_for_it():
+    code, _, error = run("tune", "sklearn:iris", "--tf32", "--device", "cpu")
+    assert code == 2 and "tf32=True is for matrix products" in error
