@@ -37,6 +37,7 @@ from benchmark_logistic import CANDIDATES, run_logistic
 from benchmark_machine import ROOT, card, describe_machine
 from benchmark_quality import EPOCHS as QUALITY_EPOCHS
 from benchmark_quality import SEEDS as QUALITY_SEEDS
+from benchmark_quality import TRIALS as QUALITY_TRIALS
 from benchmark_quality import run_quality
 from benchmark_training import run_training
 from benchmark_work import WIDTHS, digits_work
@@ -113,6 +114,7 @@ def _quality(options: argparse.Namespace) -> int:
         options.adult,
         epochs=options.epochs or QUALITY_EPOCHS,
         seeds=options.repeats or QUALITY_SEEDS,
+        trials=QUALITY_TRIALS,
     )
 
 

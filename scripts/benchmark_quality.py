@@ -66,7 +66,7 @@ class Curve:
 
 
 def run_quality(
-    out: Path, machine: dict[str, Any], adult: Path | None, *, epochs: int, seeds: int, trials: int = TRIALS
+    out: Path, machine: dict[str, Any], adult: Path | None, *, epochs: int, seeds: int, trials: int
 ) -> int:
     """Measure, print and write; return 0."""
     names = [name for name, (package, _) in SEARCHES.items() if find_spec(package)]

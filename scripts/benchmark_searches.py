@@ -99,13 +99,14 @@ def search_with_sklearn(halving: bool, work: Work, cores: int) -> list[Event]:
     with recorded() as (begin, path):
         scoring = functools.partial(_scored, path, [trial["lr"] for trial in work.trials])
         # Lists of one value each: the search draws all of them, in an order of its own.
-        space = [_sklearn_space(trial, len(work.folds[0][0])) for trial in work.trials]
+        space = [_sklearn_space(trial) for trial in work.trials]
         common = {
             "scoring": scoring,
             "cv": work.folds,
             "refit": False,
             "random_state": 0,
             "error_score": "raise",
+            "return_train_score": False,
         }
         if halving:
             search = HalvingRandomSearchCV(
@@ -115,7 +116,9 @@ def search_with_sklearn(halving: bool, work: Work, cores: int) -> list[Event]:
         else:
             search = RandomizedSearchCV(_sklearn_model(work.epochs), space, n_iter=len(space), **common)
         with warnings.catch_warnings(), one_thread_each(cores):
-            warnings.simplefilter("ignore")  # a fixed number of epochs is what is asked for
+            warnings.simplefilter(
+                "ignore"
+            )  # the epochs are what is asked for; a batch may be larger than a small fold
             search.fit(work.X, work.y)
         return _of_all_folds(_read(path), len(work.folds), begin)
 
@@ -129,11 +132,11 @@ def _sklearn_model(epochs: int) -> Any:
     return make_pipeline(StandardScaler(), network)
 
 
-def _sklearn_space(trial: Trial, rows: int) -> dict[str, list[Any]]:
+def _sklearn_space(trial: Trial) -> dict[str, list[Any]]:
     return {
         "mlpclassifier__hidden_layer_sizes": [(trial["width"], trial["width"])],
         "mlpclassifier__learning_rate_init": [trial["lr"]],
-        "mlpclassifier__batch_size": [min(trial["batch_size"], rows)],
+        "mlpclassifier__batch_size": [trial["batch_size"]],
     }
 
 
