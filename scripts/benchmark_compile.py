@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from benchmark_cores import over_cores
-from benchmark_torch import accuracy, batches, make_network
+from benchmark_torch import accuracy, batches, denormals_as_zero, make_network
 from benchmark_work import Fold, Outcome, Trial, Work
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -37,11 +37,10 @@ def fit(fold: Fold, trial: Trial, epochs: int) -> float:
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     # Tensors, because another number would be compiled anew.
     lr, steps = torch.tensor(trial["lr"]), torch.zeros(())
-    torch.set_flush_denormal(True)
-    for _ in range(epochs):
-        for rows, labels in batches(x, y, trial["batch_size"]):
-            _timed(_compiled_step(), weights, first, second, rows, labels, lr, steps)
-    torch.set_flush_denormal(False)
+    with denormals_as_zero():
+        for _ in range(epochs):
+            for rows, labels in batches(x, y, trial["batch_size"]):
+                _timed(_compiled_step(), weights, first, second, rows, labels, lr, steps)
     return accuracy(network, fold)
 
 

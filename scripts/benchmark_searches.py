@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from benchmark_cores import one_thread_each, read_folds, write_folds
 from benchmark_gputune import built_again
-from benchmark_torch import accuracy, train
+from benchmark_torch import accuracy, denormals_as_zero, train
 from benchmark_work import Trial, Work
 
 import gputune
@@ -69,25 +69,27 @@ def search_with_optuna(pruned: bool, work: Work, cores: int) -> list[Event]:
 
     halving = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     with recorded() as (begin, path), tempfile.TemporaryDirectory() as folder:
-        objective = functools.partial(_train_together, write_folds(work, folder), path, work.epochs)
+        objective = functools.partial(_train_together, write_folds(work, folder), path, work.epochs, pruned)
         share(work, range(len(work.trials)), objective, halving if pruned else None, cores, folder)
         return [Event(at - begin, candidate, score) for at, candidate, _, score in _read(path)]
 
 
-def _train_together(folds: str, path: str, epochs: int, trial: Any, params: Trial) -> float:
+def _train_together(folds: str, path: str, epochs: int, pruned: bool, trial: Any, params: Trial) -> float:
     """Train one candidate on all folds, epoch by epoch, until the end or its pruning."""
     import optuna
-    import torch
 
-    torch.set_flush_denormal(True)
     rows = read_folds(folds)
     runs, score = [train(fold, params) for fold in rows], 0.0
-    for epoch in range(1, epochs + 1):
-        score = float(np.mean([accuracy(next(run), fold) for run, fold in zip(runs, rows)]))
-        _record(path, trial.user_attrs["position"], epoch, score)
-        trial.report(score, epoch)
-        if trial.should_prune() and epoch < epochs:
-            raise optuna.TrialPruned
+    # The pruner looks at no other epochs, and to report one is a write to the disk.
+    rungs = {3**k for k in range(epochs) if 3**k < epochs} if pruned else set()
+    with denormals_as_zero():
+        for epoch in range(1, epochs + 1):
+            score = float(np.mean([accuracy(next(run), fold) for run, fold in zip(runs, rows)]))
+            _record(path, trial.user_attrs["position"], epoch, score)
+            if epoch in rungs:
+                trial.report(score, epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
     return score
 
 

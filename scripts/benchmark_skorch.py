@@ -3,7 +3,7 @@
 import skorch
 import torch
 from benchmark_cores import over_cores
-from benchmark_torch import make_network
+from benchmark_torch import denormals_as_zero, make_network
 from benchmark_work import Fold, Outcome, Trial, Work
 from torch import nn
 
@@ -31,7 +31,6 @@ def fit(fold: Fold, trial: Trial, epochs: int) -> float:
         callbacks="disable",
         verbose=0,
     )
-    torch.set_flush_denormal(True)
-    classifier.fit(X, y)
-    torch.set_flush_denormal(False)
+    with denormals_as_zero():
+        classifier.fit(X, y)
     return float(classifier.score(X_valid, y_valid))
