@@ -1,4 +1,4 @@
-"""How chunks train here: compiled on a CPU with a C compiler, as recorded graphs on a GPU, eagerly otherwise."""
+"""How chunks train here: compiled on a CPU with a C compiler, as recorded graphs where asked for, eagerly otherwise."""
 
 import torch
 
@@ -15,12 +15,13 @@ _DEEPEST = 63  # hidden layers that the compiled code has room for
 def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     """Return the backend of a word, and why "auto" is not compiled on a CPU ("" where it may be).
 
-    "auto" is "graph" on a GPU. Raises InputError where compiled training is asked for and cannot be had.
+    "auto" is never "graph": a way to train that no GPU has run yet has to be asked for. Raises InputError where
+    compiled training is asked for and cannot be had.
     """
     if word in ("eager", "graph"):
         return word, ""
     if word == "auto" and device.type != "cpu":
-        return "graph" if device.type == "cuda" else "eager", ""
+        return "eager", ""
     if device.type != "cpu":
         raise InputError(
             f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose device='cpu', or "
