@@ -27,7 +27,7 @@ def run_big(work: Work, device: str) -> None:
     """Train and print: first gputune's plan, then the time and the memory."""
     stop_workers()
     begin = time.perf_counter()
-    scores = train_with_gputune(work, device, verbose=2)
+    scores = train_with_gputune(work, device=device, verbose=2).scores
     seconds = time.perf_counter() - begin
     stop_workers()  # the system counts a child when it has ended
     trials, (rows, columns) = len(work.trials), work.X.shape

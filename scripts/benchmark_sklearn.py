@@ -2,15 +2,14 @@
 
 import warnings
 
-import numpy as np
 from benchmark_cores import over_cores
-from benchmark_work import Fold, Trial, Work
+from benchmark_work import Fold, Outcome, Trial, Work
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
 
-def train_with_sklearn(work: Work, cores: int) -> np.ndarray:
-    """Return the last-epoch accuracies (C, F)."""
+def train_with_sklearn(work: Work, cores: int) -> Outcome:
+    """Train the work with one process a core."""
     return over_cores(fit, work, cores)
 
 

@@ -40,6 +40,20 @@ class Work:
         return sum(self.epochs * -(-len(train) // t["batch_size"]) for t in trials for train, _ in self.folds)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What an engine gives back.
+
+    scores   (C, F) last-epoch accuracies
+    start    seconds until the last worker process began to train: start, imports, scaling and writing of the data
+    compile  seconds of compiling, in the process that compiled longest
+    """
+
+    scores: np.ndarray
+    start: float = 0.0
+    compile: float = 0.0
+
+
 def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Trial]:
     """Return the shared list; a longer one begins with a shorter one's trials."""
     rng = np.random.RandomState(seed)

@@ -62,7 +62,7 @@ typedef struct {
 typedef struct {
     int layers, roles;
     Layer layer[MOST_LAYERS];
-    real *memory, *state, *end;
+    real *state, *end;                              /* of what is copied in and out */
     real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and what it was before the activation */
     real *kept[MOST_LAYERS + 1];                    /* what dropout multiplies it by */
     real *slope, *below, *turned, *panel, *share, *work;
@@ -72,7 +72,8 @@ typedef struct {
 static long padded(long n) { return (n + PAD - 1) / PAD * PAD; }
 static long most(long a, long b) { return a > b ? a : b; }
 
-/* Give every tensor of a member its place in one block of memory; NULL where there is none. */
+/* Give every tensor of a member its place in one block of memory that begins at ``at``, and return its end. From 0 that
+   is the size of the block. */
 static real *lay_out(const Work *w, Space *s, real *at) {
     long rows = SCORED_ROWS, widest = padded(w->inputs), hidden = padded(w->width);
     for (long c = 0; c < w->trials; c++) rows = most(rows, w->sizes[c]);
@@ -100,7 +101,7 @@ static real *lay_out(const Work *w, Space *s, real *at) {
     s->turned = at, at += hidden * most(hidden, padded(w->outputs));
     s->panel = at, at += most(PANEL, TILE_ROWS * widest) + widest;
     s->share = at, at += padded(rows);
-    s->work = at, at += (w->outputs + 2) * rows + PAD;
+    s->work = at, at += padded((w->outputs + 2) * rows);
     s->codes = (int64_t *)at;
     return at + rows * (long)(sizeof(int64_t) / sizeof(real));
 }
