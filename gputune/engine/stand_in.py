@@ -19,10 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _HOST = (Tensor.numpy, Tensor.__array__, Tensor.tolist)  # read by the host without an operation
 _RULES = (
     (torch.Tag.data_dependent_output, "it waits for the device; compute with tensors"),
-    (
-        torch.Tag.dynamic_output_shape,
-        "the shape of its result depends on numbers; choose rows by index_select",
-    ),
+    (torch.Tag.dynamic_output_shape, "the shape of its result depends on numbers; use index_select"),
     (torch.Tag.nondeterministic_seeded, "it draws random numbers; draw them before the step"),
 )
 
@@ -135,9 +132,7 @@ class _Recording(TorchDispatchMode):
         self.made: dict[int, int] = {}  # id of a tensor that the step made -> its slot
         self.kept: list[Tensor] = []  # those tensors, so that no id is given twice
         self.fresh: dict[int, str] = {}  # memory that the step took -> the operation that took it
-        self.written: dict[
-            int, tuple[torch.UntypedStorage, Tensor]
-        ] = {}  # what was there before, and its bytes
+        self.written: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # memory that was there, its bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -325,13 +325,6 @@ def test_a_search_is_the_same(model, optimizer):
         assert found.best_model().predict(X).tolist() == eager.best_model().predict(X).tolist()
 
 
-def test_the_word_is_checked():
-    with pytest.raises(
-        gputune.InputError, match="backend must be one of 'auto', 'eager', 'compiled', 'graph', got 'g'"
-    ):
-        gputune.tune("mlp", np.zeros((9, 2)), np.arange(9) % 2, backend="g", verbose=0)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
