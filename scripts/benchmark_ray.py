@@ -16,8 +16,13 @@ from benchmark_torch import fit
 from benchmark_work import Outcome, Work, standardised
 from ray import tune
 
-# Files of logs, and a table on the screen, would be paid for and not read.
-os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+os.environ |= {
+    # Files of logs, and a table on the screen, would be paid for and not read.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray's handler would stay after the search and take Ctrl-C from what runs next in this process.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
 
 
 def train_with_ray(work: Work, cores: int) -> Outcome:

