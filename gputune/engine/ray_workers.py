@@ -29,6 +29,7 @@ from gputune.version import __version__
 LOSSES = 3  # workers that one chunk may lose before it is given up
 _LOOK = 5.0  # seconds between two looks at the nodes
 _WAIT = 0.25  # seconds between two looks at whether someone asks for the end
+_ON_ITS_WAY = 0.5  # seconds in which a task that is handed out is not ended: see _Run.stop
 _GO_ON = "What was finished is kept, and the same call goes on from there where study= names a file."
 
 
@@ -120,6 +121,7 @@ class _Run:
         self.lost: Counter[tuple[int, ...]] = Counter()
         self.given_up: dict[tuple[int, ...], str] = {}
         self.begun = self.done = 0
+        self.submitted = 0.0
         self.looked, self.room = time.monotonic(), cluster.room(self.cpus)
 
     def to_the_end(self, collect: Settle) -> None:
@@ -163,6 +165,7 @@ class _Run:
         left = None if deadline is None else deadline - time.monotonic()
         expected = {"gputune": _public(__version__), "torch": _public(torch.__version__)}
         how = left, self.threads, self.cluster.device
+        self.submitted = time.monotonic()
         return self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *how)
 
     def _outcomes(self, ref: Any, chunk: Population) -> Outcomes | None:
@@ -207,8 +210,14 @@ class _Run:
                 raise ClusterError(f"the cluster has lost its nodes: {error} {_GO_ON}") from error
 
     def stop(self) -> None:
-        """Forget what waits and end the tasks, whatever they are doing."""
+        """Forget what waits and end the tasks, whatever they are doing.
+
+        Ray 2.60 takes down this process where a task is cancelled in the milliseconds between its submission and its
+        arrival in Ray's queue: it fails the task, trains it all the same and does not expect the answer.
+        """
         self.waiting.clear()
+        if self.running:
+            time.sleep(max(0.0, self.submitted + _ON_ITS_WAY - time.monotonic()))
         for ref in self.running:
             try:
                 self.ray.cancel(ref, force=True)

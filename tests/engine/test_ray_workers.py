@@ -269,7 +269,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
 def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
     go_on, _ = begun
     nodes, asked = ray_workers.RayCluster._nodes, []
-    monkeypatch.setattr(ray_workers, "_LOOK", 0.01)
+    monkeypatch.setattr(ray_workers, "_LOOK", -1)  # at once, while its tasks are on their way
     monkeypatch.setattr(
         ray_workers.RayCluster,
         "_nodes",
