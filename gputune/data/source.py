@@ -22,7 +22,7 @@ Origin = dict[str, Any]
 class Source:
     """Inputs and target as they were given: a table, or a tensor that stays where it lies.
 
-    ``origin`` holds what reads the same rows again (path, target, groups, and how which rows were held out), None for
+    ``origin`` holds what reads the same rows again (path, target, groups, how rows were held out and which), None for
     data in memory.
     """
 

@@ -2,13 +2,13 @@
 
 import torch
 
+from gputune.engine.optim import RULES
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError, library
 from gputune.native.work import OPTIMIZERS
 from gputune.types import Backend, BackendWord, Config
 
-_GRAPH_OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 _DEEPEST = 63  # hidden layers that the compiled code has room for
 
 
@@ -48,4 +48,4 @@ def is_compiled(backend: Backend, kind: ModelKind, config: Config) -> bool:
 
 def is_graph(backend: Backend, kind: ModelKind, config: Config) -> bool:
     """Whether the steps of trials like this one are recorded and replayed; all others train eagerly beside them."""
-    return backend == "graph" and kind != "module" and config["optimizer"] in _GRAPH_OPTIMIZERS
+    return backend == "graph" and kind != "module" and config["optimizer"] in RULES

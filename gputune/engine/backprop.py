@@ -200,10 +200,7 @@ class StackedMLP:
             z = space.by_trial if wide else space.linear[layer - 1]
             into = space.by_trial if wide else below
             slope = _slope(self.activation, below, z, space.active[layer - 1], out=into)
-            below, spare = (
-                spare,
-                below,
-            )  # the next layer's slope is written beside the one it is computed from
+            below, spare = spare, below  # the next slope is written beside the one it is computed from
         if self.depth == 0:
             slope = space.by_trial.copy_(space.out)
         self._first_gradient(batch, slope, space, grads)

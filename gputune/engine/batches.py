@@ -6,7 +6,7 @@ counts. Where all trials have one batch size, one fold's members share their row
 its own slice, and rows beyond its batch size have weight zero.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,20 +49,23 @@ class Step:
 
 
 class Batches:
-    """The minibatches of a chunk: F folds of ``data`` x C trials with their ``sizes``, in rows.
+    """The minibatches of a chunk: F folds of ``data`` x C trials with their ``sizes`` (C,), in rows.
 
     ``target`` (V, n, ...) is the training target with one row per data row, of which fold f reads copy
     ``f % V``. With ``exact`` no minibatch is ever padded: one size for all trials, and folds whose
     last minibatches differ come in parts of their own (for models in which rows may interact).
     """
 
-    def __init__(self, data: Dataset, sizes: np.ndarray, target: Tensor, *, seed: int, exact: bool) -> None:
+    def __init__(
+        self, data: Dataset, sizes: Sequence[int], target: Tensor, *, seed: int, exact: bool
+    ) -> None:
         self.data, self.seed, self.exact = data, seed, exact
         self.target = target.flatten(0, 1)
         self.lengths = np.array([len(fold.train) for fold in data.folds])  # (F,)
-        sizes = np.minimum(sizes, self.lengths.max())
-        self.shared = bool((sizes == sizes[0]).all())
-        self.sizes = np.minimum(sizes[None, :], self.lengths[:, None])  # (F, C)
+        longest = int(self.lengths.max())
+        held = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
+        self.shared = bool((held == held[0]).all())
+        self.sizes = np.minimum(held, self.lengths[:, None])  # (F, C)
         self.steps = -(-self.lengths[:, None] // self.sizes)  # (F, C) steps an epoch
         device = data.device
         self.x = data.x.flatten(0, 1)  # (V*n, D)
@@ -85,14 +88,14 @@ class Batches:
     def at(self, epoch: int, step: int) -> Step:
         """Return one step."""
         if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = (epoch, self._order(epoch))
+            self._drawn = (epoch, self.order(epoch))
         order = self._drawn[1]
         parts = self._shared(order, epoch, step) if self.shared else self._own(order, epoch, step)
         active = step < self.steps
         return Step(parts, np.minimum(step, self.steps - 1), None if active.all() else active)
 
-    def _order(self, epoch: int) -> Tensor:
-        """Rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target."""
+    def order(self, epoch: int) -> Tensor:
+        """Return the rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target."""
         return row_order(self.data, self.seed, epoch) + self.start
 
     def _shared(self, order: Tensor, epoch: int, step: int) -> tuple[Batch, ...]:
@@ -120,11 +123,15 @@ class Batches:
 
     def _batch(self, rows: Tensor, counts: np.ndarray, folds: slice, key: tuple[int, int]) -> Batch:
         """Gather rows (3, F, 1 or C, B), of which the first ``counts`` (F, 1 or C) of each minibatch count."""
-        own, of_x, of_y = rows
-        members, length = own.shape[0] * own.shape[1], own.shape[2]
+        return Batch(*self.gather(rows), self._share(rows[0], counts, folds), folds, key)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the inputs (P, B, D) and the target (P, B, ...) of rows (3, F, 1 or C, B) as ``order`` has them."""
+        _, of_x, of_y = rows
+        members, length = of_x.shape[0] * of_x.shape[1], of_x.shape[2]
         x = self.x.index_select(0, of_x.flatten()).view(members, length, -1)
         y = self.target.index_select(0, of_y.flatten())
-        return Batch(x, y.view(members, length, *y.shape[1:]), self._share(own, counts, folds), folds, key)
+        return x, y.view(members, length, *y.shape[1:])
 
     def _share(self, rows: Tensor, counts: np.ndarray, folds: slice) -> Tensor | float:
         length = rows.shape[2]

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backprop import StackedMLP
+from gputune.engine.backprop import StackedMLP, dropout_draw
 from gputune.engine.batches import row_order
 from gputune.engine.network import Network
+from gputune.engine.optim import n_moments
 from gputune.engine.scores import accuracy
 from gputune.engine.scoring import Scoring
 from gputune.native.library import library
 from gputune.native.work import ACTIVATIONS, OPTIMIZERS, Work, make_work
-from gputune.seeding import stream
 from gputune.types import Config
 
 Array = Tensor | np.ndarray | None
@@ -48,7 +48,8 @@ class CompiledChunk:
         self.alive = list(range(len(configs)))
         self.nanoseconds = np.zeros(2, dtype=np.int64)
         self.flat = network.start()
-        self._moments = [torch.zeros_like(self.flat) for _ in range(_n_moments(configs))]
+        moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
+        self._moments = [torch.zeros_like(self.flat) for _ in range(moments)]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         valid = [len(fold.valid) for fold in data.folds]
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
@@ -135,11 +136,7 @@ class CompiledChunk:
             dtype=np.int64,
         )
         draws = [
-            torch.rand(
-                (int(n), width),
-                generator=stream(self.seed, "dropout", epoch, step, layer),
-                dtype=torch.float32,
-            ).flatten()
+            dropout_draw(self.seed, (epoch, step), layer, int(n), width).flatten()
             for step, n in enumerate(rows)
             for layer in range(depth)
         ]
@@ -172,12 +169,6 @@ class CompiledChunk:
         self.network = self.network.subset(places)
         self.configs = [self.configs[i] for i in places]
         self._settle()
-
-
-def _n_moments(configs: Sequence[Config]) -> int:
-    if configs[0]["optimizer"] in ("adam", "adamw"):
-        return 2
-    return int(configs[0]["optimizer"] == "nesterov" or any(config["momentum"] for config in configs))
 
 
 def _of_data(data: Dataset) -> dict[str, Array]:

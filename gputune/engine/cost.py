@@ -4,7 +4,6 @@ No result depends on it beyond rounding.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
+from gputune.engine.optim import n_moments
 from gputune.engine.population import ModelKind, Population, padded_width
 from gputune.types import ONLINE, Backend, Config
 
@@ -64,19 +64,16 @@ def trial_cost(
     )
     return Cost(
         trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
-        state_bytes=folds * item * size * _kept_buffers(config["optimizer"], population.configs),
+        state_bytes=folds * item * size * _kept_buffers(population),
         trial_seconds=folds * steps * member_seconds,
         step_seconds=steps * layers * _STEP_SECONDS,
     )
 
 
-def _kept_buffers(optimizer: str, configs: Sequence[Config]) -> int:
+def _kept_buffers(population: Population) -> int:
     """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
-    own = optimizer.removesuffix("hd")
-    if own in ("adam", "adamw"):
-        moments = 2
-    else:
-        moments = int(own == "nesterov" or any(config["momentum"] for config in configs))
+    optimizer = population.configs[0]["optimizer"]
+    moments = n_moments(optimizer, (config["momentum"] for config in population.configs))
     return 1 + moments + 3 * (optimizer in ONLINE)
 
 
@@ -107,10 +104,7 @@ def _compiled_cost(population: Population, data: Dataset) -> Cost:
     terms = 4 * max(len(fold.valid) for fold in data.folds) * data.n_outputs  # while one fold is scored
     return Cost(
         trial_bytes=item * (3 * folds * size + scored + terms),
-        state_bytes=folds
-        * item
-        * size
-        * _kept_buffers(population.configs[0]["optimizer"], population.configs),
+        state_bytes=folds * item * size * _kept_buffers(population),
         trial_seconds=folds * float((-(-longest // rows) * step_seconds).mean()),
         step_seconds=0.0,
     )

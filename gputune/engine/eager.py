@@ -34,8 +34,7 @@ class EagerChunk:
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.schedules = [config["schedule"] for config in configs]
-        longest = max(len(fold.train) for fold in data.folds)
-        sizes = np.array([min(config["batch_size"], longest) for config in configs])
+        sizes = [config["batch_size"] for config in configs]
         target = network.targets(data.y)
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
         self.flat = network.start()

@@ -25,9 +25,7 @@ from gputune.engine.validation import Validation
 from gputune.types import Config
 
 _WARM_UPS = 3  # steps of one shape before it is recorded, as in PyTorch's documentation
-_FULL = (
-    0.75  # share of the trials in the tensors that must be alive, so that few numbers of trials are recorded
-)
+_FULL = 0.75  # share of the trials in the tensors that must be alive: few numbers of trials are recorded
 
 
 class GraphChunk:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backprop import StackedMLP, dropout_draw
-from gputune.engine.batches import Batch, Batches, row_order
+from gputune.engine.batches import Batch, Batches
 
 _DRAW_BYTES = 64 << 20  # of dropout's draws that are made ahead; a buffer of them waits for the device once
 
@@ -32,9 +32,9 @@ class GraphBatches:
 
     def __init__(self, network: StackedMLP, data: Dataset, batch_sizes: list[int], *, seed: int) -> None:
         self.network, self.data, self.seed = network, data, seed
-        longest = max(len(fold.train) for fold in data.folds)
-        sizes = np.array([min(size, longest) for size in batch_sizes])
-        self.host = Batches(data, sizes, network.targets(data.y), seed=seed, exact=False)
+        target = network.targets(data.y)
+        self.host = Batches(data, batch_sizes, target, seed=seed, exact=False)
+        longest = int(self.host.lengths.max())
         self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=data.device)
         self.weights = None if data.weights is None else data.weights.double()
         self.lengths = torch.as_tensor(self.host.lengths[:, None]).to(data.device)  # (F, 1)
@@ -61,7 +61,7 @@ class GraphBatches:
 
     def begin(self, epoch: int) -> None:
         """Draw the order of an epoch, and start at its first step."""
-        self.order.copy_(row_order(self.data, self.seed, epoch) + self.host.start)
+        self.order.copy_(self.host.order(epoch))
         self.step.zero_()
 
     def draw(self, epoch: int, step: int) -> None:
@@ -79,12 +79,9 @@ class GraphBatches:
         positions = self.positions[: shape.rows]
         wanted = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
         rows = self.order.gather(2, wanted.flatten(1).expand(3, -1, -1)).view(3, *wanted.shape)
-        own, of_x, of_y = rows[0], rows[1].flatten(), rows[2].flatten()
-        members, target = wanted.shape[0] * wanted.shape[1], self.host.target
-        x = self.host.x.index_select(0, of_x).view(members, shape.rows, -1)
-        y = target.index_select(0, of_y).view(members, shape.rows, *target.shape[1:])
+        share = self._share(rows[0], begin, shape)
         draws = None if self.draws is None else self.draws.at(self.step, shape.rows)
-        return Batch(x, y, self._share(own, begin, shape), slice(0, len(begin)), (0, 0), draws)
+        return Batch(*self.host.gather(rows), share, slice(0, len(begin)), (0, 0), draws)
 
     def _share(self, own: Tensor, begin: Tensor, shape: StepShape) -> Tensor | float:
         """Each row's weight over the minibatch's sum of weights, as ``Batches`` has it."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gputune.engine.blocks import Blocks
-from gputune.engine.optim import BETA1, BETA2, EPS
+from gputune.engine.optim import BETA1, BETA2, EPS, n_moments
 from gputune.types import Config
 
 Amount = float | Tensor
@@ -30,8 +30,8 @@ class GraphUpdate:
         self.horizon = horizon
         self.optimizer = configs[0]["optimizer"]
         self.adaptive = self.optimizer in ("adam", "adamw")
-        momentum = self.optimizer == "nesterov" or any(config["momentum"] for config in configs)
-        self.moments = [torch.zeros_like(flat) for _ in range(2 if self.adaptive else int(momentum))]
+        moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
+        self.moments = [torch.zeros_like(flat) for _ in range(moments)]
         self._settle(configs, blocks, flat, steps)
 
     def _settle(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gputune.engine.blocks import Blocks
-from gputune.engine.optim import BETA1, BETA2, EPS
+from gputune.engine.optim import BETA1, BETA2, EPS, n_moments
 from gputune.engine.update import Amount, Array, Hyper
 
 
@@ -35,9 +35,7 @@ class OnlineUpdate:
         rule: str = "multiplicative",
     ) -> None:
         self.optimizer, self.blocks, self.like, self.rule = optimizer, blocks, flat, rule
-        adam = optimizer in ("adamhd", "adamwhd")
-        momentum = optimizer == "nesterovhd" or bool(hyper.momentum.any())
-        self.moments = [torch.zeros_like(flat) for _ in range(2 if adam else int(momentum))]
+        self.moments = [torch.zeros_like(flat) for _ in range(n_moments(optimizer, hyper.momentum.flat))]
         self.last = torch.zeros_like(flat)  # each member's direction u of its last step
         self.scratch = torch.empty_like(flat)
         self.decays = bool(hyper.weight_decay.any())

@@ -6,7 +6,7 @@ differentiated, which is what hypergradients do. Plain training does not call th
 rules in place, tested against these.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -64,6 +64,15 @@ def adamw(params: Params, grads: Params, moments: Moments, rates: Rates) -> tupl
 
 
 RULES: Mapping[str, Rule] = MappingProxyType({"sgd": sgd, "nesterov": nesterov, "adam": adam, "adamw": adamw})
+
+
+def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
+    """Return how many flat buffers of moments training keeps, for members with these momenta.
+
+    Plain gradient descent without momentum needs none. An optimizer that adapts its rate keeps those of its namesake.
+    """
+    rule = optimizer.removesuffix("hd")
+    return 2 if rule in ("adam", "adamw") else int(rule == "nesterov" or any(momentum))
 
 
 def empty_moments(optimizer: str, params: Params) -> Moments:

@@ -28,8 +28,7 @@ class PopulationTraining:
     ) -> None:
         self.network, self.data = network, data
         self.folds, self.trials = data.n_folds, len(configs)
-        longest = max(len(fold.train) for fold in data.folds)
-        sizes = np.array([min(config["batch_size"], longest) for config in configs])
+        sizes = [config["batch_size"] for config in configs]
         target = data.y if data.y.is_floating_point() else data.y[None]
         self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
         self.each = int(self.batches.steps.max())
