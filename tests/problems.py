@@ -12,6 +12,13 @@ from gputune.engine.train import train
 BACKEND = "eager"  # that of train_together; a test of all of them sets it
 
 
+class Linear(torch.nn.Linear):
+    """A user's module, as small as they come."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+
 def make_data(task="multiclass", *, n=61, d=5, k=3, folds=3, dtype=torch.float64, weights=False, copies=True):
     """A Dataset with folds of unequal length; every fold reads its own copy unless ``copies`` is false."""
     g = torch.Generator().manual_seed(7)

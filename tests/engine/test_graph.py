@@ -22,7 +22,7 @@ from gputune.engine.scoring import make_scoring
 from gputune.engine.stand_in import CaptureError, StandIn
 from gputune.engine.train import train
 from gputune.types import OPTIMIZERS
-from problems import fill, largest_difference, make_data, shape_of
+from problems import Linear, fill, largest_difference, make_data, shape_of
 
 CPU = torch.device("cpu")
 
@@ -294,17 +294,8 @@ def test_who_trains_as_a_graph():
     assert not is_graph("eager", "mlp", {"optimizer": "adamw"})
 
 
-class Net(torch.nn.Module):
-    def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.layer = torch.nn.Linear(n_features, n_outputs)
-
-    def forward(self, x):
-        return self.layer(x)
-
-
 @pytest.mark.parametrize(
-    ("model", "optimizer"), [("mlp", "adam"), ("logistic", "sgd"), ("mlp", "adamhd"), (Net, "sgd")]
+    ("model", "optimizer"), [("mlp", "adam"), ("logistic", "sgd"), ("mlp", "adamhd"), (Linear, "sgd")]
 )
 def test_a_search_is_the_same(model, optimizer):
     rng = np.random.RandomState(0)

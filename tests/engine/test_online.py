@@ -22,7 +22,7 @@ from gputune.errors import InputError
 from gputune.search.config import legal_keys
 from gputune.search.random import default_space
 from gputune.types import ONLINE
-from problems import fill, largest_difference, make_data, rows_of, shape_of, train_together
+from problems import Linear, fill, largest_difference, make_data, rows_of, shape_of, train_together
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 OPTIMIZERS = [
@@ -304,18 +304,10 @@ def test_a_search_adapts_a_rate_per_member_and_refits(monkeypatch):
 
 
 def test_a_user_module_adapts_its_rate():
-    class Net(torch.nn.Module):
-        def __init__(self, n_features, n_outputs):
-            super().__init__()
-            self.layer = torch.nn.Linear(n_features, n_outputs)
-
-        def forward(self, x):
-            return self.layer(x)
-
     X, y = load_iris(return_X_y=True)
     scores = [
         gputune.tune(
-            Net, X, y, optimizer=name, space={"lr": 1e-4}, n_trials=1, include_default=False, cv=3, max_epochs=8,
+            Linear, X, y, optimizer=name, space={"lr": 1e-4}, n_trials=1, include_default=False, cv=3, max_epochs=8,
             scoring="neg_log_loss", workers=1, verbose=0,
         ).best_score
         for name in ("sgdhd", "sgd")
