@@ -20,9 +20,9 @@ engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/upd
 engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/vmap engine/eager
 engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
 engine/stopping engine/checkpoint engine/fits engine/chunk
-engine/precision engine/out_of_memory engine/rung engine/plan engine/packing engine/workers engine/ray_task
-engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton engine/proximal engine/exact
-engine/solved
+engine/precision engine/out_of_memory engine/measured engine/rung engine/plan engine/packing engine/workers
+engine/ray_task engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton
+engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
 hypergradients/guard hypergradients/held_out
 hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory

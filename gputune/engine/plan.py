@@ -15,6 +15,7 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
 from gputune.engine.cost import Cost, trial_cost
+from gputune.engine.measured import Need
 from gputune.engine.population import Population
 from gputune.errors import InputError
 from gputune.report.text import count, size_words
@@ -25,6 +26,7 @@ _COMPILED_BYTES = (
     64 << 20
 )  # of compiled members: an epoch of a chunk is then long beside what is done between two
 _FREE_SHARE = 0.8  # of the GPU memory that is free
+_MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
 _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
 
@@ -88,13 +90,16 @@ def make_plan(
     parameters: int = 0,
     free: int | None = None,
     cost_of: Callable[[Population, Cost], Cost] | None = None,
+    measure: Callable[[Population, int], Need | None] | None = None,
     backend: Backend = "eager",
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
     ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module; ``free`` are the bytes
     of a GPU that is not in this machine. ``cost_of`` turns what a
-    trial costs in plain training into what it costs here; ``memory`` is then the only limit.
+    trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
+    population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
+    and for a user's module, whose inside is unknown.
     """
     pieces, all_compiled = [], cost_of is None
     for population in populations:
@@ -106,6 +111,10 @@ def make_plan(
         )
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit
+        if measure is not None and _needs_measuring(population, cost, limit):
+            need = measure(population, limit // cost.trial_bytes)
+            if need is not None:
+                cost, limit = replace(cost, trial_bytes=need.trial), limit - need.once
         whole = _Piece(population, cost, epochs, compiled)
         # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
         # step, which each piece would pay anew.
@@ -120,6 +129,10 @@ def make_plan(
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
     threads = cores() if workers == 1 and total > _THREADS_PAY else 1
     return _plan(pieces, data, workers=workers, threads=threads)
+
+
+def _needs_measuring(population: Population, cost: Cost, limit: int) -> bool:
+    return population.kind == "module" or len(population.index) * cost.trial_bytes > _MEASURED_SHARE * limit
 
 
 def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: int) -> Plan:

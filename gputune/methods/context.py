@@ -10,9 +10,11 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import is_compiled
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.chunk import Job
 from gputune.engine.fits import Fits
+from gputune.engine.measured import Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan, make_plan, parse_memory
-from gputune.engine.population import Population, complete, populations
+from gputune.engine.population import Population, complete, populations, shape_of
 from gputune.engine.ray_connection import Ray
 from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scoring
@@ -48,6 +50,8 @@ class Context:
     fits: Fits = field(default_factory=Fits)
     backend: Backend = "eager"
     profile: Profile = field(default_factory=Profile)
+    needs: dict[object, Need | None] = field(default_factory=dict)
+    """What shapes were measured to take of the device's memory."""
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
@@ -100,10 +104,32 @@ class Context:
                 workers=self.workers,
                 parameters=parameters,
                 free=None if self.cluster is None else self.cluster.free,
+                measure=self._need if self.cluster is None and self.data.device.type == "cuda" else None,
                 backend=self.backend,
             )
         self.profile.plan = plan
         return self.placed(plan)
+
+    def job(self, checkpointing: Checkpointing | None = None) -> Job:
+        """Return what every chunk of the search has in common."""
+        return Job(
+            self.options.random_state,
+            self.epochs,
+            self.epochs,
+            self.scoring,
+            self.choice.module_class,
+            self.stop,
+            checkpointing,
+            self.fits,
+            backend=self.backend,
+        )
+
+    def _need(self, population: Population, most: int) -> Need | None:
+        shape = shape_of(population)
+        if shape not in self.needs:
+            peak = cuda_peak(self.data.device)
+            self.needs[shape] = measure_need(self.job(), self.data, population, peak, most=most)
+        return self.needs[shape]
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
         """Return how the trials with these numbers keep their state while they train; None without a study file."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gputune.engine.chunk import Job, Outcome
+from gputune.engine.chunk import Outcome
 from gputune.engine.solved import solve_chunk
 from gputune.engine.workers import on_threads, run_chunks
 from gputune.methods.context import Context, does_not_fit
@@ -57,24 +57,13 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
     numbers = [trial.number for trial in frozen.trials]
     plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
     context.progress.plan(plan)
-    job = Job(
-        context.options.random_state,
-        context.epochs,
-        context.epochs,
-        context.scoring,
-        context.choice.module_class,
-        context.stop,
-        context.checkpointing(numbers),
-        context.fits,
-        backend=context.backend,
-    )
 
     def give_up(place: int, reason: str) -> None:
         none = np.empty((0, context.data.n_folds))
         context.finish(ledger, [does_not_fit(numbers[place], none, reason)])
 
     run_chunks(
-        job,
+        context.job(context.checkpointing(numbers)),
         context.data,
         plan,
         progress=context.progress.advance,

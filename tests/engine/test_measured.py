@@ -1,0 +1,155 @@
+"""Memory measured at two sizes: by what PyTorch allocates on the CPU, where the same code trains as on a GPU."""
+
+import weakref
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from gputune.engine import measured
+from gputune.engine.chunk import Job
+from gputune.engine.cost import trial_cost
+from gputune.engine.measured import Need, measure_need
+from gputune.engine.plan import make_plan
+from gputune.engine.population import Population
+from gputune.engine.scoring import make_scoring
+from problems import fill, make_data
+
+DATA = make_data(n=400, d=20, dtype=torch.float32)
+SCORING = make_scoring(None, DATA.task, np.arange(3))
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return, while they live."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        result = operation(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        if storage not in self.known:
+            size = storage.nbytes()
+            self.known[storage] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, size)
+
+    def _free(self, size):
+        self.now -= size
+
+
+def peak(work):
+    with Allocated() as allocated:
+        work()
+    return allocated.peak
+
+
+def job(module_class=None):
+    return Job(0, 9, 9, SCORING, module_class)
+
+
+def population(*configs, kind="mlp"):
+    return Population(kind, tuple(range(len(configs))), tuple(fill(*configs)))
+
+
+def whole_peak(group, module_class=None):
+    """The peak of all trials of a population in one chunk, trained for a whole epoch."""
+    return peak(lambda: measured.train_chunk(Job(0, 1, 1, SCORING, module_class), DATA, group))
+
+
+class Wide(nn.Module):
+    """A module whose activations are far larger than its parameters tell."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+        self.outer = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        seen = self.inner(x.unsqueeze(-1).repeat(1, 1, 200).unsqueeze(-1)).tanh()
+        return self.outer(seen.squeeze(-1).mean(-1))
+
+
+@pytest.mark.parametrize("sizes", [[16], [64], [8, 11, 16, 13]])
+@pytest.mark.parametrize("width", [16, 100])
+def test_a_line_through_two_sizes_foretells_the_peak_of_many_trials(width, sizes):
+    group = population(*({"width": width, "batch_size": sizes[i % len(sizes)]} for i in range(60)))
+    need = measure_need(job(), DATA, group, peak)
+    assert need.once + 60 * need.trial == pytest.approx(whole_peak(group), rel=0.05)
+
+
+def test_a_module_is_measured_too():
+    group = population(*({"batch_size": 32} for _ in range(40)), kind="module")
+    need = measure_need(job(Wide), DATA, group, peak)
+    assert need.once + 40 * need.trial == pytest.approx(whole_peak(group, Wide), rel=0.05)
+    size = sum(p.numel() for p in Wide(20, 3).parameters())
+    assert need.trial > 5 * trial_cost(group, DATA, size).trial_bytes  # what an estimate cannot know
+
+
+def test_the_largest_batches_are_measured():
+    group = population(*({"batch_size": 16 if i == 39 else 9} for i in range(40)))
+    need = measure_need(job(), DATA, group, peak)
+    small = population(*({"batch_size": 9} for _ in range(40)))
+    assert need.trial > measure_need(job(), DATA, small, peak).trial
+
+
+def test_the_plan_goes_by_what_was_measured():
+    group = population(*({"batch_size": 32} for _ in range(40)), kind="module")
+    need = measure_need(job(Wide), DATA, group, peak)
+    room = need.once + 10 * need.trial + 1
+    measure = partial(measure_need, job(Wide), DATA, peak=peak)
+    common = {"epochs": 3, "memory": None, "workers": 1, "parameters": 65, "free": round(room / 0.8)}
+    plan = make_plan([group], DATA, measure=lambda found, most: measure(found, most=most), **common)
+    assert [len(chunk.index) for chunk in plan.chunks] == [10] * 4
+    assert max(whole_peak(chunk, Wide) for chunk in plan.chunks) <= 1.01 * room
+    assert len(make_plan([group], DATA, **common).chunks) == 1  # the estimate would have taken them all
+
+
+def test_a_search_that_is_far_from_the_limit_is_not_measured():
+    asked = []
+    group = population(*({"width": 16} for _ in range(10)))
+    one = trial_cost(group, DATA).trial_bytes
+
+    def measure(found, most):
+        asked.append(most)
+
+    for free in (25 * one * 2, 5 * one * 2):
+        plan = make_plan([group], DATA, epochs=1, memory=None, workers=1, free=free, measure=measure)
+    assert asked == [8]  # of 0.8 x 10
+    assert [len(chunk.index) for chunk in plan.chunks] == [5, 5]  # None: the estimate stands
+
+
+def test_what_cannot_be_measured_is_left_to_the_estimate():
+    alone = population({"width": 16})
+    assert measure_need(job(), DATA, alone, peak) is None
+    two = population({"width": 16}, {"width": 16})
+    assert measure_need(job(), DATA, two, peak, most=1) is None
+
+    def no_room(work):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    assert measure_need(job(), DATA, two, no_room) is None
+
+    def broken(work):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        measure_need(job(), DATA, two, broken)
+
+
+def test_chunks_of_which_nothing_is_left_over_have_a_need_of_a_byte_at_least():
+    two = population({"width": 16}, {"width": 16})
+    assert measure_need(job(), DATA, two, lambda work: 100) == Need(once=99, trial=1)
