@@ -76,7 +76,7 @@ def test_times_of_numpy():
 
 
 def test_missing_values():
-    assert all(map(is_missing, [None, NAN, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT")]))
+    assert all(map(is_missing, [None, NAN, np.float32("nan"), pd.NA, pd.NaT, np.datetime64("NaT", "s")]))
     assert not any(map(is_missing, [0, "", "nan", False, np.datetime64("2020-01-01")]))
 
 
