@@ -14,7 +14,8 @@ from gputune.callbacks.callback import Callback, Callbacks
 from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
-from gputune.engine.backend import choose_backend
+from gputune.engine.backend import choose_backend, is_compiled, is_graph
+from gputune.engine.population import complete
 from gputune.engine.precision import matrix_products
 from gputune.engine.ray_connection import Ray, ray_cluster
 from gputune.engine.ray_workers import RayCluster
@@ -190,7 +191,7 @@ def search(
     wanted = wanted_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
-            backend = _backend(options, choice, data, cluster, progress)
+            backend = _backend(options, choice, data, cluster, wanted, progress)
         context = Context(
             data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend, profile=profile
         )
@@ -249,16 +250,31 @@ def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[Ra
 
 
 def _backend(
-    options: Options, choice: ModelChoice, data: Dataset, cluster: RayCluster | None, progress: Progress
+    options: Options,
+    choice: ModelChoice,
+    data: Dataset,
+    cluster: RayCluster | None,
+    wanted: Sequence[Candidate],
+    progress: Progress,
 ) -> Backend:
-    """Return how chunks train, and say where it is slower than it could be."""
-    if choice.solved or choice.kind == "module":
+    """Return how chunks train, and say where it is slower than it could be, or not what was asked for."""
+    word = options.backend
+    if choice.solved or (choice.kind == "module" and word == "auto"):
         return "eager"
     device = data.device if cluster is None else torch.device(cluster.device)
-    backend, why = choose_backend(options.backend, device, data.dtype)
-    if why:
-        progress.say(f"note: training is slower here than it could be: {why}")
-    return backend
+    backend, why = choose_backend(word, device, data.dtype)
+    configs = [complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in wanted]
+    knows = is_graph if word == "graph" else is_compiled
+    asked: Backend = "graph" if word == "graph" else "compiled"
+    known = not configs or any(knows(asked, choice.kind, config) for config in configs)
+    if why and known:
+        progress.say(f"note: trials train eagerly, slower than compiled ones: {why}")
+    if word in ("compiled", "graph") and not known:
+        progress.say(
+            f"note: all trials train eagerly: backend={word!r} knows MLPs and linear models with sgd, nesterov, "
+            "adam or adamw"
+        )
+    return "eager" if choice.kind == "module" else backend
 
 
 def _check_method(

@@ -46,8 +46,8 @@ class Profile:
         rest = max(0.0, total - sum(self.seconds.values()))
         lines = ["Where the time went:", ""]
         for name, seconds in [*self.seconds.items(), ("the rest", rest)]:
-            lines.append(f"  {name:<28} {seconds:8.2f} s  {seconds / total:4.0%}")
-            if name == "training":
+            lines.append(f"  {name:<30} {seconds:8.2f} s  {seconds / total:4.0%}")
+            if name == "training" and self.spent.steps:  # a descent and a solver are not told apart
                 lines += self._inside(seconds)
         return "\n".join([*lines, *self._share(dtype, device)])
 
@@ -57,7 +57,7 @@ class Profile:
         whole = seconds * at_once
         parts = [("steps", self.spent.steps), ("scores", self.spent.scores)]
         parts.append(("starting, waiting, telling", max(0.0, whole - sum(part for _, part in parts))))
-        return [f"    {name:<30} {part / whole:9.0%} of it" for name, part in parts if whole]
+        return [f"    {name:<32} {part / whole:9.0%} of it" for name, part in parts if whole]
 
     def _share(self, dtype: torch.dtype, device: torch.device) -> list[str]:
         if not self.spent.steps or not self.spent.operations > 0:

@@ -24,7 +24,7 @@ from gputune.problem import Problem, make_problem
 from gputune.search.hypergradient import Hypergradient
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial
-from gputune.types import Config
+from gputune.types import Backend, Config
 from gputune.version import __version__
 
 
@@ -153,7 +153,9 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
         descent = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
         with matrix_products(tf32=options.tf32):
             return train_scheduled(descent, data, chunk)
-    backend, _ = choose_backend(options.backend, data.device, data.dtype)
+    backend: Backend = "eager"
+    if choice.kind != "module":
+        backend, _ = choose_backend(options.backend, data.device, data.dtype)
     job = Job(*common, backend=backend)
     plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1, backend=backend)
     with computing(plan.threads), matrix_products(tf32=options.tf32):

@@ -32,7 +32,10 @@ def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) 
     except NotBuiltError as error:
         if word == "auto":
             return "eager", str(error)
-        raise InputError(f"backend='compiled': {error}. Install one, or choose backend='auto'.") from error
+        raise InputError(
+            f"backend='compiled' needs a C compiler that works, and {error}. Install one, or choose 'auto', which "
+            "trains eagerly without it."
+        ) from error
     return "compiled", ""
 
 

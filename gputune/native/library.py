@@ -1,6 +1,6 @@
 """The compiled training of members: its C source, built once on each machine by the compiler that is there.
 
-Plain C with the compiler's own vector types takes under a second to build, where compiling the same step through
+Plain C with the compiler's own vector types takes a second or two to build, where compiling the same step through
 ``torch.compile`` took about nine, for every shape anew.
 """
 
@@ -98,5 +98,5 @@ def _build(compiler: str, path: Path, *, double: bool) -> None:
                 return
     said = done.stderr.strip().splitlines()
     raise NotBuiltError(
-        f"{compiler} could not build it: {said[0] if said else f'exit code {done.returncode}'}"
+        f"{compiler} could not build gputune's C code: {said[0] if said else f'exit code {done.returncode}'}"
     )

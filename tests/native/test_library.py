@@ -10,6 +10,7 @@ import gputune
 from gputune.errors import InputError
 from gputune.native import library as built
 from gputune.native.library import NotBuiltError, find_compiler, library
+from problems import Linear
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 ROWS = [[0.0, 1.0], [1.0, 0.0], [0.5, 2.0], [2.0, 1.0]] * 5
@@ -68,9 +69,36 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch, capsys):
     with pytest.raises(NotBuiltError, match="no C compiler \\(cc, gcc or clang\\)"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
-    assert "note: training is slower here than it could be: there is no C compiler" in capsys.readouterr().err
-    with pytest.raises(InputError, match="backend='compiled': there is no C compiler.*choose backend='auto'"):
+    assert (
+        "note: trials train eagerly, slower than compiled ones: there is no C compiler"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(InputError, match="backend='compiled' .* there is no C compiler.*choose 'auto'"):
         gputune.tune("mlp", ROWS, LABELS, backend="compiled", **SMALL)
+
+
+def test_what_is_never_compiled_is_not_called_slower(monkeypatch, capsys):
+    monkeypatch.setattr(built.shutil, "which", lambda name: None)
+    gputune.tune("mlp", ROWS, LABELS, optimizer="adamhd", **SMALL)
+    assert "eagerly" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["graph", pytest.param("compiled", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "what", [{"model": "mlp", "optimizer": "adamhd"}, {"model": Linear}], ids=["adamhd", "module"]
+)
+def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, backend, what):
+    gputune.tune(**what, X=ROWS, y=LABELS, backend=backend, **SMALL)
+    said = capsys.readouterr().err
+    assert (
+        f"note: all trials train eagerly: backend='{backend}' knows MLPs and linear models with sgd," in said
+    )
+
+
+def test_a_module_with_the_compiled_backend_needs_a_compiler_before_it_trains(monkeypatch):
+    monkeypatch.setattr(built.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="backend='compiled' .* there is no C compiler"):
+        gputune.tune(Linear, ROWS, LABELS, backend="compiled", **SMALL)
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
@@ -78,10 +106,10 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     broken.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 3\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
-    with pytest.raises(NotBuiltError, match="broken-cc could not build it: it is broken"):
+    with pytest.raises(NotBuiltError, match="broken-cc could not build gputune's C code: it is broken"):
         library(torch.float32)
     broken.write_text("#!/bin/sh\nexit 3\n")
-    with pytest.raises(NotBuiltError, match="broken-cc could not build it: exit code 3"):
+    with pytest.raises(NotBuiltError, match="broken-cc could not build gputune's C code: exit code 3"):
         library(torch.float32)
     assert not list((tmp_path / "cache" / "gputune").iterdir())
 
