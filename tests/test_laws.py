@@ -18,9 +18,6 @@ from gputune.native.library import find_compiler
 from problems import fill, largest_difference, make_data, rows_of, shape_of, train_together
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-# Of 12 members. In single precision a relu comes within rounding of its kink now and then (1.5e-8 was seen): which side
-# it falls on is the machine's choice, and Adam makes much of it. What is wrong shows in more of them, and in float64.
-AT_A_KINK = {torch.float64: 0, torch.float32: 1}
 OPTIMIZERS = [
     {"optimizer": "sgd", "weight_decay": 0.0},
     {"optimizer": "sgd", "weight_decay": 0.01, "momentum": 0.9},
@@ -48,7 +45,6 @@ def backend(request, monkeypatch):
 
 def assert_equals_plain_loop(data, configs, *, kind="mlp", epochs, horizon=None):
     together, _ = train_together(data, configs, kind=kind, epochs=epochs, horizon=horizon)
-    off = []
     for (f, i), member in together.items():
         x, y, weights = rows_of(data, f)
         config = configs[i] if kind == "mlp" else {**configs[i], "depth": 0, "dropout": 0.0}
@@ -56,10 +52,43 @@ def assert_equals_plain_loop(data, configs, *, kind="mlp", epochs, horizon=None)
             x, y, config, n_outputs=data.n_outputs, epochs=epochs, max_epochs=horizon, weights=weights
         )
         worst = largest_difference(member, alone)
-        if not worst <= TOLERANCE[data.dtype]:
-            off.append(f"fold {f}, {configs[i]}: {worst:.1e}")
-    assert len(off) <= AT_A_KINK[data.dtype], "\n".join(off)
+        if kind == "mlp" and data.dtype == torch.float32 and not worst <= TOLERANCE[data.dtype]:
+            worst = up_to_a_kink(data, configs, f, i, epochs=epochs, horizon=horizon)
+        assert worst <= TOLERANCE[data.dtype], f"fold {f}, {configs[i]}: {worst:.1e}"
     assert len(together) == data.n_folds * len(configs)
+
+
+def up_to_a_kink(data, configs, fold, trial, *, epochs, horizon):
+    """The largest difference up to the epoch after which rounding puts a row on the other side of a relu; inf without.
+
+    Which side it falls on is then the machine's choice, and Adam makes much of it (1.5e-8 beside zero was seen). To be
+    sure of it, an epoch is one step: of a whole fold.
+    """
+    x, y, weights = rows_of(data, fold)
+    if configs[trial]["activation"] != "relu" or configs[trial]["batch_size"] < len(x):
+        return math.inf
+    worst = 0.0
+    for epoch in range(1, epochs):
+        together, _ = train_together(data, configs, epochs=epoch, horizon=horizon or epochs)
+        alone = reference.train_mlp(
+            x,
+            y,
+            configs[trial],
+            n_outputs=data.n_outputs,
+            epochs=epoch,
+            max_epochs=horizon or epochs,
+            weights=weights,
+        )
+        worst = max(worst, largest_difference(together[fold, trial], alone))
+        a, b = x, x
+        for one, other in zip(together[fold, trial].layers[:-1], alone.layers[:-1]):
+            a, b = one(a), other(b)
+            if ((a > 0) != (b > 0)).any() and (a - b).abs().max() < 1e-5:
+                return worst
+            a, b = a.relu(), b.relu()
+        if not worst <= TOLERANCE[data.dtype]:
+            break
+    return math.inf
 
 
 def epochs_of_50_steps(data, size):
