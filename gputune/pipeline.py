@@ -263,10 +263,11 @@ def _backend(
         return "eager"
     device = data.device if cluster is None else torch.device(cluster.device)
     backend, why = choose_backend(word, device, data.dtype)
-    configs = [complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in wanted]
-    knows = is_graph if word == "graph" else is_compiled
     asked: Backend = "graph" if word == "graph" else "compiled"
-    known = not configs or any(knows(asked, choice.kind, config) for config in configs)
+    configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in wanted)
+    known = not wanted or any(
+        is_compiled(asked, choice.kind, config) or is_graph(asked, choice.kind, config) for config in configs
+    )
     if why and known:
         progress.say(f"note: trials train eagerly, slower than compiled ones: {why}")
     if word in ("compiled", "graph") and not known:
