@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from scipy.stats import loguniform
 from sklearn.datasets import load_iris
+from torture_chunks import kills_in_chunks
 from torture_damage import cuts, flips
 from torture_disk import full_disk, storing
 
@@ -47,7 +48,7 @@ def search(path: Path, n_trials: int) -> gputune.Study:
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}
     return gputune.tune(
         "mlp", X[::5], y[::5], space=space, n_trials=n_trials, include_default=False, max_epochs=1, cv=2,
-        memory=1024, workers=1, study=path, verbose=0,
+        memory=1024, workers=1, study=path, checkpoint_seconds=1, verbose=0,
     )  # fmt: skip
 
 
@@ -192,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--kills", type=int, default=60, help="times that a search is killed (60)")
     parser.add_argument("--trials", type=int, default=600, help="trials of the search that is killed (600)")
+    parser.add_argument("--chunk-kills", type=int, default=20, help="times that long training is killed (20)")
     parser.add_argument("--processes", type=int, default=8, help="of the crowd (8)")
     parser.add_argument("--crowd-trials", type=int, default=4000, help="trials that the crowd shares (4000)")
     parser.add_argument("--flips", type=int, default=1000, help="bits that are flipped, one at a time (1000)")
@@ -203,6 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
     parts: dict[str, Callable[[], dict[str, int]]] = {
         "kill -9 at random": lambda: kills(folder, options.kills, options.trials, options.seed),
         "kill -9 between store calls": lambda: fault_points(folder, 4),
+        "kill -9 within chunks": lambda: _within_chunks(folder, options, "random"),
+        "kill -9 within chunks, halving": lambda: _within_chunks(
+            folder, options, gputune.Halving(min_epochs=50)
+        ),
         "one study, many processes": lambda: crowd(folder, options.processes, options.crowd_trials),
         "cut at every sector": lambda: cuts(folder),
         "flipped bits": lambda: flips(folder, options.flips, options.seed),
@@ -218,6 +224,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {words} ({time.monotonic() - start:.0f} s)", flush=True)
     shutil.rmtree(folder)
     return int(wrong > 0)
+
+
+def _within_chunks(
+    folder: Path, options: argparse.Namespace, method: str | gputune.Halving
+) -> dict[str, int]:
+    return kills_in_chunks(folder, options.chunk_kills, method, table, begin, end, options.seed)
 
 
 BAD = (

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import gputune
+
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
@@ -31,6 +33,13 @@ def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, t
     assert points >= 10
 
 
+@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=30)])
+def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
+    counts = torture.kills_in_chunks(tmp_path, 3, method, torture.table, torture.begin, torture.end, 0, 200)
+    killed, kept, trials = only(counts, "kills", "with a state", "trials")
+    assert killed == 3 and kept > 0 and trials == 6
+
+
 def test_a_full_disk_keeps_what_was_finished(torture, tmp_path):
     counts = torture.full_disk(
         tmp_path, torture.search, torture.table, torture.begin, torture.end, torture.undisturbed(40)
@@ -50,7 +59,7 @@ def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
 
 
 def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
-    for name in ("kills", "fault_points", "crowd", "cuts", "full_disk", "storing"):
+    for name in ("kills", "fault_points", "kills_in_chunks", "crowd", "cuts", "full_disk", "storing"):
         monkeypatch.setattr(torture, name, lambda *arguments: {"lost": 0})
     monkeypatch.setattr(torture, "undisturbed", lambda n: [])
     monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 1})
