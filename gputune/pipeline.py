@@ -14,7 +14,7 @@ from gputune.callbacks.callback import Callback, Callbacks
 from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
-from gputune.engine.backend import choose_backend, is_compiled, is_graph
+from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.population import complete
 from gputune.engine.precision import matrix_products
 from gputune.engine.ray_connection import Ray, ray_cluster
@@ -265,9 +265,7 @@ def _backend(
     backend, why = choose_backend(word, device, data.dtype)
     asked: Backend = "graph" if word == "graph" else "compiled"
     configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in wanted)
-    known = not wanted or any(
-        is_compiled(asked, choice.kind, config) or is_graph(asked, choice.kind, config) for config in configs
-    )
+    known = not wanted or any(trains_as(asked, choice.kind, config) == asked for config in configs)
     if why and known:
         progress.say(f"note: trials train eagerly, slower than compiled ones: {why}")
     if word in ("compiled", "graph") and not known:

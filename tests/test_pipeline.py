@@ -1,5 +1,6 @@
 """From rows to a study and its model, through the public tune()."""
 
+import re
 import warnings
 from fractions import Fraction
 
@@ -369,6 +370,17 @@ def test_the_plan_and_the_columns_are_said_aloud(iris, capsys):
     said = capsys.readouterr().err
     assert "mlp on 150 rows, 4 features; target 'y': 3 classes" in said
     assert "plan: 3 trials in" in said
+    assert "note: memory" not in said
+
+
+def test_memory_that_does_not_hold_a_trial_is_said(iris, capsys):
+    gputune.tune("mlp", *iris, n_trials=1, memory="1KB", **{**FAST, "verbose": 1})
+    said = capsys.readouterr().err
+    assert re.search(
+        r"note: memory='1KB' does not hold one trial of the largest, which takes about [\d.]+ [KM]iB; such a trial "
+        "trains alone, and takes it\n",
+        said,
+    )
 
 
 def test_a_random_state_object_is_used_once(iris):

@@ -33,22 +33,16 @@ def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) 
         if word == "auto":
             return "eager", str(error)
         raise InputError(
-            f"backend='compiled' needs a C compiler that works, and {error}. Install one, or choose 'auto', which "
-            "trains eagerly without it."
+            f"backend='compiled' needs a C compiler that works, and {error}. Install or repair one, or choose 'auto', "
+            "which trains eagerly without it."
         ) from error
     return "compiled", ""
 
 
-def is_compiled(backend: Backend, kind: ModelKind, config: Config) -> bool:
-    """Whether trials like this one train in compiled code; all others train eagerly beside them."""
-    return (
-        backend == "compiled"
-        and kind != "module"
-        and config["optimizer"] in OPTIMIZERS
-        and config["depth"] <= _DEEPEST
-    )
-
-
-def is_graph(backend: Backend, kind: ModelKind, config: Config) -> bool:
-    """Whether the steps of trials like this one are recorded and replayed; all others train eagerly beside them."""
-    return backend == "graph" and kind != "module" and config["optimizer"] in RULES
+def trains_as(backend: Backend, kind: ModelKind, config: Config) -> Backend:
+    """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot."""
+    if kind == "module":
+        return "eager"
+    if backend == "compiled":
+        return "compiled" if config["optimizer"] in OPTIMIZERS and config["depth"] <= _DEEPEST else "eager"
+    return backend if config["optimizer"] in RULES else "eager"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import is_compiled
+from gputune.engine.backend import trains_as
 from gputune.engine.optim import n_moments
 from gputune.engine.population import ModelKind, Population, padded_width
 from gputune.types import ONLINE, Backend, Config
@@ -45,7 +45,7 @@ def trial_cost(
     population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager"
 ) -> Cost:
     """Estimate what one trial with all its folds costs."""
-    if is_compiled(backend, population.kind, population.configs[0]):
+    if trains_as(backend, population.kind, population.configs[0]) == "compiled":
         return _compiled_cost(population, data)
     config, folds, item = population.configs[0], data.n_folds, torch.finfo(data.dtype).bits // 8
     longest = max(len(fold.train) for fold in data.folds)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import is_compiled
+from gputune.engine.backend import trains_as
 from gputune.engine.cost import Cost, trial_cost
 from gputune.engine.measured import Need
 from gputune.engine.population import Population
@@ -35,8 +35,8 @@ _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, wher
 class Plan:
     """Chunks of a search, longest first; the processes that train them (1: this process alone); threads of each.
 
-    With ``cluster`` the workers are tasks that run at once on other machines. ``compiled`` counts the chunks whose
-    members train in compiled code. ``state_bytes`` are those of all trials
+    With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each chunk how it
+    trains. ``state_bytes`` are those of all trials
     between two epochs; where they wait for each other at rungs, ``parking_bytes`` of these have room in main memory.
     """
 
@@ -48,7 +48,7 @@ class Plan:
     cluster: bool = False
     state_bytes: int = 0
     parking_bytes: int | None = None
-    compiled: int = 0
+    ways: tuple[Backend, ...] = ()
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
@@ -65,10 +65,11 @@ class Plan:
         )
 
     def _how(self) -> str:
-        """Which chunks are compiled, in words."""
-        if self.compiled == len(self.chunks):
-            return ", compiled"
-        return f", {self.compiled} of the chunks compiled" if self.compiled else ""
+        """How the chunks train, in words."""
+        words = {"compiled": "compiled", "graph": "recorded", "eager": "eager"}
+        if len(set(self.ways)) == 1:
+            return f", {words[self.ways[0]]}"
+        return "".join(f", {self.ways.count(way)} {word}" for way, word in words.items() if way in self.ways)
 
     def _waiting(self) -> str:
         """Where the states lie that wait for their next rung, in words."""
@@ -104,10 +105,12 @@ def make_plan(
     pieces, all_compiled = [], cost_of is None
     for population in populations:
         cost = trial_cost(population, data, parameters, backend)
-        compiled = is_compiled(backend, population.kind, population.configs[0])
-        all_compiled = all_compiled and compiled
+        way = trains_as(backend, population.kind, population.configs[0])
+        all_compiled = all_compiled and way == "compiled"
         limit = (
-            min(_COMPILED_BYTES, memory or _COMPILED_BYTES) if compiled else memory_limit(data, memory, free)
+            min(_COMPILED_BYTES, memory or _COMPILED_BYTES)
+            if way == "compiled"
+            else memory_limit(data, memory, free)
         )
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit
@@ -115,7 +118,7 @@ def make_plan(
             need = measure(population, limit // cost.trial_bytes)
             if need is not None:
                 cost, limit = replace(cost, trial_bytes=need.trial), limit - need.once
-        whole = _Piece(population, cost, epochs, compiled)
+        whole = _Piece(population, cost, epochs, way)
         # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
         # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
@@ -143,7 +146,7 @@ def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: i
         threads=threads,
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
         data_bytes=data.x.numel() * data.x.element_size(),
-        compiled=sum(piece.compiled for piece in pieces),
+        ways=tuple(piece.way for piece in pieces),
         state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
     )
 
@@ -155,7 +158,7 @@ class _Piece:
     chunk: Population
     cost: Cost
     epochs: int
-    compiled: bool
+    way: Backend
 
     @property
     def seconds(self) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import is_compiled, is_graph
+from gputune.engine.backend import trains_as
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
@@ -148,7 +148,7 @@ def train(
     diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
     where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
     The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
-    does not know (``is_compiled``, ``is_graph``) trains eagerly.
+    does not know trains eagerly (``trains_as``).
     """
     make = _kind_of_chunk(backend, network, configs[0])
     chunk: Chunk = make(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
@@ -186,8 +186,10 @@ def train(
 def _kind_of_chunk(
     backend: Backend, network: Network, config: Config
 ) -> type[CompiledChunk | EagerChunk | GraphChunk]:
-    if isinstance(network, StackedMLP) and is_compiled(backend, network.kind, config):
-        return CompiledChunk
-    if isinstance(network, StackedMLP) and is_graph(backend, network.kind, config):
-        return GraphChunk
-    return EagerChunk
+    match trains_as(backend, network.kind, config) if isinstance(network, StackedMLP) else "eager":
+        case "compiled":
+            return CompiledChunk
+        case "graph":
+            return GraphChunk
+        case "eager":
+            return EagerChunk

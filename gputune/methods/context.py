@@ -3,12 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import is_compiled
+from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
 from gputune.engine.chunk import Job
 from gputune.engine.fits import Fits
@@ -24,6 +23,7 @@ from gputune.model_choice import ModelChoice
 from gputune.options import Options
 from gputune.profile import Profile
 from gputune.progress import Progress
+from gputune.report.text import size_words
 from gputune.study.ledger import Ledger
 from gputune.study.store import Result
 from gputune.types import Backend, Config
@@ -85,7 +85,7 @@ class Context:
             configs,
             self.choice.kind,
             rows=max(len(fold.train) for fold in self.data.folds),
-            own_steps=partial(is_compiled, self.backend, self.choice.kind),
+            own_steps=lambda config: trains_as(self.backend, self.choice.kind, config) == "compiled",
         )
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
@@ -108,6 +108,12 @@ class Context:
                 backend=self.backend,
             )
         self.profile.plan = plan
+        if self.memory is not None and plan.chunk_bytes > self.memory:
+            self.progress.say(
+                f"note: memory={self.options.memory!r} does not hold one trial of the largest, which takes about "
+                f"{size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it",
+                once=True,
+            )
         return self.placed(plan)
 
     def job(self, checkpointing: Checkpointing | None = None) -> Job:

@@ -4,7 +4,6 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import choose_backend, is_compiled
+from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
@@ -145,8 +144,10 @@ def _fit_group(
     found: Members = {}
     chunks, parameters = [], 0
     backend, _ = choose_backend("auto", data.device, data.dtype)
-    own_steps = partial(is_compiled, backend, recipe.kind)
-    for population in populations(configs, recipe.kind, rows=longest, own_steps=own_steps):
+    for population in populations(
+        configs, recipe.kind, rows=longest,
+        own_steps=lambda config: trains_as(backend, recipe.kind, config) == "compiled",
+    ):  # fmt: skip
         try:
             parameters = max(parameters, _check_module(recipe, population, data))
             chunks.append(population)

@@ -13,7 +13,7 @@ import gputune
 import problems
 import reference
 from gputune.engine import compiled
-from gputune.engine.backend import choose_backend, is_compiled
+from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
@@ -171,11 +171,11 @@ def test_no_memory_for_one_member_is_a_memory_error():
 
 def test_what_is_compiled():
     (config,) = fill({})
-    assert is_compiled("compiled", "mlp", config) and is_compiled("compiled", "linear", config)
-    assert not is_compiled("eager", "mlp", config)
-    assert not is_compiled("compiled", "module", config)
-    assert not is_compiled("compiled", "mlp", {**config, "optimizer": "adamhd"})
-    assert not is_compiled("compiled", "mlp", {**config, "depth": 64})
+    assert trains_as("compiled", "mlp", config) == trains_as("compiled", "linear", config) == "compiled"
+    assert trains_as("eager", "mlp", config) == "eager"
+    assert trains_as("compiled", "module", config) == "eager"
+    assert trains_as("compiled", "mlp", {**config, "optimizer": "adamhd"}) == "eager"
+    assert trains_as("compiled", "mlp", {**config, "depth": 64}) == "eager"
 
 
 def test_the_deepest_network_that_is_compiled():

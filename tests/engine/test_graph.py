@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
 from gputune.engine import graph, graph_batches
-from gputune.engine.backend import choose_backend, is_graph
+from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.backprop import StackedMLP
 from gputune.engine.chunk import Job
 from gputune.engine.eager import EagerChunk
@@ -288,10 +288,10 @@ def test_who_trains_as_a_graph():
     assert choose_backend("eager", cuda, torch.float32) == ("eager", "")
     assert choose_backend("auto", torch.device("meta"), torch.float32) == ("eager", "")
     assert choose_backend("auto", CPU, torch.float32)[0] != "graph"
-    taken = [o for o in OPTIMIZERS if is_graph("graph", "mlp", {"optimizer": o})]
+    taken = [o for o in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": o}) == "graph"]
     assert taken == ["sgd", "nesterov", "adam", "adamw"]
-    assert not is_graph("graph", "module", {"optimizer": "adamw"})
-    assert not is_graph("eager", "mlp", {"optimizer": "adamw"})
+    assert trains_as("graph", "module", {"optimizer": "adamw"}) == "eager"
+    assert trains_as("eager", "mlp", {"optimizer": "adamw"}) == "eager"
 
 
 @pytest.mark.parametrize(

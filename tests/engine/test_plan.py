@@ -69,7 +69,8 @@ def test_the_plan_reads_well():
     data = make_data()
     plan = make_plan(groups(data, {"width": 8}), data, epochs=1, memory=None, workers=1)
     assert (
-        str(plan) == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process"
+        str(plan)
+        == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
     )
 
 
@@ -142,13 +143,15 @@ def test_bad_memory_is_named(memory):
         parse_memory(memory)
 
 
-def test_the_plan_says_what_is_compiled():
+def test_the_plan_says_how_its_chunks_train():
     data = make_data()
     found = groups(data, {"width": 8}, {"width": 20}, {"width": 40, "optimizer": "adamhd"})
     common = {"epochs": 1, "memory": None, "workers": 1}
     assert str(make_plan(found[:2], data, backend="compiled", **common)).endswith(", compiled")
-    assert str(make_plan(found, data, backend="compiled", **common)).endswith(", 2 of the chunks compiled")
-    assert str(make_plan(found, data, **common)).endswith(", in this process")
+    assert str(make_plan(found, data, backend="compiled", **common)).endswith(", 2 compiled, 1 eager")
+    assert str(make_plan(found, data, **common)).endswith(", in this process, eager")
+    assert str(make_plan(found[:2], data, backend="graph", **common)).endswith(", recorded")
+    assert str(make_plan(found, data, backend="graph", **common)).endswith(", 2 recorded, 1 eager")
 
 
 def test_compiled_members_share_threads_of_one_process_whatever_their_batch_sizes(monkeypatch):
@@ -158,7 +161,7 @@ def test_compiled_members_share_threads_of_one_process_whatever_their_batch_size
     (one,) = populations(configs, "mlp", rows=41, own_steps=lambda config: True)
     made = make_plan([one], data, epochs=10**6, memory=None, workers=None, backend="compiled")
     assert [len(chunk.index) for chunk in made.chunks] == [8]
-    assert (made.workers, made.threads, made.compiled) == (1, 4, 1)
+    assert (made.workers, made.threads, made.ways) == (1, 4, ("compiled",))
     assert "in this process on 4 threads, compiled" in str(made)
     forced = make_plan([one], data, epochs=10**6, memory=None, workers=3, backend="compiled")
     assert (forced.workers, forced.threads) == (3, 1)
