@@ -174,11 +174,7 @@ def _add_data(group: Any) -> None:
 
 def _add_machine(group: Any) -> None:
     group.add_argument("--device", default="auto", metavar="D", help="auto (default), cpu, cuda or cuda:1")
-    group.add_argument(
-        "--backend", choices=("auto", "eager", "compiled", "graph"), default="auto",
-        help="how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, or as "
-        "operations on tensors (eager); auto (default) chooses",
-    )  # fmt: skip
+    _add_backend(group, default="auto")
     group.add_argument("--dtype", default="float32", metavar="T", help="float32 (default) or float64")
     group.add_argument(
         "--tf32", action="store_true", help="let a GPU multiply matrices faster and with fewer bits"
@@ -190,14 +186,12 @@ def _add_machine(group: Any) -> None:
         "--workers", type=_workers, default="auto", metavar="N", help="processes on a CPU (auto)"
     )
     _add_ray(group)
-    group.add_argument(
-        "--profile", action="store_true",
-        help="say at the end where the time went, and what share of the machine's matrix products the steps reached",
-    )  # fmt: skip
+    _add_profile(group)
     group.add_argument(
         "--out", default="gputune-out", metavar="DIR",
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
     )  # fmt: skip
+    _add_checkpoints(group, default=60.0)
     _add_quiet(group)
 
 
@@ -209,10 +203,47 @@ def _add_resume(commands: Any) -> None:
     )
     parser.add_argument("--timeout", type=_number, metavar="SEC", help="stop training after so many seconds")
     parser.add_argument("--device", metavar="D", help="another device; results are then equal up to rounding")
+    _add_backend(parser, default=None)
     parser.add_argument("--memory", metavar="8GB", help="what new chunks of trials may take on the device")
     parser.add_argument("--workers", type=_workers, metavar="N", help="processes on a CPU")
     _add_ray(parser)
+    _add_checkpoints(parser, default=None)
+    _add_profile(parser)
     _add_quiet(parser)
+
+
+def _add_backend(group: Any, *, default: str | None) -> None:
+    group.add_argument(
+        "--backend", choices=("auto", "eager", "compiled", "graph"), default=default,
+        help="how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, or as "
+        f"operations on tensors (eager); auto chooses ({_unsaid(default)})",
+    )  # fmt: skip
+
+
+def _add_checkpoints(group: Any, *, default: float | None) -> None:
+    group.add_argument(
+        "--checkpoint-seconds", type=_number, default=default, metavar="SEC",
+        help="what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated "
+        f"({_unsaid(default)})",
+    )  # fmt: skip
+
+
+def _add_profile(group: Any) -> None:
+    group.add_argument(
+        "--profile", action="store_true",
+        help="say at the end where the time went, and what share of the machine's matrix products the steps reached",
+    )  # fmt: skip
+
+
+def _unsaid(default: object) -> str:
+    """What holds where nothing is said, in words; a search that goes on has it from its study."""
+    return (
+        "as the search began"
+        if default is None
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
 
 
 def _add_ray(group: Any) -> None:
@@ -223,10 +254,6 @@ def _add_ray(group: Any) -> None:
 
 
 def _add_quiet(group: Any) -> None:
-    group.add_argument(
-        "--checkpoint-seconds", type=_number, default=60.0, metavar="SEC",
-        help="what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
-    )  # fmt: skip
     group.add_argument(
         "-q",
         "--quiet",

@@ -34,6 +34,9 @@ from gputune.study.study import Study
 TRIALS, DESCENTS = 64, 8
 """Configurations drawn where the command does not say."""
 
+_CHANGES = ("device", "backend", "memory", "timeout", "checkpoint_seconds")
+"""Options of a search that ``resume`` may change, beside its workers and the number of trials."""
+
 
 def tune(arguments: argparse.Namespace) -> str:
     """Run the command and return its closing text.
@@ -57,30 +60,28 @@ def tune(arguments: argparse.Namespace) -> str:
     )
     with _folder(out):
         again = Again(choice, rest, test, options)
-        said = _to_the_end(arguments, arguments.file, again, out / MODEL, begin, profile)
-    if not arguments.profile:
-        return said
-    dtype = getattr(torch, options.dtype)
-    return f"{said}\n\n{profile.report(dtype=dtype, device=options.device_here())}"
+        return _to_the_end(arguments, arguments.file, again, out / MODEL, begin, profile)
 
 
 def resume(arguments: argparse.Namespace) -> str:
     """Go on with the search of a study file and return its closing text, as ``tune`` does."""
     begin = time.perf_counter()
     study = study_file(arguments.study)
-    changed = {name: getattr(arguments, name) for name in ("device", "memory", "timeout")}
+    changed = {name: getattr(arguments, name) for name in _CHANGES}
     changed["workers"] = _workers(arguments, unsaid=None)
     changed["n_trials"] = arguments.trials
     given = {name: value for name, value in changed.items() if value is not None}
     meta = Study.open(study).meta
-    again = search_again(study, meta, {**given, "verbose": arguments.verbose})
+    profile = Profile()
+    with profile.clock(PREPARING):
+        again = search_again(study, meta, {**given, "verbose": arguments.verbose})
     if callbacks := meta["arguments"].get("callbacks"):
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     model_folder = study.parent / MODEL if "test_size" in meta["source"] else None
-    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin, Profile())
+    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin, profile)
 
 
 def _to_the_end(
@@ -117,7 +118,11 @@ def _to_the_end(
             model.save(model_folder)
     seconds = time.perf_counter() - begin
     ending = Ending(file, study, again.source, held_out, study_file, model_folder, seconds)
-    return closing_text(ending, width=shutil.get_terminal_size().columns)
+    said = closing_text(ending, width=shutil.get_terminal_size().columns)
+    if not arguments.profile:
+        return said
+    dtype = getattr(torch, again.options.dtype)
+    return f"{said}\n\n{profile.report(dtype=dtype, device=again.options.device_here())}"
 
 
 def _options(arguments: argparse.Namespace, study_file: Path) -> Options:

@@ -17,6 +17,7 @@ import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.again import search_again
 from gputune.data.packed import pack_folds, unpack_folds
+from gputune.report import tuning
 from gputune.search.optuna_space import translated
 from gputune.search.space import check_space, legal_keys, space_text
 from gputune.search.space_again import space_again, space_values
@@ -92,6 +93,26 @@ def test_checkpoints_stay_as_far_apart_as_they_were(bugs):
     assert run("tune", bugs, "--target", "kind", *SMALL, "--checkpoint-seconds", "7")[0] == 0
     path = bugs.parent / "gputune-out" / "study.db"
     assert search_again(path, gputune.Study.open(path).meta, {}).options.checkpoint_seconds == 7
+
+
+def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
+    assert run("tune", bugs, "--target", "kind", *SMALL, "--backend", "compiled")[0] == 0
+    lose_results(bugs.parent / "gputune-out" / "study.db", 1)
+    seen, search = [], tuning.search
+
+    def spy(choice, source, options, *arguments, **more):
+        seen.append(options)
+        return search(choice, source, options, *arguments, **more)
+
+    monkeypatch.setattr(tuning, "search", spy)
+    changed = ["--backend", "eager", "--checkpoint-seconds", "3", "--memory", "1MB", "--workers", "1"]
+    code, out, err = run(
+        "resume", "gputune-out", *changed, "--timeout", "600", "--device", "cpu", "--profile"
+    )
+    assert code == 0 and ", eager" in err and "Where the time went:" in out
+    (options,) = seen
+    assert (options.backend, options.checkpoint_seconds, options.memory) == ("eager", 3, "1MB")
+    assert (options.workers, options.timeout, options.device) == (1, 600, "cpu")
 
 
 def test_a_killed_command_is_resumed_in_a_new_process(tmp_path):
