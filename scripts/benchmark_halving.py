@@ -1,9 +1,11 @@
 """What successive halving costs and what it loses: its best score beside that of the full search, over seeds.
 
 Which trials halving keeps is read off the curves of the full search, which are the ones that it sees; on the first seed
-of every table it is also run, and must end the same. A seed draws its own trials, folds and starts.
+of every table it is also run, and must end the same. A seed draws its own trials, folds and starts. What is found is
+kept in OUT/halving.jsonl from seed to seed, so that a benchmark of hours that was stopped goes on; it goes at the end.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from sklearn.datasets import load_digits
 import gputune
 from gputune.search.halving import survivors
 
-TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 5
+TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 3
 ADULT_ROWS = 10_000
 LOSS, SHARE = 0.005, 0.2  # of the full search's best score, and of its trial-epochs
 AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
@@ -53,11 +55,16 @@ def run_halving(
     out: Path, machine: dict[str, Any], tables: Tables, *, trials: int, epochs: int, seeds: int
 ) -> int:
     """Search, print and write; return 0, or 1 where halving as it is run does not end as it was read off."""
-    found = []
+    found, kept = [], out / "halving.jsonl"
+    begun = _begun(kept, trials, epochs)
     for name, (X, y) in tables.items():
         for seed in range(seeds):
-            found.append(compare(name, X, y, trials=trials, epochs=epochs, seed=seed))
-            print(line(found[-1]), flush=True)
+            one = begun.get((name, seed)) or compare(name, X, y, trials=trials, epochs=epochs, seed=seed)
+            if (name, seed) not in begun:
+                _keep(kept, one, trials, epochs)
+            found.append(one)
+            print(line(one), flush=True)
+    kept.unlink()
     if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
         print(
             "NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves."
@@ -68,6 +75,20 @@ def run_halving(
     write_both(out, machine, "halving", text, whole)
     print(text)
     return 0
+
+
+def _keep(path: Path, one: Seed, trials: int, epochs: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"trials": trials, "epochs": epochs, "seed": asdict(one)}) + "\n")
+
+
+def _begun(path: Path, trials: int, epochs: int) -> dict[tuple[str, int], Seed]:
+    """Return what an earlier run of as many trials and epochs has found, by table and seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(text) for text in lines]
+    seeds = [Seed(**row["seed"]) for row in rows if (row["trials"], row["epochs"]) == (trials, epochs)]
+    return {(one.table, one.seed): one for one in seeds}
 
 
 def compare(table: str, X: Any, y: Any, *, trials: int, epochs: int, seed: int) -> Seed:

@@ -53,6 +53,30 @@ def test_the_report_is_written(benchmark, small, tmp_path, capsys):
     assert "0 of 2 reach the aim." in text  # four epochs are too few to save much
 
 
+def test_a_benchmark_that_was_stopped_goes_on(benchmark, small, tmp_path, monkeypatch):
+    compare, done = benchmark.compare, []
+
+    def stopped(*arguments, seed, **options):
+        if len(done) == 1:
+            raise KeyboardInterrupt
+        done.append(seed)
+        return compare(*arguments, seed=seed, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(benchmark, "compare", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            small(tmp_path)
+    assert [place.name for place in tmp_path.iterdir()] == ["halving.jsonl"]
+    again = []
+    monkeypatch.setattr(
+        benchmark, "compare", lambda *a, seed, **o: again.append(seed) or compare(*a, seed=seed, **o)
+    )
+    assert small(tmp_path) == 0 and again == [1]
+    assert {place.suffix for place in tmp_path.iterdir()} == {".json", ".md"}
+    small(tmp_path)
+    assert again == [1, 0, 1]
+
+
 def test_no_table_is_shown_where_halving_ends_otherwise(benchmark, small, tmp_path, monkeypatch, capsys):
     curves = benchmark.halved
     monkeypatch.setattr(
