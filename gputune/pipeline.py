@@ -1,9 +1,11 @@
 """tune(): from rows to a study, top to bottom."""
 
+import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,6 +206,7 @@ def search(
         context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
         file = None if options.study is None else Path(options.study)
         with open_ledger(options.study, meta) as ledger:
+            ledger.on_wait = partial(_wait_on, stop, progress)
             if not isinstance(options.method, str):
                 ledger.decide_alone(method_name(options.method))
             add_trials(ledger, wanted, space, options)
@@ -212,6 +215,7 @@ def search(
             products = matrix_products(tf32=options.tf32)
             with _heard(callbacks, ledger, meta, file), profile.clock("training"), products:
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
+            context.tidy(ledger)
     refitted = replace(options, callbacks=())  # a refit calls none
     study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)
     if told is not None:
@@ -219,6 +223,15 @@ def search(
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
+
+
+def _wait_on(stop: Stop, progress: Progress, words: str) -> None:
+    """Say why this process waits before it has a plan; end that where training would end."""
+    progress.say(words, once=True)
+    if stop.asked:
+        raise KeyboardInterrupt
+    if stop.is_over():
+        raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
 
 
 @contextmanager

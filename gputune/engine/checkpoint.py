@@ -43,7 +43,7 @@ class CheckpointFolder:
     """The checkpoints of one search. ``identity`` is a digest of all that its numbers depend on but the trials."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        self.folder, self.identity = folder, identity
+        self.folder, self.identity = folder.absolute(), identity  # wherever this process goes meanwhile
         self._trials: dict[Path, set[int]] = {}  # of each file that there may be, those that have not ended
 
     def path(self, trials: Sequence[int]) -> Path:
@@ -126,8 +126,16 @@ class CheckpointFolder:
             trials -= ended
             if not trials:
                 del self._trials[path]
-                for file in (path, path.with_suffix(".tmp")):
-                    file.unlink(missing_ok=True)
+                _remove(path, path.with_suffix(".tmp"))
+        self._remove_folder()
+
+    def clear(self) -> None:
+        """Remove all files, also those that could not be used: no trial of the search waits any more."""
+        with suppress(OSError):  # there is no folder
+            _remove(*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp"))
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         with suppress(OSError):  # there is none, or something is left in it
             self.folder.rmdir()
 
@@ -157,6 +165,12 @@ class Checkpointing:
                 stacklevel=2,
             )
         return max(self.seconds, pause_after(time.monotonic() - begin))
+
+
+def _remove(*files: Path) -> None:
+    for file in files:
+        with suppress(OSError):  # what cannot be removed does no harm
+            file.unlink()
 
 
 def pause_after(writing: float) -> float:

@@ -154,6 +154,13 @@ class Context:
         if self.checkpoints is not None:
             self.checkpoints.drop(result.number for result in results if result.state != "stopped")
 
+    def tidy(self, ledger: Ledger) -> None:
+        """Remove what earlier calls left of trials that have ended, and all checkpoints where no trial waits."""
+        if self.checkpoints is not None:
+            self.ended(list(ledger.results.values()))
+            if not ledger.is_waited_for():
+                self.checkpoints.clear()
+
     def placed(self, plan: Plan) -> Plan:
         """Return a plan with the threads that each task of a cluster has, where there is one."""
         return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)

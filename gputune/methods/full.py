@@ -12,6 +12,7 @@ from gputune.methods.context import Context, does_not_fit
 from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.methods.resuming import with_begun
 from gputune.options import Options
+from gputune.report.text import count
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Chunk, Result
@@ -106,10 +107,9 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
 
 def _wait(ledger: Ledger, chunks: Sequence[Chunk], context: Context) -> None:
     """Wait for what other processes are training."""
-    trials = sum(len(chunk.trials) for chunk in chunks)
-    context.progress.say(
-        f"waiting for another process, which is training {trials} of these trials", once=True
-    )
+    who, remedy = ledger.who_has(chunks)
+    trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
+    context.progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
     ledger.wait(chunks, context.is_over)
 
 

@@ -14,6 +14,7 @@ import secrets
 import sqlite3
 import subprocess
 import threading
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -52,10 +53,12 @@ class Claims:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._whole = path.resolve()  # wherever this process goes meanwhile
         self._file: int | None = None
         self._lock = ""
         self._mutex = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        _OPEN.add(self)
         self._sweep()
 
     def take(self, chunk: Chunk) -> bool:
@@ -68,7 +71,7 @@ class Claims:
         if isinstance(owner, Owner):
             raise InputError(
                 f"study={str(self.path)!r}: {owner} is at work on this search, and one process alone decides which "
-                f"trials of method={method!r} train on. {self._remedy(owner)}"
+                f"trials of method={method!r} train on. {self.remedy(owner)}"
             )
 
     def take_setup(self) -> Owner | None:
@@ -90,11 +93,13 @@ class Claims:
         """Give up all claims, and remove the lock file."""
         with self._mutex:
             if self._file is not None:
-                with suppress(OSError, ValueError):  # the rows are void without the file
-                    self._delete("lock = ?", self._lock)
-                self._place(self._lock).unlink(missing_ok=True)
-                os.close(self._file)
-                self._file = None
+                file, self._file = self._file, None
+                try:
+                    with suppress(OSError, ValueError):  # the rows are void without the file
+                        self._delete("lock = ?", self._lock)
+                    self._place(self._lock).unlink(missing_ok=True)
+                finally:  # an interrupt must not leave this process in possession of what it has given up
+                    os.close(file)
                 self._sweep()
             if self._connection is not None:
                 self._connection.close()
@@ -182,16 +187,17 @@ class Claims:
     def _sweep(self) -> None:
         """Remove the lock files of dead processes."""
         pattern = re.compile(re.escape(self.path.name) + r"-[0-9a-f]{16}\.lock")
-        folder = self.path.resolve().parent
+        folder = self._whole.parent
         for place in folder.iterdir() if folder.is_dir() else ():
             if pattern.fullmatch(place.name):
                 with suppress(OSError):
                     self._alive(place.name)
 
     def _place(self, lock: str) -> Path:
-        return self.path.resolve().parent / lock
+        return self._whole.parent / lock
 
-    def _remedy(self, owner: Owner) -> str:
+    def remedy(self, owner: Owner) -> str:
+        """Return what can be done about another process that has a claim."""
         if owner.is_near:
             return "Wait for it, or end it."
         return f"Wait for it, or end it; where it is gone for good, remove {str(self._place(owner.lock))!r}."
@@ -205,10 +211,24 @@ class Claims:
     def _connected(self) -> sqlite3.Connection:
         """A connection of our own: the threads that look after workers ask too."""
         if self._connection is None:
-            self._connection = connect(self.path, "rw", threads=True)
+            self._connection = connect(self._whole, "rw", threads=True)
             # A claim need not outlive the power, so it need not wait for the disk.
             self._connection.execute("PRAGMA synchronous = NORMAL")
         return self._connection
+
+
+_OPEN: "weakref.WeakSet[Claims]" = weakref.WeakSet()
+
+
+def _let_go_in_child() -> None:
+    """Close the lock files that a forked child has from its parent: open there, they would outlive the parent."""
+    for claims in list(_OPEN):
+        if claims._file is not None:
+            os.close(claims._file)
+            claims._file = None
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @cache

@@ -34,6 +34,9 @@ _IDENTITY = {
 _LOOK = 0.2
 """Seconds between two looks at what another process has finished."""
 
+_PATIENCE = 2.0
+"""Seconds of waiting for another process, which adds trials, before a word of it."""
+
 Cut = Callable[[Sequence[Candidate]], Sequence[tuple[Sequence[int], int]]]
 """Makes chunks of candidates: their positions, in order, and the threads that compute each chunk."""
 
@@ -51,6 +54,8 @@ class Ledger:
         self.results: dict[int, Result] = {}
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
         """Called with the trials that ``finish`` has kept, after they are."""
+        self.on_wait: Callable[[str], None] | None = None
+        """Called with who keeps this process from planning, again and again while it does; may raise to end that."""
         # What an earlier call's deadline cut short is trained again; until then its result counts.
         self._stopped: dict[int, Result] = {}
         self.refresh()
@@ -78,7 +83,13 @@ class Ledger:
         if self.claims is None:
             yield
             return
-        while self.claims.take_setup() is not None:
+        begin = time.monotonic()
+        while (owner := self.claims.take_setup()) is not None:
+            if self.on_wait is not None and time.monotonic() - begin > _PATIENCE:
+                self.on_wait(
+                    f"study {str(self.claims.path)!r}: {owner} has been adding trials to it, and others wait. "
+                    f"{self.claims.remedy(owner)}"
+                )
             time.sleep(_LOOK)
         try:
             self.refresh()
@@ -121,6 +132,14 @@ class Ledger:
         """Say whether a chunk is ours to train: no other process trains it, and it is not finished."""
         return self.claims is None or self.claims.take(chunk)
 
+    def who_has(self, chunks: Sequence[Chunk]) -> tuple[str, str]:
+        """Return the other processes that have chunks, in words, and what to do about one of them on another host."""
+        assert self.claims is not None
+        owners = [owner for owner in map(self.claims.holder, chunks) if owner is not None]
+        names = sorted({str(owner) for owner in owners})
+        far = next((owner for owner in owners if not owner.is_near), None)
+        return ", ".join(names) or "another process", "" if far is None else self.claims.remedy(far)
+
     def wait(self, chunks: Sequence[Chunk], is_over: Callable[[], bool]) -> None:
         """Wait until another process has finished something, one that has a chunk is gone, or ``is_over``."""
         assert self.store is not None and self.claims is not None
@@ -132,6 +151,10 @@ class Ledger:
     def waiting(self) -> list[Candidate]:
         """Return the candidates without a result."""
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
+
+    def is_waited_for(self) -> bool:
+        """Whether the file has a trial without a result, of this process or of another one."""
+        return bool(self.waiting()) or (self.store is not None and self.store.waiting() > 0)
 
     def finish(self, results: Sequence[Result]) -> None:
         """Keep the results of one chunk, all or none; those that are kept already stay as they are."""

@@ -44,6 +44,7 @@ class Store:
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
         self.path = path
         self._connection = connection
+        self._whole = path.absolute()  # wherever this process goes meanwhile
         self._file = path.stat()
 
     @classmethod
@@ -121,6 +122,11 @@ class Store:
         """Return how many trials have a result that stays."""
         return int(self._read("SELECT count(*) FROM results WHERE state != 'stopped'")[0][0])
 
+    def waiting(self) -> int:
+        """Return how many trials have no result that stays."""
+        (rows,) = self._read("SELECT count(*) FROM trials")
+        return int(rows[0]) - self.finished()
+
     def plan(self) -> list[Chunk]:
         """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
         rows = self._read("SELECT chunk, stage, trials, facts, checksum FROM plan ORDER BY chunk")
@@ -162,7 +168,7 @@ class Store:
     def _check_place(self) -> None:
         """Raise OSError where the file is not at its path any more: what is written to it then may be in none."""
         try:
-            there = os.path.samestat(self.path.stat(), self._file)
+            there = os.path.samestat(self._whole.stat(), self._file)
         except OSError:
             there = False
         if not there:

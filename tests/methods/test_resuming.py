@@ -13,6 +13,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
+from gputune.callbacks import Callback
 from gputune.engine import chunk as chunks
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.engine.compiled import CompiledChunk
@@ -24,7 +25,12 @@ SPACE = {
     "optimizer": ["adamw", "sgd", "adamhd"],
 }  # fmt: skip
 COMMON = {"space": SPACE, "n_trials": 9, "cv": 3, "max_epochs": 27, "verbose": 0, "workers": 1}
-METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=3)}
+METHODS = {
+    "random": "random",
+    "halving": gputune.Halving(min_epochs=3),
+    "brackets": gputune.Halving(min_epochs=1, brackets=3),
+    "median": gputune.Median(min_epochs=3, every=4),
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +80,9 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
         Dies(patch, at)
         with pytest.raises(RuntimeError, match="lost"):
             gputune.tune("mlp", *iris, **call)
-    kept = sorted((tmp_path / "s.db.state").iterdir())
-    assert kept and all(file.suffix == ".safetensors" for file in kept)
+    kept = sorted((tmp_path / "s.db.state").glob("*"))
+    first_rung = (method, at) == ("brackets", 1)  # nothing is kept of a chunk's last epoch
+    assert (kept or first_rung) and all(file.suffix == ".safetensors" for file in kept)
     with monkeypatch.context() as patch:
         again = Dies(patch)
         found = gputune.tune("mlp", *iris, **call)
@@ -84,7 +91,7 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
         assert again.epochs <= total.epochs - at + 1
     else:  # the trials of a lost rung are grouped as they were
         assert_same(found, whole[method])
-        assert again.epochs < total.epochs
+        assert again.epochs < total.epochs + first_rung
     assert not (tmp_path / "s.db.state").exists()
 
 
@@ -106,7 +113,7 @@ def told_time(monkeypatch, *, epoch, writing):
 
 
 @pytest.mark.parametrize("writing", [0.0, 1.0])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["random", "halving"])
 def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
     iris, tmp_path, monkeypatch, method, writing
 ):
@@ -182,6 +189,64 @@ def test_a_foreign_checkpoint_is_ignored_and_all_trained_anew(iris, whole, tmp_p
     with pytest.warns(UserWarning, match="is of another search"):
         found = gputune.tune("mlp", *iris, **call)
     assert_same(found, whole["random"])
+
+
+@pytest.mark.parametrize("method", ["halving", "median"])
+def test_none_is_left_of_trials_that_ended_before_the_last_stop(iris, tmp_path, monkeypatch, method):
+    """The first call's file is of a whole chunk, of which the second trains what the first rung left."""
+    method = gputune.Halving(min_epochs=1) if method == "halving" else gputune.Median(min_epochs=1, every=2)
+    space = {"lr": [1e-4, 1e-3, 1e-2, 1e-1, 3e-4, 3e-3], "width": [8]}
+    call = {
+        **COMMON,
+        "space": space,
+        "n_trials": 6,
+        "include_default": False,
+        "max_epochs": 9,
+        "method": method,
+    }
+    call |= {"study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
+    monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+    for at in (3, 2):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+            Dies(patch, at)
+            gputune.tune("mlp", *iris, **call)
+    assert list((tmp_path / "s.db.state").glob("*.safetensors"))
+    gputune.tune("mlp", *iris, **call)
+    assert [place.name for place in tmp_path.iterdir()] == ["s.db"]
+
+
+def test_what_cannot_be_used_goes_with_the_last_trial(iris, tmp_path):
+    path = tmp_path / "s.db"
+    gputune.tune("mlp", *iris, timeout=0.01, study=path, **COMMON)
+    state = tmp_path / "s.db.state"
+    (state / "7-0123456789abcdef.tmp").touch()
+    (state / "8-0123456789abcdef.safetensors").write_bytes(b"torn")
+    (state / "mine.txt").touch()
+    with pytest.warns(UserWarning, match="is damaged"):
+        gputune.tune("mlp", *iris, study=path, **COMMON)
+    assert [place.name for place in state.iterdir()] == ["mine.txt"]
+
+
+def test_a_file_in_the_place_of_the_folder_costs_the_checkpoints_alone(iris, whole, tmp_path, monkeypatch):
+    (tmp_path / "s.db.state").touch()
+    monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+    with pytest.warns(UserWarning, match="no checkpoint could be written"):
+        found = gputune.tune("mlp", *iris, study=tmp_path / "s.db", checkpoint_seconds=1e-9, **COMMON)
+    assert_same(found, whole["random"])
+
+
+def test_a_process_that_goes_to_another_folder_keeps_its_study(iris, whole, tmp_path, monkeypatch):
+    class Goes(Callback):
+        def on_epoch(self, curves):
+            monkeypatch.chdir(tmp_path / "elsewhere")
+
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
+    call = {**COMMON, "checkpoint_seconds": 1e-9, "callbacks": [Goes()]}
+    assert_same(gputune.tune("mlp", *iris, study="s.db", **call), whole["random"])
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["elsewhere", "s.db"]
 
 
 def test_without_a_study_there_are_none(iris, tmp_path, monkeypatch):

@@ -2,16 +2,24 @@
 
 import json
 import os
+import re
 import signal
 import sqlite3
+import threading
 import time
+from functools import partial
 
 import pytest
+from sklearn.datasets import load_iris
 
+import gputune
+from gputune import pipeline
+from gputune.engine.stopping import Stop
 from gputune.errors import InputError
+from gputune.progress import Progress
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
-from gputune.study.ledger import open_ledger
+from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Chunk, Store
 from study_processes import done, finish, start, table, wait_for
 from study_rows import candidates, result
@@ -138,6 +146,99 @@ def test_the_remedy_for_a_search_of_another_host_that_is_gone(path):
         pytest.raises(InputError, match=rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"),
     ):
         mine.take_search("halving")
+
+
+def planned_elsewhere(path):
+    """Claim the right to plan as a process of another host that is gone."""
+    lock = foreign(path)
+    with sqlite3.connect(path) as raw:
+        raw.execute("UPDATE claims SET chunk = ?", (claims_file.SETUP,))
+    raw.close()
+    return lock
+
+
+def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(tmp_path, capsys, monkeypatch):
+    X, y = load_iris(return_X_y=True)
+    call = {"include_default": False, "max_epochs": 1, "cv": 2, "workers": 1, "study": tmp_path / "study.db"}
+    gputune.tune("mlp", X, y, n_trials=1, verbose=0, **call)
+    lock = planned_elsewhere(tmp_path / "study.db")
+    monkeypatch.setattr("gputune.study.ledger._PATIENCE", 0.1)
+    words = (
+        f"study '{tmp_path / 'study.db'}': process 7 on 'far' has been adding trials to it, and others wait. "
+        f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
+    )
+    with pytest.raises(TimeoutError, match=re.escape(f"the time is over; {words}")):
+        gputune.tune("mlp", X, y, n_trials=2, verbose=1, timeout=1.0, **call)
+    assert f"{words}\n" in capsys.readouterr().err
+    lock.unlink()
+    assert len(gputune.tune("mlp", X, y, n_trials=2, verbose=0, **call).trials) == 2
+
+
+def test_ctrl_c_ends_the_wait_for_a_plan(path):
+    planned_elsewhere(path)
+    stop = Stop()
+    with Store.open(path) as store, Claims(path) as claims:
+        ledger = Ledger(store, claims)
+        ledger.on_wait = partial(pipeline._wait_on, stop, Progress(0))
+        threading.Timer(0.3, stop.ask).start()
+        with pytest.raises(KeyboardInterrupt), ledger.alone():
+            pass
+
+
+def test_who_trains_what_is_waited_for_is_said(path):
+    lock = foreign(path)
+    with Store.open(path) as store, Claims(path) as mine:
+        ledger = Ledger(store, mine)
+        remedy = f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
+        assert ledger.who_has(CHUNKS) == ("process 7 on 'far'", remedy)
+        with Claims(path) as other:
+            other.take(CHUNKS[1])
+            names = ", ".join(
+                sorted(["process 7 on 'far'", f"process {os.getpid()} on '{claims_file.platform.node()}'"])
+            )
+            assert ledger.who_has(CHUNKS) == (names, remedy)
+            assert ledger.who_has(CHUNKS[1:])[1] == ""
+        lock.unlink()
+        assert ledger.who_has(CHUNKS) == ("another process", "")
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # torch's threads, all asleep
+def test_a_forked_child_does_not_keep_what_its_dead_parent_had(path):
+    """The lock of the parent is gone with it, although the child inherited the open file."""
+    ready, done = os.pipe(), os.pipe()
+
+    def parent():
+        claims = Claims(path)
+        claims.take(CHUNKS[0])
+        if os.fork() == 0:
+            os.read(done[0], 1)
+            os._exit(0)
+        os.write(ready[1], b"x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        parent()
+    os.read(ready[0], 1)
+    os.waitpid(child, 0)
+    try:
+        with Claims(path) as mine:
+            assert mine.take(CHUNKS[0])
+    finally:
+        os.write(done[1], b"x")
+
+
+def test_an_interrupt_while_claims_are_given_up_leaves_none(path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    claims = Claims(path)
+    assert claims.take(CHUNKS[0])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(claims, "_delete", interrupted)
+        claims.close()
+    with Claims(path) as mine:
+        assert mine.take(CHUNKS[0])
 
 
 @pytest.mark.parametrize("owner", [{"host": claims_file.platform.node()}, {"boot": claims_file.boot()}])
