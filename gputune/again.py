@@ -111,13 +111,14 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
         source, test = read_apart(origin)
     except FileNotFoundError as error:
         raise InputError(
-            f"the search cannot go on: its data {origin['path']!r} is gone; put it back."
+            f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "
+            "its new place."
         ) from error
     found = fingerprint(source.X, make_problem(source, meta["task"], choice).target)
     if found != meta["fingerprint"]:
         raise InputError(
             f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
-            f"({_difference(meta['fingerprint'], found)}); restore the file."
+            f"({_difference(meta, found, (source.origin or {}).get('rows'))}); restore the file."
         )
     held, now = origin.get("held_out"), (source.origin or {}).get("held_out")
     if held is not None and held != now:
@@ -128,7 +129,11 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
     return source, test
 
 
-def _difference(held: dict[str, Any], found: dict[str, Any]) -> str:
+def _difference(meta: dict[str, Any], found: dict[str, Any], rows: int | None) -> str:
+    """What differs between the rows of a study and those that were ``found``; ``rows`` counts the held-out ones too."""
+    held = meta["fingerprint"]
+    if rows is not None:
+        held, found = {**held, "rows": meta["source"]["rows"]}, {**found, "rows": rows}
     counts = [f"{held[n]} {n} then, {found[n]} now" for n in ("rows", "columns") if held[n] != found[n]]
     return "; ".join(counts) or f"{held['rows']} rows then and now, of other names or values"
 

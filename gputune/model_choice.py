@@ -7,7 +7,7 @@ from torch import nn
 
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
-from gputune.study.module_source import class_from_file, class_source, find_class
+from gputune.study.module_source import check_unchanged, class_from_file, class_source, find_class
 from gputune.types import OPTIMIZERS
 
 SearchedModel = Literal["mlp", "logistic", "module"]
@@ -65,6 +65,8 @@ def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
 def choose_again(spec: dict[str, Any], optimizer: str) -> ModelChoice:
     """Return the choice that a study stored; InputError where a user's class is gone or has changed."""
     module_class = find_class(spec) if spec["kind"] == "module" else None
+    if module_class is not None:
+        check_unchanged(module_class, spec)
     return ModelChoice(spec["kind"], optimizer, module_class)
 
 

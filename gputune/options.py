@@ -1,6 +1,7 @@
 """The options of a search that stand by themselves, checked before anything is read or trained."""
 
 import contextlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -77,6 +78,10 @@ class Options:
         if not (_is_number(self.checkpoint_seconds) and self.checkpoint_seconds > 0):
             raise InputError(
                 f"checkpoint_seconds is a number of seconds above 0, got {self.checkpoint_seconds!r}."
+            )
+        if not (self.study is None or isinstance(self.study, str | os.PathLike)):
+            raise InputError(
+                f"study is the path of a file, or None, got {self.study!r}; of a study that is open give its file."
             )
         parse_memory(self.memory)
         device = self.device_here()

@@ -37,6 +37,7 @@ from gputune.options import Options, method_name
 from gputune.problem import Problem, make_problem
 from gputune.profile import PREPARING, Profile
 from gputune.progress import Progress
+from gputune.report.text import count
 from gputune.search.config import legal_keys
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
@@ -210,6 +211,8 @@ def search(
             if not isinstance(options.method, str):
                 ledger.decide_alone(method_name(options.method))
             add_trials(ledger, wanted, space, options)
+            if known := len(ledger.results):
+                progress.say(f"going on: {known} of {count(len(ledger.candidates), 'trial')} are finished")
             for sentence in remarks_on(ledger, space, choice, options):
                 progress.say(f"note: {sentence}")
             products = matrix_products(tf32=options.tf32)

@@ -413,6 +413,7 @@ def test_a_random_state_object_is_used_once(iris):
             "workers must be a number of processes, 'auto', 'ray' or gputune.Ray.*, got 'rays'",
         ),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
+        ({"study": 3}, "study is the path of a file, or None, got 3; of a study that is open give its file"),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
         ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),
         (

@@ -167,8 +167,11 @@ def _is_number(text: str) -> bool:
 
 
 def _counts_rows(values: np.ndarray) -> bool:
-    """Whether the column is a row number: more than 20 rows, each one above the last."""
-    return len(values) > 20 and bool((np.diff(values) == 1).all())
+    """Whether the column is a row number: more than 20 rows, whole numbers that rise; some rows may be held out."""
+    if len(values) <= 20 or not np.isfinite(values).all():
+        return False
+    steps = np.diff(values)
+    return bool((steps >= 1).all() and (steps == np.floor(steps)).all() and np.ptp(values) < 2 * len(values))
 
 
 def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:

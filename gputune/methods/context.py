@@ -23,7 +23,7 @@ from gputune.model_choice import ModelChoice
 from gputune.options import Options
 from gputune.profile import Profile
 from gputune.progress import Progress
-from gputune.report.text import size_words
+from gputune.report.text import count, size_words
 from gputune.study.ledger import Ledger
 from gputune.study.store import Result
 from gputune.types import Backend, Config
@@ -147,7 +147,12 @@ class Context:
         """Return the checkpoints that there are of these trials."""
         if self.checkpoints is None:
             return []
-        return self.checkpoints.read(dict(zip(numbers, configs)))
+        found = self.checkpoints.read(dict(zip(numbers, configs)))
+        if begun := {number for one in found for number in one.trials}:
+            self.progress.say(
+                f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True
+            )
+        return found
 
     def ended(self, results: Sequence[Result]) -> None:
         """Remove the checkpoints of trials with a final result."""

@@ -19,8 +19,9 @@ def check_halving(method: Halving, context: Context) -> None:
 def halve(ledger: Ledger, method: Halving, context: Context) -> None:
     """Train all trials of the ledger from rung to rung; each is finished when it leaves, or at the end."""
     rungs = method.rungs(context.epochs)
-    brackets = method.brackets_of(len(ledger.candidates), context.epochs)
-    bracket_of = {c.number: b for c, b in zip(ledger.candidates, brackets)}
+    numbers = [candidate.number for candidate in ledger.candidates]
+    # By number and not by place: a study that was repaired may lack some.
+    bracket_of = method.brackets_of(1 + max(numbers, default=-1), context.epochs)
 
     def send_away(epoch: int, curves: Mapping[int, np.ndarray]) -> set[int]:
         away: set[int] = set()

@@ -5,6 +5,7 @@ Everything heavy is imported inside the commands, so that ``gputune --help`` wai
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -99,7 +100,9 @@ def _repair(arguments: argparse.Namespace) -> str:
     from gputune.report.places import study_file
     from gputune.study.repair import repair
 
-    return str(repair(study_file(arguments.study), arguments.out))
+    saved = repair(study_file(arguments.study), arguments.out)
+    go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
+    return f"{saved}{go_on}"
 
 
 def _report(arguments: argparse.Namespace) -> str:

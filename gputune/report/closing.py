@@ -177,7 +177,7 @@ def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
 def _scores(ending: Ending, width: int) -> str:
     measure, held = study_measure(ending.study), ending.held_out
     if held is None:
-        text = "All rows were used, so no honest score is left; --test-size keeps rows apart for one."
+        text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
     elif held.why:
         text = f"There is no held-out {measure.name}: {clean(held.why)}."
     else:

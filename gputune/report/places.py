@@ -6,6 +6,11 @@ STUDY, MODEL = "study.db", "model"
 """What the folder of a search holds."""
 
 
+def model_folder(study: Path) -> Path:
+    """Return where the model of a study lies: beside it, under the study's own name where that is not the usual one."""
+    return study.parent / (MODEL if study.name == STUDY else f"{study.stem}.{MODEL}")
+
+
 def study_file(place: str) -> Path:
     """Return the study file of a path, which may be the folder of a search."""
     path = Path(place)

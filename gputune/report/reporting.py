@@ -5,7 +5,7 @@ from typing import Any
 
 from gputune.report.facts import best_trial
 from gputune.report.page import check_place, write_page
-from gputune.report.places import MODEL, study_file
+from gputune.report.places import model_folder, study_file
 from gputune.study.folder import DESCRIPTION, read_description
 from gputune.study.study import Study
 
@@ -15,7 +15,7 @@ def report(place: str, out: str) -> str:
     file = study_file(place)
     check_place(f"--out {out!r}", Path(out), file)
     study = Study.open(file)
-    write_page(study, out, model=_model(study, file.parent / MODEL))
+    write_page(study, out, model=_model(study, model_folder(file)))
     return f"Report   {out}"
 
 

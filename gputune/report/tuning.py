@@ -1,6 +1,7 @@
 """``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved in one folder."""
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from gputune.profile import PREPARING, Profile
 from gputune.progress import Progress
 from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
-from gputune.report.places import MODEL, STUDY, study_file
+from gputune.report.places import MODEL, STUDY, model_folder, study_file
 from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
@@ -44,6 +45,8 @@ def tune(arguments: argparse.Namespace) -> str:
     Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
     """
     begin = time.perf_counter()
+    if not arguments.out:
+        raise InputError("--out '' is no folder; name one, or leave it out for gputune-out.")
     out = Path(arguments.out)
     _check_out(out)
     choice = choose_model(arguments.model, arguments.optimizer)
@@ -80,8 +83,8 @@ def resume(arguments: argparse.Namespace) -> str:
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
-    model_folder = study.parent / MODEL if "test_size" in meta["source"] else None
-    return _to_the_end(arguments, meta["source"]["path"], again, model_folder, begin, profile)
+    place = model_folder(study) if "test_size" in meta["source"] else None
+    return _to_the_end(arguments, meta["source"]["path"], again, place, begin, profile)
 
 
 def _to_the_end(
@@ -212,8 +215,13 @@ def _target(arguments: argparse.Namespace) -> str | None:
 
 def _check_out(out: Path) -> None:
     """Refuse, before anything is read, a place where the result could not be written without a loss."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {str(out)!r} is a file; give a folder.")
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"--out {str(out)!r}: {str(there)!r} is a file; give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(
+            f"--out {str(out)!r} cannot be written: check the rights of {str(there)!r}, or give another folder."
+        )
     if (out / MODEL).exists() and not (out / STUDY).exists():
         raise InputError(
             f"--out {str(out)!r} holds {MODEL!r} but not the {STUDY!r} it came from, and would lose it; "

@@ -62,7 +62,7 @@ class Halving:
         return [epochs[s:] for s in range(self.brackets)]
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
-        """Return the bracket of each trial, by its place: every bracket gets about the same number of epochs."""
+        """Return the bracket of each trial, by its number: every bracket gets about the same number of epochs."""
         costs = [self._cost(rungs, max_epochs) for rungs in self.rungs(max_epochs)]
         shares = np.cumsum([1 / cost for cost in costs])
         # Of every run of trials, however long, about its share goes to each bracket: more trials move no other.

@@ -10,6 +10,7 @@ from sklearn.model_selection import ParameterSampler
 from sklearn.utils import check_random_state
 
 from gputune.errors import InputError
+from gputune.report.text import count
 from gputune.search.config import KEYS, check_config
 from gputune.search.distributions import Distribution
 from gputune.search.space import Space, check_include
@@ -163,11 +164,15 @@ def remarks(
     n_draws, n_random = _n_draws(space, n_trials), _n_random(trials)
     if n_draws < n_trials:
         said.append(
-            f"The space has {n_draws} configurations, fewer than n_trials={n_trials}: all of them are run."
+            f"The space has {count(n_draws, 'configuration')}, fewer than n_trials={n_trials}: all of them are run."
         )
     elif n_random < n_trials:
         said.append(
             f"{n_trials - n_random} of {n_trials} drawn configurations repeat another one and are not run again."
+        )
+    elif n_random > n_trials:
+        said.append(
+            f"The study holds {n_random} drawn configurations, more than n_trials={n_trials}: all stay in it."
         )
     return tuple(said)
 

@@ -193,6 +193,8 @@ def _text(value: Any, key: str) -> str:
         return distribution_text(value)
     if isinstance(value, type) or isroutine(value):
         text = f"{value.__module__}.{value.__qualname__}"
+    elif getattr(value, "ndim", 0):  # an array, whose own text leaves out most of it
+        text = f"{type(value).__name__}({value.tolist()!r}, {value.dtype})"
     else:
         text = repr(value)
     if "<lambda>" in text or " at 0x" in text:

@@ -47,19 +47,37 @@ def open_file(path: Path) -> sqlite3.Connection:
     try:
         _check_content(connection, path)
         if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
-            connection.close()
-            connection = connect(path, "rw")
-            if not use_wal(connection, path):
-                warnings.warn(
-                    f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a "
-                    "rollback journal is used. It is as safe, but readers and writers wait for each other; "
-                    "prefer a local disk.",
-                    stacklevel=3,
-                )
+            connection = _for_writing(connection, path)
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _for_writing(reading: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """Return a connection that may write in place of the one that reads, which stays where there is no room for it."""
+    try:
+        writing = connect(path, "rw")
+        try:
+            wal = use_wal(writing, path)
+        except BaseException:
+            writing.close()
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ENOSPC):
+            raise
+        warnings.warn(
+            f"it can only be read: {error.strerror}. Make room before the search goes on.", stacklevel=4
+        )
+        return reading
+    reading.close()
+    if not wal:
+        warnings.warn(
+            f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a rollback journal is "
+            "used. It is as safe, but readers and writers wait for each other; prefer a local disk.",
+            stacklevel=4,
+        )
+    return writing
 
 
 @contextmanager
@@ -114,12 +132,17 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
                 errno.EACCES, f"{name} may not be written ({error}); check the rights of its folder"
             )
         case sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_IOERR:
-            return OSError(errno.EIO, f"{name}: {error}; check the disk and the rights of its folder")
+            return OSError(
+                errno.EIO, f"{name}: {error}; check the disk, the rights of its folder and limits on files"
+            )
     return damaged(path, str(error))
 
 
 def _foreign(path: Path, reason: str) -> StudyCorruptError:
-    return StudyCorruptError(f"{str(path)!r} is not a gputune study: {reason}; check the path.")
+    return StudyCorruptError(
+        f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a study once, its first page is "
+        f"damaged: gputune repair {shlex.quote(str(path))} --out NEW.db saves what is whole in it."
+    )
 
 
 def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connection:
@@ -145,8 +168,8 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
             connection.execute("PRAGMA schema_version")
         return connection
     except (OSError, StudyCorruptError):
-        file = path.resolve()
-        if file.with_name(file.name + "-wal").exists():
+        log = path.resolve().with_name(path.resolve().name + "-wal")
+        if log.exists() and log.stat().st_size:
             raise
     # The write-ahead log needs files beside the study even to read. Where they cannot be made (a read-only
     # medium) and no log is pending, the file alone is the whole study.
@@ -157,6 +180,10 @@ def _check_header(path: Path) -> None:
     """Refuse a foreign file before SQLite touches it."""
     with path.open("rb") as file:
         header = file.read(100)
+    if not header:
+        raise StudyCorruptError(
+            f"{str(path)!r} is not a gputune study: it is empty; remove it, or check the path."
+        )
     if len(header) < 100 or header[:16] != b"SQLite format 3\x00":
         raise _foreign(path, "it is no SQLite file")
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:

@@ -13,6 +13,7 @@ from gputune.study.store import Candidate, Chunk, Result, Store
 # What must be the same for a search to go on in a file. Anything else (device, versions, n_trials) may differ.
 _IDENTITY = {
     "spec": "model",
+    "target": "target",
     "optimizer": "optimizer",
     "schedule": "schedule",
     "space": "space",
@@ -179,11 +180,29 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _differing(held: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
+    """Return what makes a call another search than the one that is held, in words."""
+    keys = [key for key in _IDENTITY if _same(held.get(key)) != _same(meta[key])]
+    apart = [(of.get("source") or {}).get("held_out") for of in (held, meta)]
+    other_rows = "fingerprint" in keys
+    # Other rows are cut into other folds, and others of them are held out: that is no news then.
+    words = [
+        f"{_IDENTITY[key]}{_values(held.get(key), meta[key])}"
+        for key in keys
+        if not (other_rows and key == "splits")
+    ]
+    if None not in apart and apart[0] != apart[1] and not other_rows:
+        words.append("the held-out rows")
+    return words
+
+
 def _values(held: Any, given: Any) -> str:
     """Two values that differ in words, where both are short."""
     texts = [repr(value) for value in (held, given)]
     if isinstance(held, dict) and isinstance(given, dict) and held.keys() == given.keys():
         keys = [key for key in held if held[key] != given[key]]
+        if keys == ["sha256"] and "kind" in held:
+            return " (its code has changed)"
         texts = [", ".join(f"{key}={part[key]!r}" for key in keys) for part in (held, given)]
     return f" ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 60 else ""
 
@@ -199,15 +218,7 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         return
     with _opened(Path(path), meta) as store, Claims(Path(path)) as claims:
         held = store.meta
-        differing = [
-            f"{word}{_values(held.get(key), meta[key])}"
-            for key, word in _IDENTITY.items()
-            if _same(held.get(key)) != _same(meta[key])
-        ]
-        apart = [(of.get("source") or {}).get("held_out") for of in (held, meta)]
-        if None not in apart and apart[0] != apart[1]:
-            differing.append("the held-out rows")
-        if differing:
+        if differing := _differing(held, meta):
             raise InputError(
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."

@@ -1,14 +1,19 @@
 """Where a user's module class lives, written down so that another process finds it, and found again.
 
-{"import": "package.module:Class"}                    a class of an installed package, or of the running script
+{"import": "package.module:Class", "sha256": ...}     a class of an installed package, or of the running script
 {"path": "/.../net.py", "class": "Net", "sha256": ...}   a class of a file that ``class_from_file`` ran
+
+The digest is that of the file, or of the source of the class and of those it inherits from; a class that was typed at
+a prompt has none.
 """
 
 import functools
 import hashlib
 import importlib
+import inspect
 import os
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,9 +30,44 @@ def class_source(module_class: type[nn.Module]) -> dict[str, str]:
     """Return where the class is defined; ``find_class`` is the way back."""
     found = sys.modules.get(module_class.__module__)
     if found is None or not module_class.__module__.startswith(FILE_MODULE):
-        return {"import": f"{module_class.__module__}:{module_class.__qualname__}"}
+        digest = _digest(module_class)
+        place = {"import": f"{module_class.__module__}:{module_class.__qualname__}"}
+        return place if digest is None else {**place, "sha256": digest}
     path = Path(str(found.__file__))
     return {"path": str(path), "class": module_class.__qualname__, "sha256": found.__dict__["__sha256__"]}
+
+
+_DIGESTS: "weakref.WeakKeyDictionary[type, str | None]" = weakref.WeakKeyDictionary()
+"""Taken once of each class: a file that is edited later is not what this process has imported."""
+
+
+def _digest(module_class: type[nn.Module]) -> str | None:
+    if module_class not in _DIGESTS:
+        _DIGESTS[module_class] = _source_digest(module_class)
+    return _DIGESTS[module_class]
+
+
+def _source_digest(module_class: type[nn.Module]) -> str | None:
+    """Digest of the source of a class and of the classes under ``nn.Module`` it inherits from; None without."""
+    own = [
+        kind
+        for kind in module_class.__mro__
+        if kind is not object and not kind.__module__.startswith("torch.")
+    ]
+    try:
+        text = "\0".join(map(inspect.getsource, own))
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_unchanged(module_class: type[nn.Module], source: dict[str, Any]) -> None:
+    """Raise InputError where the source of a class is not the one that ``class_source`` described."""
+    now = class_source(module_class).get("sha256")
+    if "import" in source and None not in (now, source.get("sha256")) and now != source["sha256"]:
+        raise InputError(
+            f"the module class {source['import']!r} has changed since the search was begun; restore its source."
+        )
 
 
 def find_class(source: dict[str, Any]) -> type[nn.Module]:

@@ -19,6 +19,9 @@ from gputune.study.values import from_json, to_json
 Curve = NDArray[np.float64]
 Row = tuple[Any, ...]
 
+HOW_MANY = ""
+"""The key of the option that says how many others there are, so that a repair knows of those that are lost."""
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -13,10 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from gputune.errors import InputError
+from gputune.errors import InputError, StudyCorruptError
 from gputune.study.database import damaged, open_file, transaction, translated
 from gputune.study.new_file import copy_file, create_file
 from gputune.study.rows import (
+    HOW_MANY,
     Candidate,
     Chunk,
     Curve,
@@ -38,6 +39,20 @@ __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 Value = TypeVar("Value")
 
 
+class Meta(dict[str, Any]):
+    """The options of a study file; one that a repair could not save says so where it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise StudyCorruptError(
+            f"study {str(self.path)!r} has lost the option {key!r} of its search. Its trials can be read: "
+            f"gputune.Study.open({str(self.path)!r}).trials; search again for more."
+        )
+
+
 class Store:
     """An open study file. Made by ``Store.create`` or ``Store.open``; a context manager that closes it."""
 
@@ -55,7 +70,7 @@ class Store:
         where its folder does not exist, or where a value of ``meta`` cannot be written (see ``to_json``).
         """
         path = Path(path)
-        texts = [option_row(key, value) for key, value in meta.items()]
+        texts = [option_row(key, value) for key, value in {HOW_MANY: len(meta), **meta}.items()]
         rows = [(*row, checksum(*row)) for row in texts]
         create_file(path, lambda draft: draft.executemany("INSERT INTO meta VALUES (?, ?, ?)", rows))
         return cls(path, open_file(path))
@@ -74,10 +89,11 @@ class Store:
     def meta(self) -> dict[str, Any]:
         """The options that the study was created with."""
         rows = self._read("SELECT key, value, checksum FROM meta ORDER BY rowid")
-        return {
-            key: self._checked(f"option {key!r}", lambda _, value: from_json(value), key, value, held)
-            for key, value, held in rows
-        }
+        found = Meta(self.path)
+        for key, value, held in rows:
+            found[key] = self._checked(f"option {key!r}", lambda _, text: from_json(text), key, value, held)
+        found.pop(HOW_MANY, None)
+        return found
 
     def add_trials(self, rows: Iterable[Candidate]) -> None:
         """Write candidates, all or none. Raises InputError for a number that is taken."""

@@ -290,6 +290,22 @@ def test_left_out_columns_are_named_and_need_not_be_there_again():
     assert layout.raw(as_table(table[["x", "row"]])).shape == (n, 2)
 
 
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        (np.delete(np.arange(100), range(0, 100, 5)), True),  # some rows are held out
+        (np.arange(100)[::-1], False),
+        (np.arange(100) * 3, False),
+        (np.arange(100) / 2, False),
+        (np.repeat(np.arange(50), 2), False),
+        (np.arange(20), False),
+    ],
+)
+def test_a_column_that_counts_the_rows(values, counts):
+    notes = fit_layout(as_table(pd.DataFrame({"row": values}))).notes
+    assert any("counts the rows" in note for note in notes) == counts
+
+
 def test_nothing_to_learn_from():
     with pytest.raises(InputError, match=r"X has no usable column\. Column 'x0': left out, constant."):
         fit_layout(as_table([[1], [1]]))

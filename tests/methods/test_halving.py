@@ -1,6 +1,7 @@
 """Successive halving, through the public tune()."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from torch import nn
 import gputune
 from gputune.engine.rung import Parking
 from gputune.errors import InputError
-from gputune.methods import rungs
-from gputune.study.store import Store
+from gputune.methods import halving, rungs
+from gputune.study.store import Candidate, Store
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -91,6 +92,22 @@ def test_brackets_share_the_run(iris):
     brackets = gputune.Halving(min_epochs=1, brackets=3).brackets_of(31, 9)
     assert all(length == 9 for length, b in zip(lengths(study), brackets) if b == 2)
     assert not any(length == 1 for length, b in zip(lengths(study), brackets) if b == 1)
+
+
+def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket(monkeypatch):
+    """At the first rung those of the first bracket are judged, by their numbers and not by their places."""
+    method, kept = gputune.Halving(min_epochs=1, brackets=3), [n for n in range(13) if n != 3]
+    ledger = SimpleNamespace(candidates=[Candidate(n, {}, "random") for n in kept])
+    monkeypatch.setattr(
+        halving, "train_in_rungs", lambda ledger, stops, send_away, context: asked.append(send_away)
+    )
+    asked = []
+    halving.halve(ledger, method, SimpleNamespace(epochs=9))
+    away = asked[0](1, {n: np.full((1, 2), float(n)) for n in kept})
+    first = [n for n in kept if method.brackets_of(13, 9)[n] == 0]
+    assert away == set(first[: -(len(first) // 3)]) and first != [
+        n for n, bracket in zip(kept, method.brackets_of(12, 9)) if bracket == 0
+    ]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamwhd"])

@@ -53,6 +53,23 @@ def test_tune_says_what_it_understood(tuned):
     assert "Note     Column 'id': left out, text with all 48 values distinct." in lines
 
 
+def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    def refused(out):
+        code, _, err = run("tune", tmp_path / "none.csv", "--target", "kind", "--out", out, *FAST)
+        assert code == 2
+        return err
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").touch()
+    assert "--out '' is no folder; name one, or leave it out for gputune-out." in refused("")
+    assert "--out 'text': 'text' is a file; give a folder." in refused("text")
+    assert f"--out 'text/o': '{tmp_path / 'text'}' is a file; give a folder." in refused("text/o")
+    monkeypatch.setattr("gputune.report.tuning.os.access", lambda place, mode: False)
+    words = f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder."
+    assert words in refused("o")
+    assert sorted(place.name for place in tmp_path.iterdir()) == ["text"]
+
+
 def test_a_note_is_said_once(tmp_path, capsys):
     table = write_table(tmp_path / "bugs.csv", 40, id=[f"row{i}" for i in range(40)], kind=kinds(40))
     loud = [word for word in FAST if word != "--quiet"]

@@ -180,13 +180,46 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
         code, _, err = run("resume", "gputune-out")
         again, _, words = run("tune", "bugs.csv", "--target", "kind", *FAST)
         assert code == again == 2
+        assert "40 rows then, " not in err
         held_out = "that were held out have changed since it was begun; restore the file" in err
         assert held_out or "have changed since it was begun (" in err
         assert ("this call in: the held-out rows." if held_out else "this call in: data.") in words
         said.add(held_out)
     assert said == {True, False}
+    bugs.write_text("\n".join([*whole, whole[-1]]) + "\n")
+    assert "(40 rows then, 41 now); restore the file" in run("resume", "gputune-out")[2]
     bugs.write_text("\n".join(whole) + "\n")
     assert run("resume", "gputune-out")[0] == run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+
+
+def test_another_target_is_named_and_not_what_follows_from_it(bugs):
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    _, _, err = run("tune", "bugs.csv", "--target", "site", *FAST)
+    assert "differs from this call in: target ('kind' there, 'site' here), " in err
+    assert "folds" not in err and "held-out" not in err
+
+
+def test_what_is_known_already_is_said(bugs):
+    common = ["tune", "bugs.csv", "--target", "kind", *(word for word in FAST if word != "--quiet")]
+    assert "going on" not in run(*common)[2]
+    _, _, err = run(*common)
+    assert "going on: 3 of 3 trials are finished\n" in err
+    _, _, err = run("resume", "gputune-out", "--trials", "1")
+    assert "note: The study holds 2 drawn configurations, more than n_trials=1: all stay in it.\n" in err
+    _, _, err = run("resume", "gputune-out", "--trials", "3")
+    assert "going on: 3 of 4 trials are finished\n" in err
+
+
+def test_a_study_under_another_name_keeps_a_model_of_its_own(bugs):
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    folder = bugs.parent / "gputune-out"
+    before = (folder / "model" / "model.json").read_bytes()
+    gputune.Study.open(folder / "study.db").backup(folder / "copy.db")
+    code, out, _ = run("resume", str(folder / "copy.db"), "--trials", "4")
+    assert code == 0 and "copy.model" in out
+    assert (folder / "model" / "model.json").read_bytes() == before
+    assert gputune.load_model(folder / "copy.model").target == "kind"
+    assert run("report", str(folder / "copy.db"))[0] == 0
 
 
 class Odd:

@@ -237,6 +237,14 @@ def test_space_text_of_a_modules_arguments():
     assert ".named, torch.nn.modules.activation.ReLU]" in text
 
 
+def test_space_text_has_the_whole_of_an_array():
+    values = np.arange(5000.0)
+    texts = [
+        space_text(check({"module__w": [v]}, (), True)) for v in (values, values + (values == 2500), values)
+    ]
+    assert texts[0] == texts[2] != texts[1]
+
+
 @pytest.mark.parametrize("value", [lambda: 0, object()])
 def test_a_value_known_by_its_address_has_no_text(value):
     with pytest.raises(

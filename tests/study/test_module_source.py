@@ -1,6 +1,8 @@
 """A user's class is run from its file once a process, and described so that another process finds it."""
 
 import hashlib
+import importlib
+import inspect
 import sys
 
 import pytest
@@ -8,7 +10,7 @@ from torch import nn
 
 from gputune.errors import InputError
 from gputune.models import MLP
-from gputune.study.module_source import class_from_file, class_source, find_class
+from gputune.study.module_source import check_unchanged, class_from_file, class_source, find_class
 
 NET = """
 import dataclasses
@@ -64,9 +66,31 @@ def test_a_changed_file_is_another_module(net):
 
 
 def test_a_class_of_a_package_is_found_by_import():
-    assert class_source(MLP) == {"import": "gputune.models.mlp:MLP"}
+    digest = hashlib.sha256(inspect.getsource(MLP).encode()).hexdigest()
+    assert class_source(MLP) == {"import": "gputune.models.mlp:MLP", "sha256": digest}
     assert find_class({"import": "gputune.models.mlp:MLP"}) is MLP
     assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {"import": "__main__:Net"}
+
+
+def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypatch):
+    """Also where a class that it inherits from has; a model that was trained is loaded all the same."""
+    monkeypatch.syspath_prepend(tmp_path)
+    base = "from torch import nn\n\nclass Base(nn.Module):\n    size = 1\n"
+    (tmp_path / "own_nets.py").write_text(base + "\nclass Net(Base):\n    pass\n")
+    first = importlib.import_module("own_nets").Net
+    source = class_source(first)
+    (tmp_path / "own_nets.py").write_text(base.replace("1", "22") + "\nclass Net(Base):\n    pass\n")
+    assert class_source(first) == source  # what was imported is what it was
+    sys.modules.pop("own_nets")
+    importlib.invalidate_caches()
+    second = find_class(source)
+    assert second.size == 22 and class_source(second)["sha256"] != source["sha256"]
+    check_unchanged(second, class_source(second))
+    with pytest.raises(
+        InputError, match="the module class 'own_nets:Net' has changed since the search was begun"
+    ):
+        check_unchanged(second, source)
+    sys.modules.pop("own_nets")
 
 
 @pytest.mark.parametrize(

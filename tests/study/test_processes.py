@@ -1,12 +1,15 @@
 """Several processes on one study: each trial is trained once, and what a dead process had is taken over."""
 
+import importlib
 import json
 import os
 import re
 import signal
 import sqlite3
+import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -110,9 +113,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
                 second.decide_alone(method)
 
 
-META = (
-    "spec optimizer schedule space method task fingerprint numbers class_weight sample_weight splits".split()
-)
+META = "spec target optimizer schedule space method task fingerprint numbers class_weight sample_weight splits".split()
 META += "scoring epoch max_epochs seed dtype".split()
 
 
@@ -183,6 +184,27 @@ def test_ctrl_c_ends_the_wait_for_a_plan(path):
         threading.Timer(0.3, stop.ask).start()
         with pytest.raises(KeyboardInterrupt), ledger.alone():
             pass
+
+
+def test_a_module_whose_code_has_changed_is_another_search(tmp_path, monkeypatch):
+    """Of an imported class; the table of the study would mix two models."""
+    monkeypatch.syspath_prepend(tmp_path)
+    net = "import torch\n\nclass Net(torch.nn.Linear):\n    size = 1\n"
+    net += "    def __init__(self, n_features, n_outputs): super().__init__(n_features, n_outputs)\n"
+    call = {"space": {"lr": [1e-3, 1e-2]}, "include_default": False, "max_epochs": 1, "cv": 2, "verbose": 0}
+    for size, trials in ((1, 1), (22, 2)):
+        (tmp_path / "tuned_net.py").write_text(net.replace("size = 1", f"size = {size}"))
+        importlib.invalidate_caches()
+        module = importlib.import_module("tuned_net")
+        with (
+            nullcontext()
+            if size == 1
+            else pytest.raises(InputError, match=r"in: model \(its code has changed\)\.")
+        ):
+            gputune.tune(
+                module.Net, *load_iris(return_X_y=True), n_trials=trials, study=tmp_path / "study.db", **call
+            )
+        sys.modules.pop("tuned_net")
 
 
 def test_who_trains_what_is_waited_for_is_said(path):

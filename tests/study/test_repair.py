@@ -140,11 +140,59 @@ def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(tmp_pat
     command = re.search(r"gputune (repair .*) --out NEW\.db$", err.strip())[1]
     code, out, err = run(*command.split(), "--out", "new.db")
     assert (code, err) == (0, "") and "results  of 2 of the 3 trials" in out
+    assert out.endswith("\n\nGo on: gputune resume new.db\n")
     path.unlink()
     (tmp_path / "new.db").rename(path)
     assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
     after = gputune.Study.open(path).trials
     assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
+
+
+@pytest.mark.parametrize("key", ["arguments", "task", ""])
+def test_a_lost_option_is_counted_and_no_command_shows_a_traceback(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "bugs.csv", kind=kinds())
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    raw = sqlite3.connect(tmp_path / "gputune-out" / "study.db")
+    with raw:
+        raw.execute("DELETE FROM meta WHERE key = ?", (key,))
+    raw.close()
+    code, out, _ = run("repair", "gputune-out", "--out", "new.db")
+    assert code == 0 and ("Options are lost" in out) == (key != "") == ("Go on" not in out)
+    assert len(gputune.Study.open("new.db").trials) == 3
+    for command in (["resume"], ["report"], ["trials"], ["best"], ["status"]):
+        code, _, err = run(*command, "new.db")
+        assert code == 0 or (code == 2 and "has lost" in err and "Traceback" not in err), (command, err)
+
+
+def test_every_option_can_be_lost_without_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "bugs.csv", kind=kinds())
+    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    whole = (tmp_path / "gputune-out" / "study.db").read_bytes()
+    for key in gputune.Study.open(tmp_path / "gputune-out" / "study.db").meta:
+        (tmp_path / "lost.db").write_bytes(whole)
+        raw = sqlite3.connect(tmp_path / "lost.db")
+        with raw:
+            raw.execute("DELETE FROM meta WHERE key = ?", (key,))
+        raw.close()
+        for command in ("report", "trials", "best", "status"):
+            code, _, err = run(command, "lost.db")
+            assert code == 0 or (code == 2 and f"has lost the option '{key}'" in err), (key, command, err)
+
+
+def test_a_row_that_is_there_twice_is_saved_once(tmp_path):
+    path = tmp_path / "study.db"
+    Store.create(path, META).close()
+    raw = sqlite3.connect(path)
+    with raw:  # as on a page that was freed: the same row under another number
+        raw.execute("CREATE TABLE spare AS SELECT * FROM meta")
+        raw.execute("UPDATE spare SET rowid = rowid + 40")
+    raw.close()
+    report = repair(path, tmp_path / "new.db")
+    assert report.options == (3, 3)
+    with Store.open(tmp_path / "new.db") as store:
+        assert store.meta == META
 
 
 def test_a_backup_while_a_writer_runs_is_a_prefix_of_its_commits(tmp_path):

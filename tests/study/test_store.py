@@ -2,6 +2,8 @@
 
 import math
 import os
+import pickle
+import re
 import resource
 import shutil
 import sqlite3
@@ -267,9 +269,58 @@ def test_a_file_that_cannot_be_opened_is_no_damage(path):
         pass
     path.with_name("study.db-wal").mkdir()
     with pytest.raises(
-        OSError, match=r"study\.db': unable to open database file; check the disk and the rights"
+        OSError, match=r"study\.db': unable to open database file; check the disk, the rights"
     ):
         Store.open(path)
+
+
+FULL = """
+import resource, signal, warnings
+from gputune.study.store import Candidate, Store
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    with Store.open("study.db") as store:
+        print(store.meta, len(store.trials()), *[w.message for w in said], sep="\\n")
+        try:
+            store.add_trials([Candidate(1, {}, "random")])
+        except OSError as error:
+            print(error)
+"""
+
+
+def test_a_closed_study_is_read_where_nothing_can_be_written(path):
+    with Store.create(path, {"a": 1}) as store:
+        store.add_trials(candidates([0]))
+    command = [sys.executable, "-P", "-c", FULL]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
+    meta, trials, warning, error = done.stdout.strip().split("\n")
+    assert (meta, trials) == ("{'a': 1}", "1")
+    assert re.fullmatch(
+        r"it can only be read: study 'study\.db': disk I/O error; check the disk, the rights of its folder and "
+        r"limits on files\. Make room before the search goes on\.",
+        warning,
+    )
+    assert "study 'study.db' may not be written" in error
+    with Store.open(path) as store:
+        store.add_trials(candidates([1]))
+
+
+def test_an_option_that_is_lost_is_named(path):
+    with Store.create(path, {"a": 1, "b": 2}) as store:
+        meta = store.meta
+    with sqlite3.connect(path) as raw:
+        raw.execute("DELETE FROM meta WHERE key = 'b'")
+    raw.close()
+    with Store.open(path) as store:
+        held = store.meta
+    assert held == {"a": 1} and held.get("b") is None and meta == {"a": 1, "b": 2}
+    with pytest.raises(
+        StudyCorruptError, match=r"study\.db' has lost the option 'b' of its search\. Its trials can be"
+    ):
+        held["b"]
+    assert pickle.loads(pickle.dumps(held)) == held
 
 
 def test_a_lock_that_is_held_too_long_is_named(path, monkeypatch):
@@ -309,12 +360,15 @@ def test_files_that_are_no_study_of_this_version(path):
         Store.open(path)
     with pytest.raises(FileNotFoundError, match="no study file; this is a folder, give the file in it: "):
         Store.open(path.parent)
-    for content in (b"", b"number,score\n1,2\n" * 20):
-        path.write_bytes(content)
-        with pytest.raises(
-            StudyCorruptError, match=r"study\.db' is not a gputune study: it is no SQLite file"
-        ):
-            Store.open(path)
+    path.touch()
+    with pytest.raises(
+        StudyCorruptError, match=r"study\.db' is not .*: it is empty; remove it, or check the path"
+    ):
+        Store.open(path)
+    path.write_bytes(b"number,score\n1,2\n" * 20)
+    words = r"study\.db' is not a gputune study: it is no SQLite file; check the path\. Where it was .*: gputune repair"
+    with pytest.raises(StudyCorruptError, match=words):
+        Store.open(path)
     path.unlink()
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE studies (x)")
