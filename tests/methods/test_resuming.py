@@ -131,7 +131,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
         total = Dies(patch)
         gputune.tune("mlp", *iris, **call)
     repeated = []
-    for at in range(1, total.epochs, 3 if method == "random" else 1):
+    for at in range(1, total.epochs, 6 if method == "random" else 3):
         epochs = 0
         for death in (at, None):
             with monkeypatch.context() as patch:
@@ -265,7 +265,7 @@ study = gputune.tune("mlp", *load_iris(return_X_y=True), space={"lr": [1e-4, 1e-
 
 
 def test_a_killed_search_with_workers_goes_on(tmp_path):
-    epochs = 4000
+    epochs = 2000
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
     )
