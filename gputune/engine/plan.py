@@ -102,11 +102,10 @@ def make_plan(
     population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
     and for a user's module, whose inside is unknown.
     """
-    pieces, all_compiled = [], cost_of is None
+    pieces: list[_Piece] = []
     for population in populations:
         cost = trial_cost(population, data, parameters, backend)
         way = trains_as(backend, population.kind, population.configs[0])
-        all_compiled = all_compiled and way == "compiled"
         limit = (
             min(_COMPILED_BYTES, memory or _COMPILED_BYTES)
             if way == "compiled"
@@ -123,6 +122,7 @@ def make_plan(
         # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
     total = sum(piece.seconds for piece in pieces)
+    all_compiled = cost_of is None and all(piece.way == "compiled" for piece in pieces)
     if all_compiled and workers in (None, 1):  # threads share the members of a chunk, and need no start
         return _plan(pieces, data, workers=1, threads=cores())
     if workers is None:

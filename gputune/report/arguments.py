@@ -191,7 +191,7 @@ def _add_machine(group: Any) -> None:
         "--out", default="gputune-out", metavar="DIR",
         help="folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
     )  # fmt: skip
-    _add_checkpoints(group, default=60.0)
+    _add_checkpoints(group, default=60)
     _add_quiet(group)
 
 
@@ -220,7 +220,7 @@ def _add_backend(group: Any, *, default: str | None) -> None:
     )  # fmt: skip
 
 
-def _add_checkpoints(group: Any, *, default: float | None) -> None:
+def _add_checkpoints(group: Any, *, default: int | None) -> None:
     group.add_argument(
         "--checkpoint-seconds", type=_number, default=default, metavar="SEC",
         help="what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated "
@@ -237,13 +237,7 @@ def _add_profile(group: Any) -> None:
 
 def _unsaid(default: object) -> str:
     """What holds where nothing is said, in words; a search that goes on has it from its study."""
-    return (
-        "as the search began"
-        if default is None
-        else f"{default:g}"
-        if isinstance(default, float)
-        else str(default)
-    )
+    return "as the search began" if default is None else str(default)
 
 
 def _add_ray(group: Any) -> None:

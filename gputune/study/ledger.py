@@ -154,8 +154,8 @@ class Ledger:
         return [candidate for candidate in self.candidates if candidate.number not in self.results]
 
     def is_waited_for(self) -> bool:
-        """Whether the file has a trial without a result, of this process or of another one."""
-        return bool(self.waiting()) or (self.store is not None and self.store.waiting() > 0)
+        """Whether the file has a trial without a result that stays, of this process or of another one."""
+        return self.store is not None and self.store.waiting() > 0
 
     def finish(self, results: Sequence[Result]) -> None:
         """Keep the results of one chunk, all or none; those that are kept already stay as they are."""

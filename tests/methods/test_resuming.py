@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -213,6 +214,17 @@ def test_none_is_left_of_trials_that_ended_before_the_last_stop(iris, tmp_path, 
     assert list((tmp_path / "s.db.state").glob("*.safetensors"))
     gputune.tune("mlp", *iris, **call)
     assert [place.name for place in tmp_path.iterdir()] == ["s.db"]
+
+
+def test_what_goes_on_from_a_checkpoint_is_said(iris, tmp_path, capsys):
+    call = {**COMMON, "study": tmp_path / "s.db", "verbose": 1}
+    cut = gputune.tune("mlp", *iris, timeout=0.01, **call)
+    assert "can go on" not in capsys.readouterr().err
+    gputune.tune("mlp", *iris, **call)
+    stopped = sum(trial.state == "stopped" for trial in cut.trials)
+    assert re.search(
+        rf"^{stopped} trials? can go on from where training was stopped$", capsys.readouterr().err, re.M
+    )
 
 
 def test_what_cannot_be_used_goes_with_the_last_trial(iris, tmp_path):

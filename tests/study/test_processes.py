@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from sklearn.datasets import load_iris
@@ -19,6 +20,7 @@ import gputune
 from gputune import pipeline
 from gputune.engine.stopping import Stop
 from gputune.errors import InputError
+from gputune.methods.full import _wait
 from gputune.progress import Progress
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
@@ -220,8 +222,16 @@ def test_who_trains_what_is_waited_for_is_said(path):
             )
             assert ledger.who_has(CHUNKS) == (names, remedy)
             assert ledger.who_has(CHUNKS[1:])[1] == ""
+        said = []
+        context = SimpleNamespace(
+            progress=SimpleNamespace(say=lambda text, once: said.append(text)), is_over=lambda: True
+        )
+        _wait(ledger, CHUNKS, context)
+        assert said == [f"waiting for 3 trials of process 7 on 'far'. {remedy}"]
         lock.unlink()
         assert ledger.who_has(CHUNKS) == ("another process", "")
+        _wait(ledger, CHUNKS[1:], context)
+        assert said[1:] == ["waiting for 1 trial of another process."]
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # torch's threads, all asleep
