@@ -13,6 +13,7 @@
     python scripts/benchmark.py --hypergradients    what each mode costs over plain training, into benchmarks/
     python scripts/benchmark.py --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark.py --logistic          the solved logistic regression beside scikit-learn's
+    python scripts/benchmark.py --profile           share of the matrix-product peak, and a trial's cost beside training
     python scripts/benchmark.py --optuna            Optuna's TPE beside random search, and what asking costs
 
 The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
@@ -35,6 +36,7 @@ from benchmark_halving import SEEDS, TRIALS, run_halving, tables
 from benchmark_hypergradients import EPOCHS, MEMBERS, run_hypergradients
 from benchmark_logistic import CANDIDATES, run_logistic
 from benchmark_machine import ROOT, card, describe_machine
+from benchmark_profile import NARROW_TRIALS, WIDE_TRIALS, run_profile
 from benchmark_quality import EPOCHS as QUALITY_EPOCHS
 from benchmark_quality import SEEDS as QUALITY_SEEDS
 from benchmark_quality import TRIALS as QUALITY_TRIALS
@@ -118,6 +120,17 @@ def _quality(options: argparse.Namespace) -> int:
     )
 
 
+def _profile(options: argparse.Namespace) -> int:
+    return run_profile(
+        options.out,
+        {**describe_machine(), "card": None},
+        trials=WIDE_TRIALS,
+        many=NARROW_TRIALS,
+        epochs=options.epochs or 20,
+        repeats=options.repeats or 3,
+    )
+
+
 PARTS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "grid": _grid,
     "quality": _quality,
@@ -125,6 +138,7 @@ PARTS: Mapping[str, Callable[[argparse.Namespace], int]] = {
     "hypergradients": _hypergradients,
     "halving": _halving,
     "logistic": _logistic,
+    "profile": _profile,
     "optuna": _optuna,
 }
 """The other parts by the name of their option."""
@@ -167,6 +181,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--adult", type=Path, metavar="FILE", help="with --halving, --quality: UCI's adult.data, also .gz"
     )
     parser.add_argument("--logistic", action="store_true", help="60 values of C with each penalty, on digits")
+    parser.add_argument("--profile", action="store_true", help="32 trials of width 256, of 128; 10,000 of 16")
     parser.add_argument("--optuna", action="store_true", help="a search of 160 trials for each of 10 seeds")
     return parser.parse_args(arguments)
 
