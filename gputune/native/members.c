@@ -25,7 +25,7 @@ typedef float real;
 #define MOST_LAYERS 64
 #define PAD 16            /* columns come in whole vectors of any width */
 #define SCORED_ROWS 64    /* validation rows at a time: their activations stay in the cache */
-#define PANEL 4096        /* numbers of a gradient between its product and its use */
+#define GRADIENT 4096     /* numbers of a gradient between its product and its use */
 
 /* What is to be done, for all members: laid out as gputune.native.work.Work. */
 typedef struct {
@@ -56,7 +56,7 @@ typedef struct {
 
 typedef struct {
     long in, out, row;            /* true sizes, and the length of a row of the weight: out and its padding */
-    real *weight[3], *bias[3];    /* of the parameters and of both moments */
+    real *weight[3], *bias[3];    /* of the parameters and of both moments; weights in panels of padded(in) rows */
 } Layer;
 
 typedef struct {
@@ -65,7 +65,7 @@ typedef struct {
     real *state, *end;                              /* of what is copied in and out */
     real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and what it was before the activation */
     real *kept[MOST_LAYERS + 1];                    /* what dropout multiplies it by */
-    real *slope, *below, *turned, *panel, *share, *work;
+    real *slope, *below, *turned, *packed, *gradient, *share, *work;
     int64_t *codes;
 } Space;
 
@@ -98,12 +98,23 @@ static real *lay_out(const Work *w, Space *s, real *at) {
     }
     s->slope = at, at += rows * widest;
     s->below = at, at += rows * widest;
-    s->turned = at, at += hidden * most(hidden, padded(w->outputs));
-    s->panel = at, at += most(PANEL, TILE_ROWS * widest) + widest;
+    s->turned = at, at += TILE_COLUMNS * most(hidden, padded(w->outputs));
+    s->packed = at, at += TILE_COLUMNS * rows;
+    s->gradient = at, at += most(GRADIENT, widest);
     s->share = at, at += padded(rows);
     s->work = at, at += padded((w->outputs + 2) * rows);
     s->codes = (int64_t *)at;
     return at + rows * (long)(sizeof(int64_t) / sizeof(real));
+}
+
+/* Copy row i of a layer's weight from where it lies flat, or back. */
+static void move_row(const Layer *layer, int role, long i, real *flat, int back) {
+    for (long j = 0; j < layer->out; j += panel(layer->row - j)) {
+        long width = panel(layer->row - j), count = layer->out - j < width ? layer->out - j : width;
+        real *own = layer->weight[role] + j * padded(layer->in) + i * width;
+        if (back) memcpy(flat + j, own, count * sizeof(real));
+        else memcpy(own, flat + j, count * sizeof(real));
+    }
 }
 
 /* Copy one member from the flat buffers, or back: weight0 (F, D, C, H), bias0 (F, C, H), the others (F, C, in, out). */
@@ -118,15 +129,13 @@ static void move(const Work *w, Space *s, long f, long c, int back) {
             long wide = last ? w->outputs : w->width, in = l ? w->width : w->inputs;
             Layer *layer = &s->layer[l];
             layer->in = l ? hidden : w->inputs, layer->out = last ? w->outputs : hidden, layer->row = padded(layer->out);
-            for (long i = 0; i <= layer->in; i++) {
-                int bias = i == layer->in;
-                real *own = bias ? layer->bias[role] : layer->weight[role] + i * layer->row;
-                real *flat = bias ? block + w->folds * w->trials * in * wide + (f * w->trials + c) * wide
-                             : l  ? block + ((f * w->trials + c) * in + i) * wide
-                                  : block + ((f * in + i) * w->trials + c) * wide;
-                if (back) memcpy(flat, own, layer->out * sizeof(real));
-                else memcpy(own, flat, layer->out * sizeof(real));
+            for (long i = 0; i < layer->in; i++) {
+                long at = l ? (f * w->trials + c) * in + i : (f * in + i) * w->trials + c;
+                move_row(layer, role, i, block + at * wide, back);
             }
+            real *flat = block + w->folds * w->trials * in * wide + (f * w->trials + c) * wide;
+            if (back) memcpy(flat, layer->bias[role], layer->out * sizeof(real));
+            else memcpy(layer->bias[role], flat, layer->out * sizeof(real));
             block += w->folds * w->trials * (in + 1) * wide;
         }
     }
@@ -156,7 +165,7 @@ static void forward(const Work *w, Space *s, long rows, int dropping) {
         int last = l + 1 == s->layers;
         long across = l ? s->layer[l - 1].row : w->inputs, n = rows * layer->row;
         real *z = s->z[l + 1], *h = s->h[l + 1];
-        product(rows, layer->row, layer->in, s->h[l], across, 1, layer->weight[0], layer->row, layer->bias[0], z,
+        product(rows, layer->row, layer->in, s->h[l], across, 1, layer->weight[0], padded(layer->in), layer->bias[0], z,
                 layer->row);
         if (!last) activate(w->activation, n, z, h);
         if (!last && dropping)
@@ -182,43 +191,62 @@ static void loss_slope(const Work *w, Space *s, long f, const int64_t *which, lo
     cross_entropy_slope(rows, w->outputs, z, last->row, w->present + f * w->outputs, s->codes, s->share, s->work);
 }
 
-/* Take a layer's step from the slope (rows, row) in what it gives, a few rows of the weight at a time. */
+/* Columns j and after of the slopes (rows, row), as a panel. */
+static const real *pack(const Space *s, const real *slope, long rows, long row, long j, long width) {
+    if (width == row) return slope;
+    for (long i = 0; i < rows; i++) memcpy(s->packed + i * width, slope + i * row + j, width * sizeof(real));
+    return s->packed;
+}
+
+/* Take a layer's step from the slope (rows, row) in what it gives, a part of the weight at a time. */
 static void descend(Layer *layer, Space *s, Rates by, const real *h, long across, const real *slope, long rows) {
-    long count = most(TILE_ROWS, PANEL / layer->row / TILE_ROWS * TILE_ROWS);
-    for (long i = 0; i < layer->in; i += count) {
-        long some = layer->in - i < count ? layer->in - i : count, at = i * layer->row;
-        product(some, layer->row, rows, h + i, 1, across, slope, layer->row, 0, s->panel, layer->row);
-        update(by, some * layer->row, layer->weight[0] + at, s->roles > 1 ? layer->weight[1] + at : 0,
-               s->roles > 2 ? layer->weight[2] + at : 0, s->panel);
+    for (long j = 0; j < layer->row; j += panel(layer->row - j)) {
+        long width = panel(layer->row - j), count = GRADIENT / width / TILE_ROWS * TILE_ROWS;
+        const real *own = pack(s, slope, rows, layer->row, j, width);
+        for (long i = 0; i < layer->in; i += count) {
+            long some = layer->in - i < count ? layer->in - i : count, at = j * padded(layer->in) + i * width;
+            product(some, width, rows, h + i, 1, across, own, rows, 0, s->gradient, width);
+            update(by, some * width, layer->weight[0] + at, s->roles > 1 ? layer->weight[1] + at : 0,
+                   s->roles > 2 ? layer->weight[2] + at : 0, s->gradient);
+        }
     }
-    memset(s->panel, 0, layer->row * sizeof(real));
+    memset(s->gradient, 0, layer->row * sizeof(real));
     for (long i = 0; i < rows; i++)
-        for (long j = 0; j < layer->row; j++) s->panel[j] += slope[i * layer->row + j];
+        for (long j = 0; j < layer->row; j++) s->gradient[j] += slope[i * layer->row + j];
     update(by, layer->row, layer->bias[0], s->roles > 1 ? layer->bias[1] : 0, s->roles > 2 ? layer->bias[2] : 0,
-           s->panel);
+           s->gradient);
 }
 
 /* b (columns, rows) = a (rows, columns) transposed, block by block: whole lines of the cache are read and written. */
-static void turn(long rows, long columns, const real *restrict a, real *restrict b) {
-    for (long j = 0; j < columns; j += PAD)
-        for (long i = 0; i < rows; i += PAD) {
-            real block[PAD][PAD];
-            for (long p = 0; p < PAD; p++)
-                for (long q = 0; q < PAD; q++) block[q][p] = a[(i + p) * columns + j + q];
-            for (long q = 0; q < PAD; q++)
-                for (long p = 0; p < PAD; p++) b[(j + q) * rows + i + p] = block[q][p];
+static void transpose(long rows, long columns, const real *restrict a, real *restrict b) {
+    for (long j = 0; j < columns; j += LANES)
+        for (long i = 0; i < rows; i += LANES) {
+            real block[LANES][LANES];
+            for (long p = 0; p < LANES; p++)
+                for (long q = 0; q < LANES; q++) block[q][p] = a[(i + p) * columns + j + q];
+            for (long q = 0; q < LANES; q++)
+                for (long p = 0; p < LANES; p++) b[(j + q) * rows + i + p] = block[q][p];
         }
+}
+
+/* The slope in what a layer is given, (rows, row), from that in what it gives; a part of the columns at a time. */
+static void slope_back(const Layer *layer, const Space *s, const real *slope, long rows, real *below, long row) {
+    for (long j = 0; j < row; j += panel(row - j)) {
+        long width = panel(row - j);
+        for (long k = 0; k < layer->row; k += panel(layer->row - k)) {
+            long across = panel(layer->row - k);
+            transpose(width, across, layer->weight[0] + k * row + j * across, s->turned + k * width);
+        }
+        product(rows, width, layer->out, slope, layer->row, 1, s->turned, layer->row, 0, below + j, row);
+    }
 }
 
 static void backward(const Work *w, Space *s, Rates by, long rows, int dropping) {
     real *slope = s->h[s->layers], *below = s->slope;
     for (int l = s->layers - 1; l >= 0; l--) {
         Layer *layer = &s->layer[l];
-        if (l > 0) { /* with the weights as they were before the step */
-            long row = s->layer[l - 1].row;
-            turn(row, layer->row, layer->weight[0], s->turned);
-            product(rows, row, layer->out, slope, layer->row, 1, s->turned, row, 0, below, row);
-        }
+        if (l > 0) /* with the weights as they were before the step */
+            slope_back(layer, s, slope, rows, below, s->layer[l - 1].row);
         descend(layer, s, by, s->h[l], l ? s->layer[l - 1].row : w->inputs, slope, rows);
         if (l > 0) {
             long n = rows * s->layer[l - 1].row;

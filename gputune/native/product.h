@@ -2,7 +2,7 @@
 
    A tile of the result stays in registers while the inner dimension goes by: one line of b is read once for all rows
    of the tile, and each number of a is spread over a register. The compiler's vector types make it the processor's
-   own instructions, whatever their width. Nothing is packed: what is multiplied here was just written. */
+   own instructions, whatever their width. */
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -19,6 +19,7 @@
 #endif
 
 #define LANES ((int)(VECTOR_BYTES / sizeof(real)))
+#define TILE_COLUMNS (TILE_VECTORS * LANES)
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 typedef real vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
@@ -67,26 +68,34 @@ TILES(tiles_of_2, 2)
 TILES(tiles_of_3, 3)
 #endif
 
+/* How many of ``left`` columns the next tile has; four vectors are two and two, as three and one would leave the
+   registers half empty. */
+static long panel(long left) {
+    long vectors = left / LANES;
+    return LANES * (vectors == 4 ? 2 : vectors < TILE_VECTORS ? vectors : TILE_VECTORS);
+}
+
 /* c (rows, columns) = a (rows, inner) b (inner, columns) + bias (columns), or without bias where it is NULL.
 
    ``columns`` is a multiple of LANES. Element (i, p) of a is a[i a_row + p a_column]: a may be read as it lies or
-   transposed. The order of the sums depends on the column alone, so rows come out the same in any company. */
+   transposed. b lies in panels, each of them the whole rows of one tile's columns: the panel that begins with column j
+   begins at j b_rows, where b_rows is the number of rows there is room for. So a tile's lines follow one another; in
+   rows of 4 KiB they would all fall on the same few places of the cache, each in a page of its own. The order of the
+   sums depends on the column alone, so rows come out the same in any company. */
 static void product(long rows, long columns, long inner, const real *a, long a_row, long a_column, const real *b,
-                    long b_row, const real *bias, real *c, long c_row) {
-    for (long j = 0; j < columns;) {
-        long left = (columns - j) / LANES;
-        /* four vectors are two and two: three and one would leave the registers half empty */
-        long width = left > TILE_VECTORS && left != 4 ? TILE_VECTORS : left == 4 ? 2 : left;
+                    long b_rows, const real *bias, real *c, long c_row) {
+    for (long j = 0; j < columns; j += panel(columns - j)) {
+        long width = panel(columns - j);
+        const real *lines = b + j * b_rows, *shift = bias ? bias + j : 0;
         for (long i = 0; i < rows; i += TILE_ROWS) {
             int count = rows - i < TILE_ROWS ? (int)(rows - i) : TILE_ROWS;
-            const real *from = a + i * a_row, *shift = bias ? bias + j : 0;
+            const real *from = a + i * a_row;
             real *to = c + i * c_row + j;
-            if (width == 1) tiles_of_1(count, inner, from, a_row, a_column, b + j, b_row, shift, to, c_row);
-            if (width == 2) tiles_of_2(count, inner, from, a_row, a_column, b + j, b_row, shift, to, c_row);
+            if (width == LANES) tiles_of_1(count, inner, from, a_row, a_column, lines, width, shift, to, c_row);
+            if (width == 2 * LANES) tiles_of_2(count, inner, from, a_row, a_column, lines, width, shift, to, c_row);
 #if TILE_VECTORS == 3
-            if (width == 3) tiles_of_3(count, inner, from, a_row, a_column, b + j, b_row, shift, to, c_row);
+            if (width == 3 * LANES) tiles_of_3(count, inner, from, a_row, a_column, lines, width, shift, to, c_row);
 #endif
         }
-        j += width * LANES;
     }
 }
