@@ -43,14 +43,26 @@ def backend(request, monkeypatch):
     return request.param
 
 
+_TRAINED = {}  # the slow loop trains a member once, whatever it is compared to
+
+
+def plain_loop(x, y, config, n_outputs, epochs, max_epochs, weights):
+    """The oracle's network for one member."""
+    rows = [None if part is None else part.numpy().tobytes() for part in (x, y, weights)]
+    key = (*rows, x.dtype, repr(sorted(config.items())), n_outputs, epochs, max_epochs)
+    if key not in _TRAINED:
+        _TRAINED[key] = reference.train_mlp(
+            x, y, config, n_outputs=n_outputs, epochs=epochs, max_epochs=max_epochs, weights=weights
+        )
+    return _TRAINED[key]
+
+
 def assert_equals_plain_loop(data, configs, *, kind="mlp", epochs, horizon=None):
     together, _ = train_together(data, configs, kind=kind, epochs=epochs, horizon=horizon)
     for (f, i), member in together.items():
         x, y, weights = rows_of(data, f)
         config = configs[i] if kind == "mlp" else {**configs[i], "depth": 0, "dropout": 0.0}
-        alone = reference.train_mlp(
-            x, y, config, n_outputs=data.n_outputs, epochs=epochs, max_epochs=horizon, weights=weights
-        )
+        alone = plain_loop(x, y, config, data.n_outputs, epochs, horizon, weights)
         worst = largest_difference(member, alone)
         if kind == "mlp" and data.dtype == torch.float32 and not worst <= TOLERANCE[data.dtype]:
             worst = up_to_a_kink(data, configs, f, i, epochs=epochs, horizon=horizon)
@@ -70,15 +82,7 @@ def up_to_a_kink(data, configs, fold, trial, *, epochs, horizon):
     worst = 0.0
     for epoch in range(1, epochs):
         together, _ = train_together(data, configs, epochs=epoch, horizon=horizon or epochs)
-        alone = reference.train_mlp(
-            x,
-            y,
-            configs[trial],
-            n_outputs=data.n_outputs,
-            epochs=epoch,
-            max_epochs=horizon or epochs,
-            weights=weights,
-        )
+        alone = plain_loop(x, y, configs[trial], data.n_outputs, epoch, horizon or epochs, weights)
         worst = max(worst, largest_difference(together[fold, trial], alone))
         a, b = x, x
         for one, other in zip(together[fold, trial].layers[:-1], alone.layers[:-1]):

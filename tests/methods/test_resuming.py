@@ -277,7 +277,7 @@ study = gputune.tune("mlp", *load_iris(return_X_y=True), space={"lr": [1e-4, 1e-
 
 
 def test_a_killed_search_with_workers_goes_on(tmp_path):
-    epochs = 2000
+    epochs = 700
     process = subprocess.Popen(
         [sys.executable, "-P", "-c", SCRIPT, str(epochs)], cwd=tmp_path, start_new_session=True
     )
