@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-SOURCES = ("members.c", "product.h", "functions.h", "update.h")
+SOURCES = ("members.c", "product.h", "functions.h", "update.h", "member.h", "step.h")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 # Clang and older compilers say no to it, and choose well without.
 _WHOLE_VECTORS = "-mprefer-vector-width=512"

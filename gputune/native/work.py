@@ -23,7 +23,7 @@ OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
 
 
 class Work(ctypes.Structure):
-    """``members.c`` says what each field is."""
+    """``member.h`` says what each field is."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in _NUMBERS),

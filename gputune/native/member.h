@@ -1,0 +1,127 @@
+/* What one member is: its tensors, where they lie in a block of memory of their own, and how they come in and out.
+
+   Axes: F folds, C trials, D inputs, H width, K outputs, n rows of the data. */
+
+#define MOST_LAYERS 64
+#define PAD 16            /* columns come in whole vectors of any width */
+#define SCORED_ROWS 64    /* validation rows at a time: their activations stay in the cache */
+#define GRADIENT 4096     /* numbers of a gradient between its product and its use */
+
+/* What is to be done, for all members: laid out as gputune.native.work.Work. */
+typedef struct {
+    int64_t folds, trials, inputs, width, outputs, layers, activation, optimizer, classes;
+    int64_t rows;                 /* n of the data */
+    int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
+    const real *x;                /* (V, n, D) */
+    const int64_t *copies;        /* (F): V of a fold */
+    const void *y;                /* (n) codes, or (F, n) values */
+    const double *weights;        /* (F, n) or NULL */
+    const real *present;          /* (F, K) */
+    const int64_t *order;         /* (F, longest fold): rows of the data as they are read in this epoch */
+    const int64_t *lengths;       /* (F): rows of each fold */
+    int64_t longest;
+    const int64_t *widths, *sizes, *cosine;           /* (C) */
+    const double *lr, *decay, *momentum, *dropout;    /* (C) */
+    const float *draws;           /* of dropout, one after another; NULL: none */
+    const int64_t *draw_start;    /* (steps): where those of a step begin */
+    const int64_t *draw_rows;     /* (steps): how many rows they are for, in each layer */
+    real *theta, *first, *second; /* flat buffers; the moments may be NULL */
+    const int64_t *valid;         /* validation rows of all folds */
+    const int64_t *valid_start;   /* (F + 1) */
+    real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */
+    double *accuracy;             /* (F, C) on them, NaN where an output is not finite; NULL: none */
+    int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
+    const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
+} Work;
+
+typedef struct {
+    long in, out, row;            /* true sizes, and the length of a row of the weight: out and its padding */
+    real *weight[3], *bias[3];    /* of the parameters and of both moments; weights in panels of padded(in) rows */
+} Layer;
+
+typedef struct {
+    int layers, roles;
+    Layer layer[MOST_LAYERS];
+    real *state, *end;                              /* of what is copied in and out */
+    real *h[MOST_LAYERS + 1], *z[MOST_LAYERS + 1];  /* input of each layer, and what it was before the activation */
+    real *kept[MOST_LAYERS + 1];                    /* what dropout multiplies it by */
+    real *slope, *below, *turned, *packed, *gradient, *share, *work;
+    int64_t *codes;
+} Space;
+
+static long padded(long n) { return (n + PAD - 1) / PAD * PAD; }
+static long most(long a, long b) { return a > b ? a : b; }
+
+/* Give every tensor of a member its place in one block of memory that begins at ``at``, and return its end. From 0 that
+   is the size of the block. */
+static real *lay_out(const Work *w, Space *s, real *at) {
+    long rows = SCORED_ROWS, widest = padded(w->inputs), hidden = padded(w->width);
+    for (long c = 0; c < w->trials; c++) rows = most(rows, w->sizes[c]);
+    s->layers = (int)w->layers;
+    s->roles = w->second ? 3 : w->first ? 2 : 1;
+    s->state = at;
+    for (int role = 0; role < s->roles; role++)
+        for (int l = 0; l < s->layers; l++) {
+            long row = l + 1 < s->layers ? hidden : padded(w->outputs), in = padded(l ? hidden : w->inputs);
+            widest = most(widest, row);
+            s->layer[l].weight[role] = at, at += in * row;
+            s->layer[l].bias[role] = at, at += row;
+        }
+    s->end = at;
+    int apart = w->activation != RELU; /* whose slope can be told from h, even where dropout has scaled it */
+    for (int l = 0; l <= s->layers; l++) {
+        s->h[l] = at, at += rows * widest;
+        s->z[l] = s->h[l];
+        s->kept[l] = 0;
+        if (apart && l > 0 && l < s->layers) s->z[l] = at, at += rows * hidden;
+        if (w->draws && l > 0 && l < s->layers) s->kept[l] = at, at += rows * hidden;
+    }
+    s->slope = at, at += rows * widest;
+    s->below = at, at += rows * widest;
+    s->turned = at, at += TILE_COLUMNS * most(hidden, padded(w->outputs));
+    s->packed = at, at += TILE_COLUMNS * rows;
+    s->gradient = at, at += most(GRADIENT, widest);
+    s->share = at, at += padded(rows);
+    s->work = at, at += padded((w->outputs + 2) * rows);
+    s->codes = (int64_t *)at;
+    return at + rows * (long)(sizeof(int64_t) / sizeof(real));
+}
+
+/* Copy row i of a layer's weight from where it lies flat, or back. */
+static void move_row(const Layer *layer, int role, long i, real *flat, int back) {
+    for (long j = 0; j < layer->out; j += panel(layer->row - j)) {
+        long width = panel(layer->row - j), count = layer->out - j < width ? layer->out - j : width;
+        real *own = layer->weight[role] + j * padded(layer->in) + i * width;
+        if (back) memcpy(flat + j, own, count * sizeof(real));
+        else memcpy(own, flat + j, count * sizeof(real));
+    }
+}
+
+/* Copy one member from the flat buffers, or back: weight0 (F, D, C, H), bias0 (F, C, H), the others (F, C, in, out). */
+static void move(const Work *w, Space *s, long f, long c, int back) {
+    real *from[3] = {w->theta, w->first, w->second};
+    long hidden = w->widths[c];
+    if (!back) memset(s->state, 0, (char *)s->end - (char *)s->state);
+    for (int role = 0; role < s->roles; role++) {
+        real *block = from[role];
+        for (int l = 0; l < s->layers; l++) {
+            int last = l + 1 == s->layers;
+            long wide = last ? w->outputs : w->width, in = l ? w->width : w->inputs;
+            Layer *layer = &s->layer[l];
+            layer->in = l ? hidden : w->inputs, layer->out = last ? w->outputs : hidden, layer->row = padded(layer->out);
+            for (long i = 0; i < layer->in; i++) {
+                long at = l ? (f * w->trials + c) * in + i : (f * in + i) * w->trials + c;
+                move_row(layer, role, i, block + at * wide, back);
+            }
+            real *flat = block + w->folds * w->trials * in * wide + (f * w->trials + c) * wide;
+            if (back) memcpy(flat, layer->bias[role], layer->out * sizeof(real));
+            else memcpy(layer->bias[role], flat, layer->out * sizeof(real));
+            block += w->folds * w->trials * (in + 1) * wide;
+        }
+    }
+}
+
+static void gather(const Work *w, long f, const int64_t *which, long rows, real *x) {
+    const real *all = w->x + w->copies[f] * w->rows * w->inputs;
+    for (long i = 0; i < rows; i++) memcpy(x + i * w->inputs, all + which[i] * w->inputs, w->inputs * sizeof(real));
+}
