@@ -76,7 +76,8 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
         )
     if "arguments" not in meta or "source" not in meta:
         raise InputError(
-            f"study {str(path)!r} has lost options of its search and cannot go on; search again."
+            f"study {str(path)!r} has lost options of its search and cannot go on; search again, into another "
+            "folder. `gputune trials` shows what it holds."
         )
     arguments = meta["arguments"]
     if arguments["lacking"]:

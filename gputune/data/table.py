@@ -117,8 +117,10 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     """
     if target not in table.names:
         close = difflib.get_close_matches(str(target), table.names, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"the columns are {quoted(table.names)}."
-        raise InputError(f"target={target!r} is not a column of the table; {hint}")
+        hint = f"did you mean {close[0]!r}? The" if close else "the"
+        raise InputError(
+            f"target={target!r} is not a column of the table; {hint} columns are {quoted(table.names)}."
+        )
     if len(table.names) == 1:
         raise InputError(
             f"the target {target!r} is the only column of the table; there is nothing to predict it from."

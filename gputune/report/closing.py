@@ -209,7 +209,10 @@ def _optimistic(study: Study) -> str:
 
 
 def _whereabouts(ending: Ending, width: int) -> str:
-    words = {**_STATES, "waiting": f"{_STATES['waiting']} (repeat the command to run them)"}
+    words = {
+        **_STATES,
+        "waiting": f"{_STATES['waiting']} (repeat the command to go on; without --timeout to the end)",
+    }
     if ending.model_folder is None:
         study = clean(ending.study_file)
         places = [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]

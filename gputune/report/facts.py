@@ -16,7 +16,7 @@ STATES: dict[TrialState, str] = {
     "pruned": "sent away early",
     "stopped": "cut short",
     "failed": "diverged",
-    "waiting": "not trained yet",
+    "waiting": "without a result yet",
 }
 
 

@@ -23,7 +23,7 @@ def status(place: str) -> str:
             "Trials",
             f"{done} of {count(len(study.trials), 'trial')} finished{f': {states_text(study)}' if states else ''}",
         ),
-        ("Best", _best(study)),
+        ("Best", _best(study, trains_on=states["waiting"] > 0)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
     return "\n".join(f"{name:9}{text}" for name, text in lines)
@@ -38,10 +38,16 @@ def last_written(file: Path) -> float:
     return max(path.stat().st_mtime for path in files)
 
 
-def _best(study: Study) -> str:
+def _best(study: Study, *, trains_on: bool) -> str:
     best = best_trial(study)
     if best is None:
         return "none yet"
     measure = measure_of(str(study.meta.get("scoring") or "score"), best.score)
     params = ", ".join(f"{clean(name)}={short(value)}" for name, value in best.params.items())
-    return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}"
+    # The trials that have passed a rung have no result before they end, and all that have one are worse.
+    left = (
+        " (sent away early; those that train on are not told yet)"
+        if trains_on and best.state == "pruned"
+        else ""
+    )
+    return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}{left}"

@@ -160,6 +160,10 @@ def remarks(
             said.append(
                 f"Trial {outside[0].number} is the default configuration, whose {key}={value!r} is not in the space."
             )
+    if outside and not include_default:
+        said.append(
+            f"Trial {outside[0].number} is the default configuration, which an earlier call asked for: it stays."
+        )
     said += _without_effect(trials, str(defaults["optimizer"]))
     n_draws, n_random = _n_draws(space, n_trials), _n_random(trials)
     if n_draws < n_trials:

@@ -189,11 +189,35 @@ def _differing(held: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
     words = [
         f"{_IDENTITY[key]}{_values(held.get(key), meta[key])}"
         for key in keys
-        if not (other_rows and key == "splits")
+        if not (other_rows and key in ("splits", "fingerprint"))
     ]
+    if other_rows:
+        words += _other_rows(held, meta, of_target="target" in keys)
     if None not in apart and apart[0] != apart[1] and not other_rows:
         words.append("the held-out rows")
     return words
+
+
+def _other_rows(held: Mapping[str, Any], meta: Mapping[str, Any], *, of_target: bool) -> list[str]:
+    """Why the rows are others: what chooses them where that differs, else how they do."""
+    sources = [of.get("source") or {} for of in (held, meta)]
+    for key in ("test_size", "seed"):  # choose which rows of a file are held out
+        there, here = (source.get(key) for source in sources)
+        if there != here:
+            return [f"test_size{_values(there, here)}"] if key == "test_size" else []
+    if of_target:
+        return []
+    there, here = (
+        # Of a file all rows count, those that are held out too.
+        {
+            "rows": source.get("rows", of["fingerprint"]["rows"]),
+            "columns": of["fingerprint"]["columns"],
+        }
+        for of, source in zip((held, meta), sources)
+    )
+    if there == here:
+        return ["data (as many rows and columns, with other values, names or order)"]
+    return [f"data{_values(there, here)}"]
 
 
 def _values(held: Any, given: Any) -> str:
@@ -218,6 +242,11 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         return
     with _opened(Path(path), meta) as store, Claims(Path(path)) as claims:
         held = store.meta
+        if "face" not in held and (lost := [word for key, word in _IDENTITY.items() if key not in held]):
+            raise InputError(
+                f"study={str(path)!r} has lost options of its search ({', '.join(lost)}) and cannot go on. Its trials "
+                "can be read with gputune.Study.open; give this search a path of its own."
+            )
         if differing := _differing(held, meta):
             raise InputError(
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "

@@ -183,11 +183,14 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
         assert "40 rows then, " not in err
         held_out = "that were held out have changed since it was begun; restore the file" in err
         assert held_out or "have changed since it was begun (" in err
-        assert ("this call in: the held-out rows." if held_out else "this call in: data.") in words
+        changed = "the held-out rows." if held_out else "data (as many rows and columns, with other values"
+        assert f"this call in: {changed}" in words
         said.add(held_out)
     assert said == {True, False}
     bugs.write_text("\n".join([*whole, whole[-1]]) + "\n")
     assert "(40 rows then, 41 now); restore the file" in run("resume", "gputune-out")[2]
+    words = run("tune", "bugs.csv", "--target", "kind", *FAST)[2]
+    assert "this call in: data (rows=40 there, rows=41 here). Give this" in words
     bugs.write_text("\n".join(whole) + "\n")
     assert run("resume", "gputune-out")[0] == run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
 
@@ -195,8 +198,12 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
 def test_another_target_is_named_and_not_what_follows_from_it(bugs):
     assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
     _, _, err = run("tune", "bugs.csv", "--target", "site", *FAST)
-    assert "differs from this call in: target ('kind' there, 'site' here), " in err
-    assert "folds" not in err and "held-out" not in err
+    assert "differs from this call in: target ('kind' there, 'site' here)" in err
+    assert "folds" not in err and "held-out" not in err and "data" not in err
+    _, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, "--test-size", "0.3")
+    assert "differs from this call in: test_size (0.2 there, 0.3 here). Give this" in err
+    _, _, err = run("tune", "bugs.csv", "--target", "kind", *FAST, "--seed", "1")
+    assert "differs from this call in: random_state (0 there, 1 here). Give this" in err
 
 
 def test_what_is_known_already_is_said(bugs):
@@ -257,7 +264,13 @@ def test_what_the_file_does_not_hold_is_named(bugs, monkeypatch):
     refused("is of RandomizedSearchCV", "a search of that face is not resumed")
     (bugs.parent / "my.db").unlink()
     Store.create("my.db", {"model": "mlp"}).close()
-    refused("has lost options of its search and cannot go on; search again")
+    refused(
+        "has lost options of its search and cannot go on; search again, into another folder. `gputune trials`"
+    )
+    with pytest.raises(
+        gputune.InputError, match=r"has lost options .*\(model, target, .*Its trials can be read"
+    ):
+        gputune.tune("mlp", "bugs.csv", "kind", **common, study="my.db")
 
 
 def test_any_splitter_and_class_weights_go_on(bugs):

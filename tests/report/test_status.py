@@ -18,7 +18,9 @@ def test_a_running_search(tmp_path):
     path = tmp_path / "study.db"
     with Store.create(path, META) as store:  # stays open, as in a search that runs
         store.add_trials(candidates(range(6)))
-        assert "Trials   0 of 6 trials finished: 6 not trained yet\nBest     none yet" in status(str(path))
+        assert "Trials   0 of 6 trials finished: 6 without a result yet\nBest     none yet" in status(
+            str(path)
+        )
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
         store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
         code, out, err = run("status", tmp_path)
@@ -27,12 +29,23 @@ def test_a_running_search(tmp_path):
         assert name == f"Study    {path}"
         assert trials == (
             "Trials   4 of 6 trials finished: 2 trained to the end, 1 sent away early, 1 diverged, "
-            "2 not trained yet"
+            "2 without a result yet"
         )
         assert best == "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert re.fullmatch(r"Written  \d+\.\d s ago", written)
         store.finish([result(4, score=0.75)])  # the search was not held up
     assert "accuracy 0.7500 in trial 4" in status(str(path))
+
+
+def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(tmp_path):
+    path = tmp_path / "study.db"
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(3)))
+        store.finish([result(n, state="pruned", score=0.5 + n / 10) for n in range(2)])
+        said = "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
+        assert f"{said} (sent away early; those that train on are not told yet)\n" in status(str(path))
+        store.finish([result(2, state="pruned", score=0.1)])
+    assert f"{said}\n" in status(str(path))
 
 
 def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(tmp_path):
@@ -91,5 +104,5 @@ def test_a_search_by_a_sampler_waits_for_its_next_batch(tmp_path):
         store.add_trials([replace(c, origin=f"batch {1 + c.number // 2}") for c in candidates(range(4))])
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
     text = status(str(path))
-    assert "Trials   2 of 4 trials finished: 2 trained to the end, 2 not trained yet" in text
+    assert "Trials   2 of 4 trials finished: 2 trained to the end, 2 without a result yet" in text
     assert "Best     accuracy 0.6000 in trial 1" in text

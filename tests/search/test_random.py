@@ -203,6 +203,8 @@ def test_duplicates_are_dropped_not_redrawn():
     assert len({tuple(p.items()) for p in params(trials)}) == 4
     said = remarks(trials, space, n_trials=4, include_default=True, defaults=MLP_DEFAULTS)
     assert said == ("2 of 4 drawn configurations repeat another one and are not run again.",)
+    said = remarks(trials, space, n_trials=4, include_default=False, defaults=MLP_DEFAULTS)
+    assert said[0] == "Trial 0 is the default configuration, which an earlier call asked for: it stays."
 
 
 def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
