@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gputune.data.dataset import Rows
-from gputune.data.fingerprint import fingerprint
+from gputune.data.fingerprint import fingerprint, table_size
 from gputune.data.packed import pack_folds, unpack_folds
 from gputune.data.source import Source, read_apart
 from gputune.engine.ray_connection import Ray
@@ -117,9 +117,10 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
         ) from error
     found = fingerprint(source.X, make_problem(source, meta["task"], choice).target)
     if found != meta["fingerprint"]:
+        sizes = table_size(meta["fingerprint"], origin), table_size(found, source.origin)
         raise InputError(
             f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
-            f"({_difference(meta, found, (source.origin or {}).get('rows'))}); restore the file."
+            f"({_difference(*sizes)}); restore the file."
         )
     held, now = origin.get("held_out"), (source.origin or {}).get("held_out")
     if held is not None and held != now:
@@ -130,11 +131,8 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
     return source, test
 
 
-def _difference(meta: dict[str, Any], found: dict[str, Any], rows: int | None) -> str:
-    """What differs between the rows of a study and those that were ``found``; ``rows`` counts the held-out ones too."""
-    held = meta["fingerprint"]
-    if rows is not None:
-        held, found = {**held, "rows": meta["source"]["rows"]}, {**found, "rows": rows}
+def _difference(held: dict[str, int], found: dict[str, int]) -> str:
+    """What differs between the rows of a study and those that were ``found``, by their numbers."""
     counts = [f"{held[n]} {n} then, {found[n]} now" for n in ("rows", "columns") if held[n] != found[n]]
     return "; ".join(counts) or f"{held['rows']} rows then and now, of other names or values"
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ def fingerprint(X: Table | Tensor, y: Target | np.ndarray) -> dict[str, Any]:
         rows, columns = len(X), len(X.names)
     _add(digest, y.labels if isinstance(y, Target) else y)
     return {"rows": rows, "columns": columns, "sha256": digest.hexdigest()}
+
+
+def table_size(found: Mapping[str, Any], origin: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the rows and columns of a fingerprint; of a table that was cut, the rows that are held out count too."""
+    return {"rows": (origin or {}).get("rows", found["rows"]), "columns": found["columns"]}
 
 
 def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gputune.data.fingerprint import table_size
 from gputune.errors import InputError
 from gputune.study.claims import Claims
 from gputune.study.store import Candidate, Chunk, Result, Store
@@ -193,7 +194,7 @@ def _differing(held: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
     ]
     if other_rows:
         words += _other_rows(held, meta, of_target="target" in keys)
-    if None not in apart and apart[0] != apart[1] and not other_rows:
+    elif None not in apart and apart[0] != apart[1]:
         words.append("the held-out rows")
     return words
 
@@ -201,23 +202,16 @@ def _differing(held: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
 def _other_rows(held: Mapping[str, Any], meta: Mapping[str, Any], *, of_target: bool) -> list[str]:
     """Why the rows are others: what chooses them where that differs, else how they do."""
     sources = [of.get("source") or {} for of in (held, meta)]
-    for key in ("test_size", "seed"):  # choose which rows of a file are held out
-        there, here = (source.get(key) for source in sources)
-        if there != here:
-            return [f"test_size{_values(there, here)}"] if key == "test_size" else []
-    if of_target:
+    there, here = (source.get("test_size") for source in sources)
+    if there != here:
+        return [f"test_size{_values(there, here)}"]
+    # The seed, which is named by itself, chooses which rows of a file are held out.
+    if of_target or sources[0].get("seed") != sources[1].get("seed"):
         return []
-    there, here = (
-        # Of a file all rows count, those that are held out too.
-        {
-            "rows": source.get("rows", of["fingerprint"]["rows"]),
-            "columns": of["fingerprint"]["columns"],
-        }
-        for of, source in zip((held, meta), sources)
-    )
-    if there == here:
+    sizes = [table_size(of["fingerprint"], source) for of, source in zip((held, meta), sources)]
+    if sizes[0] == sizes[1]:
         return ["data (as many rows and columns, with other values, names or order)"]
-    return [f"data{_values(there, here)}"]
+    return [f"data{_values(*sizes)}"]
 
 
 def _values(held: Any, given: Any) -> str:
