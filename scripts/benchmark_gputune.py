@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from benchmark_work import Outcome, Work
@@ -58,10 +59,10 @@ def built_again() -> Iterator[list[float]]:
     spent: list[float] = []
     build, before = library._build, os.environ.get("XDG_CACHE_HOME")
 
-    def timed(*arguments: Any, **named: Any) -> None:
+    def timed(*arguments: Any, **named: Any) -> Path:
         begin = time.monotonic()
         try:
-            build(*arguments, **named)
+            return build(*arguments, **named)
         finally:
             spent.append(time.monotonic() - begin)
 

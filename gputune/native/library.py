@@ -4,6 +4,7 @@ Plain C with the compiler's own vector types takes a second or two to build, whe
 ``torch.compile`` took about nine, for every shape anew.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -12,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,15 +37,18 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
     if compiler is None:
         raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
     double = dtype == torch.float64
-    path = cache_folder() / f"members-{'double' if double else 'float'}-{_key(compiler)}.so"
+    name = f"members-{'double' if double else 'float'}-{_key(compiler)}"
+    folder = cache_folder()
     try:
-        if not path.exists():
-            _build(compiler, path, double=double)
-        found = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NotBuiltError(f"{path} could not be made or loaded: {error}") from error
-    found.train_members.restype = ctypes.c_int
-    return found
+        if folder is not None and (kept := _kept(folder, name)) is not None:
+            return kept
+        if folder is not None and os.access(folder, os.W_OK):
+            return _load(_build(compiler, folder / name, double=double))
+        # What is loaded needs its file no more; Windows keeps it from being removed.
+        with tempfile.TemporaryDirectory(prefix="gputune-code-", ignore_cleanup_errors=True) as private:
+            return _load(_build(compiler, Path(private) / name, double=double))
+    except (OSError, AttributeError) as error:
+        raise NotBuiltError(f"gputune's compiled code could not be made or loaded: {error}") from error
 
 
 def find_compiler() -> str | None:
@@ -54,10 +59,58 @@ def find_compiler() -> str | None:
     return None
 
 
-def cache_folder() -> Path:
-    """Return the folder of built libraries: ``gputune`` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "gputune"
+def cache_folder() -> Path | None:
+    """Return the folder of built libraries: ``gputune`` in the user's cache.
+
+    None where there is no such folder, or, with a UserWarning, where its code could be another user's.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        if not base.is_absolute():  # which the XDG rule has ignored
+            base = Path.home() / ".cache"
+        folder = base / "gputune"
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
+        safe = _is_own(folder) and base.stat().st_mode & 0o1002 != 0o0002
+    except (OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
+        return None
+    if not safe:
+        warnings.warn(
+            f"{folder} is not used for compiled code, which each process now builds for itself: it must belong to "
+            "you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME to another folder.",
+            stacklevel=3,
+        )
+    return folder if safe else None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder, no link, belongs to this user, and no other may write to it."""
+    if not hasattr(os, "geteuid"):  # Windows, where a user's cache is the user's
+        return True
+    found = path.lstat()
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and not path.is_symlink()
+
+
+def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
+    """Return the library that an earlier run left. One that is not as it was built, or does not load, is removed."""
+    for path in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError, AttributeError):
+            if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
+                return _load(path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    found.train_members.restype = ctypes.c_int
+    return found
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _key(compiler: str) -> str:
@@ -78,9 +131,11 @@ def _processor() -> str:
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
 
 
-def _build(compiler: str, path: Path, *, double: bool) -> None:
-    """Build into a file of its own and put that in its place at once: another process may be doing the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _build(compiler: str, path: Path, *, double: bool) -> Path:
+    """Return ``path`` with the SHA-256 of what was built added to its name.
+
+    Built into a file of its own and put in its place at once: another process may be doing the same.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         words = [
@@ -94,9 +149,16 @@ def _build(compiler: str, path: Path, *, double: bool) -> None:
         for more in ([_WHOLE_VECTORS], []):
             done = subprocess.run([compiler, *more, *words], capture_output=True, text=True, check=False)
             if done.returncode == 0:
-                built.replace(path)
-                return
+                return _keep(built, path)
     said = done.stderr.strip().splitlines()
     raise NotBuiltError(
         f"{compiler} could not build gputune's C code: {said[0] if said else f'exit code {done.returncode}'}"
     )
+
+
+def _keep(built: Path, path: Path) -> Path:
+    """Put a file in its place, whole even after a power cut, for this user alone."""
+    built.chmod(0o600)
+    with built.open("rb+") as file:
+        os.fsync(file.fileno())
+    return built.replace(path.with_name(f"{path.name}-{_digest(built)}.so"))

@@ -1,5 +1,8 @@
 """Building the compiled library: once on a machine, whole or not at all, and with a reason where it cannot be had."""
 
+import hashlib
+import os
+import stat
 import subprocess
 import sys
 
@@ -9,7 +12,7 @@ import torch
 import gputune
 from gputune.errors import InputError
 from gputune.native import library as built
-from gputune.native.library import NotBuiltError, find_compiler, library
+from gputune.native.library import NotBuiltError, cache_folder, find_compiler, library
 from problems import Linear
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
@@ -22,6 +25,7 @@ SMALL = {"n_trials": 1, "max_epochs": 1, "cv": 2}
 def fresh(monkeypatch, tmp_path):
     """Every test begins without a built library, and leaves none behind."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(built, "FLAGS", ("-O0", *built.FLAGS[1:]))  # soon built
     library.cache_clear()
     yield
     library.cache_clear()
@@ -115,23 +119,145 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_is_named(monkeypatch, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(NotBuiltError, match="file/gputune/members-float.* could not be made or loaded"):
+def test_a_build_is_whole_on_disk_and_this_users_alone(monkeypatch, tmp_path):
+    synced = []
+    monkeypatch.setattr(built.os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    umask = os.umask(0)
+    try:
         library(torch.float32)
+    finally:
+        os.umask(umask)
+    folder = tmp_path / "cache" / "gputune"
+    (path,) = folder.iterdir()
+    assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(path.stat().st_mode)) == (0o700, 0o600)
+    assert path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert synced == [path.stat().st_ino]
+
+
+def private_builds(monkeypatch):
+    """Return a list that gets the folder of each build from now on; the builds are not in the cache."""
+    folders, build = [], built._build
+    monkeypatch.setattr(
+        built, "_build", lambda c, path, **k: folders.append(path.parent) or build(c, path, **k)
+    )
+    return folders
+
+
+def foreign(monkeypatch, folder):
+    monkeypatch.setattr(built.os, "geteuid", lambda: folder.stat().st_uid + 1)
+
+
+def open_to_all(monkeypatch, folder):
+    folder.chmod(0o770)
+
+
+def a_link(monkeypatch, folder):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+def within_a_folder_of_all(monkeypatch, folder):
+    folder.parent.chmod(0o777)
 
 
 @needs_compiler
-def test_a_broken_file_in_the_cache_is_named(tmp_path):
+@pytest.mark.parametrize("spoil", [foreign, open_to_all, a_link, within_a_folder_of_all])
+def test_a_cache_that_others_may_write_is_not_used(monkeypatch, tmp_path, spoil):
     library(torch.float32)
+    library.cache_clear()
+    spoil(monkeypatch, tmp_path / "cache" / "gputune")
+    monkeypatch.setattr(built, "_kept", lambda *a: pytest.fail("looked for a library where others may write"))
+    folders = private_builds(monkeypatch)
+    with pytest.warns(
+        UserWarning, match="cache/gputune is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"
+    ):
+        assert library(torch.float32).train_members
+    (folder,) = folders
+    assert tmp_path not in folder.parents and not folder.exists()
+
+
+def no_passwd_entry(monkeypatch, tmp_path):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def no_folder(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+
+
+def read_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(built.os, "access", lambda folder, mode: mode != os.W_OK)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lose", [no_passwd_entry, no_folder, read_only])
+def test_without_a_cache_to_write_to_it_is_built_for_this_process(monkeypatch, tmp_path, lose):
+    lose(monkeypatch, tmp_path)
+    folders = private_builds(monkeypatch)
+    assert library(torch.float32).train_members
+    (folder,) = folders
+    assert tmp_path not in folder.parents and not folder.exists()
+
+
+def test_a_relative_cache_home_is_ignored(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert cache_folder() == tmp_path / ".cache" / "gputune"
+    assert not (tmp_path / "here").exists()
+
+
+def test_users_are_not_asked_for_where_the_system_has_none(monkeypatch, tmp_path):
+    monkeypatch.delattr(built.os, "geteuid")
+    (tmp_path / "cache" / "gputune").mkdir(parents=True)
+    (tmp_path / "cache" / "gputune").chmod(0o777)
+    assert cache_folder() == tmp_path / "cache" / "gputune"
+
+
+def flipped(content):
+    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", [flipped, lambda content: content[:4096], lambda content: b""])
+def test_a_file_that_is_not_as_it_was_built_is_built_again(monkeypatch, tmp_path, spoil):
+    library(torch.float32)
+    library.cache_clear()
     (path,) = (tmp_path / "cache" / "gputune").iterdir()
+    content = path.read_bytes()
     path.unlink()  # not written over: it is mapped into this process
-    path.write_bytes(b"nothing of a library")
-    code = (
-        "import torch; from gputune.native.library import NotBuiltError, library\n"
-        "try: library(torch.float32)\n"
-        "except NotBuiltError as error: print(error)"
+    path.write_bytes(spoil(content))
+    path.chmod(0o600)
+    assert library(torch.float32).train_members
+    (path,) = path.parent.iterdir()
+    assert path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+@needs_compiler
+def test_a_file_that_others_may_write_is_built_again(tmp_path):
+    library(torch.float32)
+    library.cache_clear()
+    (path,) = (tmp_path / "cache" / "gputune").iterdir()
+    path.chmod(0o660)
+    assert library(torch.float32).train_members
+    (path,) = path.parent.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("writes", ["", "no library"])
+def test_a_compiler_that_writes_no_library_is_tried_anew_and_said(monkeypatch, tmp_path, writes):
+    liar = tmp_path / "liar"
+    liar.write_text(
+        f"#!/bin/sh\nwhile [ $# -gt 0 ]; do if [ $1 = -o ]; then printf '{writes}' > $2; fi; shift; done\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
-    assert "could not be made or loaded" in done.stdout
+    liar.chmod(0o755)
+    monkeypatch.setenv("CC", str(liar))
+    for _ in range(2):
+        with pytest.raises(NotBuiltError, match="compiled code could not be made or loaded: .*members-float"):
+            library(torch.float32)
+    assert len(list((tmp_path / "cache" / "gputune").iterdir())) == 1
