@@ -1,5 +1,7 @@
 """Small data sets and one way to train a list of configurations, shared by the tests of the engine."""
 
+import gc
+
 import numpy as np
 import torch
 
@@ -102,3 +104,9 @@ def largest_difference(module, other):
     """max |difference| / max |reference| over the tensors of two plain modules, the second being the reference."""
     pairs = zip(module.state_dict().values(), other.state_dict().values(), strict=True)
     return max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in pairs)
+
+
+def living_tensors():
+    """The number of tensors that Python still holds when all that it can collect is gone."""
+    gc.collect()
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

@@ -5,6 +5,7 @@ import warnings
 from fractions import Fraction
 
 import numpy as np
+import optuna
 import pandas as pd
 import polars as pl
 import pytest
@@ -20,7 +21,7 @@ from gputune.data.holdout import hold_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.engine.population import complete
-from problems import largest_difference
+from problems import largest_difference, living_tensors
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
 
@@ -569,3 +570,19 @@ def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path
     gputune.tune("mlp", *iris, n_trials=0, **FAST).best_model().save(tmp_path / "model")
     with pytest.raises(gputune.InputError, match="has no model.json; did you mean .*model'"):
         gputune.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [("mlp", name) for name in ("random", "halving", "median", "hypergradient", "optuna")]
+    + [(Net, "random"), (Net, "hypergradient"), ("logistic", "random"), ("logistic", "hypergradient")],
+)
+def test_a_search_leaves_no_tensor_behind(iris, model, method):
+    def search():
+        asked = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0)) if method == "optuna" else method
+        gputune.tune(model, *iris, n_trials=2, method=asked, **{**FAST, "cv": 2})
+
+    search()  # what is kept once for all searches
+    before = living_tensors()
+    search()
+    assert living_tensors() <= before

@@ -55,8 +55,9 @@ def measure(training: Training, optimizer: str, tables: Tables) -> Need:
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address comes up twice
-        return tensor
+        # Held, so that no address comes up twice; detached, or the graph would hold itself, beyond Python's collector.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
         gradient = slope(training, state.weights, 0, graph=True)
@@ -64,7 +65,7 @@ def measure(training: Training, optimizer: str, tables: Tables) -> Need:
         rates = rates_at(rows_of(leaves, training.layer), clock, training.totals)
         end = update(optimizer, state, gradient, rates, active_rows(clock, gradient))
     for tensor in (end.weights, *end.moments):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
     step = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return Need(step, sum(tensor.nbytes for tensor in (end.weights, *end.moments)))
 

@@ -18,6 +18,7 @@ from gputune.hypergradients.hypergradient import hypergradient
 from gputune.hypergradients.memory import measure
 from gputune.hypergradients.module_training import ModuleTraining
 from inner_problems import OF, OPTIMIZERS
+from problems import living_tensors
 
 MODES = (
     {"mode": "reverse"},
@@ -584,3 +585,12 @@ def test_a_result_is_shown_in_one_line():
     assert (
         shown.startswith("HypergradientResult(value ") and "weight_decay: (2,)" in shown and len(shown) < 160
     )
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_call_leaves_no_tensor_behind(mode):
+    given = data()
+    run(network(), given=given, **mode)  # what is kept once for all calls
+    before = living_tensors()
+    run(network(), given=given, **mode)
+    assert living_tensors() <= before
