@@ -4,9 +4,12 @@ A file says which search, trials and configurations it belongs to, and carries a
 whole or not at all, and is gone when its trials have ended.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +29,11 @@ from gputune.types import Config
 
 _FORMAT = 1
 _WRITING_SHARE = 20
+_RESERVE = 2**24
+"""Bytes that a checkpoint leaves on the disk, for the results of what trains."""
+
+_TRIES = 100
+_NAME = re.compile(r"\d+-[0-9a-f]{16}\.(safetensors|tmp)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +77,7 @@ class CheckpointFolder:
         text = json.dumps(facts)
         path = self.path(checkpoint.trials)
         draft = path.with_suffix(".tmp")
-        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self._make_draft(draft, sum(tensor.nbytes for tensor in tensors.values()))
         try:
             save_file(tensors, draft, metadata={"facts": text, "checksum": _checksum(text, tensors)})
         except SafetensorError as error:  # what it makes of a full disk
@@ -78,6 +86,19 @@ class CheckpointFolder:
         os.replace(draft, path)
         _flush(self.folder)
 
+    def _make_draft(self, draft: Path, size: int) -> None:
+        """Make an empty file for so many bytes, where these leave room for results. Raises OSError."""
+        for _ in range(_TRIES):
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            # Another process may remove the folder as long as nothing is in it.
+            with suppress(FileNotFoundError):
+                if shutil.disk_usage(self.folder).free < size + _RESERVE:
+                    raise OSError(errno.ENOSPC, f"it would leave less than {_RESERVE >> 20} MB for results")
+                draft.unlink(missing_ok=True)  # of a write that was killed; a link is not followed
+                draft.touch(mode=0o600, exist_ok=False)
+                return
+        raise OSError(errno.ENOENT, "its folder goes again and again")
+
     def read(self, configs: Mapping[int, Config]) -> list[Checkpoint]:
         """Return the checkpoints of trials that all still wait, by the number of each its configuration.
 
@@ -85,6 +106,8 @@ class CheckpointFolder:
         """
         found, ignored = [], []
         for path in sorted(self.folder.glob("*.safetensors")):
+            if not (_NAME.fullmatch(path.name) and path.is_file()):
+                continue
             try:
                 checkpoint = self._read(path, configs)
             except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -109,7 +132,7 @@ class CheckpointFolder:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         if metadata["checksum"] != _checksum(metadata["facts"], tensors):
             raise ValueError("does not fit its checksum")
-        trials = tuple(facts["trials"])
+        trials = tuple(int(trial) for trial in facts["trials"])
         known = [configs[trial] for trial in trials if trial in configs]
         if len(known) == len(trials) and _digest_of_configs(known) != facts["configs"]:
             raise ValueError("is of other configurations")
@@ -132,7 +155,7 @@ class CheckpointFolder:
     def clear(self) -> None:
         """Remove all files, also those that could not be used: no trial of the search waits any more."""
         with suppress(OSError):  # there is no folder
-            _remove(*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp"))
+            _remove(*(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)))
         self._remove_folder()
 
     def _remove_folder(self) -> None:

@@ -12,6 +12,7 @@ import platform
 import re
 import secrets
 import sqlite3
+import stat
 import subprocess
 import threading
 import weakref
@@ -54,6 +55,7 @@ class Claims:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._whole = path.resolve()  # wherever this process goes meanwhile
+        self._pattern = re.compile(re.escape(self._whole.name) + r"-[0-9a-f]{16}\.lock")
         self._file: int | None = None
         self._lock = ""
         self._mutex = threading.RLock()
@@ -140,13 +142,22 @@ class Claims:
         return None if held is None or held[0] == self._lock else self._alive(held[0])
 
     def _alive(self, lock: str) -> Owner | None:
-        """Return the owner of a lock file while that process lives, else None; the file of a dead one is removed."""
+        """Return the owner of a lock file while that process lives, else None; the file of a dead one is removed.
+
+        The name may come from a study of somebody else: what is no lock file of this study is neither read nor removed.
+        """
+        if not self._pattern.fullmatch(lock):
+            return None
         place = self._place(lock)
         try:
-            file = os.open(place, os.O_RDONLY)
-        except FileNotFoundError:
+            file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe is waited for
+        except OSError:
+            if place.is_file() and not place.is_symlink():
+                raise
             return None
         try:
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                return None
             owner = _read_owner(file, lock)
             # Where locks do not reach from one host to another, a free one says nothing of that host's processes.
             if _locked_by_other(file) or not owner.is_near:
@@ -160,7 +171,7 @@ class Claims:
         """Make the lock file of this process when it is first needed; return its name."""
         try:
             while self._file is None:
-                self._make_lock(f"{self.path.name}-{secrets.token_hex(8)}.lock")
+                self._make_lock(f"{self._whole.name}-{secrets.token_hex(8)}.lock")
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -186,12 +197,10 @@ class Claims:
 
     def _sweep(self) -> None:
         """Remove the lock files of dead processes."""
-        pattern = re.compile(re.escape(self.path.name) + r"-[0-9a-f]{16}\.lock")
         folder = self._whole.parent
         for place in folder.iterdir() if folder.is_dir() else ():
-            if pattern.fullmatch(place.name):
-                with suppress(OSError):
-                    self._alive(place.name)
+            with suppress(OSError):
+                self._alive(place.name)
 
     def _place(self, lock: str) -> Path:
         return self._whole.parent / lock
@@ -246,7 +255,13 @@ def _read_owner(file: int, lock: str) -> Owner:
     try:
         held = json.loads(os.read(file, 4096))
         return Owner(str(held["host"]), str(held["boot"]), int(held["pid"]), lock)
-    except (ValueError, LookupError, TypeError):  # killed before it had written it
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+    ):  # killed before it had written it
         return Owner(platform.node(), boot(), 0, lock)
 
 

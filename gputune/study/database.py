@@ -18,6 +18,7 @@ from gputune.errors import StudyCorruptError, StudyVersionError
 APPLICATION_ID = 0x67707475  # "gptu"
 FORMAT_VERSION = 3
 BUSY_SECONDS = 30.0
+JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 PRAGMAS = ("synchronous = FULL", "foreign_keys = ON", "trusted_schema = OFF", "cell_size_check = ON")
 
 TABLES = {
@@ -39,10 +40,9 @@ def open_file(path: Path) -> sqlite3.Connection:
     It is in autocommit mode: every transaction is one that ``transaction`` begins. Raises FileNotFoundError,
     StudyCorruptError for a damaged or foreign file, StudyVersionError for one of a newer gputune.
     """
-    if not path.is_file():
-        remedy = "this is a folder, give the file in it" if path.is_dir() else "check the path"
-        raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
+    check_file(path)
     _check_header(path)
+    _check_journal(path)
     connection = _connect_readonly(path)
     try:
         _check_content(connection, path)
@@ -52,6 +52,13 @@ def open_file(path: Path) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def check_file(path: Path) -> None:
+    """Raise FileNotFoundError where there is no file."""
+    if not path.is_file():
+        remedy = "this is a folder, give the file in it" if path.is_dir() else "check the path"
+        raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
 
 
 def _for_writing(reading: sqlite3.Connection, path: Path) -> sqlite3.Connection:
@@ -141,7 +148,7 @@ def _in_words(error: sqlite3.Error, path: Path) -> Exception:
 def _foreign(path: Path, reason: str) -> StudyCorruptError:
     return StudyCorruptError(
         f"{str(path)!r} is not a gputune study: {reason}; check the path. Where it was a study once, its first page is "
-        f"damaged: gputune repair {shlex.quote(str(path))} --out NEW.db saves what is whole in it."
+        f"damaged: restore it from a copy, or try gputune repair {shlex.quote(str(path))} --out NEW.db."
     )
 
 
@@ -188,6 +195,17 @@ def _check_header(path: Path) -> None:
         raise _foreign(path, "it is no SQLite file")
     if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
         raise _foreign(path, "it is an SQLite file of another program")
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse a rollback journal that names a super-journal: none of ours does, and SQLite removes the file it names."""
+    journal = path.resolve().with_name(f"{path.resolve().name}-journal")
+    if not journal.is_file():
+        return
+    with journal.open("rb") as file:
+        file.seek(max(0, journal.stat().st_size - len(JOURNAL_MAGIC)))
+        if file.read() == JOURNAL_MAGIC:
+            raise damaged(path, f"{str(journal)!r} beside it is not its own; remove that")
 
 
 def _check_content(connection: sqlite3.Connection, path: Path) -> None:

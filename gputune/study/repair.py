@@ -2,15 +2,18 @@
 
 import os
 import sqlite3
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gputune.errors import StudyCorruptError
-from gputune.study.carving import carve
+from gputune.study.database import TABLES, check_file
 from gputune.study.new_file import create_file
-from gputune.study.rows import HOW_MANY, Chunk, Row, candidate_of, chunk_of, result_of
-from gputune.study.values import from_json
+from gputune.study.rows import HOW_MANY, Row, candidate_of, checksum, chunk_of, option_of, result_of
+
+_MOST_FAILURES = 20_000
+"""Reads of damaged pages after which what lies between is given up: more rows than a page of pages leads to."""
 
 Rows = dict[int, Row]
 
@@ -50,35 +53,24 @@ class Repaired:
 def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaired:
     """Save every whole row of the study at ``path`` into a new file ``out``; the old one is only read.
 
-    Whole is a row whose checksum fits, so no value is ever a guess. Raises FileNotFoundError; StudyCorruptError where
-    no option and no trial is whole; InputError where ``out`` exists already, or its folder does not.
+    Whole is a row that SQLite reaches and whose checksum fits, so no value is ever a guess. Raises FileNotFoundError;
+    StudyCorruptError where no option and no trial is whole; InputError where ``out`` exists already, or its folder
+    does not.
     """
-    options: dict[str, tuple[int, Row]] = {}  # a page that was freed may hold a row once more
-    trials: Rows = {}
-    plan: Rows = {}
-    chunks: dict[int, Chunk] = {}
-    results: Rows = {}
-    for rowid, row in carve(Path(path)):
-        with suppress(ValueError, LookupError, TypeError):  # its checksum fits, and nobody can read it
-            match row:
-                case (str(), str(), _):
-                    from_json(row[1])
-                    options[row[0]] = (rowid, row)
-                case (int(), str(), str(), _):
-                    candidate_of(*row[:-1])
-                    trials[rowid] = row
-                case (int(), int(), str(), str(), _):
-                    plan[rowid], chunks[rowid] = row, chunk_of(*row[:-1])
-                case (int(), str(), bytes(), bytes(), int(), bytes(), bytes(), str(), _):
-                    result_of(*row[:-1])
-                    if (
-                        row[1] != "stopped" or rowid not in results
-                    ):  # one that was stopped may have been replaced
-                        results[rowid] = row
-    known = from_json(options[HOW_MANY][1][1]) if HOW_MANY in options else 0
+    path = Path(path)
+    check_file(path)
+    with closing(_connect(path)) as connection:
+        saved = {table: _saved(connection, table) for table in ("meta", "trials", "plan", "results")}
+    options = {row[0]: (rowid, row) for rowid, row in saved["meta"].items()}
+    trials, plan, results = saved["trials"], saved["plan"], saved["results"]
+    chunks = {number: chunk_of(*row[:-1]) for number, row in plan.items()}
+    known = option_of(*options[HOW_MANY][1][:-1])[1] if HOW_MANY in options else 0
     named = options.keys() - {HOW_MANY}
     if not named and not trials:
-        raise StudyCorruptError(f"{str(path)!r} holds no whole row of a study; check the path.")
+        raise StudyCorruptError(
+            f"{str(path)!r} holds no whole row of a study that can be reached; check the path, or restore it from a "
+            "copy."
+        )
     numbers = {*trials, *results, *(number for chunk in chunks.values() for number in chunk.trials)}
     whole = {n: plan[n] for n, chunk in chunks.items() if trials.keys() >= set(chunk.trials)}
     kept = {n: row for n, row in results.items() if n in trials}
@@ -101,3 +93,73 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
         chunks=(len(whole), 1 + max(plan, default=-1)),
         finished=sum(row[1] != "stopped" for row in kept.values()),
     )
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Return a connection that reads what is there: with the log beside the file, or without where that fails."""
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
+        connection.text_factory = lambda raw: raw.decode(errors="replace")  # its checksum fits no more
+        # No value is longer than the file, whatever a damaged record says of its own.
+        log = path.resolve().with_name(f"{path.resolve().name}-wal")
+        size = path.stat().st_size + (log.stat().st_size if log.is_file() else 0)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(size, 10_000))
+        with suppress(sqlite3.Error):
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA writable_schema = ON")  # or a file that was cut is not read at all
+            connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            return connection
+        connection.close()
+    return sqlite3.connect(":memory:")
+
+
+def _saved(connection: sqlite3.Connection, table: str) -> Rows:
+    """Return the whole rows of a table by their rowids; none where the file has lost the table."""
+    with suppress(sqlite3.Error):
+        schema = connection.execute(
+            "SELECT sql FROM sqlite_schema WHERE type = 'table' AND name = ?", (table,)
+        )
+        if schema.fetchall() == [(TABLES[table],)]:
+            reached = _reached(connection, table)
+            return {rowid: row for rowid, row in reached.items() if _is_whole(table, row)}
+    return {}
+
+
+def _is_whole(table: str, row: Row) -> bool:
+    *values, held = row
+    if held != checksum(*values):
+        return False
+    make: Any = {
+        "meta": option_of, "trials": candidate_of, "plan": chunk_of, "results": result_of,
+    }[table]  # fmt: skip
+    with suppress(ValueError, LookupError, TypeError):  # its checksum fits, and nobody can read it
+        make(*values)
+        return True
+    return False
+
+
+def _reached(connection: sqlite3.Connection, table: str) -> Rows:
+    """Return the rows that can be read: from both ends to the first damaged pages, between these rowid by rowid."""
+    rows: Rows = {}
+    query = f"SELECT rowid, * FROM {table} NOT INDEXED WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
+
+    def read(low: int, high: int, order: str = "ASC") -> bool:
+        with suppress(sqlite3.Error):
+            for rowid, *row in connection.execute(f"{query} {order}", (low, high)):
+                rows[rowid] = tuple(row)
+            return True
+        return False
+
+    low, high = 0, 2**63 - 1
+    if read(low, high):
+        return rows
+    low = 1 + max(rows, default=-1)
+    read(low, high, "DESC")
+    high = min((rowid for rowid in rows if rowid >= low), default=high)
+    for _ in range(_MOST_FAILURES):
+        if low >= high or read(low, high):
+            break
+        low += 1
+        while low in rows:
+            low += 1
+    return rows

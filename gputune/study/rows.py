@@ -76,6 +76,11 @@ def option_row(key: str, value: Any) -> Row:
     return key, to_json(value, name=f"meta[{key!r}]")
 
 
+def option_of(key: str, text: str) -> tuple[str, Any]:
+    """Return the key and the value of an option whose checksum fits. Raises ValueError for one never written."""
+    return key, from_json(text)
+
+
 def candidate_row(candidate: Candidate) -> Row:
     """Return the row of a candidate; ``candidate_of`` is the way back."""
     origin = candidate.origin if isinstance(candidate.origin, str) else "{}:{}".format(*candidate.origin)

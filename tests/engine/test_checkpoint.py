@@ -1,6 +1,9 @@
 """Checkpoint files: what they give back, what is refused in words, when they go."""
 
+import os
+import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +89,48 @@ def test_a_disk_that_takes_nothing_is_a_warning(folder, monkeypatch):
     keeping = Checkpointing(folder, (3, 5), 60.0)
     with pytest.warns(UserWarning, match="no checkpoint could be written in .* Make room on the disk"):
         assert keeping.keep(checkpoint(), list(CONFIGS.values())) == 60.0
+
+
+def test_what_results_need_is_left_on_the_disk(folder, monkeypatch):
+    _, path = written(folder)
+    whole = path.read_bytes()
+    free = SimpleNamespace(free=2**24)
+    monkeypatch.setattr("gputune.engine.checkpoint.shutil.disk_usage", lambda folder: free)
+    with pytest.warns(
+        UserWarning, match="no checkpoint .* less than 16 MB for results.* Make room on the disk"
+    ):
+        Checkpointing(folder, (3, 5), 60.0).keep(checkpoint(epoch=3), list(CONFIGS.values()))
+    assert [p.name for p in path.parent.iterdir()] == [path.name] and path.read_bytes() == whole
+    free.free += 10_000
+    written(folder, checkpoint(epoch=3))
+
+
+def test_another_process_may_remove_the_empty_folder_while_a_checkpoint_is_made(folder, monkeypatch):
+    look, removals = shutil.disk_usage, [1, 2, 3]
+
+    def removed_meanwhile(place):
+        usage = look(place)
+        if removals and removals.pop():
+            place.rmdir()
+        return usage
+
+    monkeypatch.setattr("gputune.engine.checkpoint.shutil.disk_usage", removed_meanwhile)
+    one, _ = written(folder)
+    assert [found.trials for found in folder.read(CONFIGS)] == [one.trials] and not removals
+
+
+def test_files_of_others_are_not_touched_and_links_are_not_followed(folder, tmp_path):
+    (tmp_path / "thesis").write_text("mine")
+    _, path = written(folder)
+    path.with_suffix(".tmp").symlink_to(tmp_path / "thesis")
+    foreign = path.with_name("embeddings.safetensors")
+    foreign.write_text("mine")
+    os.mkfifo(path.with_name(f"9-{16 * 'a'}.safetensors"))  # opening it would wait for ever
+    written(folder)
+    assert [found.trials for found in folder.read(CONFIGS)] == [(3, 5)]
+    folder.clear()
+    assert [p.name for p in path.parent.iterdir()] == [foreign.name]
+    assert foreign.read_text() == (tmp_path / "thesis").read_text() == "mine"
 
 
 def test_the_next_is_due_in_twenty_times_what_writing_took(folder, monkeypatch):

@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import sqlite3
+import struct
 from contextlib import suppress
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from command_line import run
 from gputune.errors import StudyCorruptError, StudyVersionError
+from gputune.study import database
 from gputune.study.claims import Claims
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
@@ -103,6 +105,24 @@ def test_a_flipped_bit_is_found_or_harmless(path, seed):
         errors += isinstance(got, type)
         assert isinstance(got, type) or got == found, (position, bit)
     assert errors > 0
+
+
+def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
+    Store.create(path, META).close()
+    raw = sqlite3.connect(path)
+    raw.execute("PRAGMA journal_mode = DELETE")
+    raw.close()
+    victim = path.with_name("thesis.txt")
+    victim.write_text("mine")
+    name, magic = str(victim).encode(), database.JOURNAL_MAGIC
+    pages = path.stat().st_size // 4096
+    head = (magic + struct.pack(">IIIII", 0, 0, pages, 512, 4096)).ljust(512, b"\0")
+    path.with_name("study.db-journal").write_bytes(
+        head + struct.pack(">I", 2**18 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    )
+    with pytest.raises(StudyCorruptError, match=r"study\.db-journal' beside it is not its own; remove that"):
+        Store.open(path)
+    assert victim.read_text() == "mine"
 
 
 class Canary:

@@ -87,6 +87,34 @@ def test_a_claim_is_one_processs_until_it_is_closed(path):
     assert left_over(path.parent) == []
 
 
+@pytest.mark.parametrize("kind", ["absolute", "relative", "name", "pipe", "link", "folder"])
+def test_a_claim_names_a_lock_file_of_its_study_or_is_void(path, kind):
+    victim = path.with_name("thesis.txt")
+    victim.write_text("mine")
+    lock = f"study.db-{16 * '0'}.lock"
+    names = {"absolute": str(victim), "relative": f"../{path.parent.name}/thesis.txt", "name": "thesis.txt"}
+    place = path.with_name(lock)
+    make = {"pipe": os.mkfifo, "link": lambda place: place.symlink_to(victim), "folder": os.mkdir}
+    make.get(kind, lambda place: None)(place)
+    raw = sqlite3.connect(path)
+    with raw:
+        raw.execute("INSERT INTO claims VALUES (0, ?), (-1, ?)", 2 * (names.get(kind, lock),))
+    raw.close()
+    with Claims(path) as claims:
+        assert claims.holder(CHUNKS[0]) is None
+        assert claims.take(CHUNKS[0]) and claims.take_setup() is None
+    assert victim.read_text() == "mine" and os.path.lexists(place) == (kind in make)
+
+
+def test_a_study_and_a_link_to_it_share_their_claims(path):
+    link = path.with_name("link.db")
+    link.symlink_to(path)
+    with Claims(path) as mine, Claims(link) as other:
+        assert mine.take(CHUNKS[0]) and other.take(CHUNKS[1])
+        assert not other.take(CHUNKS[0]) and not mine.take(CHUNKS[1])
+    assert left_over(path.parent) == ["link.db"]
+
+
 def test_a_finished_chunk_cannot_be_claimed_but_a_stopped_one(path):
     with Store.open(path) as store, Claims(path) as mine:
         store.finish([result(0), result(1, state="stopped")])

@@ -366,7 +366,7 @@ def test_files_that_are_no_study_of_this_version(path):
     ):
         Store.open(path)
     path.write_bytes(b"number,score\n1,2\n" * 20)
-    words = r"study\.db' is not a gputune study: it is no SQLite file; check the path\. Where it was .*: gputune repair"
+    words = r"study\.db' is not a gputune study: it is no SQLite file; check the path\..* try gputune repair"
     with pytest.raises(StudyCorruptError, match=words):
         Store.open(path)
     path.unlink()
