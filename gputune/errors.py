@@ -8,9 +8,13 @@ StudyCorruptError   the file is damaged, or it is no study
 StudyVersionError   the study was written by a newer gputune
 MissingExtraError   an optional library is not installed
 SearchInterrupted   Ctrl-C or SIGTERM ended a search, after what is finished was kept
+Terminated          SIGTERM ended a command before or after its training
 """
 
 from typing import Any
+
+TOO_BIG = "out of memory"
+"""How the reason of a trial begins that memory does not hold; others were given up for another reason."""
 
 
 class InputError(ValueError):
@@ -52,3 +56,7 @@ class SearchInterrupted(KeyboardInterrupt):
     def __init__(self, message: str, *, study: Any, signal: int, report: str = "") -> None:
         super().__init__(message)
         self.study, self.signal, self.report = study, signal, report
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended a command while it did not train."""

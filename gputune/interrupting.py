@@ -1,5 +1,9 @@
-"""Ctrl-C and SIGTERM while a search trains: the first lets the running epoch end, the second ends it at once."""
+"""Ctrl-C and SIGTERM while a search trains: the first lets the running epoch end, the second ends it at once.
 
+Before and after the training of a command either ends it, in words too.
+"""
+
+import os
 import signal
 import sys
 import threading
@@ -7,10 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gputune.engine.stopping import Stop
-from gputune.study.study import Study
+from gputune.errors import Terminated
+
+if TYPE_CHECKING:
+    from gputune.study.study import Study  # a command that has just begun must not wait for numpy
 
 CTRL_C, TERMINATED = int(signal.SIGINT), int(signal.SIGTERM)
 
@@ -18,6 +25,34 @@ GRACE_SECONDS = 2.5
 """From SIGTERM to the end of training, finished or not: whoever sends it sends SIGKILL some seconds later."""
 
 _USUAL: dict[int, Any] = {CTRL_C: signal.default_int_handler, TERMINATED: signal.SIG_DFL}
+
+
+def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
+    """Let a function handle both signals in a process that runs one command; one that is ignored stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number, usual in _USUAL.items():
+        if signal.getsignal(number) in (usual, end_command, end_process):
+            signal.signal(number, handle)
+
+
+def end_command(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or Terminated; but end the process where a library is being imported.
+
+    Some make another error of an interrupt there, and none of them holds anything yet that would be lost.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            end_process(number, frame)
+        frame = frame.f_back
+    raise Terminated if number == TERMINATED else KeyboardInterrupt
+
+
+def end_process(number: int, _frame: FrameType | None) -> NoReturn:
+    """End the process at once, with the exit code of the signal."""
+    with suppress(OSError):
+        os.write(2, b"gputune: interrupted.\n")
+    os._exit(128 + number)
 
 
 def run_until_told(
@@ -59,16 +94,17 @@ def _listening(
             say("stopping after the running epoch; what is finished is kept (once more: stop now)")
 
     mine = threading.current_thread() is threading.main_thread()
-    taken = [number for number in signals if mine and signal.getsignal(number) == _USUAL[number]]
+    before = {number: signal.getsignal(number) for number in signals if mine}
+    before = {number: own for number, own in before.items() if own in (_USUAL[number], end_command)}
     try:
-        for number in taken:
+        for number in before:
             signal.signal(number, handle)
         yield
     finally:
         for timer in timers:
             timer.cancel()
-        for number in taken:
-            signal.signal(number, _USUAL[number])
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 def _end_in_time() -> threading.Timer:
@@ -81,7 +117,7 @@ def _end_in_time() -> threading.Timer:
     return timer
 
 
-def interrupted_words(study: Study, file: Any) -> str:
+def interrupted_words(study: "Study", file: Any) -> str:
     """Return what a search that was ended early says: how far it is, and how it goes on."""
     states = Counter(trial.state for trial in study.trials)
     done = len(study.trials) - states["waiting"] - states["stopped"]

@@ -17,6 +17,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.backend import choose_backend, trains_as
+from gputune.engine.entry import entry
 from gputune.engine.population import complete
 from gputune.engine.precision import matrix_products
 from gputune.engine.ray_connection import Ray, ray_cluster
@@ -159,7 +160,7 @@ def tune(
         return so_far
 
 
-@torch.inference_mode(False)
+@entry
 def search(
     choice: ModelChoice,
     source: Source,

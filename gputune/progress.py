@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,33 @@ _SHARE = 0.01  # of the work: before it is done the pace says nothing
 _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} trial-epochs [{elapsed}, {remaining} left{postfix}]"
 
 
+class _Screen:
+    """Standard error, as it is at each call. What it does not take is lost: a bar must not end a search."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Write what can be written."""
+        with suppress(*_NO_SCREEN):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(*_NO_SCREEN):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether somebody may be watching."""
+        with suppress(*_NO_SCREEN):
+            return sys.stderr.isatty()
+        return False
+
+
+_NO_SCREEN = AttributeError, OSError, ValueError
+"""What standard error raises where there is none, where it is full or has no reader, where it is closed."""
+
+
 class Progress:
     """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``.
 
@@ -30,7 +57,10 @@ class Progress:
         self.verbose, self.on_epoch = verbose, on_epoch
         self.scoring = "score"
         self.bar: Any = None
-        self.plain = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+        self.screen = _Screen()
+        notebook = "ipykernel" in sys.modules
+        self.plain = not self.screen.isatty() and not notebook
+        self.bar_file = None if notebook else self.screen  # tqdm knows itself where a notebook's goes
         self.next_line = time.monotonic() + _LINE_SECONDS
         self.begin = time.monotonic()
         self.best, self.trials_done, self.trials = float("-inf"), 0, 0
@@ -42,7 +72,7 @@ class Progress:
         """Print a line where ``verbose`` reaches ``level``; with ``once`` not again in this search."""
         if self.verbose >= level and not (once and text in self.said):
             self.said.add(text)
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=self.screen)
 
     def plan(self, plan: Plan, *, aloud: bool = True) -> None:
         """Take note of the plan of what trains next, and say it; of batches that of the first."""
@@ -62,6 +92,7 @@ class Progress:
         self.trials, self.epochs = self.trials_done + trials, self.epochs_done + trials * epochs
         self.bar = tqdm(
             total=self.epochs,
+            file=self.bar_file,
             initial=self.epochs_done,
             bar_format=_FORMAT,
             disable=self.verbose < 1 or self.plain,

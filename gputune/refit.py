@@ -11,6 +11,7 @@ from gputune.data.folds import all_rows
 from gputune.data.source import Source, read_again, read_source
 from gputune.engine.backend import choose_backend
 from gputune.engine.chunk import Job, train_chunk
+from gputune.engine.entry import entry
 from gputune.engine.plan import make_plan
 from gputune.engine.population import complete, module_arguments, populations
 from gputune.engine.precision import matrix_products
@@ -28,7 +29,7 @@ from gputune.types import Backend, Config
 from gputune.version import __version__
 
 
-@torch.inference_mode(False)
+@entry
 def refit(study: Study, X: Any = None, y: Any = None) -> TunedModel:
     """Train the best trial of a study on all its rows, for as many epochs as its best score took.
 

@@ -161,3 +161,32 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 def test_a_notebook_gets_a_bar(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ipykernel", object())
     assert not Progress(1).plain
+
+
+class Dead:
+    """A standard error whose reader has gone."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        raise BrokenPipeError
+
+    flush = fileno = lambda self: self.write("")
+
+
+@pytest.mark.parametrize("screen", [None, Dead(), "closed"], ids=["none", "dead", "closed"])
+def test_a_screen_that_takes_nothing_ends_no_search(monkeypatch, tmp_path, screen):
+    if screen == "closed":
+        screen = (tmp_path / "screen").open("w")
+        screen.close()
+    monkeypatch.setattr("sys.stderr", screen)
+    shown = Progress(1)
+    shown.say("a word")
+    with shown.bar_over(2, 1):
+        shown.advance(1, np.ones((2, 1, 1)))
+        shown.bar.refresh()
+        shown.say("another")
+    assert shown.plain != isinstance(screen, Dead)

@@ -13,14 +13,15 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
-version errors extras types seeding report/text native/library native/work
+version errors extras types seeding scratch report/text native/library native/work
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
 engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/vmap engine/eager
 engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
-engine/stopping engine/checkpoint engine/fits engine/chunk
-engine/precision engine/out_of_memory engine/measured engine/rung engine/plan engine/packing engine/workers
+engine/stopping engine/entry engine/checkpoint engine/fits engine/chunk
+engine/precision engine/out_of_memory engine/measured engine/rung engine/plan engine/packing engine/processes
+engine/workers
 engine/ray_task engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton
 engine/proximal engine/exact engine/solved
 hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates

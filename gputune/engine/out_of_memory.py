@@ -9,27 +9,32 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.chunk import Job, Outcome, Progress
 from gputune.engine.population import Population
+from gputune.errors import TOO_BIG
 
 # What torch says in a plain RuntimeError: its allocator on the CPU, and cuDNN where it finds no room to work in.
 _TEXTS = ("can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
 
 
 @dataclass(frozen=True)
-class DoesNotFit:
-    """A trial (its place in the search) that does not fit into memory even alone, and what was said."""
+class GivenUp:
+    """A trial (its place in the search) that cannot be trained, and why."""
 
     index: tuple[int]
     reason: str
 
 
+class DoesNotFit(GivenUp):
+    """A trial that does not fit into memory even alone, and what was said."""
+
+
 def run_in_parts(
     job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
-) -> list[Outcome | DoesNotFit]:
+) -> list[Outcome | GivenUp]:
     """Train one chunk, in as many parts as the memory makes necessary.
 
     Parts that have not begun when training is over are left out.
     """
-    waiting, done = [chunk], list[Outcome | DoesNotFit]()
+    waiting, done = [chunk], list[Outcome | GivenUp]()
     while waiting and not (done and job.is_over()):
         part = waiting.pop()
         if (most := job.fits.most(part)) < len(part.index):
@@ -78,7 +83,7 @@ def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | No
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        reason = f"{TOO_BIG}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     if progress is not None and told:
         progress(-told, np.full((1, 1, 1), np.nan))
     return reason

@@ -9,7 +9,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +22,10 @@ from gputune.engine.plan import Plan
 from gputune.engine.population import Population
 from gputune.engine.ray_task import free_bytes, make_task
 from gputune.engine.stopping import Stop
-from gputune.engine.workers import Claim, Outcomes, Settle, tell
+from gputune.engine.workers import LOSSES, Claim, Losses, Outcomes, Settle, tell
 from gputune.errors import ClusterError, InputError
 from gputune.version import __version__
 
-LOSSES = 3  # workers that one chunk may lose before it is given up
 _LOOK = 5.0  # seconds between two looks at the nodes
 _WAIT = 0.25  # seconds between two looks at whether someone asks for the end
 _ON_ITS_WAY = 0.5  # seconds in which a task that is handed out is not ended: see _Run.stop
@@ -118,7 +117,7 @@ class _Run:
         self.common = [data, self.ray.put(sent)]
         self.waiting = deque(plan.chunks)
         self.running: dict[Any, Population] = {}
-        self.lost: Counter[tuple[int, ...]] = Counter()
+        self.losses = Losses("a Ray worker")
         self.given_up: dict[tuple[int, ...], str] = {}
         self.begun = self.done = 0
         self.submitted = 0.0
@@ -155,7 +154,7 @@ class _Run:
             if self.begun and self.job.is_over():
                 return
             chunk = self.waiting.popleft()
-            if chunk.index in self.lost or self.claim(chunk):
+            if chunk.index in self.losses.count or self.claim(chunk):
                 self.running[self._submit(chunk)] = chunk
                 self.begun += 1
 
@@ -189,15 +188,11 @@ class _Run:
         return outcomes
 
     def _again(self, chunk: Population, reason: str) -> None:
-        self.lost[chunk.index] += 1
-        if self.lost[chunk.index] >= LOSSES:
+        words = self.losses.again(chunk, reason)
+        if words is None:
             self.given_up[chunk.index] = reason
             return
-        warnings.warn(
-            f"a Ray worker was lost with {len(chunk.index)} trials, which are handed out again: {reason}",
-            UserWarning,
-            stacklevel=2,
-        )
+        warnings.warn(words, UserWarning, stacklevel=2)
         self.waiting.appendleft(chunk)
 
     def _look(self) -> None:

@@ -1,8 +1,8 @@
 """Chunks that stop at a rung and go on later: their members' state travels with them."""
 
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.population import Population
 from gputune.engine.train import State
+from gputune.scratch import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Parking:
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
         self.states: dict[int, State | Path] = {}
-        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.folder: Path | None = None
+        self.end = ExitStack()
 
     def park(self, trial: int, state: State) -> None:
         """Keep the state (one row) of a trial."""
@@ -57,8 +59,8 @@ class Parking:
             self.states[trial] = State(state.epoch, tuple(buffer.clone() for buffer in state.buffers))
             return
         if self.folder is None:
-            self.folder = tempfile.TemporaryDirectory(prefix="gputune-")
-        path = Path(self.folder.name) / f"{trial}.safetensors"
+            self.folder = self.end.enter_context(scratch_folder())
+        path = self.folder / f"{trial}.safetensors"
         tensors = {str(i): buffer.contiguous() for i, buffer in enumerate(state.buffers)}
         try:
             save_file(tensors, path, metadata={"epoch": str(state.epoch)})
@@ -97,5 +99,4 @@ class Parking:
 
     def close(self) -> None:
         """Remove the files."""
-        if self.folder is not None:
-            self.folder.cleanup()
+        self.end.close()

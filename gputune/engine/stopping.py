@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ class Stop:
         self._asked = False
         self._sign: Path | None = None  # a file that says to the workers what ``_asked`` says here
         self._parent: int | None = None
+        _stops.add(self)
 
     def ask(self) -> None:
         """End all training after the running epoch. May be called by a signal handler, and more than once."""
@@ -51,3 +53,12 @@ class Stop:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_parent": os.getpid()}
+
+
+_stops: "weakref.WeakSet[Stop]" = weakref.WeakSet()
+
+
+def ask_all() -> None:
+    """End all training of this process after the running epochs."""
+    for stop in list(_stops):
+        stop.ask()

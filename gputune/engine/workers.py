@@ -6,38 +6,46 @@ while this process is already training.
 
 import functools
 import pickle
-import signal
-import tempfile
 import threading
-from collections import deque
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Protocol
 
+import cloudpickle
 import joblib
 import torch
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky.process_executor import (
+    BrokenProcessPool,
+    ProcessPoolExecutor,
+    TerminatedWorkerError,
+)
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpointing
 from gputune.engine.chunk import Job, Outcome, Progress
-from gputune.engine.out_of_memory import DoesNotFit, run_in_parts
+from gputune.engine.out_of_memory import DoesNotFit, GivenUp, run_in_parts
 from gputune.engine.packing import packed, to_arrays, to_tensors
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
+from gputune.engine.processes import idle, one_worker, submit, training, why_lost
+from gputune.report.text import count
+from gputune.scratch import scratch_folder
 
 OnOutcome = Callable[[Outcome], None]
 OnFailure = Callable[[int, str], None]
-Outcomes = Sequence[Outcome | DoesNotFit]
+Outcomes = Sequence[Outcome | GivenUp]
 Settle = Callable[[Outcomes], None]
 
 Claim = Callable[[Population], bool]
 """Asked, from any thread, before a chunk begins: whether this process may train it."""
+
+LOSSES = 3  # workers that one chunk may lose before it is given up
 
 
 class Cluster(Protocol):
@@ -63,8 +71,9 @@ def run_chunks(
     """Train the chunks of a plan; ``on_outcome`` is called here, in this process, for each one done.
 
     A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
-    parts. ``on_failure`` is called for a trial that does not fit alone, with its place in the search and the reason;
-    without it that is a MemoryError. A ``cluster`` trains all chunks, and its workers write no checkpoints.
+    parts. ``on_failure`` is called for a trial that does not fit alone, or whose chunk has lost ``LOSSES`` workers,
+    with its place in the search and the reason; without it that is a MemoryError, or a RuntimeError. A ``cluster``
+    trains all chunks, and its workers write no checkpoints.
     """
     settle = partial(_settle, job.checkpointing, on_outcome, on_failure)
     if cluster is not None:
@@ -99,10 +108,12 @@ def _settle(
             if checkpointing is not None:
                 checkpointing.expect(outcome.index)
             on_outcome(outcome)
-        elif on_failure is None:
+        elif on_failure is not None:
+            on_failure(outcome.index[0], outcome.reason)
+        elif isinstance(outcome, DoesNotFit):
             raise MemoryError(f"{outcome.reason}. One training alone does not fit; make it smaller.")
         else:
-            on_failure(outcome.index[0], outcome.reason)
+            raise RuntimeError(outcome.reason)
 
 
 def tell(progress: Progress, outcomes: Outcomes) -> None:
@@ -115,8 +126,8 @@ def tell(progress: Progress, outcomes: Outcomes) -> None:
 def _run_with_workers(
     job: Job, data: Dataset, plan: Plan, progress: Progress, settle: Settle, claim: Claim
 ) -> None:
-    with tempfile.TemporaryDirectory(prefix="gputune-") as folder:
-        path = Path(folder) / "data.joblib"
+    with scratch_folder() as folder:
+        path = folder / "data.joblib"
         joblib.dump(to_arrays(data), path)
 
         def collect(found: Iterator[Outcomes]) -> None:
@@ -124,7 +135,7 @@ def _run_with_workers(
                 tell(progress, outcomes)
                 settle(outcomes)
 
-        with job.stop.heard_by_workers(Path(folder) / "stop"):
+        with job.stop.heard_by_workers(folder / "stop"):
             queue = _Queue(job, str(path), plan.chunks, plan.workers - 1, claim)
             try:
                 while (chunk := queue.take()) is not None:
@@ -135,27 +146,48 @@ def _run_with_workers(
                 collect(queue.drain())
                 if job.is_over():
                     queue.stop()  # idle workers, for whose end this process would wait when it ends
+                else:
+                    idle.extend(queue.idle)
             except BaseException:
                 queue.stop()
                 raise
 
 
+class Losses:
+    """How many workers each chunk has lost."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker = worker
+        self.count: Counter[tuple[int, ...]] = Counter()
+
+    def again(self, chunk: Population, reason: str) -> str | None:
+        """Count one more; return the words of a chunk that is handed out again, None where it is given up."""
+        self.count[chunk.index] += 1
+        if self.count[chunk.index] >= LOSSES:
+            return None
+        trials = count(len(chunk.index), "trial")
+        return f"{self.worker} was lost while it trained {trials}, now handed out again: {reason}"
+
+
 class _Queue:
-    """The chunks that wait. A worker that ends one is given the next at once, from the executor's own thread."""
+    """The chunks that wait. A worker that ends one is given the next at once, from its executor's own thread.
+
+    A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
+    """
 
     def __init__(self, job: Job, path: str, chunks: Sequence[Population], workers: int, claim: Claim) -> None:
         self.job, self.packed, self.path, self.claim = job, packed(job), path, claim
-        self.waiting = deque(chunks)
+        self.waiting, self.lost = deque(chunks), deque[Population]()
+        self.losses = Losses("a worker process")
         # Reentrant: a future that is done already calls back from within add_done_callback.
         self.lock = threading.RLock()
         self.changed = threading.Condition(self.lock)
-        self.running: set[Future[Outcomes]] = set()
-        self.done: deque[Future[Outcomes]] = deque()
-        self.executor = get_reusable_executor(max_workers=workers, timeout=60)
+        self.running: dict[Future[Outcomes], tuple[ProcessPoolExecutor, Population]] = {}
+        self.done: deque[Callable[[], Outcomes]] = deque()
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
-        for _ in range(workers):
-            self._submit()
+        self.idle = [one_worker() for _ in range(workers)]
+        self._submit()
 
     def take(self) -> Population | None:
         with self.lock:
@@ -165,20 +197,52 @@ class _Queue:
             return None
 
     def _submit(self) -> None:
+        """Give every idle worker a chunk, as long as there are any."""
         with self.lock:
-            if (chunk := self.take()) is not None:
-                with _signals_held_off():
-                    future = self.executor.submit(_run_in_worker, self.packed, self.path, chunk)
-                self.running.add(future)
+            while self.idle and (chunk := self.lost.popleft() if self.lost else self.take()) is not None:
+                executor = self.idle.pop()
+                try:
+                    future = submit(executor, _run_in_worker, self.packed, self.path, chunk)
+                except BrokenProcessPool:  # its worker was killed while it was idle
+                    self.idle.append(one_worker())
+                    self.lost.append(chunk)
+                    continue
+                except RuntimeError:  # the interpreter ends, and starts no worker any more
+                    self.waiting.appendleft(chunk)
+                    return
+                self.running[future] = executor, chunk
                 future.add_done_callback(self._on_done)
 
     def _on_done(self, future: "Future[Outcomes]") -> None:
         with self.changed:
-            if not future.cancelled() and future.exception() is None and not self.job.is_over():
-                self._submit()  # before this one leaves, so that drain never sees an empty room too early
-            self.running.discard(future)
-            self.done.append(future)
-            self.changed.notify()
+            executor, chunk = self.running[future]
+            error = future.exception()
+            result: Callable[[], Outcomes] = future.result
+            if isinstance(error, BrokenProcessPool):
+                executor = one_worker()
+            if isinstance(error, TerminatedWorkerError):
+                error, result = None, self._lose(chunk, why_lost(error))
+            self.idle.append(executor)
+            try:
+                if error is None and not self.job.is_over():
+                    self._submit()  # before this one leaves, so that drain never sees an empty room too early
+            finally:
+                del self.running[future]
+                self.done.append(result)
+                self.changed.notify()
+
+    def _lose(self, chunk: Population, reason: str) -> Callable[[], Outcomes]:
+        """Let the chunk of a lost worker wait again, or give up its trials; return what says so."""
+        if (words := self.losses.again(chunk, reason)) is not None:
+            self.lost.append(chunk)
+            return partial(_warned, words)
+        n = len(chunk.index)
+        smaller = "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
+        words = (
+            f"its chunk of {count(n, 'trial')} has lost {LOSSES} worker processes one after the other, the last "
+            f"because {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
+        )
+        return lambda: [GivenUp((place,), words) for place in chunk.index]
 
     def finished(self) -> Iterator[Outcomes]:
         """Yield what is done by now. An error in a worker is raised here."""
@@ -186,8 +250,8 @@ class _Queue:
             with self.lock:
                 if not self.done:
                     return
-                future = self.done.popleft()
-            yield future.result()
+                result = self.done.popleft()
+            yield result()
 
     def drain(self) -> Iterator[Outcomes]:
         """Yield what is done until nothing runs any more."""
@@ -203,30 +267,42 @@ class _Queue:
         """Forget what waits and end the workers, whatever they are doing."""
         with self.lock:
             self.waiting.clear()
-        self.executor.shutdown(wait=False, kill_workers=True)
+            self.lost.clear()
+            for executor in [*self.idle, *(executor for executor, _ in self.running.values())]:
+                executor.shutdown(wait=False, kill_workers=True)
+            self.idle.clear()
 
 
-@contextmanager
-def _signals_held_off() -> Iterator[None]:
-    """Let a worker that starts inside inherit that it hears neither Ctrl-C nor SIGTERM.
-
-    Both may be sent to all processes of a terminal or a service. Workers are told by ``Stop``, and end by themselves
-    where this process has died.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _warned(words: str) -> Outcomes:
+    warnings.warn(words, UserWarning, stacklevel=2)
+    return []
 
 
 def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcomes:
     """Train one chunk; nothing comes of it where it is over before it has begun."""
-    job: Job = pickle.loads(packed)
-    if job.is_over():
-        return []
-    with computing(1):
-        return run_in_parts(job, _load(path), chunk)
+    with training:
+        job: Job = pickle.loads(packed)
+        if job.is_over():
+            return []
+        try:
+            with computing(1):
+                return run_in_parts(job, _load(path), chunk)
+        except Exception as error:
+            if not _travels(error):
+                name = type(error).__qualname__
+                raise RuntimeError(
+                    f"{name} (which cannot be pickled) in a worker process: {error}"
+                ) from error
+            raise
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error can be pickled, and read again."""
+    try:
+        pickle.loads(cloudpickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=1)

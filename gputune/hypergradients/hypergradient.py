@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gputune.engine.entry import waited_for
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import (
@@ -30,6 +31,7 @@ from gputune.report.text import size_words
 Mode = Literal["auto", "reverse", "forward", "fd"]
 
 
+@waited_for()
 @torch.inference_mode(False)
 def hypergradient(
     module: nn.Module,

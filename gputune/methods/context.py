@@ -29,8 +29,8 @@ from gputune.study.store import Result
 from gputune.types import Backend, Config
 
 
-def does_not_fit(trial: int, curve: np.ndarray, reason: str) -> Result:
-    """Return the result of a trial that memory does not hold, with its curve so far (epochs, F)."""
+def given_up(trial: int, curve: np.ndarray, reason: str) -> Result:
+    """Return the result of a trial that cannot be trained, with its curve so far (epochs, F)."""
     folds = (math.nan,) * curve.shape[1]
     return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
 

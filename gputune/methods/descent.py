@@ -19,7 +19,7 @@ from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.held_out import check_classes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.plan import plan_chunks
-from gputune.methods.context import Context, does_not_fit
+from gputune.methods.context import Context, given_up
 from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.model_choice import ModelChoice
 from gputune.search.distributions import range_of
@@ -130,7 +130,7 @@ def _moved(
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     for start, point in points.items():
         result, path = ledger.results.get(point.number), paths[start]
-        if result is None or "slope" not in result.detail:  # it was cut short, or memory did not hold it
+        if result is None or "slope" not in result.detail:  # it was cut short, or given up
             continue
         path.move(Slope.from_detail(result.detail))
         if path.ended:
@@ -184,7 +184,7 @@ def _keep(ledger: Ledger, frozen: FrozenPlan, mode: SlopeMode, context: Context,
 
 def _give_up(ledger: Ledger, frozen: FrozenPlan, context: Context, place: int, reason: str) -> None:
     none = np.empty((0, context.data.n_folds))
-    context.finish(ledger, [does_not_fit(frozen.trials[place].number, none, reason)])
+    context.finish(ledger, [given_up(frozen.trials[place].number, none, reason)])
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:

@@ -8,7 +8,7 @@ import torch
 from gputune.engine.chunk import Outcome
 from gputune.engine.solved import solve_chunk
 from gputune.engine.workers import on_threads, run_chunks
-from gputune.methods.context import Context, does_not_fit
+from gputune.methods.context import Context, given_up
 from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.methods.resuming import with_begun
 from gputune.options import Options
@@ -61,7 +61,7 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
 
     def give_up(place: int, reason: str) -> None:
         none = np.empty((0, context.data.n_folds))
-        context.finish(ledger, [does_not_fit(numbers[place], none, reason)])
+        context.finish(ledger, [given_up(numbers[place], none, reason)])
 
     run_chunks(
         context.job(context.checkpointing(numbers)),

@@ -17,7 +17,7 @@ from gputune.engine.workers import run_chunks
 from gputune.errors import InputError
 from gputune.hypergradients.memory import free_bytes
 from gputune.methods.company import company_of
-from gputune.methods.context import Context, does_not_fit
+from gputune.methods.context import Context, given_up
 from gputune.methods.frozen import FrozenPlan, frozen_plans
 from gputune.methods.resuming import latest
 from gputune.study.ledger import Ledger
@@ -199,9 +199,9 @@ class _Search:
             self._save()
 
     def _give_up(self, runner: _Runner, reason: str) -> None:
-        """Finish a trial that memory does not hold."""
+        """Finish a trial that cannot be trained."""
         self.running = [other for other in self.running if other is not runner]
-        self.context.store(self.ledger, [does_not_fit(runner.number, runner.curve, reason)])
+        self.context.store(self.ledger, [given_up(runner.number, runner.curve, reason)])
         self._tell([runner])
 
     def _begun(self, chunk: Population, runners: Sequence[_Runner], stop: int) -> Iterator[BegunChunk]:

@@ -11,12 +11,15 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+
+from gputune.scratch import scratch_folder
 
 FOLDER = Path(__file__).parent
 SOURCES = ("members.c", "product.h", "functions.h", "update.h", "member.h", "step.h")
@@ -136,8 +139,8 @@ def _build(compiler: str, path: Path, *, double: bool) -> Path:
 
     Built into a file of its own and put in its place at once: another process may be doing the same.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
+    with scratch_folder(path.parent, prefix="build") as folder:
+        built = folder / path.name
         words = [
             *FLAGS,
             *(["-DDOUBLE"] if double else []),
@@ -147,7 +150,7 @@ def _build(compiler: str, path: Path, *, double: bool) -> Path:
             "-lm",
         ]
         for more in ([_WHOLE_VECTORS], []):
-            done = subprocess.run([compiler, *more, *words], capture_output=True, text=True, check=False)
+            done = _run([compiler, *more, *words])
             if done.returncode == 0:
                 return _keep(built, path)
     said = done.stderr.strip().splitlines()
@@ -162,3 +165,17 @@ def _keep(built: Path, path: Path) -> Path:
     with built.open("rb+") as file:
         os.fsync(file.fileno())
     return built.replace(path.with_name(f"{path.name}-{_digest(built)}.so"))
+
+
+def _run(words: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Run a compiler; one whose process is interrupted ends with all that it has started."""
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as compiler:
+        try:
+            out, err = compiler.communicate()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(compiler.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(words, compiler.returncode, out, err)

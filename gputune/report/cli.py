@@ -11,28 +11,75 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from gputune.errors import ClusterError, DivergedError, InputError, SearchFailedError, SearchInterrupted
+from gputune.errors import (
+    ClusterError,
+    DivergedError,
+    InputError,
+    SearchFailedError,
+    SearchInterrupted,
+    Terminated,
+)
+from gputune.interrupting import end_command, end_process, take_signals
 from gputune.report.arguments import make_parser
 
-DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; what it has to say goes to standard output, the rest to standard error."""
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal's encoding lacks must not end a search in an error.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    typed = sys.argv[1:] if argv is None else list(argv)
+    """Run one command; what it has to say goes to standard output, the rest to standard error.
+
+    Without ``argv`` it is that of the process, which is this command's alone.
+    """
+    own_process = argv is None
+    if own_process:
+        take_signals(end_command)
+    _open_streams()
+    try:
+        return _command(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted.")
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    finally:
+        if own_process:
+            take_signals(end_process)  # all is said, and libraries take their time to end
+        _let_go_of_streams()
+
+
+def _command(typed: list[str]) -> int:
     try:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
     with _warnings_in_words():
         return _run(arguments)
+
+
+def _open_streams() -> None:
+    """Let what is written to a closed stream go nowhere, rather than into the next file that is opened."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # A name that the terminal's encoding lacks must not end a search in an error.
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _let_go_of_streams() -> None:
+    """Forget what a full or broken stream has not taken: Python would try once more when it ends, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -42,9 +89,6 @@ def _run(arguments: argparse.Namespace) -> int:
         _write(stop.report)
         _say(str(stop))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
-    except KeyboardInterrupt as stop:
-        _say(str(stop) or "interrupted.")
-        return INTERRUPTED
     except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _say(f"error: {_in_words(error)}")
         return BAD_INPUT
@@ -52,7 +96,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(f"error: {_in_words(error)}")
         return FAILED
     except Exception:  # a bug: whoever reports it needs the traceback
-        traceback.print_exc()
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
         return FAILED
 
 
@@ -154,8 +199,9 @@ def _write(text: str) -> int:
     try:
         print(text, end="\n" if text else "", flush=True)
     except BrokenPipeError:
-        # Python would flush once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except OSError as error:
+        _say(f"error: standard output does not take what there is to say: {_in_words(error)}")
         return FAILED
     return DONE
 
@@ -163,7 +209,8 @@ def _write(text: str) -> int:
 def _say(text: str) -> None:
     from gputune.report.text import clean
 
-    print(f"gputune: {clean(text)}", file=sys.stderr)
+    with suppress(OSError, ValueError):  # whether it can be said or not, the exit code tells
+        print(f"gputune: {clean(text)}", file=sys.stderr)
 
 
 def _in_words(error: Exception) -> str:

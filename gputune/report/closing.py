@@ -11,7 +11,7 @@ from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.report.held_out import HeldOut
 from gputune.report.text import clean, count, paragraph
-from gputune.report.trials import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
+from gputune.report.trials import SCORE_AND_ERROR, mean_words, states_words, study_measure, trial_rows
 from gputune.study.study import Study, Trial, TrialState
 
 BEST = 5
@@ -224,12 +224,9 @@ def _whereabouts(ending: Ending, width: int) -> str:
 
 def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
     """How many trials there are of each state, in these words, and their file."""
-    states = Counter(trial.state for trial in ending.study.trials)
-    too_big = sum("reason" in trial.detail for trial in ending.study.trials)
-    states["failed"] -= too_big
-    found = [f"{states[state]} {said}" for state, said in words.items() if states[state]]
-    counts = ", ".join([*found, *([f"{too_big} too big for the memory"] if too_big else [])])
-    trials = _labelled([("Trials", f"{counts}; {_seconds(ending.seconds)} in all")], width)
+    trials = _labelled(
+        [("Trials", f"{states_words(ending.study, words)}; {_seconds(ending.seconds)} in all")], width
+    )
     # Not filled: a path must stay in one piece.
     return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
 

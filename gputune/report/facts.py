@@ -1,7 +1,6 @@
 """What stands at the top of the page: the best score and its error, the held-out score, trials, time, device."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from gputune.analysis.scores import shown_scores
 from gputune.errors import InputError
 from gputune.report.text import clean, count, short
+from gputune.report.trials import states_words
 from gputune.study.study import Study, Trial, TrialState
 
 STATES: dict[TrialState, str] = {
@@ -85,11 +85,7 @@ def check_model(study: Study, model: Mapping[str, Any]) -> None:
 
 def states_text(study: Study) -> str:
     """Return how many trials there are of each state."""
-    counts = Counter(trial.state for trial in study.trials)
-    too_big = sum("reason" in trial.detail for trial in study.trials)
-    counts["failed"] -= too_big
-    found = [f"{counts[state]} {words}" for state, words in STATES.items() if counts[state]]
-    return ", ".join([*found, *([f"{too_big} too big for the memory"] if too_big else [])]) or "none"
+    return states_words(study, STATES) or "none"
 
 
 def seconds_text(seconds: float) -> str:

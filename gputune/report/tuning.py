@@ -244,13 +244,13 @@ def _folder(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _kept(study_file: Path) -> Iterator[None]:
-    """Say on a Ctrl-C before or after the training what is safe and how to go on."""
+    """Say on a Ctrl-C or SIGTERM before or after the training what is safe and how to go on."""
     try:
         yield
     except SearchInterrupted:
         raise
-    except KeyboardInterrupt:
-        if not study_file.exists():
-            raise KeyboardInterrupt("interrupted before the first trial; nothing was kept.") from None
-        words = interrupted_words(Study.open(study_file), study_file)
-        raise KeyboardInterrupt(words) from None
+    except KeyboardInterrupt as stop:
+        words = "interrupted before the first trial; nothing was kept."
+        if study_file.exists():
+            words = interrupted_words(Study.open(study_file), study_file)
+        raise type(stop)(words) from None

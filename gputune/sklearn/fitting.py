@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
+from gputune.engine.entry import entry
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import Population, module_arguments, populations
@@ -63,7 +64,7 @@ Members = dict[Place, Member | Exception]
 """What became of each (fold, trial): DivergedError, ValueError for a fold that cannot be trained on, TimeoutError."""
 
 
-@torch.inference_mode(False)
+@entry
 def fit_members(
     recipes: Sequence[Recipe],
     rows: Rows,

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.chunk import Outcome
+from gputune.engine.entry import entry
 from gputune.engine.population import populations
 from gputune.engine.stopping import Stop
 from gputune.engine.workers import run_chunks
@@ -63,7 +64,7 @@ class _Folds:
         return [as_tensor(self.valids[place]).to(device) for place in group.places]
 
 
-@torch.inference_mode(False)
+@entry
 def slopes_of(fits: Sequence[Fit], how: How) -> dict[int, Derivatives]:
     """Return the slopes of each trial, of which all fits are made and hold validation rows out.
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from gputune.errors import InputError
 from gputune.extras import import_extra
+from gputune.scratch import scratch_folder
 from gputune.study.model import TunedModel
 from gputune.study.whole_model import WholeModel, description
 from gputune.version import __version__
@@ -46,13 +46,11 @@ def export(model: TunedModel, path: str | os.PathLike[str]) -> None:
     text = json.dumps({"format": "gputune export", "gputune": __version__, **description(model)})
     # Two rows, since PyTorch takes a size of one for a constant.
     example = torch.zeros(2, len(json.loads(text)["names"]), dtype=torch.float64)
-    draft = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
-    try:
+    with scratch_folder(path.parent, prefix=".export") as folder:
+        draft = folder / path.name
         with _quiet(), torch.no_grad():
             _exporting(writers[path.suffix], model, whole, example, text, draft)
         os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _exporting(

@@ -7,14 +7,13 @@ refused by an error that names the file; nothing is ever unpickled.
 import hashlib
 import json
 import os
-import re
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gputune.errors import InputError
+from gputune.scratch import scratch_folder
 from gputune.study.values import from_json, to_json
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
 FORMAT, FORMAT_VERSION = "gputune model", 1
-DRAFT = re.compile(r"\.model\.(json|safetensors)\.[0-9a-f]{16}\.tmp")
+DRAFTS = ".model"
+"""How what a killed process may have left in the folder begins."""
 
 
 def write_model(folder: Path, state: Mapping[str, "Tensor"], body: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ def _check_free(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"save(folder={str(folder)!r}): a file has that name; choose another.")
     held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in held if name not in (TENSORS, DESCRIPTION) and not DRAFT.fullmatch(name)]
+    foreign = [name for name in held if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS)]
     if foreign:
         raise InputError(
             f"save(folder={str(folder)!r}): the folder holds {foreign[0]!r}, which is no part of a model; "
@@ -90,19 +90,15 @@ def _check_free(folder: Path) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files under temporary names, then give them their own, in order."""
-    drafts = {name: folder / f".{name}.{secrets.token_hex(8)}.tmp" for name in files}
-    try:
+    """Write all files in a folder of their own, then put them in their place, in order."""
+    with scratch_folder(folder, prefix=DRAFTS) as drafts:
         for name, content in files.items():
-            with drafts[name].open("xb") as file:
+            with (drafts / name).open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        for name, draft in drafts.items():
-            os.replace(draft, folder / name)
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)
+        for name in files:
+            os.replace(drafts / name, folder / name)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,7 +8,9 @@ from typing import Any
 
 from gputune.data.fingerprint import table_size
 from gputune.errors import InputError
+from gputune.scratch import sweep
 from gputune.study.claims import Claims
+from gputune.study.new_file import DRAFTS
 from gputune.study.store import Candidate, Chunk, Result, Store
 
 # What must be the same for a search to go on in a file. Anything else (device, versions, n_trials) may differ.
@@ -234,6 +236,7 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
     if path is None:
         yield Ledger(None)
         return
+    sweep(Path(path).parent, prefix=DRAFTS)
     with _opened(Path(path), meta) as store, Claims(Path(path)) as claims:
         held = store.meta
         if "face" not in held and (lost := [word for key, word in _IDENTITY.items() if key not in held]):

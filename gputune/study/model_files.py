@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics
+from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.models import MLP, LogisticRegression
 from gputune.study.folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
@@ -35,6 +36,7 @@ def save_model(model: TunedModel, folder: str | os.PathLike[str]) -> None:
     write_model(Path(folder), _state(model.module), body)
 
 
+@entry
 def load_model(folder: str | os.PathLike[str], module: type[nn.Module] | None = None) -> TunedModel:
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to predict.
 

@@ -1,13 +1,13 @@
-"""How a study file comes to be: made under a name of its own, and given its path when it is whole."""
+"""How a study file comes to be: made in a folder of its own beside its path, and given that when it is whole."""
 
 import os
-import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gputune.errors import InputError
+from gputune.scratch import scratch_folder
 from gputune.study.database import (
     APPLICATION_ID,
     FORMAT_VERSION,
@@ -17,6 +17,9 @@ from gputune.study.database import (
     translated,
     use_wal,
 )
+
+DRAFTS = ".study"
+"""How the folders of unfinished files begin. What a killed process left is removed when one is made, or a search."""
 
 
 def create_file(path: Path, fill: Callable[[sqlite3.Connection], object]) -> None:
@@ -43,23 +46,20 @@ def copy_file(source: sqlite3.Connection, path: Path) -> None:
 
 @contextmanager
 def _draft(path: Path) -> Iterator[sqlite3.Connection]:
-    """Yield a new file under a name of its own; it gets the name ``path`` when the block has ended well."""
+    """Yield a new file in a folder of its own; it gets the name ``path`` when the block has ended well."""
     if path.exists():
         raise _already_exists(path)
     if not path.parent.is_dir():
         raise InputError(
             f"study={str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first."
         )
-    draft = path.with_name(f".study-{secrets.token_hex(8)}.tmp")
-    try:
+    with scratch_folder(path.parent, prefix=DRAFTS) as folder:
+        draft = folder / "draft.db"
         with closing(connect(draft, "rwc")) as connection:
             yield connection
             # Now, while no other process knows the file: changing the mode later needs it alone.
             use_wal(connection, path)
         _publish(draft, path)
-    finally:
-        for end in ("", "-journal", "-wal", "-shm"):
-            draft.with_name(draft.name + end).unlink(missing_ok=True)
 
 
 def _publish(draft: Path, path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.errors import InputError, SearchFailedError
+from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.study.views import StudyViews
@@ -40,7 +40,8 @@ class Trial:
                  hypergradients (start, outer step), the start being the number of the trial it began with, which is
                  outer step 0
     detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
-                 halving "rung", the epoch at which it was sent away; "reason" where memory did not hold it
+                 halving "rung", the epoch at which it was sent away; "reason" where it was given up: memory did not
+                 hold it, or it ended every worker process that trained it
     """
 
     number: int
@@ -260,6 +261,8 @@ class Study(StudyViews):
         if waiting == len(self.trials):
             return f"none of the {waiting} trials has been trained yet; run the search."
         reasons = {str(t.detail["reason"]) for t in self.trials if "reason" in t.detail}
+        if lost := [reason for reason in reasons if not reason.startswith(TOO_BIG)]:
+            return f"no trial has a finite score, and some of {len(self.trials)} were given up: {min(lost)}"
         if reasons:
             return (
                 f"no trial has a finite score, and some of {len(self.trials)} did not fit into memory even alone "

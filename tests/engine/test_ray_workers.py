@@ -16,7 +16,7 @@ from sklearn.datasets import load_iris
 
 import gputune
 import ray_searches
-from gputune.engine import ray_task, ray_workers
+from gputune.engine import ray_task, ray_workers, workers
 from gputune.engine.chunk import Job
 from gputune.engine.packing import packed
 from problems import make_data
@@ -109,7 +109,9 @@ def orders(tmp_path, monkeypatch):
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_path, orders):
     gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **MODULE)
     (orders / "once").touch()
-    with pytest.warns(UserWarning, match="a Ray worker was lost with 1 trials, which are handed out again: "):
+    with pytest.warns(
+        UserWarning, match="a Ray worker was lost while it trained 1 trial, now handed out again: "
+    ):
         gputune.tune(Net, *iris, workers="ray", study=tmp_path / "there.db", **MODULE)
     assert not (orders / "once").exists()
     assert table(tmp_path / "there.db") == table(tmp_path / "here.db")
@@ -120,6 +122,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     cluster, iris, tmp_path, orders, monkeypatch
 ):
     monkeypatch.setattr(ray_workers, "LOSSES", 2)
+    monkeypatch.setattr(workers, "LOSSES", 2)
     given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
     gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **given)
     (orders / "always").touch()

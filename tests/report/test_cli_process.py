@@ -1,11 +1,22 @@
 """The command line in a process of its own: start-up, a model that outlives its process, a closed pipe."""
 
+import io
 import os
+import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
+
+import pytest
 
 import gputune
 from command_line import FAST, kinds, write_table
+from gputune.native.library import library
+from gputune.report.cli import main
+from gputune.study.store import Store
+from gputune.study.study import Study
+from study_rows import candidates
 
 START = "import sys; from gputune.report.cli import main; sys.exit(main())"
 NET = """
@@ -85,3 +96,101 @@ def test_a_reader_that_stops_reading_ends_it_quietly(tmp_path):
     assert process.stderr.read() == ""
     assert process.wait(timeout=60) == 1
     process.stderr.close()
+
+
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [
+        pytest.param(">/dev/full", 1, marks=FULL),
+        pytest.param(">/dev/full 2>&1", 1, marks=FULL),
+        (">&-", 0),
+        ("<&- >&- 2>&-", 0),
+    ],
+)
+def test_a_closed_or_full_stream_ends_in_an_exit_code(tmp_path, streams, code):
+    with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
+        store.add_trials(candidates(range(1)))
+    command = [sys.executable, "-P", "-c", START, "status", "study.db"]
+    ran = subprocess.run(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", *command], cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    assert ran.returncode == code
+    assert ran.stderr == b"" or ran.stderr.startswith(b"gputune: error: standard output does not take")
+    assert ran.stderr.count(b"\n") <= 1
+
+
+def test_a_search_outlives_its_standard_error(tmp_path, monkeypatch, capsys):
+    class Dead(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", Dead())
+    loud = [word for word in FAST if word != "--quiet"]
+    assert main(["tune", "sklearn:iris", "--out", str(tmp_path / "out"), *loud]) == 0
+    assert "3 complete" in capsys.readouterr().out
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    """Let the command of ``sys.argv`` have this process; return what it would have ended it with."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    codes = []
+
+    def leave(code):
+        codes.append(code)
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield codes
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_sigterm_while_the_best_is_trained_again_ends_in_words(tmp_path, monkeypatch, capsys, own_process):
+    monkeypatch.setattr(Study, "best_model", lambda study: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(
+        sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST]
+    )
+    assert main() == 143
+    assert "interrupted: 3 of 3 trials are finished; all is kept in" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # from here on nothing is left to be done
+        signal.raise_signal(signal.SIGINT)
+    assert own_process == [130]
+
+
+def test_sigterm_while_the_code_is_built_ends_the_compiler_too(tmp_path, monkeypatch, capsys, own_process):
+    pipe, compiler = tmp_path / "pipe", tmp_path / "cc"
+    os.mkfifo(pipe)
+    # What the compiler has started holds the pipe for as long as it lives.
+    compiler.write_text(f"#!/bin/sh\nexec 3>'{pipe}'\nsleep 300 &\nkill -TERM $PPID\nwait\n")
+    compiler.chmod(0o755)
+    ended = threading.Thread(target=pipe.read_bytes, daemon=True)
+    ended.start()
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.cache_clear()
+    monkeypatch.setattr(
+        sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST]
+    )
+    assert main() == 143
+    library.cache_clear()
+    assert capsys.readouterr().err == "gputune: interrupted before the first trial; nothing was kept.\n"
+    ended.join(timeout=60)
+    assert not ended.is_alive()
+    assert not list((tmp_path / "cache" / "gputune").iterdir())
+
+
+def test_ctrl_c_while_a_library_is_imported_and_at_the_very_end(tmp_path):
+    # A library that makes another error of it, as numpy does.
+    (tmp_path / "torch.py").write_text(
+        "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
+    )
+    code, out, err = finish("tune", "sklearn:iris", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (code, out, err) == (130, "", "gputune: interrupted.\n")
+    late = f"import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT); {START}"
+    ran = subprocess.run([sys.executable, "-P", "-c", late, "--version"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (130, "gputune: interrupted.\n")

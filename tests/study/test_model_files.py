@@ -17,6 +17,7 @@ from torch import nn
 
 from gputune.errors import InputError
 from gputune.models import LogisticRegression
+from gputune.scratch import scratch_folder
 from gputune.study import folder as folder_file
 from gputune.study.model_files import load_model
 from gputune.study.module_source import class_from_file, class_source
@@ -147,10 +148,11 @@ def test_tied_weights_are_saved(frame, folder):
 
 def test_a_model_is_replaced_by_the_next_one_and_leaves_two_files(frame, folder):
     make_model(frame).save(folder)
-    (folder / ".model.json.0123456789abcdef.tmp").write_text("left by a killed process")
+    killed = scratch_folder(folder, prefix=".model")
+    (killed.__enter__() / "model.json").write_text("half of it")
     make_model(frame, classes=None).save(folder)
     assert load_model(folder).classes is None
-    (folder / ".model.json.0123456789abcdef.tmp").unlink()
+    killed.__exit__(None, None, None)
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "model.safetensors"]
 
 

@@ -1,0 +1,79 @@
+"""Folders for as long as their process works: removed at the end, and by the next process where this one was killed.
+
+Each is locked by the process that made it, a lock of the operating system that ends with the process. Nothing is
+removed because it is old.
+"""
+
+import os
+import platform
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> Iterator[Path]:
+    """Make a folder for this process alone in ``parent`` (None: that of temporary files), and remove it at the end.
+
+    What processes of this user that have ended left there under the same prefix is removed too.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    sweep(parent, prefix=prefix)
+    folder, lock = _locked_folder(parent, prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(parent: Path, *, prefix: str) -> None:
+    """Remove the scratch folders in ``parent`` whose processes on this host have ended."""
+    if fcntl is None:
+        return
+    name = re.compile(re.escape(_start(prefix)) + "[a-z0-9_]{8}")
+    with suppress(OSError):  # no folder, or one that cannot be read
+        for place in parent.iterdir():
+            if name.fullmatch(place.name):
+                with suppress(OSError):  # its process lives (BlockingIOError), or it has just gone
+                    _remove_if_free(place)
+
+
+def _start(prefix: str) -> str:
+    """Begin a name with the host: where folders are shared, the locks of other hosts may not be seen here."""
+    return f"{prefix}-{zlib.crc32(platform.node().encode()):08x}-"
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_start(prefix), dir=parent))
+        if fcntl is None:
+            return folder, None
+        lock = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks, where nobody gets one to sweep with either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):  # another process swept it before it was locked
+            if folder.stat().st_ino == os.fstat(lock).st_ino:
+                return folder, lock
+        os.close(lock)
+
+
+def _remove_if_free(place: Path) -> None:
+    """Remove a folder of this user's that no process holds. Raises OSError where one does, or where it is no folder."""
+    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if os.fstat(lock).st_uid == os.geteuid():
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(place)
+    finally:
+        os.close(lock)

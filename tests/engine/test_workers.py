@@ -1,0 +1,196 @@
+"""Worker processes: what is lost with one, what one raises, and what they leave to the rest of the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from joblib import Parallel, delayed
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+
+import gputune
+from gputune.engine import processes, workers
+from gputune.report.facts import states_text
+from gputune.scratch import scratch_folder
+
+HERE = os.getpid()
+ORDERS = {"folder": ""}  # travels with the code: files there say what a worker shall do
+
+
+class Odd(Exception):
+    """An error that cannot be read again once it is pickled."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Net(torch.nn.Linear):
+    """A network that obeys an order in its worker; those of one file are obeyed once, the others always."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        if os.getpid() != HERE and ORDERS["folder"]:
+            for order in Path(ORDERS["folder"]).iterdir():
+                obey(order)
+        return super().forward(x)
+
+
+def obey(order):
+    if order.name.startswith("once"):
+        order.unlink()
+    if "exit" in order.name:
+        os._exit(7)
+    if "kill" in order.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise Odd("this", "that")
+
+
+# So little memory makes every trial a chunk of its own; the first is given to the worker before this process takes one.
+SEARCH = {"space": {"lr": loguniform(1e-3, 0.1)}, "n_trials": 2, "include_default": False, "cv": 2, "max_epochs": 2,
+          "memory": 1024, "verbose": 0}  # fmt: skip
+
+
+@pytest.fixture
+def orders(tmp_path, monkeypatch):
+    folder = tmp_path / "orders"
+    folder.mkdir()
+    monkeypatch.setitem(ORDERS, "folder", str(folder))
+    return folder
+
+
+def search(model=Net, **more):
+    X, y = load_iris(return_X_y=True)
+    return gputune.tune(model, X, y, **{**SEARCH, "workers": 2, **more})
+
+
+def scores(study):
+    return [(t.state, t.fold_scores) for t in study.trials]
+
+
+def test_joblib_works_after_a_search_and_beside_one(tmp_path):
+    search()
+    X, y = load_iris(return_X_y=True)
+    assert len(cross_val_score(LogisticRegression(max_iter=1000), X, y, cv=2, n_jobs=2)) == 2
+
+    def waits(begun, end):
+        begun.touch()
+        deadline = time.monotonic() + 120
+        while not end.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return end.exists()
+
+    begun, end, found = tmp_path / "begun", tmp_path / "end", []
+    thread = threading.Thread(
+        target=lambda: found.extend(Parallel(n_jobs=2)([delayed(waits)(begun, end)] * 2))
+    )
+    thread.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    assert [t.state for t in search().trials] == ["complete"] * 2
+    end.touch()
+    thread.join()
+    assert found == [True, True]
+
+
+def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
+    alone = scores(search(workers=1))
+    (orders / "once exit").touch()
+    with pytest.warns(UserWarning, match="a worker process was lost while it trained 1 trial, now handed out again: it "
+                      "ended itself with exit code 7, as os._exit in a module or scorer does."):  # fmt: skip
+        assert scores(search()) == alone
+    for executor in processes.idle:  # workers that are killed while nobody needs them
+        for process in list(executor._processes.values()):
+            os.kill(process.pid, signal.SIGKILL)
+        executor._executor_manager_thread.join()
+    assert scores(search()) == alone
+
+
+def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
+    monkeypatch.setattr(workers, "LOSSES", 2)
+    (orders / "kill").touch()
+    with pytest.warns(
+        UserWarning, match="SIGKILL ended it \\(as the system does where memory has run out\\)"
+    ):
+        study = search()
+    (failed,) = (t for t in study.trials if t.state == "failed")
+    assert failed.detail["reason"].startswith(
+        "its chunk of 1 trial has lost 2 worker processes one after the other, the last"
+    )
+    assert "fewer workers= leave more to each, and a smaller one takes less" in failed.detail["reason"]
+    assert sorted(t.state for t in study.trials) == ["complete", "failed"]
+    assert states_text(study) == "1 trained to the end, 1 that lost their workers"
+    assert (
+        replace(study, trials=[failed], curves=study.curves[:1])
+        .why_none_is_best()
+        .endswith(f"some of 1 were given up: {failed.detail['reason']}")
+    )
+
+
+def test_without_a_place_for_failures_a_chunk_that_is_given_up_is_an_error():
+    with pytest.raises(RuntimeError, match="lost 3 workers"):
+        workers._settle(None, lambda outcome: None, None, [workers.GivenUp((0,), "lost 3 workers")])
+
+
+def test_an_error_that_cannot_be_pickled_is_named(orders):
+    (orders / "raise").touch()
+    with pytest.raises(
+        RuntimeError, match="Odd \\(which cannot be pickled\\) in a worker process: this and that"
+    ):
+        search()
+
+
+KILLED = """
+import os, signal, sys
+import gputune
+from gputune.engine import processes
+from gputune.study.ledger import Ledger
+from sklearn.datasets import load_iris
+
+processes.IDLE_SECONDS = 10**6
+Ledger.finish = lambda ledger, results: os.kill(os.getpid(), signal.SIGKILL)
+X, y = load_iris(return_X_y=True)
+gputune.tune("mlp", X, y, space={"lr": [1e-3, 1e-2]}, n_trials=2, cv=2, max_epochs=2, memory=1024, workers=2)
+"""
+
+
+def test_a_killed_process_leaves_no_workers_and_its_data_to_the_next_sweep(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", KILLED]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.communicate(timeout=300)  # the workers have the pipe too
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.glob("gputune-*/data.joblib")] == ["data.joblib"]
+    with scratch_folder(tmp_path) as own:
+        assert list(tmp_path.glob("gputune-*")) == [own]
+
+
+SILENT = """
+import sys
+from pathlib import Path
+import gputune
+from sklearn.datasets import load_iris
+
+assert sys.stderr is None and sys.stdout is None
+X, y = load_iris(return_X_y=True)
+study = gputune.tune("mlp", X, y, space={"lr": [1e-3, 1e-2]}, n_trials=2, cv=2, max_epochs=2, memory=1024, workers=2)
+Path(sys.argv[1]).write_text(" ".join(trial.state for trial in study.trials))
+"""
+
+
+def test_a_search_needs_no_standard_output_or_error(tmp_path):
+    script = tmp_path / "silent.py"
+    script.write_text(SILENT)
+    words = [sys.executable, "-P", str(script), str(tmp_path / "states")]
+    subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words], timeout=300, check=True)
+    assert (tmp_path / "states").read_text() == "complete complete"
