@@ -30,20 +30,23 @@ class Splitter(Protocol):
         ...
 
 
-def make_folds(cv: Any, target: Target, *, n_rows: int, groups: Any = None, seed: int) -> list[Rows]:
+def make_folds(
+    cv: Any, target: Target, *, n_rows: int, X: Any = None, groups: Any = None, seed: int
+) -> list[Rows]:
     """Return (train, valid) row positions, int64, one pair a fold.
 
     ``cv`` is a number of folds (shuffled by ``seed``; stratified for classes; whole groups stay together), a
     splitter of scikit-learn, or an iterable of pairs of positions, masks or slices; the last two are taken as they
-    are. A splitter sees the target but not X. Warns of a class with fewer rows than folds, and of folds
-    that validate on their own training rows. Raises InputError for folds that cannot be made.
+    are. A splitter is given ``X``; where it is None, zeros of as many rows. Warns of a class with fewer rows than
+    folds, and of folds that validate on their own training rows. Raises InputError for folds that cannot be made,
+    and for a group on both sides of a fold.
     """
     groups = check_groups(groups, n_rows)
     refuse_groups_in_time(cv, groups)
     if isinstance(cv, int | np.integer) and not isinstance(cv, bool):
-        pairs = _split(_shuffled(int(cv), target, n_rows, groups, seed), target, n_rows, groups)
+        pairs = _split(_shuffled(int(cv), target, n_rows, groups, seed), target, X, groups)
     elif isinstance(cv, Splitter) and not isinstance(cv, str):
-        pairs = _split(cv, target, n_rows, groups)
+        pairs = _split(cv, target, X, groups)
     elif isinstance(cv, Iterable) and not isinstance(cv, str):
         pairs = _pairs(cv)
     else:
@@ -56,8 +59,31 @@ def make_folds(cv: Any, target: Target, *, n_rows: int, groups: Any = None, seed
         (_rows(train, n_rows, f, "training"), _rows(valid, n_rows, f, "validation"))
         for f, (train, valid) in enumerate(pairs)
     ]
+    if groups is not None:
+        _refuse_split_groups(folds, groups, cv)
     _warn_of_overlap(folds)
     return folds
+
+
+def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: Any) -> None:
+    """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and pairs, ignore groups."""
+    known: dict[Any, int] = {}
+    codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
+    names = list(known)
+    for f, (train, valid) in enumerate(folds):
+        both = np.intersect1d(codes[train], codes[valid])
+        if len(both):
+            more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
+            how = (
+                f"cv={type(cv).__name__}(...)"
+                if isinstance(cv, Splitter)
+                else "the (train, valid) rows of cv"
+            )
+            raise InputError(
+                f"groups are not kept whole by {how}: in fold {f} the group {names[both[0]]!r}{more} is among the "
+                "training and the validation rows; give a splitter that keeps them, such as GroupKFold, or a number of "
+                "folds, or leave groups out."
+            )
 
 
 def refuse_groups_in_time(cv: Any, groups: np.ndarray | None) -> None:
@@ -119,19 +145,18 @@ def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, s
     return splitter
 
 
-def _split(
-    splitter: Splitter, target: Target, n_rows: int, groups: np.ndarray | None
-) -> list[tuple[Any, Any]]:
-    rows = np.zeros((n_rows, 1))
+def _split(splitter: Splitter, target: Target, X: Any, groups: np.ndarray | None) -> list[tuple[Any, Any]]:
+    rows = np.zeros((len(target), 1)) if X is None else X
     try:
         with warnings.catch_warnings():
-            # Said below, with the class's name.
+            # Both are said below: with the class's name, and as an error where it splits a group.
             warnings.filterwarnings("ignore", message="The least populated class")
+            warnings.filterwarnings("ignore", message="The groups parameter is ignored")
             pairs = list(splitter.split(rows, target.labels, groups))
     except (ValueError, TypeError) as error:
         if groups is None and "groups" in str(error):
             raise InputError(f"cv={splitter!r} splits by groups, but groups is None; pass groups.") from error
-        raise InputError(f"cv={splitter!r} cannot split these {n_rows} rows: {error}") from error
+        raise InputError(f"cv={splitter!r} cannot split these {len(target)} rows: {error}") from error
     if isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
         _warn_of_rare_classes(target, len(pairs))
     return pairs

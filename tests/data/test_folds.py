@@ -11,6 +11,7 @@ from sklearn.model_selection import (
     LeaveOneGroupOut,
     PredefinedSplit,
     RepeatedStratifiedKFold,
+    ShuffleSplit,
     StratifiedKFold,
     TimeSeriesSplit,
 )
@@ -122,9 +123,46 @@ def test_validation_on_training_rows_is_a_warning():
         folds([(range(20), range(20, 40)), (range(25), range(20, 40))])
 
 
-def test_groups_for_a_splitter_that_ignores_them():
-    with pytest.warns(UserWarning, match="groups parameter is ignored by KFold"):
-        folds(KFold(3), groups=GROUPS)
+KEPT = (np.arange(20), np.arange(20, N))
+
+
+@pytest.mark.parametrize(
+    ("cv", "how", "fold", "group"),
+    [
+        (KFold(3), "cv=KFold", 0, "2 is"),
+        (StratifiedKFold(3), "cv=StratifiedKFold", 0, "6 is"),
+        (ShuffleSplit(1, random_state=0), "cv=ShuffleSplit", 0, "[0-7] .and . more. is"),
+        (PredefinedSplit(np.arange(N) % 2), "cv=PredefinedSplit", 0, "[0-7] .and . more. is"),
+        ([KEPT, (np.arange(22), np.arange(22, N))], "the .train, valid. rows of cv", 1, "4 is"),
+    ],
+)
+def test_a_group_on_both_sides_of_a_fold_is_refused(cv, how, fold, group):
+    message = f"groups are not kept whole by {how}[^:]*: in fold {fold} the group {group} among .*such as GroupKFold"
+    with pytest.raises(InputError, match=message):
+        folds(cv, groups=GROUPS)
+
+
+def test_what_keeps_groups_whole_is_taken():
+    assert equal(folds([KEPT], groups=GROUPS), [KEPT])
+    assert len(folds(GroupKFold(4), groups=GROUPS)) == 4
+    mixed = [f"g{group}" if group % 2 else int(group) for group in GROUPS]
+    with pytest.raises(InputError, match="the group 'g1' is among"):
+        folds([(range(8), range(8, N))], groups=np.array(mixed, dtype=object))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # KFold's own words on groups: here they are kept by chance
+        folds(KFold(2), groups=GROUPS)
+
+
+def test_a_splitter_sees_the_rows_and_the_target():
+    class ByTime:
+        def split(self, X, y=None, groups=None):
+            assert len(X) == len(y) == N and set(y) == {"a", "b"}
+            order = np.argsort(X[:, 1])
+            yield order[:30], order[30:]
+
+    time = np.random.default_rng(0).permutation(N)
+    made = make_folds(ByTime(), CLASSES, n_rows=N, X=np.stack([np.zeros(N), time], 1), seed=0)
+    assert time[made[0][0]].max() < time[made[0][1]].min()
 
 
 @pytest.mark.parametrize(
