@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from gputune.callbacks.callback import Callback, Callbacks
-from gputune.data.dataset import Dataset
-from gputune.data.folds import make_folds
+from gputune.data.dataset import Dataset, Given, Rows
+from gputune.data.folds import Splitter, make_folds
 from gputune.data.source import Source, read_source
 from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.entry import entry
@@ -108,10 +108,12 @@ def tune(
                  ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
                  its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch;
                  ``gputune.OptunaSampler(...)``: a sampler of Optuna's proposes the configurations, batch by batch
-    cv           number of shuffled, stratified folds, a scikit-learn splitter, or (train, valid) index arrays
-    groups       one label a row, or the name of a column: a group is never split between folds
-    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``; None: accuracy or R2, for hypergradients
-                 the loss that is descended
+    cv           number of shuffled, stratified folds, a scikit-learn splitter, which sees X as you gave it, or
+                 (train, valid) index arrays
+    groups       one label a row, or the name of a column: folds that split a group are refused
+    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
+                 stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; None: accuracy
+                 or R2, for hypergradients the loss that is descended
     task         overrides what the target looks like
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     numbers      how numeric columns are scaled, fitted on each fold's training rows
@@ -186,11 +188,9 @@ def search(
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
-    folds = make_folds(
-        options.cv, problem.target, n_rows=len(source.X), groups=source.groups, seed=options.random_state
-    )
+    folds = _folds(problem, options)
     with profile.clock(PREPARING):
-        data, _ = problem.dataset(folds, _data_options(options), choice)
+        data = _dataset(problem, folds, options, choice)
     check_folds(scoring, data)
     wanted = wanted_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
@@ -221,7 +221,9 @@ def search(
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
             context.tidy(ledger)
     refitted = replace(options, callbacks=())  # a refit calls none
-    study = Study.from_rows(meta, ledger.rows(), data=(choice, source, refitted), file=file)
+    study = Study.from_rows(
+        meta, ledger.rows(), data=(choice, replace(source, given=None), refitted), file=file
+    )
     if told is not None:
         raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):
@@ -247,6 +249,22 @@ def _heard(callbacks: Callbacks, ledger: Ledger, meta: dict[str, Any], file: Pat
         yield
     finally:
         callbacks.study_end(Study.from_rows(meta, ledger.rows(), file=file))
+
+
+def _folds(problem: Problem, options: Options) -> list[Rows]:
+    """Return the folds; a splitter sees the rows as the user gave them."""
+    source = problem.source
+    X = source.as_given() if isinstance(options.cv, Splitter) else None
+    n_rows, seed = len(source.X), options.random_state
+    return make_folds(options.cv, problem.target, n_rows=n_rows, X=X, groups=source.groups, seed=seed)
+
+
+def _dataset(problem: Problem, folds: Sequence[Rows], options: Options, choice: ModelChoice) -> Dataset:
+    """Return the data, with the rows as the user gave them where a scorer of the user's own sees them."""
+    data, statistics = problem.dataset(folds, _data_options(options), choice)
+    if not callable(options.scoring):
+        return data
+    return replace(data, given=Given(problem.source.as_given(), problem.layout, statistics))
 
 
 def _data_options(options: Options) -> Options:

@@ -49,8 +49,8 @@ def obey(folder):
 
 
 def share_right(estimator, X, y):
-    """Accuracy, by hand."""
-    return float((estimator.predict(X) == y).mean())
+    """Accuracy, by hand, of the rows from the last to the first."""
+    return float((estimator.predict(X[::-1])[::-1] == y).mean())
 
 
 def fails_there(estimator, X, y):

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import torch
 from sklearn.datasets import load_iris, make_classification, make_regression
-from sklearn.model_selection import GroupKFold, StratifiedKFold, TimeSeriesSplit
+from sklearn.model_selection import GroupKFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
 from torch import nn
 
 import gputune
@@ -226,6 +226,39 @@ def test_folds_groups_and_time_series():
     named = pd.DataFrame(X, columns=list("abcd")).assign(group=groups)
     study = gputune.tune("mlp", named, y, groups="group", n_trials=1, **FAST)
     assert study.meta["features"] == 4
+    with pytest.raises(gputune.InputError, match="groups are not kept whole by cv=ShuffleSplit"):
+        gputune.tune("mlp", named, y, groups="group", **{**FAST, "cv": ShuffleSplit(2, random_state=0)})
+
+
+@pytest.mark.parametrize("kind", ["frame", "array", "tensor", "file"])
+def test_a_splitter_sees_the_rows_as_they_were_given(tmp_path, kind):
+    X, y = np.random.default_rng(1).normal(size=(60, 3)), np.arange(60) % 2
+    time = np.random.default_rng(0).permutation(60)
+    frame = pd.DataFrame(X, columns=list("abc")).assign(time=time, label=y, group=time // 10)
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    bare = frame.drop(columns=["label", "group"])
+    given = {
+        "frame": (frame, "label", "group"),
+        "array": (bare.to_numpy(), y, time // 10),
+        "tensor": (torch.tensor(bare.to_numpy()), y, time // 10),
+        "file": (tmp_path / "rows.csv", "label", "group"),
+    }[kind]
+
+    class ByTime:
+        def split(self, X, y=None, groups=None):
+            assert X.shape == (60, 4)
+            order = np.argsort(X[:, 3] if isinstance(X, np.ndarray) else X["time"].to_numpy())
+            yield order[:40], order[40:]
+
+    study = gputune.tune(
+        "mlp", *given[:2], groups=given[2], scoring=times, n_trials=1, **{**FAST, "cv": ByTime()}
+    )
+    assert study.best_score == 40.0
+
+
+def times(estimator, X, y):
+    """The first time of the rows that are scored."""
+    return float((X[:, 3] if isinstance(X, np.ndarray) else X["time"]).min())
 
 
 def test_weights_reach_the_loss():

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from gputune.data.encode import Layout, Numbers, Statistics, fit_statistics, transform
+from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target
+from gputune.data.tensors import checked_tensor
 from gputune.data.weights import check_weights
 from gputune.types import Task
 
@@ -23,6 +25,30 @@ class Fold:
 
     train: Tensor  # (n_f,)
     valid: Tensor  # (m_f,), empty for a refit
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a scorer of the user's own asks for: the rows as they were given, and any such rows as features.
+
+    ``X`` is what ``Source.as_given`` returns; ``statistics`` are those of each fold.
+    """
+
+    X: Any
+    layout: Layout
+    statistics: tuple[Statistics, ...]
+
+    def rows(self, fold: Fold) -> Any:
+        """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
+        rows = select_rows(self.X, fold.valid.cpu().numpy())
+        if isinstance(rows, np.ndarray):
+            rows.flags.writeable = False
+        return rows
+
+    def encoded(self, X: Any, fold: int) -> Tensor:
+        """Return rows like those of X as the members of a fold see them, (m, D) float64, on the CPU."""
+        table = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
+        return torch.from_numpy(transform(self.layout.raw(table), self.statistics[fold]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +69,7 @@ class Dataset:
     n_outputs: int  # K: number of classes (2 for a binary task), or 1
     task: Task
     target: Tensor  # (n,) class codes, or y in its own units (float64)
+    given: Given | None = None  # where a scorer of the user's own is to see its rows
 
     @property
     def n_rows(self) -> int:

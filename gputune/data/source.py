@@ -10,7 +10,7 @@ from torch import Tensor
 from gputune.data.fingerprint import fingerprint
 from gputune.data.folds import parse_cv
 from gputune.data.holdout import hold_out
-from gputune.data.table import Table, as_table, quoted, read_table, split_target
+from gputune.data.table import Table, as_rows, as_table, quoted, read_table, split_target
 from gputune.data.target import check_target
 from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
@@ -23,7 +23,7 @@ class Source:
     """Inputs and target as they were given: a table, or a tensor that stays where it lies.
 
     ``origin`` holds what reads the same rows again (path, target, groups, how rows were held out and which), None for
-    data in memory.
+    data in memory. ``given`` is the frame, array or list that X was made of; None for files and tensors.
     """
 
     X: Table | Tensor
@@ -31,13 +31,23 @@ class Source:
     target: str
     groups: Any
     origin: Origin | None
+    given: Any = None
+
+    def as_given(self) -> Any:
+        """Return the rows of X as the user knows them: the frame or array that was given, a polars frame of a file.
+
+        Without the columns of target and groups; a list and a tensor are an array.
+        """
+        if isinstance(self.X, Tensor):
+            return self.X.cpu().numpy()
+        return self.X.frame() if self.given is None else as_rows(self.given, self.X.names)
 
     def rows(self, positions: np.ndarray) -> "Source":
         """Return the source of some rows alone."""
         X = self.X.select(positions) if isinstance(self.X, Table) else self.X[positions]
         groups = None if self.groups is None else np.asarray(self.groups)[positions]
         y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)
-        return replace(self, X=X, y=y[positions], groups=groups)
+        return replace(self, X=X, y=y[positions], groups=groups, given=None)
 
 
 def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
@@ -70,7 +80,8 @@ def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
     if isinstance(y, str):
         name = y
         table, y = split_target(table, y)
-    return Source(table, _given(y), name, groups, origin)
+    given = None if from_file or isinstance(X, Table) else X
+    return Source(table, _given(y), name, groups, origin, given)
 
 
 def read_again(origin: Origin) -> Source:

@@ -2,7 +2,7 @@
 
 import difflib
 import gzip
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,20 @@ class Table:
             tuple(self.kinds[i] for i in kept),
             tuple(self.columns[i] for i in kept),
         )
+
+    def frame(self) -> Any:
+        """Return the table as a polars frame: dates as Datetime, null where a value is missing."""
+        import polars as pl
+
+        def series(kind: Kind, values: np.ndarray) -> pl.Series:
+            if kind == "category":
+                return pl.Series(values, dtype=pl.String)
+            numbers = pl.Series(values).fill_nan(None)
+            if kind == "date":
+                return (numbers * 1e6).round().cast(pl.Int64).cast(pl.Datetime("us"))
+            return numbers.cast(pl.Boolean) if kind == "boolean" else numbers
+
+        return pl.DataFrame(dict(zip(self.names, map(series, self.kinds, self.columns))))
 
 
 def read_table(source: str | Path) -> Table:
@@ -107,6 +121,21 @@ def as_table(X: Any) -> Table:
     if isinstance(frame, nw.DataFrame):
         return _from_frame(frame)
     return _from_array(X)
+
+
+def as_rows(X: Any, names: Collection[str]) -> Any:
+    """Return what ``as_table`` takes as the user knows it: a frame of the columns ``names``, or an array of all."""
+    frame = nw.from_native(X, pass_through=True)
+    if not isinstance(frame, nw.DataFrame):
+        return X if isinstance(X, np.ndarray) else _rows_to_array(X)
+    kept = [j for j, name in enumerate(frame.columns) if str(name) in names]
+    return X if len(kept) == len(frame.columns) else frame[:, kept].to_native()
+
+
+def select_rows(X: Any, rows: np.ndarray) -> Any:
+    """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its own."""
+    frame = nw.from_native(X, pass_through=True)
+    return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]
 
 
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:

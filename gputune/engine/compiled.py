@@ -8,6 +8,7 @@ a member depend neither on its company nor on the number of threads, bit for bit
 import ctypes
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -151,8 +152,10 @@ class CompiledChunk:
         assert self.scoring is not None and isinstance(kept, Tensor)
         trials, columns = len(self.configs), []
         sizes = np.diff(self.starts)
+        params = self.network.blocks.views(self.flat)
         for fold, part in enumerate(torch.split(kept, (sizes * trials * self.data.n_outputs).tolist())):
-            columns.append(self.scoring(self.data, fold, part.view(trials, int(sizes[fold]), -1)))
+            outputs = part.view(trials, int(sizes[fold]), -1)
+            columns.append(self.scoring(self.data, fold, outputs, partial(self.network.member, params, fold)))
         return torch.stack(columns, 1).numpy()
 
     def keep(self, stays: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """A job and its data on their way to another process: code that it could not import, datasets as arrays."""
 
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def to_arrays(value: Any) -> Any:
         return value.numpy()
     if isinstance(value, tuple):
         return tuple(to_arrays(item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Dataset | Fold):
         content = {field.name: to_arrays(getattr(value, field.name)) for field in fields(value)}
         return type(value).__name__, content
     return value

@@ -5,12 +5,12 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 
-from gputune.data.dataset import Dataset
+from gputune.data.dataset import Dataset, Fold
 from gputune.engine.chunk import Job
 from gputune.engine.out_of_memory import run_in_parts
 from gputune.engine.packing import to_tensors
@@ -76,7 +76,7 @@ def moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(moved(item, device) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
+    if isinstance(value, Dataset | Fold):
         return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
     return value
 

@@ -1,15 +1,17 @@
 """A scoring argument, checked once: a score on the device, or any scikit-learn scorer on its predictions."""
 
+import copy
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import get_scorer, get_scorer_names
-from torch import Tensor
+from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine import scores
@@ -17,6 +19,9 @@ from gputune.errors import InputError
 from gputune.types import Task
 
 Scorer = Callable[[Any, Any, Any], float]
+
+Member = Callable[[int], nn.Module]
+"""Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in evaluation mode."""
 
 
 @dataclass(frozen=True)
@@ -32,42 +37,69 @@ class Scoring:
     scorer: Scorer | None
     classes: np.ndarray | None
 
-    def __call__(self, data: Dataset, fold: int, outputs: Tensor) -> Tensor:
-        """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged."""
+    def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
+        """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged.
+
+        A scorer of the user's own may ask for predictions of other rows, which a ``member`` then makes.
+        """
         absent = None if data.present is None else ~data.present[fold]
         # A class that takes no part may have the logit -inf; that is no divergence.
         known = outputs if absent is None else outputs.masked_fill(absent, 0)
         finite = known.isfinite().flatten(1).all(-1)
         target = data.target[data.folds[fold].valid]
-        if data.task == "regression":
-            outputs = outputs.double() * data.scale[fold] + data.center[fold]
-        elif absent is not None:
-            outputs = outputs.masked_fill(absent, -torch.inf)
+        outputs = _as_answers(data, fold, outputs)
         if self.score is not None:
             result = self.score(outputs, target).double()
         else:
-            result = self._through_sklearn(data, fold, outputs, target, finite)
+            result = self._through_sklearn(data, fold, outputs, target, finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
 
     def _through_sklearn(
-        self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor
+        self,
+        data: Dataset,
+        fold: int,
+        outputs: Tensor,
+        target: Tensor,
+        finite: Tensor,
+        member: Member | None,
     ) -> Tensor:
         assert self.scorer is not None
-        x = data.x[data.copies[fold], data.folds[fold].valid].cpu().numpy()
         y = target.cpu().numpy()
         y = y if self.classes is None else self.classes[y]
+        # The scorers that have names read nothing of the rows.
+        rows = np.zeros((len(y), 1)) if data.given is None else data.given.rows(data.folds[fold])
+        result = np.full(len(outputs), np.nan)
         try:
-            result = [
-                float(self.scorer(fitted(output, self.classes), x, y)) if ok else np.nan
-                for output, ok in zip(outputs.cpu(), finite.tolist())
-            ]
+            for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
+                others = None if member is None else partial(_predict, data, fold, member, trial)
+                X = rows if isinstance(rows, np.ndarray) else copy.deepcopy(rows)  # a frame can be written to
+                estimator = fitted(outputs[trial].cpu(), self.classes, X, rows, others)
+                result[trial] = float(self.scorer(estimator, X, y))
+                estimator.close()
         except Exception as error:
             raise InputError(
                 f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. "
                 "Choose a scoring that fits the task, for example accuracy or r2; a callable is called as "
                 "scorer(estimator, X, y)."
             ) from error
-        return torch.tensor(result, dtype=torch.float64, device=outputs.device)
+        return torch.from_numpy(result).to(outputs.device)
+
+
+def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
+    """Return outputs (C, m, K) in the target's own units, or without the classes that take no part in the fold."""
+    if data.task == "regression":
+        return outputs.double() * data.scale[fold] + data.center[fold]
+    return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
+
+
+def _predict(data: Dataset, fold: int, member: Member, trial: int, X: Any) -> Tensor:
+    """Return what a member answers for rows X of the user's own, (m, K), on the CPU."""
+    if data.given is None:
+        raise InputError("a scorer that has a name asks for no other rows than those it scores.")
+    x = data.given.encoded(X, fold).to(data.dtype)
+    with torch.no_grad():
+        outputs = member(trial)(x).view(1, len(x), -1)
+    return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
 
 
 def make_scoring(scoring: str | Scorer | None, task: Task, classes: np.ndarray | None) -> Scoring:
@@ -136,23 +168,51 @@ def _qualified_name(scorer: Scorer) -> str:
     return f"{getattr(scorer, '__module__', '')}:{getattr(scorer, '__qualname__', type(scorer).__qualname__)}"
 
 
-def fitted(output: Tensor, classes: np.ndarray | None) -> Any:
-    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) on the scored rows are given."""
-    return _Regressor(output, None) if classes is None else _Classifier(output, classes)
+def fitted(
+    output: Tensor,
+    classes: np.ndarray | None,
+    X: Any,
+    rows: Any,
+    others: Callable[[Any], Tensor] | None = None,
+) -> "_Fitted":
+    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
+
+    That holds as long as X is equal to ``rows``; ``others`` gives the outputs for anything else.
+    """
+    return (_Regressor if classes is None else _Classifier)(output, classes, X, rows, others)
 
 
 class _Fitted(BaseEstimator):  # type: ignore[misc]
-    """What a scikit-learn scorer asks of a fitted estimator, answered from outputs that are already there."""
+    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
 
-    def __init__(self, output: Tensor, classes: np.ndarray | None) -> None:
-        self.output = output
-        self.classes = classes
+    def __init__(
+        self,
+        output: Tensor,
+        classes: np.ndarray | None,
+        X: Any,
+        rows: Any,
+        others: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self.output, self.classes = output, classes
+        self.X, self.rows, self.others = X, rows, others
 
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
-    def fit(self, X: Any, y: Any) -> "_Fitted":
-        return self
+    def fit(self, X: Any, y: Any = None) -> "_Fitted":
+        raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
+
+    def close(self) -> None:
+        """Answer no more: the member trains on, and its outputs are overwritten."""
+        self.X, self.others = object(), None
+
+    def outputs(self, X: Any) -> Tensor:
+        """Return the outputs (m, K) for any rows X."""
+        if X is self.X and (X is self.rows or X.equals(self.rows)):
+            return self.output
+        if self.others is None:
+            raise InputError("the estimator that a scorer is given answers only while the scorer runs.")
+        return self.others(X)
 
 
 class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
@@ -162,15 +222,15 @@ class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
         return self.classes
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        probabilities: np.ndarray = self.output.softmax(-1).numpy()
+        probabilities: np.ndarray = self.outputs(X).softmax(-1).numpy()
         return probabilities
 
     def predict(self, X: Any) -> np.ndarray:
-        labels: np.ndarray = self.classes_[self.output.argmax(-1).numpy()]
+        labels: np.ndarray = self.classes_[self.outputs(X).argmax(-1).numpy()]
         return labels
 
 
 class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
     def predict(self, X: Any) -> np.ndarray:
-        values: np.ndarray = self.output.squeeze(-1).numpy()
+        values: np.ndarray = self.outputs(X).squeeze(-1).numpy()
         return values

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,9 +35,13 @@ def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scor
         own = slice(f * trials, (f + 1) * trials)
         x = data.x[data.copies[f], fold.valid]
         outputs = torch.baddbmm(intercept[own, None], x.expand(trials, -1, -1), coef[own].mT)
-        scores.append(scoring(data, f, outputs))
+        scores.append(scoring(data, f, outputs, partial(_member, solution, f * trials)))
     curves: np.ndarray = torch.stack(scores, 1).cpu().numpy()[:, None]
     return curves
+
+
+def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:
+    return solved_module(solution, first + trial)
 
 
 def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:

@@ -1,5 +1,7 @@
 """The scores of a chunk: all members on the validation rows of their folds, and one wait for the device."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class Validation:
             parts = torch.split(x, _block_rows(x, network, trials))
             blocks = [network.outputs(params, fold, part) for part in parts]
             outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(self.scoring(self.data, fold, outputs))
+            columns.append(self.scoring(self.data, fold, outputs, partial(network.member, params, fold)))
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
 
 

@@ -5,6 +5,7 @@ member there.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -97,7 +98,10 @@ class PopulationTraining:
     def scores(self, weights: Tensor, scoring: Scoring) -> np.ndarray:
         """Return the scores (C, F) of all members on the validation rows of their fold."""
         params = self._named(weights)
-        columns = [scoring(self.data, f, self._valid(params, f, masked=False)) for f in range(self.folds)]
+        columns = [
+            scoring(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
+            for f in range(self.folds)
+        ]
         found: np.ndarray = torch.stack(columns, 1).cpu().numpy()
         return found
 

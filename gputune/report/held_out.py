@@ -49,7 +49,8 @@ def _score(model: TunedModel, scoring: str, test: Source, classes: np.ndarray | 
     if how.score is not None:
         return float(how.score(outputs[None], torch.from_numpy(y)))
     assert how.scorer is not None  # a Scoring has one of the two
-    return float(how.scorer(fitted(outputs, how.classes), np.zeros((len(y), 1)), y))
+    X = np.zeros((len(y), 1))  # of which a scorer that has a name reads nothing
+    return float(how.scorer(fitted(outputs, how.classes, X, X), X, y))
 
 
 def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:

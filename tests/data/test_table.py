@@ -11,7 +11,7 @@ import torch
 from scipy.sparse import csr_array, csr_matrix
 
 from gputune.data.kinds import parse_text
-from gputune.data.table import BUNDLED, Table, as_table, read_table, split_target
+from gputune.data.table import BUNDLED, Table, as_rows, as_table, read_table, select_rows, split_target
 from gputune.errors import InputError
 
 CSV = """age,city,member,joined,score
@@ -354,3 +354,26 @@ def test_bad_targets():
 
 def test_a_tensor_on_the_cpu_is_an_array():
     same(as_table(torch.ones(2, 2)), as_table(np.ones((2, 2))))
+
+
+def test_a_table_as_a_frame_is_the_same_table(tmp_path):
+    table = read_table(write(tmp_path, CSV))
+    frame = table.frame()
+    same(as_table(frame), table)
+    assert frame.schema["joined"] == pl.Datetime and frame.schema["member"] == pl.Boolean
+    assert frame["city"].to_list() == ["Bonn", "Ulm", None] and frame["age"].to_list() == [31, None, 54]
+
+
+def test_rows_stay_what_the_user_gave():
+    rows, order = [[1.0, 2.0, "x"], [3.0, 4.0, "y"], [5.0, 6.0, "z"]], np.array([2, 0])
+    array = np.array(rows, dtype=object)
+    assert as_rows(array, ()) is array
+    assert select_rows(as_rows(rows, ()), order).tolist() == [rows[2], rows[0]]
+    pandas = pd.DataFrame(rows, columns=["a", 7, "c"], index=[10, 20, 30])
+    assert as_rows(pandas, ("a", "7", "c")) is pandas
+    part = select_rows(as_rows(pandas, ("a", "7")), order)
+    assert list(part) == ["a", 7] and part.index.tolist() == [30, 10] and part[7].tolist() == [6.0, 2.0]
+    polars = pl.DataFrame({"a": [1, 2, 3], "b": ["x", "y", "z"]})
+    assert select_rows(as_rows(polars, ("b",)), order).to_dict(as_series=False) == {"b": ["z", "x"]}
+    arrow = polars.to_arrow()
+    assert select_rows(as_rows(arrow, ("a",)), order).to_pydict() == {"a": [3, 1]}

@@ -120,22 +120,6 @@ def test_a_regression_scorer_sees_original_units():
         assert found[0].item() == pytest.approx(-metric(data.target[rows].numpy(), guess))
 
 
-def test_a_callable_gets_estimator_rows_and_labels():
-    data = make_data("binary")
-    classes = np.array(["a", "b"])
-
-    def share_of_b(estimator, X, y):
-        assert X.shape == (len(y), data.n_features)
-        assert set(y) <= {"a", "b"}
-        return float((estimator.predict(X) == "b").mean())
-
-    outputs = torch.zeros(1, len(data.folds[0].valid), 2)
-    outputs[..., 1] = 1
-    scoring = make_scoring(share_of_b, "binary", classes)
-    assert scoring(data, 0, outputs).tolist() == [1.0]
-    assert scoring.name.endswith("share_of_b")
-
-
 def test_outputs_that_are_not_finite_score_nan():
     data = make_data()
     outputs = torch.zeros(2, len(data.folds[0].valid), 3)
