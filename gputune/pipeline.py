@@ -2,7 +2,7 @@
 
 import errno
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -52,7 +52,7 @@ from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.study_meta import study_meta
 from gputune.types import Backend
-from gputune.wanted import add_trials, remarks_on, wanted_trials
+from gputune.wanted import add_trials, notes_on, remarks_on, wanted_trials
 
 
 def tune(
@@ -100,8 +100,9 @@ def tune(
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
-    n_trials     configurations that are drawn, or asked of Optuna's sampler, on top of ``include`` (dicts) and, with
-                 ``include_default``, of the default one
+    n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
+                 a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
+                 default, held to the space too) comes on top
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
                  together, and at each rung those with the best fold means go on; "median" or
                  ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or
@@ -171,17 +172,18 @@ def search(
     *,
     say_notes: bool = True,
     profile: Profile | None = None,
+    words: Callable[[str], str] = str,
 ) -> Study:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
-    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on how the columns were read, itself; ``profile``
-    is told where the time goes.
+    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on the columns and the trials, itself; ``profile``
+    is told where the time goes, and ``words`` is as in ``Progress``.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
     callbacks = Callbacks(options.callbacks)
-    progress = Progress(options.verbose, callbacks.epoch)
+    progress = Progress(options.verbose, callbacks.epoch, words)
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
         problem = make_problem(source, options.task, choice)
@@ -201,8 +203,9 @@ def search(
         )
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
         _check_method(wanted, space, context, problem.target.classes)
-        _say_what_was_understood(problem, choice, progress, problem.layout.notes if say_notes else ())
-        meta = study_meta(choice, problem, options, scoring, data, space, folds)
+        notes = notes_on(wanted, space, choice, options)
+        meta = study_meta(choice, problem, options, scoring, data, space, folds, notes)
+        _say_what_was_understood(problem, choice, progress, meta["notes"] if say_notes else ())
         if cluster is not None:
             meta["device"] = cluster.device
         context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
@@ -214,7 +217,7 @@ def search(
             add_trials(ledger, wanted, space, options)
             if known := len(ledger.results):
                 progress.say(f"going on: {known} of {count(len(ledger.candidates), 'trial')} are finished")
-            for sentence in remarks_on(ledger, space, choice, options):
+            for sentence in remarks_on(ledger, space, options):
                 progress.say(f"note: {sentence}")
             products = matrix_products(tf32=options.tf32)
             with _heard(callbacks, ledger, meta, file), profile.clock("training"), products:
@@ -279,7 +282,7 @@ def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[Ra
     if choice.solved:
         raise InputError(
             "workers='ray': the logistic regression solved with optimizer='exact' is a batched solve of seconds on "
-            "this machine; leave workers (--ray) out, or train it with optimizer='adamw'."
+            "this machine; leave workers out, or train it with optimizer='adamw'."
         )
     return ray_cluster(options.workers, device=options.device)
 

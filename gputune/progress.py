@@ -50,11 +50,17 @@ class Progress:
     """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``.
 
     It shows trials, trial-epochs, the best score so far in the sign of its name, the members that train at the same
-    time, the trials that halving has sent away, and the time that is left.
+    time, the trials that halving has sent away, and the time that is left. ``words`` puts what is said in the words of
+    the door that the search came through.
     """
 
-    def __init__(self, verbose: int, on_epoch: Callable[[np.ndarray], None] | None = None) -> None:
-        self.verbose, self.on_epoch = verbose, on_epoch
+    def __init__(
+        self,
+        verbose: int,
+        on_epoch: Callable[[np.ndarray], None] | None = None,
+        words: Callable[[str], str] = str,
+    ) -> None:
+        self.verbose, self.on_epoch, self.words_of = verbose, on_epoch, words
         self.scoring = "score"
         self.bar: Any = None
         self.screen = _Screen()
@@ -72,7 +78,7 @@ class Progress:
         """Print a line where ``verbose`` reaches ``level``; with ``once`` not again in this search."""
         if self.verbose >= level and not (once and text in self.said):
             self.said.add(text)
-            tqdm.write(text, file=self.screen)
+            tqdm.write(self.words_of(text), file=self.screen)
 
     def plan(self, plan: Plan, *, aloud: bool = True) -> None:
         """Take note of the plan of what trains next, and say it; of batches that of the first."""

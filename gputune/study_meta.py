@@ -1,5 +1,6 @@
 """What a study file holds beside its trials: all that resumes the search and refits its best trial."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ def study_meta(
     data: Dataset,
     space: Space,
     folds: list[Rows],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    """Return what a study file holds beside its trials."""
+    """Return what a study file holds beside its trials; ``notes`` are those on the trials."""
     classes = problem.target.classes
     return {
         "model": choice.name,
@@ -43,7 +45,7 @@ def study_meta(
         "source": problem.source.origin,
         "fingerprint": fingerprint(problem.source.X, problem.target),
         "features": len(problem.layout.feature_names),
-        "notes": list(problem.layout.notes),
+        "notes": [*problem.layout.notes, *notes],
         "numbers": options.numbers,
         "class_weight": None if options.class_weight is None else repr(options.class_weight),
         "sample_weight": None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from gputune.model_choice import ModelChoice
 from gputune.options import Options
 from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.random import candidates, remarks, top_up
+from gputune.search.random import candidates, notes, remarks, top_up
 from gputune.search.space import Space
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate
@@ -18,13 +18,21 @@ def wanted_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[
     """Draw the trials of this call: the default one, the included ones, the random ones."""
     return candidates(
         space,
-        n_trials=_drawn(options),
-        asked=_asked(options),
+        n_trials=options.n_trials,
         include=options.include,
         include_default=options.include_default,
         random_state=options.random_state,
         defaults=_defaults(choice, options),
+        drawn=_are_drawn(options),
     )
+
+
+def notes_on(
+    trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options
+) -> tuple[str, ...]:
+    """Return what the user should know of the trials of this call, a sentence each."""
+    defaults = _defaults(choice, options)
+    return notes(trials, space, include_default=options.include_default, defaults=defaults)
 
 
 def add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
@@ -34,14 +42,12 @@ def add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, option
             ledger.add(_lacking(ledger, wanted, space, options))
 
 
-def remarks_on(ledger: Ledger, space: Space, choice: ModelChoice, options: Options) -> tuple[str, ...]:
-    """Return what the user should know of the trials of a ledger, a sentence each."""
+def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...]:
+    """Return how the trials of a ledger are other than what this call asks for, a sentence each."""
+    if not _are_drawn(options):
+        return ()
     return remarks(
-        ledger.candidates,
-        space,
-        n_trials=_drawn(options),
-        include_default=options.include_default,
-        defaults=_defaults(choice, options),
+        ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default
     )
 
 
@@ -51,20 +57,19 @@ def _lacking(
     if not ledger.candidates:
         return wanted
     known = [candidate.params for candidate in ledger.candidates]
-    given = [c for c in wanted if c.origin != "random" and c.params not in known]
+    # The default configuration was another one where it was not yet held to the space: it runs once.
+    origins = {"random"} | {c.origin for c in ledger.candidates if c.origin == "default"}
+    given = [c for c in wanted if c.origin not in origins and c.params not in known]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     added = [replace(c, number=number + i) for i, c in enumerate(given)]
-    return [*added, *top_up([*ledger.candidates, *added], space, _drawn(options), options.random_state)]
+    if not _are_drawn(options):
+        return added
+    return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
 
 
-def _drawn(options: Options) -> int:
-    """How many trials are drawn at once; a sampler of Optuna's proposes its own later."""
-    return 0 if _asked(options) else options.n_trials
-
-
-def _asked(options: Options) -> int:
-    """How many trials a sampler of Optuna's proposes."""
-    return options.n_trials if isinstance(options.method, OptunaSampler) else 0
+def _are_drawn(options: Options) -> bool:
+    """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
+    return not isinstance(options.method, OptunaSampler)
 
 
 def _defaults(choice: ModelChoice, options: Options) -> Config:

@@ -97,7 +97,7 @@ def compare(table: str, X: Any, y: Any, *, trials: int, epochs: int, seed: int) 
 
     def search(how: Any) -> gputune.Study:
         return gputune.tune(
-            "mlp", X, y, n_trials=trials - 1, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
+            "mlp", X, y, n_trials=trials, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
         )  # fmt: skip
 
     full = search("random")

@@ -7,7 +7,7 @@ import numpy as np
 
 from gputune.report.cli import main
 
-FAST = ["--trials", "2", "--epochs", "2", "--cv", "2", "--workers", "1", "--quiet"]
+FAST = ["--trials", "3", "--epochs", "2", "--cv", "2", "--workers", "1", "--quiet"]
 
 
 def run(*arguments, out=None):

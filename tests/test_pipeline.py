@@ -21,6 +21,7 @@ from gputune.data.holdout import hold_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.engine.population import complete
+from gputune.study.store import Candidate
 from problems import largest_difference, living_tensors
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
@@ -44,9 +45,8 @@ class Net(nn.Module):
 
 def test_a_study_has_trials_scores_curves_and_a_best_one(iris):
     study = gputune.tune("mlp", *iris, n_trials=6, **FAST)
-    assert len(study.trials) == 7
-    assert [trial.origin for trial in study.trials] == ["default"] + ["random"] * 6
-    assert study.curves.shape == (7, 3, 3)
+    assert [trial.origin for trial in study.trials] == ["default"] + ["random"] * 5
+    assert study.curves.shape == (6, 3, 3)
     assert study.best_score == max(trial.score for trial in study.trials)
     for trial, curve in zip(study.trials, study.curves):
         mean = curve.mean(1)
@@ -265,7 +265,7 @@ def test_weights_reach_the_loss():
     X, y = make_classification(300, 4, weights=[0.9], class_sep=0.5, random_state=0)
     plain, balanced, weighted = (
         gputune.tune(
-            "mlp", X, y, n_trials=0, scoring="balanced_accuracy", **arguments, **{**FAST, "max_epochs": 20}
+            "mlp", X, y, n_trials=1, scoring="balanced_accuracy", **arguments, **{**FAST, "max_epochs": 20}
         )
         for arguments in ({}, {"class_weight": "balanced"}, {"sample_weight": np.where(y, 4.0, 1.0)})
     )
@@ -323,7 +323,7 @@ def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris):
     again = gputune.tune("mlp", X, y, n_trials=5, study=path, **FAST)
     assert again.trials == whole.trials
     more = gputune.tune("mlp", X, y, n_trials=7, study=path, **FAST)
-    assert more.trials[:6] == whole.trials and len(more.trials) > 6
+    assert more.trials[:5] == whole.trials and len(more.trials) == 7
     with pytest.raises(
         gputune.InputError,
         match="this call in: folds .cv, groups., random_state .0 there, 1 here.",
@@ -355,14 +355,14 @@ def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, ir
 def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):
     X, y = iris
     study = gputune.tune(
-        "mlp", X, y, sample_weight=np.ones(150) * 2, n_trials=0, study=tmp_path / "a.db", **FAST
+        "mlp", X, y, sample_weight=np.ones(150) * 2, n_trials=1, study=tmp_path / "a.db", **FAST
     )
     with pytest.raises(gputune.InputError, match="cannot read sample_weight again"):
         gputune.Study.open(tmp_path / "a.db").best_model(X, y)
     with pytest.raises(gputune.InputError, match="cannot weight other rows"):
         study.best_model(X, y)
     half = {Fraction(0): 2.0}  # equals a class, and is none of the kinds that a file holds
-    gputune.tune("mlp", X, y, class_weight=half, n_trials=0, study=tmp_path / "b.db", **FAST)
+    gputune.tune("mlp", X, y, class_weight=half, n_trials=1, study=tmp_path / "b.db", **FAST)
     with pytest.raises(gputune.InputError, match=r"cannot read class_weight={Fraction\(0, 1\): 2.0} again"):
         gputune.Study.open(tmp_path / "b.db").best_model(X, y)
 
@@ -370,7 +370,7 @@ def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):
 @pytest.mark.parametrize("class_weight", ["balanced", {0: 3.0, 2: 0.5}])
 def test_class_weights_are_read_from_a_study_file(tmp_path, iris, class_weight):
     X, y = iris[0][20:], iris[1][20:]  # classes of unlike size
-    options = {"class_weight": class_weight, "n_trials": 0, **FAST}
+    options = {"class_weight": class_weight, "n_trials": 1, **FAST}
     expected = gputune.tune("mlp", X, y, study=tmp_path / "a.db", **options).best_model().predict_proba(X)
     again = gputune.Study.open(tmp_path / "a.db").best_model(X, y)
     np.testing.assert_array_equal(again.predict_proba(X), expected)
@@ -403,7 +403,7 @@ def test_the_plan_and_the_columns_are_said_aloud(iris, capsys):
     gputune.tune("mlp", *iris, n_trials=2, **{**FAST, "verbose": 1})
     said = capsys.readouterr().err
     assert "mlp on 150 rows, 4 features; target 'y': 3 classes" in said
-    assert "plan: 3 trials in" in said
+    assert "plan: 2 trials in" in said
     assert "note: memory" not in said
 
 
@@ -421,7 +421,7 @@ def test_a_random_state_object_is_used_once(iris):
     state = np.random.RandomState(0)
     study = gputune.tune("mlp", *iris, n_trials=1, random_state=state, **FAST)
     assert study.meta["seed"] == np.random.RandomState(0).randint(2**31)
-    assert gputune.tune("mlp", *iris, n_trials=0, random_state=None, **FAST).meta["seed"] >= 0
+    assert gputune.tune("mlp", *iris, n_trials=1, random_state=None, **FAST).meta["seed"] >= 0
 
 
 @pytest.mark.parametrize(
@@ -525,7 +525,7 @@ def test_values_beyond_single_precision_diverge_and_harm_nobody(iris, space):
 
 def test_a_batch_size_beyond_all_rows_means_all_rows(iris):
     study = gputune.tune("mlp", *iris, space={"batch_size": [10**20, 10**6]}, n_trials=2, **FAST)
-    np.testing.assert_allclose(study.curves[1], study.curves[2], atol=1e-6)
+    np.testing.assert_allclose(study.curves[0], study.curves[1], atol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [1e38, 1e-42])
@@ -552,7 +552,7 @@ def test_a_search_inside_inference_mode(iris):
 
 
 def test_accuracy_has_the_digits_of_double_precision(iris):
-    study = gputune.tune("mlp", *iris, n_trials=0, **FAST)
+    study = gputune.tune("mlp", *iris, n_trials=1, **FAST)
     for score in study.best_trial.fold_scores:
         assert score * 50 == pytest.approx(round(score * 50), abs=1e-12)
 
@@ -574,14 +574,39 @@ def test_what_was_asked_for_and_cannot_be_is_refused(tmp_path, iris):
         gputune.tune("mlp", tmp_path / "latin.csv", "kind", **FAST)
 
 
-def test_a_default_configuration_outside_of_the_space_is_said(iris, capsys):
-    gputune.tune("mlp", *iris, space={"width": [16, 32]}, n_trials=1, **{**FAST, "verbose": 1})
-    assert (
-        "Trial 0 is the default configuration, whose width=128 is not in the space."
-        in capsys.readouterr().err
+def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys):
+    space = {"width": [16, 32], "momentum": [0.0, 0.5]}
+    study = gputune.tune(
+        "mlp", *iris, space=space, n_trials=3, include=[{"lr": 0.1}], **{**FAST, "verbose": 1}
     )
-    gputune.tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1, **{**FAST, "verbose": 1})
-    assert "not in the space" not in capsys.readouterr().err
+    assert {trial.params["width"] for trial in study.trials} == {16, 32}
+    assert [trial.origin for trial in study.trials] == ["default", "include", "random", "random"]
+    assert study.trials[0].params == {"width": 32, "momentum": 0.0}
+    assert study.trials[1].params == {"width": 32, "momentum": 0.0, "lr": 0.1}
+    held = "Trial 0 is the default configuration, held to the space: width=32 in place of 128."
+    said = capsys.readouterr().err
+    for note in study.meta["notes"]:
+        assert f"note: {note}\n" in said
+    assert held in study.meta["notes"] and study.meta["notes"][-1].startswith(
+        "'momentum' has no effect: adamw"
+    )
+    inside = gputune.tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1, **FAST)
+    assert inside.trials[0].params == {"width": 128} and inside.meta["notes"] == []
+
+
+def test_a_study_from_before_the_default_counted_goes_on_with_nothing_to_do(tmp_path, iris, monkeypatch):
+    path, options = tmp_path / "study.db", {"space": {"width": [8, 16, 32]}, "n_trials": 2, **FAST}
+    old = [{"width": 128}, {"width": 32}, {"width": 8}]
+    with (
+        monkeypatch.context() as patched
+    ):  # as it was: the default one outside of the space, beside n_trials draws
+        trials = tuple(Candidate(i, c, "random" if i else "default") for i, c in enumerate(old))
+        patched.setattr("gputune.pipeline.wanted_trials", lambda *_: trials)
+        gputune.tune("mlp", *iris, study=path, **options)
+    again = gputune.tune("mlp", *iris, study=path, **options)
+    assert [trial.params for trial in again.trials] == old
+    more = gputune.tune("mlp", *iris, study=path, **options | {"n_trials": 4})
+    assert [trial.params for trial in more.trials] == [*old, {"width": 16}]
 
 
 def test_a_refused_module_leaves_no_study(tmp_path, iris):
@@ -600,7 +625,7 @@ def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path
         gputune.InputError, match="'id' has 10 classes of one row each.*choose another target"
     ):
         hold_out(target, test_size=0.2, seed=0)
-    gputune.tune("mlp", *iris, n_trials=0, **FAST).best_model().save(tmp_path / "model")
+    gputune.tune("mlp", *iris, n_trials=1, **FAST).best_model().save(tmp_path / "model")
     with pytest.raises(gputune.InputError, match="has no model.json; did you mean .*model'"):
         gputune.load_model(tmp_path)
 

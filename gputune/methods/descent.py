@@ -271,8 +271,7 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                 raise InputError(
                     f"method='hypergradient' moves {name!r} in its logarithm and cannot start from "
                     f"{config[name]:g}, as trial {number} does; put {name!r} in the space with values above 0"
-                    f"{' and finite' if name == 'C' else ''}, or leave it out of hyperparameters, and leave out the "
-                    "default configuration (include_default=False, --no-default) where it is the one."
+                    f"{' and finite' if name == 'C' else ''}, or do not descend on it."
                 )
 
 

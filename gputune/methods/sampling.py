@@ -8,6 +8,7 @@ from gputune.methods.full import train_fully
 from gputune.methods.halving import check_halving, halve
 from gputune.search.asking import Asking, check_askable
 from gputune.search.optuna_sampler import OptunaSampler
+from gputune.search.random import n_counted
 from gputune.search.space import Space
 from gputune.study.ledger import Cut, Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -50,8 +51,9 @@ def _run_batch(ledger: Ledger, asking: Asking, count: int, method: OptunaSampler
 
 
 def _missing(ledger: Ledger, context: Context) -> int:
-    """How many trials are still to be asked for."""
-    return max(0, context.options.n_trials - sum(_batch_of(c) > 0 for c in ledger.candidates))
+    """How many trials are still to be asked for: the default one counts, included ones do not."""
+    asked = sum(_batch_of(c) > 0 for c in ledger.candidates)
+    return max(0, context.options.n_trials - asked - n_counted(ledger.candidates))
 
 
 def _batch_of(candidate: Candidate) -> int:

@@ -1,7 +1,11 @@
 """What can be typed on the command line. Nothing heavy is imported, so that ``gputune --help`` waits for nothing."""
 
 import argparse
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Collection
+from functools import cache
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 from gputune.version import __version__
@@ -53,6 +57,73 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_PYTHON_NAMES = {
+    "trials": "n_trials",
+    "epochs": "max_epochs",
+    "seed": "random_state",
+    "out": "study",
+    "descend_on": "hyperparameters",
+}
+_OTHER_FLAGS = {"include_default": "--no-default", "verbose": "--quiet"}
+
+_PHRASES = {
+    "Give this search a path of its own": "Give this search a folder of its own, --out OTHER",
+    "give this search a path of its own": "give this search a folder of its own, --out OTHER",
+    "repeat the first call's arguments": "repeat the first command's options",
+    "differs from this call in": "differs from this command in",
+    "the same call goes on from there where study= names a file": "the same command goes on from there",
+    "folds (cv, groups)": "folds (--cv, --groups)",
+    "with gputune.Study.open": "with gputune trials",
+}
+
+
+@cache
+def flags() -> dict[str, str]:
+    """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method, that has one."""
+    options = vars(make_parser().parse_args(["tune", "FILE"])).keys() - {"command", "file"}
+    return {
+        _PYTHON_NAMES.get(option, option): _OTHER_FLAGS.get(option, f"--{option.replace('_', '-')}")
+        for option in options
+    }
+
+
+def in_flags(text: str, *, kept: Collection[str] = ()) -> str:
+    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options."""
+    known = flags()
+    names = "|".join(name for name in known if name not in kept)
+    before, change, after = text.partition("differs from this call in: ")
+    if change:
+        differing, end, remedy = after.partition(". Give this search")
+        differing = re.sub(rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)", lambda found: known[found[1]], differing)
+        text = f"{before}{change}{differing}{end}{remedy}"
+    for phrase, other in _PHRASES.items():
+        text = text.replace(phrase, other)
+    text = re.sub(
+        r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)", lambda f: known.get(f[1], f[0]), text
+    )
+    text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
+    value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
+    text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda found: _option(known, *found.groups()), text)
+    verbs = "must|is|are|for|has|needs|cannot|would|with|and"
+    text = re.sub(rf"^({names})\b(?=:| (?:{verbs})\b)", lambda found: known[found[1]], text)
+    alone = "|".join(name for name in names.split("|") if "_" in name)
+    return re.sub(rf"(?<![\w'\"./-])({alone})\b(?!['\"/(=])", lambda found: known[found[1]], text)
+
+
+def _option(known: dict[str, str], name: str, value: str) -> str:
+    """Return ``name=value`` as it is typed; a study by the folder that holds it."""
+    if value in ("", "True", "False"):
+        return known[name]
+    text = value[1:-1] if value[0] in "'\"" else value
+    if value[0] == "(":
+        text = ",".join(re.findall(r"\w+", value))
+    if (name, text) == ("workers", "ray"):
+        return "--ray"
+    if name == "study":
+        text = str(PurePath(text).parent)
+    return f"{known[name]} {shlex.quote(text)}"
+
+
 def _add(commands: Any, name: str, text: str) -> Any:
     return commands.add_parser(
         name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False
@@ -78,14 +149,14 @@ def _add_search(group: Any) -> None:
         "--trials",
         type=_whole(0),
         metavar="N",
-        help="configurations to draw, beside the default one (64; 8 with --method hypergradient, which trains up to 11 "
+        help="configurations, the default one among them (64; 8 with --method hypergradient, which trains up to 11 "
         "points for each)",
     )
     group.add_argument(
         "--no-default",
         dest="include_default",
         action="store_false",
-        help="do not run the default configuration, which may lie outside of --space",
+        help="do not run the default configuration (trial 0, held to --space wherever that names a key)",
     )
     group.add_argument(
         "--epochs", type=_whole(1), default=50, metavar="E",

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from gputune.errors import (
@@ -23,7 +24,7 @@ from gputune.errors import (
     Terminated,
 )
 from gputune.interrupting import end_command, end_process, take_signals
-from gputune.report.arguments import make_parser
+from gputune.report.arguments import in_flags, make_parser
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -53,8 +54,11 @@ def _command(typed: list[str]) -> int:
         arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
     except SystemExit as ending:
         return int(ending.code or 0)
-    with _warnings_in_words():
-        return _run(arguments)
+    # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
+    kept = {getattr(arguments, "target", None) or "", "" if arguments.command == "tune" else "study"}
+    words = partial(in_flags, kept=kept)
+    with _warnings_in_words(words):
+        return _run(arguments, words)
 
 
 def _open_streams() -> None:
@@ -82,7 +86,7 @@ def _let_go_of_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
     try:
         return _write(_COMMANDS[arguments.command](arguments))
     except SearchInterrupted as stop:
@@ -90,10 +94,10 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(str(stop))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
     except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        _say(f"error: {_in_words(error)}")
+        _say(f"error: {words(_in_words(error))}")
         return BAD_INPUT
     except (SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(f"error: {_in_words(error)}")
+        _say(f"error: {words(_in_words(error))}")
         return FAILED
     except Exception:  # a bug: whoever reports it needs the traceback
         with suppress(OSError, ValueError):
@@ -220,7 +224,7 @@ def _in_words(error: Exception) -> str:
 
 
 @contextmanager
-def _warnings_in_words() -> Iterator[None]:
+def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
     """Show a warning that is meant for the user as one line, once, instead of as a line of our code."""
     said = set()
     shown_otherwise = warnings.showwarning
@@ -230,7 +234,7 @@ def _warnings_in_words() -> Iterator[None]:
             shown_otherwise(message, category, *place, **more)
         elif str(message) not in said:
             said.add(str(message))
-            _say(f"warning: {message}")
+            _say(f"warning: {words(str(message))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)

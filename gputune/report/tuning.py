@@ -23,6 +23,7 @@ from gputune.options import Options
 from gputune.pipeline import search
 from gputune.profile import PREPARING, Profile
 from gputune.progress import Progress
+from gputune.report.arguments import in_flags
 from gputune.report.closing import Ending, closing_text, stopped_text
 from gputune.report.held_out import held_out_score
 from gputune.report.places import MODEL, STUDY, model_folder, study_file
@@ -101,7 +102,13 @@ def _to_the_end(
         try:
             signals = (CTRL_C, TERMINATED)
             study = search(
-                again.choice, again.source, again.options, signals, say_notes=False, profile=profile
+                again.choice,
+                again.source,
+                again.options,
+                signals,
+                say_notes=False,
+                profile=profile,
+                words=in_flags,
             )
         except SearchInterrupted as stop:
             seconds = time.perf_counter() - begin

@@ -12,12 +12,12 @@ from sklearn.utils import check_random_state
 from gputune.errors import InputError
 from gputune.report.text import count
 from gputune.search.config import KEYS, check_config
-from gputune.search.distributions import Distribution
+from gputune.search.distributions import Distribution, LogInt, LogIntegers, Steps
 from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
 from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
 
-__all__ = ["Candidate", "candidates", "default_space", "draw", "remarks", "top_up"]
+__all__ = ["Candidate", "candidates", "default_space", "draw", "n_counted", "notes", "remarks", "top_up"]
 
 RandomState = int | np.random.RandomState | None
 """As in scikit-learn: a seed, a generator that goes on from where it is, or None for numpy's global one."""
@@ -82,40 +82,40 @@ def candidates(
     include_default: bool,
     random_state: RandomState,
     defaults: Mapping[str, Any],
-    asked: int = 0,
+    drawn: bool = True,
 ) -> tuple[Candidate, ...]:
     """Return all trials of a new search in the order of their numbers, each with its origin.
 
-    First the default configuration ("default"), then ``include`` ("include"), then ``n_trials`` draws ("random").
-    In the first two a key of the space that is missing takes its fixed value where the space has one, else its
-    default. A configuration that is written like an earlier one (same keys, same values) is dropped, not redrawn.
+    First the default configuration ("default"), then ``include`` ("include"), then draws ("random"), until with the
+    default one there are ``n_trials``. In the first two a key that is missing takes its default, held to the space
+    where that names it: the nearest number there, or the first of a list of other things; what nobody knows the ends of
+    is drawn. A configuration that is written like an earlier one (same keys, same values) is dropped.
 
-    asked: how many more trials the search method itself proposes later; with some there may be none here.
+    drawn: False where the search method itself proposes them later; there may be none here then.
     space: checked. include: may have keys that the space lacks; ``check_include`` refuses those of other models.
     defaults: a value for each key of the space, with ``optimizer``, which ``weight_decay`` and ``momentum`` follow
     where they are left out. Where another one is missing, as that of a module's required argument, no default
-    configuration is run (``remarks`` says so). Raises InputError, also where nothing is left to run.
+    configuration is run (``notes`` says so). Raises InputError, also where nothing is left to run.
     """
-    _check_n_trials(asked)
-    fixed = _fixed(space)
+    _check_n_trials(n_trials)
     wanted: list[tuple[Config, Origin]] = []
-    if include_default and not _missing(fixed, space, defaults):
-        wanted.append((_fill(fixed, space, defaults), "default"))
+    if include_default and n_trials and not _missing({}, space, defaults):
+        wanted.append((_fill({}, space, defaults), "default"))
     for i, config in enumerate(check_include(include, keys=KEYS, module=True)):
-        missing = _missing(fixed | config, space, defaults)
+        missing = _missing(config, space, defaults)
         if missing:
             raise InputError(
                 f"include[{i}] must have a value for {', '.join(missing)}, which has no default, got "
                 f"{dict(include[i])!r}. Add it."
             )
-        wanted.append((_fill(fixed | config, space, defaults), "include"))
-    wanted += [(config, "random") for config in draw(space, n_trials, random_state)]
-    if not wanted and not asked:
+        wanted.append((_fill(config, space, defaults), "include"))
+    if not wanted and not n_trials:
         raise InputError(
-            f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no default or "
-            "included configuration. For example n_trials=64."
+            f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no included "
+            "configuration. For example n_trials=64, or n_trials=1 for the default configuration alone."
         )
-    return _number(wanted, ())
+    given = _number(wanted, ())
+    return given + top_up(given, space, n_trials, random_state) if drawn else given
 
 
 def top_up(
@@ -125,60 +125,70 @@ def top_up(
 
     ``n_trials`` configurations are drawn anew and those in ``old`` dropped, so that the same seed with a larger
     ``n_trials`` continues a search, and with the same ``n_trials`` adds nothing. There are never more than
-    ``n_trials`` random ones in all: lists alone, drawn without replacement, give another selection for a larger
-    ``n_trials``.
+    ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn without replacement,
+    give another selection for a larger ``n_trials``.
     """
     new = _number([(config, "random") for config in draw(space, n_trials, random_state)], old)
-    return new[: max(0, n_trials - _n_random(old))]
+    return new[: max(0, n_trials - n_counted(old))]
 
 
-def _holds(choices: list[Any] | Distribution, value: Any) -> bool:
-    if isinstance(choices, list):
-        return value in choices
-    if not hasattr(choices, "support") or not isinstance(value, int | float):
-        return True  # nobody knows
-    low, high = choices.support()
-    return bool(low <= value <= high)
+def n_counted(trials: Sequence[Candidate]) -> int:
+    """Return how many trials ``n_trials`` counts: all but the included ones."""
+    return sum(trial.origin in ("default", "random") for trial in trials)
+
+
+def notes(
+    trials: Sequence[Candidate], space: Space, *, include_default: bool, defaults: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return what a user should know of the trials of a call, a sentence each."""
+    said = []
+    missing = _missing({}, space, defaults)
+    if include_default and missing:
+        said.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
+    for trial in trials:
+        moved = _moved(trial.params, space, defaults) if trial.origin == "default" else []
+        if moved:
+            said.append(
+                f"Trial {trial.number} is the default configuration, held to the space: {', '.join(moved)}."
+            )
+    return (*said, *_without_effect(trials, str(defaults["optimizer"])))
 
 
 def remarks(
-    trials: Sequence[Candidate],
-    space: Space,
-    *,
-    n_trials: int,
-    include_default: bool,
-    defaults: Mapping[str, Any],
+    trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool
 ) -> tuple[str, ...]:
-    """Return the sentences, if any, that tell the user once what of the call the ``trials`` do not do."""
+    """Return the sentences, if any, that tell the user once how the ``trials`` are other than ``n_trials``."""
     said = []
-    missing = _missing(_fixed(space), space, defaults)
-    if include_default and missing:
-        said.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
-    outside = [trial for trial in trials if trial.origin == "default"]
-    for key, value in (outside[0].params if outside else {}).items():
-        if not any(_holds(alternative[key], value) for alternative in space if key in alternative):
-            said.append(
-                f"Trial {outside[0].number} is the default configuration, whose {key}={value!r} is not in the space."
-            )
-    if outside and not include_default:
+    default = [trial.number for trial in trials if trial.origin == "default"]
+    if default and not include_default:
         said.append(
-            f"Trial {outside[0].number} is the default configuration, which an earlier call asked for: it stays."
+            f"Trial {default[0]} is the default configuration, which an earlier call asked for: it stays."
         )
-    said += _without_effect(trials, str(defaults["optimizer"]))
-    n_draws, n_random = _n_draws(space, n_trials), _n_random(trials)
+    n_draws, counted = _n_draws(space, n_trials), n_counted(trials)
     if n_draws < n_trials:
         said.append(
             f"The space has {count(n_draws, 'configuration')}, fewer than n_trials={n_trials}: all of them are run."
         )
-    elif n_random < n_trials:
+    elif counted < n_trials:
         said.append(
-            f"{n_trials - n_random} of {n_trials} drawn configurations repeat another one and are not run again."
+            f"{n_trials - counted} of {n_trials} configurations repeat another one and are not run again."
         )
-    elif n_random > n_trials:
+    elif counted > n_trials:
         said.append(
-            f"The study holds {n_random} drawn configurations, more than n_trials={n_trials}: all stay in it."
+            f"The study holds {counted} configurations, more than n_trials={n_trials}: all stay in it."
         )
     return tuple(said)
+
+
+def _moved(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[str]:
+    """Return which values of a configuration stand for a default that the space lacks; fixed ones go without saying."""
+    fixed = {key for part in space for key, choices in part.items() if _is_fixed(choices)}
+    plain = _complete({"optimizer": config["optimizer"]} if "optimizer" in config else {}, defaults)
+    return [
+        f"{key}={value!r} in place of {plain[key]!r}"
+        for key, value in config.items()
+        if key not in fixed and key in plain and plain[key] != value
+    ]
 
 
 def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
@@ -215,10 +225,6 @@ def _n_draws(space: Space, n_trials: int) -> int:
         ) from None
 
 
-def _n_random(trials: Sequence[Candidate]) -> int:
-    return sum(trial.origin == "random" for trial in trials)
-
-
 def _number(wanted: Iterable[tuple[Config, Origin]], old: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """Number the configurations on from ``old``, leaving out those that are there already."""
     seen = {_identity(trial.params) for trial in old}
@@ -232,13 +238,6 @@ def _number(wanted: Iterable[tuple[Config, Origin]], old: Sequence[Candidate]) -
     return tuple(new)
 
 
-def _fixed(space: Space) -> Config:
-    """Return the keys that have one and the same single value in all alternatives of the space."""
-    singles = [{k: v[0] for k, v in d.items() if isinstance(v, list) and len(v) == 1} for d in space]
-    shared = set.intersection(*({(k, _hashable(v)) for k, v in single.items()} for single in singles))
-    return check_config({key: singles[0][key] for key, _ in shared}, name="space")
-
-
 def _keys(space: Space) -> set[str]:
     """Return the keys of the configurations that are drawn from the space."""
     keys = {key for alternative in space for key in alternative}
@@ -246,12 +245,60 @@ def _keys(space: Space) -> set[str]:
 
 
 def _missing(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[str]:
-    return sorted(_keys(space) - _complete(config, defaults).keys())
+    return sorted(_keys(space) - _within(config, space, defaults).keys())
 
 
 def _fill(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
-    full = _complete(config, defaults)
+    full = _within(config, space, defaults)
     return {key: full[key] for key in sorted(_keys(space) | config.keys())}
+
+
+def _within(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
+    """Return a configuration with all that has a default, which is held to the space where the space names it.
+
+    Of alternatives the first counts that lacks the fewest of these values. What has no default takes its fixed value.
+    """
+    plain = _complete(config, defaults)
+    part = min(space, key=lambda part: sum(not _holds(part[key], plain[key]) for key in part if key in plain))
+    held: Config = {}
+    # weight_decay and momentum follow the optimizer.
+    for key in sorted(part, key=lambda key: key != "optimizer"):
+        full = {"penalty": "l2", **_complete({**config, **held}, defaults)}
+        known = key in config or (key == "penalty" and "l1_ratio" in config)
+        if not known and (key in full or _is_fixed(part[key])):
+            held[key] = _nearest(key, part[key], full.get(key))
+    return _complete(check_config({**held, **config}, name="space"), defaults)
+
+
+def _is_fixed(choices: list[Any] | Distribution) -> bool:
+    return isinstance(choices, list) and len(choices) == 1
+
+
+def _holds(choices: list[Any] | Distribution, value: Any) -> bool:
+    if isinstance(choices, list):
+        return value in choices
+    if not hasattr(choices, "support") or not isinstance(value, int | float):
+        return True  # nobody knows
+    low, high = choices.support()
+    return bool(low <= value <= high)
+
+
+def _nearest(key: str, choices: list[Any] | Distribution, value: Any) -> Any:
+    """Return the value itself where ``choices`` have it, else the nearest number, the first of a list, or a draw."""
+    number = isinstance(value, int | float)
+    if isinstance(choices, list):
+        if value in choices:
+            return value
+        numbers = number and all(isinstance(choice, int | float) for choice in choices)
+        return min(choices, key=lambda choice: abs(choice - value)) if numbers else choices[0]
+    if number and hasattr(choices, "support"):
+        low, high = choices.support()
+        inside = min(max(value, low), high)
+        step = choices.step if isinstance(choices, Steps) else isinstance(choices, LogInt | LogIntegers)
+        inside = min(low + round((inside - low) / step) * step, high) if step else inside
+        if not hasattr(choices, "pmf") or choices.pmf(inside) > 0:
+            return inside
+    return draw([{key: choices}], 1, 0)[0][key]
 
 
 def _complete(config: Config, defaults: Mapping[str, Any]) -> Config:

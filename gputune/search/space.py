@@ -95,7 +95,7 @@ def _check_online(d: Mapping[str, Any], name: str) -> None:
     if given and isinstance(drawn, list | tuple) and not set(ONLINE) & {str(word) for word in drawn}:
         raise InputError(
             f"{name} has the key {given[0]!r}, which only the optimizers {', '.join(ONLINE)} read, and draws "
-            f"optimizer={optimizers!r}; leave it out, or add one of those."
+            f"the optimizer {optimizers!r}; leave it out, or add one of those."
         )
 
 

@@ -13,7 +13,7 @@ import gputune
 from command_line import run, write_table
 from gputune.report.arguments import make_parser
 
-QUICK = {"n_trials": 0, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
+QUICK = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
 FEW = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "-q"]
 SETTINGS = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

@@ -322,7 +322,7 @@ def test_report_writes_a_file_and_refuses_bad_places(study, tmp_path):
 
 def test_a_model_gives_its_held_out_score(tmp_path):
     X, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 2
-    study = gputune.tune("mlp", X, y, n_trials=0, max_epochs=2, cv=2, workers=1, verbose=0)
+    study = gputune.tune("mlp", X, y, n_trials=1, max_epochs=2, cv=2, workers=1, verbose=0)
     study.report(tmp_path / "report.html", model=study.best_model())
     assert "not known here" in (tmp_path / "report.html").read_text()  # it has none
 

@@ -10,7 +10,8 @@ from sklearn.model_selection import RandomizedSearchCV
 
 from gputune.errors import InputError
 from gputune.search.config import legal_keys
-from gputune.search.random import Candidate, candidates, default_space, draw, remarks, top_up
+from gputune.search.distributions import LogIntegers, Steps
+from gputune.search.random import Candidate, candidates, default_space, draw, notes, remarks, top_up
 from gputune.search.space import check_space, log_int
 from gputune.types import DEFAULTS
 
@@ -28,7 +29,7 @@ def checked(space, keys=MLP, module=False):
     return check_space(space, keys=keys, module=module)
 
 
-def search(space, n_trials=0, include=(), include_default=True, random_state=0, defaults=MLP_DEFAULTS):
+def search(space, n_trials=1, include=(), include_default=True, random_state=0, defaults=MLP_DEFAULTS):
     return candidates(
         space,
         n_trials=n_trials,
@@ -84,9 +85,11 @@ def test_lists_with_too_few_points_give_all_of_them_without_a_warning():
         (a, b) for a in (0.001, 0.01, 0.1) for b in (8, 16)
     ]
     trials = search(space, 64, include_default=False)
-    said = remarks(trials, space, n_trials=64, include_default=False, defaults=MLP_DEFAULTS)
+    said = remarks(trials, space, n_trials=64, include_default=False)
     assert said == ("The space has 6 configurations, fewer than n_trials=64: all of them are run.",)
-    assert not remarks(trials, space, n_trials=6, include_default=False, defaults=MLP_DEFAULTS)
+    assert not remarks(trials, space, n_trials=6, include_default=False)
+    for n_trials in (1, 4, 6, 64):  # the default one, held to the space, is one of its points
+        assert len(search(space, n_trials)) == min(n_trials, 6)
 
 
 def test_lists_of_very_many_points():
@@ -148,8 +151,8 @@ def test_default_space_of_the_solved_logistic_regression():
 
 def test_the_order_is_default_include_random():
     space = checked(MIXED)
-    trials = search(space, 2, include=[{"lr": 0.5}, {"width": 9, "dropout": 0.1}])
-    default = {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 128}
+    trials = search(space, 3, include=[{"lr": 0.5}, {"width": 9, "dropout": 0.1}])
+    default = {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 64}
     assert [(t.number, t.origin) for t in trials] == [
         (0, "default"), (1, "include"), (2, "include"), (3, "random"), (4, "random"),
     ]  # fmt: skip
@@ -157,42 +160,96 @@ def test_the_order_is_default_include_random():
     assert params(trials[3:]) == draw(space, 2, 0)
 
 
-def test_a_fixed_value_of_the_space_wins_over_the_default():
-    space = checked({"lr": [0.1, 0.2], "depth": 5, "width": [64]})
-    assert params(search(space, include=[{"lr": 0.2}, {"depth": 3}])) == [
-        {"depth": 5, "lr": 1e-3, "width": 64},
-        {"depth": 5, "lr": 0.2, "width": 64},
-        {"depth": 3, "lr": 1e-3, "width": 64},
+def test_missing_keys_take_the_default_held_to_the_space():
+    space = checked({"lr": [0.1, 0.2], "depth": 5, "width": [64, 256], "activation": ["tanh", "gelu"]})
+    default = {"activation": "tanh", "depth": 5, "lr": 0.1, "width": 64}
+    assert params(search(space, include=[{"lr": 0.2}, {"depth": 3, "dropout": 0.5}])) == [
+        default,
+        default | {"lr": 0.2},
+        default | {"depth": 3, "dropout": 0.5},
     ]
 
 
-def test_a_value_is_fixed_only_where_all_alternatives_agree():
-    space = checked(
-        [{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8], "dropout": [0.1, 0.2]}]
+class Unknown:
+    def rvs(self, random_state=None):
+        return float(np.random.RandomState(0).uniform() + 5)
+
+
+@pytest.mark.parametrize(
+    ("choices", "default", "held"),
+    [
+        ([16, 32], 128, 32),
+        ([256, 64, 192], 128, 64),  # the first of two that are equally near
+        ([16, 128], 128, 128),
+        (["b", "c"], "a", "b"),
+        ([None, 0.5], 0.2, None),
+        ([(8,), (8, 8)], 4, (8,)),
+        (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
+        (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4),
+        (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3),
+        (stats.norm(), 7.5, 7.5),
+        (stats.randint(16, 65), 128, 64),
+        (stats.randint(1, 5), 2.5, 1),  # none there, and nobody knows the nearest: a draw
+        (stats.uniform(1, 2), None, 1.0976270078546495 + 1),
+        (log_int(8, 64), 128, 64),
+        (LogIntegers(2, 8), 2.6, 3),
+        (Steps(16, 96, 16), 60, 64),
+        (Steps(0.0, 0.5, 0.2), 0.45, 0.4),
+        (Unknown(), 1.0, 5.548813503927325),
+    ],
+)
+def test_a_default_is_held_to_what_the_space_names(choices, default, held):
+    space = checked({"module__k": choices}, MODULE, True)
+    (trial,) = search(space, defaults=MLP_DEFAULTS | {"module__k": default})
+    assert trial.params == {"module__k": held}
+    (said,) = notes([trial], space, include_default=True, defaults=MLP_DEFAULTS | {"module__k": default}) or (
+        "",
     )
-    assert search(space)[0].params == {"depth": 5, "dropout": 0.0, "lr": 1e-3, "width": 128}
+    moved = "" if held == default else "Trial 0 is the default configuration, held to the space: module__k="
+    assert said.startswith(moved) and bool(said) == bool(moved)
+
+
+def test_alternatives_hold_the_default_where_the_fewest_values_are_others():
+    space = checked(
+        [{"depth": 5, "width": 9, "lr": [0.1]}, {"depth": 5, "width": [8, 16], "dropout": [0.0, 0.2]}]
+    )
+    assert search(space)[0].params == {"depth": 5, "dropout": 0.0, "lr": 1e-3, "width": 16}
+    space = checked([{"optimizer": ["sgd"], "lr": [0.5]}, {"optimizer": ["adam"], "lr": [0.1, 0.2]}])
+    assert params(search(space, include=[{"optimizer": "adam"}])) == [
+        {"lr": 0.5, "optimizer": "sgd"},
+        {"lr": 0.1, "optimizer": "adam"},
+    ]
 
 
 @pytest.mark.parametrize(
     "optimizer, decay, momentum", [("sgd", 0.0, 0.0), ("nesterov", 0.0, 0.9), ("adamw", 0.01, 0.0)]
 )
 def test_weight_decay_and_momentum_follow_the_optimizer(optimizer, decay, momentum):
-    space = checked({"optimizer": ["sgd", "adamw"], "weight_decay": [0.5, 0.6], "momentum": [0.1, 0.2]})
-    (trial,) = search(space, include=[{"optimizer": optimizer}], include_default=False)
+    decays, momenta = stats.uniform(0, 1), stats.uniform(0, 1)
+    space = checked({"optimizer": ["sgd", "adamw"], "weight_decay": decays, "momentum": momenta})
+    (trial,) = search(space, 0, include=[{"optimizer": optimizer}])
     assert trial.params == {"optimizer": optimizer, "weight_decay": decay, "momentum": momentum}
     (trial,) = search(space, defaults=MLP_DEFAULTS | {"weight_decay": 0.3})
     assert trial.params == {"optimizer": "adamw", "weight_decay": 0.3, "momentum": 0.0}
+    (trial,) = search(checked({"optimizer": ["nesterov", "sgd"], "momentum": momenta}))
+    assert trial.params == {"optimizer": "nesterov", "momentum": 0.9}
 
 
 def test_penalty_in_a_search():
     defaults = {"C": 1.0, "l1_ratio": 0.0}
     space = checked({"penalty": ["l1", "l2", None], "C": [0.1, 10.0]}, EXACT)
     trials = search(space, 6, include=[{"penalty": "l1"}], defaults=defaults)
-    assert params(trials[:2]) == [{"C": 1.0, "l1_ratio": 0.0}, {"C": 1.0, "l1_ratio": 1.0}]
-    drawn = {(c["C"], c["l1_ratio"]) for c in params(trials[2:])}
+    assert params(trials[:2]) == [{"C": 0.1, "l1_ratio": 0.0}, {"C": 0.1, "l1_ratio": 1.0}]
     # C has no meaning where there is no penalty, so one trial is left of two.
-    assert drawn == {(0.1, 0.0), (10.0, 0.0), (0.1, 1.0), (10.0, 1.0), (math.inf, 0.0)}
-    assert len(trials) == 2 + 5
+    assert {(c["C"], c["l1_ratio"]) for c in params(trials[2:])} == {
+        (10.0, 0.0),
+        (10.0, 1.0),
+        (math.inf, 0.0),
+    }
+    assert len(trials) == 5
+    for penalty, ends in ((["l1"], {"C": 1.0, "l1_ratio": 1.0}), ([None], {"C": math.inf, "l1_ratio": 0.0})):
+        one = search(checked({"penalty": penalty}, EXACT), defaults=defaults)[0].params
+        assert one == {key: ends[key] for key in one} and "l1_ratio" in one
 
 
 def test_duplicates_are_dropped_not_redrawn():
@@ -201,24 +258,26 @@ def test_duplicates_are_dropped_not_redrawn():
     assert [t.origin for t in trials] == ["default", "include", "random", "random"]
     assert [t.number for t in trials] == [0, 1, 2, 3]
     assert len({tuple(p.items()) for p in params(trials)}) == 4
-    said = remarks(trials, space, n_trials=4, include_default=True, defaults=MLP_DEFAULTS)
-    assert said == ("2 of 4 drawn configurations repeat another one and are not run again.",)
-    said = remarks(trials, space, n_trials=4, include_default=False, defaults=MLP_DEFAULTS)
-    assert said[0] == "Trial 0 is the default configuration, which an earlier call asked for: it stays."
+    said = remarks(trials, space, n_trials=4, include_default=True)
+    assert said == ("1 of 4 configurations repeat another one and are not run again.",)
+    said = remarks(trials, space, n_trials=2, include_default=False)
+    assert said == (
+        "Trial 0 is the default configuration, which an earlier call asked for: it stays.",
+        "The study holds 3 configurations, more than n_trials=2: all stay in it.",
+    )
 
 
 def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
-    common = {"n_trials": 2, "include_default": False, "defaults": MLP_DEFAULTS}
-    space = checked({"momentum": [0.1, 0.9]})
-    said = remarks(search(space, 2, include_default=False), space, **common)
-    assert said == (
+    def said_of(space, n_trials):
+        trials = search(checked(space), n_trials, include_default=False)
+        return notes(trials, checked(space), include_default=False, defaults=MLP_DEFAULTS)
+
+    assert said_of({"momentum": [0.1, 0.9]}, 2) == (
         "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, sgdhd or nesterovhd.",
     )
-    mixed = checked({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]})
-    (said,) = remarks(search(mixed, 4, include_default=False), mixed, **common | {"n_trials": 4})
+    (said,) = said_of({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]}, 4)
     assert said.startswith("'momentum' has no effect: adam and adamw have none;")
-    one_takes_it = checked({"momentum": [0.5], "optimizer": ["adam", "sgd"]})
-    assert not remarks(search(one_takes_it, 2, include_default=False), one_takes_it, **common)
+    assert not said_of({"momentum": [0.5], "optimizer": ["adam", "sgd"]}, 2)
 
 
 def test_values_without_a_hash_are_compared_too():
@@ -229,12 +288,13 @@ def test_values_without_a_hash_are_compared_too():
 
 def test_nothing_to_run_is_an_error_and_something_included_is_enough():
     space = checked(MIXED)
-    assert [t.origin for t in search(space, 0, include_default=True)] == ["default"]
-    assert [t.origin for t in search(space, 0, include=[{}], include_default=False)] == ["include"]
-    with pytest.raises(
-        InputError, match=r"n_trials must be >= 1 where nothing else is to run, got n_trials=0"
-    ):
-        search(space, 0, include_default=False)
+    assert [t.origin for t in search(space, 1)] == ["default"]
+    assert [t.origin for t in search(space, 0, include=[{}])] == ["include"]
+    message = (
+        r"n_trials must be >= 1 where nothing else is to run, got n_trials=0 .* n_trials=1 for the default"
+    )
+    with pytest.raises(InputError, match=message):
+        search(space, 0)
 
 
 def test_a_required_argument_of_a_module_has_no_default():
@@ -242,14 +302,16 @@ def test_a_required_argument_of_a_module_has_no_default():
     trials = search(space, 2, include=[{"module__k": 3}])
     assert [t.origin for t in trials] == ["include", "random", "random"]
     assert trials[0].params == {"lr": 0.1, "module__k": 3}
-    said = remarks(trials, space, n_trials=2, include_default=True, defaults=MLP_DEFAULTS)
+    said = notes(trials, space, include_default=True, defaults=MLP_DEFAULTS)
     assert said == ("No default configuration is run, because module__k has no default value.",)
     with pytest.raises(
         InputError, match=r"include\[0\] must have a value for module__k, which has no default, got \{"
     ):
         search(space, 2, include=[{"lr": 0.2}])
     with_default = MLP_DEFAULTS | {"module__k": 7}
-    assert search(space, defaults=with_default)[0].params == {"lr": 0.1, "module__k": 7}
+    assert search(space, defaults=with_default)[0].params == {"lr": 0.1, "module__k": 2}
+    fixed = checked({"module__k": [1], "lr": [0.1]}, MODULE, True)
+    assert params(search(fixed)) == [{"lr": 0.1, "module__k": 1}]
 
 
 def test_included_configurations_are_checked():
@@ -276,17 +338,27 @@ def test_a_larger_number_of_lists_draws_what_is_missing():
     space = checked({"lr": [0.1, 0.2, 0.3, 0.4, 0.5], "width": [8, 16, 32, 64]})
     old = search(space, 6)
     new = top_up(old, space, 10, 0)
-    assert [t.number for t in new] == [7, 8, 9, 10] and {t.origin for t in new} == {"random"}
+    assert [t.number for t in new] == [6, 7, 8, 9] and {t.origin for t in new} == {"random"}
     assert not any(p in params(old) for p in params(new))
     assert all(p in draw(space, 10, 0) for p in params(new))
     everything = old + new + top_up(old + new, space, 99, 0)
-    assert len(everything) == 1 + 20
+    assert len(everything) == 20
 
 
 def test_a_dropped_duplicate_stays_dropped_when_the_search_goes_on():
     space = checked({"lr": [0.001, 0.1], "width": [128, 8]})
     old = search(space, 4)
     assert len(old) == 4 and top_up(old, space, 4, 0) == top_up(old, space, 9, 1) == ()
+
+
+def test_a_study_from_before_the_default_counted_adds_nothing():
+    space = checked(MIXED)
+    drawn = [Candidate(1 + i, config, "random") for i, config in enumerate(draw(space, 4, 0))]
+    old = (Candidate(0, {"batch_size": 32, "depth": 2, "lr": 1e-3, "width": 128}, "default"), *drawn)
+    assert top_up(old, space, 4, 0) == ()
+    assert remarks(old, space, n_trials=4, include_default=True) == (
+        "The study holds 5 configurations, more than n_trials=4: all stay in it.",
+    )
 
 
 def test_top_up_goes_on_from_the_highest_number():

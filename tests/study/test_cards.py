@@ -33,7 +33,7 @@ def test_a_study_without_a_result():
 
 def test_a_model():
     X, y = np.random.default_rng(0).normal(size=(40, 3)), np.array(["<b>", "x"])[np.arange(40) % 2]
-    study = gputune.tune("mlp", X, y, n_trials=0, max_epochs=2, cv=2, workers=1, verbose=0)
+    study = gputune.tune("mlp", X, y, n_trials=1, max_epochs=2, cv=2, workers=1, verbose=0)
     html = study.best_model()._repr_html_()
     assert "TunedModel: MLP" in html and "2: &lt;b&gt;, x" in html and "3 columns" in html
     assert f'cross-validated accuracy</th><td style="text-align:left">{study.best_score:.4f}' in html

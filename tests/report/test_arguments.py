@@ -1,0 +1,75 @@
+"""What gputune.tune says is said on the command line in its words: arguments by their options."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+
+import gputune
+from gputune.pipeline import tune
+from gputune.report.arguments import flags, in_flags, make_parser
+from gputune.study.ledger import _IDENTITY
+
+PYTHON_ALONE = {"X", "y", "include", "class_weight", "sample_weight", "epoch", "callbacks"}
+OF_METHODS = {
+    field.name
+    for method in (gputune.Halving, gputune.Median, gputune.Hypergradient)
+    for field in fields(method)
+} - {"min_trials", "step", "first_step", "smallest_step"}
+
+
+def test_every_argument_that_has_an_option_is_known():
+    known = flags()
+    assert {*inspect.signature(tune).parameters} - PYTHON_ALONE | OF_METHODS <= known.keys()
+    typed = ["tune", "FILE", *(f for f in known.values() if f in ("--no-default", "--quiet", "--per-layer"))]
+    assert make_parser().parse_args(typed).verbose == 0
+    help_text = make_parser().format_help()
+    assert "tune" in help_text
+
+
+@pytest.mark.parametrize("name", [*_IDENTITY.values(), "test_size"])
+def test_a_difference_of_two_searches_names_the_option(name):
+    said = in_flags(
+        f"study='gputune-out/study.db' holds another search, which differs from this call in: {name} (30 there, 2 "
+        f"here), space, {name}. Give this search a path of its own, or repeat the first call's arguments."
+    )
+    option = {"data": name, "class_weight": name, "sample_weight": name, "epoch": name}.get(
+        name, flags().get(name, "folds (--cv, --groups)")
+    )
+    assert said == (
+        f"--out gputune-out holds another search, which differs from this command in: {option} (30 there, 2 here), "
+        f"--space, {option}. Give this search a folder of its own, --out OTHER, or repeat the first command's options."
+    )
+
+
+@pytest.mark.parametrize("name", sorted(flags()))
+def test_a_value_is_said_as_it_is_typed(name):
+    flag = flags()[name]
+    if name != "study":
+        assert in_flags(f"choose {name}='some', {name}=-0.5.") == f"choose {flag} some, {flag} -0.5."
+    assert in_flags(f"a smaller {name}= helps") == f"a smaller {flag} helps"
+    assert in_flags(f"{name} must be 3, got 4.") == f"{flag} must be 3, got 4."
+    assert in_flags(f"{name} has 2 missing values", kept={name}) == f"{name} has 2 missing values"
+    assert in_flags(f"got '{name}=', \"{name}='a'\"") == f"got '{name}=', \"{name}='a'\""
+
+
+@pytest.mark.parametrize(
+    ("said", "typed"),
+    [
+        ("got n_trials=0. For example n_trials=64.", "got --trials 0. For example --trials 64."),
+        ("fewer with a smaller n_trials", "fewer with a smaller --trials"),
+        ("leave it out (include_default=False)", "leave it out (--no-default)"),
+        ("tf32=True is for one process, got workers='ray'", "--tf32 is for one process, got --ray"),
+        ("Halving(min_epochs=...) must be below max_epochs=5", "--min-epochs must be below --epochs 5"),
+        ("Hypergradient(hyperparameters=...): no", "--descend-on: no"),
+        ("got hyperparameters=('lr', 'C')", "got --descend-on lr,C"),
+        ("Hypergradient(step=...) must be", "Hypergradient(step=...) must be"),
+        ("space['width'] must be an integer", "--space width must be an integer"),
+        ("target='a b' is not a column", "--target 'a b' is not a column"),
+        ("the model folder has no groups", "the model folder has no groups"),
+        ("A space is KEY=SPEC, got 'optimizer=a'.", "A space is KEY=SPEC, got 'optimizer=a'."),
+        ("'/my/max_epochs/n_trials.csv' is gone", "'/my/max_epochs/n_trials.csv' is gone"),
+    ],
+)
+def test_sentences(said, typed):
+    assert in_flags(said) == typed
