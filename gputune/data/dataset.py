@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from gputune.data.encode import Layout, Numbers, Statistics, fit_statistics, transform
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target
-from gputune.data.tensors import checked_tensor
+from gputune.data.tensors import checked_tensor, first_equal
 from gputune.data.weights import check_weights
 from gputune.types import Task
 
@@ -95,6 +96,11 @@ class Dataset:
     def dtype(self) -> torch.dtype:
         """The float type of x and of a regression's y; weights are float64."""
         return self.x.dtype
+
+    @cached_property
+    def first_equal(self) -> tuple[Tensor | None, ...]:
+        """Of each fold's validation rows the first that equals each, (m_f,) int64; None for a fold without equals."""
+        return tuple(first_equal(self.x[copy, fold.valid]) for copy, fold in zip(self.copies, self.folds))
 
 
 def make_dataset(

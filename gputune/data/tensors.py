@@ -1,4 +1,4 @@
-"""Torch tensors as tables of numbers: checked, and summed up where they lie."""
+"""Torch tensors as tables of numbers: checked, compared and summed up where they lie."""
 
 import numpy as np
 import torch
@@ -6,6 +6,9 @@ from torch import Tensor
 
 from gputune.data.columns import Column, fit_column
 from gputune.errors import InputError
+
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+"""Multiplier of a hash of rows: the golden ratio's bits, of which splitmix64 makes streams."""
 
 
 def tensor_names(X: Tensor) -> tuple[str, ...]:
@@ -68,3 +71,23 @@ def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
     constant = variance <= count * eps * variance + (count * mean * eps) ** 2
     scale = torch.where(constant, 1.0, variance.sqrt())
     return mean.cpu().numpy(), scale.cpu().numpy()
+
+
+def first_equal(rows: Tensor) -> Tensor | None:
+    """Return the position of the first row that equals each of the rows (n, D), (n,) int64; None where all differ.
+
+    A matrix product computes a row by other instructions at the edge of a block than within it, so that equal rows
+    may come out with unlike last bits; ``outputs[first_equal(rows)]`` are outputs in which they are equal.
+    """
+    bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
+    key = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for column in rows.T:
+        key = (key ^ (column + 0.0).view(bits)) * _ODD  # + 0.0 makes 0.0 of -0.0, which is equal to it
+        key = key ^ (key >> 29)
+    group = torch.unique(key, return_inverse=True)[1]
+    own = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(own, len(rows)).scatter_reduce(0, group, own, "amin")[group]
+    later = (first != own).nonzero().flatten()
+    unlike = later[(rows[later] != rows[first[later]]).any(1)]  # with one key by chance
+    first[unlike] = unlike
+    return None if len(later) == len(unlike) else first

@@ -1,7 +1,8 @@
 """Validation scores of many models at once on the device, under scikit-learn's names: greater is better.
 
 Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,), class codes
-or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge cases are kept.
+or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge cases are kept; what ranks rows
+ranks them by their probabilities, as scikit-learn does, where margins know of more than ``predict_proba`` tells.
 """
 
 import math
@@ -41,8 +42,8 @@ def neg_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def roc_auc(logits: Tensor, y: Tensor) -> Tensor:
-    """Chance that a row of class 1 has a higher margin than one of class 0, ties counting half; NaN if one lacks."""
-    return _auc(logits[..., 1] - logits[..., 0], y == 1)
+    """Chance that class 1 is likelier for a row of it than for one of class 0, ties counting half; NaN if one lacks."""
+    return _auc(logits.softmax(-1)[..., 1], y == 1)
 
 
 def roc_auc_ovr(logits: Tensor, y: Tensor) -> Tensor:
@@ -66,8 +67,9 @@ def r2(outputs: Tensor, y: Tensor) -> Tensor:
     total = ((y - y.mean()) ** 2).sum()
     if len(y) < 2:
         return torch.full_like(residual, math.nan)
-    constant = torch.where(residual == 0, torch.ones_like(residual), torch.zeros_like(residual))
-    return torch.where(total == 0, constant, 1 - residual / total)
+    # The mean of a constant y may be rounded, so that its total is rounding errors and not 0.
+    constant = (total == 0) | (y.min() == y.max())
+    return torch.where(constant, (residual == 0).to(residual.dtype), 1 - residual / total)
 
 
 def neg_mean_squared_error(outputs: Tensor, y: Tensor) -> Tensor:
@@ -103,17 +105,20 @@ REGRESSION: Mapping[str, Score] = MappingProxyType(
     }
 )
 
+RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
+"""Scores that the last bit of one output changes: a tie of two rows counts half, whatever breaks it."""
+
 
 def _onehot(y: Tensor, logits: Tensor) -> Tensor:
     return functional.one_hot(y, logits.shape[-1]).to(logits.dtype)
 
 
-def _auc(margin: Tensor, positive: Tensor) -> Tensor:
-    """Area under the ROC curve of margins (C, m), by counting the negatives below each positive."""
-    above, below = margin[:, positive].contiguous(), margin[:, ~positive].sort(-1).values
+def _auc(p: Tensor, positive: Tensor) -> Tensor:
+    """Area under the ROC curve of probabilities (C, m), by counting the negatives below each positive."""
+    above, below = p[:, positive].contiguous(), p[:, ~positive].sort(-1).values
     if above.shape[-1] == 0 or below.shape[-1] == 0:
-        return torch.full_like(margin[:, 0], math.nan)
+        return torch.full_like(p[:, 0], math.nan)
     lower = torch.searchsorted(below, above)
     not_higher = torch.searchsorted(below, above, right=True)
-    wins = (lower + not_higher).to(margin.dtype).mean(-1) / 2  # ties count half
+    wins = (lower + not_higher).to(p.dtype).mean(-1) / 2  # ties count half
     return wins / below.shape[-1]

@@ -40,7 +40,8 @@ class Scoring:
     def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged.
 
-        A scorer of the user's own may ask for predictions of other rows, which a ``member`` then makes.
+        They are scored in double precision, in which a tuned model predicts. A scorer of the user's own may ask for
+        predictions of other rows, which a ``member`` then makes.
         """
         absent = None if data.present is None else ~data.present[fold]
         # A class that takes no part may have the logit -inf; that is no divergence.
@@ -48,8 +49,11 @@ class Scoring:
         finite = known.isfinite().flatten(1).all(-1)
         target = data.target[data.folds[fold].valid]
         outputs = _as_answers(data, fold, outputs)
+        ranks = self.score is None or self.score in scores.RANKING
+        if ranks and (first := data.first_equal[fold]) is not None:
+            outputs = outputs[:, first]
         if self.score is not None:
-            result = self.score(outputs, target).double()
+            result = self.score(outputs, target)
         else:
             result = self._through_sklearn(data, fold, outputs, target, finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
@@ -86,9 +90,10 @@ class Scoring:
 
 
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
-    """Return outputs (C, m, K) in the target's own units, or without the classes that take no part in the fold."""
+    """Return outputs (C, m, K), float64: in the target's own units, or without the classes that take no part."""
+    outputs = outputs.double()
     if data.task == "regression":
-        return outputs.double() * data.scale[fold] + data.center[fold]
+        return outputs * data.scale[fold] + data.center[fold]
     return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
 
 

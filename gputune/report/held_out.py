@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from gputune.data.source import Source
 from gputune.engine.scoring import fitted, make_scoring
@@ -43,9 +44,10 @@ def _score(model: TunedModel, scoring: str, test: Source, classes: np.ndarray | 
     if classes is None:
         outputs = torch.from_numpy(model.predict(test.X))[:, None]
     else:
-        # A class that the model has never seen has no probability.
-        known = model.predict_proba(test.X)
-        outputs = torch.from_numpy(np.pad(known, [(0, 0), (0, len(classes) - known.shape[1])])).log()
+        # A class that the model has never seen has no probability. The rest are the model's own logits, since those
+        # of rounded probabilities would tie, and break ties, otherwise.
+        known = model._outputs(test.X)
+        outputs = functional.pad(known, (0, len(classes) - known.shape[1]), value=-torch.inf)
     if how.score is not None:
         return float(how.score(outputs[None], torch.from_numpy(y)))
     assert how.scorer is not None  # a Scoring has one of the two

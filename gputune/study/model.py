@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import Table, as_table, read_table
-from gputune.data.tensors import checked_tensor
+from gputune.data.tensors import checked_tensor, first_equal
 from gputune.errors import InputError
 from gputune.study.cards import model_card
 from gputune.types import Task
@@ -105,15 +105,16 @@ class TunedModel:
         return encoded(self, self._inputs(X))
 
     def _outputs(self, X: Any) -> Tensor:
-        """Return logits, or standardised values, (n, K) float64 on the CPU."""
+        """Return logits, or standardised values, (n, K) float64 on the CPU; equal rows of a batch have equal ones."""
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         outputs = []
         with torch.inference_mode():
             for part in self._batches(self._inputs(X)):
                 rows = torch.from_numpy(transform(self.layout.raw(part), self.statistics))
-                output = self.module(rows.to(device, self.dtype))
-                outputs.append(self._checked(output, len(rows)).double().cpu())
+                inputs = rows.to(device, self.dtype)
+                output, first = self._checked(self.module(inputs), len(rows)), first_equal(inputs)
+                outputs.append((output if first is None else output[first]).double().cpu())
         return torch.cat(outputs)
 
     def _inputs(self, X: Any) -> Table:

@@ -13,6 +13,7 @@ from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import all_rows, make_folds
 from gputune.data.table import as_table
 from gputune.data.target import check_target
+from gputune.data.tensors import first_equal
 
 N = 60
 
@@ -205,3 +206,17 @@ def test_shuffled_folds_of_a_table_from_end_to_end():
     data, _ = make_dataset(layout.raw(X), layout, target, folds, dtype=torch.float32, device="cpu")
     assert torch.isfinite(data.x).all()
     assert torch.cat([fold.valid for fold in data.folds]).sort().values.tolist() == list(range(N))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, 3, (60, 3))).to(dtype)
+    rows[rows == 0] *= -1.0  # -0.0 is equal to 0.0
+    rows[::2] = rows[::2].abs()
+    values = rows.numpy()
+    expected = [int((values == row).all(1).argmax()) for row in values]
+    assert first_equal(rows).tolist() == expected
+    assert first_equal(torch.eye(5, dtype=dtype)) is None
+    monkeypatch.setattr("gputune.data.tensors._ODD", 0)  # every row has one key
+    assert first_equal(torch.eye(5, dtype=dtype)) is None
+    assert first_equal(torch.eye(3, dtype=dtype)[[0, 1, 0]]).tolist() == [0, 1, 0]

@@ -1,6 +1,7 @@
 """The scores on the device equal scikit-learn's on the same outputs."""
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,12 @@ def logits_and_labels(k, *, ties=False, rows=40):
 
 @pytest.mark.parametrize("k", [2, 4])
 @pytest.mark.parametrize("ties", [False, True])
-def test_classification_scores_equal_scikit_learn(k, ties):
+@pytest.mark.parametrize(
+    "size", [1, 300]
+)  # 300 saturates the softmax, which then ties rows of unlike margins
+def test_classification_scores_equal_scikit_learn(k, ties, size):
     logits, y = logits_and_labels(k, ties=ties)
+    logits = logits * size
     p = logits.softmax(-1).numpy()
     for c in range(3):
         guess = logits[c].argmax(-1).numpy()
@@ -39,7 +44,7 @@ def test_classification_scores_equal_scikit_learn(k, ties):
         for name, value in expected.items():
             assert scores.CLASSIFICATION[name](logits, y)[c].item() == pytest.approx(value, abs=1e-12), name
         if k == 2:
-            auc = metrics.roc_auc_score(y, (logits[c, :, 1] - logits[c, :, 0]).numpy())
+            auc = metrics.roc_auc_score(y, p[c, :, 1])
             assert scores.roc_auc(logits, y)[c].item() == pytest.approx(auc, abs=1e-12)
 
 
@@ -77,11 +82,42 @@ def test_regression_scores_equal_scikit_learn():
             assert scores.REGRESSION[name](outputs, y)[c].item() == pytest.approx(value, abs=1e-12)
 
 
-def test_r2_of_a_constant_target_and_of_one_row():
-    y = torch.ones(4, dtype=torch.float64)
+@pytest.mark.parametrize("value", [0.1, 1.0, 3.3, 1e-200])  # the mean of three or seven times 0.1 is not 0.1
+def test_r2_of_a_constant_target_and_of_one_row(value):
+    y = torch.full((7,), value, dtype=torch.float64)
     outputs = torch.stack([y, y + 1])[..., None]
     assert scores.r2(outputs, y).tolist() == [1.0, 0.0]
     assert scores.r2(outputs[:, :1], y[:1]).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["roc_auc", "average_precision", "neg_log_loss"])
+def test_scores_are_of_probabilities_in_double_precision_as_a_model_gives_them(name):
+    data = make_data("binary")
+    rows = data.folds[0].valid
+    logits = 30 * torch.randn(1, len(rows), 2, generator=torch.Generator().manual_seed(0))
+    p, y = logits[0].double().softmax(-1).numpy(), data.target[rows].numpy()
+    expected = {
+        "roc_auc": metrics.roc_auc_score(y, p[:, 1]),
+        "average_precision": metrics.average_precision_score(y, p[:, 1]),
+        "neg_log_loss": -metrics.log_loss(y, p),
+    }[name]
+    found = make_scoring(name, "binary", np.arange(2))(data, 0, logits)
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["roc_auc", "average_precision", "roc_auc_ovr"])
+def test_equal_rows_tie_whatever_the_last_bits_of_their_outputs(name):
+    data = make_data("multiclass" if name == "roc_auc_ovr" else "binary")
+    rows = data.folds[0].valid
+    x = data.x.clone()
+    x[0, rows] = x[0, rows[torch.arange(len(rows)) % 5]]
+    data = replace(data, x=x)
+    outputs = torch.randn(2, 5, data.n_outputs, generator=torch.Generator().manual_seed(0)).double()
+    outputs = outputs[:, torch.arange(len(rows)) % 5]
+    noisy = outputs + 1e-15 * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))
+    scoring = make_scoring(name, data.task, np.arange(data.n_outputs))
+    assert (noisy[:, 5:] != noisy[:, :-5]).any()
+    assert scoring(data, 0, noisy).tolist() == scoring(data, 0, outputs).tolist()
 
 
 @pytest.mark.parametrize("name", ["f1_weighted", "f1", "neg_brier_score", "average_precision"])

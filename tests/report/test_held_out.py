@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
-from sklearn.metrics import get_scorer, log_loss
+from sklearn.metrics import get_scorer, log_loss, roc_auc_score
 
 from gputune.data.source import read_source
 from gputune.report.held_out import held_out_score
+from study_models import make_model
 
 RNG = np.random.default_rng(0)
 X, LABELS = RNG.normal(size=(60, 3)), np.array(["ant", "bee", "cat"])
@@ -21,13 +23,13 @@ def fitted(y, kind=LogisticRegression):
     classes = getattr(estimator, "classes_", None)
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
 
-    def proba(table):
-        return estimator.predict_proba(np.column_stack(table.columns))
+    def logits(table):
+        return torch.from_numpy(estimator.predict_proba(np.column_stack(table.columns))).log()
 
     def predict(table):
         return estimator.predict(np.column_stack(table.columns)).astype(np.float64)
 
-    return estimator, SimpleNamespace(classes=classes, task=task, predict=predict, predict_proba=proba)
+    return estimator, SimpleNamespace(classes=classes, task=task, predict=predict, _outputs=logits)
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -50,6 +52,16 @@ def test_the_last_class_is_the_positive_one(scoring):
     _, model = fitted(LABELS[codes])
     held = held_out_score(model, scoring, read_source(X[40:], LABELS[codes][40:]))
     assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], codes[40:]), abs=1e-9)
+
+
+def test_saturated_probabilities_tie_as_those_that_the_model_gives():
+    model = make_model(X, classes=("ant", "bee"))
+    with torch.no_grad():
+        model.module.layers[-1].weight.mul_(300)
+    p, y = model.predict_proba(X)[:, 1], LABELS[RNG.integers(0, 2, 60)]
+    assert 2 < len(set(p.tolist())) < 50
+    held = held_out_score(model, "roc_auc", read_source(X, y))
+    assert held.score == pytest.approx(roc_auc_score(y, p), abs=1e-15)
 
 
 @pytest.mark.parametrize("scoring", ["r2", "neg_root_mean_squared_error", "neg_median_absolute_error"])

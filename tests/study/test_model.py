@@ -34,6 +34,25 @@ def test_probabilities_are_the_softmax_of_the_logits_and_labels_their_largest(fr
     assert model.predict(frame).tolist() == [("a", "b", "c")[k] for k in logits.argmax(1)]
 
 
+class Positional(nn.Module):
+    """Outputs whose last bits tell where a row stands, as those of a matrix product do."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        return self.layer(x) * (1 + 2.0**-52 * torch.arange(len(x), dtype=x.dtype)[:, None])
+
+
+def test_equal_rows_have_equal_probabilities():
+    X = np.random.default_rng(0).normal(size=(5, 3))[np.arange(20) % 5]
+    model = make_model(X, module=Positional, dtype=torch.float64)
+    logits = model.module(encoded(model, X))
+    assert (logits[5:10] != logits[:5]).any()
+    assert len(np.unique(model.predict_proba(X), axis=0)) == 5
+
+
 def test_values_are_in_original_units(frame):
     model = make_model(frame, classes=None)
     with torch.no_grad():
