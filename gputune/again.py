@@ -98,6 +98,7 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
         numbers=meta["numbers"],
         optimizer=meta["optimizer"],
         schedule=meta["schedule"],
+        positive=meta.get("positive"),
         epoch=meta["epoch"],
         study=path,
         random_state=meta["seed"],

@@ -33,6 +33,7 @@ class Options:
     method: Any = "random"
     cv: Any = 5
     scoring: Any = None
+    positive: Any = None
     task: Any = None
     class_weight: Any = None
     sample_weight: Any = None

@@ -72,6 +72,7 @@ def tune(
     cv: Any = 5,
     groups: Any = None,
     scoring: str | Scorer | None = None,
+    positive: Any = None,
     task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
     class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     sample_weight: Any = None,
@@ -115,6 +116,8 @@ def tune(
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
                  stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; None: accuracy
                  or R2, for hypergradients the loss that is descended
+    positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
+                 left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
     task         overrides what the target looks like
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     numbers      how numeric columns are scaled, fitted on each fold's training rows
@@ -147,7 +150,7 @@ def tune(
     choice = choose_model(model, optimizer)
     options = Options(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
-        cv=cv, scoring=scoring, task=task, class_weight=class_weight, sample_weight=sample_weight,
+        cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
         numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
         checkpoint_seconds=checkpoint_seconds,
         device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
@@ -348,8 +351,8 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
     """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends."""
     target = problem.target
     if options.scoring is None and isinstance(options.method, Hypergradient):
-        return loss_scoring(target.task, target.classes)
-    return make_scoring(options.scoring, target.task, target.classes)
+        return loss_scoring(target.task, target.classes, options.positive)
+    return make_scoring(options.scoring, target.task, target.classes, options.positive)
 
 
 def _check_scoring_has_a_name(scoring: Scoring, options: Options) -> None:

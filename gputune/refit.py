@@ -175,6 +175,7 @@ def _info(study: Study, trial: Trial, problem: Problem) -> dict[str, Any]:
         "params": trial.params,
         "epochs": trial.best_epoch,
         "scoring": study.meta["scoring"],
+        "positive": study.meta.get("positive"),
         "score": trial.score,
         "std_error": trial.std_error,
         "trials": len(study.trials),

@@ -30,7 +30,7 @@ def study_meta(
     notes: Sequence[str],
 ) -> dict[str, Any]:
     """Return what a study file holds beside its trials; ``notes`` are those on the trials."""
-    classes = problem.target.classes
+    classes = None if problem.target.classes is None else problem.target.classes.tolist()
     return {
         "model": choice.name,
         "spec": choice.spec,
@@ -41,7 +41,7 @@ def study_meta(
         "method": method_meta(options.method),
         "task": problem.target.task,
         "target": problem.target.name,
-        "classes": None if classes is None else classes.tolist(),
+        "classes": classes,
         "source": problem.source.origin,
         "fingerprint": fingerprint(problem.source.X, problem.target),
         "features": len(problem.layout.feature_names),
@@ -57,6 +57,7 @@ def study_meta(
             *(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))
         ),
         "scoring": scoring.name,
+        "positive": None if classes is None or scoring.positive is None else classes[scoring.positive],
         "epoch": options.epoch,
         "max_epochs": 1 if choice.solved else options.max_epochs,
         "seed": options.random_state,

@@ -3,6 +3,7 @@
 import re
 import warnings
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import optuna
@@ -21,7 +22,7 @@ from gputune.data.holdout import hold_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.engine.population import complete
-from gputune.study.store import Candidate
+from gputune.study.store import Candidate, Store
 from problems import largest_difference, living_tensors
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
@@ -504,6 +505,19 @@ def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris
         gputune.tune("mlp", X, y, sample_weight=weights * 2, **{**arguments, "cv": first})
     with pytest.raises(gputune.InputError, match="has no name by which study="):
         gputune.tune("mlp", X, y, scoring=lambda *_: 0.0, **{**arguments, "study": tmp_path / "other.db"})
+
+
+def test_a_score_of_one_class_goes_on_in_a_file_that_does_not_say_which(tmp_path, iris):
+    X, y = iris[0], np.where(iris[1] == 0, "rare", "usual")
+    search = partial(gputune.tune, "mlp", X, y, scoring="f1", study=tmp_path / "study.db", **FAST)
+    study = search(positive="usual")
+    with Store.open(study.file) as store:
+        store._connection.execute("DELETE FROM meta WHERE key = 'positive'")
+    assert [t.score for t in search(positive="usual").trials] == [t.score for t in study.trials]
+    with pytest.raises(gputune.InputError, match="in: positive .'usual' there, 'rare' here."):
+        search(positive="rare")
+    with pytest.raises(gputune.InputError, match="scoring='neg_log_loss' knows no positive class"):
+        gputune.tune("mlp", X, y, method="hypergradient", positive="rare", **FAST)
 
 
 def test_included_configurations_join_a_study_that_goes_on(tmp_path, iris):

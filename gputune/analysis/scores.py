@@ -51,7 +51,7 @@ def shown_scores(study: Study) -> Scores:
     scores = np.array([trial.score for trial in study.trials], dtype=np.float64)
     finite = np.isfinite(scores)
     best = float(scores[finite].max()) if finite.any() else math.nan
-    measure = measure_of(str(study.meta.get("scoring") or "score"), best)
+    measure = measure_of(str(study.meta.get("scoring") or "score"), best, study.meta.get("positive"))
     judged = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
     return Scores(measure, in_sign(measure, np.where(finite, scores, np.nan)), judged)
 

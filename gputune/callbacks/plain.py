@@ -40,6 +40,7 @@ def study_options(study: Study) -> dict[str, Any]:
         "optimizer",
         "schedule",
         "scoring",
+        "positive",
         "method",
         "space",
         "folds",
@@ -47,4 +48,4 @@ def study_options(study: Study) -> dict[str, Any]:
         "seed",
         "task",
     )
-    return {key: study.meta[key] for key in keys if key in study.meta}
+    return {key: study.meta[key] for key in keys if study.meta.get(key) is not None}

@@ -30,8 +30,9 @@ class TensorBoard(Callback):
 
         self.trial_epochs, self.best = 0, -math.inf
         self.search = SummaryWriter(self.folder / "search")
-        described = {key: study.meta[key] for key in ("model", "scoring", "space") if key in study.meta}
-        self.search.add_text("study", "  \n".join(f"{key}: {value}" for key, value in described.items()))
+        keys = ("model", "scoring", "positive", "space")
+        described = [f"{key}: {study.meta[key]}" for key in keys if study.meta.get(key) is not None]
+        self.search.add_text("study", "  \n".join(described))
 
     def on_epoch(self, curves: np.ndarray) -> None:
         means = curves.mean(2)

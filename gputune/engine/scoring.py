@@ -2,6 +2,8 @@
 
 import copy
 import difflib
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +13,11 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import get_scorer, get_scorer_names
+from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
+from gputune.data.kinds import text_of
 from gputune.engine import scores
 from gputune.errors import InputError
 from gputune.types import Task
@@ -29,13 +33,15 @@ class Scoring:
     """How the models of one fold are scored: ``name``, and a device score or a scikit-learn scorer.
 
     ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names sees class
-    codes 0, 1, ..., so that scores of a positive class work on text labels: the last in sorted order is positive.
+    codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive`` is the code of that class;
+    None where the score is not of one class, and where a callable chooses it.
     """
 
     name: str
     score: scores.Score | None
     scorer: Scorer | None
     classes: np.ndarray | None
+    positive: int | None = None
 
     def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged.
@@ -55,8 +61,12 @@ class Scoring:
         if self.score is not None:
             result = self.score(outputs, target)
         else:
-            result = self._through_sklearn(data, fold, outputs, target, finite, member)
+            result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
+
+    def positive_last(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return outputs (..., 2) and class codes (m,) in which a scorer finds the positive class: as code 1."""
+        return (outputs.flip(-1), 1 - target) if self.positive == 0 else (outputs, target)
 
     def _through_sklearn(
         self,
@@ -107,8 +117,14 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: Any) -> Te
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
 
 
-def make_scoring(scoring: str | Scorer | None, task: Task, classes: np.ndarray | None) -> Scoring:
-    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)``, or None (accuracy or R2)."""
+def make_scoring(
+    scoring: str | Scorer | None, task: Task, classes: np.ndarray | None, positive: Any = None
+) -> Scoring:
+    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)``, or None (accuracy or R2).
+
+    ``positive`` is the class that f1 and its like are of. Raises InputError where they need it and it is missing, where
+    another score is given it, and where it is no class.
+    """
     if scoring is None:
         scoring = "r2" if task == "regression" else "accuracy"
     if not isinstance(scoring, str):
@@ -116,25 +132,28 @@ def make_scoring(scoring: str | Scorer | None, task: Task, classes: np.ndarray |
             raise InputError(
                 f"scoring is a scikit-learn scorer name or a callable(estimator, X, y), got {scoring!r}."
             )
-        return Scoring(_qualified_name(scoring), None, scoring, classes)
+        name = _qualified_name(scoring)
+        return Scoring(name, None, scoring, classes, _positive_code(positive, name, None, task, classes))
     table = dict(scores.REGRESSION if task == "regression" else scores.CLASSIFICATION)
     if task == "binary":
         table["roc_auc"] = scores.roc_auc
         del table["roc_auc_ovr"]  # scikit-learn's own answer for two classes
     if scoring in table:
+        _positive_code(positive, scoring, None, task, classes)
         return Scoring(scoring, table[scoring], None, classes)
     _check_fits_task(scoring, task)
-    codes = None if classes is None else np.arange(len(classes))
-    return Scoring(scoring, None, get_scorer(scoring), codes)
+    codes, scorer = None if classes is None else np.arange(len(classes)), get_scorer(scoring)
+    return Scoring(scoring, None, scorer, codes, _positive_code(positive, scoring, scorer, task, classes))
 
 
-def loss_scoring(task: Task, classes: np.ndarray | None) -> Scoring:
-    """Return minus the validation loss as a score, under scikit-learn's name for it.
+def loss_scoring(task: Task, classes: np.ndarray | None, positive: Any = None) -> Scoring:
+    """Return minus the validation loss as a score, under scikit-learn's name for it; InputError for a ``positive``.
 
     Unlike scikit-learn's log loss, which holds chances to [eps, 1 - eps], it has no upper limit.
     """
     if task == "regression":
-        return make_scoring("neg_mean_squared_error", task, classes)
+        return make_scoring("neg_mean_squared_error", task, classes, positive)
+    _positive_code(positive, "neg_log_loss", None, task, classes)
     return Scoring("neg_log_loss", scores.neg_cross_entropy, None, classes)
 
 
@@ -167,6 +186,54 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
     if task == "multiclass" and scoring == "roc_auc":
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
+
+
+def _positive_code(
+    positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
+) -> int | None:
+    """Return the code of the class that a score is of, None where it is of none."""
+    labels = [] if classes is None else classes.tolist()
+    of_a_class = scorer is not None and task == "binary" and _has_positive_class(scorer)
+    if positive is None:
+        if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
+            raise InputError(
+                f"scoring={scoring!r} is of one class, the positive one: say which of the two it is, "
+                f"positive={labels[0]!r} or positive={labels[1]!r} (--positive)."
+            )
+        return 1 if of_a_class else None
+    if task != "binary":
+        raise InputError(
+            f"positive={positive!r} (--positive) needs a target of two classes, got a {task} task; leave it out."
+        )
+    if not of_a_class:
+        raise InputError(
+            f"positive={positive!r} (--positive) is for scores of one class, such as f1 or average_precision, and "
+            f"scoring={scoring!r} knows no positive class; leave it out."
+        )
+    codes = [code for code, label in enumerate(labels) if _is_meant(label, positive)]
+    if not codes:
+        raise InputError(
+            f"positive (--positive) must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
+        )
+    return codes[0]
+
+
+def _is_meant(label: Any, positive: Any) -> bool:
+    """Whether a class is the one that was asked for, which the command line can do in text alone."""
+    if isinstance(positive, str) and not isinstance(label, str):
+        return positive.lower() in (str(label).lower(), text_of(label))
+    return np.ndim(positive) == 0 and bool(label == positive)
+
+
+def _has_positive_class(scorer: Scorer) -> bool:
+    """Whether a scorer of two classes gives another score where they change places, tried on a few rows."""
+    x, y = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]]), np.array([0, 0, 1, 0, 0, 1, 1])
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            one, other = (scorer(GaussianNB().fit(x, labels), x, labels) for labels in (y, 1 - y))
+        except ValueError:  # it is for another kind of target, which it says better of the user's rows
+            return False
+    return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
 
 
 def _qualified_name(scorer: Scorer) -> str:

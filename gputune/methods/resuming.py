@@ -16,7 +16,7 @@ from gputune.types import Config
 # What the numbers of a training depend on, beside its configuration.
 _TRAINING = (
     "spec", "optimizer", "schedule", "task", "fingerprint", "numbers", "class_weight", "sample_weight", "splits",
-    "scoring", "max_epochs", "seed", "dtype",
+    "scoring", "positive", "max_epochs", "seed", "dtype",
 )  # fmt: skip
 
 

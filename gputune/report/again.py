@@ -169,6 +169,7 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
         "include_default": "False",
         "cv": _folds(code, meta),
         "scoring": _scoring(code, meta, descent),
+        "positive": code.literal(meta.get("positive")),
         "task": code.literal(meta["task"]),
         "numbers": code.literal(meta["numbers"]),
         "class_weight": _class_weight(code, meta["class_weight"]),
@@ -183,7 +184,7 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
         "verbose": "0",
     }
     absent = {
-        "None": ("class_weight", "sample_weight"),
+        "None": ("positive", "class_weight", "sample_weight"),
         "'standard'": ("numbers",),
         "'constant'": ("schedule",),
     }

@@ -212,6 +212,11 @@ def _add_search(group: Any) -> None:
         help="a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended)",
     )
     group.add_argument(
+        "--positive",
+        metavar="CLASS",
+        help="the class that f1, precision, recall, average_precision, ... are of",
+    )
+    group.add_argument(
         "--space", nargs="+", action="extend", default=[], metavar="KEY=SPEC",
         help="what to search: width=32,64 is a list, width=16..256 all integers between, lr=1e-4..1e-1:log is "
         "log-uniform, dropout=0..0.5 uniform, depth=3 fixed",

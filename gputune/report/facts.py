@@ -113,6 +113,7 @@ def setting(study: Study) -> list[tuple[str, str]]:
         )
     method = meta.get("method")
     rows += [
+        ("positive class", meta.get("positive")),
         ("model", meta.get("model")),
         ("optimizer", meta.get("optimizer")),
         ("schedule", meta.get("schedule")),

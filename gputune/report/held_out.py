@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from gputune.data.source import Source
-from gputune.engine.scoring import fitted, make_scoring
+from gputune.engine.scoring import Scoring, fitted, make_scoring
 from gputune.study.model import TunedModel
 
 
@@ -26,21 +27,24 @@ class HeldOut:
     why: str = ""
 
 
-def held_out_score(model: TunedModel, scoring: str, test: Source) -> HeldOut:
-    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score."""
+def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: Any = None) -> HeldOut:
+    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
+
+    ``positive`` is the class that the score is of, None where it is of none.
+    """
     rows = len(test.X)
     classes, y = _labels(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:
-        score = _score(model, scoring, test, classes, y)
+        how = make_scoring(scoring, model.task, classes, positive)
+        score = _score(model, how, test, classes, y)
     except ValueError as error:  # what scikit-learn raises where a metric is undefined
         return HeldOut(math.nan, rows, unseen, str(error))
     why = "" if math.isfinite(score) else "it is undefined on these rows"
     return HeldOut(score if math.isfinite(score) else math.nan, rows, unseen, why)
 
 
-def _score(model: TunedModel, scoring: str, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
-    how = make_scoring(scoring, model.task, classes)
+def _score(model: TunedModel, how: Scoring, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
     if classes is None:
         outputs = torch.from_numpy(model.predict(test.X))[:, None]
     else:
@@ -51,8 +55,9 @@ def _score(model: TunedModel, scoring: str, test: Source, classes: np.ndarray | 
     if how.score is not None:
         return float(how.score(outputs[None], torch.from_numpy(y)))
     assert how.scorer is not None  # a Scoring has one of the two
+    outputs, codes = how.positive_last(outputs, torch.from_numpy(y))
     X = np.zeros((len(y), 1))  # of which a scorer that has a name reads nothing
-    return float(how.scorer(fitted(outputs, how.classes, X, X), X, y))
+    return float(how.scorer(fitted(outputs, how.classes, X, X), X, codes.numpy()))
 
 
 def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:

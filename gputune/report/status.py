@@ -42,7 +42,7 @@ def _best(study: Study, *, trains_on: bool) -> str:
     best = best_trial(study)
     if best is None:
         return "none yet"
-    measure = measure_of(str(study.meta.get("scoring") or "score"), best.score)
+    measure = measure_of(str(study.meta.get("scoring") or "score"), best.score, study.meta.get("positive"))
     params = ", ".join(f"{clean(name)}={short(value)}" for name, value in best.params.items())
     # The trials that have passed a rung have no result before they end, and all that have one are worse.
     left = (

@@ -55,16 +55,20 @@ def size_words(number: int) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower is better."""
+    """How scores are shown: scikit-learn's ``neg_log_loss`` of -0.31 is a log_loss of 0.31, lower is better.
+
+    ``positive`` is the class that they are of, None where they are of none.
+    """
 
     name: str
     lower_is_better: bool
     decimals: int
+    positive: Any = None
 
     @property
     def title(self) -> str:
-        """The name, with the direction where it is not the usual one."""
-        return f"{self.name} (lower is better)" if self.lower_is_better else self.name
+        """The name, with its class where it is of one, and with the direction where it is not the usual one."""
+        return f"{self.name}{of_class(self.positive)}{' (lower is better)' * self.lower_is_better}"
 
     def text(self, score: float) -> str:
         """Return a score, in scikit-learn's sign, as it is shown; "-" where there is none."""
@@ -78,13 +82,18 @@ class Measure:
         return f"{value:.3e}" if abs(value) >= 1e7 else f"{value + 0.0:.{self.decimals}f}"
 
 
-def measure_of(scoring: str, best: float) -> Measure:
+def of_class(positive: Any) -> str:
+    """Return which class a score is of, to stand behind its name; nothing where it is of none."""
+    return "" if positive is None else f" of class {clean(repr(positive))}"
+
+
+def measure_of(scoring: str, best: float, positive: Any = None) -> Measure:
     """Return the measure of a scorer's name, with decimals for four digits of the best score."""
     size = abs(best)
     usual = not math.isfinite(size) or size == 0 or 0.01 <= size < 10
     decimals = 4 if usual else min(max(3 - math.floor(math.log10(size)), 0), 12)
     name = scoring.rpartition(":")[2]  # a callable's name is "module:function"
-    return Measure(clean(name.removeprefix("neg_")), name.startswith("neg_"), decimals)
+    return Measure(clean(name.removeprefix("neg_")), name.startswith("neg_"), decimals, positive)
 
 
 def table(

@@ -67,15 +67,16 @@ def best_text(study: Study) -> str:
 
 
 def best_json(study: Study) -> str:
-    """Return the best trial as one object with the keys ``FIELDS``, and the ``scoring``."""
-    best = {"scoring": study.meta["scoring"], **_plain(study.best_trial)}
+    """Return the best trial as one object with the keys ``FIELDS``, the ``scoring`` and its ``positive`` class."""
+    meta = study.meta
+    best = {"scoring": meta["scoring"], "positive": meta.get("positive"), **_plain(study.best_trial)}
     return json.dumps(best, indent=1, default=_name, allow_nan=False)
 
 
 def study_measure(study: Study) -> Measure:
     """Return how the scores of a study are shown."""
     best = max((trial.score for trial in study.trials if math.isfinite(trial.score)), default=math.nan)
-    return measure_of(study.meta["scoring"], best)
+    return measure_of(study.meta["scoring"], best, study.meta.get("positive"))
 
 
 def mean_words(study: Study, *, errors: bool) -> str:

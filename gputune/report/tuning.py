@@ -119,10 +119,9 @@ def _to_the_end(
         if model_folder is not None:
             with profile.clock("training the best on all rows"):
                 model = study.best_model()
-            held_out = (
-                None if again.test is None else held_out_score(model, study.meta["scoring"], again.test)
-            )
-            if held_out is not None:
+            if again.test is not None:
+                scoring, positive = study.meta["scoring"], study.meta["positive"]
+                held_out = held_out_score(model, scoring, again.test, positive=positive)
                 known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
                 model = replace(model, info={**model.info, **known})
             model.save(model_folder)
@@ -138,6 +137,7 @@ def _to_the_end(
 def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
     same = (
         "scoring",
+        "positive",
         "task",
         "numbers",
         "schedule",

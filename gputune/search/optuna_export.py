@@ -20,8 +20,8 @@ def export_to_optuna(study: Study, storage: Any, name: str | None) -> Any:
     laws = {key: widened(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
     distributions = {key: as_optuna(law) for key, law in laws.items()}
     with _new_study(optuna, storage, name) as written:
-        for key in ("model", "scoring", "optimizer", "task"):
-            if key in study.meta:
+        for key in ("model", "scoring", "positive", "optimizer", "task"):
+            if study.meta.get(key) is not None:
                 written.set_user_attr(key, study.meta[key])
         for trial, curve in zip(study.trials, study.curves):
             inside = {

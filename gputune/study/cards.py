@@ -26,7 +26,7 @@ def study_card(study: Any) -> str:
     rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
     best = next((trial for trial in study.ranking() if math.isfinite(trial.score)), None)
     if best is not None:
-        measure = measure_of(str(meta.get("scoring") or "score"), best.score)
+        measure = measure_of(str(meta.get("scoring") or "score"), best.score, meta.get("positive"))
         error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
         rows += [
             (measure.title, f"{measure.text(best.score)}{error} over {count(len(best.fold_scores), 'fold')}"),
@@ -45,7 +45,7 @@ def model_card(model: Any) -> str:
         shown = ", ".join(map(str, model.classes[:8].tolist()))
         rows.append(("classes", f"{len(model.classes)}: {shown}{', ...' if len(model.classes) > 8 else ''}"))
     if "score" in info:
-        measure = measure_of(str(info.get("scoring") or "score"), info["score"])
+        measure = measure_of(str(info.get("scoring") or "score"), info["score"], info.get("positive"))
         rows.append((f"cross-validated {measure.title}", measure.text(info["score"])))
         held = info.get("held_out_score")
         if held is not None:

@@ -28,6 +28,7 @@ _IDENTITY = {
     "sample_weight": "sample_weight",
     "splits": "folds (cv, groups)",
     "scoring": "scoring",
+    "positive": "positive",
     "epoch": "epoch",
     "max_epochs": "max_epochs",
     "seed": "random_state",
@@ -238,7 +239,9 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         return
     sweep(Path(path).parent, prefix=DRAFTS)
     with _opened(Path(path), meta) as store, Claims(Path(path)) as claims:
-        held = store.meta
+        # In files that do not say which class was positive it was the last one.
+        was = None if meta["positive"] is None else meta["classes"][-1]
+        held = {"positive": was, **store.meta}
         if "face" not in held and (lost := [word for key, word in _IDENTITY.items() if key not in held]):
             raise InputError(
                 f"study={str(path)!r} has lost options of its search ({', '.join(lost)}) and cannot go on. Its trials "

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
+from gputune.report.text import of_class
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.study.views import StudyViews
@@ -77,7 +78,7 @@ class Study(StudyViews):
              not train that long
     meta     the options of the search; keys that this class reads (others are kept as they are):
              "model"    the model's name, shown by ``repr``
-             "scoring"  the name of the score, shown by ``repr``
+             "scoring"  the name of the score, "positive" the class that it is of (None: of none), shown by ``repr``
     data     what the process that searched keeps for a refit; None for a study that was opened from its file
     file     the file that keeps the study; None where none does
     """
@@ -284,7 +285,8 @@ class Study(StudyViews):
         best = min(self.trials, key=_rank, default=None)
         if best is not None and math.isfinite(best.score):
             parts.append(
-                f"best {self.meta.get('scoring') or 'score'} {best.score:.4g} in trial {best.number}"
+                f"best {self.meta.get('scoring') or 'score'}{of_class(self.meta.get('positive'))} {best.score:.4g} "
+                f"in trial {best.number}"
             )
         return f"Study({', '.join(parts)})"
 

@@ -9,7 +9,7 @@ import torch
 from sklearn import metrics
 
 from gputune.engine import scores
-from gputune.engine.scoring import make_scoring
+from gputune.engine.scoring import loss_scoring, make_scoring
 from gputune.errors import InputError
 from problems import make_data
 
@@ -120,20 +120,120 @@ def test_equal_rows_tie_whatever_the_last_bits_of_their_outputs(name):
     assert scoring(data, 0, noisy).tolist() == scoring(data, 0, outputs).tolist()
 
 
-@pytest.mark.parametrize("name", ["f1_weighted", "f1", "neg_brier_score", "average_precision"])
-def test_any_scikit_learn_scorer_works_on_text_labels(name):
+NAMED = np.array(["no", "yes"])
+
+
+@pytest.mark.parametrize("name", ["f1_weighted", "neg_brier_score", "matthews_corrcoef", "roc_auc"])
+def test_a_score_of_no_class_works_on_text_labels(name):
     data = make_data("binary")
     rows = data.folds[1].valid
     outputs = torch.randn(2, len(rows), 2, generator=torch.Generator().manual_seed(0)).double()
-    found = make_scoring(name, "binary", np.array(["no", "yes"]))(data, 1, outputs)
+    scoring = make_scoring(name, "binary", NAMED)
+    assert scoring.positive is None
     y, p, guess = data.target[rows].numpy(), outputs[0].softmax(-1).numpy(), outputs[0].argmax(-1).numpy()
     expected = {
         "f1_weighted": metrics.f1_score(y, guess, average="weighted"),
-        "f1": metrics.f1_score(y, guess),
         "neg_brier_score": -metrics.brier_score_loss(y, p[:, 1]),
-        "average_precision": metrics.average_precision_score(y, p[:, 1]),
+        "matthews_corrcoef": metrics.matthews_corrcoef(y, guess),
+        "roc_auc": metrics.roc_auc_score(y, p[:, 1]),
     }[name]
-    assert found[0].item() == pytest.approx(expected, abs=1e-12)
+    assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
+
+
+OF_A_CLASS = {
+    "f1": lambda y, guess, p, label: metrics.f1_score(y, guess, pos_label=label),
+    "precision": lambda y, guess, p, label: metrics.precision_score(y, guess, pos_label=label),
+    "recall": lambda y, guess, p, label: metrics.recall_score(y, guess, pos_label=label),
+    "jaccard": lambda y, guess, p, label: metrics.jaccard_score(y, guess, pos_label=label),
+    "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p, pos_label=label),
+    "positive_likelihood_ratio": lambda y, guess, p, label: metrics.class_likelihood_ratios(
+        y == label, guess == label
+    )[0],
+    "neg_negative_likelihood_ratio": lambda y, guess, p, label: (
+        -metrics.class_likelihood_ratios(y == label, guess == label)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CLASS)
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_score_of_one_class_is_that_of_the_class_that_was_asked_for(name, code):
+    data = make_data("binary")
+    rows = data.folds[1].valid
+    outputs = torch.randn(2, len(rows), 2, generator=torch.Generator().manual_seed(0)).double()
+    scoring = make_scoring(name, "binary", NAMED, NAMED[code])
+    assert scoring.positive == code
+    y, guess = NAMED[data.target[rows].numpy()], NAMED[outputs[0].argmax(-1).numpy()]
+    expected = OF_A_CLASS[name](y, guess, outputs[0].softmax(-1)[:, code].numpy(), NAMED[code])
+    assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
+    with pytest.raises(
+        InputError, match=rf"scoring='{name}' is of one class.*positive='no' or positive='yes' \(--positive\)"
+    ):
+        make_scoring(name, "binary", NAMED)
+
+
+def test_these_are_all_scores_of_one_class_that_scikit_learn_has():
+    table = {*scores.CLASSIFICATION, *scores.REGRESSION, "roc_auc"}  # none of these is
+    found = set()
+    for name in set(metrics.get_scorer_names()) - table:
+        if make_scoring(name, "binary", np.array([0, 1])).positive is not None:
+            found.add(name)
+    assert found == set(OF_A_CLASS)
+
+
+@pytest.mark.parametrize("classes", [[0, 1], [-1, 1], [False, True], [0.0, 1.0]])
+def test_the_larger_of_two_usual_classes_is_positive(classes):
+    assert make_scoring("f1", "binary", np.array(classes)).positive == 1
+    assert make_scoring("f1", "binary", np.array(classes), classes[0]).positive == 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "text", "code"),
+    [([0, 1], "0", 0), ([False, True], "false", 0), ([1.0, 2.0], "2", 1), ([1.5, 2.5], "2.5", 1)],
+)
+def test_the_positive_class_may_be_given_as_text(classes, text, code):
+    assert make_scoring("recall", "binary", np.array(classes), text).positive == code
+
+
+@pytest.mark.parametrize(
+    ("scoring", "classes", "positive", "message"),
+    [
+        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2 \(--positive\)"),
+        ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
+        (
+            "f1",
+            ["no", "yes"],
+            "Yes",
+            r"positive \(--positive\) must be one of the classes 'no' and 'yes', got 'Yes'",
+        ),
+        ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
+        ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
+        (
+            "f1",
+            ["a", "b", "c"],
+            "a",
+            r"positive='a' \(--positive\) needs a target of two classes, got a multiclass",
+        ),
+        ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
+        ("accuracy", ["no", "yes"], "no", "scoring='accuracy' knows no positive class; leave it out"),
+        ("f1_macro", ["no", "yes"], "no", "scoring='f1_macro' knows no positive class"),
+        ("roc_auc", ["no", "yes"], "no", "scoring='roc_auc' knows no positive class"),
+        ("neg_brier_score", ["no", "yes"], "no", "scoring='neg_brier_score' knows no positive class"),
+        (None, ["no", "yes"], "no", "scoring='accuracy' knows no positive class"),
+        (metrics.make_scorer(metrics.f1_score), ["no", "yes"], "no", "knows no positive class; leave it out"),
+    ],
+)
+def test_a_bad_positive_class_is_named(scoring, classes, positive, message):
+    task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
+    with pytest.raises(InputError, match=message):
+        make_scoring(scoring, task, None if classes is None else np.array(classes), positive)
+
+
+def test_a_loss_is_of_no_class():
+    with pytest.raises(InputError, match="scoring='neg_log_loss' knows no positive class"):
+        loss_scoring("binary", NAMED, "no")
+    with pytest.raises(InputError, match="got a regression task"):
+        loss_scoring("regression", None, "no")
 
 
 def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():

@@ -5,13 +5,15 @@ import io
 import json
 import math
 import sqlite3
+from html import unescape
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.data.source import read_again
+from gputune.data.source import read_again, read_apart
 from gputune.report import tuning
 
 NET = """
@@ -191,6 +193,32 @@ def test_a_loss_is_shown_as_what_it_measures(tmp_path):
     assert f"Held-out log_loss (lower is better): {-held:.4f}" in said
     assert f"The best cross-validated log_loss, {-study.best_score:.4f}" in said
     assert "log_loss (lower is better) 0." in run("best", tmp_path / "o")[1]
+
+
+def test_a_score_of_one_class_says_which(tmp_path):
+    kind = ["ant" if i % 4 else "bee" for i in range(40)]  # of bee a model that always says ant scores 0
+    table, out = write_table(tmp_path / "bugs.csv", kind=kind), tmp_path / "o"
+    command = ["tune", table, "--target", "kind", "--scoring", "f1", "--out", out, *FAST]
+    code, _, err = run(*command)
+    assert code == 2 and "positive='ant' or positive='bee' (--positive)" in err and not out.exists()
+    code, said, err = run(*command, "--positive", "ant")
+    assert (code, err) == (0, "")
+    assert "The best 3 of 3 trials by f1 of class 'ant', mean" in said
+    study, model = gputune.Study.open(out / "study.db"), gputune.load_model(out / "model")
+    assert study.meta["positive"] == model.info["positive"] == "ant"
+    _, apart = read_apart(study.meta["source"])
+    score = f1_score(apart.y, model.predict(apart.X), pos_label="ant")
+    assert score > 0.5 and f"Held-out f1 of class 'ant': {score:.4f}," in said
+    assert "f1 of class 'ant'" in repr(study) and "f1 of class 'ant'" in unescape(model._repr_html_())
+    code, again, _ = run("resume", out, "--trials", "4", "--quiet")
+    assert code == 0 and "Held-out f1 of class 'ant': " in again and "5 trials by f1 of class 'ant'" in again
+    assert "f1 of class 'ant'" in run("status", out)[1] and "f1 of class 'ant'" in run("trials", out)[1]
+    assert json.loads(run("best", out, "--format", "json")[1])["positive"] == "ant"
+    assert run("report", out, "--out", tmp_path / "report.html")[0] == 0
+    html = unescape((tmp_path / "report.html").read_text())
+    assert "best cross-validated f1 of class 'ant'" in html and "positive='ant'," in html
+    code, _, err = run(*command, "--positive", "bee")
+    assert code == 2 and "differs from this call in: positive ('ant' there, 'bee' here)" in err
 
 
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):

@@ -46,12 +46,15 @@ def test_classes_are_scored_as_scikit_learn_does(scoring, classes):
 
 
 @pytest.mark.parametrize("scoring", ["roc_auc", "f1", "average_precision"])
-def test_the_last_class_is_the_positive_one(scoring):
+@pytest.mark.parametrize("positive", [0, 1])
+def test_a_score_of_one_class_is_of_the_class_that_was_asked_for(scoring, positive):
     codes = RNG.integers(0, 2, 60)
-    estimator, _ = fitted(codes)
+    estimator, _ = fitted((codes == positive).astype(int))
     _, model = fitted(LABELS[codes])
-    held = held_out_score(model, scoring, read_source(X[40:], LABELS[codes][40:]))
-    assert held.score == pytest.approx(get_scorer(scoring)(estimator, X[40:], codes[40:]), abs=1e-9)
+    named = None if scoring == "roc_auc" else LABELS[positive]
+    held = held_out_score(model, scoring, read_source(X[40:], LABELS[codes][40:]), positive=named)
+    expected = get_scorer(scoring)(estimator, X[40:], codes[40:] == positive)
+    assert held.score == pytest.approx(expected, abs=1e-9)
 
 
 def test_saturated_probabilities_tie_as_those_that_the_model_gives():
@@ -101,5 +104,5 @@ def test_an_undefined_score_is_nan_with_the_reason():
     assert math.isnan(held.score) and held.why == "it is undefined on these rows"
     tested = y[40:].copy()
     tested[0] = "cat"
-    held = held_out_score(model, "f1", read_source(X[40:], tested))
+    held = held_out_score(model, "f1", read_source(X[40:], tested), positive="ant")
     assert math.isnan(held.score) and "multiclass" in held.why

@@ -243,6 +243,14 @@ def test_the_same_mistake_is_the_same_error(wrong, error, training):
     assert caught[0] is caught[1] and training == []
 
 
+def test_a_score_of_one_class_of_named_classes_is_scikit_learns_error():
+    names = np.where(Y == 0, "setosa", "other")
+    ours, said, _, said_by_theirs = both_random(space={"lr": [0.01]}, y=names, scoring="f1", refit=False)
+    assert np.isnan(ours.cv_results_["mean_test_score"]).all()
+    assert sum("pos_label=1 is not a valid label: It should be one of" in text for _, text in said) == 3
+    assert [category for category, _ in said] == [category for category, _ in said_by_theirs]
+
+
 @pytest.mark.parametrize("ours", [RandomizedSearchCV, HypergradientSearchCV])
 def test_a_class_in_place_of_an_estimator_is_scikit_learns_error(ours):
     caught = []

@@ -144,7 +144,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
 
 
 META = "spec target optimizer schedule space method task fingerprint numbers class_weight sample_weight splits".split()
-META += "scoring epoch max_epochs seed dtype".split()
+META += "scoring positive epoch max_epochs seed dtype".split()
 
 
 def foreign(path, **owner):
