@@ -19,7 +19,7 @@ from gputune.search.space_again import space_again, space_values
 from gputune.study.values import to_json
 
 _KEPT = (
-    *("n_trials", "include_default", "scoring", "task", "class_weight"),
+    *("n_trials", "include_default", "scoring", "class_weight"),
     *("max_epochs", "checkpoint_seconds", "device", "backend", "dtype", "tf32", "memory", "workers"),
 )
 """Arguments that a file holds as they were given, beside what ``meta`` has under names of its own."""
@@ -87,7 +87,7 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
         )
     choice = choose_again(meta["spec"], meta["optimizer"])
     source, test = _reread(meta, choice)
-    given = {**arguments["kept"], **changed}
+    given = {**arguments["kept"], **changed, "task": meta["task"]}
     if isinstance(given.get("workers"), dict):
         given["workers"] = Ray(**given["workers"])
     options = Options(

@@ -1,6 +1,7 @@
-"""The exceptions that gputune raises on purpose.
+"""The exceptions that gputune raises on purpose, and a warning.
 
 InputError          bad input: the message names the argument, the rule, the value and the remedy
+InputWarning        input that can be read in two ways: the message says which was taken, and what takes the other
 DivergedError       one training went to infinity or NaN where a finite result was asked for
 ClusterError        a cluster lost workers or nodes in the middle of a search; what was finished is kept
 SearchFailedError   every trial of a search failed, so there is no best one
@@ -19,6 +20,10 @@ TOO_BIG = "out of memory"
 
 class InputError(ValueError):
     """Bad input. The command line ends with exit code 2 on it; every other error ends with 1."""
+
+
+class InputWarning(UserWarning):
+    """Input that can be read in two ways, of which one was taken."""
 
 
 class DivergedError(ArithmeticError):

@@ -118,7 +118,8 @@ def tune(
                  or R2, for hypergradients the loss that is descended
     positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
                  left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
-    task         overrides what the target looks like
+    task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that
+                 repeat are classes, everything else is a number
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     numbers      how numeric columns are scaled, fitted on each fold's training rows
     optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
@@ -376,8 +377,10 @@ def _say_what_was_understood(
 ) -> None:
     target, rows = problem.target, len(problem.source.X)
     kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
+    override = f"; {target.override}" if target.override else ""
     progress.say(
-        f"{choice.name} on {rows} rows, {len(problem.layout.feature_names)} features; target {target.name!r}: {kind}"
+        f"{choice.name} on {rows} rows, {len(problem.layout.feature_names)} features; target {target.name!r}: "
+        f"{kind}{override}"
     )
     for note in notes:
         progress.say(f"note: {note}")

@@ -176,6 +176,26 @@ def test_files_and_bundled_sets(tmp_path, iris):
     np.testing.assert_allclose(bundled.curves, studies[0].curves, atol=0.05)
 
 
+@pytest.mark.parametrize("kind", [int, float])
+def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind, capsys):
+    X, y = iris[0], (iris[1] == 1).astype(kind)
+    frame = pd.DataFrame(X, columns=list("abcd")).assign(t=y)
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    few = {**FAST, "n_trials": 0, "max_epochs": 1}
+    given = [(X, y), (frame.drop(columns="t"), frame.t), (frame, "t"), (tmp_path / "t.csv", "t")]
+    given += [(torch.tensor(X), torch.tensor(y)), (X, y.tolist())]
+    assert {gputune.tune("mlp", *of, **few).meta["task"] for of in given} == {"binary"}
+    gputune.tune("mlp", X, y, **{**few, "verbose": 1})
+    assert "2 classes; task='regression' (--task) takes them for numbers" in capsys.readouterr().err
+
+
+def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():
+    X, y = np.random.default_rng(0).normal(size=(210, 2)), np.repeat(np.arange(21), 10)
+    with pytest.warns(gputune.InputWarning, match="21 distinct whole numbers in 210 rows") as caught:
+        gputune.tune("mlp", X, y, **{**FAST, "n_trials": 0, "max_epochs": 1})
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
     rng = np.random.RandomState(0)
     n = 120

@@ -207,7 +207,7 @@ def _warn_of_rare_classes(target: Target, folds: int) -> None:
         more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
         warnings.warn(
             f"{target.name} has classes with fewer rows than the {folds} folds: {shown}{more}; "
-            "some folds are validated without them.",
+            f"some folds are validated without them{'; ' * bool(target.override)}{target.override}.",
             UserWarning,
             stacklevel=4,
         )

@@ -106,6 +106,8 @@ def set_apart(
     """
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed)
+    # Once for all rows: the part of them that stays may have fewer distinct values.
+    task = "regression" if target.classes is None else "classification"
     how = {"test_size": test_size, "cv": cv, "seed": seed, "task": task, "rows": len(source.X)}
     origin = None if source.origin is None else {**source.origin, **how}
     if len(test) == 0:

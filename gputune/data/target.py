@@ -1,5 +1,6 @@
 """What is to be predicted: the task, and y as class codes or as numbers."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,11 +10,14 @@ from scipy.sparse import issparse
 from torch import Tensor
 
 from gputune.data.kinds import from_values, is_missing
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning
 from gputune.types import Task
 
-MAX_INTEGER_CLASSES = 20
-"""With more distinct integers than this a target is a number to be predicted, unless ``task`` says otherwise."""
+MAX_CLASSES = 20
+"""With more distinct whole numbers than this a target is a number to be predicted, unless ``task`` says otherwise."""
+
+_ROWS_PER_NUMBER = 10
+"""Where each of more whole numbers has so many rows on average, they may well be classes: a warning says so."""
 
 TASKS = ("classification", "binary", "multiclass", "regression")
 
@@ -39,6 +43,15 @@ class Target:
         return 1 if self.classes is None else len(self.classes)
 
     @property
+    def override(self) -> str:
+        """The option that takes whole numbers the other way, in words; "" where there is no other way."""
+        if self.labels.dtype.kind not in "iuf" or not _are_whole(self.labels):
+            return ""
+        if self.classes is None:
+            return "task='classification' (--task) takes them for classes"
+        return "task='regression' (--task) takes them for numbers"
+
+    @property
     def labels(self) -> np.ndarray:
         """The target as it was given, (n,): class labels, or numbers as float64."""
         return self.values if self.classes is None else self.classes[self.values]
@@ -57,9 +70,9 @@ def check_target(
 ) -> Target:
     """Return y, (n,) or (n, 1), as class codes or numbers.
 
-    Without ``task``: text, booleans and at most 20 distinct integers of which one repeats are classes; floats and
-    other integers are numbers. Raises InputError for a wrong length, more than one column, missing or infinite
-    values, dates, fewer than two classes, and a task that does not fit the values.
+    Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are
+    classes; others are numbers, with an InputWarning where they may be classes. Raises InputError for a wrong length,
+    more than one column, missing or infinite values, dates, fewer than two classes, and a task that does not fit.
     """
     if task is not None and task not in TASKS:
         raise InputError(f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.")
@@ -69,7 +82,7 @@ def check_target(
             f"{name} must have one value a row of X, got {len(values)} values and {n_rows} rows; "
             "check that both come from the same rows."
         )
-    if task == "regression" or (task is None and not _are_classes(values)):
+    if task == "regression" or (task is None and not _are_classes(values, name)):
         return Target("regression", _numbers(values, name), None, name)
     return _classes(values, task, name)
 
@@ -150,11 +163,25 @@ def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     return read.astype(bool) if kind == "boolean" else read.astype(str) if kind == "category" else read
 
 
-def _are_classes(values: np.ndarray) -> bool:
-    if values.dtype.kind in "iu":
-        distinct = len(np.unique(values))
-        return distinct <= MAX_INTEGER_CLASSES and distinct < len(values)
-    return values.dtype.kind in "bU"
+def _are_classes(values: np.ndarray, name: str) -> bool:
+    if values.dtype.kind in "bU":
+        return True
+    if not _are_whole(values):
+        return False
+    distinct = len(np.unique(values))
+    if distinct > MAX_CLASSES and distinct * _ROWS_PER_NUMBER <= len(values):
+        warnings.warn(
+            f"{name} has {distinct} distinct whole numbers in {len(values)} rows, more than the {MAX_CLASSES} that are "
+            "taken for classes: it is a number to be predicted. If they are classes, say task='classification', and if "
+            "not, task='regression' (--task).",
+            InputWarning,
+            stacklevel=7,  # the caller of tune()
+        )
+    return distinct <= MAX_CLASSES and distinct < len(values)
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    return values.dtype.kind != "f" or bool((values == np.rint(values)).all())
 
 
 def _numbers(values: np.ndarray, name: str) -> np.ndarray:
@@ -167,7 +194,7 @@ def _numbers(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+    if values.dtype.kind == "f" and not _are_whole(values):
         odd = values[values != np.rint(values)][0]
         raise InputError(
             f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; "

@@ -86,7 +86,8 @@ def _task(study: Study) -> str:
         return f"regression: predict the number {target!r}"
     shown = ", ".join(clean(name) for name in classes[:10])
     more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
-    return f"{len(classes)} classes of {target!r}: {shown}{more}"
+    override = "" if isinstance(classes[0], str | bool) else " (--task regression takes them for numbers)"
+    return f"{len(classes)} classes of {target!r}: {shown}{more}{override}"
 
 
 def _search(study: Study) -> str:

@@ -62,6 +62,8 @@ def tune(arguments: argparse.Namespace) -> str:
         seed=options.random_state,
         task=options.task,
     )
+    if options.task is None and rest.origin is not None:
+        options = replace(options, task=rest.origin["task"])
     with _folder(out):
         again = Again(choice, rest, test, options)
         return _to_the_end(arguments, arguments.file, again, out / MODEL, begin, profile)

@@ -8,7 +8,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from gputune.data.target import check_target
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning
 
 
 def check(y, **options):
@@ -32,6 +32,13 @@ def check(y, **options):
         (torch.tensor([2, 0, 2]), "binary", [0, 2], [1, 0, 1]),
         (np.array([[1], [0], [1]]), "binary", [0, 1], [1, 0, 1]),
         (np.array([1, 0, 1], dtype=np.uint8), "binary", [0, 1], [1, 0, 1]),
+        ([0.0, 1.0, 0.0], "binary", [0.0, 1.0], [0, 1, 0]),
+        (np.array([1, 0, 1], dtype=np.float32), "binary", [0.0, 1.0], [1, 0, 1]),
+        (np.array([1, 0.0, 1], dtype=object), "binary", [0.0, 1.0], [1, 0, 1]),
+        (pd.Series([3.0, 1.0, 5.0, 1.0]), "multiclass", [1.0, 3.0, 5.0], [1, 0, 2, 0]),
+        (pd.Series([1, 0, 1], dtype="Float64"), "binary", [0.0, 1.0], [1, 0, 1]),
+        (pl.Series([1.0, 0.0, 1.0]), "binary", [0.0, 1.0], [1, 0, 1]),
+        (torch.tensor([1.0, 0.0, 1.0], dtype=torch.bfloat16), "binary", [0.0, 1.0], [1, 0, 1]),
     ],
 )
 def test_classes(y, task, classes, codes):
@@ -49,9 +56,10 @@ def test_classes(y, task, classes, codes):
     "y",
     [
         [0.5, 1.0, 2.0],
-        [0.0, 1.0, 0.0],
         [1, 2, 3],
+        [1.0, 2.0, 3.0],
         np.repeat(np.arange(21), 2),
+        np.repeat(np.arange(21.0), 9),
         pd.Series([0.5, 1.0, 2.0], dtype="Float64"),
         torch.tensor([0.5, 1.0], dtype=torch.bfloat16),
         np.array([1, 2.5], dtype=object),
@@ -67,12 +75,41 @@ def test_numbers(y):
     assert target.labels is target.values
 
 
-def test_twenty_integers_that_repeat_are_classes():
-    assert check(np.repeat(np.arange(20), 2)).n_outputs == 20
+@pytest.mark.parametrize("dtype", [int, float])
+def test_twenty_whole_numbers_that_repeat_are_classes(dtype):
+    assert check(np.repeat(np.arange(20), 2).astype(dtype)).n_outputs == 20
+
+
+@pytest.mark.parametrize("dtype", [int, float])
+def test_more_whole_numbers_that_repeat_often_are_a_warning(dtype):
+    y = np.repeat(np.arange(30), 10).astype(dtype)
+    with pytest.warns(
+        InputWarning, match=r"y has 30 distinct whole numbers in 300 rows, .* task='classification'"
+    ):
+        assert check(y).task == "regression"
+    assert check(y, task="regression").task == "regression"
+    assert check(y, task="classification").n_outputs == 30
+    assert check(y + 0.5).task == "regression"
+
+
+@pytest.mark.parametrize(
+    ("y", "task", "override"),
+    [
+        ([0.0, 1.0, 0.0], None, "task='regression' (--task) takes them for numbers"),
+        ([0, 1, 0], None, "task='regression' (--task) takes them for numbers"),
+        ([1, 2, 3], None, "task='classification' (--task) takes them for classes"),
+        ([0, 1, 0], "regression", "task='classification' (--task) takes them for classes"),
+        ([0.5, 1.0], None, ""),
+        (["a", "b"], None, ""),
+        ([True, False], None, ""),
+    ],
+)
+def test_what_takes_whole_numbers_the_other_way_is_said(y, task, override):
+    assert check(y, task=task).override == override
 
 
 def test_the_task_overrides_the_rule():
-    assert check([0.0, 1.0, 0.0], task="classification").classes.tolist() == [0, 1]
+    assert check([0.0, 1.0, 2.0], task="classification").classes.tolist() == [0, 1, 2]
     assert check([0, 1, 0], task="binary").task == "binary"
     assert check([0, 1, 2], task="multiclass").task == "multiclass"
     assert check([0, 1, 0], task="regression").values.tolist() == [0, 1, 0]

@@ -13,7 +13,9 @@ from sklearn.metrics import f1_score
 
 import gputune
 from command_line import FAST, kinds, run, write_table
+from gputune.data.holdout import hold_out
 from gputune.data.source import read_again, read_apart
+from gputune.data.target import check_target
 from gputune.report import tuning
 
 NET = """
@@ -219,6 +221,25 @@ def test_a_score_of_one_class_says_which(tmp_path):
     assert "best cross-validated f1 of class 'ant'" in html and "positive='ant'," in html
     code, _, err = run(*command, "--positive", "bee")
     assert code == 2 and "differs from this call in: positive ('ant' there, 'bee' here)" in err
+
+
+def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
+    # One number fewer than in all rows is left to search on, and these would be classes.
+    codes = [*(i % 20 for i in range(400)), 20]
+    for seed in range(100):
+        rest, _ = hold_out(check_target(np.array(codes) + 0.5, n_rows=401), test_size=0.2, seed=seed)
+        if 400 not in rest:
+            break
+    table, out = write_table(tmp_path / "t.csv", 401, code=codes), tmp_path / "o"
+    command = ["tune", table, "--target", "code", "--seed", str(seed), "--out", out, *FAST]
+    code, said, err = run(*command)
+    assert code == 0 and "Task     regression: predict the number 'code'" in said
+    assert err.count("gputune: warning: code has 21 distinct whole numbers in 401 rows") == 1
+    assert run("resume", out, "--trials", "3", "--quiet")[::2] == (0, "")
+    command[command.index(out)] = tmp_path / "c"
+    code, said, err = run(*command, "--task", "classification")
+    assert code == 0 and "distinct" not in err
+    assert "(--task regression takes them for numbers)" in " ".join(said.split())
 
 
 def test_without_held_out_rows_no_honest_score_is_left(tmp_path):
