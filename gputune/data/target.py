@@ -194,7 +194,7 @@ def _numbers(values: np.ndarray, name: str) -> np.ndarray:
 
 
 def _classes(values: np.ndarray, task: str | None, name: str) -> Target:
-    if values.dtype.kind == "f" and not _are_whole(values):
+    if not _are_whole(values):
         odd = values[values != np.rint(values)][0]
         raise InputError(
             f"task={task!r} needs classes in {name}, got continuous numbers such as {odd}; "
