@@ -81,7 +81,7 @@ def test_epochs_of_worker_processes_and_of_the_solver():
     study = tune(listener, workers=2, n_trials=4)
     assert sum(curves[..., 0].size for curves in listener.epochs) == study.curves[..., 0].size
     solved = Listener()
-    gputune.tune("logistic", X, Y, n_trials=3, callbacks=[solved], **FAST)
+    gputune.tune("logistic", X, Y, n_trials=4, callbacks=[solved], **FAST)
     assert len(solved.trials) == 4 and [curves.shape for curves in solved.epochs] == [(4, 1, 3)]
 
 

@@ -29,7 +29,7 @@ def iris():
 def both(iris):
     """The same trials searched in full and by halving."""
     return tuple(
-        gputune.tune("mlp", *iris, space=SPACE, n_trials=26, method=method, **FAST)
+        gputune.tune("mlp", *iris, space=SPACE, n_trials=27, method=method, **FAST)
         for method in ("random", gputune.Halving(min_epochs=1))
     )
 
@@ -86,7 +86,7 @@ def test_a_pruned_trial_is_never_best_while_one_is_complete(both):
 
 def test_brackets_share_the_run(iris):
     method = gputune.Halving(min_epochs=1, brackets=3)
-    study = gputune.tune("mlp", *iris, space=SPACE, n_trials=30, method=method, **FAST)
+    study = gputune.tune("mlp", *iris, space=SPACE, n_trials=31, method=method, **FAST)
     found = np.bincount(lengths(study), minlength=10)
     assert found[1] and found[3] and found[9] and found.sum() == 31
     brackets = gputune.Halving(min_epochs=1, brackets=3).brackets_of(31, 9)
@@ -134,7 +134,7 @@ def test_a_users_module_is_halved(iris):
 
 def test_processes_give_what_one_process_gives(iris, both):
     two = gputune.tune(
-        "mlp", *iris, space=SPACE, n_trials=26, method=gputune.Halving(min_epochs=1), **{**FAST, "workers": 2}
+        "mlp", *iris, space=SPACE, n_trials=27, method=gputune.Halving(min_epochs=1), **{**FAST, "workers": 2}
     )
     np.testing.assert_allclose(two.curves, both[1].curves, atol=2e-6)
 
@@ -161,7 +161,7 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
             super().close()
 
     monkeypatch.setattr(rungs, "Parking", Small)
-    study = gputune.tune("mlp", *iris, space=SPACE, n_trials=26, method=gputune.Halving(min_epochs=1), **FAST)
+    study = gputune.tune("mlp", *iris, space=SPACE, n_trials=27, method=gputune.Halving(min_epochs=1), **FAST)
     np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
     assert parked[0].held == 0
 
@@ -197,7 +197,7 @@ def test_a_stopped_search_goes_on_bit_for_bit(iris, tmp_path, monkeypatch, stop_
     run = rungs.run_chunks
     common = {
         "space": SPACE,
-        "n_trials": 26,
+        "n_trials": 27,
         "method": gputune.Halving(min_epochs=1),
         "memory": memory,
         **FAST,
@@ -226,7 +226,7 @@ def test_a_halved_search_grows(iris, tmp_path):
         patch.setattr(rungs, "run_chunks", stopping_at(2))
         with pytest.raises(KeyboardInterrupt):
             gputune.tune("mlp", *iris, n_trials=8, **common)
-    study = gputune.tune("mlp", *iris, n_trials=20, **common)
+    study = gputune.tune("mlp", *iris, n_trials=21, **common)
     assert len(study.trials) == 21 and {t.state for t in study.trials} == {"pruned", "complete"}
 
 

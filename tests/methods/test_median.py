@@ -12,7 +12,7 @@ from gputune.options import method_again, method_meta
 from gputune.search.median import below_the_median
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20]}
-COMMON = {"space": SPACE, "n_trials": 17, "max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
+COMMON = {"space": SPACE, "n_trials": 18, "max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 METHOD = gputune.Median(min_epochs=2, every=3)
 
 

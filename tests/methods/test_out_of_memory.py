@@ -25,7 +25,7 @@ from problems import fill
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
 COMMON = {
     "space": SPACE,
-    "n_trials": 11,
+    "n_trials": 12,
     "cv": 3,
     "max_epochs": 6,
     "verbose": 0,

@@ -25,7 +25,7 @@ SPACE = {
     "lr": loguniform(1e-4, 0.1), "batch_size": [8, 16], "width": [8, 16], "dropout": [0.0, 0.1],
     "optimizer": ["adamw", "sgd", "adamhd"],
 }  # fmt: skip
-COMMON = {"space": SPACE, "n_trials": 9, "cv": 3, "max_epochs": 27, "verbose": 0, "workers": 1}
+COMMON = {"space": SPACE, "n_trials": 10, "cv": 3, "max_epochs": 27, "verbose": 0, "workers": 1}
 METHODS = {
     "random": "random",
     "halving": gputune.Halving(min_epochs=3),

@@ -171,7 +171,7 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
     assert [t.seconds == u.seconds for t, u in zip(after, before)] == [True, False, True]
     code, _, err = run(*command, "--epochs", "3")
     assert code == 2
-    assert "holds another search" in err and "max_epochs" in err
+    assert "holds another search" in err and "--epochs" in err
 
 
 def test_more_trials_are_added_to_a_study(tmp_path):
@@ -179,7 +179,7 @@ def test_more_trials_are_added_to_a_study(tmp_path):
     command = ["tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST]
     assert run(*command)[0] == 0
     code, out, _ = run(*command, "--trials", "4")
-    assert code == 0 and "5 complete" in out
+    assert code == 0 and "4 complete" in out
 
 
 def test_a_loss_is_shown_as_what_it_measures(tmp_path):
@@ -260,7 +260,7 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
         "tune", table, "--target", "price", "--task", "regression", "--groups", "site", "--cv", "2",
         "--space", "width=4,8", "lr=1e-3..1e-1:log", "--space", "dropout=0..0.5", "--optimizer", "sgd",
         "--schedule", "cosine", "--numbers", "quantile", "--test-size", "0.4", "--seed", "3", "--device", "cpu",
-        "--dtype", "float64", "--memory", "1GB", "--timeout", "600", "--trials", "2", "--epochs", "2",
+        "--dtype", "float64", "--memory", "1GB", "--timeout", "600", "--trials", "3", "--epochs", "2",
         "--workers", "1", "--scoring", "neg_mean_absolute_error", "--out", tmp_path / "o", "-q",
     )  # fmt: skip
     assert (code, err) == (0, "")
@@ -324,15 +324,15 @@ def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
         f"{waiting} not started before the timeout (repeat the command to go on; without --timeout to the end)"
         in " ".join(out.split())
     )
-    assert f"it is the best of {21 - waiting} trials" in " ".join(out.split())
+    assert f"it is the best of {20 - waiting} trials" in " ".join(out.split())
     code, out, _ = run("tune", "sklearn:iris", *options)
-    assert code == 0 and "Trials   21 complete; " in out
+    assert code == 0 and "Trials   20 complete; " in out
 
 
 def test_a_diverged_trial_is_counted(tmp_path):
     table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
     code, out, _ = run(
-        "tune", table, "--target", "price", "--optimizer", "sgd", "--space", "lr=0.01,1e30", "--out", tmp_path / "o",
+        "tune", table, "--target", "price", "--optimizer", "sgd", "--space", "lr=0.01,0.02,1e30", "--out", tmp_path / "o",
         *FAST,
     )  # fmt: skip
     assert code == 0

@@ -31,11 +31,11 @@ def test_missing_target(bugs):
 
 
 def test_unknown_target(bugs):
-    refused("tune", bugs, "--target", "knd", *FAST, words=["target='knd'", "did you mean 'kind'?"])
+    refused("tune", bugs, "--target", "knd", *FAST, words=["--target knd", "did you mean 'kind'?"])
 
 
 def test_unknown_groups(bugs):
-    refused("tune", bugs, "--target", "kind", "--groups", "site", *FAST, words=["groups='site'", "'a', 'b'"])
+    refused("tune", bugs, "--target", "kind", "--groups", "site", *FAST, words=["--groups site", "'a', 'b'"])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_missing_values_in_the_target(bugs):
 
 def test_more_folds_than_rows(bugs):
     write_table(bugs, 20, kind=kinds(20))
-    refused("tune", bugs, "--target", "kind", *FAST, "--cv", "17", words=["cv=17", "got 16", "use fewer"])
+    refused("tune", bugs, "--target", "kind", *FAST, "--cv", "17", words=["--cv 17", "got 16", "use fewer"])
 
 
 def test_infinite_features(bugs):
@@ -139,27 +139,32 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--test-size", "1", ["test_size", "0 <= test_size < 1", "got 1.0"]),
-        ("--timeout", "0", ["timeout", "above 0", "got 0.0"]),
-        ("--cv", "some", ["--cv", "such as 5", "'some'"]),
-        ("--cv", "1", ["--cv", "at least 2", "'1'"]),
-        ("--device", "cuda:99", ["device", "'cuda:99'", "cpu"]),
-        ("--device", "tpu", ["device", "'tpu'", "cpu"]),
-        ("--dtype", "float16", ["dtype", "'float16'", "float32"]),
-        ("--memory", "much", ["memory", "'much'", "8GB"]),
-        ("--numbers", "log", ["numbers", "'log'", "quantile"]),
-        ("--schedule", "linear", ["schedule", "'linear'", "cosine"]),
-        ("--optimizer", "lion", ["optimizer", "'lion'", "adamw"]),
-        ("--scoring", "acuracy", ["scoring", "'acuracy'", "Did you mean 'accuracy'?"]),
-        ("--scoring", "r2", ["scoring='r2'", "binary", "accuracy"]),
-        ("--task", "ranking", ["task", "'ranking'", "classification"]),
-        ("--task", "regression", ["task='regression'", "kind", "text", "classification"]),
-        ("--model", "mpl", ["model", "'mpl'", "mlp"]),
-        ("--model", "net.py:Net", ["net.py", "does not exist", "check the path"]),
+        ("--test-size", "1", ["0 <= --test-size < 1", "got 1.0"]),
+        ("--timeout", "0", ["above 0", "got 0.0"]),
+        ("--cv", "some", ["such as 5", "'some'"]),
+        ("--cv", "1", ["at least 2", "'1'"]),
+        ("--device", "cuda:99", ["'cuda:99'", "cpu"]),
+        ("--device", "tpu", ["'tpu'", "cpu"]),
+        ("--dtype", "float16", ["'float16'", "float32"]),
+        ("--memory", "much", ["'much'", "8GB"]),
+        ("--numbers", "log", ["'log'", "quantile"]),
+        ("--schedule", "linear", ["'linear'", "cosine"]),
+        ("--optimizer", "lion", ["'lion'", "adamw"]),
+        ("--scoring", "acuracy", ["'acuracy'", "Did you mean 'accuracy'?"]),
+        ("--scoring", "r2", ["--scoring r2", "binary", "accuracy"]),
+        ("--task", "ranking", ["'ranking'", "classification"]),
+        ("--task", "regression", ["--task regression", "kind", "text", "classification"]),
+        ("--model", "mpl", ["'mpl'", "mlp"]),
     ],
 )
 def test_bad_options(bugs, option, value, words):
-    refused("tune", bugs, "--target", "kind", *FAST, option, value, words=words)
+    refused("tune", bugs, "--target", "kind", *FAST, option, value, words=[option, *words])
+    assert not bugs.with_name("gputune-out").exists()
+
+
+def test_a_model_file_that_is_not_there(bugs):
+    words = ["net.py", "does not exist", "check the path"]
+    refused("tune", bugs, "--target", "kind", *FAST, "--model", "net.py:Net", words=words)
     assert not bugs.with_name("gputune-out").exists()
 
 
@@ -211,8 +216,26 @@ def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
 
 def test_a_study_of_another_search(bugs):
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
-    command = ["tune", bugs, "--target", "kind", *FAST, "--seed", "1"]
-    refused(*command, words=["holds another search", "random_state", "path of its own"])
+    command = [
+        "tune",
+        bugs,
+        "--target",
+        "kind",
+        *FAST,
+        "--seed",
+        "1",
+        "--epochs",
+        "3",
+        "--schedule",
+        "cosine",
+    ]
+    words = [
+        "--out gputune-out holds another search",
+        "--seed (0 there, 1 here)",
+        "--epochs (2 there, 3 here)",
+    ]
+    words += ["--schedule ('constant' there, 'cosine' here)", "--out OTHER", "first command's options"]
+    refused(*command, words=words)
     assert run("best", "gputune-out")[0] == 0
 
 

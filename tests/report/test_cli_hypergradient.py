@@ -84,7 +84,7 @@ def test_halving_is_told_in_the_closing_text(tmp_path):
         "lr=0.001..0.1:log",
         "width=8",
         "--trials",
-        "8",
+        "9",
     ]
     rest = ["--cv", "2", "--workers", "1", "--quiet"]
     code, text, _ = run(*common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a")
@@ -101,7 +101,7 @@ def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):
         "--outer-steps", "1", "--cv", "2", "--workers", "1", "--quiet", "--out", tmp_path / "out",
     )  # fmt: skip
     study = gputune.Study.open(tmp_path / "out" / "study.db")
-    assert code == 0 and len({trial.origin[0] for trial in study.trials}) == 9
+    assert code == 0 and len({trial.origin[0] for trial in study.trials}) == 8
 
 
 def test_a_second_look_at_a_point_is_no_second_row(tmp_path):

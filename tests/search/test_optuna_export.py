@@ -32,7 +32,7 @@ def study():
         X,
         Y,
         space=SPACE,
-        n_trials=8,
+        n_trials=9,
         method=gputune.Halving(min_epochs=2),
         include=[{"lr": 0.5}],
         **FAST,
