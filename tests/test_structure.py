@@ -17,7 +17,8 @@ version errors extras types seeding scratch report/text native/library native/wo
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/vmap engine/eager
+engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/stateless
+engine/vmap engine/eager
 engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
 engine/stopping engine/entry engine/checkpoint engine/fits engine/chunk
 engine/precision engine/out_of_memory engine/measured engine/rung engine/plan engine/packing engine/processes
@@ -107,7 +108,7 @@ def test_a_public_name_stays_itself_whatever_is_imported():
 def test_the_signature_of_tune():
     expected = (
         "model X y space n_trials include include_default method cv groups scoring positive task class_weight "
-        "sample_weight numbers optimizer schedule max_epochs epoch timeout study checkpoint_seconds device backend "
+        "sample_weight columns numbers optimizer schedule max_epochs epoch timeout study checkpoint_seconds device backend "
         "dtype tf32 memory workers random_state callbacks verbose"
     )
     assert " ".join(inspect.signature(gputune.tune).parameters) == expected

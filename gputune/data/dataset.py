@@ -87,6 +87,12 @@ class Dataset:
         """Number of folds F."""
         return len(self.folds)
 
+    def example(self, number: int) -> Tensor:
+        """Return at most so many training rows of the first fold, as it reads them, evenly spread: (B, D)."""
+        train = self.folds[0].train
+        places = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
+        return self.x[self.copies[0], train[places.to(self.device)]]
+
     @property
     def device(self) -> torch.device:
         """Where all tensors lie."""

@@ -4,41 +4,76 @@ The module must treat rows independently of what it saw before: modules with run
 control flow that depends on data, are refused by the name of the submodule.
 """
 
-import copy
 import inspect
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from gputune.engine.batches import Batch
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Shape
 from gputune.engine.population import ModelKind, module_arguments
+from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
-from gputune.seeding import stream_seed
+from gputune.seeding import GLOBAL_DRAWS, keyed_draws, stream_seed
 from gputune.types import Config, Params
+
+EXAMPLES = 31
+"""Rows on which a user's module is tried: a prime number, which a wrong view of their columns does not divide."""
+
+_CPU = torch.device("cpu")
 
 
 def build_module(
-    module_class: type[nn.Module], arguments: Config, *, n_features: int, n_outputs: int, seed: int
+    module_class: type[nn.Module],
+    arguments: Config,
+    *,
+    n_features: int,
+    n_outputs: int,
+    seed: int,
+    columns: str = "",
 ) -> nn.Module:
-    """Construct a user's module under its own keyed stream; InputError where its arguments do not fit."""
+    """Construct a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails."""
     _check_arguments(module_class, arguments)
-    with torch.random.fork_rng():
+    with GLOBAL_DRAWS, torch.random.fork_rng(), _single_precision():
         torch.manual_seed(stream_seed(seed, "module"))
         try:
-            return module_class(n_features=n_features, n_outputs=n_outputs, **arguments)
+            module = module_class(n_features=n_features, n_outputs=n_outputs, **arguments)
+            materialise(module, n_features)
+            return module
         except Exception as error:
             raise InputError(
                 f"model: {module_class.__name__}(n_features={n_features}, n_outputs={n_outputs}"
                 f"{''.join(f', {k}={v!r}' for k, v in arguments.items())}) raised "
-                f"{type(error).__name__}: {error}. Mend the class, or the module__* values of the space."
+                f"{type(error).__name__}: {error}. Mend the class, or the module__* values of the "
+                f"space.{columns}"
             ) from error
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """Construct in float32 inside: what a constructor draws must not depend on torch.set_default_dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def materialise(module: nn.Module, n_features: int) -> None:
+    """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give them."""
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, n_features))
+        module.train()
 
 
 def _check_arguments(module_class: type[nn.Module], arguments: Config) -> None:
@@ -69,19 +104,25 @@ class StackedModule:
         self, module_class: type[nn.Module], configs: Sequence[Config], shape: Shape, *, seed: int
     ) -> None:
         self.module_class, self.configs, self.shape, self.seed = module_class, tuple(configs), shape, seed
-        self.template = build_module(
-            module_class,
-            module_arguments(configs[0]),
-            n_features=shape.n_features,
-            n_outputs=shape.n_outputs,
-            seed=seed,
-        ).to(dtype=shape.dtype, device=shape.device)
+        self.template = self._plain(shape.device)
+        self.stateless = Stateless(self.template)
+        self.attends = any(isinstance(part, nn.MultiheadAttention) for part in self.template.modules())
         trained = {k: w for k, w in self.template.named_parameters() if w.requires_grad}
         self.fixed = {k: w.detach() for k, w in self.template.named_parameters() if not w.requires_grad}
         self.fixed |= {k: b.detach() for k, b in self.template.named_buffers()}
         self.first = {k: w.detach() for k, w in trained.items()}
         members = (shape.folds, len(configs))
         self.blocks = Blocks([Block(k, (*members, *w.shape), 1) for k, w in self.first.items()])
+
+    def _plain(self, device: torch.device) -> nn.Module:
+        """Return the user's module at its start, with the trials' common arguments."""
+        return build_module(
+            self.module_class,
+            module_arguments(self.configs[0]),
+            n_features=self.shape.n_features,
+            n_outputs=self.shape.n_outputs,
+            seed=self.seed,
+        ).to(dtype=self.shape.dtype, device=device)
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
@@ -130,22 +171,37 @@ class StackedModule:
 
     def _forward(self, params: Params, x: Tensor, *, training: bool) -> Tensor:
         """Outputs (P, B, K) of stacked parameters (P, ...) on rows (P, B, D)."""
-        self.template.train(training)
+        slow = self.attends and not training
 
         def call(own: Params, rows: Tensor) -> Tensor:
-            result: Tensor = functional_call(self.template, {**own, **self.fixed}, (rows,))
-            return result
+            with self.stateless.holding({**own, **self.fixed}) as module:
+                result: Tensor = module.train(training)(rows)
+                return result
 
-        outputs: Tensor = vmap(call, randomness="same")(params, x)
+        with _SlowAttention() if slow else nullcontext():
+            outputs: Tensor = vmap(call, randomness="same")(params, x)
         return outputs if outputs.dim() == 3 else outputs[..., None]
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        module = copy.deepcopy(self.template).cpu()
-        own = dict(module.named_parameters())
+        # Not a copy of the template, since what is no parameter or buffer of it cannot always be copied.
+        module = self._plain(_CPU)
+        values = {name: w[fold, trial] for name, w in params.items()} | self.fixed
         with torch.no_grad():
-            for name, value in params.items():
-                own[name].copy_(value[fold, trial])
+            for name, own in (*module.named_parameters(), *module.named_buffers()):
+                if not torch.equal(own, values[name].cpu()):
+                    own.copy_(values[name])
         return module.eval()
+
+
+class _SlowAttention(TorchFunctionMode):
+    """Keeps attention from its fast path of evaluation, which has no derivative and no batching rule.
+
+    torch takes it where it sees no tensor that requires a gradient, and through vmap it sees none. This is per thread;
+    ``torch.backends.mha.set_fastpath_enabled`` is not.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def layers_of(module: nn.Module) -> list[str]:
@@ -155,43 +211,33 @@ def layers_of(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
 
 
-@contextmanager
-def keyed_draws(device: torch.device, seed: int, *key: object) -> Any:
-    """Let torch's own generator draw from the stream of ``key`` inside, and go on as before outside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put back.
-        torch.default_generator.manual_seed(stream_seed(seed, *key))
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(stream_seed(seed, *key))
-        yield
-
-
 def check_module(
-    module_class: type[nn.Module], config: Config, *, n_features: int, n_outputs: int, dtype: torch.dtype
+    module_class: type[nn.Module], config: Config, rows: Tensor, *, n_outputs: int, columns: str = ""
 ) -> int:
     """Try a user's class once: two members stacked must equal the plain module. InputError says what does not.
 
-    Returns the number of parameters that are trained.
+    ``rows`` (B, D) are some of those that it will train on; ``columns`` is a sentence on how they came from the user's,
+    for messages about shapes. Returns the number of parameters that are trained.
     """
-    shape = Shape(1, n_features, n_outputs, dtype, torch.device("cpu"), False, None)
-    module = build_module(
-        module_class, module_arguments(config), n_features=n_features, n_outputs=n_outputs, seed=0
-    ).to(dtype)
+    n_features = rows.shape[1]
+    size = {"n_features": n_features, "n_outputs": n_outputs}
+    module = build_module(module_class, module_arguments(config), **size, seed=0, columns=columns).to(
+        rows.dtype
+    )
     _refuse_running_statistics(module)
-    x = torch.linspace(-1, 1, 4 * n_features, dtype=dtype).view(4, n_features)
+    x = rows.cpu()
     trail = _Trail(module)
     buffers = {k: b.clone() for k, b in module.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng([]):
+    with torch.no_grad(), keyed_draws(_CPU, 0, "check"):
         try:
             module.train()(x)
             plain = module.eval()(x)
         except Exception as error:
             raise InputError(
                 f"model: the forward of {module_class.__name__}{trail} raised {type(error).__name__}: {error}. "
-                f"It must take a float tensor of shape (rows, {n_features}) and return (rows, {n_outputs})."
+                f"It must take a float tensor of shape (rows, {n_features}) and return (rows, {n_outputs}).{columns}"
             ) from error
-    _check_outputs(module_class, plain, n_outputs)
+    _check_outputs(module_class, plain, (len(x), n_outputs), columns)
     for name, before in buffers.items():
         if not torch.equal(before, dict(module.named_buffers())[name]):
             raise InputError(
@@ -199,6 +245,7 @@ def check_module(
                 "be stacked; keep no running state in the forward."
             )
     _check_rows_alone(module_class, module, x, plain)
+    shape = Shape(1, n_features, n_outputs, x.dtype, _CPU, False, None)
     _check_stacked(module_class, config, shape, x, plain)
     _check_trainable(module_class, module, x)
     return sum(w.numel() for w in module.parameters() if w.requires_grad)
@@ -207,7 +254,7 @@ def check_module(
 def _check_rows_alone(module_class: type[nn.Module], module: nn.Module, x: Tensor, plain: Tensor) -> None:
     with torch.no_grad():
         fewer = module(x[:2])
-    if not torch.allclose(fewer, plain[:2], rtol=1e-3, atol=1e-4):
+    if not _close(fewer, plain[:2]):
         raise InputError(
             f"model: {module_class.__name__} gives a row other outputs in the company of other rows; its forward must "
             "treat every row by itself, in eval mode too."
@@ -215,7 +262,7 @@ def _check_rows_alone(module_class: type[nn.Module], module: nn.Module, x: Tenso
 
 
 def _check_trainable(module_class: type[nn.Module], module: nn.Module, x: Tensor) -> None:
-    with torch.enable_grad(), torch.random.fork_rng([]):
+    with torch.enable_grad(), keyed_draws(_CPU, 0, "check"):
         outputs = module.train()(x)
     if not any(w.requires_grad for w in module.parameters()) or not outputs.requires_grad:
         raise InputError(
@@ -238,11 +285,16 @@ def _check_stacked(
             "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an "
             "operation that torch.func.vmap does not know, as in nn.GRU and nn.LSTM."
         ) from error
-    if not torch.allclose(outputs[1], plain.view(outputs[1].shape), rtol=1e-3, atol=1e-4):
+    if not _close(outputs[1], plain.view(outputs[1].shape)):
         raise InputError(
             f"model: {module_class.__name__} gives other outputs when its members are stacked than alone; "
             "its forward must be deterministic in eval mode and treat every row alike."
         )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, also where both are no number: that is for the training to say."""
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 def _first_sentence(error: Exception) -> str:
@@ -260,13 +312,16 @@ def _refuse_running_statistics(module: nn.Module) -> None:
             )
 
 
-def _check_outputs(module_class: type[nn.Module], outputs: object, n_outputs: int) -> None:
+def _check_outputs(
+    module_class: type[nn.Module], outputs: object, expected: tuple[int, int], columns: str
+) -> None:
+    rows, n_outputs = expected
     shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-    if shape == (4, n_outputs) or (n_outputs == 1 and shape == (4,)):
+    if shape == expected or (n_outputs == 1 and shape == (rows,)):
         return
     raise InputError(
-        f"model: {module_class.__name__} must return a tensor of shape (rows, {n_outputs}), got {shape} for 4 "
-        "rows; its last layer must have n_outputs outputs (logits for classes)."
+        f"model: {module_class.__name__} must return a tensor of shape (rows, {n_outputs}), got {shape} for {rows} "
+        f"rows; its last layer must have n_outputs outputs (logits for classes).{columns}"
     )
 
 

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, c
 from gputune.hypergradients.result import HypergradientResult
 from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
 from gputune.report.text import size_words
+from gputune.seeding import GLOBAL_DRAWS
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 
@@ -87,7 +87,8 @@ def hypergradient(
         return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=budget)
     rule, momentum = check_optimizer(optimizer)
     if seed is None:
-        seed = int(torch.randint(2**62, ()))
+        with GLOBAL_DRAWS:
+            seed = int(torch.randint(2**62, ()))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     start = training.start()
     given = check_hyperparameters(
@@ -95,10 +96,7 @@ def hypergradient(
     )
     held = _held(fixed, hyperparameters, rule, training, start)
     tables = {**default_tables(rule, momentum, start), **held, **given}
-    with _modes_restored(module):
-        choice, result = _differentiate(
-            training, rule, tables, tuple(given), mode, truncate, checkpoint, budget
-        )
+    choice, result = _differentiate(training, rule, tables, tuple(given), mode, truncate, checkpoint, budget)
     shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
     gradient = {name: table.view(shapes[name]) for name, table in result.gradients.items()}
     found = HypergradientResult(
@@ -271,14 +269,3 @@ def _check_above_zero(tables: Tables, wanted: tuple[str, ...]) -> None:
                 f"hyperparameters[{name!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "
                 f"{tables[name].tolist()}; use mode='reverse' or 'forward'."
             )
-
-
-@contextmanager
-def _modes_restored(module: nn.Module) -> Iterator[None]:
-    """Leave each submodule in the mode (training or evaluation) that it was in."""
-    before = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

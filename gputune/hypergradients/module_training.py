@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.parameter import is_lazy
 
-from gputune.engine.vmap import keyed_draws, layers_of
+from gputune.engine.stateless import Stateless
+from gputune.engine.vmap import layers_of
 from gputune.errors import InputError
 from gputune.hypergradients.curvature import nodes
 from gputune.hypergradients.inner import Clock
+from gputune.seeding import keyed_draws
 from gputune.types import Params
 
 _WHOLE_NUMBERS = re.compile("not implemented for '(Long|Int|Short|Char|Byte|Bool)'")  # as torch says it
@@ -28,7 +30,7 @@ class ModuleTraining:
         self, module: nn.Module, loss: Loss, batches: Sequence[Pair], valid: Pair, *, seed: int
     ) -> None:
         self.module, self.batches, self.valid, self.seed = module, batches, valid, seed
-        self.objective = _Objective(module, loss)
+        self.objective = Stateless(_Objective(module, loss))
         self.steps = len(batches)
         self.totals = np.array([self.steps])
         self.own = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -37,10 +39,11 @@ class ModuleTraining:
         numbers = torch.tensor([self.layers.index(name.rpartition(".")[0]) for name in self.own])
         self.device = next(iter(self.own.values())).device
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
-        self.fixed = {
-            name: _normal(p.detach()) for name, p in module.named_parameters() if not p.requires_grad
-        }
-        self.buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+        # Clones, since a forward may write into them.
+        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        buffers = dict(module.named_buffers())
+        self.fixed = {name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()}
+        self.frozen = frozen.keys()
 
     def start(self) -> Tensor:
         """Return the module's own parameters, (1, N)."""
@@ -52,22 +55,23 @@ class ModuleTraining:
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step alone."""
-        self.module.train()
         with keyed_draws(self.device, self.seed, "hypergradient", step):
-            return self._loss(weights, self.batches[step], f"batches[{step}]")
+            return self._loss(weights, self.batches[step], f"batches[{step}]", training=True)
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the validation loss (1,)."""
-        self.module.eval()
         with keyed_draws(self.device, self.seed, "hypergradient", "valid"):
-            return self._loss(weights, self.valid, "valid")
+            return self._loss(weights, self.valid, "valid", training=False)
 
-    def _loss(self, weights: Tensor, pair: Pair, name: str) -> Tensor:
+    def _loss(self, weights: Tensor, pair: Pair, name: str, *, training: bool) -> Tensor:
         x, y = pair
-        tensors = {**self.parameters(weights), **self.fixed, **self.buffers}
+        tensors = {**self.parameters(weights), **self.fixed}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
         try:
-            loss = functional_call(self.objective, state, (_normal(x), _normal(y)))
+            with self.objective.holding(state) as objective:
+                self.module.train(training)
+                loss = objective(_normal(x), _normal(y))
+                after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         except torch.OutOfMemoryError:
             raise
         except NotImplementedError as error:
@@ -77,19 +81,21 @@ class ModuleTraining:
                 f"{name}: the module or the loss computes with whole numbers ({error}). It is called as "
                 "loss(module(x), y): check the order of its arguments, and that x is of floats."
             ) from error
-        except (RuntimeError, TypeError, IndexError) as error:
+        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
             text = str(error).split("\n")[0]
             remedy = "Check the shapes and dtypes of x and y."
+            if isinstance(x, tuple | list) and isinstance(y, tuple | list):
+                remedy = f"If {name} holds several pairs (x, y), put them into one with torch.cat."
             if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
                 remedy = "Make x and y tensors with torch.from_numpy."
             raise InputError(
                 f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
             ) from error
-        for key, before in self.buffers.items():  # the call leaves in ``state`` what the module has put there
-            after = state[f"module.{key}"]
-            if after is not before or after._version:
+        for key, before in self.fixed.items():
+            if after.get(f"module.{key}") is not before or before._version:
+                kind = "parameter" if key in self.frozen else "buffer"
                 raise InputError(
-                    f"module: the buffer {key!r} changes in {name}; what a module remembers from step to step is no "
+                    f"module: the {kind} {key!r} changes in {name}; what a module remembers from step to step is no "
                     "function of the hyperparameters. Keep no running state in the forward (spectral_norm does)."
                 )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -105,12 +111,16 @@ class ModuleTraining:
         return loss.view(1)
 
     def check_graph(self) -> None:
-        """Raise InputError where the first minibatch reads the module's parameters from behind its back.
+        """Raise InputError where a loss fails, or the first minibatch reads parameters behind the module's back.
 
         Such parameters would stay at their start while the others are trained.
         """
         with torch.enable_grad():
             loss = self.losses(self.start().requires_grad_(), 0)
+        with torch.no_grad():
+            self.validation(
+                self.start()
+            )  # what is wrong with the validation pair is said before the training
         own = {id(p): name for name, p in self.own.items()}
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
         for key in own.keys() & read:
@@ -145,6 +155,11 @@ def check_module(module: nn.Module) -> None:
     """Raise InputError for a module that cannot be trained as a function of its parameters."""
     if not isinstance(module, nn.Module):
         raise InputError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
+    lazy = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise InputError(
+            f"module must have its parameters, but {lazy[0]!r} waits for a first minibatch; call module(x) once before."
+        )
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise InputError("module has no parameter with requires_grad: there is nothing to train.")

@@ -18,7 +18,7 @@ from gputune.engine.ray_connection import Ray
 from gputune.engine.ray_workers import RayCluster
 from gputune.engine.scoring import Scoring
 from gputune.engine.stopping import Stop
-from gputune.engine.vmap import check_module
+from gputune.engine.vmap import EXAMPLES, check_module
 from gputune.model_choice import ModelChoice
 from gputune.options import Options
 from gputune.profile import Profile
@@ -50,6 +50,8 @@ class Context:
     fits: Fits = field(default_factory=Fits)
     backend: Backend = "eager"
     profile: Profile = field(default_factory=Profile)
+    columns: str = ""
+    """What became of the columns of X where they are not one feature each, for messages about shapes."""
     needs: dict[object, Need | None] = field(default_factory=dict)
     """What shapes were measured to take of the device's memory."""
 
@@ -185,11 +187,10 @@ class Context:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""
         if self.choice.module_class is None:
             return 0
-        data = self.data
         return check_module(
             self.choice.module_class,
             config,
-            n_features=data.n_features,
-            n_outputs=data.n_outputs,
-            dtype=data.dtype,
+            self.data.example(EXAMPLES),
+            n_outputs=self.data.n_outputs,
+            columns=self.columns,
         )

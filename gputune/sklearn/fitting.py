@@ -21,7 +21,7 @@ from gputune.engine.population import Population, module_arguments, populations
 from gputune.engine.rung import RungJob, RungOutcome
 from gputune.engine.stopping import Stop
 from gputune.engine.train import State
-from gputune.engine.vmap import build_module, check_module
+from gputune.engine.vmap import EXAMPLES, build_module, check_module
 from gputune.engine.workers import run_chunks
 from gputune.errors import DivergedError, InputError
 from gputune.options import choose_device
@@ -186,18 +186,22 @@ def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
     """Return the size of a user's module, which is tried first; 0 for a built-in model."""
     if recipe.module is None:
         return 0
-    size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
-    number = check_module(recipe.module, population.configs[0], **size, dtype=data.dtype)
-    arguments = module_arguments(population.configs[0])
-    _refuse_probabilities(build_module(recipe.module, arguments, **size, seed=recipe.seed), data)
+    rows = data.example(EXAMPLES)
+    number = check_module(recipe.module, population.configs[0], rows, n_outputs=data.n_outputs)
+    if data.task != "regression":
+        module = build_module(
+            recipe.module,
+            module_arguments(population.configs[0]),
+            n_features=data.n_features,
+            n_outputs=data.n_outputs,
+            seed=recipe.seed,
+        )
+        _refuse_probabilities(module, rows)
     return number
 
 
-def _refuse_probabilities(module: nn.Module, data: Dataset) -> None:
+def _refuse_probabilities(module: nn.Module, rows: Tensor) -> None:
     """Raise InputError where a classifier's module ends in a softmax: the loss has one already."""
-    if data.task == "regression":
-        return
-    rows = data.x[0, data.folds[0].train[:32]]
     with torch.no_grad():
         outputs = module.to(rows).eval()(rows)
     if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):

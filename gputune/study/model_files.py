@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics
 from gputune.engine.entry import entry
+from gputune.engine.vmap import materialise
 from gputune.errors import InputError
 from gputune.models import MLP, LogisticRegression
+from gputune.seeding import keyed_draws
 from gputune.study.folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
 from gputune.study.model import TunedModel
 from gputune.study.module_source import find_class
@@ -98,8 +100,12 @@ def _with_full_path(spec: dict[str, Any]) -> dict[str, Any]:
 
 def _built(module_class: type[nn.Module], arguments: dict[str, Any], dtype: torch.dtype) -> nn.Module:
     try:
-        with torch.random.fork_rng(devices=[]):  # its start is thrown away, the caller's stream is not
-            return module_class(**arguments).to(dtype)
+        with keyed_draws(
+            torch.device("cpu"), 0, "load"
+        ):  # its start is thrown away, the caller's stream is not
+            module = module_class(**arguments)
+            materialise(module, arguments["n_features"])
+            return module.to(dtype)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
             f"{module_class.__name__} could not be built from the saved arguments {arguments}: "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gputune.data.columns import convert
 from gputune.data.normal_scores import normal_scores_of
 from gputune.data.table import Table
+from gputune.engine.stateless import Stateless
 from gputune.study.model import TunedModel
 
 CLASS_OUTPUTS, VALUE_OUTPUTS = ("label", "probabilities"), ("prediction",)
@@ -34,7 +35,7 @@ class WholeModel(nn.Module):
 
     def __init__(self, model: TunedModel) -> None:
         super().__init__()
-        self.network = copy.deepcopy(model.module).cpu().eval()
+        self.network = _copy(model.module).cpu().eval()
         self.dtype, self.classes = model.dtype, model.classes is not None
         # Buffers, since a plain number would be written in single precision.
         self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
@@ -54,7 +55,9 @@ class WholeModel(nn.Module):
         self.register_buffer("indicator", torch.tensor(indicator))
 
     def forward(self, X: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        output: Tensor = self.network(self._features(X).to(self.dtype)).double()
+        # torch.export refuses a forward that keeps activations in its module.
+        with Stateless(self.network).holding({}) as network:
+            output: Tensor = network(self._features(X).to(self.dtype)).double()
         if not self.classes:
             return output.reshape(-1) * self.target_scale + self.target_center
         return output.argmax(1), output.softmax(1)
@@ -72,6 +75,14 @@ class WholeModel(nn.Module):
         return scaled.index_copy(
             1, torch.tensor(self.ranked), normal_scores_of(x[:, self.ranked], self.quantiles)
         )
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """Return a deep copy; activations that a forward kept lose their graph, with which torch does not copy them."""
+    held = [value for part in module.modules() for value in vars(part).values()]
+    held += [member for value in held if isinstance(value, dict) for member in value.values()]
+    held += [member for value in held if isinstance(value, list) for member in value]
+    return copy.deepcopy(module, {id(v): v.detach() for v in held if isinstance(v, Tensor) and not v.is_leaf})
 
 
 def takes_columns(model: TunedModel) -> bool:

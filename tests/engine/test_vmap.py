@@ -1,6 +1,7 @@
 """A user's module, stacked, equals its plain training; what cannot be stacked is refused by name."""
 
 import dataclasses
+import threading
 from functools import partial
 
 import pytest
@@ -8,12 +9,16 @@ import torch
 from torch import nn
 
 import reference
+from gputune import seeding
 from gputune.data.dataset import Fold
+from gputune.engine import vmap
 from gputune.engine.population import populations
 from gputune.engine.train import train
-from gputune.engine.vmap import StackedModule, check_module
+from gputune.engine.vmap import StackedModule, build_module, check_module
 from gputune.errors import InputError
 from problems import fill, largest_difference, make_data, rows_of, shape_of
+
+ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 
 
 class Residual(nn.Module):
@@ -45,7 +50,7 @@ class Flat(nn.Module):
         return self.layer(x * self.frozen).squeeze(-1)
 
 
-def assert_module_equals_plain_loop(build, data, configs, *, epochs):
+def assert_module_equals_plain_loop(build, data, configs, *, epochs, plain=None):
     seen = 0
     for population in populations(configs, "module", rows=max(len(f.train) for f in data.folds)):
         network = StackedModule(build, population.configs, shape_of(data), seed=0)
@@ -55,7 +60,7 @@ def assert_module_equals_plain_loop(build, data, configs, *, epochs):
             for f in range(data.n_folds):
                 x, y, weights = rows_of(data, f)
                 alone = reference.train_module(
-                    partial(build, n_features=data.n_features, n_outputs=data.n_outputs, **words),
+                    partial(plain or build, n_features=data.n_features, n_outputs=data.n_outputs, **words),
                     x, y, config, epochs=epochs, weights=weights,
                 )  # fmt: skip
                 assert largest_difference(trained.member(f, c), alone) <= 1e-10
@@ -165,18 +170,18 @@ class WrongInput(nn.Module):
 def test_what_cannot_be_stacked_is_refused_by_name(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):
-        check_module(module_class, config, n_features=3, n_outputs=2, dtype=torch.float32)
+        check_module(module_class, config, ROWS, n_outputs=2)
 
 
 def test_an_unknown_module_argument_is_named():
     (config,) = fill({"module__size": 3})
     with pytest.raises(InputError, match="module__size is no argument of Residual"):
-        check_module(Residual, config, n_features=3, n_outputs=2, dtype=torch.float32)
+        check_module(Residual, config, ROWS, n_outputs=2)
 
 
 def test_a_good_module_passes():
     (config,) = fill({"module__p": 0.5})
-    check_module(Residual, config, n_features=3, n_outputs=2, dtype=torch.float32)
+    check_module(Residual, config, ROWS, n_outputs=2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])
@@ -219,4 +224,158 @@ class Detached(Mixing):
 def test_what_cannot_be_trained_alone_is_refused(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):
-        check_module(module_class, config, n_features=3, n_outputs=2, dtype=torch.float32)
+        check_module(module_class, config, ROWS, n_outputs=2)
+
+
+class Reminding(nn.Module):
+    """One layer under two names, an activation kept in ``self``, and a tensor that depends on a parameter."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.enter, self.inner = nn.Linear(n_features, 6), nn.Linear(6, 6)
+        self.again, self.leave = self.inner, nn.Linear(6, n_outputs)
+        self.twice, self.kept = 2 * self.enter.weight, {}
+
+    def forward(self, x):
+        self.hidden = self.kept["hidden"] = torch.tanh(self.inner(self.enter(x)))
+        return self.leave(self.again(self.hidden))
+
+
+class Lazy(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.body = nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.Dropout(0.2), nn.LazyLinear(n_outputs))
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def materialised(n_features, n_outputs):
+    module = Lazy(n_features, n_outputs).eval()
+    module(torch.zeros(1, n_features))
+    return module
+
+
+@pytest.mark.parametrize(("build", "plain"), [(Reminding, Reminding), (Lazy, materialised)])
+def test_shared_and_lazy_submodules_equal_the_plain_loop(build, plain):
+    data = make_data()
+    configs = fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
+    assert_module_equals_plain_loop(build, data, configs, epochs=3, plain=plain)
+    check_module(build, configs[0], data.example(8).float(), n_outputs=data.n_outputs)
+
+
+def test_a_lazy_module_draws_what_a_plain_one_draws():
+    class Plain(Lazy):
+        def __init__(self, n_features, n_outputs):
+            super().__init__(n_features, n_outputs)
+            self.body[0], self.body[3] = nn.Linear(n_features, 6), nn.Linear(6, n_outputs)
+
+    lazy, plain = (build_module(kind, {}, n_features=3, n_outputs=2, seed=1) for kind in (Lazy, Plain))
+    assert largest_difference(lazy, plain) == 0 and lazy.training and type(lazy.body[0]) is nn.Linear
+
+
+class Coded(nn.Module):
+    """An embedding of the first column, and the logarithm of the others."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.code, self.last = nn.Embedding(5, 4), nn.Linear(3 + n_features, n_outputs)
+
+    def forward(self, x):
+        return self.last(torch.cat([self.code(x[:, 0].long()), x[:, 1:].log()], 1))
+
+
+def test_a_module_is_tried_on_rows_of_the_data():
+    (config,) = fill({})
+    rows = torch.tensor([[0.0, 1, 2], [4, 1, 3], [2, 5, 1], [1, 1, 7]])
+    assert check_module(Coded, config, rows, n_outputs=2) == 5 * 4 + 2 * 6 + 2
+    check_module(
+        Coded, config, rows - torch.tensor([0.0, 3, 0]), n_outputs=2
+    )  # NaN says nothing about stacking
+    with pytest.raises(InputError, match=r"submodule 'code'\) raised IndexError: index out of range"):
+        check_module(Coded, config, rows + 3, n_outputs=2)
+
+
+@pytest.mark.parametrize("module_class", [WrongInput, Broken, TooFew])
+def test_what_became_of_the_columns_is_said_with_shapes(module_class):
+    (config,) = fill({})
+    with pytest.raises(InputError, match=r"\. Of the 4 columns$"):
+        check_module(module_class, config, ROWS, n_outputs=2, columns=" Of the 4 columns")
+
+
+def test_the_default_dtype_changes_no_start():
+    expected = build_module(Residual, {}, n_features=3, n_outputs=2, seed=1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = build_module(Residual, {}, n_features=3, n_outputs=2, seed=1)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert largest_difference(found, expected) == 0 and found.enter.weight.dtype == torch.float32
+
+
+class Attention(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(1, 4), nn.Linear(4, n_outputs)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x):
+        return self.leave(self.encoder(self.enter(x[..., None])).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_attention_has_a_derivative_in_evaluation_too():
+    network = StackedModule(Attention, fill({}, {}), shape_of(make_data()), seed=0)
+    first = network.blocks.views(network.start())
+    params = {name: w[0].requires_grad_() for name, w in first.items()}
+    x = make_data().x[0, :5]
+    network.differentiable(params, x.expand(2, *x.shape), None).sum().backward()
+    module = network.member(first, 0, 0).requires_grad_()
+    module(x).sum().backward()
+    for name, own in module.named_parameters():
+        torch.testing.assert_close(params[name].grad[1], own.grad)
+
+
+class Contended:
+    """A lock that says when a thread must wait for it."""
+
+    def __init__(self):
+        self.lock, self.waited_for = threading.RLock(), threading.Event()
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_threads_take_turns_at_the_generator(monkeypatch):
+    contended = Contended()
+    for place in (seeding, vmap):
+        monkeypatch.setattr(place, "GLOBAL_DRAWS", contended)
+    others = []
+
+    class Interrupted(nn.Linear):
+        """Begins to draw when another thread has built a module too, or waits for its turn to."""
+
+        def __init__(self, n_features, n_outputs, interrupt=True):
+            if interrupt:
+                other = threading.Thread(
+                    target=lambda: others.append(build(False)) or contended.waited_for.set()
+                )
+                other.start()
+                others.append(other)
+                assert contended.waited_for.wait(60)
+            super().__init__(n_features, n_outputs)
+
+    def build(interrupt):
+        return build_module(Interrupted, {"interrupt": interrupt}, n_features=3, n_outputs=2, seed=1)
+
+    before, expected, found = torch.get_rng_state(), build(False), build(True)
+    others[0].join()
+    assert largest_difference(found, expected) == largest_difference(others[1], expected) == 0
+    assert torch.equal(torch.get_rng_state(), before)

@@ -247,6 +247,49 @@ def test_the_module_is_left_as_it_was_after_an_error():
     assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
 
 
+class Remembering(nn.Module):
+    """One layer under two names; keeps activations in an attribute, a dict and a list, and may fail."""
+
+    def __init__(self, *, second_name, fails=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.last = nn.Linear(5, 5).double(), nn.Linear(5, 3).double()
+        if second_name:
+            self.b = self.a
+        self.kept, self.log, self.fails = {}, [], fails
+
+    def forward(self, x):
+        self.hidden = self.kept["hidden"] = torch.tanh(self.a(x))
+        self.log.append(self.hidden)
+        if self.fails and not self.training:
+            raise RuntimeError("it fails")
+        return self.last((self.b if hasattr(self, "b") else self.a)(self.hidden))
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_submodule_with_two_names_is_left_as_it_was(options):
+    module, plain = Remembering(second_name=True), run(Remembering(second_name=False), **options)
+    objects = list(module.parameters())
+    values = [p.detach().clone() for p in objects]
+    for _ in range(2):
+        result = run(module, **options)
+        assert result.value == plain.value and torch.equal(result.gradient["lr"], plain.gradient["lr"])
+    assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
+    assert module.b is module.a and module.b.weight is objects[0]
+    assert all(torch.equal(p, value) for p, value in zip(objects, values))
+    assert not hasattr(module, "hidden") and module.kept == {} and module.log == []
+
+
+def test_a_submodule_with_two_names_is_left_as_it_was_after_an_error():
+    module = Remembering(second_name=True, fails=True).eval()
+    objects, hook = list(module.parameters()), module.a.register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="it fails"):
+        run(module)
+    assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
+    assert module.b.weight is objects[0] and not module.training and not hasattr(module, "hidden")
+    assert list(module.a._forward_hooks) == [hook.id]
+
+
 def test_dropout_is_the_same_under_one_seed_in_all_modes():
     results = [run(network(nn.Dropout(0.5)), seed=5, **options) for options in MODES]
     for result in results[1:]:

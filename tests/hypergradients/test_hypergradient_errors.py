@@ -191,6 +191,38 @@ def test_valid(valid, found):
     refused("valid must be a pair (x, y)", f"got {found}", valid=valid)
 
 
+@pytest.mark.parametrize("mode", (*EXACT, "fd"))
+def test_several_validation_pairs_are_refused_before_the_training(mode):
+    trained = []
+
+    def loss(output, y):
+        trained.append(y)
+        return output.sum() if isinstance(y, tuple) else functional.cross_entropy(output, y)
+
+    words = (
+        "valid: the module or the loss raised TypeError",
+        "If valid holds several pairs (x, y)",
+        "torch.cat",
+    )
+    refused(*words, loss=loss, valid=data()[0][:2], mode=mode)
+    assert len(trained) == 1
+
+    class Picky(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.view(-1, 5))
+
+    refused(
+        "valid: the module or the loss raised AttributeError",
+        module=Picky(5, 3).double(),
+        valid=data()[0][:2],
+    )
+
+
+def test_a_lazy_module_is_called_once_before():
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    refused("module must have its parameters", "'0.weight'", "call module(x) once before", module=lazy)
+
+
 def test_what_does_not_fit_the_module_is_said_with_the_minibatch():
     (x, y), *_ = data()[0]
     said = ": the module or the loss raised RuntimeError: ", "Check the shapes and dtypes of x and y."
@@ -269,6 +301,21 @@ def test_buffers_that_change(in_place, when, mode):
     counter = Counter(in_place=in_place, when=when)
     refused(f"the buffer '2.calls' changes in {when}", "no running state", module=network(counter), mode=mode)
     assert counter.calls == 0 and counter.training
+
+
+class Teacher(nn.Linear):
+    """Moves its frozen weight in place."""
+
+    def forward(self, x):
+        self.weight.add_(1)
+        return super().forward(x)
+
+
+def test_a_frozen_parameter_that_changes():
+    teacher = Teacher(4, 4).double().requires_grad_(False)
+    before = teacher.weight.clone()
+    refused("module: the parameter '2.weight' changes in batches[0]", module=network(teacher))
+    assert torch.equal(teacher.weight, before)
 
 
 def test_spectral_norm_keeps_a_running_state():

@@ -45,6 +45,33 @@ def outputs(path, X):
     return arrays, json.loads(extra["gputune.json"])
 
 
+class Remembering(nn.Module):
+    """One layer under two names; keeps activations in an attribute and in containers."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.a, self.last = nn.Linear(n_features, n_features), nn.Linear(n_features, n_outputs)
+        self.b, self.kept, self.log = self.a, {}, []
+
+    def forward(self, x):
+        self.hidden = self.kept["hidden"] = torch.tanh(self.a(x))
+        self.log.append(self.hidden)
+        return self.last(self.b(self.hidden))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_a_module_that_keeps_activations(tmp_path, suffix):
+    spec = {"kind": "module", "kwargs": {}, "import": "nowhere:Remembering"}
+    model = make_model(NUMBERS, module=Remembering, spec=spec)
+    model.module(torch.zeros(2, len(model.layout.feature_names)))  # what it keeps now has a graph
+    check(model, tmp_path / f"model{suffix}", NUMBERS)
+    assert model.module.hidden.requires_grad or model.module.log
+    model.save(tmp_path / "saved")
+    again = gputune.load_model(tmp_path / "saved", module=Remembering)
+    np.testing.assert_array_equal(again.predict_proba(NUMBERS), model.predict_proba(NUMBERS))
+    assert again.module.b is again.module.a
+
+
 def check(model, path, X):
     """Export, and compare predictions for all rows, for one and for none."""
     model.export(path)

@@ -1,0 +1,65 @@
+"""A module called with other tensors in the place of its own, and left as it was."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Stateless:
+    """A module as it is now; ``holding`` lends it other tensors, and puts back all that was set meanwhile.
+
+    That is the attributes of every submodule: parameters, buffers, hooks, the mode, and what a forward keeps in
+    ``self`` or in a dict, list or set there. Tensors that are written into in place stay so.
+    """
+
+    # Not torch.func.functional_call, which leaves the second value in a submodule that has two names.
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._attributes = [(vars(part), dict(vars(part))) for part in module.modules()]
+        held = (value for _, attributes in self._attributes for value in attributes.values())
+        self._containers = [(v, v.copy()) for v in held if isinstance(v, dict | list | set)]
+        names = {id(t): name for name, t in chain(module.named_parameters(), module.named_buffers())}
+        self._places: list[tuple[Any, str, Tensor, str]] = [
+            (tensors, key, tensor, names[id(tensor)])
+            for part in module.modules()
+            for tensors in (part._parameters, part._buffers)
+            for key, tensor in tensors.items()
+            if tensor is not None
+        ]
+
+    @contextmanager
+    def holding(self, tensors: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+        """Put ``tensors`` in the place of parameters and buffers of the same names inside, under all their names.
+
+        Names are those of ``named_parameters()`` and ``named_buffers()``.
+        """
+        try:
+            for held, key, _, name in self._places:
+                if name in tensors:
+                    held[key] = tensors[name]
+            yield self.module
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for attributes, before in self._attributes:
+            for name in attributes.keys() - before.keys():
+                del attributes[name]
+            attributes.update(before)
+        for value, members in self._containers:
+            if value or members:
+                value.clear()
+                _extend(value, members)
+        for held, key, tensor, _ in self._places:  # a scripted module holds them in no dict
+            held[key] = tensor
+
+
+def _extend(container: Any, members: Any) -> None:
+    if isinstance(container, list):
+        container.extend(members)
+    else:
+        container.update(members)
