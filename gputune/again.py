@@ -95,6 +95,7 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
         space=space_again(arguments["space"]),
         method=method_again(meta["method"]),
         cv=unpack_folds(arguments["folds"]),
+        columns=meta["columns"],
         numbers=meta["numbers"],
         optimizer=meta["optimizer"],
         schedule=meta["schedule"],

@@ -37,6 +37,7 @@ class Options:
     task: Any = None
     class_weight: Any = None
     sample_weight: Any = None
+    columns: Any = "auto"
     numbers: Any = "standard"
     optimizer: str | None = None
     schedule: str = "constant"
@@ -60,6 +61,7 @@ class Options:
         object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("epoch", self.epoch, ("best", "last"))
+        _one_of("columns", self.columns, ("auto", "keep", "drop-constant"))
         _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
         _one_of("backend", self.backend, ("auto", "eager", "compiled", "graph"))
         _one_of("dtype", self.dtype, ("float32", "float64"))

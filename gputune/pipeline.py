@@ -76,6 +76,7 @@ def tune(
     task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
     class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     sample_weight: Any = None,
+    columns: Literal["auto", "keep", "drop-constant"] = "auto",
     numbers: Literal["standard", "quantile", "none"] = "standard",
     optimizer: str | None = None,
     schedule: Literal["constant", "cosine"] = "constant",
@@ -121,6 +122,9 @@ def tune(
     task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that
                  repeat are classes, everything else is a number
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
+    columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
+                 ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
+                 else "drop-constant"
     numbers      how numeric columns are scaled, fitted on each fold's training rows
     optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
                  "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
@@ -152,7 +156,7 @@ def tune(
     options = Options(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
         cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
-        numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
+        columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
         checkpoint_seconds=checkpoint_seconds,
         device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
         random_state=random_state, callbacks=callbacks, verbose=verbose,
@@ -190,7 +194,7 @@ def search(
     progress = Progress(options.verbose, callbacks.epoch, words)
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
-        problem = make_problem(source, options.task, choice)
+        problem = make_problem(source, options.task, choice, options.columns)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     _check_scoring_has_a_name(scoring, options)
@@ -203,8 +207,9 @@ def search(
         with profile.clock("compiling"):
             backend = _backend(options, choice, data, cluster, wanted, progress)
         context = Context(
-            data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend, profile=profile
-        )
+            data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend, profile=profile,
+            columns=problem.columns_in_words(),
+        )  # fmt: skip
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
         _check_method(wanted, space, context, problem.target.classes)
         notes = notes_on(wanted, space, choice, options)

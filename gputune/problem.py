@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset, Rows, make_dataset
-from gputune.data.encode import Layout, Statistics, fit_layout
+from gputune.data.encode import Columns, Layout, Statistics, fit_layout
 from gputune.data.source import Source
+from gputune.data.table import quoted
 from gputune.data.target import Target, check_target
 from gputune.errors import InputError
 from gputune.model_choice import ModelChoice
@@ -27,6 +28,7 @@ class Problem:
     target: Target
     layout: Layout
     raw: np.ndarray | Tensor
+    columns: Columns = "drop-constant"
 
     def dataset(
         self, folds: Sequence[Rows], options: Options, choice: ModelChoice
@@ -47,14 +49,36 @@ class Problem:
             device=device or options.device_here(),
         )
 
+    def columns_in_words(self) -> str:
+        """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
+        used = {column.name: len(column.feature_names) for column in self.layout.columns}
+        lost = [name for name in self.layout.inputs if name not in used]
+        wide = [name for name, features in used.items() if features > 1]
+        parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(
+            wide
+        )
+        if not parts:
+            return ""
+        remedy = "" if self.columns == "keep" else "; columns 'keep' leaves numbers and booleans as they are"
+        return (
+            f" Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} features, "
+            f"{' and '.join(parts)}{remedy}."
+        )
 
-def make_problem(source: Source, task: Any, choice: ModelChoice) -> Problem:
-    """Check the target, fix the column layout and encode the rows."""
+
+def make_problem(source: Source, task: Any, choice: ModelChoice, columns: str = "auto") -> Problem:
+    """Check the target, fix the column layout and encode the rows.
+
+    ``columns`` "auto" is "keep" for a user's module, which may count on their number and order.
+    """
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     if choice.solved and target.task == "regression":
         raise InputError(
             "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number: choose "
             "model='mlp', or optimizer='adamw' for a linear regression."
         )
-    layout = fit_layout(source.X)
-    return Problem(source, target, layout, layout.raw(source.X))
+    how: Columns = "drop-constant"
+    if columns == "keep" or (columns == "auto" and choice.kind == "module"):
+        how = "keep"
+    layout = fit_layout(source.X, columns=how)
+    return Problem(source, target, layout, layout.raw(source.X), how)

@@ -38,7 +38,7 @@ def refit(study: Study, X: Any = None, y: Any = None) -> TunedModel:
     """
     trial = study.best_trial
     choice, source, options = _recalled(study, X, y)
-    problem = make_problem(source, study.meta["task"], choice)
+    problem = make_problem(source, study.meta["task"], choice, options.columns)
     data, (statistics,) = problem.dataset([all_rows(len(source.X))], options, choice)
     config = complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule)
     if choice.solved:
@@ -86,6 +86,7 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         )
     options = Options(
         class_weight=_class_weight(meta),
+        columns=meta["columns"],
         numbers=meta["numbers"],
         schedule=meta["schedule"],
         max_epochs=meta["max_epochs"],

@@ -46,6 +46,7 @@ def study_meta(
         "fingerprint": fingerprint(problem.source.X, problem.target),
         "features": len(problem.layout.feature_names),
         "notes": [*problem.layout.notes, *notes],
+        "columns": problem.columns,
         "numbers": options.numbers,
         "class_weight": None if options.class_weight is None else repr(options.class_weight),
         "sample_weight": None

@@ -25,6 +25,7 @@ META = {
     "fingerprint": {"rows": 178},
     "features": 13,
     "notes": [],
+    "columns": "drop-constant",
     "numbers": "standard",
     "class_weight": None,
     "sample_weight": None,

@@ -1,7 +1,10 @@
 """From rows to a study and its model, through the public tune()."""
 
 import re
+import sqlite3
+import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
 
@@ -651,6 +654,107 @@ def test_a_refused_module_leaves_no_study(tmp_path, iris):
     with pytest.raises(gputune.InputError, match="must return a tensor of shape"):
         gputune.tune(Broken, *iris, study=tmp_path / "study.db", n_trials=1, **FAST)
     assert not (tmp_path / "study.db").exists()
+
+
+class Square(nn.Module):
+    """Takes 2 x 2 images, and counts on all of their pixels."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(2, n_outputs))
+
+    def forward(self, x):
+        return self.body(x.view(-1, 1, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def images(iris):
+    """Rows whose second pixel is always the same, and their labels."""
+    X = iris[0].copy()
+    X[:, 1] = 3.0
+    return X, iris[1]
+
+
+def test_a_module_gets_all_columns_a_built_in_model_those_that_vary(tmp_path, images):
+    path, small = tmp_path / "study.db", {"n_trials": 0, **FAST}
+    study = gputune.tune(Square, *images, study=path, **small)
+    assert (study.meta["columns"], study.meta["features"], study.meta["notes"]) == ("keep", 4, [])
+    opened = gputune.Study.open(path)
+    models = [study.best_model(), opened.best_model(*images)]
+    assert largest_difference(*(model.module for model in models)) == 0
+    assert models[1].layout.feature_names == ("x0", "x1", "x2", "x3")
+    with pytest.raises(gputune.InputError, match=r"columns \('keep' there, 'drop-constant' here\)"):
+        gputune.tune(Net, *images, study=path, columns="drop-constant", **small)
+    for columns, features in (("auto", 3), ("keep", 4)):
+        assert gputune.tune("mlp", *images, columns=columns, **small).meta["features"] == features
+
+
+def test_a_refused_shape_says_what_became_of_the_columns(images):
+    words = (
+        r"forward of Square raised RuntimeError: shape .*\(rows, 3\) and return \(rows, 3\)\. Of the 4 columns of X, "
+        r"which are 3 features, 'x1' left out; columns 'keep' leaves numbers and booleans as they are\."
+    )
+    with pytest.raises(gputune.InputError, match=words):
+        gputune.tune(Square, *images, columns="drop-constant", n_trials=0, **FAST)
+    frame = pd.DataFrame(images[0]).assign(site=["a", "b", "c"] * 50)
+    words = r"5 columns of X, which are 7 features, 'site' several features each\."
+    with pytest.raises(gputune.InputError, match=words):
+        gputune.tune(Square, frame, images[1], n_trials=0, **FAST)
+
+
+def test_a_study_from_before_columns_had_an_option(tmp_path, images):
+    path, small = tmp_path / "study.db", {"n_trials": 0, **FAST}
+    first = gputune.tune(Net, *images, study=path, columns="drop-constant", **small)
+    with sqlite3.connect(path) as raw:
+        raw.execute("DELETE FROM meta WHERE key = 'columns'")
+    raw.close()
+    again = gputune.tune(Net, *images, study=path, columns="drop-constant", **small)
+    assert again.meta["columns"] == "drop-constant" and again.best_score == first.best_score
+    assert gputune.Study.open(path).best_model(*images).layout.feature_names == ("x0", "x2", "x3")
+    with pytest.raises(gputune.InputError, match=r"columns \('drop-constant' there, 'keep' here\)"):
+        gputune.tune(Net, *images, study=path, **small)
+
+
+class Noisy(Net):
+    def forward(self, x):
+        return nn.functional.dropout(self.body(x), 0.3, self.training)
+
+
+def test_a_search_in_a_thread_is_the_search_alone(iris):
+    def search(_):
+        return gputune.tune(Noisy, *iris, n_trials=1, **FAST).curves
+
+    before, alone, pause = torch.get_rng_state(), search(None), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            for curves in threads.map(search, range(3)):
+                np.testing.assert_array_equal(curves, alone)
+    finally:
+        sys.setswitchinterval(pause)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class Sharing(Net):
+    """Keeps an activation, and has one submodule under two names."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.head = self.body[2]
+
+    def forward(self, x):
+        self.hidden = self.body[:2](x)
+        return self.head(self.hidden)
+
+
+@pytest.mark.parametrize("method", ["random", "halving", gputune.Hypergradient(outer_steps=1)])
+def test_a_module_that_keeps_an_activation_has_a_model(iris, method):
+    small = {"n_trials": 1, **FAST}
+    study, plain = (gputune.tune(kind, *iris, method=method, **small) for kind in (Sharing, Net))
+    np.testing.assert_array_equal(study.curves, plain.curves)
+    found, expected = study.best_model(), plain.best_model()
+    np.testing.assert_array_equal(found.predict_proba(iris[0]), expected.predict_proba(iris[0]))
+    assert found.module.head is found.module.body[2]
 
 
 def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path, iris):

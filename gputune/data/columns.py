@@ -87,17 +87,20 @@ class Column:
 
 
 def fit_column(
-    name: str, kind: Kind, values: np.ndarray, *, max_levels: int, min_count: int
+    name: str, kind: Kind, values: np.ndarray, *, max_levels: int, min_count: int, keep: bool = False
 ) -> tuple[Column, tuple[str, ...]]:
     """Decide a column's features; returns it (with no feature if it is left out) and what a user should know.
 
     A level is rare with fewer than ``min_count`` rows (or 1 % of the rows, where that is less), or beyond the
-    ``max_levels`` most frequent ones.
+    ``max_levels`` most frequent ones. With ``keep`` a number or boolean is one feature, whatever its values.
     """
     if kind == "category":
         return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
     known = values[~np.isnan(values)]
     missing = len(known) < len(values)
+    if keep and kind != "date":
+        mean = "are all 0" if len(known) == 0 else "take the mean of the training rows"
+        return Column(name, kind, parts=("value",)), (f"missing values {mean}",) * missing
     if len(known) == 0:
         return Column(name, kind), ("left out, all values missing",)
     parts = tuple(DATE_PARTS) if kind == "date" else ("value",)

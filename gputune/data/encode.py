@@ -26,6 +26,7 @@ from gputune.errors import InputError
 
 Numbers = Literal["standard", "quantile", "none"]
 NUMBERS = ("standard", "quantile", "none")
+Columns = Literal["keep", "drop-constant"]
 
 Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
 
@@ -114,28 +115,33 @@ class Layout:
         return Layout(columns, tuple(value["inputs"]), tuple(value["notes"]))
 
 
-def fit_layout(X: Table | Tensor, *, max_levels: int = 32, min_count: int = 10) -> Layout:
+def fit_layout(
+    X: Table | Tensor, *, columns: Columns = "drop-constant", max_levels: int = 32, min_count: int = 10
+) -> Layout:
     """Decide from X alone (never y) how its columns become features.
 
+    "keep" makes each number and boolean one feature, whatever its values; "drop-constant" leaves out those that are
+    constant, and adds a feature that says where values are missing.
     A category keeps at most ``max_levels`` levels of its own, each with at least ``min_count`` rows (or 1 % of
-    the rows, where that is less); the others share a feature. Constant columns and text with all values
-    distinct are left out, which ``notes`` say. Raises InputError where no column is left.
+    the rows, where that is less); the others share a feature. Constant text, and text with all values
+    distinct, are left out, which ``notes`` say. Raises InputError where no column is left.
     """
+    keep = columns == "keep"
     if isinstance(X, Tensor):
         X = checked_tensor(X)
         names = tensor_names(X)
-        fitted = fit_tensor_columns(X)
+        fitted = fit_tensor_columns(X, keep=keep)
     else:
         names = X.names
         fitted = [
-            fit_column(name, kind, values, max_levels=max_levels, min_count=min_count)
+            fit_column(name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep)
             for name, kind, values in zip(X.names, X.kinds, X.columns)
         ]
     notes = _sentences([(column.name, reason) for column, reasons in fitted for reason in reasons])
-    columns = tuple(column for column, _ in fitted if column.feature_names)
-    if not columns:
+    used = tuple(column for column, _ in fitted if column.feature_names)
+    if not used:
         raise InputError(f"X has no usable column. {' '.join(notes)}")
-    return Layout(columns, names, notes)
+    return Layout(used, names, notes)
 
 
 def _sentences(reasons: list[tuple[str, str]]) -> tuple[str, ...]:

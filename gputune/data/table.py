@@ -2,7 +2,7 @@
 
 import difflib
 import gzip
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,15 @@ from typing import Any
 import narwhals as nw
 import numpy as np
 from scipy.sparse import issparse
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, from_series, parse_text
 from gputune.errors import InputError
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
+
+FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,11 +106,13 @@ def read_table(source: str | Path) -> Table:
 def as_table(X: Any) -> Table:
     """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as it is.
 
-    Columns of arrays and lists are named x0, x1, ... Raises InputError for sparse matrices, for anything that
-    is not two-dimensional, for no rows or columns, equal names, infinite values and values without a kind.
+    Columns of arrays and lists are named x0, x1, ... Raises InputError for sparse matrices, for several inputs, for
+    what draws minibatches, for anything that is not two-dimensional, for no rows or columns, equal names, infinite
+    values and values without a kind.
     """
     if isinstance(X, Table):
         return X
+    _refuse_containers(X)
     if issparse(X):
         raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")
     if np.ma.isMaskedArray(X):
@@ -136,6 +141,31 @@ def select_rows(X: Any, rows: np.ndarray) -> Any:
     """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its own."""
     frame = nw.from_native(X, pass_through=True)
     return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]
+
+
+def _refuse_containers(X: Any) -> None:
+    """Raise InputError for what holds several inputs, or rows in a form of torch's that is no table."""
+    name = type(X).__name__
+    if isinstance(X, TensorDataset):
+        raise InputError(f"X is a {name}; pass its tensors: X, y = dataset.tensors.")
+    if isinstance(X, DataLoader):
+        raise InputError(
+            f"X is a {name}; pass all rows as arrays or tensors X and y, since minibatches are drawn here: batch_size "
+            "is a key of space."
+        )
+    if isinstance(X, Dataset):
+        raise InputError(f"X is a {name}, a torch Dataset; pass all its rows as arrays or tensors X and y.")
+    if isinstance(X, Mapping):
+        raise InputError(
+            f"X is a {name}; pass one table of its columns, pandas.DataFrame(X), or of its inputs, "
+            "numpy.hstack(list(X.values())), which the forward of a module takes apart."
+        )
+    shapes = [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
+    if any(len(shape) > 1 for shape in shapes):
+        raise InputError(
+            f"X is a {name} of {len(shapes)} inputs, of shapes {', '.join(map(str, shapes[:4]))}; pass one table, "
+            "numpy.hstack(X), which the forward of a module takes apart."
+        )
 
 
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
@@ -260,9 +290,7 @@ def _from_array(X: Any) -> Table:
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
     if array.ndim != 2:
-        raise InputError(
-            f"X must be two-dimensional (rows, columns), got shape {array.shape}; reshape it first."
-        )
+        raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {FLATTEN}.")
     names = [f"x{j}" for j in range(array.shape[1])]
     return _checked(names, [from_column(column, name) for column, name in zip(array.T, names)])
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.columns import Column, fit_column
+from gputune.data.table import FLATTEN
 from gputune.errors import InputError
 
 _ODD = 0x9E3779B97F4A7C15 - 2**64
@@ -26,7 +27,7 @@ def checked_tensor(X: Tensor) -> Tensor:
     if X.ndim != 2 or 0 in X.shape:
         shape = tuple(X.shape)
         raise InputError(
-            f"X must be two-dimensional with at least one row and column, got shape {shape}; reshape it."
+            f"X must be two-dimensional with at least one row and column, got shape {shape}; {FLATTEN}."
         )
     if X.is_complex():
         raise InputError(f"X must hold real numbers, got {X.dtype}; pass X.real and X.imag as columns.")
@@ -41,7 +42,7 @@ def checked_tensor(X: Tensor) -> Tensor:
     return X.float() if X.dtype.itemsize < 4 else X
 
 
-def fit_tensor_columns(X: Tensor) -> list[tuple[Column, tuple[str, ...]]]:
+def fit_tensor_columns(X: Tensor, *, keep: bool = False) -> list[tuple[Column, tuple[str, ...]]]:
     """Decide as ``fit_column`` does for numbers; three numbers a column leave the device."""
     lost = X.isnan()
     low = torch.where(lost, torch.inf, X).amin(0)
@@ -51,7 +52,7 @@ def fit_tensor_columns(X: Tensor) -> list[tuple[Column, tuple[str, ...]]]:
     columns = [np.array([lo, hi, np.nan] if lost else [lo, hi]) for lo, hi, lost in summary]
     columns = [np.where(np.isinf(values), np.nan, values) for values in columns]
     return [
-        fit_column(name, "number", values, max_levels=0, min_count=0)
+        fit_column(name, "number", values, max_levels=0, min_count=0, keep=keep)
         for name, values in zip(tensor_names(X), columns)
     ]
 

@@ -171,6 +171,7 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
         "scoring": _scoring(code, meta, descent),
         "positive": code.literal(meta.get("positive")),
         "task": code.literal(meta["task"]),
+        "columns": code.literal(meta["columns"]),
         "numbers": code.literal(meta["numbers"]),
         "class_weight": _class_weight(code, meta["class_weight"]),
         "sample_weight": _given(code, "sample_weight") if meta["sample_weight"] is not None else "None",
@@ -185,6 +186,7 @@ def _options(code: _Code, study: Study) -> dict[str, str]:
     }
     absent = {
         "None": ("positive", "class_weight", "sample_weight"),
+        "'drop-constant'" if meta["spec"]["kind"] != "module" else "'keep'": ("columns",),
         "'standard'": ("numbers",),
         "'constant'": ("schedule",),
     }

@@ -244,6 +244,11 @@ def _add_data(group: Any) -> None:
         help="share of the rows kept apart for one honest score (0.2); 0 uses all rows",
     )  # fmt: skip
     group.add_argument(
+        "--columns", default="auto", metavar="HOW",
+        help="keep: each column of numbers is one feature; drop-constant: constant ones are left out, and features say "
+        "where values are missing; auto (default): keep for a class of your own",
+    )  # fmt: skip
+    group.add_argument(
         "--numbers", default="standard", metavar="HOW", help="scaling: standard (default), quantile or none"
     )
 

@@ -141,6 +141,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
         "scoring",
         "positive",
         "task",
+        "columns",
         "numbers",
         "schedule",
         "timeout",

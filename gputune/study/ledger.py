@@ -23,6 +23,7 @@ _IDENTITY = {
     "method": "method",
     "task": "task",
     "fingerprint": "data",
+    "columns": "columns",
     "numbers": "numbers",
     "class_weight": "class_weight",
     "sample_weight": "sample_weight",

@@ -93,6 +93,8 @@ class Store:
         for key, value, held in rows:
             found[key] = self._checked(f"option {key!r}", lambda _, text: from_json(text), key, value, held)
         found.pop(HOW_MANY, None)
+        if "numbers" in found:  # a search from before the option did this
+            found.setdefault("columns", "drop-constant")
         return found
 
     def add_trials(self, rows: Iterable[Candidate]) -> None:

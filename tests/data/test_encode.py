@@ -218,6 +218,38 @@ def test_a_tensor_of_numbers_is_not_copied_before_the_transform():
     assert fit_layout(X).raw(X).data_ptr() == X.data_ptr()
 
 
+KEPT = np.array([[0.0, 1, np.nan, np.nan, 5], [0, 2, 3, np.nan, 6], [0, 4, 5, np.nan, 7]])
+
+
+@pytest.mark.parametrize("X", [as_table(KEPT), torch.tensor(KEPT)])
+def test_columns_that_are_kept_are_one_feature_each(X):
+    layout = fit_layout(X, columns="keep")
+    assert layout.feature_names == layout.inputs == ("x0", "x1", "x2", "x3", "x4")
+    assert layout.notes == (
+        "Column 'x2': missing values take the mean of the training rows.",
+        "Column 'x3': missing values are all 0.",
+    )
+    raw = layout.raw(X)
+    found = np.asarray(transform(raw, fit_statistics(raw, layout, np.arange(3), numbers="none")))
+    np.testing.assert_array_equal(found, [[0, 1, 4, 0, 5], [0, 2, 3, 0, 6], [0, 4, 5, 0, 7]])
+    assert fit_layout(X).feature_names == ("x1", "x2", "x2=(missing)", "x4")
+
+
+def test_text_and_dates_that_are_kept_become_features_as_ever():
+    frame = pd.DataFrame(
+        {
+            "flag": [True, True, True],
+            "site": ["a", "b", "a"],
+            "same": ["a", "a", "a"],
+            "id": ["p", "q", "r"],
+            "day": pd.to_datetime(["2020-01-01", "2020-01-02", "2020-01-03"]),
+        }
+    )
+    kept, dropped = (fit_layout(as_table(frame), columns=how) for how in ("keep", "drop-constant"))
+    assert kept.feature_names == ("flag", *dropped.feature_names)
+    assert "Column 'id': left out, text with all 3 values distinct." in kept.notes
+
+
 @pytest.mark.parametrize(
     ("X", "message"),
     [

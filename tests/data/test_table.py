@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 import torch
 from scipy.sparse import csr_array, csr_matrix
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from gputune.data.kinds import parse_text
 from gputune.data.table import BUNDLED, Table, as_rows, as_table, read_table, select_rows, split_target
@@ -288,7 +289,26 @@ def test_select_and_drop():
     [
         (csr_matrix(np.eye(3)), "sparse matrix"),
         (csr_array(np.eye(3)), "sparse matrix"),
-        (np.zeros((2, 2, 2)), r"two-dimensional .*\(2, 2, 2\)"),
+        (
+            np.zeros((2, 2, 2)),
+            r"two-dimensional .*\(2, 2, 2\); pass X.reshape\(len\(X\), -1\), which the forward",
+        ),
+        (
+            [np.zeros((3, 2)), np.zeros((3, 4))],
+            r"X is a list of 2 inputs, of shapes \(3, 2\), \(3, 4\).*hstack\(X\)",
+        ),
+        ((torch.zeros(3, 2), torch.zeros(3)), r"X is a tuple of 2 inputs, of shapes \(3, 2\), \(3,\)"),
+        (
+            {"a": np.zeros((3, 2))},
+            r"X is a dict; pass one table .*pandas.DataFrame\(X\).*hstack\(list\(X.values",
+        ),
+        (TensorDataset(torch.zeros(3, 2)), "X is a TensorDataset; pass its tensors: X, y = dataset.tensors"),
+        (
+            DataLoader(TensorDataset(torch.zeros(3, 2))),
+            "X is a DataLoader; pass all rows .* batch_size is a key",
+        ),
+        (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
+        ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),
         (np.zeros(3), r"two-dimensional .*\(3,\)"),
         (pd.Series([1, 2]), "two-dimensional"),
         ([1, 2], "two-dimensional"),

@@ -206,7 +206,9 @@ def test_a_module_class_made_within_a_function():
         pass
 
     X, y = load_iris(return_X_y=True)
-    study = gputune.tune(Inner, X, y, space={"lr": [0.01, 0.1]}, **CHEAP)
+    X[:, 1] = 1.0
+    study = gputune.tune(Inner, X, y, space={"lr": [0.01, 0.1]}, columns="drop-constant", **CHEAP)
+    assert "columns='drop-constant'," in again_code(study)
     assert "# Inner: the module class of the search" in again_code(study)
     assert_trains_it_again(study, executed(study, X=X, y=y, Inner=Inner), X)
 

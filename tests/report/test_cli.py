@@ -259,7 +259,8 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     code, out, err = run(
         "tune", table, "--target", "price", "--task", "regression", "--groups", "site", "--cv", "2",
         "--space", "width=4,8", "lr=1e-3..1e-1:log", "--space", "dropout=0..0.5", "--optimizer", "sgd",
-        "--schedule", "cosine", "--numbers", "quantile", "--test-size", "0.4", "--seed", "3", "--device", "cpu",
+        "--schedule", "cosine", "--numbers", "quantile", "--columns", "keep",
+        "--test-size", "0.4", "--seed", "3", "--device", "cpu",
         "--dtype", "float64", "--memory", "1GB", "--timeout", "600", "--trials", "3", "--epochs", "2",
         "--workers", "1", "--scoring", "neg_mean_absolute_error", "--out", tmp_path / "o", "-q",
     )  # fmt: skip
@@ -269,6 +270,7 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     assert "16 held out" in out  # two whole groups of five
     study = gputune.Study.open(tmp_path / "o" / "study.db")
     assert set(study.best_params) == {"width", "lr", "dropout"}
+    assert study.meta["columns"] == "keep"
     assert (
         study.meta["numbers"] == "quantile" and study.meta["dtype"] == "float64" and study.meta["seed"] == 3
     )

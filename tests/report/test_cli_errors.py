@@ -147,6 +147,7 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
         ("--device", "tpu", ["'tpu'", "cpu"]),
         ("--dtype", "float16", ["'float16'", "float32"]),
         ("--memory", "much", ["'much'", "8GB"]),
+        ("--columns", "all", ["'all'", "drop-constant"]),
         ("--numbers", "log", ["'log'", "quantile"]),
         ("--schedule", "linear", ["'linear'", "cosine"]),
         ("--optimizer", "lion", ["'lion'", "adamw"]),
@@ -155,6 +156,7 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
         ("--task", "ranking", ["'ranking'", "classification"]),
         ("--task", "regression", ["--task regression", "kind", "text", "classification"]),
         ("--model", "mpl", ["'mpl'", "mlp"]),
+        ("--model", "net.py:Net", ["net.py", "does not exist", "check the path"]),
     ],
 )
 def test_bad_options(bugs, option, value, words):
