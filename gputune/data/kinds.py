@@ -130,7 +130,12 @@ def from_values(values: Sequence[Any], *, name: str, untyped: bool) -> tuple[Kin
     if _all(present, bool | np.bool_):
         return "boolean", _each(values, float)
     if _all(present, numbers.Number | np.bool_) and not any(isinstance(v, complex) for v in present):
-        return "number", _each(values, float)
+        try:
+            return "number", _each(values, float)
+        except OverflowError as error:
+            raise InputError(
+                f"column {name!r} holds an integer that is larger than any float; pass it as text."
+            ) from error
     if _all(present, datetime.date | np.datetime64):
         return "date", _each(values, _epoch_seconds)
     if _all(present, datetime.time):

@@ -145,6 +145,10 @@ def _series(series: "nw.Series[Any]") -> np.ndarray:
 def _one_column(values: np.ndarray, name: str) -> np.ndarray:
     if values.ndim == 2 and values.shape[1] == 1:
         return values[:, 0]
+    if values.ndim == 2 and values.dtype.kind in "biuf" and _is_one_hot(values):
+        raise InputError(
+            f"{name} must be one value a row, got one-hot rows of shape {values.shape}; pass y.argmax(1)."
+        )
     if values.ndim != 1:
         raise InputError(
             f"{name} must be one value a row (multi-output and multilabel targets are not supported), "
@@ -153,10 +157,20 @@ def _one_column(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
+def _is_one_hot(values: np.ndarray) -> bool:
+    return bool(np.isin(values, (0, 1)).all() and (values.sum(1) == 1).all())
+
+
 def _from_objects(values: np.ndarray, name: str) -> np.ndarray:
     """Return Python objects as booleans, integers, floats or text."""
     if all(isinstance(value, int | np.integer) and not isinstance(value, bool) for value in values):
-        return values.astype(np.int64)
+        try:
+            return values.astype(np.int64)
+        except OverflowError as error:
+            odd = next(value for value in values if not -(2**63) <= value < 2**63)
+            raise InputError(
+                f"{name} holds {odd}, which is beyond 64-bit integers; pass classes as text, numbers as floats."
+            ) from error
     kind, read = from_values(list(values), name=name, untyped=False)
     if kind == "date":
         raise InputError(f"{name} holds dates, which cannot be predicted; turn it into a number first.")

@@ -135,7 +135,21 @@ def test_select_keeps_the_classes():
         (["a", "a"], None, "y must have at least two classes, got only 'a'"),
         ([3, 3], None, "at least two classes, got only 3"),
         (np.zeros((3, 2)), None, r"multi-output.*not supported.*got shape \(3, 2\)"),
-        (pd.DataFrame({"a": [1], "b": [2]}), None, r"multi-output.*got shape \(1, 2\)"),
+        (pd.DataFrame({"a": [2], "b": [2]}), None, r"multi-output.*got shape \(1, 2\)"),
+        (
+            np.eye(3),
+            None,
+            r"y must be one value a row, got one-hot rows of shape \(3, 3\); pass y.argmax\(1\)",
+        ),
+        (torch.eye(3, dtype=torch.bool), None, "one-hot rows"),
+        (pd.DataFrame({"a": [1, 0], "b": [0, 1]}), None, "one-hot rows"),
+        (np.array([[1, 1], [0, 1]]), None, "multi-output"),
+        (
+            [2**70, 1],
+            None,
+            f"y holds {2**70}, which is beyond 64-bit integers; pass classes as text, numbers as floats",
+        ),
+        ([10**400, 0.5], None, "column 'y' holds an integer that is larger than any float; pass it as text"),
         ([[1], [2, 3]], None, "one value a row"),
         (
             [0.5, 1.5, 0.5],
