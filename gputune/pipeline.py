@@ -156,8 +156,8 @@ def tune(
     options = Options(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
         cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
-        columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout, study=study,
-        checkpoint_seconds=checkpoint_seconds,
+        columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout,
+        study=study, checkpoint_seconds=checkpoint_seconds,
         device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
         random_state=random_state, callbacks=callbacks, verbose=verbose,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from gputune.types import Config
 
 # What the numbers of a training depend on, beside its configuration.
 _TRAINING = (
-    "spec", "optimizer", "schedule", "task", "fingerprint", "columns", "numbers", "class_weight", "sample_weight", "splits",
-    "scoring", "positive", "max_epochs", "seed", "dtype",
+    "spec", "optimizer", "schedule", "task", "fingerprint", "columns", "numbers", "class_weight", "sample_weight",
+    "splits", "scoring", "positive", "max_epochs", "seed", "dtype",
 )  # fmt: skip
 
 

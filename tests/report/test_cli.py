@@ -334,8 +334,8 @@ def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
 def test_a_diverged_trial_is_counted(tmp_path):
     table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
     code, out, _ = run(
-        "tune", table, "--target", "price", "--optimizer", "sgd", "--space", "lr=0.01,0.02,1e30", "--out", tmp_path / "o",
-        *FAST,
+        "tune", table, "--target", "price", "--optimizer", "sgd", "--space", "lr=0.01,0.02,1e30",
+        "--out", tmp_path / "o", *FAST,
     )  # fmt: skip
     assert code == 0
     assert "2 complete, 1 diverged" in out
