@@ -5,17 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from gputune.data.dataset import Rows
-from gputune.data.fingerprint import fingerprint, table_size
+from gputune.data.fingerprint import fingerprint, rows_difference, table_size
 from gputune.data.packed import pack_folds, unpack_folds
 from gputune.data.source import Source, read_apart
 from gputune.engine.ray_connection import Ray
-from gputune.errors import InputError
+from gputune.errors import InputError, UntrustedCodeError
 from gputune.model_choice import ModelChoice, choose_again
 from gputune.options import Options, method_again
 from gputune.problem import make_problem
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.space import Space
 from gputune.search.space_again import space_again, space_values
+from gputune.study.trusted import is_remembered
 from gputune.study.values import to_json
 
 _KEPT = (
@@ -64,10 +65,13 @@ def stored_arguments(options: Options, source: Source, space: Space, folds: list
     }  # fmt: skip
 
 
-def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> Again:
+def search_again(
+    path: Path, meta: dict[str, Any], changed: dict[str, Any], *, trust_code: bool = False
+) -> Again:
     """Return the search of a study file, with some of its options ``changed``.
 
-    Raises InputError, saying what is missing or has changed.
+    Raises InputError, saying what is missing or has changed, and UntrustedCodeError where it names code, or a cluster,
+    that this user has not trained with.
     """
     if meta.get("face") == "sklearn":
         raise InputError(
@@ -85,11 +89,11 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
             f"study {str(path)!r} does not hold: {'; '.join(arguments['lacking'])}. Repeat the call of "
             f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
         )
-    choice = choose_again(meta["spec"], meta["optimizer"])
+    choice = choose_again(meta["spec"], meta["optimizer"], trust_code=trust_code)
     source, test = _reread(meta, choice)
     given = {**arguments["kept"], **changed, "task": meta["task"]}
     if isinstance(given.get("workers"), dict):
-        given["workers"] = Ray(**given["workers"])
+        given["workers"] = _cluster(Ray(**given["workers"]), trust_code)
     options = Options(
         **given,
         space=space_again(arguments["space"]),
@@ -107,6 +111,16 @@ def search_again(path: Path, meta: dict[str, Any], changed: dict[str, Any]) -> A
     return Again(choice, source, test, options)
 
 
+def _cluster(named: Ray, trust_code: bool) -> Ray:
+    """Return the cluster that a file names: one elsewhere gets the rows, and answers in pickles, which are code."""
+    if not trust_code and named.is_elsewhere and not is_remembered(named.address):
+        raise UntrustedCodeError(
+            f"the study names the Ray cluster {named.address!r}, which would get its rows and could run code here, and "
+            "which you have not trained on from this machine."
+        )
+    return named
+
+
 def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source | None]:
     """Return the rows of a search, read again from its file, and those that it held out."""
     origin = meta["source"]
@@ -122,7 +136,7 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
         sizes = table_size(meta["fingerprint"], origin), table_size(found, source.origin)
         raise InputError(
             f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
-            f"({_difference(*sizes)}); restore the file."
+            f"({rows_difference(*sizes)}); restore the file."
         )
     held, now = origin.get("held_out"), (source.origin or {}).get("held_out")
     if held is not None and held != now:
@@ -131,12 +145,6 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
             "begun; restore the file."
         )
     return source, test
-
-
-def _difference(held: dict[str, int], found: dict[str, int]) -> str:
-    """What differs between the rows of a study and those that were ``found``, by their numbers."""
-    counts = [f"{held[n]} {n} then, {found[n]} now" for n in ("rows", "columns") if held[n] != found[n]]
-    return "; ".join(counts) or f"{held['rows']} rows then and now, of other names or values"
 
 
 def _is_storable(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 InputError          bad input: the message names the argument, the rule, the value and the remedy
 InputWarning        input that can be read in two ways: the message says which was taken, and what takes the other
+UntrustedCodeError  a study or a model names code that nobody has said to trust
 DivergedError       one training went to infinity or NaN where a finite result was asked for
 ClusterError        a cluster lost workers or nodes in the middle of a search; what was finished is kept
 SearchFailedError   every trial of a search failed, so there is no best one
@@ -24,6 +25,17 @@ class InputError(ValueError):
 
 class InputWarning(UserWarning):
     """Input that can be read in two ways, of which one was taken."""
+
+
+class UntrustedCodeError(InputError):
+    """A file names code that nobody has said to trust, and nothing of it has run.
+
+    code  which code that is, in words without a remedy: each door has its own
+    """
+
+    def __init__(self, code: str, remedy: str = "If you trust it, pass trust_code=True.") -> None:
+        super().__init__(f"{code} {remedy}")
+        self.code = code
 
 
 class DivergedError(ArithmeticError):

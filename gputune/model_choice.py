@@ -7,7 +7,7 @@ from torch import nn
 
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
-from gputune.study.module_source import check_unchanged, class_from_file, class_source, find_class
+from gputune.study.module_source import class_from_file, class_source, find_class
 from gputune.types import OPTIMIZERS
 
 SearchedModel = Literal["mlp", "logistic", "module"]
@@ -62,11 +62,12 @@ def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
     return ModelChoice(searched, optimizer, module_class)
 
 
-def choose_again(spec: dict[str, Any], optimizer: str) -> ModelChoice:
-    """Return the choice that a study stored; InputError where a user's class is gone or has changed."""
-    module_class = find_class(spec) if spec["kind"] == "module" else None
-    if module_class is not None:
-        check_unchanged(module_class, spec)
+def choose_again(spec: dict[str, Any], optimizer: str, *, trust_code: bool) -> ModelChoice:
+    """Return the choice that a study stored.
+
+    Raises InputError where a user's class is gone or has changed, UntrustedCodeError where its code is not trusted.
+    """
+    module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
     return ModelChoice(spec["kind"], optimizer, module_class)
 
 

@@ -48,8 +48,10 @@ from gputune.search.optuna_space import translated
 from gputune.search.random import default_space, draw
 from gputune.search.space import Space, check_include, check_space
 from gputune.study.ledger import Ledger, open_ledger
+from gputune.study.module_source import remember_code
 from gputune.study.store import Candidate
 from gputune.study.study import Study
+from gputune.study.trusted import remember
 from gputune.study_meta import study_meta
 from gputune.types import Backend
 from gputune.wanted import add_trials, notes_on, remarks_on, wanted_trials
@@ -211,6 +213,7 @@ def search(
             columns=problem.columns_in_words(),
         )  # fmt: skip
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
+        _remember_what_runs(choice, options)
         _check_method(wanted, space, context, problem.target.classes)
         notes = notes_on(wanted, space, choice, options)
         meta = study_meta(choice, problem, options, scoring, data, space, folds, notes)
@@ -277,6 +280,14 @@ def _dataset(problem: Problem, folds: Sequence[Rows], options: Options, choice: 
     if not callable(options.scoring):
         return data
     return replace(data, given=Given(problem.source.as_given(), problem.layout, statistics))
+
+
+def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
+    """Let later processes of this user find the class again, and the cluster, without being told to trust them."""
+    if choice.module_class is not None:
+        remember_code(choice.module_class)
+    if isinstance(options.workers, Ray) and options.workers.is_elsewhere:
+        remember(options.workers.address)
 
 
 def _data_options(options: Options) -> Options:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.data.fingerprint import fingerprint
+from gputune.data.fingerprint import fingerprint, rows_difference
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, read_again, read_source
 from gputune.engine.backend import choose_backend
@@ -30,15 +30,22 @@ from gputune.version import __version__
 
 
 @entry
-def refit(study: Study, X: Any = None, y: Any = None) -> TunedModel:
+def refit(
+    study: Study, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
+) -> TunedModel:
     """Train the best trial of a study on all its rows, for as many epochs as its best score took.
 
     Without X and y the rows are those of the search, kept in memory or read again from the file it read.
-    Raises InputError where there are none, or where the file has changed; DivergedError where it diverges.
+    Raises InputError where there are none or, with ``check``, others; DivergedError where it diverges.
     """
     trial = study.best_trial
-    choice, source, options = _recalled(study, X, y)
-    problem = make_problem(source, study.meta["task"], choice, options.columns)
+    choice, source, options = _recalled(study, X, y, trust_code)
+    # How many classes there are is for the rows to say: others may have two where the study's have three.
+    task = "regression" if study.meta["task"] == "regression" else "classification"
+    problem = make_problem(source, task, choice, options.columns)
+    rows = _fingerprint(study, problem, is_kept=study.data is not None and X is None)
+    if check and rows != study.meta["fingerprint"]:
+        raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
     data, (statistics,) = problem.dataset([all_rows(len(source.X))], options, choice)
     config = complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule)
     if choice.solved:
@@ -62,11 +69,11 @@ def refit(study: Study, X: Any = None, y: Any = None) -> TunedModel:
         dtype=data.dtype,
         target=target.name,
         spec={**choice.spec, "kwargs": _arguments(choice, config, data)},
-        info=_info(study, trial, problem),
+        info=_info(study, trial, rows),
     )
 
 
-def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Options]:
+def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     meta = study.meta
     if study.data is not None:
@@ -94,7 +101,8 @@ def _recalled(study: Study, X: Any, y: Any) -> tuple[ModelChoice, Source, Option
         dtype=meta["dtype"],
         random_state=meta["seed"],
     )
-    return choose_again(meta["spec"], meta["optimizer"]), _reread(study, X, y), options
+    choice = choose_again(meta["spec"], meta["optimizer"], trust_code=trust_code)
+    return choice, _reread(study, X, y), options
 
 
 def _class_weight(meta: dict[str, Any]) -> Any:
@@ -127,20 +135,39 @@ def _reread(study: Study, X: Any, y: Any) -> Source:
             "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
         )
     try:
-        source = read_again(origin)
+        return read_again(origin)
     except FileNotFoundError as error:
         raise InputError(
             f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y."
         ) from error
-    problem = make_problem(
-        source, study.meta["task"], choose_again(study.meta["spec"], study.meta["optimizer"])
-    )
-    if fingerprint(source.X, problem.target) != study.meta["fingerprint"]:
-        raise InputError(
-            f"the rows of {origin['path']!r} have changed since the study was searched on them; restore the file, "
-            "or pass X and y to train on other rows."
+
+
+def _fingerprint(study: Study, problem: Problem, *, is_kept: bool) -> dict[str, Any]:
+    """Return the fingerprint of the rows; those that the process kept are the study's own."""
+    if is_kept:
+        return dict(study.meta["fingerprint"])
+    return fingerprint(problem.source.X, problem.target)
+
+
+def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_given: bool) -> str:
+    """Return in which way the rows are not those of the search, and what to do."""
+    held, target, origin = study.meta["classes"], problem.target, study.meta["source"]
+    found = None if target.classes is None else target.classes.tolist()
+    difference = rows_difference(study.meta["fingerprint"], rows)
+    if held != found:
+        counts = [len(labels or ()) for labels in (held, found)]
+        other = "other classes" if counts[0] == counts[1] else f"{counts[0]} classes then, {counts[1]} now"
+        difference = f"{difference}; {other}"
+    if not are_given:
+        return (
+            f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference}); restore "
+            "the file, or add check=False to train on them as they are: the model then has no score."
         )
-    return source
+    again = "" if origin is None else f", or leave X and y out to read {origin['path']!r} again"
+    return (
+        f"best_model(X, y): these are not the rows that the study was searched on ({difference}). Pass those{again}; "
+        "check=False trains on others, and the model then has no score."
+    )
 
 
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
@@ -171,15 +198,17 @@ def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> dict[str, 
     return size | module_arguments(config)
 
 
-def _info(study: Study, trial: Trial, problem: Problem) -> dict[str, Any]:
+def _info(study: Study, trial: Trial, rows: dict[str, Any]) -> dict[str, Any]:
+    """Return what is worth knowing of the model; a score is that of the rows of the search, and of no others."""
+    own = rows == study.meta["fingerprint"]
     return {
         "params": trial.params,
         "epochs": trial.best_epoch,
         "scoring": study.meta["scoring"],
         "positive": study.meta.get("positive"),
-        "score": trial.score,
-        "std_error": trial.std_error,
+        **({"score": trial.score, "std_error": trial.std_error} if own else {}),
         "trials": len(study.trials),
-        "rows": len(problem.source.X),
+        "rows": rows["rows"],
+        "fingerprint": rows,
         "versions": {"gputune": __version__, "torch": torch.__version__},
     }

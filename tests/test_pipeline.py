@@ -5,6 +5,7 @@ import sqlite3
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -365,8 +366,13 @@ def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, ir
     opened = gputune.Study.open(tmp_path / "a.db")
     np.testing.assert_array_equal(opened.best_model().predict_proba(frame), expected)
     frame.head(140).to_csv(tmp_path / "iris.csv", index=False)
-    with pytest.raises(gputune.InputError, match="have changed since.*restore the file, or pass X and y"):
+    with pytest.raises(
+        gputune.InputError,
+        match=r"have changed since .*\(150 rows then, 140 now\); restore the file, or add check",
+    ):
         opened.best_model()
+    as_it_is = opened.best_model(check=False).info
+    assert as_it_is["rows"] == 140 and "score" not in as_it_is
     assert opened.best_model(frame.drop(columns="kind"), iris[1]).info["rows"] == 150
     (tmp_path / "iris.csv").unlink()
     with pytest.raises(gputune.InputError, match=r"cannot read .*iris.csv' again: it is gone. Pass X and y"):
@@ -374,6 +380,65 @@ def test_a_study_opened_later_refits_from_its_file_or_asks_for_rows(tmp_path, ir
     gputune.tune("mlp", *iris, n_trials=1, study=tmp_path / "b.db", **FAST)
     with pytest.raises(gputune.InputError, match="needs X and y: the study was searched on data in memory"):
         gputune.Study.open(tmp_path / "b.db").best_model()
+
+
+def test_a_model_has_the_score_of_its_own_rows_alone(tmp_path, iris):
+    X, y = iris
+    study = gputune.tune("mlp", X, y, n_trials=1, study=tmp_path / "a.db", **FAST)
+    opened = gputune.Study.open(tmp_path / "a.db")
+    model = opened.best_model(X, y)
+    assert (model.info["score"], model.info["fingerprint"]) == (study.best_score, study.meta["fingerprint"])
+    others = {
+        r"\(150 rows then, 120 now\)": (X[:120], y[:120]),
+        r"\(4 columns then, 3 now\)": (X[:, :3], y),
+        r"\(150 rows then and now, of other names or values\)": (X[:, ::-1], y),
+        r"of other names or values; other classes\)": (X, y + 1),
+        r"\(150 rows then, 100 now; 3 classes then, 2 now\)": (X[:100], y[:100]),
+    }
+    for words, rows in others.items():
+        for of in (study, opened):
+            with pytest.raises(
+                gputune.InputError, match=rf"are not the rows that the study was searched on .*{words}"
+            ):
+                of.best_model(*rows)
+    with pytest.raises(
+        gputune.InputError, match="Pass those; check=False trains on others, and the model then has no"
+    ):
+        opened.best_model(X + 1, y)
+    other = opened.best_model(X[:120], y[:120], check=False)
+    assert other.info["rows"] == 120 and other.info["params"] == study.best_params
+    assert not {"score", "std_error"} & other.info.keys() and "cross-validated" not in other._repr_html_()
+    for of_other_rows in (
+        other,
+        replace(model, info={**model.info, "fingerprint": other.info["fingerprint"]}),
+    ):
+        with pytest.raises(
+            gputune.InputError, match="of other parameters, another score or other rows; make it"
+        ):
+            study.report(tmp_path / "report.html", model=of_other_rows)
+    study.report(tmp_path / "report.html", model=model)
+    old = {key: value for key, value in model.info.items() if key != "fingerprint"}  # of an earlier version
+    study.report(tmp_path / "report.html", model=replace(model, info=old))
+
+
+def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, another_user):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Linear):\n"
+        "    def __init__(self, n_features, n_outputs):\n        super().__init__(n_features, n_outputs)\n"
+    )
+    name, path = f"{tmp_path / 'net.py'}:Net", tmp_path / "a.db"
+    expected = gputune.tune(name, *iris, n_trials=0, study=path, **FAST).best_model()
+    opened = gputune.Study.open(path)
+    np.testing.assert_array_equal(opened.best_model(*iris).predict(iris[0]), expected.predict(iris[0]))
+    another_user()
+    with pytest.raises(
+        gputune.InputError, match=rf"{tmp_path}/net.py', and loading it runs .*, pass trust_code=True"
+    ):
+        opened.best_model(*iris)
+    model = opened.best_model(*iris, trust_code=True)
+    np.testing.assert_array_equal(model.predict(iris[0]), expected.predict(iris[0]))
+    with pytest.raises(gputune.InputError, match="pass trust_code=True"):  # it was said for that call
+        opened.best_model(*iris)
 
 
 def test_weights_that_a_file_does_not_hold_are_asked_for(tmp_path, iris):

@@ -33,7 +33,8 @@ hypergradients/result hypergradients/convex hypergradients/hypergradient hypergr
 hypergradients/chunk hypergradients/plan optim
 study/values study/score study/rows study/database study/new_file study/store study/cards study/views study/study
 study/claims study/ledger study/repair
-study/module_source study/folder study/model study/model_files study/whole_model study/export
+study/trusted study/code_files study/module_source study/folder study/model study/model_files study/whole_model
+study/export
 search/distributions search/config search/spec search/optuna_space search/space search/space_again search/random
 search/halving search/median search/hypergradient search/optuna_sampler search/asking search/optuna_export
 callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callbacks/wandb

@@ -40,11 +40,16 @@ class Ray:
     def __post_init__(self) -> None:
         if isinstance(self.cpus, bool) or not isinstance(self.cpus, int) or self.cpus < 1:
             raise InputError(f"Ray(cpus=...) must be an integer of at least 1, got {self.cpus!r}.")
-        if self.address not in ("local", "auto") and _host_and_port(self.address) is None:
+        if self.is_elsewhere and _host_and_port(self.address) is None:
             raise InputError(
                 "Ray(address=...), --ray: must be 'local', 'auto', 'HOST:PORT' or 'ray://HOST:PORT', got "
                 f"{self.address!r}."
             )
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the address itself says which cluster, and not this machine."""
+        return self.address not in ("local", "auto")
 
 
 def check_ray(device: str) -> None:
@@ -68,7 +73,7 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator[RayCluster]:
     """
     ray = import_module("ray")
     if ray.is_initialized():
-        if workers.address not in ("local", "auto"):
+        if workers.is_elsewhere:
             raise InputError(
                 f"Ray(address={workers.address!r}): this process is connected to a Ray cluster already; call "
                 "ray.shutdown() first, or leave the address out to use that one."

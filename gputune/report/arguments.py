@@ -289,6 +289,7 @@ def _add_resume(commands: Any) -> None:
     parser.add_argument("--workers", type=_workers, metavar="N", help="processes on a CPU")
     _add_ray(parser)
     _add_checkpoints(parser, default=None)
+    _add_trust(parser)
     _add_profile(parser)
     _add_quiet(parser)
 
@@ -328,6 +329,13 @@ def _add_ray(group: Any) -> None:
     )  # fmt: skip
 
 
+def _add_trust(parser: Any) -> None:
+    parser.add_argument(
+        "--trust-code", action="store_true",
+        help="run the code that it names, also where you have not trained or saved it on this machine",
+    )  # fmt: skip
+
+
 def _add_quiet(group: Any) -> None:
     group.add_argument(
         "-q",
@@ -364,6 +372,7 @@ def _add_predict(commands: Any) -> None:
         "--raw", action="store_true", help="no ' before text that a spreadsheet takes for a formula"
     )
     parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+    _add_trust(parser)
 
 
 def _add_repair(commands: Any) -> None:
@@ -397,6 +406,7 @@ def _add_export(commands: Any) -> None:
     parser.add_argument(
         "--out", metavar="FILE", required=True, help="a new file: .onnx for ONNX, .pt2 for torch.export"
     )
+    _add_trust(parser)
 
 
 def _whole(least: int) -> Callable[[str], int]:

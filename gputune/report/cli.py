@@ -22,6 +22,7 @@ from gputune.errors import (
     SearchFailedError,
     SearchInterrupted,
     Terminated,
+    UntrustedCodeError,
 )
 from gputune.interrupting import end_command, end_process, take_signals
 from gputune.report.arguments import in_flags, make_parser
@@ -93,6 +94,9 @@ def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
         _write(stop.report)
         _say(str(stop))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
+    except UntrustedCodeError as error:
+        _say(f"error: {error.code} If you trust it, add --trust-code.")
+        return BAD_INPUT
     except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         _say(f"error: {words(_in_words(error))}")
         return BAD_INPUT
@@ -138,7 +142,8 @@ def _best(arguments: argparse.Namespace) -> str:
 def _predict(arguments: argparse.Namespace) -> str:
     from gputune.report.predicting import predictions_csv, write_new
 
-    text = predictions_csv(arguments.model, arguments.file, proba=arguments.proba, raw=arguments.raw)
+    how = {name: getattr(arguments, name) for name in ("proba", "raw", "trust_code")}
+    text = predictions_csv(arguments.model, arguments.file, **how)
     if arguments.out is None:
         return text
     write_new(text, arguments.out, source=arguments.file)
@@ -169,7 +174,7 @@ def _status(arguments: argparse.Namespace) -> str:
 def _export(arguments: argparse.Namespace) -> str:
     from gputune.report.exporting import export
 
-    return export(arguments.model, arguments.out)
+    return export(arguments.model, arguments.out, trust_code=arguments.trust_code)
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {

@@ -5,9 +5,9 @@ from gputune.study.model_files import load_model
 from gputune.study.whole_model import description
 
 
-def export(folder: str, out: str) -> str:
+def export(folder: str, out: str, *, trust_code: bool = False) -> str:
     """Write the file and return one line on what it takes and gives."""
-    model = load_model(folder)
+    model = load_model(folder, trust_code=trust_code)
     model.export(out)
     known = description(model)
     noun = "column" if known["inputs"] == "columns" else "encoded feature"

@@ -75,12 +75,22 @@ def _held_out(model: Mapping[str, Any] | None, measure: Any, tried: int) -> Fact
 
 def check_model(study: Study, model: Mapping[str, Any]) -> None:
     """Raise InputError where the ``info`` of a model is not that of this study's best trial."""
-    best = best_trial(study)
-    if best is None or model.get("params") != best.params or model.get("score") != best.score:
+    if not is_its_model(study, model):
         raise InputError(
-            "report(model=...) must be the tuned model of this study, got one of other parameters or another score; "
-            "make it with study.best_model(), or leave it out."
+            "report(model=...) must be the tuned model of this study, got one of other parameters, another score or "
+            "other rows; make it with study.best_model(), or leave it out."
         )
+
+
+def is_its_model(study: Study, model: Mapping[str, Any]) -> bool:
+    """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
+    best, rows = best_trial(study), study.meta.get("fingerprint")
+    # Models of earlier versions do not say which rows they were trained on.
+    return (
+        best is not None
+        and (model.get("params"), model.get("score")) == (best.params, best.score)
+        and model.get("fingerprint", rows) == rows
+    )
 
 
 def states_text(study: Study) -> str:

@@ -10,12 +10,14 @@ from gputune.errors import InputError
 from gputune.study.model_files import load_model
 
 
-def predictions_csv(folder: str, file: str, *, proba: bool, raw: bool = False) -> str:
+def predictions_csv(
+    folder: str, file: str, *, proba: bool, raw: bool = False, trust_code: bool = False
+) -> str:
     """Return one column named as the target, or with ``proba`` one for each class, named as the class.
 
     Unless ``raw``, text that a spreadsheet takes for a formula has a ' before it, with one warning.
     """
-    model = load_model(folder)
+    model = load_model(folder, trust_code=trust_code)
     if proba and model.classes is None:
         raise InputError(
             f"--proba needs a model of classes, and {folder!r} is a regression; leave --proba out."

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from gputune.report.facts import best_trial
+from gputune.report.facts import is_its_model
 from gputune.report.page import check_place, write_page
 from gputune.report.places import model_folder, study_file
 from gputune.study.folder import DESCRIPTION, read_description
@@ -21,8 +21,7 @@ def report(place: str, out: str) -> str:
 
 def _model(study: Study, folder: Path) -> dict[str, Any] | None:
     """Return the info of the model beside a study where it is that of its best trial, or None."""
-    best = best_trial(study)
-    if best is None or not (folder / DESCRIPTION).is_file():
+    if not (folder / DESCRIPTION).is_file():
         return None
     info: dict[str, Any] = read_description(folder / DESCRIPTION)["info"]
-    return info if (info.get("params"), info.get("score")) == (best.params, best.score) else None
+    return info if is_its_model(study, info) else None

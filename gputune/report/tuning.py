@@ -73,14 +73,15 @@ def resume(arguments: argparse.Namespace) -> str:
     """Go on with the search of a study file and return its closing text, as ``tune`` does."""
     begin = time.perf_counter()
     study = study_file(arguments.study)
-    changed = {name: getattr(arguments, name) for name in _CHANGES}
-    changed["workers"] = _workers(arguments, unsaid=None)
-    changed["n_trials"] = arguments.trials
-    given = {name: value for name, value in changed.items() if value is not None}
+    given = {name: getattr(arguments, name) for name in _CHANGES}
+    given["workers"] = _workers(arguments, unsaid=None)
+    given["n_trials"] = arguments.trials
+    changed = {name: value for name, value in given.items() if value is not None}
     meta = Study.open(study).meta
     profile = Profile()
     with profile.clock(PREPARING):
-        again = search_again(study, meta, {**given, "verbose": arguments.verbose})
+        changed["verbose"] = arguments.verbose
+        again = search_again(study, meta, changed, trust_code=arguments.trust_code)
     if callbacks := meta["arguments"].get("callbacks"):
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."

@@ -1,6 +1,7 @@
 """A tuned model into a folder and back: what is written of it, and how its module is built again."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,19 @@ from torch import Tensor, nn
 from gputune.data.encode import Layout, Statistics
 from gputune.engine.entry import entry
 from gputune.engine.vmap import materialise
-from gputune.errors import InputError
+from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.seeding import keyed_draws
 from gputune.study.folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
 from gputune.study.model import TunedModel
-from gputune.study.module_source import find_class
+from gputune.study.module_source import (
+    class_source,
+    find_class,
+    is_changed,
+    remember_code,
+    source_file,
+    why_not_found,
+)
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
@@ -32,21 +40,28 @@ def save_model(model: TunedModel, folder: str | os.PathLike[str]) -> None:
         "target": model.target,
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
-        "spec": _with_full_path(model.spec),
+        "spec": _full_spec(model),
         "info": model.info,
     }
     write_model(Path(folder), _state(model.module), body)
+    if model.spec["kind"] == "module":
+        remember_code(type(model.module))
+        _say_where_it_is_looked_for(type(model.module), folder)
 
 
 @entry
-def load_model(folder: str | os.PathLike[str], module: type[nn.Module] | None = None) -> TunedModel:
+def load_model(
+    folder: str | os.PathLike[str], module: type[nn.Module] | None = None, *, trust_code: bool = False
+) -> TunedModel:
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to predict.
 
-    A user's own class is imported from where it was when the model was saved, which runs that file (if it is
-    still the same, by its SHA-256) or that package; ``module=`` gives the class instead and imports nothing,
-    which is the way to open a folder from someone else. Nothing is unpickled. Raises InputError, saying which
-    file and what to do, for a folder that is missing, incomplete, damaged or of a newer gputune, and for a class
-    that is gone or changed.
+    A user's own class is imported from where it was when the model was saved, which runs that file or package: where
+    this user has trained or saved that very source on this machine, or with ``trust_code=True``. ``module=`` gives the
+    class instead and imports nothing, the safe way to open a folder from someone else. Nothing is unpickled. Warns
+    where the source has changed and the state still fits.
+
+    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a
+    newer gputune, and for a class that is gone, not trusted, or that the state does not fit.
     """
     folder = Path(folder)
     state, body = read_model(folder)
@@ -58,15 +73,24 @@ def load_model(folder: str | os.PathLike[str], module: type[nn.Module] | None = 
             "n_features": len(layout.feature_names),
             "n_outputs": 1 if classes is None else len(classes),
         }
-    module_class = _module_class(spec, kind, module, folder)
-    network = _built(module_class, {**sizes, **kwargs}, dtype)
+    module_class = _module_class(spec, kind, module, folder, trust_code)
+    changed = kind == "module" and module is None and is_changed(module_class, spec)
+    file = source_file(module_class) or module_class.__name__
+    remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
+    network = _built(module_class, {**sizes, **kwargs}, dtype, remedy)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # torch writes a line for each tensor
         raise InputError(
-            f"{str(folder / TENSORS)!r} does not fit {module_class.__name__}: {reason} Pass the class as it was."
+            f"{str(folder / TENSORS)!r} does not fit {module_class.__name__}: {reason.rstrip('.')}; {remedy}pass the "
+            "class as it was."
         ) from error
+    if changed:
+        warnings.warn(
+            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.",
+            stacklevel=2,
+        )
     with blaming(folder / DESCRIPTION):
         return TunedModel(
             module=network.eval(),
@@ -94,11 +118,29 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _with_full_path(spec: dict[str, Any]) -> dict[str, Any]:
-    return {**spec, "path": str(Path(spec["path"]).resolve())} if "path" in spec else spec
+def _full_spec(model: TunedModel) -> dict[str, Any]:
+    """Return how the module is built again; of a user's class with the file where it lies now."""
+    if model.spec["kind"] != "module":
+        return model.spec
+    source, file = class_source(type(model.module)), source_file(type(model.module))
+    beside = {"file": file} if file is not None and "import" in source else {}
+    return {"kind": "module", "kwargs": model.spec["kwargs"], **source, **beside}
 
 
-def _built(module_class: type[nn.Module], arguments: dict[str, Any], dtype: torch.dtype) -> nn.Module:
+def _say_where_it_is_looked_for(module_class: type[nn.Module], folder: str | os.PathLike[str]) -> None:
+    if place := why_not_found(module_class):
+        name = module_class.__name__
+        warnings.warn(
+            f"save({str(folder)!r}): the class {name} was defined {place}, so that load_model does not find it from "
+            f"elsewhere: pass it there, load_model({str(folder)!r}, module={name}), or define it in a file of its own "
+            "and import it from that.",
+            stacklevel=4,
+        )
+
+
+def _built(
+    module_class: type[nn.Module], arguments: dict[str, Any], dtype: torch.dtype, remedy: str
+) -> nn.Module:
     try:
         with keyed_draws(
             torch.device("cpu"), 0, "load"
@@ -109,11 +151,13 @@ def _built(module_class: type[nn.Module], arguments: dict[str, Any], dtype: torc
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
             f"{module_class.__name__} could not be built from the saved arguments {arguments}: "
-            f"{type(error).__name__}: {error}; pass the class as it was."
+            f"{type(error).__name__}: {error}; {remedy}pass the class as it was."
         ) from error
 
 
-def _module_class(spec: dict[str, Any], kind: str, given: Any, folder: Path) -> type[nn.Module]:
+def _module_class(
+    spec: dict[str, Any], kind: str, given: Any, folder: Path, trust_code: bool
+) -> type[nn.Module]:
     if given is not None and not (isinstance(given, type) and issubclass(given, nn.Module)):
         raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {given!r}.")
     if kind in BUILT_IN:
@@ -127,14 +171,11 @@ def _module_class(spec: dict[str, Any], kind: str, given: Any, folder: Path) -> 
     with blaming(folder / DESCRIPTION):
         if kind != "module":
             raise ValueError(f"it names an unknown kind of model, {kind!r}")
-        # A folder from elsewhere must not bring its own code and have it run.
-        path = Path(spec["path"]) if "path" in spec else None
-        if path is not None and (not path.is_absolute() or path.resolve().is_relative_to(folder.resolve())):
-            raise ValueError(
-                f"the module file {str(path)!r} lies in the model folder, and code from there is not run"
-            )
+    or_pass = f"Or pass the class: load_model({str(folder)!r}, module=...)."
     try:
         with blaming(folder / DESCRIPTION):
-            return find_class(spec)
+            return find_class(spec, trust_code=trust_code, or_changed=True)
+    except UntrustedCodeError as error:
+        raise UntrustedCodeError(error.code, f"If you trust it, pass trust_code=True. {or_pass}") from error
     except InputError as error:
-        raise InputError(f"{error} Or pass the class: load_model({str(folder)!r}, module=...).") from error
+        raise InputError(f"{error} {or_pass}") from error

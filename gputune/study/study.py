@@ -181,14 +181,21 @@ class Study(StudyViews):
         """The trials, best first; pruned ones after the others, those without a finite score last; ties by number."""
         return tuple(sorted(self.trials, key=_rank))
 
-    def best_model(self, X: Any = None, y: Any = None) -> "TunedModel":
+    def best_model(
+        self, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
+    ) -> "TunedModel":
         """The best configuration, trained again on all rows.
 
-        ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again.
+        ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again; they must
+        be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
+        runs the code of a class that a study names, also where this user has not trained it on this machine.
+
+        Raises InputError for other rows, saying what differs, for a class that is not trusted, and where rows or
+        options are in no file.
         """
         from gputune.refit import refit
 
-        return refit(self, X, y)
+        return refit(self, X, y, check=check, trust_code=trust_code)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.

@@ -18,7 +18,8 @@ class StudyViews:
         """Write one page of HTML about the study to ``path``, which is replaced where it exists.
 
         ``model`` is the tuned model of the study, whose held-out score the page then shows. Raises InputError for a
-        folder, one that does not exist, a name that does not end in .html, and for a model of another study.
+        folder, one that does not exist, a name that does not end in .html, and for a model of another study or of
+        other rows.
         """
         from gputune.report.page import write_page
 

@@ -17,6 +17,9 @@ import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.again import search_again
 from gputune.data.packed import pack_folds, unpack_folds
+from gputune.model_choice import choose_model
+from gputune.options import Options
+from gputune.pipeline import _remember_what_runs
 from gputune.report import tuning
 from gputune.search.optuna_space import translated
 from gputune.search.space import check_space, legal_keys, space_text
@@ -168,6 +171,53 @@ def test_what_has_changed_is_said(bugs):
     refused("net.py' has changed", "restore it")
     (bugs.parent / "net.py").unlink()
     refused("net.py' does not exist")
+
+
+def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, another_user):
+    (bugs.parent / "net.py").write_text(NET)
+    assert run("tune", bugs, "--target", "kind", *SMALL, "--model", "net.py:Net")[0] == 0
+    commands = [
+        ["predict", "gputune-out/model", "bugs.csv"],
+        ["export", "gputune-out/model", "--out", "model.pt2"],
+        ["resume", "gputune-out", "-q"],
+    ]
+    another_user()
+    for command in commands:
+        code, out, err = run(*command)
+        assert (code, out) == (2, "")
+        assert f"'Net' is in '{bugs.parent}/net.py', and loading it runs that code, which you have" in err
+        assert err.endswith(" as it is now. If you trust it, add --trust-code.\n")
+    for command in commands:
+        assert run(*command, "--trust-code")[::2] == (0, "")
+    assert run(*commands[0])[::2] == (0, "")  # it was trained
+    words = (
+        r"\(32 rows then, 40 now\). Pass those, or leave X and y out to read '.*bugs.csv' again; check=False"
+    )
+    with pytest.raises(gputune.InputError, match=words):  # of which 8 were held out
+        gputune.Study.open("gputune-out/study.db").best_model("bugs.csv", "kind")
+    (bugs.parent / "net.py").write_text(NET + "# a word\n")
+    assert "; it has changed since the model was saved. If you trust" in run(*commands[0])[2]
+    code, out, err = run(*commands[0], "--trust-code")
+    assert code == 0 and "warning: " in err and "its parameters still fit" in err
+
+
+def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
+    """It would answer in pickles."""
+    another_user()
+    gputune.tune("mlp", "bugs.csv", "kind", n_trials=0, cv=2, max_epochs=1, study="my.db", verbose=0)
+    meta = gputune.Study.open("my.db").meta
+    for address in ("local", "auto", "ray://10.0.0.1:10001"):
+        meta["arguments"]["kept"]["workers"] = {"address": address, "cpus": 1}
+        wanted = gputune.Ray(address)
+        if wanted.is_elsewhere:
+            with pytest.raises(
+                gputune.InputError, match="names the Ray cluster 'ray://10.0.0.1:10001', which would get"
+            ):
+                search_again("my.db", meta, {})
+            assert search_again("my.db", meta, {}, trust_code=True).options.workers == wanted
+            assert search_again("my.db", meta, {"workers": 1}).options.workers == 1
+            _remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
+        assert search_again("my.db", meta, {}).options.workers == wanted
 
 
 def test_a_change_of_any_row_is_said_those_held_out_too(bugs):

@@ -8,6 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import types
+import warnings
 
 import numpy as np
 import pandas
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.errors import InputError
+from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import LogisticRegression
 from gputune.scratch import scratch_folder
 from gputune.study import folder as folder_file
@@ -53,11 +55,11 @@ def net(tmp_path):
     return path
 
 
-def save_net(frame, net, folder, **changed):
+def save_net(frame, net, folder):
     """Save a model of the class in net.py, built with other than its default arguments."""
     net_class = class_from_file(net, "Net")
     kwargs = {"width": 6, "act": nn.Tanh}
-    spec = {"kind": "module", "kwargs": kwargs, **class_source(net_class), **changed}
+    spec = {"kind": "module", "kwargs": kwargs, **class_source(net_class)}
     model = make_model(frame, module=lambda **size: net_class(**size, **kwargs), spec=spec)
     model.save(folder)
     return model
@@ -142,7 +144,9 @@ def test_tied_weights_are_saved(frame, folder):
             return self.a(x) + self.b(x)
 
     model = make_model(frame, module=Tied, spec={"kind": "module", "kwargs": {}, **class_source(Tied)})
-    model.save(folder)
+    words = r"save\('.*model'\): the class Tied was defined in '.*', where no import reaches it, so that load_model"
+    with pytest.warns(UserWarning, match=words):
+        model.save(folder)
     np.testing.assert_array_equal(load_model(folder, module=Tied).predict(frame), model.predict(frame))
 
 
@@ -353,15 +357,39 @@ def test_nothing_is_unpickled(frame, folder, tmp_path, write):
     assert canary.exists()  # it would have sung
 
 
-def test_a_users_class_is_found_again_only_where_its_file_is_the_same(frame, folder, net):
+def test_a_users_class_is_found_again_and_its_changed_file_is_trusted_anew(frame, folder, net):
     model = save_net(frame, net, folder)
     wanted = model.predict_proba(frame)
     np.testing.assert_array_equal(load_model(folder).predict_proba(frame), wanted)
     net_class = class_from_file(net, "Net")
-    net.write_text(NET.replace("self.seq(x)", "-self.seq(x)"))
     remedy = r"Or pass the class: load_model\('.*model', module=...\)"
-    with pytest.raises(InputError, match=rf"net\.py' has changed since the model was trained; .* {remedy}"):
+    net.write_text(NET + "# a word")
+    words = r"net\.py', and loading it runs that code, .* as it is now; it has changed since the model was saved\. "
+    with pytest.raises(UntrustedCodeError, match=rf"{words}If you trust it, pass trust_code=True. {remedy}"):
         load_model(folder)
+    fits = r"net\.py' has changed since the model was saved; its parameters still fit, but it may predict otherwise"
+    with pytest.warns(UserWarning, match=fits):
+        np.testing.assert_array_equal(load_model(folder, trust_code=True).predict_proba(frame), wanted)
+    save_net(frame, net, folder.with_name("other"))  # which is to trust it
+    with pytest.warns(UserWarning, match=fits):
+        load_model(folder)
+    for text, words in (
+        (
+            NET.replace("x):", "x, y=None):").replace(
+                "nn.Linear(width", "nn.Linear(width, 3), act(), nn.Linear(3"
+            ),
+            "does not fit Net: .*",
+        ),
+        (
+            NET.replace("width=4", "size=4").replace("width", "size"),
+            "Net could not be built from the saved arguments .*",
+        ),
+    ):
+        net.write_text(text)
+        with pytest.raises(
+            InputError, match=rf"{words}; '.*net\.py' has changed since .*: restore it, or pass the class"
+        ):
+            load_model(folder, trust_code=True)
     net.unlink()
     with pytest.raises(InputError, match=rf"net\.py' does not exist; .* {remedy}"):
         load_model(folder)
@@ -370,7 +398,7 @@ def test_a_users_class_is_found_again_only_where_its_file_is_the_same(frame, fol
 
 def test_a_relative_path_is_kept_as_a_full_one(frame, folder, net, monkeypatch):
     monkeypatch.chdir(net.parent)
-    save_net(frame, net, folder, path="net.py")
+    save_net(frame, "net.py", folder)
     monkeypatch.chdir("/")
     assert load_model(folder).spec["path"] == str(net)
 
@@ -382,22 +410,80 @@ def test_a_class_that_cannot_be_imported_is_named(frame, folder, net):
         load_model(folder)
 
 
-@pytest.mark.parametrize("path", ["{folder}/net.py", "net.py", "{folder}/../model/net.py"])
-def test_code_that_comes_with_the_folder_is_not_run(frame, folder, net, path, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"path": "{folder}/evil.py"},
+        {"path": "evil.py"},
+        {"path": "{folder}/../model/evil.py"},
+        {"path": "/proc/self/cwd/evil.py"},
+        {"import": "evil:Net"},
+        {"import": "no_such_module:Net", "file": "evil.py"},
+        {"import": "__main__:Evil", "file": "evil.py"},
+    ],
+)
+def test_code_runs_only_when_that_is_said(frame, folder, net, place, monkeypatch, tmp_path):
     canary = tmp_path / "ran"
     save_net(frame, net, folder)
-    evil = f"open({str(canary)!r}, 'w')\n{NET}"
-    (folder / "net.py").write_text(evil)
-    source = {
-        "path": path.format(folder=folder),
-        "class": "Net",
-        "sha256": hashlib.sha256(evil.encode()).hexdigest(),
-    }
-    edit(folder, lambda body: body["spec"].update(source))
+    evil = f"open({str(canary)!r}, 'w').close()\n{NET}\nEvil = Net\n"
+    (folder / "evil.py").write_text(evil)
+    source = {"class": "Net", "sha256": hashlib.sha256(evil.encode()).hexdigest()}
+    source |= {key: text.format(folder=folder) for key, text in place.items()}
+    edit(
+        folder,
+        put("spec", {"kind": "module", "kwargs": {"width": 6, "act": {"torch": "torch.nn:Tanh"}}, **source}),
+    )
     monkeypatch.chdir(folder)
-    with pytest.raises(InputError, match="lies in the model folder, and code from there is not run"):
-        load_model(folder)
+    monkeypatch.syspath_prepend("")  # as at a prompt, in a notebook
+    with pytest.raises(
+        UntrustedCodeError, match=r"/evil\.py', and loading it runs that .*, pass trust_code=True"
+    ):
+        load_model(".")
+    net_class = class_from_file(net, "Net")
+    model = load_model(".", module=net_class)
+    model.save(tmp_path / "again")  # keeps where this class lies, and trusts no other
+    assert load_model(tmp_path / "again").spec["path"] == str(net)
+    with pytest.raises(UntrustedCodeError):
+        load_model(".")
     assert not canary.exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the digest of a file is not that of a class
+        assert type(load_model(".", trust_code=True).module).__name__ == "Net"
+    assert canary.exists()
+    sys.modules.pop("evil", None)
+
+
+def test_a_class_of_a_script_or_notebook_is_told_at_once(frame, folder, monkeypatch, tmp_path):
+    main = types.ModuleType("__main__")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", main)
+        exec(NET, main.__dict__)
+        net_class = main.Net
+        model = make_model(
+            frame, module=net_class, spec={"kind": "module", "kwargs": {}, **class_source(net_class)}
+        )
+        words = r"the class Net was defined in a notebook or at a prompt, so that load_model does not find it from"
+        with pytest.warns(
+            UserWarning, match=rf"{words} elsewhere: pass it there, .*module=Net\), or define it in a"
+        ):
+            model.save(folder)
+        np.testing.assert_array_equal(load_model(folder).predict(frame), model.predict(frame))
+        main.__file__ = str(tmp_path / "train.py")
+        (tmp_path / "train.py").write_text(NET)
+        with pytest.warns(UserWarning, match=r"Net was defined in the script '.*train\.py', so that"):
+            model.save(folder.with_name("of-script"))
+    with pytest.raises(
+        InputError,
+        match=r"define it here too, or go on in the program that has it. Or pass the class: load_model\('.*', module=",
+    ):
+        load_model(folder)
+    with pytest.raises(
+        UntrustedCodeError, match=r"script '.*train\.py', and loading it runs that script again"
+    ):
+        load_model(folder.with_name("of-script"))
+    for how in ({"trust_code": True}, {"module": net_class}):
+        loaded = load_model(folder.with_name("of-script"), **how)
+        np.testing.assert_array_equal(loaded.predict(frame), model.predict(frame))
 
 
 def test_the_module_argument_is_checked(frame, folder, net):

@@ -3,14 +3,26 @@
 import hashlib
 import importlib
 import inspect
+import shutil
 import sys
+import types
+import weakref
 
 import pytest
 from torch import nn
 
-from gputune.errors import InputError
+from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP
-from gputune.study.module_source import check_unchanged, class_from_file, class_source, find_class
+from gputune.study import code_files
+from gputune.study.module_source import (
+    class_from_file,
+    class_source,
+    find_class,
+    is_changed,
+    remember_code,
+    source_file,
+    why_not_found,
+)
 
 NET = """
 import dataclasses
@@ -52,7 +64,7 @@ def test_a_class_of_a_file_and_the_way_back(net):
     source = class_source(found)
     digest = hashlib.sha256(NET.encode()).hexdigest()
     assert source == {"path": str(net.resolve()), "class": "Net", "sha256": digest}
-    assert find_class(source) is found
+    assert find_class(source, trust_code=True) is found and source_file(found) == str(net.resolve())
     assert sys.modules["beside"].calls == [1]  # the file ran once
 
 
@@ -62,18 +74,20 @@ def test_a_changed_file_is_another_module(net):
     second = class_from_file(net, "Net")
     assert second is not first
     with pytest.raises(InputError, match=r"net\.py' has changed since the model was trained; restore it"):
-        find_class(class_source(first))
+        find_class(class_source(first), trust_code=True)
+    assert find_class(class_source(first), trust_code=True, or_changed=True) is second
+    assert is_changed(second, class_source(first)) and not is_changed(second, class_source(second))
 
 
 def test_a_class_of_a_package_is_found_by_import():
     digest = hashlib.sha256(inspect.getsource(MLP).encode()).hexdigest()
     assert class_source(MLP) == {"import": "gputune.models.mlp:MLP", "sha256": digest}
-    assert find_class({"import": "gputune.models.mlp:MLP"}) is MLP
+    assert find_class({"import": "gputune.models.mlp:MLP"}, trust_code=True) is MLP
     assert class_source(type("Net", (nn.Module,), {"__module__": "__main__"})) == {"import": "__main__:Net"}
 
 
 def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypatch):
-    """Also where a class that it inherits from has; a model that was trained is loaded all the same."""
+    """Also where a class that it inherits from has."""
     monkeypatch.syspath_prepend(tmp_path)
     base = "from torch import nn\n\nclass Base(nn.Module):\n    size = 1\n"
     (tmp_path / "own_nets.py").write_text(base + "\nclass Net(Base):\n    pass\n")
@@ -83,13 +97,13 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
     assert class_source(first) == source  # what was imported is what it was
     sys.modules.pop("own_nets")
     importlib.invalidate_caches()
-    second = find_class(source)
+    second = find_class(source, trust_code=True, or_changed=True)
     assert second.size == 22 and class_source(second)["sha256"] != source["sha256"]
-    check_unchanged(second, class_source(second))
+    assert find_class(class_source(second), trust_code=True) is second
     with pytest.raises(
         InputError, match="the module class 'own_nets:Net' has changed since the search was begun"
     ):
-        check_unchanged(second, source)
+        find_class(source, trust_code=True)
     sys.modules.pop("own_nets")
 
 
@@ -127,6 +141,164 @@ def test_a_missing_file_and_a_missing_package(tmp_path):
         class_from_file(tmp_path / "net.py", "Net")
     for place in ("no_such_package:Net", ":Net", ""):
         with pytest.raises(InputError, match=rf"the module class '{place}' cannot be imported"):
-            find_class({"import": place})
+            find_class({"import": place}, trust_code=True)
     with pytest.raises(InputError, match=r"has no torch.nn.Module class 'Missing'"):
-        find_class({"import": "gputune.models:Missing"})
+        find_class({"import": "gputune.models:Missing"}, trust_code=True)
+
+
+def forget(monkeypatch, *names):
+    """As in another process: the modules are imported anew."""
+    for name in names:
+        sys.modules.pop(name, None)
+    monkeypatch.setattr(code_files, "_FILES", weakref.WeakKeyDictionary())
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package whose files count how often they run."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "ran", [], raising=False)
+    (tmp_path / "own_pack").mkdir()
+    (tmp_path / "own_pack" / "__init__.py").write_text("import sys\nsys.ran.append('pack')\n")
+    (tmp_path / "own_pack" / "nets.py").write_text(
+        "import sys\nfrom torch import nn\n\nsys.ran.append('nets')\n\n\nclass Net(nn.Module):\n    pass\n"
+    )
+    yield tmp_path / "own_pack"
+    forget(monkeypatch, "own_pack", "own_pack.nets")
+
+
+SOURCE = {"import": "own_pack.nets:Net"}
+
+
+def test_no_file_of_a_package_runs_that_was_not_remembered(package, monkeypatch, another_user):
+    another_user()
+    words = r"'Net' is in '.*own_pack/nets.py', and loading it runs that code, which you have not trained or saved"
+    with pytest.raises(UntrustedCodeError, match=words):
+        find_class(SOURCE)
+    assert sys.ran == [] and "own_pack" not in sys.modules
+    remember_code(find_class(SOURCE, trust_code=True))
+    assert sys.ran == ["pack", "nets"]
+    forget(monkeypatch, "own_pack", "own_pack.nets")
+    assert find_class(SOURCE).__name__ == "Net" and len(sys.ran) == 4
+
+
+@pytest.mark.parametrize("name", ["__init__.py", "nets.py"])
+def test_a_package_that_has_changed_is_trusted_anew(package, monkeypatch, another_user, name):
+    another_user()
+    remember_code(find_class(SOURCE, trust_code=True))
+    (package / name).write_text((package / name).read_text() + "# a word\n")
+    assert find_class(SOURCE).__name__ == "Net"  # which this process has already
+    forget(monkeypatch, "own_pack", "own_pack.nets")
+    sys.ran.clear()
+    with pytest.raises(UntrustedCodeError, match="own_pack/nets.py"):
+        find_class(SOURCE)
+    assert sys.ran == []
+
+
+@pytest.mark.parametrize("link", ["own_pack", "own_pack/nets.py"])
+def test_a_package_of_the_same_content_elsewhere_is_another_one(
+    package, monkeypatch, another_user, tmp_path, link
+):
+    """Also by a link: what lies beside it, such as compiled code, would be run with it."""
+    another_user()
+    remember_code(find_class(SOURCE, trust_code=True))
+    forget(monkeypatch, "own_pack", "own_pack.nets")
+    (tmp_path / "down").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "down")
+    if link == "own_pack":
+        shutil.copytree(package, tmp_path / "down" / "own_pack")
+    else:
+        (tmp_path / "down" / "own_pack").mkdir()
+        for name in ("__init__.py", "nets.py"):
+            (tmp_path / "down" / "own_pack" / name).symlink_to(package / name)
+    sys.ran.clear()
+    with pytest.raises(UntrustedCodeError, match="down/own_pack/nets.py"):
+        find_class(SOURCE)
+    assert sys.ran == []
+
+
+def test_a_loaded_class_that_nobody_has_trained_is_not_built(another_user):
+    another_user()
+    with pytest.raises(UntrustedCodeError, match=r"'Linear' is in '.*linear.py'"):
+        find_class({"import": "torch.nn.modules.linear:Linear"})
+
+
+def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_user):
+    another_user()
+    source = {"import": "net:Net", "file": str(net)}
+    with pytest.raises(UntrustedCodeError, match=rf"{net}"):
+        find_class(source)
+    monkeypatch.syspath_prepend(net.parent)
+    remember_code(importlib.import_module("net").Net)
+    sys.path.remove(str(net.parent))
+    forget(monkeypatch, "net")
+    assert find_class(source).__name__ == "Net"
+    with pytest.raises(
+        InputError, match=r"'pack.net:Net' cannot be imported .*; it was in '.*net.py'; make its"
+    ):
+        find_class({**source, "import": "pack.net:Net"})
+
+
+def test_a_package_that_does_not_import_is_named(package):
+    (package / "nets.py").write_text("1 / 0")
+    with pytest.raises(
+        InputError, match="'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its"
+    ):
+        find_class(SOURCE, trust_code=True)
+
+
+def run_as_main(monkeypatch, code, file=None):
+    main = types.ModuleType("__main__")
+    if file is not None:
+        file.write_text(code)
+        main.__file__ = str(file)
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    exec(code, main.__dict__)
+    return main
+
+
+def test_a_class_of_the_running_program_needs_no_word(monkeypatch, another_user):
+    another_user()
+    main = run_as_main(monkeypatch, "from torch import nn\nclass Net(nn.Module): pass\nLinear = nn.Linear")
+    assert find_class({"import": "__main__:Net"}) is main.Net
+    assert why_not_found(main.Net) == "in a notebook or at a prompt"
+    for name in ("Other", "Linear", "nn.Linear"):  # which are not the program's own
+        with pytest.raises(
+            InputError, match=f"'{name}' was defined in a script, in a notebook or at a prompt, and"
+        ):
+            find_class({"import": f"__main__:{name}"})
+
+
+def test_a_script_runs_again_only_when_that_is_said(monkeypatch, another_user, tmp_path):
+    """Not for having been run: what it does beside its classes would be done again."""
+    another_user()
+    code = "import sys\nfrom torch import nn\nclass Net(nn.Module): pass\nsys.ran.append(__name__)"
+    monkeypatch.setattr(sys, "ran", [], raising=False)
+    with monkeypatch.context() as patch:
+        main = run_as_main(patch, code, tmp_path / "train.py")
+        source = {**class_source(main.Net), "file": source_file(main.Net)}
+        assert why_not_found(main.Net) == f"in the script '{tmp_path / 'train.py'}'"
+        remember_code(main.Net)
+    words = r"'Net' is in the script '.*train.py', and loading it runs that script again, all but what stands under `if"
+    with pytest.raises(UntrustedCodeError, match=words):
+        find_class(source)
+    with pytest.raises(UntrustedCodeError, match="as it is now; it has changed"):
+        find_class({"path": source["file"], "class": "Net", "sha256": "0"}, or_changed=True)
+    assert sys.ran == ["__main__"]
+    assert find_class(source, trust_code=True).__name__ == "Net" and len(sys.ran) == 2
+
+
+def test_a_class_that_no_import_reaches_is_told():
+    class Net(nn.Module):
+        pass
+
+    assert why_not_found(Net) == f"in {__name__!r}, where no import reaches it"
+    assert why_not_found(MLP) is None
+
+
+def test_a_file_that_is_no_source_is_not_read(net):
+    with net.open("r+b") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(InputError, match=r"net\.py' is too large for a Python file; check the path"):
+        find_class({"path": str(net), "class": "Net", "sha256": "0"})

@@ -1,0 +1,122 @@
+"""What this user has trained or saved on this machine, remembered as digests: only that runs again without a word.
+
+The list is ``gputune/trusted-code`` in the user's folder of state ($XDG_STATE_HOME, else ~/.local/state), a digest a
+line. Where that folder cannot be had (a container without HOME) nothing outlives the process, and a list that others
+could have written is not used. Whoever removes the file withdraws all that it holds.
+"""
+
+import hashlib
+import os
+import stat
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+LIST = "trusted-code"
+MOST = 10_000
+"""Digests that the list holds; of a full one the older half goes."""
+
+_LINE = 65
+_here: set[str] = set()
+"""What this process has remembered, also where there is no list."""
+
+
+def remember(text: str) -> None:
+    """Remember a text, which says what was run, for this process and where it can be for later ones."""
+    digest = _digest(text)
+    _here.add(digest)
+    file = _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    if file is None:
+        return
+    try:
+        held = _lines(file)
+        if digest in held:
+            return
+        if len(held) >= MOST:
+            os.ftruncate(file, 0)
+            digest = "\n".join([*held[-(MOST // 2) :], digest])
+        # One write that begins a line, so that other processes may write too, and one of them end in the middle.
+        os.write(file, f"\n{digest}".encode())
+    except OSError:
+        return  # a full disk: it is asked about again
+    finally:
+        os.close(file)
+
+
+def is_remembered(text: str) -> bool:
+    """Whether ``remember`` was told this very text, by this process or by an earlier one of this user."""
+    digest = _digest(text)
+    if digest in _here:
+        return True
+    file = _open(os.O_RDONLY)
+    if file is None:
+        return False
+    try:
+        return digest in _lines(file)
+    finally:
+        os.close(file)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _lines(file: int) -> list[str]:
+    return os.pread(file, _LINE * (MOST + 1), 0).decode("ascii", "replace").split()
+
+
+def _folder() -> Path | None:
+    """Return the folder of the list, whether it exists or not; None where this user has none."""
+    if not hasattr(os, "geteuid"):  # Windows
+        return None
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if given.is_absolute():  # the XDG rule: one that is relative counts for nothing
+        return given / "gputune"
+    try:
+        home = Path.home()
+        # Root with the HOME of a user, as sudo may leave it, would make folders there that are not the user's.
+        own = home.is_absolute() and home.stat().st_uid == os.geteuid()
+    except (RuntimeError, OSError):
+        return None
+    return home / ".local" / "state" / "gputune" if own else None
+
+
+def _open(flags: int) -> int | None:
+    """Return the opened list, None where there is none; warns of one that is not this user's alone to write."""
+    folder = _folder()
+    if folder is None:
+        return None
+    try:
+        if flags & os.O_CREAT:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        if not _is_own(place, stat.S_ISDIR):
+            _say_not_used(folder)
+            return None
+        file = os.open(LIST, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
+    except OSError:
+        return None
+    finally:
+        os.close(place)
+    if _is_own(file, stat.S_ISREG):
+        return file
+    os.close(file)
+    _say_not_used(folder / LIST)
+    return None
+
+
+def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
+    found = os.fstat(opened)
+    others = stat.S_IWGRP | stat.S_IWOTH
+    return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & others
+
+
+def _say_not_used(path: Path) -> None:
+    warnings.warn(
+        f"the list of the code that you have trained is not used, since {str(path)!r} is not yours, or others may "
+        "write to it: remove it, or take that right away (chmod go-w).",
+        stacklevel=2,
+    )
