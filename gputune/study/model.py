@@ -72,8 +72,9 @@ class TunedModel:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``model.json`` into ``folder``, which is made where it is missing.
 
-        Each file appears whole or not at all. A model saved there before is replaced. Raises InputError for a
-        folder that holds anything else, and for a module whose state or spec cannot be written.
+        Each file appears whole or not at all. A model saved there before is replaced. Warns where
+        ``load_model`` will not find the class from elsewhere: one of a script, a notebook or a function. Raises
+        InputError for a folder that holds anything else, and for a module whose state or spec cannot be written.
         """
         from gputune.study.model_files import save_model
 

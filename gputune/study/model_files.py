@@ -75,22 +75,7 @@ def load_model(
         }
     module_class = _module_class(spec, kind, module, folder, trust_code)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
-    file = source_file(module_class) or module_class.__name__
-    remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
-    network = _built(module_class, {**sizes, **kwargs}, dtype, remedy)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())  # torch writes a line for each tensor
-        raise InputError(
-            f"{str(folder / TENSORS)!r} does not fit {module_class.__name__}: {reason.rstrip('.')}; {remedy}pass the "
-            "class as it was."
-        ) from error
-    if changed:
-        warnings.warn(
-            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.",
-            stacklevel=2,
-        )
+    network = _filled(module_class, {**sizes, **kwargs}, dtype, state, folder, changed=changed)
     with blaming(folder / DESCRIPTION):
         return TunedModel(
             module=network.eval(),
@@ -138,21 +123,42 @@ def _say_where_it_is_looked_for(module_class: type[nn.Module], folder: str | os.
         )
 
 
-def _built(
-    module_class: type[nn.Module], arguments: dict[str, Any], dtype: torch.dtype, remedy: str
+def _filled(
+    module_class: type[nn.Module],
+    arguments: dict[str, Any],
+    dtype: torch.dtype,
+    state: dict[str, Tensor],
+    folder: Path,
+    *,
+    changed: bool,
 ) -> nn.Module:
+    """Build the module and load its state; where its source has ``changed`` an error or a warning says so."""
+    name, file = module_class.__name__, source_file(module_class) or module_class.__name__
+    remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
     try:
-        with keyed_draws(
-            torch.device("cpu"), 0, "load"
-        ):  # its start is thrown away, the caller's stream is not
-            module = module_class(**arguments)
-            materialise(module, arguments["n_features"])
-            return module.to(dtype)
+        # Its start is thrown away, the caller's stream is not.
+        with keyed_draws(torch.device("cpu"), 0, "load"):
+            network = module_class(**arguments)
+            materialise(network, arguments["n_features"])
+            network = network.to(dtype)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
-            f"{module_class.__name__} could not be built from the saved arguments {arguments}: "
-            f"{type(error).__name__}: {error}; {remedy}pass the class as it was."
+            f"{name} could not be built from the saved arguments {arguments}: {type(error).__name__}: {error}; "
+            f"{remedy}pass the class as it was."
         ) from error
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
+        raise InputError(
+            f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}pass the class as it was."
+        ) from error
+    if changed:
+        warnings.warn(
+            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.",
+            stacklevel=3,
+        )
+    return network
 
 
 def _module_class(
