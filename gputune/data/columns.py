@@ -98,9 +98,11 @@ def fit_column(
         return _fit_category(name, values, max_levels=max_levels, min_count=min_count)
     known = values[~np.isnan(values)]
     missing = len(known) < len(values)
+    counts = kind == "number" and _counts_rows(values)
+    identifier = ["counts the rows; leave it out if it is only an identifier"] * counts
     if keep and kind != "date":
         mean = "are all 0" if len(known) == 0 else "take the mean of the training rows"
-        return Column(name, kind, parts=("value",)), (f"missing values {mean}",) * missing
+        return Column(name, kind, parts=("value",)), (*[f"missing values {mean}"] * missing, *identifier)
     if len(known) == 0:
         return Column(name, kind), ("left out, all values missing",)
     parts = tuple(DATE_PARTS) if kind == "date" else ("value",)
@@ -111,9 +113,7 @@ def fit_column(
     notes = ["missing values take the mean of the training rows, and a feature says where"] * missing
     if not varying:
         notes = ["constant where it is known, so only a feature that says where it is missing"]
-    if kind == "number" and _counts_rows(values):
-        notes.append("counts the rows; leave it out if it is only an identifier")
-    return column, tuple(notes)
+    return column, (*notes, *identifier)
 
 
 def _fit_category(

@@ -178,8 +178,14 @@ class StackedModule:
                 result: Tensor = module.train(training)(rows)
                 return result
 
-        with _SlowAttention() if slow else nullcontext():
-            outputs: Tensor = vmap(call, randomness="same")(params, x)
+        try:
+            with _SlowAttention() if slow else nullcontext():
+                outputs: Tensor = vmap(call, randomness="same")(params, x)
+        except IndexError as error:
+            raise InputError(
+                f"model: {self.module_class.__name__} raised IndexError: {error}, on other rows than it was tried on; "
+                "an embedding must have a place for every code that the data hold."
+            ) from error
         return outputs if outputs.dim() == 3 else outputs[..., None]
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:

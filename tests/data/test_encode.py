@@ -235,6 +235,11 @@ def test_columns_that_are_kept_are_one_feature_each(X):
     assert fit_layout(X).feature_names == ("x1", "x2", "x2=(missing)", "x4")
 
 
+def test_a_kept_column_that_counts_the_rows_is_said():
+    layout = fit_layout(as_table(np.arange(60.0).reshape(30, 2)), columns="keep")
+    assert layout.notes == ("Columns 'x0', 'x1': counts the rows; leave it out if it is only an identifier.",)
+
+
 def test_text_and_dates_that_are_kept_become_features_as_ever():
     frame = pd.DataFrame(
         {

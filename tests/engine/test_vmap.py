@@ -12,6 +12,7 @@ import reference
 from gputune import seeding
 from gputune.data.dataset import Fold
 from gputune.engine import vmap
+from gputune.engine.network import Shape
 from gputune.engine.population import populations
 from gputune.engine.train import train
 from gputune.engine.vmap import StackedModule, build_module, check_module
@@ -294,6 +295,18 @@ def test_a_module_is_tried_on_rows_of_the_data():
     )  # NaN says nothing about stacking
     with pytest.raises(InputError, match=r"submodule 'code'\) raised IndexError: index out of range"):
         check_module(Coded, config, rows + 3, n_outputs=2)
+
+
+def test_a_code_that_the_tried_rows_have_not_is_named():
+    network = StackedModule(
+        Coded, fill({}), Shape(1, 2, 2, torch.float32, torch.device("cpu"), False, None), seed=0
+    )
+    params = network.blocks.views(network.start())
+    assert network.outputs(params, 0, torch.tensor([[4.0, 1.0]])).shape == (1, 1, 2)
+    with pytest.raises(
+        InputError, match=r"Coded raised IndexError: index out of range.*a place for every code"
+    ):
+        network.outputs(params, 0, torch.tensor([[5.0, 1.0]]))
 
 
 @pytest.mark.parametrize("module_class", [WrongInput, Broken, TooFew])
