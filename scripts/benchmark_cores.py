@@ -16,6 +16,8 @@ from benchmark_work import Fold, Outcome, Trial, Work, standardised
 from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 
+from gputune.engine.processes import idle
+
 Fit = Callable[[Fold, Trial, int], float]
 """Rows of one fold, one trial, epochs -> accuracy on the validation rows after the last epoch."""
 
@@ -113,5 +115,7 @@ def _fit_one(
 
 
 def stop_workers() -> None:
-    """End the processes that joblib, and gputune with it, keep for the next call."""
-    get_reusable_executor().shutdown(wait=True, kill_workers=True)
+    """End the processes that joblib and gputune keep for the next call."""
+    for executor in (get_reusable_executor(), *idle):
+        executor.shutdown(wait=True, kill_workers=True)
+    idle.clear()
