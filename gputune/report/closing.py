@@ -9,9 +9,10 @@ from pathlib import Path
 
 from gputune.data.source import Source
 from gputune.data.table import Table
+from gputune.report.facts import states_words
 from gputune.report.held_out import HeldOut
 from gputune.report.text import clean, count, paragraph
-from gputune.report.trials import SCORE_AND_ERROR, mean_words, states_words, study_measure, trial_rows
+from gputune.report.trials import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
 from gputune.study.study import Study, Trial, TrialState
 
 BEST = 5

@@ -1,14 +1,14 @@
 """What stands at the top of the page: the best score and its error, the held-out score, trials, time, device."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gputune.analysis.scores import shown_scores
-from gputune.errors import InputError
+from gputune.errors import TOO_BIG, InputError
 from gputune.report.text import clean, count, short
-from gputune.report.trials import states_words
 from gputune.study.study import Study, Trial, TrialState
 
 STATES: dict[TrialState, str] = {
@@ -153,3 +153,14 @@ def _option(value: Any) -> str:
     if isinstance(value, dict):
         return f"({', '.join(f'{key}={short(own)}' for key, own in value.items() if own is not None)})"
     return short(value)
+
+
+def states_words(study: Study, words: Mapping[TrialState, str]) -> str:
+    """Return how many trials there are of each state, in these words; of failed ones, why some were given up."""
+    states = Counter(trial.state for trial in study.trials)
+    reasons = [str(trial.detail["reason"]) for trial in study.trials if "reason" in trial.detail]
+    too_big = sum(reason.startswith(TOO_BIG) for reason in reasons)
+    states["failed"] -= len(reasons)
+    found = [(states[state], said) for state, said in words.items()]
+    found += [(too_big, "too big for the memory"), (len(reasons) - too_big, "that lost their workers")]
+    return ", ".join(f"{number} {said}" for number, said in found if number)

@@ -4,13 +4,11 @@ import csv
 import io
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from gputune.errors import TOO_BIG
 from gputune.report.text import GAP, Measure, clean, count, measure_of, paragraph, short, table
-from gputune.study.study import Study, Trial, TrialState
+from gputune.study.study import Study, Trial
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
@@ -167,14 +165,3 @@ def _parameter(value: Any) -> Any:
 
 def _name(value: Any) -> str:
     return str(getattr(value, "__name__", value))
-
-
-def states_words(study: Study, words: Mapping[TrialState, str]) -> str:
-    """Return how many trials there are of each state, in these words; of failed ones, why some were given up."""
-    states = Counter(trial.state for trial in study.trials)
-    reasons = [str(trial.detail["reason"]) for trial in study.trials if "reason" in trial.detail]
-    too_big = sum(reason.startswith(TOO_BIG) for reason in reasons)
-    states["failed"] -= len(reasons)
-    found = [(states[state], said) for state, said in words.items()]
-    found += [(too_big, "too big for the memory"), (len(reasons) - too_big, "that lost their workers")]
-    return ", ".join(f"{number} {said}" for number, said in found if number)
