@@ -47,8 +47,8 @@ sklearn/held_out sklearn/asking sklearn/search_file sklearn/running sklearn/sear
 sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/descended_loss sklearn/hypergradient
 analysis/scores analysis/parameters analysis/importance analysis/curves analysis/descents
 plots/canvas plots/history plots/curves plots/slices plots/parallel plots/importance plots/contour plots/path
-report/arguments report/facts report/trials report/held_out report/closing report/predicting report/exporting report/places
-report/tuning
+report/arguments report/facts report/trials report/held_out report/closing report/predicting report/exporting
+report/places report/tuning
 report/scale report/svg report/charts/curves report/charts/slices report/charts/importance report/charts/paths
 report/charts/parallel report/endings report/rows report/again report/page report/reporting report/status
 report/cli
