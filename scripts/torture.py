@@ -10,14 +10,10 @@ import os
 import random
 import shutil
 import signal
-import sqlite3
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from collections.abc import Callable
-from contextlib import closing, suppress
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +24,7 @@ from sklearn.datasets import load_iris
 from torture_chunks import kills_in_chunks
 from torture_damage import cuts, flips
 from torture_disk import full_disk, storing
+from torture_processes import begin, end, kill
 
 import gputune
 from gputune.study.claims import Claims
@@ -61,28 +58,6 @@ def table(path: Path) -> list[tuple]:
     ]
 
 
-def begin(work: Callable[..., object], *arguments: object) -> int:
-    """Begin some work in a process of its own; return its id. It ends with 0, or with 1 and a traceback."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads, all of them asleep
-        child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work(*arguments)
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return child
-
-
-def end(child: int) -> int:
-    """Wait for a process and return its exit code, minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 @cache
 def undisturbed(n_trials: int) -> list[tuple]:
     """Return the table of a search that nothing disturbed."""
@@ -96,13 +71,11 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> dict[str, i
     path, draw = folder / "kills.db", random.Random(seed)
     expected, before = undisturbed(n_trials), {}
     found = {"kills": 0, "lost": 0, "changed": 0, "unopened": 0}
+    most = (n_trials - 1) // count  # results of one run: none ends before its kill
     while found["kills"] < count:
-        child = begin(search, path, n_trials)
-        # A run adds so few results, on average, that the last kill comes before the end.
-        _wait_for(path, len(before) + draw.randint(0, n_trials // count))
-        time.sleep(draw.uniform(0, 0.01))
-        os.kill(child, signal.SIGKILL)
-        found["kills"] += end(child) == -signal.SIGKILL
+        least, pause = draw.randint(1, most), draw.uniform(0, 0.01)
+        kill(search, path, n_trials, method=(Store, "finish"), least=least, most=most, pause=pause)
+        found["kills"] += 1
         try:
             now = {row[0]: row for row in table(path) if row[2] != "waiting"} if path.exists() else {}
         except gputune.InputError:
@@ -111,8 +84,6 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> dict[str, i
         found["lost"] += len(before.keys() - now.keys())
         found["changed"] += sum(row != now.get(number, row) for number, row in before.items())
         before = now
-        if len(now) == n_trials:
-            break
     assert end(begin(search, path, n_trials)) == 0
     rows = table(path)
     return {
@@ -122,16 +93,6 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> dict[str, i
         "files left": len(list(folder.glob("kills.db-*"))),
         "different": sum(a != b for a, b in zip(rows, expected, strict=True)),
     }
-
-
-def _wait_for(path: Path, results: int) -> None:
-    """Wait until a study has so many results, or for three seconds."""
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
-        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as raw:
-            if raw.execute("SELECT count(*) FROM results").fetchone()[0] >= results:
-                return
-        time.sleep(0.005)
 
 
 def fault_points(folder: Path, n_trials: int) -> dict[str, int]:
@@ -212,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         "one study, many processes": lambda: crowd(folder, options.processes, options.crowd_trials),
         "cut at every sector": lambda: cuts(folder),
         "flipped bits": lambda: flips(folder, options.flips, options.seed),
-        "full disk": lambda: full_disk(folder, search, table, begin, end, undisturbed(60)),
+        "full disk": lambda: full_disk(folder, search, table, undisturbed(60)),
         "storing": lambda: storing(folder, options.stored),
     }
     wrong = 0
@@ -229,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _within_chunks(
     folder: Path, options: argparse.Namespace, method: str | gputune.Halving
 ) -> dict[str, int]:
-    return kills_in_chunks(folder, options.chunk_kills, method, table, begin, end, options.seed)
+    return kills_in_chunks(folder, options.chunk_kills, method, table, options.seed)
 
 
 BAD = (

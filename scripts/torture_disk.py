@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torture_processes import begin, end
 
 from gputune.study.claims import Claims
 from gputune.study.store import Candidate, Chunk, Result, Store
@@ -14,9 +15,7 @@ from gputune.study.store import Candidate, Chunk, Result, Store
 LIMIT = 200_000  # bytes that a file may have
 
 
-def full_disk(
-    folder: Path, search: Callable, table: Callable, begin: Callable, end: Callable, expected: list[tuple]
-) -> dict[str, int]:
+def full_disk(folder: Path, search: Callable, table: Callable, expected: list[tuple]) -> dict[str, int]:
     """Search where files cannot grow beyond a limit, until the error; then without it, to the end."""
     path = folder / "full.db"
     code = end(begin(_search_limited, search, path, len(expected)))
@@ -51,18 +50,18 @@ def storing(folder: Path, count: int, together: int = 64) -> dict[str, float]:
     numbers = [range(n, min(n + together, count)) for n in range(0, count, together)]
     chunks = [Chunk(i, 0, tuple(part), 1) for i, part in enumerate(numbers)]
     params = {"lr": 0.123456789, "batch_size": 32, "width": 64, "weight_decay": 1e-3}
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with Store.create(path, {}) as store, Claims(path) as claims:
         store.add_trials(Candidate(n, params, "random") for n in range(count))
         store.add_chunks(chunks)
         for chunk in chunks:
             claims.take(chunk)
             store.finish(Result(n, "complete", 0.5, (0.5,) * 5, 50, 0.1, curve) for n in chunk.trials)
-    stored = time.perf_counter() - begin
-    begin = time.perf_counter()
+    stored = time.perf_counter() - start
+    start = time.perf_counter()
     with Store.open(path) as store:
         store.trials()
-    read = time.perf_counter() - begin
+    read = time.perf_counter() - start
     return {
         "trials": count,
         "ms a trial to store": round(1e3 * stored / count, 4),

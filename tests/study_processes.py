@@ -1,13 +1,12 @@
 """Searches in processes of their own, on one study file: started, killed, and compared bit for bit."""
 
-import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 
 import gputune
+from moments import environment
 
 # So little memory makes every trial a chunk of its own.
 SEARCH = """
@@ -23,18 +22,17 @@ print(len(study.trials), sum(t.state == "complete" for t in study.trials))
 """
 
 
-def start(n_trials, **options):
-    """Start a search with further options of ``tune``; many tiny trials in chunks of one."""
+def start(n_trials, *, first="", **options):
+    """Start a search with further options of ``tune``; many tiny trials in chunks of one. ``first``: code before it."""
     # -P: the sources in the current folder lack the models, which an installation maps into them.
-    command = [sys.executable, "-P", "-c", SEARCH, str(n_trials), repr(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", first + SEARCH, str(n_trials), repr(options)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, **pipes)
+    return subprocess.Popen(command, env=environment(), **pipes)
 
 
-def finish(process, timeout=300):
+def finish(process):
     """Return what a process printed; it must have ended well, and said nothing to standard error."""
-    out, err = process.communicate(timeout=timeout)
+    out, err = process.communicate()
     assert (process.returncode, err) == (0, ""), err
     return out
 
@@ -55,11 +53,3 @@ def table(path):
 def done(path):
     """The number of trials with a result that stays."""
     return sum(t.state == "complete" for t in gputune.Study.open(path).trials) if path.exists() else 0
-
-
-def wait_for(path, least, process=None):
-    """Wait until so many trials have a result, or the process has ended."""
-    deadline = time.monotonic() + 120
-    while done(path) < least and (process is None or process.poll() is None):
-        assert time.monotonic() < deadline, f"{done(path)} of {least} results"
-        time.sleep(0.02)

@@ -2,12 +2,10 @@
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -15,84 +13,67 @@ import torch
 from sklearn.datasets import load_iris
 
 import gputune
+from command_line import run
+from gputune import interrupting
+from gputune.engine import chunk, stopping
 from gputune.errors import SearchInterrupted
+from moments import at_call, at_finish, environment
 
 START = "import sys; from gputune.report.cli import main; sys.exit(main())"
-# A network whose steps take as long as one wants, and that says when it has begun.
-SLOW = """
-import pathlib, time
+# Training begins, after the network was tried.
+TRAINS = """
+import pathlib
+from gputune.engine import chunk
+from moments import at_call
+at_call(chunk, "train", 1, pathlib.Path("trains").touch, before=True)
+"""
+# A network that does something in its second step, which is in the middle of the first epoch.
+NET = """
+import os, pathlib, signal
 import torch
 
-class Slow(torch.nn.Linear):
-    def __init__(self, n_features, n_outputs, pause=0.05):
+class Net(torch.nn.Linear):
+    steps = 0
+
+    def __init__(self, n_features, n_outputs):
         super().__init__(n_features, n_outputs)
-        self.pause = pause
 
     def forward(self, x):
-        if pathlib.Path("out/study.db").exists():  # the class is tried before there is one
-            pathlib.Path("begun").touch()
-            time.sleep(self.pause)
+        Net.steps += pathlib.Path("trains").exists()
+        if Net.steps == 2:
+            {do}
         return super().forward(x)
 """
 # So little memory makes every trial a chunk of its own.
-MANY = [
-    "--space",
-    "lr=1e-4..1e-1:log",
-    "width=8",
-    "--cv",
-    "2",
-    "--trials",
-    "24",
-    "--epochs",
-    "40",
-    "--memory",
-    "1KB",
-]
+MANY = "--space lr=1e-4..1e-1:log width=8 --cv 2 --trials 24 --epochs 40 --memory 1KB".split()
+# To the group, as a terminal does it.
+CTRL_C, TERMINATE = "os.killpg(0, signal.SIGINT)", "os.killpg(0, signal.SIGTERM)"
 
 
-def start(*arguments, cwd):
-    """The command in a process group of its own, as a shell starts it, with standard output as a pipe."""
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", START, *map(str, arguments)],
+def finish(*arguments, cwd, first=""):
+    """Run the command in a process group of its own, as a shell does; return its exit code and outputs."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", first + START, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
-        env={**os.environ, "COLUMNS": "100"},
+        env=environment(COLUMNS="100"),
     )  # fmt: skip
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 60
-    while not condition():
-        if time.monotonic() > deadline or process.poll() is not None:
-            process.kill()
-            pytest.fail(f"waited in vain; exit code {process.poll()}, {process.stderr.read()}")
-        time.sleep(0.02)
+    out, err = process.communicate()
+    return process.returncode, out, err
 
 
 def finished(study_file):
-    return study_file.exists() and sum(t.state == "complete" for t in gputune.Study.open(study_file).trials)
-
-
-def end(process, number, *, group=True):
-    """Send a signal to the group, as a terminal does; return exit code, both outputs and how long it took."""
-    begin = time.monotonic()
-    (os.killpg if group else os.kill)(process.pid, number)
-    try:
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    return process.returncode, out, err, time.monotonic() - begin
+    return sum(t.state == "complete" for t in gputune.Study.open(study_file).trials)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
     study_file = tmp_path / "out" / "study.db"
-    process = start("tune", "sklearn:iris", *MANY, "--workers", workers, "--out", "out", cwd=tmp_path)
-    wait_for(lambda: finished(study_file), process)
-    code, out, err, _ = end(process, signal.SIGINT)
+    command = ["tune", "sklearn:iris", *MANY, "--workers", workers, "--out", "out"]
+    code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, CTRL_C))
     trials = gputune.Study.open(study_file).trials
     states = [trial.state for trial in trials]
     done = states.count("complete")
-    assert code == 130 and 1 <= done < 25 and set(states) <= {"complete", "stopped", "waiting"}
+    assert code == 130 and 2 <= done < 25 and set(states) <= {"complete", "stopped", "waiting"}
     assert "Traceback" not in err
     assert f"gputune: interrupted: {done} of 25 trials are finished" in err
     assert "all is kept in 'out/study.db': repeat this to go on." in err
@@ -103,9 +84,8 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
     (go_on,) = (
         line.removeprefix("Go on    gputune ") for line in out.splitlines() if line.startswith("Go on")
     )
-    again = start(*shlex.split(go_on), cwd=tmp_path)
-    out, err = again.communicate(timeout=100)
-    assert again.returncode == 0 and "Trials   25 complete; " in out, err
+    code, out, err = finish(*shlex.split(go_on), cwd=tmp_path)
+    assert code == 0 and "Trials   25 complete; " in out, err
     kept = {t.number: t for t in gputune.Study.open(study_file).trials}
     for before in trials:
         if before.state == "complete":
@@ -113,61 +93,55 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
             assert kept[before.number].seconds == before.seconds  # not trained again
 
 
-def slow(tmp_path, pause, *more):
-    (tmp_path / "net.py").write_text(SLOW)
-    process = start(
-        "tune", "sklearn:iris", "--model", "net.py:Slow", "--space", f"module__pause={pause}", "lr=1e-3,1e-2",
-        "--cv", "2", "--trials", "2", "--no-default", "--epochs", "500", "--workers", "1", "--out", "out", *more,
-        cwd=tmp_path,
+def finish_net(tmp_path, do, *, first=""):
+    (tmp_path / "net.py").write_text(NET.format(do=do))
+    return finish(
+        "tune", "sklearn:iris", "--model", "net.py:Net", "--space", "lr=1e-3,1e-2", "--cv", "2", "--trials", "2",
+        "--no-default", "--epochs", "20", "--workers", "1", "--out", "out", cwd=tmp_path, first=TRAINS + first,
     )  # fmt: skip
-    wait_for((tmp_path / "begun").exists, process)
-    return process
 
 
-def test_the_first_ctrl_c_finishes_the_epoch_and_the_second_does_not(tmp_path):
-    process = slow(tmp_path, 0.3)  # 3 steps an epoch
-    code, out, err, _ = end(process, signal.SIGINT)
+def test_the_first_ctrl_c_finishes_the_epoch(tmp_path):
+    code, out, err = finish_net(tmp_path, CTRL_C)
     assert code == 130 and "Trials   2 cut short" in out
     assert "stopping after the running epoch" in err
-    study = gputune.Study.open(tmp_path / "out" / "study.db")
-    assert np.isfinite(study.curves[:, 0]).all() and np.isnan(study.curves[:, 100:]).all()
-    other = tmp_path / "other"
-    other.mkdir()
-    process = slow(other, 60)
-    begin = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None
-    code, out, err, _ = end(process, signal.SIGINT)
-    assert code == 130 and time.monotonic() - begin < 10
+    curves = gputune.Study.open(tmp_path / "out" / "study.db").curves
+    assert np.isfinite(curves[:, 0]).all() and np.isnan(curves[:, 1:]).all()
+
+
+def test_the_second_ctrl_c_does_not(tmp_path):
+    code, out, err = finish_net(
+        tmp_path, f"{CTRL_C}; pathlib.Path('once').touch(); {CTRL_C}; pathlib.Path('twice').touch()"
+    )
+    assert (tmp_path / "once").exists() and not (tmp_path / "twice").exists()
+    assert code == 130
     assert "interrupted: 0 of 2 trials are finished; all is kept" in err and "Traceback" not in err
     assert "Trials   2 not started" in out
 
 
-@pytest.mark.parametrize(("pause", "words"), [(0.05, "2 cut short"), (60, "2 not started")])
-def test_sigterm_ends_within_five_seconds_with_143(tmp_path, pause, words):
-    process = slow(tmp_path, pause)
-    code, out, err, seconds = end(process, signal.SIGTERM)
-    assert code == 143 and seconds < 5
+@pytest.mark.parametrize(
+    ("grace", "do", "words"),
+    [(600, TERMINATE, "2 cut short"), (0.01, f"{TERMINATE}; signal.pause()", "2 not started")],
+    ids=["an epoch ends", "an epoch that never ends"],
+)
+def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
+    first = f"from gputune import interrupting; interrupting.GRACE_SECONDS = {grace}; "
+    code, out, err = finish_net(tmp_path, do, first=first)
+    assert code == 143 and interrupting.GRACE_SECONDS < 5
     assert words in out and "Traceback" not in err
 
 
 def test_sigterm_with_workers(tmp_path):
-    study_file = tmp_path / "out" / "study.db"
-    process = start("tune", "sklearn:iris", *MANY, "--workers", 2, "--out", "out", cwd=tmp_path)
-    wait_for(lambda: finished(study_file), process)
-    code, out, err, seconds = end(process, signal.SIGTERM)
-    assert code == 143 and seconds < 5 and "Traceback" not in err
-    assert f"Trials   {finished(study_file)} complete" in out
+    command = ["tune", "sklearn:iris", *MANY, "--workers", 2, "--out", "out"]
+    code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, TERMINATE))
+    assert code == 143 and "Traceback" not in err
+    assert f"Trials   {finished(tmp_path / 'out' / 'study.db')} complete" in out
 
 
 def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
-    study_file = tmp_path / "out" / "study.db"
-    process = start("tune", "sklearn:iris", *MANY, "--workers", 1, "--out", "out", cwd=tmp_path)
-    wait_for(lambda: finished(study_file), process)
-    shutil.rmtree(tmp_path / "out")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in err
+    command = ["tune", "sklearn:iris", *MANY, "--workers", 1, "--out", "out"]
+    code, _, err = finish(*command, cwd=tmp_path, first=at_finish(2, "shutil.rmtree('out')"))
+    assert code == 1 and "Traceback" not in err
     assert "gputune: error: study 'out/study.db' was removed, moved or replaced while it was at work" in err
     assert not (tmp_path / "out").exists()
 
@@ -248,22 +222,39 @@ def test_another_thread_sets_no_handler():
     assert [t.state for t in found[0].trials] == ["complete"] * 3
 
 
-def test_a_timeout_holds_to_an_epoch_with_workers_too(tmp_path):
-    study_file = tmp_path / "out" / "study.db"
-    (tmp_path / "net.py").write_text(SLOW)
-    process = start(
-        "tune", "sklearn:iris", "--model", "net.py:Slow", "--space", "module__pause=0.1", "lr=1e-3..1e-1:log",
-        "--cv", "2", "--trials", "20", "--no-default", "--epochs", "1000", "--memory", "1KB", "--workers", "2",
-        "--timeout", "8", "--out", "out", cwd=tmp_path,
+# A process and its worker wait in their first epoch until both have begun; then their time is over.
+LATE = """
+import math, os, pathlib, time, types
+import torch
+
+class Net(torch.nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        from gputune.engine import stopping
+        here = pathlib.Path({here!r})
+        if os.getpid() != {here_pid} or (here / "trains").exists():
+            (here / f"begun-{{os.getpid()}}").touch()
+            while len(list(here.glob("begun-*"))) < 2:
+                time.sleep(0.01)
+            stopping.time = types.SimpleNamespace(monotonic=lambda: math.inf)
+        return super().forward(x)
+"""
+
+
+def test_a_timeout_holds_to_an_epoch_with_workers_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "time", stopping.time)  # what the network does to it is undone
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(LATE.format(here=str(tmp_path), here_pid=os.getpid()))
+    at_call(chunk, "train", 1, (tmp_path / "trains").touch, before=True, patch=monkeypatch.setattr)
+    code, out, _ = run(
+        "tune", "sklearn:iris", "--model", "net.py:Net", "--space", "lr=1e-3..1e-1:log", "--cv", "2",
+        "--trials", "20", "--no-default", "--epochs", "1000", "--memory", "1KB", "--workers", "2",
+        "--timeout", "600", "--out", "out",
     )  # fmt: skip
-    wait_for((tmp_path / "begun").exists, process)
-    begin = time.monotonic()
-    while not any(t.state == "stopped" for t in gputune.Study.open(study_file).trials):
-        assert process.poll() is None
-        time.sleep(0.05)
-    kept = time.monotonic() - begin
-    out, err = process.communicate(timeout=60)
-    stopped = [t for t in gputune.Study.open(study_file).trials if t.state == "stopped"]
-    assert process.returncode == 0 and len(stopped) == 2, err  # one of this process, one of its worker
-    assert "2 stopped by the timeout, 18 not started before the timeout" in " ".join(out.split())
-    assert kept < 8 + 1.5  # an epoch of 3 steps takes 0.3 s
+    assert code == 0 and "2 stopped by the timeout, 18 not started before the timeout" in " ".join(
+        out.split()
+    )
+    curves = gputune.Study.open("out/study.db").curves
+    assert np.isfinite(curves[:, 0]).all(1).sum() == 2 and np.isnan(curves[:, 1:]).all()

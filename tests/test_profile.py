@@ -1,7 +1,7 @@
 """Where the time went: clocks that never count twice, an arithmetic that is torch's own count, and the command."""
 
 import re
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,17 +15,22 @@ from gputune.profile import Profile, product_speed
 from problems import fill, make_data, rows_of
 
 
-def test_a_clock_inside_another_is_counted_once():
+@pytest.fixture
+def passes(monkeypatch):
+    """Return a function that lets so many seconds pass on the profile's clock, on which none pass otherwise."""
+    now = [100.0]
+    monkeypatch.setattr("gputune.profile.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda seconds: now.append(now.pop() + seconds)
+
+
+def test_a_clock_inside_another_is_counted_once(passes):
     profile = Profile()
     with profile.clock("outer"):
-        time.sleep(0.02)
+        passes(0.25)
         with profile.clock("inner"):
-            time.sleep(0.05)
-    assert list(profile.seconds) == ["outer", "inner"]
-    assert profile.seconds["inner"] >= 0.05
-    assert 0.02 <= profile.seconds["outer"] < 0.05 + profile.seconds["inner"]
-    whole = sum(profile.seconds.values())
-    assert whole <= time.perf_counter() - profile.begin
+            passes(0.5)
+        passes(1.0)
+    assert profile.seconds == {"outer": 1.25, "inner": 0.5} and list(profile.seconds) == ["outer", "inner"]
 
 
 @pytest.mark.parametrize(("kind", "depth"), [("linear", 0), ("mlp", 1), ("mlp", 3)])
@@ -42,16 +47,16 @@ def test_operations_are_those_that_torch_counts(kind, depth):
     assert operations(config, kind, data) == counted
 
 
-def test_the_table():
+def test_the_table(passes, monkeypatch):
+    monkeypatch.setattr("gputune.profile.product_speed", lambda *arguments: 2e11)
     profile = Profile()
     with profile.clock("training"):
-        time.sleep(0.05)
+        passes(0.05)
+    passes(0.05)
     profile.trained(Spent(0.03, 0.01, 3e9))
     text = profile.report(dtype=torch.float64, device=torch.device("cpu"))
-    assert re.search(r"training +0\.\d\d s +\d+%\n +steps +\d+% of it\n +scores +\d+% of it", text)
-    assert re.search(
-        r"Steps reached 100\.0 GFLOP/s, \d+% of the [\d.]+ that .* on 1 core \(float64\)\.", text
-    )
+    assert re.search(r"training +0\.05 s +50%\n +steps +60% of it\n +scores +20% of it", text)
+    assert re.search(r"Steps reached 100\.0 GFLOP/s, 50% of the 200.0 that .* on 1 core \(float64\)\.", text)
 
 
 def test_what_is_inside_a_module_is_not_guessed():

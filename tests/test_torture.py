@@ -33,17 +33,15 @@ def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, t
     assert points >= 10
 
 
-@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=30)])
+@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=10)], ids=["random", "halving"])
 def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
-    counts = torture.kills_in_chunks(tmp_path, 3, method, torture.table, torture.begin, torture.end, 0, 200)
+    counts = torture.kills_in_chunks(tmp_path, 3, method, torture.table, 0, 40)
     killed, kept, trials = only(counts, "kills", "with a state", "trials")
     assert killed == 3 and kept > 0 and trials == 6
 
 
 def test_a_full_disk_keeps_what_was_finished(torture, tmp_path):
-    counts = torture.full_disk(
-        tmp_path, torture.search, torture.table, torture.begin, torture.end, torture.undisturbed(40)
-    )
+    counts = torture.full_disk(tmp_path, torture.search, torture.table, torture.undisturbed(40))
     errors, kept = only(counts, "clear errors", "results kept then")
     assert errors == 1 and 0 < kept < 40
 

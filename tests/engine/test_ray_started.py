@@ -78,14 +78,13 @@ def head(environment):
 
 def wait_until_started(process, said):
     """The address is noted for "auto" by then; the port answers before."""
-    deadline = time.monotonic() + 60
     while "Ray runtime started" not in said.read_text():
-        assert process.poll() is None and time.monotonic() < deadline, said.read_text()
+        assert process.poll() is None, said.read_text()
         time.sleep(0.1)
 
 
 def test_both_ways_in_give_the_table_of_one_machine(head, environment):
     command = [sys.executable, "-P", "-c", SEARCH, "auto", head]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     found = [line.rpartition(" ")[2] for line in done.stdout.splitlines()]
     assert (done.returncode, found) == (0, ["True"] * 2), done.stdout + done.stderr

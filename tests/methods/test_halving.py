@@ -15,6 +15,7 @@ from gputune.engine.rung import Parking
 from gputune.errors import InputError
 from gputune.methods import halving, rungs
 from gputune.study.store import Candidate, Store
+from moments import time_is_over
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -258,12 +259,14 @@ def test_any_result_that_was_lost_comes_back(iris, tmp_path):
         assert [t.state for t in again.trials] == [t.state for t in whole.trials]
 
 
-def test_a_timeout_scores_what_was_trained(iris):
+def test_a_timeout_scores_what_was_trained(iris, monkeypatch):
+    time_is_over(monkeypatch, 20)
     study = gputune.tune(
-        "mlp", *iris, n_trials=3, method="halving", timeout=1.0, **{**FAST, "max_epochs": 5000}
+        "mlp", *iris, n_trials=3, method="halving", timeout=600, **{**FAST, "max_epochs": 100}
     )
-    assert {trial.state for trial in study.trials} <= {"stopped", "pruned", "waiting"}
-    assert study.spent[1] == 4 * 5000  # not the epochs that the longest came to
+    states = {trial.state for trial in study.trials}
+    assert "stopped" in states and states <= {"stopped", "pruned", "waiting"}
+    assert study.spent[1] == 4 * 100  # not the epochs that the longest came to
     assert math.isfinite(study.best_score)
 
 

@@ -1,9 +1,9 @@
 """``gputune resume``: a search goes on from its study alone, or says what it lacks."""
 
 import shutil
+import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from gputune.search.optuna_space import translated
 from gputune.search.space import check_space, legal_keys, space_text
 from gputune.search.space_again import space_again, space_values
 from gputune.study.store import Store
+from moments import at_finish, environment
 from study_processes import done, table
 
 NET = """
@@ -42,17 +43,6 @@ def bugs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sites = [f"s{i % 6}" for i in range(40)]
     return write_table(tmp_path / "bugs.csv", site=sites, kind=kinds())
-
-
-def start(*arguments, cwd):
-    script = "import sys; from gputune.report.cli import main; sys.exit(main())"
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, "-P", "-c", script, *arguments], cwd=cwd, **pipes)
-
-
-def finish(process):
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (0, "")
 
 
 def lose_results(path, keep):
@@ -118,18 +108,17 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     assert (options.workers, options.timeout, options.device) == (1, 600, "cpu")
 
 
-def test_a_killed_command_is_resumed_in_a_new_process(tmp_path):
-    options = ["--trials", "10", "--epochs", "40", "--memory", "1KB", "--workers", "1", "-q"]
-    finish(start("tune", "sklearn:iris", "--out", "whole", *options, cwd=tmp_path))
-    process = start("tune", "sklearn:iris", "--out", "out", *options, cwd=tmp_path)
+def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
+    options = ["--trials", "10", "--epochs", "4", "--memory", "1KB", "--workers", "1", "-q"]
+    killed = at_finish(3, "os.kill(os.getpid(), signal.SIGKILL)")
+    script = killed + "from gputune.report.cli import main; main()"
+    command = [sys.executable, "-P", "-c", script, "tune", "sklearn:iris", "--out", "out", *options]
+    assert subprocess.run(command, cwd=tmp_path, env=environment()).returncode == -signal.SIGKILL
     path = tmp_path / "out" / "study.db"
-    while done(path) < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    assert 3 <= done(path) < 10
-    finish(start("resume", "out/study.db", "-q", cwd=tmp_path))
+    assert done(path) == 3
+    monkeypatch.chdir(tmp_path)
+    assert run("resume", "out/study.db", "-q")[0] == 0
+    assert run("tune", "sklearn:iris", "--out", "whole", *options)[0] == 0
     assert table(path) == table(tmp_path / "whole" / "study.db")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "study.db"]
 

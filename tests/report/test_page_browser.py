@@ -3,11 +3,9 @@
 import json
 import math
 import shutil
-import time
 
 import pytest
 
-from gputune.report.page import page
 from made_studies import HOSTILE, hostile_study, made_descent, made_study
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -40,15 +38,12 @@ def browser(tmp_path_factory):
 def opened(browser, tmp_path):
     def open_page(study):
         study.report(tmp_path / "report.html")
-        begin = time.monotonic()
         browser.get((tmp_path / "report.html").as_uri())
         # painted, not only parsed
         browser.execute_async_script(
             "const done = arguments[0]; requestAnimationFrame(() => setTimeout(done))"
         )
-        seconds = time.monotonic() - begin
         assert browser.get_log("browser") == []
-        return seconds
 
     return open_page
 
@@ -317,13 +312,11 @@ def test_a_page_with_little_on_it_has_no_error(opened, made):
     opened(made())
 
 
-def test_ten_thousand_trials_are_written_open_and_answer_quickly(browser, opened):
-    large, begin = made_study(10_000, epochs=50), time.monotonic()
-    page(large)
-    assert time.monotonic() - begin < 5
-    assert opened(large) < 2
-    begin = time.monotonic()
+def test_of_ten_thousand_trials_few_are_drawn_and_all_answer(browser, opened):
+    """What a page with as many elements as trials would take is seconds for every answer."""
+    opened(made_study(10_000, epochs=50))
     drag(browser, axis_of(browser, "lr"), 0.3, 0.7)
     browser.execute_script("document.querySelectorAll('.trials thead button')[5].click()")
     assert "of 10000 trials are kept" in kept(browser)
-    assert time.monotonic() - begin < 2
+    assert len(cells(browser, 0)) == 25
+    assert browser.execute_script("return document.getElementsByTagName('*').length") < 3000

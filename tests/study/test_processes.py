@@ -7,8 +7,6 @@ import re
 import signal
 import sqlite3
 import sys
-import threading
-import time
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -26,7 +24,8 @@ from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Chunk, Store
-from study_processes import done, finish, start, table, wait_for
+from moments import at_call, at_finish
+from study_processes import done, finish, start, table
 from study_rows import candidates, result
 
 CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
@@ -63,17 +62,18 @@ def test_four_processes_share_a_search(tmp_path, alone):
 
 def test_what_a_killed_process_had_is_trained_by_another(tmp_path, alone):
     path = tmp_path / "study.db"
-    first = start(12, study=str(path), max_epochs=150)
-    wait_for(path, 2, first)
-    first.send_signal(signal.SIGSTOP)  # it keeps what it has for as long as it lives
-    second = start(12, study=str(path), max_epochs=150)
-    wait_for(path, 11, second)
-    time.sleep(1.0)
+    # It has a third chunk by then, which it keeps for as long as it lives.
+    holds = at_finish(3, "print('holds', flush=True) or signal.pause()", before=True)
+    first = start(12, first=holds, study=str(path))
+    assert first.stdout.readline() == "holds\n"
+    second = start(12, study=str(path), verbose=1)
+    said = iter(second.stderr.readline, "")
+    assert any(f"waiting for 1 trial of process {first.pid} on " in line for line in said)
     assert done(path) == 11 and second.poll() is None
     first.kill()
     first.communicate()
-    assert finish(second) == "12 12\n"
-    assert [row[:3] for row in table(path)] == [row[:3] for row in alone[:12]]
+    assert second.communicate()[0] == "12 12\n" and second.returncode == 0
+    assert [row[:5] for row in table(path)] == [row[:5] for row in alone[:12]]
     assert left_over(tmp_path) == []
 
 
@@ -193,25 +193,26 @@ def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(tmp_p
     call = {"include_default": False, "max_epochs": 1, "cv": 2, "workers": 1, "study": tmp_path / "study.db"}
     gputune.tune("mlp", X, y, n_trials=1, verbose=0, **call)
     lock = planned_elsewhere(tmp_path / "study.db")
-    monkeypatch.setattr("gputune.study.ledger._PATIENCE", 0.1)
+    monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     words = (
         f"study '{tmp_path / 'study.db'}': process 7 on 'far' has been adding trials to it, and others wait. "
         f"Wait for it, or end it; where it is gone for good, remove '{lock}'."
     )
     with pytest.raises(TimeoutError, match=re.escape(f"the time is over; {words}")):
-        gputune.tune("mlp", X, y, n_trials=2, verbose=1, timeout=1.0, **call)
+        gputune.tune("mlp", X, y, n_trials=2, verbose=1, timeout=1e-9, **call)
     assert f"{words}\n" in capsys.readouterr().err
     lock.unlink()
     assert len(gputune.tune("mlp", X, y, n_trials=2, verbose=0, **call).trials) == 2
 
 
-def test_ctrl_c_ends_the_wait_for_a_plan(path):
+def test_ctrl_c_ends_the_wait_for_a_plan(path, monkeypatch):
+    monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     planned_elsewhere(path)
     stop = Stop()
     with Store.open(path) as store, Claims(path) as claims:
         ledger = Ledger(store, claims)
         ledger.on_wait = partial(pipeline._wait_on, stop, Progress(0))
-        threading.Timer(0.3, stop.ask).start()
+        at_call(ledger, "on_wait", 2, stop.ask, patch=monkeypatch.setattr)
         with pytest.raises(KeyboardInterrupt), ledger.alone():
             pass
 
