@@ -45,7 +45,7 @@ class Net(torch.nn.Linear):
         return super().forward(x)
 """
 # So little memory makes every trial a chunk of its own.
-MANY = "--space lr=1e-4..1e-1:log width=8 --cv 2 --trials 24 --epochs 40 --memory 1KB".split()
+MANY = "--space lr=1e-4..1e-1:log width=8 --cv 2 --trials 25 --epochs 40 --memory 1KB".split()
 # To the group, as a terminal does it.
 CTRL_C, TERMINATE = "os.killpg(0, signal.SIGINT)", "os.killpg(0, signal.SIGTERM)"
 

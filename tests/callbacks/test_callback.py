@@ -42,7 +42,7 @@ class Listener(Callback):
 
 def tune(*callbacks, **options):
     return gputune.tune(
-        "mlp", X, Y, callbacks=callbacks, **{"space": SPACE, "n_trials": 6, **FAST, **options}
+        "mlp", X, Y, callbacks=callbacks, **{"space": SPACE, "n_trials": 7, **FAST, **options}
     )
 
 
@@ -149,19 +149,20 @@ def test_a_study_that_is_told_knows_its_file(tmp_path):
 
 def test_ctrl_c_in_a_callback_stops_the_search_and_keeps_what_is_done(tmp_path):
     path, listener = tmp_path / "study.db", Listener()
+    wide = [{"width": 128}]  # a population of its own, so that there is more than one chunk
 
     class Stop(Callback):
         def on_trials_end(self, trials):
             raise KeyboardInterrupt
 
     with pytest.raises(gputune.SearchInterrupted, match="all is kept in"):
-        tune(listener, Stop(), study=path)
+        tune(listener, Stop(), study=path, include=wide)
     (end,) = listener.ends
     done = [t.number for t in gputune.Study.open(path).trials if t.state == "complete"]
-    assert 0 < len(done) < 7
+    assert 0 < len(done) < 8
     assert done == [t.number for t in end.trials if t.state == "complete"]
     again = Listener()
-    study = tune(again, study=path)
+    study = tune(again, study=path, include=wide)
     assert [t.number for t in again.starts[0].trials if t.state == "complete"] == done
     assert sorted(done + [t.number for t in again.trials]) == [t.number for t in study.trials]
 

@@ -262,7 +262,7 @@ def test_any_result_that_was_lost_comes_back(iris, tmp_path):
 def test_a_timeout_scores_what_was_trained(iris, monkeypatch):
     time_is_over(monkeypatch, 20)
     study = gputune.tune(
-        "mlp", *iris, n_trials=3, method="halving", timeout=600, **{**FAST, "max_epochs": 100}
+        "mlp", *iris, n_trials=4, method="halving", timeout=600, **{**FAST, "max_epochs": 100}
     )
     states = {trial.state for trial in study.trials}
     assert "stopped" in states and states <= {"stopped", "pruned", "waiting"}

@@ -75,7 +75,7 @@ def test_the_command_says_what_was_spent(tmp_path):
     options = [
         *FAST,
         "--trials",
-        "12",
+        "13",
         "--epochs",
         "6",
         "--method",

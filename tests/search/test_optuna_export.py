@@ -34,7 +34,7 @@ def study():
         space=SPACE,
         n_trials=9,
         method=gputune.Halving(min_epochs=2),
-        include=[{"lr": 0.5}],
+        include=[{"lr": 0.5, "width": 128}],
         **FAST,
     )
 
