@@ -1,5 +1,6 @@
 """From a study to its tuned model: the best configuration trained again on all rows of the study."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from gputune.model_choice import ModelChoice, choose_again
 from gputune.options import Options, method_again
 from gputune.problem import Problem, make_problem
 from gputune.search.hypergradient import Hypergradient
+from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial
 from gputune.types import Backend, Config
@@ -39,7 +41,9 @@ def refit(
     Raises InputError where there are none or, with ``check``, others; DivergedError where it diverges.
     """
     trial = study.best_trial
-    choice, source, options = _recalled(study, X, y, trust_code)
+    from_file = study.file if X is None and study.data is None else None
+    with nullcontext() if from_file is None else blaming_options(from_file):
+        choice, source, options = _recalled(study, X, y, trust_code)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "regression" if study.meta["task"] == "regression" else "classification"
     problem = make_problem(source, task, choice, options.columns)

@@ -34,7 +34,7 @@ def descended(study: Study) -> tuple[Parameter, ...]:
     method = study.meta.get("method")
     if not isinstance(method, dict) or method.get("name") != "hypergradient":
         return ()
-    names = ["C"] if study.meta.get("optimizer") == "exact" else list(method["hyperparameters"])
+    names = ["C"] if study.meta.get("optimizer") == "exact" else list(method.get("hyperparameters", ()))
     found = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
     return tuple(found[name] for name in names if name in found)
 

@@ -14,6 +14,9 @@ from gputune.study.study import Study
 _DECADES = 100.0
 """Positive values whose largest is so many times the smallest are read on a logarithm."""
 
+_FARTHEST = 1e300
+"""An axis reaches no farther, so that its ends and their distance are numbers."""
+
 _LEVELS = 12
 """The words of a hyperparameter that are told apart; rarer ones share one level."""
 
@@ -64,7 +67,7 @@ def _parameter(name: str, study: Study) -> Parameter:
         texts = [short(t.params[name]) if name in t.params else None for t in study.trials]
         return _words(name, label, texts)
     values = np.array([np.nan if value is None else float(value) for value in given])
-    infinite = np.isinf(values)
+    infinite = np.abs(values) > _FARTHEST
     values[infinite] = np.nan
     log = is_log(name, values, str(study.meta.get("space", "")))
     return Parameter(name, label, values, log=log, hidden=int(infinite.sum()))
@@ -99,7 +102,10 @@ def _words(name: str, label: str, texts: Sequence[str | None]) -> Parameter:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """A number that has a place among others; of whole numbers some have more digits than a float."""
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
+    )
 
 
 def _is_numbers(value: Any) -> bool:

@@ -223,7 +223,7 @@ def _read_parquet(path: Path) -> Table:
     import polars as pl
 
     try:
-        frame = pl.read_parquet(path)
+        frame = pl.read_parquet(_for_polars(path))
     except (pl.exceptions.PolarsError, OSError) as error:
         raise InputError(f"{str(path)!r} could not be read as Parquet: {_first_line(error)}") from error
     return _from_frame(nw.from_native(frame, eager_only=True))
@@ -235,7 +235,7 @@ def _read_text(path: Path, *, tabs: bool) -> Table:
 
     try:
         separator = "\t" if tabs else _separator(path)
-        fields = pl.read_csv(path, separator=separator, has_header=False, infer_schema=False)
+        fields = pl.read_csv(_for_polars(path), separator=separator, has_header=False, infer_schema=False)
     except pl.exceptions.NoDataError as error:
         raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
@@ -250,6 +250,15 @@ def _read_text(path: Path, *, tabs: bool) -> Table:
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return _checked(names, [_field(series) for series in rows])
+
+
+def _for_polars(path: Path) -> Path | bytes:
+    """Return a file as polars takes it: its content where its name is no UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return path.read_bytes()
+    return path
 
 
 def _separator(path: Path) -> str:

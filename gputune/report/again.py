@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from keyword import iskeyword
 from typing import Any
 
+import numpy as np
+
 from gputune.report.facts import best_trial
 from gputune.report.text import clean
 from gputune.study.study import Study
@@ -33,6 +35,9 @@ class _Code:
                 return f'float("{value}")'
             case None | bool() | int() | float() | str():
                 return repr(value)
+            case np.ndarray():
+                self.use("import numpy")
+                return f"numpy.array({self.literal(value.tolist())})"
             case list():
                 return f"[{', '.join(map(self.literal, value))}]"
             case tuple():

@@ -24,6 +24,7 @@ from gputune.report.endings import endings
 from gputune.report.facts import best_trial, check_model, facts, setting
 from gputune.report.rows import as_json, table_columns
 from gputune.report.text import clean
+from gputune.study.folder import write_text
 from gputune.study.study import Study
 from gputune.version import __version__
 
@@ -35,7 +36,7 @@ def write_page(study: Study, path: str | os.PathLike[str], *, model: Mapping[str
     """Write the page of a study to a file; see ``Study.report``."""
     check_place(f"report({str(path)!r})", Path(path), study.file)
     text = page(study, model=model)
-    Path(path).write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 def check_place(given: str, path: Path, study_file: Path | None) -> None:

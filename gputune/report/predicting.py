@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gputune.errors import InputError
+from gputune.report.text import is_formula
+from gputune.study.folder import write_text
 from gputune.study.model_files import load_model
 
 
@@ -27,7 +29,7 @@ def predictions_csv(
         header, rows = model.classes.tolist(), model.predict_proba(file).tolist()
     else:
         rows = [[value] for value in model.predict(file).tolist()]
-    formulas = {cell for row in [header, *rows] for cell in row if _is_formula(cell)}
+    formulas = {cell for row in [header, *rows] for cell in row if is_formula(cell)}
     if formulas and not raw:
         warnings.warn(
             f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it "
@@ -41,17 +43,6 @@ def predictions_csv(
     return text.getvalue().rstrip("\n")
 
 
-def _is_formula(cell: object) -> bool:
-    """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign or number alone."""
-    if not isinstance(cell, str) or len(cell) < 2 or cell[0] not in "=+-@\t\r":
-        return False
-    try:
-        float(cell)
-    except ValueError:
-        return True
-    return False
-
-
 def write_new(text: str, out: str, *, source: str) -> None:
     """Write text to the file ``out``, which may be overwritten, but not where it is what was read."""
     path = Path(out)
@@ -59,4 +50,4 @@ def write_new(text: str, out: str, *, source: str) -> None:
         raise InputError(f"--out {out!r} is a folder; give the name of a file.")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise InputError(f"--out {out!r} is the file that is read; give another name.")
-    path.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")

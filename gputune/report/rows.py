@@ -85,4 +85,4 @@ def _short_number(value: Any, digits: int) -> int | float | None:
 
 def _is_number(value: Any) -> bool:
     """A number that JSON has: infinity is shown as a word."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

@@ -37,6 +37,17 @@ def short(value: Any) -> str:
     return clean(getattr(value, "__name__", value))
 
 
+def is_formula(cell: object) -> bool:
+    """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign or number alone."""
+    if not isinstance(cell, str) or len(cell) < 2 or cell[0] not in "=+-@\t\r":
+        return False
+    try:
+        float(cell)
+    except ValueError:
+        return True
+    return False
+
+
 def count(number: int, noun: str) -> str:
     """Return "1 row", "2 rows", "2 categories"."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gputune.report.text import GAP, Measure, clean, count, measure_of, paragraph, short, table
+from gputune.report.text import GAP, Measure, clean, count, is_formula, measure_of, paragraph, short, table
 from gputune.study.study import Study, Trial
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
@@ -41,14 +41,16 @@ def trials_json(study: Study) -> str:
 def trials_csv(study: Study) -> str:
     """Return the columns ``FIELDS``; empty for NaN.
 
-    ``params`` and ``fold_scores`` are JSON, and states are words: no text begins with a character that makes
-    a spreadsheet take it for a formula.
+    ``params`` and ``fold_scores`` are JSON, and states are words. An origin that a spreadsheet takes for a formula,
+    which no search writes, has a ' before it.
     """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(FIELDS)
     for trial in study.trials:
         row = _plain(trial)
+        if is_formula(row["origin"]):
+            row["origin"] = f"'{row['origin']}"
         writer.writerow(
             [json.dumps(row[f], default=_name) if f in ("params", "fold_scores") else row[f] for f in FIELDS]
         )

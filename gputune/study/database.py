@@ -9,11 +9,12 @@ import os
 import shlex
 import sqlite3
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gputune.errors import StudyCorruptError, StudyVersionError
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 
 APPLICATION_ID = 0x67707475  # "gptu"
 FORMAT_VERSION = 3
@@ -121,6 +122,25 @@ def damaged(path: Path, reason: str) -> StudyCorruptError:
         f"study {str(path)!r} is damaged: {reason}. Nothing was changed in it; restore the file from a copy, or save "
         f"what is whole in it: gputune repair {shlex.quote(str(path))} --out NEW.db"
     )
+
+
+@contextmanager
+def blaming_options(path: Path) -> Iterator[None]:
+    """Turn what options raise that were never written, when a search is made of them, into StudyCorruptError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        zlib.error,
+    ) as error:
+        raise damaged(path, f"its options make no search ({type(error).__name__}: {error})") from error
 
 
 def _in_words(error: sqlite3.Error, path: Path) -> Exception:

@@ -4,6 +4,7 @@ Each file appears whole or not at all, and the description comes last. A folder 
 refused by an error that names the file; nothing is ever unpickled.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -61,6 +62,18 @@ def read_model(folder: Path) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
             return safetensors.torch.load(raw), body
         except safetensors.SafetensorError as error:
             raise ValueError(f"it is no safetensors file ({error})") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a file, which has it whole or stays as it was; what UTF-8 lacks is written as an escape."""
+    content = text.encode(errors="backslashreplace")
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_bytes(content)
+        return
+    place = path.resolve()
+    if not place.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    _write(place.parent, {place.name: content})
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -73,6 +74,10 @@ def load_model(
             "n_features": len(layout.feature_names),
             "n_outputs": 1 if classes is None else len(classes),
         }
+        if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
+            raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
+        if kind in BUILT_IN:
+            _check_size({**sizes, **kwargs}, kind, state)
     module_class = _module_class(spec, kind, module, folder, trust_code)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
     network = _filled(module_class, {**sizes, **kwargs}, dtype, state, folder, changed=changed)
@@ -89,6 +94,18 @@ def load_model(
             target=body["target"],
             spec=spec,
             info=dict(body["info"]),
+        )
+
+
+def _check_size(arguments: dict[str, Any], kind: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError for a network that is larger than its tensors, before it takes the memory."""
+    words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0, "members": 1}
+    D, K, H, depth, members = (int(arguments.get(word) or least) for word, least in words.items())
+    numbers = (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
+    held = sum(tensor.numel() for tensor in state.values())
+    if numbers * members > held:
+        raise ValueError(
+            f"it describes a network of {numbers * members} parameters, and {TENSORS} holds {held}"
         )
 
 

@@ -5,19 +5,27 @@ checksum of its key and content, by which a whole row is known wherever it is fo
 """
 
 import hashlib
+import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import InputError
+from gputune.study.forms import DETAIL, OPTIONS, has_form
 from gputune.study.score import State
 from gputune.study.values import from_json, to_json
 
 Curve = NDArray[np.float64]
 Row = tuple[Any, ...]
+
+_POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
+_MOST_THREADS = 4096
+_STATES = get_args(State)
 
 HOW_MANY = ""
 """The key of the option that says how many others there are, so that a repair knows of those that are lost."""
@@ -61,8 +69,8 @@ class Result:
     detail: Mapping[str, Any] = field(default_factory=dict)  # what the search method keeps of it
 
     def __post_init__(self) -> None:
-        if self.state not in get_args(State):
-            raise InputError(f"Result(state=...) must be one of {get_args(State)}, got {self.state!r}.")
+        if self.state not in _STATES:
+            raise InputError(f"Result(state=...) must be one of {_STATES}, got {self.state!r}.")
         folds = len(self.fold_scores)
         if folds < 1 or self.curve.ndim != 2 or self.curve.shape[1] != folds:
             raise InputError(
@@ -78,7 +86,10 @@ def option_row(key: str, value: Any) -> Row:
 
 def option_of(key: str, text: str) -> tuple[str, Any]:
     """Return the key and the value of an option whose checksum fits. Raises ValueError for one never written."""
-    return key, from_json(text)
+    value = from_json(text)
+    if key in OPTIONS and not has_form(value, OPTIONS[key]):
+        raise ValueError(f"{text[:60]} is of another type")
+    return key, value
 
 
 def candidate_row(candidate: Candidate) -> Row:
@@ -89,9 +100,11 @@ def candidate_row(candidate: Candidate) -> Row:
 
 def candidate_of(number: int, params: str, origin: str) -> Candidate:
     """Return the candidate of a row whose checksum fits. Raises ValueError for one that was never written."""
-    start, colon, step = origin.partition(":")
-    point = colon and start.isdigit() and step.isdigit()
-    return Candidate(number, from_json(params), (int(start), int(step)) if point else origin)
+    values = from_json(params)
+    if not isinstance(values, dict) or not {str}.issuperset(map(type, values)):
+        raise ValueError(f"parameters {params[:60]} are no object")
+    point = _POINT.fullmatch(origin)
+    return Candidate(number, values, (int(point[1]), int(point[2])) if point else origin)
 
 
 def result_row(result: Result) -> Row:
@@ -119,16 +132,23 @@ def result_of(
     detail: str,
 ) -> Result:
     """Return the result of a row whose checksum fits. Raises ValueError for one that was never written."""
-    folds = _unpack(fold_scores)
+    values, (mean,), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
+    facts = {} if detail == "{}" else from_json(detail)
+    if (
+        (facts != {} and not has_form(facts, DETAIL))
+        or not 0 <= best_epoch < 2**31
+        or not (0 <= time < 1e15 or isnan(time))
+    ):
+        raise ValueError("its best epoch, seconds or detail are out of their range or of another type")
     return Result(
         number=number,
         state=state,
-        score=_unpack(score).item(),
-        fold_scores=tuple(folds.tolist()),
+        score=mean,
+        fold_scores=values,
         best_epoch=best_epoch,
-        seconds=_unpack(seconds).item(),
-        curve=_unpack(curve).reshape(-1, len(folds)),
-        detail=from_json(detail),
+        seconds=time,
+        curve=np.frombuffer(curve, dtype="<f8").reshape(-1, len(values)),
+        detail=facts,
     )
 
 
@@ -139,22 +159,27 @@ def chunk_row(chunk: Chunk) -> Row:
 
 def chunk_of(number: int, stage: int, trials: str, facts: str) -> Chunk:
     """Return the chunk of a row whose checksum fits. Raises ValueError for one that was never written."""
-    return Chunk(number, stage, tuple(from_json(trials)), int(from_json(facts)["threads"]))
+    members, shared = from_json(trials), from_json(facts)
+    if not has_form(members, [int]) or not members or not has_form(shared, {"threads": int}):
+        raise ValueError(f"its trials are {trials[:60]}, its facts {facts[:60]}")
+    return Chunk(number, stage, tuple(members), min(max(1, shared["threads"]), _MOST_THREADS))
 
 
 def checksum(*values: object) -> str:
     """64 bits of SHA-256 over the values, each led by its type and length so that no two rows read alike."""
-    digest = hashlib.sha256()
+    parts: list[bytes] = []
     for value in values:
         raw = value if isinstance(value, bytes) else str(value).encode()
-        digest.update(f"{type(value).__name__}:{len(raw)}:".encode())
-        digest.update(raw)
-    return digest.hexdigest()[:16]
+        parts += (b"%s:%d:" % (type(value).__name__.encode(), len(raw)), raw)
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _pack(values: Sequence[float] | Curve) -> bytes:
     return np.ascontiguousarray(values, dtype="<f8").tobytes()
 
 
-def _unpack(raw: bytes) -> Curve:
-    return np.frombuffer(raw, dtype="<f8").astype(np.float64)
+def _unpack(raw: bytes) -> tuple[float, ...]:
+    count, rest = divmod(len(raw), 8)
+    if rest:
+        raise ValueError(f"{len(raw)} bytes are no float64")
+    return struct.unpack(f"<{count}d", raw)

@@ -28,11 +28,11 @@ from gputune.study.rows import (
     checksum,
     chunk_of,
     chunk_row,
+    option_of,
     option_row,
     result_of,
     result_row,
 )
-from gputune.study.values import from_json
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 
@@ -91,7 +91,7 @@ class Store:
         rows = self._read("SELECT key, value, checksum FROM meta ORDER BY rowid")
         found = Meta(self.path)
         for key, value, held in rows:
-            found[key] = self._checked(f"option {key!r}", lambda _, text: from_json(text), key, value, held)
+            found[key] = self._checked(f"option {key!r}", option_of, key, value, held)[1]
         found.pop(HOW_MANY, None)
         if "numbers" in found:  # a search from before the option did this
             found.setdefault("columns", "drop-constant")

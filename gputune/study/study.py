@@ -2,16 +2,16 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
-from gputune.report.text import of_class
+from gputune.report.text import of_class, size_words
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.study.views import StudyViews
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     import polars
 
     from gputune.study.model import TunedModel
+
+_LARGE, _PADDING = 2**30, 64
+"""Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
 
 TrialState = State | Literal["waiting"]
 
@@ -69,6 +72,24 @@ class Trial:
         return float(np.std(self.fold_scores, ddof=1)) / math.sqrt(folds)
 
 
+class _Curves:
+    """The field ``curves`` of a study: an array, or a function that makes it when it is first asked for."""
+
+    def __get__(self, study: Any, owner: type | None = None) -> Curve:
+        if study is None:
+            raise AttributeError("curves")  # by which a dataclass knows that there is no default
+        curves = vars(study)["curves"]
+        if callable(curves):
+            curves = curves()
+            curves.flags.writeable = False
+            vars(study)["curves"] = curves
+        array: Curve = curves
+        return array
+
+    def __set__(self, study: Any, curves: Curve | Callable[[], Curve]) -> None:
+        vars(study)["curves"] = curves
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Study(StudyViews):
     """What a search found.
@@ -85,11 +106,14 @@ class Study(StudyViews):
 
     meta: dict[str, Any]
     trials: tuple[Trial, ...]
-    curves: Curve
+    curves: _Curves = _Curves()
     data: Any = None
     file: Path | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", tuple(self.trials))
+        if callable(vars(self)["curves"]):
+            return
         curves = np.array(self.curves, dtype=np.float64)
         if curves.ndim != 3 or len(curves) != len(self.trials):
             raise InputError(
@@ -98,7 +122,6 @@ class Study(StudyViews):
             )
         curves.flags.writeable = False
         object.__setattr__(self, "curves", curves)
-        object.__setattr__(self, "trials", tuple(self.trials))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Study":
@@ -121,9 +144,8 @@ class Study(StudyViews):
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
-        return cls(
-            meta=meta, trials=trials, curves=_stack([result for _, result in rows]), data=data, file=file
-        )
+        curves = partial(_stack, [None if result is None else result.curve for _, result in rows])
+        return cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
@@ -173,12 +195,16 @@ class Study(StudyViews):
         details = [trial.detail for trial in self.trials if trial.detail]
         exact = [detail for detail in details if detail.get("mode") == "exact"]
         return {
-            "chaotic": sum(not detail["usable"] for detail in exact),
+            "chaotic": sum(not detail.get("usable", True) for detail in exact),
             "differences": sum(detail.get("mode") == "differences" for detail in details),
         }
 
     def ranking(self) -> tuple[Trial, ...]:
         """The trials, best first; pruned ones after the others, those without a finite score last; ties by number."""
+        return self._ranking
+
+    @cached_property
+    def _ranking(self) -> tuple[Trial, ...]:
         return tuple(sorted(self.trials, key=_rank))
 
     def best_model(
@@ -327,12 +353,18 @@ def _trial(candidate: Candidate, result: Result | None, *, descent: bool) -> Tri
     )
 
 
-def _stack(results: Sequence[Result | None]) -> NDArray[np.float64]:
-    """Curves of unlike length as one (C, epochs, F) array, NaN beyond their end."""
-    shapes = [r.curve.shape for r in results if r is not None]
+def _stack(rows: Sequence[Curve | None]) -> Curve:
+    """Curves of unlike length as one (C, epochs, F) array, NaN beyond their end. Raises InputError where it is huge."""
+    shapes = [row.shape for row in rows if row is not None]
     epochs, folds = np.max(shapes, axis=0) if shapes else (0, 0)
-    curves = np.full((len(results), epochs, folds), np.nan)
-    for row, result in zip(curves, results):
-        if result is not None:
-            row[: len(result.curve), : result.curve.shape[1]] = result.curve
+    size, held = 8 * len(rows) * int(epochs) * int(folds), sum(row.nbytes for row in rows if row is not None)
+    if size > max(_LARGE, _PADDING * held):
+        raise InputError(
+            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(size)} "
+            f"side by side, and hold {size_words(held)}, since few are as long: a page or plot of them cannot be made."
+        )
+    curves = np.full((len(rows), epochs, folds), np.nan)
+    for place, row in zip(curves, rows):
+        if row is not None:
+            place[: len(row), : row.shape[1]] = row
     return curves

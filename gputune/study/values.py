@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 
 ARRAY_KINDS = "biufUO"
+_SMALL, _WIDTH = 2**20, 64
+"""Bytes that an array may take in any case, and for each character of its items."""
 
 
 def to_json(value: object, *, name: str = "value") -> str:
@@ -84,8 +86,12 @@ def _decode_array(content: dict[str, Any]) -> NDArray[Any]:
     dtype = np.dtype(content["dtype"])
     if dtype.kind not in ARRAY_KINDS:
         raise ValueError(f"arrays of {dtype} are never stored")
-    flat = np.empty(len(content["items"]), dtype=dtype)
-    flat[:] = [_decode(item) for item in content["items"]]
+    items = [_decode(item) for item in content["items"]]
+    # A type of text is as wide as it says, whatever the items are.
+    if dtype.itemsize * len(items) > _SMALL + _WIDTH * sum(len(str(item)) for item in items):
+        raise ValueError(f"an array of {len(items)} items of {dtype} holds nothing as long")
+    flat = np.empty(len(items), dtype=dtype)
+    flat[:] = items
     return flat.reshape(content["shape"])
 
 

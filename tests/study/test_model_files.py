@@ -317,13 +317,35 @@ def test_a_description_that_makes_no_sense_is_damage(frame, folder, change):
 
 def test_a_description_whose_module_does_not_fit_is_named(frame, folder):
     make_model(frame).save(folder)
-    edit(folder, lambda body: body["spec"]["kwargs"].update(width=9))
+    edit(folder, lambda body: body["spec"]["kwargs"].update(width=7))
     with pytest.raises(InputError, match=r"model\.safetensors' does not fit MLP: .*size mismatch"):
         load_model(folder)
     edit(folder, lambda body: body["spec"]["kwargs"].update(width=-1))
     with pytest.raises(
         InputError, match=r"MLP could not be built from the saved arguments .*width must be at least 1"
     ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"width": 40_000}, {"depth": 10**7}, {"members": 10**6}, {"n_features": 10**9}]
+)
+def test_a_description_of_a_network_larger_than_its_tensors_takes_no_memory(frame, folder, sizes):
+    make_model(frame).save(folder)
+    edit(folder, lambda body: body["spec"]["kwargs"].update(sizes))
+    with pytest.raises(
+        InputError, match=r"model\.json' is damaged: .* of \d+ parameters, and model.saf.* holds 82; "
+    ):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "classes", [["a", "b"], "ab", {"array": {"dtype": "<i8", "shape": [1, 2], "items": [0, 1]}}]
+)
+def test_classes_that_are_no_list_of_labels_are_refused(frame, folder, classes):
+    make_model(frame).save(folder)
+    edit(folder, put("classes", classes))
+    with pytest.raises(InputError, match=r"model\.json' is damaged: its classes are no list of labels but"):
         load_model(folder)
 
 

@@ -19,7 +19,7 @@ from gputune.study import database, new_file
 from gputune.study.store import Candidate, Store
 from study_rows import bits, candidates, result
 
-META = {"model": "mlp", "seed": 0, "class_weight": {0: 1.0, 1: math.inf}, "folds": np.arange(6).reshape(2, 3)}
+META = {"model": "mlp", "seed": 0, "weights": {0: 1.0, 1: math.inf}, "rows": np.arange(6).reshape(2, 3)}
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def test_everything_comes_back_bit_for_bit_in_order_of_number(path):
     with Store.open(path) as store:
         meta, rows = store.meta, store.trials()
     assert list(meta) == list(META)
-    assert meta["class_weight"] == META["class_weight"]
-    np.testing.assert_array_equal(meta["folds"], META["folds"])
+    assert meta["weights"] == META["weights"]
+    np.testing.assert_array_equal(meta["rows"], META["rows"])
     assert [candidate for candidate, _ in rows] == candidates([0, 1, 2])
     assert [found and bits(found) for _, found in rows] == [bits(result(0)), bits(odd), None]
 

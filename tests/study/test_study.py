@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pickle
 import sys
 import types
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from gputune.errors import InputError, SearchFailedError
+from gputune.study import study as study_file
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from study_rows import candidates, result
@@ -168,6 +170,37 @@ def test_a_study_is_read_from_its_file(tmp_path):
     assert np.isnan(found.curves[1, 2:]).all() and np.isnan(found.curves[2]).all()
     waiting = found.trials[2]
     assert math.isnan(waiting.score) and waiting.fold_scores == () and waiting.best_epoch == 0
+
+
+def test_opening_a_study_makes_no_curves_until_they_are_asked_for(tmp_path, monkeypatch):
+    with Store.create(tmp_path / "study.db", {"model": "mlp"}) as store:
+        store.add_trials(candidates(range(3)))
+        store.finish([result(0), result(2, epochs=5)])
+    stacked, made = study_file._stack, []
+    monkeypatch.setattr(study_file, "_stack", lambda rows: made.append(len(rows)) or stacked(rows))
+    found = Study.open(tmp_path / "study.db")
+    assert found.best_trial.state == "complete" and "3 trials" in repr(found) and len(found.to_polars()) == 3
+    assert made == []
+    assert found.curves.shape == (3, 5, 2) and found.curves is found.curves and made == [3]
+    np.testing.assert_array_equal(found.curves[2], result(2, epochs=5).curve)
+    assert np.isnan(found.curves[1]).all() and not found.curves.flags.writeable
+    monkeypatch.undo()
+    again = pickle.loads(pickle.dumps(Study.open(tmp_path / "study.db")))
+    np.testing.assert_array_equal(dataclasses.replace(again, meta={}).curves, found.curves)
+
+
+def test_curves_that_few_trials_fill_are_bounded_by_what_they_hold(tmp_path, monkeypatch):
+    with Store.create(tmp_path / "study.db", {}) as store:
+        store.add_trials(candidates(range(9)))
+        store.finish([result(n, epochs=1) for n in range(7)])
+        store.finish([result(7, epochs=2000, folds=1), result(8, epochs=1, folds=2000)])
+    monkeypatch.setattr(study_file, "_LARGE", 2**20)
+    found = Study.open(tmp_path / "study.db")
+    words = (
+        r"curves of 9 trials, 2000 epochs and 2000 folds take 274\.7 MiB side by side, and hold 31\.\d KiB"
+    )
+    with pytest.raises(InputError, match=words):
+        found.curves  # noqa: B018
 
 
 def test_a_study_without_results_is_read(tmp_path):

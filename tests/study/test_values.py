@@ -148,3 +148,12 @@ def test_text_is_plain_ascii_json_without_nan():
 def test_reading_a_study_does_not_import_torch():
     code = "import sys, gputune.study.study; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)
+
+
+def test_an_array_takes_the_memory_of_its_items():
+    wide = np.array(["a", "b" * 1000])
+    assert from_json(to_json(wide)).tolist() == wide.tolist()
+    text = '{"array":{"dtype":"<U%d","shape":[2],"items":["a","b"]}}'
+    assert from_json(text % 1000).dtype == "<U1000"
+    with pytest.raises(ValueError, match="2 items of <U400000000 holds nothing as long"):
+        from_json(text % 400_000_000)
