@@ -89,6 +89,7 @@ def search_again(
             f"study {str(path)!r} does not hold: {'; '.join(arguments['lacking'])}. Repeat the call of "
             f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
         )
+    study = path.absolute()  # wherever a module of the user's goes meanwhile
     choice = choose_again(meta["spec"], meta["optimizer"], trust_code=trust_code)
     source, test = _reread(meta, choice)
     given = {**arguments["kept"], **changed, "task": meta["task"]}
@@ -105,7 +106,7 @@ def search_again(
         schedule=meta["schedule"],
         positive=meta.get("positive"),
         epoch=meta["epoch"],
-        study=path,
+        study=study,
         random_state=meta["seed"],
     )
     return Again(choice, source, test, options)

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -86,6 +87,8 @@ class Options:
             raise InputError(
                 f"study is the path of a file, or None, got {self.study!r}; of a study that is open give its file."
             )
+        if self.study is not None:  # wherever a module of the user's goes meanwhile
+            object.__setattr__(self, "study", Path(self.study).absolute())
         parse_memory(self.memory)
         device = self.device_here()
         if self.tf32 is not False:

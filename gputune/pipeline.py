@@ -154,7 +154,6 @@ def tune(
     Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
     KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
     """
-    choice = choose_model(model, optimizer)
     options = Options(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
         cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
@@ -163,6 +162,7 @@ def tune(
         device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
         random_state=random_state, callbacks=callbacks, verbose=verbose,
     )  # fmt: skip
+    choice = choose_model(model, optimizer)
     try:
         return search(choice, read_source(X, y, groups), options)
     except SearchInterrupted as stopped:
@@ -221,7 +221,7 @@ def search(
         if cluster is not None:
             meta["device"] = cluster.device
         context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
-        file = None if options.study is None else Path(options.study)
+        file: Path | None = options.study
         with open_ledger(options.study, meta) as ledger:
             ledger.on_wait = partial(_wait_on, stop, progress)
             if not isinstance(options.method, str):

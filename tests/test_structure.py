@@ -31,8 +31,8 @@ hypergradients/dual hypergradients/unrolled hypergradients/differences hypergrad
 hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
 hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
 hypergradients/chunk hypergradients/plan optim
-study/values study/forms study/score study/rows study/database study/new_file study/store study/cards study/views study/study
-study/claims study/ledger study/repair
+study/values study/forms study/score study/rows study/database study/new_file study/store study/cards study/views
+study/study study/claims study/ledger study/repair
 study/trusted study/code_files study/module_source study/folder study/model study/model_files study/whole_model
 study/export
 search/distributions search/config search/spec search/optuna_space search/space search/space_again search/random

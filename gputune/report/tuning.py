@@ -31,6 +31,7 @@ from gputune.search.halving import Halving
 from gputune.search.hypergradient import Hypergradient
 from gputune.search.median import Median
 from gputune.search.spec import parse_specs
+from gputune.study.database import blaming_options
 from gputune.study.study import Study
 
 TRIALS, DESCENTS = 64, 8
@@ -50,8 +51,8 @@ def tune(arguments: argparse.Namespace) -> str:
         raise InputError("--out '' is no folder; name one, or leave it out for gputune-out.")
     out = Path(arguments.out)
     _check_out(out)
-    choice = choose_model(arguments.model, arguments.optimizer)
     options = _options(arguments, out / STUDY)
+    choice = choose_model(arguments.model, arguments.optimizer)
     profile = Profile()
     with profile.clock(PREPARING):
         source = read_source(arguments.file, _target(arguments), arguments.groups)
@@ -64,9 +65,9 @@ def tune(arguments: argparse.Namespace) -> str:
     )
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
-    with _folder(out):
+    with _folder(options.study.parent):
         again = Again(choice, rest, test, options)
-        return _to_the_end(arguments, arguments.file, again, out / MODEL, begin, profile)
+        return _to_the_end(arguments, arguments.file, again, out / STUDY, begin, profile)
 
 
 def resume(arguments: argparse.Namespace) -> str:
@@ -79,29 +80,32 @@ def resume(arguments: argparse.Namespace) -> str:
     changed = {name: value for name, value in given.items() if value is not None}
     meta = Study.open(study).meta
     profile = Profile()
-    with profile.clock(PREPARING):
+    with profile.clock(PREPARING), blaming_options(study):
         changed["verbose"] = arguments.verbose
         again = search_again(study, meta, changed, trust_code=arguments.trust_code)
     if callbacks := meta["arguments"].get("callbacks"):
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )
-    # Only the command ``tune`` keeps rows apart, and a model beside the study.
-    place = model_folder(study) if "test_size" in meta["source"] else None
-    return _to_the_end(arguments, meta["source"]["path"], again, place, begin, profile)
+    return _to_the_end(arguments, meta["source"]["path"], again, study, begin, profile)
 
 
 def _to_the_end(
     arguments: argparse.Namespace,
     file: str,
     again: Again,
-    model_folder: Path | None,
+    shown: Path,
     begin: float,
     profile: Profile,
 ) -> str:
-    """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so."""
-    study_file = Path(again.options.study)
-    with _kept(study_file):
+    """Search, train the best trial on all rows, score it on the held-out ones, save it, and say so.
+
+    ``shown`` is the study file as it was typed; a module of the user's may change the working folder.
+    """
+    # Only the command ``tune`` keeps rows apart, and a model beside the study.
+    keeps_model = "test_size" in (again.source.origin or {})
+    model_shown = model_folder(shown) if keeps_model else None
+    with _kept(again.options.study):
         try:
             signals = (CTRL_C, TERMINATED)
             study = search(
@@ -115,11 +119,11 @@ def _to_the_end(
             )
         except SearchInterrupted as stop:
             seconds = time.perf_counter() - begin
-            ending = Ending(file, stop.study, again.source, None, study_file, model_folder, seconds)
+            ending = Ending(file, stop.study, again.source, None, shown, model_shown, seconds)
             stop.report = stopped_text(ending, arguments.typed, width=shutil.get_terminal_size().columns)
             raise
         held_out = None
-        if model_folder is not None:
+        if keeps_model:
             with profile.clock("training the best on all rows"):
                 model = study.best_model()
             if again.test is not None:
@@ -127,9 +131,9 @@ def _to_the_end(
                 held_out = held_out_score(model, scoring, again.test, positive=positive)
                 known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
                 model = replace(model, info={**model.info, **known})
-            model.save(model_folder)
+            model.save(model_folder(again.options.study))
     seconds = time.perf_counter() - begin
-    ending = Ending(file, study, again.source, held_out, study_file, model_folder, seconds)
+    ending = Ending(file, study, again.source, held_out, shown, model_shown, seconds)
     said = closing_text(ending, width=shutil.get_terminal_size().columns)
     if not arguments.profile:
         return said

@@ -10,6 +10,7 @@ from gputune.data.fingerprint import table_size
 from gputune.errors import InputError
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
+from gputune.study.database import damaged
 from gputune.study.new_file import DRAFTS
 from gputune.study.store import Candidate, Chunk, Result, Store
 
@@ -233,7 +234,8 @@ def _values(held: Any, given: Any) -> str:
 def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Ledger]:
     """Open the ledger of a new search, or of the search that ``path`` holds.
 
-    Raises InputError where the file holds another search, and says what differs.
+    Raises InputError where the file holds another search, and says what differs; at the end StudyCorruptError where
+    another program has damaged the file meanwhile.
     """
     if path is None:
         yield Ledger(None)
@@ -253,7 +255,17 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."
             )
-        yield Ledger(store, claims)
+        ledger = Ledger(store, claims)
+        yield ledger
+    _check_kept(Path(path), ledger)
+
+
+def _check_kept(path: Path, ledger: Ledger) -> None:
+    """Raise StudyCorruptError where a file does not hold, row by row, what was written to it."""
+    with Store.open(path) as store:
+        found = {result.number for _, result in store.trials() if result is not None}
+        if not store.meta or not found.issuperset(ledger.results) or len(store.plan()) < len(ledger.plan):
+            raise damaged(path, "rows are gone that were written to it")
 
 
 def _opened(path: Path, meta: Mapping[str, Any]) -> Store:

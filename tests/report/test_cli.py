@@ -524,3 +524,34 @@ def test_a_regression_is_predicted_in_full_precision(tmp_path):
     assert all(math.isfinite(v) for v in values)
     code, _, err = run("predict", tmp_path / "o" / "model", table, "--proba")
     assert code == 2 and "--proba needs a model of classes" in err
+
+
+def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "net.py").write_text(
+        "import os\nfrom torch import nn\n\n"
+        f"os.chdir({str(tmp_path / 'elsewhere')!r})\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self, n_features, n_outputs):\n"
+        "        super().__init__(n_features, n_outputs)\n"
+        "    def forward(self, x):\n"
+        f"        os.chdir({str(tmp_path / 'elsewhere')!r})\n"
+        "        return super().forward(x)\n"
+    )
+    table = write_table(tmp_path / "bugs.csv", kind=kinds())
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("tune", table, "--target", "kind", "--model", "net.py:Net", "--out", "found", *FAST)
+    assert code == 0, err
+    assert "found/study.db" in out and str(tmp_path) not in out.split("Study")[-1]
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("resume", "found", "--trials", "3", "-q")
+    assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    study = gputune.tune(
+        f"{tmp_path}/net.py:Net", table, "kind", n_trials=1, max_epochs=1, cv=2, study="my.db", verbose=0
+    )
+    assert study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 2
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["model", "study.db"]
+    assert not any((tmp_path / "elsewhere").iterdir())

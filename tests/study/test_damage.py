@@ -1,5 +1,6 @@
 """A study file that was cut or changed gives what was committed, or the clear error: never a wrong value."""
 
+import os
 import pickle
 import re
 import shutil
@@ -14,6 +15,7 @@ from command_line import run
 from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study import database
 from gputune.study.claims import Claims
+from gputune.study.ledger import open_ledger
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
 from gputune.study.store import Chunk, Store
@@ -169,3 +171,41 @@ def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
     assert not canary.exists()
     pickle.loads(payload).close()
     assert canary.exists()  # it would have sung
+
+
+@pytest.mark.parametrize("how", ["overwritten", "cut", "rows removed", "removed"])
+def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_end(path, how):
+    with Store.create(path, SEARCH) as store:
+        store.add_trials(candidates(range(2)))
+    error = FileNotFoundError if how == "removed" else StudyCorruptError
+    with (
+        pytest.raises(error, match=r"study\.db' is damaged: |no study file"),
+        open_ledger(path, SEARCH) as ledger,
+    ):
+        ledger.finish([result(0), result(1)])
+        match how:
+            case "overwritten":
+                with path.open("r+b") as file:
+                    file.seek(path.read_bytes().index(b'"note"'))
+                    file.write(b"\xff" * 200)
+            case "cut":
+                os.truncate(path, 4096)
+            case "rows removed":
+                raw = sqlite3.connect(path)
+                with raw:
+                    raw.execute("DELETE FROM results WHERE number = 1")
+                raw.close()
+            case "removed":
+                path.unlink()
+
+
+SEARCH = dict.fromkeys(
+    "target optimizer schedule space method task numbers splits scoring epoch dtype".split(), ""
+)
+SEARCH |= {
+    "spec": {"kind": "mlp"},
+    "fingerprint": {"rows": 9, "columns": 2, "sha256": ""},
+    "max_epochs": 3,
+    "seed": 0,
+}
+SEARCH |= {**dict.fromkeys(["class_weight", "sample_weight"]), "notes": ["note" for _ in range(1000)]}
