@@ -185,7 +185,7 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
     X, y = iris[0], (iris[1] == 1).astype(kind)
     frame = pd.DataFrame(X, columns=list("abcd")).assign(t=y)
     frame.to_csv(tmp_path / "t.csv", index=False)
-    few = {**FAST, "n_trials": 0, "max_epochs": 1}
+    few = {**FAST, "n_trials": 1, "max_epochs": 1}
     given = [(X, y), (frame.drop(columns="t"), frame.t), (frame, "t"), (tmp_path / "t.csv", "t")]
     given += [(torch.tensor(X), torch.tensor(y)), (X, y.tolist())]
     assert {gputune.tune("mlp", *of, **few).meta["task"] for of in given} == {"binary"}
@@ -196,7 +196,7 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():
     X, y = np.random.default_rng(0).normal(size=(210, 2)), np.repeat(np.arange(21), 10)
     with pytest.warns(gputune.InputWarning, match="21 distinct whole numbers in 210 rows") as caught:
-        gputune.tune("mlp", X, y, **{**FAST, "n_trials": 0, "max_epochs": 1})
+        gputune.tune("mlp", X, y, **{**FAST, "n_trials": 1, "max_epochs": 1})
     assert [warning.filename for warning in caught] == [__file__]
 
 
@@ -427,7 +427,7 @@ def test_a_study_runs_code_only_of_whom_its_user_has_trained(tmp_path, iris, ano
         "    def __init__(self, n_features, n_outputs):\n        super().__init__(n_features, n_outputs)\n"
     )
     name, path = f"{tmp_path / 'net.py'}:Net", tmp_path / "a.db"
-    expected = gputune.tune(name, *iris, n_trials=0, study=path, **FAST).best_model()
+    expected = gputune.tune(name, *iris, n_trials=1, study=path, **FAST).best_model()
     opened = gputune.Study.open(path)
     np.testing.assert_array_equal(opened.best_model(*iris).predict(iris[0]), expected.predict(iris[0]))
     another_user()
@@ -741,7 +741,7 @@ def images(iris):
 
 
 def test_a_module_gets_all_columns_a_built_in_model_those_that_vary(tmp_path, images):
-    path, small = tmp_path / "study.db", {"n_trials": 0, **FAST}
+    path, small = tmp_path / "study.db", {"n_trials": 1, **FAST}
     study = gputune.tune(Square, *images, study=path, **small)
     assert (study.meta["columns"], study.meta["features"], study.meta["notes"]) == ("keep", 4, [])
     opened = gputune.Study.open(path)
@@ -760,15 +760,15 @@ def test_a_refused_shape_says_what_became_of_the_columns(images):
         r"which are 3 features, 'x1' left out; columns 'keep' leaves numbers and booleans as they are\."
     )
     with pytest.raises(gputune.InputError, match=words):
-        gputune.tune(Square, *images, columns="drop-constant", n_trials=0, **FAST)
+        gputune.tune(Square, *images, columns="drop-constant", n_trials=1, **FAST)
     frame = pd.DataFrame(images[0]).assign(site=["a", "b", "c"] * 50)
     words = r"5 columns of X, which are 7 features, 'site' several features each\."
     with pytest.raises(gputune.InputError, match=words):
-        gputune.tune(Square, frame, images[1], n_trials=0, **FAST)
+        gputune.tune(Square, frame, images[1], n_trials=1, **FAST)
 
 
 def test_a_study_from_before_columns_had_an_option(tmp_path, images):
-    path, small = tmp_path / "study.db", {"n_trials": 0, **FAST}
+    path, small = tmp_path / "study.db", {"n_trials": 1, **FAST}
     first = gputune.tune(Net, *images, study=path, columns="drop-constant", **small)
     with sqlite3.connect(path) as raw:
         raw.execute("DELETE FROM meta WHERE key = 'columns'")

@@ -198,22 +198,22 @@ def _positive_code(
         if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
             raise InputError(
                 f"scoring={scoring!r} is of one class, the positive one: say which of the two it is, "
-                f"positive={labels[0]!r} or positive={labels[1]!r} (--positive)."
+                f"positive={labels[0]!r} or positive={labels[1]!r}."
             )
         return 1 if of_a_class else None
     if task != "binary":
         raise InputError(
-            f"positive={positive!r} (--positive) needs a target of two classes, got a {task} task; leave it out."
+            f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out."
         )
     if not of_a_class:
         raise InputError(
-            f"positive={positive!r} (--positive) is for scores of one class, such as f1 or average_precision, and "
+            f"positive={positive!r} is for scores of one class, such as f1 or average_precision, and "
             f"scoring={scoring!r} knows no positive class; leave it out."
         )
     codes = [code for code, label in enumerate(labels) if _is_meant(label, positive)]
     if not codes:
         raise InputError(
-            f"positive (--positive) must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
+            f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
         )
     return codes[0]
 

@@ -5,7 +5,7 @@ import re
 import shlex
 from collections.abc import Callable, Collection
 from functools import cache
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any, NoReturn
 
 from gputune.version import __version__
@@ -120,7 +120,8 @@ def _option(known: dict[str, str], name: str, value: str) -> str:
     if (name, text) == ("workers", "ray"):
         return "--ray"
     if name == "study":
-        text = str(PurePath(text).parent)
+        folder, here = Path(text).parent, Path.cwd()
+        text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
     return f"{known[name]} {shlex.quote(text)}"
 
 

@@ -231,9 +231,9 @@ def _class_of(found: ModuleType, name: str) -> type[nn.Module]:
 
 def _read(path: Path) -> bytes:
     if not path.is_file():
-        raise InputError(f"the module file {str(path)!r} does not exist; check the path.")
+        raise InputError(f"model: the file {str(path)!r} does not exist; check the path.")
     if path.stat().st_size > LARGEST_SOURCE:
-        raise InputError(f"the module file {str(path)!r} is too large for a Python file; check the path.")
+        raise InputError(f"model: the file {str(path)!r} is too large for a Python file; check the path.")
     return path.read_bytes()
 
 

@@ -155,7 +155,7 @@ def test_an_interruption_is_heard_in_the_middle_of_an_epoch(monkeypatch):
             def press():
                 while not taken._obj.value:
                     time.sleep(0.001)
-                signal.raise_signal(signal.SIGUSR1)
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
 
             begun.append(taken._obj)
             threading.Thread(target=press).start()

@@ -202,7 +202,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     table, out = write_table(tmp_path / "bugs.csv", kind=kind), tmp_path / "o"
     command = ["tune", table, "--target", "kind", "--scoring", "f1", "--out", out, *FAST]
     code, _, err = run(*command)
-    assert code == 2 and "positive='ant' or positive='bee' (--positive)" in err and not out.exists()
+    assert code == 2 and "--positive ant or --positive bee" in err and not out.exists()
     code, said, err = run(*command, "--positive", "ant")
     assert (code, err) == (0, "")
     assert "The best 3 of 3 trials by f1 of class 'ant', mean" in said
@@ -552,6 +552,6 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
     study = gputune.tune(
         f"{tmp_path}/net.py:Net", table, "kind", n_trials=1, max_epochs=1, cv=2, study="my.db", verbose=0
     )
-    assert study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 2
+    assert study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 1
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["model", "study.db"]
     assert not any((tmp_path / "elsewhere").iterdir())

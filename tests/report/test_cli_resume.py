@@ -193,7 +193,7 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
 def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
     """It would answer in pickles."""
     another_user()
-    gputune.tune("mlp", "bugs.csv", "kind", n_trials=0, cv=2, max_epochs=1, study="my.db", verbose=0)
+    gputune.tune("mlp", "bugs.csv", "kind", n_trials=1, cv=2, max_epochs=1, study="my.db", verbose=0)
     meta = gputune.Study.open("my.db").meta
     for address in ("local", "auto", "ray://10.0.0.1:10001"):
         meta["arguments"]["kept"]["workers"] = {"address": address, "cpus": 1}

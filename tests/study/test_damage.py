@@ -200,7 +200,7 @@ def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_en
 
 
 SEARCH = dict.fromkeys(
-    "target optimizer schedule space method task numbers splits scoring epoch dtype".split(), ""
+    "target optimizer schedule space method task columns numbers splits scoring epoch dtype".split(), ""
 )
 SEARCH |= {
     "spec": {"kind": "mlp"},
@@ -208,4 +208,7 @@ SEARCH |= {
     "max_epochs": 3,
     "seed": 0,
 }
-SEARCH |= {**dict.fromkeys(["class_weight", "sample_weight"]), "notes": ["note" for _ in range(1000)]}
+SEARCH |= {
+    **dict.fromkeys(["class_weight", "sample_weight", "positive"]),
+    "notes": ["note" for _ in range(1000)],
+}

@@ -137,7 +137,7 @@ def test_a_file_that_does_not_run(net, text, message):
 
 
 def test_a_missing_file_and_a_missing_package(tmp_path):
-    with pytest.raises(InputError, match=r"the module file '.*net\.py' does not exist; check the path"):
+    with pytest.raises(InputError, match=r"model: the file '.*net\.py' does not exist; check the path"):
         class_from_file(tmp_path / "net.py", "Net")
     for place in ("no_such_package:Net", ":Net", ""):
         with pytest.raises(InputError, match=rf"the module class '{place}' cannot be imported"):

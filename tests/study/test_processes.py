@@ -144,7 +144,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
 
 
 META = dict.fromkeys(
-    "target optimizer schedule space method task numbers splits scoring epoch dtype".split(), ""
+    "target optimizer schedule space method task columns numbers splits scoring epoch dtype".split(), ""
 )
 META |= {
     "spec": {"kind": "mlp"},
