@@ -76,7 +76,7 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
     assert code == 130 and 2 <= done < 25 and set(states) <= {"complete", "stopped", "waiting"}
     assert "Traceback" not in err
     assert f"gputune: interrupted: {done} of 25 trials are finished" in err
-    assert "all is kept in 'out/study.db': repeat this to go on." in err
+    assert f"all is kept in '{tmp_path}/out/study.db': repeat this to go on." in err
     assert " by accuracy, mean ± standard error over 2 folds:" in out
     assert f"Trials   {done} complete" in out and f"{states.count('waiting')} not started; " in out
     if workers == 1:  # one of the two goes on
@@ -142,7 +142,10 @@ def test_a_folder_that_is_lost_ends_the_search_in_words(tmp_path):
     command = ["tune", "sklearn:iris", *MANY, "--workers", 1, "--out", "out"]
     code, _, err = finish(*command, cwd=tmp_path, first=at_finish(2, "shutil.rmtree('out')"))
     assert code == 1 and "Traceback" not in err
-    assert "gputune: error: study 'out/study.db' was removed, moved or replaced while it was at work" in err
+    assert (
+        f"gputune: error: study '{tmp_path}/out/study.db' was removed, moved or replaced while it was at work"
+        in err
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -202,11 +203,11 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
             with pytest.raises(
                 gputune.InputError, match="names the Ray cluster 'ray://10.0.0.1:10001', which would get"
             ):
-                search_again("my.db", meta, {})
-            assert search_again("my.db", meta, {}, trust_code=True).options.workers == wanted
-            assert search_again("my.db", meta, {"workers": 1}).options.workers == 1
+                search_again(Path("my.db"), meta, {})
+            assert search_again(Path("my.db"), meta, {}, trust_code=True).options.workers == wanted
+            assert search_again(Path("my.db"), meta, {"workers": 1}).options.workers == 1
             _remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
-        assert search_again("my.db", meta, {}).options.workers == wanted
+        assert search_again(Path("my.db"), meta, {}).options.workers == wanted
 
 
 def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
