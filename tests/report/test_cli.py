@@ -220,7 +220,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     html = unescape((tmp_path / "report.html").read_text())
     assert "best cross-validated f1 of class 'ant'" in html and "positive='ant'," in html
     code, _, err = run(*command, "--positive", "bee")
-    assert code == 2 and "differs from this call in: --positive ('ant' there, 'bee' here)" in err
+    assert code == 2 and "differs from this command in: --positive ('ant' there, 'bee' here)" in err
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
