@@ -13,7 +13,7 @@ import gputune
 PACKAGE = Path(gputune.__file__).parent
 
 LAYERS = """
-version errors extras types seeding scratch report/text native/library native/work
+version errors extras types seeding scratch memory report/text native/library native/work
 data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
 data/dataset data/folds data/packed data/holdout data/fingerprint data/source
 engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population

@@ -206,7 +206,10 @@ def fit_statistics(
         part = raw[rows]
         # A column with no known value in these rows has mean 0 and scale 1.
         part[:, np.isnan(part).all(0)] = 0.0
-        scaler = StandardScaler().fit(part)
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # beyond 1e154 squares overflow; the trials then diverge
+            scaler = StandardScaler().fit(part)
         mean, scale = scaler.mean_, scaler.scale_
     scaled = layout.numeric if numbers != "none" else np.zeros(len(mean), dtype=bool)
     ranked, quantiles = np.empty(0, dtype=np.int64), np.empty((0, 0))

@@ -2,10 +2,14 @@
 
 import difflib
 import gzip
+import io
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import narwhals as nw
 import numpy as np
@@ -14,11 +18,16 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, from_series, parse_text
 from gputune.errors import InputError
+from gputune.memory import free_memory
+from gputune.report.text import size_words
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
 
 FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
+_FIELD_BYTES = 24  # of a short text and of the number that it is read as
+_COLUMN_BYTES = 4096  # of a column, however short it is
+_SHORT = 500  # rows up to which Python reads a column sooner than polars
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +48,15 @@ class Table:
 
     def column(self, name: str) -> np.ndarray:
         """Return the values of one column, (n,)."""
-        return self.columns[self.names.index(name)]
+        return self.columns[self._places[name]]
 
     def kind(self, name: str) -> Kind:
         """Return the kind of one column."""
-        return self.kinds[self.names.index(name)]
+        return self.kinds[self._places[name]]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: j for j, name in enumerate(self.names)}
 
     def select(self, rows: np.ndarray) -> "Table":
         """Return the given rows (positions or a mask) of all columns."""
@@ -81,8 +94,8 @@ def read_table(source: str | Path) -> Table:
     values; blanks around a field and empty lines at the end are dropped; a header with
     semicolons and no comma means semicolons throughout.
 
-    Raises FileNotFoundError, or InputError for another suffix, a damaged or an empty file, duplicate column
-    names, or an infinite value.
+    Raises FileNotFoundError, or InputError for another suffix, a damaged or an empty file, what is no regular file or
+    does not fit into the memory that is free, duplicate column names, or an infinite value.
     """
     if str(source).startswith("sklearn:"):
         return _read_bundled(str(source).removeprefix("sklearn:"))
@@ -93,6 +106,10 @@ def read_table(source: str | Path) -> Table:
         )
     if path.is_dir():
         raise InputError(f"{str(source)!r} is a folder; give the file in it.")
+    if not path.is_file():  # a pipe would be waited for, a device has no end
+        raise InputError(
+            f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first."
+        )
     name = path.name.lower()
     if name.endswith(".parquet"):
         return _read_parquet(path)
@@ -223,8 +240,13 @@ def _read_parquet(path: Path) -> Table:
     import polars as pl
 
     try:
-        frame = pl.read_parquet(_for_polars(path))
-    except (pl.exceptions.PolarsError, OSError) as error:
+        with path.open("rb") as file:  # opened here, since polars takes no name that is not UTF-8
+            about = pl.scan_parquet(file)
+            rows, columns = about.select(pl.len()).collect().item(), len(about.collect_schema())
+            _check_room(path, rows * columns * 8 + columns * _COLUMN_BYTES, free_memory())
+            file.seek(0)
+            frame = pl.read_parquet(file)
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, MemoryError) as error:
         raise InputError(f"{str(path)!r} could not be read as Parquet: {_first_line(error)}") from error
     return _from_frame(nw.from_native(frame, eager_only=True))
 
@@ -234,45 +256,72 @@ def _read_text(path: Path, *, tabs: bool) -> Table:
     import polars as pl
 
     try:
-        separator = "\t" if tabs else _separator(path)
-        fields = pl.read_csv(_for_polars(path), separator=separator, has_header=False, infer_schema=False)
+        with _open_text(path) as file:
+            header = next((line for line in file if line.strip()), b"")
+            # Rows do not tell: where semicolons separate, commas may be decimal.
+            separator = "\t" if tabs else ";" if b";" in header and b"," not in header else ","
+            _check_room(path, header.count(separator.encode()) * _COLUMN_BYTES, free_memory())
+            file.seek(0)
+            fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
     except pl.exceptions.NoDataError as error:
         raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
-    except (pl.exceptions.PolarsError, OSError, EOFError) as error:
+    except (
+        pl.exceptions.PolarsError,
+        pl.exceptions.PanicException,
+        OSError,
+        EOFError,
+        zlib.error,
+        MemoryError,
+    ) as error:
         raise InputError(
             f"{str(path)!r} could not be read as a text table: {_first_line(error)}; it must be UTF-8 text with one "
             "header line and equally many fields in every line."
         ) from error
     names = ["" if name is None else name.strip() for name in fields.row(0)]
     rows = fields[1:]
-    if fields.width > 1:
+    if fields.width > 1 and len(rows) and not any(field and field.strip() for field in rows.row(-1)):
         # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return _checked(names, [_field(series) for series in rows])
 
 
-def _for_polars(path: Path) -> Path | bytes:
-    """Return a file as polars takes it: its content where its name is no UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return path.read_bytes()
-    return path
+def _open_text(path: Path) -> IO[bytes]:
+    """Open a file, unpacked in memory where it is packed. Raises InputError where its fields would find no room."""
+    free = free_memory()
+    if not path.name.lower().endswith(".gz"):
+        with path.open("rb") as file:
+            _check_room(path, _text_bytes(path.stat().st_size, file.read(1 << 16)), free)
+        return path.open("rb")
+    text = io.BytesIO()
+    with gzip.open(path, "rb") as packed:
+        while part := packed.read(1 << 20):
+            text.write(part)
+            _check_room(path, _text_bytes(text.tell(), part), free)
+    text.seek(0)
+    return text
 
 
-def _separator(path: Path) -> str:
-    """Return what the header line is cut by. Rows do not tell: where semicolons separate, commas may be decimal."""
-    opened: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    with opened(path, "rb") as file:
-        header = next((line for line in file if line.strip()), b"")
-    return ";" if b";" in header and b"," not in header else ","
+def _text_bytes(size: int, sample: bytes) -> int:
+    """Estimate the memory that text of ``size`` bytes takes with its fields, from a part of it."""
+    fields = sum(sample.count(mark) for mark in b",;\t\n")
+    return size + size * fields * _FIELD_BYTES // max(1, len(sample))
+
+
+def _check_room(path: Path, needed: int, free: int) -> None:
+    if needed > free:
+        raise InputError(
+            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and {size_words(free)} are free; "
+            "leave out rows or columns, or read it where there is more."
+        )
 
 
 def _field(texts: Any) -> tuple[Kind, np.ndarray]:
-    """Read a polars series of text as ``parse_text`` does, numbers 20 times faster."""
+    """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times faster."""
     import polars as pl
 
+    if len(texts) <= _SHORT:
+        return parse_text(texts.to_numpy())
     stripped = texts.str.strip_chars()
     missing = stripped.is_null() | stripped.is_in(sorted(MISSING_TEXT))
     numbers = stripped.set(missing, None).cast(pl.Float64, strict=False)
@@ -321,7 +370,7 @@ def _checked(names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]]) -
         raise InputError("the table has no columns; at least one is needed.")
     if len(columns[0][1]) == 0:
         raise InputError("the table has no rows; at least one is needed.")
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, times in Counter(names).items() if times > 1)
     if repeated:
         raise InputError(f"column names must differ, got more than one {quoted(repeated)}; rename them.")
     for name, (kind, values) in zip(names, columns):

@@ -17,6 +17,10 @@ CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tenso
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
 PATIENCE = 10  # such steps in a row before a member is given up
 CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
+HUGE = 1e10  # input beyond which each is measured in a unit of its own, or squares and their sums overflow
+STRONGEST = (
+    1e150  # penalty, in units of the mean loss, whose square is still a number: under it no weight moves
+)
 SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
 
 Step = Callable[[Rows, Point, float], Point]
@@ -58,7 +62,7 @@ def solve(
     is no training row of the fold; C (C,) > 0, inf for no penalty; l1_ratio (C,) in [0, 1]. ``present`` (F, K)
     says which classes have a training row; one whose rows all weigh 0 is absent as well. An absent class gets
     coefficients 0 and intercept -inf, the others are solved without it; where only one of two classes is present,
-    the sigmoid's intercept is inf or -inf.
+    the sigmoid's intercept is inf or -inf. A fold with inputs that are not finite gets NaN.
 
     A member that has not reached ``tolerance`` after ``max_steps``, or that float64 lets come no nearer, has
     ``converged`` false and the finite coefficients that it reached. Raises InputError where an argument breaks
@@ -72,7 +76,10 @@ def solve(
     for f, classes in enumerate(occurs):
         keep = weights[f] > 0
         parts.append(_nothing_learned(classes, len(C), x[f]))
-        if int(classes.sum()) > 1:
+        if not x[f, keep].isfinite().all():
+            parts[-1].coef.fill_(torch.nan)
+            parts[-1].converged.fill_(False)
+        elif int(classes.sum()) > 1:
             fold = x[f, keep], y[keep], weights[f, keep], classes
             jobs += _jobs(parts[-1], *fold, C, l1_ratio, fit_intercept, tolerance, max_steps)
     _run(jobs, x.device)
@@ -115,8 +122,11 @@ def _jobs(
     codes = (classes.cumsum(0) - 1)[y]
     total = weights.sum()
     share = weights / total
-    x, center = _centred(x, share) if fit_intercept else (x, torch.zeros_like(x[0]))
-    lasso, ridge = l1_ratio / (C * total), (1 - l1_ratio) / (C * total)
+    huge = bool(x.abs().amax() > HUGE)
+    scale = _scale(x) if huge else torch.ones_like(x[0])
+    x, center = _centred(x / scale, share) if fit_intercept else (x / scale, torch.zeros_like(x[0]))
+    lasso = (l1_ratio / (C * total)).clamp_max(STRONGEST)
+    ridge = ((1 - l1_ratio) / (C * total)).clamp_max(STRONGEST)
 
     def solve_chunk(rows: Rows, step: Step, members: Tensor) -> None:
         descent = descend(rows, step, ridge[members], lasso[members], tolerance, max_steps)
@@ -124,15 +134,15 @@ def _jobs(
         if rows.basis is not None and len(kept) > 1:
             # Exactly so at the optimum; without a penalty softmax leaves it open.
             weight = weight - weight.mean(1, keepdim=True)
-        _write(solution, members, kept, weight, center)
+        _write(solution, members, kept, weight, center, scale)
         solution.steps[members], solution.residual[members] = descent.steps, descent.residual
         solution.converged[members] = descent.converged
 
     jobs: list[Callable[[], None]] = []
     for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
         if which.any():
-            rotate = step is newton_step
-            rows = rows_of(x, codes, share, len(kept), intercept=fit_intercept, rotate=rotate)
+            rotate = step is newton_step and not huge  # a ridge is not the same in all units
+            rows = rows_of(x, codes, share, len(kept), intercept=fit_intercept, rotate=rotate, scale=scale)
             jobs += [partial(solve_chunk, rows, step, members) for members in _chunks(which, C, rows)]
     return jobs
 
@@ -152,6 +162,12 @@ def _nothing_learned(classes: Tensor, members: int, x: Tensor) -> Solution:
     )
 
 
+def _scale(x: Tensor) -> Tensor:
+    """Return the power of two, (D,), at or below each input's largest value."""
+    exponent = x.abs().amax(0).frexp().exponent - 1
+    return exponent.to(x.dtype).exp2()
+
+
 def _centred(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     """Inputs less their weighted means, and the means; a constant input becomes zeros, not rounding errors."""
     center = share @ x
@@ -168,14 +184,16 @@ def _chunks(which: Tensor, C: Tensor, rows: Rows) -> tuple[Tensor, ...]:
     return torch.split(members, max(1, numbers // (rows.outputs * len(rows.design))))
 
 
-def _write(solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor) -> None:
-    """Put weights (m, K', D or D + 1) into the rows of the classes kept, the inputs' centring undone."""
+def _write(
+    solution: Solution, members: Tensor, kept: Tensor, weight: Tensor, center: Tensor, scale: Tensor
+) -> None:
+    """Put weights (m, K', D or D + 1) into the rows of the classes kept, the inputs' centring and scale undone."""
     inputs = len(center)
     coef = weight[..., :inputs]
     intercept = (weight[..., inputs:].sum(-1)) - coef @ center
     if solution.coef.shape[1] > 1 and weight.shape[-1] > inputs:
         intercept = intercept - intercept.mean(1, keepdim=True)  # softmax does not see a common shift
-    solution.coef[members[:, None], kept] = coef
+    solution.coef[members[:, None], kept] = coef / scale
     solution.intercept[members[:, None], kept] = intercept
 
 

@@ -22,7 +22,7 @@ class Rows:
     root: Tensor  # (n,) square root of the row's share of all weight
     codes: Tensor  # (n,) class of each row
     truth: Tensor  # (K, n) 1 where the row is of the class; one output: the chance of class 1
-    penalised: Tensor  # (E,) 1, and 0 for the intercept
+    penalised: Tensor  # (E,) how much a weight is when the inputs are in their own units; 0 for the intercept
     unit: Tensor  # (D or D + 1,) weighted root mean square of each input, in which slopes are measured
     basis: (
         Tensor | None
@@ -57,11 +57,21 @@ class Point:
         return Point(*(getattr(self, name)[members] for name in self.__dataclass_fields__))
 
 
-def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool) -> Rows:
+def rows_of(
+    x: Tensor,
+    codes: Tensor,
+    share: Tensor,
+    classes: int,
+    *,
+    intercept: bool,
+    rotate: bool,
+    scale: Tensor | None = None,
+) -> Rows:
     """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum to one.
 
     ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows), on which the
     curvature is nearly diagonal; a ridge does not see the rotation, a lasso does. ``classes`` is 1 for sigmoid.
+    ``scale`` (D,) is what the inputs were divided by (1 if not given); weights are penalised as if they had not been.
     """
     truth = (
         codes[None] == torch.arange(classes, device=x.device)[:, None] if classes > 1 else codes[None] == 1
@@ -71,7 +81,7 @@ def rows_of(x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept:
     if rotate:
         basis = _principal_axes(x * share.sqrt()[:, None])
         x = x @ basis.T
-    penalised = x.new_ones(x.shape[1])
+    penalised = x.new_ones(x.shape[1]) if rotate or scale is None else 1 / scale
     if intercept:
         one = x.new_ones(1)
         x = torch.cat([x, one.expand(len(x), 1)], 1)
@@ -107,6 +117,8 @@ def _curvature_bound(design: Tensor, classes: int) -> Tensor:
     """Source: Böhning (1992), doi:10.1007/BF00048682: half the second moment for softmax, a quarter for sigmoid."""
     tall = len(design) >= design.shape[1]
     moment = design.T @ design if tall else design @ design.T
+    if not moment.isfinite().all():
+        return moment.new_tensor(torch.inf)
     largest: Tensor = torch.linalg.eigvalsh(moment)[-1]
     return largest * (0.25 if classes == 1 else 0.5)
 
@@ -132,7 +144,7 @@ def origin(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
     weight = rows.design.new_zeros(len(ridge), rows.outputs, rows.design.shape[1])
     logits = rows.design.new_zeros(len(ridge), rows.outputs, len(rows.design))
     return point_at(
-        rows, weight, logits, ridge[:, None, None] * rows.penalised, lasso[:, None, None] * rows.penalised
+        rows, weight, logits, ridge[:, None, None] * rows.penalised**2, lasso[:, None, None] * rows.penalised
     )
 
 

@@ -27,6 +27,7 @@ SUFFICIENT = 1e-4  # of the decrease that the slope promises
 ROUNDING = 1e-14  # share of the objective below which float64 sees no decrease
 UNSEEN = 1e-11
 HALVINGS = 40
+SINGLE = (1e-20, 1e20)  # curvatures whose products and quotients single precision holds
 COARSE = 1e-3  # violation above which single precision finds a direction that is good enough
 
 
@@ -45,6 +46,8 @@ def newton_step(rows: Rows, point: Point, tolerance: float) -> Point:
     model = Model(point.weight, slopes, free, signed, point.chance, hold, diagonal + hold, forcing)
     # Along the principal axes conjugate gradients reach their goal in single precision to the end.
     coarse = (closeness > COARSE) | (not signed.any() and rows.basis is not None)
+    largest = model.diagonal.amax((1, 2))
+    coarse &= (largest > SINGLE[0]) & (largest < SINGLE[1])
     new = _moved(rows, point, model, coarse)
     stuck = coarse & (objective(new) >= objective(point)) & (closeness > tolerance) & signed.flatten(1).any(1)
     if stuck.any():

@@ -78,7 +78,7 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
         going = size > goal
         running = int(going.sum())
         if 2 * running <= len(left):  # the others have stopped, let them cost nothing
-            steps[left], rests[left] = step, rest
+            steps, rests = steps.index_copy(0, left, step), rests.index_copy(0, left, rest)
             if not running:
                 break
             left, model, inverse = left[going], model[going], inverse[going]
@@ -93,8 +93,7 @@ def conjugate_gradients(rows: Rows, model: Model) -> tuple[Tensor, Tensor]:
         scaled = inverse * rest
         last, size = size, torch.where(going, dot(rest, scaled), 0)
         direction = torch.addcmul(scaled, torch.where(going, size / last, 0)[:, None, None], direction)
-    steps[left], rests[left] = step, rest
-    return steps, -slopes - rests
+    return steps.index_copy(0, left, step), -slopes - rests.index_copy(0, left, rest)
 
 
 def projected_search(rows: Rows, model: Model, step: Tensor, bent: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,7 @@
 """How much memory a hypergradient will need, measured on one step before the training starts."""
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -19,6 +17,7 @@ from gputune.hypergradients.inner import (
     slope,
     update,
 )
+from gputune.memory import free_memory
 
 _SHARE = 0.8  # of the memory that is free
 
@@ -75,17 +74,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(_SHARE * free)
-    return int(_SHARE * _available())
-
-
-def _available() -> int:
-    """Bytes of main memory that programs may still take, cached files included where the system says so."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return int(_SHARE * free_memory())
 
 
 def fastest_that_fits(

@@ -282,6 +282,53 @@ def test_constant_and_unscaled_inputs(l1_ratio):
     assert (solution.coef[..., 4:] == 0).all()
 
 
+@pytest.mark.parametrize("size", [1e20, 1e150])
+@pytest.mark.parametrize("k, l1_ratio", [(2, 0.0), (3, 0.0), (3, 1.0)])
+def test_huge_inputs_are_the_same_problem_in_other_units(k, l1_ratio, size):
+    x, y, weights = random_problem(folds=1, k=k)
+    plain = solve(x, y, weights, C=many(0.3, 30.0), l1_ratio=many(l1_ratio, l1_ratio), n_classes=k)
+    C = many(0.3, 30.0) / (size if l1_ratio else size**2)
+    huge = solve(size * x, y, weights, C=C, l1_ratio=many(l1_ratio, l1_ratio), n_classes=k)
+    assert huge.converged.all()
+    assert worst(size * huge.coef, plain.coef) < 1e-7
+    assert worst(huge.intercept, plain.intercept) < 1e-6
+
+
+@pytest.mark.parametrize("size", [1e25, 1e307])
+@pytest.mark.parametrize("l1_ratio, intercept", [(0.0, True), (0.5, True), (0.0, False)])
+def test_one_huge_value_leaves_the_other_inputs_their_say(intercept, l1_ratio, size):
+    x, y, weights = random_problem(folds=1)
+    x[0, 1, 0] = size
+    options = {"C": many(1.0), "l1_ratio": many(l1_ratio), "n_classes": 3, "fit_intercept": intercept}
+    solution = solve(x, y, weights, **options)
+    x[0, :, 0] *= 1e15 / size  # a penalty is as good as none on the column either way
+    smaller = solve(x, y, weights, **options)
+    assert solution.converged.all()
+    assert worst(solution.coef[..., 1:], smaller.coef[..., 1:]) < 1e-6
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_strongest_penalties_leave_the_slope_at_zero(k):
+    x, y, weights = random_problem(folds=1, k=k)
+    C = many(1e-30, 1e-60, 1e-120, 1e-300, 5e-324)
+    solution = solve(x, y, weights, C=C, l1_ratio=torch.zeros(5).double(), n_classes=k)
+    assert solution.converged.all()
+    for c in (1, 2):
+        assert worst(solution.coef[c] / C[c], solution.coef[0] / C[0]) < 1e-9
+    assert solution.coef[3:].abs().max() < 1e-140
+    assert (solve(x, y, weights, C=C, l1_ratio=torch.ones(5).double(), n_classes=k).coef == 0).all()
+
+
+def test_a_fold_with_inputs_that_are_not_finite_harms_no_other():
+    x, y, weights = random_problem()
+    alone = solve(x[1:], y, weights[1:], C=many(1.0), l1_ratio=many(0.0), n_classes=3)
+    x[0, 1, 0] = math.nan
+    solution = solve(x, y, weights, C=many(1.0), l1_ratio=many(0.0), n_classes=3)
+    assert solution.coef[0].isnan().all()
+    assert solution.converged.tolist() == [False, True]
+    assert solution.coef[1].equal(alone.coef[0])
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_slope_and_curvature_are_the_derivatives(k):
     x, y, _ = random_problem(folds=1, k=max(k, 2))

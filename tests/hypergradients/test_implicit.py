@@ -356,3 +356,12 @@ def test_bad_input_is_named(change, message):
     }
     with pytest.raises(InputError, match=message):
         implicit_gradients(**{**good, **change})
+
+
+def test_inputs_whose_squares_overflow_give_no_slope_and_no_error():
+    x, y, weights, valid = problem(folds=1)
+    data = x * 1e200, y, weights, valid
+    C, l1_ratio = many(1.0), many(0.0)
+    found = implicit(data, solved(data, C, l1_ratio, 3), C, l1_ratio)
+    assert found.gradient.isnan().all()
+    assert found.value.isfinite().all()

@@ -7,8 +7,9 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_iris, make_cl
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.preprocessing import StandardScaler
 
+import gputune
 from gputune.errors import InputError
-from gputune.sklearn import LogisticRegression
+from gputune.sklearn import GridSearchCV, LogisticRegression
 from gputune.sklearn.fused import check_rows, fit_together
 
 IRIS = load_iris(return_X_y=True)
@@ -157,3 +158,13 @@ def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
     two = LogisticRegression().fit(X[:100], y[:100], sample_weight=(y[:100] == 1).astype(float))
     assert (two.predict(X) == 1).all()
     np.testing.assert_array_equal(two.predict_log_proba(X[:2]), [[-np.inf, 0]] * 2)
+
+
+@pytest.mark.parametrize("size", [1e25, 1e160])
+def test_one_huge_value_ends_no_search(size):
+    X, y = load_iris(return_X_y=True)
+    X[7, 2] = size
+    search = GridSearchCV(LogisticRegression(), {"C": [1e-60, 1.0]}, cv=3, error_score="raise").fit(X, y)
+    assert search.best_score_ > 0.9
+    study = gputune.tune("logistic", X, y, numbers="none", n_trials=1, cv=3, verbose=0)
+    assert study.best_score > 0.9
