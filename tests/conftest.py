@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gputune.study import trusted
 
@@ -28,3 +29,25 @@ def another_user(tmp_path, monkeypatch):
         monkeypatch.setattr(trusted, "_here", set())
 
     return begin
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all", action="store_true", help="run the tests marked as long too, and fuzz for longer"
+    )
+
+
+def pytest_configure(config):
+    examples = 1000 if config.getoption("--all") else 60
+    settings.register_profile(
+        "gputune", max_examples=examples, deadline=None, derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    settings.load_profile("gputune")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if not item.get_closest_marker("long")]

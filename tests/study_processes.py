@@ -1,12 +1,9 @@
 """Searches in processes of their own, on one study file: started, killed, and compared bit for bit."""
 
-import subprocess
-import sys
-
 import numpy as np
 
 import gputune
-from moments import environment
+from forked import Fork
 
 # So little memory makes every trial a chunk of its own.
 SEARCH = """
@@ -24,10 +21,7 @@ print(len(study.trials), sum(t.state == "complete" for t in study.trials))
 
 def start(n_trials, *, first="", **options):
     """Start a search with further options of ``tune``; many tiny trials in chunks of one. ``first``: code before it."""
-    # -P: the sources in the current folder lack the models, which an installation maps into them.
-    command = [sys.executable, "-P", "-c", first + SEARCH, str(n_trials), repr(options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes)
+    return Fork(first + SEARCH, n_trials, repr(options))
 
 
 def finish(process):

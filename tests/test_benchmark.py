@@ -89,7 +89,17 @@ def test_longest_first(script):
 
 
 @pytest.mark.filterwarnings("ignore")  # those of other projects are not ours
-@pytest.mark.parametrize("word", ["sklearn", "torch", "compile", "optuna", "ray", "skorch", "jax", "gputune"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "torch",
+        "gputune",
+        *(
+            pytest.param(word, marks=pytest.mark.long)
+            for word in "sklearn compile optuna ray skorch jax".split()
+        ),
+    ],
+)
 def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
     engine = script("benchmark_engines").ENGINES[word]
     if (lack := engine.lacks()) is not None:

@@ -53,12 +53,14 @@ def test_the_report_is_written(grid, small, tmp_path, capsys, monkeypatch):
     assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
 
 
+@pytest.mark.long
 def test_a_search_is_measured_in_a_fresh_process(grid):
     found = import_module("benchmark_growth").in_fresh_process(2, 3, 1)
     assert (found.trials, found.folds, found.epochs, found.work) == (2, 3, 1, 6)
     assert found.peak >= found.before > 50 and found.seconds > 0
 
 
+@pytest.mark.long
 def test_no_speed_is_shown_where_the_scores_differ(grid, small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(grid, "AGREEMENT", -1.0)
     assert small(tmp_path) == 1

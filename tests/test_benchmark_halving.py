@@ -19,6 +19,7 @@ def benchmark(monkeypatch):
     return import_module("benchmark_halving")
 
 
+@pytest.mark.long
 def test_what_is_read_off_is_what_halving_does(benchmark):
     common = {"n_trials": 17, "max_epochs": 27, "cv": 3, "workers": 1, "verbose": 0, "dtype": "float64"}
     full, halved = (
@@ -53,6 +54,7 @@ def test_the_report_is_written(benchmark, small, tmp_path, capsys):
     assert "0 of 2 reach the aim." in text  # four epochs are too few to save much
 
 
+@pytest.mark.long
 def test_a_benchmark_that_was_stopped_goes_on(benchmark, small, tmp_path, monkeypatch):
     compare, done = benchmark.compare, []
 
@@ -77,6 +79,7 @@ def test_a_benchmark_that_was_stopped_goes_on(benchmark, small, tmp_path, monkey
     assert again == [1, 0, 1]
 
 
+@pytest.mark.long
 def test_no_table_is_shown_where_halving_ends_otherwise(benchmark, small, tmp_path, monkeypatch, capsys):
     curves = benchmark.halved
     monkeypatch.setattr(

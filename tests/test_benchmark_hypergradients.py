@@ -73,6 +73,7 @@ def test_the_report_is_written(small, tmp_path, capsys):
             assert row in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("worst", (0.01, math.nan))
 def test_no_ratio_is_shown_where_results_differ(benchmark, small, monkeypatch, tmp_path, capsys, worst):
     found = iter((0.0, worst))  # of the second work

@@ -43,6 +43,7 @@ def test_a_share_that_is_not_said_is_no_number(profile):
     assert run.reached is None and run.share != run.share
 
 
+@pytest.mark.long
 def test_the_report_is_written(profile, tmp_path, capsys):
     machine = {**import_module("benchmark_machine").describe_machine(), "card": None}
     assert profile.run_profile(tmp_path, machine, trials=2, many=3, epochs=1, repeats=1) == 0

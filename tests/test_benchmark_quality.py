@@ -35,6 +35,7 @@ def work(quality):
     return quality.split(X.astype(np.float32), y, seed=0, trials=3, epochs=3)
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # those of other projects are not ours
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_tells_of_every_candidate(quality, work, name):
@@ -55,6 +56,7 @@ def scores_of(events):
     return found
 
 
+@pytest.mark.long
 def test_scores_of_gputune_are_fold_means_of_the_last_epoch(quality, work):
     work, _ = work
     scores = import_module("benchmark_gputune").train_with_gputune(work).scores.mean(1)
@@ -62,6 +64,7 @@ def test_scores_of_gputune_are_fold_means_of_the_last_epoch(quality, work):
     assert found == {c: [pytest.approx(scores[c])] for c in range(3)}
 
 
+@pytest.mark.long
 def test_scores_of_scikit_learn_are_fold_means_of_its_rungs(quality, work):
     work, _ = work
     folds = import_module("benchmark_work").standardised(work)
@@ -77,6 +80,7 @@ def test_scores_of_scikit_learn_are_fold_means_of_its_rungs(quality, work):
     assert halved == {c: [mean(c, 1), *([mean(c, 3)] if c == best else [])] for c in range(3)}
 
 
+@pytest.mark.long
 def test_scores_of_optuna_are_those_of_the_loop(quality, work):
     pytest.importorskip("optuna")
     work, _ = work
@@ -161,7 +165,7 @@ def test_the_report_is_written(quality, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(quality, "tables", lambda adult: {"digits": load_iris(return_X_y=True)})
     main = import_module("benchmark")
     monkeypatch.setattr(main, "QUALITY_TRIALS", 3)
-    assert main.main(["--quality", "--epochs", "20", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    assert main.main(["--quality", "--epochs", "2", "--repeats", "2", "--out", str(tmp_path)]) == 0
     (numbers,), (page,) = tmp_path.glob("quality-*.json"), tmp_path.glob("quality-*.md")
     whole = json.loads(numbers.read_text())
     assert [(c["search"], c["seed"]) for c in whole["curves"]] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]

@@ -46,6 +46,7 @@ def on_the_curve(descent):
     return np.interp(np.log(descent.values), np.log(descent.grid), descent.losses)
 
 
+@pytest.mark.long
 def test_c_descends_to_the_best_of_the_grid(regression):
     losses = [-trial.score for trial in regression.path]
     assert regression.values[0] == 1 and regression.path[0].origin == (0, 0)
@@ -64,6 +65,7 @@ def test_the_slopes_are_those_of_the_grids_curve(script, regression):
     np.testing.assert_allclose(found, expected, atol=3e-4)
 
 
+@pytest.mark.long
 def test_the_rate_descends_from_a_bad_start(perceptron):
     losses = [-trial.score for trial in perceptron.path]
     assert perceptron.values[0] == 1e-4

@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 
@@ -14,10 +13,11 @@ from sklearn.datasets import load_iris
 
 import gputune
 from command_line import run
+from forked import Fork
 from gputune import interrupting
 from gputune.engine import chunk, stopping
 from gputune.errors import SearchInterrupted
-from moments import at_call, at_finish, environment
+from moments import at_call, at_finish
 
 START = "import sys; from gputune.report.cli import main; sys.exit(main())"
 # Training begins, after the network was tried.
@@ -52,11 +52,7 @@ CTRL_C, TERMINATE = "os.killpg(0, signal.SIGINT)", "os.killpg(0, signal.SIGTERM)
 
 def finish(*arguments, cwd, first=""):
     """Run the command in a process group of its own, as a shell does; return its exit code and outputs."""
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", first + START, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
-        env=environment(COLUMNS="100"),
-    )  # fmt: skip
+    process = Fork(first + START, *arguments, cwd=cwd, COLUMNS="100")
     out, err = process.communicate()
     return process.returncode, out, err
 

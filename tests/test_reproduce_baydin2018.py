@@ -62,6 +62,7 @@ def script(monkeypatch):
     return import_module
 
 
+@pytest.mark.long
 def test_the_table_has_every_row_and_says_what_was_run(ran):
     assert ran.cells.pop(("model", "method")) == ["epoch 1", f"epoch {EPOCHS}", "lr at the end"]
     assert list(ran.cells) == [(model, method) for model in MODELS for method in METHODS]
@@ -70,6 +71,7 @@ def test_the_table_has_every_row_and_says_what_was_run(ran):
     assert "The published numbers are of MNIST and are shown for MNIST only" in ran.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 def test_the_claims_of_the_paper_at_its_rate(ran, model):
     end = {method: float(ran.cells[model, method][1]) for method in METHODS}
@@ -79,6 +81,7 @@ def test_the_claims_of_the_paper_at_its_rate(ran, model):
     assert end["SGD, tuned lr"] < end["SGD-HD"]
 
 
+@pytest.mark.long
 def test_the_curves_are_written_and_are_those_of_the_table(ran):
     losses, rates = rows_of(ran.out / "losses.csv"), rows_of(ran.out / "learning_rates.csv")
     assert len(losses) == len(MODELS) * len(METHODS) * SEEDS * EPOCHS
@@ -94,6 +97,7 @@ def test_the_curves_are_written_and_are_those_of_the_table(ran):
     assert (ran.out / "table.md").read_text() in ran.stdout
 
 
+@pytest.mark.long
 def test_only_hypergradient_descent_moves_the_rate(ran):
     rates = rows_of(ran.out / "learning_rates.csv")
     for model in MODELS.values():
@@ -112,6 +116,7 @@ def test_only_hypergradient_descent_moves_the_rate(ran):
                 assert set(of_seed) == {1e-3}
 
 
+@pytest.mark.long
 def test_the_figure_draws_every_curve_inside_its_panel(ran):
     svg = ElementTree.parse(ran.out / "curves.svg").getroot()
     panels = [r for r in svg.findall(".//{*}rect") if r.get("fill") == "none"]

@@ -39,6 +39,7 @@ def test_every_fold_trains_twenty_steps_an_epoch(script):
     assert not np.array_equal(one.X_out, other.X_out)
 
 
+@pytest.mark.long
 def test_the_schedules_beat_every_draw(results):
     assert [r.search for r in results] == SEARCHES
     schedules, one_rate, *drawn = results
@@ -52,6 +53,7 @@ def test_the_schedules_beat_every_draw(results):
         assert len(r.held_out) == 197 and 0.02 < r.held_out_loss < 0.5
 
 
+@pytest.mark.long
 def test_few_draws_are_the_first_of_many(script, results):
     few, many = results[2:]
     assert many.loss <= few.loss

@@ -54,6 +54,7 @@ def test_too_many_workers_wait_for_the_one_process(script):
     assert share == pytest.approx(0.1, rel=0.01)
 
 
+@pytest.mark.long
 def test_a_search_is_measured_and_reported(script):
     with script.connected(2):
         found = script.measure(trials=7, epochs=1)

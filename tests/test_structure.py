@@ -56,19 +56,30 @@ __main__
 """.split()
 
 
-def imported(path):
+@pytest.fixture(scope="module")
+def trees():
+    """The syntax tree of every file, by its layer."""
+    return {layer: ast.parse((PACKAGE / f"{layer}.py").read_text()) for layer in LAYERS}
+
+
+def imported(tree):
     """Modules of gputune that a file imports when it is loaded, as names of layers."""
-    for node in ast.parse(path.read_text()).body:
+    for node in tree.body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gputune"):
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}".removeprefix("gputune.").replace(".", "/")
                 yield whole if whole in LAYERS else node.module.removeprefix("gputune.").replace(".", "/")
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_a_file_imports_only_files_above_it(layer):
-    above = {*LAYERS[: LAYERS.index(layer)], "models"}
-    assert set(imported(PACKAGE / f"{layer}.py")) <= above
+def test_a_file_imports_only_files_above_it(trees):
+    place = {"models": -1, **{layer: i for i, layer in enumerate(LAYERS)}}
+    below = [
+        f"{layer} imports {name}"
+        for layer, tree in trees.items()
+        for name in imported(tree)
+        if place.get(name, len(LAYERS)) >= place[layer]
+    ]
+    assert below == []
 
 
 def test_every_file_is_a_layer():
@@ -78,9 +89,8 @@ def test_every_file_is_a_layer():
     } == set(LAYERS)
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_the_first_line_says_the_idea(layer):
-    assert ast.get_docstring(ast.parse((PACKAGE / f"{layer}.py").read_text()))
+def test_the_first_line_says_the_idea(trees):
+    assert [layer for layer, tree in trees.items() if not ast.get_docstring(tree)] == []
 
 
 def test_models_import_no_gputune():

@@ -65,3 +65,8 @@ def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
     assert "flipped bits: 3 flips, 1 wrong values (0 s)" in capsys.readouterr().out
     monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 0})
     assert torture.main([]) == 0
+
+
+@pytest.mark.long
+def test_the_night(torture):
+    assert torture.main([]) == 0

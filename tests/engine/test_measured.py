@@ -20,7 +20,7 @@ from gputune.engine.population import Population
 from gputune.engine.scoring import make_scoring
 from problems import fill, make_data
 
-DATA = make_data(n=400, d=20, dtype=torch.float32)
+DATA = make_data(n=120, d=20, dtype=torch.float32)
 SCORING = make_scoring(None, DATA.task, np.arange(3))
 
 
@@ -79,7 +79,7 @@ class Wide(nn.Module):
         self.outer = nn.Linear(n_features, n_outputs)
 
     def forward(self, x):
-        seen = self.inner(x.unsqueeze(-1).repeat(1, 1, 200).unsqueeze(-1)).tanh()
+        seen = self.inner(x.unsqueeze(-1).repeat(1, 1, 50).unsqueeze(-1)).tanh()
         return self.outer(seen.squeeze(-1).mean(-1))
 
 
@@ -92,9 +92,9 @@ def test_a_line_through_two_sizes_foretells_the_peak_of_many_trials(width, sizes
 
 
 def test_a_module_is_measured_too():
-    group = population(*({"batch_size": 32} for _ in range(40)), kind="module")
+    group = population(*({"batch_size": 32} for _ in range(16)), kind="module")
     need = measure_need(job(Wide), DATA, group, peak)
-    assert need.once + 40 * need.trial == pytest.approx(whole_peak(group, Wide), rel=0.05)
+    assert need.once + 16 * need.trial == pytest.approx(whole_peak(group, Wide), rel=0.05)
     size = sum(p.numel() for p in Wide(20, 3).parameters())
     assert need.trial > 5 * trial_cost(group, DATA, size).trial_bytes  # what an estimate cannot know
 
@@ -107,13 +107,13 @@ def test_the_largest_batches_are_measured():
 
 
 def test_the_plan_goes_by_what_was_measured():
-    group = population(*({"batch_size": 32} for _ in range(40)), kind="module")
+    group = population(*({"batch_size": 32} for _ in range(16)), kind="module")
     need = measure_need(job(Wide), DATA, group, peak)
-    room = need.once + 10 * need.trial + 1
+    room = need.once + 4 * need.trial + 1
     measure = partial(measure_need, job(Wide), DATA, peak=peak)
     common = {"epochs": 3, "memory": None, "workers": 1, "parameters": 65, "free": round(room / 0.8)}
     plan = make_plan([group], DATA, measure=lambda found, most: measure(found, most=most), **common)
-    assert [len(chunk.index) for chunk in plan.chunks] == [10] * 4
+    assert [len(chunk.index) for chunk in plan.chunks] == [4] * 4
     assert max(whole_peak(plan.chunks[i], Wide) for i in (0, -1)) <= 1.01 * room
     assert len(make_plan([group], DATA, **common).chunks) == 1  # the estimate would have taken them all
 

@@ -4,8 +4,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 
@@ -14,6 +12,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
+from forked import Fork
 from gputune.callbacks import Callback
 from gputune.engine import chunk as chunks
 from gputune.engine.checkpoint import CheckpointFolder
@@ -288,7 +287,7 @@ study = gputune.tune("mlp", X, y, **CALL, workers=2, study=FOLDER / "s.db", chec
 
 def test_a_killed_search_with_workers_goes_on(tmp_path, iris):
     script = f"import pathlib\nFOLDER = pathlib.Path({str(tmp_path)!r})\n{SCRIPT}"
-    process = subprocess.Popen([sys.executable, "-P", "-c", script], start_new_session=True)
+    process = Fork(script)
     state = tmp_path / "s.db.state"
     while len(list(state.glob("*.safetensors"))) < 2:  # one of each process
         assert process.poll() is None

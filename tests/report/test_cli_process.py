@@ -12,6 +12,7 @@ import pytest
 
 import gputune
 from command_line import FAST, kinds, write_table
+from forked import Fork
 from gputune.native.library import library
 from gputune.report.cli import main
 from gputune.study.store import Store
@@ -32,15 +33,8 @@ class Net(torch.nn.Linear):
 """
 
 
-def start(*arguments, **options):
-    command = [sys.executable, "-P", "-c", START, *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "80"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    return subprocess.Popen(command, **{**pipes, **options})
-
-
-def finish(*arguments, **options):
-    process = start(*arguments, **options)
+def finish(*arguments, cwd):
+    process = Fork(START, *arguments, cwd=cwd, COLUMNS="80")
     out, err = process.communicate()
     return process.returncode, out, err
 
@@ -67,9 +61,10 @@ def test_a_model_predicts_in_a_new_process(tmp_path):
     code, out, err = finish("tune", "sklearn:iris", "--out", "out", *FAST, cwd=tmp_path)
     assert (code, err) == (0, "")
     assert max(map(len, out.split("\n"))) <= 80
-    code, out, err = finish("predict", "out/model", "sklearn:iris", cwd=tmp_path)
-    assert (code, err) == (0, "")
-    assert out.split("\n") == [
+    command = [sys.executable, "-P", "-m", "gputune", "predict", "out/model", "sklearn:iris"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split("\n") == [
         "target",
         *gputune.load_model(tmp_path / "out/model").predict("sklearn:iris"),
         "",
@@ -91,7 +86,7 @@ def test_a_module_of_a_file_predicts_in_a_new_process(tmp_path):
 
 def test_a_reader_that_stops_reading_ends_it_quietly(tmp_path):
     assert finish("tune", "sklearn:iris", "--out", "out", *FAST, cwd=tmp_path)[0] == 0
-    process = start("trials", "out", "--format", "csv", cwd=tmp_path)
+    process = Fork(START, "trials", "out", "--format", "csv", cwd=tmp_path)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1

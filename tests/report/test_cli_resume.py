@@ -2,8 +2,6 @@
 
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from sklearn.model_selection import GroupKFold
 
 import gputune
 from command_line import FAST, kinds, run, write_table
+from forked import Fork
 from gputune.again import search_again
 from gputune.data.packed import pack_folds, unpack_folds
 from gputune.model_choice import choose_model
@@ -26,7 +25,7 @@ from gputune.search.optuna_space import translated
 from gputune.search.space import check_space, legal_keys, space_text
 from gputune.search.space_again import space_again, space_values
 from gputune.study.store import Store
-from moments import at_finish, environment
+from moments import at_finish
 from study_processes import done, table
 
 NET = """
@@ -112,9 +111,9 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
 def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
     options = ["--trials", "10", "--epochs", "4", "--memory", "1KB", "--workers", "1", "-q"]
     killed = at_finish(3, "os.kill(os.getpid(), signal.SIGKILL)")
-    script = killed + "from gputune.report.cli import main; main()"
-    command = [sys.executable, "-P", "-c", script, "tune", "sklearn:iris", "--out", "out", *options]
-    assert subprocess.run(command, cwd=tmp_path, env=environment()).returncode == -signal.SIGKILL
+    script = killed + "import sys; from gputune.report.cli import main; main(sys.argv[1:])"
+    command = Fork(script, "tune", "sklearn:iris", "--out", "out", *options, cwd=tmp_path)
+    assert command.wait() == -signal.SIGKILL
     path = tmp_path / "out" / "study.db"
     assert done(path) == 3
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import polars
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gputune
@@ -15,9 +15,6 @@ from gputune.report.arguments import make_parser
 
 QUICK = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
 FEW = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "-q"]
-SETTINGS = settings(
-    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
 
 
 def searched(X, y):
@@ -69,7 +66,6 @@ def frames(draw):
     return frame, draw(st.lists(st.sampled_from(["a", "b"]) | CELLS, min_size=rows, max_size=rows))
 
 
-@SETTINGS
 @given(frames())
 def test_any_frame_is_searched_or_refused_in_words(case):
     frame, y = case
@@ -148,7 +144,7 @@ def searched_folder(tmp_path_factory):
 def test_random_command_lines_show_no_traceback(searched_folder):
     codes = []
 
-    @settings(SETTINGS, max_examples=400)
+    @settings(max_examples=3 * settings.default.max_examples)
     @given(command_lines())
     def run_one(words):
         quick = [*FEW, "--out", "out"] if words[0] == "tune" else []

@@ -13,13 +13,20 @@ from gputune.sklearn import (
     NeuralNetRegressor,
 )
 
+SIZE = {"width": 16, "depth": 1, "lr": 0.02, "max_epochs": 60, "random_state": 0}
+SCIKIT_LEARNS = {"hidden_layer_sizes": (16,), "learning_rate_init": 0.02, "max_iter": 60, "random_state": 0}
+NET = {"module": Net, "module__hidden": 16, "optimizer": "adam", "max_epochs": 40, "random_state": 0}
+# One of each class of which the others are a spelling or a sibling.
 ESTIMATORS = [
     LogisticRegression(),
-    MLPClassifier(width=16, depth=1, lr=0.02, max_epochs=60, random_state=0),
-    MLPClassifier((16,), learning_rate_init=0.02, max_iter=60, alpha=1e-3, random_state=0),
-    MLPRegressor(width=16, depth=1, lr=0.02, max_epochs=60, random_state=0),
-    NeuralNetClassifier(Net, module__hidden=16, optimizer="adam", lr=0.05, max_epochs=40, random_state=0),
-    NeuralNetRegressor(Net, module__hidden=16, optimizer="adam", lr=0.02, max_epochs=40, random_state=0),
+    MLPClassifier(**SIZE),
+    MLPRegressor(**SCIKIT_LEARNS),
+    NeuralNetClassifier(**NET, lr=0.05),
+]
+OTHERS = [
+    MLPClassifier(**SCIKIT_LEARNS, alpha=1e-3),
+    MLPRegressor(**SIZE),
+    NeuralNetRegressor(**NET, lr=0.02),
 ]
 
 
@@ -30,7 +37,14 @@ def test_scikit_learns_check(estimator, check):
     check(estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: type(e).__name__)
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@parametrize_with_checks(OTHERS)
+def test_scikit_learns_check_of_the_others(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS + OTHERS, ids=lambda e: type(e).__name__)
 def test_no_tag_excuses_anything(estimator):
     tags = get_tags(estimator)
     assert not (tags.no_validation or tags.non_deterministic or tags._skip_test)

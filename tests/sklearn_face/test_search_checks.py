@@ -20,15 +20,19 @@ CLASSIFIER = MLPClassifier(width=16, depth=1, max_epochs=40, random_state=0)
 REGRESSOR = MLPRegressor(width=16, depth=1, max_epochs=40, random_state=0)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression())
 RATES = {"lr": [0.01, 0.02, 0.05]}  # no distribution, whose address would be in the names of the tests
+PENALTIES = {"logisticregression__C": [0.5, 2.0]}
+DESCENT = {"n_iter": 1, "outer_steps": 1, "cv": 2}
 SEARCHES = [
     RandomizedSearchCV(CLASSIFIER, RATES, n_iter=2, cv=2, random_state=0),
-    RandomizedSearchCV(REGRESSOR, RATES, n_iter=2, cv=2, random_state=0),
-    GridSearchCV(PIPELINE, {"logisticregression__C": [0.5, 2.0]}, cv=2),
-    HalvingRandomSearchCV(CLASSIFIER, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
+    GridSearchCV(PIPELINE, PENALTIES, cv=2),
     HalvingRandomSearchCV(REGRESSOR, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
-    HypergradientSearchCV(CLASSIFIER, RATES, n_iter=1, outer_steps=1, cv=2, random_state=0),
-    HypergradientSearchCV(REGRESSOR, RATES, n_iter=1, outer_steps=1, cv=2, random_state=0),
-    HypergradientSearchCV(PIPELINE, {"logisticregression__C": [0.5]}, n_iter=1, outer_steps=1, cv=2),
+    HypergradientSearchCV(REGRESSOR, RATES, **DESCENT, random_state=0),
+]
+OTHERS = [
+    RandomizedSearchCV(REGRESSOR, RATES, n_iter=2, cv=2, random_state=0),
+    HalvingRandomSearchCV(CLASSIFIER, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
+    HypergradientSearchCV(CLASSIFIER, RATES, **DESCENT, random_state=0),
+    HypergradientSearchCV(PIPELINE, {"logisticregression__C": [0.5]}, **DESCENT),
 ]
 
 
@@ -39,7 +43,14 @@ def test_scikit_learns_check(estimator, check):
     check(estimator)
 
 
-@pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@parametrize_with_checks(OTHERS)
+def test_scikit_learns_check_of_the_others(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.parametrize("search", SEARCHES + OTHERS, ids=lambda s: type(s).__name__)
 def test_no_tag_excuses_anything(search):
     tags = get_tags(search)
     assert not (tags.no_validation or tags.non_deterministic or tags._skip_test)

@@ -113,13 +113,18 @@ class Branching(nn.Module):
         return self.layer(x) if x.sum() > 0 else -self.layer(x)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float64}
+
+
 @pytest.mark.parametrize(
-    ("frame", "options"),
+    ("frame", "options", "suffix"),
     [
-        (NUMBERS, {}),
-        (NUMBERS, {"numbers": "quantile", "classes": None}),
-        (FRAME, {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float64}),
+        (NUMBERS, {}, ".onnx"),
+        (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
+        (FRAME, USERS, ".onnx"),
+        (FRAME, USERS, ".pt2"),
+        pytest.param(NUMBERS, {}, ".pt2", marks=pytest.mark.long),
+        pytest.param(NUMBERS, {"numbers": "quantile", "classes": None}, ".pt2", marks=pytest.mark.long),
     ],
 )
 def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):

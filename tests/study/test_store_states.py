@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -128,11 +128,4 @@ class StoreStates(RuleBasedStateMachine):
 
 
 TestStoreStates = StoreStates.TestCase
-TestStoreStates.settings = settings(
-    max_examples=25,
-    stateful_step_count=25,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestStoreStates.settings = settings(max_examples=settings.default.max_examples // 3, stateful_step_count=25)
