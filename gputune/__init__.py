@@ -20,17 +20,17 @@ from gputune.errors import (
 from gputune.version import __version__
 
 if TYPE_CHECKING:
-    from gputune.engine.ray_connection import Ray
+    from gputune.executors.ray_connection import Ray
     from gputune.hypergradients.hypergradient import hypergradient
-    from gputune.pipeline import tune
+    from gputune.search.descent import Hypergradient
     from gputune.search.distributions import log_int
     from gputune.search.halving import Halving
-    from gputune.search.hypergradient import Hypergradient
     from gputune.search.median import Median
     from gputune.search.optuna_sampler import OptunaSampler
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
     from gputune.study.study import Study, Trial
+    from gputune.tuning.pipeline import tune
 
 __all__ = [
     "ClusterError",
@@ -59,10 +59,10 @@ __all__ = [
 
 _HOMES = {
     "Halving": "gputune.search.halving",
-    "Hypergradient": "gputune.search.hypergradient",
+    "Hypergradient": "gputune.search.descent",
     "Median": "gputune.search.median",
     "OptunaSampler": "gputune.search.optuna_sampler",
-    "Ray": "gputune.engine.ray_connection",
+    "Ray": "gputune.executors.ray_connection",
     "Study": "gputune.study.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",
@@ -73,7 +73,7 @@ _HOMES = {
     "models": "gputune.models",
     "optim": "gputune.optim",
     "sklearn": "gputune.sklearn",
-    "tune": "gputune.pipeline",
+    "tune": "gputune.tuning.pipeline",
 }
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")

@@ -2,7 +2,7 @@
 
 import sys
 
-from gputune.report.cli import main
+from gputune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

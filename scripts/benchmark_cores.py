@@ -16,7 +16,7 @@ from benchmark_work import Fold, Outcome, Trial, Work, standardised
 from joblib.externals.loky import get_reusable_executor
 from threadpoolctl import threadpool_limits
 
-from gputune.engine.processes import idle
+from gputune.executors.processes import idle
 
 Fit = Callable[[Fold, Trial, int], float]
 """Rows of one fold, one trial, epochs -> accuracy on the validation rows after the last epoch."""

@@ -17,15 +17,14 @@ from torch import Tensor
 from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import read_source
-from gputune.engine.chunk import make_network
+from gputune.engine.job import make_network
 from gputune.engine.population import complete, populations
 from gputune.engine.train import Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_training
 from gputune.hypergradients.differences import differences
 from gputune.hypergradients.unrolled import Hypergradients, forward, reverse, train_plainly
-from gputune.model_choice import ModelChoice, choose_model
-from gputune.options import Options
-from gputune.problem import make_problem
+from gputune.tuning.options import Options
+from gputune.tuning.problem import ModelChoice, choose_model, make_problem
 
 FOLDS, BATCH, STEPS_AN_EPOCH, EPOCHS = 5, 64, 10, 5
 RATES = {"sgd": (1e-2, 1e-1), "adam": (1e-3, 1e-2)}  # a calm range of learning rates

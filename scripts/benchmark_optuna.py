@@ -21,7 +21,7 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_digits
 
 import gputune
-from gputune.search.asking import Asking
+from gputune.search.optuna_sampler import Asking
 from gputune.search.optuna_space import as_optuna, describe
 from gputune.study.study import Study
 

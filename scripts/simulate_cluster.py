@@ -26,7 +26,7 @@ import ray
 from sklearn.datasets import load_digits
 
 import gputune
-from gputune.engine import ray_workers
+from gputune.executors import ray_cluster
 from gputune.study.store import Store
 
 SIZES = (1, 2, 10, 100, 1000)
@@ -66,7 +66,7 @@ class Watch:
         self.data_bytes = 0
 
     def __enter__(self) -> "Watch":
-        self._kept = (ray.wait, ray_workers._Run._submit, ray_workers._Run._outcomes, ray_workers.to_arrays)
+        self._kept = (ray.wait, ray_cluster._Run._submit, ray_cluster._Run._outcomes, ray_cluster.to_arrays)
         wait, submit, outcomes, to_arrays = self._kept
 
         def timed_wait(*arguments: Any, **options: Any) -> Any:
@@ -92,12 +92,12 @@ class Watch:
             self.data_bytes = sum(t.nbytes for t in vars(data).values() if hasattr(t, "nbytes"))
             return to_arrays(data)
 
-        ray.wait, ray_workers.to_arrays = timed_wait, counted
-        ray_workers._Run._submit, ray_workers._Run._outcomes = timed_submit, timed_outcomes
+        ray.wait, ray_cluster.to_arrays = timed_wait, counted
+        ray_cluster._Run._submit, ray_cluster._Run._outcomes = timed_submit, timed_outcomes
         return self
 
     def __exit__(self, *error: Any) -> None:
-        ray.wait, ray_workers._Run._submit, ray_workers._Run._outcomes, ray_workers.to_arrays = self._kept
+        ray.wait, ray_cluster._Run._submit, ray_cluster._Run._outcomes, ray_cluster.to_arrays = self._kept
 
 
 def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.Study:

@@ -5,7 +5,7 @@ import io
 
 import numpy as np
 
-from gputune.report.cli import main
+from gputune.cli.main import main
 
 FAST = ["--trials", "3", "--epochs", "2", "--cv", "2", "--workers", "1", "--quiet"]
 

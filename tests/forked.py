@@ -12,9 +12,9 @@ from unittest import mock
 
 # In the process that is forked, by its import of this file: all that a search may import.
 IMPORTS = [
-    "gputune.report.cli",
-    "gputune.report.tuning",
-    "gputune.pipeline",
+    "gputune.cli.main",
+    "gputune.cli.tune",
+    "gputune.tuning.pipeline",
     "sklearn.datasets",
     "scipy.stats",
 ]

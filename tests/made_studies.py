@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
-from gputune.options import method_meta
+from gputune.search.descent import Hypergradient
 from gputune.search.halving import Halving
-from gputune.search.hypergradient import Hypergradient
 from gputune.study.study import Study, Trial
+from gputune.tuning.options import method_meta
 
 META = {
     "model": "mlp",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gputune.engine.stopping import Stop
+from gputune.engine.stop import Stop
 
 HERE = Path(__file__).parent
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.backprop import StackedMLP
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.network import Shape
 from gputune.engine.population import complete, populations
 from gputune.engine.train import train

@@ -14,18 +14,18 @@ from sklearn.datasets import load_iris
 import gputune
 from command_line import run
 from forked import Fork
-from gputune import interrupting
-from gputune.engine import chunk, stopping
+from gputune.engine import job, stop
 from gputune.errors import SearchInterrupted
+from gputune.tuning import interrupt
 from moments import at_call, at_finish
 
-START = "import sys; from gputune.report.cli import main; sys.exit(main())"
+START = "import sys; from gputune.cli.main import main; sys.exit(main())"
 # Training begins, after the network was tried.
 TRAINS = """
 import pathlib
 from gputune.engine import chunk
 from moments import at_call
-at_call(chunk, "train", 1, pathlib.Path("trains").touch, before=True)
+at_call(job, "train", 1, pathlib.Path("trains").touch, before=True)
 """
 # A network that does something in its second step, which is in the middle of the first epoch.
 NET = """
@@ -121,9 +121,9 @@ def test_the_second_ctrl_c_does_not(tmp_path):
     ids=["an epoch ends", "an epoch that never ends"],
 )
 def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
-    first = f"from gputune import interrupting; interrupting.GRACE_SECONDS = {grace}; "
+    first = f"from gputune import interrupting; interrupt.GRACE_SECONDS = {grace}; "
     code, out, err = finish_net(tmp_path, do, first=first)
-    assert code == 143 and interrupting.GRACE_SECONDS < 5
+    assert code == 143 and interrupt.GRACE_SECONDS < 5
     assert words in out and "Traceback" not in err
 
 
@@ -237,16 +237,16 @@ class Net(torch.nn.Linear):
             (here / f"begun-{{os.getpid()}}").touch()
             while len(list(here.glob("begun-*"))) < 2:
                 time.sleep(0.01)
-            stopping.time = types.SimpleNamespace(monotonic=lambda: math.inf)
+            stop.time = types.SimpleNamespace(monotonic=lambda: math.inf)
         return super().forward(x)
 """
 
 
 def test_a_timeout_holds_to_an_epoch_with_workers_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "time", stopping.time)  # what the network does to it is undone
+    monkeypatch.setattr(stop, "time", stop.time)  # what the network does to it is undone
     monkeypatch.chdir(tmp_path)
     (tmp_path / "net.py").write_text(LATE.format(here=str(tmp_path), here_pid=os.getpid()))
-    at_call(chunk, "train", 1, (tmp_path / "trains").touch, before=True, patch=monkeypatch.setattr)
+    at_call(job, "train", 1, (tmp_path / "trains").touch, before=True, patch=monkeypatch.setattr)
     code, out, _ = run(
         "tune", "sklearn:iris", "--model", "net.py:Net", "--space", "lr=1e-3..1e-1:log", "--cv", "2",
         "--trials", "20", "--no-default", "--epochs", "1000", "--memory", "1KB", "--workers", "2",

@@ -10,7 +10,7 @@ import torch
 import problems
 import reference
 from gputune.engine import update
-from gputune.engine.backprop import StackedMLP
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train

@@ -22,7 +22,7 @@ from torch import nn
 import gputune
 import reference
 from gputune.data.encode import fit_layout, fit_statistics, transform
-from gputune.data.holdout import hold_out
+from gputune.data.folds import hold_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.engine.population import complete
@@ -703,7 +703,7 @@ def test_a_study_from_before_the_default_counted_goes_on_with_nothing_to_do(tmp_
         monkeypatch.context() as patched
     ):  # as it was: the default one outside of the space, beside n_trials draws
         trials = tuple(Candidate(i, c, "random" if i else "default") for i, c in enumerate(old))
-        patched.setattr("gputune.pipeline.wanted_trials", lambda *_: trials)
+        patched.setattr("gputune.tuning.pipeline.wanted_trials", lambda *_: trials)
         gputune.tune("mlp", *iris, study=path, **options)
     again = gputune.tune("mlp", *iris, study=path, **options)
     assert [trial.params for trial in again.trials] == old

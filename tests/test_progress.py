@@ -9,8 +9,8 @@ from optuna.samplers import RandomSampler
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune import progress
-from gputune.progress import Progress
+from gputune.tuning import progress
+from gputune.tuning.progress import Progress
 
 
 class FakePlan:

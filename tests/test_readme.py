@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gputune.report.cli import main
+from gputune.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

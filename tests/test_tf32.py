@@ -9,9 +9,9 @@ from torch import nn
 
 import gputune
 from command_line import run
-from gputune import options
-from gputune.engine.precision import matrix_products
-from gputune.options import Options, check_tf32
+from gputune.engine.backend import matrix_products
+from gputune.tuning import options
+from gputune.tuning.options import Options, check_tf32
 
 CUDA = torch.device("cuda")
 MATMUL = torch.backends.cuda.matmul

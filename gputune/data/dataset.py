@@ -1,5 +1,10 @@
-"""Checked X and y on one device: what the engine trains on."""
+"""Checked X and y on one device: what the engine trains on.
 
+The rows of folds as short text, for a study file.
+"""
+
+import base64
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +15,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.encode import Layout, Numbers, Statistics, fit_statistics, transform
-from gputune.data.table import as_table, select_rows
+from gputune.data.table import as_table, checked_tensor, first_equal, select_rows
 from gputune.data.target import Target
-from gputune.data.tensors import checked_tensor, first_equal
 from gputune.data.weights import check_weights
 from gputune.types import Task
 
@@ -205,3 +209,23 @@ def _present(target: Target, folds: Sequence[Rows], device: torch.device | str) 
     counts = [np.bincount(target.values[train], minlength=target.n_outputs) for train, _ in folds]
     present = np.stack(counts) > 0
     return None if present.all() else torch.as_tensor(present, device=device)
+
+
+def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
+    """Return (train, valid) row positions as pairs of text; sorted ones take a few bits a row."""
+    return [[_pack(train), _pack(valid)] for train, valid in folds]
+
+
+def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
+    """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
+    return [(_unpack(train), _unpack(valid)) for train, valid in packed]
+
+
+def _pack(rows: np.ndarray) -> str:
+    steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0)
+    return base64.b64encode(zlib.compress(steps.astype("<i8").tobytes())).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")
+    return np.cumsum(steps, dtype=np.int64)

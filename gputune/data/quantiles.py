@@ -1,8 +1,13 @@
-"""The quantile-normal transform: scikit-learn fits it, plain arrays are kept, one function applies it."""
+"""The quantile-normal transform: scikit-learn fits it, plain arrays are kept, one function applies it.
+
+The quantile-normal transform of quantiles.py in operations that torch.export and ONNX both have.
+"""
 
 import numpy as np
+import torch
 from scipy.special import ndtri
 from sklearn.preprocessing import QuantileTransformer
+from torch import Tensor
 
 MAX_QUANTILES = 1000
 
@@ -32,3 +37,74 @@ def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     rank = (above + below) / 2
     rank = np.where(values >= quantiles[-1], 1.0, np.where(values <= quantiles[0], 0.0, rank))
     return np.asarray(np.clip(ndtri(rank), -_LARGEST_NORMAL, _LARGEST_NORMAL))
+
+
+# Wichura's PPND16: numerator and denominator in the middle, and in the tails up to a probability of 1.4e-11, which the
+# bound below keeps away. Constant term first.
+_MIDDLE_ABOVE = (
+    3.3871328727963666080e0, 1.3314166789178437745e2, 1.9715909503065514427e3, 1.3731693765509461125e4,
+    4.5921953931549871457e4, 6.7265770927008700853e4, 3.3430575583588128105e4, 2.5090809287301226727e3,
+)  # fmt: skip
+_MIDDLE_BELOW = (
+    1.0, 4.2313330701600911252e1, 6.8718700749205790830e2, 5.3941960214247511077e3,
+    2.1213794301586595867e4, 3.9307895800092710610e4, 2.8729085735721942674e4, 5.2264952788528545610e3,
+)  # fmt: skip
+_TAIL_ABOVE = (
+    1.42343711074968357734e0, 4.63033784615654529590e0, 5.76949722146069140550e0, 3.64784832476320460504e0,
+    1.27045825245236838258e0, 2.41780725177450611770e-1, 2.27238449892691845833e-2, 7.74545014278341407640e-4,
+)  # fmt: skip
+_TAIL_BELOW = (
+    1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
+    1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9,
+)  # fmt: skip
+_LEAST = 1e-7 - 2.0**-52  # scikit-learn's bound on the probabilities of normal scores
+
+
+def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:
+    """Return (n, R) normal scores of float64 values (n, R) by their quantiles (Q, R): those of ``normal_scores``."""
+    above = _interpolated(values, quantiles)
+    below = 1.0 - _interpolated(-values, -quantiles.flip(0))
+    rank = (above + below) / 2
+    rank = torch.where(values <= quantiles[0], 0.0, rank)
+    return normal_deviate(torch.where(values >= quantiles[-1], 1.0, rank))
+
+
+def normal_deviate(rank: Tensor) -> Tensor:
+    """Return the standard normal deviate of probabilities, which are kept 1e-7 away from 0 and 1.
+
+    Source: Wichura (1988), algorithm AS 241, doi:10.2307/2347330; relative error about 1e-16.
+    """
+    p = torch.minimum(torch.maximum(rank, _double(_LEAST)), _double(1.0 - _LEAST))
+    q = p - 0.5
+    r = _double(0.180625) - q * q
+    middle = q * _polynomial(r, _MIDDLE_ABOVE) / _polynomial(r, _MIDDLE_BELOW)
+    r = (-torch.minimum(p, 1.0 - p).log()).sqrt() - _double(1.6)
+    tail = _polynomial(r, _TAIL_ABOVE) / _polynomial(r, _TAIL_BELOW)
+    return torch.where(q.abs() <= _double(0.425), middle, torch.where(q < 0, -tail, tail))
+
+
+def _polynomial(r: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = _double(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        value = value * r + _double(coefficient)
+    return value
+
+
+def _double(number: float) -> Tensor:
+    """Return a number as a tensor: ONNX would be given a plain one in single precision."""
+    return torch.tensor(number, dtype=torch.float64)
+
+
+def _interpolated(values: Tensor, quantiles: Tensor) -> Tensor:
+    """Return (n, R) ranks between 0 and 1, linear between quantiles; anything beyond the outermost ones.
+
+    The last quantile that is not above a value is found by binary search, since ONNX has no searchsorted.
+    """
+    last = len(quantiles) - 2
+    at = torch.zeros_like(values, dtype=torch.int64)
+    for bit in reversed(range(max(1, last).bit_length())):
+        further = at + 2**bit
+        fits = (further <= last) & (quantiles.gather(0, further.clamp(max=last)) <= values)
+        at = torch.where(fits, further, at)
+    low, high = quantiles.gather(0, at), quantiles.gather(0, at + 1)
+    return (at.double() + (values - low) / (high - low)) / (len(quantiles) - 1)

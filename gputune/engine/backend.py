@@ -1,9 +1,15 @@
-"""How chunks train here: compiled on a CPU with a C compiler, as recorded graphs where asked for, eagerly otherwise."""
+"""How chunks train here: compiled on a CPU with a C compiler, as recorded graphs where asked for, eagerly otherwise.
+
+How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
-from gputune.engine.optim import RULES
 from gputune.engine.population import ModelKind
+from gputune.engine.rules import RULES
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError, library
 from gputune.native.work import OPTIMIZERS
@@ -46,3 +52,20 @@ def trains_as(backend: Backend, kind: ModelKind, config: Config) -> Backend:
     if backend == "compiled":
         return "compiled" if config["optimizer"] in OPTIMIZERS and config["depth"] <= _DEEPEST else "eager"
     return backend if config["optimizer"] in RULES else "eager"
+
+
+@contextmanager
+def matrix_products(*, tf32: bool) -> Iterator[None]:
+    """Let matrix products of a GPU round their factors to TF32 (10 bits of mantissa) inside; as set before otherwise.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#tensorfloat-32-tf32-on-ampere-and-later-devices
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if tf32:
+        matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        if tf32:
+            matmul.fp32_precision = before

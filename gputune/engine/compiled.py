@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backprop import StackedMLP, dropout_draw
 from gputune.engine.batches import row_order
+from gputune.engine.mlp import StackedMLP, dropout_draw
 from gputune.engine.network import Network
-from gputune.engine.optim import n_moments
+from gputune.engine.rules import n_moments
 from gputune.engine.scores import accuracy
 from gputune.engine.scoring import Scoring
 from gputune.native.library import library

@@ -11,9 +11,8 @@ from gputune.engine.batches import Batches, Step
 from gputune.engine.blocks import Blocks
 from gputune.engine.network import Network
 from gputune.engine.online import OnlineHyper, OnlineUpdate
-from gputune.engine.scoring import Scoring
+from gputune.engine.scoring import Scoring, Validation
 from gputune.engine.update import Hyper, Update, schedule_factor
-from gputune.engine.validation import Validation
 from gputune.types import ONLINE, Config
 
 

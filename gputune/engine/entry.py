@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from gputune.engine.stopping import ask_all
+from gputune.engine.stop import ask_all
 
 Given = ParamSpec("Given")
 Value = TypeVar("Value")

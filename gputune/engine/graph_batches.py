@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backprop import StackedMLP, dropout_draw
 from gputune.engine.batches import Batch, Batches
+from gputune.engine.mlp import StackedMLP, dropout_draw
 
 _DRAW_BYTES = 64 << 20  # of dropout's draws that are made ahead; a buffer of them waits for the device once
 

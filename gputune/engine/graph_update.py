@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gputune.engine.blocks import Blocks
-from gputune.engine.optim import BETA1, BETA2, EPS, n_moments
+from gputune.engine.rules import BETA1, BETA2, EPS, n_moments
 from gputune.types import Config
 
 Amount = float | Tensor

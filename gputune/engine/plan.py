@@ -15,10 +15,10 @@ import torch
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.cost import Cost, trial_cost
-from gputune.engine.measured import Need
+from gputune.engine.memory import Need
 from gputune.engine.population import Population
 from gputune.errors import InputError
-from gputune.report.text import count, size_words
+from gputune.text import count, size_words
 from gputune.types import Backend
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from gputune.data.dataset import Dataset
-from gputune.engine.chunk import BegunChunk, Job, Outcome, Progress, train_chunk
+from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.population import Population
 from gputune.engine.train import State
 from gputune.scratch import scratch_folder

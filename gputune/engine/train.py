@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
-from gputune.engine.backprop import StackedMLP
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
 from gputune.engine.eager import EagerChunk
 from gputune.engine.graph import GraphChunk
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.network import Network
 from gputune.engine.scoring import Scoring
 from gputune.types import Backend, Config

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.engine.exact import solve
-from gputune.engine.solved import solved_module
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import HypergradientResult
 from gputune.models import LogisticRegression
+from gputune.solver.job import solved_module
+from gputune.solver.solve import solve
 
 
 def differentiate_minimum(

@@ -25,8 +25,8 @@ from gputune.hypergradients.memory import Need, free_bytes, measure
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
 from gputune.hypergradients.result import HypergradientResult
 from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
-from gputune.report.text import size_words
 from gputune.seeding import GLOBAL_DRAWS
+from gputune.text import size_words
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 

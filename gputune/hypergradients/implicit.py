@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.data.dataset import Dataset
-from gputune.engine.exact import Solution
-from gputune.engine.logistic import Point, Rows, point_at, product, rows_of
-from gputune.engine.solved import solve_all
 from gputune.errors import InputError
+from gputune.solver.job import solve_all
+from gputune.solver.objective import Point, Rows, point_at, product, rows_of
+from gputune.solver.solve import Solution
 from gputune.types import Config
 
 BLOCK = 512  # training rows whose curvature is held at once

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gputune.engine.module import layers_of
 from gputune.engine.stateless import Stateless
-from gputune.engine.vmap import layers_of
 from gputune.errors import InputError
 from gputune.hypergradients.curvature import nodes
 from gputune.hypergradients.inner import Clock

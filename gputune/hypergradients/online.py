@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gputune.errors import InputError
-from gputune.hypergradients.online_arguments import Group, checked
+from gputune.hypergradients.arguments import Group, checked
 
 __all__ = ["SGDHD", "AdamHD", "AdamWHD"]
 

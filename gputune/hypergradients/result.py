@@ -1,9 +1,43 @@
-"""What hypergradient() returns."""
+"""When a hypergradient is noise: training at too large a rate is chaotic, and its slope says nothing.
 
+There a change of the weights grows at every step, the hypergradient with it (to 1e30 and beyond), while the
+validation loss may still look harmless. Forward mode sees the growth in the tangent ratio, the largest
+|d weights / d log hyperparameter| / |weights| of any step; reverse mode in its transpose, how much larger a relative
+change of the weights weighs in the validation loss before some step than after the last. Metz et al. (2021,
+arXiv:2111.05803) describe the effect.
+
+What hypergradient() returns.
+
+Where the loss on held-out rows has no slope: they have a class that the training rows lack.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from gputune.hypergradients.guard import CHAOTIC
+import torch
+from torch import Tensor
+
+from gputune.errors import InputError
 from gputune.types import Params
+
+CHAOTIC = 100.0
+"""Ratio above which a hypergradient is taken for noise.
+
+Measured on a 10-32-32-3 tanh network over 300 steps: up to 20, finite differences in double precision agree to 1e-6;
+from some hundreds on they differ from 1e-3 to 1, and single from double precision as much.
+"""
+
+
+def chaotic(ratio: Tensor) -> Tensor:
+    """Return which members are chaotic, or no longer finite."""
+    return ~(ratio <= CHAOTIC)
+
+
+def usable(ratio: Tensor, gradients: dict[str, Tensor]) -> Tensor:
+    """Return which members (P,) have finite gradients that are not noise."""
+    finite = [table.isfinite().flatten(1).all(1) for table in gradients.values()]
+    return ~chaotic(ratio) & torch.stack(finite).all(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,3 +76,17 @@ class HypergradientResult:
     def chaotic(self) -> bool:
         """Whether training amplifies changes so much that the gradient is noise."""
         return not self.ratio <= CHAOTIC
+
+
+def check_classes(fold: int, valid: Iterable[Any], train: Iterable[Any], *, weighed: bool = False) -> None:
+    """Raise InputError where the validation rows of a fold have a class of which it trains on no row.
+
+    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a weight above 0.
+    """
+    if lacking := set(valid) - set(train):
+        weighing = " with sample_weight above 0" if weighed else ""
+        raise InputError(
+            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which it has no "
+            f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
+            "fewer of them, or leave the class out."
+        )

@@ -1,9 +1,14 @@
-"""The report of a study: one page of HTML that needs no network, no other file and no right to run anything else."""
+"""The table of trials as columns of JSON, best first, short enough for ten thousand trials on one page.
+
+The report of a study: one page of HTML that needs no network, no other file and no right to run anything else.
+"""
 
 import base64
 import hashlib
+import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -12,21 +17,98 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from gputune.analysis.importance import Importance, importance
 from gputune.errors import InputError
-from gputune.report.again import again_code
 from gputune.report.charts.curves import curves_chart, folds_note
-from gputune.report.charts.importance import WEAK, importance_chart
 from gputune.report.charts.parallel import Parallel, parallel_chart
-from gputune.report.charts.paths import path_charts
+from gputune.report.charts.paths import WEAK, importance_chart, path_charts
 from gputune.report.charts.slices import history_chart, slice_charts
-from gputune.report.endings import endings
-from gputune.report.facts import best_trial, check_model, facts, setting
-from gputune.report.rows import as_json, table_columns
-from gputune.report.text import clean
-from gputune.study.folder import write_text
+from gputune.report.facts import best_trial, check_model, endings, facts, setting
+from gputune.report.snippet import again_code
+from gputune.study.model_folder import write_text
 from gputune.study.study import Study
+from gputune.text import clean, short
 from gputune.version import __version__
+from gputune.views.importance import Importance, importance
+from gputune.views.scores import shown_scores
+
+BUDGET = 1_100_000
+"""Characters of the table; what is worse by rank is left out beyond them."""
+
+_DIGITS = 5
+
+
+def table_columns(study: Study) -> tuple[list[dict[str, Any]], int]:
+    """Return the columns and the number of trials in them.
+
+    A column has a "key", a "label", its "values" in rank order (null where there is none), and for words "levels",
+    whose places are its values. Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
+    """
+    rows = len(study.trials)
+    while True:
+        columns = _columns(study, rows)
+        size = len(as_json(columns))
+        if size <= BUDGET or rows == 0:
+            return columns, rows
+        rows = min(rows - 1, int(rows * BUDGET / size))
+
+
+def as_json(value: Any) -> str:
+    """Return JSON that can stand within a script element: it has no character that HTML reads."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _columns(study: Study, rows: int) -> list[dict[str, Any]]:
+    trials = study.ranking()[:rows]
+    measure = shown_scores(study).measure
+    sign, decimals = (-1.0 if measure.lower_is_better else 1.0), measure.decimals
+    scores = _numbers([sign * trial.score for trial in trials], decimals)
+    errors = _numbers([trial.std_error for trial in trials], decimals)
+    epochs = [trial.best_epoch if math.isfinite(trial.score) else None for trial in trials]
+    seconds = _numbers([trial.seconds for trial in trials], 2)
+    columns = [
+        {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
+        _cell_words("state", "state", [trial.state for trial in trials]),
+        {"key": "score", "label": measure.name, "decimals": decimals, "first": int(-sign), "values": scores},
+        {"key": "error", "label": "± error", "decimals": decimals, "values": errors},
+        {"key": "epoch", "label": "epoch", "values": epochs},
+        {"key": "seconds", "label": "seconds", "decimals": 2, "values": seconds},
+    ]
+    if any(trial.origin_text != "random" for trial in trials):
+        columns.append(_cell_words("origin", "origin", [trial.origin_text for trial in trials]))
+    names = dict.fromkeys(name for trial in study.trials for name in trial.params)
+    return columns + [_parameter(name, [trial.params for trial in trials]) for name in names]
+
+
+def _parameter(name: str, params: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    key, label = f"params_{name}", clean(name)
+    given = [config.get(name) for config in params]
+    if all(value is None or _is_number(value) for value in given):
+        return {"key": key, "label": label, "values": [_short_number(value, _DIGITS) for value in given]}
+    return _cell_words(key, label, [short(config[name]) if name in config else None for config in params])
+
+
+def _cell_words(key: str, label: str, texts: Sequence[str | None]) -> dict[str, Any]:
+    levels = sorted({clean(text) for text in texts if text is not None})
+    place = {text: position for position, text in enumerate(levels)}
+    values = [None if text is None else place[clean(text)] for text in texts]
+    return {"key": key, "label": label, "levels": levels, "values": values}
+
+
+def _numbers(values: Sequence[float], decimals: int) -> list[float | None]:
+    return [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
+
+
+def _short_number(value: Any, digits: int) -> int | float | None:
+    if value is None or isinstance(value, int):
+        return value
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def _is_number(value: Any) -> bool:
+    """A number that JSON has: infinity is shown as a word."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
 
 FIRST_ROWS = 25
 """Rows of the table that the page shows before its script runs, and on a page of the table."""

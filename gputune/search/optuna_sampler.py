@@ -1,11 +1,22 @@
-"""The options of a search whose configurations one of Optuna's samplers proposes."""
+"""The options of a search whose configurations one of Optuna's samplers proposes.
 
+An Optuna study in memory, in which a copy of the user's sampler is asked for configurations and told scores.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from gputune.errors import InputError
 from gputune.extras import import_extra
+from gputune.search.config import check_config
 from gputune.search.halving import Halving
+from gputune.search.optuna_space import as_optuna, describe, label, of_label
+from gputune.search.space import Space
+from gputune.study.store import Result
+from gputune.types import Config
 
 
 @dataclass(frozen=True)
@@ -45,3 +56,93 @@ class OptunaSampler:
             raise InputError(
                 f"OptunaSampler(halving=...) must be gputune.Halving(...) or None, got {self.halving!r}."
             )
+
+
+class Asking:
+    """One conversation with a sampler over one space, whose scores are maximized."""
+
+    def __init__(self, sampler: Any, space: Space, *, reseed: bool = False) -> None:
+        self.optuna = import_extra("optuna", extra="optuna", used_by="OptunaSampler")
+        self.choices = check_askable(space)
+        self.distributions = {key: as_optuna(part) for key, part in describe(self.choices).items()}
+        own = copy.deepcopy(sampler)
+        if reseed:
+            own.reseed_rng()
+        with _quiet(self.optuna):
+            self.study = self.optuna.create_study(sampler=own, direction="maximize")
+
+    def ask(self, params: Config | None = None) -> tuple[Any, Config]:
+        """Return Optuna's trial and its configuration: what the sampler proposes, or ``params`` in its place."""
+        if params is not None:
+            self.study.enqueue_trial(self._labelled(params))
+        trial = self.study.ask(self.distributions)
+        proposed = {
+            key: of_label(value, choices) if isinstance(choices := self.choices[key], list) else value
+            for key, value in trial.params.items()
+        }
+        return trial, check_config(proposed, name="a proposal of the sampler")
+
+    def tell(self, trial: Any, result: Result) -> None:
+        """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
+        state = self._state(result)
+        if state == self.optuna.trial.TrialState.PRUNED:
+            for epoch, value in enumerate(result.curve.mean(1).tolist(), 1):
+                trial.report(value, epoch)
+        complete = state == self.optuna.trial.TrialState.COMPLETE
+        self.study.tell(trial, result.score if complete else None, None if complete else state)
+
+    def add(self, params: Config, result: Result) -> bool:
+        """Tell a result that was not asked for; False where its configuration is not one of the space."""
+        if params.keys() != self.distributions.keys():
+            return False
+        state = self._state(result)
+        failed = state == self.optuna.trial.TrialState.FAIL
+        try:
+            told = self.optuna.trial.create_trial(
+                state=state,
+                value=None if failed else result.score,
+                params=self._labelled(params),
+                distributions=self.distributions,
+                intermediate_values=dict(enumerate(result.curve.mean(1).tolist(), 1)),
+            )
+        except ValueError:  # Optuna's own check of each value
+            return False
+        self.study.add_trial(told)
+        return True
+
+    def _labelled(self, params: Config) -> Config:
+        return {
+            key: label(params[key]) if isinstance(self.choices[key], list) else params[key]
+            for key in self.distributions
+        }
+
+    def _state(self, result: Result) -> Any:
+        states = self.optuna.trial.TrialState
+        return {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[result.state]
+
+
+def check_askable(space: Space) -> Any:
+    """Return the one dict of a space that a sampler can be asked for; InputError for another space."""
+    if len(space) > 1:
+        raise InputError(
+            f"space must be one dict for an Optuna sampler, got a list of {len(space)}; search each by itself, or use "
+            "method='random'."
+        )
+    if "penalty" in space[0]:
+        raise InputError(
+            "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler: 0 is l2, 1 is "
+            "l1, C=inf is none."
+        )
+    describe(space[0])
+    return space[0]
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Leave out what Optuna says about a new study."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

@@ -10,11 +10,11 @@ from sklearn.model_selection import ParameterSampler
 from sklearn.utils import check_random_state
 
 from gputune.errors import InputError
-from gputune.report.text import count
 from gputune.search.config import KEYS, check_config
 from gputune.search.distributions import Distribution, LogInt, LogIntegers, Steps
 from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
+from gputune.text import count
 from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
 
 __all__ = ["Candidate", "candidates", "default_space", "draw", "n_counted", "notes", "remarks", "top_up"]

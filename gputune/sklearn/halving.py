@@ -8,11 +8,11 @@ import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection import _search_successive_halving as scikit_learns
 
+from gputune.sklearn.base import TrainedEstimator
 from gputune.sklearn.pipelines import last_step
+from gputune.sklearn.replay import Fit, train
 from gputune.sklearn.running import Candidates, Run, Trained, workers
 from gputune.sklearn.search import FusedSearch
-from gputune.sklearn.tape import Fit, train
-from gputune.sklearn.trained import TrainedEstimator
 from gputune.sklearn.words import MAX_EPOCHS, Begun
 
 _WORDS = ("max_epochs", "max_iter")

@@ -7,12 +7,11 @@ import numpy as np
 from sklearn.base import clone
 
 from gputune.errors import InputError
-from gputune.hypergradients.held_out import check_classes
-from gputune.sklearn.dataset import Rows
-from gputune.sklearn.fused import check_rows
-from gputune.sklearn.layout import Part, form
+from gputune.hypergradients.result import check_classes
+from gputune.sklearn.base import check_rows
+from gputune.sklearn.dataset import Part, Rows, form
 from gputune.sklearn.pipelines import last_step
-from gputune.sklearn.tape import Fit
+from gputune.sklearn.replay import Fit
 
 
 def held_out_part(fitted: Any, train: Part, X: Any, y: Any) -> Part:

@@ -11,10 +11,9 @@ from sklearn.base import is_regressor
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import InputError
-from gputune.search.hypergradient import Hypergradient
+from gputune.search.descent import Hypergradient
 from gputune.sklearn.descended_loss import neg_log_loss
-from gputune.sklearn.descending import Descended, DescentRun
-from gputune.sklearn.moving import moved_names
+from gputune.sklearn.descent import Descended, DescentRun, moved_names
 from gputune.sklearn.running import Run, Trained
 from gputune.sklearn.search import FusedSearch, current_run
 

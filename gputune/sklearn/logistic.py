@@ -14,11 +14,11 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from gputune.errors import InputError
 from gputune.search.config import check_value
+from gputune.sklearn.base import FusedEstimator
 from gputune.sklearn.dataset import Rows
-from gputune.sklearn.fitting import Place
+from gputune.sklearn.fit import Place
 from gputune.sklearn.foreign import LOGISTIC
-from gputune.sklearn.fused import FusedEstimator
-from gputune.sklearn.solving import Penalty, Solved, solve_members
+from gputune.sklearn.solve import Penalty, Solved, solve_members
 from gputune.sklearn.words import Fresh, whole_number
 
 

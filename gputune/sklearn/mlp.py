@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from gputune.sklearn.base import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.foreign import MLP
-from gputune.sklearn.trained import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.words import Fresh, Recipe, mlp_recipe
 
 

@@ -19,12 +19,12 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
-from gputune.sklearn.asking import shared_rows
-from gputune.sklearn.layout import Part
+from gputune.sklearn.dataset import Part
 from gputune.sklearn.pipelines import prepared, why_not_together
+from gputune.sklearn.record import shared_rows
+from gputune.sklearn.replay import Fit, train
 from gputune.sklearn.running import Run, Trained, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
-from gputune.sklearn.tape import Fit, train
 
 
 @dataclass(frozen=True, eq=False)

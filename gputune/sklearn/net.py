@@ -5,9 +5,9 @@ from typing import Any, Self
 
 from torch import nn
 
+from gputune.sklearn.base import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.foreign import NET
-from gputune.sklearn.net_words import net_recipe
-from gputune.sklearn.trained import TrainedClassifier, TrainedEstimator, TrainedRegressor
+from gputune.sklearn.user_module import net_recipe
 from gputune.sklearn.words import Fresh, Recipe
 
 _PREFIX = "module__"

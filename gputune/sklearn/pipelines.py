@@ -9,7 +9,7 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_memory
 
-from gputune.sklearn.fused import FusedEstimator, conductor
+from gputune.sklearn.base import FusedEstimator, conductor
 
 
 def last_step(estimator: Any) -> tuple[str, Any]:

@@ -9,9 +9,9 @@ from joblib.parallel import get_active_backend
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import check_cv
 
-from gputune.sklearn.asking import Hearing, Splits, ask
-from gputune.sklearn.layout import Part
-from gputune.sklearn.tape import Event, Fit, Playing, conducting, train
+from gputune.sklearn.dataset import Part
+from gputune.sklearn.record import Hearing, Splits, ask
+from gputune.sklearn.replay import Event, Fit, Playing, conducting, train
 
 Candidates = Sequence[Mapping[str, Any]]
 

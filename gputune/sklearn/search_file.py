@@ -12,9 +12,9 @@ import torch
 
 from gputune.errors import InputError
 from gputune.sklearn.pipelines import last_step
+from gputune.study.rows import to_json
 from gputune.study.score import State
 from gputune.study.store import Candidate, Result, Store
-from gputune.study.values import to_json
 from gputune.version import __version__
 
 Place = str | os.PathLike[str]

@@ -10,22 +10,29 @@ import torch
 from numpy.typing import NDArray
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.chunk import Outcome
 from gputune.engine.entry import entry
+from gputune.engine.job import Outcome
 from gputune.engine.population import populations
-from gputune.engine.stopping import Stop
-from gputune.engine.workers import run_chunks
-from gputune.hypergradients.chunk import HypergradientJob, Slopes
+from gputune.engine.stop import Stop
+from gputune.executors.workers import run_chunks
+from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
 from gputune.hypergradients.implicit import implicit_gradients
-from gputune.hypergradients.plan import plan_chunks
-from gputune.options import choose_device
-from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, make_dataset, shared_x
-from gputune.sklearn.fitting import Place, configs_for, groups_for, recipes_alike
-from gputune.sklearn.layout import Part, lay_out
+from gputune.sklearn.dataset import (
+    FoldGroup,
+    Part,
+    Rows,
+    as_tensor,
+    group_folds,
+    lay_out,
+    make_dataset,
+    shared_x,
+)
+from gputune.sklearn.fit import Place, configs_for, groups_for, recipes_alike
 from gputune.sklearn.logistic import LogisticRegression
-from gputune.sklearn.solving import Penalty, make_problem, penalties_alike
-from gputune.sklearn.tape import Fit, fits_alike
+from gputune.sklearn.replay import Fit, fits_alike
+from gputune.sklearn.solve import Penalty, make_problem, penalties_alike
 from gputune.sklearn.words import Recipe
+from gputune.tuning.options import choose_device
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""

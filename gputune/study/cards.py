@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from gputune.report.text import clean, count, measure_of, short
+from gputune.text import clean, count, measure_of, short
 
 
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gputune.data.fingerprint import table_size
+from gputune.data.source import table_size
 from gputune.errors import InputError
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
-from gputune.study.database import damaged
-from gputune.study.new_file import DRAFTS
+from gputune.study.database import DRAFTS, damaged
 from gputune.study.store import Candidate, Chunk, Result, Store
 
 # What must be the same for a search to go on in a file. Anything else (device, versions, n_trials) may differ.

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics, transform
-from gputune.data.table import Table, as_table, read_table
-from gputune.data.tensors import checked_tensor, first_equal
+from gputune.data.table import Table, as_table, checked_tensor, first_equal, read_table
 from gputune.errors import InputError
 from gputune.study.cards import model_card
 from gputune.types import Task
@@ -101,7 +100,7 @@ class TunedModel:
         Where all columns of the training data are numbers or booleans: these columns, NaN where a value is missing.
         Else the features that text and dates are made into, see ``Layout``. Raises InputError as ``predict``.
         """
-        from gputune.study.whole_model import encoded
+        from gputune.study.export import encoded
 
         return encoded(self, self._inputs(X))
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics
 from gputune.engine.entry import entry
-from gputune.engine.vmap import materialise
+from gputune.engine.module import materialise
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.seeding import keyed_draws
-from gputune.study.folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
 from gputune.study.model import TunedModel
+from gputune.study.model_folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
 from gputune.study.module_source import (
     class_source,
     find_class,

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gputune.errors import StudyCorruptError
-from gputune.study.database import TABLES, check_file
-from gputune.study.new_file import create_file
+from gputune.study.database import TABLES, check_file, create_file
 from gputune.study.rows import HOW_MANY, Row, candidate_of, checksum, chunk_of, option_of, result_of
 
 _MOST_FAILURES = 20_000

@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from gputune.errors import InputError, StudyCorruptError
-from gputune.study.database import damaged, open_file, transaction, translated
-from gputune.study.new_file import copy_file, create_file
+from gputune.study.database import copy_file, create_file, damaged, open_file, transaction, translated
 from gputune.study.rows import (
     HOW_MANY,
     Candidate,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
-from gputune.report.text import of_class, size_words
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.study.views import StudyViews
+from gputune.text import of_class, size_words
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
@@ -219,7 +219,7 @@ class Study(StudyViews):
         Raises InputError for other rows, saying what differs, for a class that is not trusted, and where rows or
         options are in no file.
         """
-        from gputune.refit import refit
+        from gputune.tuning.refit import refit
 
         return refit(self, X, y, check=check, trust_code=trust_code)
 

@@ -27,43 +27,43 @@ class StudyViews:
 
     def plot_history(self: Any, *, ax: Any = None) -> Any:
         """Score of each trial in the order of their numbers, and the best so far."""
-        from gputune.plots.history import plot_history
+        from gputune.views.plots import plot_history
 
         return plot_history(self, ax)
 
     def plot_curves(self: Any, *, best: int = 5, ax: Any = None) -> Any:
         """Learning curves: the ``best`` trials with one standard deviation over the folds, the others behind."""
-        from gputune.plots.curves import plot_curves
+        from gputune.views.plots import plot_curves
 
         return plot_curves(self, ax, best=best)
 
     def plot_slice(self: Any, parameter: str | None = None, *, ax: Any = None) -> Any:
         """Score against one hyperparameter; without a name an array of Axes, one for each that varied (no ``ax``)."""
-        from gputune.plots.slices import plot_slice
+        from gputune.views.plots import plot_slice
 
         return plot_slice(self, parameter, ax)
 
     def plot_parallel(self: Any, *, ax: Any = None) -> Any:
         """Parallel coordinates: a line a trial through all hyperparameters that varied, its colour the score."""
-        from gputune.plots.parallel import plot_parallel
+        from gputune.views.plots import plot_parallel
 
         return plot_parallel(self, ax)
 
     def plot_importance(self: Any, *, seed: int = 0, ax: Any = None) -> Any:
         """Permutation importance of the hyperparameters, by a random forest on the trials."""
-        from gputune.plots.importance import plot_importance
+        from gputune.views.plots import plot_importance
 
         return plot_importance(self, ax, seed=seed)
 
     def plot_contour(self: Any, x: str | None = None, y: str | None = None, *, ax: Any = None) -> Any:
         """Score over two hyperparameters, the two most important ones without names."""
-        from gputune.plots.contour import plot_contour
+        from gputune.views.plots import plot_contour
 
         return plot_contour(self, x, y, ax)
 
     def plot_path(self: Any, parameter: str | None = None, *, ax: Any = None) -> Any:
         """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a start."""
-        from gputune.plots.path import plot_path
+        from gputune.views.plots import plot_path
 
         return plot_path(self, parameter, ax)
 

@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from gputune.analysis.curves import shown_curves
-from gputune.analysis.descents import descended, descents
-from gputune.analysis.importance import MOST, importance
-from gputune.analysis.parameters import is_log, parameters, varied_parameters
-from gputune.analysis.scores import score_range, shown_scores
 from gputune.errors import InputError
-from gputune.report.text import measure_of
 from gputune.study.study import Study, Trial
+from gputune.text import measure_of
+from gputune.views.descents import descended, descents
+from gputune.views.importance import MOST, importance
+from gputune.views.parameters import is_log, parameters, varied_parameters
+from gputune.views.scores import score_range, shown_curves, shown_scores
 from made_studies import META, made_descent, made_study
 
 ACCURACY, LOSS = measure_of("accuracy", 0.9), measure_of("neg_log_loss", -0.3)

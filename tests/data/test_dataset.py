@@ -11,9 +11,8 @@ from sklearn.model_selection import KFold
 from gputune.data.dataset import make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import all_rows, make_folds
-from gputune.data.table import as_table
+from gputune.data.table import as_table, first_equal
 from gputune.data.target import check_target
-from gputune.data.tensors import first_equal
 
 N = 60
 
@@ -217,6 +216,6 @@ def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
     expected = [int((values == row).all(1).argmax()) for row in values]
     assert first_equal(rows).tolist() == expected
     assert first_equal(torch.eye(5, dtype=dtype)) is None
-    monkeypatch.setattr("gputune.data.tensors._ODD", 0)  # every row has one key
+    monkeypatch.setattr("gputune.data.table._ODD", 0)  # every row has one key
     assert first_equal(torch.eye(5, dtype=dtype)) is None
     assert first_equal(torch.eye(3, dtype=dtype)[[0, 1, 0]]).tolist() == [0, 1, 0]

@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 import torch
 
-from gputune.data.fingerprint import fingerprint
+from gputune.data.source import fingerprint
 from gputune.data.table import as_table, read_table
 from gputune.data.target import check_target
 

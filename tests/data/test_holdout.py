@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import TimeSeriesSplit
 
-from gputune.data.holdout import hold_out
+from gputune.data.folds import hold_out
 from gputune.data.target import check_target
 from gputune.errors import InputError
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 from scipy.special import ndtri
 
-from gputune.data.normal_scores import normal_deviate, normal_scores_of
-from gputune.data.quantiles import fit_quantiles, normal_scores
+from gputune.data.quantiles import fit_quantiles, normal_deviate, normal_scores, normal_scores_of
 
 
 def test_the_normal_deviate_is_scipys():

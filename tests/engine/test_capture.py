@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gputune.engine import capture
-from gputune.engine.capture import CudaRecorder, make_recorder
-from gputune.engine.out_of_memory import is_out_of_memory
+from gputune.engine.graph import CudaRecorder, make_recorder
+from gputune.engine.memory import is_out_of_memory
 from gputune.engine.stand_in import StandIn
 
 
@@ -59,9 +58,9 @@ def cuda(monkeypatch):
     }
     for name, part in parts.items():
         monkeypatch.setattr(torch.cuda, name, part)
-    capture._side_stream.cache_clear()
+    graph._side_stream.cache_clear()
     yield fake
-    capture._side_stream.cache_clear()
+    graph._side_stream.cache_clear()
 
 
 def test_warm_up_and_capture_are_on_one_side_stream(cuda):

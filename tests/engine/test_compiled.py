@@ -15,7 +15,7 @@ import problems
 import reference
 from gputune.engine import compiled
 from gputune.engine.backend import choose_backend, trains_as
-from gputune.engine.backprop import StackedMLP
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
 from gputune.errors import InputError

@@ -11,9 +11,9 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wi
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from gputune.engine.exact import solve
-from gputune.engine.logistic import curvature_diagonal, curvature_times, origin, point_at, rows_of
 from gputune.errors import InputError
+from gputune.solver.objective import curvature_diagonal, curvature_times, origin, point_at, rows_of
+from gputune.solver.solve import solve
 
 LOADERS = {"iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer, "digits": load_digits}
 ALL_C = {

@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gputune
 from gputune.engine import graph, graph_batches
 from gputune.engine.backend import choose_backend, trains_as
-from gputune.engine.backprop import StackedMLP
-from gputune.engine.chunk import Job
 from gputune.engine.eager import EagerChunk
 from gputune.engine.graph import GraphChunk
-from gputune.engine.out_of_memory import run_in_parts
+from gputune.engine.job import Job
+from gputune.engine.memory import run_in_parts
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.population import Population
 from gputune.engine.scoring import make_scoring
 from gputune.engine.stand_in import CaptureError, StandIn

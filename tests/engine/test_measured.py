@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from gputune.engine import measured
-from gputune.engine.chunk import Job
+from gputune.engine import memory
 from gputune.engine.cost import trial_cost
-from gputune.engine.measured import Need, measure_need
+from gputune.engine.job import Job
+from gputune.engine.memory import Need, measure_need
 from gputune.engine.plan import make_plan
 from gputune.engine.population import Population
 from gputune.engine.scoring import make_scoring
@@ -67,7 +67,7 @@ def population(*configs, kind="mlp"):
 
 def whole_peak(group, module_class=None):
     """The peak of all trials of a population in one chunk, trained for a whole epoch."""
-    return peak(lambda: measured.train_chunk(Job(0, 1, 1, SCORING, module_class), DATA, group))
+    return peak(lambda: memory.train_chunk(Job(0, 1, 1, SCORING, module_class), DATA, group))
 
 
 class Wide(nn.Module):

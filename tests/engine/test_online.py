@@ -11,9 +11,9 @@ from sklearn.datasets import load_iris
 import gputune
 import reference
 from gputune.engine import eager
-from gputune.engine.backprop import StackedMLP
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.cost import trial_cost
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.online import OnlineHyper, OnlineUpdate
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring

@@ -8,8 +8,8 @@ from torch import nn
 
 from gputune.engine import plan
 from gputune.engine.backend import choose_backend
-from gputune.engine.chunk import Job, train_chunk
 from gputune.engine.cost import trial_cost
+from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import make_plan, parse_memory
 from gputune.engine.population import populations
 from gputune.errors import InputError

@@ -11,9 +11,9 @@ from sklearn.datasets import load_iris
 
 import gputune
 from command_line import FAST, run
-from gputune.again import search_again
-from gputune.engine import ray_connection
 from gputune.errors import MissingExtraError
+from gputune.executors import ray_connection
+from gputune.tuning.resume import search_again
 from moments import at_finish, environment
 from study_processes import done, table
 
@@ -136,7 +136,7 @@ def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
     options = ["--trials", "11", "--epochs", "20", "--memory", "1KB", "--seed", "3", "-q"]
     told = at_finish(2, "os.kill(os.getpid(), signal.SIGTERM)")
-    program = told + "import sys; from gputune.report.cli import main; sys.exit(main())"
+    program = told + "import sys; from gputune.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-P", "-c", program, "tune", "sklearn:iris", *options, "--out", "out", "--ray"]
     stopped = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     path = tmp_path / "out" / "study.db"

@@ -16,9 +16,9 @@ from sklearn.datasets import load_iris
 
 import gputune
 import ray_searches
-from gputune.engine import ray_task, ray_workers, workers
-from gputune.engine.chunk import Job
-from gputune.engine.packing import packed
+from gputune.engine.job import Job
+from gputune.executors import ray_cluster, workers
+from gputune.executors.processes import packed
 from problems import make_data
 from ray_searches import Net
 from study_processes import done, table
@@ -84,10 +84,10 @@ def test_a_module_and_a_scorer_travel_as_code(cluster, iris):
 
 
 def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris, monkeypatch, capsys):
-    sent, threads, put, submit = [], [], ray_workers.to_arrays, ray_workers._Run._submit
-    monkeypatch.setattr(ray_workers, "to_arrays", lambda data: sent.append(data) or put(data))
+    sent, threads, put, submit = [], [], ray_cluster.to_arrays, ray_cluster._Run._submit
+    monkeypatch.setattr(ray_cluster, "to_arrays", lambda data: sent.append(data) or put(data))
     monkeypatch.setattr(
-        ray_workers._Run, "_submit", lambda run, c: threads.append(run.threads) or submit(run, c)
+        ray_cluster._Run, "_submit", lambda run, c: threads.append(run.threads) or submit(run, c)
     )
     workers = gputune.Ray("auto", cpus=2)
     # Few steps: two threads that wait for each other on cores that something else keeps busy take long for many.
@@ -121,7 +121,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_pa
 def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     cluster, iris, tmp_path, orders, monkeypatch
 ):
-    monkeypatch.setattr(ray_workers, "LOSSES", 2)
+    monkeypatch.setattr(ray_cluster, "LOSSES", 2)
     monkeypatch.setattr(workers, "LOSSES", 2)
     given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
     gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **given)
@@ -164,7 +164,7 @@ class CtrlC(gputune.callbacks.Callback):
 @pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=1)], ids=["random", "halving"])
 def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
     sent = []
-    monkeypatch.setattr(ray_workers, "packed", lambda job, **how: sent.append(job) or packed(job, **how))
+    monkeypatch.setattr(ray_cluster, "packed", lambda job, **how: sent.append(job) or packed(job, **how))
     path = tmp_path / "study.db"
     given = {
         **FAST,
@@ -185,8 +185,8 @@ def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path
 
 
 def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders, monkeypatch):
-    parts, tell = [], ray_workers.tell
-    monkeypatch.setattr(ray_workers, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
+    parts, tell = [], ray_cluster.tell
+    monkeypatch.setattr(ray_cluster, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
     # One task at a time, so that the plan keeps the trials together.
     one = {
         "space": {**LR, "module__hidden": [6], "batch_size": [10]},
@@ -230,7 +230,7 @@ def begun(iris, tmp_path):
 def test_a_worker_with_another_version_is_named(cluster, begun, monkeypatch):
     go_on, path = begun
     before = table(path)
-    monkeypatch.setattr(ray_workers, "__version__", "9.9.9")
+    monkeypatch.setattr(ray_cluster, "__version__", "9.9.9")
     message = (
         f"the Ray worker on .* has gputune {gputune.__version__}, and this process gputune 9.9.9: install"
     )
@@ -253,7 +253,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
     before = table(path)
     (tmp_path / "without" / "gputune").mkdir(parents=True)
     (tmp_path / "without" / "gputune" / "__init__.py").write_text("raise ModuleNotFoundError('not there')")
-    bare, make = {"env_vars": {"PYTHONPATH": str(tmp_path / "without")}}, ray_workers.make_task
+    bare, make = {"env_vars": {"PYTHONPATH": str(tmp_path / "without")}}, ray_cluster.make_task
 
     class Bare:
         def __init__(self, ray):
@@ -262,7 +262,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
         def options(self, **options):
             return self.task.options(**options, runtime_env=bare)
 
-    monkeypatch.setattr(ray_workers, "make_task", Bare)
+    monkeypatch.setattr(ray_cluster, "make_task", Bare)
     with pytest.raises(
         gputune.InputError, match="has no gputune, and this process gputune .*: install gputune=="
     ):
@@ -272,10 +272,10 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
 
 def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
     go_on, _ = begun
-    nodes, asked = ray_workers.RayCluster._nodes, []
-    monkeypatch.setattr(ray_workers, "_LOOK", -1)  # at once, while its tasks are on their way
+    nodes, asked = ray_cluster.RayCluster._nodes, []
+    monkeypatch.setattr(ray_cluster, "_LOOK", -1)  # at once, while its tasks are on their way
     monkeypatch.setattr(
-        ray_workers.RayCluster,
+        ray_cluster.RayCluster,
         "_nodes",
         lambda self: [] if len(asked) > 3 else asked.append(1) or nodes(self),
     )
@@ -329,14 +329,14 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
 
 def test_tasks_on_nodes_with_gpus():
     node = {"CPU": 8.0, "GPU": 4.0}
-    assert [ray_workers._tasks_on(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
-    assert [ray_workers._tasks_on(node, cpus, "cpu") for cpus in (1, 3)] == [8, 2]
-    assert ray_workers._tasks_on({"CPU": 8.0}, 1, "cuda") == 0
+    assert [ray_cluster._tasks_on(node, cpus, "cuda") for cpus in (1, 3, 9)] == [4, 2, 0]
+    assert [ray_cluster._tasks_on(node, cpus, "cpu") for cpus in (1, 3)] == [8, 2]
+    assert ray_cluster._tasks_on({"CPU": 8.0}, 1, "cuda") == 0
 
 
 def test_all_of_a_dataset_moves():
     data = make_data(weights=True)
-    moved = ray_task.moved(data, torch.device("meta"))
+    moved = ray_cluster.moved(data, torch.device("meta"))
     tensors = [moved.x, moved.y, moved.weights, moved.center, moved.scale, moved.target]
     tensors += [rows for fold in moved.folds for rows in (fold.train, fold.valid)]
     assert {str(tensor.device) for tensor in tensors} == {"meta"} and moved.copies == data.copies

@@ -3,7 +3,7 @@
 import pickle
 import time
 
-from gputune.engine.stopping import Stop
+from gputune.engine.stop import Stop
 
 
 def test_a_deadline_passes_in_copies_too():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gputune.engine.backprop import StackedMLP
+from gputune.engine.mlp import StackedMLP
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import State, train
 from gputune.types import OPTIMIZERS

@@ -6,7 +6,7 @@ import torch
 
 from gputune.engine import update as update_module
 from gputune.engine.blocks import Block, Blocks
-from gputune.engine.optim import RULES, Rates, empty_moments
+from gputune.engine.rules import RULES, Rates, empty_moments
 from gputune.engine.update import Hyper, Update, schedule_factor
 
 F, C = 2, 3

@@ -11,11 +11,11 @@ from torch import nn
 import reference
 from gputune import seeding
 from gputune.data.dataset import Fold
-from gputune.engine import vmap
+from gputune.engine import module
+from gputune.engine.module import StackedModule, build_module, check_module
 from gputune.engine.network import Shape
 from gputune.engine.population import populations
 from gputune.engine.train import train
-from gputune.engine.vmap import StackedModule, build_module, check_module
 from gputune.errors import InputError
 from problems import fill, largest_difference, make_data, rows_of, shape_of
 
@@ -368,7 +368,7 @@ class Contended:
 
 def test_threads_take_turns_at_the_generator(monkeypatch):
     contended = Contended()
-    for place in (seeding, vmap):
+    for place in (seeding, module):
         monkeypatch.setattr(place, "GLOBAL_DRAWS", contended)
     others = []
 

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 import gputune
-from gputune.engine import processes, workers
+from gputune.executors import processes, workers
 from gputune.report.facts import states_text
 from gputune.scratch import scratch_folder
 

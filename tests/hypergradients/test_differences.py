@@ -7,8 +7,8 @@ import torch
 
 from gputune.hypergradients.coordinates import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.differences import default_width, differences
-from gputune.hypergradients.guard import chaotic
 from gputune.hypergradients.inner import HYPERPARAMETERS
+from gputune.hypergradients.result import chaotic
 from gputune.hypergradients.unrolled import forward, reverse, train_plainly
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tables_of
 

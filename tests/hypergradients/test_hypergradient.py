@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import default_tables
-from gputune.hypergradients.guard import CHAOTIC
 from gputune.hypergradients.hypergradient import hypergradient
 from gputune.hypergradients.memory import measure
 from gputune.hypergradients.module_training import ModuleTraining
+from gputune.hypergradients.result import CHAOTIC
 from inner_problems import OF, OPTIMIZERS
 from problems import living_tensors
 

@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from torch.nn import functional
 
-from gputune.engine.exact import Solution, solve
 from gputune.errors import InputError
 from gputune.hypergradients.implicit import implicit_chunk, implicit_gradients
+from gputune.solver.solve import Solution, solve
 from problems import make_data
 
 STEP = 1e-4  # of log C, in central differences

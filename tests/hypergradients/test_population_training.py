@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.engine.backprop import StackedMLP
+from gputune.engine.mlp import StackedMLP
+from gputune.engine.module import StackedModule
 from gputune.engine.train import train
-from gputune.engine.vmap import StackedModule
 from gputune.hypergradients.population_training import PopulationTraining
 from gputune.hypergradients.unrolled import forward, reverse, train_plainly
 from problems import fill, largest_difference, make_data, shape_of, train_together

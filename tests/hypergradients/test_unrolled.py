@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gputune.hypergradients.guard import CHAOTIC, chaotic, usable
 from gputune.hypergradients.inner import first_state, plain_step, rates_at, rows_of, segment_at, slope, update
+from gputune.hypergradients.result import CHAOTIC, chaotic, usable
 from gputune.hypergradients.unrolled import forward, reverse, train_plainly
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tables_of
 

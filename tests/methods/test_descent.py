@@ -13,8 +13,8 @@ from torch import nn
 import gputune
 import reference
 from gputune.errors import InputError
-from gputune.methods import descent
 from gputune.models import MLP
+from gputune.tuning import descent
 from moments import time_is_over
 
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}

@@ -13,8 +13,8 @@ from torch import nn
 import gputune
 from gputune.engine.rung import Parking
 from gputune.errors import InputError
-from gputune.methods import halving, rungs
 from gputune.study.store import Candidate, Store
+from gputune.tuning import halving, rungs
 from moments import time_is_over
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}

@@ -11,13 +11,13 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune.engine.chunk import Job
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.eager import EagerChunk
-from gputune.engine.out_of_memory import is_out_of_memory
-from gputune.engine.packing import packed
+from gputune.engine.job import Job
+from gputune.engine.memory import is_out_of_memory
 from gputune.engine.population import Population
 from gputune.errors import SearchFailedError
+from gputune.executors.processes import packed
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 from gputune.study.store import Store
 from problems import fill
@@ -199,7 +199,9 @@ def test_an_error_of_another_kind_is_raised(iris, monkeypatch):
 
 def test_the_bar_takes_back_what_was_lost(iris, monkeypatch):
     told = []
-    monkeypatch.setattr("gputune.progress.Progress.advance", lambda bar, number, curves: told.append(number))
+    monkeypatch.setattr(
+        "gputune.tuning.progress.Progress.advance", lambda bar, number, curves: told.append(number)
+    )
     fail(monkeypatch, lambda number, trials: number == 6)  # in the second epoch
     gputune.tune("mlp", *iris, **{**COMMON, "space": {"lr": [1e-3, 1e-2, 1e-1]}})
     assert sum(told) == 3 * 6 and told[:2] == [3, -3]

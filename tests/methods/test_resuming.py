@@ -14,7 +14,7 @@ from sklearn.datasets import load_iris
 import gputune
 from forked import Fork
 from gputune.callbacks import Callback
-from gputune.engine import chunk as chunks
+from gputune.engine import job as chunks
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.eager import EagerChunk

@@ -14,10 +14,10 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError, MissingExtraError
-from gputune.methods import sampling
-from gputune.search.asking import Asking
+from gputune.search.optuna_sampler import Asking
 from gputune.study.claims import Claims
 from gputune.study.store import Store
+from gputune.tuning import sampler
 from moments import time_is_over
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
@@ -168,7 +168,7 @@ def test_without_given_trials(capsys):
 def interrupted(monkeypatch, at, **options):
     """Run a search that is interrupted before its so-manieth training."""
     count, name = itertools.count(1), "halve" if "halving" in options else "train_fully"
-    whole = getattr(sampling, name)
+    whole = getattr(sampler, name)
 
     def train(*given):
         if next(count) == at:
@@ -176,7 +176,7 @@ def interrupted(monkeypatch, at, **options):
         whole(*given)
 
     with monkeypatch.context() as patched, pytest.raises(gputune.SearchInterrupted):
-        patched.setattr(sampling, name, train)
+        patched.setattr(sampler, name, train)
         tune(**options)
 
 

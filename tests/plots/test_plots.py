@@ -11,9 +11,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from gputune.analysis.importance import importance
 from gputune.errors import InputError, MissingExtraError
 from gputune.study.study import Study, Trial
+from gputune.views.importance import importance
 from made_studies import META, made_descent, made_study
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import gputune
 from gputune import sklearn as face
-from gputune.report.cli import main
+from gputune.cli.main import main
 
 X, Y = (part[::2] for part in load_iris(return_X_y=True))
 DIABETES, PROGRESS = (part[:60] for part in load_diabetes(return_X_y=True))

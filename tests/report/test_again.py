@@ -14,8 +14,8 @@ from torch import nn
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.report.again import again_code
 from gputune.report.page import page
+from gputune.report.snippet import again_code
 from made_studies import made_descent, made_study
 
 CHEAP = {"n_trials": 4, "max_epochs": 4, "cv": 3, "workers": 1, "verbose": 0}

@@ -13,10 +13,10 @@ from sklearn.metrics import f1_score
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.data.holdout import hold_out
+from gputune.cli import tune
+from gputune.data.folds import hold_out
 from gputune.data.source import read_again, read_apart
 from gputune.data.target import check_target
-from gputune.report import tuning
 
 NET = """
 from torch import nn
@@ -68,7 +68,7 @@ def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_
     assert "--out '' is no folder; name one, or leave it out for gputune-out." in refused("")
     assert "--out 'text': 'text' is a file; give a folder." in refused("text")
     assert f"--out 'text/o': '{tmp_path / 'text'}' is a file; give a folder." in refused("text/o")
-    monkeypatch.setattr("gputune.report.tuning.os.access", lambda place, mode: False)
+    monkeypatch.setattr("gputune.cli.tune.os.access", lambda place, mode: False)
     words = f"--out 'o' cannot be written: check the rights of '{tmp_path}', or give another folder."
     assert words in refused("o")
     assert sorted(place.name for place in tmp_path.iterdir()) == ["text"]
@@ -156,14 +156,14 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path, monkeypatch):
         connection.execute("DELETE FROM results WHERE number = 1")
     connection.close()
     trained = []
-    original = tuning.search
+    original = tune.search
 
     def search(*arguments, **options):
         study = original(*arguments, **options)
         trained.append(study)
         return study
 
-    monkeypatch.setattr(tuning, "search", search)
+    monkeypatch.setattr(tune, "search", search)
     code, out, _ = run(*command)
     assert code == 0 and "3 complete" in out
     after = gputune.Study.open(study_file).trials
@@ -365,7 +365,7 @@ def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise ValueError("surprise")
 
-    monkeypatch.setattr(tuning, "search", broken)
+    monkeypatch.setattr(tune, "search", broken)
     code, out, err = run("tune", "sklearn:iris", "--out", tmp_path / "o", *FAST)
     assert (code, out) == (1, "")
     assert "Traceback" in err and "ValueError: surprise" in err
@@ -374,14 +374,14 @@ def test_a_bug_ends_with_1_and_its_traceback(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stop_after", [0, 1])
 def test_an_interrupt_says_what_is_kept(tmp_path, monkeypatch, stop_after):
-    original, out = tuning.search, tmp_path / "o"
+    original, out = tune.search, tmp_path / "o"
 
     def search(*arguments, **options):
         if stop_after:
             original(*arguments, **options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuning, "search", search)
+    monkeypatch.setattr(tune, "search", search)
     code, printed, err = run("tune", "sklearn:iris", "--out", out, *FAST)
     assert (code, printed, err.count("\n")) == (130, "", 1)
     if stop_after:

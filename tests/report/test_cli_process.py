@@ -13,13 +13,13 @@ import pytest
 import gputune
 from command_line import FAST, kinds, write_table
 from forked import Fork
+from gputune.cli.main import main
 from gputune.native.library import library
-from gputune.report.cli import main
 from gputune.study.store import Store
 from gputune.study.study import Study
 from study_rows import candidates
 
-START = "import sys; from gputune.report.cli import main; sys.exit(main())"
+START = "import sys; from gputune.cli.main import main; sys.exit(main())"
 NET = """
 import torch
 
@@ -42,7 +42,7 @@ def finish(*arguments, cwd):
 def test_help_and_version_wait_for_nothing():
     script = """if True:
     import contextlib, io, sys
-    from gputune.report.cli import main
+    from gputune.cli.main import main
     for arguments in (["--help"], ["tune", "--help"], ["--version"], ["tune"]):
         with contextlib.redirect_stderr(io.StringIO()):
             main(arguments)

@@ -15,16 +15,15 @@ from sklearn.model_selection import GroupKFold
 import gputune
 from command_line import FAST, kinds, run, write_table
 from forked import Fork
-from gputune.again import search_again
-from gputune.data.packed import pack_folds, unpack_folds
-from gputune.model_choice import choose_model
-from gputune.options import Options
-from gputune.pipeline import _remember_what_runs
-from gputune.report import tuning
+from gputune.cli import tune
+from gputune.data.dataset import pack_folds, unpack_folds
 from gputune.search.optuna_space import translated
-from gputune.search.space import check_space, legal_keys, space_text
-from gputune.search.space_again import space_again, space_values
+from gputune.search.space import check_space, legal_keys, space_again, space_text, space_values
 from gputune.study.store import Store
+from gputune.tuning.options import Options
+from gputune.tuning.pipeline import _remember_what_runs
+from gputune.tuning.problem import choose_model
+from gputune.tuning.resume import search_again
 from moments import at_finish
 from study_processes import done, table
 
@@ -91,13 +90,13 @@ def test_checkpoints_stay_as_far_apart_as_they_were(bugs):
 def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     assert run("tune", bugs, "--target", "kind", *SMALL, "--backend", "compiled")[0] == 0
     lose_results(bugs.parent / "gputune-out" / "study.db", 1)
-    seen, search = [], tuning.search
+    seen, search = [], tune.search
 
     def spy(choice, source, options, *arguments, **more):
         seen.append(options)
         return search(choice, source, options, *arguments, **more)
 
-    monkeypatch.setattr(tuning, "search", spy)
+    monkeypatch.setattr(tune, "search", spy)
     changed = ["--backend", "eager", "--checkpoint-seconds", "3", "--memory", "1MB", "--workers", "1"]
     code, out, err = run(
         "resume", "gputune-out", *changed, "--timeout", "600", "--device", "cpu", "--profile"
@@ -111,7 +110,7 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
 def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
     options = ["--trials", "10", "--epochs", "4", "--memory", "1KB", "--workers", "1", "-q"]
     killed = at_finish(3, "os.kill(os.getpid(), signal.SIGKILL)")
-    script = killed + "import sys; from gputune.report.cli import main; main(sys.argv[1:])"
+    script = killed + "import sys; from gputune.cli.main import main; main(sys.argv[1:])"
     command = Fork(script, "tune", "sklearn:iris", "--out", "out", *options, cwd=tmp_path)
     assert command.wait() == -signal.SIGKILL
     path = tmp_path / "out" / "study.db"

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gputune.cli.closing import Ending, closing_text
 from gputune.data.source import Source, read_source
-from gputune.report.closing import Ending, closing_text
 from gputune.search.halving import Halving
 from made_studies import made_batches
 

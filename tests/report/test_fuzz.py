@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gputune
 from command_line import run, write_table
-from gputune.report.arguments import make_parser
+from gputune.cli.arguments import make_parser
 
 QUICK = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
 FEW = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "-q"]

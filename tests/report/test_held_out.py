@@ -9,8 +9,8 @@ import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import get_scorer, log_loss, roc_auc_score
 
+from gputune.cli.closing import held_out_score
 from gputune.data.source import read_source
-from gputune.report.held_out import held_out_score
 from study_models import make_model
 
 RNG = np.random.default_rng(0)

@@ -11,12 +11,11 @@ from optuna.samplers import RandomSampler
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune.analysis.importance import importance
 from gputune.errors import InputError
-from gputune.report.again import again_code
-from gputune.report.page import page
-from gputune.report.rows import BUDGET, as_json, table_columns
+from gputune.report.page import BUDGET, as_json, page, table_columns
+from gputune.report.snippet import again_code
 from gputune.study.study import Study, Trial
+from gputune.views.importance import importance
 from made_studies import HOSTILE, META, hostile_study, made_batches, made_descent, made_study
 
 

@@ -5,9 +5,19 @@ import math
 import numpy as np
 import pytest
 
-from gputune.analysis.parameters import Parameter
-from gputune.report.scale import cut, linear_scale, log_scale, number_text, parameter_scale, spread_over
-from gputune.report.svg import band_path, dots_path, element, line_path
+from gputune.report.svg import (
+    band_path,
+    cut,
+    dots_path,
+    element,
+    line_path,
+    linear_scale,
+    log_scale,
+    number_text,
+    parameter_scale,
+    spread_over,
+)
+from gputune.views.parameters import Parameter
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import gputune
 from command_line import run
-from gputune.report.status import last_written, status
+from gputune.cli.trials import last_written, status
 from gputune.study.store import Store
 from study_rows import candidates, result
 
@@ -68,7 +68,7 @@ def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path, monkeypatch)
         store.add_trials(candidates(range(2)))
         store.finish([result(0)])
     now = time.time()
-    monkeypatch.setattr("gputune.report.status.time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("gputune.cli.trials.time", SimpleNamespace(time=lambda: now))
     os.utime(path, (now - 3600,) * 2)
     for _ in range(3):
         assert "Written  1 h 0 min ago" in status(str(path))

@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import nn
 
-from gputune.report.text import clean, measure_of, paragraph, short, table
+from gputune.text import clean, measure_of, paragraph, short, table
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch import nn
 
-from gputune.report.trials import FIELDS, best_json, best_text, trials_csv, trials_json, trials_table
+from gputune.cli.trials import FIELDS, best_json, best_text, trials_csv, trials_json, trials_table
 from gputune.study.study import Study, Trial
 
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}

@@ -7,7 +7,7 @@ import pytest
 
 import gputune
 from gputune.errors import InputError
-from gputune.search.hypergradient import Descent, Hypergradient, Slope, slope_at
+from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 
 
 def slope(value, *, error=0.0, usable=True, loss=1.0, mode="exact", name="lr"):

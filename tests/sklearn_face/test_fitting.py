@@ -14,7 +14,7 @@ from face_modules import Net
 from gputune.engine.population import complete
 from gputune.errors import DivergedError, InputError
 from gputune.sklearn import MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
-from gputune.sklearn.fused import check_rows, fit_together
+from gputune.sklearn.base import check_rows, fit_together
 
 IRIS = load_iris(return_X_y=True)
 NUMBERS = make_regression(97, 5, noise=3.0, random_state=0)

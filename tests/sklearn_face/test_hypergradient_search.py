@@ -27,12 +27,12 @@ from gputune.sklearn import (
     MLPClassifier,
     MLPRegressor,
     NeuralNetClassifier,
-    descending,
+    descent,
     nested_cv,
 )
-from gputune.sklearn.fused import check_rows
+from gputune.sklearn.base import check_rows
+from gputune.sklearn.dataset import Part
 from gputune.sklearn.held_out import held_out_part
-from gputune.sklearn.layout import Part
 from gputune.sklearn.running import Run
 from searches import CountingSplitter
 
@@ -254,13 +254,13 @@ def test_a_point_that_diverges_and_has_no_rate_to_lower_is_the_last():
 
 def test_noise_is_looked_across_by_wide_differences(monkeypatch):
     modes = []
-    slopes_of = descending.slopes_of
+    slopes_of = descent.slopes_of
 
     def noted(fits, how):
         modes.append(how.mode)
         return slopes_of(fits, how)
 
-    monkeypatch.setattr(descending, "slopes_of", noted)
+    monkeypatch.setattr(descent, "slopes_of", noted)
     chaotic = clone(SGD).set_params(activation="tanh", max_epochs=30, width=32, depth=2)
     search = descend(chaotic, {"lr": [20.0]}, n_iter=1, outer_steps=5, first_step=0.3)
     assert modes[:3] == ["exact", "exact", "differences"] and set(modes[2:]) == {"differences"}
@@ -291,13 +291,13 @@ def test_a_point_that_cannot_be_scored_is_the_last():
 
 
 def test_no_start_moves_after_the_deadline(monkeypatch):
-    slopes_of, calls = descending.slopes_of, []
+    slopes_of, calls = descent.slopes_of, []
 
     def slow(fits, how):
         calls.append(how.deadline)
         return {} if len(calls) == 2 else slopes_of(fits, how)
 
-    monkeypatch.setattr(descending, "slopes_of", slow)
+    monkeypatch.setattr(descent, "slopes_of", slow)
     search = descend(MLP, {"lr": [0.01]}, timeout=1000.0, n_iter=1)
     assert search.cv_results_["outer_step"].tolist() == [0, 1] and len(calls) == 2 and None not in calls
 
@@ -312,7 +312,7 @@ def test_a_step_that_the_deadline_cuts_short_is_the_last(monkeypatch):
             run.deadline = time.monotonic() - 1
         Run.train(run, candidates, fits)
 
-    monkeypatch.setattr(descending.DescentRun, "train", late)
+    monkeypatch.setattr(descent.DescentRun, "train", late)
     with pytest.warns(FitFailedWarning, match="9 fits failed out of a total of 18"):
         search = descend(MLP, RATES, timeout=1000.0)
     assert (
@@ -389,7 +389,7 @@ def test_callbacks_hear_of_every_point():
     ],
 )  # fmt: skip
 def test_mistakes_are_said_before_anything_trains(monkeypatch, estimator, space, options, error):
-    monkeypatch.setattr("gputune.sklearn.tape.fit_together", None)
+    monkeypatch.setattr("gputune.sklearn.replay.fit_together", None)
     with pytest.raises(ValueError, match=error):
         descend(estimator, space, **options)
 
@@ -419,14 +419,14 @@ def test_the_loss_holds_on_folds_that_hold_out_no_row_of_a_class(estimator):
 
 def test_the_best_score_is_minus_the_descended_loss(monkeypatch):
     losses = []
-    slopes_of = descending.slopes_of
+    slopes_of = descent.slopes_of
 
     def noting(fits, how):
         found = slopes_of(fits, how)
         losses.extend(own.losses.mean() for own in found.values())
         return found
 
-    monkeypatch.setattr(descending, "slopes_of", noting)
+    monkeypatch.setattr(descent, "slopes_of", noting)
     search = descend(MLP, {"lr": [1e-3]}, n_iter=1, outer_steps=3)
     scores = search.cv_results_["mean_test_score"]
     np.testing.assert_allclose(-scores[: len(losses)], losses, rtol=1e-9)  # the last point needs no slope

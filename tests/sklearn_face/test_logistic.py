@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 import gputune
 from gputune.errors import InputError
 from gputune.sklearn import GridSearchCV, LogisticRegression
-from gputune.sklearn.fused import check_rows, fit_together
+from gputune.sklearn.base import check_rows, fit_together
 
 IRIS = load_iris(return_X_y=True)
 

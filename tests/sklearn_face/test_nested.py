@@ -24,7 +24,7 @@ from gputune.sklearn import (
     MLPClassifier,
     RandomizedSearchCV,
     nested_cv,
-    tape,
+    replay,
 )
 
 X, Y = load_iris(return_X_y=True)
@@ -41,13 +41,13 @@ SEARCHES = [
 @pytest.fixture
 def training(monkeypatch):
     calls = []
-    fit_together = tape.fit_together
+    fit_together = replay.fit_together
 
     def counted(candidates, rows, folds, **options):
         calls.append((len(candidates), len(folds)))
         return fit_together(candidates, rows, folds, **options)
 
-    monkeypatch.setattr(tape, "fit_together", counted)
+    monkeypatch.setattr(replay, "fit_together", counted)
     return calls
 
 

@@ -16,7 +16,7 @@ from sklearn.metrics import get_scorer
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 
-from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, RandomizedSearchCV, tape
+from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, RandomizedSearchCV, replay
 from searches import SCORES, assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
@@ -52,13 +52,13 @@ def fits():
 @pytest.fixture
 def training(monkeypatch):
     calls = []
-    fit_together = tape.fit_together
+    fit_together = replay.fit_together
 
     def counted(candidates, rows, folds, **options):
         calls.append((len(candidates), len(folds), rows.X.shape))
         return fit_together(candidates, rows, folds, **options)
 
-    monkeypatch.setattr(tape, "fit_together", counted)
+    monkeypatch.setattr(replay, "fit_together", counted)
     return calls
 
 

@@ -26,8 +26,8 @@ from gputune.sklearn import (
     MLPRegressor,
     NeuralNetClassifier,
     RandomizedSearchCV,
+    replay,
     running,
-    tape,
 )
 from searches import SCORES, CountingSplitter, assert_same_results, both
 
@@ -48,13 +48,13 @@ def both_random(estimator=MLP, space=RATES, X=X, y=Y, **options):
 def training(monkeypatch):
     """Count the calls that train, by their numbers of candidates and folds."""
     calls = []
-    fit_together = tape.fit_together
+    fit_together = replay.fit_together
 
     def counted(candidates, rows, folds, **options):
         calls.append((len(candidates), len(folds)))
         return fit_together(candidates, rows, folds, **options)
 
-    monkeypatch.setattr(tape, "fit_together", counted)
+    monkeypatch.setattr(replay, "fit_together", counted)
     return calls
 
 
@@ -351,7 +351,7 @@ def test_a_search_within_cross_validation():
 
 def test_loops_that_change_are_noticed(monkeypatch):
     search = RandomizedSearchCV(MLP, RATES, n_iter=2, cv=3)
-    monkeypatch.setattr(tape.Fit, "is_of", lambda *_: False)
+    monkeypatch.setattr(replay.Fit, "is_of", lambda *_: False)
     with pytest.raises(RuntimeError, match="6 of the fits that were trained together were never asked for"):
         search.fit(X, Y)
 

@@ -51,7 +51,7 @@ def test_the_command_line_shows_it(path):
 
 def test_an_existing_file_is_refused_before_anything_trains(path, monkeypatch):
     path.write_text("mine")
-    monkeypatch.setattr("gputune.sklearn.tape.fit_together", None)
+    monkeypatch.setattr("gputune.sklearn.replay.fit_together", None)
     with pytest.raises(gputune.errors.InputError, match="exists already, and this search begins a new one"):
         search_rates(path)
     assert path.read_text() == "mine"

@@ -13,7 +13,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 
 from face_modules import Net
 from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
-from gputune.sklearn.descending import DescentRun
+from gputune.sklearn.descent import DescentRun
 from gputune.sklearn.pipelines import prepared
 from gputune.sklearn.slopes import How, slopes_of
 

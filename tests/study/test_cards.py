@@ -43,4 +43,4 @@ def test_a_model():
 def test_no_text_adds_an_element(text):
     html = hostile_study(text)._repr_html_()
     assert re.findall(r"<(/?\w+)", html) == re.findall(r"<(/?\w+)", hostile_study("plain")._repr_html_())
-    assert gputune.report.text.clean(text) in unescape(html)
+    assert gputune.text.clean(text) in unescape(html)

@@ -20,7 +20,7 @@ from torch import nn
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import LogisticRegression
 from gputune.scratch import scratch_folder
-from gputune.study import folder as folder_file
+from gputune.study import model_folder as folder_file
 from gputune.study.model_files import load_model
 from gputune.study.module_source import class_from_file, class_source
 from study_models import make_model, rows

@@ -15,15 +15,15 @@ import pytest
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune import pipeline
-from gputune.engine.stopping import Stop
+from gputune.engine.stop import Stop
 from gputune.errors import InputError
-from gputune.methods.full import _wait
-from gputune.progress import Progress
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Chunk, Store
+from gputune.tuning import pipeline
+from gputune.tuning.progress import Progress
+from gputune.tuning.random import _wait
 from moments import at_call, at_finish
 from study_processes import done, finish, start, table
 from study_rows import candidates, result

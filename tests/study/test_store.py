@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
-from gputune.study import database, new_file
+from gputune.study import database
 from gputune.study.store import Candidate, Store
 from study_rows import bits, candidates, result
 
@@ -197,13 +197,13 @@ def test_create_that_fails_leaves_nothing(path):
 
 
 def test_create_never_replaces_a_file_that_came_meanwhile(path, monkeypatch):
-    publish = new_file._publish
+    publish = database._publish
 
     def late(draft, path):
         path.write_text("of another process")
         publish(draft, path)
 
-    monkeypatch.setattr(new_file, "_publish", late)
+    monkeypatch.setattr(database, "_publish", late)
     with pytest.raises(InputError, match="exists already"):
         Store.create(path, {})
     assert path.read_text() == "of another process"

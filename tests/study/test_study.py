@@ -213,9 +213,9 @@ def test_a_study_without_results_is_read(tmp_path):
 
 
 def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
-    module = types.ModuleType("gputune.refit")
+    module = types.ModuleType("gputune.tuning.refit")
     module.refit = lambda *arguments, **how: (*arguments, how)
-    monkeypatch.setitem(sys.modules, "gputune.refit", module)
+    monkeypatch.setitem(sys.modules, "gputune.tuning.refit", module)
     found = study(trial(0, 1.0))
     assert found.best_model() == (found, None, None, {"check": True, "trust_code": False})
     how = {"check": False, "trust_code": True}

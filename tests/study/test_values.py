@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gputune.errors import InputError
-from gputune.study.values import from_json, to_json
+from gputune.study.rows import from_json, to_json
 
 
 def same(a, b):

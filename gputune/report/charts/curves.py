@@ -3,12 +3,21 @@
 import numpy as np
 from markupsafe import Markup
 
-from gputune.analysis.curves import Curves, shown_curves
-from gputune.analysis.scores import is_wide, score_range
-from gputune.report.scale import Scale, linear_scale, log_scale, spread_over
-from gputune.report.svg import Chart, Frame, band_path, drawing, element, line_path
-from gputune.report.text import count
+from gputune.report.svg import (
+    Chart,
+    Frame,
+    Scale,
+    band_path,
+    drawing,
+    element,
+    line_path,
+    linear_scale,
+    log_scale,
+    spread_over,
+)
 from gputune.study.study import Study
+from gputune.text import count
+from gputune.views.scores import Curves, is_wide, score_range, shown_curves
 
 BEST, BEHIND, POINTS = 5, 250, 80
 """Curves in colour, thin curves behind them, and epochs that a thin curve has at most."""

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from gputune.analysis.parameters import Parameter, varied_parameters
-from gputune.analysis.scores import is_wide, shown_scores
 from gputune.report.charts.slices import score_scale
-from gputune.report.scale import Scale, cut, parameter_scale, spread_over
-from gputune.report.svg import Chart, drawing, element, line_path
+from gputune.report.svg import Chart, Scale, cut, drawing, element, line_path, parameter_scale, spread_over
 from gputune.study.study import Study
+from gputune.views.parameters import Parameter, varied_parameters
+from gputune.views.scores import is_wide, shown_scores
 
 LINES, AXES, GROUPS = 400, 10, 5
 """Lines and axes at most; lines have so many colours, by the rank of their score."""

@@ -6,12 +6,23 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from gputune.analysis.parameters import Parameter, varied_parameters
-from gputune.analysis.scores import Scores, is_wide, shown_scores
-from gputune.report.scale import Scale, linear_scale, log_scale, parameter_scale, spread_over
-from gputune.report.svg import Chart, Frame, dots_path, drawing, element, line_path
-from gputune.report.text import count
+from gputune.report.svg import (
+    Chart,
+    Frame,
+    Scale,
+    dots_path,
+    drawing,
+    element,
+    line_path,
+    linear_scale,
+    log_scale,
+    parameter_scale,
+    spread_over,
+)
 from gputune.study.study import Study
+from gputune.text import count
+from gputune.views.parameters import Parameter, varied_parameters
+from gputune.views.scores import Scores, is_wide, shown_scores
 
 POINTS, FEWEST, ALL, FAILURES = 1500, 100, 9000, 300
 """Points of a chart at most, how few of them many charts leave it, points of all charts, marks of diverged trials."""

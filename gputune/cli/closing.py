@@ -1,0 +1,316 @@
+"""The score of a tuned model on rows that were kept apart, as the study scored its folds.
+
+What is printed when a search has ended: what was understood, the best trials, the honest score, what to do next.
+"""
+
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from gputune.cli.trials import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
+from gputune.data.source import Source
+from gputune.data.table import Table
+from gputune.engine.scoring import Scoring, fitted, make_scoring
+from gputune.report.facts import states_words
+from gputune.study.model import TunedModel
+from gputune.study.study import Study, Trial, TrialState
+from gputune.text import clean, count, paragraph
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out score in scikit-learn's sign, on so many rows.
+
+    ``score`` is NaN where there is none, and ``why`` says why. ``unseen`` rows have a class that no row of the
+    search has: they count as rows that the model gets wrong.
+    """
+
+    score: float
+    rows: int
+    unseen: int = 0
+    why: str = ""
+
+
+def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: Any = None) -> HeldOut:
+    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
+
+    ``positive`` is the class that the score is of, None where it is of none.
+    """
+    rows = len(test.X)
+    classes, y = _labels(model, test)
+    unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
+    try:
+        how = make_scoring(scoring, model.task, classes, positive)
+        score = _score(model, how, test, classes, y)
+    except ValueError as error:  # what scikit-learn raises where a metric is undefined
+        return HeldOut(math.nan, rows, unseen, str(error))
+    why = "" if math.isfinite(score) else "it is undefined on these rows"
+    return HeldOut(score if math.isfinite(score) else math.nan, rows, unseen, why)
+
+
+def _score(model: TunedModel, how: Scoring, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
+    if classes is None:
+        outputs = torch.from_numpy(model.predict(test.X))[:, None]
+    else:
+        # A class that the model has never seen has no probability. The rest are the model's own logits, since those
+        # of rounded probabilities would tie, and break ties, otherwise.
+        known = model._outputs(test.X)
+        outputs = functional.pad(known, (0, len(classes) - known.shape[1]), value=-torch.inf)
+    if how.score is not None:
+        return float(how.score(outputs[None], torch.from_numpy(y)))
+    assert how.scorer is not None  # a Scoring has one of the two
+    outputs, codes = how.positive_last(outputs, torch.from_numpy(y))
+    X = np.zeros((len(y), 1))  # of which a scorer that has a name reads nothing
+    return float(how.scorer(fitted(outputs, how.classes, X, X), X, codes.numpy()))
+
+
+def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
+    if model.classes is None:
+        return None, np.asarray(test.y, dtype=np.float64)
+    labels = np.asarray(test.y)
+    if model.classes.dtype.kind == "U":
+        labels = labels.astype(str)
+    classes = [*model.classes.tolist(), *np.setdiff1d(labels, model.classes).tolist()]
+    position = {label: code for code, label in enumerate(classes)}
+    return np.array(classes), np.array([position[label] for label in labels.tolist()], dtype=np.int64)
+
+
+BEST = 5
+"""Trials in the table."""
+
+_LABEL = 9
+_STATES: dict[TrialState, str] = {
+    "complete": "complete",
+    "pruned": "sent away",
+    "stopped": "stopped by the timeout",
+    "failed": "diverged",
+    "waiting": "not started before the timeout",
+}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
+
+    ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
+    whole run.
+    """
+
+    file: str
+    study: Study
+    rest: Source
+    held_out: HeldOut | None
+    study_file: Path
+    model_folder: Path | None
+    seconds: float
+
+
+def closing_text(ending: Ending, *, width: int) -> str:
+    """Return the lines that end ``gputune tune``."""
+    parts = [_understood(ending, width), _best_trials(ending, width), _scores(ending, width)]
+    return "\n\n".join([*parts, _whereabouts(ending, width)])
+
+
+def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
+    """Return what is there when Ctrl-C has ended ``gputune`` with the words ``typed``: the table, and how to go on."""
+    parts = [_understood(ending, width)]
+    if any(math.isfinite(trial.score) for trial in ending.study.trials):
+        parts.append(_best_trials(ending, width))
+    words = {**_STATES, "stopped": "cut short", "waiting": "not started"}
+    go_on = f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *typed]))}"
+    return "\n\n".join([*parts, "\n".join([*_kept(ending, words, width), go_on])])
+
+
+def _understood(ending: Ending, width: int) -> str:
+    meta = ending.study.meta
+    apart = "" if ending.held_out is None else f" and {ending.held_out.rows} held out"
+    lines = [
+        ("Data", f"{ending.file}: {meta['fingerprint']['rows']} rows to search on{apart}"),
+        ("Columns", _columns(ending)),
+        ("Task", _task(ending.study)),
+        ("Search", _search(ending.study)),
+        *_method(ending.study),
+    ]
+    return _labelled([*lines, *(("Note", note) for note in meta["notes"])], width)
+
+
+def _columns(ending: Ending) -> str:
+    X = ending.rest.X
+    kinds = Counter(X.kinds) if isinstance(X, Table) else {}
+    named = ", ".join(count(number, kind) for kind, number in kinds.items())
+    return f"{named}, made into {count(ending.study.meta['features'], 'feature')}"
+
+
+def _task(study: Study) -> str:
+    classes, target = study.meta["classes"], clean(study.meta["target"])
+    if classes is None:
+        return f"regression: predict the number {target!r}"
+    shown = ", ".join(clean(name) for name in classes[:10])
+    more = f" and {len(classes) - 10} more" if len(classes) > 10 else ""
+    override = "" if isinstance(classes[0], str | bool) else " (--task regression takes them for numbers)"
+    return f"{len(classes)} classes of {target!r}: {shown}{more}{override}"
+
+
+def _search(study: Study) -> str:
+    meta = study.meta
+    size = f"{count(len(study.trials), 'trial')} x {count(meta['folds'], 'fold')}"
+    if meta["optimizer"] == "exact":
+        return f"{meta['model']}, solved to convergence; {size}"
+    rule = meta["optimizer"] if meta["schedule"] == "constant" else f"{meta['optimizer']}, {meta['schedule']}"
+    return f"{clean(meta['model'])} trained with {rule}; {size} x {count(meta['max_epochs'], 'epoch')}"
+
+
+def _method(study: Study) -> list[tuple[str, str]]:
+    """What a search other than the random one did."""
+    method = study.meta["method"]
+    if isinstance(method, str):
+        return []
+    if method["name"] == "hypergradient":
+        return [("Descent", _descent(study))]
+    if method["name"] == "optuna":
+        halving = [("Halving", _sent_away(study))] if method["halving"] else []
+        return [("Sampler", _proposed(study)), *halving]
+    return [(method["name"].capitalize(), _sent_away(study))]
+
+
+def _proposed(study: Study) -> str:
+    """How many trials Optuna's sampler proposed, in how many batches."""
+    batches = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
+    sampler = clean(study.meta["method"]["sampler"])
+    return f"Optuna's {sampler} proposed {count(len(batches), 'trial')} in {_batches(len(set(batches)))}"
+
+
+def _batches(number: int) -> str:
+    return f"{number} batch{'' if number == 1 else 'es'}"
+
+
+def _sent_away(study: Study) -> str:
+    """The rungs at which trials left, and how much training that saved."""
+    left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
+    if not left:
+        return "no trial was sent away: there was no rung before the last epoch, or one trial alone"
+    rungs = ", ".join(f"{number} after epoch {rung}" for rung, number in sorted(left.items()))
+    spent, full = study.spent
+    return (
+        f"of {count(len(study.trials), 'trial')} these were sent away: {rungs}; {spent} of {full} trial-epochs were "
+        f"trained ({spent / max(1, full):.0%})"
+    )
+
+
+def _descent(study: Study) -> str:
+    """The starts and points of a search by hypergradients, and where the guard acted."""
+    method = study.meta["method"]
+    names = "C" if study.meta["optimizer"] == "exact" else ", ".join(method["hyperparameters"])
+    starts = sum(trial.origin[1] == 0 for trial in study.trials)
+    steps = count(method["outer_steps"], "outer step")
+    text = f"on {names} from {count(starts, 'start')}, at most {steps} each"
+    guarded = study.guarded
+    if guarded["chaotic"]:
+        text += f"; the slope was noise at {count(guarded['chaotic'], 'point')}"
+    if guarded["differences"]:
+        text += f"; taken by wide finite differences at {count(guarded['differences'], 'point')}"
+    return text
+
+
+def _best_trials(ending: Ending, width: int) -> str:
+    study = ending.study
+    scored = _first_looks([trial for trial in study.ranking() if math.isfinite(trial.score)])
+    finished = [trial for trial in scored if trial.state != "pruned"]
+    shown = (finished or scored)[:BEST]  # a score that a pruned trial had early is no match for them
+    begun = sum(trial.state != "waiting" for trial in study.trials)
+    best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
+    title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.meta['folds'] > 1)}:"
+    layout = (
+        ("trial", SCORE_AND_ERROR, "epoch") if study.meta["max_epochs"] > 1 else ("trial", SCORE_AND_ERROR)
+    )
+    rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ")
+    return f"{paragraph(title, width)}\n\n{rows}"
+
+
+def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials without second looks: a start whose slope is noise is measured again where it stands."""
+    seen: dict[str, Trial] = {}
+    for trial in trials:
+        place = trial.origin[0] if isinstance(trial.origin, tuple) else trial.number
+        seen.setdefault(repr((place, sorted(trial.params.items()))), trial)
+    return list(seen.values())
+
+
+def _scores(ending: Ending, width: int) -> str:
+    measure, held = study_measure(ending.study), ending.held_out
+    if held is None:
+        text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
+    elif held.why:
+        text = f"There is no held-out {measure.name}: {clean(held.why)}."
+    else:
+        text = (
+            f"Held-out {measure.title}: {measure.text(held.score)}, the saved model's own score on "
+            f"{count(held.rows, 'row')} that nothing was fitted on."
+        )
+    if held is not None and held.unseen:
+        text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
+    return paragraph(f"{text} {_optimistic(ending.study)}{_unfinished(ending.study)}", width)
+
+
+def _unfinished(study: Study) -> str:
+    epochs = study.meta["max_epochs"]
+    descent = not isinstance(study.meta["method"], str) and study.meta["method"]["name"] == "hypergradient"
+    if not descent and study.best_trial.best_epoch == epochs > 1:
+        return f" It was best after the last of {epochs} epochs: more of them may be better."
+    return ""
+
+
+def _optimistic(study: Study) -> str:
+    measure = study_measure(study)
+    best = f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
+    scored = sum(math.isfinite(trial.score) for trial in study.trials)
+    if scored > 1:
+        return f"{best} it is the best of {scored} trials on the folds that chose it."
+    chosen = study.meta["max_epochs"] > 1
+    return f"{best} its epoch was chosen on the folds that scored it." if chosen else ""
+
+
+def _whereabouts(ending: Ending, width: int) -> str:
+    words = {
+        **_STATES,
+        "waiting": f"{_STATES['waiting']} (repeat the command to go on; without --timeout to the end)",
+    }
+    if ending.model_folder is None:
+        study = clean(ending.study_file)
+        places = [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]
+    else:
+        model = clean(ending.model_folder)
+        places = [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
+    return "\n".join([*_kept(ending, words, width), *places])
+
+
+def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
+    """How many trials there are of each state, in these words, and their file."""
+    trials = _labelled(
+        [("Trials", f"{states_words(ending.study, words)}; {_seconds(ending.seconds)} in all")], width
+    )
+    # Not filled: a path must stay in one piece.
+    return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
+
+
+def _labelled(lines: list[tuple[str, str]], width: int) -> str:
+    then = " " * _LABEL
+    return "\n".join(
+        paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
+    )
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,247 @@
+"""The command line: runs one command and ends with 0 done, 1 failed, 2 bad input or usage, 130 Ctrl-C, 143 SIGTERM.
+
+Everything heavy is imported inside the commands, so that ``gputune --help`` waits for nothing.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+from gputune.cli.arguments import in_flags, make_parser
+from gputune.errors import (
+    ClusterError,
+    DivergedError,
+    InputError,
+    SearchFailedError,
+    SearchInterrupted,
+    Terminated,
+    UntrustedCodeError,
+)
+from gputune.tuning.interrupt import end_command, end_process, take_signals
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; what it has to say goes to standard output, the rest to standard error.
+
+    Without ``argv`` it is that of the process, which is this command's alone.
+    """
+    own_process = argv is None
+    if own_process:
+        take_signals(end_command)
+    _open_streams()
+    try:
+        return _command(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted.")
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+    finally:
+        if own_process:
+            take_signals(end_process)  # all is said, and libraries take their time to end
+        _let_go_of_streams()
+
+
+def _command(typed: list[str]) -> int:
+    try:
+        arguments = make_parser().parse_args(typed, argparse.Namespace(typed=typed))
+    except SystemExit as ending:
+        return int(ending.code or 0)
+    # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
+    kept = {getattr(arguments, "target", None) or "", "" if arguments.command == "tune" else "study"}
+    words = partial(in_flags, kept=kept)
+    with _warnings_in_words(words):
+        return _run(arguments, words)
+
+
+def _open_streams() -> None:
+    """Let what is written to a closed stream go nowhere, rather than into the next file that is opened."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        # A name that the terminal's encoding lacks must not end a search in an error.
+        if hasattr(stream := getattr(sys, name), "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _let_go_of_streams() -> None:
+    """Forget what a full or broken stream has not taken: Python would try once more when it ends, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
+    try:
+        return _write(_COMMANDS[arguments.command](arguments))
+    except SearchInterrupted as stop:
+        _write(stop.report)
+        _say(str(stop))
+        return 128 + stop.signal  # as a shell reports a process that a signal has ended
+    except UntrustedCodeError as error:
+        _say(f"error: {error.code} If you trust it, add --trust-code.")
+        return BAD_INPUT
+    except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        _say(f"error: {words(_in_words(error))}")
+        return BAD_INPUT
+    except (SearchFailedError, ClusterError, DivergedError, OSError) as error:
+        _say(f"error: {words(_in_words(error))}")
+        return FAILED
+    except Exception:  # a bug: whoever reports it needs the traceback
+        with suppress(OSError, ValueError):
+            traceback.print_exc()
+        return FAILED
+
+
+def _tune(arguments: argparse.Namespace) -> str:
+    from gputune.cli.tune import tune
+
+    return tune(arguments)
+
+
+def _resume(arguments: argparse.Namespace) -> str:
+    from gputune.cli.tune import resume
+
+    return resume(arguments)
+
+
+def _trials(arguments: argparse.Namespace) -> str:
+    from gputune.cli import trials
+
+    study = _open(arguments.study)
+    if arguments.format == "json":
+        return trials.trials_json(study)
+    if arguments.format == "csv":
+        return trials.trials_csv(study)
+    return trials.trials_table(study, width=shutil.get_terminal_size().columns)
+
+
+def _best(arguments: argparse.Namespace) -> str:
+    from gputune.cli import trials
+
+    study = _open(arguments.study)
+    return trials.best_json(study) if arguments.format == "json" else trials.best_text(study)
+
+
+def _predict(arguments: argparse.Namespace) -> str:
+    from gputune.cli.predict import predictions_csv, write_new
+
+    how = {name: getattr(arguments, name) for name in ("proba", "raw", "trust_code")}
+    text = predictions_csv(arguments.model, arguments.file, **how)
+    if arguments.out is None:
+        return text
+    write_new(text, arguments.out, source=arguments.file)
+    return ""
+
+
+def _repair(arguments: argparse.Namespace) -> str:
+    from gputune.cli.arguments import study_file
+    from gputune.study.repair import repair
+
+    saved = repair(study_file(arguments.study), arguments.out)
+    go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
+    return f"{saved}{go_on}"
+
+
+def _report(arguments: argparse.Namespace) -> str:
+    from gputune.cli.predict import report
+
+    return report(arguments.study, arguments.out)
+
+
+def _status(arguments: argparse.Namespace) -> str:
+    from gputune.cli.trials import status
+
+    return status(arguments.study)
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    from gputune.cli.predict import export
+
+    return export(arguments.model, arguments.out, trust_code=arguments.trust_code)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
+    "tune": _tune,
+    "resume": _resume,
+    "trials": _trials,
+    "best": _best,
+    "predict": _predict,
+    "repair": _repair,
+    "report": _report,
+    "status": _status,
+    "export": _export,
+}
+"""Each returns what goes to standard output."""
+
+
+def _open(place: str) -> Any:
+    """Return the study of a file, or of the folder that ``gputune tune`` made."""
+    from gputune.cli.arguments import study_file
+    from gputune.study.study import Study
+
+    return Study.open(study_file(place))
+
+
+def _write(text: str) -> int:
+    """Print the outcome. Whoever stops reading, as ``head`` does, ends the command quietly."""
+    from gputune.text import clean
+
+    if sys.stdout.isatty():
+        text = clean(text, keep="\n")
+    try:
+        print(text, end="\n" if text else "", flush=True)
+    except BrokenPipeError:
+        return FAILED
+    except OSError as error:
+        _say(f"error: standard output does not take what there is to say: {_in_words(error)}")
+        return FAILED
+    return DONE
+
+
+def _say(text: str) -> None:
+    from gputune.text import clean
+
+    with suppress(OSError, ValueError):  # whether it can be said or not, the exit code tells
+        print(f"gputune: {clean(text)}", file=sys.stderr)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename!r}"
+    return str(error)
+
+
+@contextmanager
+def _warnings_in_words(words: Callable[[str], str]) -> Iterator[None]:
+    """Show a warning that is meant for the user as one line, once, instead of as a line of our code."""
+    said = set()
+    shown_otherwise = warnings.showwarning
+
+    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        if not issubclass(category, UserWarning):
+            shown_otherwise(message, category, *place, **more)
+        elif str(message) not in said:
+            said.add(str(message))
+            _say(f"warning: {words(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show
+        yield

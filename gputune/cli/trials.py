@@ -1,0 +1,220 @@
+"""The trials of a study as a table for a terminal, as JSON and as CSV.
+
+``gputune status``: how far a search is that another process runs, read from its file.
+"""
+
+import csv
+import io
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gputune.cli.arguments import study_file
+from gputune.report.facts import best_trial, seconds_text, states_text
+from gputune.study.study import Study, Trial
+from gputune.text import GAP, Measure, clean, count, is_formula, measure_of, paragraph, short, table
+
+FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
+
+PLUS_MINUS = "±"
+SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
+"""Columns that are named as the measure when they are shown, unless its name is long; titles have it in full."""
+
+_LONGEST = 17
+
+_LISTINGS = (
+    ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
+    ("trial", SCORE_AND_ERROR, "epoch", "state"),
+    ("trial", SCORE, "epoch", "state"),
+)
+
+
+def trials_table(study: Study, *, width: int) -> str:
+    """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
+    measure = study_measure(study)
+    rows = trial_rows(study.trials, measure, _LISTINGS, width=width)
+    title = f"{count(len(study.trials), 'trial')} by {measure.title}, {mean_words(study, errors=PLUS_MINUS in rows)}"
+    return f"{paragraph(title, width)}\n\n{rows}"
+
+
+def trials_json(study: Study) -> str:
+    """Return a list of objects with the keys ``FIELDS``; scores in scikit-learn's sign, null for NaN."""
+    return json.dumps([_plain(trial) for trial in study.trials], indent=1, default=_name, allow_nan=False)
+
+
+def trials_csv(study: Study) -> str:
+    """Return the columns ``FIELDS``; empty for NaN.
+
+    ``params`` and ``fold_scores`` are JSON, and states are words. An origin that a spreadsheet takes for a formula,
+    which no search writes, has a ' before it.
+    """
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(FIELDS)
+    for trial in study.trials:
+        row = _plain(trial)
+        if is_formula(row["origin"]):
+            row["origin"] = f"'{row['origin']}"
+        writer.writerow(
+            [json.dumps(row[f], default=_name) if f in ("params", "fold_scores") else row[f] for f in FIELDS]
+        )
+    return file.getvalue().rstrip("\n")
+
+
+def best_text(study: Study) -> str:
+    """Return the best score and its parameters, these in full so that they can be copied."""
+    best, measure = study.best_trial, study_measure(study)
+    rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
+    parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
+    title = f"trial {best.number}: {measure.title} {_score_and_error(best, measure)}, epoch {best.best_epoch}"
+    return f"{title}\n\n{parameters}"
+
+
+def best_json(study: Study) -> str:
+    """Return the best trial as one object with the keys ``FIELDS``, the ``scoring`` and its ``positive`` class."""
+    meta = study.meta
+    best = {"scoring": meta["scoring"], "positive": meta.get("positive"), **_plain(study.best_trial)}
+    return json.dumps(best, indent=1, default=_name, allow_nan=False)
+
+
+def study_measure(study: Study) -> Measure:
+    """Return how the scores of a study are shown."""
+    best = max((trial.score for trial in study.trials if math.isfinite(trial.score)), default=math.nan)
+    return measure_of(study.meta["scoring"], best, study.meta.get("positive"))
+
+
+def mean_words(study: Study, *, errors: bool) -> str:
+    """Return what a score is over the folds, and what stands behind the plus-minus sign where there is one."""
+    folds = study.meta["folds"]
+    return f"mean{f' {PLUS_MINUS} standard error' * errors} over {count(folds, 'fold')}"
+
+
+def trial_rows(
+    trials: Sequence[Trial],
+    measure: Measure,
+    layouts: Sequence[Sequence[str]],
+    *,
+    width: int,
+    indent: str = "",
+) -> str:
+    """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
+
+    Where none fits, the parameters of a trial share the last column of the last layout, on several lines.
+    """
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
+    values = [
+        [short(trial.params[name]) if name in trial.params else "-" for name in names] for trial in trials
+    ]
+    score = measure.name if len(measure.name) <= _LONGEST else SCORE
+    for layout in layouts:
+        header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
+        rows = [_cells(trial, measure, layout) for trial in trials]
+        lines = table(
+            [*header, *map(clean, names)],
+            [row + cells for row, cells in zip(rows, values)],
+            left=["state"],
+            indent=indent,
+        )
+        if max(map(len, lines.split("\n"))) <= width:
+            return lines
+    return _with_wrapped_parameters(table(header, rows, left=["state"], indent=indent), trials, width)
+
+
+def _with_wrapped_parameters(narrow: str, trials: Sequence[Trial], width: int) -> str:
+    header, *lines = narrow.split("\n")
+    start = max(map(len, (header, *lines)))
+    shown = [f"{header:{start}}{GAP}parameters"]
+    for line, trial in zip(lines, trials):
+        parameters = " ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
+        begin = f"{line:{start}}{GAP}"
+        shown.append(paragraph(parameters, width, first=begin, then=" " * len(begin)).rstrip())
+    return "\n".join(shown)
+
+
+def _cells(trial: Trial, measure: Measure, layout: Sequence[str]) -> list[str]:
+    cells = {
+        "trial": str(trial.number),
+        SCORE: measure.text(trial.score),
+        SCORE_AND_ERROR: _score_and_error(trial, measure),
+        "epoch": str(trial.best_epoch) if math.isfinite(trial.score) else "-",
+        "state": trial.state,
+        "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
+    }
+    return [cells[column] for column in layout]
+
+
+def _score_and_error(trial: Trial, measure: Measure) -> str:
+    error = f" {PLUS_MINUS} {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
+    return measure.text(trial.score) + error
+
+
+def _plain(trial: Trial) -> dict[str, Any]:
+    """A trial as values that JSON has."""
+    row = {field: getattr(trial, field) for field in FIELDS}
+    row["params"] = {key: _parameter(value) for key, value in trial.params.items()}
+    row["fold_scores"] = [_number(score) for score in trial.fold_scores]
+    return row | {
+        "score": _number(trial.score),
+        "seconds": _number(trial.seconds),
+        "origin": trial.origin_text,
+    }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _parameter(value: Any) -> Any:
+    """JSON has no infinity, which is a value that C may have."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "__name__", value))
+
+
+def status(place: str) -> str:
+    """Return the state of a study in a few lines."""
+    file = study_file(place)
+    written = last_written(file) if file.is_file() else 0.0  # before it is opened, which may tidy up the file
+    study = Study.open(file)
+    states = Counter(trial.state for trial in study.trials)
+    done = len(study.trials) - states["waiting"] - states["stopped"]
+    lines = [
+        ("Study", clean(file)),
+        (
+            "Trials",
+            f"{done} of {count(len(study.trials), 'trial')} finished{f': {states_text(study)}' if states else ''}",
+        ),
+        ("Best", _best(study, trains_on=states["waiting"] > 0)),
+        ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
+    ]
+    return "\n".join(f"{name:9}{text}" for name, text in lines)
+
+
+def last_written(file: Path) -> float:
+    """Return when the study was last written, by the clock of its file system, in seconds since 1970."""
+    resolved = file.resolve()
+    log = resolved.with_name(f"{resolved.name}-wal")
+    # A log that is empty was made by a reader.
+    files = [resolved, *([log] if log.exists() and log.stat().st_size else [])]
+    return max(path.stat().st_mtime for path in files)
+
+
+def _best(study: Study, *, trains_on: bool) -> str:
+    best = best_trial(study)
+    if best is None:
+        return "none yet"
+    measure = measure_of(str(study.meta.get("scoring") or "score"), best.score, study.meta.get("positive"))
+    params = ", ".join(f"{clean(name)}={short(value)}" for name, value in best.params.items())
+    # The trials that have passed a rung have no result before they end, and all that have one are worse.
+    left = (
+        " (sent away early; those that train on are not told yet)"
+        if trains_on and best.state == "pruned"
+        else ""
+    )
+    return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}{left}"

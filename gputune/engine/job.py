@@ -1,0 +1,211 @@
+"""How many trials of one shape memory has held: what failed once in a search is not tried again at that size.
+
+One chunk, from its configurations to its results: the unit of work of a process, of a store, of a cluster.
+"""
+
+import math
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from gputune.data.dataset import Dataset
+from gputune.engine.checkpoint import Checkpoint, Checkpointing
+from gputune.engine.mlp import StackedMLP
+from gputune.engine.module import StackedModule
+from gputune.engine.network import Network, Shape
+from gputune.engine.population import Population, shape_of
+from gputune.engine.scoring import Scoring
+from gputune.engine.stop import Stop
+from gputune.engine.train import Spent, State, Trained, train
+from gputune.types import Backend
+
+
+class Fits:
+    """The sizes of one search, by tensor shape, as far as memory has refused larger ones.
+
+    Within a process all copies of it are one object, however often it is sent there with a job.
+    """
+
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(8)
+        self.trials: dict[Any, int] = {}
+
+    def most(self, chunk: Population) -> int:
+        """Return how many trials of a chunk to train at once."""
+        return min(len(chunk.index), self.trials.get(shape_of(chunk), len(chunk.index)))
+
+    def refused(self, chunk: Population) -> None:
+        """Remember that a chunk did not fit: the next of its shape begins with half of it."""
+        self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _here, (self.token, self.trials)
+
+
+_arrived: dict[str, Fits] = {}  # of the last search that this process had a job of
+
+
+def _here(token: str, trials: dict[Any, int]) -> Fits:
+    """Return what this process knows of a search, with what the sender knows."""
+    if token not in _arrived:
+        _arrived.clear()
+        _arrived[token] = Fits()
+    known = _arrived[token]
+    known.token = token
+    for shape, number in trials.items():
+        known.trials[shape] = min(number, known.trials.get(shape, number))
+    return known
+
+
+Progress = Callable[[int, np.ndarray], Any]
+"""Called with the number of trial-epochs just done, and their scores (C, epochs, F)."""
+
+
+@dataclass(frozen=True)
+class BegunChunk(Population):
+    """Trials of one shape that have trained for some epochs already, or for none (``state`` None).
+
+    ``state`` is that of the trials ``alive`` (positions in the chunk; None: all), ``before`` (C, epochs, F) are the
+    curves so far where they are known, and ``seconds`` is what the training took.
+    """
+
+    state: State | None = None
+    alive: tuple[int, ...] | None = None
+    before: np.ndarray | None = None
+    seconds: float = 0.0
+
+    def part(self, start: int, stop: int) -> "BegunChunk":
+        """Return the trials start..stop-1 as a chunk of their own, with their states."""
+        alive = range(len(self.index)) if self.alive is None else self.alive
+        rows = [row for row, c in enumerate(alive) if start <= c < stop]
+        return BegunChunk(
+            self.kind,
+            self.index[start:stop],
+            self.configs[start:stop],
+            None if self.state is None else self.state.select(rows),
+            None if self.alive is None else tuple(alive[row] - start for row in rows),
+            None if self.before is None else self.before[start:stop],
+            self.seconds * (stop - start) / len(self.index),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every chunk of a search has in common."""
+
+    seed: int
+    epochs: int
+    horizon: int
+    scoring: Scoring | None
+    module_class: type[nn.Module] | None
+    stop: Stop = field(default_factory=Stop)
+    """Says when training ends after the running epoch, and no chunk begins any more."""
+    checkpointing: Checkpointing | None = None
+    """How the state of a long training is kept; None: not at all."""
+    fits: Fits = field(default_factory=Fits)
+    """How many trials of a shape memory has held so far."""
+    keep_stopped: bool = True
+    """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
+    backend: Backend = "eager"
+
+    def is_over(self) -> bool:
+        """Whether training ends now."""
+        return self.stop.is_over()
+
+    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
+        """Train one chunk and return its curves."""
+        begin = time.monotonic()
+        trained = train_chunk(self, data, chunk, progress)
+        seconds = time.monotonic() - begin + _begun(chunk).seconds
+        return Outcome(chunk.index, trained.curves, trained.epochs, seconds, spent=trained.spent)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds.
+
+    ``spent`` is what they were spent on, where that is known.
+    """
+
+    index: tuple[int, ...]
+    curves: np.ndarray
+    epochs: int
+    seconds: float
+    spent: Spent = field(default=Spent(), kw_only=True)
+
+
+def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Trained:
+    """Train one chunk, from where it was begun, and return it with its members."""
+    begun = _begun(chunk)
+    return train(
+        make_network(chunk, data, seed=job.seed, module_class=job.module_class),
+        data,
+        chunk.configs,
+        seed=job.seed,
+        epochs=job.epochs,
+        horizon=job.horizon,
+        scoring=job.scoring,
+        after_epoch=_Watch(job, begun, progress),
+        begin=begun.state,
+        alive=begun.alive,
+        before=begun.before,
+        backend=job.backend,
+    )
+
+
+def _begun(chunk: Population) -> BegunChunk:
+    return chunk if isinstance(chunk, BegunChunk) else BegunChunk(chunk.kind, chunk.index, chunk.configs)
+
+
+class _Watch:
+    """What happens after every epoch: it is told, the state is kept where that is due, and training may end."""
+
+    def __init__(self, job: Job, chunk: BegunChunk, progress: Progress | None) -> None:
+        self.job, self.chunk, self.progress = job, chunk, progress
+        self.begin = time.monotonic()
+        seconds = math.inf if job.checkpointing is None else job.checkpointing.seconds
+        self.due = self.begin + seconds
+
+    def __call__(self, trained: Trained) -> bool:
+        epoch, curves = trained.epochs, trained.curves
+        if self.progress is not None:
+            self.progress(len(curves), curves[:, epoch - 1 : epoch])
+        over = self.job.is_over()
+        goes_on = epoch < self.job.epochs and bool(trained.alive)
+        if goes_on and (time.monotonic() >= self.due or (over and self.job.keep_stopped)):
+            self._keep(trained)
+        return over
+
+    def _keep(self, trained: Trained) -> None:
+        checkpointing, index = self.job.checkpointing, self.chunk.index
+        if checkpointing is None:
+            return
+        seconds = self.chunk.seconds + time.monotonic() - self.begin
+        curves = trained.curves[:, : trained.epochs]
+        trials = tuple(checkpointing.numbers[i] for i in index)
+        checkpoint = Checkpoint(trials, trained.alive, curves, trained.state, seconds)
+        self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
+
+
+def make_network(
+    chunk: Population, data: Dataset, *, seed: int, module_class: type[nn.Module] | None
+) -> Network:
+    """Return the stacked model of a chunk."""
+    shape = Shape(
+        folds=data.n_folds,
+        n_features=data.n_features,
+        n_outputs=data.n_outputs,
+        dtype=data.dtype,
+        device=data.device,
+        regression=data.task == "regression",
+        present=data.present,
+    )
+    if chunk.kind == "module":
+        assert module_class is not None
+        return StackedModule(module_class, chunk.configs, shape, seed=seed)
+    return StackedMLP(chunk.kind, chunk.configs, shape, seed=seed)

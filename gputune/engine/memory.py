@@ -1,0 +1,168 @@
+"""A chunk that does not fit into memory is halved and run again; a trial that does not fit alone is given up.
+
+The memory that a chunk takes on its device, measured at two sizes, where an estimate would decide too much.
+
+Training is the same tensor program at every size, so its peak is a straight line over the number of trials: what is
+there once, and what each trial adds.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset, Fold
+from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.population import Population
+from gputune.errors import TOO_BIG
+
+# What torch says in a plain RuntimeError: its allocator on the CPU, and cuDNN where it finds no room to work in.
+_TEXTS = ("can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """A trial (its place in the search) that cannot be trained, and why."""
+
+    index: tuple[int]
+    reason: str
+
+
+class DoesNotFit(GivenUp):
+    """A trial that does not fit into memory even alone, and what was said."""
+
+
+def run_in_parts(
+    job: Job, data: Dataset, chunk: Population, progress: Progress | None = None
+) -> list[Outcome | GivenUp]:
+    """Train one chunk, in as many parts as the memory makes necessary.
+
+    Parts that have not begun when training is over are left out.
+    """
+    waiting, done = [chunk], list[Outcome | GivenUp]()
+    while waiting and not (done and job.is_over()):
+        part = waiting.pop()
+        if (most := job.fits.most(part)) < len(part.index):
+            waiting += [part.part(most, len(part.index)), part.part(0, most)]
+            continue
+        outcome = _attempt(job, data, part, progress)
+        if not isinstance(outcome, str):
+            done.append(outcome)
+            continue
+        # Only here, where the error and the frames that it holds are gone, is there anything to free.
+        gc.collect()
+        if data.device.type == "cuda":
+            torch.cuda.empty_cache()
+        job.fits.refused(part)
+        if len(part.index) == 1:
+            done.append(DoesNotFit((part.index[0],), outcome))
+        else:
+            waiting.append(part)
+    return done
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on the device or on the host.
+
+    A graph that ends with such an error may say only that it failed; why is then the error before it.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
+
+
+def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:
+    """Train a chunk; where memory runs out, take back what was told of it and return the reason."""
+    told = 0
+
+    def tell(trial_epochs: int, curves: np.ndarray) -> None:
+        nonlocal told
+        told += trial_epochs
+        if progress is not None:
+            progress(trial_epochs, curves)
+
+    try:
+        return job.run(data, chunk, tell)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = f"{TOO_BIG}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    if progress is not None and told:
+        progress(-told, np.full((1, 1, 1), np.nan))
+    return reason
+
+
+_TRIALS = 16  # of the larger of both sizes
+_BATCHES, _EPOCHS = (
+    2,
+    4,
+)  # where steps are recorded, the fourth of each shape is: of whole minibatches and of the last
+
+Peak = Callable[[Callable[[], object]], int]
+"""Runs some work and returns the most bytes that it had at any time beyond those that were there before."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a chunk while it trains: ``once``, and what each of its trials adds."""
+
+    once: int
+    trial: int
+
+
+def measure_need(
+    job: Job, data: Dataset, population: Population, peak: Peak, *, most: int = _TRIALS
+) -> Need | None:
+    """Train two small chunks for a few steps, score them on all validation rows, and return what that took.
+
+    The chunks have at most ``most`` trials, those with the largest and the smallest batches among them. Returns None
+    where there is nothing to measure: a single trial, or chunks that memory does not hold.
+    """
+    small = min(most, len(population.index)) // 2
+    large = 2 * small
+    if small == 0:
+        return None
+    order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
+    few = _with_few_rows(data, population.configs[order[0]]["batch_size"])
+    short = replace(job, epochs=_EPOCHS, checkpointing=None)
+
+    def train(trials: int) -> Callable[[], object]:
+        chosen = [order[place] for place in np.linspace(0, len(order) - 1, trials).astype(int)]
+        configs = tuple(population.configs[i] for i in chosen)
+        return lambda: train_chunk(short, few, Population(population.kind, tuple(chosen), configs))
+
+    try:
+        train(small)()  # libraries take their own memory at the first call
+        least, greatest = peak(train(small)), peak(train(large))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    trial = max(1, -(-(greatest - least) // (large - small)))
+    return Need(once=max(0, least - small * trial), trial=trial)
+
+
+def _with_few_rows(data: Dataset, batch_size: int) -> Dataset:
+    """Return the data with all but two of the whole minibatches left out of each fold: the last one stays as it is."""
+    left_out = [max(0, len(fold.train) // batch_size - _BATCHES) * batch_size for fold in data.folds]
+    folds = [Fold(fold.train[rows:], fold.valid) for fold, rows in zip(data.folds, left_out)]
+    return replace(data, folds=tuple(folds))
+
+
+def cuda_peak(device: torch.device) -> Peak:
+    """Return the measure of a GPU: what PyTorch's allocator gave out."""
+
+    def peak(work: Callable[[], object]) -> int:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    return peak

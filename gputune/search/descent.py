@@ -1,0 +1,280 @@
+"""The search by hypergradients: its options, and how one start moves from point to point.
+
+A start descends on the fold mean of the validation loss in the coordinates of its hyperparameters (logarithm, or
+logit), which batch size, width and depth stay out of: those differ from start to start.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gputune.errors import InputError
+from gputune.hypergradients.coordinates import from_coordinate, speed, to_coordinate
+from gputune.hypergradients.inner import HYPERPARAMETERS
+from gputune.hypergradients.result import CHAOTIC
+from gputune.types import Config
+
+_DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises
+_HITS = 2  # chaotic points of a start after which its slopes come from wide finite differences
+
+FIRST_STEP, FIRST_OF_SEVERAL = 1.5, 1.0  # in the coordinate, of one value and of several
+
+Table = np.ndarray  # (S, L)
+Bounds = Mapping[str, tuple[float, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hypergradient:
+    """Options of ``tune(method=...)``: every start descends on its fold-mean validation loss.
+
+    outer_steps      steps of the descent; every point on the way is a training over the whole of ``max_epochs``
+    hyperparameters  some of "lr", "momentum", "weight_decay", "beta1", "beta2"; the solved logistic regression descends
+                     on "C" instead
+    segments         values over the time of training, for each of them: a schedule of so many equal parts
+    per_layer        a value of its own for each layer
+    step             "sign": every value moves by its own step, halved when the sign of its slope flips (Riedmiller and
+                     Braun 1993; Micaelli and Storkey 2021); "normalized": all move along the slope, by a length
+                     divided by ten when the loss rises
+    first_step       length of the first step in the logarithm (logit of momentum and betas); None: 1.5 for one value,
+                     1.0 for several
+    smallest_step    a start whose steps are all shorter has ended
+    """
+
+    outer_steps: int = 10
+    hyperparameters: Sequence[str] = ("lr",)
+    segments: int = 1
+    per_layer: bool = False
+    step: Literal["sign", "normalized"] = "sign"
+    first_step: float | None = None
+    smallest_step: float = 0.05
+
+    def __post_init__(self) -> None:
+        names = (
+            (self.hyperparameters,) if isinstance(self.hyperparameters, str) else tuple(self.hyperparameters)
+        )
+        object.__setattr__(self, "hyperparameters", names)
+        known = (*HYPERPARAMETERS, "C")
+        if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+            raise InputError(
+                f"Hypergradient(hyperparameters=...) must be some of {', '.join(known)}, each once, got {names!r}."
+            )
+        for name in ("outer_steps", "segments"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"Hypergradient({name}=...) must be an integer >= 1, got {value!r}.")
+        if not isinstance(self.per_layer, bool):
+            raise InputError(f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}.")
+        if self.step not in ("sign", "normalized"):
+            raise InputError(f"Hypergradient(step=...) must be 'sign' or 'normalized', got {self.step!r}.")
+        for name in ("first_step", "smallest_step"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise InputError(f"Hypergradient({name}=...) must be a finite number > 0, got {value!r}.")
+        several = len(names) > 1 or self.segments > 1 or self.per_layer
+        first = self.first_step or (FIRST_OF_SEVERAL if several else FIRST_STEP)
+        if self.smallest_step > first:
+            raise InputError(
+                "Hypergradient(smallest_step=...) must be at most the first step, or no start moves twice, got "
+                f"smallest_step={self.smallest_step:g} and a first step of {first:g}. For example smallest_step=0.05."
+            )
+
+
+@dataclass(frozen=True)
+class Slope:
+    """What training at one point gave: the fold-mean ``loss``, and its slope in the coordinates, each (S, L).
+
+    ``errors`` are the standard errors of the slopes over the folds (NaN for one fold); ``usable`` is false where they
+    are noise or not finite, by ``ratio`` (guard.py); ``mode`` is "exact" or "differences".
+    """
+
+    loss: float
+    slopes: Mapping[str, Table]
+    errors: Mapping[str, Table]
+    usable: bool
+    ratio: float
+    mode: Literal["exact", "differences"]
+
+    def to_detail(self) -> dict[str, Any]:
+        """Return it as plain values for the study."""
+        return {
+            "loss": self.loss,
+            "ratio": self.ratio,
+            "usable": self.usable,
+            "mode": self.mode,
+            "slope": {name: table.tolist() for name, table in self.slopes.items()},
+            "slope_error": {name: table.tolist() for name, table in self.errors.items()},
+        }
+
+    @classmethod
+    def from_detail(cls, detail: Mapping[str, Any]) -> "Slope":
+        """Return what ``to_detail`` wrote."""
+        slopes, errors = (
+            {name: np.asarray(table, dtype=float) for name, table in detail[key].items()}
+            for key in ("slope", "slope_error")
+        )
+        return cls(detail["loss"], slopes, errors, detail["usable"], detail["ratio"], detail["mode"])
+
+
+def slope_at(
+    config: Config,
+    losses: np.ndarray,
+    slopes: Mapping[str, np.ndarray],
+    ratios: np.ndarray,
+    mode: Literal["exact", "differences"],
+) -> Slope:
+    """Return the fold mean of a point from its losses (F,), slopes in the hyperparameters (F, S, L), ratios (F,).
+
+    Finite differences look across chaos, so their ratio refuses nothing.
+    """
+    means, errors, finite = {}, {}, bool(np.isfinite(losses).all())
+    for name, table in slopes.items():
+        value = torch.as_tensor(as_table(config[name], table.shape[1:]))
+        moved = table * speed(name, value).numpy()
+        finite &= bool(np.isfinite(moved).all())
+        means[name] = moved.mean(0)
+        folds = len(moved)
+        spread = moved.std(0, ddof=1) if folds > 1 else np.full(moved.shape[1:], np.nan)
+        errors[name] = spread / math.sqrt(folds)
+    calm = mode == "differences" or bool((ratios <= CHAOTIC).all())
+    return Slope(float(losses.mean()), means, errors, finite and calm, float(ratios.max()), mode)
+
+
+class Descent:
+    """Where one start stands: its values, the length of each one's next step, and how often it met chaos."""
+
+    def __init__(self, method: Hypergradient, names: Sequence[str], config: Config, bounds: Bounds) -> None:
+        self.method, self.names, self.config, self.bounds = method, tuple(names), dict(config), bounds
+        self.steps: dict[str, Table] = {}
+        self.signs: dict[str, Table] = {}
+        self.length = 0.0
+        self.last_loss = math.inf
+        self.hits = 0
+        self.ended = False
+        self.visited: list[dict[str, Table]] = []
+
+    @property
+    def mode(self) -> Literal["exact", "differences"]:
+        """How the slope at the next point is to be taken."""
+        return "differences" if self.hits >= _HITS and self.names != ("C",) else "exact"
+
+    def move(self, slope: Slope) -> None:
+        """Step from the present point, whose slope is given; ``ended`` where there is nowhere to go."""
+        if not self.steps:
+            self._begin(slope)
+        before = self._position(slope)
+        if not slope.usable:
+            moves = self._step_down(slope)
+        elif self.method.step == "sign":
+            moves = self._sign_step(slope)
+        else:
+            moves = self._normalized_step(slope)
+        unclear = not slope.usable or not any(move.any() for move in moves.values())
+        after = self._moved(before, moves)
+        while not _alike(after, before) and self._was_at(after):  # steps of 1, 1/2 and 1/2 lead back
+            moves = {name: move / 2 for name, move in moves.items()}
+            self.steps = {name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()}
+            self.length /= 2
+            after = self._moved(before, moves)
+        self.visited.append(before)
+        again = slope.mode == "exact" and self.names != (
+            "C",
+        )  # a solution is as smooth from near as from afar
+        if _alike(after, before) and unclear and again:
+            self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
+        elif _alike(after, before) or self._longest() < self.method.smallest_step:
+            self.ended = True
+        else:
+            self.config |= {name: _as_value(self._values(name, after[name])) for name in self.names}
+
+    def _was_at(self, place: Mapping[str, Table]) -> bool:
+        return any(_alike(place, old) for old in self.visited)
+
+    def _begin(self, slope: Slope) -> None:
+        number = sum(table.size for table in slope.slopes.values())
+        first = self.method.first_step or (FIRST_STEP if number == 1 else FIRST_OF_SEVERAL)
+        self.length = first
+        for name, table in slope.slopes.items():
+            self.steps[name] = np.full(table.shape, first)
+            self.signs[name] = np.zeros(table.shape)
+
+    def _position(self, slope: Slope) -> dict[str, Table]:
+        tables = {name: as_table(self.config[name], slope.slopes[name].shape) for name in self.names}
+        return {name: to_coordinate(name, torch.as_tensor(t)).numpy() for name, t in tables.items()}
+
+    def _sign_step(self, slope: Slope) -> dict[str, Table]:
+        """Each value by its own step against its slope; not at all where the folds disagree on the sign."""
+        moves = {}
+        for name in self.names:
+            clear = ~(np.abs(slope.slopes[name]) < slope.errors[name])
+            moves[name] = self._by_sign(name, np.sign(slope.slopes[name]) * clear)
+        return moves
+
+    def _by_sign(self, name: str, signs: Table) -> Table:
+        flipped = signs * self.signs[name] < 0
+        self.steps[name] = np.where(flipped, self.steps[name] / 2, self.steps[name])
+        self.signs[name] = np.where(signs != 0, signs, self.signs[name])
+        move: Table = -signs * self.steps[name]
+        return move
+
+    def _normalized_step(self, slope: Slope) -> dict[str, Table]:
+        if slope.loss > self.last_loss:
+            self.length /= _DIVIDED
+        self.last_loss = slope.loss
+        norm = math.sqrt(sum(float((table**2).sum()) for table in slope.slopes.values()))
+        scale = self.length / norm if norm > 0 else 0.0
+        return {name: -scale * slope.slopes[name] for name in self.names}
+
+    def _step_down(self, slope: Slope) -> dict[str, Table]:
+        """Chaos is what too large a rate does: step down with it, and leave the rest."""
+        self.hits += 1
+        moves = {name: np.zeros(slope.slopes[name].shape) for name in self.names}
+        if "lr" in self.names:
+            moves["lr"] = self._by_sign("lr", np.ones(slope.slopes["lr"].shape))
+        return moves
+
+    def _moved(self, before: dict[str, Table], moves: dict[str, Table]) -> dict[str, Table]:
+        """Return the coordinates after a move, held within the bounds."""
+        after = {}
+        for name in self.names:
+            low, high = self.bounds.get(name, (-math.inf, math.inf))
+            least, most = (
+                float(to_coordinate(name, torch.tensor(end, dtype=torch.float64)))
+                for end in (max(low, 0.0), high)
+            )
+            most = math.inf if math.isnan(most) else most  # infinity has no logit
+            after[name] = np.clip(before[name] + moves[name], least, most)
+        return after
+
+    def _values(self, name: str, coordinate: Table) -> Table:
+        """Return the values at coordinates; at a bound the bound itself, not its neighbour by rounding."""
+        values: Table = from_coordinate(name, torch.as_tensor(coordinate)).numpy()
+        low, high = self.bounds.get(name, (-math.inf, math.inf))
+        held: Table = np.clip(values, low, high)
+        return held
+
+    def _longest(self) -> float:
+        if self.method.step == "normalized":
+            return self.length
+        return max(float(table.max()) for table in self.steps.values())
+
+
+def as_table(value: Any, shape: tuple[int, ...]) -> Table:
+    """Return a number, a list over segments, or one over segments and layers as a table (S, L)."""
+    table = np.asarray(value, dtype=float)
+    return np.broadcast_to(table.reshape(len(table) if table.ndim else 1, -1), shape).copy()
+
+
+def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
+    """Whether two points are the same but for rounding."""
+    return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)
+
+
+def _as_value(table: Table) -> Any:
+    """Return a table as a configuration has it: a number, a list over segments, or one over segments and layers."""
+    if table.size == 1:
+        return float(table.item())
+    return table[:, 0].tolist() if table.shape[1] == 1 else table.tolist()

@@ -1,0 +1,81 @@
+"""The trials that a call wants: given, drawn, or asked for later; and those of them that its study lacks."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+
+from gputune.search.optuna_sampler import OptunaSampler
+from gputune.search.random import candidates, notes, remarks, top_up
+from gputune.search.space import Space
+from gputune.study.ledger import Ledger
+from gputune.study.store import Candidate
+from gputune.tuning.options import Options
+from gputune.tuning.problem import ModelChoice
+from gputune.types import DEFAULTS, Config
+
+
+def wanted_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
+    """Draw the trials of this call: the default one, the included ones, the random ones."""
+    return candidates(
+        space,
+        n_trials=options.n_trials,
+        include=options.include,
+        include_default=options.include_default,
+        random_state=options.random_state,
+        defaults=_defaults(choice, options),
+        drawn=_are_drawn(options),
+    )
+
+
+def notes_on(
+    trials: Sequence[Candidate], space: Space, choice: ModelChoice, options: Options
+) -> tuple[str, ...]:
+    """Return what the user should know of the trials of this call, a sentence each."""
+    defaults = _defaults(choice, options)
+    return notes(trials, space, include_default=options.include_default, defaults=defaults)
+
+
+def add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
+    """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
+    if _lacking(ledger, wanted, space, options):
+        with ledger.alone():  # another process may have added them meanwhile
+            ledger.add(_lacking(ledger, wanted, space, options))
+
+
+def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...]:
+    """Return how the trials of a ledger are other than what this call asks for, a sentence each."""
+    if not _are_drawn(options):
+        return ()
+    return remarks(
+        ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default
+    )
+
+
+def _lacking(
+    ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options
+) -> Sequence[Candidate]:
+    if not ledger.candidates:
+        return wanted
+    known = [candidate.params for candidate in ledger.candidates]
+    # The default configuration was another one where it was not yet held to the space: it runs once.
+    origins = {"random"} | {c.origin for c in ledger.candidates if c.origin == "default"}
+    given = [c for c in wanted if c.origin not in origins and c.params not in known]
+    number = 1 + max(candidate.number for candidate in ledger.candidates)
+    added = [replace(c, number=number + i) for i, c in enumerate(given)]
+    if not _are_drawn(options):
+        return added
+    return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
+
+
+def _are_drawn(options: Options) -> bool:
+    """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
+    return not isinstance(options.method, OptunaSampler)
+
+
+def _defaults(choice: ModelChoice, options: Options) -> Config:
+    defaults = {**DEFAULTS, "optimizer": choice.optimizer, "schedule": options.schedule}
+    if choice.module_class is not None:  # what its own signature says
+        for name, parameter in inspect.signature(choice.module_class).parameters.items():
+            if parameter.default is not parameter.empty:
+                defaults[f"module__{name}"] = parameter.default
+    return defaults

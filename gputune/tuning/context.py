@@ -1,0 +1,264 @@
+"""The frozen plan at work: whatever trains again, trains in the chunks in which it was first planned.
+
+The bits of a result depend on the company in which a trial trains and on the threads that compute it. A search that is
+resumed, and every process that works on it, therefore run whole chunks of one plan.
+
+What every search method works with: the data, the model, the options, the clock, the screen.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from gputune.data.dataset import Dataset
+from gputune.engine.backend import trains_as
+from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.job import Fits, Job
+from gputune.engine.memory import Need, cuda_peak, measure_need
+from gputune.engine.module import EXAMPLES, check_module
+from gputune.engine.plan import Plan, make_plan, parse_memory
+from gputune.engine.population import ModelKind, Population, complete, populations, shape_of
+from gputune.engine.scoring import Scoring
+from gputune.engine.stop import Stop
+from gputune.executors.ray_cluster import RayCluster
+from gputune.executors.ray_connection import Ray
+from gputune.study.ledger import Ledger
+from gputune.study.store import Candidate, Chunk, Result
+from gputune.text import count, size_words
+from gputune.tuning.options import Options
+from gputune.tuning.problem import ModelChoice
+from gputune.tuning.profile import Profile
+from gputune.tuning.progress import Progress
+from gputune.types import Backend, Config
+
+Make = Callable[[Sequence[Config]], Plan]
+Complete = Callable[[Config], Config]
+
+
+@dataclass(frozen=True)
+class FrozenPlan:
+    """A plan of frozen chunks. ``index`` of its chunks counts in ``trials``, and is the key of ``chunks``."""
+
+    plan: Plan
+    trials: tuple[Candidate, ...]
+    configs: tuple[Config, ...]
+    chunks: dict[tuple[int, ...], Chunk]
+
+    def chunk(self, population: Population) -> Chunk:
+        """Return the frozen chunk that a chunk of the plan is, or is a part of."""
+        return next(chunk for index, chunk in self.chunks.items() if population.index[0] in index)
+
+
+def frozen_plans(
+    ledger: Ledger,
+    waiting: Sequence[Candidate],
+    *,
+    stage: int,
+    kind: ModelKind,
+    complete: Complete,
+    make: Make,
+    alone: bool = False,
+) -> list[FrozenPlan]:
+    """Return the plans in which the ``waiting`` trials train, one for each number of threads.
+
+    What is in no frozen chunk is planned by ``make``, and frozen. Chunks are whole: they may hold trials with a result;
+    with ``alone`` only the waiting ones of each train.
+    """
+    made: dict[int, Plan] = {}
+
+    def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
+        plan = made[len(new)] = make([complete(trial.params) for trial in new])
+        return [(chunk.index, plan.threads) for chunk in plan.chunks]
+
+    chunks = ledger.chunks(waiting, stage, cut)
+    numbers = {number for chunk in chunks for number in chunk.trials}
+    if alone:
+        numbers &= {trial.number for trial in waiting}
+    trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
+    configs = tuple(complete(trial.params) for trial in trials)
+    plan = made[len(trials)] if len(trials) in made else make(configs)  # how many processes pay
+    place = {trial.number: position for position, trial in enumerate(trials)}
+    plans = []
+    for threads in dict.fromkeys(chunk.threads for chunk in chunks):
+        part = {
+            tuple(place[n] for n in chunk.trials if n in place): chunk
+            for chunk in chunks
+            if chunk.threads == threads
+        }
+        of_part = replace(
+            plan,
+            chunks=tuple(Population(kind, i, tuple(configs[p] for p in i)) for i in part),
+            workers=1 if threads > 1 and not plan.cluster else min(plan.workers, len(part)),
+            threads=threads,
+        )
+        plans.append(FrozenPlan(of_part, trials, configs, part))
+    return plans
+
+
+def given_up(trial: int, curve: np.ndarray, reason: str) -> Result:
+    """Return the result of a trial that cannot be trained, with its curve so far (epochs, F)."""
+    folds = (math.nan,) * curve.shape[1]
+    return Result(trial, "failed", math.nan, folds, 0, 0.0, curve, {"reason": reason})
+
+
+@dataclass(frozen=True)
+class Context:
+    """A search that is about to train: everything but its trials."""
+
+    data: Dataset
+    scoring: Scoring
+    choice: ModelChoice
+    options: Options
+    stop: Stop
+    progress: Progress
+    checkpoints: CheckpointFolder | None = None
+    cluster: RayCluster | None = None
+    fits: Fits = field(default_factory=Fits)
+    backend: Backend = "eager"
+    profile: Profile = field(default_factory=Profile)
+    columns: str = ""
+    """What became of the columns of X where they are not one feature each, for messages about shapes."""
+    needs: dict[object, Need | None] = field(default_factory=dict)
+    """What shapes were measured to take of the device's memory."""
+
+    def is_over(self) -> bool:
+        """Whether training ends now: the deadline has passed, or someone asks for it."""
+        return self.stop.is_over()
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that a trial is trained for."""
+        return 1 if self.choice.solved else self.options.max_epochs
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes that the user allows, or None."""
+        return parse_memory(self.options.memory)
+
+    @property
+    def workers(self) -> int | None:
+        """Processes that the user asks for, tasks that a cluster runs at once, or None."""
+        if self.cluster is not None:
+            return self.cluster.tasks
+        workers = self.options.workers
+        return None if isinstance(workers, str | Ray) else int(workers)
+
+    def complete(self, params: Config) -> Config:
+        """Return a trial's parameters with every key that training reads."""
+        return complete(params, optimizer=self.choice.optimizer, schedule=self.options.schedule)
+
+    def groups(self, configs: Sequence[Config]) -> list[Population]:
+        """Return complete configurations as populations of one tensor shape each."""
+        return populations(
+            configs,
+            self.choice.kind,
+            rows=max(len(fold.train) for fold in self.data.folds),
+            own_steps=lambda config: trains_as(self.backend, self.choice.kind, config) == "compiled",
+        )
+
+    def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
+        """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
+        groups = self.groups(configs)
+        parameters = 0
+        if self.choice.module_class is not None:
+            for config in {group.arguments: group.configs[0] for group in groups}.values():
+                parameters = max(parameters, self.check_module(config))
+        with self.profile.clock("planning"):
+            plan = make_plan(
+                groups,
+                self.data,
+                epochs=epochs,
+                memory=self.memory,
+                workers=self.workers,
+                parameters=parameters,
+                free=None if self.cluster is None else self.cluster.free,
+                measure=self._need if self.cluster is None and self.data.device.type == "cuda" else None,
+                backend=self.backend,
+            )
+        self.profile.plan = plan
+        if self.memory is not None and plan.chunk_bytes > self.memory:
+            self.progress.say(
+                f"note: memory={self.options.memory!r} does not hold one trial of the largest, which takes about "
+                f"{size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it",
+                once=True,
+            )
+        return self.placed(plan)
+
+    def job(self, checkpointing: Checkpointing | None = None) -> Job:
+        """Return what every chunk of the search has in common."""
+        return Job(
+            self.options.random_state,
+            self.epochs,
+            self.epochs,
+            self.scoring,
+            self.choice.module_class,
+            self.stop,
+            checkpointing,
+            self.fits,
+            backend=self.backend,
+        )
+
+    def _need(self, population: Population, most: int) -> Need | None:
+        shape = shape_of(population)
+        if shape not in self.needs:
+            peak = cuda_peak(self.data.device)
+            self.needs[shape] = measure_need(self.job(), self.data, population, peak, most=most)
+        return self.needs[shape]
+
+    def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:
+        """Return how the trials with these numbers keep their state while they train; None without a study file."""
+        if self.checkpoints is None:
+            return None
+        return Checkpointing(self.checkpoints, tuple(numbers), self.options.checkpoint_seconds)
+
+    def checkpoints_of(self, numbers: Sequence[int], configs: Sequence[Config]) -> list[Checkpoint]:
+        """Return the checkpoints that there are of these trials."""
+        if self.checkpoints is None:
+            return []
+        found = self.checkpoints.read(dict(zip(numbers, configs)))
+        if begun := {number for one in found for number in one.trials}:
+            self.progress.say(
+                f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True
+            )
+        return found
+
+    def ended(self, results: Sequence[Result]) -> None:
+        """Remove the checkpoints of trials with a final result."""
+        if self.checkpoints is not None:
+            self.checkpoints.drop(result.number for result in results if result.state != "stopped")
+
+    def tidy(self, ledger: Ledger) -> None:
+        """Remove what earlier calls left of trials that have ended, and all checkpoints where no trial waits."""
+        if self.checkpoints is not None:
+            self.ended(list(ledger.results.values()))
+            if not ledger.is_waited_for():
+                self.checkpoints.clear()
+
+    def placed(self, plan: Plan) -> Plan:
+        """Return a plan with the threads that each task of a cluster has, where there is one."""
+        return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
+
+    def finish(self, ledger: Ledger, results: Sequence[Result]) -> None:
+        """Keep results of trials that have ended, show how many are new, and remove their checkpoints."""
+        self.progress.finished(sum(result.number not in ledger.results for result in results))
+        self.store(ledger, results)
+        self.ended(results)
+
+    def store(self, ledger: Ledger, results: Sequence[Result]) -> None:
+        """Keep results of trials that have ended."""
+        with self.profile.clock("storing"):
+            ledger.finish(results)
+
+    def check_module(self, config: Config) -> int:
+        """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""
+        if self.choice.module_class is None:
+            return 0
+        return check_module(
+            self.choice.module_class,
+            config,
+            self.data.example(EXAMPLES),
+            n_outputs=self.data.n_outputs,
+            columns=self.columns,
+        )

@@ -1,0 +1,283 @@
+"""The search by hypergradients at work: all starts descend at once, and every point on the way is a trial."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from gputune.engine.job import Outcome
+from gputune.engine.plan import Plan
+from gputune.engine.rules import BETA1, BETA2
+from gputune.errors import InputError
+from gputune.executors.workers import run_chunks
+from gputune.hypergradients.arguments import hyperparameters_of
+from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
+from gputune.hypergradients.coordinates import has_coordinate
+from gputune.hypergradients.implicit import implicit_chunk
+from gputune.hypergradients.result import check_classes
+from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.search.distributions import range_of
+from gputune.search.space import Space
+from gputune.solver.job import score_solution
+from gputune.study.ledger import Ledger
+from gputune.study.score import score_curve
+from gputune.study.store import Candidate, Result
+from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
+from gputune.tuning.problem import ModelChoice
+from gputune.types import ONLINE, Config
+
+SlopeMode = Literal["exact", "differences"]
+
+
+def searched_names(method: Hypergradient, choice: ModelChoice) -> tuple[str, ...]:
+    """Return the hyperparameters that are descended on; the solved logistic regression has C alone.
+
+    Raises InputError for one that the model has not.
+    """
+    names = tuple(method.hyperparameters)
+    if not choice.solved:
+        if "C" in names:
+            raise InputError(
+                "Hypergradient(hyperparameters=...): only the logistic regression solved with optimizer='exact' has "
+                f"'C', got {names!r}; descend on 'weight_decay'."
+            )
+        return names
+    if names not in (("lr",), ("C",)) or method.segments > 1 or method.per_layer:
+        raise InputError(
+            "Hypergradient: the solved logistic regression has C alone, without segments or layers, got "
+            f"hyperparameters={names!r}, segments={method.segments}, per_layer={method.per_layer}; leave them out, or "
+            "train it with optimizer='adamw'."
+        )
+    return ("C",)
+
+
+def check_descent(
+    method: Hypergradient, trials: Sequence[Candidate], context: Context, labels: np.ndarray | None
+) -> None:
+    """Raise InputError where these starts cannot descend, before anything is kept or trained.
+
+    ``labels`` are those of the target's classes, None for a regression.
+    """
+    names = searched_names(method, context.choice)
+    if labels is not None:
+        _check_folds(labels.tolist(), context)
+    configs = {c.number: _complete(c.params, context) for c in trials}
+    _check_starts(configs, names, context)
+    if not context.choice.solved:
+        _plan(list(configs.values()), "exact", context)
+
+
+def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
+    """Let every start of the ledger descend, outer step by outer step; finished points are kept at once.
+
+    Points that the ledger has already are not trained again, so that a search goes on where it was stopped.
+    """
+    names = searched_names(method, context.choice)
+    starts = [c for c in ledger.candidates if isinstance(c.origin, str)]
+    configs = {c.number: _complete(c.params, context) for c in starts}
+    ranges = {name: range_of(space, (name,)) for name in names}
+    bounds = {name: ends for name, ends in ranges.items() if ends is not None}
+    paths = {number: Descent(method, names, config, bounds) for number, config in configs.items()}
+    known = {c.origin: c for c in ledger.candidates}
+    points = {c.number: c for c in starts}  # of each start that still descends, where it stands
+    outer = method.outer_steps
+    most, plural = len(starts) * (outer + 1), "" if len(starts) == 1 else "s"
+    context.progress.say(
+        f"descent: {len(starts)} start{plural} x at most {outer + 1} points = {most} trainings "
+        "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
+    )
+    with context.progress.bar_over(most - len(ledger.results), context.epochs):
+        for step in range(outer + 1):
+            _evaluate_all(ledger, points, paths, step, context)
+            before = len(points)
+            points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
+            ended = (before - len(points)) * (outer - step)
+            context.progress.spare(ended * context.epochs, trials=ended)
+            if not points or context.is_over():
+                return
+
+
+def _evaluate_all(
+    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], step: int, context: Context
+) -> None:
+    """Evaluate the points that have no result yet: those with exact slopes together, then the others."""
+    for mode in ("exact", "differences"):
+        waiting = [
+            point
+            for start, point in points.items()
+            if point.number not in ledger.results and paths[start].mode == mode
+        ]
+        if waiting and context.choice.solved:
+            _solve(ledger, waiting, context)
+        elif waiting:
+            _train(ledger, waiting, mode, step, context)
+
+
+def _moved(
+    ledger: Ledger,
+    points: dict[int, Candidate],
+    paths: dict[int, Descent],
+    known: dict[str | tuple[int, int], Candidate],
+    step: int,
+) -> dict[int, Candidate]:
+    """Return the next points of the starts that go on, each a trial of the ledger."""
+    following: dict[int, Candidate] = {}
+    new: list[Candidate] = []
+    number = 1 + max(candidate.number for candidate in ledger.candidates)
+    for start, point in points.items():
+        result, path = ledger.results.get(point.number), paths[start]
+        if result is None or "slope" not in result.detail:  # it was cut short, or given up
+            continue
+        path.move(Slope.from_detail(result.detail))
+        if path.ended:
+            continue
+        candidate = known.get((start, step))
+        if candidate is None:
+            params = {**point.params, **{name: path.config[name] for name in path.names}}
+            candidate = Candidate(number + len(new), params, (start, step))
+            new.append(candidate)
+        path.config |= candidate.params
+        following[start] = candidate
+    ledger.add(new)
+    return following
+
+
+def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:
+    jobs = []
+
+    def make(configs: Sequence[Config]) -> Plan:
+        plan, job = _plan(configs, mode, context)
+        jobs.append(job)
+        return plan
+
+    plans = frozen_plans(
+        ledger,
+        points,
+        stage=step,
+        kind=context.choice.kind,
+        complete=lambda params: _complete(params, context),
+        make=make,
+    )
+    for frozen in plans:
+        context.progress.plan(frozen.plan, aloud=step == 0)
+        run_chunks(
+            jobs[-1],
+            context.data,
+            frozen.plan,
+            progress=context.progress.advance,
+            on_outcome=partial(_keep, ledger, frozen, mode, context),
+            on_failure=partial(_give_up, ledger, frozen, context),
+            cluster=context.cluster,
+        )
+
+
+def _keep(ledger: Ledger, frozen: FrozenPlan, mode: SlopeMode, context: Context, outcome: Outcome) -> None:
+    assert isinstance(outcome, Slopes)
+    rows = enumerate(outcome.index)
+    results = [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
+    context.finish(ledger, results)
+
+
+def _give_up(ledger: Ledger, frozen: FrozenPlan, context: Context, place: int, reason: str) -> None:
+    none = np.empty((0, context.data.n_folds))
+    context.finish(ledger, [given_up(frozen.trials[place].number, none, reason)])
+
+
+def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
+    """Return the chunks of these points and their job; raises InputError where they cannot be differentiated."""
+    method, options = context.options.method, context.options
+    assert isinstance(method, Hypergradient)
+    job = HypergradientJob(
+        options.random_state,
+        context.epochs,
+        context.epochs,
+        context.scoring,
+        context.choice.module_class,
+        context.stop,
+        wanted=searched_names(method, context.choice),
+        segments=method.segments,
+        per_layer=method.per_layer,
+        mode=mode,
+    )
+    groups = context.groups(configs)
+    cluster = context.cluster
+    plan, job = plan_chunks(
+        groups,
+        context.data,
+        job,
+        memory=context.memory,
+        workers=context.workers,
+        bytes_of_a_task=None if cluster is None else cluster.bytes_of_a_task(),
+    )
+    return context.placed(plan), job
+
+
+def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
+    """The result of a point: its score is that of the last epoch, whose loss is descended."""
+    curve = outcome.curves[c]
+    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule="last")
+    share = outcome.seconds / len(outcome.index)
+    detail = {}
+    if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
+        slopes = {name: table[c] for name, table in outcome.slopes.items()}
+        detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
+    return Result(point.number, state, score, fold_scores, best_epoch, share, curve, detail)
+
+
+def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
+    """Solve all points in all folds at once, and differentiate the solutions."""
+    begin, data = time.monotonic(), context.data
+    configs = [_complete(point.params, context) for point in points]
+    solution, found = implicit_chunk(data, configs, memory=context.memory)
+    curves = score_solution(data, len(points), solution, context.scoring)
+    losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (found.value, found.gradient))
+    outcome = Slopes(
+        tuple(range(len(points))),
+        curves,
+        1,
+        time.monotonic() - begin,
+        losses,
+        {"C": slopes[..., None, None] / np.array([c["C"] for c in configs])[:, None, None, None]},
+        np.zeros(losses.shape),
+    )
+    context.progress.advance(len(points), curves)
+    context.finish(ledger, [_result(points[i], configs[i], i, outcome, "exact") for i in outcome.index])
+
+
+def _complete(params: Config, context: Context) -> Config:
+    return {"beta1": BETA1, "beta2": BETA2} | context.complete(params)
+
+
+def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Context) -> None:
+    """Refuse, before anything trains, a start that cannot move."""
+    for number, config in configs.items():
+        optimizer = config["optimizer"]
+        if optimizer in ONLINE:
+            raise InputError(
+                f"method='hypergradient' differentiates sgd, nesterov, adam and adamw, got optimizer={optimizer!r} in "
+                f"trial {number}, which adapts its rate itself; choose one of those."
+            )
+        for name in names:
+            if not context.choice.solved and name not in hyperparameters_of(optimizer):
+                raise InputError(
+                    f"Hypergradient(hyperparameters=...): {optimizer} has no {name!r}, and trial {number} uses it; "
+                    f"choose from {', '.join(hyperparameters_of(optimizer))}."
+                )
+            if not has_coordinate(name, config[name]):
+                raise InputError(
+                    f"method='hypergradient' moves {name!r} in its logarithm and cannot start from "
+                    f"{config[name]:g}, as trial {number} does; put {name!r} in the space with values above 0"
+                    f"{' and finite' if name == 'C' else ''}, or do not descend on it."
+                )
+
+
+def _check_folds(labels: Sequence[Any], context: Context) -> None:
+    """Refuse a fold that holds out a class on which it does not train."""
+    data = context.data
+    if data.present is None:
+        return
+    for number, fold in enumerate(data.folds):
+        valid = [labels[code] for code in data.target[fold.valid].tolist()]
+        check_classes(number, valid, [labels[code] for code in data.present[number].nonzero()])

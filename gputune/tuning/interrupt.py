@@ -1,0 +1,129 @@
+"""Ctrl-C and SIGTERM while a search trains: the first lets the running epoch end, the second ends it at once.
+
+Before and after the training of a command either ends it, in words too.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from gputune.engine.stop import Stop
+from gputune.errors import Terminated
+
+if TYPE_CHECKING:
+    from gputune.study.study import Study  # a command that has just begun must not wait for numpy
+
+CTRL_C, TERMINATED = int(signal.SIGINT), int(signal.SIGTERM)
+
+GRACE_SECONDS = 2.5
+"""From SIGTERM to the end of training, finished or not: whoever sends it sends SIGKILL some seconds later."""
+
+_USUAL: dict[int, Any] = {CTRL_C: signal.default_int_handler, TERMINATED: signal.SIG_DFL}
+
+
+def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
+    """Let a function handle both signals in a process that runs one command; one that is ignored stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number, usual in _USUAL.items():
+        if signal.getsignal(number) in (usual, end_command, end_process):
+            signal.signal(number, handle)
+
+
+def end_command(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, or Terminated; but end the process where a library is being imported.
+
+    Some make another error of an interrupt there, and none of them holds anything yet that would be lost.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            end_process(number, frame)
+        frame = frame.f_back
+    raise Terminated if number == TERMINATED else KeyboardInterrupt
+
+
+def end_process(number: int, _frame: FrameType | None) -> NoReturn:
+    """End the process at once, with the exit code of the signal."""
+    with suppress(OSError):
+        os.write(2, b"gputune: interrupted.\n")
+    os._exit(128 + number)
+
+
+def run_until_told(
+    run: Callable[[], None], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
+) -> int | None:
+    """Run a training; return the number of the signal that ended it early, None where none came."""
+    came: list[int] = []
+    with _listening(stop, signals, say, came):
+        try:
+            run()
+        except KeyboardInterrupt:  # the second signal, or one that another handler made of it
+            came.append(CTRL_C)
+    return came[0] if came else None
+
+
+def is_interactive() -> bool:
+    """Whether a person types the calls: in a notebook, in IPython, at Python's own prompt."""
+    return hasattr(sys, "ps1")  # all three set it, "so that scripts can decide"
+
+
+@contextmanager
+def _listening(
+    stop: Stop, signals: Sequence[int], say: Callable[[str], None], came: list[int]
+) -> Iterator[None]:
+    """Take the signals inside, where they would do what is usual; a program's own handler stays.
+
+    Python lets the main thread alone set handlers; in another one nothing is changed.
+    """
+    timers: list[threading.Timer] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if len(came) > 1:
+            raise KeyboardInterrupt
+        stop.ask()
+        if number == TERMINATED:
+            timers.append(_end_in_time())
+        with suppress(RuntimeError):  # the signal came while the stream was being written to
+            say("stopping after the running epoch; what is finished is kept (once more: stop now)")
+
+    mine = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in signals if mine}
+    before = {number: own for number, own in before.items() if own in (_USUAL[number], end_command)}
+    try:
+        for number in before:
+            signal.signal(number, handle)
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
+def _end_in_time() -> threading.Timer:
+    """Send the main thread SIGTERM once more when the grace is over."""
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(GRACE_SECONDS, signal.pthread_kill, (main, signal.SIGTERM))
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def interrupted_words(study: "Study", file: Any) -> str:
+    """Return what a search that was ended early says: how far it is, and how it goes on."""
+    states = Counter(trial.state for trial in study.trials)
+    done = len(study.trials) - states["waiting"] - states["stopped"]
+    text = f"interrupted: {done} of {len(study.trials)} trials are finished"
+    if states["stopped"]:
+        text += f", {states['stopped']} cut short"
+    if file is None:
+        return f"{text}; they are in no file: with study=FILE a later call goes on."
+    return f"{text}; all is kept in {str(file)!r}: repeat this to go on."

@@ -1,0 +1,168 @@
+"""What the ``model`` argument means: a built-in name, a user's class, or a class in a file.
+
+A source made ready to train on: target, column layout, encoded rows, folds, and the data on one device.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset, Rows, make_dataset
+from gputune.data.encode import Columns, Layout, Statistics, fit_layout
+from gputune.data.source import Source
+from gputune.data.table import quoted
+from gputune.data.target import Target, check_target
+from gputune.engine.population import ModelKind
+from gputune.errors import InputError
+from gputune.study.module_source import class_from_file, class_source, find_class
+from gputune.tuning.options import Options
+from gputune.types import OPTIMIZERS
+
+SearchedModel = Literal["mlp", "logistic", "module"]
+
+_KINDS: dict[SearchedModel, ModelKind] = {"mlp": "mlp", "logistic": "linear", "module": "module"}
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A checked model: which space it has, which engine trains it, and how a saved model builds it again."""
+
+    searched: SearchedModel
+    optimizer: str
+    module_class: type[nn.Module] | None
+
+    @property
+    def solved(self) -> bool:
+        """Whether it is solved to convergence instead of trained."""
+        return self.optimizer == "exact"
+
+    @property
+    def kind(self) -> ModelKind:
+        """The engine's word for its stacked form."""
+        return _KINDS[self.searched]
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What a study and a model folder store of it: plain JSON."""
+        if self.module_class is None:
+            return {"kind": self.searched}
+        return {"kind": "module", **class_source(self.module_class)}
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.searched if self.module_class is None else self.module_class.__name__
+
+
+def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
+    """Check ``model`` and ``optimizer`` and return the choice.
+
+    Raises InputError for another model, a file or class that cannot be imported, an optimizer that does not fit.
+    """
+    searched, module_class = _resolve(model)
+    allowed = (*OPTIMIZERS, "exact") if searched == "logistic" else OPTIMIZERS
+    optimizer = optimizer or ("exact" if searched == "logistic" else "adamw")
+    if optimizer not in allowed:
+        name = model if isinstance(model, str) else searched
+        raise InputError(
+            f"optimizer for model={name!r} must be one of {', '.join(allowed)}, got {optimizer!r}."
+        )
+    return ModelChoice(searched, optimizer, module_class)
+
+
+def choose_again(spec: dict[str, Any], optimizer: str, *, trust_code: bool) -> ModelChoice:
+    """Return the choice that a study stored.
+
+    Raises InputError where a user's class is gone or has changed, UntrustedCodeError where its code is not trusted.
+    """
+    module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
+    return ModelChoice(spec["kind"], optimizer, module_class)
+
+
+def _resolve(model: Any) -> tuple[SearchedModel, type[nn.Module] | None]:
+    if model == "mlp" or model == "logistic":
+        return model, None
+    if isinstance(model, str) and ":" in model:
+        path, _, name = model.rpartition(":")
+        return "module", class_from_file(path, name)
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        return "module", model
+    if isinstance(model, nn.Module):
+        raise InputError(
+            "model must be the class, not an instance, since every trial builds its own: pass "
+            f"{type(model).__name__}."
+        )
+    raise InputError(
+        f"model must be 'mlp', 'logistic', a torch.nn.Module class or 'FILE.py:CLASS', got {model!r}."
+    )
+
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Rows and target of a source, encoded; statistics are not fitted yet, since they belong to folds."""
+
+    source: Source
+    target: Target
+    layout: Layout
+    raw: np.ndarray | Tensor
+    columns: Columns = "drop-constant"
+
+    def dataset(
+        self, folds: Sequence[Rows], options: Options, choice: ModelChoice
+    ) -> tuple[Dataset, tuple[Statistics, ...]]:
+        """Return the data of some folds on the device, and the statistics of each fold."""
+        # The solver's tolerance lies beyond single precision.
+        dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
+        device = self.raw.device if isinstance(self.raw, Tensor) and options.device == "auto" else None
+        return make_dataset(
+            self.raw,
+            self.layout,
+            self.target,
+            folds,
+            numbers=options.numbers,
+            sample_weight=options.sample_weight,
+            class_weight=options.class_weight,
+            dtype=dtype,
+            device=device or options.device_here(),
+        )
+
+    def columns_in_words(self) -> str:
+        """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
+        used = {column.name: len(column.feature_names) for column in self.layout.columns}
+        lost = [name for name in self.layout.inputs if name not in used]
+        wide = [name for name, features in used.items() if features > 1]
+        parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(
+            wide
+        )
+        if not parts:
+            return ""
+        remedy = "" if self.columns == "keep" else "; columns 'keep' leaves numbers and booleans as they are"
+        return (
+            f" Of the {len(self.layout.inputs)} columns of X, which are {sum(used.values())} features, "
+            f"{' and '.join(parts)}{remedy}."
+        )
+
+
+def make_problem(source: Source, task: Any, choice: ModelChoice, columns: str = "auto") -> Problem:
+    """Check the target, fix the column layout and encode the rows.
+
+    ``columns`` "auto" is "keep" for a user's module, which may count on their number and order.
+    """
+    target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
+    if choice.solved and target.task == "regression":
+        raise InputError(
+            "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number: choose "
+            "model='mlp', or optimizer='adamw' for a linear regression."
+        )
+    how: Columns = "drop-constant"
+    if columns == "keep" or (columns == "auto" and choice.kind == "module"):
+        how = "keep"
+    layout = fit_layout(source.X, columns=how)
+    return Problem(source, target, layout, layout.raw(source.X), how)

@@ -1,0 +1,170 @@
+"""What a person sees while a search runs: one bar over trials x epochs, with what has come of it so far."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from gputune.engine.plan import Plan
+from gputune.text import measure_of
+
+_LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
+
+_SHARE = 0.01  # of the work: before it is done the pace says nothing
+
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} trial-epochs [{elapsed}, {remaining} left{postfix}]"
+
+
+class _Screen:
+    """Standard error, as it is at each call. What it does not take is lost: a bar must not end a search."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def write(self, text: str) -> None:
+        """Write what can be written."""
+        with suppress(*_NO_SCREEN):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(*_NO_SCREEN):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """Whether somebody may be watching."""
+        with suppress(*_NO_SCREEN):
+            return sys.stderr.isatty()
+        return False
+
+
+_NO_SCREEN = AttributeError, OSError, ValueError
+"""What standard error raises where there is none, where it is full or has no reader, where it is closed."""
+
+
+class Progress:
+    """A bar that counts trial-epochs, or plain lines where standard error is no terminal; silent with ``verbose=0``.
+
+    It shows trials, trial-epochs, the best score so far in the sign of its name, the members that train at the same
+    time, the trials that halving has sent away, and the time that is left. ``words`` puts what is said in the words of
+    the door that the search came through.
+    """
+
+    def __init__(
+        self,
+        verbose: int,
+        on_epoch: Callable[[np.ndarray], None] | None = None,
+        words: Callable[[str], str] = str,
+    ) -> None:
+        self.verbose, self.on_epoch, self.words_of = verbose, on_epoch, words
+        self.scoring = "score"
+        self.bar: Any = None
+        self.screen = _Screen()
+        notebook = "ipykernel" in sys.modules
+        self.plain = not self.screen.isatty() and not notebook
+        self.bar_file = None if notebook else self.screen  # tqdm knows itself where a notebook's goes
+        self.next_line = time.monotonic() + _LINE_SECONDS
+        self.begin = time.monotonic()
+        self.best, self.trials_done, self.trials = float("-inf"), 0, 0
+        self.said: set[str] = set()
+        self.epochs_done, self.epochs = 0, 0
+        self.members, self.processes, self.pruned, self.batches = 0, 1, 0, 0
+
+    def say(self, text: str, *, level: int = 1, once: bool = False) -> None:
+        """Print a line where ``verbose`` reaches ``level``; with ``once`` not again in this search."""
+        if self.verbose >= level and not (once and text in self.said):
+            self.said.add(text)
+            tqdm.write(self.words_of(text), file=self.screen)
+
+    def plan(self, plan: Plan, *, aloud: bool = True) -> None:
+        """Take note of the plan of what trains next, and say it; of batches that of the first."""
+        self.processes = plan.workers
+        if aloud and not self.batches:
+            self.say(f"plan: {plan}", once=True)
+
+    @contextmanager
+    def bar_over(self, trials: int, epochs: int) -> Iterator[None]:
+        """Show the bar inside, for so many trials more; inside of another bar, for a batch of its trials, that one."""
+        if self.bar is not None:
+            yield
+            self.batches += 1
+            return
+        if not self.epochs:
+            self.begin = time.monotonic()
+        self.trials, self.epochs = self.trials_done + trials, self.epochs_done + trials * epochs
+        self.bar = tqdm(
+            total=self.epochs,
+            file=self.bar_file,
+            initial=self.epochs_done,
+            bar_format=_FORMAT,
+            disable=self.verbose < 1 or self.plain,
+            dynamic_ncols=True,
+            leave=False,
+        )
+        self._show()
+        try:
+            yield
+        finally:
+            self.bar.close()
+            self.bar = None
+
+    def advance(self, trial_epochs: int, curves: np.ndarray) -> None:
+        """So many more trial-epochs are done; their scores are ``curves`` (C, epochs, F)."""
+        self.epochs_done += trial_epochs
+        self.bar.update(trial_epochs)
+        # A member that has diverged is no longer one.
+        self.members = int(np.isfinite(curves[:, -1:]).sum())
+        mean = curves.mean(-1)
+        if np.isfinite(mean).any():
+            self.best = max(self.best, float(np.nanmax(mean)))
+        self._show()
+        if self.on_epoch is not None:
+            self.on_epoch(curves)
+
+    def finished(self, trials: int, *, pruned: int = 0) -> None:
+        """So many more trials are done, some of them because a rung sent them away."""
+        self.trials_done += trials
+        self.pruned += pruned
+        self._show()
+
+    def spare(self, trial_epochs: int, *, trials: int = 0) -> None:
+        """So many trial-epochs, and trials, will not be trained: they left early, or never began."""
+        self.trials -= trials
+        self.epochs -= trial_epochs
+        self.bar.total = self.epochs
+        self._show()
+
+    @property
+    def words(self) -> str:
+        """What the bar says beside its counts."""
+        best = "-"
+        if self.best > float("-inf"):
+            measure = measure_of(self.scoring, self.best)
+            best = f"{measure.name} {measure.text(self.best)}"
+        words = [f"trials {self.trials_done}/{self.trials}", f"best {best}"]
+        if self.members:
+            place = "" if self.processes == 1 else f" in each of {self.processes} processes"
+            words.append(f"{self.members} members{place}")
+        if self.pruned:
+            words.append(f"{self.pruned} pruned")
+        return ", ".join(words)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """An estimate by the pace so far; None before there is one."""
+        if self.epochs_done < max(1.0, _SHARE * self.epochs):
+            return None
+        pace = (time.monotonic() - self.begin) / self.epochs_done
+        return pace * max(0, self.epochs - self.epochs_done)
+
+    def _show(self) -> None:
+        self.bar.set_postfix_str(self.words, refresh=False)
+        if self.plain and time.monotonic() > self.next_line:
+            self.next_line = time.monotonic() + _LINE_SECONDS
+            left = self.seconds_left
+            ending = "" if left is None else f", {left:.0f} s left"
+            self.say(f"{self.words}, {self.epochs_done}/{self.epochs} trial-epochs{ending}")

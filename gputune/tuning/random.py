@@ -1,0 +1,118 @@
+"""Every trial trained to the end (or solved), in the order that suits the machine: what random search does."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gputune.engine.job import Outcome
+from gputune.executors.workers import on_threads, run_chunks
+from gputune.solver.job import solve_chunk
+from gputune.study.ledger import Ledger
+from gputune.study.score import score_curve
+from gputune.study.store import Candidate, Chunk, Result
+from gputune.text import count
+from gputune.tuning.checkpoints import with_begun
+from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
+from gputune.tuning.options import Options
+
+_SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
+
+
+def train_fully(ledger: Ledger, context: Context) -> None:
+    """Train what waits in the ledger, chunk by chunk; what is finished is kept at once.
+
+    Chunks that another process trains are left to it and waited for, and trained here where it ends without them.
+    """
+    train = _solve if context.choice.solved else _train
+    with context.progress.bar_over(len(ledger.waiting()), context.epochs):
+        while waiting := ledger.waiting():
+            left = train(ledger, waiting, context)
+            if context.is_over():
+                return
+            ledger.refresh()
+            if left:
+                _wait(ledger, left, context)
+
+
+def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
+    """Train the chunks that can be claimed; return those that other processes have where none can."""
+    plans = frozen_plans(
+        ledger,
+        waiting,
+        stage=0,
+        kind=context.choice.kind,
+        complete=context.complete,
+        make=lambda configs: context.plan(configs, epochs=context.epochs),
+    )
+    chunks = [chunk for frozen in plans for chunk in frozen.chunks.values()]
+    if not any(map(ledger.claim, chunks)):  # the first will do
+        return chunks
+    for frozen in plans:
+        _run(ledger, frozen, context)
+    return []
+
+
+def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
+    numbers = [trial.number for trial in frozen.trials]
+    plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
+    context.progress.plan(plan)
+
+    def give_up(place: int, reason: str) -> None:
+        none = np.empty((0, context.data.n_folds))
+        context.finish(ledger, [given_up(numbers[place], none, reason)])
+
+    run_chunks(
+        context.job(context.checkpointing(numbers)),
+        context.data,
+        plan,
+        progress=context.progress.advance,
+        on_outcome=lambda outcome: _keep(ledger, frozen.trials, outcome, context),
+        claim=lambda population: ledger.claim(frozen.chunk(population)),
+        on_failure=give_up,
+        cluster=context.cluster,
+    )
+
+
+def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
+    """As ``_train``, for the logistic regression that is solved."""
+
+    def cut(new: Sequence[Candidate]) -> list[tuple[Sequence[int], int]]:
+        begins = range(0, len(new), _SOLVED_TOGETHER)
+        return [(range(n, min(n + _SOLVED_TOGETHER, len(new))), torch.get_num_threads()) for n in begins]
+
+    chunks = ledger.chunks(waiting, 0, cut)
+    by_number = {trial.number: trial for trial in ledger.candidates}
+    solved = 0
+    for chunk in chunks:
+        if solved and context.is_over():
+            break
+        if ledger.claim(chunk):
+            trials = [by_number[number] for number in chunk.trials]
+            configs = [context.complete(trial.params) for trial in trials]
+            with on_threads(chunk.threads):
+                outcome = solve_chunk(context.data, configs, range(len(configs)), context.scoring)
+            context.progress.advance(len(trials), outcome.curves)
+            _keep(ledger, trials, outcome, context)
+            solved += 1
+    return [] if solved else chunks
+
+
+def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
+    context.profile.trained(outcome.spent)
+    curves = zip(outcome.index, outcome.curves)
+    context.finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves])
+
+
+def _wait(ledger: Ledger, chunks: Sequence[Chunk], context: Context) -> None:
+    """Wait for what other processes are training."""
+    who, remedy = ledger.who_has(chunks)
+    trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
+    context.progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
+    ledger.wait(chunks, context.is_over)
+
+
+def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
+    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule=options.epoch)
+    share = outcome.seconds / len(outcome.index)
+    return Result(trial.number, state, score, fold_scores, best_epoch, share, curve)

@@ -1,0 +1,215 @@
+"""From a study to its tuned model: the best configuration trained again on all rows of the study."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from gputune.data.dataset import Dataset
+from gputune.data.folds import all_rows
+from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
+from gputune.engine.backend import choose_backend, matrix_products
+from gputune.engine.entry import entry
+from gputune.engine.job import Job, train_chunk
+from gputune.engine.plan import make_plan
+from gputune.engine.population import complete, module_arguments, populations
+from gputune.errors import DivergedError, InputError
+from gputune.executors.workers import computing
+from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
+from gputune.search.descent import Hypergradient
+from gputune.solver.job import solve_all, solved_module
+from gputune.study.database import blaming_options
+from gputune.study.model import TunedModel
+from gputune.study.study import Study, Trial
+from gputune.tuning.options import Options, method_again
+from gputune.tuning.problem import ModelChoice, Problem, choose_again, make_problem
+from gputune.types import Backend, Config
+from gputune.version import __version__
+
+
+@entry
+def refit(
+    study: Study, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
+) -> TunedModel:
+    """Train the best trial of a study on all its rows, for as many epochs as its best score took.
+
+    Without X and y the rows are those of the search, kept in memory or read again from the file it read.
+    Raises InputError where there are none or, with ``check``, others; DivergedError where it diverges.
+    """
+    trial = study.best_trial
+    from_file = study.file if X is None and study.data is None else None
+    with nullcontext() if from_file is None else blaming_options(from_file):
+        choice, source, options = _recalled(study, X, y, trust_code)
+    # How many classes there are is for the rows to say: others may have two where the study's have three.
+    task = "regression" if study.meta["task"] == "regression" else "classification"
+    problem = make_problem(source, task, choice, options.columns)
+    rows = _fingerprint(study, problem, is_kept=study.data is not None and X is None)
+    if check and rows != study.meta["fingerprint"]:
+        raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
+    data, (statistics,) = problem.dataset([all_rows(len(source.X))], options, choice)
+    config = complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule)
+    if choice.solved:
+        module: nn.Module = solved_module(solve_all(data, [config]), 0)
+    else:
+        module = _train(data, config, choice, options, epochs=trial.best_epoch)
+    if not all(bool(w.isfinite().all()) for w in module.parameters()):
+        raise DivergedError(
+            f"trial {trial.number} diverged when it was trained on all rows; give the next best configuration, or a "
+            "smaller lr, a search of its own."
+        )
+    target = problem.target
+    return TunedModel(
+        module=module,
+        layout=problem.layout,
+        statistics=statistics,
+        task=target.task,
+        classes=target.classes,
+        center=float(data.center[0]),
+        scale=float(data.scale[0]),
+        dtype=data.dtype,
+        target=target.name,
+        spec={**choice.spec, "kwargs": _arguments(choice, config, data)},
+        info=_info(study, trial, rows),
+    )
+
+
+def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
+    """Return the model, the rows and the options of the search, from memory or from the study's file."""
+    meta = study.meta
+    if study.data is not None:
+        choice, source, options = study.data
+        return (
+            (choice, source, options) if X is None else (choice, read_source(X, y), _without_weights(options))
+        )
+    if meta.get("face") == "sklearn":
+        raise InputError(
+            f"best_model() cannot refit a study of {meta['method']}, which searched scikit-learn's estimators; its "
+            "best_estimator_ is the model."
+        )
+    if meta["sample_weight"] is not None:
+        raise InputError(
+            "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "
+            "returned, in the same process."
+        )
+    options = Options(
+        class_weight=_class_weight(meta),
+        columns=meta["columns"],
+        numbers=meta["numbers"],
+        schedule=meta["schedule"],
+        max_epochs=meta["max_epochs"],
+        method=method_again(meta["method"]),
+        dtype=meta["dtype"],
+        random_state=meta["seed"],
+    )
+    choice = choose_again(meta["spec"], meta["optimizer"], trust_code=trust_code)
+    return choice, _reread(study, X, y), options
+
+
+def _class_weight(meta: dict[str, Any]) -> Any:
+    """Return the class weights of a study file: its meta has them as text, its arguments as they were given."""
+    if meta["class_weight"] in (None, "'balanced'"):
+        return None if meta["class_weight"] is None else "balanced"
+    kept = meta.get("arguments", {}).get("kept", {})
+    if "class_weight" in kept:
+        return kept["class_weight"]
+    raise InputError(
+        f"best_model() cannot read class_weight={meta['class_weight']} again; call it on the study that tune() "
+        "returned, in the same process."
+    )
+
+
+def _without_weights(options: Options) -> Options:
+    if options.sample_weight is not None:
+        raise InputError(
+            "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
+        )
+    return options
+
+
+def _reread(study: Study, X: Any, y: Any) -> Source:
+    if X is not None:
+        return read_source(X, y)
+    origin = study.meta["source"]
+    if origin is None:
+        raise InputError(
+            "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
+        )
+    try:
+        return read_again(origin)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y."
+        ) from error
+
+
+def _fingerprint(study: Study, problem: Problem, *, is_kept: bool) -> dict[str, Any]:
+    """Return the fingerprint of the rows; those that the process kept are the study's own."""
+    if is_kept:
+        return dict(study.meta["fingerprint"])
+    return fingerprint(problem.source.X, problem.target)
+
+
+def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_given: bool) -> str:
+    """Return in which way the rows are not those of the search, and what to do."""
+    held, target, origin = study.meta["classes"], problem.target, study.meta["source"]
+    found = None if target.classes is None else target.classes.tolist()
+    difference = rows_difference(study.meta["fingerprint"], rows)
+    if held != found:
+        counts = [len(labels or ()) for labels in (held, found)]
+        other = "other classes" if counts[0] == counts[1] else f"{counts[0]} classes then, {counts[1]} now"
+        difference = f"{difference}; {other}"
+    if not are_given:
+        return (
+            f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference}); restore "
+            "the file, or add check=False to train on them as they are: the model then has no score."
+        )
+    again = "" if origin is None else f", or leave X and y out to read {origin['path']!r} again"
+    return (
+        f"best_model(X, y): these are not the rows that the study was searched on ({difference}). Pass those{again}; "
+        "check=False trains on others, and the model then has no score."
+    )
+
+
+def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
+    (chunk,) = populations([config], choice.kind, rows=data.n_rows)
+    common = (options.random_state, epochs, options.max_epochs, None, choice.module_class)
+    if isinstance(options.method, Hypergradient):
+        names, segments, layers = (
+            options.method.hyperparameters,
+            options.method.segments,
+            options.method.per_layer,
+        )
+        descent = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
+        with matrix_products(tf32=options.tf32):
+            return train_scheduled(descent, data, chunk)
+    backend: Backend = "eager"
+    if choice.kind != "module":
+        backend, _ = choose_backend(options.backend, data.device, data.dtype)
+    job = Job(*common, backend=backend)
+    plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1, backend=backend)
+    with computing(plan.threads), matrix_products(tf32=options.tf32):
+        return train_chunk(job, data, chunk).member(0, 0)
+
+
+def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> dict[str, Any]:
+    size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
+    if choice.searched == "mlp":
+        return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
+    return size | module_arguments(config)
+
+
+def _info(study: Study, trial: Trial, rows: dict[str, Any]) -> dict[str, Any]:
+    """Return what is worth knowing of the model; a score is that of the rows of the search, and of no others."""
+    own = rows == study.meta["fingerprint"]
+    return {
+        "params": trial.params,
+        "epochs": trial.best_epoch,
+        "scoring": study.meta["scoring"],
+        "positive": study.meta.get("positive"),
+        **({"score": trial.score, "std_error": trial.std_error} if own else {}),
+        "trials": len(study.trials),
+        "rows": rows["rows"],
+        "fingerprint": rows,
+        "versions": {"gputune": __version__, "torch": torch.__version__},
+    }

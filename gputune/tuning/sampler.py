@@ -1,0 +1,141 @@
+"""A search with one of Optuna's samplers: it is asked for a batch, the batch trains together, and it is told."""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+from gputune.search.optuna_sampler import Asking, OptunaSampler, check_askable
+from gputune.search.random import n_counted
+from gputune.search.space import Space
+from gputune.study.ledger import Cut, Ledger
+from gputune.study.store import Candidate, Chunk, Result
+from gputune.tuning.context import Context
+from gputune.tuning.halving import check_halving, halve
+from gputune.tuning.random import train_fully
+
+_BATCH = "batch "
+"""Origin of a trial that was asked for, before the number of its batch."""
+
+
+def check_sampling(method: OptunaSampler, space: Space, context: Context) -> None:
+    """Raise InputError where the sampler cannot be asked for this space, before anything is kept or trained."""
+    check_askable(space)
+    if method.halving is not None:
+        check_halving(method.halving, context)
+
+
+def sample(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> None:
+    """Train what waits, tell the sampler all results in order, then ask, train and tell batch by batch.
+
+    This process alone asks and trains: the next batch depends on every result of the last one.
+    """
+    _train(ledger, method, context)
+    if context.is_over() or not _missing(ledger, context):
+        return
+    asking = _caught_up(ledger, space, method, context)
+    with context.progress.bar_over(_missing(ledger, context), context.epochs):
+        while (count := min(method.batch, _missing(ledger, context))) and not context.is_over():
+            _run_batch(ledger, asking, count, method, context)
+
+
+def _run_batch(ledger: Ledger, asking: Asking, count: int, method: OptunaSampler, context: Context) -> None:
+    """Ask for so many trials, train them together, and tell their results."""
+    asked = [asking.ask() for _ in range(count)]
+    number = 1 + max((c.number for c in ledger.candidates), default=-1)
+    batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
+    ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(asked)])
+    _train(ledger, method, context)
+    if not context.is_over():
+        for i, (trial, _) in enumerate(asked):
+            asking.tell(trial, ledger.results[number + i])
+
+
+def _missing(ledger: Ledger, context: Context) -> int:
+    """How many trials are still to be asked for: the default one counts, included ones do not."""
+    asked = sum(_batch_of(c) > 0 for c in ledger.candidates)
+    return max(0, context.options.n_trials - asked - n_counted(ledger.candidates))
+
+
+def _batch_of(candidate: Candidate) -> int:
+    """Return the number of the batch that a trial was asked for in, 0 for one that was given."""
+    origin = candidate.origin
+    return int(origin.removeprefix(_BATCH)) if isinstance(origin, str) and origin.startswith(_BATCH) else 0
+
+
+def _train(ledger: Ledger, method: OptunaSampler, context: Context) -> None:
+    """Train what waits in the ledger together; with halving each batch by itself."""
+    if method.halving is None:
+        if ledger.waiting():
+            train_fully(ledger, context)
+        return
+    for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
+        halve(_Batch(ledger, batch), method.halving, context)
+
+
+class _Batch(Ledger):
+    """The trials of one batch as a ledger of their own, so that they are halved among themselves.
+
+    Its chunks are frozen in the plan of the whole, and its results are kept there.
+    """
+
+    def __init__(self, whole: Ledger, batch: int) -> None:
+        super().__init__(None)
+        self.whole = whole
+        self.candidates = [c for c in whole.candidates if _batch_of(c) == batch]
+        numbers = {c.number for c in self.candidates}
+        self.plan = [chunk for chunk in whole.plan if not numbers.isdisjoint(chunk.trials)]
+        self.results = {number: whole.results[number] for number in numbers & whole.results.keys()}
+
+    def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
+        """Return the frozen chunks of a stage that hold these trials, new ones where there are none."""
+        return self.whole.chunks(trials, stage, cut)
+
+    def finish(self, results: Sequence[Result]) -> None:
+        """Keep the results in the whole ledger."""
+        self.whole.finish(results)
+        super().finish(results)
+
+
+def _caught_up(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> Asking:
+    """Return a conversation with a fresh copy of the sampler in which all results so far have been told, in order.
+
+    The copy is asked again for what it was asked before. A seeded sampler proposes the same again, and then goes on as
+    if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
+    its proposals.
+    """
+    asking = Asking(method.sampler, space)
+    if _tell_again(asking, ledger, context, instead=False):
+        return asking
+    context.progress.say(
+        "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a reseeded "
+        "copy of it is told their results."
+    )
+    asking = Asking(method.sampler, space, reseed=True)
+    _tell_again(asking, ledger, context, instead=True)
+    return asking
+
+
+def _tell_again(asking: Asking, ledger: Ledger, context: Context, *, instead: bool) -> bool:
+    """Tell the results of the ledger, batch by batch; False where a proposal is another than the first time.
+
+    instead: put what was proposed in the place of what is proposed now.
+    """
+    for batch, group in groupby(ledger.candidates, _batch_of):
+        candidates = list(group)
+        if batch == 0:
+            _add(asking, candidates, ledger, context)
+            continue
+        asked = [asking.ask(c.params if instead else None) for c in candidates]
+        if any(params != c.params for (_, params), c in zip(asked, candidates)):
+            return False
+        for (trial, _), candidate in zip(asked, candidates):
+            asking.tell(trial, ledger.results[candidate.number])
+    return True
+
+
+def _add(asking: Asking, candidates: Sequence[Candidate], ledger: Ledger, context: Context) -> None:
+    """Tell the results of trials that were given, the default one and the included ones."""
+    for candidate in candidates:
+        if not asking.add(candidate.params, ledger.results[candidate.number]):
+            context.progress.say(
+                f"note: trial {candidate.number} ({candidate.origin}) is not in the space, so the sampler is not told."
+            )

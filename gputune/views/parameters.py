@@ -1,0 +1,117 @@
+"""The hyperparameters of a study as columns of numbers: which of them varied, numbers or words, on which scale."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gputune.study.study import Study
+from gputune.text import clean, short
+
+_DECADES = 100.0
+"""Positive values whose largest is so many times the smallest are read on a logarithm."""
+
+_FARTHEST = 1e300
+"""An axis reaches no farther, so that its ends and their distance are numbers."""
+
+_LEVELS = 12
+"""The words of a hyperparameter that are told apart; rarer ones share one level."""
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """One hyperparameter of all trials.
+
+    label    its name, and what was made of lists of values
+    values   (C,) numbers, or positions in ``levels``; NaN for a trial without it
+    levels   the words, () for numbers
+    log      whether its numbers are read on a logarithm
+    hidden   trials whose value is a number that no axis has (infinity)
+    """
+
+    name: str
+    label: str
+    values: NDArray[np.float64]
+    levels: tuple[str, ...] = ()
+    log: bool = False
+    hidden: int = 0
+
+    @property
+    def varied(self) -> bool:
+        """Whether two trials differ in it."""
+        return len(np.unique(self.values[np.isfinite(self.values)])) > 1
+
+
+def parameters(study: Study) -> tuple[Parameter, ...]:
+    """Return the hyperparameters in the order in which the trials name them."""
+    names = dict.fromkeys(name for trial in study.trials for name in trial.params)
+    return tuple(_parameter(name, study) for name in names)
+
+
+def varied_parameters(study: Study) -> tuple[Parameter, ...]:
+    """Return those in which the trials differ."""
+    return tuple(parameter for parameter in parameters(study) if parameter.varied)
+
+
+def _parameter(name: str, study: Study) -> Parameter:
+    given = [trial.params.get(name) for trial in study.trials]
+    present = [value for value in given if value is not None]
+    label = clean(name)
+    if any(isinstance(value, list) for value in present) and all(map(_is_numbers, present)):
+        given = [None if value is None else float(np.median(_flat(value))) for value in given]
+        present, label = [value for value in given if value is not None], f"{label} (median of its values)"
+    if not present or not all(map(_is_number, present)):
+        texts = [short(t.params[name]) if name in t.params else None for t in study.trials]
+        return _words(name, label, texts)
+    values = np.array([np.nan if value is None else float(value) for value in given])
+    infinite = np.abs(values) > _FARTHEST
+    values[infinite] = np.nan
+    log = is_log(name, values, str(study.meta.get("space", "")))
+    return Parameter(name, label, values, log=log, hidden=int(infinite.sum()))
+
+
+def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
+    """Whether numbers are read on a logarithm: the space draws them so, or they span decades, or are powers."""
+    levels = np.unique(values[np.isfinite(values)])
+    if levels.size < 2 or levels[0] <= 0:
+        return False
+    law = re.search(rf"(?:^|[, |]){re.escape(name)}=(\w+)\(", space)
+    if law is not None:
+        return law[1] in ("loguniform", "reciprocal", "log_int")
+    ratios = levels[1:] / levels[:-1]
+    powers = 3 <= levels.size <= _LEVELS and np.allclose(ratios, ratios[0], rtol=1e-6)
+    return bool(levels[-1] >= _DECADES * levels[0] or powers)
+
+
+def _words(name: str, label: str, texts: Sequence[str | None]) -> Parameter:
+    counts: dict[str, int] = {}
+    for text in texts:
+        if text is not None:
+            counts[text] = counts.get(text, 0) + 1
+    levels = sorted(counts, key=lambda text: (-counts[text], text))
+    if len(levels) > _LEVELS:
+        rest = f"{len(levels) - _LEVELS + 1} others"
+        levels = [*levels[: _LEVELS - 1], rest]
+    position = {text: place for place, text in enumerate(levels)}
+    last = len(levels) - 1
+    values = np.array([np.nan if text is None else position.get(text, last) for text in texts], dtype=float)
+    return Parameter(name, label, values, levels=tuple(levels))
+
+
+def _is_number(value: Any) -> bool:
+    """A number that has a place among others; of whole numbers some have more digits than a float."""
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
+    )
+
+
+def _is_numbers(value: Any) -> bool:
+    """A number, or a list over segments (and layers) of a training."""
+    return all(map(_is_numbers, value)) and bool(value) if isinstance(value, list) else _is_number(value)
+
+
+def _flat(value: Any) -> list[float]:
+    return [number for part in value for number in _flat(part)] if isinstance(value, list) else [float(value)]
