@@ -20,6 +20,8 @@ from gputune.errors import (
 from gputune.version import __version__
 
 if TYPE_CHECKING:
+    from gputune.api.study import Study
+    from gputune.api.tuning import tune
     from gputune.executors.ray_connection import Ray
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.search.descent import Hypergradient
@@ -29,8 +31,7 @@ if TYPE_CHECKING:
     from gputune.search.optuna_sampler import OptunaSampler
     from gputune.study.model import TunedModel
     from gputune.study.model_files import load_model
-    from gputune.study.study import Study, Trial
-    from gputune.tuning.pipeline import tune
+    from gputune.study.study import Trial
 
 __all__ = [
     "ClusterError",
@@ -63,7 +64,7 @@ _HOMES = {
     "Median": "gputune.search.median",
     "OptunaSampler": "gputune.search.optuna_sampler",
     "Ray": "gputune.executors.ray_connection",
-    "Study": "gputune.study.study",
+    "Study": "gputune.api.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",
     "hypergradient": "gputune.hypergradients.hypergradient",
@@ -73,7 +74,7 @@ _HOMES = {
     "models": "gputune.models",
     "optim": "gputune.optim",
     "sklearn": "gputune.sklearn",
-    "tune": "gputune.tuning.pipeline",
+    "tune": "gputune.api.tuning",
 }
 
 _MODULES = ("callbacks", "models", "optim", "sklearn")

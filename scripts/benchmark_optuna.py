@@ -21,9 +21,9 @@ from scipy.stats import loguniform
 from sklearn.datasets import load_digits
 
 import gputune
+from gputune.api.study import Study
 from gputune.search.optuna_sampler import Asking
 from gputune.search.optuna_space import as_optuna, describe
-from gputune.study.study import Study
 
 BATCH, BATCHES, SEEDS = 16, 10, 10
 EPOCHS, FOLDS = 10, 3

@@ -5,9 +5,10 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from gputune.api.study import Study
 from gputune.search.descent import Hypergradient
 from gputune.search.halving import Halving
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from gputune.tuning.options import method_meta
 
 META = {

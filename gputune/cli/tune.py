@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, in_flags, model_folder, study_file
 from gputune.cli.closing import Ending, closing_text, held_out_score, stopped_text
 from gputune.data.folds import parse_cv
@@ -23,7 +24,6 @@ from gputune.search.distributions import parse_specs
 from gputune.search.halving import Halving
 from gputune.search.median import Median
 from gputune.study.database import blaming_options
-from gputune.study.study import Study
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
@@ -114,6 +114,7 @@ def _to_the_end(
                 say_notes=False,
                 profile=profile,
                 words=in_flags,
+                study_type=Study,
             )
         except SearchInterrupted as stop:
             seconds = time.perf_counter() - begin

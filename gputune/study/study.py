@@ -6,23 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
-from gputune.study.views import StudyViews
 from gputune.text import of_class, size_words
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
-    import optuna
     import pandas
     import polars
-
-    from gputune.study.model import TunedModel
 
 _LARGE, _PADDING = 2**30, 64
 """Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
@@ -91,7 +87,7 @@ class _Curves:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Study(StudyViews):
+class Study:
     """What a search found.
 
     trials   in order of their number
@@ -124,7 +120,7 @@ class Study(StudyViews):
         object.__setattr__(self, "curves", curves)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Study":
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Return the study in the file at ``path``, with what is finished so far.
 
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
@@ -140,7 +136,7 @@ class Study(StudyViews):
         *,
         data: Any = None,
         file: Path | None = None,
-    ) -> "Study":
+    ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
         descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
         trials = tuple(_trial(*row, descent=descent) for row in rows)
@@ -207,22 +203,6 @@ class Study(StudyViews):
     def _ranking(self) -> tuple[Trial, ...]:
         return tuple(sorted(self.trials, key=_rank))
 
-    def best_model(
-        self, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
-    ) -> "TunedModel":
-        """The best configuration, trained again on all rows.
-
-        ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again; they must
-        be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
-        runs the code of a class that a study names, also where this user has not trained it on this machine.
-
-        Raises InputError for other rows, saying what differs, for a class that is not trusted, and where rows or
-        options are in no file.
-        """
-        from gputune.tuning.refit import refit
-
-        return refit(self, X, y, check=check, trust_code=trust_code)
-
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
 
@@ -249,25 +229,6 @@ class Study(StudyViews):
             if not (kinds <= {int, float} or kinds in ({bool}, {str})):
                 columns[name] = [None if value is None else str(value) for value in values]
         return polars.DataFrame([polars.Series(name, v, strict=False) for name, v in columns.items()])
-
-    def to_optuna(self, storage: Any = None, *, name: str | None = None) -> "optuna.Study":
-        """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
-
-        storage: a URL such as "sqlite:///optuna.db" or an ``optuna.storages`` object; None: in memory. name: of the
-        new study, else Optuna makes one.
-
-        It is maximized. Each trial has its score as value, the fold mean of every epoch as intermediate values, its
-        state (COMPLETE, PRUNED, FAIL; one that a deadline stopped is PRUNED, one that has not run is WAITING), its
-        params in the distributions of the space, widened where the default or an included trial lies outside, and as
-        user attributes number, origin, fold_scores, std_error, best_epoch, seconds, state, and other_params, those that
-        have no place in the distribution. Its duration is the trial's; its time of day is that of the export.
-
-        Raises InputError where ``storage`` has a study of that name, MissingExtraError without Optuna. A study
-        that could not be written to its end is deleted again.
-        """
-        from gputune.search.optuna_export import export_to_optuna
-
-        return export_to_optuna(self, storage, name)  # type: ignore[no-any-return]
 
     def _columns(self) -> dict[str, list[Any]]:
         trials = self.trials

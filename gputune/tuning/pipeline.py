@@ -1,25 +1,25 @@
-"""tune(): from rows to a study, top to bottom."""
+"""search(): from rows to a study, top to bottom."""
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TypeVar
 
 import numpy as np
 import torch
 
-from gputune.callbacks.callback import Callback, Callbacks
+from gputune.callbacks.callback import Callbacks
 from gputune.data.dataset import Dataset, Given, Rows
 from gputune.data.folds import Splitter, make_folds
-from gputune.data.source import Source, read_source
+from gputune.data.source import Source
 from gputune.engine.backend import choose_backend, matrix_products, trains_as
 from gputune.engine.entry import entry
 from gputune.engine.population import complete
-from gputune.engine.scoring import Scorer, Scoring, check_folds, loss_scoring, make_scoring
+from gputune.engine.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
@@ -43,10 +43,10 @@ from gputune.tuning.checkpoints import checkpoint_folder
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.halving import check_halving, halve
-from gputune.tuning.interrupt import CTRL_C, interrupted_words, is_interactive, run_until_told
+from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_told
 from gputune.tuning.median import check_median, stop_below_median
 from gputune.tuning.options import Options, method_name
-from gputune.tuning.problem import ModelChoice, Problem, choose_model, make_problem
+from gputune.tuning.problem import ModelChoice, Problem, make_problem
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import train_fully
@@ -54,121 +54,7 @@ from gputune.tuning.record import study_meta
 from gputune.tuning.sampler import check_sampling, sample
 from gputune.types import Backend
 
-
-def tune(
-    model: Any,
-    X: Any,
-    y: Any = None,
-    *,
-    space: Any = None,
-    n_trials: int = 64,
-    include: Sequence[Mapping[str, Any]] = (),
-    include_default: bool = True,
-    method: Literal["random", "halving", "median", "hypergradient"]
-    | Halving
-    | Median
-    | Hypergradient
-    | OptunaSampler = "random",
-    cv: Any = 5,
-    groups: Any = None,
-    scoring: str | Scorer | None = None,
-    positive: Any = None,
-    task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
-    class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
-    sample_weight: Any = None,
-    columns: Literal["auto", "keep", "drop-constant"] = "auto",
-    numbers: Literal["standard", "quantile", "none"] = "standard",
-    optimizer: str | None = None,
-    schedule: Literal["constant", "cosine"] = "constant",
-    max_epochs: int = 50,
-    epoch: Literal["best", "last"] = "best",
-    timeout: float | None = None,
-    study: str | Path | None = None,
-    checkpoint_seconds: float = 60.0,
-    device: str = "auto",
-    backend: Literal["auto", "eager", "compiled", "graph"] = "auto",
-    dtype: Literal["float32", "float64"] = "float32",
-    tf32: bool = False,
-    memory: int | str | None = None,
-    workers: int | Literal["auto", "ray"] | Ray = "auto",
-    random_state: Any = 0,
-    callbacks: Sequence[Callback] = (),
-    verbose: int = 1,
-) -> Study:
-    """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
-
-    model        "mlp", "logistic", a ``torch.nn.Module`` class called with ``n_features``, ``n_outputs`` and the
-                 trial's ``module__*`` values, or "FILE.py:CLASS"
-    X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
-    space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
-                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
-    n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
-                 a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
-                 default, held to the space too) comes on top
-    method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
-                 together, and at each rung those with the best fold means go on; "median" or
-                 ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or
-                 ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
-                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch;
-                 ``gputune.OptunaSampler(...)``: a sampler of Optuna's proposes the configurations, batch by batch
-    cv           number of shuffled, stratified folds, a scikit-learn splitter, which sees X as you gave it, or
-                 (train, valid) index arrays
-    groups       one label a row, or the name of a column: folds that split a group are refused
-    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
-                 stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; None: accuracy
-                 or R2, for hypergradients the loss that is descended
-    positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
-                 left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
-    task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that
-                 repeat are classes, everything else is a number
-    class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
-    columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
-                 ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
-                 else "drop-constant"
-    numbers      how numeric columns are scaled, fitted on each fold's training rows
-    optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
-                 "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
-    schedule     of the learning rate over ``max_epochs``, per step
-    epoch        "best" scores the fold mean at its best epoch, "last" after the last one
-    timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
-                 what it had, and trained on by a later call with the same ``study``
-    study        path of an SQLite file to keep the study in; the same call goes on where the file ends
-    checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
-                 again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
-    device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
-    backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
-                 CPU with a C compiler; "graph" records a step of all members once and replays it, on a GPU (on a CPU
-                 it is a slow check of that); "eager" takes it as operations on stacked tensors, as user's modules
-                 always do; "auto" chooses; the numbers are the same to rounding
-    tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
-                 trains, which is faster and moves scores by more than rounding; on a CPU it is refused
-    memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
-    workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
-                 ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
-    random_state seed of candidates, folds, row order, starts and dropout
-    callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
-    verbose      0 silent, 1 a bar, the plan and remarks on standard error
-
-    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
-    KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
-    """
-    options = Options(
-        space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
-        cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
-        columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout,
-        study=study, checkpoint_seconds=checkpoint_seconds,
-        device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
-        random_state=random_state, callbacks=callbacks, verbose=verbose,
-    )  # fmt: skip
-    choice = choose_model(model, optimizer)
-    try:
-        return search(choice, read_source(X, y, groups), options)
-    except SearchInterrupted as stopped:
-        if not is_interactive():
-            raise
-        Progress(verbose).say(str(stopped))
-        so_far: Study = stopped.study
-        return so_far
+AnyStudy = TypeVar("AnyStudy", bound=Study)
 
 
 @entry
@@ -181,7 +67,8 @@ def search(
     say_notes: bool = True,
     profile: Profile | None = None,
     words: Callable[[str], str] = str,
-) -> Study:
+    study_type: type[AnyStudy],
+) -> AnyStudy:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
     ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on the columns and the trials, itself; ``profile``
@@ -230,11 +117,12 @@ def search(
             for sentence in remarks_on(ledger, space, options):
                 progress.say(f"note: {sentence}")
             products = matrix_products(tf32=options.tf32)
-            with _heard(callbacks, ledger, meta, file), profile.clock("training"), products:
+            made = partial(study_type.from_rows, meta)
+            with _with_callbacks(callbacks, ledger, made, file), profile.clock("training"), products:
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
             context.tidy(ledger)
     refitted = replace(options, callbacks=())  # a refit calls none
-    study = Study.from_rows(
+    study = study_type.from_rows(
         meta, ledger.rows(), data=(choice, replace(source, given=None), refitted), file=file
     )
     if told is not None:
@@ -254,14 +142,16 @@ def _wait_on(stop: Stop, progress: Progress, words: str) -> None:
 
 
 @contextmanager
-def _heard(callbacks: Callbacks, ledger: Ledger, meta: dict[str, Any], file: Path | None) -> Iterator[None]:
+def _with_callbacks(
+    callbacks: Callbacks, ledger: Ledger, study_of: Callable[..., Study], file: Path | None
+) -> Iterator[None]:
     """Tell callbacks of the start, of what is finished inside, and of the end, however it comes."""
-    ledger.on_finish = lambda rows: callbacks.trials_end(Study.from_rows(meta, rows))
-    callbacks.study_start(Study.from_rows(meta, ledger.rows(), file=file))
+    ledger.on_finish = lambda rows: callbacks.trials_end(study_of(rows))
+    callbacks.study_start(study_of(ledger.rows(), file=file))
     try:
         yield
     finally:
-        callbacks.study_end(Study.from_rows(meta, ledger.rows(), file=file))
+        callbacks.study_end(study_of(ledger.rows(), file=file))
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:

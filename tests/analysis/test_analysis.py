@@ -5,8 +5,9 @@ import math
 import numpy as np
 import pytest
 
+from gputune.api.study import Study
 from gputune.errors import InputError
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from gputune.text import measure_of
 from gputune.views.descents import descended, descents
 from gputune.views.importance import MOST, importance

@@ -11,8 +11,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from gputune.api.study import Study
 from gputune.errors import InputError, MissingExtraError
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from gputune.views.importance import importance
 from made_studies import META, made_descent, made_study
 

@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 
 import gputune
+from gputune.api.tuning import tune
 from gputune.cli.arguments import flags, in_flags, make_parser
 from gputune.study.ledger import _IDENTITY
-from gputune.tuning.pipeline import tune
 
 PYTHON_ALONE = {"X", "y", "include", "class_weight", "sample_weight", "epoch", "callbacks"}
 OF_METHODS = {

@@ -13,10 +13,10 @@ import pytest
 import gputune
 from command_line import FAST, kinds, write_table
 from forked import Fork
+from gputune.api.study import Study
 from gputune.cli.main import main
 from gputune.native.library import library
 from gputune.study.store import Store
-from gputune.study.study import Study
 from study_rows import candidates
 
 START = "import sys; from gputune.cli.main import main; sys.exit(main())"

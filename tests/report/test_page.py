@@ -11,10 +11,11 @@ from optuna.samplers import RandomSampler
 from sklearn.datasets import load_iris
 
 import gputune
+from gputune.api.study import Study
 from gputune.errors import InputError
 from gputune.report.page import BUDGET, as_json, page, table_columns
 from gputune.report.snippet import again_code
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from gputune.views.importance import importance
 from made_studies import HOSTILE, META, hostile_study, made_batches, made_descent, made_study
 

@@ -14,10 +14,10 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import gputune
+from gputune.api.study import Study
 from gputune.errors import InputError, MissingExtraError
 from gputune.search.optuna_export import widened
 from gputune.study.store import Candidate
-from gputune.study.study import Study
 from study_rows import result
 
 X, Y = load_iris(return_X_y=True)

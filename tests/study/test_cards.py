@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.study.study import Study
+from gputune.api.study import Study
 from made_studies import HOSTILE, hostile_study, made_study
 
 

@@ -9,10 +9,11 @@ import types
 import numpy as np
 import pytest
 
+from gputune.api.study import Study
 from gputune.errors import InputError, SearchFailedError
 from gputune.study import study as study_file
 from gputune.study.store import Store
-from gputune.study.study import Study, Trial
+from gputune.study.study import Trial
 from study_rows import candidates, result
 
 

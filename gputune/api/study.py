@@ -1,0 +1,115 @@
+"""The Study with all that can be done with it; what draws, trains or writes is imported when it is asked.
+
+Opening a study to look at its trials must not wait for torch.
+"""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from gputune.study import study as data
+
+if TYPE_CHECKING:
+    import optuna
+
+    from gputune.study.model import TunedModel
+
+
+class Study(data.Study):
+    """What a search found, and what can be done with it: a model, a page, plots, a study of Optuna's.
+
+    Scores are shown in the sign of their name: a log_loss is positive. The plots need matplotlib
+    (``pip install "gputune[report]"``), draw on ``ax`` where it is given, and return the Axes.
+    """
+
+    def best_model(
+        self, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
+    ) -> "TunedModel":
+        """The best configuration, trained again on all rows.
+
+        ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again; they must
+        be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
+        runs the code of a class that a study names, also where this user has not trained it on this machine.
+
+        Raises InputError for other rows, saying what differs, for a class that is not trusted, and where rows or
+        options are in no file.
+        """
+        from gputune.tuning.refit import refit
+
+        return refit(self, X, y, check=check, trust_code=trust_code)
+
+    def to_optuna(self, storage: Any = None, *, name: str | None = None) -> "optuna.Study":
+        """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
+
+        storage: a URL such as "sqlite:///optuna.db" or an ``optuna.storages`` object; None: in memory. name: of the
+        new study, else Optuna makes one.
+
+        It is maximized. Each trial has its score as value, the fold mean of every epoch as intermediate values, its
+        state (COMPLETE, PRUNED, FAIL; one that a deadline stopped is PRUNED, one that has not run is WAITING), its
+        params in the distributions of the space, widened where the default or an included trial lies outside, and as
+        user attributes number, origin, fold_scores, std_error, best_epoch, seconds, state, and other_params, those that
+        have no place in the distribution. Its duration is the trial's; its time of day is that of the export.
+
+        Raises InputError where ``storage`` has a study of that name, MissingExtraError without Optuna. A study
+        that could not be written to its end is deleted again.
+        """
+        from gputune.search.optuna_export import export_to_optuna
+
+        return export_to_optuna(self, storage, name)  # type: ignore[no-any-return]
+
+    def report(self, path: str | os.PathLike[str], *, model: "TunedModel | None" = None) -> None:
+        """Write one page of HTML about the study to ``path``, which is replaced where it exists.
+
+        ``model`` is the tuned model of the study, whose held-out score the page then shows. Raises InputError for a
+        folder, one that does not exist, a name that does not end in .html, and for a model of another study or of
+        other rows.
+        """
+        from gputune.report.page import write_page
+
+        write_page(self, path, model=None if model is None else model.info)
+
+    def plot_history(self, *, ax: Any = None) -> Any:
+        """Score of each trial in the order of their numbers, and the best so far."""
+        from gputune.views.plots import plot_history
+
+        return plot_history(self, ax)
+
+    def plot_curves(self, *, best: int = 5, ax: Any = None) -> Any:
+        """Learning curves: the ``best`` trials with one standard deviation over the folds, the others behind."""
+        from gputune.views.plots import plot_curves
+
+        return plot_curves(self, ax, best=best)
+
+    def plot_slice(self, parameter: str | None = None, *, ax: Any = None) -> Any:
+        """Score against one hyperparameter; without a name an array of Axes, one for each that varied (no ``ax``)."""
+        from gputune.views.plots import plot_slice
+
+        return plot_slice(self, parameter, ax)
+
+    def plot_parallel(self, *, ax: Any = None) -> Any:
+        """Parallel coordinates: a line a trial through all hyperparameters that varied, its colour the score."""
+        from gputune.views.plots import plot_parallel
+
+        return plot_parallel(self, ax)
+
+    def plot_importance(self, *, seed: int = 0, ax: Any = None) -> Any:
+        """Permutation importance of the hyperparameters, by a random forest on the trials."""
+        from gputune.views.plots import plot_importance
+
+        return plot_importance(self, ax, seed=seed)
+
+    def plot_contour(self, x: str | None = None, y: str | None = None, *, ax: Any = None) -> Any:
+        """Score over two hyperparameters, the two most important ones without names."""
+        from gputune.views.plots import plot_contour
+
+        return plot_contour(self, x, y, ax)
+
+    def plot_path(self, parameter: str | None = None, *, ax: Any = None) -> Any:
+        """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a start."""
+        from gputune.views.plots import plot_path
+
+        return plot_path(self, parameter, ax)
+
+    def _repr_html_(self) -> str:
+        from gputune.study.cards import study_card
+
+        return study_card(self)

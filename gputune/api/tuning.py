@@ -1,0 +1,137 @@
+"""tune(): the search that a user calls."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from gputune.api.study import Study
+from gputune.callbacks.callback import Callback
+from gputune.data.source import read_source
+from gputune.engine.scoring import Scorer
+from gputune.errors import SearchInterrupted
+from gputune.executors.ray_connection import Ray
+from gputune.search.descent import Hypergradient
+from gputune.search.halving import Halving
+from gputune.search.median import Median
+from gputune.search.optuna_sampler import OptunaSampler
+from gputune.tuning.interrupt import is_interactive
+from gputune.tuning.options import Options
+from gputune.tuning.pipeline import search
+from gputune.tuning.problem import choose_model
+from gputune.tuning.progress import Progress
+
+
+def tune(
+    model: Any,
+    X: Any,
+    y: Any = None,
+    *,
+    space: Any = None,
+    n_trials: int = 64,
+    include: Sequence[Mapping[str, Any]] = (),
+    include_default: bool = True,
+    method: Literal["random", "halving", "median", "hypergradient"]
+    | Halving
+    | Median
+    | Hypergradient
+    | OptunaSampler = "random",
+    cv: Any = 5,
+    groups: Any = None,
+    scoring: str | Scorer | None = None,
+    positive: Any = None,
+    task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
+    class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
+    sample_weight: Any = None,
+    columns: Literal["auto", "keep", "drop-constant"] = "auto",
+    numbers: Literal["standard", "quantile", "none"] = "standard",
+    optimizer: str | None = None,
+    schedule: Literal["constant", "cosine"] = "constant",
+    max_epochs: int = 50,
+    epoch: Literal["best", "last"] = "best",
+    timeout: float | None = None,
+    study: str | Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    device: str = "auto",
+    backend: Literal["auto", "eager", "compiled", "graph"] = "auto",
+    dtype: Literal["float32", "float64"] = "float32",
+    tf32: bool = False,
+    memory: int | str | None = None,
+    workers: int | Literal["auto", "ray"] | Ray = "auto",
+    random_state: Any = 0,
+    callbacks: Sequence[Callback] = (),
+    verbose: int = 1,
+) -> Study:
+    """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
+
+    model        "mlp", "logistic", a ``torch.nn.Module`` class called with ``n_features``, ``n_outputs`` and the
+                 trial's ``module__*`` values, or "FILE.py:CLASS"
+    X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
+    space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
+                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
+    n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
+                 a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
+                 default, held to the space too) comes on top
+    method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
+                 together, and at each rung those with the best fold means go on; "median" or
+                 ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or
+                 ``gputune.Hypergradient(...)``: each drawn configuration is a start that descends on the fold mean of
+                 its validation loss after ``max_epochs``; each point of it is a trial, scored after the last epoch;
+                 ``gputune.OptunaSampler(...)``: a sampler of Optuna's proposes the configurations, batch by batch
+    cv           number of shuffled, stratified folds, a scikit-learn splitter, which sees X as you gave it, or
+                 (train, valid) index arrays
+    groups       one label a row, or the name of a column: folds that split a group are refused
+    scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
+                 stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; None: accuracy
+                 or R2, for hypergradients the loss that is descended
+    positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
+                 left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
+    task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that
+                 repeat are classes, everything else is a number
+    class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
+    columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
+                 ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
+                 else "drop-constant"
+    numbers      how numeric columns are scaled, fitted on each fold's training rows
+    optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
+                 "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
+    schedule     of the learning rate over ``max_epochs``, per step
+    epoch        "best" scores the fold mean at its best epoch, "last" after the last one
+    timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
+                 what it had, and trained on by a later call with the same ``study``
+    study        path of an SQLite file to keep the study in; the same call goes on where the file ends
+    checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
+                 again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
+    device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
+    backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
+                 CPU with a C compiler; "graph" records a step of all members once and replays it, on a GPU (on a CPU
+                 it is a slow check of that); "eager" takes it as operations on stacked tensors, as user's modules
+                 always do; "auto" chooses; the numbers are the same to rounding
+    tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
+                 trains, which is faster and moves scores by more than rounding; on a CPU it is refused
+    memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
+    workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
+                 ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
+    random_state seed of candidates, folds, row order, starts and dropout
+    callbacks    ``gputune.callbacks``: called at the start, after epochs, with finished trials, and at the end
+    verbose      0 silent, 1 a bar, the plan and remarks on standard error
+
+    Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
+    KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
+    """
+    options = Options(
+        space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
+        cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
+        columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout,
+        study=study, checkpoint_seconds=checkpoint_seconds,
+        device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
+        random_state=random_state, callbacks=callbacks, verbose=verbose,
+    )  # fmt: skip
+    choice = choose_model(model, optimizer)
+    try:
+        return search(choice, read_source(X, y, groups), options, study_type=Study)
+    except SearchInterrupted as stopped:
+        if not is_interactive():
+            raise
+        Progress(verbose).say(str(stopped))
+        so_far: Study = stopped.study
+        return so_far
