@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from gputune.search.halving import Halving
     from gputune.search.median import Median
     from gputune.search.optuna_sampler import OptunaSampler
-    from gputune.study.model import TunedModel
-    from gputune.study.model_files import load_model
+    from gputune.study.model import TunedModel, load_model
     from gputune.study.study import Trial
 
 __all__ = [
@@ -68,7 +67,7 @@ _HOMES = {
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",
     "hypergradient": "gputune.hypergradients.hypergradient",
-    "load_model": "gputune.study.model_files",
+    "load_model": "gputune.study.model",
     "log_int": "gputune.search.distributions",
     "callbacks": "gputune.callbacks",
     "models": "gputune.models",

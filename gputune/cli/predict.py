@@ -17,7 +17,7 @@ from gputune.report.facts import is_its_model
 from gputune.report.page import check_place, write_page
 from gputune.study.export import description
 from gputune.study.forms import has_form
-from gputune.study.model_files import load_model
+from gputune.study.model import load_model
 from gputune.study.model_folder import DESCRIPTION, blaming, read_description, write_text
 from gputune.study.study import Study
 from gputune.text import count, is_formula

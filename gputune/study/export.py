@@ -24,7 +24,7 @@ from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
 from gputune.extras import import_extra
 from gputune.scratch import scratch_folder
-from gputune.study.model import TunedModel
+from gputune.study.content import ModelContent
 from gputune.version import __version__
 
 CLASS_OUTPUTS, VALUE_OUTPUTS = ("label", "probabilities"), ("prediction",)
@@ -47,7 +47,7 @@ class WholeModel(nn.Module):
     target_center: Tensor
     target_scale: Tensor
 
-    def __init__(self, model: TunedModel) -> None:
+    def __init__(self, model: ModelContent) -> None:
         super().__init__()
         self.network = _copy(model.module).cpu().eval()
         self.dtype, self.classes = model.dtype, model.classes is not None
@@ -99,12 +99,12 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(v): v.detach() for v in held if isinstance(v, Tensor) and not v.is_leaf})
 
 
-def takes_columns(model: TunedModel) -> bool:
+def takes_columns(model: ModelContent) -> bool:
     """Whether an exported model takes the columns themselves, all of which are numbers or booleans."""
     return all(column.kind in ("number", "boolean") for column in model.layout.columns)
 
 
-def encoded(model: TunedModel, table: Table) -> np.ndarray:
+def encoded(model: ModelContent, table: Table) -> np.ndarray:
     """Return (n, C) float64, what an exported model takes of these rows."""
     features = model.layout.raw(table)  # it checks the columns, also where only some of it is wanted
     if not takes_columns(model):
@@ -115,7 +115,7 @@ def encoded(model: TunedModel, table: Table) -> np.ndarray:
     )
 
 
-def description(model: TunedModel) -> dict[str, Any]:
+def description(model: ModelContent) -> dict[str, Any]:
     """Return what must be known of the inputs and outputs, as plain JSON."""
     columns = takes_columns(model)
     names = [column.name for column in model.layout.columns] if columns else model.layout.feature_names
@@ -134,7 +134,7 @@ METADATA = "gputune.json"
 """Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
 
 
-def export(model: TunedModel, path: str | os.PathLike[str]) -> None:
+def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     """Write the model to a new file, ``.onnx`` or ``.pt2``; see ``TunedModel.export``."""
     path = Path(path)
     writers: dict[str, Callable[[WholeModel, torch.Tensor, str, Path], None]] = {
@@ -167,7 +167,7 @@ def export(model: TunedModel, path: str | os.PathLike[str]) -> None:
 
 def _exporting(
     write: Callable[[WholeModel, torch.Tensor, str, Path], None],
-    model: TunedModel,
+    model: ModelContent,
     whole: WholeModel,
     example: torch.Tensor,
     text: str,

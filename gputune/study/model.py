@@ -11,18 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gputune.data.encode import Layout, Statistics, transform
+from gputune.data.encode import transform
 from gputune.data.table import Table, as_table, checked_tensor, first_equal, read_table
+from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.study.cards import model_card
-from gputune.types import Task
+from gputune.study.content import ModelContent
 
 ROWS, NUMBERS = 8192, 2**23
 """Most rows, and most encoded numbers, that one batch of a prediction holds."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TunedModel:
+class TunedModel(ModelContent):
     """A trained module with all that is needed to predict from raw rows.
 
     module    plain ``nn.Module``, returning logits (n, K), or values (n, 1) or (n,) of a standardised target
@@ -34,18 +35,6 @@ class TunedModel:
               ``n_features`` and ``n_outputs`` follow from layout and classes and need not be in ``kwargs``
     info      what is worth knowing later: score, held-out score, parameters, versions
     """
-
-    module: nn.Module
-    layout: Layout
-    statistics: Statistics
-    task: Task
-    classes: NDArray[Any] | None
-    center: float
-    scale: float
-    dtype: torch.dtype
-    target: str
-    spec: dict[str, Any]
-    info: dict[str, Any]
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return class labels in their own type, or values in original units (float64), (n,).
@@ -151,3 +140,22 @@ class TunedModel:
         what = "regression" if self.classes is None else f"{len(self.classes)} classes"
         columns = len(self.layout.columns)
         return f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {columns} columns)"
+
+
+@entry
+def load_model(
+    folder: str | os.PathLike[str], module: type[nn.Module] | None = None, *, trust_code: bool = False
+) -> TunedModel:
+    """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to predict.
+
+    A user's own class is imported from where it was when the model was saved, which runs that file or package: where
+    this user has trained or saved that very source on this machine, or with ``trust_code=True``. ``module=`` gives the
+    class instead and imports nothing, the safe way to open a folder from someone else. Nothing is unpickled. Warns
+    where the source has changed and the state still fits.
+
+    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a
+    newer gputune, and for a class that is gone, not trusted, or that the state does not fit.
+    """
+    from gputune.study.model_files import read_content
+
+    return TunedModel(**vars(read_content(Path(folder), module, trust_code=trust_code)))

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics
-from gputune.engine.entry import entry
 from gputune.engine.module import materialise
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.seeding import keyed_draws
-from gputune.study.model import TunedModel
+from gputune.study.content import ModelContent
 from gputune.study.model_folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
 from gputune.study.module_source import (
     class_source,
@@ -30,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
 
 
-def save_model(model: TunedModel, folder: str | os.PathLike[str]) -> None:
+def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
     body = {
         "task": model.task,
@@ -50,21 +49,8 @@ def save_model(model: TunedModel, folder: str | os.PathLike[str]) -> None:
         _say_where_it_is_looked_for(type(model.module), folder)
 
 
-@entry
-def load_model(
-    folder: str | os.PathLike[str], module: type[nn.Module] | None = None, *, trust_code: bool = False
-) -> TunedModel:
-    """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to predict.
-
-    A user's own class is imported from where it was when the model was saved, which runs that file or package: where
-    this user has trained or saved that very source on this machine, or with ``trust_code=True``. ``module=`` gives the
-    class instead and imports nothing, the safe way to open a folder from someone else. Nothing is unpickled. Warns
-    where the source has changed and the state still fits.
-
-    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a
-    newer gputune, and for a class that is gone, not trusted, or that the state does not fit.
-    """
-    folder = Path(folder)
+def read_content(folder: Path, module: type[nn.Module] | None, *, trust_code: bool) -> ModelContent:
+    """Return what ``save_model`` wrote; see ``load_model``."""
     state, body = read_model(folder)
     with blaming(folder / DESCRIPTION):
         layout, statistics = Layout.from_json(body["layout"]), Statistics.from_json(body["statistics"])
@@ -82,7 +68,7 @@ def load_model(
     changed = kind == "module" and module is None and is_changed(module_class, spec)
     network = _filled(module_class, {**sizes, **kwargs}, dtype, state, folder, changed=changed)
     with blaming(folder / DESCRIPTION):
-        return TunedModel(
+        return ModelContent(
             module=network.eval(),
             layout=layout,
             statistics=statistics,
@@ -120,7 +106,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _full_spec(model: TunedModel) -> dict[str, Any]:
+def _full_spec(model: ModelContent) -> dict[str, Any]:
     """Return how the module is built again; of a user's class with the file where it lies now."""
     if model.spec["kind"] != "module":
         return model.spec

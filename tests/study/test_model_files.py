@@ -21,7 +21,7 @@ from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import LogisticRegression
 from gputune.scratch import scratch_folder
 from gputune.study import model_folder as folder_file
-from gputune.study.model_files import load_model
+from gputune.study.model import load_model
 from gputune.study.module_source import class_from_file, class_source
 from study_models import make_model, rows
 
@@ -106,7 +106,7 @@ def test_a_saved_model_predicts_in_a_new_process(frame, folder, net, tmp_path):
     frame.to_parquet(tmp_path / "rows.parquet")
     code = f"""
 import numpy
-from gputune.study.model_files import load_model
+from gputune.study.model import load_model
 model = load_model({str(folder)!r})
 numpy.save({str(tmp_path / "out.npy")!r}, model.predict_proba({str(tmp_path / "rows.parquet")!r}))
 print(type(model.module).__name__, model.predict({str(tmp_path / "rows.parquet")!r}).dtype.kind)
