@@ -5,7 +5,9 @@ import signal
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gputune.engine.recorder import RECORDERS
 from gputune.study import trusted
+from stand_in import StandIn
 
 # A shell starts its background jobs with Ctrl-C ignored, which they and all that they start inherit: the tests of
 # Ctrl-C would wait for ever.
@@ -51,3 +53,9 @@ def pytest_collection_modifyitems(config, items):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+@pytest.fixture
+def recorded_on_cpu(monkeypatch):
+    """Let steps be recorded on a CPU too, by the stand-in that is as strict as a CUDA graph."""
+    monkeypatch.setitem(RECORDERS, "cpu", StandIn)

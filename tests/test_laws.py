@@ -37,7 +37,7 @@ SIZES = [(8, 16), (8, 7), (19, 33), (48, 500)]  # width, batch size
         "graph",
     ],
 )
-def backend(request, monkeypatch):
+def backend(request, monkeypatch, recorded_on_cpu):
     """Every law holds for every way to train."""
     monkeypatch.setattr(problems, "BACKEND", request.param)
     return request.param

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from gputune.engine.population import ModelKind
+from gputune.engine.recorder import RECORDERS
 from gputune.engine.rules import RULES
 from gputune.errors import InputError
 from gputune.native.library import NotBuiltError, library
@@ -22,8 +23,13 @@ def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) 
     """Return the backend of a word, and why "auto" is not compiled on a CPU ("" where it may be).
 
     "auto" is never "graph": a way to train that no GPU has run yet has to be asked for. Raises InputError where
-    compiled training is asked for and cannot be had.
+    compiled training, or recorded steps, are asked for and cannot be had.
     """
+    if word == "graph" and device.type not in RECORDERS:
+        raise InputError(
+            f"backend='graph' records the steps of a GPU, and the device is {str(device)!r}; choose a CUDA device, or "
+            "backend='auto'."
+        )
     if word in ("eager", "graph"):
         return word, ""
     if word == "auto" and device.type != "cpu":

@@ -4,9 +4,13 @@ The order of an epoch is a permutation of the positions 0..n-1 within a fold's o
 (seed, n, epoch) alone, so a member reads the same rows alone as in any company. The last short minibatch
 counts. Where all trials have one batch size, one fold's members share their rows; otherwise each trial reads
 its own slice, and rows beyond its batch size have weight zero.
+
+A step finds its rows on the device, by a counter there, and reads nothing that the host knows only while it trains: so
+it may be recorded once and replayed. Steps differ in what is fixed when they are recorded, their ``StepShape``, and
+there are few of those.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +28,7 @@ class Batch:
     ``x`` is (F, B, D) where a fold's members share their rows, otherwise (P, B, D); ``y`` likewise, with the
     target's own last axis; ``share`` is each row's weight over the minibatch's sum of weights, (F, 1 or C, B, 1),
     or one float where all are equal. ``key`` is (epoch, step). ``draws`` (layers, B, H) are the step's uniform draws
-    for dropout where they were made before it; None: they are drawn by their key.
+    for dropout, where the model has its own.
     """
 
     x: Tensor
@@ -36,16 +40,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One step of a chunk: its minibatches (one, or one per run of folds with equally many rows) and who takes it.
+class Part:
+    """Folds ``begin`` to ``end`` of a step: the rows of their minibatches, and whether all of these count."""
 
-    ``done`` (F, C) counts each member's steps within this epoch so far; ``active`` (F, C) is None where every
-    member has a step now.
-    """
+    begin: int
+    end: int
+    rows: int
+    full: bool
 
-    parts: tuple[Batch, ...]
-    done: np.ndarray
-    active: np.ndarray | None
+
+@dataclass(frozen=True)
+class StepShape:
+    """What is fixed in a recorded step: its parts, one a run of folds with equally many rows, and who takes it."""
+
+    parts: tuple[Part, ...]
+    all_active: bool
 
 
 class Batches:
@@ -60,92 +69,92 @@ class Batches:
         self, data: Dataset, sizes: Sequence[int], target: Tensor, *, seed: int, exact: bool
     ) -> None:
         self.data, self.seed, self.exact = data, seed, exact
-        self.target = target.flatten(0, 1)
-        self.lengths = np.array([len(fold.train) for fold in data.folds])  # (F,)
+        self.x, self.target = data.x.flatten(0, 1), target.flatten(0, 1)  # (V*n, ...)
+        self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
         longest = int(self.lengths.max())
         held = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
         self.shared = bool((held == held[0]).all())
-        self.sizes = np.minimum(held, self.lengths[:, None])  # (F, C)
-        self.steps = -(-self.lengths[:, None] // self.sizes)  # (F, C) steps an epoch
-        device = data.device
-        self.x = data.x.flatten(0, 1)  # (V*n, D)
-        n = data.n_rows
+        n, device = data.n_rows, data.device
         x_start = [copy * n for copy in data.copies]
         y_start = [(f % len(target)) * n for f in range(data.n_folds)]
         # Where a fold's rows begin in data rows, in x and in the target: (3, F, 1)
         self.start = torch.tensor([[0] * data.n_folds, x_start, y_start], device=device)[..., None]
-        self._drawn: tuple[int, Tensor] | None = None
+        self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
+        self.counted = torch.as_tensor(self.lengths).to(device)
+        self.weights = None if data.weights is None else data.weights.double()
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.epoch: int | None = None
+        self._set_sizes(np.minimum(held, self.lengths))
+
+    def _set_sizes(self, sizes: np.ndarray) -> None:
+        """Take the members' batch sizes (F, C), held to their rows, and move to the device what follows."""
+        self.sizes = sizes
+        self.steps = -(-self.lengths // sizes)  # (F, C) steps an epoch
+        self.active_until = torch.as_tensor(self.steps).to(self.data.device)
+        taken = np.full_like(self.lengths, sizes.max()) if self.shared else sizes  # (F, 1 or C)
+        self.taken = torch.as_tensor(taken).to(self.data.device)
+        self.positions = torch.arange(int(sizes.max()), device=self.data.device)
+        self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
+
+    def _shape(self, taken: np.ndarray, step: int) -> StepShape:
+        counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
+        width = 0 if self.shared else int(taken.max())
+        runs = _runs(counts[:, 0]) if self.exact else [slice(0, len(counts))]
+        parts = []
+        for run in runs:
+            rows = width or int(counts[run].max())
+            if rows > 0:
+                parts.append(Part(run.start, run.stop, rows, bool((counts[run] == rows).all())))
+        return StepShape(tuple(parts), bool((step < self.steps).all()))
 
     def select(self, keep: np.ndarray) -> None:
         """Go on with the trials ``keep`` alone."""
-        self.sizes, self.steps = self.sizes[:, keep], self.steps[:, keep]
+        self._set_sizes(self.sizes[:, keep])
 
-    def epoch(self, epoch: int) -> Iterator[Step]:
-        """Yield the steps of one epoch."""
-        for step in range(int(self.steps.max())):
-            yield self.at(epoch, step)
+    def begin(self, epoch: int) -> None:
+        """Draw the order of an epoch, and start at its first step."""
+        self.order.copy_(row_order(self.data, self.seed, epoch) + self.start)
+        self.step.zero_()
+        self.epoch = epoch
 
-    def at(self, epoch: int, step: int) -> Step:
-        """Return one step."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = (epoch, self.order(epoch))
-        order = self._drawn[1]
-        parts = self._shared(order, epoch, step) if self.shared else self._own(order, epoch, step)
-        active = step < self.steps
-        return Step(parts, np.minimum(step, self.steps - 1), None if active.all() else active)
+    def at(self, epoch: int, step: int) -> tuple[Batch, ...]:
+        """Return the minibatches of one step, in whatever order steps are asked for."""
+        if self.epoch != epoch:
+            self.begin(epoch)
+        self.step.fill_(step)
+        return self.parts(self.shapes[step], (epoch, step))
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the rows in the order of this epoch, (3, F, longest fold): of the data, of x, of the target."""
-        return row_order(self.data, self.seed, epoch) + self.start
+    def active(self) -> Tensor:
+        """Return who takes the step that the counter says, (F, C) bool."""
+        return self.step < self.active_until
 
-    def _shared(self, order: Tensor, epoch: int, step: int) -> tuple[Batch, ...]:
-        size = int(self.sizes.max())
-        rows = order[..., None, step * size : (step + 1) * size]  # (3, F, 1, B)
-        counts = np.clip(self.lengths - step * size, 0, rows.shape[-1])  # rows that count, per fold
-        runs = _runs(counts) if self.exact else [slice(0, len(counts))]
-        parts = []
-        for run in runs:
-            length = int(counts[run].max())
-            if length > 0:
-                parts.append(self._batch(rows[:, run, :, :length], counts[run, None], run, (epoch, step)))
-        return tuple(parts)
+    def parts(self, shape: StepShape, key: tuple[int, int]) -> tuple[Batch, ...]:
+        """Return the minibatches of the step that the counter says."""
+        return tuple(self._batch(part, key) for part in shape.parts)
 
-    def _own(self, order: Tensor, epoch: int, step: int) -> tuple[Batch, ...]:
-        width = int(self.sizes.max())
-        begin = step * self.sizes  # (F, C)
-        counts = np.clip(self.lengths[:, None] - begin, 0, self.sizes)
-        position = torch.as_tensor(begin).to(order.device)[..., None] + torch.arange(
-            width, device=order.device
-        )
-        position = position.clamp_max(order.shape[-1] - 1).flatten(1)  # (F, C*B)
-        rows = order.gather(2, position.expand(3, -1, -1)).view(3, *begin.shape, width)
-        return (self._batch(rows, counts, slice(0, len(counts)), (epoch, step)),)
-
-    def _batch(self, rows: Tensor, counts: np.ndarray, folds: slice, key: tuple[int, int]) -> Batch:
-        """Gather rows (3, F, 1 or C, B), of which the first ``counts`` (F, 1 or C) of each minibatch count."""
-        return Batch(*self.gather(rows), self._share(rows[0], counts, folds), folds, key)
-
-    def gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the inputs (P, B, D) and the target (P, B, ...) of rows (3, F, 1 or C, B) as ``order`` has them."""
-        _, of_x, of_y = rows
-        members, length = of_x.shape[0] * of_x.shape[1], of_x.shape[2]
-        x = self.x.index_select(0, of_x.flatten()).view(members, length, -1)
+    def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
+        folds = slice(part.begin, part.end)
+        begin = self.step * self.taken[folds]  # (F, 1 or C)
+        positions = self.positions[: part.rows]
+        asked = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
+        rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
+        own, of_x, of_y = rows
+        members = of_x.shape[0] * of_x.shape[1]
+        x = self.x.index_select(0, of_x.flatten()).view(members, part.rows, -1)
         y = self.target.index_select(0, of_y.flatten())
-        return x, y.view(members, length, *y.shape[1:])
+        y = y.view(members, part.rows, *y.shape[1:])
+        return Batch(x, y, self._share(own, begin, part), folds, key)
 
-    def _share(self, rows: Tensor, counts: np.ndarray, folds: slice) -> Tensor | float:
-        length = rows.shape[2]
-        full = bool((counts == length).all())
-        if self.data.weights is None and full:
-            return 1 / length
+    def _share(self, own: Tensor, begin: Tensor, part: Part) -> Tensor | float:
+        """Each row's weight over the minibatch's sum of weights."""
+        if self.weights is None and part.full:
+            return 1 / part.rows
+        folds = slice(part.begin, part.end)
+        counts = (self.counted[folds] - begin).clamp_min(0).minimum(self.taken[folds])[..., None]
         # In double precision: sums of weights may leave the range of single precision, their shares do not.
-        weights = torch.ones(rows.shape, dtype=torch.float64, device=rows.device)
-        if self.data.weights is not None:
-            own = self.data.weights[folds, None].double().expand(-1, rows.shape[1], -1)
-            weights = own.gather(2, rows)
-        if not full:
-            limit = torch.as_tensor(counts).to(rows.device)
-            weights = weights * (torch.arange(length, device=rows.device) < limit[..., None])
+        weights = (self.positions[: part.rows] < counts).double()
+        if self.weights is not None:
+            weights = weights * self.weights[folds, None].expand(-1, own.shape[1], -1).gather(2, own)
         # A minibatch whose weights are all zero has no slope rather than 0/0.
         total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return (weights / total).to(self.data.dtype)[..., None]

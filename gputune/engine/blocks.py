@@ -81,6 +81,11 @@ class Blocks:
         for value, a, b in self.by_block(values, total, flat):
             a.addcmul_(b, value)
 
+    def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
+        """Move ``flat`` towards ``end`` in place, each member by its own part of the way, of values (F, C)."""
+        for value, part, toward in self.by_block(values, flat, end):
+            part.lerp_(toward, value)
+
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield for each block the values (F, C), with axes that meet it, and its part of each flat buffer."""
         for block, *parts in zip(self.blocks, *(self.views(flat).values() for flat in flats)):

@@ -24,6 +24,8 @@ from gputune.types import Config, Params
 
 aten = torch.ops.aten
 
+_DRAW_BYTES = 64 << 20  # of dropout's draws that are made ahead; a buffer of them waits for the device once
+
 _DIFFERENTIABLE = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
 
 
@@ -109,6 +111,9 @@ class StackedMLP:
             h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
         return h
 
+    def draws(self, rows: Sequence[int]) -> "Draws | None":
+        return None if self.rates is None else Draws(self, rows)
+
     def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
         h = x
         for layer in range(self.depth + 1):
@@ -151,10 +156,8 @@ class StackedMLP:
             h = _activate(self.activation, z, out=space.active[layer - 1])
             if self.rates is not None:
                 keep = space.keep[layer - 1]
-                if batch.draws is None:
-                    self._draw_dropout(batch.key, layer - 1, keep)
-                else:
-                    self._keep_units(batch.draws[layer - 1], keep)
+                assert batch.draws is not None
+                self._keep_units(batch.draws[layer - 1], keep)
                 h = torch.mul(h, keep, out=space.dropped[layer - 1])
             out = space.out if layer == self.depth else space.linear[layer]
             weight, bias = params[f"weight{layer}"].flatten(0, 1), params[f"bias{layer}"].flatten(0, 1)
@@ -242,6 +245,32 @@ class _Workspace:
         self.keep = [empty(trials, rows, net.hidden) for _ in range(dropping)]
         self.out = members(net.shape.n_outputs)
         self.slopes = members(net.hidden), members(net.hidden)
+
+
+class Draws:
+    """The uniform draws of dropout of some steps ahead, (steps, layers, B, H) on the device; B are the steps' rows."""
+
+    def __init__(self, network: StackedMLP, rows: Sequence[int]) -> None:
+        self.rows, self.seed = rows, network.seed
+        shape = (network.depth, max(rows), network.hidden)
+        self.ahead = max(1, min(len(rows), _DRAW_BYTES // (4 * math.prod(shape))))
+        self.buffer = torch.empty((self.ahead, *shape), dtype=torch.float32, device=network.shape.device)
+
+    def fill(self, epoch: int, step: int) -> None:
+        """Draw for this step and those ahead, where the buffer ends before it."""
+        if step % self.ahead:
+            return
+        _, layers, _, width = self.buffer.shape
+        drawn = torch.zeros(self.buffer.shape)
+        for slot, rows in enumerate(self.rows[step : step + self.ahead]):
+            for layer in range(layers):
+                drawn[slot, layer, :rows] = dropout_draw(self.seed, (epoch, step + slot), layer, rows, width)
+        self.buffer.copy_(drawn)
+
+    def at(self, step: Tensor, rows: int) -> Tensor:
+        """Return the draws (layers, B, H) of the step that a counter on the device says."""
+        slot = torch.remainder(step, self.ahead).view(1)
+        return self.buffer.index_select(0, slot)[0, :, :rows]
 
 
 def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:

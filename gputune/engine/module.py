@@ -136,6 +136,9 @@ class StackedModule:
     def subset(self, keep: list[int]) -> "StackedModule":
         return StackedModule(self.module_class, [self.configs[c] for c in keep], self.shape, seed=self.seed)
 
+    def draws(self, rows: Sequence[int]) -> None:
+        return None  # its own, by the key of the minibatch
+
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
         leaves = {k: w[batch.folds].flatten(0, 1).detach().requires_grad_() for k, w in params.items()}

@@ -1,5 +1,6 @@
 """What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +27,16 @@ class Shape:
     """(F, K) bool: classes that take part in a fold, None when all do."""
 
 
+class Draws(Protocol):
+    """The random draws of a model's steps, made ahead of them on the device."""
+
+    def fill(self, epoch: int, step: int) -> None:
+        """See that the draws of a step are there."""
+
+    def at(self, step: Tensor, rows: int) -> Tensor:
+        """Return the draws of the step that a counter on the device says, for so many rows."""
+
+
 class Network(Protocol):
     """F x C members of one shape. No method mixes members."""
 
@@ -39,6 +50,9 @@ class Network(Protocol):
 
     def targets(self, y: Tensor) -> Tensor:
         """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or F."""
+
+    def draws(self, rows: Sequence[int]) -> Draws | None:
+        """Return the draws that ``gradient`` reads in steps of so many rows, None where it reads none."""
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         """Write the gradient of every member's minibatch loss into ``grads``."""

@@ -4,95 +4,97 @@ Every step of a member moves its rate by what its gradient g now and the directi
 ``gputune.optim``, whose classes say what they are and what they are not.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.engine.blocks import Blocks
 from gputune.engine.rules import BETA1, BETA2, EPS, n_moments
-from gputune.engine.update import Amount, Array, Hyper
-
-
-@dataclass(frozen=True)
-class OnlineHyper(Hyper):
-    """Hyperparameters of the members, each (F, C), on the host; ``lr`` is where the rates begin."""
-
-    hypergrad_lr: Array
+from gputune.engine.update import Clock
+from gputune.types import Config
 
 
 class OnlineUpdate:
     """The optimizer of one chunk, as ``Update`` is; ``rate`` (F, C) holds the members' rates, on the device."""
 
     def __init__(
-        self,
-        optimizer: str,
-        blocks: Blocks,
-        hyper: OnlineHyper,
-        flat: Tensor,
-        *,
-        rule: str = "multiplicative",
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
     ) -> None:
-        self.optimizer, self.blocks, self.like, self.rule = optimizer, blocks, flat, rule
-        self.moments = [torch.zeros_like(flat) for _ in range(n_moments(optimizer, hyper.momentum.flat))]
+        self.horizon = horizon
+        self.optimizer, self.rule = configs[0]["optimizer"], configs[0]["hypergrad_rule"]
+        moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
+        self.moments = [torch.zeros_like(flat) for _ in range(moments)]
         self.last = torch.zeros_like(flat)  # each member's direction u of its last step
-        self.scratch = torch.empty_like(flat)
-        self.decays = bool(hyper.weight_decay.any())
-        tables = (hyper.lr, hyper.hypergrad_lr, hyper.weight_decay, hyper.momentum)
-        self.rate, self.hypergrad_lr, self.decay, self.momentum = map(self._table, tables)
+        self._set_trials(configs, blocks, flat, steps)
+        self.rate = self._table(configs, "lr")
         self.norm = torch.zeros_like(self.rate)  # |g| of each member's last step
 
-    def _table(self, values: Array) -> Tensor:
-        return torch.as_tensor(values, dtype=self.like.dtype).to(self.like.device)
+    def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
+        self.blocks, self.dtype, self.scratch = blocks, flat.dtype, torch.empty_like(flat)
+        self.clock = Clock(configs, steps, self.horizon)
+        self.decays = any(config["weight_decay"] for config in configs)
+        names = ("hypergrad_lr", "weight_decay", "momentum")
+        self.hypergrad_lr, self.decay, self.momentum = (self._table(configs, name) for name in names)
 
-    def _amount(self, values: Array) -> Amount:
-        """Return a float where all members have one value, otherwise the expanded buffer."""
-        first = float(values.flat[0])
-        return first if (values == first).all() else self.blocks.expand(self._table(values))
+    def _table(self, configs: Sequence[Config], key: str) -> Tensor:
+        return self.clock.table(configs, key).to(self.dtype)
 
     def state(self) -> list[Tensor]:
         """Return the flat buffers that a later step depends on, for ``resume``; the last two have the rate and |g|."""
         return [*self.moments, self.last, self.blocks.expand(self.rate), self.blocks.expand(self.norm)]
 
-    def resume(self, buffers: list[Tensor]) -> None:
+    def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from what ``state`` returned."""
         *flats, rate, norm = buffers
         for buffer, kept in zip([*self.moments, self.last], flats, strict=True):
             buffer.copy_(kept)
-        self.rate, self.norm = self.blocks.first(rate), self.blocks.first(norm)
+        self.rate.copy_(self.blocks.first(rate))
+        self.norm.copy_(self.blocks.first(norm))
 
-    def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
-        """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
+    def select(
+        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor
+    ) -> None:
+        """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
         self.last = self.blocks.select(self.last, keep)
-        self.blocks, self.like, self.scratch = blocks, flat, torch.empty_like(flat)
-        tables = (self.rate, self.hypergrad_lr, self.decay, self.momentum, self.norm)
-        self.rate, self.hypergrad_lr, self.decay, self.momentum, self.norm = (t[:, keep] for t in tables)
+        self.rate, self.norm = self.rate[:, keep], self.norm[:, keep]
+        self._set_trials(configs, blocks, flat, steps)
 
-    def step(self, theta: Tensor, grad: Tensor, *, count: Array, factor: Array, active: Array | None) -> None:
-        """Adapt the rates and take one step: ``count`` (F, C) numbers each member's step from 1.
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        self.clock.begin(epoch)
 
-        ``factor`` scales the rate in this step and is not remembered. ``grad`` is used up. Members that are not
-        ``active`` keep their parameters, moments, direction and rate. Nothing waits for the device.
+    def step(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Adapt the rates and take one step of the members that are ``active`` (F, C), None: of all.
+
+        The factor of a schedule scales the rate in this step and is not remembered. ``grad`` is used up. Members that
+        are not active keep their parameters, moments, direction and rate. Nothing waits for the device.
         """
-        on = np.ones_like(factor) if active is None else active.astype(float)
-        keep = self._amount(on)
+        keep = None if active is None else active.double()
+        on = None if keep is None else keep.to(self.dtype)
         if self.optimizer != "adamwhd":
             self._decay(grad, theta)
-        self._adapt(grad, None if isinstance(keep, float) else self._table(on))
+        self._adapt(grad, on)
         if len(self.moments) == 2:
-            direction = self._adam(theta, grad, count, keep)
+            direction = self._adam(theta, grad, on)
         else:
-            direction = self._sgd(grad, keep)
-        scale = factor * on
-        rate = self.rate if (scale == 1).all() else self.rate * self._table(scale)
-        self.blocks.add_product_(theta, direction, -rate)
-        self.last.lerp_(direction, keep)
+            direction = self._sgd(grad, on)
+        scale = self.clock.factor() if keep is None else self.clock.factor() * keep
+        self.blocks.add_product_(theta, direction, -self.rate * scale.to(self.dtype))
+        self._move(self.last, direction, 1.0, on)
+        self.clock.advance(keep)
 
     def _decay(self, total: Tensor, theta: Tensor) -> None:
         if self.decays:
             self.blocks.add_product_(total, theta, self.decay)
+
+    def _move(self, flat: Tensor, end: Tensor, weight: float, on: Tensor | None) -> None:
+        """Move a buffer by ``weight`` of the way towards another, of the members that are ``on`` (F, C)."""
+        if on is None:
+            flat.lerp_(end, weight)
+        else:
+            self.blocks.lerp_(flat, end, on * weight)
 
     def _adapt(self, grad: Tensor, on: Tensor | None) -> None:
         """Move each rate by its rule, or not at all where that says nothing (a norm of zero)."""
@@ -108,27 +110,34 @@ class OnlineUpdate:
         change = self.hypergrad_lr * torch.where(change.isfinite(), change, 0.0)
         if on is not None:
             change, norm = change * on, torch.where(on > 0, norm, self.norm)
-        self.rate, self.norm = (self.rate + change).clamp_min(0.0), norm
+        self.rate.add_(change).clamp_min_(0.0)
+        self.norm.copy_(norm)
 
-    def _adam(self, theta: Tensor, grad: Tensor, count: Array, keep: Amount) -> Tensor:
+    def _adam(self, theta: Tensor, grad: Tensor, on: Tensor | None) -> Tensor:
         (m, v), below = self.moments, self.scratch
-        m.lerp_(grad, keep * (1 - BETA1))
-        v.lerp_(grad.mul_(grad), keep * (1 - BETA2))
+        self._move(m, grad, 1 - BETA1, on)
+        self._move(v, grad.mul_(grad), 1 - BETA2, on)
         # m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps)
+        count = self.clock.done + 1
         start = 1 - BETA1**count
-        torch.sqrt(v, out=below).mul_(self._amount(start / np.sqrt(1 - BETA2**count)))
-        direction = torch.div(m, below.add_(self._amount(EPS * start)), out=below)
+        torch.sqrt(v, out=below)
+        correction = (start / (1 - BETA2**count).sqrt()).to(self.dtype)
+        for scale, part in self.blocks.by_block(correction, below):
+            part.mul_(scale)
+        for eps, part in self.blocks.by_block((EPS * start).to(self.dtype), below):
+            part.add_(eps)
+        direction = torch.div(m, below, out=below)
         if self.optimizer == "adamwhd":
             self._decay(direction, theta)
         return direction
 
-    def _sgd(self, grad: Tensor, keep: Amount) -> Tensor:
+    def _sgd(self, grad: Tensor, on: Tensor | None) -> Tensor:
         if not self.moments:
             return grad
         (buffer,) = self.moments
         ahead = self.scratch.copy_(grad)
         self.blocks.add_product_(ahead, buffer, self.momentum)  # mu b + g
-        buffer.lerp_(ahead, keep)
+        self._move(buffer, ahead, 1.0, on)
         if self.optimizer == "nesterovhd":
             self.blocks.add_product_(grad, ahead, self.momentum)
             return grad

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,11 +13,9 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
-from gputune.engine.eager import EagerChunk
-from gputune.engine.graph import GraphChunk
-from gputune.engine.mlp import StackedMLP
 from gputune.engine.network import Network
 from gputune.engine.scoring import Scoring
+from gputune.engine.stacked import StackedChunk
 from gputune.types import Backend, Config
 
 
@@ -150,8 +148,7 @@ def train(
     The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
     does not know trains eagerly (``trains_as``).
     """
-    make = _kind_of_chunk(backend, network, configs[0])
-    chunk: Chunk = make(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
+    chunk = _make_chunk(backend, network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
     if alive is not None:
         chunk.keep(np.isin(np.arange(len(configs)), alive))
     if begin is not None and chunk.alive:
@@ -183,13 +180,10 @@ def train(
     return so_far()
 
 
-def _kind_of_chunk(
-    backend: Backend, network: Network, config: Config
-) -> type[CompiledChunk | EagerChunk | GraphChunk]:
-    match trains_as(backend, network.kind, config) if isinstance(network, StackedMLP) else "eager":
-        case "compiled":
-            return CompiledChunk
-        case "graph":
-            return GraphChunk
-        case "eager":
-            return EagerChunk
+def _make_chunk(
+    backend: Backend, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
+) -> Chunk:
+    word = trains_as(backend, network.kind, configs[0])
+    if word == "compiled":
+        return CompiledChunk(network, data, configs, **options)
+    return StackedChunk(network, data, configs, recorded=word == "graph", **options)

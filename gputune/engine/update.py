@@ -1,12 +1,12 @@
-"""The update rules of ``optim.py`` in place, over the flat buffers of a chunk.
+"""The update rules of ``rules.py`` in place, over the flat buffers of a chunk.
 
-A hyperparameter is a float where all members agree, otherwise a flat buffer with each member's value at its
-entries: one pass over the state either way. Members without a step now (``active`` false) keep their
-parameters and their moments.
+The number of a member's step and all that follows from it (the factor of a schedule, Adam's corrections) is computed by
+the step itself, on the device and in double precision: a recorded step cannot be told anything. Members without a step
+now (``active`` false) keep their parameters and their moments.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,195 +14,169 @@ from torch import Tensor
 
 from gputune.engine.blocks import Blocks
 from gputune.engine.rules import BETA1, BETA2, EPS, n_moments
+from gputune.types import Config
 
-# Entries from which torch's fused Adam beats nine passes: 1.2 times the speed of training at width 256, 1.5 at 1024.
-_FUSED_PAYS = 100_000
-
-Array = np.ndarray
 Amount = float | Tensor
+"""One value of all members, or each member's own, (F, C)."""
 
 
-@dataclass(frozen=True)
-class Hyper:
-    """Hyperparameters of the members, each (F, C), on the host; they stay as they are through the training."""
+class Clock:
+    """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps`` (F, C) each."""
 
-    lr: Array
-    weight_decay: Array
-    momentum: Array
+    def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
+        self.steps, self.horizon = steps, horizon
+        self.done = torch.zeros_like(steps, dtype=torch.float64)
+        cosine = [config["schedule"] == "cosine" for config in configs]
+        self.cosine = torch.tensor(cosine, device=steps.device) if any(cosine) else None
+
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        torch.mul(self.steps, epoch, out=self.done)
+
+    def factor(self) -> Tensor:
+        """Return the factor on each member's rate, (F, C): 1, or half a cosine from 1 to 0.
+
+        Source of the cosine: Loshchilov and Hutter (2017), without restarts, per step.
+        """
+        ones = torch.ones_like(self.done)
+        if self.cosine is None:
+            return ones
+        falling = torch.cos(self.done / (self.horizon * self.steps) * math.pi).add(1).mul(0.5)
+        return torch.where(self.cosine, falling, ones)
+
+    def advance(self, keep: Tensor | None) -> None:
+        """Count a step of the members with ``keep`` 1 (F, C), None: of all."""
+        self.done.add_(1.0 if keep is None else keep)
+
+    def table(self, configs: Sequence[Config], key: str) -> Tensor:
+        """Return a hyperparameter of all members, (F, C), in double precision."""
+        values = torch.tensor([float(config[key]) for config in configs], dtype=torch.float64)
+        return values.expand(self.steps.shape).contiguous().to(self.steps.device)
 
 
 class Update:
-    """The optimizer of one chunk: owns the moments, changes parameters in place."""
+    """The optimizer of one chunk: owns the moments, changes parameters in place.
 
-    def __init__(self, optimizer: str, blocks: Blocks, hyper: Hyper, flat: Tensor) -> None:
-        self.optimizer, self.blocks, self.hyper = optimizer, blocks, hyper
-        self.like = flat
-        self.moments = [torch.zeros_like(flat) for _ in range(n_moments(optimizer, hyper.momentum.flat))]
-        self.scratch = torch.empty_like(flat) if optimizer in ("adam", "adamw") else None
-        self._settle()
+    ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over ``horizon`` epochs.
+    """
 
-    def _settle(self) -> None:
-        h = self.hyper
+    def __init__(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
+    ) -> None:
+        self.horizon = horizon
+        self.optimizer = configs[0]["optimizer"]
+        self.adaptive = self.optimizer in ("adam", "adamw")
+        moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
+        self.moments = [torch.zeros_like(flat) for _ in range(moments)]
+        self._set_trials(configs, blocks, flat, steps)
+
+    def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
+        self.blocks, self.dtype = blocks, flat.dtype
+        self.scratch = torch.empty_like(flat) if self.adaptive else None
+        self.clock = Clock(configs, steps, self.horizon)
+        self.lr = self.clock.table(configs, "lr")
         decoupled = self.optimizer == "adamw"
-        pays = self.scratch is not None and self.like.numel() >= _FUSED_PAYS
-        self.fused = _Fused(self.optimizer, self.like, self.moments) if pays else None
-        self.lr = self.amount(h.lr)
-        self.shrink = self.amount(h.lr * h.weight_decay) if decoupled else 0.0
-        self.l2 = 0.0 if decoupled else self.amount(h.weight_decay)
-        self.momentum = self.amount(h.momentum) if self.optimizer in ("sgd", "nesterov") else 0.0
+        decays = any(config["weight_decay"] for config in configs)
+        decay = self.clock.table(configs, "weight_decay")
+        self.shrink = self.lr * decay if decoupled and decays else None
+        self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
+        self.momentum = 0.0 if self.adaptive else self._amount(configs, "momentum")
 
-    def amount(self, values: Array) -> Amount:
-        """Return a float where all members have one value, otherwise the expanded buffer."""
-        first = float(values.flat[0])
-        if (values == first).all():
-            return self._held(first)
-        return self.blocks.expand(torch.as_tensor(values, dtype=self.like.dtype).to(self.like.device))
-
-    def _held(self, value: float) -> float:
-        """The value, held to what the dtype can say: a larger one makes members diverge all the same."""
-        largest = torch.finfo(self.like.dtype).max
-        return min(max(value, -largest), largest)
+    def _amount(self, configs: Sequence[Config], key: str) -> Amount:
+        values = {float(config[key]) for config in configs}
+        if len(values) > 1:
+            return self.clock.table(configs, key).to(self.dtype)
+        # Held to what the dtype can say: a larger one makes members diverge all the same.
+        return min(values.pop(), torch.finfo(self.dtype).max)
 
     def state(self) -> list[Tensor]:
         """Return the flat buffers that a later step depends on, to be filled again by ``resume``."""
         return self.moments
 
-    def resume(self, buffers: list[Tensor]) -> None:
+    def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from what ``state`` returned."""
         for moment, kept in zip(self.moments, buffers, strict=True):
             moment.copy_(kept)
 
-    def select(self, blocks: Blocks, keep: Tensor, flat: Tensor) -> None:
-        """Go on with the trials ``keep`` alone; ``flat`` is their parameter buffer, ``blocks`` its blocks."""
-        host = keep.cpu().numpy()
+    def select(
+        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor
+    ) -> None:
+        """Go on with the trials ``keep`` alone, of which all else is given."""
         self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
-        self.hyper = Hyper(
-            *(v[:, host] for v in (self.hyper.lr, self.hyper.weight_decay, self.hyper.momentum))
-        )
-        self.blocks, self.like = blocks, flat
-        self.scratch = None if self.scratch is None else torch.empty_like(flat)
-        self._settle()
+        self._set_trials(configs, blocks, flat, steps)
 
-    def step(self, theta: Tensor, grad: Tensor, *, count: Array, factor: Array, active: Array | None) -> None:
-        """Take one step: ``count`` (F, C) numbers each member's step from 1, ``factor`` scales its lr.
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        self.clock.begin(epoch)
+
+    def step(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take one step of the members that are ``active`` (F, C), None: of all.
 
         ``grad`` is used up: what it holds afterwards means nothing.
         """
-        keep = None if active is None else self.amount(active.astype(float))
-        if isinstance(keep, float):
-            keep = None
-        if self.fused is not None and keep is None and self._alike(count, factor):
-            decay, lr = float(self.hyper.weight_decay.flat[0]), float(self.hyper.lr.flat[0] * factor.flat[0])
-            self.fused.step(theta, grad, lr=self._held(lr), weight_decay=decay, count=float(count.flat[0]))
-        elif self.optimizer in ("adam", "adamw"):
-            self._adam(theta, grad, count, factor, active, keep)
+        keep = None if active is None else active.double()
+        factor = self.clock.factor() if keep is None else self.clock.factor() * keep
+        self._add(grad, theta, self.l2)
+        if self.adaptive:
+            self._adam(theta, grad, factor, keep)
         else:
-            self._sgd(theta, grad, factor, active, keep)
+            self._sgd(theta, grad, factor, keep)
+        self.clock.advance(keep)
 
-    def _alike(self, count: Array, factor: Array) -> bool:
-        """Whether one step with one set of numbers serves all members."""
-        tables = (self.hyper.lr, self.hyper.weight_decay, count, factor)
-        return all(bool((table == table.flat[0]).all()) for table in tables)
-
-    def _adam(
-        self,
-        theta: Tensor,
-        grad: Tensor,
-        count: Array,
-        factor: Array,
-        active: Array | None,
-        keep: Tensor | None,
-    ) -> None:
+    def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
         (m, v), scratch = self.moments, self.scratch
         assert scratch is not None
-        _add_product_(grad, theta, self.l2)
         if keep is None:
             m.lerp_(grad, 1 - BETA1)
             v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
         else:
-            m.lerp_(grad, keep * (1 - BETA1))
-            v.lerp_(grad.mul_(grad), keep * (1 - BETA2))
-        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved out of the long pass
-        root = np.sqrt(1 - BETA2**count)
+            self.blocks.lerp_(m, grad, (keep * (1 - BETA1)).to(self.dtype))
+            self.blocks.lerp_(v, grad.mul_(grad), (keep * (1 - BETA2)).to(self.dtype))
+        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the members
+        count = self.clock.done + 1
+        root = (1 - BETA2**count).sqrt()
         torch.sqrt(v, out=scratch)
-        scratch.add_(self.amount(EPS * root))
+        for eps, part in self.blocks.by_block((EPS * root).to(self.dtype), scratch):
+            part.add_(eps)
         torch.div(m, scratch, out=scratch)
-        self._descend(theta, theta, self.shrink, self.hyper.lr * self.hyper.weight_decay, factor, active)
-        self._descend(theta, scratch, self.lr, self.hyper.lr, factor * root / (1 - BETA1**count), active)
+        if self.shrink is not None:
+            self._add(theta, theta, -(self.shrink * factor).to(self.dtype))
+        self._add(theta, scratch, -(self.lr * factor * root / (1 - BETA1**count)).to(self.dtype))
 
-    def _sgd(
-        self, theta: Tensor, grad: Tensor, factor: Array, active: Array | None, keep: Tensor | None
-    ) -> None:
-        _add_product_(grad, theta, self.l2)
-        if keep is not None:
-            grad.mul_(keep)
+    def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
         direction = grad
         if self.moments:
             (buffer,) = self.moments
-            mu = self.momentum
-            buffer.mul_(mu if keep is None else 1 + keep * (mu - 1)).add_(grad)
+            if keep is None:
+                self._scale(buffer, self.momentum)
+                buffer.add_(grad)
+            else:
+                stays = keep.to(self.dtype)
+                self._scale(buffer, 1 + stays * (self.momentum - 1))
+                self._add(buffer, grad, stays)
             direction = buffer
             if self.optimizer == "nesterov":
-                direction = _add_product_(grad, buffer, mu)
-        self._descend(theta, direction, self.lr, self.hyper.lr, factor, active)
+                direction = grad
+                self._add(direction, buffer, self.momentum)
+        self._add(theta, direction, -(self.lr * factor).to(self.dtype))
 
-    def _descend(
-        self,
-        theta: Tensor,
-        direction: Tensor,
-        rate: Amount,
-        values: Array,
-        factor: Array,
-        active: Array | None,
-    ) -> None:
-        """theta -= rate * factor * direction, for active members; ``values`` is rate before its expansion."""
-        if isinstance(rate, float) and rate == 0.0:
-            return
-        first = float(factor.flat[0])
-        if active is not None or (factor != first).any():
-            rate = self.amount(values * factor * (1.0 if active is None else active))
-            first = 1.0
-        if isinstance(rate, float):
-            theta.sub_(direction, alpha=self._held(rate * first))
+    def _add(self, total: Tensor, tensor: Tensor, amount: Amount) -> None:
+        """total += amount * tensor."""
+        if isinstance(amount, Tensor):
+            self.blocks.add_product_(total, tensor, amount)
+        elif amount != 0.0:
+            total.add_(tensor, alpha=amount)
+
+    def _scale(self, flat: Tensor, amount: Amount) -> None:
+        if isinstance(amount, Tensor):
+            for value, part in self.blocks.by_block(amount, flat):
+                part.mul_(value)
         else:
-            theta.addcmul_(direction, rate, value=-first)
+            flat.mul_(amount)
 
 
-class _Fused:
-    """torch's own fused Adam over the flat buffers, for members that are all alike: one pass instead of nine.
-
-    A chunk of one trial is such a case, which is how wide networks train on a CPU: there the update was most of a
-    step. The moments are the caller's, so that a step may be taken by either form.
-    """
-
-    def __init__(self, optimizer: str, theta: Tensor, moments: list[Tensor]) -> None:
-        rule = torch.optim.AdamW if optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = rule([theta], lr=1.0, betas=(BETA1, BETA2), eps=EPS, fused=True)
-        self.count = torch.zeros((), dtype=torch.float32, device=theta.device)
-        self.optimizer.state[theta] = {"step": self.count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-
-    def step(self, theta: Tensor, grad: Tensor, *, lr: float, weight_decay: float, count: float) -> None:
-        """Take step number ``count``, from 1."""
-        group = self.optimizer.param_groups[0]
-        group["lr"], group["weight_decay"] = lr, weight_decay
-        self.count.fill_(count - 1)
-        theta.grad = grad
-        self.optimizer.step()
-        theta.grad = None
-
-
-def _add_product_(total: Tensor, tensor: Tensor, amount: Amount) -> Tensor:
-    """total += amount * tensor, in place."""
-    if isinstance(amount, Tensor):
-        return total.addcmul_(tensor, amount)
-    return total if amount == 0.0 else total.add_(tensor, alpha=amount)
-
-
-def schedule_factor(name: str, done: Array, total: Array) -> Array:
-    """Return the factor on lr of a step after ``done`` of ``total`` steps: 1, or half a cosine from 1 to 0.
-
-    Source of the cosine: Loshchilov and Hutter (2017), without restarts, per step.
-    """
+def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """Return the factor on lr of a step after ``done`` of ``total`` steps, as ``Clock.factor`` has it, on the host."""
     if name == "cosine":
         return np.asarray(0.5 * (1 + np.cos(math.pi * done / total)))
     return np.ones_like(done, dtype=float)

@@ -66,7 +66,7 @@ class PopulationTraining:
         """Return each member's minibatch loss (P,); 0 for a member that has no step now."""
         params = self._named(weights)
         losses = [weights.new_zeros(self.trials)] * self.folds
-        for part in self.batches.at(*divmod(step, self.each)).parts:
+        for part in self.batches.at(*divmod(step, self.each)):
             found = self._part(params, part)
             losses[part.folds] = list(found)
         return torch.cat(losses)

@@ -6,23 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_iris
 
-import gputune
 import reference
-from gputune.engine import eager
 from gputune.engine.blocks import Block, Blocks
-from gputune.engine.cost import trial_cost
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.online import OnlineHyper, OnlineUpdate
+from gputune.engine.online import OnlineUpdate
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
-from gputune.errors import InputError
-from gputune.search.config import legal_keys
-from gputune.search.random import default_space
+from gputune.engine.update import schedule_factor
 from gputune.types import ONLINE
-from problems import Linear, fill, largest_difference, make_data, rows_of, shape_of, train_together
+from problems import fill, largest_difference, make_data, rows_of, shape_of, train_together
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 OPTIMIZERS = [
@@ -173,10 +167,22 @@ def test_law_3_padded_units_stay_zero(name):
             assert not params[incoming][:, c, width:].any()
 
 
-def hyper(**more):
-    values = np.linspace(0.001, 0.02, F * C).reshape(F, C)
-    tables = {"lr": values, "weight_decay": values * 3, "momentum": 0.5 + values, "hypergrad_lr": 10 * values}
-    return OnlineHyper(**tables | more)
+STEPS = torch.full((F, C), 100)  # an epoch, of each member
+
+
+def configs_of(name, *, alike=False, **more):
+    """Configurations of trials that all differ, or in their rates alone."""
+    values = np.linspace(0.001, 0.02, C)
+    decay, momentum = (np.zeros(C), np.full(C, 0.9)) if alike else (values * 3, 0.5 + values)
+    return [
+        {"optimizer": name, "schedule": "constant", "hypergrad_rule": "multiplicative", "lr": values[c],
+         "weight_decay": decay[c], "momentum": momentum[c], "hypergrad_lr": 10 * values[c]} | more
+        for c in range(C)
+    ]  # fmt: skip
+
+
+def make_update(configs, flat, horizon=1):
+    return OnlineUpdate(configs, BLOCKS, flat, steps=STEPS, horizon=horizon)
 
 
 def members_of(flat):
@@ -195,22 +201,19 @@ def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
     # ``ragged``: at every step one member has none. A schedule's factor scales the adapted rate and is forgotten.
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
-    same = {"weight_decay": np.zeros((F, C)), "momentum": np.full((F, C), 0.9)} if alike else {}
-    tables = hyper(**same)
-    update, members, count = OnlineUpdate(name, BLOCKS, tables, flat), members_of(flat), np.ones((F, C))
-    keys = ("lr", "weight_decay", "momentum", "hypergrad_lr")
+    configs = configs_of(name, alike=alike, schedule="constant" if alike else "cosine")
+    update, members = make_update(configs, flat), members_of(flat)
+    done = np.zeros((F, C))
     optimizers = {
-        at: reference.make_optimizer(
-            torch.nn.ParameterList(params), {"optimizer": name} | {k: getattr(tables, k)[at] for k in keys}
-        )
-        for at, params in members.items()
+        (f, c): reference.make_optimizer(torch.nn.ParameterList(params), configs[c])
+        for (f, c), params in members.items()
     }
     for step in range(12):
         grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
         active = np.ones((F, C), bool)
         if ragged:
             active[step % F, step % C] = False
-        factor = np.ones((F, C)) if alike else np.linspace(0.1, 1, F * C).reshape(F, C) / (1 + step)
+        factor = schedule_factor(configs[0]["schedule"], done, STEPS.numpy())
         for at, others in members_of(grad).items():
             if active[at]:
                 group = optimizers[at].param_groups[0]
@@ -219,8 +222,8 @@ def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
                     p.grad = own.detach()
                 optimizers[at].step()
                 group["lr"] /= factor[at]
-        update.step(flat, grad, count=count.copy(), factor=factor, active=active if ragged else None)
-        count += active
+        update.step(flat, grad, torch.from_numpy(active) if ragged else None)
+        done += active
     found = members_of(flat)
     for at, optimizer in optimizers.items():
         for a, b in zip(found[at], optimizer.param_groups[0]["params"]):
@@ -232,134 +235,30 @@ def test_each_member_steps_like_the_drop_in_optimizer(name, alike, ragged):
 @pytest.mark.parametrize("name", ONLINE)
 def test_zero_and_nan_gradients_leave_the_rate(name):
     flat = torch.ones(BLOCKS.size, dtype=torch.float64)
-    tables = hyper(weight_decay=np.zeros((F, C)))
-    update, ones = OnlineUpdate(name, BLOCKS, tables, flat), np.ones((F, C))
-    for step, value in enumerate((0.0, 0.0, math.nan), 1):
-        grad = torch.full_like(flat, value)
-        update.step(flat, grad, count=step * ones, factor=ones, active=None)
-        assert torch.equal(update.rate, torch.as_tensor(tables.lr))
+    update = make_update(configs_of(name, weight_decay=0.0), flat)
+    before = update.rate.clone()
+    for value in (0.0, 0.0, math.nan):
+        update.step(flat, torch.full_like(flat, value), None)
+        assert torch.equal(update.rate, before)
 
 
 @pytest.mark.parametrize("name", ["sgdhd", "adamwhd"])
 def test_the_state_of_trials_that_stay_is_carried_over(name):
     g = torch.Generator().manual_seed(2)
-    flat, ones, keep = torch.randn(BLOCKS.size, generator=g).double(), np.ones((F, C)), torch.tensor([0, 2])
+    flat, keep, configs = (
+        torch.randn(BLOCKS.size, generator=g).double(),
+        torch.tensor([0, 2]),
+        configs_of(name),
+    )
     grads = [torch.randn(BLOCKS.size, generator=g).double() for _ in range(4)]
-    less, small = flat.clone(), OnlineUpdate(name, BLOCKS, hyper(), flat)
-    whole = OnlineUpdate(name, BLOCKS, hyper(), flat)
+    less, small = flat.clone(), make_update(configs, flat)
+    whole = make_update(configs, flat)
     for step, grad in enumerate(grads, 1):
-        whole.step(flat, grad.clone(), count=step * ones, factor=ones, active=None)
+        whole.step(flat, grad.clone(), None)
         if step == 3:
-            less, blocks = BLOCKS.select(less, keep), BLOCKS.subset(2)
-            small.select(blocks, keep, less)
-        here = ones if step < 3 else ones[:, :2]
-        part = grad.clone() if step < 3 else BLOCKS.select(grad, keep)
-        small.step(less, part, count=step * here, factor=here, active=None)
+            less, kept, done = BLOCKS.select(less, keep), [configs[0], configs[2]], small.clock.done[:, keep]
+            small.select(kept, BLOCKS.subset(2), keep, less, steps=STEPS[:, keep])
+            small.clock.done.copy_(done)  # trials leave between epochs, where begin() counts anew
+        small.step(less, grad.clone() if step < 3 else BLOCKS.select(grad, keep), None)
     torch.testing.assert_close(less, BLOCKS.select(flat, keep), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(small.rate, whole.rate[:, keep], rtol=1e-13, atol=0)
-
-
-def test_sums_and_products_are_each_members_own():
-    flat = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(3)).double()
-    total, values = BLOCKS.total(flat), torch.arange(6).double().view(F, C)
-    ones = torch.ones_like(flat)
-    BLOCKS.add_product_(ones, flat, values)
-    assert torch.equal(ones, 1 + flat * BLOCKS.expand(values))
-    for at, params in members_of(flat).items():
-        assert total[at].item() == pytest.approx(sum(p.sum().item() for p in params), rel=1e-12)
-
-
-def test_a_search_adapts_a_rate_per_member_and_refits(monkeypatch):
-    seen = []
-
-    class Seen(OnlineUpdate):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            self.begin = self.rate.clone()
-            seen.append(self)
-
-    monkeypatch.setattr(eager, "OnlineUpdate", Seen)
-    X, y = load_iris(return_X_y=True)
-    space = {"lr": [1e-3, 1e-2, 0.1], "momentum": [0.0, 0.9]}
-    study = gputune.tune(
-        "mlp",
-        X,
-        y,
-        optimizer="sgdhd",
-        space=space,
-        n_trials=6,
-        include_default=False,
-        cv=3,
-        max_epochs=8,
-        workers=1,
-        verbose=0,
-    )
-    assert all(trial.state == "complete" for trial in study.trials)
-    rates = torch.cat([update.rate.flatten() for update in seen])
-    assert len(set(rates.tolist())) == len(rates) == 6 * 3
-    assert not any((update.rate == update.begin).any() for update in seen)
-    model = study.best_model()
-    assert model.predict(X).shape == y.shape
-    assert study.best_score > 0.8
-
-
-def test_a_user_module_adapts_its_rate():
-    X, y = load_iris(return_X_y=True)
-    scores = [
-        gputune.tune(
-            Linear, X, y, optimizer=name, space={"lr": 1e-4}, n_trials=1, include_default=False, cv=3, max_epochs=8,
-            scoring="neg_log_loss", workers=1, verbose=0,
-        ).best_score
-        for name in ("sgdhd", "sgd")
-    ]  # fmt: skip
-    assert scores[0] > scores[1]
-
-
-def test_hypergrad_lr_is_a_key_of_the_optimizers_that_read_it():
-    X, y = load_iris(return_X_y=True)
-    for name in ONLINE:
-        assert "hypergrad_lr" in legal_keys("mlp", name)
-        assert set(default_space("module", name)) == {"lr", "batch_size", "weight_decay", "hypergrad_lr"}
-        assert "hypergrad_rule" in legal_keys("mlp", name)
-    message = "must have only the keys .*, got 'hypergrad_lr'. Only the optimizers sgdhd, nesterovhd, adamhd, adamwhd"
-    with pytest.raises(InputError, match=message):
-        gputune.tune("mlp", X, y, space={"hypergrad_lr": [0.01]}, verbose=0)
-    with pytest.raises(
-        InputError, match=r"hypergrad_lr'\] must be a number in \[0, 1\), got 1.5. For example 0.02"
-    ):
-        gputune.tune("mlp", X, y, optimizer="adamhd", space={"hypergrad_lr": [1.5]}, verbose=0)
-
-
-def test_momentum_and_weight_decay_default_as_those_of_the_plain_optimizers():
-    names = ("sgd", "nesterov", "adam", "adamw")
-    plain, online = fill(*({"optimizer": n} for n in names)), fill(*({"optimizer": f"{n}hd"} for n in names))
-    for a, b in zip(plain, online):
-        assert (a["weight_decay"], a["momentum"]) == (b["weight_decay"], b["momentum"])
-
-
-def test_the_plan_counts_the_last_direction():
-    data = make_data()
-    (plain,), (online,) = (
-        populations(fill({"optimizer": name, "width": 16, "depth": 1}), "mlp", rows=41)
-        for name in ("adam", "adamhd")
-    )
-    more = trial_cost(online, data).trial_bytes - trial_cost(plain, data).trial_bytes
-    size = (data.n_features + 1) * 16 + 17 * data.n_outputs
-    assert more == data.n_folds * size * 8
-
-
-def test_a_rule_whose_unit_depends_on_the_model_needs_a_value():
-    X, y = load_iris(return_X_y=True)
-    message = "must have a value for 'hypergrad_lr' beside hypergrad_rule='additive', whose unit depends on the model"
-    with pytest.raises(InputError, match=message):
-        gputune.tune("mlp", X, y, optimizer="sgdhd", space={"hypergrad_rule": "additive"}, verbose=0)
-
-
-def test_a_space_that_never_draws_an_optimizer_that_adapts():
-    X, y = load_iris(return_X_y=True)
-    for optimizers in (["adam", "sgd"], "adam"):
-        space = {"optimizer": optimizers, "hypergrad_lr": 0.1}
-        with pytest.raises(
-            InputError, match="'hypergrad_lr', which only the optimizers sgdhd, .* read, and draws"
-        ):
-            gputune.tune("mlp", X, y, optimizer="sgdhd", space=space, verbose=0)

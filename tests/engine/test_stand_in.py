@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gputune.engine.stand_in import CaptureError, StandIn
+from stand_in import CaptureError, StandIn
 
 CPU = torch.device("cpu")
 

@@ -4,58 +4,84 @@ import numpy as np
 import pytest
 import torch
 
-from gputune.engine import update as update_module
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.rules import RULES, Rates, empty_moments
-from gputune.engine.update import Hyper, Update, schedule_factor
+from gputune.engine.update import Update, schedule_factor
 
 F, C = 2, 3
 BLOCKS = Blocks([Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1)])
+STEPS = np.array([[4, 5, 3], [4, 4, 3]])  # an epoch, of each member
 
 
 def stacked(flat):
     return {k: v.flatten(0, 1).clone() for k, v in BLOCKS.by_member(flat).items()}
 
 
-def hyper(alike):
-    values = np.full((F, C), 0.01) if alike else np.linspace(0.001, 0.02, F * C).reshape(F, C)
-    return Hyper(lr=values, weight_decay=values * 3, momentum=0.5 + values)
+def configs_of(optimizer, *, alike, schedules=("constant",) * C):
+    first = {"lr": 0.01, "weight_decay": 0.03, "momentum": 0.3}
+    return [
+        {"optimizer": optimizer, "schedule": schedules[c]}
+        | {key: value * (1 if alike else 1 + c) for key, value in first.items()}
+        for c in range(C)
+    ]
+
+
+def make_update(configs, flat):
+    return Update(configs, BLOCKS, flat, steps=torch.from_numpy(STEPS), horizon=3)
+
+
+def of_members(configs, key):
+    return np.tile([config[key] for config in configs], (F, 1))
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("all_active", [True, False])
-@pytest.mark.parametrize("fused_pays", [0, 10**9])
-def test_in_place_equals_the_pure_rule(name, alike, all_active, fused_pays, monkeypatch):
-    monkeypatch.setattr(update_module, "_FUSED_PAYS", fused_pays)
+@pytest.mark.parametrize("schedules", [("constant",) * 3, ("cosine", "constant", "cosine")])
+def test_in_place_equals_the_pure_rule(name, alike, schedules):
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
-    h, params = hyper(alike), stacked(flat)
-    moments, update = empty_moments(name, params), Update(name, BLOCKS, h, flat)
-    count = np.zeros((F, C))
-    for step in range(6):
-        grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
-        active = np.ones((F, C), bool)
-        if not all_active:
-            active[step % F, step % C] = False
-        factor = np.full((F, C), 0.5) if alike else np.linspace(0.1, 1, F * C).reshape(F, C)
-        rates = Rates(
-            *(torch.from_numpy(v.flatten()) for v in (h.lr * factor, h.weight_decay, h.momentum, count + 1))
-        )
-        new, new_moments = RULES[name](params, stacked(grad), moments, rates)
-        on = torch.from_numpy(active.flatten())
-        params = {k: torch.where(on.view(-1, *[1] * (w.dim() - 1)), new[k], w) for k, w in params.items()}
-        moments = {
-            m: {
-                k: torch.where(on.view(-1, *[1] * (w.dim() - 1)), new_moments[m][k], w)
-                for k, w in part.items()
-            }
-            for m, part in moments.items()
-        }
-        update.step(flat, grad, count=count + 1, factor=factor, active=None if all_active else active)
-        count += active
+    configs, params = configs_of(name, alike=alike, schedules=schedules), stacked(flat)
+    moments, update = empty_moments(name, params), make_update(configs, flat)
+    for epoch in range(2):
+        update.begin(epoch)
+        for step in range(STEPS.max()):
+            grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
+            active, done = step < STEPS, epoch * STEPS + np.minimum(step, STEPS)
+            factors = [schedule_factor(s, done[:, c], 3 * STEPS[:, c]) for c, s in enumerate(schedules)]
+            lr = of_members(configs, "lr") * np.stack(factors, 1)
+            tables = (lr, of_members(configs, "weight_decay"), of_members(configs, "momentum"), done + 1)
+            rates = Rates(*(torch.from_numpy(table.flatten().astype(float)) for table in tables))
+            new, new_moments = RULES[name](params, stacked(grad), moments, rates)
+            on = torch.from_numpy(active.flatten())
+            params = _where(on, new, params)
+            moments = {m: _where(on, new_moments[m], part) for m, part in moments.items()}
+            update.step(flat, grad, None if active.all() else torch.from_numpy(active))
     for k, w in stacked(flat).items():
         torch.testing.assert_close(w, params[k], rtol=1e-12, atol=1e-13)
+    for moment, part in zip(update.state(), moments.values()):
+        for k, w in stacked(moment).items():
+            torch.testing.assert_close(w, part[k], rtol=1e-12, atol=1e-15)
+
+
+def _where(on, new, old):
+    return {k: torch.where(on.view(-1, *[1] * (w.dim() - 1)), new[k], w) for k, w in old.items()}
+
+
+@pytest.mark.parametrize("optimizer", sorted(RULES))
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "momentum"])
+def test_numbers_beyond_the_dtype_neither_fail_nor_touch_a_neighbour(optimizer, key):
+    def after(values):
+        configs = [{**c, key: v} for c, v in zip(configs_of(optimizer, alike=True), values)]
+        theta = torch.ones(BLOCKS.size)
+        update = make_update(configs, theta)
+        for _ in range(4):
+            update.step(theta, torch.ones(BLOCKS.size), None)
+        return BLOCKS.by_member(theta)["plain"]
+
+    alone, beside = after((1e-3, 2e-3, 3e-3)), after((1e300, 2e-3, 1e300))
+    assert torch.equal(alone[:, 1], beside[:, 1])
+    assert key != "lr" or not beside[:, 0].isfinite().any()
+    after((1e300,) * C)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -81,18 +107,16 @@ def test_the_pure_rules_equal_torch_optim(name):
 
 
 def test_the_state_of_trials_that_stay_is_carried_over():
+    configs, keep = configs_of("adamw", alike=False), torch.tensor([0, 2])
     flat = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(2))
-    update, keep = Update("adamw", BLOCKS, hyper(False), flat), torch.tensor([0, 2])
-    grad = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(3))
-    ones = np.ones((F, C))
-    update.step(flat, grad.clone(), count=ones, factor=ones, active=None)
-    less, blocks = BLOCKS.select(flat, keep), BLOCKS.subset(2)
-    update.step(flat, grad.clone(), count=2 * ones, factor=ones, active=None)
-    other = Update("adamw", BLOCKS, hyper(False), flat)
-    other.moments = [m.clone() for m in update.moments]
-    other.select(blocks, keep, less)
-    assert [m.numel() for m in other.moments] == [blocks.size, blocks.size]
-    torch.testing.assert_close(other.moments[0], BLOCKS.select(update.moments[0], keep))
+    update = make_update(configs, flat)
+    update.step(flat, torch.ones(BLOCKS.size), None)
+    moments, less = [m.clone() for m in update.moments], BLOCKS.subset(2)
+    steps = torch.from_numpy(STEPS[:, [0, 2]])
+    update.select([configs[0], configs[2]], less, keep, BLOCKS.select(flat, keep), steps=steps)
+    for moment, before in zip(update.moments, moments, strict=True):
+        assert torch.equal(moment, BLOCKS.select(before, keep))
+    torch.testing.assert_close(update.lr, torch.tensor([[0.01, 0.03]] * F, dtype=torch.float64))
 
 
 def test_the_cosine_falls_from_one_to_zero_as_torch_has_it():
@@ -105,20 +129,3 @@ def test_the_cosine_falls_from_one_to_zero_as_torch_has_it():
         optimizer.step()
         scheduler.step()
     assert schedule_factor("constant", np.array([3.0]), np.array([10])) == 1
-
-
-def test_one_training_may_use_both_forms(monkeypatch):
-    monkeypatch.setattr(update_module, "_FUSED_PAYS", 0)
-    both, plain = (
-        torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(4)).double() for _ in range(2)
-    )
-    fused, unfused = Update("adamw", BLOCKS, hyper(True), both), Update("adamw", BLOCKS, hyper(True), plain)
-    unfused.fused = None
-    some = np.ones((F, C), bool)
-    some[0, 1] = False
-    for step in range(1, 7):
-        grad = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(step)).double()
-        active, count = (None, np.full((F, C), step)) if step % 2 else (some, np.full((F, C), step))
-        for update, flat in ((fused, both), (unfused, plain)):
-            update.step(flat, grad.clone(), count=count.astype(float), factor=np.ones((F, C)), active=active)
-    torch.testing.assert_close(both, plain, rtol=1e-12, atol=1e-13)

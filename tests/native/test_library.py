@@ -88,6 +88,7 @@ def test_what_is_never_compiled_is_not_called_slower(monkeypatch, capsys):
     assert "eagerly" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("recorded_on_cpu")
 @pytest.mark.parametrize("backend", ["graph", pytest.param("compiled", marks=needs_compiler)])
 @pytest.mark.parametrize(
     "what", [{"model": "mlp", "optimizer": "adamhd"}, {"model": Linear}], ids=["adamhd", "module"]

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gputune.engine.graph import CudaRecorder, make_recorder
+from gputune.engine import recorder
 from gputune.engine.memory import is_out_of_memory
-from gputune.engine.stand_in import StandIn
+from gputune.engine.recorder import RECORDERS, CudaRecorder
 
 
 class Stream:
@@ -58,16 +58,16 @@ def cuda(monkeypatch):
     }
     for name, part in parts.items():
         monkeypatch.setattr(torch.cuda, name, part)
-    graph._side_stream.cache_clear()
+    recorder._side_stream.cache_clear()
     yield fake
-    graph._side_stream.cache_clear()
+    recorder._side_stream.cache_clear()
 
 
 def test_warm_up_and_capture_are_on_one_side_stream(cuda):
-    recorder = make_recorder(torch.device("cuda", 1))
-    assert isinstance(recorder, CudaRecorder)
-    recorder.warm_up(lambda: cuda.log.append("step"))
-    recorder.capture(lambda: cuda.log.append("step")).replay()
+    assert {"cuda": CudaRecorder} == RECORDERS
+    one = CudaRecorder(torch.device("cuda", 1))
+    one.warm_up(lambda: cuda.log.append("step"))
+    one.capture(lambda: cuda.log.append("step")).replay()
     assert cuda.log == [
         "side cuda:1 waits for current",
         "in side cuda:1",
@@ -84,7 +84,7 @@ def test_warm_up_and_capture_are_on_one_side_stream(cuda):
 
 
 def test_chunks_share_the_stream_of_their_device(cuda):
-    one, two = make_recorder(torch.device("cuda", 0)), make_recorder(torch.device("cuda", 0))
+    one, two = CudaRecorder(torch.device("cuda", 0)), CudaRecorder(torch.device("cuda", 0))
     assert one.stream is two.stream
 
 
@@ -97,9 +97,5 @@ def test_a_capture_that_runs_out_of_memory_says_so(cuda):
 
     cuda.end = end
     with pytest.raises(RuntimeError, match="previous error during capture") as failed:
-        make_recorder(torch.device("cuda", 0)).capture(step)
+        CudaRecorder(torch.device("cuda", 0)).capture(step)
     assert is_out_of_memory(failed.value)
-
-
-def test_on_a_cpu_there_is_a_stand_in():
-    assert isinstance(make_recorder(torch.device("cpu")), StandIn)

@@ -10,19 +10,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
-from gputune.engine import graph, graph_batches
+from gputune.engine import mlp
 from gputune.engine.backend import choose_backend, trains_as
-from gputune.engine.eager import EagerChunk
-from gputune.engine.graph import GraphChunk
 from gputune.engine.job import Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.population import Population
+from gputune.engine.recorder import RECORDERS, Replays
 from gputune.engine.scoring import make_scoring
-from gputune.engine.stand_in import CaptureError, StandIn
+from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
+from gputune.errors import InputError
 from gputune.types import OPTIMIZERS
 from problems import Linear, fill, largest_difference, make_data, shape_of
+from stand_in import CaptureError, StandIn
 
 CPU = torch.device("cpu")
 
@@ -33,11 +34,10 @@ def configs_of(count, optimizer="adamw", **more):
     )
 
 
-def make_chunk(data, configs, kind=GraphChunk):
+def make_chunk(data, configs, *, recorded=True):
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    return kind(
-        network, data, configs, seed=0, horizon=20, scoring=make_scoring(None, data.task, np.arange(3))
-    )
+    scoring = make_scoring(None, data.task, np.arange(3))
+    return StackedChunk(network, data, configs, seed=0, horizon=20, scoring=scoring, recorded=recorded)
 
 
 class Counting(StandIn):
@@ -57,12 +57,12 @@ class Counting(StandIn):
 @pytest.fixture
 def counted(monkeypatch):
     Counting.captures = Counting.warm_ups = 0
-    monkeypatch.setattr(graph, "make_recorder", Counting)
+    monkeypatch.setitem(RECORDERS, "cpu", Counting)
     return Counting
 
 
 @pytest.fixture(autouse=True)
-def no_grad():
+def no_grad(recorded_on_cpu):
     with torch.no_grad():
         yield
 
@@ -70,10 +70,10 @@ def no_grad():
 def test_a_step_is_taken_three_times_as_it_is_and_then_replayed(counted, monkeypatch):
     data, asked = make_data(), []
     chunk = make_chunk(data, configs_of(2))
-    monkeypatch.setattr(GraphChunk, "_step", lambda chunk, shape: asked.append(shape))
+    monkeypatch.setattr(StackedChunk, "_step", lambda chunk, shape, key: asked.append(shape))
     shapes = chunk.batches.shapes  # 40 or 41 rows: four whole minibatches, one of 4 or 5
-    assert [shape.rows for shape in shapes] == [9, 9, 9, 9, 5]
-    assert [shape.full for shape in shapes] == [True] * 4 + [False]
+    assert [shape.parts[0].rows for shape in shapes] == [9, 9, 9, 9, 5]
+    assert [shape.parts[0].full for shape in shapes] == [True] * 4 + [False]
     for epoch in range(6):
         chunk.advance(epoch)
     assert counted.warm_ups == 3 + 3 and counted.captures == 2
@@ -83,7 +83,7 @@ def test_a_step_is_taken_three_times_as_it_is_and_then_replayed(counted, monkeyp
 def test_few_steps_are_recorded_as_trials_leave_one_by_one(counted):
     data, count, slots = make_data(), 12, []
     configs = configs_of(count, batch_size=5)
-    found, expected = (make_chunk(data, configs, kind) for kind in (GraphChunk, EagerChunk))
+    found, expected = (make_chunk(data, configs, recorded=recorded) for recorded in (True, False))
     for epoch in range(count):
         for chunk in (found, expected):
             chunk.advance(epoch)
@@ -135,7 +135,9 @@ def test_nothing_waits_for_the_device_inside_an_epoch(counted, sizes, monkeypatc
     captures = counted.captures
     monkeypatch.setattr(Tensor := torch.Tensor, "numpy", lambda tensor: pytest.fail("numpy"))
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("tolist"))
-    monkeypatch.setattr(GraphChunk, "_step", lambda chunk, shape: pytest.fail("a step was not replayed"))
+    monkeypatch.setattr(
+        StackedChunk, "_step", lambda chunk, shape, key: pytest.fail("a step was not replayed")
+    )
     with NothingWaits():
         chunk.advance(4)
     assert counted.captures == captures > 0
@@ -182,7 +184,7 @@ def on_meta(value):
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
 def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
     """Tensors on torch's device without numbers: as on a GPU, they meet no tensor of the host."""
-    monkeypatch.setattr(graph, "make_recorder", PlainRecorder)
+    monkeypatch.setitem(RECORDERS, "meta", PlainRecorder)
     for task in ("multiclass", "regression"):
         data = on_meta(make_data(task, weights=True))
         configs = fill(
@@ -193,7 +195,7 @@ def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
             )
         )  # fmt: skip
         network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-        chunk = GraphChunk(network, data, configs, seed=0, horizon=20, scoring=None)
+        chunk = StackedChunk(network, data, configs, seed=0, horizon=20, scoring=None, recorded=True)
         for epoch in range(4):
             chunk.advance(epoch)
         chunk.keep(np.array([True, False]))
@@ -203,14 +205,14 @@ def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
 
 def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
     chunk = make_chunk(make_data(), configs_of(2))
-    step = GraphChunk._step
+    step = StackedChunk._step
 
-    def asking(chunk, shape):
-        step(chunk, shape)
+    def asking(chunk, shape, key):
+        step(chunk, shape, key)
         if bool(chunk.flat.isfinite().all()):
             return
 
-    monkeypatch.setattr(GraphChunk, "_step", asking)
+    monkeypatch.setattr(StackedChunk, "_step", asking)
     with pytest.raises(CaptureError, match="waits for the device"):
         chunk.advance(0)
 
@@ -218,9 +220,9 @@ def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
 def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
     data, configs = make_data(), configs_of(2, dropout=0.3, width=8)
     whole = make_chunk(data, configs)
-    monkeypatch.setattr(graph_batches, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
+    monkeypatch.setattr(mlp, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
     parts = make_chunk(data, configs)
-    assert (whole.batches.draws.ahead, parts.batches.draws.ahead) == (5, 2)
+    assert (whole.draws.ahead, parts.draws.ahead) == (5, 2)
     for epoch in range(5):
         whole.advance(epoch)
         parts.advance(epoch)
@@ -250,7 +252,7 @@ def test_training_goes_on_from_a_state_of_either_backend(optimizer):
 def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     """Memory runs out in a replay: when the halves begin, nothing is left of what was recorded."""
     data, left, begun = make_data(), [], []
-    take = GraphChunk._take
+    take = Replays.take
 
     class Watched(StandIn):
         def __init__(self, device):
@@ -263,20 +265,20 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
             left.append(weakref.ref(tape))
             return tape
 
-    def failing(chunk, shape):
-        take(chunk, shape)
-        if len(chunk.slots) > 2 and chunk.recorded:
+    def failing(steps, shape, step):
+        take(steps, shape, step)
+        if steps.recorded and len(begun) == 1:  # the chunk of four; its halves come after it
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(graph, "make_recorder", Watched)
-    monkeypatch.setattr(GraphChunk, "_take", failing)
+    monkeypatch.setitem(RECORDERS, "cpu", Watched)
+    monkeypatch.setattr(Replays, "take", failing)
     configs = configs_of(4)
     common = (0, 5, 5, make_scoring(None, data.task, np.arange(3)), None)
     chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
     outcomes = run_in_parts(Job(*common, backend="graph"), data, chunk)
     assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
     assert len(left) == 1 + 2 * 2 and begun == [0, 0, 0]
-    monkeypatch.undo()
+    monkeypatch.setattr(Replays, "take", take)
     (whole,) = run_in_parts(Job(*common, backend="graph"), data, chunk)
     np.testing.assert_allclose(np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9)
 
@@ -284,7 +286,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
 def test_who_trains_as_a_graph():
     cuda = torch.device("cuda", 1)
     assert choose_backend("auto", cuda, torch.float32) == ("eager", "")
-    assert choose_backend("graph", cuda, torch.float32) == choose_backend("graph", CPU, torch.float32)
+    assert choose_backend("graph", cuda, torch.float32) == ("graph", "")
     assert choose_backend("eager", cuda, torch.float32) == ("eager", "")
     assert choose_backend("auto", torch.device("meta"), torch.float32) == ("eager", "")
     assert choose_backend("auto", CPU, torch.float32)[0] != "graph"
@@ -292,6 +294,14 @@ def test_who_trains_as_a_graph():
     assert taken == ["sgd", "nesterov", "adam", "adamw"]
     assert trains_as("graph", "module", {"optimizer": "adamw"}) == "eager"
     assert trains_as("eager", "mlp", {"optimizer": "adamw"}) == "eager"
+
+
+def test_steps_of_a_cpu_are_not_recorded(monkeypatch):
+    monkeypatch.delitem(RECORDERS, "cpu")
+    with pytest.raises(
+        InputError, match="backend='graph' records the steps of a GPU, and the device is 'cpu'"
+    ):
+        gputune.tune("mlp", np.eye(20), np.arange(20) % 2, backend="graph", device="cpu", verbose=0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""A chunk whose members take each step together, as operations on stacked tensors: any model, any device.
+
+Where steps are recorded, trials that leave go on in the tensors, unseen, until a quarter of them has left: only then
+are the tensors made anew and the steps recorded again. Inside an epoch nothing waits for the device, but for a
+recording and for a buffer of dropout's draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.data.dataset import Dataset
+from gputune.engine.batches import Batches, StepShape
+from gputune.engine.network import Network
+from gputune.engine.online import OnlineUpdate
+from gputune.engine.recorder import RECORDERS, Direct, Replays, Steps
+from gputune.engine.scoring import Scoring, Validation
+from gputune.engine.update import Update
+from gputune.types import ONLINE, Config
+
+_FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded
+
+
+class StackedChunk:
+    """The trials ``slots`` in flat buffers (parameters, gradient, moments), and the steps over them."""
+
+    scoring_share = 0.0
+
+    def __init__(
+        self,
+        network: Network,
+        data: Dataset,
+        configs: Sequence[Config],
+        *,
+        seed: int,
+        horizon: int,
+        scoring: Scoring | None,
+        recorded: bool = False,
+    ) -> None:
+        self._network, self.recorded = network, recorded
+        self.validation = Validation(data, scoring)
+        self.alive = list(range(len(configs)))
+        self.slots = list(self.alive)
+        self.configs = list(configs)
+        sizes = [config["batch_size"] for config in configs]
+        self.batches = Batches(data, sizes, network.targets(data.y), seed=seed, exact=network.exact)
+        self._flat = network.start()
+        make = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
+        steps = self.batches.active_until
+        self.update = make(configs, network.blocks, self._flat, steps=steps, horizon=horizon)
+        self._rebuild()
+
+    def _rebuild(self) -> None:
+        """Make what lies over the buffers as they are now."""
+        self.grad = torch.zeros_like(self._flat)
+        self.params = self._network.blocks.views(self._flat)
+        self.grads = self._network.blocks.views(self.grad)
+        device = self._flat.device
+        self.steps: Steps = Replays(RECORDERS[device.type](device)) if self.recorded else Direct()
+        self.draws = self._network.draws([shape.parts[0].rows for shape in self.batches.shapes])
+        self._places: Tensor | None = None  # of the trials that are alive, None: of all
+        self._seen: Network = self._network
+
+    @property
+    def network(self) -> Network:
+        """The model of the members that are still in it."""
+        return self._seen
+
+    @property
+    def flat(self) -> Tensor:
+        """The parameters of those members."""
+        return self._of_alive(self._flat)
+
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """The optimizer's flat buffers, of those members."""
+        return tuple(map(self._of_alive, self.update.state()))
+
+    def _of_alive(self, buffer: Tensor) -> Tensor:
+        return buffer if self._places is None else self._network.blocks.select(buffer, self._places)
+
+    def resume(self, buffers: Sequence[Tensor]) -> None:
+        """Go on from flat buffers: of the parameters, then of the moments."""
+        self._flat.copy_(buffers[0])
+        self.update.resume(buffers[1:])
+
+    def advance(self, epoch: int) -> None:
+        """Train for one epoch."""
+        self.batches.begin(epoch)
+        self.update.begin(epoch)
+        for step, shape in enumerate(self.batches.shapes):
+            if self.draws is not None:
+                self.draws.fill(epoch, step)
+            self.steps.take(shape, partial(self._step, shape, (epoch, step)))
+
+    def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
+        """One step of all members, on what lies on the device alone; the counters there go on by one."""
+        if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
+            self.grad.zero_()  # folds without a part would keep the last step's gradient, or what became of it
+        for part in self.batches.parts(shape, key):
+            if self.draws is not None:
+                part = replace(part, draws=self.draws.at(self.batches.step, shape.parts[0].rows))
+            self._network.gradient(self.params, part, self.grads)
+        active = None if shape.all_active else self.batches.active()
+        self.update.step(self._flat, self.grad, active)
+        self.batches.step.add_(1)
+
+    def scores(self) -> np.ndarray:
+        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        scores = self.validation.scores(self._network, self.params, len(self.slots))
+        return scores[np.isin(self.slots, self.alive)]
+
+    def keep(self, stays: np.ndarray) -> None:
+        """Go on with the trials of ``stays`` (C,) alone."""
+        if stays.all():
+            return
+        self.alive = [self.alive[i] for i in np.flatnonzero(stays)]
+        if not self.alive:
+            return
+        places = np.flatnonzero(np.isin(self.slots, self.alive))
+        if not self.steps.recorded or len(places) < _FULL * len(self.slots):
+            self._compact(places)
+        else:
+            self._places = torch.as_tensor(places).to(self._flat.device)
+            self._seen = self._network.subset(places.tolist())
+
+    def _compact(self, places: np.ndarray) -> None:
+        """Make the tensors anew for the trials at some places, and forget what was recorded over the old ones."""
+        self.steps = Direct()
+        on_device = torch.as_tensor(places).to(self._flat.device)
+        flat = self._network.blocks.select(self._flat, on_device)
+        self._network = self._network.subset(places.tolist())
+        self.batches.select(places)
+        self.configs = [self.configs[i] for i in places]
+        self.update.select(
+            self.configs, self._network.blocks, on_device, flat, steps=self.batches.active_until
+        )
+        self._flat = flat
+        self.slots = [self.slots[i] for i in places]
+        self._rebuild()
