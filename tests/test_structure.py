@@ -1,4 +1,4 @@
-"""Reading order is import order: a file imports only from files above it, and the public names are these."""
+"""Rooms are layers: a room imports only rooms below it; the public names are these."""
 
 import ast
 import importlib
@@ -12,85 +12,87 @@ import gputune
 
 PACKAGE = Path(gputune.__file__).parent
 
-LAYERS = """
-version errors extras types seeding scratch memory report/text native/library native/work
-data/kinds data/columns data/table data/quantiles data/normal_scores data/tensors data/encode data/target data/weights
-data/dataset data/folds data/packed data/holdout data/fingerprint data/source
-engine/losses engine/scores engine/scoring engine/optim engine/blocks engine/update engine/online engine/population
-engine/backend engine/batches engine/cost engine/network engine/validation engine/backprop engine/stateless
-engine/vmap engine/eager
-engine/compiled engine/stand_in engine/capture engine/graph_batches engine/graph_update engine/graph engine/train
-engine/stopping engine/entry engine/checkpoint engine/fits engine/chunk
-engine/precision engine/out_of_memory engine/measured engine/rung engine/plan engine/packing engine/processes
-engine/workers
-engine/ray_task engine/ray_workers engine/ray_connection engine/logistic engine/quadratic engine/newton
-engine/proximal engine/exact engine/solved
-hypergradients/online_arguments hypergradients/online hypergradients/inner hypergradients/coordinates
-hypergradients/guard hypergradients/held_out
-hypergradients/dual hypergradients/unrolled hypergradients/differences hypergradients/memory
-hypergradients/arguments hypergradients/curvature hypergradients/module_training hypergradients/implicit
-hypergradients/result hypergradients/convex hypergradients/hypergradient hypergradients/population_training
-hypergradients/chunk hypergradients/plan optim
-study/values study/forms study/score study/rows study/database study/new_file study/store study/cards study/views
-study/study study/claims study/ledger study/repair
-study/trusted study/code_files study/module_source study/folder study/model study/model_files study/whole_model
-study/export
-search/distributions search/config search/spec search/optuna_space search/space search/space_again search/random
-search/halving search/median search/hypergradient search/optuna_sampler search/asking search/optuna_export
-callbacks/callback callbacks/plain callbacks/tensorboard callbacks/mlflow callbacks/wandb
-options model_choice profile progress interrupting problem again refit study_meta wanted
-methods/context methods/resuming methods/frozen methods/company methods/rungs methods/full methods/halving
-methods/median methods/descent methods/sampling pipeline
-sklearn/words sklearn/foreign sklearn/dataset sklearn/fitting sklearn/solving sklearn/fused sklearn/trained sklearn/mlp
-sklearn/logistic sklearn/user_module sklearn/net_words sklearn/net sklearn/layout sklearn/tape sklearn/pipelines
-sklearn/held_out sklearn/asking sklearn/search_file sklearn/running sklearn/search sklearn/nested
-sklearn/halving sklearn/moving sklearn/slopes sklearn/descending sklearn/descended_loss sklearn/hypergradient
-analysis/scores analysis/parameters analysis/importance analysis/curves analysis/descents
-plots/canvas plots/history plots/curves plots/slices plots/parallel plots/importance plots/contour plots/path
-report/arguments report/facts report/trials report/held_out report/closing report/predicting report/exporting
-report/places report/tuning
-report/scale report/svg report/charts/curves report/charts/slices report/charts/importance report/charts/paths
-report/charts/parallel report/endings report/rows report/again report/page report/reporting report/status
-report/cli
-__main__
+ROOMS = """
+ground native data engine solver executors hypergradients study search callbacks tuning views report api sklearn cli
 """.split()
+"""From the ground up. A folder is a room; the files at the top level are the ground, but for those of ``_TOP``."""
+
+_TOP = {"optim": "api", "__init__": "api", "__main__": "cli"}
 
 
-@pytest.fixture(scope="module")
-def trees():
-    """The syntax tree of every file, by its layer."""
-    return {layer: ast.parse((PACKAGE / f"{layer}.py").read_text()) for layer in LAYERS}
+def modules():
+    """Every module of gputune, but for the mapped models: dotted name -> path."""
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if not name.startswith("models."):
+            yield name, path
 
 
-def imported(tree):
-    """Modules of gputune that a file imports when it is loaded, as names of layers."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gputune"):
+def room_of(module):
+    first, _, rest = module.partition(".")
+    return first if rest or first in ROOMS else _TOP.get(first, "ground")
+
+
+def imports(path):
+    """What a file imports of gputune, when it is loaded and later: (line, module)."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gputune":
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}".removeprefix("gputune.").replace(".", "/")
-                yield whole if whole in LAYERS else node.module.removeprefix("gputune.").replace(".", "/")
+                yield node.lineno, f"{node.module}.{alias.name}".removeprefix("gputune.")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("gputune."):
+                    yield node.lineno, alias.name.removeprefix("gputune.")
 
 
-def test_a_file_imports_only_files_above_it(trees):
-    place = {"models": -1, **{layer: i for i, layer in enumerate(LAYERS)}}
-    below = [
-        f"{layer} imports {name}"
-        for layer, tree in trees.items()
-        for name in imported(tree)
-        if place.get(name, len(LAYERS)) >= place[layer]
+FILES = dict(modules())
+
+
+def file_of(imported):
+    """The module that an imported name is, or is in; None for one of the models."""
+    inside = imported.rpartition(".")[0]
+    return next((name for name in (imported, inside, f"{inside}.__init__") if name in FILES), None)
+
+
+ARROWS = [
+    (name, line, target)
+    for name, path in FILES.items()
+    for line, imported in imports(path)
+    if (target := file_of(imported)) and target != name
+]
+
+
+def test_a_room_imports_only_rooms_below_it():
+    level = {room: i for i, room in enumerate(ROOMS)}
+    up = [
+        f"{name}:{line} imports {target}"
+        for name, line, target in ARROWS
+        if level[room_of(target)] > level[room_of(name)] and name != "__init__"
     ]
-    assert below == []
+    assert not up, "\n".join(up)
 
 
-def test_every_file_is_a_layer():
-    found = {str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py")}
-    assert {
-        name for name in found if not name.endswith("__init__") and not name.startswith("models/")
-    } == set(LAYERS)
+def test_no_files_import_each_other_in_a_circle():
+    above = {name: {target for source, _, target in ARROWS if source == name} for name in FILES}
+    while free := above.keys() - {
+        name for name in above if above[name] & above.keys() and any(name in above[other] for other in above)
+    }:
+        for name in free:
+            del above[name]
+    assert not above, f"a circle among {sorted(above)}"
 
 
-def test_the_first_line_says_the_idea(trees):
-    assert [layer for layer, tree in trees.items() if not ast.get_docstring(tree)] == []
+def test_every_folder_is_a_room():
+    assert {room_of(name) for name in FILES} == set(ROOMS)
+
+
+def test_the_first_line_says_the_idea():
+    silent = [
+        name
+        for name, path in FILES.items()
+        if path.read_text().strip() and not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert not silent
 
 
 def test_models_import_no_gputune():
