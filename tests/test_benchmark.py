@@ -26,12 +26,12 @@ def script(monkeypatch):
 @pytest.fixture
 def work(script):
     """Two folds of the digits, four trials, three epochs."""
-    whole = script("benchmark_work").digits_work("wide", n_trials=4, epochs=3)
+    whole = script("benchmark.work").digits_work("wide", n_trials=4, epochs=3)
     return replace(whole, folds=whole.folds[:2])
 
 
 def test_the_list_is_shared_and_a_longer_one_begins_with_it(script):
-    module = script("benchmark_work")
+    module = script("benchmark.work")
     trials = module.draw_trials(64, module.WIDTHS["wide"])
     assert trials[:10] == module.draw_trials(10, module.WIDTHS["wide"])
     assert {trial["width"] for trial in trials} == set(module.WIDTHS["wide"])
@@ -49,7 +49,7 @@ def test_steps_count_the_short_last_batch(script, work):
 
 
 def test_rows_are_scaled_by_the_training_rows_of_their_fold(script, work):
-    folds = script("benchmark_work").standardised(work)
+    folds = script("benchmark.work").standardised(work)
     for (train, valid), (X, y, X_valid, y_valid) in zip(work.folds, folds):
         np.testing.assert_array_equal(y, work.y[train])
         np.testing.assert_array_equal(y_valid, work.y[valid])
@@ -60,7 +60,7 @@ def test_rows_are_scaled_by_the_training_rows_of_their_fold(script, work):
 
 
 def test_scores_stand_at_their_trial_and_fold(script, work):
-    outcome = script("benchmark_cores").over_cores(
+    outcome = script("benchmark.work").over_cores(
         lambda fold, trial, epochs: trial["lr"] + epochs + fold[3][0], work, 1, compiled=lambda: 1.5
     )
     expected = [[t["lr"] + 3 + work.y[valid[0]] for _, valid in work.folds] for t in work.trials]
@@ -69,7 +69,7 @@ def test_scores_stand_at_their_trial_and_fold(script, work):
 
 
 def test_few_steps_are_trained_in_this_process_with_one_thread(script, work):
-    cores = script("benchmark_cores")
+    cores = script("benchmark.work")
     assert cores.processes(work, 2) == 1
     assert cores.processes(replace(work, epochs=300), 2) == 2
     seen = []
@@ -85,7 +85,7 @@ def test_few_steps_are_trained_in_this_process_with_one_thread(script, work):
 def test_longest_first(script):
     shapes = [(64, 16), (16, 16), (64, 256), (16, 32)]
     trials = [{"batch_size": size, "width": width} for size, width in shapes]
-    assert script("benchmark_cores").longest_first(trials) == [3, 1, 2, 0]
+    assert script("benchmark.work").longest_first(trials) == [3, 1, 2, 0]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of other projects are not ours
@@ -101,14 +101,14 @@ def test_longest_first(script):
     ],
 )
 def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
-    engine = script("benchmark_engines").ENGINES[word]
+    engine = script("benchmark.engines").ENGINES[word]
     if (lack := engine.lacks()) is not None:
         pytest.skip(lack)
     if word == "compile":  # traced, but its C++ takes a compiler half a minute
-        script("benchmark_compile")._compiled_step.cache_clear()
+        script("benchmark.engines.torch")._compiled_step.cache_clear()
         monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     work = replace(work, trials=[{"lr": 0.01, "batch_size": size, "width": 32} for size in (16, 64)])
-    reference = script("benchmark_sklearn").train_with_sklearn(work, 1).scores
+    reference = script("benchmark.engines.sklearn").train(work, 1).scores
     outcome = engine.load()(work, 1)
     assert outcome.scores.shape == (2, 2)
     np.testing.assert_allclose(outcome.scores, reference, atol=0.04)
@@ -119,7 +119,7 @@ def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
 
 def test_the_processes_of_one_study_train_each_trial_of_the_list_once(script, work):
     pytest.importorskip("optuna")
-    loop, cores = script("benchmark_optuna_loop"), script("benchmark_cores")
+    loop, cores = script("benchmark.engines.optuna"), script("benchmark.work")
     work = replace(work, trials=[{"lr": 0.002 * k, "batch_size": 64, "width": 16 * k} for k in (1, 2, 3)])
     taken = []
 
@@ -135,8 +135,8 @@ def test_the_processes_of_one_study_train_each_trial_of_the_list_once(script, wo
 
 def test_a_step_without_rows_changes_nothing(script, work):
     pytest.importorskip("jax")
-    module = script("benchmark_jax")
-    folds = script("benchmark_work").standardised(work)
+    module = script("benchmark.engines.jax")
+    folds = script("benchmark.work").standardised(work)
     short = [tuple(part[:n] for part in folds[0][:2]) + folds[0][2:] for n in (32, 33)]
     trials = [{"lr": 0.01, "batch_size": 16, "width": 8}]
     together = module.train_group(trials, 2, short, (0,))
@@ -145,9 +145,9 @@ def test_a_step_without_rows_changes_nothing(script, work):
 
 
 def test_a_compiled_step_is_that_of_torch(script):
-    module = script("benchmark_compile")
+    module = script("benchmark.engines.torch")
     torch.manual_seed(0)
-    network = script("benchmark_torch").make_network(5, 4, 3).double()
+    network = script("benchmark.engines.torch").make_network(5, 4, 3).double()
     x, y = torch.randn(12, 5, dtype=torch.float64), torch.randint(3, (12,))
     weights = [p.detach().clone() for p in network.parameters()]
     first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
@@ -163,7 +163,7 @@ def test_a_compiled_step_is_that_of_torch(script):
 
 
 def test_engines_are_chosen_by_their_words(script, monkeypatch):
-    engines = script("benchmark_engines")
+    engines = script("benchmark.engines")
     chosen = engines.choose("gputune,ray:32, sklearn")
     assert [(one.engine.word, one.trials) for one in chosen] == [
         ("ray", 32),
@@ -198,7 +198,7 @@ def test_engines_are_chosen_by_their_words(script, monkeypatch):
 )
 def test_a_bad_option_is_named(script, capsys, option, message):
     with pytest.raises(SystemExit) as stopped:
-        script("benchmark").main(option)
+        script("benchmark.__main__").main(option)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -207,13 +207,13 @@ def measured(script, engine, seconds, accuracies, compile=(0.0,), rival=True):
     """One engine on as many trials as there are accuracies."""
     scores = np.broadcast_to(np.reshape(accuracies, (1, -1, 1)), (len(seconds), len(accuracies), 2))
     compile = tuple(compile) * (len(seconds) // len(compile))
-    return script("benchmark_measure").Measured(
+    return script("benchmark.measure").Measured(
         engine, tuple(seconds), scores, (0.5,) * len(seconds), compile, rival
     )
 
 
 def test_scores_that_differ_or_diverge_do_not_agree(script):
-    report = script("benchmark_report")
+    report = script("benchmark.studies.training")
 
     def all_of(*accuracies):
         return [measured(script, "x", (1.0,), value) for value in accuracies]
@@ -239,7 +239,7 @@ class FakeEngine:
     def load(self):
         def train(work, cores):
             scores = np.full((len(work.trials), len(work.folds)), self.accuracy)
-            return sys.modules["benchmark_work"].Outcome(scores, 0.001, 0.0)
+            return sys.modules["benchmark.work"].Outcome(scores, 0.001, 0.0)
 
         return train
 
@@ -249,12 +249,12 @@ def fake(script, monkeypatch):
     """Put engines that know their scores in the place of all."""
 
     def put(**accuracies):
-        engines = script("benchmark_engines")
+        engines = script("benchmark.engines")
         fakes = {word: FakeEngine(word, accuracy) for word, accuracy in accuracies.items()}
-        for name in ("benchmark_engines", "benchmark"):
+        for name in ("benchmark.engines", "benchmark.studies.training"):
             monkeypatch.setattr(script(name), "ENGINES", fakes)
-        monkeypatch.setattr(script("benchmark_machine"), "card", lambda: None)
-        monkeypatch.setattr(script("benchmark_training"), "card", lambda: None)
+        monkeypatch.setattr(script("benchmark.report"), "card", lambda: None)
+        monkeypatch.setattr(script("benchmark.studies.training"), "card", lambda: None)
         return engines, fakes
 
     return put
@@ -262,7 +262,7 @@ def fake(script, monkeypatch):
 
 def test_no_speed_is_shown_where_the_scores_differ(script, fake, tmp_path, capsys):
     fake(sklearn=0.9, torch=0.9, gputune=0.95)
-    benchmark = script("benchmark")
+    benchmark = script("benchmark.__main__")
     assert benchmark.main(["--trials", "6", "--repeats", "1", "--out", str(tmp_path)]) == 1
     out = capsys.readouterr().out
     assert "NO SPEED: the mean accuracies differ by more than 0.01" in out
@@ -271,13 +271,13 @@ def test_no_speed_is_shown_where_the_scores_differ(script, fake, tmp_path, capsy
 
 
 def test_engines_take_turns(script, work):
-    module = script("benchmark_measure")
+    module = script("benchmark.measure")
     calls = []
 
     def engine(name):
         def train(work):
             calls.append((name, len(work.trials), work.epochs))
-            return script("benchmark_work").Outcome(np.zeros((len(work.trials), len(work.folds))), 0.25, 0.5)
+            return script("benchmark.work").Outcome(np.zeros((len(work.trials), len(work.folds))), 0.25, 0.5)
 
         return train
 
@@ -296,7 +296,7 @@ def test_engines_take_turns(script, work):
 
 def test_gputune_is_also_run_on_each_part_that_another_engine_gets(script, fake, work):
     engines, _ = fake(sklearn=0.9, torch=0.9, ray=0.9, gputune=0.9)
-    runs = script("benchmark_training").runs(engines.choose("sklearn:2,torch:9,ray:3"), work)
+    runs = script("benchmark.studies.training").runs(engines.choose("sklearn:2,torch:9,ray:3"), work)
     assert [(run.engine, run.trials, run.rival) for run in runs] == [
         ("sklearn", 2, True),
         ("torch", 4, True),  # there are no more
@@ -311,7 +311,7 @@ def test_the_report_is_written(script, fake, tmp_path, capsys):
     _, fakes = fake(sklearn=0.951, torch=0.95, ray=0.95, gputune=0.95)
     fakes["ray"].lack = "ray.tune is not installed"
     command = ["--repeats", "2", "--out", str(tmp_path), "--engines", "sklearn,ray,torch:3"]
-    assert script("benchmark").main([*command, "--work", "narrow:6", "wide", "--trials", "7"]) == 0
+    assert script("benchmark.__main__").main([*command, "--work", "narrow:6", "wide", "--trials", "7"]) == 0
     (numbers,), (page,) = tmp_path.glob("training-*.json"), tmp_path.glob("training-*.md")
     report = json.loads(numbers.read_text())
     assert [(part["work"], len(part["trials"])) for part in report["works"]] == [("narrow", 6), ("wide", 7)]
@@ -330,7 +330,7 @@ def test_the_report_is_written(script, fake, tmp_path, capsys):
 
 
 def test_ratios_are_to_the_same_trials(script, work):
-    report = script("benchmark_report")
+    report = script("benchmark.studies.training")
     found = [
         measured(script, "scikit-learn", (8.0, 9.0, 10.0), [0.9] * 4),
         measured(script, "PyTorch loop", (12.0, 8.0, 12.0), [0.9] * 4, compile=(4.0,)),
@@ -349,7 +349,7 @@ def test_ratios_are_to_the_same_trials(script, work):
     assert part["engines"][0]["ratio_compiled"] == 9 / 2
     assert part["engines"][1]["ratio_compiled"] == 8 / 2
     assert part["engines"][4]["trials_per_second"] == 4 / 2.5
-    machine = {**script("benchmark_machine").describe_machine(), "card": "NVIDIA H100 80GB HBM3"}
+    machine = {**script("benchmark.report").describe_machine(), "card": "NVIDIA H100 80GB HBM3"}
     text = report.markdown(machine, [part])
     assert (
         "| scikit-learn | 0.9000 | 9.00 | 8.00 | 10.00 | 0.50 | 0.00 | 0.44 | 3.60x (2.25 to 4.00) | 4.50x |"
@@ -368,23 +368,25 @@ def test_ratios_are_to_the_same_trials(script, work):
     assert "gputune is 1.00x as fast as the fastest other one, Ray Tune, on the first 2 trials." in text
     rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(set(rows)) == 1
-    assert script("benchmark_machine").file_stem(machine) == "training-nvidia-h100-80gb-hbm3"
+    assert script("benchmark.report").file_stem(machine) == "training-nvidia-h100-80gb-hbm3"
     machine |= {"card": None, "cpu": "Intel(R) Xeon(R) Processor", "cores": 2}
-    assert script("benchmark_machine").file_stem(machine) == "training-intel-xeon-processor-2-cores"
+    assert script("benchmark.report").file_stem(machine) == "training-intel-xeon-processor-2-cores"
 
 
 def test_the_one_at_a_time_loop_is_timed_on_a_part(script, work):
     work = replace(work, epochs=1, trials=work.trials * 3)
-    seconds, trials = script("benchmark_torch").eager_seconds(work, "cpu")
+    seconds, trials = script("benchmark.engines.torch").eager_seconds(work, "cpu")
     assert seconds > 0
     assert trials == len({trial["batch_size"] for trial in work.trials})
 
 
-def test_the_large_table_shows_its_plan_and_its_memory(script, capsys):
-    big = script("benchmark_big")
+def test_the_large_table_shows_its_plan_and_its_memory(script, capsys, monkeypatch):
+    big = script("benchmark.studies.big")
     work = big.big_work(n_trials=2, epochs=1, rows=600)
     assert work.X.shape == (600, 50) and len(work.folds) == 3
-    big.run_big(work, "cpu")
+    monkeypatch.setattr(big, "ROWS", 600)
+    monkeypatch.setattr(big, "card", lambda: None)
+    assert script("benchmark.__main__").main(["--big", "--trials", "2", "--epochs", "1"]) == 0
     said = capsys.readouterr()
     assert "plan: 2 trials in" in said.err
     assert "600 rows x 50 columns, 2 trials, 3 folds, 1 epochs" in said.out

@@ -14,17 +14,16 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.fixture
 def grid(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    return import_module("benchmark_grid")
+    return import_module("benchmark.studies.grid")
 
 
 @pytest.fixture
-def small(grid):
-    """The grid with two cells of two trials and less."""
-    choose = import_module("benchmark_engines").choose
-    machine = {**import_module("benchmark_machine").describe_machine(), "card": None}
-    return lambda out: grid.run_grid(
-        out, machine, choose("torch"), trials=(1, 2), widths=(16,), batch_sizes=(256,), epochs=2, repeats=1, growth=2
-    )  # fmt: skip
+def small(grid, monkeypatch):
+    """The command with two cells of two trials and less."""
+    for name, value in (("TRIALS", (1,)), ("WIDTHS", (16,)), ("BATCH_SIZES", (256,)), ("GROWTH", 2)):
+        monkeypatch.setattr(grid, name, value)
+    command = ["--grid", "--engines", "torch", "--trials", "2", "--epochs", "2", "--out"]
+    return lambda out: import_module("benchmark.__main__").main([*command, str(out)])
 
 
 def test_every_trial_of_a_cell_has_its_width_and_batch_size(grid):
@@ -35,7 +34,7 @@ def test_every_trial_of_a_cell_has_its_width_and_batch_size(grid):
 
 def test_the_report_is_written(grid, small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(grid, "AGREEMENT", 1.0)  # six steps are too few for scores to agree
-    growth = import_module("benchmark_growth")
+    growth = import_module("benchmark.studies.big")
     monkeypatch.setattr(growth, "in_fresh_process", lambda *case: growth.Growth(*case, 0.5, 300.0, 310.0))
     assert small(tmp_path) == 0
     (numbers,), (page,) = tmp_path.glob("grid-*.json"), tmp_path.glob("grid-*.md")
@@ -55,7 +54,7 @@ def test_the_report_is_written(grid, small, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.long
 def test_a_search_is_measured_in_a_fresh_process(grid):
-    found = import_module("benchmark_growth").in_fresh_process(2, 3, 1)
+    found = import_module("benchmark.studies.big").in_fresh_process(2, 3, 1)
     assert (found.trials, found.folds, found.epochs, found.work) == (2, 3, 1, 6)
     assert found.peak >= found.before > 50 and found.seconds > 0
 
@@ -69,7 +68,7 @@ def test_no_speed_is_shown_where_the_scores_differ(grid, small, tmp_path, capsys
 
 
 def test_the_cells_that_gputune_loses_are_shown(grid):
-    measured = import_module("benchmark_measure").Measured
+    measured = import_module("benchmark.measure").Measured
     work = grid.cell_work(1, 512, 16, 2)
     scores = np.full((1, 1, 5), 0.9)
     own = measured("gputune", (4.0,), scores, (0.0,), (3.0,), rival=False)
@@ -79,10 +78,3 @@ def test_the_cells_that_gputune_loses_are_shown(grid):
     assert grid._lost([cell], "PyTorch loop") == (
         "gputune is slower in 1 of 1 cells: 1 trial of width 512, batch size 16."
     )
-
-
-def test_the_command_has_the_largest_number_of_trials(grid, monkeypatch, tmp_path):
-    main, asked = import_module("benchmark"), {}
-    monkeypatch.setattr(main, "run_grid", lambda out, machine, chosen, **given: asked.update(given) or 0)
-    assert main.main(["--grid", "--trials", "128", "--out", str(tmp_path)]) == 0
-    assert asked == {"trials": [1, 16, 128], "epochs": 10, "repeats": 1}

@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.fixture
 def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    return import_module("benchmark_halving")
+    return import_module("benchmark.studies.halving")
 
 
 @pytest.mark.long
@@ -33,9 +33,9 @@ def test_what_is_read_off_is_what_halving_does(benchmark):
 @pytest.fixture
 def small(benchmark, monkeypatch):
     """The command with 9 trials of iris."""
-    main = import_module("benchmark")
-    monkeypatch.setattr(main, "TRIALS", 9)
-    monkeypatch.setattr(main, "tables", lambda adult: {"iris": load_iris(return_X_y=True)})
+    main = import_module("benchmark.__main__")
+    monkeypatch.setattr(benchmark, "TRIALS", 9)
+    monkeypatch.setattr(benchmark, "tables", lambda adult: {"iris": load_iris(return_X_y=True)})
     return lambda out: main.main(["--halving", "--epochs", "4", "--repeats", "2", "--out", str(out)])
 
 

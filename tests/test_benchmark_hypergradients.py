@@ -20,14 +20,14 @@ def script(monkeypatch):
 
 @pytest.fixture
 def benchmark(script):
-    return script("benchmark_hypergradients")
+    return script("benchmark.studies.hypergradients")
 
 
 @pytest.fixture
 def small(script, benchmark, monkeypatch):
     """The command with 10 members and one epoch."""
-    main = script("benchmark")
-    monkeypatch.setattr(main, "MEMBERS", (10,))
+    main = script("benchmark.__main__")
+    monkeypatch.setattr(benchmark, "MEMBERS", (10,))
     return lambda out: main.main(["--hypergradients", "--epochs", "1", "--repeats", "1", "--out", str(out)])
 
 

@@ -28,7 +28,7 @@ SPEED = "Steps reached 50.0 GFLOP/s, 25% of the 200.0 that the product reaches h
 @pytest.fixture
 def profile(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "scripts")
-    return import_module("benchmark_profile")
+    return import_module("benchmark.studies.profile")
 
 
 def test_what_the_command_says_is_read(profile):
@@ -44,9 +44,11 @@ def test_a_share_that_is_not_said_is_no_number(profile):
 
 
 @pytest.mark.long
-def test_the_report_is_written(profile, tmp_path, capsys):
-    machine = {**import_module("benchmark_machine").describe_machine(), "card": None}
-    assert profile.run_profile(tmp_path, machine, trials=2, many=3, epochs=1, repeats=1) == 0
+def test_the_report_is_written(profile, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(profile, "WIDE_TRIALS", 2)
+    monkeypatch.setattr(profile, "NARROW_TRIALS", 3)
+    main = import_module("benchmark.__main__").main
+    assert main(["--profile", "--epochs", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
     (numbers,), (page,) = tmp_path.glob("profile-*.json"), tmp_path.glob("profile-*.md")
     runs = json.loads(numbers.read_text())["runs"]
     assert [(r["width"], r["trials"]) for r in runs] == [(256, 2), (128, 2), (16, 3)]

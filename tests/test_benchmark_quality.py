@@ -25,7 +25,7 @@ SEARCHES = (
 @pytest.fixture
 def quality(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    return import_module("benchmark_quality")
+    return import_module("benchmark.studies.quality")
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def scores_of(events):
 @pytest.mark.long
 def test_scores_of_gputune_are_fold_means_of_the_last_epoch(quality, work):
     work, _ = work
-    scores = import_module("benchmark_gputune").train_with_gputune(work).scores.mean(1)
+    scores = import_module("benchmark.engines.gputune").train(work).scores.mean(1)
     found = scores_of(quality.SEARCHES["gputune, random"][1](work, 1))
     assert found == {c: [pytest.approx(scores[c])] for c in range(3)}
 
@@ -67,8 +67,8 @@ def test_scores_of_gputune_are_fold_means_of_the_last_epoch(quality, work):
 @pytest.mark.long
 def test_scores_of_scikit_learn_are_fold_means_of_its_rungs(quality, work):
     work, _ = work
-    folds = import_module("benchmark_work").standardised(work)
-    fit = import_module("benchmark_sklearn").fit
+    folds = import_module("benchmark.work").standardised(work)
+    fit = import_module("benchmark.engines.sklearn").fit
 
     def mean(candidate, epochs):
         return pytest.approx(np.mean([fit(fold, work.trials[candidate], epochs) for fold in folds]))
@@ -85,8 +85,8 @@ def test_scores_of_optuna_are_those_of_the_loop(quality, work):
     pytest.importorskip("optuna")
     work, _ = work
     work = replace(work, folds=work.folds[:1])  # of several, the loops take turns and draw other orders
-    (fold,) = import_module("benchmark_work").standardised(work)
-    fit = import_module("benchmark_torch").fit
+    (fold,) = import_module("benchmark.work").standardised(work)
+    fit = import_module("benchmark.engines.torch").fit
     found = scores_of(quality.SEARCHES["Optuna, random"][1](work, 1))
     assert found == {c: [fit(fold, work.trials[c], epochs) for epochs in (1, 2, 3)] for c in range(3)}
 
@@ -94,18 +94,18 @@ def test_scores_of_optuna_are_those_of_the_loop(quality, work):
 @pytest.mark.parametrize(("pruned", "heard"), [(False, 3 * 3), (True, 3 + 2)])
 def test_optuna_tells_of_every_epoch_that_was_trained(quality, work, pruned, heard, monkeypatch):
     optuna = pytest.importorskip("optuna")
-    module = import_module("benchmark_searches")
+    module = import_module("benchmark.engines.optuna")
     monkeypatch.setattr(module, "accuracy", lambda network, fold: 0.5)
     # The first goes on to the end, the two others leave after their first epoch, the only one that is a rung.
     ends = iter([False, True, True])
     monkeypatch.setattr(optuna.Trial, "should_prune", lambda self: pruned and next(ends))
     work, _ = work
-    assert len(module.search_with_optuna(pruned, work, 1)) == heard
+    assert len(module.search("halving" if pruned else "random", work, 1)) == heard
 
 
 def test_scores_of_several_processes_are_put_together(quality):
     lines = [(11.0, 7, 1, 0.5), (12.0, 8, 1, 0.9), (13.0, 7, 1, 0.7), (14.0, 7, 3, 0.8), (15.0, 8, 1, 0.1)]
-    events = import_module("benchmark_searches")._of_all_folds(lines, 2, 10.0)
+    events = import_module("benchmark.engines.sklearn")._of_all_folds(lines, 2, 10.0)
     assert [(e.seconds, e.candidate, round(e.score, 6)) for e in events] == [(3.0, 7, 0.6), (5.0, 8, 0.5)]
 
 
@@ -114,7 +114,7 @@ def test_the_rows_are_split_once_and_the_choice_is_judged_by_the_others(quality,
     assert len(work.X) == 112 and len(held_out.rows[2]) == 38 and len(work.folds) == 3
     np.testing.assert_allclose(held_out.rows[0].mean(0), 0, atol=1e-5)
     first = held_out(1)
-    assert first == import_module("benchmark_torch").fit(held_out.rows, work.trials[1], 3)
+    assert first == import_module("benchmark.engines.torch").fit(held_out.rows, work.trials[1], 3)
     held_out.rows = None  # it is not computed again
     assert held_out(1) == first
 
@@ -163,8 +163,8 @@ def test_the_report_is_written(quality, monkeypatch, tmp_path, capsys):
     chosen = dict.fromkeys(("A", "B"), ("sklearn", search)) | {"C": ("no_such_package", None)}
     monkeypatch.setattr(quality, "SEARCHES", chosen)
     monkeypatch.setattr(quality, "tables", lambda adult: {"digits": load_iris(return_X_y=True)})
-    main = import_module("benchmark")
-    monkeypatch.setattr(main, "QUALITY_TRIALS", 3)
+    main = import_module("benchmark.__main__")
+    monkeypatch.setattr(quality, "TRIALS", 3)
     assert main.main(["--quality", "--epochs", "2", "--repeats", "2", "--out", str(tmp_path)]) == 0
     (numbers,), (page,) = tmp_path.glob("quality-*.json"), tmp_path.glob("quality-*.md")
     whole = json.loads(numbers.read_text())

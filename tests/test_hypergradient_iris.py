@@ -10,7 +10,7 @@ import pytest
 from sklearn.datasets import load_iris
 from sklearn.model_selection import StratifiedKFold
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "examples"
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def script():
     """The script, imported as Python does when it is run from its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        yield import_module("hypergradient_iris")
+        yield import_module("iris_hypergradient")
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,13 @@ def test_the_readme_links_every_page_and_names_every_script():
     pages = {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
     assert pages <= set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))
     named = {line for line in TEXT.splitlines() if line.startswith("| `scripts/` |")}.pop()
-    scripts = [path.name for path in (ROOT / "scripts").glob("*.py")]
-    parts = re.compile(r"(benchmark|torture|reproduce_baydin2018)_\w+")  # imported by the script of that name
-    assert [name for name in scripts if f"`{name}`" not in named and not parts.match(name)] == []
+    scripts = ROOT / "scripts"
+    files = [path for folder in ("", "examples", "reproduce") for path in (scripts / folder).glob("*.py")]
+    names = [str(path.relative_to(scripts)) for path in files] + [
+        p.parent.name for p in scripts.glob("*/__main__.py")
+    ]
+    parts = re.compile(r"reproduce/baydin2018_\w+")  # imported by the script of that name
+    assert [name for name in names if f"`{name}`" not in named and not parts.match(name)] == []
 
 
 @pytest.mark.parametrize("script", ["scripts/demo", "scripts/test", ".ci/run"])

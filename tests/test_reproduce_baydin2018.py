@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from gputune.errors import InputError
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "reproduce"
 EPOCHS, SEEDS, WIDTH, STEPS = 8, 2, 128, 12  # 1,437 rows in batches of 128
 METHODS = ["SGD", "SGD-HD", "SGDN", "SGDN-HD", "Adam", "Adam-HD", "SGD, tuned lr"]
 MODELS = {"logistic regression": "logreg", "MLP": "mlp"}
@@ -29,7 +29,7 @@ MODELS = {"logistic regression": "logreg", "MLP": "mlp"}
 
 def run_script(*options, folder):
     return subprocess.run(
-        [sys.executable, SCRIPTS / "reproduce_baydin2018.py", *options],
+        [sys.executable, SCRIPTS / "baydin2018.py", *options],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
 
@@ -57,7 +57,7 @@ def rows_of(path):
 
 @pytest.fixture
 def script(monkeypatch):
-    """Import a file of scripts/ as Python does when it is run from there."""
+    """Import a file of scripts/reproduce/ as Python does when it is run from there."""
     monkeypatch.syspath_prepend(SCRIPTS)
     return import_module
 
@@ -137,7 +137,7 @@ def test_the_figure_draws_every_curve_inside_its_panel(ran):
 def test_a_diverged_or_short_curve_leaves_the_figure_whole(script):
     nothing, one = np.array([np.inf, np.nan]), np.array([0.5, np.inf])
     curves = {"a < b": {name: (one if name == "SGD" else nothing, nothing) for name in METHODS}}
-    svg = ElementTree.fromstring(script("reproduce_baydin2018_figure").figure(curves, 1e-3))
+    svg = ElementTree.fromstring(script("baydin2018_figure").figure(curves, 1e-3))
     assert len(svg.findall(".//{*}circle")) == 1
     assert "nan" not in ElementTree.tostring(svg, "unicode") and "a < b: learning rate" in [
         text.text for text in svg.findall(".//{*}text")
@@ -145,7 +145,7 @@ def test_a_diverged_or_short_curve_leaves_the_figure_whole(script):
 
 
 def test_the_same_call_prints_the_same_page(script, capsys):
-    main = script("reproduce_baydin2018").main
+    main = script("baydin2018").main
     options = ["--models", "mlp", "mlp", "--epochs", "1", "--width", "8"]
     pages = []
     for _ in range(2):
@@ -158,8 +158,8 @@ def test_the_same_call_prints_the_same_page(script, capsys):
 
 
 def test_a_diverged_rate_is_shown_and_never_chosen(script, monkeypatch):
-    training, page = script("reproduce_baydin2018_training"), script("reproduce_baydin2018").report
-    data = script("reproduce_baydin2018_data").bundled_digits()
+    training, page = script("baydin2018"), script("baydin2018").report
+    data = script("baydin2018_data").bundled_digits()
     far = partial(torch.optim.SGD, lr=1e8)
     run = training.train("mlp", far, data, epochs=1, seed=0, width=8, bar=tqdm(disable=True))
     assert np.isnan(run.valid_loss).all()
@@ -171,12 +171,12 @@ def test_a_diverged_rate_is_shown_and_never_chosen(script, monkeypatch):
 
 
 def test_one_diverged_seed_of_three_does_not_hide_the_median(script):
-    median = script("reproduce_baydin2018_training").median
+    median = script("baydin2018").median
     np.testing.assert_array_equal(median(np.array([[1.0, 4.0], [np.nan, 2.0], [3.0, 9.0]])), [3.0, 4.0])
 
 
 def test_the_bundled_digits_are_standardised_by_their_training_rows(script):
-    data = script("reproduce_baydin2018_data").bundled_digits()
+    data = script("baydin2018_data").bundled_digits()
     assert data.X.mean() == pytest.approx(0, abs=1e-6) and data.X.std() == pytest.approx(1, abs=1e-4)
     pixels = torch.cat([data.X, data.X_valid])
     black = float(pixels.min())  # pixel 0 of 0..16
@@ -199,7 +199,7 @@ def idx(array):
 def test_idx_files_are_read_plain_and_compressed(script, tmp_path, pack):
     path = tmp_path / "images"
     path.write_bytes(pack(idx(IMAGES)))
-    read = script("reproduce_baydin2018_data").read_idx(path)
+    read = script("baydin2018_data").read_idx(path)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, IMAGES)
 
@@ -221,13 +221,13 @@ def test_a_file_that_is_no_idx_file_is_named(script, tmp_path, content, complain
     path = tmp_path / "images"
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{re.escape(complaint)}.*torchvision"):
-        script("reproduce_baydin2018_data").read_idx(path)
+        script("baydin2018_data").read_idx(path)
 
 
 @pytest.fixture
 def small_mnist(script, monkeypatch, tmp_path):
     """Four files of random pixels that pass for MNIST: 20 rows, 8 to validate; beside the arrays in them."""
-    module = script("reproduce_baydin2018_data")
+    module = script("baydin2018_data")
     monkeypatch.setattr(module, "TRAIN_ROWS", 20)
     monkeypatch.setattr(module, "VALID_ROWS", 8)
     images = np.random.default_rng(0).integers(0, 256, (28, 28, 28))
@@ -262,7 +262,7 @@ def test_mnist_comes_from_openml(small_mnist, monkeypatch):
 
 
 def test_published_numbers_stand_beside_those_of_mnist(small_mnist, script, capsys):
-    main = script("reproduce_baydin2018").main
+    main = script("baydin2018").main
     assert main(["--data", str(small_mnist.folder), "--epochs", "2"]) == 0
     cells = table(capsys.readouterr().out)
     assert cells["model", "method"][2:] == ["lr at the end", "published: epoch 1", "published: epoch 10"]
@@ -302,7 +302,7 @@ def test_a_missing_folder_ends_with_its_remedy(tmp_path):
 
 def test_a_missing_file_is_named(small_mnist, script, capsys):
     (small_mnist.folder / "t10k-labels-idx1-ubyte").unlink()
-    assert script("reproduce_baydin2018").main(["--data", str(small_mnist.folder)]) == 2
+    assert script("baydin2018").main(["--data", str(small_mnist.folder)]) == 2
     assert "holds t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz, got" in capsys.readouterr().err
 
 
@@ -310,8 +310,8 @@ def test_an_unreachable_network_ends_with_its_remedy(script, monkeypatch, capsys
     def fetch(*arguments, **options):
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(script("reproduce_baydin2018_data"), "fetch_openml", fetch)
-    assert script("reproduce_baydin2018").main(["--data", "openml"]) == 2
+    monkeypatch.setattr(script("baydin2018_data"), "fetch_openml", fetch)
+    assert script("baydin2018").main(["--data", "openml"]) == 2
     said = capsys.readouterr().err
     assert "error: --data openml needs a network that reaches openml.org, got: <urlopen error Name or" in said
     assert "give their folder, --data DIR" in said
@@ -319,7 +319,7 @@ def test_an_unreachable_network_ends_with_its_remedy(script, monkeypatch, capsys
 
 def test_a_file_in_the_place_of_the_folder_is_refused_before_the_training(script, tmp_path, capsys):
     (tmp_path / "taken").write_text("a file")
-    assert script("reproduce_baydin2018").main(["--out", str(tmp_path / "taken")]) == 2
+    assert script("baydin2018").main(["--out", str(tmp_path / "taken")]) == 2
     assert "error: --out must be a folder or a new name for one, got" in capsys.readouterr().err
     assert (tmp_path / "taken").read_text() == "a file"
 
@@ -336,6 +336,6 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_the_training(script
 )
 def test_a_bad_option_is_named(script, capsys, options, complaint):
     with pytest.raises(SystemExit) as stopped:
-        script("reproduce_baydin2018").main(options)
+        script("baydin2018").main(options)
     assert stopped.value.code == 2
     assert complaint in capsys.readouterr().err

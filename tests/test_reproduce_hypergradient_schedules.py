@@ -11,7 +11,7 @@ import pytest
 
 import gputune
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "reproduce"
 SEARCHES = ["descent, 10 rates", "descent, 1 rate", "random, 1 rate, 10 draws", "random, 1 rate, 24 draws"]
 
 
@@ -20,7 +20,7 @@ def script():
     """The script, imported as Python does when it is run from its folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(SCRIPTS)
-        yield import_module("reproduce_hypergradient_schedules")
+        yield import_module("hypergradient_schedules")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 from sklearn.datasets import load_iris
 from sklearn.model_selection import StratifiedKFold
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "examples"
 
 
 @pytest.fixture
 def script(monkeypatch):
-    """Import a file of scripts/ as Python does when it is run from there."""
+    """Import a file of scripts/examples/ as Python does when it is run from there."""
     monkeypatch.syspath_prepend(SCRIPTS)
     return import_module
 
@@ -28,13 +28,13 @@ def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, 
     """In a short form; once more, it goes on from the file, where nothing is left to do."""
     pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install "gputune[report]"')
     pyplot.switch_backend("Agg")
-    text = (SCRIPTS / "example_digits.py").read_text()
+    text = (SCRIPTS / "digits.py").read_text()
     short = text.replace("N_TRIALS, EPOCHS = 32, 20", "N_TRIALS, EPOCHS = 10, 4")
     assert short != text and text.count("\n# %%") >= 7
-    monkeypatch.setattr("sys.argv", ["example_digits.py", str(tmp_path / "out")])
+    monkeypatch.setattr("sys.argv", ["digits.py", str(tmp_path / "out")])
     shown = []
     for _ in range(2):
-        exec(compile(short, "example_digits.py", "exec"), {"__name__": "__main__"})
+        exec(compile(short, "digits.py", "exec"), {"__name__": "__main__"})
         pyplot.close("all")
         shown.append(capsys.readouterr().out)
     assert shown[0] == shown[1]
@@ -51,7 +51,7 @@ def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, 
 
 
 def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
-    script("cross_validate_iris").main()
+    script("iris_cross_validation").main()
     pairs = re.findall(r"^(?:fold \d|mean) +(-?\d\.\d{4}) +(-?\d\.\d{4})$", capsys.readouterr().out, re.M)
     assert len(pairs) == 12  # five folds and their mean, of accuracy and of log loss
     assert all(ours == theirs for ours, theirs in pairs)
@@ -59,7 +59,7 @@ def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
 
 
 def test_the_search_of_the_logistic_regression_agrees(script, iris, monkeypatch):
-    search = script("random_search_iris")
+    search = script("iris_random_search")
     monkeypatch.setattr(search, "N_TRIALS", 8)  # all there are
     rows = search.search_logistic(*iris)
     assert len({tuple(params.items()) for params, _, _ in rows}) == 8
@@ -69,7 +69,7 @@ def test_the_search_of_the_logistic_regression_agrees(script, iris, monkeypatch)
 
 
 def test_the_search_of_the_perceptron_is_shown_side_by_side(script, monkeypatch, capsys):
-    search = script("random_search_iris")
+    search = script("iris_random_search")
     monkeypatch.setattr(search, "N_TRIALS", 3)
     monkeypatch.setattr(search, "EPOCHS", 30)
     search.main()

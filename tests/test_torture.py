@@ -1,4 +1,4 @@
-"""The short form of scripts/torture.py: real processes, killed by real signals, and nothing is lost."""
+"""The short form of scripts/torture: real processes, killed by real signals, and nothing is lost."""
 
 from importlib import import_module
 from pathlib import Path
@@ -13,12 +13,12 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.fixture
 def torture(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
-    return import_module("torture")
+    return import_module("torture.__main__")
 
 
 def only(counts, *words):
     """The counts but those that must be nought, which are."""
-    assert not any(counts.pop(word, 0) for word in import_module("torture").BAD)
+    assert not any(counts.pop(word, 0) for word in import_module("torture.__main__").BAD)
     return tuple(counts[word] for word in words)
 
 
@@ -35,13 +35,13 @@ def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, t
 
 @pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=10)], ids=["random", "halving"])
 def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
-    counts = torture.kills_in_chunks(tmp_path, 3, method, torture.table, 0, 40)
+    counts = torture.kills_in_chunks(tmp_path, 3, method, 0, 40)
     killed, kept, trials = only(counts, "kills", "with a state", "trials")
     assert killed == 3 and kept > 0 and trials == 6
 
 
 def test_a_full_disk_keeps_what_was_finished(torture, tmp_path):
-    counts = torture.full_disk(tmp_path, torture.search, torture.table, torture.undisturbed(40))
+    counts = torture.full_disk(tmp_path, 40)
     errors, kept = only(counts, "clear errors", "results kept then")
     assert errors == 1 and 0 < kept < 40
 
@@ -59,12 +59,19 @@ def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
 def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
     for name in ("kills", "fault_points", "kills_in_chunks", "crowd", "cuts", "full_disk", "storing"):
         monkeypatch.setattr(torture, name, lambda *arguments: {"lost": 0})
-    monkeypatch.setattr(torture, "undisturbed", lambda n: [])
     monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 1})
     assert torture.main([]) == 1
     assert "flipped bits: 3 flips, 1 wrong values (0 s)" in capsys.readouterr().out
     monkeypatch.setattr(torture, "flips", lambda *arguments: {"flips": 3, "wrong values": 0})
     assert torture.main([]) == 0
+    assert capsys.readouterr().out.count("\n") == len(torture.PARTS)
+    assert torture.main(["flips", "cuts"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "flipped bits",
+        "cut at every sector",
+    ]
+    with pytest.raises(SystemExit):
+        torture.main(["flood"])
 
 
 @pytest.mark.long

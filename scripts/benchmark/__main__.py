@@ -1,0 +1,111 @@
+"""Train one list of trials with gputune and with every alternative that is installed: the same scores, then the times.
+
+    python scripts/benchmark                     digits, widths 16..64 and 16..256, into scripts/benchmark/results/
+    python scripts/benchmark --work narrow:128 narrow:2000 wide:64 narrow:1
+                                                 these lists, with so many trials, in one report
+    python scripts/benchmark --engines sklearn,torch,ray:32,gputune
+                                                 only these; Ray Tune on the first 32 trials of each list
+    python scripts/benchmark --grid              gputune, scikit-learn and the loop over trials x widths x batch
+                                                 sizes; time and memory against trials, folds and epochs
+    python scripts/benchmark --quality [--adult adult.data.gz]
+                                                 best held-out score against time, random search and halving
+    python scripts/benchmark --big               100,000 rows: the plan, the time, the peak memory
+    python scripts/benchmark --hypergradients    what each mode costs over plain training
+    python scripts/benchmark --halving [--adult adult.data.gz]   halving beside the full search, over seeds
+    python scripts/benchmark --logistic          the solved logistic regression beside scikit-learn's
+    python scripts/benchmark --profile           share of the matrix-product peak, and a trial's cost beside training
+    python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
+
+The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
+gputune. One whose package is missing is named in the report and left out: pip install optuna "ray[tune]" skorch jax.
+
+Run it on a machine that does nothing else.
+"""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+if __name__ == "__main__":
+    # This folder is the package "benchmark"; Python has put it on the path, where its profile.py would hide another.
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from benchmark.engines import Chosen, choose
+from benchmark.report import HERE
+from benchmark.work import WIDTHS
+
+STUDIES = {
+    "grid": "losing cases too, and what grows with the work",
+    "quality": "81 trials; --repeats is the seeds (5)",
+    "big": "100,000 rows x 50 columns with gputune alone",
+    "hypergradients": "the modes on one stacked population",
+    "halving": "243 trials, 54 epochs; --repeats is the seeds (10)",
+    "logistic": "60 values of C with each penalty, on digits",
+    "profile": "32 trials of width 256, of 128; 10,000 of 16",
+    "optuna": "a search of 160 trials for each of 10 seeds",
+}
+"""What else is measured, each by the module of that name: what the option says of it."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0, or 1 where what must be the same differs."""
+    options = _parse(arguments)
+    chosen = next((name for name in STUDIES if getattr(options, name)), "training")
+    code: int = import_module(f"benchmark.studies.{chosen}").run(options)
+    return code
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python scripts/benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--trials", type=_positive, default=64, help="length of the shared list (default 64)")
+    add(
+        "--epochs", type=_positive,
+        help="default 20, with --big and --hypergradients 5, --grid 10, --quality 27",
+    )  # fmt: skip
+    add("--repeats", type=_positive, help="default 3, with --hypergradients 7, --optuna 10, --grid 1")
+    add(
+        "--work", nargs="+", type=_work, default=[(name, None) for name in WIDTHS], metavar="NAME[:TRIALS]",
+        help=f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
+    )  # fmt: skip
+    add(
+        "--engines", type=_engines, metavar="WORD[:TRIALS],...",
+        help="of those above, with a number: on the first trials only (default: all; --grid: sklearn,torch)",
+    )  # fmt: skip
+    add("--out", type=Path, default=HERE / "results", help="folder of the two files")
+    add("--adult", type=Path, metavar="FILE", help="with --halving, --quality: UCI's adult.data, also .gz")
+    for name, says in STUDIES.items():
+        add(f"--{name}", action="store_true", help=says)
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return number
+
+
+def _work(text: str) -> tuple[str, int | None]:
+    name, colon, number = text.partition(":")
+    if name not in WIDTHS or (colon and not (number.isdecimal() and int(number) > 0)):
+        raise argparse.ArgumentTypeError(
+            f"must be {' or '.join(WIDTHS)}, or one of them and a number of trials as in narrow:128, got {text!r}"
+        )
+    return name, int(number) if colon else None
+
+
+def _engines(text: str) -> list[Chosen]:
+    try:
+        return choose(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

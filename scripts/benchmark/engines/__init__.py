@@ -1,0 +1,95 @@
+"""The engines of the benchmark: which there are, which can run here, and how many trials of the list each trains.
+
+Each is a module of this folder (skorch and torch.compile stand beside the PyTorch loop), imported when it runs.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+
+from benchmark.work import Outcome, Work
+
+Train = Callable[[Work, int], Outcome]
+"""A work and the number of cores -> its scores and times."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to train the work; ``word`` names it on the command line, ``package`` is what it needs."""
+
+    word: str
+    name: str
+    package: str
+    module: str
+    function: str = "train"
+
+    def lacks(self) -> str | None:
+        """Say what must be installed before it can run here; None where nothing."""
+        if find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.word == "compile" and not (shutil.which("g++") or shutil.which("clang++")):
+            return "no C++ compiler is installed"
+        return None
+
+    def load(self) -> Train:
+        """Import it, and with it its package."""
+        train: Train = getattr(import_module(f"benchmark.engines.{self.module}"), self.function)
+        return train
+
+
+ENGINES = {
+    engine.word: engine
+    for engine in (
+        Engine("sklearn", "scikit-learn", "sklearn", "sklearn"),
+        Engine("torch", "PyTorch loop", "torch", "torch"),
+        Engine("compile", "PyTorch loop, torch.compile", "torch", "torch", "train_compiled"),
+        Engine("optuna", "Optuna, PyTorch loop", "optuna", "optuna"),
+        Engine("ray", "Ray Tune, PyTorch loop", "ray.tune", "ray"),
+        Engine("skorch", "skorch", "skorch", "torch", "train_skorch"),
+        Engine("jax", "JAX jit + vmap", "jax", "jax"),
+        Engine("gputune", "gputune", "gputune", "gputune"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An engine and the number of trials that it trains; None for the whole list."""
+
+    engine: Engine
+    trials: int | None = None
+
+
+def choose(text: str) -> list[Chosen]:
+    """Return the engines of "sklearn,ray:64"; gputune, which all are compared to, comes last.
+
+    Raises ValueError for what is no engine or no number of trials.
+    """
+    found = {}
+    for word, colon, number in (part.strip().partition(":") for part in text.split(",")):
+        if word not in ENGINES:
+            raise ValueError(f"must be of {', '.join(ENGINES)}, got {word!r}")
+        if colon and not (number.isdecimal() and int(number) > 0):
+            raise ValueError(f"{word}: must have a number of trials of at least 1 after it, got {number!r}")
+        if word == "gputune" and colon:
+            raise ValueError("gputune trains the whole list, and a part of it where another engine does")
+        found[word] = Chosen(ENGINES[word], int(number) if colon else None)
+    own = found.pop("gputune", Chosen(ENGINES["gputune"]))
+    return [*found.values(), own]
+
+
+def split_by_lack(chosen: list[Chosen]) -> tuple[list[Chosen], dict[str, str]]:
+    """Return those that can run here, and by name what the others lack, which is printed."""
+    lacks = {one.engine.name: lack for one in chosen if (lack := one.engine.lacks()) is not None}
+    for name, lack in lacks.items():
+        print(f"{name} is left out: {lack}")
+    return [one for one in chosen if one.engine.name not in lacks], lacks
+
+
+def versions(chosen: list[Chosen]) -> dict[str, str]:
+    """Return the versions of the packages that the engines use beyond those of every benchmark."""
+    packages = {one.engine.package.partition(".")[0] for one in chosen} - {"sklearn", "torch", "gputune"}
+    return {package: version(package) for package in sorted(packages)}

@@ -1,0 +1,142 @@
+"""Optuna with the plain PyTorch loop: one process a core, all of them in one study, which holds the shared list."""
+
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import joblib
+import numpy as np
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from benchmark.engines.torch import accuracy, denormals_as_zero, fit, trained
+from benchmark.measure import Event, read, record, recorded
+from benchmark.work import (
+    BATCH_SIZES,
+    LEARNING_RATES,
+    Outcome,
+    Trial,
+    Work,
+    longest_first,
+    one_thread_each,
+    processes,
+    read_folds,
+    write_folds,
+)
+
+Objective = Callable[[optuna.Trial, Trial], float]
+"""Optuna's trial and its parameters -> its score; it raises ``TrialPruned`` to end early."""
+
+
+def train(work: Work, cores: int) -> Outcome:
+    """Train the work: the processes take trials from the study's list, longest first."""
+    begin, scores = time.monotonic(), work.no_scores()
+    with tempfile.TemporaryDirectory() as folder:
+        objective = functools.partial(_train_all_folds, write_folds(work, folder), work.epochs)
+        order = longest_first(work.trials)
+        study, began = share(work, order, objective, None, processes(work, cores), folder)
+        for trial in study.trials[: len(work.trials)]:
+            scores[trial.user_attrs["position"]] = trial.user_attrs["scores"]
+    return Outcome(scores, began - begin)
+
+
+def _train_all_folds(path: str, epochs: int, trial: optuna.Trial, params: Trial) -> float:
+    """Train one trial on one fold after the other."""
+    scores = [fit(fold, params, epochs) for fold in read_folds(path)]
+    trial.set_user_attr("scores", scores)
+    return float(np.mean(scores))
+
+
+def search(method: str, work: Work, cores: int) -> list[Event]:
+    """Search, "random" or with pruning by "halving"; a candidate is heard of after every epoch."""
+    pruner = None
+    if method == "halving":
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
+    with recorded() as (begin, path), tempfile.TemporaryDirectory() as folder:
+        folds = write_folds(work, folder)
+        objective = functools.partial(_train_together, folds, path, work.epochs, pruner is not None)
+        share(work, range(len(work.trials)), objective, pruner, cores, folder)
+        return [Event(at - begin, candidate, score) for at, candidate, _, score in read(path)]
+
+
+def _train_together(
+    folds: str, path: str, epochs: int, pruned: bool, trial: optuna.Trial, params: Trial
+) -> float:
+    """Train one candidate on all folds, epoch by epoch, until the end or its pruning."""
+    rows = read_folds(folds)
+    runs, score = [trained(fold, params) for fold in rows], 0.0
+    # The pruner looks at no other epochs, and to report one is a write to the disk.
+    rungs = {3**k for k in range(epochs) if 3**k < epochs} if pruned else set()
+    with denormals_as_zero():
+        for epoch in range(1, epochs + 1):
+            score = float(np.mean([accuracy(next(run), fold) for run, fold in zip(runs, rows)]))
+            record(path, trial.user_attrs["position"], epoch, score)
+            if epoch in rungs:
+                trial.report(score, epoch)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
+    return score
+
+
+def share(
+    work: Work,
+    order: Sequence[int],
+    objective: Objective,
+    pruner: optuna.pruners.BasePruner | None,
+    cores: int,
+    folder: str,
+) -> tuple[optuna.Study, float]:
+    """Let processes optimize one study of the work's trials in this order; it is kept in the folder.
+
+    Returns the study, its first trials being those of the list with their "position" in the work, and when the last
+    process began.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal, widths = str(Path(folder) / "journal.log"), sorted({trial["width"] for trial in work.trials})
+    study = optuna.create_study(storage=_storage(journal), study_name="work", direction="maximize")
+    for position in order:
+        study.enqueue_trial(work.trials[position], user_attrs={"position": position})
+    with one_thread_each(cores):
+        began = joblib.Parallel(batch_size=1)(
+            joblib.delayed(_optimize)(journal, widths, len(order), objective, pruner) for _ in range(cores)
+        )
+    return study, max(began)
+
+
+def _optimize(
+    journal: str,
+    widths: list[int],
+    n_trials: int,
+    objective: Objective,
+    pruner: optuna.pruners.BasePruner | None,
+) -> float:
+    """Take trials of the study until its list has ended; return when this process began."""
+    begin = time.monotonic()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def take(trial: optuna.Trial) -> float:
+        if trial.number >= n_trials:  # asked for after the last one of the list
+            trial.study.stop()
+            raise optuna.TrialPruned
+        params = {
+            "lr": trial.suggest_float("lr", *LEARNING_RATES, log=True),
+            "batch_size": trial.suggest_categorical("batch_size", BATCH_SIZES),
+            "width": trial.suggest_categorical("width", widths),
+        }
+        return objective(trial, params)
+
+    optuna.load_study(
+        storage=_storage(journal),
+        study_name="work",
+        sampler=optuna.samplers.RandomSampler(seed=os.getpid()),  # TPE would compute what nobody asks for
+        pruner=pruner or optuna.pruners.NopPruner(),
+    ).optimize(take)
+    return begin
+
+
+def _storage(journal: str) -> JournalStorage:
+    return JournalStorage(JournalFileBackend(journal))

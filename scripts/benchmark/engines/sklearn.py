@@ -1,0 +1,93 @@
+"""scikit-learn's side of the benchmark: MLPClassifier with the work's settings and nothing that stops it early."""
+
+import functools
+import warnings
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.neural_network import MLPClassifier
+
+from benchmark.measure import Event, Line, read, record, recorded
+from benchmark.work import Fold, Outcome, Trial, Work, one_thread_each, over_cores
+
+
+def train(work: Work, cores: int) -> Outcome:
+    """Train the work with one process a core."""
+    return over_cores(fit, work, cores)
+
+
+def fit(fold: Fold, trial: Trial, epochs: int) -> float:
+    """Train one classifier on one fold; float32 rows make it compute in float32."""
+    X, y, X_valid, y_valid = fold
+    network = _network(epochs).set_params(
+        hidden_layer_sizes=(trial["width"], trial["width"]),
+        learning_rate_init=trial["lr"],
+        batch_size=min(trial["batch_size"], len(X)),  # a larger one is a warning
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a fixed number of epochs is what is asked for
+        network.fit(X, y)
+    return float(network.score(X_valid, y_valid))
+
+
+def _network(epochs: int) -> MLPClassifier:
+    return MLPClassifier(alpha=0, max_iter=epochs, tol=0, n_iter_no_change=epochs + 1, random_state=0)
+
+
+def search(method: str, work: Work, cores: int) -> list[Event]:
+    """Search, "random" or "halving", one process a core; a candidate is heard of after a rung's last fold."""
+    from sklearn.experimental import enable_halving_search_cv  # noqa: F401
+    from sklearn.model_selection import HalvingRandomSearchCV, RandomizedSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    model = make_pipeline(StandardScaler(), _network(work.epochs))
+    # Lists of one value each: the search draws all of them, in an order of its own.
+    space = [_space(trial) for trial in work.trials]
+    with recorded() as (begin, path):
+        common = {
+            "scoring": functools.partial(_scored, path, [trial["lr"] for trial in work.trials]),
+            "cv": work.folds,
+            "refit": False,
+            "random_state": 0,
+            "error_score": "raise",
+        }
+        if method == "halving":
+            searching = HalvingRandomSearchCV(
+                model, space, resource="mlpclassifier__max_iter", factor=3, min_resources=1,
+                max_resources=work.epochs, n_candidates=len(space), return_train_score=False, **common,
+            )  # fmt: skip
+        else:
+            searching = RandomizedSearchCV(model, space, n_iter=len(space), **common)
+        with warnings.catch_warnings(), one_thread_each(cores):
+            # The epochs are what is asked for, and a batch may be larger than a small fold.
+            warnings.simplefilter("ignore")
+            searching.fit(work.X, work.y)
+        return _of_all_folds(read(path), len(work.folds), begin)
+
+
+def _space(trial: Trial) -> dict[str, list[Any]]:
+    return {
+        "mlpclassifier__hidden_layer_sizes": [(trial["width"], trial["width"])],
+        "mlpclassifier__learning_rate_init": [trial["lr"]],
+        "mlpclassifier__batch_size": [trial["batch_size"]],
+    }
+
+
+def _scored(path: str, rates: list[float], model: Any, X: np.ndarray, y: np.ndarray) -> float:
+    score, network = float(model.score(X, y)), model.named_steps["mlpclassifier"]
+    record(path, rates.index(network.learning_rate_init), network.max_iter, score)
+    return score
+
+
+def _of_all_folds(lines: list[Line], folds: int, begin: float) -> list[Event]:
+    """Return the means of candidates at the moments when the last fold's score was there."""
+    scores: dict[tuple[int, int], list[float]] = {}
+    events = []
+    for at, candidate, epochs, score in lines:
+        found = scores.setdefault((candidate, epochs), [])
+        found.append(score)
+        if len(found) == folds:
+            events.append(Event(at - begin, candidate, float(np.mean(found))))
+    return events

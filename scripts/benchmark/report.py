@@ -1,0 +1,90 @@
+"""Where a benchmark ran and what it found: one page of Markdown, and its numbers as JSON, in files of the machine."""
+
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+
+HERE = Path(__file__).parent
+PACKAGES = ("gputune", "torch", "scikit-learn", "numpy", "scipy", "joblib")
+
+
+def describe_machine(*, with_card: bool = True) -> dict[str, Any]:
+    """Return what a reader needs to judge the times, or to measure again; ``card`` None where none is used."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": joblib.cpu_count(),
+        "card": card() if with_card else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _cpu_model() -> str:
+    listing = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.M) if listing.exists() else None
+    return found[1].strip() if found else (platform.processor() or platform.machine())
+
+
+def card() -> str | None:
+    """Return the GPU's name, None where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
+def _commit() -> str:
+    """Return the commit of the source tree, with "-dirty" where files differ from it; "unknown" without git."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def page(title: str, machine: dict[str, Any], *parts: str) -> str:
+    """Return Markdown: the title, a sentence on the machine, and the parts one below the other."""
+    used = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    place = (
+        f"{machine['cpu']}, {machine['cores']} cores; {machine['card'] or 'no GPU'}; {machine['system']}; "
+        f"Python {machine['python']}, {used}; commit {machine['commit']}; {machine['date']}."
+    )
+    return "\n\n".join([f"# {title}", place, *(part.strip() for part in parts)]) + "\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a table; a short row ends with empty cells."""
+    full = [[*map(str, row), *[""] * (len(head) - len(row))] for row in (head, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in full]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 trial", "2,000 trials"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def publish(out: Path, what: str, machine: dict[str, Any], text: str, **numbers: Any) -> int:
+    """Write the page and, with the machine, the numbers into a folder, made if need be; print the page; return 0."""
+    out.mkdir(parents=True, exist_ok=True)
+    in_json, in_words = (out / f"{file_stem(machine, what)}{suffix}" for suffix in (".json", ".md"))
+    in_json.write_text(json.dumps({"machine": machine, **numbers}, indent=1, allow_nan=False) + "\n")
+    in_words.write_text(text)
+    print(f"\n{text}\nwritten: {in_json}, {in_words}")
+    return 0
+
+
+def file_stem(machine: dict[str, Any], what: str = "training") -> str:
+    """Return for example "training-amd-epyc-9r14-2-cores", or the card's name where there is one."""
+    name = machine["card"] or f"{machine['cpu']} {machine['cores']} cores"
+    plain = re.sub(r"\((r|tm)\)", "", name.lower())
+    return f"{what}-" + re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

@@ -1,0 +1,114 @@
+"""gputune beside scikit-learn and the PyTorch loop over trials x widths x batch sizes, and what grows with the work.
+
+Every trial of a cell has the cell's width and batch size. The cells in which gputune is slower are in the table too.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+from benchmark.engines import choose, split_by_lack
+from benchmark.measure import Measured, compiled_ratio, measure, ratio
+from benchmark.report import counted, describe_machine, page, publish, table
+from benchmark.studies.big import GROWN, Growth, growth_table, measure_growth
+from benchmark.studies.training import AGREEMENT, runs
+from benchmark.work import Work, digits_work
+
+TRIALS = (1, 16)  # and the command's --trials
+WIDTHS, BATCH_SIZES = (16, 64, 256, 512), (16, 64, 256)
+EPOCHS = 10  # with fewer, other laws of the start show in the accuracies
+GROWTH = 8  # times the least number of trials, of folds, of epochs
+
+HOW = """\
+As in the table of all engines: the same trials, folds, epochs and float32; all that a user waits for is counted. Times
+are the medians of {repeats}. Each cell says how many times as fast gputune is, and then the same with the compiling
+of its C code left out, which a machine needs once. Below 1, in bold, gputune is the slower one. The mean accuracy of
+each engine over the cells must be the same, to {agreement}, before a time is shown.
+
+Digits, 5 folds, {epochs} epochs. Mean accuracies: {means}.
+"""
+
+Cell = dict[str, Any]
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 1 where the engines' scores differ."""
+    epochs, repeats = options.epochs or EPOCHS, options.repeats or 1
+    machine = describe_machine(with_card=False)
+    able, lacks = split_by_lack(options.engines or choose("sklearn,torch"))
+    cells = []
+    for width, batch_size, count in product(WIDTHS, BATCH_SIZES, sorted({*TRIALS, options.trials})):
+        work = cell_work(count, width, batch_size, epochs)
+        cells.append(_cell(work, measure(runs(able, work), work, repeats)))
+        seconds = ", ".join(f"{name} {min(each):.2f} s" for name, each in cells[-1]["seconds"].items())
+        print(f"{work.name}: {seconds}", flush=True)
+    means = {name: sum(c["accuracy"][name] for c in cells) / len(cells) for name in cells[0]["accuracy"]}
+    if not max(means.values()) - min(means.values()) <= AGREEMENT:  # a NaN is not
+        print(f"NO SPEED: the mean accuracies over the cells differ by more than {AGREEMENT}: {means}")
+        return 1
+    grown = measure_growth(trials=max(*TRIALS, options.trials), epochs=epochs, factor=GROWTH)
+    how = HOW.format(
+        repeats=counted(repeats, "run"), agreement=AGREEMENT, epochs=epochs,
+        means=", ".join(f"{name} {mean:.4f}" for name, mean in means.items()),
+    )  # fmt: skip
+    numbers = {"cells": cells, "accuracy": means, "left_out": lacks, "growth": [vars(one) for one in grown]}
+    return publish(
+        options.out, "grid", machine, markdown(machine, how, cells, grown), epochs=epochs, **numbers
+    )
+
+
+def cell_work(trials: int, width: int, batch_size: int, epochs: int) -> Work:
+    """Return the work of a cell: on digits, with the learning rates of the shared list."""
+    work = digits_work("narrow", n_trials=trials, epochs=epochs)
+    same = [{**trial, "width": width, "batch_size": batch_size} for trial in work.trials]
+    return replace(work, name=_name(trials, width, batch_size), trials=same)
+
+
+def _name(trials: int, width: int, batch_size: int) -> str:
+    return f"{counted(trials, 'trial')} of width {width}, batch size {batch_size}"
+
+
+def _cell(work: Work, measured: Sequence[Measured]) -> Cell:
+    own = next(m for m in measured if not m.rival)
+    rivals = [m for m in measured if m.rival]
+    return {
+        "trials": len(work.trials),
+        "width": work.trials[0]["width"],
+        "batch_size": work.trials[0]["batch_size"],
+        "accuracy": {m.engine: m.accuracy() for m in measured},
+        "seconds": {m.engine: list(m.seconds) for m in measured},
+        "compile": {m.engine: list(m.compile) for m in measured},
+        "ratio": {m.engine: ratio(m, own) for m in rivals},
+        "ratio_compiled": {m.engine: compiled_ratio(m, own) for m in rivals},
+    }
+
+
+def markdown(machine: dict[str, Any], how: str, cells: Sequence[Cell], grown: Sequence[Growth]) -> str:
+    """Return the report as a page."""
+    parts = [how]
+    counts = sorted({cell["trials"] for cell in cells})
+    shapes = dict.fromkeys((cell["width"], cell["batch_size"]) for cell in cells)
+    for rival in cells[0]["ratio"]:
+        head = ["width", "batch size", *(counted(n, "trial") for n in counts)]
+        rows = [(*shape, *(_ratios(cells, rival, *shape, n) for n in counts)) for shape in shapes]
+        parts += [f"## Against {rival}", table(head, rows), _lost(cells, rival)]
+    parts += ["## What grows with trials x folds x epochs", GROWN, growth_table(grown)]
+    return page("gputune over trials, widths and batch sizes", machine, *parts)
+
+
+def _ratios(cells: Sequence[Cell], rival: str, width: int, batch_size: int, trials: int) -> str:
+    shape = (width, batch_size, trials)
+    cell = next(c for c in cells if (c["width"], c["batch_size"], c["trials"]) == shape)
+    return ", ".join(_shown(cell[kind][rival]) for kind in ("ratio", "ratio_compiled"))
+
+
+def _shown(ratio: float) -> str:
+    return f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x"
+
+
+def _lost(cells: Sequence[Cell], rival: str) -> str:
+    lost = [_name(c["trials"], c["width"], c["batch_size"]) for c in cells if c["ratio"][rival] < 1]
+    which = f": {'; '.join(lost)}" if lost else ""
+    return f"gputune is slower in {len(lost)} of {len(cells)} cells{which}."

@@ -1,0 +1,158 @@
+"""What successive halving costs and what it loses: its best score beside that of the full search, over seeds.
+
+Which trials halving keeps is read off the curves of the full search, which are the ones that it sees; on the first seed
+of every table it is also run, and must end the same. A seed draws its own trials, folds and starts. What is found is
+kept in OUT/halving.jsonl from seed to seed, so that a benchmark of hours that was stopped goes on; it goes at the end.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from sklearn.datasets import load_digits
+
+import gputune
+from benchmark.report import describe_machine, page, publish, table
+from gputune.search.halving import survivors
+
+TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 3
+ADULT_ROWS = 10_000
+LOSS, SHARE = 0.005, 0.2  # of the full search's best score, and of its trial-epochs
+AGREEMENT = 2e-3  # between halving as it is run and as it is read off: rounding may turn a tie
+
+Tables = Mapping[str, tuple[Any, Any]]
+"""Name -> what ``tune`` takes as X and y."""
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Best fold-mean scores of both, and their trial-epochs; ``run`` is the best of halving where it was run."""
+
+    table: str
+    seed: int
+    full: float
+    halving: float
+    full_epochs: int
+    halving_epochs: int
+    run: float | None
+
+    @property
+    def loss(self) -> float:
+        """The part of the full search's best score that halving is below it; below 0 where it is above."""
+        return 1 - self.halving / self.full
+
+    @property
+    def share(self) -> float:
+        """The part of the full search's trial-epochs that halving takes."""
+        return self.halving_epochs / self.full_epochs
+
+    def row(self) -> list[str]:
+        """The line of the report."""
+        ran = "" if self.run is None else f"{self.run:.4f}"
+        scores = [f"{self.full:.4f}", f"{self.halving:.4f}", f"{self.loss:.2%}", f"{self.share:.1%}", ran]
+        return [self.table, str(self.seed), *scores]
+
+
+HEAD = ["table", "seed", "full search", "halving", "loss", "trial-epochs", "run"]
+
+
+def run(options: Namespace) -> int:
+    """Search, print and write; return 0, or 1 where halving as it is run does not end as it was read off."""
+    epochs, machine = options.epochs or EPOCHS, describe_machine()
+    found, kept = [], options.out / "halving.jsonl"
+    begun = _begun(kept, TRIALS, epochs)
+    for name, (X, y) in tables(options.adult).items():
+        for seed in range(options.repeats or SEEDS):
+            one = begun.get((name, seed)) or compare(name, X, y, trials=TRIALS, epochs=epochs, seed=seed)
+            if (name, seed) not in begun:
+                _keep(kept, one, TRIALS, epochs)
+            found.append(one)
+            print(", ".join(f"{word} {value or 'no'}" for word, value in zip(HEAD, one.row())), flush=True)
+    kept.unlink()
+    if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
+        print(
+            "NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves."
+        )
+        return 1
+    text = markdown(machine, found, trials=TRIALS, epochs=epochs)
+    numbers = {"trials": TRIALS, "epochs": epochs, "seeds": [asdict(one) for one in found]}
+    return publish(options.out, "halving", machine, text, **numbers)
+
+
+def _keep(path: Path, one: Seed, trials: int, epochs: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"trials": trials, "epochs": epochs, "seed": asdict(one)}) + "\n")
+
+
+def _begun(path: Path, trials: int, epochs: int) -> dict[tuple[str, int], Seed]:
+    """Return what an earlier run of as many trials and epochs has found, by table and seed."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(text) for text in lines]
+    seeds = [Seed(**row["seed"]) for row in rows if (row["trials"], row["epochs"]) == (trials, epochs)]
+    return {(one.table, one.seed): one for one in seeds}
+
+
+def compare(table: str, X: Any, y: Any, *, trials: int, epochs: int, seed: int) -> Seed:
+    """Search one table in full and by halving; the first seed runs both."""
+    method = gputune.Halving()
+
+    def search(how: Any) -> gputune.Study:
+        return gputune.tune(
+            "mlp", X, y, n_trials=trials, max_epochs=epochs, cv=FOLDS, method=how, random_state=seed, verbose=0
+        )  # fmt: skip
+
+    full = search("random")
+    stays, spent = halved(full.curves, method, epochs)
+    score = float(np.nanmax(full.curves[stays].mean(2).max(1)))
+    ran = search(method).best_score if seed == 0 else None
+    return Seed(table, seed, full.best_score, score, full.spent[1], spent, ran)
+
+
+def halved(curves: np.ndarray, method: gputune.Halving, epochs: int) -> tuple[np.ndarray, int]:
+    """Return which trials (positions) come to the end, and the trial-epochs of all, by curves (C, epochs, F)."""
+    alive, spent, before = np.arange(len(curves)), 0, 0
+    (rungs,) = method.rungs(epochs)
+    for rung in rungs:
+        spent += len(alive) * (rung - before)
+        means = curves[alive, rung - 1].mean(1)
+        alive, before = alive[survivors(means, method.factor)], rung
+    return alive, spent + len(alive) * (epochs - before)
+
+
+def tables(adult: Path | None) -> Tables:
+    """Return digits, and a sample of the census table where its file is given."""
+    found: dict[str, tuple[Any, Any]] = {"digits": load_digits(return_X_y=True)}
+    return found if adult is None else {**found, "adult": adult_sample(adult)}
+
+
+def adult_sample(path: Path) -> tuple[pl.DataFrame, np.ndarray]:
+    """Return 10,000 rows of UCI's adult.data (or all, where there are fewer) and whether the income is above 50K."""
+    rows = pl.read_csv(path, has_header=False, null_values=["?", " ?"], truncate_ragged_lines=True)
+    rows = rows.sample(min(ADULT_ROWS, len(rows)), seed=0)
+    # The file has a blank after each comma, which makes text of its numbers.
+    plain = [_plain(column.str.strip_chars(" .") if column.dtype == pl.String else column) for column in rows]
+    return pl.DataFrame(plain[:-1]), plain[-1].to_numpy() == ">50K"
+
+
+def _plain(column: pl.Series) -> pl.Series:
+    numbers = column.cast(pl.Int64, strict=False)
+    return numbers if numbers.null_count() == column.null_count() else column
+
+
+def markdown(machine: dict[str, Any], found: list[Seed], *, trials: int, epochs: int) -> str:
+    """Return the report as a page."""
+    how = (
+        f"{trials} trials of the default space, {epochs} epochs, {FOLDS} folds; `gputune.Halving()`. Accuracy is the "
+        "best fold mean. Halving's survivors are read off the curves of the full search; on seed 0 it was run as well. "
+        f"The aim is a loss of at most {LOSS:.1%} for at most {SHARE:.0%} of the trial-epochs."
+    )
+    within = sum(one.loss <= LOSS and one.share <= SHARE for one in found)
+    rows = table(HEAD, (one.row() for one in found))
+    verdict = f"{within} of {len(found)} reach the aim."
+    return page("What successive halving loses, and what it saves", machine, how, rows, verdict)

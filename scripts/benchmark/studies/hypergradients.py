@@ -1,0 +1,161 @@
+"""What a hypergradient costs: every mode on one stacked population, over the same training without derivatives.
+
+Members are 64-32-10 tanh networks of one population, trained in batches of 64 in float32 on one thread.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmark.report import describe_machine, page, publish, table
+from gputune.data.dataset import Dataset
+from gputune.data.folds import make_folds
+from gputune.data.source import read_source
+from gputune.engine.job import make_network
+from gputune.engine.population import complete, populations
+from gputune.engine.train import Trained, train
+from gputune.hypergradients.chunk import HypergradientJob, inner_training
+from gputune.hypergradients.differences import differences
+from gputune.hypergradients.unrolled import Hypergradients, forward, reverse, train_plainly
+from gputune.tuning.options import Options
+from gputune.tuning.problem import ModelChoice, choose_model, make_problem
+
+FOLDS, BATCH, STEPS_AN_EPOCH, EPOCHS, REPEATS = 5, 64, 10, 5, 7
+RATES = {"sgd": (1e-2, 1e-1), "adam": (1e-3, 1e-2)}  # a calm range of learning rates
+MEMBERS = (30, 200)
+AGREEMENT = 1e-3  # of the largest number: float32 after 50 steps
+
+PLAIN, OPTIMISED = "plain", "optimised"
+FORWARD, REVERSE, CHECKPOINTED = "forward, 1 rate", "reverse, 10 rates", "checkpointed, 10 rates"
+
+HOW = f"""\
+Stacked 64-32-10 tanh networks, batches of {BATCH}, float32, one thread. Ten rates are 5 segments of the training
+times 2 layers. "{PLAIN}" is the differentiable step that the modes are built on, without derivatives;
+"{OPTIMISED}" is the training of a search without hypergradients. A time is the median of whole trainings,
+divided by their steps; the kinds take turns. All but "{OPTIMISED}" hold the validation loss at the end. Before a
+time is shown, forward, reverse and checkpointed mode must give the same slopes, and the two trainings the same
+weights.
+"""
+
+Kinds = Mapping[str, Callable[[], Any]]
+"""What is timed, by name."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Median seconds of one step by kind, and the largest disagreement of what must be the same."""
+
+    optimizer: str
+    members: int
+    steps: int
+    seconds: dict[str, float]
+    disagreement: float
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0, or 1 where results that must be the same differ."""
+    machine = describe_machine(with_card=False)
+    epochs, repeats = options.epochs or EPOCHS, options.repeats or REPEATS
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        costs = [measure(o, n, epochs=epochs, repeats=repeats) for o in RATES for n in MEMBERS]
+    finally:
+        torch.set_num_threads(threads)
+    worst = float(np.max([cost.disagreement for cost in costs]))  # unlike max(), NaN where one is
+    if not worst <= AGREEMENT:
+        print(f"NO RATIO: slopes or weights that must be the same differ by {worst:.2g} of the largest.")
+        return 1
+    text = markdown(machine, costs)
+    return publish(options.out, "hypergradients", machine, text, costs=[asdict(cost) for cost in costs])
+
+
+def measure(optimizer: str, members: int, *, epochs: int, repeats: int) -> Cost:
+    """Run every kind once, compare, and then time them all ``repeats`` times, in turns."""
+    found = kinds(optimizer, members, epochs)
+    steps = epochs * STEPS_AN_EPOCH
+    worst = disagreement({name: run() for name, run in found.items()})
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(repeats):
+        for name, run in found.items():
+            begin = time.perf_counter()
+            run()
+            seconds[name].append((time.perf_counter() - begin) / steps)
+    return Cost(optimizer, members, steps, {k: float(np.median(v)) for k, v in seconds.items()}, worst)
+
+
+def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
+    """Return every kind of training of one population, ``members`` in all folds together."""
+    data = dataset(choice := choose_model("mlp", optimizer))
+    network = {"width": 32, "depth": 1, "activation": "tanh", "batch_size": BATCH}
+    rates = np.geomspace(*RATES[optimizer], members // FOLDS)
+    configs = [complete({"lr": lr, **network}, optimizer=optimizer, schedule="constant") for lr in rates]
+    (chunk,) = populations(configs, choice.kind, rows=BATCH * STEPS_AN_EPOCH)
+    job = HypergradientJob(0, epochs, epochs, None, None)
+    training = inner_training(job, data, chunk)
+    one = job.tables(training, configs)
+    ten = {**one, "lr": one["lr"].expand(-1, 5, 2)}  # segments x layers
+
+    def plain() -> Tensor:
+        weights = train_plainly(training, optimizer, one)
+        with torch.no_grad():
+            training.validation(weights)
+        return weights
+
+    def optimised() -> Trained:
+        stacked = make_network(chunk, data, seed=0, module_class=None)
+        return train(stacked, data, configs, seed=0, epochs=epochs, horizon=epochs)
+
+    lr = ("lr",)
+    return {
+        OPTIMISED: optimised,
+        PLAIN: plain,
+        FORWARD: lambda: forward(training, optimizer, one, lr),
+        "reverse, 1 rate": lambda: reverse(training, optimizer, one, lr),
+        REVERSE: lambda: reverse(training, optimizer, ten, lr),
+        CHECKPOINTED: lambda: reverse(training, optimizer, ten, lr, checkpoint=True),
+        "finite differences, 1 rate": lambda: differences(training, optimizer, one, lr, width=0.01),
+    }
+
+
+def dataset(choice: ModelChoice) -> Dataset:
+    """Return 64 columns of numbers, 10 classes that a noisy linear map decides, 640 training rows in each fold."""
+    rng = np.random.default_rng(0)
+    rows = BATCH * STEPS_AN_EPOCH * FOLDS // (FOLDS - 1)
+    X = rng.standard_normal((rows, 64))
+    y = (X @ rng.standard_normal((64, 10)) + 4 * rng.standard_normal((rows, 10))).argmax(1)
+    options = Options(device="cpu", dtype="float32")
+    problem = make_problem(read_source(X, y, None), None, choice)
+    folds = make_folds(FOLDS, problem.target, n_rows=rows, groups=None, seed=0)
+    return problem.dataset(folds, options, choice)[0]
+
+
+def disagreement(results: Mapping[str, Any]) -> float:
+    """Return by how much what must be the same differs, as a part of the largest number; NaN if anything is NaN."""
+    trained = results[OPTIMISED].state.buffers[0].transpose(0, 1).flatten(0, 1)
+    one, ten, again = (slopes(results[kind]) for kind in (FORWARD, REVERSE, CHECKPOINTED))
+    pairs = [(trained, results[PLAIN]), (one, ten.sum((1, 2))), (ten, again)]
+    return float(torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max())
+
+
+def slopes(found: Hypergradients) -> Tensor:
+    """Return the slopes in the rate: (P,) of one, (P, 5, 2) of ten."""
+    return found.gradients["lr"].squeeze()
+
+
+def markdown(machine: dict[str, Any], costs: Sequence[Cost]) -> str:
+    """Return the report as a page."""
+    head = "optimizer", "members", "steps", "kind", "ms a step", f"over {PLAIN}", f"over {OPTIMISED}"
+    rows = [
+        (cost.optimizer, cost.members, cost.steps, kind, f"{seconds * 1e3:.2f}",
+         *(f"{seconds / cost.seconds[base]:.2f}" for base in (PLAIN, OPTIMISED)))
+        for cost in costs
+        for kind, seconds in cost.seconds.items()
+    ]  # fmt: skip
+    return page("What a hypergradient costs", machine, HOW, table(head, rows))

@@ -1,0 +1,162 @@
+"""Optuna's TPE through the bridge beside random search on digits, and what asking and telling cost.
+
+For each seed both searches have the same folds and starts, and train as many trials: random search draws them all at
+once, TPE proposes them in batches and hears the scores of a batch before the next. What must hold: the median over
+the seeds of TPE's best score is at least that of random search. Asking and telling are timed inside of the search, and
+once more with Optuna alone: a fresh sampler of the same seed, asked and told the same.
+"""
+
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import optuna
+from scipy.stats import loguniform
+from sklearn.datasets import load_digits
+
+import gputune
+from benchmark.report import describe_machine, page, publish, table
+from gputune.api.study import Study
+from gputune.search.optuna_sampler import Asking
+from gputune.search.optuna_space import as_optuna, describe
+
+BATCH, BATCHES, SEEDS = 16, 10, 10
+EPOCHS, FOLDS = 10, 3
+SPACE = {
+    "lr": loguniform(1e-4, 1e-1),
+    "batch_size": [64, 128, 256],
+    "width": [16, 32, 64],
+    "weight_decay": loguniform(1e-5, 1.0),
+    "dropout": [0.0, 0.2],
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One seed: best score of each search, seconds of each, and seconds of asking and telling in both ways."""
+
+    seed: int
+    random_best: float
+    tpe_best: float
+    random_seconds: float
+    tpe_seconds: float
+    bridge_seconds: float
+    alone_seconds: float
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 1 where TPE's median best is below that of random search."""
+    machine, rows = describe_machine(with_card=False), []
+    machine["versions"]["optuna"] = optuna.__version__
+    for seed in range(options.repeats or SEEDS):
+        rows.append(compare(seed, BATCHES))
+        print(rows[-1], flush=True)
+    text = markdown(machine, rows, BATCHES)
+    publish(options.out, "optuna", machine, text, rows=[asdict(row) for row in rows])
+    return int(median(rows, "tpe_best") < median(rows, "random_best"))
+
+
+def compare(seed: int, batches: int) -> Row:
+    """Search with both methods from one seed."""
+    begin = time.perf_counter()
+    drawn = search(seed, "random", batches)
+    middle = time.perf_counter()
+    with timed() as spent:
+        proposed = search(seed, gputune.OptunaSampler(sampler(seed), batch=BATCH), batches)
+    end = time.perf_counter()
+    return Row(
+        seed,
+        drawn.best_score,
+        proposed.best_score,
+        middle - begin,
+        end - middle,
+        sum(spent),
+        alone(seed, proposed),
+    )
+
+
+def search(seed: int, method: Any, batches: int) -> Study:
+    """Return the study of one search on digits."""
+    X, y = load_digits(return_X_y=True)
+    return gputune.tune(
+        "mlp", X, y, space=SPACE, n_trials=BATCH * batches, include_default=False, method=method,
+        cv=FOLDS, max_epochs=EPOCHS, random_state=seed, verbose=0,
+    )  # fmt: skip
+
+
+def sampler(seed: int) -> optuna.samplers.TPESampler:
+    """Return TPE as Optuna has it, with the constant liar on."""
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """Collect the seconds of every ask and tell of the bridge inside the block."""
+    spent: list[float] = []
+
+    def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*arguments: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*arguments)
+            finally:
+                spent.append(time.perf_counter() - begin)
+
+        return timed_call
+
+    with patch.multiple(Asking, ask=clocked(Asking.ask), tell=clocked(Asking.tell)):
+        yield spent
+
+
+def alone(seed: int, study: Study) -> float:
+    """Return the seconds of asking and telling the same with Optuna alone, which must propose the same."""
+    laws = {key: as_optuna(law) for key, law in describe(SPACE).items()}
+    scores = [trial.score for trial in study.trials]
+    asked, seconds = [], 0.0
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    plain = optuna.create_study(sampler=sampler(seed), direction="maximize")
+    for begin in range(0, len(scores), BATCH):
+        start = time.perf_counter()
+        trials = [plain.ask(laws) for _ in scores[begin : begin + BATCH]]
+        for trial, score in zip(trials, scores[begin:]):
+            plain.tell(trial, None if np.isnan(score) else score, fail(score))
+        seconds += time.perf_counter() - start
+        asked += [trial.params for trial in trials]
+    if asked != [trial.params for trial in study.trials]:
+        raise AssertionError("Optuna alone proposed something else, so the times are not of the same work.")
+    return seconds
+
+
+def fail(score: float) -> Any:
+    """Return the state to tell for a score."""
+    return optuna.trial.TrialState.FAIL if np.isnan(score) else None
+
+
+def median(rows: list[Row], name: str) -> float:
+    """Return the median over the seeds."""
+    return statistics.median(getattr(row, name) for row in rows)
+
+
+def markdown(machine: dict[str, Any], rows: list[Row], batches: int) -> str:
+    """Return the report as a page."""
+    trials = BATCH * batches
+    head = [
+        "seed", "best of random search", "best of TPE", "seconds: random, TPE",
+        "asking and telling, ms a trial: in the search, Optuna alone",
+    ]  # fmt: skip
+    middle = Row(0, *(median(rows, name) for name in list(Row.__dataclass_fields__)[1:]))
+    what = f"Digits, {FOLDS} folds, {EPOCHS} epochs, {trials} trials a search; best accuracy, the mean over the folds."
+    text = table(head, [*(_cells(row.seed, row, trials) for row in rows), _cells("median", middle, trials)])
+    return page(f"Optuna's TPE in batches of {BATCH}", machine, __doc__ or "", what, text)
+
+
+def _cells(name: int | str, row: Row, trials: int) -> list[object]:
+    bridge, alone = (seconds / trials * 1e3 for seconds in (row.bridge_seconds, row.alone_seconds))
+    seconds = f"{row.random_seconds:.1f}, {row.tpe_seconds:.1f}"
+    return [name, f"{row.random_best:.4f}", f"{row.tpe_best:.4f}", seconds, f"{bridge:.2f}, {alone:.2f}"]

@@ -1,0 +1,105 @@
+"""What ``gputune tune --profile`` says: the share of the matrix-product peak, and what a trial costs beside training.
+
+Digits, 5 folds, 20 epochs, Adam, batch sizes 16 to 256. Wide trials tell how near the steps come to the machine's
+products; a great many of the narrowest tell what planning, storing, telling and all else take for each trial.
+"""
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmark.report import describe_machine, page, publish, table
+
+EPOCHS, REPEATS = 20, 3
+WIDE, WIDE_TRIALS = (256, 128), 32
+NARROW, NARROW_TRIALS = 16, 10_000
+TRAINING = ("steps", "scores")  # the other lines are what a trial costs beside
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command: seconds in all and by line of its table, GFLOP/s of its steps and of the product.
+
+    The last two are None where the command did not say them.
+    """
+
+    width: int
+    trials: int
+    seconds: float
+    parts: dict[str, float]
+    reached: float | None
+    peak: float | None
+
+    @property
+    def share(self) -> float:
+        """The part of the product's speed that the steps reached."""
+        return self.reached / self.peak if self.reached and self.peak else float("nan")
+
+    @property
+    def beside(self) -> float:
+        """Milliseconds a trial of everything but compiling, steps and scores."""
+        without = sum(self.parts[name] for name in ("compiling", *TRAINING))
+        return (self.seconds - without) / self.trials * 1e3
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0."""
+    epochs, machine = options.epochs or EPOCHS, describe_machine(with_card=False)
+    found = [measure(width, WIDE_TRIALS, epochs) for _ in range(options.repeats or REPEATS) for width in WIDE]
+    found.append(measure(NARROW, NARROW_TRIALS, epochs))
+    text = markdown(machine, found)
+    return publish(options.out, "profile", machine, text, epochs=epochs, runs=[asdict(one) for one in found])
+
+
+def measure(width: int, trials: int, epochs: int) -> Run:
+    """Run one command in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [  # -P: the installed package, whatever the current folder holds
+            sys.executable, "-P", "-m", "gputune", "tune", "sklearn:digits", "--trials", str(trials), "--no-default",
+            "--optimizer", "adam", "--epochs", str(epochs), "--profile", "--out", f"{folder}/out",
+            "--space", "lr=1e-4..1e-2:log", "batch_size=16,32,64,128,256", f"width={width}",
+        ]  # fmt: skip
+        said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return read(said, width, trials)
+
+
+def read(said: str, width: int, trials: int) -> Run:
+    """Return what the command's table says; the parts of training are printed as shares of it."""
+    table = said[said.index("Where the time went:") :]
+    parts = {
+        name: float(number) for name, number in re.findall(r"^  (\S.*?) +([\d.]+) s +\d+%$", table, re.M)
+    }
+    seconds = sum(parts.values())
+    training = parts.pop("training")
+    for name, share in re.findall(r"^    (\S.*?) +(\d+)% of it$", table, re.M):
+        parts[name] = training * int(share) / 100
+    speeds = re.search(r"Steps reached ([\d.]+) GFLOP/s, \d+% of the ([\d.]+) that", table)
+    reached, peak = (float(speeds[1]), float(speeds[2])) if speeds else (None, None)
+    return Run(width, trials, seconds, parts, reached, peak)
+
+
+def markdown(machine: dict[str, Any], found: Sequence[Run]) -> str:
+    """Return the report as a page."""
+    head = [
+        "width", "trials", "seconds", "steps, GFLOP/s", "the product of 1024 x 1024 matrices", "share",
+        "ms a trial beside training",
+    ]  # fmt: skip
+    rows = [
+        (r.width, f"{r.trials:,}", f"{r.seconds:.1f}", r.reached, r.peak, f"{r.share:.0%}", f"{r.beside:.2f}")
+        for r in found
+    ]
+    medians = [
+        f"Width {width}: median share {statistics.median(r.share for r in found if r.width == width):.0%}."
+        for width in WIDE
+    ]
+    beside = f"Beside training is all but {', '.join(('compiling', *TRAINING))}. The seconds of each run:"
+    seconds = [[r.width, *(f"{number:.2f}" for number in r.parts.values())] for r in found]
+    parts = table(["width", *found[0].parts], seconds)
+    what = (__doc__ or "").split("\n", 2)[2]
+    return page("Where the time goes", machine, what, table(head, rows), "\n".join(medians), beside, parts)

@@ -1,0 +1,204 @@
+"""Time to quality: how long each search takes until the configuration it would choose reaches a score on held-out rows.
+
+A quarter of the rows is held out. At any time a search's choice is the candidate with the best fold mean that it
+knows; when all have ended, that choice is trained on all other rows by the plain PyTorch loop, and scored on the
+held-out ones. So every search is judged by the same scores, and this part costs it no time.
+"""
+
+import functools
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import joblib
+import numpy as np
+from sklearn.model_selection import StratifiedKFold, train_test_split
+from sklearn.preprocessing import StandardScaler
+
+from benchmark.engines.torch import fit
+from benchmark.measure import Event, stop_workers
+from benchmark.report import counted, describe_machine, page, publish, table
+from benchmark.studies.halving import tables
+from benchmark.work import WIDTHS, Fold, Work, draw_trials
+
+TRIALS, EPOCHS, SEEDS, FOLDS = 81, 27, 5, 3
+ROWS = 4_000  # of a table, drawn by the seed
+LEVELS = {"digits": (0.95, 0.96, 0.97, 0.975, 0.98), "adult": (0.82, 0.83, 0.84, 0.845, 0.85)}
+
+HOW = """\
+Each search gets the same {trials} candidates (learning rate log-uniform, batch sizes 16 to 256, widths 16 to 256; two
+hidden relu layers, Adam), {folds} folds and at most {epochs} epochs, in float32, and uses all cores: Optuna and
+scikit-learn with one process a core and one thread each, gputune by its own plan. Halving keeps a third of the
+candidates at epochs 1, 3, 9; scikit-learn trains the others from the start again, Optuna's pruner decides without
+waiting. The time is the wall clock from the call, with starting and compiling. gputune tells of a candidate when it has
+left or ended, the others earlier. Each seed has its own rows, folds and candidates. A cell is the median over the seeds
+of the seconds until the choice's held-out accuracy was at least so high; a seed in which it never was counts as
+infinite, and how many reached it stands in brackets where not all did.
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """After so many seconds the choice was another; its accuracy on the held-out rows."""
+
+    seconds: float
+    candidate: int
+    held_out: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One search on one table and seed: its choices, and when it ended."""
+
+    table: str
+    seed: int
+    search: str
+    points: tuple[Point, ...]
+    seconds: float
+
+    def time_to(self, level: float) -> float:
+        """Seconds until the choice was at least as good; infinite where it never was."""
+        return next((p.seconds for p in self.points if p.held_out >= level), float("inf"))
+
+
+Search = Callable[[Work, int], list[Event]]
+"""The work, whose trials are the candidates, and the number of cores -> what became known, and when."""
+
+
+def _search_with(engine: str, method: str, work: Work, cores: int) -> list[Event]:
+    events: list[Event] = import_module(f"benchmark.engines.{engine}").search(method, work, cores)
+    return events
+
+
+SEARCHES: dict[str, tuple[str, Search]] = {
+    name: (engine, functools.partial(_search_with, engine, method))
+    for name, engine, method in (
+        ("gputune, random", "gputune", "random"),
+        ("gputune, halving", "gputune", "halving"),
+        ("Optuna, random", "optuna", "random"),
+        ("Optuna, successive halving pruner", "optuna", "halving"),
+        ("scikit-learn, RandomizedSearchCV", "sklearn", "random"),
+        ("scikit-learn, HalvingRandomSearchCV", "sklearn", "halving"),
+    )
+}
+"""Name -> the package that it needs, and the search. Halving keeps a third at epochs 1, 3, 9, ... in each of them."""
+
+
+def run(options: Namespace) -> int:
+    """Measure, print and write; return 0."""
+    machine, epochs = describe_machine(with_card=False), options.epochs or EPOCHS
+    names = [name for name, (package, _) in SEARCHES.items() if find_spec(package)]
+    found: list[Curve] = []
+    for place, (X, y) in tables(options.adult).items():
+        rows = (numbers(X), np.unique(y, return_inverse=True)[1])
+        for seed in range(options.repeats or SEEDS):
+            work, held_out = split(*rows, seed=seed, trials=TRIALS, epochs=epochs)
+            if not found:
+                for name in names:  # warm-up
+                    _search(name, replace(work, trials=work.trials[:3], epochs=1))
+            first = seed % len(names)
+            for name in names[first:] + names[:first]:
+                events, seconds = _search(name, work)
+                found.append(Curve(place, seed, name, choices(events, held_out), seconds))
+                print(_said(found[-1]), flush=True)
+    found.sort(key=lambda curve: (list(LEVELS).index(curve.table), names.index(curve.search), curve.seed))
+    left_out = [name for name in SEARCHES if name not in names]
+    text = markdown(machine, found, left_out, trials=TRIALS, epochs=epochs)
+    whole = {"trials": TRIALS, "epochs": epochs, "curves": [asdict(one) for one in found]}
+    return publish(options.out, "quality", machine, text, **whole)
+
+
+def numbers(X: Any) -> np.ndarray:
+    """Return the columns as numbers, one of 0 and 1 for each value of a text; the same for every search."""
+    if isinstance(X, np.ndarray):
+        return X.astype(np.float32)
+    import polars.selectors as columns
+
+    plain = X.to_dummies(columns.string()).fill_null(0)
+    return plain.to_numpy().astype(np.float32)
+
+
+class HeldOut:
+    """The accuracy of a candidate on the held-out rows, trained on all others; each is computed once."""
+
+    def __init__(self, rows: Fold, work: Work) -> None:
+        self.rows, self.work = rows, work
+        self._known: dict[int, float] = {}
+
+    def __call__(self, candidate: int) -> float:
+        """Train and score."""
+        if candidate not in self._known:
+            self._known[candidate] = fit(self.rows, self.work.trials[candidate], self.work.epochs)
+        return self._known[candidate]
+
+
+def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) -> tuple[Work, HeldOut]:
+    """Return the work of a search on three quarters of the rows, and what judges its choices by the others."""
+    if len(X) > ROWS:
+        X, _, y, _ = train_test_split(X, y, train_size=ROWS, stratify=y, random_state=seed)
+    X, X_out, y, y_out = train_test_split(X, y, test_size=0.25, stratify=y, random_state=seed)
+    folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(X, y))
+    work = Work("quality", X, y, folds, draw_trials(trials, WIDTHS["wide"], seed), epochs)
+    scaler = StandardScaler().fit(X)
+    return work, HeldOut((scaler.transform(X), y, scaler.transform(X_out), y_out), work)
+
+
+def choices(events: Sequence[Event], held_out: HeldOut) -> tuple[Point, ...]:
+    """Return the choices of a search by the time that they became the best it knew."""
+    points: list[Point] = []
+    best = float("-inf")
+    for event in sorted(events, key=lambda event: event.seconds):
+        if event.score > best:
+            best = event.score
+            if not points or points[-1].candidate != event.candidate:
+                points.append(Point(event.seconds, event.candidate, held_out(event.candidate)))
+    return tuple(points)
+
+
+def _search(name: str, work: Work) -> tuple[list[Event], float]:
+    stop_workers()
+    begin = perf_counter()
+    events = SEARCHES[name][1](work, joblib.cpu_count())
+    return events, perf_counter() - begin
+
+
+def _said(curve: Curve) -> str:
+    return (
+        f"{curve.table}, seed {curve.seed}: {curve.search}: {curve.seconds:.2f} s, "
+        f"held-out accuracy {curve.points[-1].held_out:.4f}"
+    )
+
+
+def markdown(
+    machine: dict[str, Any], found: Sequence[Curve], left_out: Sequence[str], *, trials: int, epochs: int
+) -> str:
+    """Return the report as a page."""
+    parts = [HOW.format(trials=trials, folds=FOLDS, epochs=epochs)]
+    for name in dict.fromkeys(curve.table for curve in found):
+        curves, levels = [curve for curve in found if curve.table == name], LEVELS[name]
+        head = ["search", *(f"to {level}" for level in levels), "to its end", "held-out accuracy"]
+        rows = [
+            _row(search, [curve for curve in curves if curve.search == search], levels)
+            for search in dict.fromkeys(curve.search for curve in curves)
+        ]
+        rows += [[f"{search}: not installed"] for search in left_out]
+        parts += [f"## {name}, {counted(len({c.seed for c in curves}), 'seed')}", table(head, rows)]
+    return page("Time to quality", machine, *parts)
+
+
+def _row(search: str, curves: Sequence[Curve], levels: Sequence[float]) -> list[str]:
+    end, last = median(c.seconds for c in curves), median(c.points[-1].held_out for c in curves)
+    return [search, *(_time(level, curves) for level in levels), f"{end:.2f}", f"{last:.4f}"]
+
+
+def _time(level: float, curves: Sequence[Curve]) -> str:
+    times = [curve.time_to(level) for curve in curves]
+    reached = sum(np.isfinite(times))
+    middle = median(times)
+    shown = f"{middle:.2f}" if np.isfinite(middle) else "not reached"
+    return shown if reached == len(times) else f"{shown} ({reached} of {len(times)})"

@@ -1,0 +1,192 @@
+"""The work that every engine gets, one list of trials on the same rows and folds, and how a loop gives it to cores.
+
+Workers import this file, so scikit-learn is imported only inside the functions that the parent calls: an
+engine's workers pay for the start of the library that they use, and of no other.
+"""
+
+import functools
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, TypeVar
+
+import joblib
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+WIDTHS = {"narrow": (16, 32, 64), "wide": (16, 32, 64, 128, 256)}
+BATCH_SIZES = (16, 32, 64, 128, 256)
+LEARNING_RATES = (1e-3, 3e-2)  # log-uniform between
+START_REPAYS = 5_000  # steps; the start of worker processes takes longer than so few in this process
+
+Trial = dict[str, Any]
+Fold = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""X and y of the training rows, X and y of the validation rows."""
+
+Fit = Callable[[Fold, Trial, int], float]
+"""Rows of one fold, one trial, epochs -> accuracy on the validation rows after the last epoch."""
+
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class Work:
+    """An MLP with two hidden relu layers, Adam without decay, float32, for C trials on F folds.
+
+    X, y    (n, D) float32, not yet scaled, and (n,) classes
+    folds   (train, valid) positions
+    trials  lr, batch_size and width of each
+    """
+
+    name: str
+    X: np.ndarray
+    y: np.ndarray
+    folds: Sequence[tuple[np.ndarray, np.ndarray]]
+    trials: Sequence[Trial]
+    epochs: int
+
+    def steps(self, trials: Sequence[Trial]) -> int:
+        """Optimizer steps of these trials in all folds and epochs."""
+        return sum(self.epochs * -(-len(train) // t["batch_size"]) for t in trials for train, _ in self.folds)
+
+    def no_scores(self) -> np.ndarray:
+        """NaN for every trial and fold, (C, F)."""
+        return np.full((len(self.trials), len(self.folds)), np.nan)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an engine gives back.
+
+    scores   (C, F) last-epoch accuracies
+    start    seconds until the last worker process began to train: start, imports, scaling and writing of the data
+    compile  seconds of compiling, in the process that compiled longest
+    """
+
+    scores: np.ndarray
+    start: float = 0.0
+    compile: float = 0.0
+
+
+def draw_trials(n_trials: int, widths: Sequence[int], seed: int = 0) -> list[Trial]:
+    """Return the shared list; a longer one begins with a shorter one's trials."""
+    rng = np.random.RandomState(seed)
+    low, high = np.log(LEARNING_RATES)
+    return [
+        {
+            "lr": float(np.exp(rng.uniform(low, high))),
+            "batch_size": int(rng.choice(BATCH_SIZES)),
+            "width": int(rng.choice(widths)),
+        }
+        for _ in range(n_trials)
+    ]
+
+
+def digits_work(name: str, *, n_trials: int, epochs: int, folds: int = 5) -> Work:
+    """Return the work "narrow" or "wide" on scikit-learn's digits, 1,797 rows in stratified folds."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import StratifiedKFold
+
+    X, y = load_digits(return_X_y=True)
+    parts = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(X, y))
+    return Work(name, X.astype(np.float32), y, parts, draw_trials(n_trials, WIDTHS[name]), epochs)
+
+
+def standardised(work: Work) -> list[Fold]:
+    """Return each fold's rows, scaled by the mean and deviation of its training rows."""
+    from sklearn.preprocessing import StandardScaler
+
+    parts = []
+    for train, valid in work.folds:
+        scaler = StandardScaler().fit(work.X[train])
+        parts.append(
+            (scaler.transform(work.X[train]), work.y[train], scaler.transform(work.X[valid]), work.y[valid])
+        )
+    return parts
+
+
+def longest_first(trials: Sequence[Trial]) -> list[int]:
+    """Return positions, those with the most steps before the others, wide networks first."""
+    return sorted(range(len(trials)), key=lambda c: (trials[c]["batch_size"], -trials[c]["width"]))
+
+
+def processes(work: Work, cores: int) -> int:
+    """Return on how many processes a loop trains: one, this one, where others would not repay their start."""
+    return 1 if work.steps(work.trials) < START_REPAYS else cores
+
+
+def over_cores(fit: Fit, work: Work, cores: int, compiled: Callable[[], float] = lambda: 0.0) -> Outcome:
+    """Train each trial on each fold, one at a time on every core; ``compiled`` as for ``run_jobs``."""
+    # Longest first, so that no worker begins a long training when the others have ended.
+    jobs = list(product(longest_first(work.trials), range(len(work.folds))))
+    one = functools.partial(_fit_one, fit, work.trials, work.epochs)
+    results, start, spent = run_jobs(one, jobs, work, processes(work, cores), compiled)
+    scores = work.no_scores()
+    for job, result in zip(jobs, results):
+        scores[job] = result
+    return Outcome(scores, start, spent)
+
+
+def run_jobs(
+    call: Callable[[list[Fold], Job], Any],
+    jobs: Sequence[Job],
+    work: Work,
+    cores: int,
+    compiled: Callable[[], float],
+) -> tuple[list[Any], float, float]:
+    """Call for each job in worker processes, in the given order; the rows are scaled and written once, then mapped.
+
+    ``compiled`` says how many seconds the process that calls it has compiled. Returns the results, the seconds until
+    the last worker began its first job, and those of the worker that compiled longest.
+    """
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, one_thread_each(cores):
+        path = write_folds(work, folder)
+        done = joblib.Parallel(batch_size=1, pre_dispatch="all")(
+            joblib.delayed(_run_one)(call, path, job, compiled) for job in jobs
+        )
+    began: dict[int, float] = {}
+    for _, process, at, _ in done:
+        began[process] = min(at, began.get(process, at))
+    return [result for result, *_ in done], max(began.values()) - begin, max(spent for *_, spent in done)
+
+
+@contextmanager
+def one_thread_each(cores: int) -> Iterator[None]:
+    """Let joblib use so many processes in the block, one thread in each of them and in this one."""
+    # A second thread slows such small products down, and this process has no worker's setting.
+    with threadpool_limits(1), joblib.parallel_config("loky", n_jobs=cores, inner_max_num_threads=1):
+        yield
+
+
+def write_folds(work: Work, folder: str) -> str:
+    """Write the rows of all folds, scaled, into a folder; return the path that ``read_folds`` takes."""
+    path = str(Path(folder) / "folds.joblib")
+    joblib.dump(standardised(work), path)
+    return path
+
+
+@functools.lru_cache(maxsize=1)
+def read_folds(path: str) -> list[Fold]:
+    """Return the rows of all folds, mapped; copy-on-write, because torch wants arrays that could be written."""
+    folds: list[Fold] = joblib.load(path, mmap_mode="c")
+    return folds
+
+
+def _run_one(
+    call: Callable[[list[Fold], Job], Any], path: str, job: Job, compiled: Callable[[], float]
+) -> tuple[Any, int, float, float]:
+    begin = time.monotonic()  # the same clock in every process of the machine
+    return call(read_folds(path), job), os.getpid(), begin, compiled()
+
+
+def _fit_one(
+    fit: Fit, trials: Sequence[Trial], epochs: int, folds: list[Fold], job: tuple[int, int]
+) -> float:
+    trial, fold = job
+    return fit(folds[fold], trials[trial], epochs)

@@ -1,0 +1,284 @@
+"""Hypergradient descent on the learning rate: the comparison of Baydin et al. (2018), arXiv:1703.04782, run again.
+
+    python scripts/reproduce/baydin2018.py                        scikit-learn's digits, no download
+    python scripts/reproduce/baydin2018.py --data openml          MNIST from the network
+    python scripts/reproduce/baydin2018.py --data DIR --out OUT   MNIST from its idx files; curves into OUT
+
+All methods start from a learning rate of 0.001, from the same weights, and see the same batches. The paper compares
+SGD, SGD with Nesterov's momentum (SGDN) and Adam, each alone and with hypergradient descent (-HD). The row "SGD,
+tuned lr" is not in the paper: it shows what a search for one constant learning rate gives.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from baydin2018_data import Data, load
+from baydin2018_figure import figure
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from gputune.errors import InputError
+from gputune.models import MLP, LogisticRegression
+from gputune.optim import SGDHD, AdamHD
+
+MODELS = {"logreg": "logistic regression", "mlp": "MLP"}
+
+BATCH, ALPHA0, DECAY, WIDTH = 128, 1e-3, 1e-4, 1000
+GRID = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)  # further constant rates for SGD
+TUNED = "SGD, tuned lr"
+
+Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+METHODS: dict[str, Optimizer] = {
+    "SGD": partial(torch.optim.SGD, lr=ALPHA0, weight_decay=DECAY),
+    "SGD-HD": partial(SGDHD, lr=ALPHA0, hypergrad_lr=1e-3, rule="additive", lr_min=None, weight_decay=DECAY),
+    "SGDN": partial(torch.optim.SGD, lr=ALPHA0, momentum=0.9, nesterov=True, weight_decay=DECAY),
+    "SGDN-HD": partial(
+        SGDHD, lr=ALPHA0, hypergrad_lr=1e-3, rule="additive", lr_min=None, momentum=0.9, nesterov=True,
+        weight_decay=DECAY,
+    ),
+    "Adam": partial(torch.optim.Adam, lr=ALPHA0, weight_decay=DECAY),
+    "Adam-HD": partial(AdamHD, lr=ALPHA0, hypergrad_lr=1e-7, rule="additive", lr_min=None, weight_decay=DECAY),
+}  # fmt: skip
+
+PUBLISHED = {  # validation loss on MNIST after epoch 1 and epoch 10, from the result files of the paper's program
+    ("logreg", "SGD"): (0.7690, 0.3737),
+    ("logreg", "SGD-HD"): (0.3158, 0.2878),
+    ("logreg", "SGDN"): (0.3717, 0.2846),
+    ("logreg", "SGDN-HD"): (0.2792, 0.2719),
+    ("logreg", "Adam"): (0.2979, 0.2719),
+    ("logreg", "Adam-HD"): (0.2953, 0.2723),
+    ("mlp", "SGD"): (1.9954, 0.4074),
+    ("mlp", "SGD-HD"): (0.3289, 0.2405),
+    ("mlp", "SGDN"): (0.4149, 0.1499),
+    ("mlp", "SGDN-HD"): (0.2089, 0.0833),
+    ("mlp", "Adam"): (0.1229, 0.0802),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: mean losses of each epoch (E,), and the learning rate of each step (T,)."""
+
+    train_loss: np.ndarray
+    valid_loss: np.ndarray
+    lr: np.ndarray
+
+
+Runs = dict[str, dict[str, list[Run]]]
+"""Model -> method -> one run for each seed."""
+
+
+def compare(data: Data, models: Sequence[str], *, epochs: int, seeds: int, width: int) -> Runs:
+    """Train every model with every method; the tuned SGD is the best of the grid and of the paper's rate."""
+    runs: Runs = {}
+    total = len(models) * (len(METHODS) + len(GRID)) * seeds * epochs
+    with tqdm(total=total, unit=" epochs", disable=None, leave=False, dynamic_ncols=True) as bar:
+        for model in models:
+            bar.set_description(model)
+
+            def repeat(optimizer: Optimizer, model: str = model) -> list[Run]:
+                return [
+                    train(model, optimizer, data, epochs=epochs, seed=seed, width=width, bar=bar)
+                    for seed in range(seeds)
+                ]
+
+            runs[model] = {method: repeat(optimizer) for method, optimizer in METHODS.items()}
+            tried = {lr: repeat(partial(torch.optim.SGD, lr=lr, weight_decay=DECAY)) for lr in GRID}
+            tried[ALPHA0] = runs[model]["SGD"]
+            best = min(tried, key=lambda lr: median(run.valid_loss for run in tried[lr])[-1])
+            runs[model][TUNED] = tried[best]
+    return runs
+
+
+def train(
+    model: str, optimizer: Optimizer, data: Data, *, epochs: int, seed: int, width: int, bar: tqdm
+) -> Run:
+    """Train one model; the seed fixes the starting weights and the batches of every epoch."""
+    torch.manual_seed(seed)
+    network = build(model, data.X.shape[1], width)
+    stepper = optimizer(network.parameters())
+    train_loss, valid_loss, rates = [], [], []
+    for _ in range(epochs):
+        losses = []
+        for rows in torch.randperm(len(data.y)).split(BATCH):
+            losses.append(step(network, stepper, data.X[rows], data.y[rows]))
+            rates.append(float(stepper.param_groups[0]["lr"]))
+        train_loss.append(float(np.mean(losses)))
+        with torch.no_grad():
+            valid_loss.append(float(cross_entropy(network(data.X_valid), data.y_valid)))
+        bar.update()
+    return Run(np.array(train_loss), np.array(valid_loss), np.array(rates))
+
+
+def build(model: str, n_features: int, width: int) -> nn.Module:
+    """Return a model with torch's default starting weights, for ten classes."""
+    if model == "logreg":
+        return LogisticRegression(n_features, 10)
+    return MLP(n_features, 10, width=width, depth=2, activation="relu")
+
+
+def step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> float:
+    """Make one training step and return the loss of the batch before it."""
+    optimizer.zero_grad()
+    loss = cross_entropy(network(x), y)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+def median(curves: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the median over seeds; a diverged value (NaN) is the worst of all."""
+    return np.median([np.where(np.isnan(curve), np.inf, curve) for curve in curves], axis=0)
+
+
+def report(data: Data, runs: Runs, width: int) -> str:
+    """Return the table as a page of Markdown: what was run, validation losses, and the published ones beside them."""
+    first = next(iter(runs.values()))["SGD"]
+    epochs, seeds = len(first[0].valid_loss), len(first)
+    shown = sorted({1, epochs})
+    rows = [["model", "method", *(f"epoch {e}" for e in shown), "lr at the end"]]
+    rows[0] += ["published: epoch 1", "published: epoch 10"] if data.is_mnist else []
+    for model, methods in runs.items():
+        for method, repeats in methods.items():
+            loss, lr = median(r.valid_loss for r in repeats), median(r.lr for r in repeats)
+            row = [
+                MODELS[model],
+                method,
+                *(_number(loss[e - 1], ".4f") for e in shown),
+                _number(lr[-1], ".3g"),
+            ]
+            rows.append(row + (_published(model, method, width) if data.is_mnist else []))
+    return "\n\n".join([_what(data, runs, epochs, seeds, width), _markdown(rows), _notes(data, width)]) + "\n"
+
+
+def _what(data: Data, runs: Runs, epochs: int, seeds: int, width: int) -> str:
+    hidden = f" (2 hidden layers of {width} units)" if "mlp" in runs else ""
+    repeats = f"the medians of {seeds} runs" if seeds > 1 else "one run each"
+    return (
+        f"Validation loss on {data.name}: {len(data.y)} rows to train on, {len(data.y_valid)} to validate, "
+        f"{data.X.shape[1]} pixels; {', '.join(MODELS[m] for m in runs)}{hidden};\n"
+        f"batches of {BATCH}, weight decay {DECAY:g}, start at lr {ALPHA0:g}, epochs: {epochs}, {repeats}."
+    )
+
+
+def _notes(data: Data, width: int) -> str:
+    rates = ", ".join(f"{lr:g}" for lr in (ALPHA0, *GRID))
+    tuned = (
+        f"{TUNED}: the best of {len(GRID) + 1} constant rates ({rates}) by the validation loss shown here, so it\n"
+        f"took {len(GRID) + 1} runs and its loss is a little optimistic."
+    )
+    if not data.is_mnist:
+        return f"{tuned}\nThe published numbers are of MNIST and are shown for MNIST only: --data openml or --data DIR."
+    other = "" if width == WIDTH else f" The published MLP has {WIDTH} units a layer, so it is not shown."
+    return (
+        f"{tuned}\nPublished: result files of github.com/gbaydin/hypergradient-descent; '-' where none is known."
+        f"{other}"
+    )
+
+
+def _published(model: str, method: str, width: int) -> list[str]:
+    known = PUBLISHED.get((model, method)) if model == "logreg" or width == WIDTH else None
+    return [f"{loss:.4f}" for loss in known] if known else ["-", "-"]
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if np.isfinite(value) else "diverged"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    aligned = [
+        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
+        for row in rows
+    ]
+    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [aligned[0], rule, *aligned[1:]])
+
+
+def write(out: Path, page: str, runs: Runs) -> list[Path]:
+    """Write the table, the losses of each epoch, the rates of each step and the figure; return their paths."""
+    paths = [out / name for name in ("table.md", "losses.csv", "learning_rates.csv", "curves.svg")]
+    paths[0].write_text(page)
+    with paths[1].open("w", newline="") as losses, paths[2].open("w", newline="") as rates:
+        by_epoch, by_step = csv.writer(losses), csv.writer(rates)
+        by_epoch.writerow(["model", "method", "seed", "epoch", "train_loss", "valid_loss", "lr"])
+        by_step.writerow(["model", "method", "seed", "step", "lr"])
+        for model, methods in runs.items():
+            for method, repeats in methods.items():
+                for seed, run in enumerate(repeats):
+                    ends = run.lr.reshape(len(run.valid_loss), -1)[:, -1]
+                    curves = zip(run.train_loss, run.valid_loss, ends)
+                    by_epoch.writerows([model, method, seed, e, *row] for e, row in enumerate(curves, 1))
+                    by_step.writerows([model, method, seed, t, lr] for t, lr in enumerate(run.lr, 1))
+    medians = {
+        MODELS[model]: {
+            method: (median(r.valid_loss for r in repeats), median(r.lr for r in repeats))
+            for method, repeats in methods.items()
+        }
+        for model, methods in runs.items()
+    }
+    paths[3].write_text(figure(medians, ALPHA0))
+    return paths
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out must be a folder or a new name for one, got {out}: {error}.") from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0, or 2 where the data or the folder for the files cannot be had."""
+    options = _parse(arguments)
+    try:
+        if options.out:
+            _make_folder(options.out)
+        data = load(options.data)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    runs = compare(data, options.models, epochs=options.epochs, seeds=options.seeds, width=options.width)
+    page = report(data, runs, options.width)
+    print(page, end="")
+    if options.out:
+        print("\nwritten:", ", ".join(map(str, write(options.out, page, runs))))
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", metavar="DIR|openml", help="MNIST; default: scikit-learn's digits")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--epochs", type=_positive, default=10)
+    parser.add_argument("--seeds", type=_positive, default=1, help="runs of each method; medians are shown")
+    parser.add_argument(
+        "--width", type=_positive, default=WIDTH, help=f"of the MLP's layers (default {WIDTH})"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for the table, the curves (CSV) and the figure (SVG)"
+    )
+    options = parser.parse_args(arguments)
+    options.models = list(dict.fromkeys(options.models))
+    return options
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,241 @@
+"""Learning-rate schedules by hypergradient descent against random search for one constant rate, on digits.
+
+    python scripts/reproduce/hypergradient_schedules.py
+    python scripts/reproduce/hypergradient_schedules.py --splits 10 --out OUT     table.md and results.json into OUT
+
+A 64-32-10 tanh network is trained by Adam for 5 epochs in batches of 64, which is 100 steps of 1,280 rows a fold. Ten
+learning rates (5 segments of the training x 2 layers) descend from 3 constant starts on the fold mean of the validation
+loss. Beside them the best of 10, 30 and 240 constant rates drawn from the same range, and the same descent on one
+rate, for which drawing is as good. Every winner is trained again on all rows of the search, and its loss on rows that
+no search has seen is shown too.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import loguniform
+from sklearn.datasets import load_digits
+from sklearn.model_selection import StratifiedKFold, train_test_split
+
+import gputune
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmark.report import describe_machine
+
+ROWS, FOLDS, BATCH, EPOCHS = 1600, 5, 64, 5
+LOW, HIGH = 1e-5, 1.0
+STARTS = (1e-3, 1e-2, 1e-1)
+OUTER_STEPS = 10
+DRAWS = (10, 30, 240)
+NETWORK = {"depth": 1, "width": 32, "activation": "tanh", "batch_size": BATCH}
+
+SCHEDULES, ONE_RATE = "descent, 10 rates", "descent, 1 rate"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one search found on one split.
+
+    trials      configurations trained, each in all folds
+    seconds     of the search, without the training of the winner on all rows
+    loss        best fold-mean validation loss, and its standard error over the folds
+    held_out    log loss of each held-out row under the winner
+    rates       of the winner: a number, or (segments, layers)
+    groups      best loss of every n draws out of all, where n draws are the search; otherwise empty
+    """
+
+    search: str
+    trials: int
+    seconds: float
+    loss: float
+    std_error: float
+    held_out: np.ndarray
+    rates: Any
+    groups: tuple[float, ...] = ()
+
+    @property
+    def held_out_loss(self) -> float:
+        """Mean over the held-out rows."""
+        return float(self.held_out.mean())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to search on with their folds, and held-out rows. Draws, starts and row order have the same ``seed``."""
+
+    seed: int
+    X: np.ndarray
+    y: np.ndarray
+    folds: list[tuple[np.ndarray, np.ndarray]]
+    X_out: np.ndarray
+    y_out: np.ndarray
+
+
+def split_of(seed: int) -> Split:
+    """Return digits, pixels in 0..1, with 1,600 rows to search on and 197 held out."""
+    X, y = load_digits(return_X_y=True)
+    X, X_out, y, y_out = train_test_split(X / 16, y, train_size=ROWS, stratify=y, random_state=seed)
+    folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(X, y))
+    assert {len(train) for train, _ in folds} == {ROWS - ROWS // FOLDS}  # 20 steps an epoch in every fold
+    return Split(seed, X, y, folds, X_out, y_out)
+
+
+def run(split: Split, *, draws: Sequence[int], outer_steps: int) -> list[Result]:
+    """Return the results of all searches on one split."""
+    common = {
+        "cv": split.folds, "numbers": "none", "optimizer": "adam", "max_epochs": EPOCHS, "epoch": "last",
+        "include_default": False, "space": {"lr": loguniform(LOW, HIGH), **NETWORK}, "random_state": split.seed,
+        "verbose": 0,
+    }  # fmt: skip
+    results = []
+    for name, segments, per_layer in ((SCHEDULES, 5, True), (ONE_RATE, 1, False)):
+        method = gputune.Hypergradient(outer_steps=outer_steps, segments=segments, per_layer=per_layer)
+        begin = time.perf_counter()
+        study = gputune.tune(
+            "mlp", split.X, split.y, n_trials=0, include=[{"lr": lr, **NETWORK} for lr in STARTS],
+            method=method, **common,
+        )  # fmt: skip
+        results.append(_result(name, study, split, time.perf_counter() - begin))
+    begin = time.perf_counter()
+    study = gputune.tune("mlp", split.X, split.y, n_trials=max(draws), scoring="neg_log_loss", **common)
+    seconds = time.perf_counter() - begin
+    losses = np.array([-trial.score if np.isfinite(trial.score) else np.inf for trial in study.trials])
+    for n in draws:  # the first n draws of a search are the search of n draws
+        part = replace(study, trials=study.trials[:n], curves=study.curves[:n])
+        found = _result(f"random, 1 rate, {n} draws", part, split, seconds * n / len(losses))
+        groups = losses[: len(losses) // n * n].reshape(-1, n).min(1)
+        results.append(replace(found, groups=tuple(groups.tolist())))
+    return results
+
+
+def _result(name: str, study: gputune.Study, split: Split, seconds: float) -> Result:
+    best = study.best_trial
+    chances = study.best_model().predict_proba(split.X_out)[np.arange(len(split.y_out)), split.y_out]
+    return Result(
+        name,
+        len(study.trials),
+        seconds,
+        -best.score,
+        best.std_error,
+        -np.log(np.maximum(chances, np.finfo(chances.dtype).tiny)),  # a chance of 0 stays a number
+        best.params["lr"],
+    )
+
+
+def report(splits: Sequence[Sequence[Result]]) -> str:
+    """Return the page: every split's table, what was won and lost, and the rates that were found."""
+    lines = [
+        f"Digits, {ROWS} rows in {FOLDS} folds; 64-32-10 tanh, Adam, {EPOCHS} epochs in batches of {BATCH}. The rows",
+        "held out took no part in the search. +- is the standard error, over folds or over rows.",
+        "",
+        "| split | search | trainings | seconds | fold-mean loss | +- | held-out loss | best of every n draws |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for seed, results in enumerate(splits):
+        lines += [
+            f"| {seed} | {r.search} | {r.trials} x {FOLDS} | {r.seconds:.1f} | {r.loss:.4f} | {r.std_error:.4f} "
+            f"| {r.held_out_loss:.4f} | {_groups(r)} |"
+            for r in results
+        ]
+    lines += [
+        "",
+        "Losses of the first less those of the second, mean and range over the splits; clear is a difference of more",
+        "than two standard errors over the held-out rows.",
+        "",
+        "| first | second | fold-mean loss | lower in | held-out loss | lower in | clearly lower, higher |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = [r.search for r in splits[0]]
+    lines += [_compared(splits, SCHEDULES, other) for other in names[1:]]
+    lines += [_compared(splits, ONE_RATE, other) for other in names[2:]]
+    lines += ["", "The 10 rates, segments of the training from first to last:", ""]
+    for seed, results in enumerate(splits):
+        layers = [", ".join(f"{lr:.2g}" for lr in layer) for layer in np.array(results[0].rates).T]
+        lines.append(f"- split {seed}: first layer {layers[0]}; second layer {layers[1]}")
+    return "\n".join(lines) + "\n"
+
+
+def _groups(result: Result) -> str:
+    if len(result.groups) < 2:
+        return ""
+    low, middle, high = np.quantile(result.groups, (0, 0.5, 1), method="nearest")
+    return f"{low:.4f} to {high:.4f}, median {middle:.4f}, of {len(result.groups)} groups"
+
+
+def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> str:
+    """How much lower the one search's losses are than the other's, and how often."""
+    pairs = [tuple(next(r for r in s if r.search == name) for name in (first, second)) for s in splits]
+    in_folds = np.array([a.loss - b.loss for a, b in pairs])
+    rows = np.array([a.held_out - b.held_out for a, b in pairs])
+    held_out = rows.mean(1)
+    clear = np.abs(held_out) > 2 * rows.std(1, ddof=1) / np.sqrt(rows.shape[1])
+    clearly = f"{(clear & (held_out < 0)).sum()}, {(clear & (held_out > 0)).sum()}"
+    return (
+        f"| {first} | {second} | {_range(in_folds)} | {(in_folds < 0).sum()} of {len(pairs)} "
+        f"| {_range(held_out)} | {(held_out < 0).sum()} of {len(pairs)} | {clearly} |"
+    )
+
+
+def _range(gaps: np.ndarray) -> str:
+    return f"{gaps.mean():+.4f} ({gaps.min():+.4f} to {gaps.max():+.4f})"
+
+
+def write(out: Path, page: str, splits: Sequence[Sequence[Result]]) -> list[Path]:
+    """Write the page and all numbers into a folder, made if need be; return their paths."""
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / "table.md", out / "results.json"]
+    paths[0].write_text(page)
+    rows = [
+        {**asdict(r), "split": seed, "held_out": r.held_out.tolist(), "held_out_loss": r.held_out_loss}
+        for seed, results in enumerate(splits)
+        for r in results
+    ]
+    whole = {"machine": describe_machine(), "results": rows}
+    paths[1].write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return 0."""
+    options = _parse(arguments)
+    draws = sorted({min(n, options.draws) for n in DRAWS})
+    splits = []
+    for seed in range(options.splits):
+        splits.append(run(split_of(seed), draws=draws, outer_steps=options.outer_steps))
+        print(f"split {seed}: {', '.join(f'{r.search}: {r.loss:.4f}' for r in splits[-1])}", flush=True)
+    page = report(splits)
+    print(f"\n{page}", end="")
+    if options.out:
+        print("\nwritten:", ", ".join(map(str, write(options.out, page, splits))))
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--splits", type=_positive, default=3, help="each with other held-out rows (default 3)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the table (Markdown) and all numbers (JSON)")
+    parser.add_argument("--draws", type=_positive, default=max(DRAWS), help=f"at most (default {max(DRAWS)})")
+    parser.add_argument("--outer-steps", type=_positive, default=OUTER_STEPS, help=f"default {OUTER_STEPS}")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,349 @@
+"""Do to a study what a night can do to it, and count what is lost: kills, damage, a crowd, a full disk.
+
+    python scripts/torture               every part; some minutes with its defaults
+    python scripts/torture flips cuts    these parts: kills, faults, chunks, halving, crowd, cuts, flips,
+                                         disk, storing
+
+Every search runs in processes of its own, which are killed by real signals; the table at the end is compared, bit for
+bit, with that of a search that nothing disturbed. Prints one line of counts for each part; ends with 1 where one of
+them is not what it must be.
+"""
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[1])  # this folder is the package "torture"
+
+import gputune
+from gputune.engine import checkpoint
+from gputune.engine.checkpoint import CheckpointFolder
+from gputune.study.claims import Claims
+from gputune.study.store import Store
+from torture.store import Counts, cuts, flips, storing
+
+Work = Callable[..., object]
+
+BAD = "lost, changed, unopened, unfinished, different, failed, files left, wrong values, other errors".split(
+    ", "
+)
+"""The counts that must be nought."""
+
+STORE_CALLS = (
+    (Store, "add_trials"), (Store, "add_chunks"), (Store, "finish"), (Claims, "_take"), (Claims, "_delete"),
+)  # fmt: skip
+LONG_TRIALS = 6
+LIMIT = 200_000  # bytes that a file may have where the disk is full
+
+
+def begin(work: Work, *arguments: object) -> int:
+    """Begin some work in a process of its own; return its id. It ends with 0, or with 1 and a traceback."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch has threads, all of them asleep
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work(*arguments)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def end(child: int) -> int:
+    """Wait for a process and return its exit code, minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def ended_well(work: Work, *arguments: object) -> bool:
+    """Do some work in a process of its own; return whether it came to its end."""
+    return end(begin(work, *arguments)) == 0
+
+
+def kill(
+    work: Work, *arguments: object, method: tuple[type, str], least: int, most: int, pause: float
+) -> None:
+    """Begin some work, and kill it so many seconds after the call of a method that makes ``least``.
+
+    It waits for that before it makes more than ``most`` calls, so that the kill comes in time however slow we are.
+    """
+    told, telling = os.pipe()
+
+    def counted() -> None:
+        calls, original = 0, getattr(*method)
+
+        def call(*its: object, **options: object) -> object:
+            nonlocal calls
+            if calls == most:
+                signal.pause()
+            result = original(*its, **options)
+            calls += 1
+            if calls == least:
+                os.write(telling, b"x")
+            return result
+
+        setattr(*method, call)
+        work(*arguments)
+
+    child = begin(counted)
+    os.close(telling)
+    os.read(told, 1)
+    os.close(told)
+    time.sleep(pause)
+    os.kill(child, signal.SIGKILL)
+    code = end(child)
+    assert code == -signal.SIGKILL, code
+
+
+def search(path: Path, n_trials: int) -> gputune.Study:
+    """Search with tiny trials, each a chunk of its own."""
+    X, y = load_iris(return_X_y=True)
+    space = {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}
+    return gputune.tune(
+        "mlp", X[::5], y[::5], space=space, n_trials=n_trials, include_default=False, max_epochs=1, cv=2,
+        memory=1024, workers=1, study=path, checkpoint_seconds=1, verbose=0,
+    )  # fmt: skip
+
+
+def table(path: Path) -> list[tuple]:
+    """Return every trial of a study but its times, in a form that compares bits."""
+    study = gputune.Study.open(path)
+    return [
+        (t.number, repr(t.params), t.state, np.array([t.score, *t.fold_scores]).tobytes(), curve.tobytes())
+        for t, curve in zip(study.trials, study.curves)
+    ]
+
+
+@cache
+def undisturbed(n_trials: int) -> list[tuple]:
+    """Return the table of a search that nothing disturbed."""
+    with tempfile.TemporaryDirectory() as folder:
+        assert ended_well(search, Path(folder) / "study.db", n_trials)
+        return table(Path(folder) / "study.db")
+
+
+def compared(path: Path, expected: list[tuple]) -> Counts:
+    """Return what a study that has come to its end holds beside what it must hold."""
+    rows = table(path)
+    return {
+        "trials": len(rows),
+        "unfinished": sum(row[2] not in ("complete", "pruned") for row in rows),
+        "different": sum(a != b for a, b in zip(rows, expected, strict=True)),
+    }
+
+
+def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
+    """Kill a search so often at random moments, each time one that goes on with the same study."""
+    path, draw, before = folder / "kills.db", random.Random(seed), {}
+    found = {"kills": 0, "lost": 0, "changed": 0, "unopened": 0}
+    most = (n_trials - 1) // count  # results of one run: none ends before its kill
+    while found["kills"] < count:
+        least, pause = draw.randint(1, most), draw.uniform(0, 0.01)
+        kill(search, path, n_trials, method=(Store, "finish"), least=least, most=most, pause=pause)
+        found["kills"] += 1
+        try:
+            now = {row[0]: row for row in table(path) if row[2] != "waiting"} if path.exists() else {}
+        except gputune.InputError:
+            found["unopened"] += 1
+            continue
+        found["lost"] += len(before.keys() - now.keys())
+        found["changed"] += sum(row != now.get(number, row) for number, row in before.items())
+        before = now
+    assert ended_well(search, path, n_trials)
+    left = len(list(folder.glob("kills.db-*")))
+    return {**found, **compared(path, undisturbed(n_trials)), "files left": left}
+
+
+def fault_points(folder: Path, n_trials: int) -> Counts:
+    """Kill a search before its first call of the store, before its second, and so on; each goes on to its end."""
+    expected, different = undisturbed(n_trials), 0
+    for point in range(1, 10_000):
+        path = folder / f"fault{point}.db"
+        code = end(begin(_search_until, point, path, n_trials))
+        if code == 0:
+            return {"fault points": point - 1, "different": different}
+        assert code == -signal.SIGKILL, code
+        assert ended_well(search, path, n_trials)
+        different += table(path) != expected
+        left = [place.name for place in folder.iterdir() if place.name.startswith(path.name)]
+        assert left == [path.name], left
+        path.unlink()
+    raise AssertionError("the search never ends")
+
+
+def _search_until(point: int, path: Path, n_trials: int) -> None:
+    """Search, and be killed before a call of the store."""
+    calls = 0
+
+    def counted(original: Work) -> Work:
+        def call(*arguments: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        return call
+
+    for owner, name in STORE_CALLS:
+        setattr(owner, name, counted(getattr(owner, name)))
+    search(path, n_trials)
+
+
+def search_long(path: Path, method: str | gputune.Halving, epochs: int, **options: object) -> gputune.Study:
+    """Search with a few trials, each a chunk of its own."""
+    X, y = load_iris(return_X_y=True)
+    space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40], "optimizer": ["adamw", "adamhd"]}
+    return gputune.tune(
+        "mlp", X, y, space=space, n_trials=LONG_TRIALS, include_default=False, max_epochs=epochs, cv=3,
+        method=method, memory="1KB", workers=1, study=path, verbose=0, **options,
+    )  # fmt: skip
+
+
+def _keeping(path: Path, method: str | gputune.Halving, epochs: int) -> None:
+    """Search, and keep a state after every epoch but a chunk's last."""
+    checkpoint._WRITING_SHARE = 0
+    search_long(path, method, epochs, checkpoint_seconds=1e-9)
+
+
+def kills_in_chunks(
+    folder: Path, count: int, method: str | gputune.Halving, seed: int, epochs: int = 500
+) -> Counts:
+    """Kill a search so often at random moments of its training; the last begins where states were kept."""
+    whole, path, draw = folder / "whole.db", folder / "chunks.db", random.Random(seed)
+    assert ended_well(search_long, whole, method, epochs)
+    with_a_state = 0
+    shortest = method.min_epochs if isinstance(method, gputune.Halving) else epochs
+    # States that one run may keep: none ends before its kill, and the first one is killed within its first chunk.
+    most = min((LONG_TRIALS * (shortest - 1) - 1) // count, shortest - 2)
+    for _ in range(count):
+        least, pause = draw.randint(1, most), draw.uniform(0, 0.02)
+        call = (CheckpointFolder, "write")
+        kill(_keeping, path, method, epochs, method=call, least=least, most=most, pause=pause)
+        with_a_state += any(folder.glob("chunks.db.state/*.safetensors"))
+    failed = not ended_well(search_long, path, method, epochs)
+    found = {
+        "kills": count,
+        "with a state": with_a_state,
+        "failed": int(failed),
+        "files left": len(list(folder.glob("chunks.db[.-]*"))),
+        **compared(path, table(whole)),
+    }
+    for file in (whole, path):
+        file.unlink()
+    return found
+
+
+def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
+    """Let several processes begin the same search at once."""
+    path = folder / "crowd.db"
+    children = [begin(search, path, n_trials) for _ in range(processes)]
+    failed = sum(end(child) != 0 for child in children)
+    return {"processes": processes, "failed": failed, **compared(path, undisturbed(n_trials))}
+
+
+def full_disk(folder: Path, n_trials: int) -> Counts:
+    """Search where files cannot grow beyond a limit, until the error; then without it, to the end."""
+    path = folder / "full.db"
+    clear = ended_well(_search_limited, path, n_trials)
+    with Store.open(path) as store:
+        kept = store.finished()
+    failed = not ended_well(search, path, n_trials)
+    different = compared(path, undisturbed(n_trials))["different"]
+    bad = {"failed": int(failed or not clear), "different": different}
+    return {"clear errors": int(clear), "results kept then": kept, **bad}
+
+
+def _search_limited(path: Path, n_trials: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.RLIM_INFINITY))
+    try:
+        search(path, n_trials)
+    except OSError as error:
+        says = str(error)
+        assert path.name in says and ("make room" in says or "check the disk" in says), error
+    else:
+        raise AssertionError("the disk was never full")
+
+
+Part = Callable[[Path, argparse.Namespace], Counts]
+PARTS: dict[str, tuple[str, Part]] = {
+    "kills": ("kill -9 at random", lambda f, o: kills(f, o.kills, o.trials, o.seed)),
+    "faults": ("kill -9 between store calls", lambda f, o: fault_points(f, 4)),
+    "chunks": ("kill -9 within chunks", lambda f, o: kills_in_chunks(f, o.chunk_kills, "random", o.seed)),
+    "halving": (
+        "kill -9 within chunks, halving",
+        lambda f, o: kills_in_chunks(f, o.chunk_kills, gputune.Halving(min_epochs=50), o.seed),
+    ),
+    "crowd": ("one study, many processes", lambda f, o: crowd(f, o.processes, o.crowd_trials)),
+    "cuts": ("cut at every sector", lambda f, o: cuts(f)),
+    "flips": ("flipped bits", lambda f, o: flips(f, o.flips, o.seed)),
+    "disk": ("full disk", lambda f, o: full_disk(f, 60)),
+    "storing": ("storing", lambda f, o: storing(f, o.stored)),
+}
+"""What can be asked for -> its line, and the part."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts and print their counts; return 1 where one of them is not what it must be."""
+    options = _parse(arguments)
+    torch.set_num_threads(1)  # the searches run in forks of this process
+    folder = Path(tempfile.mkdtemp(prefix="gputune-torture-"))
+    wrong = 0
+    for name, part in options.parts or PARTS.values():
+        start = time.monotonic()
+        counts = part(folder, options)
+        wrong += sum(bool(counts.get(word)) for word in BAD)
+        words = ", ".join(f"{value} {word}" for word, value in counts.items())
+        print(f"{name}: {words} ({time.monotonic() - start:.0f} s)", flush=True)
+    shutil.rmtree(folder)
+    return int(wrong > 0)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", type=_part, metavar="PART", help="default: all of them")
+    for option, default, says in (
+        ("--kills", 60, "times that a search is killed"),
+        ("--trials", 600, "trials of the search that is killed"),
+        ("--chunk-kills", 20, "times that long training is killed"),
+        ("--processes", 8, "of the crowd"),
+        ("--crowd-trials", 4000, "trials that the crowd shares"),
+        ("--flips", 1000, "bits that are flipped, one at a time"),
+        ("--stored", 10_000, "trials whose storing is timed"),
+        ("--seed", 0, "of what is random"),
+    ):
+        parser.add_argument(option, type=int, default=default, help=f"{says} ({default})")
+    return parser.parse_args(arguments)
+
+
+def _part(word: str) -> tuple[str, Part]:
+    if word not in PARTS:
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(PARTS)}, got {word!r}")
+    return PARTS[word]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
