@@ -170,8 +170,8 @@ def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
         found["changed"] += sum(row != now.get(number, row) for number, row in before.items())
         before = now
     assert ended_well(search, path, n_trials)
-    left = len(list(folder.glob("kills.db-*")))
-    return {**found, **compared(path, undisturbed(n_trials)), "files left": left}
+    found |= compared(path, undisturbed(n_trials))  # opens it, before its files are counted
+    return {**found, "files left": len(list(folder.glob("kills.db-*")))}
 
 
 def fault_points(folder: Path, n_trials: int) -> Counts:
@@ -246,8 +246,8 @@ def kills_in_chunks(
         "kills": count,
         "with a state": with_a_state,
         "failed": int(failed),
-        "files left": len(list(folder.glob("chunks.db[.-]*"))),
         **compared(path, table(whole)),
+        "files left": len(list(folder.glob("chunks.db[.-]*"))),
     }
     for file in (whole, path):
         file.unlink()
