@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from gputune.search.optuna_space import label
+from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
 
 
@@ -35,17 +36,10 @@ def best_score(study: Study) -> float:
 
 def study_options(study: Study) -> dict[str, Any]:
     """Return the options of a search that a person compares searches by."""
-    keys = (
-        "model",
-        "optimizer",
-        "schedule",
-        "scoring",
-        "positive",
-        "method",
-        "space",
-        "folds",
-        "max_epochs",
-        "seed",
-        "task",
-    )
-    return {key: study.meta[key] for key in keys if study.meta.get(key) is not None}
+    record = study.record
+    values = {
+        name: getattr(record, name)
+        for name, part in PARTS.items()
+        if part.logged and name not in record.absent
+    }
+    return {name: value for name, value in values.items() if value is not None}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gputune.callbacks.callback import Callback
-from gputune.callbacks.plain import plain_params
+from gputune.callbacks.plain import plain_params, study_options
 from gputune.extras import import_extra
 from gputune.study.study import Study
 
@@ -30,8 +30,10 @@ class TensorBoard(Callback):
 
         self.trial_epochs, self.best = 0, -math.inf
         self.search = SummaryWriter(self.folder / "search")
-        keys = ("model", "scoring", "positive", "space")
-        described = [f"{key}: {study.meta[key]}" for key in keys if study.meta.get(key) is not None]
+        known = study_options(study)
+        described = [
+            f"{key}: {known[key]}" for key in ("model", "scoring", "positive", "space") if key in known
+        ]
         self.search.add_text("study", "  \n".join(described))
 
     def on_epoch(self, curves: np.ndarray) -> None:

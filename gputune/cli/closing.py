@@ -131,27 +131,27 @@ def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
 
 
 def _understood(ending: Ending, width: int) -> str:
-    meta = ending.study.meta
+    record = ending.study.record
     apart = "" if ending.held_out is None else f" and {ending.held_out.rows} held out"
     lines = [
-        ("Data", f"{ending.file}: {meta['fingerprint']['rows']} rows to search on{apart}"),
+        ("Data", f"{ending.file}: {record.fingerprint['rows']} rows to search on{apart}"),
         ("Columns", _columns(ending)),
         ("Task", _task(ending.study)),
         ("Search", _search(ending.study)),
         *_method(ending.study),
     ]
-    return _labelled([*lines, *(("Note", note) for note in meta["notes"])], width)
+    return _labelled([*lines, *(("Note", note) for note in record.notes)], width)
 
 
 def _columns(ending: Ending) -> str:
     X = ending.rest.X
     kinds = Counter(X.kinds) if isinstance(X, Table) else {}
     named = ", ".join(count(number, kind) for kind, number in kinds.items())
-    return f"{named}, made into {count(ending.study.meta['features'], 'feature')}"
+    return f"{named}, made into {count(ending.study.record.features, 'feature')}"
 
 
 def _task(study: Study) -> str:
-    classes, target = study.meta["classes"], clean(study.meta["target"])
+    classes, target = study.record.classes, clean(study.record.target)
     if classes is None:
         return f"regression: predict the number {target!r}"
     shown = ", ".join(clean(name) for name in classes[:10])
@@ -161,32 +161,33 @@ def _task(study: Study) -> str:
 
 
 def _search(study: Study) -> str:
-    meta = study.meta
-    size = f"{count(len(study.trials), 'trial')} x {count(meta['folds'], 'fold')}"
-    if meta["optimizer"] == "exact":
-        return f"{meta['model']}, solved to convergence; {size}"
-    rule = meta["optimizer"] if meta["schedule"] == "constant" else f"{meta['optimizer']}, {meta['schedule']}"
-    return f"{clean(meta['model'])} trained with {rule}; {size} x {count(meta['max_epochs'], 'epoch')}"
+    record = study.record
+    size = f"{count(len(study.trials), 'trial')} x {count(record.folds, 'fold')}"
+    if record.optimizer == "exact":
+        return f"{record.model}, solved to convergence; {size}"
+    rule = record.optimizer if record.schedule == "constant" else f"{record.optimizer}, {record.schedule}"
+    return f"{clean(record.model)} trained with {rule}; {size} x {count(record.max_epochs, 'epoch')}"
 
 
 def _method(study: Study) -> list[tuple[str, str]]:
     """What a search other than the random one did."""
-    method = study.meta["method"]
+    method = study.record.method
     if isinstance(method, str):
         return []
     if method["name"] == "hypergradient":
-        return [("Descent", _descent(study))]
+        return [("Descent", _descent(study, method["outer_steps"]))]
     if method["name"] == "optuna":
         halving = [("Halving", _sent_away(study))] if method["halving"] else []
-        return [("Sampler", _proposed(study)), *halving]
+        return [("Sampler", _proposed(study, method["sampler"])), *halving]
     return [(method["name"].capitalize(), _sent_away(study))]
 
 
-def _proposed(study: Study) -> str:
+def _proposed(study: Study, sampler: str) -> str:
     """How many trials Optuna's sampler proposed, in how many batches."""
     batches = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    sampler = clean(study.meta["method"]["sampler"])
-    return f"Optuna's {sampler} proposed {count(len(batches), 'trial')} in {_batches(len(set(batches)))}"
+    return (
+        f"Optuna's {clean(sampler)} proposed {count(len(batches), 'trial')} in {_batches(len(set(batches)))}"
+    )
 
 
 def _batches(number: int) -> str:
@@ -206,13 +207,11 @@ def _sent_away(study: Study) -> str:
     )
 
 
-def _descent(study: Study) -> str:
+def _descent(study: Study, outer_steps: int) -> str:
     """The starts and points of a search by hypergradients, and where the guard acted."""
-    method = study.meta["method"]
-    names = "C" if study.meta["optimizer"] == "exact" else ", ".join(method["hyperparameters"])
     starts = sum(trial.origin[1] == 0 for trial in study.trials)
-    steps = count(method["outer_steps"], "outer step")
-    text = f"on {names} from {count(starts, 'start')}, at most {steps} each"
+    steps = count(outer_steps, "outer step")
+    text = f"on {', '.join(study.record.descended)} from {count(starts, 'start')}, at most {steps} each"
     guarded = study.guarded
     if guarded["chaotic"]:
         text += f"; the slope was noise at {count(guarded['chaotic'], 'point')}"
@@ -228,9 +227,9 @@ def _best_trials(ending: Ending, width: int) -> str:
     shown = (finished or scored)[:BEST]  # a score that a pruned trial had early is no match for them
     begun = sum(trial.state != "waiting" for trial in study.trials)
     best = f"The best {len(shown)} of {begun} trials" if len(shown) > 1 else "The best trial"
-    title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.meta['folds'] > 1)}:"
+    title = f"{best} by {study_measure(study).title}, {mean_words(study, errors=study.record.folds > 1)}:"
     layout = (
-        ("trial", SCORE_AND_ERROR, "epoch") if study.meta["max_epochs"] > 1 else ("trial", SCORE_AND_ERROR)
+        ("trial", SCORE_AND_ERROR, "epoch") if study.record.max_epochs > 1 else ("trial", SCORE_AND_ERROR)
     )
     rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ")
     return f"{paragraph(title, width)}\n\n{rows}"
@@ -262,9 +261,8 @@ def _scores(ending: Ending, width: int) -> str:
 
 
 def _unfinished(study: Study) -> str:
-    epochs = study.meta["max_epochs"]
-    descent = not isinstance(study.meta["method"], str) and study.meta["method"]["name"] == "hypergradient"
-    if not descent and study.best_trial.best_epoch == epochs > 1:
+    epochs = study.record.max_epochs
+    if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
         return f" It was best after the last of {epochs} epochs: more of them may be better."
     return ""
 
@@ -275,7 +273,7 @@ def _optimistic(study: Study) -> str:
     scored = sum(math.isfinite(trial.score) for trial in study.trials)
     if scored > 1:
         return f"{best} it is the best of {scored} trials on the folds that chose it."
-    chosen = study.meta["max_epochs"] > 1
+    chosen = study.record.max_epochs > 1
     return f"{best} its epoch was chosen on the folds that scored it." if chosen else ""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from gputune.cli.arguments import study_file
 from gputune.report.facts import best_trial, seconds_text, states_text
 from gputune.study.study import Study, Trial
-from gputune.text import GAP, Measure, clean, count, is_formula, measure_of, paragraph, short, table
+from gputune.text import GAP, Measure, clean, count, is_formula, paragraph, short, table
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
@@ -76,20 +76,20 @@ def best_text(study: Study) -> str:
 
 def best_json(study: Study) -> str:
     """Return the best trial as one object with the keys ``FIELDS``, the ``scoring`` and its ``positive`` class."""
-    meta = study.meta
-    best = {"scoring": meta["scoring"], "positive": meta.get("positive"), **_plain(study.best_trial)}
+    record = study.record
+    best = {"scoring": record.scoring, "positive": record.positive, **_plain(study.best_trial)}
     return json.dumps(best, indent=1, default=_name, allow_nan=False)
 
 
 def study_measure(study: Study) -> Measure:
     """Return how the scores of a study are shown."""
     best = max((trial.score for trial in study.trials if math.isfinite(trial.score)), default=math.nan)
-    return measure_of(study.meta["scoring"], best, study.meta.get("positive"))
+    return study.record.measure(best)
 
 
 def mean_words(study: Study, *, errors: bool) -> str:
     """Return what a score is over the folds, and what stands behind the plus-minus sign where there is one."""
-    folds = study.meta["folds"]
+    folds = study.record.folds or study.curves.shape[2]
     return f"mean{f' {PLUS_MINUS} standard error' * errors} over {count(folds, 'fold')}"
 
 
@@ -209,7 +209,7 @@ def _best(study: Study, *, trains_on: bool) -> str:
     best = best_trial(study)
     if best is None:
         return "none yet"
-    measure = measure_of(str(study.meta.get("scoring") or "score"), best.score, study.meta.get("positive"))
+    measure = study.record.measure(best.score)
     params = ", ".join(f"{clean(name)}={short(value)}" for name, value in best.params.items())
     # The trials that have passed a rung have no result before they end, and all that have one are worse.
     left = (

@@ -76,16 +76,16 @@ def resume(arguments: argparse.Namespace) -> str:
     given["workers"] = _workers(arguments, unsaid=None)
     given["n_trials"] = arguments.trials
     changed = {name: value for name, value in given.items() if value is not None}
-    meta = Study.open(study).meta
+    record = Study.open(study).record
     profile = Profile()
     with profile.clock(PREPARING), blaming_options(study):
         changed["verbose"] = arguments.verbose
-        again = search_again(study, meta, changed, trust_code=arguments.trust_code)
-    if callbacks := meta["arguments"].get("callbacks"):
+        again = search_again(study, record, changed, trust_code=arguments.trust_code)
+    if callbacks := record.arguments.get("callbacks"):
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )
-    return _to_the_end(arguments, meta["source"]["path"], again, study, begin, profile)
+    return _to_the_end(arguments, (record.source or {})["path"], again, study, begin, profile)
 
 
 def _to_the_end(
@@ -126,8 +126,8 @@ def _to_the_end(
             with profile.clock("training the best on all rows"):
                 model = study.best_model()
             if again.test is not None:
-                scoring, positive = study.meta["scoring"], study.meta["positive"]
-                held_out = held_out_score(model, scoring, again.test, positive=positive)
+                record = study.record
+                held_out = held_out_score(model, record.scoring, again.test, positive=record.positive)
                 known = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
                 model = replace(model, info={**model.info, **known})
             model.save(model_folder(again.options.study))

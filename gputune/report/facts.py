@@ -42,7 +42,7 @@ def best_trial(study: Study) -> Trial | None:
 
 def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
     """Return the facts of a study; ``model`` is the ``info`` of its tuned model, checked by ``check_model``."""
-    meta, best, measure = study.meta, best_trial(study), shown_scores(study).measure
+    record, best, measure = study.record, best_trial(study), shown_scores(study).measure
     found = []
     if best is not None:
         folds = count(len(best.fold_scores), "fold")
@@ -57,11 +57,11 @@ def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
     note = "the trials' shares of their chunks, summed"
-    if 0 < trained < whole and meta.get("face") != "sklearn":
+    if 0 < trained < whole and record.face != "sklearn":
         note += f"; {trained} of {whole} trial-epochs"
     found.append(Fact("time of training", seconds_text(seconds), note))
-    if meta.get("device"):
-        found.append(Fact("device", clean(meta["device"]), clean(meta.get("dtype", ""))))
+    if record.device:
+        found.append(Fact("device", clean(record.device), clean(record.dtype)))
     return found
 
 
@@ -89,7 +89,7 @@ def check_model(study: Study, model: Mapping[str, Any]) -> None:
 
 def is_its_model(study: Study, model: Mapping[str, Any]) -> bool:
     """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
-    best, rows = best_trial(study), study.meta.get("fingerprint")
+    best, rows = best_trial(study), study.record.fingerprint
     # Models of earlier versions do not say which rows they were trained on.
     return (
         best is not None
@@ -113,35 +113,27 @@ def seconds_text(seconds: float) -> str:
 
 def setting(study: Study) -> list[tuple[str, str]]:
     """Return the options of the search, name and text, those that its file has."""
-    meta = study.meta
-    rows: list[tuple[str, Any]] = []
-    source, print_ = meta.get("source"), meta.get("fingerprint")
-    if isinstance(source, dict):
-        rows.append(("data", source.get("path")))
-    if isinstance(print_, dict) and "rows" in print_:
-        rows.append(("rows", print_["rows"]))
-    rows += [("features", meta.get("features")), ("target", meta.get("target")), ("task", meta.get("task"))]
-    if meta.get("classes"):
-        shown = ", ".join(map(str, meta["classes"][:12]))
-        rows.append(
-            ("classes", f"{len(meta['classes'])}: {shown}{', …' if len(meta['classes']) > 12 else ''}")
-        )
-    method = meta.get("method")
-    rows += [
-        ("positive class", meta.get("positive")),
-        ("model", meta.get("model")),
-        ("optimizer", meta.get("optimizer")),
-        ("schedule", meta.get("schedule")),
-        ("method", _method(method)),
-        ("space", meta.get("space")),
-        ("folds", meta.get("folds")),
-        ("epochs", meta.get("max_epochs")),
-        ("seed", meta.get("seed")),
+    record, classes = study.record, study.record.classes or ()
+    shown = f"{', '.join(map(str, classes[:12]))}{', …' if len(classes) > 12 else ''}"
+    rows = [
+        ("data", (record.source or {}).get("path")),
+        ("rows", record.fingerprint.get("rows")),
+        ("features", record.features or None),
+        ("target", record.target),
+        ("task", record.task),
+        ("classes", f"{len(classes)}: {shown}" if classes else None),
+        ("positive class", record.positive),
+        ("model", record.model),
+        ("optimizer", record.optimizer),
+        ("schedule", record.schedule),
+        ("method", _method(record.method)),
+        ("space", record.space),
+        ("folds", record.folds or None),
+        ("epochs", record.max_epochs or None),
+        ("seed", record.seed),
+        ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
     ]
-    versions = meta.get("versions")
-    if isinstance(versions, dict):
-        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items())))
-    return [(name, clean(value)) for name, value in rows if value is not None]
+    return [(name, clean(value)) for name, value in rows if value is not None and value != ""]
 
 
 def _method(method: Any) -> Any:

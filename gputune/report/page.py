@@ -169,7 +169,7 @@ def _words(study: Study) -> dict[str, Any]:
     """Return what the page says of a study beside its charts and its table."""
     best = best_trial(study)
     return {
-        "title": f"Study of {clean(study.meta['model'])}" if "model" in study.meta else "Study",
+        "title": f"Study of {clean(study.record.model)}" if study.record.model else "Study",
         "source": _source(study),
         "best": best,
         "parameters": [] if best is None else [(clean(k), _exact(v)) for k, v in best.params.items()],
@@ -180,7 +180,7 @@ def _words(study: Study) -> dict[str, Any]:
         "endings": endings(study),
         "code": again_code(study),
         "setting": setting(study),
-        "notes": [clean(note) for note in study.meta.get("notes") or ()],
+        "notes": [clean(note) for note in study.record.notes],
         "version": __version__,
     }
 
@@ -233,13 +233,12 @@ def _exact(value: Any) -> str:
 
 def _source(study: Study) -> str:
     """Return what the study was searched on, in few words."""
-    origin = study.meta.get("source")
-    target = clean(study.meta.get("target", ""))
-    if not isinstance(origin, dict):
+    origin = study.record.source
+    if not origin:
         return ""
     path = str(origin.get("path", ""))
     name = path if path.startswith("sklearn:") else Path(path).name
-    return f"{clean(name)}, predicting {target!r}"
+    return f"{clean(name)}, predicting {clean(study.record.target)!r}"
 
 
 @cache

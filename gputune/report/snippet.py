@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gputune.report.facts import best_trial
+from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.study import Study
 from gputune.text import clean
@@ -64,10 +65,10 @@ def again_code(study: Study) -> str:
     best = best_trial(study)
     if best is None:
         return ""
-    code, meta = _Code(), study.meta
-    if meta.get("face") == "sklearn":
+    code, record = _Code(), study.record
+    if record.face == "sklearn":
         return _sklearn(code, study)
-    if "spec" not in meta:
+    if record.lost:
         return ""
     if _is_scheduled(study) or best.state == "stopped":
         return _from_file(code, study)
@@ -87,14 +88,15 @@ def _is_scheduled(study: Study) -> bool:
     """Whether the best trial has values that only a descent trains with."""
     best = best_trial(study)
     assert best is not None
-    descent = isinstance(study.meta["method"], dict) and study.meta["method"].get("name") == "hypergradient"
-    return descent and any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
+    return study.record.descends and any(
+        isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items()
+    )
 
 
 def _from_file(code: _Code, study: Study) -> str:
     """Return code that reads the study and refits it: the way of what one call of ``tune`` cannot say."""
     code.use("import gputune")
-    memory = study.meta.get("source") is None
+    memory = study.record.source is None
     if memory:
         code.remarks.append("X, y: the rows of the search")
     if study.file is None:
@@ -109,10 +111,10 @@ def _from_file(code: _Code, study: Study) -> str:
 
 def _tune(code: _Code, study: Study) -> str:
     code.use("import gputune")
-    best, measure = best_trial(study), study.meta.get("scoring")
+    best, measure = best_trial(study), study.record.scoring
     assert best is not None
     body, rows = _rows(code, study)
-    lines = [f"    {_model(code, study.meta['spec'])},", *(f"    {row}," for row in rows)]
+    lines = [f"    {_model(code, study.record.spec)},", *(f"    {row}," for row in rows)]
     lines += [f"    {name}={value}," for name, value in _options(code, study).items()]
     return code.script(
         *body,
@@ -150,7 +152,7 @@ def _is_name(text: str) -> bool:
 
 def _rows(code: _Code, study: Study) -> tuple[list[str], list[str]]:
     """Return lines before the call, and its arguments that are the rows."""
-    source = study.meta.get("source")
+    source = study.record.source
     if source is None:
         code.remarks.append("X, y: the rows of the search; add groups= where it had them")
         return [], ["X", "y"]
@@ -164,34 +166,29 @@ def _rows(code: _Code, study: Study) -> tuple[list[str], list[str]]:
 
 
 def _options(code: _Code, study: Study) -> dict[str, str]:
-    meta, best = study.meta, best_trial(study)
+    record, best = study.record, best_trial(study)
     assert best is not None
-    descent = isinstance(meta["method"], dict) and meta["method"].get("name") == "hypergradient"
     options = {
         # A space of one point gives these very parameters; an included trial would be filled up with defaults.
         "space": _over_lines(code, {name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
         "include_default": "False",
-        "cv": _folds(code, meta),
-        "scoring": _scoring(code, meta, descent),
-        "positive": code.literal(meta.get("positive")),
-        "task": code.literal(meta["task"]),
-        "columns": code.literal(meta["columns"]),
-        "numbers": code.literal(meta["numbers"]),
-        "class_weight": _class_weight(code, meta["class_weight"]),
-        "sample_weight": _given(code, "sample_weight") if meta["sample_weight"] is not None else "None",
-        "optimizer": code.literal(meta["optimizer"]),
-        "schedule": code.literal(meta["schedule"]),
-        "max_epochs": code.literal(meta["max_epochs"]),
-        "epoch": code.literal("last" if descent else meta["epoch"]),
-        "device": code.literal(meta["device"]),
-        "dtype": code.literal(meta["dtype"]),
-        "random_state": code.literal(meta["seed"]),
+        "cv": _folds(code, record),
+        "scoring": _scoring(code, record.scoring),
+        "class_weight": _class_weight(code, record.class_weight),
+        "sample_weight": _given(code, "sample_weight") if record.sample_weight is not None else "None",
+        **{
+            part.argument: code.literal(getattr(record, name))
+            for name, part in PARTS.items()
+            if part.argument
+        },
+        **({"epoch": "'last'"} if record.descends else {}),
+        "device": code.literal(record.device),
         "verbose": "0",
     }
     absent = {
         "None": ("positive", "class_weight", "sample_weight"),
-        "'drop-constant'" if meta["spec"]["kind"] != "module" else "'keep'": ("columns",),
+        "'drop-constant'" if record.spec["kind"] != "module" else "'keep'": ("columns",),
         "'standard'": ("numbers",),
         "'constant'": ("schedule",),
     }
@@ -216,8 +213,8 @@ def _given(code: _Code, name: str) -> str:
     return name
 
 
-def _folds(code: _Code, meta: Mapping[str, Any]) -> str:
-    text, source = str(meta["cv"]), meta.get("source") or {}
+def _folds(code: _Code, record: SearchRecord) -> str:
+    text, source = record.cv, record.source or {}
     if text.isdigit():
         return text
     if str(source.get("cv", "")).startswith("time:"):
@@ -227,8 +224,7 @@ def _folds(code: _Code, meta: Mapping[str, Any]) -> str:
     return "cv"
 
 
-def _scoring(code: _Code, meta: Mapping[str, Any], descent: bool) -> str:
-    name = str(meta["scoring"])
+def _scoring(code: _Code, name: str) -> str:
     module, colon, function = name.partition(":")
     if not colon:
         return code.literal(name)

@@ -20,9 +20,17 @@ def export_to_optuna(study: Study, storage: Any, name: str | None) -> Any:
     laws = {key: widened(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
     distributions = {key: as_optuna(law) for key, law in laws.items()}
     with _new_study(optuna, storage, name) as written:
-        for key in ("model", "scoring", "positive", "optimizer", "task"):
-            if study.meta.get(key) is not None:
-                written.set_user_attr(key, study.meta[key])
+        record = study.record
+        known = {
+            "model": record.model,
+            "scoring": record.scoring,
+            "positive": record.positive,
+            "optimizer": record.optimizer,
+            "task": record.task,
+        }
+        for name, value in known.items():
+            if value is not None and value != "":
+                written.set_user_attr(name, value)
         for trial, curve in zip(study.trials, study.curves):
             inside = {
                 key: label(value) for key, value in trial.params.items() if _holds(laws[key], label(value))
@@ -115,7 +123,7 @@ def widened(study: Study, key: str) -> Described:
     Where the study does not know it (a law that Optuna lacks), it is uniform over what the trials hold.
     """
     values = [label(trial.params[key]) for trial in study.trials if key in trial.params]
-    law = study.meta.get("distributions", {}).get(key) or _guessed(values)
+    law = study.record.distributions.get(key) or _guessed(values)
     if law["kind"] == "choices":
         return {"kind": "choices", "choices": labels([*law["choices"], *values])}
     inside = [value for value in values if _holds(law, value)]

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import sklearn
-import torch
 
 from gputune.errors import InputError
 from gputune.sklearn.pipelines import last_step
 from gputune.study.rows import to_json
 from gputune.study.score import State
 from gputune.study.store import Candidate, Result, Store
-from gputune.version import __version__
+from gputune.tuning.record import versions
 
 Place = str | os.PathLike[str]
 
@@ -62,12 +61,7 @@ def _meta(search: Any) -> dict[str, Any]:
         "method": type(search).__name__,
         "scoring": _score_name(search),
         "folds": search.n_splits_,
-        "versions": {
-            "gputune": __version__,
-            "torch": torch.__version__,
-            "sklearn": sklearn.__version__,
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
     }
 
 

@@ -21,20 +21,19 @@ def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
 
 def study_card(study: Any) -> str:
     """Return the card of a study: what it searched, its best score and parameters, how many trials ended how."""
-    meta = study.meta
     states = Counter(trial.state for trial in study.trials)
     rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
     best = next((trial for trial in study.ranking() if math.isfinite(trial.score)), None)
     if best is not None:
-        measure = measure_of(str(meta.get("scoring") or "score"), best.score, meta.get("positive"))
+        measure = study.record.measure(best.score)
         error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
         rows += [
             (measure.title, f"{measure.text(best.score)}{error} over {count(len(best.fold_scores), 'fold')}"),
             ("best trial", f"{best.number}, epoch {best.best_epoch}"),
             *((name, short(value)) for name, value in best.params.items()),
         ]
-    title = f"Study of {meta['model']}" if "model" in meta else "Study"
-    return card(title, rows)
+    model = study.record.model
+    return card(f"Study of {model}" if model else "Study", rows)
 
 
 def model_card(model: Any) -> str:

@@ -1,7 +1,7 @@
 """The trials of a running search, its plan and its results: in memory, and in a study file where one is kept."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,8 @@ from gputune.errors import InputError
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damaged
+from gputune.study.record import IDENTITY, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result, Store
-
-# What must be the same for a search to go on in a file. Anything else (device, versions, n_trials) may differ.
-_IDENTITY = {
-    "spec": "model",
-    "target": "target",
-    "optimizer": "optimizer",
-    "schedule": "schedule",
-    "space": "space",
-    "method": "method",
-    "task": "task",
-    "fingerprint": "data",
-    "columns": "columns",
-    "numbers": "numbers",
-    "class_weight": "class_weight",
-    "sample_weight": "sample_weight",
-    "splits": "folds (cv, groups)",
-    "scoring": "scoring",
-    "positive": "positive",
-    "epoch": "epoch",
-    "max_epochs": "max_epochs",
-    "seed": "random_state",
-    "dtype": "dtype",
-}
-
 
 _LOOK = 0.2
 """Seconds between two looks at what another process has finished."""
@@ -185,34 +162,39 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _differing(held: Mapping[str, Any], meta: Mapping[str, Any]) -> list[str]:
+def _differing(held: SearchRecord, record: SearchRecord) -> list[str]:
     """Return what makes a call another search than the one that is held, in words."""
-    keys = [key for key in _IDENTITY if _same(held.get(key)) != _same(meta[key])]
-    apart = [(of.get("source") or {}).get("held_out") for of in (held, meta)]
-    other_rows = "fingerprint" in keys
+    values = {name: (_value(held, name), _value(record, name)) for name in IDENTITY}
+    names = [name for name, (there, here) in values.items() if _same(there) != _same(here)]
+    apart = [(of.source or {}).get("held_out") for of in (held, record)]
+    other_rows = "fingerprint" in names
     # Other rows are cut into other folds, and others of them are held out: that is no news then.
     words = [
-        f"{_IDENTITY[key]}{_values(held.get(key), meta[key])}"
-        for key in keys
-        if not (other_rows and key in ("splits", "fingerprint"))
+        f"{IDENTITY[name]}{_values(*values[name])}"
+        for name in names
+        if not (other_rows and name in ("splits", "fingerprint"))
     ]
     if other_rows:
-        words += _other_rows(held, meta, of_target="target" in keys)
+        words += _other_rows(held, record, of_target="target" in names)
     elif None not in apart and apart[0] != apart[1]:
         words.append("the held-out rows")
     return words
 
 
-def _other_rows(held: Mapping[str, Any], meta: Mapping[str, Any], *, of_target: bool) -> list[str]:
+def _value(record: SearchRecord, name: str) -> Any:
+    return None if name in record.absent else getattr(record, name)
+
+
+def _other_rows(held: SearchRecord, record: SearchRecord, *, of_target: bool) -> list[str]:
     """Why the rows are others: what chooses them where that differs, else how they do."""
-    sources = [of.get("source") or {} for of in (held, meta)]
+    sources = [of.source or {} for of in (held, record)]
     there, here = (source.get("test_size") for source in sources)
     if there != here:
         return [f"test_size{_values(there, here)}"]
     # The seed, which is named by itself, chooses which rows of a file are held out.
     if of_target or sources[0].get("seed") != sources[1].get("seed"):
         return []
-    sizes = [table_size(of["fingerprint"], source) for of, source in zip((held, meta), sources)]
+    sizes = [table_size(of.fingerprint, of.source) for of in (held, record)]
     if sizes[0] == sizes[1]:
         return ["data (as many rows and columns, with other values, names or order)"]
     return [f"data{_values(*sizes)}"]
@@ -230,7 +212,7 @@ def _values(held: Any, given: Any) -> str:
 
 
 @contextmanager
-def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Ledger]:
+def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledger]:
     """Open the ledger of a new search, or of the search that ``path`` holds.
 
     Raises InputError where the file holds another search, and says what differs; at the end StudyCorruptError where
@@ -240,16 +222,17 @@ def open_ledger(path: str | Path | None, meta: Mapping[str, Any]) -> Iterator[Le
         yield Ledger(None)
         return
     sweep(Path(path).parent, prefix=DRAFTS)
-    with _opened(Path(path), meta) as store, Claims(Path(path)) as claims:
+    with _opened(Path(path), record) as store, Claims(Path(path)) as claims:
         # In files that do not say which class was positive it was the last one.
-        was = None if meta["positive"] is None else meta["classes"][-1]
-        held = {"positive": was, **store.meta}
-        if "face" not in held and (lost := [word for key, word in _IDENTITY.items() if key not in held]):
+        was = None if record.positive is None or record.classes is None else record.classes[-1]
+        held = SearchRecord.from_json({"positive": was, **store.meta})
+        if not held.face and held.lost:
+            lost = ", ".join(IDENTITY[name] for name in held.lost)
             raise InputError(
-                f"study={str(path)!r} has lost options of its search ({', '.join(lost)}) and cannot go on. Its trials "
+                f"study={str(path)!r} has lost options of its search ({lost}) and cannot go on. Its trials "
                 "can be read with gputune.Study.open; give this search a path of its own."
             )
-        if differing := _differing(held, meta):
+        if differing := _differing(held, record):
             raise InputError(
                 f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."
@@ -267,11 +250,11 @@ def _check_kept(path: Path, ledger: Ledger) -> None:
             raise damaged(path, "rows are gone that were written to it")
 
 
-def _opened(path: Path, meta: Mapping[str, Any]) -> Store:
+def _opened(path: Path, record: SearchRecord) -> Store:
     """Open a study, or make it; another process may make it at the same time."""
     if not path.exists():
         try:
-            return Store.create(path, meta)
+            return Store.create(path, record.to_json())
         except InputError:
             if not path.exists():
                 raise

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from gputune.errors import InputError, StudyCorruptError
+from gputune.errors import InputError
 from gputune.study.database import copy_file, create_file, damaged, open_file, transaction, translated
+from gputune.study.record import lost_option
 from gputune.study.rows import (
     HOW_MANY,
     Candidate,
@@ -46,10 +47,7 @@ class Meta(dict[str, Any]):
         self.path = path
 
     def __missing__(self, key: str) -> Any:
-        raise StudyCorruptError(
-            f"study {str(self.path)!r} has lost the option {key!r} of its search. Its trials can be read: "
-            f"gputune.Study.open({str(self.path)!r}).trials; search again for more."
-        )
+        raise lost_option(self.path, key)
 
 
 class Store:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
+from gputune.study.record import SearchRecord
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import of_class, size_words
@@ -93,14 +94,12 @@ class Study:
     trials   in order of their number
     curves   (C, epochs, F) validation scores after each epoch, row c for ``trials[c]``; NaN where a trial did
              not train that long
-    meta     the options of the search; keys that this class reads (others are kept as they are):
-             "model"    the model's name, shown by ``repr``
-             "scoring"  the name of the score, "positive" the class that it is of (None: of none), shown by ``repr``
+    meta     the options of the search by name, to be read only; ``record`` has those that gputune knows
     data     what the process that searched keeps for a refit; None for a study that was opened from its file
     file     the file that keeps the study; None where none does
     """
 
-    meta: dict[str, Any]
+    meta: Mapping[str, Any]
     trials: tuple[Trial, ...]
     curves: _Curves = _Curves()
     data: Any = None
@@ -131,17 +130,22 @@ class Study:
     @classmethod
     def from_rows(
         cls,
-        meta: dict[str, Any],
+        meta: Mapping[str, Any],
         rows: Sequence[tuple[Candidate, Result | None]],
         *,
         data: Any = None,
         file: Path | None = None,
     ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
-        descent = isinstance(meta.get("method"), dict) and meta["method"]["name"] == "hypergradient"
+        descent = SearchRecord.from_json(meta).descends
         trials = tuple(_trial(*row, descent=descent) for row in rows)
         curves = partial(_stack, [None if result is None else result.curve for _, result in rows])
         return cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
+
+    @cached_property
+    def record(self) -> SearchRecord:
+        """What is known of the search."""
+        return SearchRecord.from_json(self.meta)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
@@ -180,7 +184,7 @@ class Study:
     def spent(self) -> tuple[int, int]:
         """Trial-epochs that were trained, and those that training every trial to the end would have taken."""
         trained = int(np.isfinite(self.curves).all(2).sum())
-        return trained, len(self.trials) * int(self.meta.get("max_epochs") or self.curves.shape[1])
+        return trained, len(self.trials) * (self.record.max_epochs or self.curves.shape[1])
 
     @property
     def guarded(self) -> dict[str, int]:
@@ -269,7 +273,7 @@ class Study:
         )
 
     def __repr__(self) -> str:
-        parts = [str(self.meta["model"])] if "model" in self.meta else []
+        parts = [self.record.model] if self.record.model else []
         parts.append(f"{len(self.trials)} trial{'' if len(self.trials) == 1 else 's'}")
         parts += [
             f"{n} {s}"
@@ -279,7 +283,7 @@ class Study:
         best = min(self.trials, key=_rank, default=None)
         if best is not None and math.isfinite(best.score):
             parts.append(
-                f"best {self.meta.get('scoring') or 'score'}{of_class(self.meta.get('positive'))} {best.score:.4g} "
+                f"best {self.record.scoring or 'score'}{of_class(self.record.positive)} {best.score:.4g} "
                 f"in trial {best.number}"
             )
         return f"Study({', '.join(parts)})"

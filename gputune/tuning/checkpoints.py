@@ -1,30 +1,25 @@
 """What a stopped search goes on from: the checkpoints beside its study, as chunks that have begun."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder
 from gputune.engine.job import BegunChunk
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
+from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
 from gputune.types import Config
 
-# What the numbers of a training depend on, beside its configuration.
-_TRAINING = (
-    "spec", "optimizer", "schedule", "task", "fingerprint", "columns", "numbers", "class_weight", "sample_weight",
-    "splits", "scoring", "positive", "max_epochs", "seed", "dtype",
-)  # fmt: skip
 
-
-def checkpoint_folder(study: str | Path | None, meta: Mapping[str, Any]) -> CheckpointFolder | None:
+def checkpoint_folder(study: str | Path | None, record: SearchRecord) -> CheckpointFolder | None:
     """Return the folder of a study's checkpoints, ``study.db.state`` beside ``study.db``; None without a study."""
     if study is None:
         return None
-    text = to_json({key: meta[key] for key in _TRAINING}, name="checkpoint")
+    values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
+    text = to_json(values, name="checkpoint")
     return CheckpointFolder(Path(f"{study}.state"), hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -40,7 +40,6 @@ class Options:
     sample_weight: Any = None
     columns: Any = "auto"
     numbers: Any = "standard"
-    optimizer: str | None = None
     schedule: str = "constant"
     max_epochs: int = 50
     epoch: Any = "best"
@@ -150,7 +149,7 @@ def method_name(method: Method) -> str:
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
-def method_again(meta: str | dict[str, Any]) -> Method:
+def method_again(meta: str | Mapping[str, Any]) -> Method:
     """Return the method that ``method_meta`` wrote, for a refit; a sampler has no part in that."""
     if isinstance(meta, str):
         return check_method(meta)

@@ -50,7 +50,7 @@ from gputune.tuning.problem import ModelChoice, Problem, make_problem
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import train_fully
-from gputune.tuning.record import study_meta
+from gputune.tuning.record import search_record
 from gputune.tuning.sampler import check_sampling, sample
 from gputune.types import Backend
 
@@ -71,8 +71,8 @@ def search(
 ) -> AnyStudy:
     """The pipeline: space, rows, folds, data on the device, trials, training, study.
 
-    ``say_notes=False`` is for a caller that shows ``meta["notes"]``, on the columns and the trials, itself; ``profile``
-    is told where the time goes, and ``words`` is as in ``Progress``.
+    ``say_notes=False`` is for a caller that shows the notes of the record, on the columns and the trials, itself;
+    ``profile`` is told where the time goes, and ``words`` is as in ``Progress``.
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
@@ -101,13 +101,13 @@ def search(
         _remember_what_runs(choice, options)
         _check_method(wanted, space, context, problem.target.classes)
         notes = notes_on(wanted, space, choice, options)
-        meta = study_meta(choice, problem, options, scoring, data, space, folds, notes)
-        _say_what_was_understood(problem, choice, progress, meta["notes"] if say_notes else ())
+        record = search_record(choice, problem, options, scoring, data, space, folds, notes)
+        _say_what_was_understood(problem, choice, progress, record.notes if say_notes else ())
         if cluster is not None:
-            meta["device"] = cluster.device
-        context = replace(context, checkpoints=checkpoint_folder(options.study, meta))
+            record = replace(record, device=cluster.device)
+        context = replace(context, checkpoints=checkpoint_folder(options.study, record))
         file: Path | None = options.study
-        with open_ledger(options.study, meta) as ledger:
+        with open_ledger(options.study, record) as ledger:
             ledger.on_wait = partial(_wait_on, stop, progress)
             if not isinstance(options.method, str):
                 ledger.decide_alone(method_name(options.method))
@@ -117,14 +117,12 @@ def search(
             for sentence in remarks_on(ledger, space, options):
                 progress.say(f"note: {sentence}")
             products = matrix_products(tf32=options.tf32)
-            made = partial(study_type.from_rows, meta)
+            made = partial(study_type.from_rows, record.to_json())
             with _with_callbacks(callbacks, ledger, made, file), profile.clock("training"), products:
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
             context.tidy(ledger)
     refitted = replace(options, callbacks=())  # a refit calls none
-    study = study_type.from_rows(
-        meta, ledger.rows(), data=(choice, replace(source, given=None), refitted), file=file
-    )
+    study = made(ledger.rows(), data=(choice, replace(source, given=None), refitted), file=file)
     if told is not None:
         raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):

@@ -21,6 +21,7 @@ from gputune.search.descent import Hypergradient
 from gputune.solver.job import solve_all, solved_module
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
+from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
 from gputune.tuning.options import Options, method_again
 from gputune.tuning.problem import ModelChoice, Problem, choose_again, make_problem
@@ -42,10 +43,10 @@ def refit(
     with nullcontext() if from_file is None else blaming_options(from_file):
         choice, source, options = _recalled(study, X, y, trust_code)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
-    task = "regression" if study.meta["task"] == "regression" else "classification"
+    task = "regression" if study.record.task == "regression" else "classification"
     problem = make_problem(source, task, choice, options.columns)
     rows = _fingerprint(study, problem, is_kept=study.data is not None and X is None)
-    if check and rows != study.meta["fingerprint"]:
+    if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
     data, (statistics,) = problem.dataset([all_rows(len(source.X))], options, choice)
     config = complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule)
@@ -76,45 +77,47 @@ def refit(
 
 def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
-    meta = study.meta
+    record = study.record
     if study.data is not None:
         choice, source, options = study.data
         return (
             (choice, source, options) if X is None else (choice, read_source(X, y), _without_weights(options))
         )
-    if meta.get("face") == "sklearn":
+    if record.face == "sklearn":
         raise InputError(
-            f"best_model() cannot refit a study of {meta['method']}, which searched scikit-learn's estimators; its "
+            f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
             "best_estimator_ is the model."
         )
-    if meta["sample_weight"] is not None:
+    if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
+        raise lost_option(study.file, lost[0])
+    if record.sample_weight is not None:
         raise InputError(
             "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "
             "returned, in the same process."
         )
     options = Options(
-        class_weight=_class_weight(meta),
-        columns=meta["columns"],
-        numbers=meta["numbers"],
-        schedule=meta["schedule"],
-        max_epochs=meta["max_epochs"],
-        method=method_again(meta["method"]),
-        dtype=meta["dtype"],
-        random_state=meta["seed"],
+        class_weight=_class_weight(record),
+        columns=record.columns,
+        numbers=record.numbers,
+        schedule=record.schedule,
+        max_epochs=record.max_epochs,
+        method=method_again(record.method),
+        dtype=record.dtype,
+        random_state=record.seed,
     )
-    choice = choose_again(meta["spec"], meta["optimizer"], trust_code=trust_code)
+    choice = choose_again(dict(record.spec), record.optimizer, trust_code=trust_code)
     return choice, _reread(study, X, y), options
 
 
-def _class_weight(meta: dict[str, Any]) -> Any:
-    """Return the class weights of a study file: its meta has them as text, its arguments as they were given."""
-    if meta["class_weight"] in (None, "'balanced'"):
-        return None if meta["class_weight"] is None else "balanced"
-    kept = meta.get("arguments", {}).get("kept", {})
+def _class_weight(record: SearchRecord) -> Any:
+    """Return the class weights of a study: its record has them as text, its arguments as they were given."""
+    if record.class_weight in (None, "'balanced'"):
+        return None if record.class_weight is None else "balanced"
+    kept = record.arguments.get("kept", {})
     if "class_weight" in kept:
         return kept["class_weight"]
     raise InputError(
-        f"best_model() cannot read class_weight={meta['class_weight']} again; call it on the study that tune() "
+        f"best_model() cannot read class_weight={record.class_weight} again; call it on the study that tune() "
         "returned, in the same process."
     )
 
@@ -130,7 +133,7 @@ def _without_weights(options: Options) -> Options:
 def _reread(study: Study, X: Any, y: Any) -> Source:
     if X is not None:
         return read_source(X, y)
-    origin = study.meta["source"]
+    origin = study.record.source
     if origin is None:
         raise InputError(
             "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
@@ -146,20 +149,20 @@ def _reread(study: Study, X: Any, y: Any) -> Source:
 def _fingerprint(study: Study, problem: Problem, *, is_kept: bool) -> dict[str, Any]:
     """Return the fingerprint of the rows; those that the process kept are the study's own."""
     if is_kept:
-        return dict(study.meta["fingerprint"])
+        return dict(study.record.fingerprint)
     return fingerprint(problem.source.X, problem.target)
 
 
 def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_given: bool) -> str:
     """Return in which way the rows are not those of the search, and what to do."""
-    held, target, origin = study.meta["classes"], problem.target, study.meta["source"]
+    held, target, origin = study.record.classes, problem.target, study.record.source
     found = None if target.classes is None else target.classes.tolist()
-    difference = rows_difference(study.meta["fingerprint"], rows)
+    difference = rows_difference(study.record.fingerprint, rows)
     if held != found:
         counts = [len(labels or ()) for labels in (held, found)]
         other = "other classes" if counts[0] == counts[1] else f"{counts[0]} classes then, {counts[1]} now"
         difference = f"{difference}; {other}"
-    if not are_given:
+    if origin is not None and not are_given:
         return (
             f"the rows of {origin['path']!r} have changed since the study was searched on them ({difference}); restore "
             "the file, or add check=False to train on them as they are: the model then has no score."
@@ -201,12 +204,12 @@ def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> dict[str, 
 
 def _info(study: Study, trial: Trial, rows: dict[str, Any]) -> dict[str, Any]:
     """Return what is worth knowing of the model; a score is that of the rows of the search, and of no others."""
-    own = rows == study.meta["fingerprint"]
+    own = rows == study.record.fingerprint
     return {
         "params": trial.params,
         "epochs": trial.best_epoch,
-        "scoring": study.meta["scoring"],
-        "positive": study.meta.get("positive"),
+        "scoring": study.record.scoring,
+        "positive": study.record.positive,
         **({"score": trial.score, "std_error": trial.std_error} if own else {}),
         "trials": len(study.trials),
         "rows": rows["rows"],

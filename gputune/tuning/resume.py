@@ -10,6 +10,7 @@ from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.space import Space, space_again, space_values
+from gputune.study.record import SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered
 from gputune.tuning.options import Options, method_again
@@ -19,7 +20,7 @@ _KEPT = (
     *("n_trials", "include_default", "scoring", "class_weight"),
     *("max_epochs", "checkpoint_seconds", "device", "backend", "dtype", "tf32", "memory", "workers"),
 )
-"""Arguments that a file holds as they were given, beside what ``meta`` has under names of its own."""
+"""Arguments that a file holds as they were given, beside what the record has under names of its own."""
 
 
 @dataclass(frozen=True)
@@ -62,48 +63,47 @@ def stored_arguments(options: Options, source: Source, space: Space, folds: list
 
 
 def search_again(
-    path: Path, meta: dict[str, Any], changed: dict[str, Any], *, trust_code: bool = False
+    path: Path, record: SearchRecord, changed: dict[str, Any], *, trust_code: bool = False
 ) -> Again:
     """Return the search of a study file, with some of its options ``changed``.
 
     Raises InputError, saying what is missing or has changed, and UntrustedCodeError where it names code, or a cluster,
     that this user has not trained with.
     """
-    if meta.get("face") == "sklearn":
+    if record.face == "sklearn":
         raise InputError(
-            f"study {str(path)!r} is of {meta['method']}, which searched scikit-learn's estimators: a search of that "
+            f"study {str(path)!r} is of {record.method}, which searched scikit-learn's estimators: a search of that "
             "face is not resumed."
         )
-    if "arguments" not in meta or "source" not in meta:
+    if record.lost or {"arguments", "source"} & record.absent:
         raise InputError(
             f"study {str(path)!r} has lost options of its search and cannot go on; search again, into another "
             "folder. `gputune trials` shows what it holds."
         )
-    arguments = meta["arguments"]
+    arguments = record.arguments
     if arguments["lacking"]:
         raise InputError(
             f"study {str(path)!r} does not hold: {'; '.join(arguments['lacking'])}. Repeat the call of "
             f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
         )
     study = path.absolute()  # wherever a module of the user's goes meanwhile
-    choice = choose_again(meta["spec"], meta["optimizer"], trust_code=trust_code)
-    source, test = _reread(meta, choice)
-    given = {**arguments["kept"], **changed, "task": meta["task"]}
+    choice = choose_again(dict(record.spec), record.optimizer, trust_code=trust_code)
+    source, test = _reread(record, choice)
+    given = {**arguments["kept"], **changed, "task": record.task}
     if isinstance(given.get("workers"), dict):
         given["workers"] = _cluster(Ray(**given["workers"]), trust_code)
     options = Options(
         **given,
         space=space_again(arguments["space"]),
-        method=method_again(meta["method"]),
+        method=method_again(record.method),
         cv=unpack_folds(arguments["folds"]),
-        columns=meta["columns"],
-        numbers=meta["numbers"],
-        optimizer=meta["optimizer"],
-        schedule=meta["schedule"],
-        positive=meta.get("positive"),
-        epoch=meta["epoch"],
+        columns=record.columns,
+        numbers=record.numbers,
+        schedule=record.schedule,
+        positive=record.positive,
+        epoch=record.epoch,
         study=study,
-        random_state=meta["seed"],
+        random_state=record.seed,
     )
     return Again(choice, source, test, options)
 
@@ -118,9 +118,10 @@ def _cluster(named: Ray, trust_code: bool) -> Ray:
     return named
 
 
-def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source | None]:
+def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
     """Return the rows of a search, read again from its file, and those that it held out."""
-    origin = meta["source"]
+    assert record.source is not None  # rows in memory are lacking
+    origin = record.source
     try:
         source, test = read_apart(origin)
     except FileNotFoundError as error:
@@ -128,9 +129,9 @@ def _reread(meta: dict[str, Any], choice: ModelChoice) -> tuple[Source, Source |
             f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "
             "its new place."
         ) from error
-    found = fingerprint(source.X, make_problem(source, meta["task"], choice).target)
-    if found != meta["fingerprint"]:
-        sizes = table_size(meta["fingerprint"], origin), table_size(found, source.origin)
+    found = fingerprint(source.X, make_problem(source, record.task, choice).target)
+    if found != record.fingerprint:
+        sizes = table_size(record.fingerprint, origin), table_size(found, source.origin)
         raise InputError(
             f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
             f"({rows_difference(*sizes)}); restore the file."

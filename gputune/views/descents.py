@@ -31,12 +31,8 @@ class Descent:
 
 def descended(study: Study) -> tuple[Parameter, ...]:
     """Return the hyperparameters that a search by hypergradients descended on; () for another search."""
-    method = study.meta.get("method")
-    if not isinstance(method, dict) or method.get("name") != "hypergradient":
-        return ()
-    names = ["C"] if study.meta.get("optimizer") == "exact" else list(method.get("hyperparameters", ()))
     found = {parameter.name: parameter for parameter in parameters(study) if not parameter.levels}
-    return tuple(found[name] for name in names if name in found)
+    return tuple(found[name] for name in study.record.descended if name in found)
 
 
 def descents(study: Study) -> tuple[Descent, ...]:

@@ -69,7 +69,7 @@ def _parameter(name: str, study: Study) -> Parameter:
     values = np.array([np.nan if value is None else float(value) for value in given])
     infinite = np.abs(values) > _FARTHEST
     values[infinite] = np.nan
-    log = is_log(name, values, str(study.meta.get("space", "")))
+    log = is_log(name, values, study.record.space)
     return Parameter(name, label, values, log=log, hidden=int(infinite.sum()))
 
 

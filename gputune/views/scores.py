@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.study.study import Study
-from gputune.text import Measure, measure_of
+from gputune.text import Measure
 
 _FAR = 1.5
 """Scores worse than the lower quartile by so many interquartile ranges lie beyond the axis, as in a box plot."""
@@ -54,7 +54,7 @@ def shown_scores(study: Study) -> Scores:
     scores = np.array([trial.score for trial in study.trials], dtype=np.float64)
     finite = np.isfinite(scores)
     best = float(scores[finite].max()) if finite.any() else math.nan
-    measure = measure_of(str(study.meta.get("scoring") or "score"), best, study.meta.get("positive"))
+    measure = study.record.measure(best)
     judged = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
     return Scores(measure, in_sign(measure, np.where(finite, scores, np.nan)), judged)
 

@@ -144,8 +144,8 @@ def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     assert "resume" in stopped.stdout or "--ray" in stopped.stdout
     assert 2 <= done(path) < 12
     monkeypatch.chdir(tmp_path)
-    meta = gputune.Study.open(path).meta
-    assert search_again(path, meta, {}).options.workers == gputune.Ray("local")
+    record = gputune.Study.open(path).record
+    assert search_again(path, record, {}).options.workers == gputune.Ray("local")
     code, _, err = run("resume", "out", "-q", "--workers", "1")  # it would go on with Ray, but may go on here
     assert code == 0, err
     assert run("tune", "sklearn:iris", *options, "--workers", "1", "--out", "whole")[0] == 0

@@ -8,7 +8,7 @@ import pytest
 import gputune
 from gputune.api.tuning import tune
 from gputune.cli.arguments import flags, in_flags, make_parser
-from gputune.study.ledger import _IDENTITY
+from gputune.study.record import IDENTITY
 
 PYTHON_ALONE = {"X", "y", "include", "class_weight", "sample_weight", "epoch", "callbacks"}
 OF_METHODS = {
@@ -27,7 +27,7 @@ def test_every_argument_that_has_an_option_is_known():
     assert "tune" in help_text
 
 
-@pytest.mark.parametrize("name", [*_IDENTITY.values(), "test_size"])
+@pytest.mark.parametrize("name", [*IDENTITY.values(), "test_size"])
 def test_a_difference_of_two_searches_names_the_option(name):
     said = in_flags(
         f"study='gputune-out/study.db' holds another search, which differs from this call in: {name} (30 there, 2 "

@@ -84,7 +84,7 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
 def test_checkpoints_stay_as_far_apart_as_they_were(bugs):
     assert run("tune", bugs, "--target", "kind", *SMALL, "--checkpoint-seconds", "7")[0] == 0
     path = bugs.parent / "gputune-out" / "study.db"
-    assert search_again(path, gputune.Study.open(path).meta, {}).options.checkpoint_seconds == 7
+    assert search_again(path, gputune.Study.open(path).record, {}).options.checkpoint_seconds == 7
 
 
 def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
@@ -193,19 +193,19 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
     """It would answer in pickles."""
     another_user()
     gputune.tune("mlp", "bugs.csv", "kind", n_trials=1, cv=2, max_epochs=1, study="my.db", verbose=0)
-    meta = gputune.Study.open("my.db").meta
+    record = gputune.Study.open("my.db").record
     for address in ("local", "auto", "ray://10.0.0.1:10001"):
-        meta["arguments"]["kept"]["workers"] = {"address": address, "cpus": 1}
+        record.arguments["kept"]["workers"] = {"address": address, "cpus": 1}
         wanted = gputune.Ray(address)
         if wanted.is_elsewhere:
             with pytest.raises(
                 gputune.InputError, match="names the Ray cluster 'ray://10.0.0.1:10001', which would get"
             ):
-                search_again(Path("my.db"), meta, {})
-            assert search_again(Path("my.db"), meta, {}, trust_code=True).options.workers == wanted
-            assert search_again(Path("my.db"), meta, {"workers": 1}).options.workers == 1
+                search_again(Path("my.db"), record, {})
+            assert search_again(Path("my.db"), record, {}, trust_code=True).options.workers == wanted
+            assert search_again(Path("my.db"), record, {"workers": 1}).options.workers == 1
             _remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
-        assert search_again(Path("my.db"), meta, {}).options.workers == wanted
+        assert search_again(Path("my.db"), record, {}).options.workers == wanted
 
 
 def test_a_change_of_any_row_is_said_those_held_out_too(bugs):

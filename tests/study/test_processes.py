@@ -20,6 +20,7 @@ from gputune.errors import InputError
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
+from gputune.study.record import SearchRecord
 from gputune.study.store import Chunk, Store
 from gputune.tuning import pipeline
 from gputune.tuning.progress import Progress
@@ -133,9 +134,9 @@ def test_one_process_at_a_time_adds_to_the_plan(path):
 
 @pytest.mark.parametrize("method", ["halving", "hypergradient"])
 def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains(path, method):
-    with open_ledger(path.with_name("other.db"), META) as ledger:
+    with open_ledger(path.with_name("other.db"), RECORD) as ledger:
         ledger.decide_alone(method)
-        with open_ledger(path.with_name("other.db"), META) as second:
+        with open_ledger(path.with_name("other.db"), RECORD) as second:
             words = (
                 rf"process {os.getpid()} on '.*' is at work .* method='{method}' .* Wait for it, or end it\.$"
             )
@@ -143,16 +144,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
                 second.decide_alone(method)
 
 
-META = dict.fromkeys(
-    "target optimizer schedule space method task columns numbers splits scoring epoch dtype".split(), ""
-)
-META |= {
-    "spec": {"kind": "mlp"},
-    "fingerprint": {"rows": 9, "columns": 2, "sha256": ""},
-    "max_epochs": 3,
-    "seed": 0,
-}
-META |= dict.fromkeys(["class_weight", "sample_weight", "positive"])
+RECORD = SearchRecord(model="mlp")
 
 
 def foreign(path, **owner):
@@ -343,5 +335,5 @@ def test_a_study_that_another_process_makes_meanwhile_is_opened(tmp_path, monkey
         return create(place, meta)
 
     monkeypatch.setattr(Store, "create", late)
-    with open_ledger(path, META) as ledger:
+    with open_ledger(path, RECORD) as ledger:
         assert ledger.candidates == []

@@ -1,0 +1,158 @@
+"""What a study knows of its search: one typed value, kept in its file as named options.
+
+Each field says what it is for: whether a search that goes on must have the same, whether a training depends on it,
+which argument of ``tune`` it answers. All that compares, digests or repeats a search takes its list from here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from gputune.errors import StudyCorruptError
+from gputune.text import Measure, measure_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a field of a record is for.
+
+    called     what it is in words, where a search that goes on must have the same; "" where it may differ
+    training   whether the numbers of a training depend on it, beside its configuration
+    argument   the argument of ``tune`` whose value it is; "" where it is none, or in another form
+    logged     whether loggers are told of it
+    """
+
+    called: str = ""
+    training: bool = False
+    argument: str = ""
+    logged: bool = False
+
+
+def _part(default: Any, called: str = "", **what: Any) -> Any:
+    """Return a field of a record with what it is for; ``default`` stands where a file does not have it."""
+    kind: Callable[[], Any] | None = type(default) if isinstance(default, dict | list) else None
+    metadata = {"part": Part(called, **what)}
+    return (
+        field(default_factory=kind, metadata=metadata) if kind else field(default=default, metadata=metadata)
+    )
+
+
+def _argument(default: Any, name: str, *, training: bool = True, logged: bool = False) -> Any:
+    """Return a field that holds an argument of ``tune`` as it was given; all of them must stay the same."""
+    return _part(default, name, training=training, argument=name, logged=logged)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRecord:
+    """A search as its study keeps it. What a file lacks is "", 0, None or empty, and its name is in ``absent``.
+
+    face            "sklearn" where a search of scikit-learn's face wrote it, which has few of the others
+    model, spec     the model's name, and how it is built again (see module_source.py)
+    space           as text; ``distributions`` are those of it that an export to Optuna knows, by key
+    method          "random", or its "name" with its options
+    classes         the labels; None for numbers
+    source          what reads the rows again, and which were held out; None for rows in memory
+    fingerprint     of the rows: "rows", "columns", "sha256"
+    features        columns of the encoded rows; ``notes`` are remarks on columns and trials
+    class_weight    as text, ``sample_weight`` as a digest; None where the rows were not weighted
+    cv, folds       the number or the class of the splitter, how many folds it made, and the digest of their rows
+    positive        the class that ``scoring`` is of; None: of none
+    max_epochs      1 for a model that is solved
+    device          where it trained first; it may go on elsewhere
+    arguments       what only makes the search again, see ``tuning/resume.py``
+    """
+
+    face: str = ""
+    model: str = _part("", logged=True)
+    spec: Mapping[str, Any] = _part({}, "model", training=True)
+    target: str = _part("", "target")
+    optimizer: str = _argument("", "optimizer", logged=True)
+    schedule: str = _argument("", "schedule", logged=True)
+    space: str = _part("", "space", logged=True)
+    distributions: Mapping[str, Any] = _part({})
+    method: str | Mapping[str, Any] = _part("", "method", logged=True)
+    task: str = _argument("", "task", logged=True)
+    classes: Sequence[Any] | None = None
+    source: dict[str, Any] | None = None
+    fingerprint: Mapping[str, Any] = _part({}, "data", training=True)
+    features: int = 0
+    notes: Sequence[str] = _part([])
+    columns: str = _argument("", "columns")
+    numbers: str = _argument("", "numbers")
+    class_weight: str | None = _part(None, "class_weight", training=True)
+    sample_weight: str | None = _part(None, "sample_weight", training=True)
+    cv: str = ""
+    folds: int = _part(0, logged=True)
+    splits: str = _part("", "folds (cv, groups)", training=True)
+    scoring: str = _part("", "scoring", training=True, logged=True)
+    positive: str | bool | float | None = _argument(None, "positive", logged=True)
+    epoch: str = _argument("", "epoch", training=False)
+    max_epochs: int = _argument(0, "max_epochs", logged=True)
+    seed: int | None = _argument(None, "random_state", logged=True)
+    dtype: str = _argument("", "dtype")
+    device: str = ""
+    versions: Mapping[str, str] = _part({})
+    arguments: Mapping[str, Any] = _part({})
+    absent: frozenset[str] = frozenset({"face"})
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any]) -> Self:
+        """Return the record of a file's options; those of a later version are left out."""
+        names = {part.name for part in fields(cls)} - {"absent"}
+        known = {name: options[name] for name in names & options.keys()}
+        return cls(**known, absent=frozenset(names - known.keys()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the options that a file keeps."""
+        absent = {*self.absent, "absent"}
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.name not in absent}
+
+    @property
+    def lost(self) -> list[str]:
+        """Names of what makes a search the one that it is, where a damaged file lacks them."""
+        # Files of an earlier version do not say which class was positive.
+        return [name for name in IDENTITY if name in self.absent and name != "positive"]
+
+    @property
+    def method_name(self) -> str:
+        """The word for the method."""
+        return self.method if isinstance(self.method, str) else str(self.method.get("name", ""))
+
+    @property
+    def descends(self) -> bool:
+        """Whether its trials are the points of descents by hypergradients."""
+        return self.method_name == "hypergradient"
+
+    @property
+    def descended(self) -> list[str]:
+        """The hyperparameters that a search by hypergradients descends on; none of another search."""
+        if not self.descends or isinstance(self.method, str):
+            return []
+        return ["C"] if self.optimizer == "exact" else list(self.method.get("hyperparameters", ()))
+
+    def measure(self, best: float) -> Measure:
+        """Return how scores are shown, with decimals for the best of them."""
+        return measure_of(self.scoring or "score", best, self.positive)
+
+
+def lost_option(path: Path | None, name: str) -> StudyCorruptError:
+    """Return the error of a study whose file has lost an option that is needed."""
+    place = "" if path is None else f" {str(path)!r}"
+    read = (
+        "Its trials can be read"
+        if path is None
+        else f"Its trials can be read: gputune.Study.open({str(path)!r}).trials"
+    )
+    return StudyCorruptError(
+        f"study{place} has lost the option {name!r} of its search. {read}; search again for more."
+    )
+
+
+PARTS: Mapping[str, Part] = {
+    one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata
+}
+"""What each field is for, where it is for anything but reading."""
+
+IDENTITY = {name: part.called for name, part in PARTS.items() if part.called}
+"""What must be the same for a search to go on in a file, in words. Anything else may differ."""

@@ -1,0 +1,41 @@
+"""The record of a search: what a file lacks, what must stay the same, and what a checkpoint's digest is of."""
+
+import pytest
+
+from gputune.errors import StudyCorruptError
+from gputune.study.record import IDENTITY, PARTS, SearchRecord, lost_option
+from made_studies import META
+
+
+def test_a_record_gives_its_options_back():
+    record = SearchRecord.from_json({**META, "of_a_later_version": 1})
+    assert record.to_json() == META and record.scoring == "accuracy"
+    assert record.absent == {"face", "distributions", "positive", "arguments"} and not record.lost
+
+
+def test_what_a_damaged_file_lacks_is_said_and_is_empty():
+    record = SearchRecord.from_json({"model": "mlp"})
+    assert record.to_json() == {"model": "mlp"}
+    assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
+    assert record.lost == [name for name in IDENTITY if name != "positive"]
+    with pytest.raises(
+        StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"
+    ):
+        raise lost_option("a.db", "seed")
+    with pytest.raises(StudyCorruptError, match="study has lost the option 'seed' of its search. Its trials"):
+        raise lost_option(None, "seed")
+
+
+def test_the_hyperparameters_of_a_descent():
+    method = {"name": "hypergradient", "hyperparameters": ("lr", "momentum")}
+    assert SearchRecord(method=method).descended == ["lr", "momentum"]
+    assert SearchRecord(method=method, optimizer="exact").descended == ["C"]
+
+
+def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
+    training = (
+        "spec optimizer schedule task fingerprint columns numbers class_weight sample_weight splits scoring"
+    )
+    training += " positive max_epochs seed dtype"
+    assert [name for name, part in PARTS.items() if part.training] == training.split()
+    assert {*IDENTITY} - {*training.split()} == {"target", "space", "method", "epoch"}
