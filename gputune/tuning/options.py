@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,35 +23,40 @@ from gputune.types import SCHEDULES, BackendWord
 Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
 
 
+def _kept(default: Any) -> Any:
+    """Return an option that a study file holds as it was given, where a file can hold it."""
+    return field(default=default, metadata={"kept": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Every argument of ``tune`` but model, X, y and groups, as it was given."""
+    """Every argument of ``tune`` but model, optimizer, X, y and groups, as it was given."""
 
     space: Any = None
-    n_trials: int = 64
+    n_trials: int = _kept(64)
     include: Sequence[Mapping[str, Any]] = ()
-    include_default: bool = True
+    include_default: bool = _kept(True)
     method: Any = "random"
     cv: Any = 5
-    scoring: Any = None
+    scoring: Any = _kept(None)
     positive: Any = None
     task: Any = None
-    class_weight: Any = None
+    class_weight: Any = _kept(None)
     sample_weight: Any = None
     columns: Any = "auto"
     numbers: Any = "standard"
     schedule: str = "constant"
-    max_epochs: int = 50
+    max_epochs: int = _kept(50)
     epoch: Any = "best"
     timeout: float | None = None
     study: Any = None
-    checkpoint_seconds: float = 60.0
-    device: str = "auto"
-    backend: BackendWord = "auto"
-    dtype: str = "float32"
-    tf32: bool = False
-    memory: int | str | None = None
-    workers: int | str | Ray = "auto"
+    checkpoint_seconds: float = _kept(60.0)
+    device: str = _kept("auto")
+    backend: BackendWord = _kept("auto")
+    dtype: str = _kept("float32")
+    tf32: bool = _kept(False)
+    memory: int | str | None = _kept(None)
+    workers: int | str | Ray = _kept("auto")
     random_state: Any = 0
     callbacks: Any = ()
     verbose: int = 1
@@ -97,6 +102,10 @@ class Options:
     def device_here(self) -> torch.device:
         """Return the device of this process; on a cluster ``device`` is that of the tasks, and this what there is."""
         return choose_device("auto" if isinstance(self.workers, Ray) else self.device)
+
+
+NAMES = frozenset(option.name for option in fields(Options))
+KEPT = tuple(option.name for option in fields(Options) if option.metadata.get("kept"))
 
 
 def check_tf32(options: Options, device: torch.device) -> None:

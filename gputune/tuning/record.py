@@ -1,21 +1,25 @@
-"""What a study file holds beside its trials: all that resumes the search and refits its best trial."""
+"""The record of a search made from its options, and its options made from the record, for a resume and a refit."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import sklearn
 import torch
 
-from gputune.data.dataset import Dataset, Rows
-from gputune.data.source import digest_of, fingerprint
+from gputune.data.dataset import Dataset, Rows, pack_folds
+from gputune.data.source import Source, digest_of, fingerprint
 from gputune.engine.scoring import Scoring
+from gputune.errors import InputError
+from gputune.executors.ray_connection import Ray
+from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.optuna_space import described
-from gputune.search.space import Space, space_text
-from gputune.study.record import SearchRecord
-from gputune.tuning.options import Options, method_meta
+from gputune.search.space import Space, space_text, space_values
+from gputune.study.record import PARTS, SearchRecord
+from gputune.study.rows import to_json
+from gputune.tuning.options import KEPT, NAMES, Options, method_again, method_meta
 from gputune.tuning.problem import ModelChoice, Problem
-from gputune.tuning.resume import stored_arguments
 from gputune.version import __version__
 
 
@@ -61,8 +65,45 @@ def search_record(
         dtype=str(data.dtype).removeprefix("torch."),
         device=str(data.device),
         versions=versions(),
-        arguments=stored_arguments(options, problem.source, space, folds),
+        arguments=_arguments(options, problem.source, space, folds),
     )
+
+
+def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> dict[str, Any]:
+    """Return what makes the search again: ``kept``, ``space``, ``folds``.
+
+    ``lacking`` names what a file cannot hold and the search needs, ``callbacks`` those that will not be called again.
+    """
+    values = space_values(space)
+    lacking = [
+        word
+        for word, lost in {
+            "X and y, which were in memory": source.origin is None,
+            "groups, which were in memory": source.groups is not None
+            and not (source.origin or {}).get("groups"),
+            "scoring, a function": callable(options.scoring),
+            "class_weight": not _is_storable(options.class_weight),
+            "sample_weight": options.sample_weight is not None,
+            "space, with an object of your own": values is None,
+            "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
+        }.items()
+        if lost
+    ]
+    kept = {name: getattr(options, name) for name in KEPT if _is_storable(getattr(options, name))}
+    if isinstance(options.workers, Ray):
+        kept["workers"] = asdict(options.workers)
+    callbacks = [type(callback).__name__ for callback in options.callbacks]
+    return {
+        "kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking, "callbacks": callbacks,
+    }  # fmt: skip
+
+
+def recorded_options(record: SearchRecord, **changed: Any) -> Options:
+    """Return the options of a search as far as its record tells them, some of them ``changed``."""
+    known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in NAMES}
+    kept = record.arguments.get("kept", {})
+    known |= {name: kept[name] for name in KEPT if name in kept}
+    return Options(**{**known, "method": method_again(record.method), **changed})
 
 
 def versions() -> dict[str, str]:
@@ -80,3 +121,11 @@ def _distributions(space: Space) -> dict[str, Any]:
     found = {key: described(choices) for part in space for key, choices in part.items()}
     many = {key for key in found if sum(key in part for part in space) > 1}
     return {key: law for key, law in found.items() if law is not None and key not in many}
+
+
+def _is_storable(value: Any) -> bool:
+    try:
+        to_json(value)
+    except InputError:
+        return False
+    return True

@@ -23,8 +23,9 @@ from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
-from gputune.tuning.options import Options, method_again
-from gputune.tuning.problem import ModelChoice, Problem, choose_again, make_problem
+from gputune.tuning.options import Options, choose_device
+from gputune.tuning.problem import DTYPES, ModelChoice, Problem, choose_again, make_problem
+from gputune.tuning.record import recorded_options
 from gputune.types import Backend, Config
 from gputune.version import __version__
 
@@ -95,18 +96,27 @@ def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoi
             "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "
             "returned, in the same process."
         )
-    options = Options(
-        class_weight=_class_weight(record),
-        columns=record.columns,
-        numbers=record.numbers,
-        schedule=record.schedule,
-        max_epochs=record.max_epochs,
-        method=method_again(record.method),
-        dtype=record.dtype,
-        random_state=record.seed,
-    )
+    options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = choose_again(dict(record.spec), record.optimizer, trust_code=trust_code)
     return choice, _reread(study, X, y), options
+
+
+def _machine(record: SearchRecord) -> dict[str, Any]:
+    """Return what a study's file says of the machine, as far as this one has it; a refit is for one process."""
+    kept = record.arguments.get("kept", {})
+    on_cluster = isinstance(kept.get("workers"), dict)
+    device, backend = "auto" if on_cluster else kept.get("device", "auto"), kept.get("backend", "auto")
+    try:
+        place = choose_device(device)
+    except InputError:
+        device, place = "auto", choose_device("auto")
+    if backend != "auto":
+        try:
+            choose_backend(backend, place, DTYPES[record.dtype])
+        except InputError:
+            backend = "auto"
+    tf32 = kept.get("tf32", False) and place.type == "cuda"
+    return {"device": device, "backend": backend, "tf32": tf32, "workers": 1}
 
 
 def _class_weight(record: SearchRecord) -> Any:

@@ -1,26 +1,19 @@
-"""The arguments of a search as its study file holds them, and the search made again from there."""
+"""A search made again from its study file."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gputune.data.dataset import Rows, pack_folds, unpack_folds
+from gputune.data.dataset import unpack_folds
 from gputune.data.source import Source, fingerprint, read_apart, rows_difference, table_size
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.space import Space, space_again, space_values
+from gputune.search.space import space_again
 from gputune.study.record import SearchRecord
-from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered
-from gputune.tuning.options import Options, method_again
+from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, choose_again, make_problem
-
-_KEPT = (
-    *("n_trials", "include_default", "scoring", "class_weight"),
-    *("max_epochs", "checkpoint_seconds", "device", "backend", "dtype", "tf32", "memory", "workers"),
-)
-"""Arguments that a file holds as they were given, beside what the record has under names of its own."""
+from gputune.tuning.record import recorded_options
 
 
 @dataclass(frozen=True)
@@ -31,35 +24,6 @@ class Again:
     source: Source
     test: Source | None
     options: Options
-
-
-def stored_arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> dict[str, Any]:
-    """Return what makes the search again: ``kept``, ``space``, ``folds``.
-
-    ``lacking`` names what a file cannot hold and the search needs, ``callbacks`` those that will not be called again.
-    """
-    values = space_values(space)
-    lacking = [
-        word
-        for word, lost in {
-            "X and y, which were in memory": source.origin is None,
-            "groups, which were in memory": source.groups is not None
-            and not (source.origin or {}).get("groups"),
-            "scoring, a function": callable(options.scoring),
-            "class_weight": not _is_storable(options.class_weight),
-            "sample_weight": options.sample_weight is not None,
-            "space, with an object of your own": values is None,
-            "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
-        }.items()
-        if lost
-    ]
-    kept = {name: getattr(options, name) for name in _KEPT if _is_storable(getattr(options, name))}
-    if isinstance(options.workers, Ray):
-        kept["workers"] = asdict(options.workers)
-    callbacks = [type(callback).__name__ for callback in options.callbacks]
-    return {
-        "kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking, "callbacks": callbacks,
-    }  # fmt: skip
 
 
 def search_again(
@@ -89,22 +53,11 @@ def search_again(
     study = path.absolute()  # wherever a module of the user's goes meanwhile
     choice = choose_again(dict(record.spec), record.optimizer, trust_code=trust_code)
     source, test = _reread(record, choice)
-    given = {**arguments["kept"], **changed, "task": record.task}
-    if isinstance(given.get("workers"), dict):
-        given["workers"] = _cluster(Ray(**given["workers"]), trust_code)
-    options = Options(
-        **given,
-        space=space_again(arguments["space"]),
-        method=method_again(record.method),
-        cv=unpack_folds(arguments["folds"]),
-        columns=record.columns,
-        numbers=record.numbers,
-        schedule=record.schedule,
-        positive=record.positive,
-        epoch=record.epoch,
-        study=study,
-        random_state=record.seed,
-    )
+    workers = {**arguments["kept"], **changed}.get("workers", "auto")
+    if isinstance(workers, dict):
+        workers = _cluster(Ray(**workers), trust_code)
+    space, folds = space_again(arguments["space"]), unpack_folds(arguments["folds"])
+    options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
     return Again(choice, source, test, options)
 
 
@@ -143,11 +96,3 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
             "begun; restore the file."
         )
     return source, test
-
-
-def _is_storable(value: Any) -> bool:
-    try:
-        to_json(value)
-    except InputError:
-        return False
-    return True

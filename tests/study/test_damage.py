@@ -175,7 +175,7 @@ def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
 
 @pytest.mark.parametrize("how", ["overwritten", "cut", "rows removed", "removed"])
 def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_end(path, how):
-    with Store.create(path, SEARCH) as store:
+    with Store.create(path, SEARCH.to_json()) as store:
         store.add_trials(candidates(range(2)))
     error = FileNotFoundError if how == "removed" else StudyCorruptError
     with (
@@ -199,16 +199,4 @@ def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_en
                 path.unlink()
 
 
-SEARCH = dict.fromkeys(
-    "target optimizer schedule space method task columns numbers splits scoring epoch dtype".split(), ""
-)
-SEARCH |= {
-    "spec": {"kind": "mlp"},
-    "fingerprint": {"rows": 9, "columns": 2, "sha256": ""},
-    "max_epochs": 3,
-    "seed": 0,
-}
-SEARCH |= {
-    **dict.fromkeys(["class_weight", "sample_weight", "positive"]),
-    "notes": ["note" for _ in range(1000)],
-}
+SEARCH = record(notes=["note" for _ in range(1000)])

@@ -20,7 +20,6 @@ from gputune.errors import InputError
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
-from gputune.study.record import SearchRecord
 from gputune.study.store import Chunk, Store
 from gputune.tuning import pipeline
 from gputune.tuning.progress import Progress
@@ -144,7 +143,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
                 second.decide_alone(method)
 
 
-RECORD = SearchRecord(model="mlp")
+RECORD = record()
 
 
 def foreign(path, **owner):
