@@ -19,7 +19,7 @@ from gputune.study.ledger import open_ledger
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
 from gputune.study.store import Chunk, Store
-from study_rows import bits, candidates, result
+from study_rows import bits, candidates, record, result
 
 META = {"model": "mlp", "seed": 0}
 CLEAR = r"study\.db' (is damaged: .* restore the file from a copy, or save|is not a gputune study: |has file format )"

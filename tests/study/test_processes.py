@@ -26,7 +26,7 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.random import _wait
 from moments import at_call, at_finish
 from study_processes import done, finish, start, table
-from study_rows import candidates, result
+from study_rows import candidates, record, result
 
 CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
 
