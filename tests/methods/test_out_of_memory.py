@@ -12,10 +12,10 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine.compiled import CompiledChunk
-from gputune.engine.eager import EagerChunk
 from gputune.engine.job import Job
 from gputune.engine.memory import is_out_of_memory
 from gputune.engine.population import Population
+from gputune.engine.stacked import StackedChunk
 from gputune.errors import SearchFailedError
 from gputune.executors.processes import packed
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
@@ -64,7 +64,7 @@ def fail(monkeypatch, when, error=ERRORS[0]):
             raise error
         return train(chunk, *arguments)
 
-    for kind, name in ((EagerChunk, "_step"), (CompiledChunk, "advance")):
+    for kind, name in ((StackedChunk, "_step"), (CompiledChunk, "advance")):
         monkeypatch.setattr(kind, name, partialmethod(allocating, train=getattr(kind, name)))
     return failed
 
@@ -104,14 +104,14 @@ def test_what_never_fits_together_is_trained_one_by_one(iris, whole, monkeypatch
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_path, monkeypatch, method):
-    step = EagerChunk._step
+    step = StackedChunk._step
 
     def allocating(chunk, *arguments):
         if any(config["batch_size"] == 16 and config["width"] == 16 for config in chunk.network.configs):
             raise ERRORS[1]
         return step(chunk, *arguments)
 
-    monkeypatch.setattr(EagerChunk, "_step", allocating)
+    monkeypatch.setattr(StackedChunk, "_step", allocating)
     gputune.tune("mlp", *iris, method=METHODS[method], study=tmp_path / "s.db", **COMMON)
     found = gputune.Study.open(tmp_path / "s.db")
     for trial, other in zip(found.trials, whole[method].trials, strict=True):

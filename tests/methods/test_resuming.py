@@ -17,7 +17,7 @@ from gputune.callbacks import Callback
 from gputune.engine import job as chunks
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.engine.compiled import CompiledChunk
-from gputune.engine.eager import EagerChunk
+from gputune.engine.stacked import StackedChunk
 from gputune.errors import InputError
 
 SPACE = {
@@ -107,7 +107,7 @@ def told_time(monkeypatch, *, epoch, writing):
         return run
 
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    for kind in (EagerChunk, CompiledChunk):
+    for kind in (StackedChunk, CompiledChunk):
         monkeypatch.setattr(kind, "advance", taking(epoch, kind.advance))
     monkeypatch.setattr(CheckpointFolder, "write", taking(writing, CheckpointFolder.write))
 

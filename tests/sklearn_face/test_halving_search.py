@@ -12,7 +12,7 @@ from sklearn.svm import SVC
 
 from face_modules import Net
 from gputune.engine.compiled import CompiledChunk
-from gputune.engine.eager import EagerChunk
+from gputune.engine.stacked import StackedChunk
 from gputune.sklearn import (
     HalvingRandomSearchCV,
     LogisticRegression,
@@ -50,7 +50,7 @@ def beside_scikit_learn(estimator, space, X=X, y=Y, *, resource="max_epochs", **
 def epochs(monkeypatch):
     """Note the trials and epochs of all training."""
     spent = []
-    for kind in (CompiledChunk, EagerChunk):
+    for kind in (CompiledChunk, StackedChunk):
 
         def noted(chunk, epoch, advance=kind.advance):
             spent.append((epoch, len(chunk.alive)))
