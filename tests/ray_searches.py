@@ -12,10 +12,14 @@ import problems
 
 HERE = os.getpid()
 ORDERS = {"folder": ""}
-"""Travels with the code: a folder whose files ask workers for something in the middle of a chunk.
+"""Travels with the code, as STEPS do: a folder whose files ask workers for something in the middle of a chunk.
 
 ``once`` and ``always`` to die, ``full once`` and ``full`` to run out of memory.
 """
+
+
+STEPS = [0]
+"""How often a module was called: its own attributes are put back after each call."""
 
 
 class Net(nn.Module):
@@ -23,12 +27,12 @@ class Net(nn.Module):
 
     def __init__(self, n_features, n_outputs, hidden):
         super().__init__()
-        self.hidden, self.steps = hidden, 0
+        self.hidden = hidden
         self.inner, self.outer = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
 
     def forward(self, x):
-        self.steps += 1
-        if self.hidden == 6 and self.steps > 20 and os.getpid() != HERE and ORDERS["folder"]:
+        STEPS[0] += 1
+        if self.hidden == 6 and STEPS[0] > 20 and os.getpid() != HERE and ORDERS["folder"]:
             obey(Path(ORDERS["folder"]))
         return self.outer(torch.relu(self.inner(x)))
 

@@ -23,7 +23,7 @@ START = "import sys; from gputune.cli.main import main; sys.exit(main())"
 # Training begins, after the network was tried.
 TRAINS = """
 import pathlib
-from gputune.engine import chunk
+from gputune.engine import job
 from moments import at_call
 at_call(job, "train", 1, pathlib.Path("trains").touch, before=True)
 """
@@ -121,7 +121,7 @@ def test_the_second_ctrl_c_does_not(tmp_path):
     ids=["an epoch ends", "an epoch that never ends"],
 )
 def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
-    first = f"from gputune import interrupting; interrupt.GRACE_SECONDS = {grace}; "
+    first = f"from gputune.tuning import interrupt; interrupt.GRACE_SECONDS = {grace}; "
     code, out, err = finish_net(tmp_path, do, first=first)
     assert code == 143 and interrupt.GRACE_SECONDS < 5
     assert words in out and "Traceback" not in err

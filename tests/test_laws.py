@@ -9,7 +9,6 @@ import torch
 
 import problems
 import reference
-from gputune.engine import update
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.population import populations
 from gputune.engine.scoring import make_scoring
@@ -241,18 +240,3 @@ def test_law_6_a_diverged_trial_is_nan_from_then_on():
     _, curves = train_together(data, configs, epochs=4, scoring=scoring)
     assert np.isfinite(curves[0]).all()
     assert np.isnan(curves[1, -1]).all()
-
-
-def test_law_1_with_the_fused_update(monkeypatch):
-    monkeypatch.setattr(update, "_FUSED_PAYS", 0)
-    for dtype in (torch.float64, torch.float32):
-        data = make_data(dtype=dtype)
-        for optimizer in ("adam", "adamw"):
-            config = {
-                "optimizer": optimizer,
-                "weight_decay": 0.1,
-                "schedule": "cosine",
-                "batch_size": 13,
-                "lr": 1e-2,
-            }
-            assert_equals_plain_loop(data, fill(config), epochs=12, horizon=20)

@@ -76,4 +76,4 @@ def test_a_gpu_has_it(monkeypatch):
 
 def test_the_command_line_asks_for_it():
     code, _, error = run("tune", "sklearn:iris", "--tf32", "--device", "cpu")
-    assert code == 2 and "tf32=True is for matrix products" in error
+    assert code == 2 and "--tf32 is for matrix products" in error

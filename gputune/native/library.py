@@ -15,6 +15,8 @@ import signal
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -169,13 +171,30 @@ def _keep(built: Path, path: Path) -> Path:
 
 def _run(words: list[str]) -> "subprocess.CompletedProcess[str]":
     """Run a compiler; one whose process is interrupted ends with all that it has started."""
-    with subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
-    ) as compiler:
+    with (
+        _held_back() as let_through,
+        subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
+        ) as compiler,
+    ):
         try:
+            let_through()
             out, err = compiler.communicate()
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(compiler.pid, signal.SIGKILL)
             raise
     return subprocess.CompletedProcess(words, compiler.returncode, out, err)
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[Callable[[], object]]:
+    """Hold signals back until the function that is given is called: one may come before a new process is known here."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield lambda: None
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

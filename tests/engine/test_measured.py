@@ -100,7 +100,7 @@ def test_a_module_is_measured_too():
 
 
 def test_the_largest_batches_are_measured():
-    group = population(*({"batch_size": 16 if i == 39 else 9} for i in range(40)))
+    group = population(*({"batch_size": 40 if i == 39 else 9} for i in range(40)))
     need = measure_need(job(), DATA, group, peak)
     small = population(*({"batch_size": 9} for _ in range(40)))
     assert need.trial > measure_need(job(), DATA, small, peak).trial

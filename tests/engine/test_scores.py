@@ -167,7 +167,7 @@ def test_a_score_of_one_class_is_that_of_the_class_that_was_asked_for(name, code
     expected = OF_A_CLASS[name](y, guess, outputs[0].softmax(-1)[:, code].numpy(), NAMED[code])
     assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
     with pytest.raises(
-        InputError, match=rf"scoring='{name}' is of one class.*positive='no' or positive='yes' \(--positive\)"
+        InputError, match=rf"scoring='{name}' is of one class.*positive='no' or positive='yes'"
     ):
         make_scoring(name, "binary", NAMED)
 
@@ -198,13 +198,13 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
 @pytest.mark.parametrize(
     ("scoring", "classes", "positive", "message"),
     [
-        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2 \(--positive\)"),
+        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
         ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
         (
             "f1",
             ["no", "yes"],
             "Yes",
-            r"positive \(--positive\) must be one of the classes 'no' and 'yes', got 'Yes'",
+            r"positive must be one of the classes 'no' and 'yes', got 'Yes'",
         ),
         ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
         ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
@@ -212,7 +212,7 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
             "f1",
             ["a", "b", "c"],
             "a",
-            r"positive='a' \(--positive\) needs a target of two classes, got a multiclass",
+            r"positive='a' needs a target of two classes, got a multiclass",
         ),
         ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
         ("accuracy", ["no", "yes"], "no", "scoring='accuracy' knows no positive class; leave it out"),

@@ -55,6 +55,7 @@ def consistent(estimator, X, y):
     ],
     ids=["compiled", "eager", "graph", "halving", "hypergradient", "workers", "solved", "module"],
 )
+@pytest.mark.usefixtures("recorded_on_cpu")
 def test_an_estimator_predicts_what_it_is_given(model, options):
     study = gputune.tune(model, X, Y, scoring=consistent, **{**FAST, **options})
     named = gputune.tune(model, X, Y, scoring="accuracy", **{**FAST, **options})

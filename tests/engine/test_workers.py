@@ -153,7 +153,7 @@ def test_an_error_that_cannot_be_pickled_is_named(orders):
 KILLED = """
 import os, signal, sys
 import gputune
-from gputune.engine import processes
+from gputune.executors import processes
 from gputune.study.ledger import Ledger
 from sklearn.datasets import load_iris
 

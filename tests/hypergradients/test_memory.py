@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from gputune.hypergradients import memory
+from gputune import memory as main_memory
 from gputune.hypergradients.memory import Need, fastest_that_fits, free_bytes, measure
 from gputune.hypergradients.unrolled import forward, reverse, train_plainly
 from inner_problems import OF, StackedNets, peak_bytes, rule_of, tables_of
@@ -107,5 +107,5 @@ def test_free_bytes_where_the_system_does_not_say(monkeypatch):
         def read_text(self):
             raise FileNotFoundError
 
-    monkeypatch.setattr(memory, "Path", Nowhere)
+    monkeypatch.setattr(main_memory, "Path", Nowhere)
     assert 2**20 < free_bytes(torch.device("cpu")) < 2**50

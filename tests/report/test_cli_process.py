@@ -184,8 +184,13 @@ def test_ctrl_c_while_a_library_is_imported_and_at_the_very_end(tmp_path):
     (tmp_path / "torch.py").write_text(
         "import signal\ntry: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: raise ImportError"
     )
-    code, out, err = finish("tune", "sklearn:iris", env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert (code, out, err) == (130, "", "gputune: interrupted.\n")
+    ran = subprocess.run(
+        [sys.executable, "-P", "-c", START, "tune", "sklearn:iris"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "gputune: interrupted.\n")
     late = f"import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT); {START}"
     ran = subprocess.run([sys.executable, "-P", "-c", late, "--version"], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (130, "gputune: interrupted.\n")
