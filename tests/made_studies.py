@@ -9,7 +9,7 @@ from gputune.api.study import Study
 from gputune.search.descent import Hypergradient
 from gputune.search.halving import Halving
 from gputune.study.study import Trial
-from gputune.tuning.options import method_meta
+from gputune.tuning.method import method_meta
 
 META = {
     "model": "mlp",

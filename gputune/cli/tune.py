@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gputune.api.study import Study
-from gputune.cli.arguments import MODEL, STUDY, in_flags, model_folder, study_file
+from gputune.cli.arguments import MODEL, OF_METHODS, STUDY, in_flags, model_folder, study_file
 from gputune.cli.closing import Ending, closing_text, held_out_score, stopped_text
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
@@ -25,18 +25,15 @@ from gputune.search.halving import Halving
 from gputune.search.median import Median
 from gputune.study.database import blaming_options
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
-from gputune.tuning.options import Options
+from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.resume import Again, search_again
 
-TRIALS, DESCENTS = 64, 8
-"""Configurations drawn where the command does not say."""
-
-_CHANGES = ("device", "backend", "memory", "timeout", "checkpoint_seconds")
-"""Options of a search that ``resume`` may change, beside its workers and the number of trials."""
+DESCENTS, _HELD_OUT = 8, 0.2
+"""Starts of descents, and the share of the rows held out, where the command does not say."""
 
 
 def tune(arguments: argparse.Namespace) -> str:
@@ -45,19 +42,19 @@ def tune(arguments: argparse.Namespace) -> str:
     Raises SearchInterrupted with a line that says what is kept and the table so far, and what ``gputune.tune`` raises.
     """
     begin = time.perf_counter()
-    if not arguments.out:
+    if arguments.study == "":
         raise InputError("--out '' is no folder; name one, or leave it out for gputune-out.")
-    out = Path(arguments.out)
+    out = Path(arguments.study or "gputune-out")
     _check_out(out)
     options = _options(arguments, out / STUDY)
-    choice = choose_model(arguments.model, arguments.optimizer)
+    choice = choose_model(arguments.model or "mlp", arguments.optimizer)
     profile = Profile()
     with profile.clock(PREPARING):
         source = read_source(arguments.file, _target(arguments), arguments.groups)
     rest, test = set_apart(
         source,
-        test_size=arguments.test_size,
-        cv=arguments.cv,
+        test_size=_HELD_OUT if arguments.test_size is None else arguments.test_size,
+        cv=arguments.cv or str(Options.cv),
         seed=options.random_state,
         task=options.task,
     )
@@ -72,14 +69,10 @@ def resume(arguments: argparse.Namespace) -> str:
     """Go on with the search of a study file and return its closing text, as ``tune`` does."""
     begin = time.perf_counter()
     study = study_file(arguments.study)
-    given = {name: getattr(arguments, name) for name in _CHANGES}
-    given["workers"] = _workers(arguments, unsaid=None)
-    given["n_trials"] = arguments.trials
-    changed = {name: value for name, value in given.items() if value is not None}
+    changed = _said(arguments)
     record = Study.open(study).record
     profile = Profile()
     with profile.clock(PREPARING), blaming_options(study):
-        changed["verbose"] = arguments.verbose
         again = search_again(study, record, changed, trust_code=arguments.trust_code)
     if callbacks := record.arguments.get("callbacks"):
         Progress(arguments.verbose).say(
@@ -141,81 +134,45 @@ def _to_the_end(
 
 
 def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
-    same = (
-        "scoring",
-        "positive",
-        "task",
-        "columns",
-        "numbers",
-        "schedule",
-        "timeout",
-        "checkpoint_seconds",
-        "device",
-        "backend",
-        "dtype",
-        "tf32",
-        "memory",
-        "verbose",
-        "include_default",
-    )
-    return Options(
-        space=parse_specs(arguments.space) or None,
-        n_trials=_trials(arguments),
-        cv=parse_cv(arguments.cv),
-        max_epochs=arguments.epochs,
-        random_state=arguments.seed,
-        method=_method(arguments),
-        study=study_file,
-        workers=_workers(arguments, unsaid="auto"),
-        **{name: getattr(arguments, name) for name in same},
-    )
+    said = _said(arguments)
+    if "space" in said:
+        said["space"] = parse_specs(said["space"]) or None
+    if "cv" in said:
+        said["cv"] = parse_cv(said["cv"])
+    method = _method(arguments.method or "random", arguments)
+    if isinstance(method, Hypergradient):
+        said.setdefault("n_trials", DESCENTS)
+    return Options(**{**said, "method": method, "study": study_file})
 
 
-def _workers(arguments: argparse.Namespace, *, unsaid: str | None) -> Any:
-    """Return the processes, or the cluster; they cannot both be asked for."""
-    if arguments.ray is None:
-        return arguments.workers
-    if arguments.workers != unsaid:
-        raise InputError(f"--workers {arguments.workers} and --ray exclude each other: leave one out.")
-    return Ray(arguments.ray)
+def _said(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of a search that were typed; of processes and a cluster one alone."""
+    names = RULES.keys() - {"study"}
+    said = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+    if arguments.ray is not None:
+        if arguments.workers not in (None, "auto"):
+            raise InputError(f"--workers {arguments.workers} and --ray exclude each other: leave one out.")
+        said["workers"] = Ray(arguments.ray)
+    return said
 
 
-def _trials(arguments: argparse.Namespace) -> int:
-    if arguments.trials is not None:
-        return int(arguments.trials)
-    return DESCENTS if arguments.method == "hypergradient" else TRIALS
-
-
-def _method(arguments: argparse.Namespace) -> str | Halving | Median | Hypergradient:
+def _method(method: str, arguments: argparse.Namespace) -> str | Halving | Median | Hypergradient:
     """Return the method of the command, with its own options; those of another one are refused."""
-    of_method = {
-        "halving": {"factor": "factor", "min_epochs": "min_epochs", "brackets": "brackets"},
-        "median": {"min_epochs": "min_epochs", "every": "every"},
-        "hypergradient": {
-            "descend_on": "hyperparameters",
-            "outer_steps": "outer_steps",
-            "segments": "segments",
-            "per_layer": "per_layer",
-        },
-    }
-    for method, words in of_method.items():
-        own = of_method.get(arguments.method, {})
-        given = [word for word in words if getattr(arguments, word) is not None and word not in own]
-        if given:
-            raise InputError(
-                f"--{given[0].replace('_', '-')} belongs to --method {method}, got --method {arguments.method}; "
-                "leave it out, or choose that method."
-            )
-    words = of_method.get(arguments.method, {})
-    options = {
-        name: getattr(arguments, word) for word, name in words.items() if getattr(arguments, word) is not None
-    }
+    own = OF_METHODS.get(method, {})
+    for other, words in OF_METHODS.items():
+        for name, rule in words.items():
+            if name not in own and getattr(arguments, name) is not None:
+                raise InputError(
+                    f"{rule.name} belongs to --method {other}, got --method {method}; leave it out, or choose that "
+                    "method."
+                )
+    options = {name: value for name in own if (value := getattr(arguments, name)) is not None}
     kinds: dict[str, Callable[..., Halving | Median | Hypergradient]] = {
         "halving": Halving,
         "median": Median,
         "hypergradient": Hypergradient,
     }
-    return kinds[arguments.method](**options) if arguments.method in kinds else "random"
+    return kinds[method](**options) if method in kinds else "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

@@ -1,10 +1,10 @@
-"""How chunks train here: compiled on a CPU with a C compiler, as recorded graphs where asked for, eagerly otherwise.
+"""Where and how chunks train here: compiled on a CPU with a C compiler, as graphs where asked for, eagerly otherwise.
 
 How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -49,6 +49,22 @@ def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) 
             "which trains eagerly without it."
         ) from error
     return "compiled", ""
+
+
+def choose_device(device: str) -> torch.device:
+    """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = None
+    with suppress(RuntimeError, TypeError):
+        chosen = torch.device(device)
+    count = torch.cuda.device_count()
+    if chosen is not None and chosen.type == "cpu":
+        return chosen
+    if chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < count:
+        return chosen
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
 
 
 def trains_as(backend: Backend, kind: ModelKind, config: Config) -> Backend:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import choose_backend, trains_as
+from gputune.engine.backend import choose_backend, choose_device, trains_as
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.module import EXAMPLES, build_module, check_module
@@ -26,7 +26,6 @@ from gputune.errors import DivergedError, InputError
 from gputune.executors.workers import run_chunks
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.words import Recipe
-from gputune.tuning.options import choose_device
 from gputune.types import Params
 
 Place = tuple[int, int]

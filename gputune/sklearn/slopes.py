@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gputune.data.dataset import Dataset, Fold
+from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
 from gputune.engine.job import Outcome
 from gputune.engine.population import populations
@@ -32,7 +33,6 @@ from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.replay import Fit, fits_alike
 from gputune.sklearn.solve import Penalty, make_problem, penalties_alike
 from gputune.sklearn.words import Recipe
-from gputune.tuning.options import choose_device
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""

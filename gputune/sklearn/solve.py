@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
+from gputune.engine.backend import choose_device
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
 from gputune.sklearn.fit import Place
 from gputune.solver.solve import Solution, solve
-from gputune.tuning.options import choose_device
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Each field says what it is for: whether a search that goes on must have the same
 which argument of ``tune`` it answers. All that compares, digests or repeats a search takes its list from here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -30,17 +30,16 @@ class Part:
 
 
 def _part(default: Any, called: str = "", **what: Any) -> Any:
-    """Return a field of a record with what it is for; ``default`` stands where a file does not have it."""
-    kind: Callable[[], Any] | None = type(default) if isinstance(default, dict | list) else None
+    """Return a field with what it is for; ``default``, or what it makes, stands where a file does not have it."""
     metadata = {"part": Part(called, **what)}
-    return (
-        field(default_factory=kind, metadata=metadata) if kind else field(default=default, metadata=metadata)
-    )
+    if default in (dict, list):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
-def _argument(default: Any, name: str, *, training: bool = True, logged: bool = False) -> Any:
-    """Return a field that holds an argument of ``tune`` as it was given; all of them must stay the same."""
-    return _part(default, name, training=training, argument=name, logged=logged)
+def _argument(default: Any, name: str, **what: Any) -> Any:
+    """Return a field that holds an argument of ``tune``, which must stay the same."""
+    return _part(default, name, argument=name, **{"training": True, **what})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +64,19 @@ class SearchRecord:
 
     face: str = ""
     model: str = _part("", logged=True)
-    spec: Mapping[str, Any] = _part({}, "model", training=True)
+    spec: Mapping[str, Any] = _part(dict, "model", training=True)
     target: str = _part("", "target")
     optimizer: str = _argument("", "optimizer", logged=True)
     schedule: str = _argument("", "schedule", logged=True)
     space: str = _part("", "space", logged=True)
-    distributions: Mapping[str, Any] = _part({})
+    distributions: Mapping[str, Any] = _part(dict)
     method: str | Mapping[str, Any] = _part("", "method", logged=True)
     task: str = _argument("", "task", logged=True)
     classes: Sequence[Any] | None = None
     source: dict[str, Any] | None = None
-    fingerprint: Mapping[str, Any] = _part({}, "data", training=True)
+    fingerprint: Mapping[str, Any] = _part(dict, "data", training=True)
     features: int = 0
-    notes: Sequence[str] = _part([])
+    notes: Sequence[str] = _part(list)
     columns: str = _argument("", "columns")
     numbers: str = _argument("", "numbers")
     class_weight: str | None = _part(None, "class_weight", training=True)
@@ -92,8 +91,8 @@ class SearchRecord:
     seed: int | None = _argument(None, "random_state", logged=True)
     dtype: str = _argument("", "dtype")
     device: str = ""
-    versions: Mapping[str, str] = _part({})
-    arguments: Mapping[str, Any] = _part({})
+    versions: Mapping[str, str] = _part(dict)
+    arguments: Mapping[str, Any] = _part(dict)
     absent: frozenset[str] = frozenset({"face"})
 
     @classmethod

@@ -1,178 +1,129 @@
-"""The options of a search that stand by themselves, checked before anything is read or trained."""
+"""The options of a search, each with its rule: how it is checked, whether a study file keeps it, how it is typed.
 
-import contextlib
+The checks import what they need when they are made: ``gputune --help`` reads this file and must not wait for torch.
+"""
+
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
-
-from gputune.callbacks.callback import check_callbacks
-from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
-from gputune.executors.ray_connection import Ray, check_ray
-from gputune.search.descent import Hypergradient
-from gputune.search.halving import Halving
-from gputune.search.median import Median
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.types import SCHEDULES, BackendWord
 
-Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
+if TYPE_CHECKING:
+    import torch
+
+Takes = Literal["text", "number", "0..", "1..", "names", "specs", "workers"]
 
 
-def _kept(default: Any) -> Any:
-    """Return an option that a study file holds as it was given, where a file can hold it."""
-    return field(default=default, metadata={"kept": True})
+@dataclass(frozen=True)
+class Rule:
+    """What is known of an option beside its default, or of anything else that can be typed.
+
+    flag      as it is typed: "--epochs E" takes a value, "--tf32" is said or not; "" where it cannot be
+    takes     what is read: whole numbers from 0 or 1, names between commas, several KEY=SPEC, ...
+    check     returns the value to go on with, of a name and a value; raises InputError
+    kept      whether a study file holds it as it was given, for a resume and a refit
+    resume    whether ``gputune resume`` may change it; its help there, where that is another one
+    group     where the help lists it
+    """
+
+    flag: str = ""
+    help: str = ""
+    takes: Takes = "text"
+    choices: Sequence[str] | None = None
+    check: Callable[[str, Any], Any] | None = None
+    kept: bool = False
+    resume: bool | str = False
+    group: str = ""
+
+    @property
+    def name(self) -> str:
+        """The flag alone."""
+        return self.flag.partition(" ")[0]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Every argument of ``tune`` but model, optimizer, X, y and groups, as it was given."""
-
-    space: Any = None
-    n_trials: int = _kept(64)
-    include: Sequence[Mapping[str, Any]] = ()
-    include_default: bool = _kept(True)
-    method: Any = "random"
-    cv: Any = 5
-    scoring: Any = _kept(None)
-    positive: Any = None
-    task: Any = None
-    class_weight: Any = _kept(None)
-    sample_weight: Any = None
-    columns: Any = "auto"
-    numbers: Any = "standard"
-    schedule: str = "constant"
-    max_epochs: int = _kept(50)
-    epoch: Any = "best"
-    timeout: float | None = None
-    study: Any = None
-    checkpoint_seconds: float = _kept(60.0)
-    device: str = _kept("auto")
-    backend: BackendWord = _kept("auto")
-    dtype: str = _kept("float32")
-    tf32: bool = _kept(False)
-    memory: int | str | None = _kept(None)
-    workers: int | str | Ray = _kept("auto")
-    random_state: Any = 0
-    callbacks: Any = ()
-    verbose: int = 1
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "method", check_method(self.method))
-        object.__setattr__(self, "callbacks", check_callbacks(self.callbacks))
-        _one_of("schedule", self.schedule, SCHEDULES)
-        _one_of("epoch", self.epoch, ("best", "last"))
-        _one_of("columns", self.columns, ("auto", "keep", "drop-constant"))
-        _one_of("numbers", self.numbers, ("standard", "quantile", "none"))
-        _one_of("backend", self.backend, ("auto", "eager", "compiled", "graph"))
-        _one_of("dtype", self.dtype, ("float32", "float64"))
-        _whole("max_epochs", self.max_epochs)
-        if self.workers == "ray":
-            object.__setattr__(self, "workers", Ray())
-        if isinstance(self.workers, Ray):
-            check_ray(self.device)
-        elif isinstance(self.workers, str) and self.workers != "auto":
-            raise InputError(
-                f"workers must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {self.workers!r}."
-            )
-        elif self.workers != "auto":
-            _whole("workers", self.workers)
-        if self.timeout is not None and not (_is_number(self.timeout) and self.timeout > 0):
-            raise InputError(f"timeout is a number of seconds above 0, or None, got {self.timeout!r}.")
-        if not (_is_number(self.checkpoint_seconds) and self.checkpoint_seconds > 0):
-            raise InputError(
-                f"checkpoint_seconds is a number of seconds above 0, got {self.checkpoint_seconds!r}."
-            )
-        if not (self.study is None or isinstance(self.study, str | os.PathLike)):
-            raise InputError(
-                f"study is the path of a file, or None, got {self.study!r}; of a study that is open give its file."
-            )
-        if self.study is not None:  # wherever a module of the user's goes meanwhile
-            object.__setattr__(self, "study", Path(self.study).absolute())
-        parse_memory(self.memory)
-        device = self.device_here()
-        if self.tf32 is not False:
-            check_tf32(self, device)
-        object.__setattr__(self, "random_state", draw_seed(self.random_state))
-
-    def device_here(self) -> torch.device:
-        """Return the device of this process; on a cluster ``device`` is that of the tasks, and this what there is."""
-        return choose_device("auto" if isinstance(self.workers, Ray) else self.device)
+def _option(default: Any, *rule: Any, **more: Any) -> Any:
+    return field(default=default, metadata={"rule": Rule(*rule, **more)})
 
 
-NAMES = frozenset(option.name for option in fields(Options))
-KEPT = tuple(option.name for option in fields(Options) if option.metadata.get("kept"))
+def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        if value not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+        return value
+
+    return check
 
 
-def check_tf32(options: Options, device: torch.device) -> None:
-    """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
-    if not isinstance(options.tf32, bool):
-        raise InputError(f"tf32 must be True or False, got {options.tf32!r}.")
-    if device.type != "cuda" or options.dtype != "float32":
+def _whole(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+    return value
+
+
+def _seconds(name: str, value: Any, none: str = "") -> Any:
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise InputError(f"{name} is a number of seconds above 0{none}, got {value!r}.")
+    return value
+
+
+def _seconds_or_none(name: str, value: Any) -> Any:
+    return None if value is None else _seconds(name, value, ", or None")
+
+
+def _path(name: str, value: Any) -> Any:
+    if not (value is None or isinstance(value, str | os.PathLike)):
         raise InputError(
-            "tf32=True is for matrix products of single precision on a GPU, got "
-            f"device={str(device)!r}, dtype={options.dtype!r}; leave tf32 out."
+            f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
         )
-    if options.workers not in ("auto", 1):
+    return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _method(name: str, value: Any) -> Any:
+    from gputune.tuning.method import check_method
+
+    return check_method(value)
+
+
+def _memory(name: str, value: Any) -> Any:
+    from gputune.engine.plan import parse_memory
+
+    parse_memory(value)
+    return value
+
+
+def _workers(name: str, value: Any) -> Any:
+    """Return a number, "auto" or a cluster."""
+    from gputune.executors.ray_connection import Ray
+
+    if value == "ray":
+        return Ray()
+    if isinstance(value, str) and value != "auto":
         raise InputError(
-            f"tf32=True is for a search in one process, got workers={options.workers!r}; leave one of them out."
+            f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {value!r}."
         )
+    return value if isinstance(value, Ray) or value == "auto" else _whole(name, value)
 
 
-def check_method(method: Any) -> Method:
-    """Return the search method of a word or of a value."""
-    words: dict[str, Method] = {
-        "random": "random",
-        "halving": Halving(),
-        "median": Median(),
-        "hypergradient": Hypergradient(),
-    }
-    if isinstance(method, str) and method in words:
-        return words[method]
-    if isinstance(method, Halving | Median | Hypergradient | OptunaSampler):
-        return method
-    raise InputError(
-        "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...), "
-        f"gputune.Hypergradient(...) or gputune.OptunaSampler(...), got {method!r}."
-    )
+def _callbacks(name: str, value: Any) -> Any:
+    from gputune.callbacks.callback import check_callbacks
+
+    return check_callbacks(value)
 
 
-def method_meta(method: Method) -> str | dict[str, Any]:
-    """Return a method as a study file holds it."""
-    if isinstance(method, str):
-        return method
-    if isinstance(method, OptunaSampler):
-        halving = None if method.halving is None else asdict(method.halving)
-        return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
-    return {"name": method_name(method), **asdict(method)}
-
-
-def method_name(method: Method) -> str:
-    """Return the word for a method."""
-    if isinstance(method, OptunaSampler):
-        return "optuna"
-    return method if isinstance(method, str) else type(method).__name__.lower()
-
-
-def method_again(meta: str | Mapping[str, Any]) -> Method:
-    """Return the method that ``method_meta`` wrote, for a refit; a sampler has no part in that."""
-    if isinstance(meta, str):
-        return check_method(meta)
-    if meta["name"] == "optuna":
-        return "random"
-    options = {key: value for key, value in meta.items() if key != "name"}
-    kinds = {"halving": Halving, "median": Median, "hypergradient": Hypergradient}
-    again: Method = kinds[meta["name"]](**options)
-    return again
-
-
-def draw_seed(random_state: Any) -> int:
+def _seed(name: str, random_state: Any) -> int:
     """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
-    if _is_number(random_state) and not isinstance(random_state, float | np.floating):
+    import numpy as np
+
+    if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
         if not 0 <= random_state < 2**32:
             raise InputError(
                 f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
@@ -187,31 +138,157 @@ def draw_seed(random_state: Any) -> int:
     )
 
 
-def choose_device(device: str) -> torch.device:
-    """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = None
-    with contextlib.suppress(RuntimeError, TypeError):
-        chosen = torch.device(device)
-    count = torch.cuda.device_count()
-    if chosen is not None and chosen.type == "cpu":
-        return chosen
-    if chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < count:
-        return chosen
-    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-    raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
+_BACKENDS = ("auto", "eager", "compiled", "graph")
+
+SEARCH, ROWS, MACHINE = "the search", "the rows", "the machine, and what is written"
+_search, _rows, _machine = (partial(_option, group=group) for group in (SEARCH, ROWS, MACHINE))
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Every argument of ``tune`` but model, optimizer, X, y and groups, as it was given."""
+
+    n_trials: int = _search(
+        64, "--trials N",
+        "configurations, the default one among them (64; 8 with --method hypergradient, which trains up to 11 "
+        "points for each)",
+        takes="0..", kept=True, resume="configurations in all, where there are to be more",
+    )  # fmt: skip
+    include: Sequence[Mapping[str, Any]] = ()
+    include_default: bool = _search(
+        True, "--no-default",
+        "do not run the default configuration (trial 0, held to --space wherever that names a key)",
+        kept=True,
+    )  # fmt: skip
+    max_epochs: int = _search(
+        50, "--epochs E",
+        "epochs at most (50); with --method hypergradient also what the derivative looks through, so that a short "
+        "training favours small rates",
+        takes="1..", check=_whole, kept=True,
+    )  # fmt: skip
+    epoch: Any = _option("best", check=_one_of("best", "last"))
+    method: Any = _search(
+        "random", "--method",
+        "halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "
+        "drawn configuration descends on its validation loss (random)",
+        choices=("random", "halving", "median", "hypergradient"), check=_method,
+    )  # fmt: skip
+    scoring: Any = _search(
+        None, "--scoring NAME",
+        "a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended)",
+        kept=True,
+    )  # fmt: skip
+    positive: Any = _search(
+        None, "--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"
+    )
+    space: Any = _search(
+        None, "--space KEY=SPEC",
+        "what to search: width=32,64 is a list, width=16..256 all integers between, lr=1e-4..1e-1:log is "
+        "log-uniform, dropout=0..0.5 uniform, depth=3 fixed",
+        takes="specs",
+    )  # fmt: skip
+    schedule: str = _search(
+        "constant", "--schedule S", "constant (default) or cosine", check=_one_of("constant", "cosine")
+    )
+    random_state: Any = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=_seed)
+    timeout: float | None = _search(
+        None, "--timeout SEC", "stop training after so many seconds",
+        takes="number", check=_seconds_or_none, resume=True,
+    )  # fmt: skip
+
+    task: Any = _rows(None, "--task T", "classification or regression, where the guess is wrong")
+    cv: Any = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
+    class_weight: Any = _option(None, kept=True)
+    sample_weight: Any = None
+    columns: Any = _rows(
+        "auto", "--columns HOW",
+        "keep: each column of numbers is one feature; drop-constant: constant ones are left out, and features say "
+        "where values are missing; auto (default): keep for a class of your own",
+        check=_one_of("auto", "keep", "drop-constant"),
+    )  # fmt: skip
+    numbers: Any = _rows(
+        "standard", "--numbers HOW", "scaling: standard (default), quantile or none",
+        check=_one_of("standard", "quantile", "none"),
+    )  # fmt: skip
+
+    device: str = _machine(
+        "auto", "--device D", "auto (default), cpu, cuda or cuda:1",
+        kept=True, resume="another device; results are then equal up to rounding",
+    )  # fmt: skip
+    backend: Literal["auto", "eager", "compiled", "graph"] = _machine(
+        "auto", "--backend",
+        "how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, or as "
+        "operations on tensors (eager); auto chooses (auto)",
+        choices=_BACKENDS, check=_one_of(*_BACKENDS), kept=True, resume=True,
+    )  # fmt: skip
+    dtype: str = _machine(
+        "float32", "--dtype T", "float32 (default) or float64", check=_one_of("float32", "float64"), kept=True
+    )
+    tf32: bool = _machine(
+        False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True
+    )
+    memory: int | str | None = _machine(
+        None, "--memory 8GB", "what trials that train together may take on the device",
+        check=_memory, kept=True, resume="what new chunks of trials may take on the device",
+    )  # fmt: skip
+    workers: Any = _machine(
+        "auto",
+        "--workers N",
+        "processes on a CPU (auto)",
+        takes="workers",
+        check=_workers,
+        kept=True,
+        resume=True,
+    )
+    study: Any = _option(None, check=_path)
+    checkpoint_seconds: float = _machine(
+        60, "--checkpoint-seconds SEC",
+        "what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
+        takes="number", check=_seconds, kept=True, resume=True,
+    )  # fmt: skip
+    callbacks: Any = _option((), check=_callbacks)
+    verbose: int = 1
+
+    def __post_init__(self) -> None:
+        for name, rule in RULES.items():
+            if rule.check is not None:
+                object.__setattr__(self, name, rule.check(name, getattr(self, name)))
+        if self.is_on_cluster:
+            from gputune.executors.ray_connection import check_ray
+
+            check_ray(self.device)
+        device = self.device_here()
+        if self.tf32 is not False:
+            check_tf32(self, device)
+
+    @property
+    def is_on_cluster(self) -> bool:
+        """Whether a Ray cluster trains."""
+        from gputune.executors.ray_connection import Ray
+
+        return isinstance(self.workers, Ray)
+
+    def device_here(self) -> "torch.device":
+        """Return the device of this process; on a cluster ``device`` is that of the tasks, and this what there is."""
+        from gputune.engine.backend import choose_device
+
+        return choose_device("auto" if self.is_on_cluster else self.device)
 
 
-def _whole(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+RULES: Mapping[str, Rule] = {option.name: option.metadata.get("rule", Rule()) for option in fields(Options)}
+KEPT = tuple(name for name, rule in RULES.items() if rule.kept)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+def check_tf32(options: Options, device: "torch.device") -> None:
+    """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
+    if not isinstance(options.tf32, bool):
+        raise InputError(f"tf32 must be True or False, got {options.tf32!r}.")
+    if device.type != "cuda" or options.dtype != "float32":
+        raise InputError(
+            "tf32=True is for matrix products of single precision on a GPU, got "
+            f"device={str(device)!r}, dtype={options.dtype!r}; leave tf32 out."
+        )
+    if options.workers not in ("auto", 1):
+        raise InputError(
+            f"tf32=True is for a search in one process, got workers={options.workers!r}; leave one of them out."
+        )

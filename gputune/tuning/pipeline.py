@@ -45,7 +45,8 @@ from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.halving import check_halving, halve
 from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_told
 from gputune.tuning.median import check_median, stop_below_median
-from gputune.tuning.options import Options, method_name
+from gputune.tuning.method import method_name
+from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, Problem, make_problem
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress

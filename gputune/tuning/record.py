@@ -18,7 +18,8 @@ from gputune.search.optuna_space import described
 from gputune.search.space import Space, space_text, space_values
 from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
-from gputune.tuning.options import KEPT, NAMES, Options, method_again, method_meta
+from gputune.tuning.method import method_again, method_meta
+from gputune.tuning.options import KEPT, RULES, Options
 from gputune.tuning.problem import ModelChoice, Problem
 from gputune.version import __version__
 
@@ -100,7 +101,7 @@ def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]
 
 def recorded_options(record: SearchRecord, **changed: Any) -> Options:
     """Return the options of a search as far as its record tells them, some of them ``changed``."""
-    known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in NAMES}
+    known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in RULES}
     kept = record.arguments.get("kept", {})
     known |= {name: kept[name] for name in KEPT if name in kept}
     return Options(**{**known, "method": method_again(record.method), **changed})

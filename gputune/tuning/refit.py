@@ -9,7 +9,7 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
-from gputune.engine.backend import choose_backend, matrix_products
+from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.entry import entry
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import make_plan
@@ -23,7 +23,7 @@ from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
-from gputune.tuning.options import Options, choose_device
+from gputune.tuning.options import Options
 from gputune.tuning.problem import DTYPES, ModelChoice, Problem, choose_again, make_problem
 from gputune.tuning.record import recorded_options
 from gputune.types import Backend, Config

@@ -9,7 +9,7 @@ import gputune
 from command_line import FAST, run
 from gputune.errors import InputError
 from gputune.search.median import below_the_median
-from gputune.tuning.options import method_again, method_meta
+from gputune.tuning.method import method_again, method_meta
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20]}
 COMMON = {"space": SPACE, "n_trials": 18, "max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
