@@ -94,15 +94,15 @@ class BegunChunk(Population):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What every chunk of a search has in common."""
 
     seed: int
     epochs: int
     horizon: int
-    scoring: Scoring | None
-    module_class: type[nn.Module] | None
+    scoring: Scoring | None = None
+    module_class: type[nn.Module] | None = None
     stop: Stop = field(default_factory=Stop)
     """Says when training ends after the running epoch, and no chunk begins any more."""
     checkpointing: Checkpointing | None = None

@@ -31,7 +31,7 @@ from gputune.types import Config
 WIDE = 0.2  # in the logarithm: finite differences that look across the noise of chaotic training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HypergradientJob(Job):
     """What every chunk has in common: ``wanted`` hyperparameters, ``segments`` each, a value for each layer or not.
 

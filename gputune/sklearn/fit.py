@@ -157,7 +157,12 @@ def _fit_group(
     if chunks:
         kind = MemberJob if recipe.begun is None else RungJob
         job = kind(
-            recipe.seed, recipe.epochs, recipe.horizon, None, recipe.module, Stop(deadline), backend=backend
+            seed=recipe.seed,
+            epochs=recipe.epochs,
+            horizon=recipe.horizon,
+            module_class=recipe.module,
+            stop=Stop(deadline),
+            backend=backend,
         )
         epochs = recipe.epochs - recipe.start
         plan = make_plan(

@@ -142,12 +142,11 @@ def _trained_group(
     """Differentiate configurations that have all else in common in the folds of one dataset."""
     recipe, longest = recipes[0], max(len(fold.train) for fold in data.folds)
     job = HypergradientJob(
-        recipe.seed,
-        recipe.epochs,
-        recipe.horizon,
-        None,
-        recipe.module,
-        Stop(how.deadline),
+        seed=recipe.seed,
+        epochs=recipe.epochs,
+        horizon=recipe.horizon,
+        module_class=recipe.module,
+        stop=Stop(how.deadline),
         wanted=how.names,
         mode=how.mode,
     )

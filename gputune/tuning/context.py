@@ -189,14 +189,14 @@ class Context:
     def job(self, checkpointing: Checkpointing | None = None) -> Job:
         """Return what every chunk of the search has in common."""
         return Job(
-            self.options.random_state,
-            self.epochs,
-            self.epochs,
-            self.scoring,
-            self.choice.module_class,
-            self.stop,
-            checkpointing,
-            self.fits,
+            seed=self.options.random_state,
+            epochs=self.epochs,
+            horizon=self.epochs,
+            scoring=self.scoring,
+            module_class=self.choice.module_class,
+            stop=self.stop,
+            checkpointing=checkpointing,
+            fits=self.fits,
             backend=self.backend,
         )
 

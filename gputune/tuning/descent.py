@@ -190,12 +190,12 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
     method, options = context.options.method, context.options
     assert isinstance(method, Hypergradient)
     job = HypergradientJob(
-        options.random_state,
-        context.epochs,
-        context.epochs,
-        context.scoring,
-        context.choice.module_class,
-        context.stop,
+        seed=options.random_state,
+        epochs=context.epochs,
+        horizon=context.epochs,
+        scoring=context.scoring,
+        module_class=context.choice.module_class,
+        stop=context.stop,
         wanted=searched_names(method, context.choice),
         segments=method.segments,
         per_layer=method.per_layer,

@@ -186,20 +186,23 @@ def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_giv
 
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
     (chunk,) = populations([config], choice.kind, rows=data.n_rows)
-    common = (options.random_state, epochs, options.max_epochs, None, choice.module_class)
-    if isinstance(options.method, Hypergradient):
-        names, segments, layers = (
-            options.method.hyperparameters,
-            options.method.segments,
-            options.method.per_layer,
+    seed, horizon, method = options.random_state, options.max_epochs, options.method
+    if isinstance(method, Hypergradient):
+        descent = HypergradientJob(
+            seed=seed,
+            epochs=epochs,
+            horizon=horizon,
+            module_class=choice.module_class,
+            wanted=tuple(method.hyperparameters),
+            segments=method.segments,
+            per_layer=method.per_layer,
         )
-        descent = HypergradientJob(*common, wanted=tuple(names), segments=segments, per_layer=layers)
         with matrix_products(tf32=options.tf32):
             return train_scheduled(descent, data, chunk)
     backend: Backend = "eager"
     if choice.kind != "module":
         backend, _ = choose_backend(options.backend, data.device, data.dtype)
-    job = Job(*common, backend=backend)
+    job = Job(seed=seed, epochs=epochs, horizon=horizon, module_class=choice.module_class, backend=backend)
     plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1, backend=backend)
     with computing(plan.threads), matrix_products(tf32=options.tf32):
         return train_chunk(job, data, chunk).member(0, 0)

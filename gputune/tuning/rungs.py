@@ -165,14 +165,14 @@ class _Search:
         runners = [by_number[trial.number] for trial in frozen.trials]
         chunks = tuple(part for chunk in frozen.plan.chunks for part in self._begun(chunk, runners, stop))
         job = RungJob(
-            context.options.random_state,
-            stop,
-            context.epochs,
-            context.scoring,
-            context.choice.module_class,
-            context.stop,
-            context.checkpointing([runner.number for runner in runners]),
-            context.fits,
+            seed=context.options.random_state,
+            epochs=stop,
+            horizon=context.epochs,
+            scoring=context.scoring,
+            module_class=context.choice.module_class,
+            stop=context.stop,
+            checkpointing=context.checkpointing([runner.number for runner in runners]),
+            fits=context.fits,
             keep_stopped=False,
             backend=context.backend,
         )

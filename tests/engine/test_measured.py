@@ -58,7 +58,7 @@ def peak(work):
 
 
 def job(module_class=None):
-    return Job(0, 9, 9, SCORING, module_class)
+    return Job(seed=0, epochs=9, horizon=9, scoring=SCORING, module_class=module_class)
 
 
 def population(*configs, kind="mlp"):
@@ -67,7 +67,8 @@ def population(*configs, kind="mlp"):
 
 def whole_peak(group, module_class=None):
     """The peak of all trials of a population in one chunk, trained for a whole epoch."""
-    return peak(lambda: memory.train_chunk(Job(0, 1, 1, SCORING, module_class), DATA, group))
+    job = Job(seed=0, epochs=1, horizon=1, scoring=SCORING, module_class=module_class)
+    return peak(lambda: memory.train_chunk(job, DATA, group))
 
 
 class Wide(nn.Module):

@@ -103,7 +103,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
         parameters=(data.n_features + 1) * data.n_outputs,
         backend=backend,
     )
-    job = Job(0, 1, 1, None, Net if kind == "module" else None, backend=backend)
+    job = Job(seed=0, epochs=1, horizon=1, module_class=Net if kind == "module" else None, backend=backend)
     states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]
     assert plan.state_bytes == sum(buffer.nbytes for state in states for buffer in state.buffers)
 

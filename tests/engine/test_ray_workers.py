@@ -321,7 +321,7 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
     (tmp_path / "nets" / "net.py").write_text(net)
     monkeypatch.syspath_prepend(tmp_path)
     Net = importlib.import_module("nets.net").Net
-    sent = packed(Job(0, 1, 1, None, Net), here=False)
+    sent = packed(Job(seed=0, epochs=1, horizon=1, module_class=Net), here=False)
     code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).module_class.size())"
     elsewhere = subprocess.run([sys.executable, "-P", "-c", code], input=sent, capture_output=True, cwd="/")
     assert (elsewhere.stdout, elsewhere.stderr) == (b"7\n", b"")

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gputune
 from gputune.engine import mlp
 from gputune.engine.backend import choose_backend, trains_as
-from gputune.engine.job import Job
+from gputune.engine.job import Fits, Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.population import Population
@@ -273,13 +273,14 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     monkeypatch.setitem(RECORDERS, "cpu", Watched)
     monkeypatch.setattr(Replays, "take", failing)
     configs = configs_of(4)
-    common = (0, 5, 5, make_scoring(None, data.task, np.arange(3)), None)
+    scoring = make_scoring(None, data.task, np.arange(3))
+    job = Job(seed=0, epochs=5, horizon=5, scoring=scoring, backend="graph")
     chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
-    outcomes = run_in_parts(Job(*common, backend="graph"), data, chunk)
+    outcomes = run_in_parts(job, data, chunk)
     assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
     assert len(left) == 1 + 2 * 2 and begun == [0, 0, 0]
     monkeypatch.setattr(Replays, "take", take)
-    (whole,) = run_in_parts(Job(*common, backend="graph"), data, chunk)
+    (whole,) = run_in_parts(dataclasses.replace(job, fits=Fits()), data, chunk)
     np.testing.assert_allclose(np.concatenate([o.curves for o in outcomes]), whole.curves, rtol=1e-9)
 
 

@@ -160,14 +160,14 @@ def test_workers_remember_what_did_not_fit():
     """A job that comes again, as it does for every chunk, knows what this process has learned since."""
     chunk = Population("mlp", tuple(range(8)), tuple(fill(*({"width": 8} for _ in range(8)))))
     wider = Population("mlp", (8, 9), tuple(fill({"width": 100}, {"width": 100})))
-    sent = packed(Job(0, 1, 1, None, None))
+    sent = packed(Job(seed=0, epochs=1, horizon=1))
     first, second = pickle.loads(sent), pickle.loads(sent)
     first.fits.refused(chunk)
     assert (second.fits.most(chunk), second.fits.most(wider)) == (4, 2)
-    learned = Job(0, 1, 1, None, None, fits=second.fits)
+    learned = Job(seed=0, epochs=1, horizon=1, fits=second.fits)
     second.fits.refused(chunk.part(0, 4))
     assert pickle.loads(packed(learned)).fits.most(chunk) == 2
-    assert pickle.loads(packed(Job(0, 1, 1, None, None))).fits.most(chunk) == 8  # another search
+    assert pickle.loads(packed(Job(seed=0, epochs=1, horizon=1))).fits.most(chunk) == 8  # another search
     assert pickle.loads(packed(learned)).fits.most(chunk) == 2
 
 

@@ -97,7 +97,7 @@ def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
     rates = np.geomspace(*RATES[optimizer], members // FOLDS)
     configs = [complete({"lr": lr, **network}, optimizer=optimizer, schedule="constant") for lr in rates]
     (chunk,) = populations(configs, choice.kind, rows=BATCH * STEPS_AN_EPOCH)
-    job = HypergradientJob(0, epochs, epochs, None, None)
+    job = HypergradientJob(seed=0, epochs=epochs, horizon=epochs)
     training = inner_training(job, data, chunk)
     one = job.tables(training, configs)
     ten = {**one, "lr": one["lr"].expand(-1, 5, 2)}  # segments x layers
