@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 
 import gputune
 from gputune.executors import ray_cluster
+from gputune.executors.ray_cluster import RayTasks
 from gputune.study.store import Store
 
 SIZES = (1, 2, 10, 100, 1000)
@@ -66,8 +67,8 @@ class Watch:
         self.data_bytes = 0
 
     def __enter__(self) -> "Watch":
-        self._kept = (ray.wait, ray_cluster._Run._submit, ray_cluster._Run._outcomes, ray_cluster.to_arrays)
-        wait, submit, outcomes, to_arrays = self._kept
+        self._kept = (ray.wait, RayTasks.submit, RayTasks._result, ray_cluster.to_arrays)
+        wait, submit, result, to_arrays = self._kept
 
         def timed_wait(*arguments: Any, **options: Any) -> Any:
             begin = time.perf_counter()
@@ -75,29 +76,29 @@ class Watch:
             self.waited += time.perf_counter() - begin
             return found
 
-        def timed_submit(run: Any, chunk: Any) -> Any:
+        def timed_submit(tasks: RayTasks, *chunk: Any) -> bool:
             begin = time.perf_counter()
             self.first = self.first or begin
-            reference = submit(run, chunk)
-            self.left[reference] = begin
-            return reference
+            submit(tasks, *chunk)
+            self.left[next(reversed(tasks.running))] = begin
+            return True
 
-        def timed_outcomes(run: Any, reference: Any, chunk: Any) -> Any:
-            found = outcomes(run, reference, chunk)
+        def timed_result(tasks: RayTasks, reference: Any) -> Any:
+            outcomes = result(tasks, reference)
             self.last = time.perf_counter()
-            self.trips.append(self.last - self.left.pop(reference) - sum(part.seconds for part in found))
-            return found
+            self.trips.append(self.last - self.left.pop(reference) - sum(part.seconds for part in outcomes))
+            return outcomes
 
         def counted(data: Any) -> Any:
             self.data_bytes = sum(t.nbytes for t in vars(data).values() if hasattr(t, "nbytes"))
             return to_arrays(data)
 
         ray.wait, ray_cluster.to_arrays = timed_wait, counted
-        ray_cluster._Run._submit, ray_cluster._Run._outcomes = timed_submit, timed_outcomes
+        RayTasks.submit, RayTasks._result = timed_submit, timed_result
         return self
 
     def __exit__(self, *error: Any) -> None:
-        ray.wait, ray_cluster._Run._submit, ray_cluster._Run._outcomes, ray_cluster.to_arrays = self._kept
+        ray.wait, RayTasks.submit, RayTasks._result, ray_cluster.to_arrays = self._kept
 
 
 def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.Study:

@@ -11,15 +11,12 @@ from torch import nn
 import problems
 
 HERE = os.getpid()
+FORWARDS = [0]  # of a worker: what a module counts in itself is put back after every call
 ORDERS = {"folder": ""}
-"""Travels with the code, as STEPS do: a folder whose files ask workers for something in the middle of a chunk.
+"""Travels with the code: a folder whose files ask workers for something in the middle of a chunk.
 
 ``once`` and ``always`` to die, ``full once`` and ``full`` to run out of memory.
 """
-
-
-STEPS = [0]
-"""How often a module was called: its own attributes are put back after each call."""
 
 
 class Net(nn.Module):
@@ -31,8 +28,8 @@ class Net(nn.Module):
         self.inner, self.outer = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
 
     def forward(self, x):
-        STEPS[0] += 1
-        if self.hidden == 6 and STEPS[0] > 20 and os.getpid() != HERE and ORDERS["folder"]:
+        FORWARDS[0] += self.hidden == 6
+        if self.hidden == 6 and FORWARDS[0] > 5 and os.getpid() != HERE and ORDERS["folder"]:
             obey(Path(ORDERS["folder"]))
         return self.outer(torch.relu(self.inner(x)))
 

@@ -1,6 +1,7 @@
 """Where and how chunks train here: compiled on a CPU with a C compiler, as graphs where asked for, eagerly otherwise.
 
-How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for.
+How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for. On how
+many threads a CPU computes.
 """
 
 from collections.abc import Iterator
@@ -91,3 +92,30 @@ def matrix_products(*, tf32: bool) -> Iterator[None]:
     finally:
         if tf32:
             matmul.fp32_precision = before
+
+
+@contextmanager
+def computing(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside, and take numbers below 1e-38 (float32) for zero.
+
+    The momentum of units that no longer learn decays into such denormal numbers, which a CPU handles so slowly
+    that the training of a wide network took twice as long.
+    """
+    flushed = bool(torch.tensor(1e-39, dtype=torch.float32) * 1 == 0)
+    torch.set_flush_denormal(True)
+    try:
+        with on_threads(threads):
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Let torch compute with so many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

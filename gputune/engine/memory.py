@@ -29,9 +29,17 @@ class GivenUp:
     index: tuple[int]
     reason: str
 
+    def error(self) -> Exception:
+        """Return the error of a training in which no trial may fail."""
+        return RuntimeError(self.reason)
+
 
 class DoesNotFit(GivenUp):
     """A trial that does not fit into memory even alone, and what was said."""
+
+    def error(self) -> Exception:
+        """Return the error of a training in which no trial may fail."""
+        return MemoryError(f"{self.reason}. One training alone does not fit; make it smaller.")
 
 
 def run_in_parts(

@@ -1,10 +1,13 @@
 """A job and its data on their way to another process: code that it could not import, datasets as arrays.
 
-Worker processes on this machine: how one is started, how it hears that its parent has ended, how it was lost.
+Worker processes on this machine: how one is started, what it trains, how it hears that its parent has ended, how it
+was lost.
 """
 
+import functools
 import io
 import os
+import pickle
 import re
 import signal
 import sys
@@ -14,17 +17,30 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from importlib.machinery import PathFinder
+from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import cloudpickle
+import joblib
 import numpy as np
 import torch
-from joblib.externals.loky.process_executor import ProcessPoolExecutor, TerminatedWorkerError
+from joblib.externals.loky.process_executor import (
+    BrokenProcessPool,
+    ProcessPoolExecutor,
+    TerminatedWorkerError,
+)
 
 from gputune.data.dataset import Dataset, Fold
+from gputune.engine.backend import computing
 from gputune.engine.job import Job
+from gputune.engine.memory import GivenUp, run_in_parts
+from gputune.engine.population import Population
+from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
+from gputune.scratch import scratch_folder
+from gputune.text import count
 
 
 def packed(job: Job, *, here: bool = True) -> bytes:
@@ -177,11 +193,132 @@ def _begin_worker(parent: int) -> None:
 _SIGNAL, _EXIT = re.compile(r"(SIG[A-Z]+)\(-\d+\)"), re.compile(r"EXIT\((\d+)\)")
 
 
-def why_lost(error: TerminatedWorkerError) -> str:
+def _why_lost(error: TerminatedWorkerError) -> str:
     """Return how a worker ended, in a sentence."""
-    if found := _SIGNAL.search(str(error)):
-        by_system = " (as the system does where memory has run out)" if found[1] == "SIGKILL" else ""
-        return f"{found[1]} ended it{by_system}."
-    if found := _EXIT.search(str(error)):
-        return f"it ended itself with exit code {found[1]}, as os._exit in a module or scorer does."
+    if match := _SIGNAL.search(str(error)):
+        by_system = " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
+        return f"{match[1]} ended it{by_system}."
+    if match := _EXIT.search(str(error)):
+        return f"it ended itself with exit code {match[1]}, as os._exit in a module or scorer does."
     return "it ended without a word."
+
+
+class Processes(Executor):
+    """Worker processes of one thread each, beside this process, which trains too.
+
+    The data is written once and mapped into every worker, so that it is held in memory once. A worker starts up while
+    this process is already training.
+    """
+
+    worker = "a worker process"
+
+    def __init__(self, job: Job, path: Path, workers: int) -> None:
+        self.packed, self.path, self.workers = packed(job), str(path), workers
+        # A start of its own, as it would let the signals through that are held off from a worker's.
+        resource_tracker.ensure_running()
+        self.idle = [one_worker() for _ in range(workers)]
+        self.busy: dict[Future[Outcomes], ProcessPoolExecutor] = {}
+        self.news = threading.Event()
+
+    @property
+    def capacity(self) -> int:
+        """Chunks that the workers train at once."""
+        return self.workers
+
+    def submit(self, chunk: Population, ended: Ended) -> bool:
+        """Give a chunk to an idle worker; False where the interpreter ends, and starts no worker any more."""
+        while True:
+            pool = self.idle.pop()
+            try:
+                future = submit(pool, _run_in_worker, self.packed, self.path, chunk)
+            except BrokenProcessPool:  # its worker was killed while it was idle
+                self.idle.append(one_worker())
+            except RuntimeError:
+                self.idle.append(pool)
+                return False
+            else:
+                self.busy[future] = pool
+                future.add_done_callback(partial(self._collect, chunk, ended))
+                return True
+
+    def _collect(self, chunk: Population, ended: Ended, future: "Future[Outcomes]") -> None:
+        error = future.exception()
+        # Idle before it is busy no more: whoever stops all workers meanwhile finds it.
+        self.idle.append(one_worker() if isinstance(error, BrokenProcessPool) else self.busy[future])
+        del self.busy[future]
+        if isinstance(error, TerminatedWorkerError):
+            error = LostWorkerError(_why_lost(error))
+        try:
+            ended(chunk, future.result() if error is None else cast(Exception, error))
+        finally:
+            self.news.set()
+
+    def wait(self) -> None:
+        """Return when a worker has ended a chunk, or after a second."""
+        self.news.wait(timeout=1.0)
+        self.news.clear()
+
+    def give_up(self, chunk: Population, losses: int, reason: str) -> Outcomes:
+        """Return the trials of a chunk that has ended so many workers as those that cannot be trained."""
+        n = len(chunk.index)
+        smaller = "a smaller memory= makes chunks of fewer trials" if n > 1 else "a smaller one takes less"
+        words = (
+            f"its chunk of {count(n, 'trial')} has lost {losses} worker processes one after the other, the last "
+            f"because {reason} Where memory has run out, fewer workers= leave more to each, and {smaller}."
+        )
+        return [GivenUp((place,), words) for place in chunk.index]
+
+    def stop(self) -> None:
+        """End the workers, whatever they are doing."""
+        for pool in [*self.idle, *self.busy.values()]:
+            pool.shutdown(wait=False, kill_workers=True)
+        self.idle.clear()
+
+
+@contextmanager
+def worker_processes(job: Job, data: Dataset, workers: int) -> Iterator[Processes]:
+    """Have so many workers inside, with the data at hand; those that are idle at the end wait for the next search."""
+    with scratch_folder() as folder:
+        path = folder / "data.joblib"
+        joblib.dump(to_arrays(data), path)
+        with job.stop.heard_by_workers(folder / "stop"):
+            processes = Processes(job, path, workers)
+            yield processes
+            if job.is_over():
+                processes.stop()  # idle workers, for whose end this process would wait when it ends
+            else:
+                idle.extend(processes.idle)
+
+
+def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcomes:
+    """Train one chunk; nothing comes of it where it is over before it has begun."""
+    with training:
+        job: Job = pickle.loads(packed)
+        if job.is_over():
+            return []
+        try:
+            with computing(1):
+                return run_in_parts(job, _load(path), chunk)
+        except Exception as error:
+            if not _travels(error):
+                name = type(error).__qualname__
+                raise RuntimeError(
+                    f"{name} (which cannot be pickled) in a worker process: {error}"
+                ) from error
+            raise
+
+
+def _travels(error: Exception) -> bool:
+    """Whether an error can be pickled, and read again."""
+    try:
+        pickle.loads(cloudpickle.dumps(error))
+    except Exception:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def _load(path: str) -> Dataset:
+    # copy-on-write: torch wants arrays that could be written, and nobody writes to them
+    data: Dataset = to_tensors(joblib.load(path, mmap_mode="c"))
+    return data

@@ -2,8 +2,7 @@
 
 Chunks over a cluster: whole chunks of a plan as Ray tasks, each with a GPU or with some CPUs of its own.
 
-The data goes to Ray's object store once. This process hands out chunks, at most as many as can run, and takes results
-in as they finish; the chunk of a worker that is lost is handed out again. Ray is imported where it is asked for.
+The data goes to Ray's object store once. This process trains nothing itself. Ray is imported where it is asked for.
 """
 
 import functools
@@ -12,7 +11,6 @@ import pickle
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
@@ -20,14 +18,15 @@ from typing import Any
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.job import Job, Progress
+from gputune.engine.backend import computing
+from gputune.engine.job import Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
+from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import packed, to_arrays, to_tensors
-from gputune.executors.workers import LOSSES, Claim, Losses, Outcomes, Settle, computing, tell
 from gputune.version import __version__
 
 
@@ -42,14 +41,14 @@ def make_task(ray: Any) -> Any:
         import sys
 
         sys.path[:] = [folder for folder in sys.path if folder != foreign]
-        found = {}
+        versions = {}
         for name in expected:
             try:
-                found[name] = str(importlib.import_module(name).__version__).partition("+")[0]
+                versions[name] = str(importlib.import_module(name).__version__).partition("+")[0]
             except ImportError:
-                found[name] = ""
-        if found != expected:
-            return "unlike", socket.gethostname(), expected, found
+                versions[name] = ""
+        if versions != expected:
+            return "unlike", socket.gethostname(), expected, versions
         run: Callable[..., Outcomes] = importlib.import_module("gputune.executors.ray_cluster").run_in_task
         return "done", run(common, population, *how)
 
@@ -101,7 +100,7 @@ def free_bytes() -> int:
 
 _LOOK = 5.0  # seconds between two looks at the nodes
 _WAIT = 0.25  # seconds between two looks at whether someone asks for the end
-_ON_ITS_WAY = 0.5  # seconds in which a task that is handed out is not ended: see _Run.stop
+_ON_ITS_WAY = 0.5  # seconds in which a task that is handed out is not ended: see RayTasks.stop
 _GO_ON = "What was finished is kept, and the same call goes on from there where study= names a file."
 
 
@@ -148,25 +147,13 @@ class RayCluster:
         ]
         return int(min(memory // tasks for memory, tasks in of_nodes if tasks))
 
-    def run_chunks(
-        self, job: Job, data: Dataset, plan: Plan, *, progress: Progress, settle: Settle, claim: Claim
-    ) -> None:
-        """Train the chunks of a plan on the cluster, as ``workers.run_chunks`` does on this machine.
+    def executor(self, job: Job, data: Dataset, plan: Plan) -> "RayTasks":
+        """Return the place where the chunks of a plan train. Their workers write no checkpoints.
 
-        Raises ClusterError where a chunk has lost ``LOSSES`` workers, or no node is left; InputError where a worker
-        has other versions. Whatever else was trained has been handed to ``settle`` by then.
+        It raises InputError where a worker has other versions, and ClusterError where a chunk has lost too many workers
+        or no node is left. Whatever else was trained has been yielded by then.
         """
-
-        def collect(outcomes: Outcomes) -> None:
-            tell(progress, outcomes)
-            settle(outcomes)
-
-        run = _Run(self, job, self._put(data), plan, claim)
-        try:
-            run.to_the_end(collect)
-        except BaseException:
-            run.stop()
-            raise
+        return RayTasks(self, replace(job, checkpointing=None), self._put(data), plan)
 
     def _put(self, data: Dataset) -> Any:
         if self._held is None or self._held[0] is not data:
@@ -179,72 +166,62 @@ class RayCluster:
         return self._task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
 
 
-class _Run:
+class RayTasks(Executor):
     """The chunks of one plan on their way."""
 
-    def __init__(self, cluster: RayCluster, job: Job, data: Any, plan: Plan, claim: Claim) -> None:
-        self.ray, self.cluster, self.job, self.claim = cluster.ray, cluster, job, claim
+    worker = "a Ray worker"
+
+    def __init__(self, cluster: RayCluster, job: Job, data: Any, plan: Plan) -> None:
+        self.ray, self.cluster, self.stopping = cluster.ray, cluster, job.stop
         self.cpus, self.threads = max(cluster.threads, plan.threads), plan.threads
         self.task = cluster.task(self.cpus)
         sent = packed(replace(job, stop=Stop()), here=False)
         self.common = [data, self.ray.put(sent)]
-        self.waiting = deque(plan.chunks)
-        self.running: dict[Any, Population] = {}
-        self.losses = Losses("a Ray worker")
-        self.given_up: dict[tuple[int, ...], str] = {}
-        self.begun = self.done = 0
+        self.running: dict[Any, tuple[Population, Ended]] = {}
+        self.has_given_up = self.has_trained = False
         self.submitted = 0.0
         self.looked, self.room = time.monotonic(), cluster.room(self.cpus)
 
-    def to_the_end(self, collect: Settle) -> None:
-        """Hand out chunks and collect what comes back until nothing is left to do, or someone asks for the end.
+    @property
+    def capacity(self) -> int:
+        """Tasks that run at once; none where a chunk was given up before any was trained."""
+        return 0 if self.has_given_up and not self.has_trained else self.room
 
-        Tasks do not hear that they are asked: they are ended, and their chunks are trained again by a later call.
-        """
-        self._fill()
-        while self.running:
-            if self.job.stop.asked:
-                self.stop()
-                return
-            ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_WAIT)
-            self._look()
-            for ref in ready:
-                outcomes = self._outcomes(ref, self.running.pop(ref))
-                self._fill()  # first, so that no worker waits while a result is written
-                if outcomes is not None:
-                    self.done += 1
-                    collect(outcomes)
-        if self.given_up:
-            index, reason = next(iter(self.given_up.items()))
-            raise ClusterError(
-                f"{len(index)} trials that train together have lost {LOSSES} workers one after the other, the last "
-                f"because: {reason} A smaller memory= makes chunks of fewer trials. {_GO_ON}"
-            )
-
-    def _fill(self) -> None:
-        hopeless = bool(self.given_up) and not self.done
-        while self.waiting and len(self.running) < self.room and not hopeless:
-            if self.begun and self.job.is_over():
-                return
-            chunk = self.waiting.popleft()
-            if chunk.index in self.losses.count or self.claim(chunk):
-                self.running[self._submit(chunk)] = chunk
-                self.begun += 1
-
-    def _submit(self, chunk: Population) -> Any:
+    def submit(self, chunk: Population, ended: Ended) -> bool:
+        """Send a chunk on its way."""
         # Clocks of machines differ; what is left of the time does not.
-        deadline = self.job.stop.deadline
+        deadline = self.stopping.deadline
         left = None if deadline is None else deadline - time.monotonic()
         expected = {"gputune": _public(__version__), "torch": _public(torch.__version__)}
         how = left, self.threads, self.cluster.device
         self.submitted = time.monotonic()
-        return self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *how)
+        ref = self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *how)
+        self.running[ref] = chunk, ended
+        return True
 
-    def _outcomes(self, ref: Any, chunk: Population) -> Outcomes | None:
-        """Return what a task gave; None where its worker was lost, and the chunk waits again or is given up."""
+    def wait(self) -> None:
+        """Take in what has come back, if anything does in a moment.
+
+        Tasks do not hear that someone asks for the end: they are ended, and their chunks are trained again by a later
+        call.
+        """
+        if self.stopping.asked:
+            self.stop()
+            for chunk, ended in self.running.values():
+                ended(chunk, [])
+            self.running.clear()
+            return
+        refs, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_WAIT)
+        self._look()
+        for ref in refs:
+            chunk, ended = self.running.pop(ref)
+            ended(chunk, self._result(ref))
+
+    def _result(self, ref: Any) -> Outcomes | Exception:
+        """Return what a task gave, or its error."""
         errors = self.ray.exceptions
         try:
-            end, *found = self.ray.get(ref)
+            end, *content = self.ray.get(ref)
         except errors.RayTaskError as error:
             if isinstance(error.cause, ModuleNotFoundError):
                 raise InputError(
@@ -253,20 +230,20 @@ class _Run:
                 ) from error
             raise error.cause from error
         except errors.RayError as error:
-            self._again(chunk, _first_sentence(error))
-            return None
+            return LostWorkerError(_first_sentence(error))
         if end == "unlike":
-            raise InputError(_unlike(*found))
-        outcomes: Outcomes = found[0]
+            raise InputError(_unlike(*content))
+        self.has_trained = True
+        outcomes: Outcomes = content[0]
         return outcomes
 
-    def _again(self, chunk: Population, reason: str) -> None:
-        words = self.losses.again(chunk, reason)
-        if words is None:
-            self.given_up[chunk.index] = reason
-            return
-        warnings.warn(words, UserWarning, stacklevel=2)
-        self.waiting.appendleft(chunk)
+    def give_up(self, chunk: Population, losses: int, reason: str) -> Exception:
+        """Return the error of a chunk that has lost so many workers; its trials wait for a later call."""
+        self.has_given_up = True
+        return ClusterError(
+            f"{len(chunk.index)} trials that train together have lost {losses} workers one after the other, the last "
+            f"because: {reason} A smaller memory= makes chunks of fewer trials. {_GO_ON}"
+        )
 
     def _look(self) -> None:
         """Count the nodes again, now and then: a cluster grows and shrinks."""
@@ -278,12 +255,11 @@ class _Run:
                 raise ClusterError(f"the cluster has lost its nodes: {error} {_GO_ON}") from error
 
     def stop(self) -> None:
-        """Forget what waits and end the tasks, whatever they are doing.
+        """End the tasks, whatever they are doing.
 
         Ray 2.60 takes down this process where a task is cancelled in the milliseconds between its submission and its
         arrival in Ray's queue: it fails the task, trains it all the same and does not expect the answer.
         """
-        self.waiting.clear()
         if self.running:
             time.sleep(max(0.0, self.submitted + _ON_ITS_WAY - time.monotonic()))
         for ref in self.running:

@@ -15,6 +15,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, choose_device, trains_as
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
+from gputune.engine.memory import GivenUp
 from gputune.engine.module import EXAMPLES, build_module, check_module
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, make_plan
@@ -23,9 +24,9 @@ from gputune.engine.rung import RungJob, RungOutcome
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
-from gputune.executors.workers import run_chunks
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.words import Recipe
+from gputune.tuning.trainer import run_chunks
 from gputune.types import Params
 
 Place = tuple[int, int]
@@ -217,15 +218,14 @@ def _refuse_probabilities(module: nn.Module, rows: Tensor) -> None:
 
 def _run(job: "MemberJob | RungJob", data: Dataset, plan: Plan, group: FoldGroup) -> Members:
     found: Members = {}
-
-    def collect(outcome: Outcome) -> None:
+    for outcome in run_chunks(job, data, plan):
+        if isinstance(outcome, GivenUp):
+            raise outcome.error()
         assert isinstance(outcome, Weights | RungOutcome)
         whole = next(chunk for chunk in plan.chunks if outcome.index[0] in chunk.index)
         at = whole.index.index(outcome.index[0])
         chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
-        found.update(_members(job, data, chunk, outcome, group))
-
-    run_chunks(job, data, plan, progress=lambda _done, _curves: None, on_outcome=collect)
+        found |= _members(job, data, chunk, outcome, group)
     over = TimeoutError("the time was over before this fit had ended; give it more.")
     wanted = [(f, i) for chunk in plan.chunks for f in range(data.n_folds) for i in chunk.index]
     return {place: found.get(place, over) for place in wanted}

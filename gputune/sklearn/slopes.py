@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
-from gputune.engine.job import Outcome
+from gputune.engine.memory import GivenUp
 from gputune.engine.population import populations
 from gputune.engine.stop import Stop
-from gputune.executors.workers import run_chunks
 from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.dataset import (
@@ -33,6 +32,7 @@ from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.replay import Fit, fits_alike
 from gputune.sklearn.solve import Penalty, make_problem, penalties_alike
 from gputune.sklearn.words import Recipe
+from gputune.tuning.trainer import run_chunks
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -154,11 +154,12 @@ def _trained_group(
     plan, job = plan_chunks(chunks, data, job, memory=None, workers=how.workers)
     plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
     found: dict[Place, MemberSlope] = {}
-
-    def keep(outcome: Outcome) -> None:
+    for outcome in run_chunks(job, data, plan):
+        if isinstance(outcome, GivenUp):
+            raise outcome.error()
         assert isinstance(outcome, Slopes)
         if outcome.losses is None or outcome.slopes is None or outcome.ratios is None:
-            return
+            continue
         for c, i in enumerate(outcome.index):
             for f in range(data.n_folds):
                 slopes = {name: table[c, f].item() for name, table in outcome.slopes.items()}
@@ -166,8 +167,6 @@ def _trained_group(
                 if alpha is not None and "weight_decay" in slopes:
                     slopes["weight_decay"] *= configs[i]["weight_decay"] / alpha
                 found[f, i] = (outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item())
-
-    run_chunks(job, data, plan, progress=lambda _done, _curves: None, on_outcome=keep)
     return found
 
 

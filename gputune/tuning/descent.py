@@ -2,16 +2,15 @@
 
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 
 from gputune.engine.job import Outcome
+from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
 from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
-from gputune.executors.workers import run_chunks
 from gputune.hypergradients.arguments import hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
 from gputune.hypergradients.coordinates import has_coordinate
@@ -26,6 +25,7 @@ from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
 from gputune.tuning.problem import ModelChoice
+from gputune.tuning.trainer import run_chunks
 from gputune.types import ONLINE, Config
 
 SlopeMode = Literal["exact", "differences"]
@@ -162,27 +162,25 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
     )
     for frozen in plans:
         context.progress.plan(frozen.plan, aloud=step == 0)
-        run_chunks(
+        for outcome in run_chunks(
             jobs[-1],
             context.data,
             frozen.plan,
             progress=context.progress.advance,
-            on_outcome=partial(_keep, ledger, frozen, mode, context),
-            on_failure=partial(_give_up, ledger, frozen, context),
             cluster=context.cluster,
-        )
+        ):
+            context.finish(ledger, _results(frozen, mode, context, outcome))
 
 
-def _keep(ledger: Ledger, frozen: FrozenPlan, mode: SlopeMode, context: Context, outcome: Outcome) -> None:
+def _results(
+    frozen: FrozenPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp
+) -> list[Result]:
+    if isinstance(outcome, GivenUp):
+        none = np.empty((0, context.data.n_folds))
+        return [given_up(frozen.trials[outcome.index[0]].number, none, outcome.reason)]
     assert isinstance(outcome, Slopes)
     rows = enumerate(outcome.index)
-    results = [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
-    context.finish(ledger, results)
-
-
-def _give_up(ledger: Ledger, frozen: FrozenPlan, context: Context, place: int, reason: str) -> None:
-    none = np.empty((0, context.data.n_folds))
-    context.finish(ledger, [given_up(frozen.trials[place].number, none, reason)])
+    return [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from gputune.engine.backend import on_threads
 from gputune.engine.job import Outcome
-from gputune.executors.workers import on_threads, run_chunks
+from gputune.engine.memory import GivenUp
 from gputune.solver.job import solve_chunk
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
@@ -15,6 +16,7 @@ from gputune.text import count
 from gputune.tuning.checkpoints import with_begun
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
 from gputune.tuning.options import Options
+from gputune.tuning.trainer import run_chunks
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
@@ -57,21 +59,19 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
     numbers = [trial.number for trial in frozen.trials]
     plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
     context.progress.plan(plan)
-
-    def give_up(place: int, reason: str) -> None:
-        none = np.empty((0, context.data.n_folds))
-        context.finish(ledger, [given_up(numbers[place], none, reason)])
-
-    run_chunks(
+    for outcome in run_chunks(
         context.job(context.checkpointing(numbers)),
         context.data,
         plan,
         progress=context.progress.advance,
-        on_outcome=lambda outcome: _keep(ledger, frozen.trials, outcome, context),
         claim=lambda population: ledger.claim(frozen.chunk(population)),
-        on_failure=give_up,
         cluster=context.cluster,
-    )
+    ):
+        if isinstance(outcome, GivenUp):
+            none = np.empty((0, context.data.n_folds))
+            context.finish(ledger, [given_up(numbers[outcome.index[0]], none, outcome.reason)])
+        else:
+            _keep(ledger, frozen.trials, outcome, context)
 
 
 def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:

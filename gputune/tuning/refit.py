@@ -9,13 +9,12 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
-from gputune.engine.backend import choose_backend, choose_device, matrix_products
+from gputune.engine.backend import choose_backend, choose_device, computing, matrix_products
 from gputune.engine.entry import entry
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import make_plan
 from gputune.engine.population import complete, module_arguments, populations
 from gputune.errors import DivergedError, InputError
-from gputune.executors.workers import computing
 from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.search.descent import Hypergradient
 from gputune.solver.job import solve_all, solved_module

@@ -12,18 +12,19 @@ import numpy as np
 import torch
 
 from gputune.engine.checkpoint import Checkpoint, pause_after
-from gputune.engine.job import BegunChunk, Outcome
+from gputune.engine.job import BegunChunk
+from gputune.engine.memory import GivenUp
 from gputune.engine.population import Population
 from gputune.engine.rung import Parking, RungJob, RungOutcome
 from gputune.engine.train import State
 from gputune.errors import InputError
-from gputune.executors.workers import run_chunks
 from gputune.hypergradients.memory import free_bytes
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.checkpoints import latest
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
+from gputune.tuning.trainer import run_chunks
 from gputune.types import Config
 
 
@@ -177,27 +178,17 @@ class _Search:
             backend=context.backend,
         )
         trained: set[int] = set()
-
-        def keep(outcome: Outcome) -> None:
-            assert isinstance(outcome, RungOutcome)
-            trained.update(outcome.index)
-            self._keep(runners, outcome)
-
-        def give_up(place: int, reason: str) -> None:
-            trained.add(place)
-            self._give_up(runners[place], reason)
-
         if chunks:
             plan = replace(frozen.plan, chunks=chunks, workers=min(frozen.plan.workers, len(chunks)))
-            run_chunks(
-                job,
-                context.data,
-                plan,
-                progress=context.progress.advance,
-                on_outcome=keep,
-                on_failure=give_up,
-                cluster=context.cluster,
-            )
+            for outcome in run_chunks(
+                job, context.data, plan, progress=context.progress.advance, cluster=context.cluster
+            ):
+                trained.update(outcome.index)
+                if isinstance(outcome, GivenUp):
+                    self._give_up(runners[outcome.index[0]], outcome.reason)
+                else:
+                    assert isinstance(outcome, RungOutcome)
+                    self._keep(runners, outcome)
         for chunk in chunks:
             if chunk.state is not None and chunk.alive is not None:
                 for row, position in enumerate(chunk.alive):

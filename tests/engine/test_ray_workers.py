@@ -17,7 +17,7 @@ from sklearn.datasets import load_iris
 import gputune
 import ray_searches
 from gputune.engine.job import Job
-from gputune.executors import ray_cluster, workers
+from gputune.executors import executor, ray_cluster
 from gputune.executors.processes import packed
 from problems import make_data
 from ray_searches import Net
@@ -84,10 +84,12 @@ def test_a_module_and_a_scorer_travel_as_code(cluster, iris):
 
 
 def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris, monkeypatch, capsys):
-    sent, threads, put, submit = [], [], ray_cluster.to_arrays, ray_cluster._Run._submit
+    sent, threads, put, submit = [], [], ray_cluster.to_arrays, ray_cluster.RayTasks.submit
     monkeypatch.setattr(ray_cluster, "to_arrays", lambda data: sent.append(data) or put(data))
     monkeypatch.setattr(
-        ray_cluster._Run, "_submit", lambda run, c: threads.append(run.threads) or submit(run, c)
+        ray_cluster.RayTasks,
+        "submit",
+        lambda tasks, *chunk: threads.append(tasks.threads) or submit(tasks, *chunk),
     )
     workers = gputune.Ray("auto", cpus=2)
     # Few steps: two threads that wait for each other on cores that something else keeps busy take long for many.
@@ -121,8 +123,7 @@ def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_pa
 def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
     cluster, iris, tmp_path, orders, monkeypatch
 ):
-    monkeypatch.setattr(ray_cluster, "LOSSES", 2)
-    monkeypatch.setattr(workers, "LOSSES", 2)
+    monkeypatch.setattr(executor, "LOSSES", 2)
     given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
     gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **given)
     (orders / "always").touch()
@@ -176,7 +177,7 @@ def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path
     }
     with pytest.raises(gputune.SearchInterrupted, match="interrupted: .* of 12 trials are finished"):
         gputune.tune("mlp", *iris, workers="ray", study=path, callbacks=[CtrlC()], **given)
-    assert done(path) < 13
+    assert done(path) < 12
     gputune.tune("mlp", *iris, workers="ray", study=path, **given)
     gputune.tune("mlp", *iris, workers=1, study=tmp_path / "here.db", **given)
     assert table(path) == table(tmp_path / "here.db")
@@ -185,8 +186,8 @@ def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path
 
 
 def test_memory_that_runs_out_in_a_worker_halves_the_chunk(cluster, iris, orders, monkeypatch):
-    parts, tell = [], ray_cluster.tell
-    monkeypatch.setattr(ray_cluster, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
+    parts, tell = [], executor.tell
+    monkeypatch.setattr(executor, "tell", lambda progress, o: parts.append(len(o)) or tell(progress, o))
     # One task at a time, so that the plan keeps the trials together.
     one = {
         "space": {**LR, "module__hidden": [6], "batch_size": [10]},

@@ -18,7 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 import gputune
-from gputune.executors import processes, workers
+from gputune.engine.memory import GivenUp
+from gputune.executors import executor, processes
 from gputune.report.facts import states_text
 from gputune.scratch import scratch_folder
 
@@ -109,15 +110,15 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     with pytest.warns(UserWarning, match="a worker process was lost while it trained 1 trial, now handed out again: it "
                       "ended itself with exit code 7, as os._exit in a module or scorer does."):  # fmt: skip
         assert scores(search()) == alone
-    for executor in processes.idle:  # workers that are killed while nobody needs them
-        for process in list(executor._processes.values()):
+    for pool in processes.idle:  # workers that are killed while nobody needs them
+        for process in list(pool._processes.values()):
             os.kill(process.pid, signal.SIGKILL)
-        executor._executor_manager_thread.join()
+        pool._executor_manager_thread.join()
     assert scores(search()) == alone
 
 
 def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
-    monkeypatch.setattr(workers, "LOSSES", 2)
+    monkeypatch.setattr(executor, "LOSSES", 2)
     (orders / "kill").touch()
     with pytest.warns(
         UserWarning, match="SIGKILL ended it \\(as the system does where memory has run out\\)"
@@ -139,7 +140,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
 
 def test_without_a_place_for_failures_a_chunk_that_is_given_up_is_an_error():
     with pytest.raises(RuntimeError, match="lost 3 workers"):
-        workers._settle(None, lambda outcome: None, None, [workers.GivenUp((0,), "lost 3 workers")])
+        raise GivenUp((0,), "lost 3 workers").error()
 
 
 def test_an_error_that_cannot_be_pickled_is_named(orders):

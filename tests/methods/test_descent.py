@@ -209,7 +209,7 @@ def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path,
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(sum(len(chunk.index) for chunk in plan.chunks))
-        run(job, data, plan, **rest)
+        return run(job, data, plan, **rest)
 
     monkeypatch.setattr(descent, "run_chunks", interrupted)
     with pytest.raises(KeyboardInterrupt):

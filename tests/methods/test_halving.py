@@ -237,7 +237,7 @@ def stopping_at(number):
         runs.append(1)
         if len(runs) == number:
             raise KeyboardInterrupt
-        run(*arguments, **rest)
+        return run(*arguments, **rest)
 
     return interrupted
 

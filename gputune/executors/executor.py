@@ -1,0 +1,183 @@
+"""Where chunks train, and the one loop that hands them out: to this process, to worker processes, to a cluster."""
+
+import threading
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+
+from gputune.engine.job import Outcome, Progress
+from gputune.engine.memory import GivenUp
+from gputune.engine.population import Population
+from gputune.engine.stop import Stop
+from gputune.text import count
+
+Outcomes = Sequence[Outcome | GivenUp]
+"""What came of a chunk, part by part."""
+
+Task = Callable[[Population], Outcomes]
+"""Trains a chunk in this process."""
+
+Ended = Callable[[Population, Outcomes | Exception], None]
+"""Called, from any thread, with what came of a chunk that a worker has trained, or with its error."""
+
+Claim = Callable[[Population], bool]
+"""Asked, from any thread, before a chunk begins: whether this process may train it."""
+
+LOSSES = 3  # workers that one chunk may lose before it is given up
+
+
+class LostWorkerError(Exception):
+    """A worker has ended without an answer; the text says how."""
+
+
+class Executor:
+    """This process alone. Those that follow have workers, beside this process or instead of it."""
+
+    worker = "this process"
+
+    @property
+    def capacity(self) -> int:
+        """Chunks that the workers train at once."""
+        return 0
+
+    def submit(self, chunk: Population, ended: Ended) -> bool:
+        """Give a chunk to a worker, of which one is free; False where no worker starts any more."""
+        return False
+
+    def wait(self) -> None:
+        """Return when a chunk may have ended, or after a moment."""
+
+    def give_up(self, chunk: Population, losses: int, reason: str) -> Outcomes | Exception:
+        """Return what becomes of a chunk that has lost so many workers; an error is raised when all else is done."""
+        return []
+
+    def stop(self) -> None:
+        """End the workers, whatever they are doing."""
+
+
+def hand_out(
+    chunks: Sequence[Population],
+    executor: Executor,
+    task: Task | None,
+    stop: Stop,
+    *,
+    progress: Progress,
+    claim: Claim,
+) -> Iterator[Outcome | GivenUp]:
+    """Yield what came of the chunks, in the order in which they end.
+
+    This process trains by its ``task`` what no worker has taken, or nothing (None). A chunk that ``claim`` refuses is
+    passed over. Whatever ends the iteration early ends the workers too.
+    """
+    queue = _Queue(chunks, executor, stop, claim)
+    try:
+        yield from queue.run(task, progress)
+    except BaseException:  # GeneratorExit among them: whoever iterates has failed
+        queue.stop()
+        raise
+
+
+class _Queue:
+    """The chunks that wait. A worker that ends one is given the next at once, from whatever thread says so.
+
+    A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
+    """
+
+    def __init__(self, chunks: Sequence[Population], executor: Executor, stop: Stop, claim: Claim) -> None:
+        self.executor, self.stopping, self.claim = executor, stop, claim
+        self.waiting, self.lost = deque(chunks), deque[Population]()
+        self.losses: Counter[tuple[int, ...]] = Counter()
+        self.running: set[tuple[int, ...]] = set()
+        self.done: deque[Outcomes | Exception | str] = deque()  # a text is a warning
+        self.begun = False
+        self.error: Exception | None = None  # raised when all else is done
+        # Reentrant: a worker may have ended a chunk before it is noted that it was given it.
+        self.lock = threading.RLock()
+
+    def run(self, task: Task | None, progress: Progress) -> Iterator[Outcome | GivenUp]:
+        """Yield what came of all chunks, until nothing is left to do or time is over."""
+        self._fill()
+        while task is not None and (chunk := self._take()) is not None:
+            yield from task(chunk)
+            yield from self._finished(progress)
+            if self.stopping.is_over():
+                break
+        while self.running or self.done:
+            self.executor.wait()
+            yield from self._finished(progress)
+        if self.error is not None and not self.stopping.asked:
+            raise self.error
+
+    def _take(self) -> Population | None:
+        with self.lock:
+            while self.waiting:
+                if self.claim(chunk := self.waiting.popleft()):
+                    self.begun = True
+                    return chunk
+            return None
+
+    def _fill(self) -> None:
+        """Give chunks to the workers that are free; one chunk at least begins, however little time there is."""
+        with self.lock:
+            while len(self.running) < self.executor.capacity:
+                if self.begun and self.stopping.is_over():
+                    return
+                chunk = self.lost.popleft() if self.lost else self._take()
+                if chunk is None:
+                    return
+                self.running.add(chunk.index)
+                if not self.executor.submit(chunk, self._ended):
+                    self.running.discard(chunk.index)
+                    self.waiting.appendleft(chunk)
+                    return
+
+    def _ended(self, chunk: Population, result: Outcomes | Exception) -> None:
+        with self.lock:
+            self.running.discard(chunk.index)
+            content = self._lose(chunk, str(result)) if isinstance(result, LostWorkerError) else result
+            try:
+                if not isinstance(content, Exception):
+                    self._fill()  # first, so that no worker waits while a result is written
+            finally:
+                self.done.append(content)
+
+    def _lose(self, chunk: Population, reason: str) -> Outcomes | str:
+        """Let the chunk of a lost worker wait again, or give it up; return what is to be said of it."""
+        self.losses[chunk.index] += 1
+        if self.losses[chunk.index] < LOSSES:
+            self.lost.append(chunk)
+            trials = count(len(chunk.index), "trial")
+            return (
+                f"{self.executor.worker} was lost while it trained {trials}, now handed out again: {reason}"
+            )
+        outcomes = self.executor.give_up(chunk, LOSSES, reason)
+        if isinstance(outcomes, Exception):
+            self.error = self.error or outcomes
+            return []
+        return outcomes
+
+    def _finished(self, progress: Progress) -> Iterator[Outcome | GivenUp]:
+        """Yield what the workers have done by now. An error of theirs is raised here."""
+        while self.done:
+            result = self.done.popleft()
+            if isinstance(result, Exception):
+                raise result
+            if isinstance(result, str):
+                warnings.warn(result, UserWarning, stacklevel=2)
+                continue
+            tell(progress, result)
+            yield from result
+
+    def stop(self) -> None:
+        """Forget what waits and end the workers."""
+        with self.lock:
+            self.waiting.clear()
+            self.lost.clear()
+            self.executor.stop()
+
+
+def tell(progress: Progress, outcomes: Outcomes) -> None:
+    """Count what a worker has trained."""
+    for outcome in outcomes:
+        if isinstance(outcome, Outcome):
+            progress(len(outcome.index) * outcome.epochs, outcome.curves[:, : outcome.epochs])
