@@ -12,21 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import choose_backend, choose_device, trains_as
+from gputune.engine.backend import choose_backend, choose_device
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
 from gputune.engine.memory import GivenUp
 from gputune.engine.module import EXAMPLES, build_module, check_module
 from gputune.engine.network import Network
-from gputune.engine.plan import Plan, make_plan
-from gputune.engine.population import Population, module_arguments, populations
+from gputune.engine.plan import Plan
+from gputune.engine.population import Population, module_arguments
 from gputune.engine.rung import RungJob, RungOutcome
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.words import Recipe
-from gputune.tuning.trainer import run_chunks
+from gputune.tuning.trainer import Trainer
 from gputune.types import Params
 
 Place = tuple[int, int]
@@ -141,14 +141,20 @@ def _fit_group(
 ) -> Members:
     """Train the configurations of recipes that have all else in common in the folds of one dataset."""
     recipe = recipes[0]
-    longest = max(len(train) for train in group.trains)
     found: Members = {}
     chunks, parameters = [], 0
     backend, _ = choose_backend("auto", data.device, data.dtype)
-    for population in populations(
-        configs, recipe.kind, rows=longest,
-        own_steps=lambda config: trains_as(backend, recipe.kind, config) == "compiled",
-    ):  # fmt: skip
+    trainer = Trainer(
+        data=data,
+        kind=recipe.kind,
+        module_class=recipe.module,
+        seed=recipe.seed,
+        horizon=recipe.horizon,
+        backend=backend,
+        workers=workers,
+        stop=Stop(deadline),
+    )
+    for population in trainer.groups(configs):
         try:
             parameters = max(parameters, _check_module(recipe, population, data))
             chunks.append(population)
@@ -156,22 +162,13 @@ def _fit_group(
             refusal = InputError(str(error).replace("model:", "module:", 1))  # as this face calls it
             found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
     if chunks:
-        kind = MemberJob if recipe.begun is None else RungJob
-        job = kind(
-            seed=recipe.seed,
-            epochs=recipe.epochs,
-            horizon=recipe.horizon,
-            module_class=recipe.module,
-            stop=Stop(deadline),
-            backend=backend,
-        )
-        epochs = recipe.epochs - recipe.start
-        plan = make_plan(
-            chunks, data, epochs=epochs, memory=None, workers=workers, parameters=parameters, backend=backend
-        )
+        plan = trainer.plan(chunks, epochs=recipe.epochs - recipe.start, parameters=parameters)
         if recipe.start:
             plan = replace(plan, chunks=tuple(_begun_chunk(chunk, recipes, group) for chunk in plan.chunks))
-        found |= _run(job, data, replace(plan, threads=min(plan.threads, torch.get_num_threads())), group)
+        plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
+        kind: type[MemberJob | RungJob] = MemberJob if recipe.begun is None else RungJob
+        job = trainer.job(kind, epochs=recipe.epochs)
+        found |= _run(trainer, job, plan, group)
     return found
 
 
@@ -216,9 +213,10 @@ def _refuse_probabilities(module: nn.Module, rows: Tensor) -> None:
         )
 
 
-def _run(job: "MemberJob | RungJob", data: Dataset, plan: Plan, group: FoldGroup) -> Members:
+def _run(trainer: Trainer, job: "MemberJob | RungJob", plan: Plan, group: FoldGroup) -> Members:
+    data = trainer.data
     found: Members = {}
-    for outcome in run_chunks(job, data, plan):
+    for outcome in trainer.train(job, plan):
         if isinstance(outcome, GivenUp):
             raise outcome.error()
         assert isinstance(outcome, Weights | RungOutcome)

@@ -13,7 +13,6 @@ from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
-from gputune.engine.population import populations
 from gputune.engine.stop import Stop
 from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
 from gputune.hypergradients.implicit import implicit_gradients
@@ -32,7 +31,7 @@ from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.replay import Fit, fits_alike
 from gputune.sklearn.solve import Penalty, make_problem, penalties_alike
 from gputune.sklearn.words import Recipe
-from gputune.tuning.trainer import run_chunks
+from gputune.tuning.trainer import Trainer
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -140,21 +139,20 @@ def _trained_group(
     recipes: Sequence[Recipe], configs: list[dict[str, Any]], data: Dataset, how: How
 ) -> dict[Place, MemberSlope]:
     """Differentiate configurations that have all else in common in the folds of one dataset."""
-    recipe, longest = recipes[0], max(len(fold.train) for fold in data.folds)
-    job = HypergradientJob(
-        seed=recipe.seed,
-        epochs=recipe.epochs,
-        horizon=recipe.horizon,
+    recipe = recipes[0]
+    trainer = Trainer(
+        data=data,
+        kind=recipe.kind,
         module_class=recipe.module,
+        seed=recipe.seed,
+        horizon=recipe.horizon,
         stop=Stop(how.deadline),
-        wanted=how.names,
-        mode=how.mode,
     )
-    chunks = populations(configs, recipe.kind, rows=longest)
-    plan, job = plan_chunks(chunks, data, job, memory=None, workers=how.workers)
+    job = trainer.job(HypergradientJob, epochs=recipe.epochs, wanted=how.names, mode=how.mode)
+    plan, job = plan_chunks(trainer.groups(configs), data, job, memory=None, workers=how.workers)
     plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
     found: dict[Place, MemberSlope] = {}
-    for outcome in run_chunks(job, data, plan):
+    for outcome in trainer.train(job, plan):
         if isinstance(outcome, GivenUp):
             raise outcome.error()
         assert isinstance(outcome, Slopes)

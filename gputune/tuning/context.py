@@ -7,21 +7,21 @@ What every search method works with: the data, the model, the options, the clock
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.job import Fits, Job
-from gputune.engine.memory import Need, cuda_peak, measure_need
+from gputune.engine.job import Fits, Job, Outcome
+from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.module import EXAMPLES, check_module
-from gputune.engine.plan import Plan, make_plan, parse_memory
-from gputune.engine.population import ModelKind, Population, complete, populations, shape_of
+from gputune.engine.plan import Plan, parse_memory
+from gputune.engine.population import ModelKind, Population, complete, shape_of
 from gputune.engine.scoring import Scoring
 from gputune.engine.stop import Stop
+from gputune.executors.executor import Claim
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray
 from gputune.study.ledger import Ledger
@@ -31,6 +31,7 @@ from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice
 from gputune.tuning.profile import Profile
 from gputune.tuning.progress import Progress
+from gputune.tuning.trainer import Trainer
 from gputune.types import Backend, Config
 
 Make = Callable[[Sequence[Config]], Plan]
@@ -151,12 +152,7 @@ class Context:
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""
-        return populations(
-            configs,
-            self.choice.kind,
-            rows=max(len(fold.train) for fold in self.data.folds),
-            own_steps=lambda config: trains_as(self.backend, self.choice.kind, config) == "compiled",
-        )
+        return self.trainer.groups(configs)
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
@@ -166,17 +162,8 @@ class Context:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
         with self.profile.clock("planning"):
-            plan = make_plan(
-                groups,
-                self.data,
-                epochs=epochs,
-                memory=self.memory,
-                workers=self.workers,
-                parameters=parameters,
-                free=None if self.cluster is None else self.cluster.free,
-                measure=self._need if self.cluster is None and self.data.device.type == "cuda" else None,
-                backend=self.backend,
-            )
+            measure = self._need if self.cluster is None and self.data.device.type == "cuda" else None
+            plan = self.trainer.plan(groups, epochs=epochs, parameters=parameters, measure=measure)
         self.profile.plan = plan
         if self.memory is not None and plan.chunk_bytes > self.memory:
             self.progress.say(
@@ -186,25 +173,35 @@ class Context:
             )
         return self.placed(plan)
 
-    def job(self, checkpointing: Checkpointing | None = None) -> Job:
-        """Return what every chunk of the search has in common."""
-        return Job(
+    @property
+    def trainer(self) -> Trainer:
+        """What trains the trials."""
+        return Trainer(
+            data=self.data,
+            kind=self.choice.kind,
+            module_class=self.choice.module_class,
             seed=self.options.random_state,
-            epochs=self.epochs,
             horizon=self.epochs,
             scoring=self.scoring,
-            module_class=self.choice.module_class,
-            stop=self.stop,
-            checkpointing=checkpointing,
-            fits=self.fits,
             backend=self.backend,
+            memory=self.memory,
+            workers=self.workers,
+            cluster=self.cluster,
+            stop=self.stop,
+            fits=self.fits,
         )
+
+    def train(
+        self, job: Job, plan: Plan, *, claim: Claim = lambda chunk: True
+    ) -> Iterator[Outcome | GivenUp]:
+        """Train the chunks of a plan, show how far they are, and yield what came of them."""
+        return self.trainer.train(job, plan, progress=self.progress.advance, claim=claim)
 
     def _need(self, population: Population, most: int) -> Need | None:
         shape = shape_of(population)
         if shape not in self.needs:
-            peak = cuda_peak(self.data.device)
-            self.needs[shape] = measure_need(self.job(), self.data, population, peak, most=most)
+            job, peak = self.trainer.job(Job, epochs=self.epochs), cuda_peak(self.data.device)
+            self.needs[shape] = measure_need(job, self.data, population, peak, most=most)
         return self.needs[shape]
 
     def checkpointing(self, numbers: Sequence[int]) -> Checkpointing | None:

@@ -25,7 +25,6 @@ from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
 from gputune.tuning.problem import ModelChoice
-from gputune.tuning.trainer import run_chunks
 from gputune.types import ONLINE, Config
 
 SlopeMode = Literal["exact", "differences"]
@@ -162,13 +161,7 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
     )
     for frozen in plans:
         context.progress.plan(frozen.plan, aloud=step == 0)
-        for outcome in run_chunks(
-            jobs[-1],
-            context.data,
-            frozen.plan,
-            progress=context.progress.advance,
-            cluster=context.cluster,
-        ):
+        for outcome in context.train(jobs[-1], frozen.plan):
             context.finish(ledger, _results(frozen, mode, context, outcome))
 
 
@@ -185,15 +178,11 @@ def _results(
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:
     """Return the chunks of these points and their job; raises InputError where they cannot be differentiated."""
-    method, options = context.options.method, context.options
+    method = context.options.method
     assert isinstance(method, Hypergradient)
-    job = HypergradientJob(
-        seed=options.random_state,
+    job = context.trainer.job(
+        HypergradientJob,
         epochs=context.epochs,
-        horizon=context.epochs,
-        scoring=context.scoring,
-        module_class=context.choice.module_class,
-        stop=context.stop,
         wanted=searched_names(method, context.choice),
         segments=method.segments,
         per_layer=method.per_layer,

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gputune.engine.backend import on_threads
-from gputune.engine.job import Outcome
+from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp
 from gputune.solver.job import solve_chunk
 from gputune.study.ledger import Ledger
@@ -16,7 +16,6 @@ from gputune.text import count
 from gputune.tuning.checkpoints import with_begun
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
 from gputune.tuning.options import Options
-from gputune.tuning.trainer import run_chunks
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
@@ -59,14 +58,9 @@ def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
     numbers = [trial.number for trial in frozen.trials]
     plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
     context.progress.plan(plan)
-    for outcome in run_chunks(
-        context.job(context.checkpointing(numbers)),
-        context.data,
-        plan,
-        progress=context.progress.advance,
-        claim=lambda population: ledger.claim(frozen.chunk(population)),
-        cluster=context.cluster,
-    ):
+    checkpointing = context.checkpointing(numbers)
+    job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing)
+    for outcome in context.train(job, plan, claim=lambda population: ledger.claim(frozen.chunk(population))):
         if isinstance(outcome, GivenUp):
             none = np.empty((0, context.data.n_folds))
             context.finish(ledger, [given_up(numbers[outcome.index[0]], none, outcome.reason)])

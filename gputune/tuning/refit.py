@@ -12,8 +12,7 @@ from gputune.data.source import Source, fingerprint, read_again, read_source, ro
 from gputune.engine.backend import choose_backend, choose_device, computing, matrix_products
 from gputune.engine.entry import entry
 from gputune.engine.job import Job, train_chunk
-from gputune.engine.plan import make_plan
-from gputune.engine.population import complete, module_arguments, populations
+from gputune.engine.population import complete, module_arguments
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.search.descent import Hypergradient
@@ -25,6 +24,7 @@ from gputune.study.study import Study, Trial
 from gputune.tuning.options import Options
 from gputune.tuning.problem import DTYPES, ModelChoice, Problem, choose_again, make_problem
 from gputune.tuning.record import recorded_options
+from gputune.tuning.trainer import Trainer
 from gputune.types import Backend, Config
 from gputune.version import __version__
 
@@ -184,25 +184,30 @@ def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_giv
 
 
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
-    (chunk,) = populations([config], choice.kind, rows=data.n_rows)
-    seed, horizon, method = options.random_state, options.max_epochs, options.method
+    method = options.method
+    backend: Backend = "eager"
+    if choice.kind != "module" and not isinstance(method, Hypergradient):
+        backend, _ = choose_backend(options.backend, data.device, data.dtype)
+    trainer = Trainer(
+        data=data,
+        kind=choice.kind,
+        module_class=choice.module_class,
+        seed=options.random_state,
+        horizon=options.max_epochs,
+        backend=backend,
+    )
+    (chunk,) = trainer.groups([config])
     if isinstance(method, Hypergradient):
-        descent = HypergradientJob(
-            seed=seed,
+        descent = trainer.job(
+            HypergradientJob,
             epochs=epochs,
-            horizon=horizon,
-            module_class=choice.module_class,
             wanted=tuple(method.hyperparameters),
             segments=method.segments,
             per_layer=method.per_layer,
         )
         with matrix_products(tf32=options.tf32):
             return train_scheduled(descent, data, chunk)
-    backend: Backend = "eager"
-    if choice.kind != "module":
-        backend, _ = choose_backend(options.backend, data.device, data.dtype)
-    job = Job(seed=seed, epochs=epochs, horizon=horizon, module_class=choice.module_class, backend=backend)
-    plan = make_plan([chunk], data, epochs=epochs, memory=None, workers=1, backend=backend)
+    job, plan = trainer.job(Job, epochs=epochs), trainer.plan([chunk], epochs=epochs)
     with computing(plan.threads), matrix_products(tf32=options.tf32):
         return train_chunk(job, data, chunk).member(0, 0)
 

@@ -24,7 +24,6 @@ from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.checkpoints import latest
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
-from gputune.tuning.trainer import run_chunks
 from gputune.types import Config
 
 
@@ -165,24 +164,12 @@ class _Search:
         context, by_number = self.context, {runner.number: runner for runner in self.running}
         runners = [by_number[trial.number] for trial in frozen.trials]
         chunks = tuple(part for chunk in frozen.plan.chunks for part in self._begun(chunk, runners, stop))
-        job = RungJob(
-            seed=context.options.random_state,
-            epochs=stop,
-            horizon=context.epochs,
-            scoring=context.scoring,
-            module_class=context.choice.module_class,
-            stop=context.stop,
-            checkpointing=context.checkpointing([runner.number for runner in runners]),
-            fits=context.fits,
-            keep_stopped=False,
-            backend=context.backend,
-        )
+        checkpointing = context.checkpointing([runner.number for runner in runners])
+        job = context.trainer.job(RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False)
         trained: set[int] = set()
         if chunks:
             plan = replace(frozen.plan, chunks=chunks, workers=min(frozen.plan.workers, len(chunks)))
-            for outcome in run_chunks(
-                job, context.data, plan, progress=context.progress.advance, cluster=context.cluster
-            ):
+            for outcome in context.train(job, plan):
                 trained.update(outcome.index)
                 if isinstance(outcome, GivenUp):
                     self._give_up(runners[outcome.index[0]], outcome.reason)

@@ -1,55 +1,129 @@
-"""What trains the chunks of a plan, for every face: the place is chosen, chunks are handed out, outcomes come back."""
+"""What trains configurations of one model on one dataset, for every face: plans, jobs, and what came of the chunks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import computing
-from gputune.engine.job import Job, Outcome, Progress
-from gputune.engine.memory import GivenUp, run_in_parts
-from gputune.engine.plan import Plan
-from gputune.engine.population import Population
+from gputune.engine.backend import computing, trains_as
+from gputune.engine.job import Fits, Job, Outcome, Progress
+from gputune.engine.memory import GivenUp, Need, run_in_parts
+from gputune.engine.plan import Plan, make_plan
+from gputune.engine.population import ModelKind, Population, populations
+from gputune.engine.scoring import Scoring
+from gputune.engine.stop import Stop
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
+from gputune.types import Backend, Config
+
+AnyJob = TypeVar("AnyJob", bound=Job)
 
 
 def _unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
     """Show no progress."""
 
 
-def run_chunks(
-    job: Job,
-    data: Dataset,
-    plan: Plan,
-    *,
-    progress: Progress = _unseen,
-    claim: Claim = lambda chunk: True,
-    cluster: RayCluster | None = None,
-) -> Iterator[Outcome | GivenUp]:
-    """Train the chunks of a plan and yield what came of them, in the order in which they end.
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """The data, the model and the machine.
 
-    A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
-    parts; a trial that does not fit alone, or whose chunk has ended too many workers, is given up. A ``cluster``
-    trains all chunks, and its workers write no checkpoints.
+    horizon   epochs of a whole training, which schedules are laid over
+    memory    bytes that the user allows, None: what the device suggests
+    workers   processes, or tasks of a ``cluster`` at once; None: an estimate decides
     """
-    if cluster is not None:
-        executor = cluster.executor(job, data, plan)
-        yield from hand_out(plan.chunks, executor, None, job.stop, progress=progress, claim=claim)
-        return
-    for chunk in plan.chunks:
-        _expect(job, chunk.index)
 
-    def train(chunk: Population) -> Outcomes:
-        return run_in_parts(job, data, chunk, progress)
+    data: Dataset
+    kind: ModelKind
+    module_class: type[nn.Module] | None = None
+    seed: int
+    horizon: int
+    scoring: Scoring | None = None
+    backend: Backend = "eager"
+    memory: int | None = None
+    workers: int | None = 1
+    cluster: RayCluster | None = None
+    stop: Stop = field(default_factory=Stop)
+    fits: Fits = field(default_factory=Fits)
 
-    with computing(plan.threads), _here(job, data, plan) as place:
-        for outcome in hand_out(plan.chunks, place, train, job.stop, progress=progress, claim=claim):
-            if isinstance(outcome, Outcome):
-                _expect(job, outcome.index)
-            yield outcome
+    def groups(self, configs: Sequence[Config]) -> list[Population]:
+        """Return complete configurations as populations of one tensor shape each."""
+        return populations(
+            configs,
+            self.kind,
+            rows=max(len(fold.train) for fold in self.data.folds),
+            own_steps=lambda config: trains_as(self.backend, self.kind, config) == "compiled",
+        )
+
+    def plan(
+        self,
+        groups: Sequence[Population],
+        *,
+        epochs: int,
+        parameters: int = 0,
+        measure: Callable[[Population, int], Need | None] | None = None,
+    ) -> Plan:
+        """Return the chunks in which populations train for so many epochs, as ``make_plan`` does."""
+        return make_plan(
+            groups,
+            self.data,
+            epochs=epochs,
+            memory=self.memory,
+            workers=self.workers,
+            parameters=parameters,
+            free=None if self.cluster is None else self.cluster.free,
+            measure=measure,
+            backend=self.backend,
+        )
+
+    def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
+        """Return what all chunks that train up to so many epochs have in common; ``more`` are fields of its kind."""
+        return kind(
+            seed=self.seed,
+            epochs=epochs,
+            horizon=self.horizon,
+            scoring=self.scoring,
+            module_class=self.module_class,
+            stop=self.stop,
+            fits=self.fits,
+            backend=self.backend,
+            **more,
+        )
+
+    def train(
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        progress: Progress = _unseen,
+        claim: Claim = lambda chunk: True,
+    ) -> Iterator[Outcome | GivenUp]:
+        """Train the chunks of a plan and yield what came of them, in the order in which they end.
+
+        A chunk that ``claim`` refuses is passed over: another process has it. One that memory does not hold comes in
+        parts; a trial that does not fit alone, or whose chunk has ended too many workers, is given up. A cluster
+        trains all chunks, and its workers write no checkpoints.
+        """
+        data = self.data
+        if self.cluster is not None:
+            tasks = self.cluster.executor(job, data, plan)
+            yield from hand_out(plan.chunks, tasks, None, job.stop, progress=progress, claim=claim)
+            return
+        for chunk in plan.chunks:
+            _expect(job, chunk.index)
+
+        def train(chunk: Population) -> Outcomes:
+            return run_in_parts(job, data, chunk, progress)
+
+        with computing(plan.threads), _here(job, data, plan) as place:
+            for outcome in hand_out(plan.chunks, place, train, job.stop, progress=progress, claim=claim):
+                if isinstance(outcome, Outcome):
+                    _expect(job, outcome.index)
+                yield outcome
 
 
 def _here(job: Job, data: Dataset, plan: Plan) -> AbstractContextManager[Executor]:

@@ -15,6 +15,7 @@ import reference
 from gputune.errors import InputError
 from gputune.models import MLP
 from gputune.tuning import descent
+from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
@@ -203,24 +204,24 @@ def test_a_stopped_search_goes_on_without_training_a_point_twice(iris, tmp_path,
     space = {**LR, "lr": [1e-4, 3e-4, 1e-3]}
     common = {"space": space, "n_trials": 3, "method": gputune.Hypergradient(outer_steps=4), **FAST}
     whole = gputune.tune("mlp", *iris, **common)
-    trained, run = [], descent.run_chunks
+    trained, train = [], Trainer.train
 
-    def interrupted(job, data, plan, **rest):
+    def interrupted(trainer, job, plan, **rest):
         if len(trained) == 2:
             raise KeyboardInterrupt
         trained.append(sum(len(chunk.index) for chunk in plan.chunks))
-        return run(job, data, plan, **rest)
+        return train(trainer, job, plan, **rest)
 
-    monkeypatch.setattr(descent, "run_chunks", interrupted)
+    monkeypatch.setattr(Trainer, "train", interrupted)
     with pytest.raises(KeyboardInterrupt):
         gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
     kept = [trial for trial in gputune.Study.open(tmp_path / "s.db").trials if trial.state == "complete"]
     assert len(kept) == sum(trained)
     again = []
     monkeypatch.setattr(
-        descent,
-        "run_chunks",
-        lambda job, data, plan, **rest: (again.extend(plan.chunks), run(job, data, plan, **rest))[1],
+        Trainer,
+        "train",
+        lambda trainer, job, plan, **rest: (again.extend(plan.chunks), train(trainer, job, plan, **rest))[1],
     )
     study = gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
     assert sum(len(chunk.index) for chunk in again) == len(whole.trials) - len(kept)
@@ -302,7 +303,7 @@ def test_a_class_that_a_fold_does_not_train_on_is_said_before_anything_trains(
     iris, monkeypatch, model, options
 ):
     """Its loss is infinite at every point: no learning rate is to blame."""
-    monkeypatch.setattr(descent, "run_chunks", None)
+    monkeypatch.setattr(Trainer, "train", None)
     monkeypatch.setattr(descent, "implicit_chunk", None)
     X, y = iris
     names = np.array(["a", "b", "c"])[np.where(np.arange(150) == 149, 2, np.minimum(y, 1))]

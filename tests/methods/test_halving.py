@@ -15,6 +15,7 @@ from gputune.engine.rung import Parking
 from gputune.errors import InputError
 from gputune.study.store import Candidate, Store
 from gputune.tuning import halving, rungs
+from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
@@ -194,7 +195,6 @@ def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
 @pytest.mark.parametrize(("stop_at", "memory"), [(1, None), (2, None), (3, None), (2, 60_000)])
 def test_a_stopped_search_goes_on_bit_for_bit(iris, both, tmp_path, monkeypatch, stop_at, memory):
     """Stopped before its first, second or third leg, in one chunk a shape or in many."""
-    run = rungs.run_chunks
     common = {
         "space": SPACE,
         "n_trials": 27,
@@ -203,12 +203,12 @@ def test_a_stopped_search_goes_on_bit_for_bit(iris, both, tmp_path, monkeypatch,
         **FAST,
     }
     whole = both[1] if memory is None else gputune.tune("mlp", *iris, **common)
-    monkeypatch.setattr(rungs, "run_chunks", stopping_at(stop_at))
-    with pytest.raises(KeyboardInterrupt):
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train", stopping_at(stop_at))
         gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
     kept = gputune.Study.open(tmp_path / "s.db")
     assert [t.state for t in kept.trials].count("pruned") == [0, 18, 24][stop_at - 1]
-    monkeypatch.setattr(rungs, "run_chunks", run)
     study = gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
     np.testing.assert_array_equal(study.curves, whole.curves)
     assert [(t.state, t.score, t.detail) for t in study.trials] == [
@@ -222,7 +222,7 @@ def test_a_stopped_search_goes_on_bit_for_bit(iris, both, tmp_path, monkeypatch,
 def test_a_halved_search_grows(iris, tmp_path):
     common = {"space": SPACE, "method": gputune.Halving(min_epochs=1), "study": tmp_path / "s.db", **FAST}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rungs, "run_chunks", stopping_at(2))
+        patch.setattr(Trainer, "train", stopping_at(2))
         with pytest.raises(KeyboardInterrupt):
             gputune.tune("mlp", *iris, n_trials=8, **common)
     study = gputune.tune("mlp", *iris, n_trials=21, **common)
@@ -230,14 +230,14 @@ def test_a_halved_search_grows(iris, tmp_path):
 
 
 def stopping_at(number):
-    """Return a ``run_chunks`` whose so many-th call is interrupted."""
-    runs, run = [], rungs.run_chunks
+    """Return a ``Trainer.train`` whose so many-th call is interrupted."""
+    runs, train = [], Trainer.train
 
     def interrupted(*arguments, **rest):
         runs.append(1)
         if len(runs) == number:
             raise KeyboardInterrupt
-        return run(*arguments, **rest)
+        return train(*arguments, **rest)
 
     return interrupted
 
