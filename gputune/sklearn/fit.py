@@ -144,16 +144,7 @@ def _fit_group(
     found: Members = {}
     chunks, parameters = [], 0
     backend, _ = choose_backend("auto", data.device, data.dtype)
-    trainer = Trainer(
-        data=data,
-        kind=recipe.kind,
-        module_class=recipe.module,
-        seed=recipe.seed,
-        horizon=recipe.horizon,
-        backend=backend,
-        workers=workers,
-        stop=Stop(deadline),
-    )
+    trainer = replace(trainer_of(recipe, data, workers, deadline), backend=backend)
     for population in trainer.groups(configs):
         try:
             parameters = max(parameters, _check_module(recipe, population, data))
@@ -170,6 +161,19 @@ def _fit_group(
         job = trainer.job(kind, epochs=recipe.epochs)
         found |= _run(trainer, job, plan, group)
     return found
+
+
+def trainer_of(recipe: Recipe, data: Dataset, workers: int | None, deadline: float | None) -> Trainer:
+    """Return what trains recipes that have all but their configurations in common, eagerly."""
+    return Trainer(
+        data=data,
+        kind=recipe.kind,
+        module_class=recipe.module,
+        seed=recipe.seed,
+        horizon=recipe.horizon,
+        workers=workers,
+        stop=Stop(deadline),
+    )
 
 
 def _begun_chunk(chunk: Population, recipes: Sequence[Recipe], group: FoldGroup) -> BegunChunk:

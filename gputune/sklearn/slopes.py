@@ -13,8 +13,7 @@ from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
-from gputune.engine.stop import Stop
-from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
+from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.sklearn.dataset import (
     FoldGroup,
@@ -26,12 +25,11 @@ from gputune.sklearn.dataset import (
     make_dataset,
     shared_x,
 )
-from gputune.sklearn.fit import Place, configs_for, groups_for, recipes_alike
+from gputune.sklearn.fit import Place, configs_for, groups_for, recipes_alike, trainer_of
 from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.replay import Fit, fits_alike
 from gputune.sklearn.solve import Penalty, make_problem, penalties_alike
 from gputune.sklearn.words import Recipe
-from gputune.tuning.trainer import Trainer
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -140,16 +138,9 @@ def _trained_group(
 ) -> dict[Place, MemberSlope]:
     """Differentiate configurations that have all else in common in the folds of one dataset."""
     recipe = recipes[0]
-    trainer = Trainer(
-        data=data,
-        kind=recipe.kind,
-        module_class=recipe.module,
-        seed=recipe.seed,
-        horizon=recipe.horizon,
-        stop=Stop(how.deadline),
-    )
+    trainer = trainer_of(recipe, data, how.workers, how.deadline)
     job = trainer.job(HypergradientJob, epochs=recipe.epochs, wanted=how.names, mode=how.mode)
-    plan, job = plan_chunks(trainer.groups(configs), data, job, memory=None, workers=how.workers)
+    plan, job = trainer.plan_differentiated(configs, job)
     plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
     found: dict[Place, MemberSlope] = {}
     for outcome in trainer.train(job, plan):

@@ -14,16 +14,13 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.job import Fits, Job, Outcome
+from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.module import EXAMPLES, check_module
-from gputune.engine.plan import Plan, parse_memory
+from gputune.engine.plan import Plan
 from gputune.engine.population import ModelKind, Population, complete, shape_of
 from gputune.engine.scoring import Scoring
-from gputune.engine.stop import Stop
 from gputune.executors.executor import Claim
-from gputune.executors.ray_cluster import RayCluster
-from gputune.executors.ray_connection import Ray
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
@@ -32,7 +29,7 @@ from gputune.tuning.problem import ModelChoice
 from gputune.tuning.profile import Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.trainer import Trainer
-from gputune.types import Backend, Config
+from gputune.types import Config
 
 Make = Callable[[Sequence[Config]], Plan]
 Complete = Callable[[Config], Config]
@@ -108,16 +105,11 @@ def given_up(trial: int, curve: np.ndarray, reason: str) -> Result:
 class Context:
     """A search that is about to train: everything but its trials."""
 
-    data: Dataset
-    scoring: Scoring
+    trainer: Trainer
     choice: ModelChoice
     options: Options
-    stop: Stop
     progress: Progress
     checkpoints: CheckpointFolder | None = None
-    cluster: RayCluster | None = None
-    fits: Fits = field(default_factory=Fits)
-    backend: Backend = "eager"
     profile: Profile = field(default_factory=Profile)
     columns: str = ""
     """What became of the columns of X where they are not one feature each, for messages about shapes."""
@@ -126,70 +118,45 @@ class Context:
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
-        return self.stop.is_over()
+        return self.trainer.stop.is_over()
+
+    @property
+    def data(self) -> Dataset:
+        """The rows and their folds."""
+        return self.trainer.data
+
+    @property
+    def scoring(self) -> Scoring:
+        """How trials are judged."""
+        assert self.trainer.scoring is not None
+        return self.trainer.scoring
 
     @property
     def epochs(self) -> int:
         """Epochs that a trial is trained for."""
-        return 1 if self.choice.solved else self.options.max_epochs
-
-    @property
-    def memory(self) -> int | None:
-        """Bytes that the user allows, or None."""
-        return parse_memory(self.options.memory)
-
-    @property
-    def workers(self) -> int | None:
-        """Processes that the user asks for, tasks that a cluster runs at once, or None."""
-        if self.cluster is not None:
-            return self.cluster.tasks
-        workers = self.options.workers
-        return None if isinstance(workers, str | Ray) else int(workers)
+        return self.trainer.horizon
 
     def complete(self, params: Config) -> Config:
         """Return a trial's parameters with every key that training reads."""
         return complete(params, optimizer=self.choice.optimizer, schedule=self.options.schedule)
 
-    def groups(self, configs: Sequence[Config]) -> list[Population]:
-        """Return complete configurations as populations of one tensor shape each."""
-        return self.trainer.groups(configs)
-
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
-        groups = self.groups(configs)
+        groups = self.trainer.groups(configs)
         parameters = 0
         if self.choice.module_class is not None:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
         with self.profile.clock("planning"):
-            measure = self._need if self.cluster is None and self.data.device.type == "cuda" else None
-            plan = self.trainer.plan(groups, epochs=epochs, parameters=parameters, measure=measure)
+            plan = self.trainer.plan(groups, epochs=epochs, parameters=parameters, measure=self._need)
         self.profile.plan = plan
-        if self.memory is not None and plan.chunk_bytes > self.memory:
+        if plan.chunk_bytes > (self.trainer.memory or math.inf):
             self.progress.say(
                 f"note: memory={self.options.memory!r} does not hold one trial of the largest, which takes about "
                 f"{size_words(plan.chunk_bytes)}; such a trial trains alone, and takes it",
                 once=True,
             )
-        return self.placed(plan)
-
-    @property
-    def trainer(self) -> Trainer:
-        """What trains the trials."""
-        return Trainer(
-            data=self.data,
-            kind=self.choice.kind,
-            module_class=self.choice.module_class,
-            seed=self.options.random_state,
-            horizon=self.epochs,
-            scoring=self.scoring,
-            backend=self.backend,
-            memory=self.memory,
-            workers=self.workers,
-            cluster=self.cluster,
-            stop=self.stop,
-            fits=self.fits,
-        )
+        return plan
 
     def train(
         self, job: Job, plan: Plan, *, claim: Claim = lambda chunk: True
@@ -232,10 +199,6 @@ class Context:
             self.ended(list(ledger.results.values()))
             if not ledger.is_waited_for():
                 self.checkpoints.clear()
-
-    def placed(self, plan: Plan) -> Plan:
-        """Return a plan with the threads that each task of a cluster has, where there is one."""
-        return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
 
     def finish(self, ledger: Ledger, results: Sequence[Result]) -> None:
         """Keep results of trials that have ended, show how many are new, and remove their checkpoints."""

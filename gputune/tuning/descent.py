@@ -12,7 +12,7 @@ from gputune.engine.plan import Plan
 from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import hyperparameters_of
-from gputune.hypergradients.chunk import HypergradientJob, Slopes, plan_chunks
+from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
@@ -188,17 +188,7 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
         per_layer=method.per_layer,
         mode=mode,
     )
-    groups = context.groups(configs)
-    cluster = context.cluster
-    plan, job = plan_chunks(
-        groups,
-        context.data,
-        job,
-        memory=context.memory,
-        workers=context.workers,
-        bytes_of_a_task=None if cluster is None else cluster.bytes_of_a_task(),
-    )
-    return context.placed(plan), job
+    return context.trainer.plan_differentiated(configs, job)
 
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
@@ -217,7 +207,7 @@ def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     """Solve all points in all folds at once, and differentiate the solutions."""
     begin, data = time.monotonic(), context.data
     configs = [_complete(point.params, context) for point in points]
-    solution, found = implicit_chunk(data, configs, memory=context.memory)
+    solution, found = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
     losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (found.value, found.gradient))
     outcome = Slopes(

@@ -18,6 +18,7 @@ from gputune.data.folds import Splitter, make_folds
 from gputune.data.source import Source
 from gputune.engine.backend import choose_backend, matrix_products, trains_as
 from gputune.engine.entry import entry
+from gputune.engine.plan import parse_memory
 from gputune.engine.population import complete
 from gputune.engine.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.engine.stop import Stop
@@ -53,6 +54,7 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.random import train_fully
 from gputune.tuning.record import search_record
 from gputune.tuning.sampler import check_sampling, sample
+from gputune.tuning.trainer import Trainer
 from gputune.types import Backend
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
@@ -93,11 +95,11 @@ def search(
     wanted = wanted_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
-            backend = _backend(options, choice, data, cluster, wanted, progress)
+            trainer = _trainer(data, scoring, choice, options, stop, cluster)
+            trainer = replace(trainer, backend=_backend(trainer, options, choice, wanted, progress))
         context = Context(
-            data, scoring, choice, options, stop, progress, cluster=cluster, backend=backend, profile=profile,
-            columns=problem.columns_in_words(),
-        )  # fmt: skip
+            trainer, choice, options, progress, profile=profile, columns=problem.columns_in_words()
+        )
         context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
         _remember_what_runs(choice, options)
         _check_method(wanted, space, context, problem.target.classes)
@@ -195,10 +197,9 @@ def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[Ra
 
 
 def _backend(
+    trainer: Trainer,
     options: Options,
     choice: ModelChoice,
-    data: Dataset,
-    cluster: RayCluster | None,
     wanted: Sequence[Candidate],
     progress: Progress,
 ) -> Backend:
@@ -206,8 +207,8 @@ def _backend(
     word = options.backend
     if choice.solved or (choice.kind == "module" and word == "auto"):
         return "eager"
-    device = data.device if cluster is None else torch.device(cluster.device)
-    backend, why = choose_backend(word, device, data.dtype)
+    device = trainer.data.device if trainer.cluster is None else torch.device(trainer.cluster.device)
+    backend, why = choose_backend(word, device, trainer.data.dtype)
     asked: Backend = "graph" if word == "graph" else "compiled"
     configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in wanted)
     known = not wanted or any(trains_as(asked, choice.kind, config) == asked for config in configs)
@@ -219,6 +220,29 @@ def _backend(
             "adam or adamw"
         )
     return "eager" if choice.kind == "module" else backend
+
+
+def _trainer(
+    data: Dataset,
+    scoring: Scoring,
+    choice: ModelChoice,
+    options: Options,
+    stop: Stop,
+    cluster: RayCluster | None,
+) -> Trainer:
+    workers = None if isinstance(options.workers, str | Ray) else int(options.workers)
+    return Trainer(
+        data=data,
+        kind=choice.kind,
+        module_class=choice.module_class,
+        seed=options.random_state,
+        horizon=1 if choice.solved else options.max_epochs,
+        scoring=scoring,
+        memory=parse_memory(options.memory),
+        workers=workers if cluster is None else cluster.tasks,
+        cluster=cluster,
+        stop=stop,
+    )
 
 
 def _check_method(

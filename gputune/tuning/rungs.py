@@ -102,7 +102,7 @@ class _Search:
         trials = [trial for trial in ledger.candidates if trial.number in wanted]
         self.running = [_Runner(trial, configs[trial.number], nothing) for trial in trials]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
-        self.parking = Parking(min(free, context.memory or free))
+        self.parking = Parking(min(free, context.trainer.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
         self.saved_at, self.earliest = time.monotonic(), 0.0
         self._resume(begun)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from gputune.engine.stop import Stop
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
+from gputune.hypergradients.chunk import HypergradientJob, plan_chunks
 from gputune.types import Backend, Config
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -67,8 +68,12 @@ class Trainer:
         parameters: int = 0,
         measure: Callable[[Population, int], Need | None] | None = None,
     ) -> Plan:
-        """Return the chunks in which populations train for so many epochs, as ``make_plan`` does."""
-        return make_plan(
+        """Return the chunks in which populations train for so many epochs.
+
+        ``parameters`` is the size of a user's module; ``measure`` finds what a population takes of a GPU that is here.
+        """
+        is_gpu_here = self.cluster is None and self.data.device.type == "cuda"
+        plan = make_plan(
             groups,
             self.data,
             epochs=epochs,
@@ -76,9 +81,32 @@ class Trainer:
             workers=self.workers,
             parameters=parameters,
             free=None if self.cluster is None else self.cluster.free,
-            measure=measure,
+            measure=measure if is_gpu_here else None,
             backend=self.backend,
         )
+        return self._placed(plan)
+
+    def plan_differentiated(
+        self, configs: Sequence[Config], job: HypergradientJob
+    ) -> tuple[Plan, HypergradientJob]:
+        """Return the chunks in which configurations are differentiated, and the job with its budget of bytes.
+
+        Raises InputError where they cannot be.
+        """
+        room = None if self.cluster is None else self.cluster.bytes_of_a_task()
+        plan, job = plan_chunks(
+            self.groups(configs),
+            self.data,
+            job,
+            memory=self.memory,
+            workers=self.workers,
+            bytes_of_a_task=room,
+        )
+        return self._placed(plan), job
+
+    def _placed(self, plan: Plan) -> Plan:
+        """Return a plan with the threads that each task of a cluster has, where there is one."""
+        return plan if self.cluster is None else replace(plan, threads=self.cluster.threads, cluster=True)
 
     def job(self, kind: type[AnyJob], *, epochs: int, **more: Any) -> AnyJob:
         """Return what all chunks that train up to so many epochs have in common; ``more`` are fields of its kind."""
