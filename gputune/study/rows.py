@@ -290,12 +290,15 @@ def chunk_of(number: int, stage: int, trials: str, facts: str) -> Chunk:
     return Chunk(number, stage, tuple(members), min(max(1, shared["threads"]), _MOST_THREADS))
 
 
+_LEADS: dict[type, bytes] = {kind: f"{kind.__name__}:".encode() for kind in (int, float, str, bytes)}
+
+
 def checksum(*values: object) -> str:
     """64 bits of SHA-256 over the values, each led by its type and length so that no two rows read alike."""
     parts: list[bytes] = []
     for value in values:
         raw = value if isinstance(value, bytes) else str(value).encode()
-        parts += (b"%s:%d:" % (type(value).__name__.encode(), len(raw)), raw)
+        parts += (_LEADS.get(type(value)) or f"{type(value).__name__}:".encode(), b"%d:" % len(raw), raw)
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 

@@ -1,8 +1,10 @@
 """All trials of a search and their results: a value made from options, trials and curves."""
 
+import gc
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -124,7 +126,7 @@ class Study:
 
         Raises FileNotFoundError, StudyCorruptError, StudyVersionError.
         """
-        with Store.open(path) as store:
+        with Store.open(path) as store, _no_collecting():
             return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
@@ -287,6 +289,18 @@ class Study:
                 f"in trial {best.number}"
             )
         return f"Study({', '.join(parts)})"
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Hold the garbage collector back: of a million new objects none is garbage, and it took a fifth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _rank(trial: Trial) -> tuple[bool, bool, float, int]:
