@@ -1,5 +1,6 @@
 """What every test takes for granted of the process that runs it."""
 
+import gc
 import signal
 
 import pytest
@@ -53,6 +54,15 @@ def pytest_collection_modifyitems(config, items):
         long = [item for item in items if item.get_closest_marker("long")]
         config.hook.pytest_deselected(items=long)
         items[:] = [item for item in items if not item.get_closest_marker("long")]
+
+
+def pytest_collection():
+    gc.disable()
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.freeze()  # what was imported stays, and no collection of garbage looks through it again
 
 
 @pytest.fixture

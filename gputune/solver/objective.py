@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+STRONGEST = (
+    1e150  # penalty, in units of the mean loss, whose square is still a number: under it no weight moves
+)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -143,9 +147,9 @@ def origin(rows: Rows, ridge: Tensor, lasso: Tensor) -> Point:
     """All members at zero; ridge and lasso are (m,)."""
     weight = rows.design.new_zeros(len(ridge), rows.outputs, rows.design.shape[1])
     logits = rows.design.new_zeros(len(ridge), rows.outputs, len(rows.design))
-    return point_at(
-        rows, weight, logits, ridge[:, None, None] * rows.penalised**2, lasso[:, None, None] * rows.penalised
-    )
+    ridge = (ridge[:, None, None] * rows.penalised**2).clamp_max(STRONGEST)
+    lasso = (lasso[:, None, None] * rows.penalised).clamp_max(STRONGEST)
+    return point_at(rows, weight, logits, ridge, lasso)
 
 
 def misfit(rows: Rows, chance: Tensor) -> Tensor:

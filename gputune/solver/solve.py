@@ -17,9 +17,6 @@ STILL = 1e-13  # a step that lowers the objective by a smaller share changes not
 PATIENCE = 10  # such steps in a row before a member is given up
 CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
 HUGE = 1e10  # input beyond which each is measured in a unit of its own, or squares and their sums overflow
-STRONGEST = (
-    1e150  # penalty, in units of the mean loss, whose square is still a number: under it no weight moves
-)
 SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
 
 Step = Callable[[Rows, Point, float], Point]
@@ -124,8 +121,8 @@ def _jobs(
     huge = bool(x.abs().amax() > HUGE)
     scale = _scale(x) if huge else torch.ones_like(x[0])
     x, center = _centred(x / scale, share) if fit_intercept else (x / scale, torch.zeros_like(x[0]))
-    lasso = (l1_ratio / (C * total)).clamp_max(STRONGEST)
-    ridge = ((1 - l1_ratio) / (C * total)).clamp_max(STRONGEST)
+    most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
+    lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (l1_ratio, 1 - l1_ratio))
 
     def solve_chunk(rows: Rows, step: Step, members: Tensor) -> None:
         descent = descend(rows, step, ridge[members], lasso[members], tolerance, max_steps)

@@ -1,7 +1,9 @@
 """Files, frames and arrays become the same table, and what cannot be one is refused by name."""
 
 import gzip
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +13,7 @@ import torch
 from scipy.sparse import csr_array, csr_matrix
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from gputune.data import table as table_module
 from gputune.data.kinds import parse_text
 from gputune.data.table import BUNDLED, Table, as_rows, as_table, read_table, select_rows, split_target
 from gputune.errors import InputError
@@ -82,7 +85,9 @@ def test_blanks_around_fields_are_no_part_of_them(tmp_path):
     np.testing.assert_array_equal(table.column("c"), [np.nan, 4])
 
 
-def test_every_column_of_text_reads_as_its_values_do_one_by_one(tmp_path):
+@pytest.mark.parametrize("short", [0, 500])  # rows up to which a column is read value by value
+def test_every_column_of_text_reads_as_its_values_do_one_by_one(monkeypatch, tmp_path, short):
+    monkeypatch.setattr(table_module, "_SHORT", short)
     odd = ["1_0", "1e5", "+1", ".5", "-0", " 7 ", "nan", "?", "0x10", "true", "1d5", "2020-01-02"]
     for extra in ("3", "", "false", "x"):
         columns = [[text, extra] for text in odd]
@@ -156,6 +161,108 @@ def test_bundled_sets(name):
 def test_bad_files(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read_table(write(tmp_path, text, name))
+
+
+class CountedName(str):
+    """A name that counts how often it is compared with another."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        CountedName.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_a_wide_table_is_looked_through_once():
+    names = [CountedName(f"column {j}") for j in range(1000)]
+    table = table_module._checked(names, [("number", np.zeros(2))] * len(names))
+    for name in names:
+        table.column(name), table.kind(name)
+    assert CountedName.compared < 10 * len(names)  # each with each: 1,000,000
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "endless.csv").symlink_to("/dev/zero")
+    for name in ("pipe.csv", "endless.csv"):
+        with pytest.raises(InputError, match=f"{name}' is a pipe or a device and no file; write its rows"):
+            read_table(tmp_path / name)
+
+
+def test_a_packed_file_is_unpacked_as_far_as_there_is_memory(monkeypatch, tmp_path):
+    class Counting(gzip.GzipFile):
+        unpacked = 0
+
+        def read(self, size=-1):
+            part = super().read(size)
+            Counting.unpacked += len(part)
+            return part
+
+    (tmp_path / "bomb.csv.gz").write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 10_000_000, 1))
+    monkeypatch.setattr(table_module, "free_memory", lambda: 16 << 20)
+    monkeypatch.setattr(table_module.gzip, "open", Counting)
+    with pytest.raises(
+        InputError, match="bomb.csv.gz' needs about .* of memory or more, and 16.0 MiB are free"
+    ):
+        read_table(tmp_path / "bomb.csv.gz")
+    assert Counting.unpacked < 4 << 20  # of 40 MB
+
+
+def _wide(path):
+    path.with_suffix(".csv").write_text("1," * 5000 + "1\n")
+
+
+def _long(path):
+    path.with_suffix(".csv").write_text("1,2\n" * 50_000)
+
+
+def _parquet(path):
+    frame = pl.DataFrame({"a": np.zeros(200_000)})  # packed to a few hundred bytes
+    frame.write_parquet(path.with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize("write_file", [_wide, _long, _parquet])
+def test_a_file_that_memory_does_not_hold_is_refused_before_it_is_read(monkeypatch, tmp_path, write_file):
+    write_file(tmp_path / "t")
+    (path,) = tmp_path.iterdir()
+    monkeypatch.setattr(table_module, "free_memory", lambda: 1 << 20)
+    monkeypatch.setattr(pl, "read_csv", lambda *a, **k: pytest.fail("was read"))
+    monkeypatch.setattr(pl, "read_parquet", lambda *a, **k: pytest.fail("was read"))
+    with pytest.raises(InputError, match="needs about .* of memory or more, and 1.0 MiB are free; leave out"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("error", [pl.exceptions.PanicException, MemoryError])
+@pytest.mark.parametrize("name", ["t.csv", "t.parquet"])
+def test_a_reader_that_gives_up_is_quoted(monkeypatch, tmp_path, name, error):
+    def fails(*arguments, **options):
+        raise error("it gave up")
+
+    pl.DataFrame({"a": [1.0]}).write_parquet(tmp_path / "t.parquet")
+    write(tmp_path, "a,b\n1,2\n")
+    monkeypatch.setattr(pl, f"read_{name[2:]}", fails)
+    with pytest.raises(InputError, match="could not be read as .*: it gave up"):
+        read_table(tmp_path / name)
+
+
+def test_a_damaged_packed_file(tmp_path):
+    packed = bytearray(gzip.compress(b"a,b\n" + b"1,2\n" * 1000))
+    packed[20] ^= 255
+    (tmp_path / "t.csv.gz").write_bytes(packed)
+    with pytest.raises(InputError, match="t.csv.gz' could not be read as a text table"):
+        read_table(tmp_path / "t.csv.gz")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are refused by the system")
+def test_a_name_that_is_not_utf8(tmp_path):
+    frame = pl.DataFrame({"a": [1.5, 2.5], "b": [3.0, 4.0]})
+    frame.write_csv(tmp_path / "t.csv")
+    frame.write_parquet(tmp_path / "t.parquet")
+    for suffix in (".csv", ".parquet"):
+        path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9" + suffix.encode()))
+        (tmp_path / f"t{suffix}").rename(path)
+        same(read_table(path), as_table(frame))
 
 
 def test_a_file_that_is_not_utf8(tmp_path):
