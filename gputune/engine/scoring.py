@@ -95,10 +95,14 @@ class Scoring:
                 result[trial] = float(self.scorer(estimator, X, y))
                 estimator.close()
         except Exception as error:
+            own = ":" in self.name  # no name of scikit-learn's
+            remedy = (
+                "It is called as scorer(estimator, X, y), with X as you gave it."
+                if own
+                else "Choose a scoring that fits the task, for example accuracy or r2."
+            )
             raise InputError(
-                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. "
-                "Choose a scoring that fits the task, for example accuracy or r2; a callable is called as "
-                "scorer(estimator, X, y)."
+                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. {remedy}"
             ) from error
         return torch.from_numpy(result).to(outputs.device)
 

@@ -239,8 +239,15 @@ def test_a_loss_is_of_no_class():
 def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
     data = make_data()
     outputs = torch.zeros(1, len(data.folds[0].valid), 3)
-    with pytest.raises(InputError, match="scoring='f1' raised ValueError on fold 0: Target is multiclass"):
+    with pytest.raises(
+        InputError, match="scoring='f1' raised ValueError on fold 0: Target is multiclass.*fits the task"
+    ):
         make_scoring("f1", "multiclass", np.arange(3))(data, 0, outputs)
+    own = make_scoring(lambda estimator, X, y: y["nope"], "multiclass", np.arange(3))
+    with pytest.raises(
+        InputError, match="raised IndexError on fold 0: .* called as scorer.estimator, X, y., with X as"
+    ):
+        own(data, 0, outputs)
 
 
 def test_a_regression_scorer_sees_original_units():
