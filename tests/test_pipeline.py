@@ -190,7 +190,7 @@ def test_files_frames_and_arrays_have_one_rule_for_the_task(tmp_path, iris, kind
     given += [(torch.tensor(X), torch.tensor(y)), (X, y.tolist())]
     assert {gputune.tune("mlp", *of, **few).meta["task"] for of in given} == {"binary"}
     gputune.tune("mlp", X, y, **{**few, "verbose": 1})
-    assert "2 classes; task='regression' (--task) takes them for numbers" in capsys.readouterr().err
+    assert "2 classes; task='regression' takes them for numbers" in capsys.readouterr().err
 
 
 def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_where_tune_was_called():

@@ -48,8 +48,8 @@ class Target:
         if self.labels.dtype.kind not in "iuf" or not _are_whole(self.labels):
             return ""
         if self.classes is None:
-            return "task='classification' (--task) takes them for classes"
-        return "task='regression' (--task) takes them for numbers"
+            return "task='classification' takes them for classes"
+        return "task='regression' takes them for numbers"
 
     @property
     def labels(self) -> np.ndarray:
@@ -187,7 +187,7 @@ def _are_classes(values: np.ndarray, name: str) -> bool:
         warnings.warn(
             f"{name} has {distinct} distinct whole numbers in {len(values)} rows, more than the {MAX_CLASSES} that are "
             "taken for classes: it is a number to be predicted. If they are classes, say task='classification', and if "
-            "not, task='regression' (--task).",
+            "not, task='regression'.",
             InputWarning,
             stacklevel=7,  # the caller of tune()
         )

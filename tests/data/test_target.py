@@ -95,10 +95,10 @@ def test_more_whole_numbers_that_repeat_often_are_a_warning(dtype):
 @pytest.mark.parametrize(
     ("y", "task", "override"),
     [
-        ([0.0, 1.0, 0.0], None, "task='regression' (--task) takes them for numbers"),
-        ([0, 1, 0], None, "task='regression' (--task) takes them for numbers"),
-        ([1, 2, 3], None, "task='classification' (--task) takes them for classes"),
-        ([0, 1, 0], "regression", "task='classification' (--task) takes them for classes"),
+        ([0.0, 1.0, 0.0], None, "task='regression' takes them for numbers"),
+        ([0, 1, 0], None, "task='regression' takes them for numbers"),
+        ([1, 2, 3], None, "task='classification' takes them for classes"),
+        ([0, 1, 0], "regression", "task='classification' takes them for classes"),
         ([0.5, 1.0], None, ""),
         (["a", "b"], None, ""),
         ([True, False], None, ""),
