@@ -13,7 +13,6 @@ import platform
 import shutil
 import signal
 import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -50,8 +49,8 @@ def library(dtype: torch.dtype) -> ctypes.CDLL:
         if folder is not None and os.access(folder, os.W_OK):
             return _load(_build(compiler, folder / name, double=double))
         # What is loaded needs its file no more; Windows keeps it from being removed.
-        with tempfile.TemporaryDirectory(prefix="gputune-code-", ignore_cleanup_errors=True) as private:
-            return _load(_build(compiler, Path(private) / name, double=double))
+        with scratch_folder() as private:
+            return _load(_build(compiler, private / name, double=double))
     except (OSError, AttributeError) as error:
         raise NotBuiltError(f"gputune's compiled code could not be made or loaded: {error}") from error
 
