@@ -337,7 +337,7 @@ def _field(texts: Any) -> tuple[Kind, np.ndarray]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
 
 
 def _from_frame(frame: "nw.DataFrame[Any]") -> Table:
