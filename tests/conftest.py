@@ -5,6 +5,7 @@ import signal
 
 import pytest
 from hypothesis import HealthCheck, settings
+from sklearn.datasets import load_iris
 
 from gputune.engine.recorder import RECORDERS
 from gputune.study import trusted
@@ -69,3 +70,9 @@ def pytest_collection_finish():
 def recorded_on_cpu(monkeypatch):
     """Let steps be recorded on a CPU too, by the stand-in that is as strict as a CUDA graph."""
     monkeypatch.setitem(RECORDERS, "cpu", StandIn)
+
+
+@pytest.fixture(scope="session")
+def iris():
+    """Measurements and kinds of 150 irises."""
+    return load_iris(return_X_y=True)

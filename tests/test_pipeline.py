@@ -15,7 +15,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
-from sklearn.datasets import load_iris, make_classification, make_regression
+from sklearn.datasets import make_classification, make_regression
 from sklearn.model_selection import GroupKFold, ShuffleSplit, StratifiedKFold, TimeSeriesSplit
 from torch import nn
 
@@ -30,11 +30,6 @@ from gputune.study.store import Candidate, Store
 from problems import largest_difference, living_tensors
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}
-
-
-@pytest.fixture(scope="module")
-def iris():
-    return load_iris(return_X_y=True)
 
 
 class Net(nn.Module):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-from sklearn.datasets import load_iris
 
 import gputune
 from command_line import FAST, run
@@ -18,11 +17,6 @@ from moments import at_finish, environment
 from study_processes import done, table
 
 SMALL = {"n_trials": 2, "max_epochs": 2, "cv": 2, "verbose": 0}
-
-
-@pytest.fixture
-def iris():
-    return load_iris(return_X_y=True)
 
 
 def test_a_missing_ray_says_what_to_install(iris, tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import optuna
 import pytest
 import torch
 from scipy.stats import loguniform
-from sklearn.datasets import load_iris
 
 import gputune
 import ray_searches
@@ -39,11 +38,6 @@ def cluster():
     ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-@pytest.fixture
-def iris():
-    return load_iris(return_X_y=True)
 
 
 def rows(study):

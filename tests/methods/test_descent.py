@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import loguniform
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.datasets import load_breast_cancer, load_diabetes
 from torch import nn
 
 import gputune
@@ -20,11 +20,6 @@ from moments import time_is_over
 
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
 LR = {"lr": loguniform(1e-4, 1.0), "batch_size": [16], "width": [8], "activation": ["tanh"], "depth": [1]}
-
-
-@pytest.fixture(scope="module")
-def iris():
-    return load_iris(return_X_y=True)
 
 
 class Net(nn.Module):

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 from scipy.stats import loguniform
-from sklearn.datasets import load_iris
 
 import gputune
 from command_line import FAST, run
@@ -17,8 +16,7 @@ METHOD = gputune.Median(min_epochs=2, every=3)
 
 
 @pytest.fixture(scope="module")
-def both():
-    iris = load_iris(return_X_y=True)
+def both(iris):
     return [gputune.tune("mlp", *iris, method=method, **COMMON) for method in ("random", METHOD)]
 
 
@@ -48,27 +46,27 @@ def test_the_decisions_are_those_of_the_rule_on_the_full_curves(both):
     assert found.best_trial.state == "complete" and found.spent[0] == sum(ended.values()) < found.spent[1]
 
 
-def test_it_is_milder_than_halving(both):
-    halved = gputune.tune("mlp", *load_iris(return_X_y=True), method=gputune.Halving(min_epochs=2), **COMMON)
+def test_it_is_milder_than_halving(both, iris):
+    halved = gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=2), **COMMON)
     assert lengths(both[1]).sum() > lengths(halved).sum()
 
 
-def test_few_trials_all_stay():
-    study = gputune.tune("mlp", *load_iris(return_X_y=True), method="median", **{**COMMON, "n_trials": 3})
+def test_few_trials_all_stay(iris):
+    study = gputune.tune("mlp", *iris, method="median", **{**COMMON, "n_trials": 3})
     assert {t.state for t in study.trials} == {"complete"}
 
 
-def test_a_study_keeps_its_options(tmp_path):
+def test_a_study_keeps_its_options(iris, tmp_path):
     assert method_again(method_meta(METHOD)) == METHOD
-    iris, path = load_iris(return_X_y=True), tmp_path / "s.db"
+    path = tmp_path / "s.db"
     gputune.tune("mlp", *iris, method=METHOD, study=path, **COMMON)
     with pytest.raises(InputError, match="holds another search, which differs from this call in: method"):
         gputune.tune("mlp", *iris, method="median", study=path, **COMMON)
 
 
-def test_the_solved_logistic_regression_is_refused():
+def test_the_solved_logistic_regression_is_refused(iris):
     with pytest.raises(InputError, match="method='median' judges trials while they train, and the solved"):
-        gputune.tune("logistic", *load_iris(return_X_y=True), method="median", verbose=0)
+        gputune.tune("logistic", *iris, method="median", verbose=0)
 
 
 def test_the_command_says_what_was_spent(tmp_path):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import loguniform
-from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine.compiled import CompiledChunk
@@ -41,11 +40,6 @@ ERRORS = [
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
     MemoryError(),
 ]
-
-
-@pytest.fixture(scope="module")
-def iris():
-    return load_iris(return_X_y=True)
 
 
 @pytest.fixture(scope="module")

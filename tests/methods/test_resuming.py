@@ -34,11 +34,6 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def iris():
-    return load_iris(return_X_y=True)
-
-
-@pytest.fixture(scope="module")
 def whole(iris):
     return {name: gputune.tune("mlp", *iris, method=method, **COMMON) for name, method in METHODS.items()}
 
