@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.search.descent import Hypergradient
     from gputune.search.distributions import log_int
-    from gputune.search.halving import Halving
-    from gputune.search.median import Median
     from gputune.search.optuna_sampler import OptunaSampler
+    from gputune.search.stopping import Halving, Median
     from gputune.study.model import TunedModel, load_model
     from gputune.study.study import Trial
 
@@ -58,9 +57,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Halving": "gputune.search.halving",
+    "Halving": "gputune.search.stopping",
     "Hypergradient": "gputune.search.descent",
-    "Median": "gputune.search.median",
+    "Median": "gputune.search.stopping",
     "OptunaSampler": "gputune.search.optuna_sampler",
     "Ray": "gputune.executors.ray_connection",
     "Study": "gputune.api.study",

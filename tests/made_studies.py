@@ -7,7 +7,7 @@ import numpy as np
 
 from gputune.api.study import Study
 from gputune.search.descent import Hypergradient
-from gputune.search.halving import Halving
+from gputune.search.stopping import Halving
 from gputune.study.study import Trial
 from gputune.tuning.method import method_meta
 

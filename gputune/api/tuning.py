@@ -11,9 +11,8 @@ from gputune.engine.scoring import Scorer
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.search.descent import Hypergradient
-from gputune.search.halving import Halving
-from gputune.search.median import Median
 from gputune.search.optuna_sampler import OptunaSampler
+from gputune.search.stopping import Halving, Median
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from gputune.search.optuna_space import label
+from gputune.search.distributions import label
 from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
 

@@ -20,9 +20,8 @@ from gputune.data.source import read_source, set_apart
 from gputune.errors import InputError, SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.search.descent import Hypergradient
-from gputune.search.distributions import parse_specs
-from gputune.search.halving import Halving
-from gputune.search.median import Median
+from gputune.search.space import parse_specs
+from gputune.search.stopping import Halving, Median
 from gputune.study.database import blaming_options
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.options import RULES, Options

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.hypergradients.coordinates import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.inner import HYPERPARAMETERS
 from gputune.hypergradients.result import CHAOTIC
+from gputune.search.config import check_count
 from gputune.types import Config
 
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises
@@ -23,7 +25,7 @@ _HITS = 2  # chaotic points of a start after which its slopes come from wide fin
 
 FIRST_STEP, FIRST_OF_SEVERAL = 1.5, 1.0  # in the coordinate, of one value and of several
 
-Table = np.ndarray  # (S, L)
+Table = NDArray[np.float64]  # (S, L)
 Bounds = Mapping[str, tuple[float, float]]
 
 
@@ -53,19 +55,16 @@ class Hypergradient:
     smallest_step: float = 0.05
 
     def __post_init__(self) -> None:
-        names = (
-            (self.hyperparameters,) if isinstance(self.hyperparameters, str) else tuple(self.hyperparameters)
-        )
+        names = self.hyperparameters
+        names = (names,) if isinstance(names, str) else tuple(names)
         object.__setattr__(self, "hyperparameters", names)
         known = (*HYPERPARAMETERS, "C")
         if not names or len(set(names)) < len(names) or not set(names) <= set(known):
             raise InputError(
                 f"Hypergradient(hyperparameters=...) must be some of {', '.join(known)}, each once, got {names!r}."
             )
-        for name in ("outer_steps", "segments"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"Hypergradient({name}=...) must be an integer >= 1, got {value!r}.")
+        check_count(self.outer_steps, "Hypergradient(outer_steps=...)")
+        check_count(self.segments, "Hypergradient(segments=...)")
         if not isinstance(self.per_layer, bool):
             raise InputError(f"Hypergradient(per_layer=...) must be True or False, got {self.per_layer!r}.")
         if self.step not in ("sign", "normalized"):
@@ -174,24 +173,21 @@ class Descent:
             moves = self._normalized_step(slope)
         unclear = not slope.usable or not any(move.any() for move in moves.values())
         after = self._moved(before, moves)
-        while not _alike(after, before) and self._was_at(after):  # steps of 1, 1/2 and 1/2 lead back
+        while not _alike(after, before) and any(_alike(after, place) for place in self.visited):
+            # Steps of 1, 1/2 and 1/2 lead back.
             moves = {name: move / 2 for name, move in moves.items()}
             self.steps = {name: np.where(moves[name] != 0, s / 2, s) for name, s in self.steps.items()}
             self.length /= 2
             after = self._moved(before, moves)
         self.visited.append(before)
-        again = slope.mode == "exact" and self.names != (
-            "C",
-        )  # a solution is as smooth from near as from afar
+        # A solution, of C alone, is as smooth from near as from afar.
+        again = slope.mode == "exact" and self.names != ("C",)
         if _alike(after, before) and unclear and again:
             self.hits = _HITS  # noise, or chaos with nowhere to step down to: again, by finite differences
         elif _alike(after, before) or self._longest() < self.method.smallest_step:
             self.ended = True
         else:
             self.config |= {name: _as_value(self._values(name, after[name])) for name in self.names}
-
-    def _was_at(self, place: Mapping[str, Table]) -> bool:
-        return any(_alike(place, old) for old in self.visited)
 
     def _begin(self, slope: Slope) -> None:
         number = sum(table.size for table in slope.slopes.values())
@@ -217,8 +213,7 @@ class Descent:
         flipped = signs * self.signs[name] < 0
         self.steps[name] = np.where(flipped, self.steps[name] / 2, self.steps[name])
         self.signs[name] = np.where(signs != 0, signs, self.signs[name])
-        move: Table = -signs * self.steps[name]
-        return move
+        return -signs * self.steps[name]
 
     def _normalized_step(self, slope: Slope) -> dict[str, Table]:
         if slope.loss > self.last_loss:
@@ -241,10 +236,8 @@ class Descent:
         after = {}
         for name in self.names:
             low, high = self.bounds.get(name, (-math.inf, math.inf))
-            least, most = (
-                float(to_coordinate(name, torch.tensor(end, dtype=torch.float64)))
-                for end in (max(low, 0.0), high)
-            )
+            ends = torch.tensor([max(low, 0.0), high], dtype=torch.float64)
+            least, most = to_coordinate(name, ends).tolist()
             most = math.inf if math.isnan(most) else most  # infinity has no logit
             after[name] = np.clip(before[name] + moves[name], least, most)
         return after
@@ -253,8 +246,7 @@ class Descent:
         """Return the values at coordinates; at a bound the bound itself, not its neighbour by rounding."""
         values: Table = from_coordinate(name, torch.as_tensor(coordinate)).numpy()
         low, high = self.bounds.get(name, (-math.inf, math.inf))
-        held: Table = np.clip(values, low, high)
-        return held
+        return np.clip(values, low, high)
 
     def _longest(self) -> float:
         if self.method.step == "normalized":

@@ -1,27 +1,34 @@
-"""What a value of a space is drawn from: scipy.stats distributions, and those that scipy lacks.
+"""What a value of a space is drawn from: a list, a distribution of scipy.stats, or one that scipy lacks.
 
-The command line's KEY=SPEC: one key of a space written as text.
+Beside the object itself a distribution has three notations: text (for a hash), plain values (for a study file), and
+Optuna's, ``Described``.
 """
 
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import astuple, dataclass
 from operator import index
-from typing import Any, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeGuard
 
 import numpy as np
 from scipy import stats
 from sklearn.utils import check_random_state
 
 from gputune.errors import InputError
-from gputune.search.config import RANGES, WORDS
+from gputune.extras import import_extra
+
+Described = dict[str, Any]
+"""One of Optuna's distributions as plain JSON: "kind" float, int or choices, and its arguments."""
 
 
 class Distribution(Protocol):
     """What scikit-learn's ParameterSampler draws from: any object with scipy's ``rvs``."""
 
     def rvs(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+Choices = list[Any] | Distribution
+"""What a space has for one key."""
 
 
 def is_distribution(value: object) -> TypeGuard[Distribution]:
@@ -40,18 +47,31 @@ def range_of(space: Iterable[Mapping[str, Any]], names: Collection[str]) -> tupl
 
 
 @dataclass(frozen=True)
-class LogInt:
+class OwnDistribution:
+    """A distribution that scipy lacks: integers between ``low`` and ``high`` on a log scale, or numbers in steps."""
+
+    word: ClassVar[str]
+
+    low: Any
+    high: Any
+
+    def support(self) -> tuple[float, float]:
+        """Return the smallest and the largest number, both of which are drawn."""
+        return self.low, self.high
+
+    @property
+    def described(self) -> Described:
+        return {"kind": "int", "low": self.low, "high": self.high, "log": True}
+
+
+@dataclass(frozen=True, repr=False)
+class LogInt(OwnDistribution):
     """Log-uniform integers; made by ``log_int``, which checks the ends."""
 
-    low: int
-    high: int
+    word = "log_int"
 
     def __repr__(self) -> str:
         return f"log_int({self.low}, {self.high})"
-
-    def support(self) -> tuple[int, int]:
-        """Return the smallest and the largest integer, both of which are drawn."""
-        return self.low, self.high
 
     def rvs(self, size: int | tuple[int, ...] | None = None, random_state: Any = None) -> Any:
         """Draw one integer, or an int64 array of shape ``size``; ``random_state`` is as in scipy.stats."""
@@ -83,39 +103,10 @@ def log_int(low: int, high: int) -> LogInt:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The numbers low, low + step, ..., high with equal probability: integers where all three are."""
-
-    low: float
-    high: float
-    step: float
-
-    @property
-    def whole(self) -> bool:
-        """Whether it draws integers."""
-        return all(isinstance(value, int) for value in (self.low, self.high, self.step))
-
-    def support(self) -> tuple[float, float]:
-        """Return the smallest and the largest number, both of which are drawn."""
-        return self.low, self.high
-
-    def rvs(self, random_state: Any = None) -> Any:
-        """Draw one."""
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
-        return min(drawn, self.high)
-
-
-@dataclass(frozen=True)
-class LogIntegers:
+class LogIntegers(OwnDistribution):
     """Log-uniform integers as Optuna draws them: the logarithm of [low - 1/2, high + 1/2], rounded."""
 
-    low: int
-    high: int
-
-    def support(self) -> tuple[int, int]:
-        """Return the smallest and the largest integer, both of which are drawn."""
-        return self.low, self.high
+    word = "log_integers"
 
     def rvs(self, random_state: Any = None) -> int:
         """Draw one."""
@@ -124,102 +115,148 @@ class LogIntegers:
         return int(np.clip(drawn, self.low, self.high))
 
 
+@dataclass(frozen=True)
+class Steps(OwnDistribution):
+    """The numbers low, low + step, ..., high with equal probability: integers where all three are."""
+
+    word = "steps"
+
+    step: Any
+
+    @property
+    def whole(self) -> bool:
+        """Whether it draws integers."""
+        return all(isinstance(value, int) for value in astuple(self))
+
+    @property
+    def described(self) -> Described:
+        kind = "int" if self.whole else "float"
+        return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
+
+    def rvs(self, random_state: Any = None) -> Any:
+        """Draw one."""
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
+        return min(drawn, self.high)
+
+
+def _scipy_law(value: Any) -> tuple[Any, dict[str, Any]] | None:
+    """Return scipy's law and its parameters by name; None for a class of the user's own, whatever its name is."""
+    law: Any = getattr(value, "dist", value)
+    if type(law) is not type(getattr(stats, str(getattr(law, "name", "")), stats)):
+        return None
+    names = [*(law.shapes.split(", ") if law.shapes else ()), "loc", "scale"]
+    return law, dict(zip(names, getattr(value, "args", ()))) | getattr(value, "kwds", {})
+
+
 def distribution_text(value: Any) -> str:
     """Return a distribution as text that is the same in every process.
 
     Our own by their repr, scipy's by name and parameters, any other by its type and first draws.
     """
-    if isinstance(value, LogInt | Steps | LogIntegers):
+    if isinstance(value, OwnDistribution):
         return repr(value)
-    unfrozen = isinstance(value, stats.rv_continuous | stats.rv_discrete)
-    law: Any = value if unfrozen else getattr(value, "dist", value)
-    # A law of the user's own may have any name, so the type decides.
-    namesake: Any = getattr(stats, str(getattr(law, "name", "")), None)
-    if type(law) is type(namesake):
-        names = [*(law.shapes.split(", ") if law.shapes else ()), "loc", "scale"]
-        given = dict(zip(names, getattr(value, "args", ()))) | getattr(value, "kwds", {})
+    if scipy_law := _scipy_law(value):
+        law, parameters = scipy_law
         number = float if isinstance(law, stats.rv_continuous) else None  # 1 and 1.0 are one text
-        return f"{law.name}({', '.join(f'{k}={np.asarray(v, number).tolist()!r}' for k, v in given.items())})"
+        words = (f"{key}={np.asarray(end, number).tolist()!r}" for key, end in parameters.items())
+        return f"{law.name}({', '.join(words)})"
     # repr shows an address, and a pickle of scipy's holds the state of the global generator.
     rng = np.random.RandomState(0)
     draws = [np.asarray(value.rvs(random_state=rng)).tolist() for _ in range(8)]
     return f"{type(value).__module__}.{type(value).__qualname__}(draws={draws!r})"
 
 
-_EXAMPLES = (
-    "Examples: width=32,64,128 (a list), width=16..256 (all integers between), width=16..256:log, "
-    "lr=1e-4..1e-1:log, dropout=0..0.5, activation=relu,tanh."
-)
+def choices_to_json(choices: Choices) -> dict[str, Any]:
+    """Return a list or distribution as plain values. Raises InputError for a class of the user's own."""
+    if isinstance(choices, list):
+        return {"list": choices}
+    if isinstance(choices, OwnDistribution):
+        return {choices.word: list(astuple(choices))}
+    if (scipy_law := _scipy_law(choices)) is None:
+        raise InputError(f"{choices!r} is no distribution of scipy.stats.")
+    law, parameters = scipy_law
+    return {"scipy": law.name, "with": {key: np.asarray(end).tolist() for key, end in parameters.items()}}
 
 
-def parse_specs(texts: Iterable[str]) -> dict[str, Any]:
-    """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
-    space: dict[str, Any] = {}
-    for text in texts:
-        key, value = parse_spec(text)
-        if key in space:
-            raise InputError(f"--space must name a key once, got {key!r} twice. Join them: {key}=A,B.")
-        space[key] = value
-    return space
-
-
-def parse_spec(text: str) -> tuple[str, Any]:
-    """Return the key and the value of one ``KEY=SPEC``, as ``check_space`` takes it.
-
-    ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
-    ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a number, as
-    true or false, else as a word; its range is of integers when both ends are written so. Raises InputError.
-    """
-    key, equals, spec = (part.strip() for part in text.partition("="))
-    if not equals or not key or not spec:
-        raise InputError(f"A space is written KEY=SPEC, got {text!r}. {_EXAMPLES}")
-    ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
-    if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
-        return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)
-    values = [_parse_value(key, part.strip(), text) for part in spec.split(",")]
-    return key, values if len(values) > 1 else values[0]
-
-
-def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> Any:
-    low, high = _number(low_text), _number(high_text)
-    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(f"A range is LOW..HIGH with two finite numbers, got {text!r}. {_EXAMPLES}")
-    if scale not in ("", ":log"):
-        raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
-    if low >= high:
+def choices_from_json(values: Mapping[str, Any]) -> Choices:
+    """Return what ``choices_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
+    if "list" in values:
+        return list(values["list"])
+    makers: dict[str, Callable[..., Choices]] = {
+        "log_int": log_int,
+        "steps": Steps,
+        "log_integers": LogIntegers,
+    }
+    for word in makers.keys() & values.keys():
+        return makers[word](*values[word])
+    law: Any = getattr(stats, str(values["scipy"]), None)
+    if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
         raise InputError(
-            f"A range needs LOW < HIGH, got {text!r}. "
-            f"Swap the ends, or write {key}={low_text.strip()} for one value."
+            f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the study."
         )
-    if scale and low <= 0:
-        example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"
-        raise InputError(f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log.")
-    written_as_integers = isinstance(low, int) and isinstance(high, int)
-    if RANGES[key].integer if key in RANGES else written_as_integers:
-        if low != int(low) or high != int(high):
-            raise InputError(f"A range of {key} needs integer ends, got {text!r}. {_EXAMPLES}")
-        low, high = int(low), int(high)
-        return log_int(low, high) if scale else stats.randint(low, high + 1)
-    return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
+    distribution: Distribution = law(**values["with"])
+    return distribution
 
 
-def _parse_value(key: str, text: str, spec: str) -> Any:
-    if not text:
-        raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
-    if key in WORDS:
-        return text
-    number = _number(text)
-    if number is not None:
-        return number
-    if key in RANGES:
-        raise InputError(f"{key} must be {RANGES[key].rule}, got the text {text!r} in {spec!r}. {_EXAMPLES}")
-    return {"true": True, "false": False}.get(text.lower(), text)
+def from_optuna(value: Any) -> Any:
+    """Return one of Optuna's distributions in scikit-learn's terms, and what is none as it is."""
+    kind = type(value).__name__ if type(value).__module__.partition(".")[0] == "optuna" else ""
+    if kind == "CategoricalDistribution":
+        return list(value.choices)
+    if kind not in ("FloatDistribution", "IntDistribution"):
+        return value
+    low, high = value.low, value.high
+    if low == high:
+        return [low]
+    if kind == "IntDistribution":
+        return LogIntegers(low, high) if value.log else Steps(low, high, value.step)
+    if value.log:
+        return stats.loguniform(low, high)
+    return stats.uniform(low, high - low) if value.step is None else Steps(low, high, value.step)
 
 
-def _number(text: str) -> int | float | None:
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            pass
+def as_optuna(description: Described) -> Any:
+    """Return the ``optuna.distributions`` object."""
+    distributions = import_extra("optuna.distributions", extra="optuna", used_by="An Optuna distribution")
+    arguments = {key: value for key, value in description.items() if key != "kind"}
+    names = {"float": "FloatDistribution", "int": "IntDistribution", "choices": "CategoricalDistribution"}
+    return getattr(distributions, names[description["kind"]])(**arguments)
+
+
+def described(choices: Choices) -> Described | None:
+    """Return the list or distribution of one key as one of Optuna's; None for a law that Optuna does not have."""
+    if isinstance(choices, list):
+        return {"kind": "choices", "choices": labels(choices)}
+    if isinstance(choices, OwnDistribution):
+        return choices.described
+    if (scipy_law := _scipy_law(choices)) is None:
+        return None
+    value: Any = choices
+    low, high = (end.item() if hasattr(end, "item") else end for end in value.support())
+    match scipy_law[0].name:
+        case "randint":
+            return {"kind": "int", "low": int(low), "high": int(high)}
+        case "uniform":
+            return {"kind": "float", "low": float(low), "high": float(high)}
+        # A loguniform that is moved by its loc is none any more: its median tells.
+        case "loguniform" | "reciprocal" if math.isclose(value.median() ** 2, low * high):
+            return {"kind": "float", "low": float(low), "high": float(high), "log": True}
     return None
+
+
+def label(choice: Any) -> Any:
+    """Return what stands for a choice in Optuna, whose storages hold numbers, words and None: others as text."""
+    if choice is None or isinstance(choice, bool | int | float | str):
+        return choice
+    return f"{choice.__module__}.{choice.__qualname__}" if hasattr(choice, "__qualname__") else repr(choice)
+
+
+def labels(choices: Iterable[Any]) -> list[Any]:
+    """Return the labels of choices, each once."""
+    return list({(type(text), text): text for text in map(label, choices)}.values())
+
+
+def of_label(text: Any, choices: list[Any]) -> Any:
+    """Return the choice that a label stands for."""
+    return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)

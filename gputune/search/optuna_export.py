@@ -10,7 +10,7 @@ import numpy as np
 
 from gputune.errors import InputError
 from gputune.extras import import_extra
-from gputune.search.optuna_space import Described, as_optuna, label, labels
+from gputune.search.distributions import Described, as_optuna, label, labels
 from gputune.study.study import Study, Trial
 
 
@@ -20,21 +20,12 @@ def export_to_optuna(study: Study, storage: Any, name: str | None) -> Any:
     laws = {key: widened(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
     distributions = {key: as_optuna(law) for key, law in laws.items()}
     with _new_study(optuna, storage, name) as written:
-        record = study.record
-        known = {
-            "model": record.model,
-            "scoring": record.scoring,
-            "positive": record.positive,
-            "optimizer": record.optimizer,
-            "task": record.task,
-        }
-        for name, value in known.items():
-            if value is not None and value != "":
-                written.set_user_attr(name, value)
+        for word in ("model", "scoring", "positive", "optimizer", "task"):
+            if (value := getattr(study.record, word)) not in (None, ""):
+                written.set_user_attr(word, value)
         for trial, curve in zip(study.trials, study.curves):
-            inside = {
-                key: label(value) for key, value in trial.params.items() if _holds(laws[key], label(value))
-            }
+            texts = {key: label(value) for key, value in trial.params.items()}
+            inside = {key: text for key, text in texts.items() if _holds(laws[key], text)}
             if trial.state == "waiting":
                 written.enqueue_trial(inside, user_attrs=_attributes(trial, inside))
             else:
@@ -47,16 +38,16 @@ def _new_study(optuna: Any, storage: Any, name: str | None) -> Iterator[Any]:
     """Make a study that maximizes; one that cannot be written to its end goes again."""
     place = _storage(optuna, storage)
     try:
-        made = optuna.create_study(storage=place, study_name=name, direction="maximize")
+        study = optuna.create_study(storage=place, study_name=name, direction="maximize")
     except optuna.exceptions.DuplicatedStudyError as error:
         raise InputError(
             f"to_optuna(name={name!r}): the storage has a study of that name; give another name, or delete it there "
             "with optuna.delete_study."
         ) from error
     try:
-        yield made
+        yield study
     except BaseException:
-        optuna.delete_study(study_name=made.study_name, storage=place)
+        optuna.delete_study(study_name=study.study_name, storage=place)
         raise
 
 
@@ -80,22 +71,19 @@ def _finished(
     """Return a trial with a result as Optuna's: what a deadline stopped is pruned there."""
     states = optuna.trial.TrialState
     state = {"complete": states.COMPLETE, "failed": states.FAIL}.get(trial.state, states.PRUNED)
-    made = optuna.trial.create_trial(
+    finished = optuna.trial.create_trial(
         state=state,
         value=None if state == states.FAIL else trial.score,
         params=inside,
         distributions={key: distributions[key] for key in inside},
         user_attrs=_attributes(trial, inside),
-        intermediate_values=_means(curve),
+        # Epoch -> fold mean, from 1, of the epochs that were scored in every fold.
+        intermediate_values={i: mean for i, mean in enumerate(curve.mean(1).tolist(), 1) if mean == mean},
     )
     if math.isfinite(trial.seconds):
-        made.datetime_start = (made.datetime_complete or datetime.now()) - timedelta(seconds=trial.seconds)
-    return made
-
-
-def _means(curve: np.ndarray) -> dict[int, float]:
-    """Return epoch -> fold mean, from 1, of the epochs that were scored in every fold."""
-    return {epoch: mean for epoch, mean in enumerate(curve.mean(1).tolist(), 1) if not math.isnan(mean)}
+        end = finished.datetime_complete or datetime.now()
+        finished.datetime_start = end - timedelta(seconds=trial.seconds)
+    return finished
 
 
 def _attributes(trial: Trial, inside: dict[str, Any]) -> dict[str, Any]:

@@ -4,17 +4,17 @@ An Optuna study in memory, in which a copy of the user's sampler is asked for co
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from gputune.errors import InputError
 from gputune.extras import import_extra
-from gputune.search.config import check_config
-from gputune.search.halving import Halving
-from gputune.search.optuna_space import as_optuna, describe, label, of_label
+from gputune.search.config import check_config, check_count
+from gputune.search.distributions import Choices, as_optuna, described, distribution_text, label, of_label
 from gputune.search.space import Space
+from gputune.search.stopping import Halving
 from gputune.study.store import Result
 from gputune.types import Config
 
@@ -50,26 +50,24 @@ class OptunaSampler:
                 f"OptunaSampler(sampler=...) cannot be a {type(self.sampler).__name__}, which ends an optimization of "
                 "Optuna's own; a space of lists with method='random' runs every point."
             )
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise InputError(f"OptunaSampler(batch=...) must be an integer >= 1, got {self.batch!r}.")
+        check_count(self.batch, "OptunaSampler(batch=...)")
         if self.halving is not None and not isinstance(self.halving, Halving):
             raise InputError(
                 f"OptunaSampler(halving=...) must be gputune.Halving(...) or None, got {self.halving!r}."
             )
 
 
-class Asking:
-    """One conversation with a sampler over one space, whose scores are maximized."""
+class OptunaStudy:
+    """A study of Optuna's over one space, whose sampler proposes configurations and is told their scores."""
 
     def __init__(self, sampler: Any, space: Space, *, reseed: bool = False) -> None:
         self.optuna = import_extra("optuna", extra="optuna", used_by="OptunaSampler")
-        self.choices = check_askable(space)
-        self.distributions = {key: as_optuna(part) for key, part in describe(self.choices).items()}
-        own = copy.deepcopy(sampler)
+        self.choices, self.distributions = check_askable(space)
+        sampler = copy.deepcopy(sampler)
         if reseed:
-            own.reseed_rng()
+            sampler.reseed_rng()
         with _quiet(self.optuna):
-            self.study = self.optuna.create_study(sampler=own, direction="maximize")
+            self.study = self.optuna.create_study(sampler=sampler, direction="maximize")
 
     def ask(self, params: Config | None = None) -> tuple[Any, Config]:
         """Return Optuna's trial and its configuration: what the sampler proposes, or ``params`` in its place."""
@@ -84,30 +82,27 @@ class Asking:
 
     def tell(self, trial: Any, result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
-        state = self._state(result)
-        if state == self.optuna.trial.TrialState.PRUNED:
-            for epoch, value in enumerate(result.curve.mean(1).tolist(), 1):
-                trial.report(value, epoch)
-        complete = state == self.optuna.trial.TrialState.COMPLETE
-        self.study.tell(trial, result.score if complete else None, None if complete else state)
+        if result.state == "pruned":
+            for epoch, mean in _fold_means(result).items():
+                trial.report(mean, epoch)
+        complete = result.state == "complete"
+        self.study.tell(trial, result.score if complete else None, None if complete else self._state(result))
 
     def add(self, params: Config, result: Result) -> bool:
         """Tell a result that was not asked for; False where its configuration is not one of the space."""
         if params.keys() != self.distributions.keys():
             return False
-        state = self._state(result)
-        failed = state == self.optuna.trial.TrialState.FAIL
         try:
-            told = self.optuna.trial.create_trial(
-                state=state,
-                value=None if failed else result.score,
+            trial = self.optuna.trial.create_trial(
+                state=self._state(result),
+                value=None if result.state == "failed" else result.score,
                 params=self._labelled(params),
                 distributions=self.distributions,
-                intermediate_values=dict(enumerate(result.curve.mean(1).tolist(), 1)),
+                intermediate_values=_fold_means(result),
             )
         except ValueError:  # Optuna's own check of each value
             return False
-        self.study.add_trial(told)
+        self.study.add_trial(trial)
         return True
 
     def _labelled(self, params: Config) -> Config:
@@ -121,8 +116,13 @@ class Asking:
         return {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[result.state]
 
 
-def check_askable(space: Space) -> Any:
-    """Return the one dict of a space that a sampler can be asked for; InputError for another space."""
+def _fold_means(result: Result) -> dict[int, float]:
+    """Return epoch -> fold mean, from 1."""
+    return dict(enumerate(result.curve.mean(1).tolist(), 1))
+
+
+def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, Any]]:
+    """Return the one dict of a space that a sampler can be asked for, and its distributions; InputError for others."""
     if len(space) > 1:
         raise InputError(
             f"space must be one dict for an Optuna sampler, got a list of {len(space)}; search each by itself, or use "
@@ -133,8 +133,21 @@ def check_askable(space: Space) -> Any:
             "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler: 0 is l2, 1 is "
             "l1, C=inf is none."
         )
-    describe(space[0])
-    return space[0]
+    return space[0], optuna_distributions(space[0])
+
+
+def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, Any]:
+    """Return ``optuna.distributions`` objects, by key. Raises InputError for a law that Optuna does not have."""
+    distributions = {}
+    for key, value in choices.items():
+        if (description := described(value)) is None:
+            raise InputError(
+                f"space[{key!r}] must be a list, scipy's uniform, loguniform or randint, gputune.log_int or one of "
+                f"Optuna's distributions for an Optuna sampler, got {distribution_text(value)}; choose one of "
+                "them, or method='random'."
+            )
+        distributions[key] = as_optuna(description)
+    return distributions
 
 
 @contextmanager

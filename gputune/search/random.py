@@ -11,13 +11,11 @@ from sklearn.utils import check_random_state
 
 from gputune.errors import InputError
 from gputune.search.config import KEYS, check_config
-from gputune.search.distributions import Distribution, LogInt, LogIntegers, Steps
+from gputune.search.distributions import Choices, OwnDistribution, Steps
 from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
 from gputune.text import count
 from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
-
-__all__ = ["Candidate", "candidates", "default_space", "draw", "n_counted", "notes", "remarks", "top_up"]
 
 RandomState = int | np.random.RandomState | None
 """As in scikit-learn: a seed, a generator that goes on from where it is, or None for numpy's global one."""
@@ -32,9 +30,7 @@ _TAKERS: Mapping[str, tuple[str, ...]] = {
 """Keys that some optimizers take, and the others leave aside."""
 
 
-def default_space(
-    model: Literal["mlp", "logistic", "module"], optimizer: str
-) -> dict[str, list[Any] | Distribution]:
+def default_space(model: Literal["mlp", "logistic", "module"], optimizer: str) -> dict[str, Choices]:
     """Return the space of a search that was given none.
 
     The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants one or two
@@ -45,7 +41,7 @@ def default_space(
     if model == "logistic" and optimizer == "exact":
         return {"C": stats.loguniform(1e-3, 1e3), "l1_ratio": [0.0, 0.5, 1.0]}
     plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
-    space: dict[str, list[Any] | Distribution] = {
+    space: dict[str, Choices] = {
         "lr": stats.loguniform(1e-3, 1.0) if plain else stats.loguniform(1e-4, 3e-2),
         "batch_size": [32, 64, 128, 256],
         "weight_decay": stats.loguniform(1e-5, 1e-1),
@@ -114,8 +110,8 @@ def candidates(
             f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no included "
             "configuration. For example n_trials=64, or n_trials=1 for the default configuration alone."
         )
-    given = _number(wanted, ())
-    return given + top_up(given, space, n_trials, random_state) if drawn else given
+    first = _number(wanted, ())
+    return first + top_up(first, space, n_trials, random_state) if drawn else first
 
 
 def top_up(
@@ -141,43 +137,44 @@ def notes(
     trials: Sequence[Candidate], space: Space, *, include_default: bool, defaults: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Return what a user should know of the trials of a call, a sentence each."""
-    said = []
+    sentences = []
     missing = _missing({}, space, defaults)
     if include_default and missing:
-        said.append(f"No default configuration is run, because {', '.join(missing)} has no default value.")
+        sentences.append(
+            f"No default configuration is run, because {', '.join(missing)} has no default value."
+        )
     for trial in trials:
-        moved = _moved(trial.params, space, defaults) if trial.origin == "default" else []
-        if moved:
-            said.append(
+        if trial.origin == "default" and (moved := _moved(trial.params, space, defaults)):
+            sentences.append(
                 f"Trial {trial.number} is the default configuration, held to the space: {', '.join(moved)}."
             )
-    return (*said, *_without_effect(trials, str(defaults["optimizer"])))
+    return (*sentences, *_without_effect(trials, str(defaults["optimizer"])))
 
 
 def remarks(
     trials: Sequence[Candidate], space: Space, *, n_trials: int, include_default: bool
 ) -> tuple[str, ...]:
     """Return the sentences, if any, that tell the user once how the ``trials`` are other than ``n_trials``."""
-    said = []
+    sentences = []
     default = [trial.number for trial in trials if trial.origin == "default"]
     if default and not include_default:
-        said.append(
+        sentences.append(
             f"Trial {default[0]} is the default configuration, which an earlier call asked for: it stays."
         )
     n_draws, counted = _n_draws(space, n_trials), n_counted(trials)
     if n_draws < n_trials:
-        said.append(
+        sentences.append(
             f"The space has {count(n_draws, 'configuration')}, fewer than n_trials={n_trials}: all of them are run."
         )
     elif counted < n_trials:
-        said.append(
+        sentences.append(
             f"{n_trials - counted} of {n_trials} configurations repeat another one and are not run again."
         )
     elif counted > n_trials:
-        said.append(
+        sentences.append(
             f"The study holds {counted} configurations, more than n_trials={n_trials}: all stay in it."
         )
-    return tuple(said)
+    return tuple(sentences)
 
 
 def _moved(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[str]:
@@ -193,15 +190,15 @@ def _moved(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[st
 
 def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
     """Return what to say of keys that trials have, and no optimizer of theirs."""
-    said = []
+    sentences = []
     for key, takers in _TAKERS.items():
         used = {t.params.get("optimizer", optimizer) for t in trials if key in t.params}
         if used and used.isdisjoint(takers):
-            said.append(
+            sentences.append(
                 f"{key!r} has no effect: {' and '.join(sorted(used))} {'has' if len(used) == 1 else 'have'} none; "
                 f"leave it out, or use {', '.join(takers[:-1])} or {takers[-1]}."
             )
-    return said
+    return sentences
 
 
 def _check_n_trials(n_trials: object) -> None:
@@ -245,36 +242,36 @@ def _keys(space: Space) -> set[str]:
 
 
 def _missing(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[str]:
-    return sorted(_keys(space) - _within(config, space, defaults).keys())
+    return sorted(_keys(space) - _held(config, space, defaults).keys())
 
 
 def _fill(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
-    full = _within(config, space, defaults)
+    full = _held(config, space, defaults)
     return {key: full[key] for key in sorted(_keys(space) | config.keys())}
 
 
-def _within(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
+def _held(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
     """Return a configuration with all that has a default, which is held to the space where the space names it.
 
     Of alternatives the first counts that lacks the fewest of these values. What has no default takes its fixed value.
     """
     plain = _complete(config, defaults)
     part = min(space, key=lambda part: sum(not _holds(part[key], plain[key]) for key in part if key in plain))
-    held: Config = {}
+    values: Config = {}
     # weight_decay and momentum follow the optimizer.
     for key in sorted(part, key=lambda key: key != "optimizer"):
-        full = {"penalty": "l2", **_complete({**config, **held}, defaults)}
+        full = {"penalty": "l2", **_complete({**config, **values}, defaults)}
         known = key in config or (key == "penalty" and "l1_ratio" in config)
         if not known and (key in full or _is_fixed(part[key])):
-            held[key] = _nearest(key, part[key], full.get(key))
-    return _complete(check_config({**held, **config}, name="space"), defaults)
+            values[key] = _nearest(key, part[key], full.get(key))
+    return _complete(check_config({**values, **config}, name="space"), defaults)
 
 
-def _is_fixed(choices: list[Any] | Distribution) -> bool:
+def _is_fixed(choices: Choices) -> bool:
     return isinstance(choices, list) and len(choices) == 1
 
 
-def _holds(choices: list[Any] | Distribution, value: Any) -> bool:
+def _holds(choices: Choices, value: Any) -> bool:
     if isinstance(choices, list):
         return value in choices
     if not hasattr(choices, "support") or not isinstance(value, int | float):
@@ -283,7 +280,7 @@ def _holds(choices: list[Any] | Distribution, value: Any) -> bool:
     return bool(low <= value <= high)
 
 
-def _nearest(key: str, choices: list[Any] | Distribution, value: Any) -> Any:
+def _nearest(key: str, choices: Choices, value: Any) -> Any:
     """Return the value itself where ``choices`` have it, else the nearest number, the first of a list, or a draw."""
     number = isinstance(value, int | float)
     if isinstance(choices, list):
@@ -294,7 +291,7 @@ def _nearest(key: str, choices: list[Any] | Distribution, value: Any) -> Any:
     if number and hasattr(choices, "support"):
         low, high = choices.support()
         inside = min(max(value, low), high)
-        step = choices.step if isinstance(choices, Steps) else isinstance(choices, LogInt | LogIntegers)
+        step = choices.step if isinstance(choices, Steps) else isinstance(choices, OwnDistribution)
         inside = min(low + round((inside - low) / step) * step, high) if step else inside
         if not hasattr(choices, "pmf") or choices.pmf(inside) > 0:
             return inside

@@ -2,13 +2,14 @@
 
 check_space(...)    what the user wrote -> a list of dicts that scikit-learn's ParameterSampler draws from
 check_include(...)  the configurations that the user wants run -> the same in their ranges
+parse_specs(...)    the command line's KEY=SPEC -> a space
 space_text(...)     a checked space as text that is the same in every process
-
-A space as plain values, for a study file, and made again from them: by names of scipy.stats, never by a pickle.
+space_to_json(...)  a checked space as plain values for a study file: by names of scipy.stats, never by a pickle
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import isroutine
 from typing import Any
 
@@ -25,36 +26,22 @@ from gputune.search.config import (
     check_key,
     check_penalty,
     check_value,
-    legal_keys,
 )
 from gputune.search.distributions import (
-    Distribution,
-    LogInt,
-    LogIntegers,
+    Choices,
+    OwnDistribution,
     Steps,
+    choices_from_json,
+    choices_to_json,
     distribution_text,
+    from_optuna,
     is_distribution,
     log_int,
-    parse_spec,
-    parse_specs,
 )
 from gputune.study.rows import to_json
 from gputune.types import ONLINE, Config
 
-__all__ = [
-    "Distribution",
-    "Space",
-    "check_config",
-    "check_include",
-    "check_space",
-    "legal_keys",
-    "log_int",
-    "parse_spec",
-    "parse_specs",
-    "space_text",
-]
-
-Space = list[dict[str, list[Any] | Distribution]]
+Space = list[dict[str, Choices]]
 """A checked space. Several dicts are alternatives: a draw takes one, then a value for each key."""
 
 
@@ -118,7 +105,7 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
     return [check_config(config, name=f"include[{i}]") for i, config in enumerate(include)]
 
 
-def _check_choices(key: str, value: object, name: str) -> list[Any] | Distribution:
+def _check_choices(key: str, value: object, name: str) -> Choices:
     if is_distribution(value):
         _check_distribution(key, value, name)
         return value
@@ -151,8 +138,9 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         )
     law = value if unfrozen else getattr(value, "dist", None)
     real = isinstance(law, stats.rv_continuous) or (isinstance(value, Steps) and not value.whole)
-    own = isinstance(value, LogInt | LogIntegers | Steps)
-    if not own and not isinstance(law, stats.rv_continuous | stats.rv_discrete):
+    if not isinstance(value, OwnDistribution) and not isinstance(
+        law, stats.rv_continuous | stats.rv_discrete
+    ):
         return  # someone's own class: only its draws can be checked
     low, high = float(np.min(value.support()[0])), float(np.max(value.support()[1]))
     if math.isnan(low) or math.isnan(high):
@@ -209,52 +197,104 @@ def _text(value: Any, key: str) -> str:
     return text
 
 
-def space_values(space: Space) -> list[dict[str, Any]] | None:
+def space_to_json(space: Space) -> list[dict[str, Any]] | None:
     """Return a checked space as values that a study file holds; None where it has an object of the user's own."""
     try:
-        values = [{key: _values(choices) for key, choices in d.items()} for d in space]
+        values = [{key: choices_to_json(choices) for key, choices in d.items()} for d in space]
         to_json(values)
     except InputError:
         return None
     return values
 
 
-def space_again(values: list[dict[str, Any]]) -> Space:
-    """Return the space that ``space_values`` described. Raises InputError for a name that scipy.stats lacks."""
-    return [{key: _choices(value) for key, value in d.items()} for d in values]
+def space_from_json(values: list[dict[str, Any]]) -> Space:
+    """Return the space that ``space_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
+    return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
 
-def _values(choices: list[Any] | Distribution) -> dict[str, Any]:
-    if isinstance(choices, list):
-        return {"list": choices}
-    if isinstance(choices, LogInt):
-        return {"log_int": [choices.low, choices.high]}
-    if isinstance(choices, Steps):
-        return {"steps": [choices.low, choices.high, choices.step]}
-    if isinstance(choices, LogIntegers):
-        return {"log_integers": [choices.low, choices.high]}
-    law: Any = getattr(choices, "dist", choices)
-    namesake: Any = getattr(stats, str(getattr(law, "name", "")), None)
-    if namesake is None or type(law) is not type(namesake):
-        raise InputError(f"{choices!r} is no distribution of scipy.stats.")
-    names = [*(law.shapes.split(", ") if law.shapes else ()), "loc", "scale"]
-    kwds: dict[str, Any] = getattr(choices, "kwds", {})
-    given = dict(zip(names, getattr(choices, "args", ()))) | kwds
-    return {"scipy": law.name, "with": {name: np.asarray(value).tolist() for name, value in given.items()}}
+def translated(space: Any) -> Any:
+    """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's terms."""
+    if isinstance(space, list | tuple):
+        return type(space)(map(translated, space))
+    if not isinstance(space, Mapping):
+        return space
+    return {name: from_optuna(value) for name, value in space.items()}
 
 
-def _choices(value: dict[str, Any]) -> Any:
-    if "list" in value:
-        return value["list"]
-    if "log_int" in value:
-        return log_int(*value["log_int"])
-    if "steps" in value:
-        return Steps(*value["steps"])
-    if "log_integers" in value:
-        return LogIntegers(*value["log_integers"])
-    law: Any = getattr(stats, str(value["scipy"]), None)
-    if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
+_EXAMPLES = (
+    "Examples: width=32,64,128 (a list), width=16..256 (all integers between), width=16..256:log, "
+    "lr=1e-4..1e-1:log, dropout=0..0.5, activation=relu,tanh."
+)
+
+
+def parse_specs(texts: Iterable[str]) -> dict[str, Any]:
+    """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
+    space: dict[str, Any] = {}
+    for text in texts:
+        key, value = parse_spec(text)
+        if key in space:
+            raise InputError(f"--space must name a key once, got {key!r} twice. Join them: {key}=A,B.")
+        space[key] = value
+    return space
+
+
+def parse_spec(text: str) -> tuple[str, Any]:
+    """Return the key and the value of one ``KEY=SPEC``, as ``check_space`` takes it.
+
+    ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
+    ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a number, as
+    true or false, else as a word; its range is of integers when both ends are written so. Raises InputError.
+    """
+    key, equals, spec = (part.strip() for part in text.partition("="))
+    if not equals or not key or not spec:
+        raise InputError(f"A space is written KEY=SPEC, got {text!r}. {_EXAMPLES}")
+    ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
+    if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
+        return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)
+    values = [_parse_value(key, part.strip(), text) for part in spec.split(",")]
+    return key, values if len(values) > 1 else values[0]
+
+
+def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> Any:
+    low, high = _number(low_text), _number(high_text)
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"A range is LOW..HIGH with two finite numbers, got {text!r}. {_EXAMPLES}")
+    if scale not in ("", ":log"):
+        raise InputError(f"A range may end in ':log', not in {scale!r}, got {text!r}. {_EXAMPLES}")
+    if low >= high:
         raise InputError(
-            f"scipy.stats has no distribution {value['scipy']!r}; use the scipy that made the study."
+            f"A range needs LOW < HIGH, got {text!r}. "
+            f"Swap the ends, or write {key}={low_text.strip()} for one value."
         )
-    return law(**value["with"])
+    if scale and low <= 0:
+        example = f"{high / 1000:g}..{high:g}" if high > 0 else "1e-4..1e-1"
+        raise InputError(f"A log range needs LOW > 0, got {text!r}. For example {key}={example}:log.")
+    written_as_integers = isinstance(low, int) and isinstance(high, int)
+    if RANGES[key].integer if key in RANGES else written_as_integers:
+        if low != int(low) or high != int(high):
+            raise InputError(f"A range of {key} needs integer ends, got {text!r}. {_EXAMPLES}")
+        low, high = int(low), int(high)
+        return log_int(low, high) if scale else stats.randint(low, high + 1)
+    return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
+
+
+def _parse_value(key: str, text: str, spec: str) -> Any:
+    if not text:
+        raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
+    if key in WORDS:
+        return text
+    number = _number(text)
+    if number is not None:
+        return number
+    if key in RANGES:
+        raise InputError(f"{key} must be {RANGES[key].rule}, got the text {text!r} in {spec!r}. {_EXAMPLES}")
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _number(text: str) -> int | float | None:
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            pass
+    return None

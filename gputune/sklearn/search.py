@@ -14,7 +14,7 @@ import numpy as np
 from sklearn import model_selection
 from sklearn.utils._param_validation import Interval
 
-from gputune.search.optuna_space import translated
+from gputune.search.space import translated
 from gputune.sklearn.pipelines import prepared, returned, why_not_together
 from gputune.sklearn.running import Run, Trained
 from gputune.sklearn.search_file import check_new, write_search

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gputune.search.halving import Halving, survivors
+from gputune.search.stopping import Halving, survivors
 from gputune.study.ledger import Ledger
 from gputune.tuning.context import Context
 from gputune.tuning.rungs import check_trains, train_in_rungs

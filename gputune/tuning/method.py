@@ -6,9 +6,8 @@ from typing import Any, Literal
 
 from gputune.errors import InputError
 from gputune.search.descent import Hypergradient
-from gputune.search.halving import Halving
-from gputune.search.median import Median
 from gputune.search.optuna_sampler import OptunaSampler
+from gputune.search.stopping import Halving, Median
 
 Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
 

@@ -27,12 +27,10 @@ from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.search.config import legal_keys
 from gputune.search.descent import Hypergradient
-from gputune.search.halving import Halving
-from gputune.search.median import Median
 from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.optuna_space import translated
 from gputune.search.random import default_space, draw
-from gputune.search.space import Space, check_include, check_space
+from gputune.search.space import Space, check_include, check_space, translated
+from gputune.search.stopping import Halving, Median
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.store import Candidate

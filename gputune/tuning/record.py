@@ -13,9 +13,9 @@ from gputune.data.source import Source, digest_of, fingerprint
 from gputune.engine.scoring import Scoring
 from gputune.errors import InputError
 from gputune.executors.ray_connection import Ray
+from gputune.search.distributions import described
 from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.optuna_space import described
-from gputune.search.space import Space, space_text, space_values
+from gputune.search.space import Space, space_text, space_to_json
 from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
 from gputune.tuning.method import method_again, method_meta
@@ -75,7 +75,7 @@ def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]
 
     ``lacking`` names what a file cannot hold and the search needs, ``callbacks`` those that will not be called again.
     """
-    values = space_values(space)
+    values = space_to_json(space)
     lacking = [
         word
         for word, lost in {

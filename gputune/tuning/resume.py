@@ -8,7 +8,7 @@ from gputune.data.dataset import unpack_folds
 from gputune.data.source import Source, fingerprint, read_apart, rows_difference, table_size
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
-from gputune.search.space import space_again
+from gputune.search.space import space_from_json
 from gputune.study.record import SearchRecord
 from gputune.study.trusted import is_remembered
 from gputune.tuning.options import Options
@@ -56,7 +56,7 @@ def search_again(
     workers = {**arguments["kept"], **changed}.get("workers", "auto")
     if isinstance(workers, dict):
         workers = _cluster(Ray(**workers), trust_code)
-    space, folds = space_again(arguments["space"]), unpack_folds(arguments["folds"])
+    space, folds = space_from_json(arguments["space"]), unpack_folds(arguments["folds"])
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
     return Again(choice, source, test, options)
 

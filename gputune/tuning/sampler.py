@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 
-from gputune.search.optuna_sampler import Asking, OptunaSampler, check_askable
+from gputune.search.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
 from gputune.search.random import n_counted
 from gputune.search.space import Space
 from gputune.study.ledger import Cut, Ledger
@@ -37,7 +37,9 @@ def sample(ledger: Ledger, space: Space, method: OptunaSampler, context: Context
             _run_batch(ledger, asking, count, method, context)
 
 
-def _run_batch(ledger: Ledger, asking: Asking, count: int, method: OptunaSampler, context: Context) -> None:
+def _run_batch(
+    ledger: Ledger, asking: OptunaStudy, count: int, method: OptunaSampler, context: Context
+) -> None:
     """Ask for so many trials, train them together, and tell their results."""
     asked = [asking.ask() for _ in range(count)]
     number = 1 + max((c.number for c in ledger.candidates), default=-1)
@@ -95,26 +97,26 @@ class _Batch(Ledger):
         super().finish(results)
 
 
-def _caught_up(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> Asking:
+def _caught_up(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> OptunaStudy:
     """Return a conversation with a fresh copy of the sampler in which all results so far have been told, in order.
 
     The copy is asked again for what it was asked before. A seeded sampler proposes the same again, and then goes on as
     if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
     its proposals.
     """
-    asking = Asking(method.sampler, space)
+    asking = OptunaStudy(method.sampler, space)
     if _tell_again(asking, ledger, context, instead=False):
         return asking
     context.progress.say(
         "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a reseeded "
         "copy of it is told their results."
     )
-    asking = Asking(method.sampler, space, reseed=True)
+    asking = OptunaStudy(method.sampler, space, reseed=True)
     _tell_again(asking, ledger, context, instead=True)
     return asking
 
 
-def _tell_again(asking: Asking, ledger: Ledger, context: Context, *, instead: bool) -> bool:
+def _tell_again(asking: OptunaStudy, ledger: Ledger, context: Context, *, instead: bool) -> bool:
     """Tell the results of the ledger, batch by batch; False where a proposal is another than the first time.
 
     instead: put what was proposed in the place of what is proposed now.
@@ -132,7 +134,7 @@ def _tell_again(asking: Asking, ledger: Ledger, context: Context, *, instead: bo
     return True
 
 
-def _add(asking: Asking, candidates: Sequence[Candidate], ledger: Ledger, context: Context) -> None:
+def _add(asking: OptunaStudy, candidates: Sequence[Candidate], ledger: Ledger, context: Context) -> None:
     """Tell the results of trials that were given, the default one and the included ones."""
     for candidate in candidates:
         if not asking.add(candidate.params, ledger.results[candidate.number]):

@@ -14,7 +14,7 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError, MissingExtraError
-from gputune.search.optuna_sampler import Asking
+from gputune.search.optuna_sampler import OptunaStudy
 from gputune.study.claims import Claims
 from gputune.study.store import Store
 from gputune.tuning import sampler
@@ -352,5 +352,5 @@ def test_without_optuna(monkeypatch):
 
 def test_a_conversation_reports_nothing_to_the_log(capsys):
     before = optuna.logging.get_verbosity()
-    Asking(tpe(), [{"lr": [0.1, 0.2]}])
+    OptunaStudy(tpe(), [{"lr": [0.1, 0.2]}])
     assert optuna.logging.get_verbosity() == before and capsys.readouterr().err == ""

@@ -17,8 +17,8 @@ from command_line import FAST, kinds, run, write_table
 from forked import Fork
 from gputune.cli import tune
 from gputune.data.dataset import pack_folds, unpack_folds
-from gputune.search.optuna_space import translated
-from gputune.search.space import check_space, legal_keys, space_again, space_text, space_values
+from gputune.search.config import legal_keys
+from gputune.search.space import check_space, space_from_json, space_text, space_to_json, translated
 from gputune.study.store import Store
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import _remember_what_runs
@@ -373,11 +373,13 @@ def test_folds_come_back_in_order():
 )  # fmt: skip
 def test_a_space_is_made_again_from_plain_values(space):
     checked = check_space(space, keys=legal_keys("mlp", "adamw"), module=False)
-    again = check_space(space_again(space_values(checked)), keys=legal_keys("mlp", "adamw"), module=False)
+    again = check_space(
+        space_from_json(space_to_json(checked)), keys=legal_keys("mlp", "adamw"), module=False
+    )
     assert space_text(again) == space_text(checked)
 
 
 def test_a_space_names_nothing_but_distributions():
     for name in ("sys", "ttest_ind", "__loader__", "no_such"):
         with pytest.raises(gputune.InputError, match=f"scipy.stats has no distribution {name!r}; use the"):
-            space_again([{"lr": {"scipy": name, "with": {}}}])
+            space_from_json([{"lr": {"scipy": name, "with": {}}}])

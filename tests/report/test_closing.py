@@ -7,7 +7,7 @@ import pytest
 
 from gputune.cli.closing import Ending, closing_text
 from gputune.data.source import Source, read_source
-from gputune.search.halving import Halving
+from gputune.search.stopping import Halving
 from made_studies import made_batches
 
 

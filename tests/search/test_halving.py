@@ -7,7 +7,7 @@ import pytest
 
 import gputune
 from gputune.errors import InputError
-from gputune.search.halving import Halving, survivors
+from gputune.search.stopping import Halving, survivors
 
 
 def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch():

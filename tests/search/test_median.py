@@ -8,7 +8,7 @@ import pytest
 
 import gputune
 from gputune.errors import InputError
-from gputune.search.median import below_the_median
+from gputune.search.stopping import below_the_median
 
 
 def plainly(epoch, curves, least):

@@ -9,8 +9,10 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError
-from gputune.search.optuna_space import as_optuna, describe, described, label, of_label, translated
-from gputune.search.space import check_space, legal_keys, space_text
+from gputune.search.config import legal_keys
+from gputune.search.distributions import as_optuna, described, label, of_label
+from gputune.search.optuna_sampler import optuna_distributions
+from gputune.search.space import check_space, space_text, translated
 
 KEYS = legal_keys("mlp", "adamw")
 
@@ -57,7 +59,7 @@ def test_a_law_that_optuna_lacks(law):
     with pytest.raises(
         InputError, match="space\\['x'\\] must be a list, scipy's uniform, loguniform or randint"
     ):
-        describe({"x": law})
+        optuna_distributions({"x": law})
 
 
 def test_labels_stand_for_choices():

@@ -10,9 +10,10 @@ from sklearn.model_selection import RandomizedSearchCV
 
 from gputune.errors import InputError
 from gputune.search.config import legal_keys
-from gputune.search.distributions import LogIntegers, Steps
-from gputune.search.random import Candidate, candidates, default_space, draw, notes, remarks, top_up
-from gputune.search.space import check_space, log_int
+from gputune.search.distributions import LogIntegers, Steps, log_int
+from gputune.search.random import candidates, default_space, draw, notes, remarks, top_up
+from gputune.search.space import check_space
+from gputune.study.store import Candidate
 from gputune.types import DEFAULTS
 
 MLP = legal_keys("mlp", "adamw")

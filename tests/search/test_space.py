@@ -9,7 +9,9 @@ from scipy import stats
 from torch import nn
 
 from gputune.errors import InputError
-from gputune.search.space import check_include, check_space, legal_keys, log_int, space_text
+from gputune.search.config import legal_keys
+from gputune.search.distributions import log_int
+from gputune.search.space import check_include, check_space, space_text
 
 MLP = legal_keys("mlp", "adamw")
 EXACT = legal_keys("logistic", "exact")
@@ -255,7 +257,8 @@ def test_a_value_known_by_its_address_has_no_text(value):
 
 CODE = """
 from scipy import stats
-from gputune.search.space import check_space, log_int, space_text
+from gputune.search.distributions import log_int
+from gputune.search.space import check_space, space_text
 
 histogram = stats.rv_histogram(([1, 2], [0, 0.1, 0.2]), density=False)
 space = {"lr": stats.loguniform(1e-4, 0.1), "width": log_int(1, 9), "activation": ["relu"], "dropout": histogram}

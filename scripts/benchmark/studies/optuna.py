@@ -23,8 +23,7 @@ from sklearn.datasets import load_digits
 import gputune
 from benchmark.report import describe_machine, page, publish, table
 from gputune.api.study import Study
-from gputune.search.optuna_sampler import Asking
-from gputune.search.optuna_space import as_optuna, describe
+from gputune.search.optuna_sampler import OptunaStudy, optuna_distributions
 
 BATCH, BATCHES, SEEDS = 16, 10, 10
 EPOCHS, FOLDS = 10, 3
@@ -110,13 +109,13 @@ def timed() -> Iterator[list[float]]:
 
         return timed_call
 
-    with patch.multiple(Asking, ask=clocked(Asking.ask), tell=clocked(Asking.tell)):
+    with patch.multiple(OptunaStudy, ask=clocked(OptunaStudy.ask), tell=clocked(OptunaStudy.tell)):
         yield spent
 
 
 def alone(seed: int, study: Study) -> float:
     """Return the seconds of asking and telling the same with Optuna alone, which must propose the same."""
-    laws = {key: as_optuna(law) for key, law in describe(SPACE).items()}
+    laws = optuna_distributions(SPACE)
     scores = [trial.score for trial in study.trials]
     asked, seconds = [], 0.0
     optuna.logging.set_verbosity(optuna.logging.WARNING)

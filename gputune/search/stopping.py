@@ -1,0 +1,144 @@
+"""Rules that stop trials before their end: their options, when they decide, and who stays.
+
+All trials (of a bracket) train together; the fold means of their scores at an epoch decide which of them go on. The
+median rule is milder than successive halving.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gputune.errors import InputError
+from gputune.search.config import check_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving:
+    """Options of ``tune(method=...)``: at each rung the best 1/``factor`` of the trials go on.
+
+    Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943; brackets: Li et al. (2018), arXiv:1603.06560.
+
+    factor       what the number of trials is divided by, and the epochs multiplied by, from rung to rung
+    min_epochs   epochs before the first rung; None: max(1, max_epochs // 27)
+    brackets     bracket s has its first rung at min_epochs * factor**s, so that some trials are not judged early;
+                 every bracket gets about the same number of epochs to spend
+
+    Early rungs favour what learns fast at first: small batches, which take more steps an epoch, and large rates.
+    """
+
+    factor: float = 3
+    min_epochs: int | None = None
+    brackets: int = 1
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.factor, int | float) or not 1 < self.factor < math.inf:  # True is 1
+            raise InputError(f"Halving(factor=...) must be a finite number > 1, got {self.factor!r}.")
+        check_count(self.min_epochs, "Halving(min_epochs=...)", none=True)
+        check_count(self.brackets, "Halving(brackets=...)")
+
+    def rungs(self, max_epochs: int) -> list[list[int]]:
+        """Return the epochs of each bracket's rungs, all below ``max_epochs``; the last brackets may have none.
+
+        Raises InputError where ``min_epochs`` leaves no room, or there are more brackets than rungs.
+        """
+        first = _first_epoch(self, max_epochs, 27)
+        epochs: list[int] = []
+        rung = float(first)
+        while rung < max_epochs:
+            if not epochs or int(rung) > epochs[-1]:
+                epochs.append(int(rung))
+            rung *= self.factor
+        if self.brackets > len(epochs) + 1:
+            raise InputError(
+                f"Halving(brackets=...) must be at most {len(epochs) + 1} for max_epochs={max_epochs}, which has rungs "
+                f"at {epochs}, got {self.brackets}; ask for fewer, or train longer."
+            )
+        return [epochs[s:] for s in range(self.brackets)]
+
+    def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
+        """Return the bracket of each trial, by its number: every bracket gets about the same number of epochs."""
+        costs = [self._cost(rungs, max_epochs) for rungs in self.rungs(max_epochs)]
+        shares = np.cumsum([1 / cost for cost in costs])
+        # Of every run of trials, however long, about its share goes to each bracket: more trials move no other.
+        places = (np.arange(n_trials) * (math.sqrt(5) - 1) / 2) % 1
+        brackets: list[int] = np.searchsorted(shares / shares[-1], places, side="right").tolist()
+        return brackets
+
+    def _cost(self, rungs: Sequence[int], max_epochs: int) -> float:
+        """Epochs that one trial of a bracket takes on average."""
+        edges = [0, *rungs, max_epochs]
+        return sum((b - a) / self.factor**i for i, (a, b) in enumerate(zip(edges[:-1], edges[1:])))
+
+
+def survivors(means: np.ndarray, factor: float) -> np.ndarray:
+    """Return which trials (C,) go on, by their fold means at a rung: the best 1/factor, one at least.
+
+    NaN is never among them; the earlier trial wins a tie.
+    """
+    finite = int(np.isfinite(means).sum())
+    count = min(finite, max(1, int(len(means) / factor)))
+    order = np.argsort(np.where(np.isfinite(means), -means, np.inf), kind="stable")
+    stays = np.zeros(len(means), bool)
+    stays[order[:count]] = True
+    return stays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Median:
+    """Options of ``tune(method=...)``: trials whose best fold mean is below the median of all leave.
+
+    Sources: Golovin et al. (2017), "Google Vizier", the median stopping rule; Optuna's MedianPruner, which has the best
+    so far against the median at the same step. Departure: trials that left before count in the median with the last
+    fold mean they had. There are no earlier, completed trials to compare with where all train at the same time, and a
+    median of those that are left would send half of them away each time.
+
+    min_epochs   epochs before the first decision; None: max(1, max_epochs // 10)
+    every        epochs between two decisions; None: as many as before the first
+    min_trials   with fewer trials than this nobody leaves
+
+    Early decisions favour what learns fast at first: small batches, which take more steps an epoch, and large rates.
+    """
+
+    min_epochs: int | None = None
+    every: int | None = None
+    min_trials: int = 5
+
+    def __post_init__(self) -> None:
+        check_count(self.min_epochs, "Median(min_epochs=...)", none=True)
+        check_count(self.every, "Median(every=...)", none=True)
+        check_count(self.min_trials, "Median(min_trials=...)")
+
+    def stops(self, max_epochs: int) -> list[int]:
+        """Return the epochs of the decisions, all below ``max_epochs``.
+
+        Raises InputError where ``min_epochs`` leaves no room.
+        """
+        first = _first_epoch(self, max_epochs, 10)
+        return list(range(first, max_epochs, self.every or first))
+
+
+def below_the_median(epoch: int, means: Mapping[int, np.ndarray], least: int) -> set[int]:
+    """Return which trials leave at an epoch, by the curves of their fold means; those that ended earlier stay ended.
+
+    NaN, of trials that have diverged, counts as worse than any number, and ``least`` is the number of trials from which
+    there is a decision.
+    """
+    if len(means) < least:
+        return set()
+    last = np.array([mean[min(epoch, len(mean)) - 1] if len(mean) else -np.inf for mean in means.values()])
+    middle = float(np.median(np.where(np.isfinite(last), last, -np.inf)))
+    reached = {number: mean[:epoch] for number, mean in means.items() if len(mean) >= epoch}
+    return {number for number, mean in reached.items() if not np.max(mean) >= middle}
+
+
+def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
+    """Return the epoch of the first decision. Raises InputError where ``min_epochs`` leaves no room for one."""
+    first = rule.min_epochs or max(1, max_epochs // part)
+    if first >= max_epochs > 1:
+        raise InputError(
+            f"{type(rule).__name__}(min_epochs=...) must be below max_epochs={max_epochs}, got {first}; lower it, or "
+            "train longer."
+        )
+    return first
