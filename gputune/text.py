@@ -39,13 +39,16 @@ def short(value: Any) -> str:
 
 def is_formula(cell: object) -> bool:
     """Whether a spreadsheet may compute a cell: text that begins as a formula does, and is no sign or number alone."""
-    if not isinstance(cell, str) or len(cell) < 2 or cell[0] not in "=+-@\t\r":
-        return False
+    return isinstance(cell, str) and len(cell) > 1 and cell[0] in "=+-@\t\r" and not is_number(cell)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text reads as one number."""
     try:
-        float(cell)
+        float(text)
     except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def count(number: int, noun: str) -> str:
@@ -56,12 +59,8 @@ def count(number: int, noun: str) -> str:
 
 def size_words(number: int) -> str:
     """Return a number of bytes as text."""
-    unit, name = next(
-        (unit, name)
-        for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-        if number >= unit or name == "KiB"
-    )
-    return f"{number / unit:.1f} {name}"
+    power, name = (3, "GiB") if number >= 2**30 else (2, "MiB") if number >= 2**20 else (1, "KiB")
+    return f"{number / 2 ** (10 * power):.1f} {name}"
 
 
 @dataclass(frozen=True)

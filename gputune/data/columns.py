@@ -19,13 +19,14 @@ import numpy as np
 
 from gputune.data.kinds import Kind, parse_text, text_of
 from gputune.errors import InputError
+from gputune.text import is_number
 
 _DAY = 86400.0
 
 DATE_PARTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "days": lambda seconds: seconds / _DAY,
     "month": lambda seconds: _calendar(seconds, "M") % 12 + 1,
-    "day": lambda seconds: np.floor(seconds / _DAY) - _month_start(seconds) + 1,
+    "day": lambda seconds: _day_of_month(seconds),
     "weekday": lambda seconds: (np.floor(seconds / _DAY) + 3) % 7,  # 1970-01-01 was a Thursday
     "hour": lambda seconds: np.floor(seconds % _DAY / 3600),
 }
@@ -146,27 +147,18 @@ def _fit_category(
 def _meant_otherwise(counts: Counter[str]) -> tuple[str, ...]:
     """Say where text looks as if numbers or dates were meant: one odd cell makes a whole column text."""
     most = 0.8 * sum(counts.values())
-    odd = sorted(level for level in counts if not _is_number(level))
-    if odd and sum(n for level, n in counts.items() if _is_number(level)) >= most:
+    odd = sorted(level for level in counts if not is_number(level))
+    if odd and sum(n for level, n in counts.items() if is_number(level)) >= most:
         return (f"read as text because of {odd[0]!r}, though most of its values are numbers",)
-    if odd and sum(n for level, n in counts.items() if _is_number(level.replace(",", ""))) >= most:
-        return (
-            f"read as text because of commas as in {odd[0]!r}; write numbers without them, decimals with a point",
-        )
+    if odd and sum(n for level, n in counts.items() if is_number(level.replace(",", ""))) >= most:
+        remedy = "write numbers without them, decimals with a point"
+        return (f"read as text because of commas as in {odd[0]!r}; {remedy}",)
     if sum(n for level, n in counts.items() if _DAY_FIRST.fullmatch(level)) >= most:
         return (f"read as text; write dates like {min(counts)!r} as year-month-day",)
     return ()
 
 
 _DAY_FIRST = re.compile(r"\d{1,2}[/.-]\d{1,2}[/.-](\d{4}|\d{2})")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _counts_rows(values: np.ndarray) -> bool:
@@ -183,21 +175,20 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
     A file for prediction may hold only the rows with numbers of a column of codes, or no value at all, so that
     its column is read as another kind than at training. Raises InputError where a value does not fit.
     """
-    wanted = column.kind
-    if kind == wanted:
+    if kind == column.kind:
         return values
     known = np.array([value is not None for value in values]) if kind == "category" else ~np.isnan(values)
     if not known.any():
-        return np.full(len(values), None if wanted == "category" else np.nan)
-    if wanted == "category" and kind != "date":
+        return np.full(len(values), None if column.kind == "category" else np.nan)
+    if column.kind == "category" and kind != "date":
         return _to_levels(values, kind, column.levels)
     if kind == "category":
         return _from_text(values, column)
-    if (wanted, kind) == ("number", "boolean"):
+    if (column.kind, kind) == ("number", "boolean"):
         return values
-    if (wanted, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
+    if (column.kind, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
         return values
-    raise _misfit(column.name, kind, wanted)
+    raise _misfit(column, f"a {_WORDS[kind]}")
 
 
 def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.ndarray:
@@ -206,33 +197,29 @@ def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.nd
     The level "007" is the number 7 in a file where all else are numbers as well, "true" a boolean.
     """
     read = (lambda value: str(bool(value))) if kind == "boolean" else text_of
-    texts = {level: level for level in levels}
+    level_of = {level: level for level in levels}
     for level in levels:
-        found, (value,) = parse_text(np.array([level], dtype=object))
-        if found == kind:
-            texts.setdefault(read(value), level)
-    return np.array(
-        [None if np.isnan(value) else texts.get(read(value), read(value)) for value in values], dtype=object
-    )
+        level_kind, (value,) = parse_text(np.array([level], dtype=object))
+        if level_kind == kind:
+            level_of.setdefault(read(value), level)
+    texts = [None if np.isnan(value) else read(value) for value in values]
+    return np.array([None if text is None else level_of.get(text, text) for text in texts], dtype=object)
 
 
 def _from_text(values: np.ndarray, column: Column) -> np.ndarray:
     """Return texts read as numbers, booleans or dates."""
     kind, read = parse_text(values)
-    if kind == "category":
-        texts = [value for value in values if value is not None]
-        raise _misfit(column.name, kind, column.kind, example=_first_odd(texts))
-    return convert(read, kind, column)
+    if kind != "category":
+        return convert(read, kind, column)
+    texts = [value for value in values if value is not None]
+    odd = (text for text in texts if parse_text(np.array([text], dtype=object))[0] == "category")
+    raise _misfit(column, f"text such as {next(odd, texts[0])!r}")
 
 
-def _first_odd(texts: list[str]) -> str:
-    return next((t for t in texts if parse_text(np.array([t], dtype=object))[0] == "category"), texts[0])
-
-
-def _misfit(name: str, kind: Kind, wanted: Kind, example: str | None = None) -> InputError:
-    found = f"text such as {example!r}" if example is not None else f"a {_WORDS[kind]}"
+def _misfit(column: Column, got: str) -> InputError:
+    kind = _WORDS[column.kind]
     return InputError(
-        f"column {name!r} must be a {_WORDS[wanted]} as it was for training, got {found}; convert it."
+        f"column {column.name!r} must be a {kind} as it was for training, got {got}; convert it."
     )
 
 
@@ -246,8 +233,7 @@ def _calendar(seconds: np.ndarray, unit: str) -> np.ndarray:
     return np.where(known, whole.astype(f"datetime64[{unit}]").astype(np.float64), np.nan)
 
 
-def _month_start(seconds: np.ndarray) -> np.ndarray:
-    """Return the day, counted from 1970, on which the month begins."""
+def _day_of_month(seconds: np.ndarray) -> np.ndarray:
     months = np.nan_to_num(_calendar(seconds, "M")).astype(np.int64).astype("datetime64[M]")
-    days: np.ndarray = months.astype("datetime64[D]").astype(np.float64)
-    return days
+    start = months.astype("datetime64[D]").astype(np.float64)
+    return np.asarray(np.floor(seconds / _DAY) - start + 1)

@@ -1,23 +1,20 @@
-"""Checked X and y on one device: what the engine trains on.
-
-The rows of folds as short text, for a study file.
-"""
+"""Checked X and y on one device: what the engine trains on; and the rows of folds as short text, for a study file."""
 
 import base64
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.encode import Layout, Numbers, Statistics, fit_statistics, transform
-from gputune.data.table import as_table, checked_tensor, first_equal, select_rows
-from gputune.data.target import Target
-from gputune.data.weights import check_weights
+from gputune.data.encode import Layout, Statistics, transform
+from gputune.data.table import as_table, select_rows
+from gputune.data.target import Target, Weights
+from gputune.data.tensors import checked_tensor, first_equal
 from gputune.types import Task
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -33,15 +30,12 @@ class Fold:
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """What a scorer of the user's own asks for: the rows as they were given, and any such rows as features.
-
-    ``X`` is what ``Source.as_given`` returns; ``statistics`` are those of each fold.
-    """
+class ScorerRows:
+    """What a scorer of the user's own reads: the rows X as ``Source.original_rows`` returns them, or as features."""
 
     X: Any
     layout: Layout
-    statistics: tuple[Statistics, ...]
+    statistics: tuple[Statistics, ...]  # of each fold
 
     def rows(self, fold: Fold) -> Any:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
@@ -74,7 +68,7 @@ class Dataset:
     n_outputs: int  # K: number of classes (2 for a binary task), or 1
     task: Task
     target: Tensor  # (n,) class codes, or y in its own units (float64)
-    given: Given | None = None  # where a scorer of the user's own is to see its rows
+    scorer_rows: ScorerRows | None = None  # where there is a scorer of the user's own
 
     @property
     def n_rows(self) -> int:
@@ -115,47 +109,38 @@ class Dataset:
 
 def make_dataset(
     raw: np.ndarray | Tensor,
-    layout: Layout,
+    statistics: Sequence[Statistics],
     target: Target,
     folds: Sequence[Rows],
     *,
-    numbers: Numbers = "standard",
-    sample_weight: Any = None,
-    class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> tuple[Dataset, tuple[Statistics, ...]]:
-    """Fit each fold's statistics on its training rows, transform, and move to the device.
+    weights: Weights,
+    like: Tensor,
+) -> Dataset:
+    """Return the dataset in the dtype and on the device of ``like``.
 
-    ``raw`` (n, D) is what ``layout.raw`` returned. Returns the dataset and one Statistics a fold. Raises InputError
-    for weights that do not fit (weights.py).
+    ``raw`` (n, D) is what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training rows. Raises
+    InputError where the weights of a fold's training rows add up to 0.
     """
-    weights = check_weights(sample_weight, class_weight, target)
-    statistics = tuple(fit_statistics(raw, layout, train, numbers=numbers) for train, _ in folds)
     distinct, copies = _distinct(raw, statistics)
-    x = torch.empty((len(distinct), *raw.shape), dtype=dtype, device=device)
+    x = like.new_empty((len(distinct), *raw.shape))
     for copy, fitted in zip(x, distinct):
         copy.copy_(torch.as_tensor(transform(raw, fitted)))
-    y, center, scale = _standardise(target, folds)
-    rows = [weights.for_fold(target, train) for train, _ in folds]
-    dataset = Dataset(
+    y, center, scale = (torch.as_tensor(part, device=x.device) for part in _standardise(target, folds))
+    positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=x.device) for rows in f] for f in folds]
+    row_weights = [weights.for_fold(target, train) for train, _ in folds]
+    return Dataset(
         x=x,
         copies=copies,
-        y=torch.as_tensor(y, device=device).to(torch.int64 if target.classes is not None else dtype),
-        weights=_stack(rows, device),
-        folds=tuple(Fold(_positions(train, device), _positions(valid, device)) for train, valid in folds),
-        present=_present(target, folds, device),
-        center=torch.as_tensor(center, device=device),
-        scale=torch.as_tensor(scale, device=device),
+        y=y.to(torch.int64 if target.classes is not None else x.dtype),
+        weights=_stack(row_weights, x.device),
+        folds=tuple(Fold(train, valid) for train, valid in positions),
+        present=_present(target, folds, x.device),
+        center=center,
+        scale=scale,
         n_outputs=target.n_outputs,
         task=target.task,
-        target=torch.as_tensor(target.values, device=device),
+        target=torch.as_tensor(target.values, device=x.device),
     )
-    return dataset, statistics
-
-
-def _positions(rows: np.ndarray, device: torch.device | str) -> Tensor:
-    return torch.as_tensor(np.asarray(rows, dtype=np.int64), device=device)
 
 
 def _distinct(
@@ -163,24 +148,15 @@ def _distinct(
 ) -> tuple[list[Statistics], tuple[int, ...]]:
     """Return the statistics that give different copies of X, and which of them each fold uses."""
     lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
-    distinct: dict[bytes, int] = {}
-    kept: list[Statistics] = []
+    distinct: dict[bytes, tuple[int, Statistics]] = {}
     copies = []
     for fitted in statistics:
-        # The fill of a column without missing values changes nothing.
-        parts = (
-            np.where(lost, fitted.fill, 0.0),
-            fitted.center,
-            fitted.scale,
-            fitted.ranked,
-            fitted.quantiles,
-        )
+        fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
+        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles
         key = b"".join(part.tobytes() for part in parts)
-        if key not in distinct:
-            distinct[key] = len(kept)
-            kept.append(fitted)
-        copies.append(distinct[key])
-    return kept, tuple(copies)
+        number, _ = distinct.setdefault(key, (len(distinct), fitted))
+        copies.append(number)
+    return [fitted for _, fitted in distinct.values()], tuple(copies)
 
 
 def _standardise(target: Target, folds: Sequence[Rows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -195,7 +171,7 @@ def _standardise(target: Target, folds: Sequence[Rows]) -> tuple[np.ndarray, np.
     return (target.values - center[:, None]) / scale[:, None], center, scale
 
 
-def _stack(rows: Sequence[np.ndarray | None], device: torch.device | str) -> Tensor | None:
+def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:
     length = next((len(row) for row in rows if row is not None), None)
     if length is None:
         return None
@@ -203,7 +179,7 @@ def _stack(rows: Sequence[np.ndarray | None], device: torch.device | str) -> Ten
     return torch.as_tensor(stacked, dtype=torch.float64, device=device)
 
 
-def _present(target: Target, folds: Sequence[Rows], device: torch.device | str) -> Tensor | None:
+def _present(target: Target, folds: Sequence[Rows], device: torch.device) -> Tensor | None:
     if target.classes is None:
         return None
     counts = [np.bincount(target.values[train], minlength=target.n_outputs) for train, _ in folds]
@@ -222,8 +198,8 @@ def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
 
 
 def _pack(rows: np.ndarray) -> str:
-    steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0)
-    return base64.b64encode(zlib.compress(steps.astype("<i8").tobytes())).decode()
+    steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0).astype("<i8")
+    return base64.b64encode(zlib.compress(steps.tobytes())).decode()
 
 
 def _unpack(text: str) -> np.ndarray:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gputune.data.columns import Column, fit_column
 from gputune.data.quantiles import fit_quantiles, normal_scores
-from gputune.data.table import Table, checked_tensor, fit_tensor_columns, quoted, tensor_moments, tensor_names
+from gputune.data.table import Table, quoted
+from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
 from gputune.errors import InputError
 
 Numbers = Literal["standard", "quantile", "none"]

@@ -1,6 +1,6 @@
 """Any description of a cross-validation becomes training and validation rows, one pair a fold.
 
-Rows kept apart before anything is fitted, for one honest score at the end.
+``hold_out`` keeps rows apart before anything is fitted, for one honest score at the end.
 """
 
 import math
@@ -23,8 +23,7 @@ from sklearn.model_selection import (
 from torch import Tensor
 
 from gputune.data.dataset import Rows
-from gputune.data.kinds import is_missing
-from gputune.data.target import Target
+from gputune.data.target import Target, refuse_missing
 from gputune.errors import InputError
 from gputune.seeding import stream_seed
 
@@ -82,13 +81,10 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: Any) -> None
         both = np.intersect1d(codes[train], codes[valid])
         if len(both):
             more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
-            how = (
-                f"cv={type(cv).__name__}(...)"
-                if isinstance(cv, Splitter)
-                else "the (train, valid) rows of cv"
-            )
+            rows = "the (train, valid) rows of cv"
+            splitter = f"cv={type(cv).__name__}(...)" if isinstance(cv, Splitter) else rows
             raise InputError(
-                f"groups are not kept whole by {how}: in fold {f} the group {names[both[0]]!r}{more} is among the "
+                f"groups are not kept whole by {splitter}: in fold {f} the group {names[both[0]]!r}{more} is among the "
                 "training and the validation rows; give a splitter that keeps them, such as GroupKFold, or a number of "
                 "folds, or leave groups out."
             )
@@ -126,12 +122,7 @@ def check_groups(groups: Any, n_rows: int) -> np.ndarray | None:
             f"groups must have one value a row, shape ({n_rows},), got shape {values.shape}; "
             "pass the group of each row."
         )
-    lost = np.array([is_missing(value) for value in values])
-    if lost.any():
-        raise InputError(
-            f"groups has {int(lost.sum())} missing values (the first in row {int(lost.argmax())}); "
-            "give each such row a group of its own."
-        )
+    refuse_missing(values, "groups", "give each such row a group of its own")
     return values
 
 
@@ -141,10 +132,8 @@ def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, s
         raise InputError(f"cv must be at least 2 folds, got {cv}.")
     if cv > n_rows:
         raise InputError(f"cv={cv} folds need at least as many rows, got {n_rows}; use fewer folds.")
-    if groups is not None and cv > len(set(groups.tolist())):
-        raise InputError(
-            f"cv={cv} folds need at least as many groups, got {len(set(groups.tolist()))}; use fewer folds."
-        )
+    if groups is not None and cv > (count := len(set(groups.tolist()))):
+        raise InputError(f"cv={cv} folds need at least as many groups, got {count}; use fewer folds.")
     if target.classes is None:
         kind = KFold if groups is None else GroupKFold
     else:

@@ -1,6 +1,6 @@
 """The quantile-normal transform: scikit-learn fits it, plain arrays are kept, one function applies it.
 
-The quantile-normal transform of quantiles.py in operations that torch.export and ONNX both have.
+``normal_scores_of`` applies it by operations that torch.export and ONNX both have.
 """
 
 import numpy as np
@@ -11,8 +11,10 @@ from torch import Tensor
 
 MAX_QUANTILES = 1000
 
-# scikit-learn keeps normal scores away from infinity: its bound on probabilities is 1e-7.
-_LARGEST_NORMAL = float(-ndtri(1e-7 - np.spacing(1)))
+_LEAST = (
+    1e-7 - 2.0**-52
+)  # scikit-learn's bound on probabilities, which keeps normal scores away from infinity
+_LARGEST_NORMAL = float(-ndtri(_LEAST))
 
 
 def fit_quantiles(part: np.ndarray) -> np.ndarray:
@@ -57,7 +59,6 @@ _TAIL_BELOW = (
     1.0, 2.05319162663775882187e0, 1.67638483018380384940e0, 6.89767334985100004550e-1,
     1.48103976427480074590e-1, 1.51986665636164571966e-2, 5.47593808499534494600e-4, 1.05075007164441684324e-9,
 )  # fmt: skip
-_LEAST = 1e-7 - 2.0**-52  # scikit-learn's bound on the probabilities of normal scores
 
 
 def normal_scores_of(values: Tensor, quantiles: Tensor) -> Tensor:

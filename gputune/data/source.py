@@ -1,7 +1,4 @@
-"""A short summary by which a study knows the data it was made from.
-
-Where the rows of a study come from, so that a study opened later can read the same rows again.
-"""
+"""Where the rows of a study come from, so that a study opened later reads the same ones, which their digest proves."""
 
 import hashlib
 import json
@@ -14,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.data.files import read_table
 from gputune.data.folds import hold_out, parse_cv
-from gputune.data.table import Table, as_rows, as_table, checked_tensor, quoted, read_table, split_target
-from gputune.data.target import Target, check_target
+from gputune.data.table import Table, as_rows, as_table, quoted, split_target
+from gputune.data.target import Target, TaskWord, check_target
+from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 
 
@@ -82,7 +81,7 @@ class Source:
     """Inputs and target as they were given: a table, or a tensor that stays where it lies.
 
     ``origin`` holds what reads the same rows again (path, target, groups, how rows were held out and which), None for
-    data in memory. ``given`` is the frame, array or list that X was made of; None for files and tensors.
+    data in memory. ``original`` is the frame, array or list that X was made of; None for files and tensors.
     """
 
     X: Table | Tensor
@@ -90,23 +89,23 @@ class Source:
     target: str
     groups: Any
     origin: Origin | None
-    given: Any = None
+    original: Any = None
 
-    def as_given(self) -> Any:
+    def original_rows(self) -> Any:
         """Return the rows of X as the user knows them: the frame or array that was given, a polars frame of a file.
 
         Without the columns of target and groups; a list and a tensor are an array.
         """
         if isinstance(self.X, Tensor):
             return self.X.cpu().numpy()
-        return self.X.frame() if self.given is None else as_rows(self.given, self.X.names)
+        return self.X.frame() if self.original is None else as_rows(self.original, self.X.names)
 
     def rows(self, positions: np.ndarray) -> "Source":
         """Return the source of some rows alone."""
         X = self.X.select(positions) if isinstance(self.X, Table) else self.X[positions]
         groups = None if self.groups is None else np.asarray(self.groups)[positions]
         y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)
-        return replace(self, X=X, y=y[positions], groups=groups, given=None)
+        return replace(self, X=X, y=y[positions], groups=groups, original=None)
 
 
 def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
@@ -115,32 +114,36 @@ def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
     X is a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or the name of a column of X;
     ``groups`` likewise. Raises InputError or FileNotFoundError for what cannot be read.
     """
+    from_file = isinstance(X, str | Path)
+    if from_file and y is None and str(X).startswith("sklearn:"):
+        y = "target"
+    if y is None and not from_file:
+        raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
     if isinstance(X, Tensor):
         if isinstance(y, str) or isinstance(groups, str):
             raise InputError(
                 f"y and groups must be arrays when X is a tensor, got y={y!r}, groups={groups!r}."
             )
-        return Source(checked_tensor(X), _given(y), "y", groups, None)
-    from_file = isinstance(X, str | Path)
+        return Source(checked_tensor(X), y, "y", groups, None)
     table = read_table(X) if from_file else as_table(X)
-    if from_file and y is None and str(X).startswith("sklearn:"):
-        y = "target"
     origin: Origin | None = None
     if from_file:
         if not isinstance(y, str):
             raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
         path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
         origin = {"path": path, "target": y, "groups": groups if isinstance(groups, str) else None}
-    name = "y"
-    if isinstance(groups, str) and isinstance(y, str) and groups == y:
-        raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
     if isinstance(groups, str):
-        table, groups = _take_column(table, groups)
+        if isinstance(y, str) and groups == y:
+            raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
+        if groups not in table.names:
+            raise InputError(
+                f"groups={groups!r} is not a column of the table; the columns are {quoted(table.names)}."
+            )
+        table, groups = table.drop(groups), table.column(groups)
+    name = y if isinstance(y, str) else "y"
     if isinstance(y, str):
-        name = y
         table, y = split_target(table, y)
-    given = None if from_file or isinstance(X, Table) else X
-    return Source(table, _given(y), name, groups, origin, given)
+    return Source(table, y, name, groups, origin, None if from_file or isinstance(X, Table) else X)
 
 
 def read_again(origin: Origin) -> Source:
@@ -157,7 +160,7 @@ def read_apart(origin: Origin) -> tuple[Source, Source | None]:
 
 
 def set_apart(
-    source: Source, *, test_size: float, cv: str, seed: int, task: Any = None
+    source: Source, *, test_size: float, cv: str, seed: int, task: TaskWord | None = None
 ) -> tuple[Source, Source | None]:
     """Split the rows into those to search on and those held out (None for ``test_size=0``).
 
@@ -175,17 +178,3 @@ def set_apart(
     if origin is not None:
         origin["held_out"] = fingerprint(apart.X, apart.y)
     return replace(source.rows(rest), origin=origin), apart
-
-
-def _take_column(table: Table, name: str) -> tuple[Table, np.ndarray]:
-    if name not in table.names:
-        raise InputError(
-            f"groups={name!r} is not a column of the table; the columns are {quoted(table.names)}."
-        )
-    return table.drop(name), table.column(name)
-
-
-def _given(y: Any) -> Any:
-    if y is None:
-        raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
-    return y

@@ -85,7 +85,7 @@ class Scoring:
         y = target.cpu().numpy()
         y = y if self.classes is None else self.classes[y]
         # The scorers that have names read nothing of the rows.
-        rows = np.zeros((len(y), 1)) if data.given is None else data.given.rows(data.folds[fold])
+        rows = np.zeros((len(y), 1)) if data.scorer_rows is None else data.scorer_rows.rows(data.folds[fold])
         result = np.full(len(outputs), np.nan)
         try:
             for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
@@ -117,9 +117,9 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
 
 def _predict(data: Dataset, fold: int, member: Member, trial: int, X: Any) -> Tensor:
     """Return what a member answers for rows X of the user's own, (m, K), on the CPU."""
-    if data.given is None:
+    if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
-    x = data.given.encoded(X, fold).to(data.dtype)
+    x = data.scorer_rows.encoded(X, fold).to(data.dtype)
     with torch.no_grad():
         outputs = member(trial)(x).view(1, len(x), -1)
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.encode import transform
-from gputune.data.table import Table, as_table, checked_tensor, first_equal, read_table
+from gputune.data.files import read_table
+from gputune.data.table import Table, as_table
+from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.study.cards import model_card

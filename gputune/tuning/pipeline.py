@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from gputune.callbacks.callback import Callbacks
-from gputune.data.dataset import Dataset, Given, Rows
+from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.data.folds import Splitter, make_folds
 from gputune.data.source import Source
 from gputune.engine.backend import choose_backend, matrix_products, trains_as
@@ -123,7 +123,7 @@ def search(
                 told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
             context.tidy(ledger)
     refitted = replace(options, callbacks=())  # a refit calls none
-    study = made(ledger.rows(), data=(choice, replace(source, given=None), refitted), file=file)
+    study = made(ledger.rows(), data=(choice, replace(source, original=None), refitted), file=file)
     if told is not None:
         raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
     if all(trial.state == "failed" for trial in study.trials):
@@ -156,7 +156,7 @@ def _with_callbacks(
 def _folds(problem: Problem, options: Options) -> list[Rows]:
     """Return the folds; a splitter sees the rows as the user gave them."""
     source = problem.source
-    X = source.as_given() if isinstance(options.cv, Splitter) else None
+    X = source.original_rows() if isinstance(options.cv, Splitter) else None
     n_rows, seed = len(source.X), options.random_state
     return make_folds(options.cv, problem.target, n_rows=n_rows, X=X, groups=source.groups, seed=seed)
 
@@ -166,7 +166,7 @@ def _dataset(problem: Problem, folds: Sequence[Rows], options: Options, choice: 
     data, statistics = problem.dataset(folds, _data_options(options), choice)
     if not callable(options.scoring):
         return data
-    return replace(data, given=Given(problem.source.as_given(), problem.layout, statistics))
+    return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout, statistics))
 
 
 def _remember_what_runs(choice: ModelChoice, options: Options) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, Rows, make_dataset
-from gputune.data.encode import Columns, Layout, Statistics, fit_layout
+from gputune.data.encode import Columns, Layout, Statistics, fit_layout, fit_statistics
 from gputune.data.source import Source
 from gputune.data.table import quoted
-from gputune.data.target import Target, check_target
+from gputune.data.target import Target, check_target, check_weights
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
 from gputune.study.module_source import class_from_file, class_source, find_class
@@ -121,17 +121,12 @@ class Problem:
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
         device = self.raw.device if isinstance(self.raw, Tensor) and options.device == "auto" else None
-        return make_dataset(
-            self.raw,
-            self.layout,
-            self.target,
-            folds,
-            numbers=options.numbers,
-            sample_weight=options.sample_weight,
-            class_weight=options.class_weight,
-            dtype=dtype,
-            device=device or options.device_here(),
+        weights = check_weights(options.sample_weight, options.class_weight, self.target)
+        statistics = tuple(
+            fit_statistics(self.raw, self.layout, train, numbers=options.numbers) for train, _ in folds
         )
+        like = torch.empty(0, dtype=dtype, device=device or options.device_here())
+        return make_dataset(self.raw, statistics, self.target, folds, weights=weights, like=like), statistics
 
     def columns_in_words(self) -> str:
         """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""

@@ -11,8 +11,9 @@ from sklearn.model_selection import KFold
 from gputune.data.dataset import make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import all_rows, make_folds
-from gputune.data.table import as_table, first_equal
-from gputune.data.target import check_target
+from gputune.data.table import as_table
+from gputune.data.target import check_target, check_weights
+from gputune.data.tensors import first_equal
 
 N = 60
 
@@ -32,12 +33,17 @@ def labels():
     return np.array(["no", "yes", "perhaps"])[np.random.default_rng(1).integers(0, 3, N)]
 
 
-def build(X=None, y=None, folds=None, *, dtype=torch.float64, **options):
+FOLDS = list(KFold(3).split(np.zeros(N)))
+
+
+def build(X=None, y=None, folds=FOLDS, *, numbers="standard", dtype=torch.float64, layout=None, **weights):
     X = as_table(table()) if X is None else X
-    layout = fit_layout(X)
-    target = check_target(labels() if y is None else y, n_rows=N)
-    folds = list(KFold(3).split(np.zeros(N))) if folds is None else folds
-    return make_dataset(layout.raw(X), layout, target, folds, dtype=dtype, device="cpu", **options)
+    layout = layout or fit_layout(X)
+    raw, target = layout.raw(X), check_target(labels() if y is None else y, n_rows=N)
+    statistics = [fit_statistics(raw, layout, train, numbers=numbers) for train, _ in folds]
+    weights = check_weights(weights.get("sample_weight"), weights.get("class_weight"), target)
+    like = torch.empty(0, dtype=dtype)
+    return make_dataset(raw, statistics, target, folds, weights=weights, like=like), statistics
 
 
 def test_shapes_and_types():
@@ -166,15 +172,7 @@ def test_no_leakage(numbers, task):
         if task == "regression":
             y_other[valid] += 1e3
         (before, s), (after, t) = (
-            make_dataset(
-                layout.raw(as_table(X)),
-                layout,
-                check_target(labels, n_rows=N),
-                folds,
-                dtype=torch.float64,
-                device="cpu",
-                **options,
-            )
+            build(as_table(X), labels, folds, layout=layout, **options)
             for X, labels in ((table(), y), (other, y_other))
         )
         assert t[f].to_json() == s[f].to_json()
@@ -198,11 +196,8 @@ def test_a_dataset_lies_on_one_device():
 
 
 def test_shuffled_folds_of_a_table_from_end_to_end():
-    X = as_table(table())
-    target = check_target(labels(), n_rows=N)
-    folds = make_folds(5, target, n_rows=N, seed=0)
-    layout = fit_layout(X)
-    data, _ = make_dataset(layout.raw(X), layout, target, folds, dtype=torch.float32, device="cpu")
+    folds = make_folds(5, check_target(labels(), n_rows=N), n_rows=N, seed=0)
+    data, _ = build(folds=folds, dtype=torch.float32)
     assert torch.isfinite(data.x).all()
     assert torch.cat([fold.valid for fold in data.folds]).sort().values.tolist() == list(range(N))
 
@@ -216,6 +211,6 @@ def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
     expected = [int((values == row).all(1).argmax()) for row in values]
     assert first_equal(rows).tolist() == expected
     assert first_equal(torch.eye(5, dtype=dtype)) is None
-    monkeypatch.setattr("gputune.data.table._ODD", 0)  # every row has one key
+    monkeypatch.setattr("gputune.data.tensors._ODD", 0)  # every row has one key
     assert first_equal(torch.eye(5, dtype=dtype)) is None
     assert first_equal(torch.eye(3, dtype=dtype)[[0, 1, 0]]).tolist() == [0, 1, 0]

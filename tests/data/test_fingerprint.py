@@ -6,8 +6,9 @@ import polars as pl
 import pytest
 import torch
 
+from gputune.data.files import read_table
 from gputune.data.source import fingerprint
-from gputune.data.table import as_table, read_table
+from gputune.data.table import as_table
 from gputune.data.target import check_target
 
 COLUMNS = {"a": [1.0, None, 3.0], "s": ["x", None, "yz"], "b": [True, False, True]}

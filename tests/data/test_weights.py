@@ -5,8 +5,7 @@ import pytest
 import torch
 from sklearn.utils.class_weight import compute_sample_weight
 
-from gputune.data.target import check_target
-from gputune.data.weights import check_weights
+from gputune.data.target import check_target, check_weights
 from gputune.errors import InputError
 
 LABELS = np.array(list("aabacbbaaa"))

@@ -1,0 +1,163 @@
+"""Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text
+from gputune.data.table import Table, as_table, checked_table
+from gputune.errors import InputError
+from gputune.memory import free_memory
+from gputune.text import size_words
+
+BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
+"""scikit-learn's data sets that ``sklearn:NAME`` reads."""
+
+_FIELD_BYTES = 24  # of a short text and of the number that it is read as
+_COLUMN_BYTES = 4096  # of a column, however short it is
+_SHORT = 500  # rows up to which Python reads a column sooner than polars
+
+
+def read_table(source: str | Path) -> Table:
+    """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as ``sklearn:NAME``.
+
+    A bundled set has its target in the column ``target``: class names for iris, wine and breast_cancer,
+    integers for digits, a number for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing
+    values; blanks around a field and empty lines at the end are dropped; a header with
+    semicolons and no comma means semicolons throughout.
+
+    Raises FileNotFoundError, or InputError for another suffix, a damaged or an empty file, what is no regular file or
+    does not fit into the memory that is free, duplicate column names, or an infinite value.
+    """
+    if str(source).startswith("sklearn:"):
+        return _read_bundled(str(source).removeprefix("sklearn:"))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'."
+        )
+    if path.is_dir():
+        raise InputError(f"{str(source)!r} is a folder; give the file in it.")
+    if not path.is_file():  # a pipe would be waited for, a device has no end
+        raise InputError(
+            f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first."
+        )
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    if name.removesuffix(".gz").endswith((".csv", ".tsv")):
+        return _read_text(path, tabs=name.removesuffix(".gz").endswith(".tsv"))
+    raise InputError(
+        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; convert it first."
+    )
+
+
+def _read_bundled(name: str) -> Table:
+    if name not in BUNDLED:
+        raise InputError(f"'sklearn:NAME' knows {', '.join(BUNDLED)}, got 'sklearn:{name}'.")
+    from sklearn import datasets
+
+    bunch = getattr(datasets, f"load_{name}")()
+    names = [*map(str, bunch.feature_names), "target"]
+    columns = [from_column(np.ascontiguousarray(column), "") for column in bunch.data.T]
+    named = name in ("iris", "wine", "breast_cancer")
+    target = bunch.target_names.astype(str).astype(object)[bunch.target] if named else bunch.target
+    return checked_table(names, [*columns, from_column(target, "target")])
+
+
+@contextmanager
+def _blaming(path: Path, form: str, rule: str = "") -> Iterator[None]:
+    """Raise InputError, with the first line of what the reader says, for a file that is damaged or of another form."""
+    from polars import exceptions
+
+    failures = exceptions.PolarsError, exceptions.PanicException, OSError, EOFError, zlib.error, MemoryError
+    try:
+        yield
+    except exceptions.NoDataError as error:
+        raise InputError(f"{str(path)!r} is empty; a header line and at least one row are needed.") from error
+    except failures as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise InputError(f"{str(path)!r} could not be read as {form}: {reason}{rule}") from error
+
+
+def _read_parquet(path: Path) -> Table:
+    import polars as pl
+
+    with _blaming(path, "Parquet"), path.open("rb") as file:  # polars takes no name that is not UTF-8
+        about = pl.scan_parquet(file)
+        rows, columns = about.select(pl.len()).collect().item(), len(about.collect_schema())
+        _check_room(path, rows * columns * 8 + columns * _COLUMN_BYTES, free_memory())
+        file.seek(0)
+        frame = pl.read_parquet(file)
+    return as_table(frame)
+
+
+def _read_text(path: Path, *, tabs: bool) -> Table:
+    """Read a text file with a header line; polars cuts it into fields, kinds.py reads them."""
+    import polars as pl
+
+    rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
+    with _blaming(path, "a text table", rule), _open_text(path) as file:
+        header = next((line for line in file if line.strip()), b"")
+        # Rows do not tell: where semicolons separate, commas may be decimal.
+        separator = "\t" if tabs else ";" if b";" in header and b"," not in header else ","
+        _check_room(path, header.count(separator.encode()) * _COLUMN_BYTES, free_memory())
+        file.seek(0)
+        fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
+    names = ["" if name is None else name.strip() for name in fields.row(0)]
+    rows = fields[1:]
+    if fields.width > 1 and len(rows) and not any(field and field.strip() for field in rows.row(-1)):
+        # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
+        filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
+        rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
+    return checked_table(names, [_field(series) for series in rows])
+
+
+def _open_text(path: Path) -> IO[bytes]:
+    """Open a file, unpacked in memory where it is packed. Raises InputError where its fields would find no room."""
+    free = free_memory()
+    if not path.name.lower().endswith(".gz"):
+        with path.open("rb") as file:
+            _check_room(path, _text_bytes(path.stat().st_size, file.read(1 << 16)), free)
+        return path.open("rb")
+    text = io.BytesIO()
+    with gzip.open(path, "rb") as packed:
+        while part := packed.read(1 << 20):
+            text.write(part)
+            _check_room(path, _text_bytes(text.tell(), part), free)
+    text.seek(0)
+    return text
+
+
+def _text_bytes(size: int, sample: bytes) -> int:
+    """Estimate the memory that text of ``size`` bytes takes with its fields, from a part of it."""
+    fields = sum(sample.count(mark) for mark in b",;\t\n")
+    return size + size * fields * _FIELD_BYTES // max(1, len(sample))
+
+
+def _check_room(path: Path, needed: int, free: int) -> None:
+    if needed > free:
+        raise InputError(
+            f"{str(path)!r} needs about {size_words(needed)} of memory or more, and {size_words(free)} are free; "
+            "leave out rows or columns, or read it where there is more."
+        )
+
+
+def _field(texts: Any) -> tuple[Kind, np.ndarray]:
+    """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times faster."""
+    import polars as pl
+
+    if len(texts) <= _SHORT:
+        return parse_text(texts.to_numpy())
+    stripped = texts.str.strip_chars()
+    missing = stripped.is_null() | stripped.is_in(sorted(MISSING_TEXT))
+    numbers = stripped.set(missing, None).cast(pl.Float64, strict=False)
+    if numbers.null_count() == missing.sum():
+        return "number", np.array(numbers.to_numpy(), dtype=np.float64)
+    return parse_text(texts.to_numpy())
