@@ -9,6 +9,7 @@ import datetime
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
 import narwhals as nw
@@ -103,10 +104,9 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
             return "boolean", column.astype(np.float64)
         case "i" | "u" | "f":
             return "number", column.astype(np.float64)
-        case "M":
-            return "date", _ticks(column, "datetime64[us]")
-        case "m":
-            return "number", _ticks(column, "timedelta64[us]")
+        case "M" | "m":
+            ticks = column.astype(f"{column.dtype.kind}8[us]").astype(np.int64) / 1e6
+            return "date" if column.dtype.kind == "M" else "number", np.where(np.isnat(column), np.nan, ticks)
         case "U":
             return parse_text(column.astype(object))
         case "O":
@@ -117,48 +117,27 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
     )
 
 
-def _ticks(column: np.ndarray, unit: str) -> np.ndarray:
-    """Return seconds, NaN where numpy has NaT."""
-    return np.where(np.isnat(column), np.nan, column.astype(unit).astype(np.int64) / 1e6)
-
-
 def from_values(values: Sequence[Any], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
     """Return kind and values of Python objects (None = missing): what all of them are, else categories."""
     present = [value for value in values if value is not None]
     if not present:
         return "number", np.full(len(values), np.nan)
-    if _all(present, bool | np.bool_):
-        return "boolean", _each(values, float)
-    if _all(present, numbers.Number | np.bool_) and not any(isinstance(v, complex) for v in present):
-        try:
-            return "number", _each(values, float)
-        except OverflowError as error:
-            raise InputError(
-                f"column {name!r} holds an integer that is larger than any float; pass it as text."
-            ) from error
-    if _all(present, datetime.date | np.datetime64):
-        return "date", _each(values, _epoch_seconds)
-    if _all(present, datetime.time):
-        return "number", _each(
-            values, lambda t: t.hour * 3600.0 + t.minute * 60 + t.second + t.microsecond / 1e6
-        )
-    if _all(present, datetime.timedelta):
-        return "number", _each(values, lambda delta: delta.total_seconds())
-    if _all(present, str) and untyped:
+    for types, kind, convert in _OBJECTS:
+        if all(isinstance(value, types) for value in present):
+            try:
+                return kind, _each(values, convert)
+            except OverflowError as error:
+                raise InputError(
+                    f"column {name!r} holds an integer that is larger than any float; pass it as text."
+                ) from error
+    if untyped and all(isinstance(value, str) for value in present):
         return parse_text(np.array(values, dtype=object))
-    odd = [
-        value for value in present if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date)
-    ]
-    if odd:
-        held = type(odd[0]).__name__
-        raise InputError(
-            f"column {name!r} holds {held}, which is no number, boolean, text or date; convert it."
-        )
+    for value in present:
+        if not isinstance(value, str | numbers.Number | np.bool_ | datetime.date):
+            raise InputError(
+                f"column {name!r} holds {type(value).__name__}, which is no number, boolean, text or date; convert it."
+            )
     return "category", _category(values)
-
-
-def _all(values: Sequence[Any], types: Any) -> bool:
-    return all(isinstance(value, types) for value in values)
 
 
 def _each(values: Sequence[Any], convert: Callable[[Any], float]) -> np.ndarray:
@@ -172,3 +151,17 @@ def _epoch_seconds(value: datetime.date | np.datetime64) -> float:
         value = datetime.datetime(value.year, value.month, value.day)
     aware = value if value.tzinfo is not None else value.replace(tzinfo=datetime.UTC)
     return (aware - _EPOCH).total_seconds()
+
+
+def _seconds(value: datetime.time) -> float:
+    return value.hour * 3600.0 + value.minute * 60 + value.second + value.microsecond / 1e6
+
+
+_OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
+    (bool | np.bool_, "boolean", float),
+    (numbers.Real | Decimal | np.bool_, "number", float),
+    (datetime.date | np.datetime64, "date", _epoch_seconds),
+    (datetime.time, "number", _seconds),
+    (datetime.timedelta, "number", datetime.timedelta.total_seconds),
+)
+"""What Python's objects are read as, where all values of a column are of one of these types."""

@@ -1,7 +1,5 @@
 """Each fold's copy of X and its targets come from its own training rows, and equal copies are kept once."""
 
-from dataclasses import fields
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +8,7 @@ from sklearn.model_selection import KFold
 
 from gputune.data.dataset import make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
-from gputune.data.folds import all_rows, make_folds
+from gputune.data.folds import make_folds
 from gputune.data.table import as_table
 from gputune.data.target import check_target, check_weights
 from gputune.data.tensors import first_equal
@@ -136,15 +134,6 @@ def test_one_fold_with_weights_of_one_beside_others():
     assert not (weights[1] == 1).all()
 
 
-def test_the_fold_of_a_refit():
-    data, _ = build(folds=[all_rows(N)])
-    assert data.folds[0].train.tolist() == list(range(N))
-    assert data.folds[0].valid.shape == (0,)
-    torch.testing.assert_close(
-        data.x[0, :, 0].mean(), torch.tensor(0.0, dtype=torch.float64), atol=1e-12, rtol=0
-    )
-
-
 def test_a_tensor_gives_the_data_of_an_array():
     values = table()[["a", "b"]].to_numpy()
     arrays, _ = build(as_table(values))
@@ -185,14 +174,6 @@ def test_no_leakage(numbers, task):
             assert torch.equal(after.weights[f, train], before.weights[f, train])
         # The change is seen where it was made.
         assert not torch.equal(after.x[after.copies[f], valid], before.x[before.copies[f], valid])
-
-
-def test_a_dataset_lies_on_one_device():
-    data, _ = build(class_weight="balanced", y=np.array(["a", "b", "c"])[np.arange(N) // 20])
-    tensors = [getattr(data, field.name) for field in fields(data)]
-    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
-    tensors += [part for fold in data.folds for part in (fold.train, fold.valid)]
-    assert {tensor.device for tensor in tensors} == {data.device}
 
 
 def test_shuffled_folds_of_a_table_from_end_to_end():

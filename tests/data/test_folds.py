@@ -1,4 +1,4 @@
-"""Folds partition the rows, are shuffled by the seed, keep groups whole, and bad ones are refused."""
+"""Folds and rows kept apart: in proportion, whole groups, by the seed or the last ones; bad ones are refused."""
 
 import warnings
 
@@ -16,7 +16,7 @@ from sklearn.model_selection import (
     TimeSeriesSplit,
 )
 
-from gputune.data.folds import all_rows, check_groups, make_folds, parse_cv
+from gputune.data.folds import all_rows, check_groups, hold_out, make_folds, parse_cv
 from gputune.data.target import check_target
 from gputune.errors import InputError
 
@@ -223,3 +223,76 @@ def test_bad_command_lines(text):
         InputError, match=f"--cv must be a number of folds such as 5, at least 2, or time:5, got {text!r}"
     ):
         parse_cv(text)
+
+
+def held_out(target=CLASSES, *, test_size=0.2, groups=None, cv=5, seed=0):
+    rest, test = hold_out(target, test_size=test_size, groups=groups, cv=cv, seed=seed)
+    gap = cv.gap if isinstance(cv, TimeSeriesSplit) else 0
+    assert rest.dtype == test.dtype == np.int64
+    assert len(rest) + len(test) + gap == N
+    assert len(np.union1d(rest, test)) == N - gap
+    assert (np.diff(rest) > 0).all()
+    assert (np.diff(test) > 0).all()
+    return rest, test
+
+
+def test_classes_are_kept_in_proportion():
+    _, test = held_out()
+    assert np.bincount(CLASSES.values[test]).tolist() == [6, 2]
+
+
+def test_numbers_are_drawn_by_the_seed():
+    _, test = held_out(NUMBERS)
+    assert len(test) == 8
+    assert np.array_equal(test, held_out(NUMBERS)[1])
+    assert not np.array_equal(test, held_out(NUMBERS, seed=1)[1])
+    assert not np.array_equal(held_out()[1], held_out(seed=1)[1])
+    assert len(held_out(NUMBERS, test_size=0.21)[1]) == 9
+
+
+@pytest.mark.parametrize("target", [CLASSES, NUMBERS])
+def test_groups_stay_whole(target):
+    rest, test = held_out(target, groups=[f"g{group}" for group in GROUPS])
+    assert len(test) == 10
+    assert not set(GROUPS[rest]) & set(GROUPS[test])
+
+
+def test_a_time_series_keeps_its_last_rows():
+    rest, test = held_out(NUMBERS, cv=TimeSeriesSplit(3))
+    assert np.array_equal(rest, np.arange(32))
+    assert np.array_equal(test, np.arange(32, 40))
+    assert np.array_equal(held_out(cv=TimeSeriesSplit(3, gap=4))[0], np.arange(28))
+
+
+def test_size_zero_keeps_none():
+    rest, test = held_out(test_size=0)
+    assert np.array_equal(rest, np.arange(N))
+    assert len(test) == 0
+
+
+def test_the_only_row_of_a_class_is_not_kept_apart():
+    y = np.repeat(["a", "b", "c"], [29, 10, 1])
+    for seed in range(5):
+        rest, _ = held_out(check_target(y, n_rows=N), seed=seed)
+        assert 39 in rest
+
+
+@pytest.mark.parametrize("size", [1, 1.0, 1.5, -0.1, np.nan, "0.2", True, None])
+def test_bad_sizes(size):
+    with pytest.raises(InputError, match=r"test_size must be a share of the rows, 0 <= test_size < 1, got"):
+        hold_out(NUMBERS, test_size=size, seed=0)
+
+
+def test_sides_without_rows():
+    with pytest.raises(InputError, match=r"test_size=0\.99 leaves none of the 40 rows"):
+        hold_out(NUMBERS, test_size=0.99, seed=0)
+    with pytest.raises(InputError, match=r"test_size=0\.99 leaves none of the 40 rows"):
+        hold_out(NUMBERS, test_size=0.99, cv=TimeSeriesSplit(2), seed=0)
+    with pytest.raises(InputError, match=r"test_size=0\.95 leaves none of the 8 groups"):
+        hold_out(NUMBERS, test_size=0.95, groups=GROUPS, seed=0)
+    with pytest.raises(InputError, match="would keep 1 of 40 rows apart, which cannot hold the 2 classes"):
+        hold_out(CLASSES, test_size=0.01, seed=0)
+    with pytest.raises(InputError, match="would keep 40 of 40 rows apart"):
+        hold_out(CLASSES, test_size=0.99, seed=0)
+    with pytest.raises(InputError, match="groups must have one value a row"):
+        hold_out(NUMBERS, test_size=0.2, groups=[1, 2], seed=0)
