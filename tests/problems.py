@@ -39,7 +39,8 @@ def make_data(task="multiclass", *, n=61, d=5, k=3, folds=3, dtype=torch.float64
         target = y = torch.randint(k, (n,), generator=g)
         center, scale = torch.zeros(folds).double(), torch.ones(folds).double()
     return Dataset(
-        x=x,
+        inputs=(x,),
+        dtype=dtype,
         copies=tuple(range(folds)) if copies else (0,) * folds,
         y=y,
         weights=torch.rand(folds, n, generator=g, dtype=torch.float64).to(dtype) if weights else None,

@@ -51,13 +51,32 @@ class ScorerRows:
 
 
 @dataclass(frozen=True, eq=False)
+class Scaling:
+    """What an input becomes as it is gathered: ``(input - center) / scale``, of the fold that reads it.
+
+    ``center`` and ``scale`` are (F, ...) in the dtype of the study, with an axis of 1 or of the channels for each of a
+    row's own.
+    """
+
+    center: Tensor
+    scale: Tensor
+
+    def __call__(self, rows: Tensor, folds: slice) -> Tensor:
+        """Return rows (F, ..., *row) of some folds, scaled."""
+        own = self.center[folds]
+        shape = (len(own), *[1] * (rows.dim() - own.dim()), *own.shape[1:])
+        return (rows.to(own.dtype) - own.view(shape)) / self.scale[folds].view(shape)
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """X, y and folds of a study on one device. Axes: V distinct copies of X, n rows, D features, F folds, K classes.
 
-    A copy of X holds all rows, transformed by what was fitted on the training rows of the folds that read it.
+    A copy of a table holds all rows, transformed by what was fitted on the training rows of the folds that read it.
+    Tensors of another shape have one copy, and are scaled as they are gathered.
     """
 
-    x: Tensor  # (V, n, D) in the dtype of the study
+    inputs: tuple[Tensor, ...]  # each (V, n, ...), floats in the dtype of the study; a table is one (V, n, D)
     copies: tuple[int, ...]  # (F,) which copy a fold reads
     y: Tensor  # (n,) int64 class codes; regression: (F, n), standardised by each fold's training rows
     weights: Tensor | None  # (F, n) float64, sample weight times class weight; None when all are one
@@ -69,41 +88,66 @@ class Dataset:
     task: Task
     target: Tensor  # (n,) class codes, or y in its own units (float64)
     scorer_rows: ScorerRows | None = None  # where there is a scorer of the user's own
+    names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
+    scaling: tuple[Scaling | None, ...] = (None,)  # of each input
+    dtype: torch.dtype = torch.float32  # of float inputs and of a regression's y; weights are float64
+
+    @property
+    def x(self) -> Tensor:
+        """The only input, (V, n, D): a table."""
+        (x,) = self.inputs
+        return x
 
     @property
     def n_rows(self) -> int:
         """Number of rows n."""
-        return self.x.shape[1]
+        return self.inputs[0].shape[1]
 
     @property
     def n_features(self) -> int:
-        """Number of features D."""
-        return self.x.shape[2]
+        """Number of features D of a table; of other inputs the size of the first one's last axis, 1 without one."""
+        return self.inputs[0].shape[-1] if self.inputs[0].dim() > 2 else 1
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of all inputs."""
+        return sum(x.numel() * x.element_size() for x in self.inputs)
+
+    @property
+    def row_numbers(self) -> int:
+        """How many numbers a row has, in all inputs."""
+        return sum(x[0, 0].numel() for x in self.inputs)
 
     @property
     def n_folds(self) -> int:
         """Number of folds F."""
         return len(self.folds)
 
-    def example(self, number: int) -> Tensor:
-        """Return at most so many training rows of the first fold, as it reads them, evenly spread: (B, D)."""
+    def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
+        """Return rows of all inputs as a fold reads them, each (m, ...)."""
+        copy, own = self.copies[fold], slice(fold, fold + 1)
+        found = []
+        for x, scaling in zip(self.inputs, self.scaling):
+            part = x[copy].index_select(0, positions)
+            found.append(part if scaling is None else scaling(part[None], own)[0])
+        return tuple(found)
+
+    def example(self, number: int) -> tuple[Tensor, ...]:
+        """Return at most so many training rows of the first fold, as it reads them, evenly spread: each (B, ...)."""
         train = self.folds[0].train
         places = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
-        return self.x[self.copies[0], train[places.to(self.device)]]
+        return self.rows(0, train[places.to(self.device)])
 
     @property
     def device(self) -> torch.device:
         """Where all tensors lie."""
-        return self.x.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The float type of x and of a regression's y; weights are float64."""
-        return self.x.dtype
+        return self.inputs[0].device
 
     @cached_property
     def first_equal(self) -> tuple[Tensor | None, ...]:
         """Of each fold's validation rows the first that equals each, (m_f,) int64; None for a fold without equals."""
+        if len(self.inputs) > 1 or self.inputs[0].dim() != 3 or not self.inputs[0].is_floating_point():
+            return (None,) * len(self.folds)
         return tuple(first_equal(self.x[copy, fold.valid]) for copy, fold in zip(self.copies, self.folds))
 
 
@@ -129,7 +173,8 @@ def make_dataset(
     positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=x.device) for rows in f] for f in folds]
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
     return Dataset(
-        x=x,
+        inputs=(x,),
+        dtype=x.dtype,
         copies=copies,
         y=y.to(torch.int64 if target.classes is not None else x.dtype),
         weights=_stack(row_weights, x.device),

@@ -25,18 +25,24 @@ from gputune.seeding import stream
 class Batch:
     """What the members of the folds in ``folds`` read in one step.
 
-    ``x`` is (F, B, D) where a fold's members share their rows, otherwise (P, B, D); ``y`` likewise, with the
-    target's own last axis; ``share`` is each row's weight over the minibatch's sum of weights, (F, 1 or C, B, 1),
-    or one float where all are equal. ``key`` is (epoch, step). ``draws`` (layers, B, H) are the step's uniform draws
-    for dropout, where the model has its own.
+    ``inputs`` are each (F, B, ...) where a fold's members share their rows, otherwise (P, B, ...); ``y`` likewise,
+    with the target's own last axis; ``share`` is each row's weight over the minibatch's sum of weights,
+    (F, 1 or C, B, 1), or one float where all are equal. ``key`` is (epoch, step). ``draws`` (layers, B, H) are the
+    step's uniform draws for dropout, where the model has its own.
     """
 
-    x: Tensor
+    inputs: tuple[Tensor, ...]
     y: Tensor
     share: Tensor | float
     folds: slice
     key: tuple[int, int]
     draws: Tensor | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The rows of a table, (F or P, B, D)."""
+        (x,) = self.inputs
+        return x
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class Batches:
         self, data: Dataset, sizes: Sequence[int], target: Tensor, *, seed: int, exact: bool
     ) -> None:
         self.data, self.seed, self.exact = data, seed, exact
-        self.x, self.target = data.x.flatten(0, 1), target.flatten(0, 1)  # (V*n, ...)
+        self.inputs = tuple(x.flatten(0, 1) for x in data.inputs)  # (V*n, ...)
+        self.target = target.flatten(0, 1)
         self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
         longest = int(self.lengths.max())
         held = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
@@ -140,10 +147,16 @@ class Batches:
         rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
         own, of_x, of_y = rows
         members = of_x.shape[0] * of_x.shape[1]
-        x = self.x.index_select(0, of_x.flatten()).view(members, part.rows, -1)
+        inputs = tuple(self._gather(i, of_x, folds) for i in range(len(self.inputs)))
         y = self.target.index_select(0, of_y.flatten())
         y = y.view(members, part.rows, *y.shape[1:])
-        return Batch(x, y, self._share(own, begin, part), folds, key)
+        return Batch(inputs, y, self._share(own, begin, part), folds, key)
+
+    def _gather(self, number: int, rows: Tensor, folds: slice) -> Tensor:
+        """Return rows (F, 1 or C, B) of an input as their folds read them, (F or P, B, ...)."""
+        x, scaling = self.inputs[number], self.data.scaling[number]
+        found = x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
+        return (found if scaling is None else scaling(found, folds)).flatten(0, 1)
 
     def _share(self, own: Tensor, begin: Tensor, part: Part) -> Tensor | float:
         """Each row's weight over the minibatch's sum of weights."""
@@ -158,6 +171,11 @@ class Batches:
         # A minibatch whose weights are all zero has no slope rather than 0/0.
         total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return (weights / total).to(self.data.dtype)[..., None]
+
+
+def for_members(x: Tensor, trials: int) -> Tensor:
+    """Return the rows (F, B, ...) that a fold's members share once a member, (P, B, ...)."""
+    return x[:, None].expand(-1, trials, *x.shape[1:]).flatten(0, 1)
 
 
 def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:

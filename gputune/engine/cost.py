@@ -52,7 +52,7 @@ def trial_cost(
     batch_sizes = [min(c["batch_size"], longest) for c in population.configs]
     steps, rows = -(-longest // min(batch_sizes)), max(batch_sizes)
     layers, size, units = _shape(population, data, parameters)
-    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.n_features) // max(
+    activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // max(
         1, len(batch_sizes)
     )
     dropout = 2 * rows * units if config["dropout"] else 0

@@ -204,6 +204,8 @@ def make_network(
         device=data.device,
         regression=data.task == "regression",
         present=data.present,
+        input_shape=tuple(data.inputs[0].shape[2:]),
+        names=data.names,
     )
     if chunk.kind == "module":
         assert module_class is not None

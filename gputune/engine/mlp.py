@@ -102,7 +102,8 @@ class StackedMLP:
                 plain.bias.copy_(params[f"bias{layer}"][fold, trial, ..., :n_out].flatten())
         return module.eval()
 
-    def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
+        (x,) = inputs
         trials = len(self.configs)
         wide = torch.addmm(params["bias0"][fold].flatten(), x, params["weight0"][fold].flatten(1))
         h = wide.view(len(x), trials, -1).movedim(1, 0)  # (C, m, H)
@@ -114,8 +115,8 @@ class StackedMLP:
     def draws(self, rows: Sequence[int]) -> "Draws | None":
         return None if self.rates is None else Draws(self, rows)
 
-    def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
-        h = x
+    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+        (h,) = inputs
         for layer in range(self.depth + 1):
             if layer:
                 h = _DIFFERENTIABLE[self.activation](h)

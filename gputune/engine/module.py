@@ -15,7 +15,7 @@ from torch.func import vmap
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from gputune.engine.batches import Batch
+from gputune.engine.batches import Batch, for_members
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Shape
@@ -142,9 +142,9 @@ class StackedModule:
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
         leaves = {k: w[batch.folds].flatten(0, 1).detach().requires_grad_() for k, w in params.items()}
-        x = batch.x[:, None].expand(-1, trials, -1, -1).flatten(0, 1)
+        inputs = [for_members(x, trials) for x in batch.inputs]
         with torch.enable_grad(), keyed_draws(self.shape.device, self.seed, "dropout", *batch.key):
-            outputs = self._forward(leaves, x, training=True)
+            outputs = self._forward(leaves, inputs, training=True)
             outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
             if self.shape.present is not None:
                 outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
@@ -158,32 +158,32 @@ class StackedModule:
             else:
                 part.copy_(slope.view(part.shape))
 
-    def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         members = {k: w[fold] for k, w in params.items()}
-        return self._forward(members, x.expand(len(self.configs), *x.shape), training=False)
+        trials = len(self.configs)
+        return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)
 
-    def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
+    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
         if key is None:
-            return self._forward(params, x, training=False)
+            return self._forward(params, inputs, training=False)
         with keyed_draws(self.shape.device, self.seed, "dropout", *key):
-            return self._forward(params, x, training=True)
+            return self._forward(params, inputs, training=True)
 
     def layers(self) -> dict[str, int]:
         owners = layers_of(self.template)
         return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
 
-    def _forward(self, params: Params, x: Tensor, *, training: bool) -> Tensor:
-        """Outputs (P, B, K) of stacked parameters (P, ...) on rows (P, B, D)."""
+    def _forward(self, params: Params, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+        """Outputs (P, B, K) of stacked parameters (P, ...) on rows (P, B, ...) of each input."""
         slow = self.attends and not training
 
-        def call(own: Params, rows: Tensor) -> Tensor:
+        def forward(own: Params, *rows: Tensor) -> Tensor:
             with self.stateless.holding({**own, **self.fixed}) as module:
-                result: Tensor = module.train(training)(rows)
-                return result
+                return call(module.train(training), rows, self.shape.names)
 
         try:
             with _SlowAttention() if slow else nullcontext():
-                outputs: Tensor = vmap(call, randomness="same")(params, x)
+                outputs: Tensor = vmap(forward, randomness="same")(params, *inputs)
         except IndexError as error:
             raise InputError(
                 f"model: {self.module_class.__name__} raised IndexError: {error}, on other rows than it was tried on; "
@@ -200,6 +200,12 @@ class StackedModule:
                 if not torch.equal(own, values[name].cpu()):
                     own.copy_(values[name])
         return module.eval()
+
+
+def call(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Tensor:
+    """Return what a module makes of its inputs, passed in order or by their names."""
+    result: Tensor = module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
+    return result
 
 
 class _SlowAttention(TorchFunctionMode):
@@ -221,48 +227,79 @@ def layers_of(module: nn.Module) -> list[str]:
 
 
 def check_module(
-    module_class: type[nn.Module], config: Config, rows: Tensor, *, n_outputs: int, columns: str = ""
+    module_class: type[nn.Module],
+    config: Config,
+    inputs: Sequence[Tensor],
+    *,
+    n_outputs: int,
+    columns: str = "",
+    names: tuple[str, ...] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> int:
     """Try a user's class once: two members stacked must equal the plain module. InputError says what does not.
 
-    ``rows`` (B, D) are some of those that it will train on; ``columns`` is a sentence on how they came from the user's,
-    for messages about shapes. Returns the number of parameters that are trained.
+    ``inputs`` (B, ...) are some of the rows that it will train on; ``columns`` is a sentence on how they came from the
+    user's, for messages about shapes; ``dtype`` is that of the parameters, by default that of the first input. Returns
+    the number of parameters that are trained.
     """
-    n_features = rows.shape[1]
-    size = {"n_features": n_features, "n_outputs": n_outputs}
-    module = build_module(module_class, module_arguments(config), **size, seed=0, columns=columns).to(
-        rows.dtype
+    x = tuple(part.cpu() for part in inputs)
+    dtype = dtype or x[0].dtype
+    shape = Shape(
+        1,
+        x[0].shape[-1] if x[0].dim() > 1 else 1,
+        n_outputs,
+        dtype,
+        _CPU,
+        False,
+        None,
+        tuple(x[0].shape[1:]),
+        names,
     )
+    size = {"n_features": shape.n_features, "n_outputs": n_outputs}
+    module = build_module(module_class, module_arguments(config), **size, seed=0, columns=columns).to(dtype)
     _refuse_running_statistics(module)
-    x = rows.cpu()
     trail = _Trail(module)
     buffers = {k: b.clone() for k, b in module.named_buffers()}
     with torch.no_grad(), keyed_draws(_CPU, 0, "check"):
         try:
-            module.train()(x)
-            plain = module.eval()(x)
+            call(module.train(), x, names)
+            plain = call(module.eval(), x, names)
         except Exception as error:
+            takes = " and ".join(f"a {_kind(part)} tensor of shape {_any_rows(part)}" for part in x)
             raise InputError(
                 f"model: the forward of {module_class.__name__}{trail} raised {type(error).__name__}: {error}. "
-                f"It must take a float tensor of shape (rows, {n_features}) and return (rows, {n_outputs}).{columns}"
+                f"It must take {takes} and return (rows, {n_outputs}).{columns}"
             ) from error
-    _check_outputs(module_class, plain, (len(x), n_outputs), columns)
+    _check_outputs(module_class, plain, (len(x[0]), n_outputs), columns)
     for name, before in buffers.items():
         if not torch.equal(before, dict(module.named_buffers())[name]):
             raise InputError(
                 f"model: the buffer {name!r} of {module_class.__name__} changes in training, so members cannot "
                 "be stacked; keep no running state in the forward."
             )
-    _check_rows_alone(module_class, module, x, plain)
-    shape = Shape(1, n_features, n_outputs, x.dtype, _CPU, False, None)
+    _check_rows_alone(module_class, module, x, plain, names)
     _check_stacked(module_class, config, shape, x, plain)
-    _check_trainable(module_class, module, x)
+    _check_trainable(module_class, module, x, names)
     return sum(w.numel() for w in module.parameters() if w.requires_grad)
 
 
-def _check_rows_alone(module_class: type[nn.Module], module: nn.Module, x: Tensor, plain: Tensor) -> None:
+def _kind(x: Tensor) -> str:
+    return "float" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+
+
+def _any_rows(x: Tensor) -> str:
+    return f"({', '.join(['rows', *map(str, x.shape[1:])])})"
+
+
+def _check_rows_alone(
+    module_class: type[nn.Module],
+    module: nn.Module,
+    x: Sequence[Tensor],
+    plain: Tensor,
+    names: Sequence[str] | None,
+) -> None:
     with torch.no_grad():
-        fewer = module(x[:2])
+        fewer = call(module, [part[:2] for part in x], names)
     if not _close(fewer, plain[:2]):
         raise InputError(
             f"model: {module_class.__name__} gives a row other outputs in the company of other rows; its forward must "
@@ -270,9 +307,11 @@ def _check_rows_alone(module_class: type[nn.Module], module: nn.Module, x: Tenso
         )
 
 
-def _check_trainable(module_class: type[nn.Module], module: nn.Module, x: Tensor) -> None:
+def _check_trainable(
+    module_class: type[nn.Module], module: nn.Module, x: Sequence[Tensor], names: Sequence[str] | None
+) -> None:
     with torch.enable_grad(), keyed_draws(_CPU, 0, "check"):
-        outputs = module.train()(x)
+        outputs = call(module.train(), x, names)
     if not any(w.requires_grad for w in module.parameters()) or not outputs.requires_grad:
         raise InputError(
             f"model: {module_class.__name__} has nothing to train: its outputs depend on no parameter with "
@@ -281,7 +320,7 @@ def _check_trainable(module_class: type[nn.Module], module: nn.Module, x: Tensor
 
 
 def _check_stacked(
-    module_class: type[nn.Module], config: Config, shape: Shape, x: Tensor, plain: Tensor
+    module_class: type[nn.Module], config: Config, shape: Shape, x: Sequence[Tensor], plain: Tensor
 ) -> None:
     stacked = StackedModule(module_class, [config, config], shape, seed=0)
     trail = _Trail(stacked.template)

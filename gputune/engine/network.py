@@ -25,6 +25,10 @@ class Shape:
     regression: bool
     present: Tensor | None
     """(F, K) bool: classes that take part in a fold, None when all do."""
+    input_shape: tuple[int, ...] = ()
+    """Of a row of the first input."""
+    names: tuple[str, ...] | None = None
+    """Of the inputs, where they are passed as keywords."""
 
 
 class Draws(Protocol):
@@ -57,11 +61,11 @@ class Network(Protocol):
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         """Write the gradient of every member's minibatch loss into ``grads``."""
 
-    def outputs(self, params: Params, fold: int, x: Tensor) -> Tensor:
-        """Return the outputs (C, m, K) of one fold's members on rows x (m, D), as in evaluation mode."""
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in evaluation mode."""
 
-    def differentiable(self, params: Params, x: Tensor, key: tuple[int, int] | None) -> Tensor:
-        """Return the outputs (P, B, K) of whole folds' members on rows x (P, B, D), twice differentiable.
+    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+        """Return the outputs (P, B, K) of whole folds' members on rows (P, B, ...) of each input, twice differentiable.
 
         ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in evaluation mode.
         """

@@ -145,7 +145,7 @@ def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: i
         workers=workers,
         threads=threads,
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
-        data_bytes=data.x.numel() * data.x.element_size(),
+        data_bytes=data.input_bytes,
         ways=tuple(piece.way for piece in pieces),
         state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
     )

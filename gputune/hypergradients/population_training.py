@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.batches import Batch, Batches
+from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Network
 from gputune.engine.scoring import Scoring
@@ -75,9 +75,9 @@ class PopulationTraining:
         """Return the losses (F, C) of the folds of one part of a step."""
         whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
         own = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
-        shared = len(batch.x) != self.folds * self.trials or self.trials == 1
-        x = batch.x[:, None].expand(-1, self.trials, -1, -1).flatten(0, 1) if shared else batch.x
-        outputs = self.network.differentiable(own, x, batch.key)
+        shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
+        inputs = [for_members(x, self.trials) if shared else x for x in batch.inputs]
+        outputs = self.network.differentiable(own, inputs, batch.key)
         outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
         y = batch.y.view(len(outputs), -1, outputs.shape[2])  # (F, 1 or C, B)
         share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
@@ -106,9 +106,10 @@ class PopulationTraining:
         return found
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
-        x = self.data.x[self.data.copies[fold]].index_select(0, self.data.folds[fold].valid)
+        rows = self.data.rows(fold, self.data.folds[fold].valid)
         own = {name: w[fold] for name, w in params.items()}
-        outputs = self.network.differentiable(own, x.expand(self.trials, *x.shape), None)
+        inputs = [x.expand(self.trials, *x.shape) for x in rows]
+        outputs = self.network.differentiable(own, inputs, None)
         return self._masked(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _masked(self, outputs: Tensor, folds: slice) -> Tensor:

@@ -117,7 +117,8 @@ def make_dataset(rows: Rows, group: FoldGroup, x: Tensor) -> Dataset:
     codes = as_tensor(y).to(device)
     outputs = group.n_outputs
     return Dataset(
-        x=x[None],
+        inputs=(x[None],),
+        dtype=x.dtype,
         copies=(0,) * len(folds),
         y=codes if group.classes is not None else codes.to(x.dtype),
         weights=weights,

@@ -206,10 +206,10 @@ def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
     return number
 
 
-def _refuse_probabilities(module: nn.Module, rows: Tensor) -> None:
+def _refuse_probabilities(module: nn.Module, rows: Sequence[Tensor]) -> None:
     """Raise InputError where a classifier's module ends in a softmax: the loss has one already."""
     with torch.no_grad():
-        outputs = module.to(rows).eval()(rows)
+        outputs = module.to(rows[0]).eval()(*rows)
     if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
         raise InputError(
             f"model: {type(module).__name__} returns probabilities, and the cross-entropy wants logits; leave out the "

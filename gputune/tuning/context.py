@@ -221,4 +221,6 @@ class Context:
             self.data.example(EXAMPLES),
             n_outputs=self.data.n_outputs,
             columns=self.columns,
+            names=self.data.names,
+            dtype=self.data.dtype,
         )

@@ -111,7 +111,7 @@ def test_equal_rows_tie_whatever_the_last_bits_of_their_outputs(name):
     rows = data.folds[0].valid
     x = data.x.clone()
     x[0, rows] = x[0, rows[torch.arange(len(rows)) % 5]]
-    data = replace(data, x=x)
+    data = replace(data, inputs=(x,))
     outputs = torch.randn(2, 5, data.n_outputs, generator=torch.Generator().manual_seed(0)).double()
     outputs = outputs[:, torch.arange(len(rows)) % 5]
     noisy = outputs + 1e-15 * torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1))

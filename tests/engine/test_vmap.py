@@ -171,18 +171,18 @@ class WrongInput(nn.Module):
 def test_what_cannot_be_stacked_is_refused_by_name(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):
-        check_module(module_class, config, ROWS, n_outputs=2)
+        check_module(module_class, config, [ROWS], n_outputs=2)
 
 
 def test_an_unknown_module_argument_is_named():
     (config,) = fill({"module__size": 3})
     with pytest.raises(InputError, match="module__size is no argument of Residual"):
-        check_module(Residual, config, ROWS, n_outputs=2)
+        check_module(Residual, config, [ROWS], n_outputs=2)
 
 
 def test_a_good_module_passes():
     (config,) = fill({"module__p": 0.5})
-    check_module(Residual, config, ROWS, n_outputs=2)
+    check_module(Residual, config, [ROWS], n_outputs=2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])
@@ -225,7 +225,7 @@ class Detached(Mixing):
 def test_what_cannot_be_trained_alone_is_refused(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):
-        check_module(module_class, config, ROWS, n_outputs=2)
+        check_module(module_class, config, [ROWS], n_outputs=2)
 
 
 class Reminding(nn.Module):
@@ -262,7 +262,7 @@ def test_shared_and_lazy_submodules_equal_the_plain_loop(build, plain):
     data = make_data()
     configs = fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
     assert_module_equals_plain_loop(build, data, configs, epochs=3, plain=plain)
-    check_module(build, configs[0], data.example(8).float(), n_outputs=data.n_outputs)
+    check_module(build, configs[0], [data.example(8)[0].float()], n_outputs=data.n_outputs)
 
 
 def test_a_lazy_module_draws_what_a_plain_one_draws():
@@ -289,12 +289,12 @@ class Coded(nn.Module):
 def test_a_module_is_tried_on_rows_of_the_data():
     (config,) = fill({})
     rows = torch.tensor([[0.0, 1, 2], [4, 1, 3], [2, 5, 1], [1, 1, 7]])
-    assert check_module(Coded, config, rows, n_outputs=2) == 5 * 4 + 2 * 6 + 2
+    assert check_module(Coded, config, [rows], n_outputs=2) == 5 * 4 + 2 * 6 + 2
     check_module(
-        Coded, config, rows - torch.tensor([0.0, 3, 0]), n_outputs=2
+        Coded, config, [rows - torch.tensor([0.0, 3, 0])], n_outputs=2
     )  # NaN says nothing about stacking
     with pytest.raises(InputError, match=r"submodule 'code'\) raised IndexError: index out of range"):
-        check_module(Coded, config, rows + 3, n_outputs=2)
+        check_module(Coded, config, [rows + 3], n_outputs=2)
 
 
 def test_a_code_that_the_tried_rows_have_not_is_named():
@@ -302,18 +302,18 @@ def test_a_code_that_the_tried_rows_have_not_is_named():
         Coded, fill({}), Shape(1, 2, 2, torch.float32, torch.device("cpu"), False, None), seed=0
     )
     params = network.blocks.views(network.start())
-    assert network.outputs(params, 0, torch.tensor([[4.0, 1.0]])).shape == (1, 1, 2)
+    assert network.outputs(params, 0, [torch.tensor([[4.0, 1.0]])]).shape == (1, 1, 2)
     with pytest.raises(
         InputError, match=r"Coded raised IndexError: index out of range.*a place for every code"
     ):
-        network.outputs(params, 0, torch.tensor([[5.0, 1.0]]))
+        network.outputs(params, 0, [torch.tensor([[5.0, 1.0]])])
 
 
 @pytest.mark.parametrize("module_class", [WrongInput, Broken, TooFew])
 def test_what_became_of_the_columns_is_said_with_shapes(module_class):
     (config,) = fill({})
     with pytest.raises(InputError, match=r"\. Of the 4 columns$"):
-        check_module(module_class, config, ROWS, n_outputs=2, columns=" Of the 4 columns")
+        check_module(module_class, config, [ROWS], n_outputs=2, columns=" Of the 4 columns")
 
 
 def test_the_default_dtype_changes_no_start():
@@ -344,7 +344,7 @@ def test_attention_has_a_derivative_in_evaluation_too():
     first = network.blocks.views(network.start())
     params = {name: w[0].requires_grad_() for name, w in first.items()}
     x = make_data().x[0, :5]
-    network.differentiable(params, x.expand(2, *x.shape), None).sum().backward()
+    network.differentiable(params, [x.expand(2, *x.shape)], None).sum().backward()
     module = network.member(first, 0, 0).requires_grad_()
     module(x).sum().backward()
     for name, own in module.named_parameters():
