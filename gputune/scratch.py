@@ -1,16 +1,17 @@
 """Folders for as long as their process works: removed at the end, and by the next process where this one was killed.
 
 Each is locked by the process that made it, a lock of the operating system that ends with the process. Nothing is
-removed because it is old.
+removed because it is old. In such a folder files are written that are to appear whole or not at all.
 """
 
+import errno
 import os
 import platform
 import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -77,3 +78,35 @@ def _remove_if_free(place: Path) -> None:
             shutil.rmtree(place)
     finally:
         os.close(lock)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> None:
+    """Write all files in a scratch folder, then put them in their place in ``folder``, in order."""
+    with scratch_folder(folder, prefix=prefix) as drafts:
+        for name, content in files.items():
+            (drafts / name).write_bytes(content)
+            flush(drafts / name)
+        for name in files:
+            os.replace(drafts / name, folder / name)
+    flush(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text to a file, which has it whole or stays as it was; what UTF-8 lacks is written as an escape."""
+    content = text.encode(errors="backslashreplace")
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_bytes(content)
+        return
+    place = path.resolve()
+    if not place.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    write_files(place.parent, {place.name: content}, prefix=".model")
+
+
+def flush(path: Path) -> None:
+    """Put on the disk what a file holds, or which files a folder has."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

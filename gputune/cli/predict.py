@@ -15,10 +15,11 @@ from gputune.cli.arguments import model_folder, study_file
 from gputune.errors import InputError
 from gputune.report.facts import is_its_model
 from gputune.report.page import check_place, write_page
+from gputune.scratch import write_text
 from gputune.study.export import description
-from gputune.study.forms import has_form
 from gputune.study.model import load_model
-from gputune.study.model_folder import DESCRIPTION, blaming, read_description, write_text
+from gputune.study.model_folder import DESCRIPTION, blaming, read_description
+from gputune.study.record import has_form
 from gputune.study.study import Study
 from gputune.text import count, is_formula
 

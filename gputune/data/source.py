@@ -73,7 +73,7 @@ def digest_of(*arrays: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-Origin = dict[str, Any]
+Origin = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from gputune.report.charts.paths import WEAK, importance_chart, path_charts
 from gputune.report.charts.slices import history_chart, slice_charts
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
 from gputune.report.snippet import again_code
-from gputune.study.model_folder import write_text
+from gputune.scratch import write_text
 from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.version import __version__

@@ -23,8 +23,8 @@ def study_card(study: Any) -> str:
     """Return the card of a study: what it searched, its best score and parameters, how many trials ended how."""
     states = Counter(trial.state for trial in study.trials)
     rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
-    best = next((trial for trial in study.ranking() if math.isfinite(trial.score)), None)
-    if best is not None:
+    best = next(iter(study.ranking()), None)
+    if best is not None and math.isfinite(best.score):
         measure = study.record.measure(best.score)
         error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
         rows += [

@@ -16,16 +16,16 @@ import stat
 import subprocess
 import threading
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Self
 
 from gputune.errors import InputError
 from gputune.study.database import connect, transaction, translated
-from gputune.study.rows import Chunk
+from gputune.study.rows import MALFORMED, Chunk
 
 SETUP, SEARCH = -1, -2
 """What is claimed beside the chunks 0, 1, ...: adding to the plan, and the whole search."""
@@ -65,12 +65,12 @@ class Claims:
 
     def take(self, chunk: Chunk) -> bool:
         """Claim a chunk; say no where another process has it, or where all its results are there."""
-        return self._take(chunk.number, chunk.trials) is None
+        return self._claim(chunk.number, chunk.trials)[0]
 
     def take_search(self, method: str) -> None:
         """Claim the whole search. Raises InputError where another process has it, which it names."""
-        owner = self._take(SEARCH)
-        if isinstance(owner, Owner):
+        _, owner = self._claim(SEARCH)
+        if owner is not None:
             raise InputError(
                 f"study={str(self.path)!r}: {owner} is at work on this search, and one process alone decides which "
                 f"trials of method={method!r} train on. {self.remedy(owner)}"
@@ -78,18 +78,16 @@ class Claims:
 
     def take_setup(self) -> Owner | None:
         """Claim the right to add trials and chunks; return who has it, or None where it is ours now."""
-        owner = self._take(SETUP)
-        return owner if isinstance(owner, Owner) else None
+        return self._claim(SETUP)[1]
 
     def leave_setup(self) -> None:
         """Let others add trials and chunks."""
-        self._delete("chunk = ?", SETUP)
+        self._delete("chunk = ? AND lock = ?", SETUP, self._lock)
 
     def holder(self, chunk: Chunk) -> Owner | None:
         """Return the other process that has a chunk, or None."""
-        with self._mutex, translated(self.path):
-            rows = self._connected().execute("SELECT lock FROM claims WHERE chunk = ?", (chunk.number,))
-            return next((self._alive(lock) for (lock,) in rows.fetchall() if lock != self._lock), None)
+        with self._mutex:
+            return self._holder(self._connected(), chunk.number)
 
     def close(self) -> None:
         """Give up all claims, and remove the lock file."""
@@ -107,39 +105,39 @@ class Claims:
                 self._connection.close()
                 self._connection = None
 
-    def __enter__(self) -> "Claims":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _take(self, number: int, trials: tuple[int, ...] = ()) -> Owner | bool | None:
-        """Claim and return None; or return the owner, or True where all the trials have their results."""
+    def _claim(self, number: int, trials: Sequence[int] = ()) -> tuple[bool, Owner | None]:
+        """Claim; return whether it is ours, else its owner, or None where all these trials have their results."""
         with self._mutex:
             connection = self._connected()
-            if (taken := self._taken(connection, number, trials)) is not None:  # a look that locks nobody out
-                return taken
-            lock = self._own_lock()
-            with transaction(connection, self.path):
-                if (taken := self._taken(connection, number, trials)) is None:
-                    connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (number, lock))
-                return taken
+            answer = self._is_free(connection, number, trials)  # a look that locks nobody out
+            if answer[0]:
+                lock = self._own_lock()
+                with transaction(connection, self.path):
+                    answer = self._is_free(connection, number, trials)
+                    if answer[0]:
+                        connection.execute("INSERT OR REPLACE INTO claims VALUES (?, ?)", (number, lock))
+            return answer
 
-    def _taken(
-        self, connection: sqlite3.Connection, number: int, trials: tuple[int, ...]
-    ) -> Owner | bool | None:
+    def _is_free(
+        self, connection: sqlite3.Connection, number: int, trials: Sequence[int]
+    ) -> tuple[bool, Owner | None]:
+        query = "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'"
         with translated(self.path):
-            if trials and all(
-                connection.execute(
-                    "SELECT 1 FROM results WHERE number = ? AND state != 'stopped'", (n,)
-                ).fetchone()
-                for n in trials
-            ):
-                return True
-            held = connection.execute("SELECT lock FROM claims WHERE chunk = ?", (number,)).fetchone()
-        return None if held is None or held[0] == self._lock else self._alive(held[0])
+            if trials and all(connection.execute(query, (n,)).fetchone() for n in trials):
+                return False, None
+        owner = self._holder(connection, number)
+        return owner is None, owner
+
+    def _holder(self, connection: sqlite3.Connection, number: int) -> Owner | None:
+        with translated(self.path):
+            row = connection.execute("SELECT lock FROM claims WHERE chunk = ?", (number,)).fetchone()
+        return None if row is None or row[0] == self._lock else self._alive(row[0])
 
     def _alive(self, lock: str) -> Owner | None:
         """Return the owner of a lock file while that process lives, else None; the file of a dead one is removed.
@@ -211,11 +209,11 @@ class Claims:
             return "Wait for it, or end it."
         return f"Wait for it, or end it; where it is gone for good, remove {str(self._place(owner.lock))!r}."
 
-    def _delete(self, where: str, value: Any) -> None:
+    def _delete(self, where: str, *values: int | str) -> None:
         with self._mutex:
             connection = self._connected()
             with transaction(connection, self.path):
-                connection.execute(f"DELETE FROM claims WHERE {where} AND lock = ?", (value, self._lock))
+                connection.execute(f"DELETE FROM claims WHERE {where}", values)
 
     def _connected(self) -> sqlite3.Connection:
         """A connection of our own: the threads that look after workers ask too."""
@@ -246,22 +244,16 @@ def boot() -> str:
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     with suppress(OSError):
-        asked = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
-        return asked.stdout.strip()
+        done = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
+        return done.stdout.strip()
     return ""
 
 
 def _read_owner(file: int, lock: str) -> Owner:
     try:
-        held = json.loads(os.read(file, 4096))
-        return Owner(str(held["host"]), str(held["boot"]), int(held["pid"]), lock)
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-    ):  # killed before it had written it
+        owner = json.loads(os.read(file, 4096))
+        return Owner(str(owner["host"]), str(owner["boot"]), int(owner["pid"]), lock)
+    except MALFORMED:  # killed before it had written it
         return Owner(platform.node(), boot(), 0, lock)
 
 

@@ -17,7 +17,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
-from gputune.scratch import scratch_folder
+from gputune.scratch import flush, scratch_folder
+from gputune.study.rows import MALFORMED, Row
 
 APPLICATION_ID = 0x67707475  # "gptu"
 FORMAT_VERSION = 3
@@ -47,15 +48,11 @@ def open_file(path: Path) -> sqlite3.Connection:
     check_file(path)
     _check_header(path)
     _check_journal(path)
-    connection = _connect_readonly(path)
-    try:
+    with _closed_on_error(_connect_readonly(path)) as connection:
         _check_content(connection, path)
         if os.access(path, os.W_OK) and os.access(path.resolve().parent, os.W_OK):
-            connection = _for_writing(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+            return _for_writing(connection, path)
+        return connection
 
 
 def check_file(path: Path) -> None:
@@ -65,15 +62,16 @@ def check_file(path: Path) -> None:
         raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
 
 
+def beside(path: Path, ending: str) -> Path:
+    """Return the place of a file of SQLite's that belongs to a study."""
+    return path.resolve().with_name(path.resolve().name + ending)
+
+
 def _for_writing(reading: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     """Return a connection that may write in place of the one that reads, which stays where there is no room for it."""
     try:
-        writing = connect(path, "rw")
-        try:
+        with _closed_on_error(connect(path, "rw")) as writing:
             wal = use_wal(writing, path)
-        except BaseException:
-            writing.close()
-            raise
     except OSError as error:
         if error.errno not in (errno.EIO, errno.ENOSPC):
             raise
@@ -89,6 +87,15 @@ def _for_writing(reading: sqlite3.Connection, path: Path) -> sqlite3.Connection:
             stacklevel=4,
         )
     return writing
+
+
+@contextmanager
+def _closed_on_error(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    try:
+        yield connection
+    except BaseException:
+        connection.close()
+        raise
 
 
 @contextmanager
@@ -134,15 +141,7 @@ def blaming_options(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        zlib.error,
-    ) as error:
+    except (*MALFORMED, zlib.error) as error:
         raise damaged(path, f"its options make no search ({type(error).__name__}: {error})") from error
 
 
@@ -182,12 +181,9 @@ def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connecti
         connection = sqlite3.connect(
             uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=not threads
         )
-        try:
+        with _closed_on_error(connection):
             for pragma in PRAGMAS:
                 connection.execute(f"PRAGMA {pragma}")
-        except BaseException:
-            connection.close()
-            raise
     return connection
 
 
@@ -198,7 +194,7 @@ def _connect_readonly(path: Path) -> sqlite3.Connection:
             connection.execute("PRAGMA schema_version")
         return connection
     except (OSError, StudyCorruptError):
-        log = path.resolve().with_name(path.resolve().name + "-wal")
+        log = beside(path, "-wal")
         if log.exists() and log.stat().st_size:
             raise
     # The write-ahead log needs files beside the study even to read. Where they cannot be made (a read-only
@@ -222,7 +218,7 @@ def _check_header(path: Path) -> None:
 
 def _check_journal(path: Path) -> None:
     """Refuse a rollback journal that names a super-journal: none of ours does, and SQLite removes the file it names."""
-    journal = path.resolve().with_name(f"{path.resolve().name}-journal")
+    journal = beside(path, "-journal")
     if not journal.is_file():
         return
     with journal.open("rb") as file:
@@ -259,11 +255,10 @@ def _check_content(connection: sqlite3.Connection, path: Path) -> None:
 def use_wal(connection: sqlite3.Connection, path: Path) -> bool:
     """Switch to the write-ahead log, or to the rollback journal where the file system has no shared memory."""
     with translated(path):
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode == "wal":
-            return True
-        connection.execute("PRAGMA journal_mode = DELETE")
-        return False
+        wal: bool = connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",)
+        if not wal:
+            connection.execute("PRAGMA journal_mode = DELETE")
+        return wal
 
 
 DRAFTS = ".study"
@@ -281,6 +276,11 @@ def create_file(path: Path, fill: Callable[[sqlite3.Connection], object]) -> Non
         for statement in TABLES.values():
             connection.execute(statement)
         fill(connection)
+
+
+def insert(connection: sqlite3.Connection, table: str, row: Row) -> None:
+    """Write one row, its checksum being the last value."""
+    connection.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
 
 
 def copy_file(source: sqlite3.Connection, path: Path) -> None:
@@ -318,11 +318,7 @@ def _publish(draft: Path, path: Path) -> None:
         raise _already_exists(path) from None
     except OSError:  # a file system without hard links
         os.rename(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    flush(path.parent)
 
 
 def _already_exists(path: Path) -> InputError:

@@ -47,11 +47,11 @@ class Ledger:
         """Read the file again, where there is one."""
         if self.store is None:
             return
-        known = self.store.trials()
-        self.candidates = [candidate for candidate, _ in known]
-        found = {r.number: r for _, r in known if r is not None}
-        self.results = {n: r for n, r in found.items() if r.state != "stopped"}
-        self._stopped = {n: r for n, r in found.items() if r.state == "stopped"}
+        rows = self.store.trials()
+        self.candidates = [candidate for candidate, _ in rows]
+        results = [result for _, result in rows if result is not None]
+        self.results = {r.number: r for r in results if r.state != "stopped"}
+        self._stopped = {r.number: r for r in results if r.state == "stopped"}
         self.plan = self.store.plan()
 
     def add(self, new: Sequence[Candidate]) -> None:
@@ -92,8 +92,8 @@ class Ledger:
             with self.alone():
                 if new := self._unplanned(trials, stage):
                     self._freeze(new, stage, cut(new))
-        wanted = {trial.number for trial in trials}
-        return [c for c in self.plan if c.stage == stage and not wanted.isdisjoint(c.trials)]
+        numbers = {trial.number for trial in trials}
+        return [c for c in self.plan if c.stage == stage and not numbers.isdisjoint(c.trials)]
 
     def _unplanned(self, trials: Sequence[Candidate], stage: int) -> list[Candidate]:
         planned = {number for chunk in self.plan if chunk.stage == stage for number in chunk.trials}
@@ -102,10 +102,10 @@ class Ledger:
     def _freeze(
         self, trials: Sequence[Candidate], stage: int, parts: Sequence[tuple[Sequence[int], int]]
     ) -> None:
-        number = 1 + max((chunk.number for chunk in self.plan), default=-1)
+        first = 1 + max((chunk.number for chunk in self.plan), default=-1)
         new = [
-            Chunk(number + i, stage, tuple(trials[position].number for position in part), threads)
-            for i, (part, threads) in enumerate(parts)
+            Chunk(number, stage, tuple(trials[position].number for position in part), threads)
+            for number, (part, threads) in enumerate(parts, first)
         ]
         if self.store is not None:
             self.store.add_chunks(new)
@@ -144,10 +144,10 @@ class Ledger:
         new = [result for result in results if result.number not in self.results]
         if self.store is not None:
             self.store.finish(new)
-        found = {result.number: result for result in new}
-        self.results.update(found)
+        by_number = {result.number: result for result in new}
+        self.results.update(by_number)
         if self.on_finish is not None and new:
-            self.on_finish([(c, found[c.number]) for c in self.candidates if c.number in found])
+            self.on_finish([(c, by_number[c.number]) for c in self.candidates if c.number in by_number])
 
     def rows(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate with its result."""
@@ -155,59 +155,56 @@ class Ledger:
         return [(candidate, known.get(candidate.number)) for candidate in self.candidates]
 
 
-def _same(value: Any) -> Any:
-    """A value without what may grow when a search goes on: the steps of a descent."""
-    if isinstance(value, dict) and "outer_steps" in value:
-        return {key: part for key, part in value.items() if key != "outer_steps"}
-    return value
-
-
-def _differing(held: SearchRecord, record: SearchRecord) -> list[str]:
-    """Return what makes a call another search than the one that is held, in words."""
-    values = {name: (_value(held, name), _value(record, name)) for name in IDENTITY}
-    names = [name for name, (there, here) in values.items() if _same(there) != _same(here)]
-    apart = [(of.source or {}).get("held_out") for of in (held, record)]
-    other_rows = "fingerprint" in names
+def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
+    """Return what makes a call another search than the one that its file holds, in words."""
+    values = {name: (_value(there, name), _value(here, name)) for name in IDENTITY}
+    names = [name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])]
+    if "fingerprint" not in names:
+        words = [f"{IDENTITY[name]}{_in_words(*values[name])}" for name in names]
+        parts = [(record.source or {}).get("held_out") for record in (there, here)]
+        return [*words, "the held-out rows"] if None not in parts and parts[0] != parts[1] else words
     # Other rows are cut into other folds, and others of them are held out: that is no news then.
-    words = [
-        f"{IDENTITY[name]}{_values(*values[name])}"
-        for name in names
-        if not (other_rows and name in ("splits", "fingerprint"))
-    ]
-    if other_rows:
-        words += _other_rows(held, record, of_target="target" in names)
-    elif None not in apart and apart[0] != apart[1]:
-        words.append("the held-out rows")
-    return words
+    names = [name for name in names if name not in ("splits", "fingerprint")]
+    words = [f"{IDENTITY[name]}{_in_words(*values[name])}" for name in names]
+    return words + _other_rows(there, here, of_target="target" in names)
 
 
 def _value(record: SearchRecord, name: str) -> Any:
     return None if name in record.absent else getattr(record, name)
 
 
-def _other_rows(held: SearchRecord, record: SearchRecord, *, of_target: bool) -> list[str]:
+def _without_steps(value: Any) -> Any:
+    """Return a value without what may grow when a search goes on: the steps of a descent."""
+    return (
+        {key: part for key, part in value.items() if key != "outer_steps"}
+        if isinstance(value, dict)
+        else value
+    )
+
+
+def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> list[str]:
     """Why the rows are others: what chooses them where that differs, else how they do."""
-    sources = [of.source or {} for of in (held, record)]
-    there, here = (source.get("test_size") for source in sources)
-    if there != here:
-        return [f"test_size{_values(there, here)}"]
+    sources = [record.source or {} for record in (there, here)]
+    shares = [source.get("test_size") for source in sources]
+    if shares[0] != shares[1]:
+        return [f"test_size{_in_words(*shares)}"]
     # The seed, which is named by itself, chooses which rows of a file are held out.
     if of_target or sources[0].get("seed") != sources[1].get("seed"):
         return []
-    sizes = [table_size(of.fingerprint, of.source) for of in (held, record)]
+    sizes = [table_size(record.fingerprint, record.source) for record in (there, here)]
     if sizes[0] == sizes[1]:
         return ["data (as many rows and columns, with other values, names or order)"]
-    return [f"data{_values(*sizes)}"]
+    return [f"data{_in_words(*sizes)}"]
 
 
-def _values(held: Any, given: Any) -> str:
+def _in_words(there: Any, here: Any) -> str:
     """Two values that differ in words, where both are short."""
-    texts = [repr(value) for value in (held, given)]
-    if isinstance(held, dict) and isinstance(given, dict) and held.keys() == given.keys():
-        keys = [key for key in held if held[key] != given[key]]
-        if keys == ["sha256"] and "kind" in held:
+    texts = [repr(there), repr(here)]
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        keys = [key for key in there if there[key] != here[key]]
+        if keys == ["sha256"] and "kind" in there:
             return " (its code has changed)"
-        texts = [", ".join(f"{key}={part[key]!r}" for key in keys) for part in (held, given)]
+        texts = [", ".join(f"{key}={value[key]!r}" for key in keys) for value in (there, here)]
     return f" ({texts[0]} there, {texts[1]} here)" if max(map(len, texts)) < 60 else ""
 
 
@@ -224,17 +221,17 @@ def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledge
     sweep(Path(path).parent, prefix=DRAFTS)
     with _opened(Path(path), record) as store, Claims(Path(path)) as claims:
         # In files that do not say which class was positive it was the last one.
-        was = None if record.positive is None or record.classes is None else record.classes[-1]
-        held = SearchRecord.from_json({"positive": was, **store.meta})
-        if not held.face and held.lost:
-            lost = ", ".join(IDENTITY[name] for name in held.lost)
+        positive = None if record.positive is None or record.classes is None else record.classes[-1]
+        there = SearchRecord.from_json({"positive": positive, **store.meta})
+        if not there.face and there.lost:
+            lost = ", ".join(IDENTITY[name] for name in there.lost)
             raise InputError(
                 f"study={str(path)!r} has lost options of its search ({lost}) and cannot go on. Its trials "
                 "can be read with gputune.Study.open; give this search a path of its own."
             )
-        if differing := _differing(held, record):
+        if words := _differences(there, record):
             raise InputError(
-                f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(differing)}. "
+                f"study={str(path)!r} holds another search, which differs from this call in: {', '.join(words)}. "
                 "Give this search a path of its own, or repeat the first call's arguments."
             )
         ledger = Ledger(store, claims)
@@ -245,8 +242,8 @@ def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledge
 def _check_kept(path: Path, ledger: Ledger) -> None:
     """Raise StudyCorruptError where a file does not hold, row by row, what was written to it."""
     with Store.open(path) as store:
-        found = {result.number for _, result in store.trials() if result is not None}
-        if not store.meta or not found.issuperset(ledger.results) or len(store.plan()) < len(ledger.plan):
+        numbers = {result.number for _, result in store.trials() if result is not None}
+        if not store.meta or not numbers.issuperset(ledger.results) or len(store.plan()) < len(ledger.plan):
             raise damaged(path, "rows are gone that were written to it")
 
 

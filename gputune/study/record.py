@@ -2,6 +2,10 @@
 
 Each field says what it is for: whether a search that goes on must have the same, whether a training depends on it,
 which argument of ``tune`` it answers. All that compares, digests or repeats a search takes its list from here.
+
+Each has a form too, by which a value of another type is known as damage when the file is read. A form is a type (int
+and float: of 64 bits), None, a text, a tuple of forms to choose from, [form] for a list, {"": form} for an object of
+such values, or an object of forms by key: those that end in "?" may be missing, further keys are free.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +16,36 @@ from typing import Any, Self
 from gputune.errors import StudyCorruptError
 from gputune.text import Measure, measure_of
 
+TEXT = (str, None)
+FINGERPRINT = {"rows": int, "columns": int, "sha256": str}
+SPEC = (
+    {"kind": "module", "path": str, "class": str},
+    {"kind": "module", "import": str},
+    {"kind": "mlp"},
+    {"kind": "logistic"},
+)
+METHOD = (str, {"name": str, "hyperparameters?": ([str], (str,)), "sampler?": str})
+SOURCE = {
+    "path": str, "target": str, "groups": TEXT, "rows?": int, "cv?": str, "seed?": int, "test_size?": float,
+    "task?": TEXT, "held_out?": FINGERPRINT,
+}  # fmt: skip
+ARGUMENTS = {
+    "kept": dict, "space": ([dict], None), "folds": [[str]], "lacking": [str], "callbacks": [str],
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Part:
     """What a field of a record is for.
 
+    form       what it looks like in a file; None: as the type of the field says
     called     what it is in words, where a search that goes on must have the same; "" where it may differ
     training   whether the numbers of a training depend on it, beside its configuration
     argument   the argument of ``tune`` whose value it is; "" where it is none, or in another form
     logged     whether loggers are told of it
     """
 
+    form: Any = None
     called: str = ""
     training: bool = False
     argument: str = ""
@@ -31,7 +54,7 @@ class Part:
 
 def _part(default: Any, called: str = "", **what: Any) -> Any:
     """Return a field with what it is for; ``default``, or what it makes, stands where a file does not have it."""
-    metadata = {"part": Part(called, **what)}
+    metadata = {"part": Part(called=called, **what)}
     if default in (dict, list):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -62,37 +85,39 @@ class SearchRecord:
     arguments       what only makes the search again, see ``tuning/resume.py``
     """
 
-    face: str = ""
+    face: str = _part("")
     model: str = _part("", logged=True)
-    spec: Mapping[str, Any] = _part(dict, "model", training=True)
+    spec: Mapping[str, Any] = _part(dict, "model", form=SPEC, training=True)
     target: str = _part("", "target")
     optimizer: str = _argument("", "optimizer", logged=True)
     schedule: str = _argument("", "schedule", logged=True)
     space: str = _part("", "space", logged=True)
-    distributions: Mapping[str, Any] = _part(dict)
-    method: str | Mapping[str, Any] = _part("", "method", logged=True)
+    distributions: Mapping[str, dict[str, Any]] = _part(dict, form={"": {"kind": str}})
+    method: str | Mapping[str, Any] = _part("", "method", form=METHOD, logged=True)
     task: str = _argument("", "task", logged=True)
-    classes: Sequence[Any] | None = None
-    source: dict[str, Any] | None = None
-    fingerprint: Mapping[str, Any] = _part(dict, "data", training=True)
-    features: int = 0
-    notes: Sequence[str] = _part(list)
+    classes: Sequence[str | bool | float] | None = _part(None, form=([(str, bool, float)], None))
+    source: Mapping[str, Any] | None = _part(None, form=(SOURCE, None))
+    fingerprint: Mapping[str, Any] = _part(dict, "data", form=FINGERPRINT, training=True)
+    features: int = _part(0)
+    notes: Sequence[str] = _part(list, form=[str])
     columns: str = _argument("", "columns")
     numbers: str = _argument("", "numbers")
-    class_weight: str | None = _part(None, "class_weight", training=True)
-    sample_weight: str | None = _part(None, "sample_weight", training=True)
-    cv: str = ""
+    class_weight: str | None = _part(None, "class_weight", form=TEXT, training=True)
+    sample_weight: str | None = _part(None, "sample_weight", form=TEXT, training=True)
+    cv: str = _part("")
     folds: int = _part(0, logged=True)
     splits: str = _part("", "folds (cv, groups)", training=True)
     scoring: str = _part("", "scoring", training=True, logged=True)
-    positive: str | bool | float | None = _argument(None, "positive", logged=True)
+    positive: str | bool | float | None = _argument(
+        None, "positive", form=(str, bool, float, None), logged=True
+    )
     epoch: str = _argument("", "epoch", training=False)
     max_epochs: int = _argument(0, "max_epochs", logged=True)
-    seed: int | None = _argument(None, "random_state", logged=True)
+    seed: int | None = _argument(None, "random_state", form=int, logged=True)
     dtype: str = _argument("", "dtype")
-    device: str = ""
-    versions: Mapping[str, str] = _part(dict)
-    arguments: Mapping[str, Any] = _part(dict)
+    device: str = _part("")
+    versions: Mapping[str, str] = _part(dict, form={"": str})
+    arguments: Mapping[str, Any] = _part(dict, form=ARGUMENTS)
     absent: frozenset[str] = frozenset({"face"})
 
     @classmethod
@@ -137,21 +162,46 @@ class SearchRecord:
 
 def lost_option(path: Path | None, name: str) -> StudyCorruptError:
     """Return the error of a study whose file has lost an option that is needed."""
-    place = "" if path is None else f" {str(path)!r}"
-    read = (
-        "Its trials can be read"
-        if path is None
-        else f"Its trials can be read: gputune.Study.open({str(path)!r}).trials"
+    place, call = (
+        ("", "") if path is None else (f" {str(path)!r}", f": gputune.Study.open({str(path)!r}).trials")
     )
     return StudyCorruptError(
-        f"study{place} has lost the option {name!r} of its search. {read}; search again for more."
+        f"study{place} has lost the option {name!r} of its search. Its trials can be read{call}; search again for more."
     )
 
 
 PARTS: Mapping[str, Part] = {
     one.name: one.metadata["part"] for one in fields(SearchRecord) if "part" in one.metadata
 }
-"""What each field is for, where it is for anything but reading."""
+"""What each field is for."""
 
 IDENTITY = {name: part.called for name, part in PARTS.items() if part.called}
 """What must be the same for a search to go on in a file, in words. Anything else may differ."""
+
+OPTION_FORMS: Mapping[str, Any] = {
+    "": int, **{one.name: PARTS[one.name].form or one.type for one in fields(SearchRecord) if one.name in PARTS},
+}  # fmt: skip
+"""The form of each option, and of the number of options, which has no name."""
+
+
+def has_form(value: Any, form: Any) -> bool:
+    """Whether a value that was read has a form."""
+    match form:
+        case tuple():
+            return any(has_form(value, one) for one in form)
+        case list():
+            return isinstance(value, list | tuple) and all(has_form(item, form[0]) for item in value)
+        case {"": inner}:
+            return isinstance(value, dict) and all(
+                type(k) is str and has_form(v, inner) for k, v in value.items()
+            )
+        case dict():
+            return isinstance(value, dict) and all(
+                has_form(value[key], inner) if (key := name.rstrip("?")) in value else name.endswith("?")
+                for name, inner in form.items()
+            )
+        case None | str():
+            return bool(value == form)
+    if type(value) is int and form in (int, float):
+        return -(2**63) <= value < 2**63
+    return type(value) is form

@@ -2,19 +2,23 @@
 
 import os
 import sqlite3
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gputune.errors import StudyCorruptError
-from gputune.study.database import TABLES, check_file, create_file
-from gputune.study.rows import HOW_MANY, Row, candidate_of, checksum, chunk_of, option_of, result_of
+from gputune.study.database import TABLES, beside, check_file, create_file, insert
+from gputune.study.rows import HOW_MANY, Candidate, Chunk, Option, Result, Row, read_row
 
 _MOST_FAILURES = 20_000
 """Reads of damaged pages after which what lies between is given up: more rows than a page of pages leads to."""
 
 Rows = dict[int, Row]
+
+_READERS: dict[str, Callable[..., object]] = {
+    "meta": Option.from_row, "trials": Candidate.from_row, "plan": Chunk.from_row, "results": Result.from_row,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,11 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
     path = Path(path)
     check_file(path)
     with closing(_connect(path)) as connection:
-        saved = {table: _saved(connection, table) for table in ("meta", "trials", "plan", "results")}
+        saved = {table: _saved(connection, table) for table in _READERS}
     options = {row[0]: (rowid, row) for rowid, row in saved["meta"].items()}
     trials, plan, results = saved["trials"], saved["plan"], saved["results"]
-    chunks = {number: chunk_of(*row[:-1]) for number, row in plan.items()}
-    known = option_of(*options[HOW_MANY][1][:-1])[1] if HOW_MANY in options else 0
+    chunks = {number: Chunk.from_row(*row[:-1]) for number, row in plan.items()}
+    known = Option.from_row(*options[HOW_MANY][1][:-1]).value if HOW_MANY in options else 0
     named = options.keys() - {HOW_MANY}
     if not named and not trials:
         raise StudyCorruptError(
@@ -71,19 +75,14 @@ def repair(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> Repaire
             "copy."
         )
     numbers = {*trials, *results, *(number for chunk in chunks.values() for number in chunk.trials)}
-    whole = {n: plan[n] for n, chunk in chunks.items() if trials.keys() >= set(chunk.trials)}
-    kept = {n: row for n, row in results.items() if n in trials}
+    saved["meta"] = dict(options.values())
+    saved["plan"] = whole = {n: plan[n] for n, chunk in chunks.items() if trials.keys() >= set(chunk.trials)}
+    saved["results"] = kept = {n: row for n, row in results.items() if n in trials}
 
     def fill(connection: sqlite3.Connection) -> None:
-        for table, rows in (
-            ("meta", dict(options.values())),
-            ("trials", trials),
-            ("plan", whole),
-            ("results", kept),
-        ):
+        for table, rows in saved.items():
             for _, row in sorted(rows.items()):
-                places = ", ".join("?" * len(row))
-                connection.execute(f"INSERT INTO {table} VALUES ({places})", row)
+                insert(connection, table, row)
 
     create_file(Path(out), fill)
     return Repaired(
@@ -100,7 +99,7 @@ def _connect(path: Path) -> sqlite3.Connection:
         connection = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True)
         connection.text_factory = lambda raw: raw.decode(errors="replace")  # its checksum fits no more
         # No value is longer than the file, whatever a damaged record says of its own.
-        log = path.resolve().with_name(f"{path.resolve().name}-wal")
+        log = beside(path, "-wal")
         size = path.stat().st_size + (log.stat().st_size if log.is_file() else 0)
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, max(size, 10_000))
         with suppress(sqlite3.Error):
@@ -125,14 +124,8 @@ def _saved(connection: sqlite3.Connection, table: str) -> Rows:
 
 
 def _is_whole(table: str, row: Row) -> bool:
-    *values, held = row
-    if held != checksum(*values):
-        return False
-    make: Any = {
-        "meta": option_of, "trials": candidate_of, "plan": chunk_of, "results": result_of,
-    }[table]  # fmt: skip
-    with suppress(ValueError, LookupError, TypeError):  # its checksum fits, and nobody can read it
-        make(*values)
+    with suppress(ValueError):  # also where its checksum fits, and nobody can read it
+        read_row(_READERS[table], row)
         return True
     return False
 

@@ -1,16 +1,13 @@
-"""Values as JSON text that gives them back with their type and every bit.
+"""What a study file holds, row by row, and how its values are written.
 
-JSON has no word for infinity, tuples or arrays: such a value becomes an object with one key, its tag. Reading
-makes plain values only. Nothing is unpickled, and a name from a file reaches functions and classes of torch.nn
-alone.
-
-What a study file holds, row by row: candidates, results, the chunks of the frozen plan, and their checksums.
+Values are JSON text that gives them back with their type and every bit. JSON has no word for infinity, tuples or
+arrays: such a value becomes an object with one key, its tag. Nothing is pickled, and a name from a file reaches
+functions and classes of torch.nn alone.
 
 Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0. Each row carries a
-checksum of its key and content, by which a whole row is known wherever it is found. Nothing is pickled.
+checksum of its key and content, by which a whole row is known wherever it is found.
 """
 
-import contextlib
 import hashlib
 import importlib
 import json
@@ -18,16 +15,19 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from math import isnan
-from typing import Any, get_args
+from typing import Any, Self, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import InputError
-from gputune.study.forms import DETAIL, OPTIONS, has_form
+from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.score import State
+
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
 
 ARRAY_KINDS = "biufUO"
 _SMALL, _WIDTH = 2**20, 64
@@ -51,7 +51,7 @@ def from_json(text: str) -> Any:
     """Return the value that ``to_json`` wrote. Raises ValueError for text that it cannot have written."""
     try:
         return _decode(json.loads(text))
-    except (KeyError, TypeError, AttributeError, ImportError, OverflowError, RecursionError) as error:
+    except (*MALFORMED, ImportError) as error:
         raise ValueError(f"not a stored value: {error!r}") from error
 
 
@@ -113,9 +113,9 @@ def _torch_name(value: object, name: str) -> str:
 
     places = [(getattr(value, "__module__", None), getattr(value, "__name__", None))]
     # Functions in C are called otherwise, and say that they come from torch._C.
-    places += [(functional.__name__, key) for key, held in vars(functional).items() if held is value]
+    places += [(functional.__name__, key) for key, known in vars(functional).items() if known is value]
     for module, short in places:
-        with contextlib.suppress(ValueError, ImportError, AttributeError):
+        with suppress(ValueError, ImportError, AttributeError):
             if _torch_object(f"{module}:{short}") is value:
                 return f"{module}:{short}"
     raise InputError(
@@ -128,11 +128,11 @@ def _torch_object(text: str) -> Any:
     module, _, short = text.partition(":")
     if not (module == "torch.nn" or module.startswith("torch.nn.")):
         raise ValueError(f"not a name in torch.nn: {text!r}")
-    found = getattr(importlib.import_module(module), short)
+    value = getattr(importlib.import_module(module), short)
     # torch's files import os, typing and the like, whose objects must not be reached through them.
-    if not (callable(found) and str(getattr(found, "__module__", "")).startswith("torch")):
+    if not (callable(value) and str(getattr(value, "__module__", "")).startswith("torch")):
         raise ValueError(f"not a function or class of torch.nn: {text!r}")
-    return found
+    return value
 
 
 DECODERS: dict[str, Callable[[Any], Any]] = {
@@ -147,13 +147,40 @@ DECODERS: dict[str, Callable[[Any], Any]] = {
 
 Curve = NDArray[np.float64]
 Row = tuple[Any, ...]
+Value = TypeVar("Value")
 
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 _MOST_THREADS = 4096
 _STATES = get_args(State)
+_NUMBERS: list[Any] = []  # nested lists of numbers
+_NUMBERS.append((float, _NUMBERS))
+_DETAIL = {
+    "loss?": float, "ratio?": float, "usable?": bool, "mode?": str, "rung?": int, "reason?": str,
+    "slope?": {"": (float, _NUMBERS)}, "slope_error?": {"": (float, _NUMBERS)},
+}  # fmt: skip
 
 HOW_MANY = ""
 """The key of the option that says how many others there are, so that a repair knows of those that are lost."""
+
+# Each ``from_row`` gets a row whose checksum fits, and raises ValueError for one that was never written.
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a search."""
+
+    key: str
+    value: Any
+
+    def to_row(self) -> Row:
+        return self.key, to_json(self.value, name=f"meta[{self.key!r}]")
+
+    @classmethod
+    def from_row(cls, key: str, text: str) -> Self:
+        value = from_json(text)
+        if key in OPTION_FORMS and not has_form(value, OPTION_FORMS[key]):
+            raise ValueError(f"{text[:60]} is of another type")
+        return cls(key, value)
 
 
 @dataclass(frozen=True)
@@ -165,6 +192,18 @@ class Candidate:
     origin: str | tuple[int, int]
     """"default", "include", "random", or "batch 3" where Optuna's sampler proposed it; a point of a descent has
     (trial number of its start, outer step from 1)."""
+
+    def to_row(self) -> Row:
+        origin = self.origin if isinstance(self.origin, str) else "{}:{}".format(*self.origin)
+        return int(self.number), to_json(self.params, name=f"trial {self.number}"), origin
+
+    @classmethod
+    def from_row(cls, number: int, params: str, origin: str) -> Self:
+        values = from_json(params)
+        if not isinstance(values, dict) or not {str}.issuperset(map(type, values)):
+            raise ValueError(f"parameters {params[:60]} are no object")
+        point = _POINT.fullmatch(origin)
+        return cls(number, values, (int(point[1]), int(point[2])) if point else origin)
 
 
 @dataclass(frozen=True)
@@ -178,6 +217,16 @@ class Chunk:
     stage: int
     trials: tuple[int, ...]
     threads: int
+
+    def to_row(self) -> Row:
+        return self.number, self.stage, to_json(list(self.trials)), to_json({"threads": self.threads})
+
+    @classmethod
+    def from_row(cls, number: int, stage: int, trials: str, facts: str) -> Self:
+        members, shared = from_json(trials), from_json(facts)
+        if not has_form(members, [int]) or not members or not has_form(shared, {"threads": int}):
+            raise ValueError(f"its trials are {trials[:60]}, its facts {facts[:60]}")
+        return cls(number, stage, tuple(members), min(max(1, shared["threads"]), _MOST_THREADS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,91 +252,39 @@ class Result:
                 f"{self.curve.shape} and {folds} fold_scores in trial {self.number}."
             )
 
+    def to_row(self) -> Row:
+        return (
+            int(self.number),
+            str(self.state),
+            _pack([self.score]),
+            _pack(self.fold_scores),
+            int(self.best_epoch),
+            _pack([self.seconds]),
+            _pack(self.curve),
+            to_json(self.detail, name=f"detail of trial {self.number}"),
+        )
 
-def option_row(key: str, value: Any) -> Row:
-    """Return the row of one option of a search."""
-    return key, to_json(value, name=f"meta[{key!r}]")
-
-
-def option_of(key: str, text: str) -> tuple[str, Any]:
-    """Return the key and the value of an option whose checksum fits. Raises ValueError for one never written."""
-    value = from_json(text)
-    if key in OPTIONS and not has_form(value, OPTIONS[key]):
-        raise ValueError(f"{text[:60]} is of another type")
-    return key, value
-
-
-def candidate_row(candidate: Candidate) -> Row:
-    """Return the row of a candidate; ``candidate_of`` is the way back."""
-    origin = candidate.origin if isinstance(candidate.origin, str) else "{}:{}".format(*candidate.origin)
-    return int(candidate.number), to_json(candidate.params, name=f"trial {candidate.number}"), origin
-
-
-def candidate_of(number: int, params: str, origin: str) -> Candidate:
-    """Return the candidate of a row whose checksum fits. Raises ValueError for one that was never written."""
-    values = from_json(params)
-    if not isinstance(values, dict) or not {str}.issuperset(map(type, values)):
-        raise ValueError(f"parameters {params[:60]} are no object")
-    point = _POINT.fullmatch(origin)
-    return Candidate(number, values, (int(point[1]), int(point[2])) if point else origin)
+    @classmethod
+    def from_row(cls, number: int, state: State, *row: Any) -> Self:
+        score, fold_scores, best_epoch, seconds, curve, detail = row
+        folds, (mean,), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
+        facts = {} if detail == "{}" else from_json(detail)
+        known = facts == {} or has_form(facts, _DETAIL)
+        if not known or not 0 <= best_epoch < 2**31 or not (0 <= time < 1e15 or math.isnan(time)):
+            raise ValueError("its best epoch, seconds or detail are out of their range or of another type")
+        table = np.frombuffer(curve, dtype="<f8").reshape(-1, len(folds))
+        return cls(number, state, mean, folds, best_epoch, time, table, facts)
 
 
-def result_row(result: Result) -> Row:
-    """Return the row of a result; ``result_of`` is the way back."""
-    return (
-        int(result.number),
-        str(result.state),
-        _pack([result.score]),
-        _pack(result.fold_scores),
-        int(result.best_epoch),
-        _pack([result.seconds]),
-        _pack(result.curve),
-        to_json(result.detail, name=f"detail of trial {result.number}"),
-    )
-
-
-def result_of(
-    number: int,
-    state: State,
-    score: bytes,
-    fold_scores: bytes,
-    best_epoch: int,
-    seconds: bytes,
-    curve: bytes,
-    detail: str,
-) -> Result:
-    """Return the result of a row whose checksum fits. Raises ValueError for one that was never written."""
-    values, (mean,), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
-    facts = {} if detail == "{}" else from_json(detail)
-    if (
-        (facts != {} and not has_form(facts, DETAIL))
-        or not 0 <= best_epoch < 2**31
-        or not (0 <= time < 1e15 or isnan(time))
-    ):
-        raise ValueError("its best epoch, seconds or detail are out of their range or of another type")
-    return Result(
-        number=number,
-        state=state,
-        score=mean,
-        fold_scores=values,
-        best_epoch=best_epoch,
-        seconds=time,
-        curve=np.frombuffer(curve, dtype="<f8").reshape(-1, len(values)),
-        detail=facts,
-    )
-
-
-def chunk_row(chunk: Chunk) -> Row:
-    """Return the row of a chunk; ``chunk_of`` is the way back."""
-    return chunk.number, chunk.stage, to_json(list(chunk.trials)), to_json({"threads": chunk.threads})
-
-
-def chunk_of(number: int, stage: int, trials: str, facts: str) -> Chunk:
-    """Return the chunk of a row whose checksum fits. Raises ValueError for one that was never written."""
-    members, shared = from_json(trials), from_json(facts)
-    if not has_form(members, [int]) or not members or not has_form(shared, {"threads": int}):
-        raise ValueError(f"its trials are {trials[:60]}, its facts {facts[:60]}")
-    return Chunk(number, stage, tuple(members), min(max(1, shared["threads"]), _MOST_THREADS))
+def read_row(make: Callable[..., Value], row: Row) -> Value:
+    """Return what a row says, its checksum being the last value. Raises ValueError where it is damaged."""
+    *values, digest = row
+    if digest != checksum(*values):
+        raise ValueError("does not fit its checksum")
+    try:
+        return make(*values)
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"cannot be read ({error})") from error
 
 
 _LEADS: dict[type, bytes] = {kind: f"{kind.__name__}:".encode() for kind in (int, float, str, bytes)}

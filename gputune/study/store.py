@@ -8,35 +8,35 @@ in which they train, frozen when they are planned), ``results`` (at most one row
 import errno
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from gputune.errors import InputError
-from gputune.study.database import copy_file, create_file, damaged, open_file, transaction, translated
+from gputune.study.database import (
+    copy_file,
+    create_file,
+    damaged,
+    insert,
+    open_file,
+    transaction,
+    translated,
+)
 from gputune.study.record import lost_option
 from gputune.study.rows import (
     HOW_MANY,
     Candidate,
     Chunk,
     Curve,
+    Option,
     Result,
     Row,
-    candidate_of,
-    candidate_row,
+    Value,
     checksum,
-    chunk_of,
-    chunk_row,
-    option_of,
-    option_row,
-    result_of,
-    result_row,
+    read_row,
 )
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
-
-Value = TypeVar("Value")
 
 
 class Meta(dict[str, Any]):
@@ -60,20 +60,23 @@ class Store:
         self._file = path.stat()
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], meta: Mapping[str, Any]) -> "Store":
+    def create(cls, path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Self:
         """Make a new study file that holds ``meta`` and no trials, and open it.
 
         The file appears whole or not at all. Raises InputError where something lies at ``path`` already,
         where its folder does not exist, or where a value of ``meta`` cannot be written (see ``to_json``).
         """
-        path = Path(path)
-        texts = [option_row(key, value) for key, value in {HOW_MANY: len(meta), **meta}.items()]
-        rows = [(*row, checksum(*row)) for row in texts]
-        create_file(path, lambda draft: draft.executemany("INSERT INTO meta VALUES (?, ?, ?)", rows))
-        return cls(path, open_file(path))
+        rows = [Option(key, value).to_row() for key, value in {HOW_MANY: len(meta), **meta}.items()]
+
+        def fill(draft: sqlite3.Connection) -> None:
+            for row in rows:
+                insert(draft, "meta", (*row, checksum(*row)))
+
+        create_file(Path(path), fill)
+        return cls.open(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Store":
+    def open(cls, path: str | os.PathLike[str]) -> Self:
         """Open an existing study file, for reading only where it may not be written.
 
         Raises FileNotFoundError, StudyCorruptError for a damaged or foreign file, StudyVersionError for one of another
@@ -85,23 +88,22 @@ class Store:
     @property
     def meta(self) -> dict[str, Any]:
         """The options that the study was created with."""
-        rows = self._read("SELECT key, value, checksum FROM meta ORDER BY rowid")
-        found = Meta(self.path)
-        for key, value, held in rows:
-            found[key] = self._checked(f"option {key!r}", option_of, key, value, held)[1]
-        found.pop(HOW_MANY, None)
-        if "numbers" in found:  # a search from before the option did this
-            found.setdefault("columns", "drop-constant")
-        return found
+        options = Meta(self.path)
+        for row in self._read("SELECT key, value, checksum FROM meta ORDER BY rowid"):
+            option = self._checked(f"option {row[0]!r}", Option.from_row, row)
+            options[option.key] = option.value
+        options.pop(HOW_MANY, None)
+        if "numbers" in options:  # a search from before the option did this
+            options.setdefault("columns", "drop-constant")
+        return options
 
-    def add_trials(self, rows: Iterable[Candidate]) -> None:
+    def add_trials(self, candidates: Iterable[Candidate]) -> None:
         """Write candidates, all or none. Raises InputError for a number that is taken."""
-        self._insert("INSERT INTO trials VALUES (?, ?, ?, ?)", [candidate_row(row) for row in rows])
+        self._insert("trials", [candidate.to_row() for candidate in candidates])
 
     def add_chunks(self, chunks: Iterable[Chunk]) -> None:
         """Freeze chunks of the plan, all or none. Raises InputError for a number that is taken."""
-        rows = [chunk_row(chunk) for chunk in chunks]
-        self._insert("INSERT INTO plan VALUES (?, ?, ?, ?, ?)", rows, noun="chunk")
+        self._insert("plan", [chunk.to_row() for chunk in chunks])
 
     def finish(self, results: Iterable[Result]) -> None:
         """Write the results of one chunk, all or none; when this returns they are on the disk.
@@ -109,11 +111,7 @@ class Store:
         A trial that a deadline had stopped gets its new result in place of the old one. Raises InputError for one
         that has any other result already (which is never replaced) or that was never added; the file is then as before.
         """
-        self._insert(
-            "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [result_row(result) for result in results],
-            first="DELETE FROM results WHERE number = ? AND state = 'stopped'",
-        )
+        self._insert("results", [result.to_row() for result in results])
 
     def trials(self) -> list[tuple[Candidate, Result | None]]:
         """Return every candidate in order of its number, with its result or None where it still waits.
@@ -125,13 +123,14 @@ class Store:
             " r.best_epoch, r.seconds, r.curve, r.detail, r.checksum"
             " FROM trials t LEFT JOIN results r ON r.number = t.number ORDER BY t.number"
         )
-        found: list[tuple[Candidate, Result | None]] = []
+        rows: list[tuple[Candidate, Result | None]] = []
         for row in self._read(query):
-            candidate = self._checked(f"trial {row[0]}", candidate_of, *row[:4])
-            waits = row[4] is None
-            result = None if waits else self._checked(f"the result of trial {row[4]}", result_of, *row[4:])
-            found.append((candidate, result))
-        return found
+            result = None
+            candidate = self._checked(f"trial {row[0]}", Candidate.from_row, row[:4])
+            if row[4] is not None:
+                result = self._checked(f"the result of trial {row[4]}", Result.from_row, row[4:])
+            rows.append((candidate, result))
+        return rows
 
     def finished(self) -> int:
         """Return how many trials have a result that stays."""
@@ -145,7 +144,7 @@ class Store:
     def plan(self) -> list[Chunk]:
         """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
         rows = self._read("SELECT chunk, stage, trials, facts, checksum FROM plan ORDER BY chunk")
-        return [self._checked(f"chunk {row[0]} of the plan", chunk_of, *row) for row in rows]
+        return [self._checked(f"chunk {row[0]} of the plan", Chunk.from_row, row) for row in rows]
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write the study as it is now into a new file, whole or not at all, whoever writes meanwhile.
@@ -158,23 +157,18 @@ class Store:
         """Close the file. Everything was on the disk before; closing twice does nothing."""
         self._connection.close()
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(self, what: str, make: Callable[..., Value], *row: Any) -> Value:
-        """Return what a row says, its checksum being the last value; raises StudyCorruptError where it does not fit."""
-        *values, held = row
-        if held != checksum(*values):
-            raise damaged(self.path, f"{what} does not fit its checksum")
+    def _checked(self, what: str, make: Callable[..., Value], row: Row) -> Value:
+        """Return what a row says; raises StudyCorruptError where it is damaged."""
         try:
-            return make(*values)
-        except (ValueError, LookupError, TypeError) as error:
-            raise damaged(self.path, f"{what} cannot be read ({error})") from error
+            return read_row(make, row)
+        except ValueError as error:
+            raise damaged(self.path, f"{what} {error}") from error
 
     def _read(self, query: str) -> list[Row]:
         with translated(self.path):
@@ -193,20 +187,20 @@ class Store:
                 "put it back, with the files beside it, and go on: what was finished before is in it",
             )
 
-    def _insert(
-        self, statement: str, rows: Sequence[Row], *, first: str | None = None, noun: str = "trial"
-    ) -> None:
+    def _insert(self, table: str, rows: Iterable[Row]) -> None:
         self._check_place()
         with transaction(self._connection, self.path):
             for row in rows:
                 try:
-                    if first is not None:
-                        self._connection.execute(first, row[:1])
-                    self._connection.execute(statement, (*row, checksum(*row)))
+                    if table == "results":
+                        self._connection.execute(
+                            "DELETE FROM results WHERE number = ? AND state = 'stopped'", row[:1]
+                        )
+                    insert(self._connection, table, (*row, checksum(*row)))
                 except sqlite3.IntegrityError as error:
                     never_added = error.sqlite_errorcode == sqlite3.SQLITE_CONSTRAINT_FOREIGNKEY
                     raise InputError(
-                        f"study {str(self.path)!r}: {noun} {row[0]} "
+                        f"study {str(self.path)!r}: {'chunk' if table == 'plan' else 'trial'} {row[0]} "
                         f"{'was never added' if never_added else 'is there already and is never replaced'}; "
                         "nothing was written. Two processes may be at work on one study, or it is another one."
                     ) from error

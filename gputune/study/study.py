@@ -3,6 +3,7 @@
 import gc
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.study.record import SearchRecord
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
-from gputune.text import of_class, size_words
+from gputune.text import count, of_class, size_words
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
@@ -167,10 +168,14 @@ class Study:
 
         Raises SearchFailedError where no trial has one.
         """
-        best = min(self.trials, key=_rank, default=None)
-        if best is None or not math.isfinite(best.score):
+        if self._best is None:
             raise SearchFailedError(self.why_none_is_best())
-        return best
+        return self._best
+
+    @property
+    def _best(self) -> Trial | None:
+        best = min(self.trials, key=_rank, default=None)
+        return best if best is not None and math.isfinite(best.score) else None
 
     @property
     def best_params(self) -> dict[str, Any]:
@@ -257,10 +262,9 @@ class Study:
         """Return the reason, and what to do, where no trial has a finite score."""
         if not self.trials:
             return "the study has no trials; search with n_trials >= 1."
-        failed = sum(t.state == "failed" for t in self.trials)
-        waiting = sum(t.state == "waiting" for t in self.trials)
-        if waiting == len(self.trials):
-            return f"none of the {waiting} trials has been trained yet; run the search."
+        states = Counter(trial.state for trial in self.trials)
+        if states["waiting"] == len(self.trials):
+            return f"none of the {len(self.trials)} trials has been trained yet; run the search."
         reasons = {str(t.detail["reason"]) for t in self.trials if "reason" in t.detail}
         if lost := [reason for reason in reasons if not reason.startswith(TOO_BIG)]:
             return f"no trial has a finite score, and some of {len(self.trials)} were given up: {min(lost)}"
@@ -270,24 +274,19 @@ class Study:
                 f"({min(reasons)}); search smaller widths and batch sizes."
             )
         return (
-            f"no trial has a finite score: of {len(self.trials)} trials {failed} diverged, {waiting} have not been "
-            "trained; lower the learning rates of the space, and look for extreme values in the data."
+            f"no trial has a finite score: of {len(self.trials)} trials {states['failed']} diverged, "
+            f"{states['waiting']} have not been trained; lower the learning rates of the space, and look for extreme "
+            "values in the data."
         )
 
     def __repr__(self) -> str:
+        states = Counter(trial.state for trial in self.trials)
         parts = [self.record.model] if self.record.model else []
-        parts.append(f"{len(self.trials)} trial{'' if len(self.trials) == 1 else 's'}")
-        parts += [
-            f"{n} {s}"
-            for s in ("pruned", "stopped", "failed", "waiting")
-            if (n := sum(t.state == s for t in self.trials))
-        ]
-        best = min(self.trials, key=_rank, default=None)
-        if best is not None and math.isfinite(best.score):
-            parts.append(
-                f"best {self.record.scoring or 'score'}{of_class(self.record.positive)} {best.score:.4g} "
-                f"in trial {best.number}"
-            )
+        parts.append(count(len(self.trials), "trial"))
+        parts += [f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states]
+        if (best := self._best) is not None:
+            score = f"{self.record.scoring or 'score'}{of_class(self.record.positive)}"
+            parts.append(f"best {score} {best.score:.4g} in trial {best.number}")
         return f"Study({', '.join(parts)})"
 
 
@@ -314,9 +313,8 @@ def _kinds(values: list[Any]) -> set[type]:
 
 
 def _trial(candidate: Candidate, result: Result | None, *, descent: bool) -> Trial:
-    number, params, origin = candidate.number, dict(candidate.params), candidate.origin
-    if descent and isinstance(origin, str):
-        origin = (number, 0)
+    number, params = candidate.number, dict(candidate.params)
+    origin = (number, 0) if descent and isinstance(candidate.origin, str) else candidate.origin
     if result is None:
         return Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin)
     return Trial(

@@ -184,7 +184,7 @@ def test_a_page_is_written_whole_or_not_at_all(whole, study, monkeypatch):
     def full(file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("gputune.study.model_folder.os.fsync", full)
+    monkeypatch.setattr("gputune.scratch.os.fsync", full)
     assert run("report", study, "--out", page)[0] == 1
     assert page.read_bytes() == whole_page and sorted(p.name for p in page.parent.glob(".*")) == []
 
