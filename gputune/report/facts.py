@@ -1,7 +1,4 @@
-"""What stands at the top of the page: the best score and its error, the held-out score, trials, time, device.
-
-How the trials of a study ended: how many in each state, at which rung they left, which ones diverged and when.
-"""
+"""What the page says of a study in words: the facts at its top, the options of the search, how its trials ended."""
 
 import math
 from collections import Counter
@@ -13,7 +10,7 @@ import numpy as np
 
 from gputune.errors import TOO_BIG, InputError
 from gputune.study.study import Study, Trial, TrialState
-from gputune.text import clean, count, short
+from gputune.text import Measure, clean, count, short
 from gputune.views.scores import shown_scores
 
 STATES: dict[TrialState, str] = {
@@ -42,40 +39,37 @@ def best_trial(study: Study) -> Trial | None:
 
 def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
     """Return the facts of a study; ``model`` is the ``info`` of its tuned model, checked by ``check_model``."""
-    record, best, measure = study.record, best_trial(study), shown_scores(study).measure
-    found = []
+    record, best = study.record, best_trial(study)
+    rows = []
     if best is not None:
-        folds = count(len(best.fold_scores), "fold")
-        error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
+        measure = shown_scores(study).measure
+        error, added = "", ""
+        if math.isfinite(best.std_error):
+            error, added = f" ± {measure.size(best.std_error)}", " ± standard error"
+        note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
+        score = Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
         tried = sum(math.isfinite(trial.score) for trial in study.trials)
-        note = f"trial {best.number}, mean{' ± standard error' * bool(error)} over {folds}"
-        found.append(
-            Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
-        )
-        found.append(_held_out(model, measure, tried))
-    found.append(Fact("trials", str(len(study.trials)), states_text(study)))
+        rows += [score, _held_out(model, measure, tried)]
+    rows.append(Fact("trials", str(len(study.trials)), states_text(study)))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
     note = "the trials' shares of their chunks, summed"
     if 0 < trained < whole and record.face != "sklearn":
         note += f"; {trained} of {whole} trial-epochs"
-    found.append(Fact("time of training", seconds_text(seconds), note))
+    rows.append(Fact("time of training", seconds_text(seconds), note))
     if record.device:
-        found.append(Fact("device", clean(record.device), clean(record.dtype)))
-    return found
+        rows.append(Fact("device", clean(record.device), clean(record.dtype)))
+    return rows
 
 
-def _held_out(model: Mapping[str, Any] | None, measure: Any, tried: int) -> Fact:
+def _held_out(model: Mapping[str, Any] | None, measure: Measure, tried: int) -> Fact:
     name = f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
     score = None if model is None else model.get("held_out_score")
     if model is None or score is None or not math.isfinite(score):
         return Fact(name, "–", f"not known here; {optimistic}")
-    return Fact(
-        name,
-        measure.text(score),
-        f"the model on {count(model['held_out_rows'], 'row')} nothing was fitted on; {optimistic}",
-    )
+    rows = count(model["held_out_rows"], "row")
+    return Fact(name, measure.text(score), f"the model on {rows} nothing was fitted on; {optimistic}")
 
 
 def check_model(study: Study, model: Mapping[str, Any]) -> None:
@@ -136,19 +130,19 @@ def setting(study: Study) -> list[tuple[str, str]]:
     return [(name, clean(value)) for name, value in rows if value is not None and value != ""]
 
 
-def _method(method: Any) -> Any:
-    if not isinstance(method, dict):
+def _method(method: str | Mapping[str, Any]) -> str:
+    if isinstance(method, str):
         return method
-    options = ", ".join(
+    options = [
         f"{key}={_option(value)}" for key, value in method.items() if key != "name" and value is not None
-    )
-    return f"{method.get('name')}: {options}"
+    ]
+    return f"{method.get('name')}: {', '.join(options)}"
 
 
-def _option(value: Any) -> str:
+def _option(value: object) -> str:
     """Return an option of a method as text; a sampler's halving has options of its own."""
     if isinstance(value, dict):
-        return f"({', '.join(f'{key}={short(own)}' for key, own in value.items() if own is not None)})"
+        return f"({', '.join(f'{key}={short(part)}' for key, part in value.items() if part is not None)})"
     return short(value)
 
 
@@ -158,9 +152,9 @@ def states_words(study: Study, words: Mapping[TrialState, str]) -> str:
     reasons = [str(trial.detail["reason"]) for trial in study.trials if "reason" in trial.detail]
     too_big = sum(reason.startswith(TOO_BIG) for reason in reasons)
     states["failed"] -= len(reasons)
-    found = [(states[state], said) for state, said in words.items()]
-    found += [(too_big, "too big for the memory"), (len(reasons) - too_big, "that lost their workers")]
-    return ", ".join(f"{number} {said}" for number, said in found if number)
+    counts = [(states[state], said) for state, said in words.items()]
+    counts += [(too_big, "too big for the memory"), (len(reasons) - too_big, "that lost their workers")]
+    return ", ".join(f"{number} {said}" for number, said in counts if number)
 
 
 DIVERGED = 20
@@ -187,30 +181,20 @@ class Endings:
 
 def endings(study: Study) -> Endings:
     """Return how the trials ended."""
-    counts = Counter(trial.state for trial in study.trials)
-    total = max(1, len(study.trials))
-    failed = [trial for trial in study.trials if trial.state == "failed"]
+    trials, counts = study.trials, Counter(trial.state for trial in study.trials)
+    failed = [trial for trial in trials if trial.state == "failed"]
+    pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
+    trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
     return Endings(
         states=tuple(
-            (s, words, counts[s], 100 * counts[s] / total) for s, words in STATES.items() if counts[s]
+            (s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]
         ),
-        rungs=_rungs(study),
-        diverged=tuple(
-            (
-                trial.number,
-                trial.best_epoch + 1,
-                ", ".join(f"{clean(key)} = {short(value)}" for key, value in trial.params.items()),
-            )
-            for trial in failed[:DIVERGED]
-        ),
+        rungs=tuple((epoch, n, int((trained > epoch).sum())) for epoch, n in sorted(pruned.items())),
+        diverged=tuple((t.number, t.best_epoch + 1, _params_text(t)) for t in failed[:DIVERGED]),
         failed=len(failed),
         spent=study.spent,
     )
 
 
-def _rungs(study: Study) -> tuple[tuple[int, int, int], ...]:
-    left = Counter(
-        trial.detail["rung"] for trial in study.trials if trial.state == "pruned" and "rung" in trial.detail
-    )
-    trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
-    return tuple((epoch, number, int((trained > epoch).sum())) for epoch, number in sorted(left.items()))
+def _params_text(trial: Trial) -> str:
+    return ", ".join(f"{clean(key)} = {short(value)}" for key, value in trial.params.items())

@@ -1,6 +1,6 @@
-"""The table of trials as columns of JSON, best first, short enough for ten thousand trials on one page.
+"""The report of a study: one page of HTML that needs no network, no other file and no right to run anything else.
 
-The report of a study: one page of HTML that needs no network, no other file and no right to run anything else.
+Its table of trials is columns of JSON, best first, short enough for ten thousand trials.
 """
 
 import base64
@@ -18,17 +18,15 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
-from gputune.report.charts.curves import curves_chart, folds_note
-from gputune.report.charts.parallel import Parallel, parallel_chart
-from gputune.report.charts.paths import WEAK, importance_chart, path_charts
-from gputune.report.charts.slices import history_chart, slice_charts
+from gputune.report.charts import curves_chart, folds_note, history_chart, path_charts, slice_charts
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
+from gputune.report.parallel import WEAK, importance_chart, parallel_chart
 from gputune.report.snippet import again_code
 from gputune.scratch import write_text
 from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.version import __version__
-from gputune.views.importance import Importance, importance
+from gputune.views.importance import importance
 from gputune.views.scores import shown_scores
 
 BUDGET = 1_100_000
@@ -37,12 +35,15 @@ BUDGET = 1_100_000
 _DIGITS = 5
 
 
-def table_columns(study: Study) -> tuple[list[dict[str, Any]], int]:
-    """Return the columns and the number of trials in them.
+Column = dict[str, Any]
+"""A "key", a "label", "values" in rank order (null where there is none), and for words "levels", whose places they are.
 
-    A column has a "key", a "label", its "values" in rank order (null where there is none), and for words "levels",
-    whose places are its values. Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
-    """
+Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
+"""
+
+
+def table_columns(study: Study) -> tuple[list[Column], int]:
+    """Return the columns and the number of trials in them."""
     rows = len(study.trials)
     while True:
         columns = _columns(study, rows)
@@ -52,60 +53,59 @@ def table_columns(study: Study) -> tuple[list[dict[str, Any]], int]:
         rows = min(rows - 1, int(rows * BUDGET / size))
 
 
-def as_json(value: Any) -> str:
+def as_json(value: object) -> str:
     """Return JSON that can stand within a script element: it has no character that HTML reads."""
     text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _columns(study: Study, rows: int) -> list[dict[str, Any]]:
+def _columns(study: Study, rows: int) -> list[Column]:
     trials = study.ranking()[:rows]
     measure = shown_scores(study).measure
     sign, decimals = (-1.0 if measure.lower_is_better else 1.0), measure.decimals
-    scores = _numbers([sign * trial.score for trial in trials], decimals)
-    errors = _numbers([trial.std_error for trial in trials], decimals)
+    scores = _rounded("score", measure.name, [sign * trial.score for trial in trials], decimals)
     epochs = [trial.best_epoch if math.isfinite(trial.score) else None for trial in trials]
-    seconds = _numbers([trial.seconds for trial in trials], 2)
-    columns = [
+    columns: list[Column] = [
         {"key": "number", "label": "trial", "values": [trial.number for trial in trials]},
-        _cell_words("state", "state", [trial.state for trial in trials]),
-        {"key": "score", "label": measure.name, "decimals": decimals, "first": int(-sign), "values": scores},
-        {"key": "error", "label": "± error", "decimals": decimals, "values": errors},
+        _words("state", "state", [trial.state for trial in trials]),
+        {**scores, "first": int(-sign)},
+        _rounded("error", "± error", [trial.std_error for trial in trials], decimals),
         {"key": "epoch", "label": "epoch", "values": epochs},
-        {"key": "seconds", "label": "seconds", "decimals": 2, "values": seconds},
+        _rounded("seconds", "seconds", [trial.seconds for trial in trials], 2),
     ]
     if any(trial.origin_text != "random" for trial in trials):
-        columns.append(_cell_words("origin", "origin", [trial.origin_text for trial in trials]))
+        columns.append(_words("origin", "origin", [trial.origin_text for trial in trials]))
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
     return columns + [_parameter(name, [trial.params for trial in trials]) for name in names]
 
 
-def _parameter(name: str, params: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _rounded(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
+    rounded = [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
+    return {"key": key, "label": label, "decimals": decimals, "values": rounded}
+
+
+def _parameter(name: str, params: Sequence[Mapping[str, Any]]) -> Column:
     key, label = f"params_{name}", clean(name)
-    given = [config.get(name) for config in params]
-    if all(value is None or _is_number(value) for value in given):
-        return {"key": key, "label": label, "values": [_short_number(value, _DIGITS) for value in given]}
-    return _cell_words(key, label, [short(config[name]) if name in config else None for config in params])
+    values = [config.get(name) for config in params]
+    if all(value is None or _is_number(value) for value in values):
+        return {"key": key, "label": label, "values": list(map(_short_number, values))}
+    return _words(key, label, [short(config[name]) if name in config else None for config in params])
 
 
-def _cell_words(key: str, label: str, texts: Sequence[str | None]) -> dict[str, Any]:
+def _words(key: str, label: str, texts: Sequence[str | None]) -> Column:
     levels = sorted({clean(text) for text in texts if text is not None})
     place = {text: position for position, text in enumerate(levels)}
     values = [None if text is None else place[clean(text)] for text in texts]
     return {"key": key, "label": label, "levels": levels, "values": values}
 
 
-def _numbers(values: Sequence[float], decimals: int) -> list[float | None]:
-    return [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in values]
-
-
-def _short_number(value: Any, digits: int) -> int | float | None:
+def _short_number(value: float | None) -> float | None:
     if value is None or isinstance(value, int):
         return value
-    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """A number that JSON has: infinity is shown as a word."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
@@ -117,8 +117,7 @@ FIRST_ROWS = 25
 def write_page(study: Study, path: str | os.PathLike[str], *, model: Mapping[str, Any] | None = None) -> None:
     """Write the page of a study to a file; see ``Study.report``."""
     check_place(f"report({str(path)!r})", Path(path), study.file)
-    text = page(study, model=model)
-    write_text(Path(path), text)
+    write_text(Path(path), page(study, model=model))
 
 
 def check_place(given: str, path: Path, study_file: Path | None) -> None:
@@ -140,9 +139,14 @@ def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:
     """
     if model is not None:
         check_model(study, model)
-    found, why_not = _importance(study)
-    parallel = parallel_chart(study, found.names if found else ())
+    try:
+        forest, why_not = importance(study), ""
+    except InputError as error:  # a small study has none
+        forest, why_not = None, str(error)
+    parallel = parallel_chart(study, forest.names if forest else ())
     columns, rows = table_columns(study)
+    numbers = {column["key"] for column in columns if "levels" not in column}
+    axes = [] if parallel is None else parallel.to_json(rows, numbers)
     style, script = _packaged("report.css"), _packaged("report.js")
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
@@ -150,22 +154,26 @@ def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:
         style=Markup(style),
         script=Markup(script),
         facts=facts(study, model),
+        curves=curves_chart(study),
+        folds_note=folds_note(study),
+        history=history_chart(study),
+        slices=slice_charts(study),
         parallel=None if parallel is None else parallel.chart,
-        importance=importance_chart(found) if found else None,
-        forest=found,
+        importance=importance_chart(forest) if forest else None,
+        forest=forest,
         weak=WEAK,
         why_not=why_not,
+        paths=path_charts(study),
         columns=[(column["label"], "levels" in column) for column in columns],
-        first=_first_rows(columns),
+        first=list(zip(*map(_cells, columns))),
         rows=rows,
-        data=Markup(as_json(_data(columns, parallel, rows))),
-        **_words(study),
-        **_charts(study),
+        data=Markup(as_json({"columns": columns, "axes": axes, "page": FIRST_ROWS})),
+        **_texts(study),
     )
     return html
 
 
-def _words(study: Study) -> dict[str, Any]:
+def _texts(study: Study) -> dict[str, Any]:
     """Return what the page says of a study beside its charts and its table."""
     best = best_trial(study)
     return {
@@ -185,35 +193,8 @@ def _words(study: Study) -> dict[str, Any]:
     }
 
 
-def _charts(study: Study) -> dict[str, Any]:
-    return {
-        "curves": curves_chart(study),
-        "folds_note": folds_note(study),
-        "history": history_chart(study),
-        "slices": slice_charts(study),
-        "paths": path_charts(study),
-    }
-
-
-def _importance(study: Study) -> tuple[Importance | None, str]:
-    try:
-        return importance(study), ""
-    except InputError as error:  # a small study has none
-        return None, str(error)
-
-
-def _data(columns: list[dict[str, Any]], parallel: Parallel | None, rows: int) -> dict[str, Any]:
-    numbers = {column["key"] for column in columns if "levels" not in column}
-    axes = [] if parallel is None else [axis.plain(rows, numbers) for axis in parallel.axes]
-    return {"columns": columns, "axes": axes, "page": FIRST_ROWS}
-
-
-def _first_rows(columns: list[dict[str, Any]]) -> list[list[str]]:
+def _cells(column: Column) -> list[str]:
     """Return the cells of the first rows, as the script shows them too."""
-    return [list(row) for row in zip(*(_cells(column) for column in columns))]
-
-
-def _cells(column: dict[str, Any]) -> list[str]:
     cells = []
     for value in column["values"][:FIRST_ROWS]:
         if value is None:
@@ -227,7 +208,7 @@ def _cells(column: dict[str, Any]) -> list[str]:
     return cells
 
 
-def _exact(value: Any) -> str:
+def _exact(value: object) -> str:
     return clean(getattr(value, "__name__", value))
 
 
@@ -248,10 +229,10 @@ def _packaged(name: str) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    surroundings = jinja2.Environment(
+    environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return surroundings.from_string(_packaged("report.html"))
+    return environment.from_string(_packaged("report.html"))
 
 
 def _hash(text: str) -> str:

@@ -11,14 +11,14 @@ import numpy as np
 from gputune.report.facts import best_trial
 from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
-from gputune.study.study import Study
+from gputune.study.study import Study, Trial
 from gputune.text import clean
 
 _LONGEST = 70
 
 
-class _Code:
-    """Lines of a script: imports, what the reader must have, then the call."""
+class _Script:
+    """A script while it is written: its imports, remarks on what the reader must have, then the body."""
 
     def __init__(self) -> None:
         self.imports: list[str] = []
@@ -28,6 +28,11 @@ class _Code:
         """Add an import once."""
         if line not in self.imports:
             self.imports.append(line)
+
+    def argument(self, name: str, remark: str = "what the search was given") -> str:
+        """Return the name of what no file holds, and add a remark on it."""
+        self.remarks.append(f"{name}: {remark}")
+        return name
 
     def literal(self, value: Any) -> str:
         """Return a value as Python that gives it back, with what must be imported for it."""
@@ -50,10 +55,18 @@ class _Code:
         self.use(f"import {module}")
         return f"{module}.{name}"
 
-    def script(self, *body: str) -> str:
+    def lines(self, values: Mapping[str, Any], *, indent: int) -> str:
+        """Return a dict on one line, or with a line for each key where that is too long."""
+        line = self.literal(dict(values))
+        if len(line) <= _LONGEST:
+            return line
+        edge = "\n" + " " * indent
+        pairs = [f"{edge}    {self.literal(key)}: {self.literal(value)}," for key, value in values.items()]
+        return f"{{{''.join(pairs)}{edge}}}"
+
+    def text(self, *body: str) -> str:
         """Return the whole: imports, a blank line, remarks, the body."""
-        remarks = [f"# {remark}" for remark in self.remarks]
-        return "\n".join([*self.imports, "", *remarks, *body]) + "\n"
+        return "\n".join([*self.imports, "", *(f"# {remark}" for remark in self.remarks), *body]) + "\n"
 
 
 def again_code(study: Study) -> str:
@@ -62,183 +75,147 @@ def again_code(study: Study) -> str:
     Names that it uses without defining them (``X``, ``y``, ``cv``, ...) are what the search was given and no file
     holds; its first lines say so.
     """
-    best = best_trial(study)
+    best, record, script = best_trial(study), study.record, _Script()
     if best is None:
         return ""
-    code, record = _Code(), study.record
     if record.face == "sklearn":
-        return _sklearn(code, study)
+        script.use("from sklearn.base import clone")
+        script.argument("estimator, X, y")
+        return script.text(f"model = clone(estimator).set_params(**{script.literal(best.params)}).fit(X, y)")
     if record.lost:
         return ""
-    if _is_scheduled(study) or best.state == "stopped":
-        return _from_file(code, study)
-    return _tune(code, study)
+    if best.state == "stopped" or (record.descends and _is_scheduled(best)):
+        return _from_file(script, study)
+    return _tune(script, record, best)
 
 
-def _sklearn(code: _Code, study: Study) -> str:
-    code.use("from sklearn.base import clone")
-    code.remarks.append("estimator, X, y: what the search was given")
-    best = best_trial(study)
-    assert best is not None
-    params = ", ".join(f"{code.literal(name)}: {code.literal(value)}" for name, value in best.params.items())
-    return code.script(f"model = clone(estimator).set_params(**{{{params}}}).fit(X, y)")
+def _is_scheduled(best: Trial) -> bool:
+    """Whether a trial of a descent has values that only a descent trains with."""
+    return any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
 
 
-def _is_scheduled(study: Study) -> bool:
-    """Whether the best trial has values that only a descent trains with."""
-    best = best_trial(study)
-    assert best is not None
-    return study.record.descends and any(
-        isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items()
-    )
-
-
-def _from_file(code: _Code, study: Study) -> str:
+def _from_file(script: _Script, study: Study) -> str:
     """Return code that reads the study and refits it: the way of what one call of ``tune`` cannot say."""
-    code.use("import gputune")
-    memory = study.record.source is None
-    if memory:
-        code.remarks.append("X, y: the rows of the search")
+    script.use("import gputune")
+    rows = "X, y" if study.record.source is None else ""
+    if rows:
+        script.argument(rows, "the rows of the search")
     if study.file is None:
-        code.remarks.append("study: what gputune.tune returned; it was kept in no file")
-        return code.script("model = study.best_model()")
-    rows = "X, y" if memory else ""
-    return code.script(
-        f"study = gputune.Study.open({code.literal(str(study.file.resolve()))})",
-        f"model = study.best_model({rows})",
-    )
+        script.argument("study", "what gputune.tune returned; it was kept in no file")
+        return script.text("model = study.best_model()")
+    path = script.literal(str(study.file.resolve()))
+    return script.text(f"study = gputune.Study.open({path})", f"model = study.best_model({rows})")
 
 
-def _tune(code: _Code, study: Study) -> str:
-    code.use("import gputune")
-    best, measure = best_trial(study), study.record.scoring
-    assert best is not None
-    body, rows = _rows(code, study)
-    lines = [f"    {_model(code, study.record.spec)},", *(f"    {row}," for row in rows)]
-    lines += [f"    {name}={value}," for name, value in _options(code, study).items()]
-    return code.script(
-        *body,
+def _tune(script: _Script, record: SearchRecord, best: Trial) -> str:
+    script.use("import gputune")
+    before, rows = _rows(script, record)
+    arguments = [_model(script, record.spec), *rows]
+    arguments += [f"{name}={value}" for name, value in _options(script, record, best).items()]
+    scoring = _comment(record.scoring)
+    return script.text(
+        *before,
         "study = gputune.tune(",
-        *lines,
+        *(f"    {argument}," for argument in arguments),
         ")",
-        f"print(study.best_score)  # {best.score!r}, the {_comment(measure)} of this page, but for rounding",
+        f"print(study.best_score)  # {best.score!r}, the {scoring} of this page, but for rounding",
         "model = study.best_model()",
     )
 
 
-def _comment(text: Any) -> str:
+def _comment(text: str) -> str:
     """Return text that stays within a comment."""
-    return clean(" ".join(str(text).split()))
+    return clean(" ".join(text.split()))
 
 
-def _model(code: _Code, spec: Mapping[str, Any]) -> str:
+def _model(script: _Script, spec: Mapping[str, Any]) -> str:
     if spec["kind"] != "module":
-        return code.literal(spec["kind"])
+        return script.literal(spec["kind"])
     if "path" in spec:
-        return code.literal(f"{spec['path']}:{spec['class']}")
-    module, _, name = str(spec["import"]).partition(":")
-    if module != "__main__" and _is_name(module) and _is_name(name):
-        code.use(f"from {module} import {name.split('.')[0]}")
-        return name
+        return script.literal(f"{spec['path']}:{spec['class']}")
+    name = str(spec["import"]).partition(":")[2]
     last = name.rpartition(".")[2]  # of a class that was made within a function, which no import reaches
-    last = last if _is_name(last) else "Module"
-    code.remarks.append(f"{last}: the module class of the search")
-    return last
+    name = last if _is_name(last) else "Module"
+    return _imported(script, str(spec["import"])) or script.argument(name, "the module class of the search")
+
+
+def _imported(script: _Script, place: str) -> str:
+    """Return the name of "module:name" and import it; "" where no import reaches it."""
+    module, _, name = place.partition(":")
+    if module == "__main__" or not (_is_name(module) and _is_name(name)):
+        return ""
+    script.use(f"from {module} import {name.split('.')[0]}")
+    return name
 
 
 def _is_name(text: str) -> bool:
     return all(part.isidentifier() and not iskeyword(part) for part in text.split("."))
 
 
-def _rows(code: _Code, study: Study) -> tuple[list[str], list[str]]:
+def _rows(script: _Script, record: SearchRecord) -> tuple[list[str], list[str]]:
     """Return lines before the call, and its arguments that are the rows."""
-    source = study.record.source
+    source = record.source
     if source is None:
-        code.remarks.append("X, y: the rows of the search; add groups= where it had them")
+        script.argument("X, y", "the rows of the search; add groups= where it had them")
         return [], ["X", "y"]
     if "test_size" in source:
-        code.use("from gputune.data.source import read_again")
-        origin = _over_lines(code, source, indent=0)
+        script.use("from gputune.data.source import read_again")
+        origin = script.lines(source, indent=0)
         lines = ["# the rows of the search, without those that were held out", f"rows = read_again({origin})"]
         return lines, ["rows.X", "rows.y", "groups=rows.groups"]
-    groups = [f"groups={code.literal(source['groups'])}"] if source.get("groups") else []
-    return [], [code.literal(source["path"]), code.literal(source["target"]), *groups]
+    groups = [f"groups={script.literal(source['groups'])}"] if source.get("groups") else []
+    return [], [script.literal(source["path"]), script.literal(source["target"]), *groups]
 
 
-def _options(code: _Code, study: Study) -> dict[str, str]:
-    record, best = study.record, best_trial(study)
-    assert best is not None
+def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, str]:
     options = {
         # A space of one point gives these very parameters; an included trial would be filled up with defaults.
-        "space": _over_lines(code, {name: [value] for name, value in best.params.items()}, indent=4),
+        "space": script.lines({name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
         "include_default": "False",
-        "cv": _folds(code, record),
-        "scoring": _scoring(code, record.scoring),
-        "class_weight": _class_weight(code, record.class_weight),
-        "sample_weight": _given(code, "sample_weight") if record.sample_weight is not None else "None",
+        "cv": _folds(script, record),
+        "scoring": _scoring(script, record.scoring),
+        "class_weight": _class_weight(script, record.class_weight),
+        "sample_weight": "None" if record.sample_weight is None else script.argument("sample_weight"),
         **{
-            part.argument: code.literal(getattr(record, name))
+            part.argument: script.literal(getattr(record, name))
             for name, part in PARTS.items()
             if part.argument
         },
         **({"epoch": "'last'"} if record.descends else {}),
-        "device": code.literal(record.device),
+        "device": script.literal(record.device),
         "verbose": "0",
     }
-    absent = {
-        "None": ("positive", "class_weight", "sample_weight"),
-        "'drop-constant'" if record.spec["kind"] != "module" else "'keep'": ("columns",),
-        "'standard'": ("numbers",),
-        "'constant'": ("schedule",),
+    defaults = {
+        **dict.fromkeys(("positive", "class_weight", "sample_weight"), "None"),
+        "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
+        "numbers": "'standard'",
+        "schedule": "'constant'",
     }
-    left_out = {name for value, names in absent.items() for name in names if options[name] == value}
-    return {name: value for name, value in options.items() if name not in left_out}
+    return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 
-def _over_lines(code: _Code, values: Mapping[str, Any], *, indent: int) -> str:
-    """Return a dict on one line, or with a line for each key where that is too long."""
-    line = code.literal(dict(values))
-    if len(line) <= _LONGEST:
-        return line
-    edge = "\n" + " " * indent
-    inside = "".join(
-        f"{edge}    {code.literal(key)}: {code.literal(value)}," for key, value in values.items()
-    )
-    return f"{{{inside}{edge}}}"
-
-
-def _given(code: _Code, name: str) -> str:
-    code.remarks.append(f"{name}: what the search was given")
-    return name
-
-
-def _folds(code: _Code, record: SearchRecord) -> str:
+def _folds(script: _Script, record: SearchRecord) -> str:
     text, source = record.cv, record.source or {}
     if text.isdigit():
         return text
     if str(source.get("cv", "")).startswith("time:"):
-        code.use("from gputune.data.folds import parse_cv")
-        return f"parse_cv({code.literal(source['cv'])})"
-    code.remarks.append(f"cv: the {_comment(text)} of the search")
-    return "cv"
+        script.use("from gputune.data.folds import parse_cv")
+        return f"parse_cv({script.literal(source['cv'])})"
+    return script.argument("cv", f"the {_comment(text)} of the search")
 
 
-def _scoring(code: _Code, name: str) -> str:
-    module, colon, function = name.partition(":")
-    if not colon:
-        return code.literal(name)
-    if module == "__main__" or not (_is_name(module) and _is_name(function)):
-        return _given(code, "scoring")
-    code.use(f"from {module} import {function.split('.')[0]}")
-    return function
+def _scoring(script: _Script, name: str) -> str:
+    if ":" not in name:
+        return script.literal(name)
+    return _imported(script, name) or script.argument("scoring")
 
 
-def _class_weight(code: _Code, text: str | None) -> str:
+def _class_weight(script: _Script, text: str | None) -> str:
     """Return the weights of the classes, which a study holds as the text of their value."""
     if text is None:
         return "None"
     try:
-        return code.literal(ast.literal_eval(text))
+        return script.literal(ast.literal_eval(text))
     except (ValueError, SyntaxError):
-        return _given(code, "class_weight")
+        return script.argument("class_weight")

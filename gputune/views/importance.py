@@ -43,22 +43,17 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
     hyperparameter varied.
     """
     columns = varied_parameters(study)
-    done = [c for c, trial in enumerate(study.trials) if trial.state != "waiting"]
+    done = np.flatnonzero([trial.state != "waiting" for trial in study.trials])
     if len(done) < FEWEST or not columns:
         raise InputError(
             f"importance needs {FEWEST} finished trials and a hyperparameter that varies, got {len(done)} trials and "
             f"{len(columns)} hyperparameters; search further."
         )
-    rng = np.random.default_rng(seed)
-    rows = rng.permutation(len(done))[:MOST]
-    ranks = _ranks(np.array([study.trials[c].score for c in done]))[rows]
-    table = _encoded(columns)[np.array(done)[rows]]
-    drops, fits = [], []
-    halves = np.array_split(np.arange(len(rows)), 2)
-    for fitted, judged in (halves, halves[::-1]):
-        fit, drop = _half(table, ranks, fitted, judged, seed)
-        fits.append(fit)
-        drops.append(drop)
+    drawn = np.random.default_rng(seed).permutation(len(done))[:MOST]
+    ranks = _ranks(np.array([study.trials[row].score for row in done]))[drawn]
+    table = _table(columns)[done[drawn]]
+    one, other = np.array_split(np.arange(len(drawn)), 2)
+    fits, drops = zip(*(_half(table, ranks, *halves, seed) for halves in ((one, other), (other, one))))
     every = np.concatenate(drops, axis=1)
     order = np.argsort(-every.mean(1), kind="stable")
     return Importance(
@@ -67,7 +62,7 @@ def importance(study: Study, *, seed: int = 0) -> Importance:
         drops=every.mean(1)[order],
         errors=every.std(1)[order],
         fit=float(np.mean(fits)),
-        trials=len(rows),
+        trials=len(drawn),
     )
 
 
@@ -84,24 +79,20 @@ def _half(
 
     forest = RandomForestRegressor(_TREES, min_samples_leaf=2, max_features=0.5, random_state=seed)
     forest.fit(table[fitted], ranks[fitted])
-    found = permutation_importance(
-        forest, table[judged], ranks[judged], n_repeats=_SHUFFLES, random_state=seed, scoring="r2"
-    )
-    drops: NDArray[np.float64] = found.importances
-    return float(forest.score(table[judged], ranks[judged])), drops
+    held_out = table[judged], ranks[judged]
+    falls = permutation_importance(forest, *held_out, n_repeats=_SHUFFLES, random_state=seed, scoring="r2")
+    return float(forest.score(*held_out)), falls.importances
 
 
 def _ranks(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return ranks in [0, 1], the best 1, equal scores alike; no score counts as the lowest."""
     from scipy.stats import rankdata
 
-    low = np.where(np.isfinite(scores), scores, -np.inf)
-    found: NDArray[np.float64] = (rankdata(low) - 1) / max(1, len(low) - 1)
-    return found
+    ranks: NDArray[np.float64] = rankdata(np.where(np.isfinite(scores), scores, -np.inf))
+    return (ranks - 1) / max(1, len(scores) - 1)
 
 
-def _encoded(columns: Sequence[Parameter]) -> NDArray[np.float64]:
+def _table(columns: Sequence[Parameter]) -> NDArray[np.float64]:
     """Return (C, n) columns a tree can cut: a hyperparameter that a trial lacks lies below all values."""
     table = np.stack([column.values for column in columns], axis=1)
-    least = np.nanmin(table, axis=0) - 1.0
-    return np.where(np.isnan(table), least, table)
+    return np.where(np.isnan(table), np.nanmin(table, axis=0) - 1.0, table)

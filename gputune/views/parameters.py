@@ -1,8 +1,10 @@
 """The hyperparameters of a study as columns of numbers: which of them varied, numbers or words, on which scale."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -57,20 +59,17 @@ def varied_parameters(study: Study) -> tuple[Parameter, ...]:
 
 
 def _parameter(name: str, study: Study) -> Parameter:
-    given = [trial.params.get(name) for trial in study.trials]
-    present = [value for value in given if value is not None]
-    label = clean(name)
-    if any(isinstance(value, list) for value in present) and all(map(_is_numbers, present)):
-        given = [None if value is None else float(np.median(_flat(value))) for value in given]
-        present, label = [value for value in given if value is not None], f"{label} (median of its values)"
-    if not present or not all(map(_is_number, present)):
-        texts = [short(t.params[name]) if name in t.params else None for t in study.trials]
-        return _words(name, label, texts)
-    values = np.array([np.nan if value is None else float(value) for value in given])
-    infinite = np.abs(values) > _FARTHEST
-    values[infinite] = np.nan
-    log = is_log(name, values, study.record.space)
-    return Parameter(name, label, values, log=log, hidden=int(infinite.sum()))
+    values = [trial.params.get(name) for trial in study.trials]
+    present = [value for value in values if value is not None]
+    if not present or not all(map(_is_numbers, present)):
+        return _words(name, [short(t.params[name]) if name in t.params else None for t in study.trials])
+    lists = any(isinstance(value, list) for value in present)
+    label = f"{clean(name)} (median of its values)" if lists else clean(name)
+    numbers = np.array([np.nan if value is None else median(_flat(value)) for value in values])
+    infinite = np.abs(numbers) > _FARTHEST
+    numbers[infinite] = np.nan
+    log = is_log(name, numbers, study.record.space)
+    return Parameter(name, label, numbers, log=log, hidden=int(infinite.sum()))
 
 
 def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
@@ -86,29 +85,24 @@ def is_log(name: str, values: NDArray[np.float64], space: str) -> bool:
     return bool(levels[-1] >= _DECADES * levels[0] or powers)
 
 
-def _words(name: str, label: str, texts: Sequence[str | None]) -> Parameter:
-    counts: dict[str, int] = {}
-    for text in texts:
-        if text is not None:
-            counts[text] = counts.get(text, 0) + 1
+def _words(name: str, texts: Sequence[str | None]) -> Parameter:
+    counts = Counter(text for text in texts if text is not None)
     levels = sorted(counts, key=lambda text: (-counts[text], text))
     if len(levels) > _LEVELS:
-        rest = f"{len(levels) - _LEVELS + 1} others"
-        levels = [*levels[: _LEVELS - 1], rest]
-    position = {text: place for place, text in enumerate(levels)}
-    last = len(levels) - 1
-    values = np.array([np.nan if text is None else position.get(text, last) for text in texts], dtype=float)
-    return Parameter(name, label, values, levels=tuple(levels))
+        levels = [*levels[: _LEVELS - 1], f"{len(levels) - _LEVELS + 1} others"]
+    place = {text: position for position, text in enumerate(levels)}
+    values = [np.nan if text is None else place.get(text, len(levels) - 1) for text in texts]
+    return Parameter(name, clean(name), np.array(values, dtype=float), levels=tuple(levels))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     """A number that has a place among others; of whole numbers some have more digits than a float."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) < _FARTHEST
     )
 
 
-def _is_numbers(value: Any) -> bool:
+def _is_numbers(value: object) -> bool:
     """A number, or a list over segments (and layers) of a training."""
     return all(map(_is_numbers, value)) and bool(value) if isinstance(value, list) else _is_number(value)
 

@@ -1,7 +1,4 @@
-"""The scores of a study as they are shown: in the sign of their name, in a range that no bad trial stretches.
-
-The learning curves of a study as they are shown: the mean over the folds, and its spread.
-"""
+"""What is drawn of a study's scores and learning curves: their sign, their order, and the range of an axis."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.study.study import Study
-from gputune.text import Measure
+from gputune.text import Measure, count
+
+BEST = 5
+"""Trials, and starts of a descent, that have a colour of their own."""
 
 _FAR = 1.5
 """Scores worse than the lower quartile by so many interquartile ranges lie beyond the axis, as in a box plot."""
@@ -27,17 +27,19 @@ class Scores:
     """The scores of all trials.
 
     values   (C,) what the study measured, a neg_log_loss of -0.3 as the log_loss 0.3; NaN where there is none
-    judged   (C,) whether no rung of halving sent the trial away
+    late     (C,) whether no rung of halving pruned the trial
+    order    the rows of the trials with a score, best first
     """
 
     measure: Measure
     values: NDArray[np.float64]
-    judged: NDArray[np.bool_]
+    late: NDArray[np.bool_]
+    order: list[int]
 
     @property
     def range(self) -> tuple[float, float]:
-        """The ends of an axis of scores. What halving sent away was scored early, and stretches no axis of others."""
-        late = np.isfinite(self.values) & self.judged
+        """The ends of an axis of scores. Pruned trials were scored early, and stretch no axis of others."""
+        late = np.isfinite(self.values) & self.late
         few = late.sum() < _ENOUGH * np.isfinite(self.values).sum()
         return score_range(self.values if few else self.values[late], self.measure)
 
@@ -45,22 +47,36 @@ class Scores:
     def best_so_far(self) -> NDArray[np.float64]:
         """(C,): the best of the values up to each trial, in order of the trials; NaN before the first one."""
         better = np.fmin if self.measure.lower_is_better else np.fmax
-        found: NDArray[np.float64] = better.accumulate(self.values)
-        return found
+        best: NDArray[np.float64] = better.accumulate(self.values)
+        return best
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What must be said of scores beyond the ends of their axis."""
+        low, high = self.range
+        beyond = int((self.values > high if self.measure.lower_is_better else self.values < low).sum())
+        lie, stand = ("lies", "stands") if beyond == 1 else ("lie", "stand")
+        return (f"{count(beyond, 'score')} {lie} beyond the axis and {stand} at its edge.",) if beyond else ()
+
+
+def ranked_rows(study: Study) -> list[int]:
+    """Return the rows of all trials in ``study.trials``, best first."""
+    row = {trial.number: place for place, trial in enumerate(study.trials)}
+    return [row[trial.number] for trial in study.ranking()]
 
 
 def shown_scores(study: Study) -> Scores:
-    """Return the scores of a study's trials, in their order."""
+    """Return the scores of a study's trials."""
     scores = np.array([trial.score for trial in study.trials], dtype=np.float64)
     finite = np.isfinite(scores)
-    best = float(scores[finite].max()) if finite.any() else math.nan
-    measure = study.record.measure(best)
-    judged = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
-    return Scores(measure, in_sign(measure, np.where(finite, scores, np.nan)), judged)
+    measure = study.record.measure(float(scores[finite].max()) if finite.any() else math.nan)
+    late = np.array([trial.state != "pruned" for trial in study.trials], dtype=bool)
+    order = [row for row in ranked_rows(study) if finite[row]]
+    return Scores(measure, _in_sign(measure, np.where(finite, scores, np.nan)), late, order)
 
 
-def in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return scores of scikit-learn's sign in that of their name; the way back is the same."""
+def _in_sign(measure: Measure, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return scores of scikit-learn's sign in that of their name."""
     return 0.0 - scores if measure.lower_is_better else scores
 
 
@@ -87,11 +103,13 @@ class Curves:
 
     mean     (C, epochs) mean over the folds; NaN where one fold is
     spread   (C, epochs) standard deviation over the folds, ddof=1; NaN for one fold
+    order    the rows of the trials with a score after some epoch, best first
     """
 
     measure: Measure
     mean: NDArray[np.float64]
     spread: NDArray[np.float64]
+    order: list[int]
 
     @property
     def epochs(self) -> NDArray[np.int64]:
@@ -105,11 +123,12 @@ class Curves:
 
 
 def shown_curves(study: Study) -> Curves:
-    """Return the curves of a study's trials, in their order."""
+    """Return the curves of a study's trials."""
     measure, curves = shown_scores(study).measure, study.curves
     folds = curves.shape[2]
     with np.errstate(invalid="ignore", over="ignore"):
         mean = curves.mean(2) if folds else np.empty(curves.shape[:2])
         spread = curves.std(2, ddof=1) if folds > 1 else np.full(curves.shape[:2], np.nan)
     mean = np.where(np.isfinite(mean), mean, np.nan)
-    return Curves(measure, in_sign(measure, mean), spread)
+    order = [row for row in ranked_rows(study) if np.isfinite(mean[row]).any()]
+    return Curves(measure, _in_sign(measure, mean), spread, order)

@@ -9,7 +9,7 @@ from gputune.api.study import Study
 from gputune.errors import InputError
 from gputune.study.study import Trial
 from gputune.text import measure_of
-from gputune.views.descents import descended, descents
+from gputune.views.descents import descended, descent_paths
 from gputune.views.importance import MOST, importance
 from gputune.views.parameters import is_log, parameters, varied_parameters
 from gputune.views.scores import score_range, shown_curves, shown_scores
@@ -157,13 +157,13 @@ def test_importance_of_too_little(study, words):
 
 def test_descents_are_paths_with_the_best_first():
     study = made_descent()
-    paths = descents(study)
+    found = descent_paths(study)
     assert [one.name for one in descended(study)] == ["lr", "weight_decay"]
-    assert paths[0].start == study.best_trial.origin[0] and len(paths) == 6
-    for path in paths:
+    assert found[0].start == study.best_trial.origin[0] and len(found) == 6
+    for path in found:
         points = [trial for trial in study.trials if trial.origin[0] == path.start]
         assert path.steps.tolist() == [trial.origin[1] for trial in points] == list(range(9))
         np.testing.assert_array_equal(path.scores, [-trial.score for trial in points])
         np.testing.assert_array_equal(path.values["lr"], [trial.params["lr"] for trial in points])
         assert path.usable.tolist() == [trial.detail["usable"] for trial in points]
-    assert descents(made_study(20)) == () == descended(made_study(20))
+    assert descent_paths(made_study(20)) == () == descended(made_study(20))

@@ -5,18 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from gputune.report.svg import (
-    band_path,
-    cut,
-    dots_path,
-    element,
-    line_path,
-    linear_scale,
-    log_scale,
-    number_text,
-    parameter_scale,
-    spread_over,
-)
+from gputune.report.svg import band_path, cut, dots_path, element, line_path, spread_over
+from gputune.views.axes import linear_scale, log_scale, number_text, parameter_scale
 from gputune.views.parameters import Parameter
 
 

@@ -1,0 +1,157 @@
+"""The charts of all hyperparameters: their importance as bars, and parallel coordinates to be brushed."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from gputune.report.charts import FEW
+from gputune.report.svg import Chart, beside, cut, drawing, element, line_path, path, spread_over, text
+from gputune.study.study import Study
+from gputune.views.axes import Axis, linear_scale, parallel_axes
+from gputune.views.importance import Importance
+from gputune.views.scores import ranked_rows, shown_scores
+
+WEAK = 0.2
+"""R2 below which a forest has not understood the trials."""
+
+LINES, AXES, GROUPS = 400, 10, 5
+"""Lines and axes at most; lines have so many colours, by the rank of their score."""
+
+_WIDTH, _ROW, _LEFT, _RIGHT = 700.0, 30.0, 190.0, 110.0  # of the bars
+_HEIGHT, _TOP, _BOTTOM, _SIDE = 380.0, 52.0, 22.0, 70.0  # of the parallel coordinates
+_STRIP = 0.045
+"""Share of an axis with few values that the lines through one of them take."""
+
+
+def importance_chart(shown: Importance) -> Chart:
+    """Return one bar a hyperparameter, as long as the forest's R2 falls without it."""
+    scale = linear_scale(0.0, float(max((shown.drops + shown.errors).max(), 0.01)), most=5)
+    height = _ROW * len(shown.names) + 40
+    span, bottom = _WIDTH - _LEFT - _RIGHT, height - 34
+
+    def length(value: float) -> float:
+        return max(0.0, float(scale(value)) * span)
+
+    parts = []
+    for value, words in scale.ticks:
+        x = _LEFT + length(value)
+        parts += [path("grid", f"M{x:.1f} 4V{bottom:.1f}"), text("tick mid", x, bottom + 15, words)]
+    for row, (label, drop, error) in enumerate(
+        zip(shown.labels, shown.drops.tolist(), shown.errors.tolist())
+    ):
+        y = 4 + _ROW * row
+        low, high = (_LEFT + length(end) for end in (drop - error, drop + error))
+        box = {"x": _LEFT, "y": y + 5, "width": length(drop), "height": _ROW - 12, "rx": 2}
+        parts += [
+            text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
+            element("rect", class_="bar", **box),
+            path("whisker", f"M{low:.1f} {y + 14:.1f}H{high:.1f}"),
+            text("tick end", _WIDTH - 4, y + 19, f"{round(drop, 2) + 0.0:.2f} ± {error:.2f}"),
+        ]
+    parts.append(text("name mid", _LEFT + span / 2, height - 3, "fall of the forest's R²"))
+    return Chart(drawing(_WIDTH, height, "Importance of the hyperparameters", *parts, class_="chart bars"))
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """The chart and its axes, from left to right; their ``heights`` are in rank order."""
+
+    chart: Chart
+    axes: tuple[Axis, ...]
+    ranked: list[int]
+
+    def to_json(self, rows: int, numbers: Collection[str]) -> list[dict[str, object]]:
+        """Return what the page's script needs to place the first rows of the table on each axis.
+
+        A column of ``numbers`` has a scale; another one has its heights, in thousandths.
+        """
+        return [
+            {"column": a.column, "low": a.scale.low, "high": a.scale.high, "log": a.scale.log}
+            if a.column in numbers
+            else {
+                "heights": [
+                    None if h != h else round(1000 * h) for h in a.heights[self.ranked[:rows]].tolist()
+                ]
+            }
+            for a in self.axes
+        ]
+
+
+def parallel_chart(study: Study, important: Sequence[str] = ()) -> Parallel | None:
+    """Return the chart; None where no trial has a score or no hyperparameter varied.
+
+    Where there are too many axes, the ``important`` hyperparameters come first.
+    """
+    shown = shown_scores(study)
+    *columns, of_scores = parallel_axes(study, shown)
+    if not columns or not shown.order:
+        return None
+    notes: tuple[str, ...] = ()
+    if len(columns) >= AXES:
+        rank = {f"params_{name}": place for place, name in enumerate(important)}
+        first = sorted(columns, key=lambda axis: rank.get(axis.column, len(rank)))[: AXES - 1]
+        which = "most important" if important else "first"
+        notes = (f"The {which} {len(first)} of {len(columns)} hyperparameters have an axis here.",)
+        columns = [axis for axis in columns if axis in first]
+    axes, ranked = (*columns, of_scores), ranked_rows(study)
+    width = max(960.0, 2 * _SIDE + 105.0 * (len(axes) - 1))
+    x = np.linspace(_SIDE, width - _SIDE, len(axes))
+    heights = np.stack([_down(_strips(axis.heights[ranked])) for axis in axes], axis=1)
+    lines, more = _lines(shown.values[ranked], x, heights)
+    parts = [_axis(px, axis, place) for place, (px, axis) in enumerate(zip(x.tolist(), axes))]
+    title = "Parallel coordinates: one line a trial"
+    drawn = element("g", *lines, class_="lines")
+    svg = drawing(width, _HEIGHT, title, drawn, *parts, class_="chart parallel")
+    return Parallel(Chart(svg, (*notes, *more)), axes, ranked)
+
+
+def _strips(heights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return heights at which lines through one of few values lie beside each other."""
+    if len(np.unique(heights[np.isfinite(heights)])) > FEW:
+        return heights
+    return np.clip(beside(heights, _STRIP), 0, 1)
+
+
+def _down(height: NDArray[np.float64]) -> NDArray[np.float64]:
+    return _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _lines(
+    scores: NDArray[np.float64], x: NDArray[np.float64], heights: NDArray[np.float64]
+) -> tuple[list[Markup], tuple[str, ...]]:
+    """Return the lines, worst first, each with its rank, which is its row in the table."""
+    scored = np.flatnonzero(np.isfinite(scores)).tolist()
+    drawn = spread_over(scored, LINES)
+    lines = []
+    for rank in drawn[::-1]:
+        group = min(GROUPS - 1, rank * GROUPS // len(scored))
+        lines.append(path(f"q{group}", line_path(x, heights[rank]), data_rank=rank))
+    note = (
+        f"{len(drawn)} of {len(scored)} scored trials have a line: the best {LINES // 4}, and the others evenly by "
+        "rank. A brush chooses among all of them."
+    )
+    return lines, (note,) if len(drawn) < len(scored) else ()
+
+
+def _axis(x: float, axis: Axis, place: int) -> Markup:
+    top, bottom = _TOP, _HEIGHT - _BOTTOM
+    parts = [
+        text("name mid", x, top - 24, element("title", axis.label), cut(axis.label, 17)),
+        path("edge", f"M{x:.1f} {top:.1f}V{bottom:.1f}"),
+    ]
+    for value, words in axis.scale.ticks:
+        y = float(_down(axis.scale(value)))
+        parts += [
+            path("mark", f"M{x - 4:.1f} {y:.1f}h4"),
+            text("tick end halo", x - 7, y + 4, cut(words, 9)),
+        ]
+    parts += [
+        element("rect", class_="brush", x=x - 9, y=top, width=18.0, height=0.0),
+        element("rect", class_="reach", x=x - 22, y=top, width=44.0, height=bottom - top),
+    ]
+    slider = {"role": "slider", "aria_label": f"Brush on {axis.label}", "aria_valuetext": "all"}
+    values = {"aria_valuemin": 0, "aria_valuemax": 100, "aria_valuenow": 0, "data_axis": place}
+    return element("g", *parts, class_="axis", tabindex=0, **slider, **values)
