@@ -9,7 +9,7 @@ from gputune.api.study import Study
 from gputune.search.descent import Hypergradient
 from gputune.search.stopping import Halving
 from gputune.study.study import Trial
-from gputune.tuning.method import method_meta
+from gputune.tuning.method import method_to_json
 
 META = {
     "model": "mlp",
@@ -95,7 +95,7 @@ def made_study(n, *, epochs=30, folds=5, seed=0, halved=False, waiting=0, file=N
                 detail,
             )
         )
-    method = {"method": method_meta(Halving(min_epochs=3))} if halved else {}
+    method = {"method": method_to_json(Halving(min_epochs=3))} if halved else {}
     return Study(
         meta={**META, "folds": folds, "max_epochs": epochs, **method, **meta},
         trials=trials,
@@ -180,7 +180,7 @@ def made_descent(starts=6, steps=8, *, seed=0):
             curves.append(np.array(folds) * rise)
             lr *= 10 ** (-0.5 * np.sign(math.log10(lr / 5e-3)) / (1 + step / 2))
             decay *= 10 ** (-0.4 * np.sign(math.log10(decay / 1e-2)) / (1 + step / 2))
-    method = method_meta(Hypergradient(hyperparameters=("lr", "weight_decay"), outer_steps=steps))
+    method = method_to_json(Hypergradient(hyperparameters=("lr", "weight_decay"), outer_steps=steps))
     meta = {**META, "method": method, "scoring": "neg_log_loss", "max_epochs": 10}
     return Study(meta=meta, trials=trials, curves=np.stack(curves))
 

@@ -698,7 +698,7 @@ def test_a_study_from_before_the_default_counted_goes_on_with_nothing_to_do(tmp_
         monkeypatch.context() as patched
     ):  # as it was: the default one outside of the space, beside n_trials draws
         trials = tuple(Candidate(i, c, "random" if i else "default") for i, c in enumerate(old))
-        patched.setattr("gputune.tuning.pipeline.wanted_trials", lambda *_: trials)
+        patched.setattr("gputune.tuning.pipeline.first_trials", lambda *_: trials)
         gputune.tune("mlp", *iris, study=path, **options)
     again = gputune.tune("mlp", *iris, study=path, **options)
     assert [trial.params for trial in again.trials] == old

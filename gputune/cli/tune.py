@@ -29,7 +29,7 @@ from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
-from gputune.tuning.resume import Again, search_again
+from gputune.tuning.record import RecordedSearch, recorded_search
 
 DESCENTS, _HELD_OUT = 8, 0.2
 """Starts of descents, and the share of the rows held out, where the command does not say."""
@@ -60,7 +60,7 @@ def tune(arguments: argparse.Namespace) -> str:
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
     with _folder(options.study.parent):
-        again = Again(choice, rest, test, options)
+        again = RecordedSearch(choice, rest, test, options)
         return _to_the_end(arguments, arguments.file, again, out / STUDY, begin, profile)
 
 
@@ -72,7 +72,7 @@ def resume(arguments: argparse.Namespace) -> str:
     record = Study.open(study).record
     profile = Profile()
     with profile.clock(PREPARING), blaming_options(study):
-        again = search_again(study, record, changed, trust_code=arguments.trust_code)
+        again = recorded_search(study, record, changed, trust_code=arguments.trust_code)
     if callbacks := record.arguments.get("callbacks"):
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
@@ -83,7 +83,7 @@ def resume(arguments: argparse.Namespace) -> str:
 def _to_the_end(
     arguments: argparse.Namespace,
     file: str,
-    again: Again,
+    again: RecordedSearch,
     shown: Path,
     begin: float,
     profile: Profile,

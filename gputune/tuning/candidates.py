@@ -1,4 +1,4 @@
-"""The trials that a call wants: given, drawn, or asked for later; and those of them that its study lacks."""
+"""The trials that a call begins with: the default one, included and drawn ones; and those that its study lacks."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from gputune.tuning.problem import ModelChoice
 from gputune.types import DEFAULTS, Config
 
 
-def wanted_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
+def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
     """Draw the trials of this call: the default one, the included ones, the random ones."""
     return candidates(
         space,
@@ -23,7 +23,7 @@ def wanted_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[
         include_default=options.include_default,
         random_state=options.random_state,
         defaults=_defaults(choice, options),
-        drawn=_are_drawn(options),
+        drawn=_draws_at_once(options),
     )
 
 
@@ -35,39 +35,39 @@ def notes_on(
     return notes(trials, space, include_default=options.include_default, defaults=defaults)
 
 
-def add_trials(ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options) -> None:
+def add_missing(ledger: Ledger, trials: Sequence[Candidate], space: Space, options: Options) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
-    if _lacking(ledger, wanted, space, options):
+    if _missing(ledger, trials, space, options):
         with ledger.alone():  # another process may have added them meanwhile
-            ledger.add(_lacking(ledger, wanted, space, options))
+            ledger.add(_missing(ledger, trials, space, options))
 
 
 def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...]:
     """Return how the trials of a ledger are other than what this call asks for, a sentence each."""
-    if not _are_drawn(options):
+    if not _draws_at_once(options):
         return ()
     return remarks(
         ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default
     )
 
 
-def _lacking(
-    ledger: Ledger, wanted: Sequence[Candidate], space: Space, options: Options
+def _missing(
+    ledger: Ledger, trials: Sequence[Candidate], space: Space, options: Options
 ) -> Sequence[Candidate]:
     if not ledger.candidates:
-        return wanted
+        return trials
     known = [candidate.params for candidate in ledger.candidates]
     # The default configuration was another one where it was not yet held to the space: it runs once.
     origins = {"random"} | {c.origin for c in ledger.candidates if c.origin == "default"}
-    given = [c for c in wanted if c.origin not in origins and c.params not in known]
+    new = [c for c in trials if c.origin not in origins and c.params not in known]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
-    added = [replace(c, number=number + i) for i, c in enumerate(given)]
-    if not _are_drawn(options):
+    added = [replace(c, number=number + i) for i, c in enumerate(new)]
+    if not _draws_at_once(options):
         return added
     return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
 
 
-def _are_drawn(options: Options) -> bool:
+def _draws_at_once(options: Options) -> bool:
     """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
     return not isinstance(options.method, OptunaSampler)
 

@@ -57,12 +57,10 @@ def frozen_plans(
     kind: ModelKind,
     complete: Complete,
     make: Make,
-    alone: bool = False,
 ) -> list[FrozenPlan]:
     """Return the plans in which the ``waiting`` trials train, one for each number of threads.
 
-    What is in no frozen chunk is planned by ``make``, and frozen. Chunks are whole: they may hold trials with a result;
-    with ``alone`` only the waiting ones of each train.
+    What is in no frozen chunk is planned by ``make``, and frozen. Chunks are whole: they may hold trials with a result.
     """
     made: dict[int, Plan] = {}
 
@@ -72,19 +70,13 @@ def frozen_plans(
 
     chunks = ledger.chunks(waiting, stage, cut)
     numbers = {number for chunk in chunks for number in chunk.trials}
-    if alone:
-        numbers &= {trial.number for trial in waiting}
     trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
     configs = tuple(complete(trial.params) for trial in trials)
     plan = made[len(trials)] if len(trials) in made else make(configs)  # how many processes pay
     place = {trial.number: position for position, trial in enumerate(trials)}
     plans = []
     for threads in dict.fromkeys(chunk.threads for chunk in chunks):
-        part = {
-            tuple(place[n] for n in chunk.trials if n in place): chunk
-            for chunk in chunks
-            if chunk.threads == threads
-        }
+        part = {tuple(place[n] for n in chunk.trials): chunk for chunk in chunks if chunk.threads == threads}
         of_part = replace(
             plan,
             chunks=tuple(Population(kind, i, tuple(configs[p] for p in i)) for i in part),

@@ -55,7 +55,7 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
     os._exit(128 + number)
 
 
-def run_until_told(
+def run_until_signal(
     run: Callable[[], None], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> int | None:
     """Run a training; return the number of the signal that ended it early, None where none came."""

@@ -1,4 +1,4 @@
-"""The method of a search: what its word means, and how a study file holds it."""
+"""The words for the methods of a search, and how a study file holds one."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,33 +11,26 @@ from gputune.search.stopping import Halving, Median
 
 Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
 
+METHODS: Mapping[str, type[Halving] | type[Median] | type[Hypergradient]] = {
+    "halving": Halving,
+    "median": Median,
+    "hypergradient": Hypergradient,
+}
+"""The methods that a word names; "random" is another one, without options."""
+
 
 def check_method(method: Any) -> Method:
     """Return the search method of a word or of a value."""
-    words: dict[str, Method] = {
-        "random": "random",
-        "halving": Halving(),
-        "median": Median(),
-        "hypergradient": Hypergradient(),
-    }
-    if isinstance(method, str) and method in words:
-        return words[method]
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method]()
     if isinstance(method, Halving | Median | Hypergradient | OptunaSampler):
         return method
+    if method == "random":
+        return "random"
     raise InputError(
         "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...), "
         f"gputune.Hypergradient(...) or gputune.OptunaSampler(...), got {method!r}."
     )
-
-
-def method_meta(method: Method) -> str | dict[str, Any]:
-    """Return a method as a study file holds it."""
-    if isinstance(method, str):
-        return method
-    if isinstance(method, OptunaSampler):
-        halving = None if method.halving is None else asdict(method.halving)
-        return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
-    return {"name": method_name(method), **asdict(method)}
 
 
 def method_name(method: Method) -> str:
@@ -47,13 +40,20 @@ def method_name(method: Method) -> str:
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
-def method_again(meta: str | Mapping[str, Any]) -> Method:
-    """Return the method that ``method_meta`` wrote, for a refit; a sampler has no part in that."""
-    if isinstance(meta, str):
-        return check_method(meta)
-    if meta["name"] == "optuna":
+def method_to_json(method: Method) -> str | dict[str, Any]:
+    """Return a method as a study file holds it."""
+    if isinstance(method, str):
+        return method
+    if isinstance(method, OptunaSampler):
+        halving = None if method.halving is None else asdict(method.halving)
+        return {"name": "optuna", "sampler": type(method.sampler).__name__, "halving": halving}
+    return {"name": method_name(method), **asdict(method)}
+
+
+def method_from_json(value: str | Mapping[str, Any]) -> Method:
+    """Return the method that ``method_to_json`` wrote, for a refit; a sampler has no part in that."""
+    if isinstance(value, str):
+        return check_method(value)
+    if value["name"] == "optuna":
         return "random"
-    options = {key: value for key, value in meta.items() if key != "name"}
-    kinds = {"halving": Halving, "median": Median, "hypergradient": Hypergradient}
-    again: Method = kinds[meta["name"]](**options)
-    return again
+    return METHODS[value["name"]](**{key: option for key, option in value.items() if key != "name"})

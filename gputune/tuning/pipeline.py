@@ -2,11 +2,10 @@
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -37,20 +36,18 @@ from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.study.trusted import remember
 from gputune.text import count
-from gputune.tuning.candidates import add_trials, notes_on, remarks_on, wanted_trials
-from gputune.tuning.checkpoints import checkpoint_folder
+from gputune.tuning.candidates import add_missing, first_trials, notes_on, remarks_on
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
-from gputune.tuning.halving import check_halving, halve
-from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_told
-from gputune.tuning.median import check_median, stop_below_median
+from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_signal
 from gputune.tuning.method import method_name
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, Problem, make_problem
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import train_fully
-from gputune.tuning.record import search_record
+from gputune.tuning.record import checkpoint_folder, search_record
+from gputune.tuning.rungs import check_rungs, halve, stop_below_median
 from gputune.tuning.sampler import check_sampling, sample
 from gputune.tuning.trainer import Trainer
 from gputune.types import Backend
@@ -85,47 +82,38 @@ def search(
         problem = make_problem(source, options.task, choice, options.columns)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
-    _check_scoring_has_a_name(scoring, options)
     folds = _folds(problem, options)
     with profile.clock(PREPARING):
         data = _dataset(problem, folds, options, choice)
     check_folds(scoring, data)
-    wanted = wanted_trials(space, choice, options)
+    trials = first_trials(space, choice, options)
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
             trainer = _trainer(data, scoring, choice, options, stop, cluster)
-            trainer = replace(trainer, backend=_backend(trainer, options, choice, wanted, progress))
-        context = Context(
-            trainer, choice, options, progress, profile=profile, columns=problem.columns_in_words()
-        )
-        context.check_module(wanted[0].params if wanted else draw(space, 1, options.random_state)[0])
+            trainer = replace(trainer, backend=_backend(trainer, options, choice, trials, progress))
+        columns = problem.columns_in_words()
+        context = Context(trainer, choice, options, progress, profile=profile, columns=columns)
+        context.check_module(trials[0].params if trials else draw(space, 1, options.random_state)[0])
         _remember_what_runs(choice, options)
-        _check_method(wanted, space, context, problem.target.classes)
-        notes = notes_on(wanted, space, choice, options)
-        record = search_record(choice, problem, options, scoring, data, space, folds, notes)
+        _check_method(trials, space, context, problem.target.classes)
+        record = search_record(context, problem, space, folds, notes_on(trials, space, choice, options))
         _say_what_was_understood(problem, choice, progress, record.notes if say_notes else ())
-        if cluster is not None:
-            record = replace(record, device=cluster.device)
         context = replace(context, checkpoints=checkpoint_folder(options.study, record))
-        file: Path | None = options.study
+        make_study = partial(study_type.from_rows, record.to_json())
         with open_ledger(options.study, record) as ledger:
             ledger.on_wait = partial(_wait_on, stop, progress)
-            if not isinstance(options.method, str):
-                ledger.decide_alone(method_name(options.method))
-            add_trials(ledger, wanted, space, options)
-            if known := len(ledger.results):
-                progress.say(f"going on: {known} of {count(len(ledger.candidates), 'trial')} are finished")
-            for sentence in remarks_on(ledger, space, options):
-                progress.say(f"note: {sentence}")
-            products = matrix_products(tf32=options.tf32)
-            made = partial(study_type.from_rows, record.to_json())
-            with _with_callbacks(callbacks, ledger, made, file), profile.clock("training"), products:
-                told = run_until_told(lambda: _run(ledger, space, context), stop, signals, progress.say)
+            _add_trials(ledger, trials, space, context)
+            signal_number = _train(ledger, space, context, callbacks, make_study, signals)
             context.tidy(ledger)
     refitted = replace(options, callbacks=())  # a refit calls none
-    study = made(ledger.rows(), data=(choice, replace(source, original=None), refitted), file=file)
-    if told is not None:
-        raise SearchInterrupted(interrupted_words(study, options.study), study=study, signal=told)
+    data_of_refit = choice, replace(source, original=None), refitted
+    return _checked(make_study(ledger.rows(), data=data_of_refit, file=options.study), signal_number)
+
+
+def _checked(study: AnyStudy, signal_number: int | None) -> AnyStudy:
+    """Return the study of a search that has ended by itself; raise what a caller has to hear of another one."""
+    if signal_number is not None:
+        raise SearchInterrupted(interrupted_words(study, study.file), study=study, signal=signal_number)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study
@@ -140,17 +128,36 @@ def _wait_on(stop: Stop, progress: Progress, words: str) -> None:
         raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
 
 
-@contextmanager
-def _with_callbacks(
-    callbacks: Callbacks, ledger: Ledger, study_of: Callable[..., Study], file: Path | None
-) -> Iterator[None]:
-    """Tell callbacks of the start, of what is finished inside, and of the end, however it comes."""
-    ledger.on_finish = lambda rows: callbacks.trials_end(study_of(rows))
-    callbacks.study_start(study_of(ledger.rows(), file=file))
+def _add_trials(ledger: Ledger, trials: Sequence[Candidate], space: Space, context: Context) -> None:
+    """Add the trials that the ledger lacks, and say what is known of it."""
+    options, progress = context.options, context.progress
+    if not isinstance(options.method, str):
+        ledger.decide_alone(method_name(options.method))
+    add_missing(ledger, trials, space, options)
+    if finished := len(ledger.results):
+        progress.say(f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished")
+    for sentence in remarks_on(ledger, space, options):
+        progress.say(f"note: {sentence}")
+
+
+def _train(
+    ledger: Ledger,
+    space: Space,
+    context: Context,
+    callbacks: Callbacks,
+    make_study: Callable[..., Study],
+    signals: Sequence[int],
+) -> int | None:
+    """Train what waits, and tell the callbacks; return the number of the signal that ended it early."""
+    options = context.options
+    ledger.on_finish = lambda rows: callbacks.trials_end(make_study(rows))
+    callbacks.study_start(make_study(ledger.rows(), file=options.study))
     try:
-        yield
+        with context.profile.clock("training"), matrix_products(tf32=options.tf32):
+            run = partial(_run_method, ledger, space, context)
+            return run_until_signal(run, context.trainer.stop, signals, context.progress.say)
     finally:
-        callbacks.study_end(study_of(ledger.rows(), file=file))
+        callbacks.study_end(make_study(ledger.rows(), file=options.study))
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:
@@ -195,27 +202,22 @@ def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[Ra
 
 
 def _backend(
-    trainer: Trainer,
-    options: Options,
-    choice: ModelChoice,
-    wanted: Sequence[Candidate],
-    progress: Progress,
+    trainer: Trainer, options: Options, choice: ModelChoice, trials: Sequence[Candidate], progress: Progress
 ) -> Backend:
     """Return how chunks train, and say where it is slower than it could be, or not what was asked for."""
-    word = options.backend
-    if choice.solved or (choice.kind == "module" and word == "auto"):
+    if choice.solved or (choice.kind == "module" and options.backend == "auto"):
         return "eager"
     device = trainer.data.device if trainer.cluster is None else torch.device(trainer.cluster.device)
-    backend, why = choose_backend(word, device, trainer.data.dtype)
-    asked: Backend = "graph" if word == "graph" else "compiled"
-    configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in wanted)
-    known = not wanted or any(trains_as(asked, choice.kind, config) == asked for config in configs)
-    if why and known:
+    backend, why = choose_backend(options.backend, device, trainer.data.dtype)
+    fast: Backend = "graph" if options.backend == "graph" else "compiled"
+    configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in trials)
+    some_fast = not trials or any(trains_as(fast, choice.kind, config) == fast for config in configs)
+    if why and some_fast:
         progress.say(f"note: trials train eagerly, slower than compiled ones: {why}")
-    if word in ("compiled", "graph") and not known:
+    if options.backend in ("compiled", "graph") and not some_fast:
         progress.say(
-            f"note: all trials train eagerly: backend={word!r} knows MLPs and linear models with sgd, nesterov, "
-            "adam or adamw"
+            f"note: all trials train eagerly: backend={options.backend!r} knows MLPs and linear models with sgd, "
+            "nesterov, adam or adamw"
         )
     return "eager" if choice.kind == "module" else backend
 
@@ -244,21 +246,19 @@ def _trainer(
 
 
 def _check_method(
-    wanted: Sequence[Candidate], space: Space, context: Context, labels: np.ndarray | None
+    trials: Sequence[Candidate], space: Space, context: Context, labels: np.ndarray | None
 ) -> None:
     """Refuse what the method cannot do before a study file is made."""
     match context.options.method:
         case Hypergradient() as method:
-            check_descent(method, wanted, context, labels)
-        case Halving() as method:
-            check_halving(method, context)
-        case Median() as method:
-            check_median(method, context)
+            check_descent(method, trials, context, labels)
+        case Halving() | Median() as method:
+            check_rungs(method, context)
         case OptunaSampler() as method:
             check_sampling(method, space, context)
 
 
-def _run(ledger: Ledger, space: Space, context: Context) -> None:
+def _run_method(ledger: Ledger, space: Space, context: Context) -> None:
     """Train the trials of the ledger as the method has it."""
     match context.options.method:
         case Hypergradient() as method:
@@ -274,20 +274,20 @@ def _run(ledger: Ledger, space: Space, context: Context) -> None:
 
 
 def _scoring(options: Options, problem: Problem) -> Scoring:
-    """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends."""
+    """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends.
+
+    Raises InputError for a scorer that a study could not tell from another one later.
+    """
     target = problem.target
     if options.scoring is None and isinstance(options.method, Hypergradient):
         return loss_scoring(target.task, target.classes, options.positive)
-    return make_scoring(options.scoring, target.task, target.classes, options.positive)
-
-
-def _check_scoring_has_a_name(scoring: Scoring, options: Options) -> None:
-    """Refuse to keep a study whose scorer could not be told from another one later."""
+    scoring = make_scoring(options.scoring, target.task, target.classes, options.positive)
     if options.study is not None and ("<lambda>" in scoring.name or "<locals>" in scoring.name):
         raise InputError(
             f"scoring={scoring.name!r} has no name by which study={str(options.study)!r} could know it again; define "
             "it with def at the top of a module, or leave study out."
         )
+    return scoring
 
 
 def _checked_space(choice: ModelChoice, options: Options) -> Space:

@@ -74,7 +74,7 @@ def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
     return ModelChoice(searched, optimizer, module_class)
 
 
-def choose_again(spec: dict[str, Any], optimizer: str, *, trust_code: bool) -> ModelChoice:
+def recorded_model(spec: dict[str, Any], optimizer: str, *, trust_code: bool) -> ModelChoice:
     """Return the choice that a study stored.
 
     Raises InputError where a user's class is gone or has changed, UntrustedCodeError where its code is not trusted.

@@ -1,21 +1,25 @@
 """Every trial trained to the end (or solved), in the order that suits the machine: what random search does."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from gputune.engine.backend import on_threads
-from gputune.engine.job import Job, Outcome
+from gputune.engine.checkpoint import Checkpoint
+from gputune.engine.job import BegunChunk, Job, Outcome
 from gputune.engine.memory import GivenUp
+from gputune.engine.plan import Plan
+from gputune.engine.population import Population
 from gputune.solver.job import solve_chunk
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
-from gputune.tuning.checkpoints import with_begun
 from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
 from gputune.tuning.options import Options
+from gputune.types import Config
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
@@ -56,7 +60,7 @@ def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
     numbers = [trial.number for trial in frozen.trials]
-    plan = with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
+    plan = _with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
     context.progress.plan(plan)
     checkpointing = context.checkpointing(numbers)
     job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing)
@@ -110,3 +114,34 @@ def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Opti
     state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule=options.epoch)
     share = outcome.seconds / len(outcome.index)
     return Result(trial.number, state, score, fold_scores, best_epoch, share, curve)
+
+
+def _with_begun(
+    plan: Plan, found: Sequence[Checkpoint], numbers: Sequence[int], configs: Sequence[Config]
+) -> Plan:
+    """Return a plan whose chunks go on from checkpoints: these come first, in their old company, for the same bits.
+
+    ``numbers`` are those of the plan's trials; a checkpoint with a trial that is not among them is left out.
+    """
+    place = {number: i for i, number in enumerate(numbers)}
+    begun: list[Population] = []
+    taken: set[int] = set()
+    kind = plan.chunks[0].kind
+    for one in found:
+        index = tuple(place.get(number, -1) for number in one.trials)
+        if min(index) < 0 or taken & set(index):
+            continue
+        taken |= set(index)
+        own = tuple(configs[i] for i in index)
+        begun.append(BegunChunk(kind, index, own, one.state, one.alive, one.curves, one.seconds))
+    rest = [_without(chunk, taken) for chunk in plan.chunks]
+    return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
+
+
+def _without(chunk: Population, taken: set[int]) -> Population:
+    stays = [c for c, i in enumerate(chunk.index) if i not in taken]
+    if len(stays) == len(chunk.index):
+        return chunk
+    return Population(
+        chunk.kind, tuple(chunk.index[c] for c in stays), tuple(chunk.configs[c] for c in stays)
+    )

@@ -1,40 +1,39 @@
-"""The record of a search made from its options, and its options made from the record, for a resume and a refit."""
+"""The record of a search, made from its options; and the search made from its record, for a resume and a refit."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sklearn
 import torch
 
-from gputune.data.dataset import Dataset, Rows, pack_folds
-from gputune.data.source import Source, digest_of, fingerprint
-from gputune.engine.scoring import Scoring
-from gputune.errors import InputError
+from gputune.data.dataset import Rows, pack_folds, unpack_folds
+from gputune.data.source import Source, digest_of, fingerprint, read_apart, rows_difference, table_size
+from gputune.engine.checkpoint import CheckpointFolder
+from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
 from gputune.search.distributions import described
 from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.space import Space, space_text, space_to_json
+from gputune.search.space import Space, space_from_json, space_text, space_to_json
 from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
-from gputune.tuning.method import method_again, method_meta
+from gputune.study.trusted import is_remembered
+from gputune.tuning.context import Context
+from gputune.tuning.method import method_from_json, method_to_json
 from gputune.tuning.options import KEPT, RULES, Options
-from gputune.tuning.problem import ModelChoice, Problem
+from gputune.tuning.problem import ModelChoice, Problem, make_problem, recorded_model
 from gputune.version import __version__
 
 
 def search_record(
-    choice: ModelChoice,
-    problem: Problem,
-    options: Options,
-    scoring: Scoring,
-    data: Dataset,
-    space: Space,
-    folds: list[Rows],
-    notes: Sequence[str],
+    context: Context, problem: Problem, space: Space, folds: list[Rows], notes: Sequence[str]
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
+    choice, options, data, scoring = context.choice, context.options, context.data, context.scoring
+    cluster = context.trainer.cluster
     classes = None if problem.target.classes is None else problem.target.classes.tolist()
     return SearchRecord(
         model=choice.name,
@@ -43,7 +42,7 @@ def search_record(
         schedule=options.schedule,
         space=space_text(space),
         distributions=_distributions(space),
-        method=method_meta(options.method),
+        method=method_to_json(options.method),
         task=problem.target.task,
         target=problem.target.name,
         classes=classes,
@@ -64,7 +63,7 @@ def search_record(
         max_epochs=1 if choice.solved else options.max_epochs,
         seed=options.random_state,
         dtype=str(data.dtype).removeprefix("torch."),
-        device=str(data.device),
+        device=str(data.device) if cluster is None else cluster.device,
         versions=versions(),
         arguments=_arguments(options, problem.source, space, folds),
     )
@@ -104,17 +103,13 @@ def recorded_options(record: SearchRecord, **changed: Any) -> Options:
     known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in RULES}
     kept = record.arguments.get("kept", {})
     known |= {name: kept[name] for name in KEPT if name in kept}
-    return Options(**{**known, "method": method_again(record.method), **changed})
+    return Options(**{**known, "method": method_from_json(record.method), **changed})
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a study was searched with."""
-    return {
-        "gputune": __version__,
-        "torch": torch.__version__,
-        "sklearn": sklearn.__version__,
-        "numpy": np.__version__,
-    }
+    modules = {"torch": torch, "sklearn": sklearn, "numpy": np}
+    return {"gputune": __version__, **{name: module.__version__ for name, module in modules.items()}}
 
 
 def _distributions(space: Space) -> dict[str, Any]:
@@ -130,3 +125,94 @@ def _is_storable(value: Any) -> bool:
     except InputError:
         return False
     return True
+
+
+def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFolder | None:
+    """Return the folder of a study's checkpoints, ``study.db.state`` beside ``study.db``; None without a study."""
+    if study is None:
+        return None
+    values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
+    text = to_json(values, name="checkpoint")
+    return CheckpointFolder(Path(f"{study}.state"), hashlib.sha256(text.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class RecordedSearch:
+    """A search as it was begun; ``test`` are the rows that it held out, if it did."""
+
+    choice: ModelChoice
+    source: Source
+    test: Source | None
+    options: Options
+
+
+def recorded_search(
+    path: Path, record: SearchRecord, changed: dict[str, Any], *, trust_code: bool = False
+) -> RecordedSearch:
+    """Return the search of a study file, with some of its options ``changed``.
+
+    Raises InputError, saying what is missing or has changed, and UntrustedCodeError where it names code, or a cluster,
+    that this user has not trained with.
+    """
+    if record.face == "sklearn":
+        raise InputError(
+            f"study {str(path)!r} is of {record.method}, which searched scikit-learn's estimators: a search of that "
+            "face is not resumed."
+        )
+    if record.lost or {"arguments", "source"} & record.absent:
+        raise InputError(
+            f"study {str(path)!r} has lost options of its search and cannot go on; search again, into another "
+            "folder. `gputune trials` shows what it holds."
+        )
+    arguments = record.arguments
+    if arguments["lacking"]:
+        raise InputError(
+            f"study {str(path)!r} does not hold: {'; '.join(arguments['lacking'])}. Repeat the call of "
+            f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
+        )
+    study = path.absolute()  # wherever a module of the user's goes meanwhile
+    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
+    source, test = _reread(record, choice)
+    workers = {**arguments["kept"], **changed}.get("workers", "auto")
+    if isinstance(workers, dict):
+        workers = _cluster(Ray(**workers), trust_code)
+    space, folds = space_from_json(arguments["space"]), unpack_folds(arguments["folds"])
+    options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
+    return RecordedSearch(choice, source, test, options)
+
+
+def _cluster(named: Ray, trust_code: bool) -> Ray:
+    """Return the cluster that a file names: one elsewhere gets the rows, and answers in pickles, which are code."""
+    if not trust_code and named.is_elsewhere and not is_remembered(named.address):
+        raise UntrustedCodeError(
+            f"the study names the Ray cluster {named.address!r}, which would get its rows and could run code here, and "
+            "which you have not trained on from this machine."
+        )
+    return named
+
+
+def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source | None]:
+    """Return the rows of a search, read again from its file, and those that it held out."""
+    assert record.source is not None  # rows in memory are lacking
+    origin = record.source
+    try:
+        source, test = read_apart(origin)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "
+            "its new place."
+        ) from error
+    found = fingerprint(source.X, make_problem(source, record.task, choice).target)
+    if found != record.fingerprint:
+        sizes = table_size(record.fingerprint, origin), table_size(found, source.origin)
+        raise InputError(
+            f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
+            f"({rows_difference(*sizes)}); restore the file."
+        )
+    held, now = origin.get("held_out"), (source.origin or {}).get("held_out")
+    if held is not None and held != now:
+        raise InputError(
+            f"the search cannot go on: the rows of {origin['path']!r} that were held out have changed since it was "
+            "begun; restore the file."
+        )
+    return source, test

@@ -22,7 +22,7 @@ from gputune.study.model import TunedModel
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
 from gputune.tuning.options import Options
-from gputune.tuning.problem import DTYPES, ModelChoice, Problem, choose_again, make_problem
+from gputune.tuning.problem import DTYPES, ModelChoice, Problem, make_problem, recorded_model
 from gputune.tuning.record import recorded_options
 from gputune.tuning.trainer import Trainer
 from gputune.types import Backend, Config
@@ -96,7 +96,7 @@ def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoi
             "returned, in the same process."
         )
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
-    choice = choose_again(dict(record.spec), record.optimizer, trust_code=trust_code)
+    choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     return choice, _reread(study, X, y), options
 
 

@@ -6,11 +6,11 @@ from itertools import groupby
 from gputune.search.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
 from gputune.search.random import n_counted
 from gputune.search.space import Space
-from gputune.study.ledger import Cut, Ledger
-from gputune.study.store import Candidate, Chunk, Result
+from gputune.study.ledger import Ledger
+from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context
-from gputune.tuning.halving import check_halving, halve
 from gputune.tuning.random import train_fully
+from gputune.tuning.rungs import check_rungs, halve
 
 _BATCH = "batch "
 """Origin of a trial that was asked for, before the number of its batch."""
@@ -20,7 +20,7 @@ def check_sampling(method: OptunaSampler, space: Space, context: Context) -> Non
     """Raise InputError where the sampler cannot be asked for this space, before anything is kept or trained."""
     check_askable(space)
     if method.halving is not None:
-        check_halving(method.halving, context)
+        check_rungs(method.halving, context)
 
 
 def sample(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> None:
@@ -76,7 +76,7 @@ def _train(ledger: Ledger, method: OptunaSampler, context: Context) -> None:
 class _Batch(Ledger):
     """The trials of one batch as a ledger of their own, so that they are halved among themselves.
 
-    Its chunks are frozen in the plan of the whole, and its results are kept there.
+    Its results are kept in the whole.
     """
 
     def __init__(self, whole: Ledger, batch: int) -> None:
@@ -84,12 +84,7 @@ class _Batch(Ledger):
         self.whole = whole
         self.candidates = [c for c in whole.candidates if _batch_of(c) == batch]
         numbers = {c.number for c in self.candidates}
-        self.plan = [chunk for chunk in whole.plan if not numbers.isdisjoint(chunk.trials)]
         self.results = {number: whole.results[number] for number in numbers & whole.results.keys()}
-
-    def chunks(self, trials: Sequence[Candidate], stage: int, cut: Cut) -> list[Chunk]:
-        """Return the frozen chunks of a stage that hold these trials, new ones where there are none."""
-        return self.whole.chunks(trials, stage, cut)
 
     def finish(self, results: Sequence[Result]) -> None:
         """Keep the results in the whole ledger."""

@@ -12,7 +12,7 @@ import gputune
 from command_line import FAST, run
 from gputune.errors import MissingExtraError
 from gputune.executors import ray_connection
-from gputune.tuning.resume import search_again
+from gputune.tuning.record import recorded_search
 from moments import at_finish, environment
 from study_processes import done, table
 
@@ -139,7 +139,7 @@ def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     assert 2 <= done(path) < 12
     monkeypatch.chdir(tmp_path)
     record = gputune.Study.open(path).record
-    assert search_again(path, record, {}).options.workers == gputune.Ray("local")
+    assert recorded_search(path, record, {}).options.workers == gputune.Ray("local")
     code, _, err = run("resume", "out", "-q", "--workers", "1")  # it would go on with Ray, but may go on here
     assert code == 0, err
     assert run("tune", "sklearn:iris", *options, "--workers", "1", "--out", "whole")[0] == 0

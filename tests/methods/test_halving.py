@@ -14,7 +14,7 @@ import gputune
 from gputune.engine.rung import Parking
 from gputune.errors import InputError
 from gputune.study.store import Candidate, Store
-from gputune.tuning import halving, rungs
+from gputune.tuning import rungs
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
 
@@ -95,12 +95,10 @@ def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket(monk
     """At the first rung those of the first bracket are judged, by their numbers and not by their places."""
     method, kept = gputune.Halving(min_epochs=1, brackets=3), [n for n in range(13) if n != 3]
     ledger = SimpleNamespace(candidates=[Candidate(n, {}, "random") for n in kept])
-    monkeypatch.setattr(
-        halving, "train_in_rungs", lambda ledger, stops, send_away, context: asked.append(send_away)
-    )
-    asked = []
-    halving.halve(ledger, method, SimpleNamespace(epochs=9))
-    away = asked[0](1, {n: np.full((1, 2), float(n)) for n in kept})
+    rules = []
+    monkeypatch.setattr(rungs, "train_in_rungs", lambda ledger, stops, rule, context: rules.append(rule))
+    rungs.halve(ledger, method, SimpleNamespace(epochs=9))
+    away = rules[0](1, {n: np.full((1, 2), float(n)) for n in kept})
     first = [n for n in kept if method.brackets_of(13, 9)[n] == 0]
     assert away == set(first[: -(len(first) // 3)]) and first != [
         n for n, bracket in zip(kept, method.brackets_of(12, 9)) if bracket == 0

@@ -8,7 +8,7 @@ import gputune
 from command_line import FAST, run
 from gputune.errors import InputError
 from gputune.search.stopping import below_the_median
-from gputune.tuning.method import method_again, method_meta
+from gputune.tuning.method import method_from_json, method_to_json
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20]}
 COMMON = {"space": SPACE, "n_trials": 18, "max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
@@ -57,7 +57,7 @@ def test_few_trials_all_stay(iris):
 
 
 def test_a_study_keeps_its_options(iris, tmp_path):
-    assert method_again(method_meta(METHOD)) == METHOD
+    assert method_from_json(method_to_json(METHOD)) == METHOD
     path = tmp_path / "s.db"
     gputune.tune("mlp", *iris, method=METHOD, study=path, **COMMON)
     with pytest.raises(InputError, match="holds another search, which differs from this call in: method"):

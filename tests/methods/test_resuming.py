@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import suppress
 
+import numpy as np
 import pytest
 from scipy.stats import loguniform
 from sklearn.datasets import load_iris
@@ -20,22 +21,37 @@ from gputune.engine.compiled import CompiledChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import InputError
 
-SPACE = {
+COMPILED = {
     "lr": loguniform(1e-4, 0.1), "batch_size": [8, 16], "width": [8, 16], "dropout": [0.0, 0.1],
-    "optimizer": ["adamw", "sgd", "adamhd"],
+    "optimizer": ["adamw", "sgd"],
 }  # fmt: skip
+SPACE = COMPILED | {"optimizer": ["adamw", "sgd", "adamhd"]}  # adamhd is not compiled
 COMMON = {"space": SPACE, "n_trials": 10, "cv": 3, "max_epochs": 27, "verbose": 0, "workers": 1}
 METHODS = {
-    "random": "random",
-    "halving": gputune.Halving(min_epochs=3),
-    "brackets": gputune.Halving(min_epochs=1, brackets=3),
-    "median": gputune.Median(min_epochs=3, every=4),
+    "random": {},
+    "halving": {"method": gputune.Halving(min_epochs=3), "space": COMPILED},
+    "brackets": {"method": gputune.Halving(min_epochs=1, brackets=3), "space": COMPILED},
+    "median": {"method": gputune.Median(min_epochs=3, every=4), "space": COMPILED},
 }
 
 
 @pytest.fixture(scope="module")
 def whole(iris):
-    return {name: gputune.tune("mlp", *iris, method=method, **COMMON) for name, method in METHODS.items()}
+    """The searches that nothing stops."""
+    return {name: gputune.tune("mlp", *iris, **COMMON | call) for name, call in METHODS.items()}
+
+
+@pytest.fixture(scope="module")
+def epochs(iris):
+    """The epochs that each of the searches trains."""
+
+    def count(call):
+        with pytest.MonkeyPatch.context() as patch:
+            total = Dies(patch)
+            gputune.tune("mlp", *iris, **COMMON | call)
+        return total.epochs
+
+    return {name: count(call) for name, call in METHODS.items()}
 
 
 def assert_same(found, whole):
@@ -46,14 +62,16 @@ def assert_same(found, whole):
 
 
 class Dies:
-    """A job whose process is lost at the n-th epoch of all chunks; counts the epochs that are trained."""
+    """A job whose process is lost at the n-th epoch of all chunks; ``epochs`` and ``trials`` are those that train."""
 
     def __init__(self, monkeypatch, at=None):
-        self.epochs, self.at = 0, at
+        self.epochs, self.at, self.trials = 0, at, set()
         advance = chunks._Watch.__call__
 
         def watched(watch, trained):
             self.epochs += 1
+            if (checkpointing := watch.job.checkpointing) is not None:
+                self.trials |= {checkpointing.numbers[i] for i in watch.chunk.index}
             over = advance(watch, trained)
             if self.epochs == self.at:
                 raise RuntimeError("lost")
@@ -63,12 +81,9 @@ class Dies:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("at", [1, 7, 45])
-def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypatch, method, at):
-    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
-    with monkeypatch.context() as patch:
-        total = Dies(patch)
-        gputune.tune("mlp", *iris, **{**call, "study": None})
+@pytest.mark.parametrize("at", [1, 7, 40])
+def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypatch, epochs, method, at):
+    call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
     with monkeypatch.context() as patch:
         # An interval of twenty writes would leave most epochs out here, where an epoch takes milliseconds.
         patch.setattr("gputune.engine.checkpoint._WRITING_SHARE", 0)
@@ -80,14 +95,27 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
     assert (kept or first_rung) and all(file.suffix == ".safetensors" for file in kept)
     with monkeypatch.context() as patch:
         again = Dies(patch)
-        found = gputune.tune("mlp", *iris, **call)
-    if method == "random":
-        assert_same(found, whole[method])
-        assert again.epochs <= total.epochs - at + 1
-    else:  # the trials of a lost rung are grouped as they were
-        assert_same(found, whole[method])
-        assert again.epochs < total.epochs + first_rung
+        assert_same(gputune.tune("mlp", *iris, **call), whole[method])
+    assert again.epochs <= epochs[method] - (at - 1 if method == "random" else not first_rung)
     assert not (tmp_path / "s.db.state").exists()
+
+
+@pytest.mark.parametrize("method", ["halving", "median"])
+def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(iris, tmp_path, monkeypatch, method):
+    call = {**COMMON, **METHODS[method], "backend": "eager", "space": SPACE}
+    whole = gputune.tune("mlp", *iris, **call)
+    call |= {"study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        Dies(patch, 45)
+        gputune.tune("mlp", *iris, **call)
+    states = {trial.number: trial.state for trial in gputune.Study.open(tmp_path / "s.db").trials}
+    waiting = {number for number, state in states.items() if state == "waiting"}
+    with monkeypatch.context() as patch:
+        again = Dies(patch)
+        found = gputune.tune("mlp", *iris, **call)
+    assert again.trials == waiting < states.keys()
+    np.testing.assert_allclose(found.curves, whole.curves, atol=2e-6)
+    assert [trial.state for trial in found.trials] == [trial.state for trial in whole.trials]
 
 
 def told_time(monkeypatch, *, epoch, writing):
@@ -117,7 +145,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
     call = {
         **COMMON,
         "space": space,
-        "method": METHODS[method],
+        "method": METHODS[method].get("method", "random"),
         "checkpoint_seconds": 7.0,
         "backend": "eager",
     }
@@ -142,7 +170,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkeypatch, method):
-    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db"}
+    call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db"}
     epochs, found, advance = [0], [], chunks._Watch.__call__
 
     def watched(watch, trained):
@@ -306,7 +334,7 @@ def test_a_clock_that_jumps_changes_nothing(iris, whole, tmp_path, monkeypatch, 
     """The time of day goes back and forth by years: deadlines, checkpoints and claims do not read it."""
     jumps = itertools.cycle([0.0, 4e9, 1.0])
     monkeypatch.setattr(time, "time", lambda: next(jumps))
-    call = {"method": METHODS[method], **COMMON, "study": tmp_path / "s.db", "timeout": 600.0}
+    call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db", "timeout": 600.0}
     with monkeypatch.context() as patch:
         Dies(patch, 20)
         with pytest.raises(RuntimeError, match="lost"):

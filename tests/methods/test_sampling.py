@@ -206,16 +206,15 @@ def test_a_stopped_search_that_halves_its_batches_goes_on_as_well(tmp_path, monk
     assert [t.state for t in resumed.trials] == [t.state for t in whole.trials]
 
 
-@pytest.mark.parametrize("halving", [None, gputune.Halving(min_epochs=1)])
-def test_each_batch_freezes_chunks_of_its_own(halving, tmp_path):
+def test_each_batch_freezes_chunks_of_its_own(tmp_path):
     path = tmp_path / "study.db"
-    study = tune(tpe(), halving=halving, study=path)
+    study = tune(tpe(), study=path)
     with Store.open(path) as store:
         plan = store.plan()
     origins = [trial.origin for trial in study.trials]
     assert [chunk.number for chunk in plan] == list(range(len(plan)))
     assert all(len({origins[n] for n in chunk.trials}) == 1 for chunk in plan)
-    assert {chunk.stage for chunk in plan} == ({0} if halving is None else {0, 1})
+    assert {chunk.stage for chunk in plan} == {0}
     assert sorted(n for chunk in plan if chunk.stage == 0 for n in chunk.trials) == list(range(10))
 
 

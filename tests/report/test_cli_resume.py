@@ -23,7 +23,7 @@ from gputune.study.store import Store
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import _remember_what_runs
 from gputune.tuning.problem import choose_model
-from gputune.tuning.resume import search_again
+from gputune.tuning.record import recorded_search
 from moments import at_finish
 from study_processes import done, table
 
@@ -84,7 +84,7 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
 def test_checkpoints_stay_as_far_apart_as_they_were(bugs):
     assert run("tune", bugs, "--target", "kind", *SMALL, "--checkpoint-seconds", "7")[0] == 0
     path = bugs.parent / "gputune-out" / "study.db"
-    assert search_again(path, gputune.Study.open(path).record, {}).options.checkpoint_seconds == 7
+    assert recorded_search(path, gputune.Study.open(path).record, {}).options.checkpoint_seconds == 7
 
 
 def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
@@ -201,11 +201,11 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
             with pytest.raises(
                 gputune.InputError, match="names the Ray cluster 'ray://10.0.0.1:10001', which would get"
             ):
-                search_again(Path("my.db"), record, {})
-            assert search_again(Path("my.db"), record, {}, trust_code=True).options.workers == wanted
-            assert search_again(Path("my.db"), record, {"workers": 1}).options.workers == 1
+                recorded_search(Path("my.db"), record, {})
+            assert recorded_search(Path("my.db"), record, {}, trust_code=True).options.workers == wanted
+            assert recorded_search(Path("my.db"), record, {"workers": 1}).options.workers == 1
             _remember_what_runs(choose_model("mlp", None), Options(workers=wanted))
-        assert search_again(Path("my.db"), record, {}).options.workers == wanted
+        assert recorded_search(Path("my.db"), record, {}).options.workers == wanted
 
 
 def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
