@@ -100,7 +100,7 @@ def write_text(path: Path, text: str) -> None:
     place = path.resolve()
     if not place.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    write_files(place.parent, {place.name: content}, prefix=".model")
+    write_files(place.parent, {place.name: content}, prefix=".draft")
 
 
 def flush(path: Path) -> None:

@@ -18,7 +18,7 @@ from gputune.report.page import check_place, write_page
 from gputune.scratch import write_text
 from gputune.study.export import description
 from gputune.study.model import load_model
-from gputune.study.model_folder import DESCRIPTION, blaming, read_description
+from gputune.study.model_files import DESCRIPTION, blaming, read_description
 from gputune.study.record import has_form
 from gputune.study.study import Study
 from gputune.text import count, is_formula

@@ -1,15 +1,13 @@
-"""A tuned model as one torch module, from the numbers of a row to its answer: what an export writes.
-
-A tuned model written as one file that runs without gputune: ONNX, or PyTorch's own exported program.
-"""
+"""A tuned model written as one file that runs without gputune: ONNX, or PyTorch's own exported program."""
 
 import copy
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,11 @@ from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
 from gputune.extras import import_extra
 from gputune.scratch import scratch_folder
-from gputune.study.content import ModelContent
+from gputune.study.model_files import ModelContent
 from gputune.version import __version__
 
-CLASS_OUTPUTS, VALUE_OUTPUTS = ("label", "probabilities"), ("prediction",)
+METADATA = "gputune.json"
+"""Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
 
 
 class WholeModel(nn.Module):
@@ -93,10 +92,11 @@ class WholeModel(nn.Module):
 
 def _copy(module: nn.Module) -> nn.Module:
     """Return a deep copy; activations that a forward kept lose their graph, with which torch does not copy them."""
-    held = [value for part in module.modules() for value in vars(part).values()]
-    held += [member for value in held if isinstance(value, dict) for member in value.values()]
-    held += [member for value in held if isinstance(value, list) for member in value]
-    return copy.deepcopy(module, {id(v): v.detach() for v in held if isinstance(v, Tensor) and not v.is_leaf})
+    values = [value for part in module.modules() for value in vars(part).values()]
+    values += [member for value in values if isinstance(value, dict) for member in value.values()]
+    values += [member for value in values if isinstance(value, list) for member in value]
+    graphs = [value for value in values if isinstance(value, Tensor) and not value.is_leaf]
+    return copy.deepcopy(module, {id(value): value.detach() for value in graphs})
 
 
 def takes_columns(model: ModelContent) -> bool:
@@ -123,24 +123,17 @@ def description(model: ModelContent) -> dict[str, Any]:
         "inputs": "columns" if columns else "features",
         "names": list(names),
         "columns": [column.to_json() for column in model.layout.columns],
-        "outputs": list(CLASS_OUTPUTS if model.classes is not None else VALUE_OUTPUTS),
+        "outputs": ["label", "probabilities"] if model.classes is not None else ["prediction"],
         "task": model.task,
         "target": model.target,
         "classes": None if model.classes is None else model.classes.tolist(),
     }
 
 
-METADATA = "gputune.json"
-"""Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
-
-
 def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     """Write the model to a new file, ``.onnx`` or ``.pt2``; see ``TunedModel.export``."""
     path = Path(path)
-    writers: dict[str, Callable[[WholeModel, torch.Tensor, str, Path], None]] = {
-        ".onnx": _write_onnx,
-        ".pt2": _write_program,
-    }
+    writers = {".onnx": _write_onnx, ".pt2": _write_program}
     if path.suffix not in writers:
         raise InputError(f"export(path={str(path)!r}) must end in .onnx or .pt2; choose one of them.")
     if path.exists():
@@ -154,37 +147,34 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     if path.suffix == ".onnx":
         for needed in ("onnx", "onnxscript"):
             import_extra(needed, extra="onnx", used_by=f"export({path.name!r})")
-    whole = WholeModel(model).eval()
-    text = json.dumps({"format": "gputune export", "gputune": __version__, **description(model)})
+    whole, known = WholeModel(model).eval(), description(model)
     # Two rows, since PyTorch takes a size of one for a constant.
-    example = torch.zeros(2, len(json.loads(text)["names"]), dtype=torch.float64)
+    example = torch.zeros(2, len(known["names"]), dtype=torch.float64)
+    text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
-        with _quiet(), torch.no_grad():
-            _exporting(writers[path.suffix], model, whole, example, text, draft)
+        with (
+            _quiet(),
+            torch.no_grad(),
+            _in_words(f"{type(model.module).__name__} cannot be exported to {path.suffix}"),
+        ):
+            writers[path.suffix](whole, example, text, draft)
         os.replace(draft, path)
 
 
-def _exporting(
-    write: Callable[[WholeModel, torch.Tensor, str, Path], None],
-    model: ModelContent,
-    whole: WholeModel,
-    example: torch.Tensor,
-    text: str,
-    draft: Path,
-) -> None:
-    """Write, with what the tracing of a user's module may raise put into words."""
-    name = type(model.module).__name__
+@contextmanager
+def _in_words(failure: str) -> Iterator[None]:
+    """Put into words what the tracing of a user's module may raise."""
     try:
-        write(whole, example, text, draft)
+        yield
     except OSError:
         raise
     except Exception as error:  # torch.export raises anything, its own and the module's
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise InputError(
-            f"{name} cannot be exported to {draft.suffix}: {type(cause).__name__}: {reason.strip()} Its forward() must "
-            "be one that torch.export can trace for any number of rows; save() keeps the model as it is."
+            f"{failure}: {type(cause).__name__}: {reason.strip()} Its forward() must be one that torch.export can "
+            "trace for any number of rows; save() keeps the model as it is."
         ) from error
 
 
@@ -202,19 +192,9 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _write_onnx(whole: WholeModel, example: torch.Tensor, text: str, draft: Path) -> None:
-    program = _onnx_program(whole, example, text)
-    # GELU's error function: ONNX Runtime has none for doubles on a CPU.
-    if whole.dtype == torch.float64 and any(node.op_type in ("Erf", "Gelu") for node in program.model.graph):
-        whole.network.float()
-        whole.dtype = torch.float32
-        program = _onnx_program(whole, example, text)
-    program.model.metadata_props[METADATA] = text
-    program.save(draft, external_data=False)
-
-
-def _onnx_program(whole: WholeModel, example: torch.Tensor, text: str) -> Any:
-    return torch.onnx.export(
+def _write_onnx(whole: WholeModel, example: Tensor, text: str, draft: Path) -> None:
+    export_program = partial(
+        torch.onnx.export,
         whole,
         (example,),
         dynamo=True,
@@ -223,8 +203,16 @@ def _onnx_program(whole: WholeModel, example: torch.Tensor, text: str) -> Any:
         output_names=json.loads(text)["outputs"],
         dynamic_shapes=({0: torch.export.Dim("rows")},),
     )
+    program: Any = export_program()
+    # GELU's error function: ONNX Runtime has none for doubles on a CPU.
+    if whole.dtype == torch.float64 and any(node.op_type in ("Erf", "Gelu") for node in program.model.graph):
+        whole.network.float()
+        whole.dtype = torch.float32
+        program = export_program()
+    program.model.metadata_props[METADATA] = text
+    program.save(draft, external_data=False)
 
 
-def _write_program(whole: WholeModel, example: torch.Tensor, text: str, draft: Path) -> None:
+def _write_program(whole: WholeModel, example: Tensor, text: str, draft: Path) -> None:
     program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
     torch.export.save(program, draft, extra_files={METADATA: text})

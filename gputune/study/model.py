@@ -18,7 +18,8 @@ from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.study.cards import model_card
-from gputune.study.content import ModelContent
+from gputune.study.export import encoded, export
+from gputune.study.model_files import ModelContent, read_content, save_model
 
 ROWS, NUMBERS = 8192, 2**23
 """Most rows, and most encoded numbers, that one batch of a prediction holds."""
@@ -66,8 +67,6 @@ class TunedModel(ModelContent):
         ``load_model`` will not find the class from elsewhere: one of a script, a notebook or a function. Raises
         InputError for a folder that holds anything else, and for a module whose state or spec cannot be written.
         """
-        from gputune.study.model_files import save_model
-
         save_model(self, folder)
 
     def export(self, path: str | os.PathLike[str]) -> None:
@@ -81,8 +80,6 @@ class TunedModel(ModelContent):
         Raises InputError for another suffix, a file that exists, a folder that does not, and a user's module
         that PyTorch cannot trace; MissingExtraError where the extra is missing.
         """
-        from gputune.study.export import export
-
         export(self, path)
 
     def encoded(self, X: Any) -> NDArray[np.float64]:
@@ -91,8 +88,6 @@ class TunedModel(ModelContent):
         Where all columns of the training data are numbers or booleans: these columns, NaN where a value is missing.
         Else the features that text and dates are made into, see ``Layout``. Raises InputError as ``predict``.
         """
-        from gputune.study.export import encoded
-
         return encoded(self, self._inputs(X))
 
     def _outputs(self, X: Any) -> Tensor:
@@ -158,6 +153,4 @@ def load_model(
     Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a
     newer gputune, and for a class that is gone, not trusted, or that the state does not fit.
     """
-    from gputune.study.model_files import read_content
-
     return TunedModel(**vars(read_content(Path(folder), module, trust_code=trust_code)))

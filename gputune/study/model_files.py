@@ -1,21 +1,30 @@
-"""A tuned model into a folder and back: what is written of it, and how its module is built again."""
+"""What a tuned model consists of, and its folder: tensors as safetensors, everything else as JSON with both checksums.
 
+Each file appears whole or not at all, and the description comes last. A folder that does not fit its checksums is
+refused by an error that names the file; nothing is ever unpickled.
+"""
+
+import hashlib
+import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.encode import Layout, Statistics
 from gputune.engine.module import materialise
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
+from gputune.scratch import write_files
 from gputune.seeding import keyed_draws
-from gputune.study.content import ModelContent
-from gputune.study.model_folder import DESCRIPTION, TENSORS, blaming, read_model, write_model
 from gputune.study.module_source import (
     class_source,
     find_class,
@@ -24,13 +33,40 @@ from gputune.study.module_source import (
     source_file,
     why_not_found,
 )
+from gputune.study.rows import MALFORMED, from_json, to_json
+from gputune.types import Task
+
+TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+FORMAT, FORMAT_VERSION = "gputune model", 1
+DRAFTS = ".model"
+"""How what a killed process may have left in the folder begins."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ModelContent:
+    """The fields of a ``TunedModel``, which says what they are."""
+
+    module: nn.Module
+    layout: Layout
+    statistics: Statistics
+    task: Task
+    classes: NDArray[Any] | None
+    center: float
+    scale: float
+    dtype: torch.dtype
+    target: str
+    spec: dict[str, Any]
+    info: dict[str, Any]
+
+
 def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
+    import safetensors.torch
+
+    module_class = type(model.module)
     body = {
         "task": model.task,
         "classes": model.classes,
@@ -43,30 +79,44 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "spec": _full_spec(model),
         "info": model.info,
     }
-    write_model(Path(folder), _state(model.module), body)
+    state, place = _state(model.module), Path(folder)
+    _check_free(place)
+    # Clones: safetensors refuses tensors that share memory, as tied weights do.
+    tensors = safetensors.torch.save({key: value.cpu().clone().contiguous() for key, value in state.items()})
+    text = to_json({**body, "tensors_sha256": _sha256(tensors)}, name="the model's spec or info")
+    head = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": _sha256(text.encode())})
+    place.mkdir(parents=True, exist_ok=True)
+    files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
+    write_files(place, files, prefix=DRAFTS)
     if model.spec["kind"] == "module":
-        remember_code(type(model.module))
-        _say_where_it_is_looked_for(type(model.module), folder)
+        remember_code(module_class)
+        if where := why_not_found(module_class):
+            call = f"load_model({str(folder)!r}, module={module_class.__name__})"
+            warnings.warn(
+                f"save({str(folder)!r}): the class {module_class.__name__} was defined {where}, so that load_model "
+                f"does not find it from elsewhere: pass it there, {call}, or define it in a file of its own and "
+                "import it from that.",
+                stacklevel=3,
+            )
 
 
 def read_content(folder: Path, module: type[nn.Module] | None, *, trust_code: bool) -> ModelContent:
     """Return what ``save_model`` wrote; see ``load_model``."""
-    state, body = read_model(folder)
+    body = read_description(folder / DESCRIPTION)
+    state = _read_tensors(folder / TENSORS, body)
     with blaming(folder / DESCRIPTION):
         layout, statistics = Layout.from_json(body["layout"]), Statistics.from_json(body["statistics"])
         spec, classes, dtype = dict(body["spec"]), body["classes"], DTYPES[body["dtype"]]
         kind, kwargs = str(spec["kind"]), dict(spec["kwargs"])
-        sizes = {
-            "n_features": len(layout.feature_names),
-            "n_outputs": 1 if classes is None else len(classes),
-        }
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
+        n_outputs = 1 if classes is None else len(classes)
+        arguments = {"n_features": len(layout.feature_names), "n_outputs": n_outputs, **kwargs}
         if kind in BUILT_IN:
-            _check_size({**sizes, **kwargs}, kind, state)
-    module_class = _module_class(spec, kind, module, folder, trust_code)
+            _check_size(arguments, kind, state)
+    module_class = _module_class(spec, module, folder, trust_code=trust_code)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
-    network = _filled(module_class, {**sizes, **kwargs}, dtype, state, folder, changed=changed)
+    network = _filled(module_class, arguments, dtype, state, folder, changed=changed)
     with blaming(folder / DESCRIPTION):
         return ModelContent(
             module=network.eval(),
@@ -83,15 +133,89 @@ def read_content(folder: Path, module: type[nn.Module] | None, *, trust_code: bo
         )
 
 
+def read_description(path: Path) -> dict[str, Any]:
+    """Return the description of a model from its file, without the tensors.
+
+    Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a newer
+    gputune.
+    """
+    with blaming(path):
+        head = json.loads(_read(path))
+        if head["format"] != FORMAT:
+            raise ValueError("it is no description of a gputune model")
+        if head["version"] > FORMAT_VERSION:
+            raise InputError(
+                f"{str(path)!r} has model format {head['version']}, this gputune reads up to {FORMAT_VERSION}; "
+                "upgrade gputune."
+            )
+        text = json.dumps(head["body"], separators=(",", ":"))
+        if _sha256(text.encode()) != head["sha256"]:
+            raise ValueError("it was changed after it was written")
+        return dict(from_json(text))
+
+
+@contextmanager
+def blaming(path: Path) -> Iterator[None]:
+    """Turn what reading an odd file raises into an error that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except MALFORMED as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(
+            f"{str(path)!r} is damaged: {reason}; restore it from a copy, or save the model again."
+        ) from error
+
+
+def _read_tensors(path: Path, body: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors, on the CPU."""
+    import safetensors.torch
+
+    raw = _read(path)
+    with blaming(path):
+        if _sha256(raw) != body["tensors_sha256"]:
+            raise ValueError(f"it does not fit the SHA-256 in {DESCRIPTION}")
+        try:
+            return safetensors.torch.load(raw)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"it is no safetensors file ({error})") from error
+
+
+def _read(path: Path) -> bytes:
+    if not path.parent.is_dir():
+        raise InputError(f"there is no model folder {str(path.parent)!r}; check the path.")
+    if not path.is_file():
+        inner = path.parent / "model"
+        remedy = f"did you mean {str(inner)!r}?" if (inner / path.name).exists() else "save the model again."
+        raise InputError(f"the model folder {str(path.parent)!r} has no {path.name}; {remedy}")
+    return path.read_bytes()
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"save(folder={str(folder)!r}): a file has that name; choose another.")
+    for name in sorted(entry.name for entry in folder.iterdir()) if folder.exists() else ():
+        if name not in (TENSORS, DESCRIPTION) and not name.startswith(DRAFTS):
+            raise InputError(
+                f"save(folder={str(folder)!r}): the folder holds {name!r}, which is no part of a model; "
+                "give a new or an empty folder."
+            )
+
+
 def _check_size(arguments: dict[str, Any], kind: str, state: dict[str, Tensor]) -> None:
     """Raise ValueError for a network that is larger than its tensors, before it takes the memory."""
     words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0, "members": 1}
     D, K, H, depth, members = (int(arguments.get(word) or least) for word, least in words.items())
     numbers = (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
-    held = sum(tensor.numel() for tensor in state.values())
-    if numbers * members > held:
+    there = sum(tensor.numel() for tensor in state.values())
+    if numbers * members > there:
         raise ValueError(
-            f"it describes a network of {numbers * members} parameters, and {TENSORS} holds {held}"
+            f"it describes a network of {numbers * members} parameters, and {TENSORS} holds {there}"
         )
 
 
@@ -113,17 +237,6 @@ def _full_spec(model: ModelContent) -> dict[str, Any]:
     source, file = class_source(type(model.module)), source_file(type(model.module))
     beside = {"file": file} if file is not None and "import" in source else {}
     return {"kind": "module", "kwargs": model.spec["kwargs"], **source, **beside}
-
-
-def _say_where_it_is_looked_for(module_class: type[nn.Module], folder: str | os.PathLike[str]) -> None:
-    if place := why_not_found(module_class):
-        name = module_class.__name__
-        warnings.warn(
-            f"save({str(folder)!r}): the class {name} was defined {place}, so that load_model does not find it from "
-            f"elsewhere: pass it there, load_model({str(folder)!r}, module={name}), or define it in a file of its own "
-            "and import it from that.",
-            stacklevel=4,
-        )
 
 
 def _filled(
@@ -165,18 +278,17 @@ def _filled(
 
 
 def _module_class(
-    spec: dict[str, Any], kind: str, given: Any, folder: Path, trust_code: bool
+    spec: dict[str, Any], module: type[nn.Module] | None, folder: Path, *, trust_code: bool
 ) -> type[nn.Module]:
-    if given is not None and not (isinstance(given, type) and issubclass(given, nn.Module)):
-        raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {given!r}.")
-    if kind in BUILT_IN:
-        if given is not None:
-            raise InputError(
-                f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out."
-            )
-        return BUILT_IN[kind]
-    if given is not None:
-        return given
+    kind = str(spec["kind"])
+    if module is not None and not (isinstance(module, type) and issubclass(module, nn.Module)):
+        raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")
+    if module is not None and kind in BUILT_IN:
+        raise InputError(
+            f"load_model(module=...): {str(folder)!r} holds the built-in {kind!r}; leave module out."
+        )
+    if known := module or BUILT_IN.get(kind):
+        return known
     with blaming(folder / DESCRIPTION):
         if kind != "module":
             raise ValueError(f"it names an unknown kind of model, {kind!r}")

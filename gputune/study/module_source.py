@@ -18,15 +18,21 @@ import json
 import os
 import sys
 import weakref
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from gputune.errors import InputError, UntrustedCodeError
-from gputune.study.code_files import FILE_MODULE, Files, files_of, files_to_import
 from gputune.study.trusted import is_remembered, remember
+
+Files = tuple[tuple[str, str], ...]
+"""Path and SHA-256 of the files that run where a module is imported: of its packages, outermost first, then its own."""
+
+FILE_MODULE = "gputune_file_"
+"""What the names of modules begin with that gputune made of a file, whose digest they have as ``__sha256__``."""
 
 MAIN = "__main__"
 LARGEST_SOURCE = 2**24
@@ -35,13 +41,12 @@ LARGEST_SOURCE = 2**24
 
 def class_source(module_class: type[nn.Module]) -> dict[str, str]:
     """Return where the class is defined; ``find_class`` is the way back."""
-    found = sys.modules.get(module_class.__module__)
-    if found is None or not module_class.__module__.startswith(FILE_MODULE):
-        digest = _digest(module_class)
-        place = {"import": f"{module_class.__module__}:{module_class.__qualname__}"}
-        return place if digest is None else {**place, "sha256": digest}
-    path = Path(str(found.__file__))
-    return {"path": str(path), "class": module_class.__qualname__, "sha256": found.__dict__["__sha256__"]}
+    name, module = module_class.__qualname__, sys.modules.get(module_class.__module__)
+    if module is not None and module.__name__.startswith(FILE_MODULE):
+        ((path, digest),) = files_of(module)
+        return {"path": path, "class": name, "sha256": digest}
+    place, source = {"import": f"{module_class.__module__}:{name}"}, _digest(module_class)
+    return place if source is None else {**place, "sha256": source}
 
 
 def source_file(module_class: type[nn.Module]) -> str | None:
@@ -63,31 +68,73 @@ def why_not_found(module_class: type[nn.Module]) -> str | None:
     return f"in {module_class.__module__!r}, where no import reaches it"
 
 
+# Each is taken once: a file that is edited later is not what this process has imported.
+_FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
 _DIGESTS: "weakref.WeakKeyDictionary[type, str | None]" = weakref.WeakKeyDictionary()
-"""Taken once of each class: a file that is edited later is not what this process has imported."""
 
 
 def _digest(module_class: type[nn.Module]) -> str | None:
+    """Digest of the source of a class and of the classes under ``nn.Module`` it inherits from; None without."""
     if module_class not in _DIGESTS:
-        _DIGESTS[module_class] = _source_digest(module_class)
+        kinds = [kind for kind in module_class.__mro__[:-1] if not kind.__module__.startswith("torch.")]
+        try:
+            _DIGESTS[module_class] = _sha256("\0".join(map(inspect.getsource, kinds)).encode())
+        except (OSError, TypeError):
+            _DIGESTS[module_class] = None
     return _DIGESTS[module_class]
 
 
-def _source_digest(module_class: type[nn.Module]) -> str | None:
-    """Digest of the source of a class and of the classes under ``nn.Module`` it inherits from; None without."""
-    own = [
-        kind
-        for kind in module_class.__mro__
-        if kind is not object and not kind.__module__.startswith("torch.")
-    ]
-    try:
-        text = "\0".join(map(inspect.getsource, own))
-    except (OSError, TypeError):
-        return None
-    return hashlib.sha256(text.encode()).hexdigest()
+def files_of(module: ModuleType) -> Files:
+    """Return the files that made a module of this process."""
+    if module.__name__.startswith(FILE_MODULE):
+        return ((str(module.__file__), module.__dict__["__sha256__"]),)
+    if module not in _FILES:
+        parts = module.__name__.split(".")
+        chain = [sys.modules.get(".".join(parts[: i + 1])) for i in range(len(parts))]
+        _FILES[module] = _hashed(getattr(part, "__file__", None) for part in chain)
+    return _FILES[module]
 
 
-def is_changed(module_class: type[nn.Module], source: dict[str, Any]) -> bool:
+def files_to_import(package: str) -> Files:
+    """Return the files that importing a module runs, without running any; ImportError where there is no such module.
+
+    Those of a module that is here already are the ones that made it, though none of them runs again.
+    """
+    if (module := sys.modules.get(package)) is not None:
+        return files_of(module)
+    name, places, files = "", None, []
+    for part in package.split("."):
+        if not part:
+            raise ModuleNotFoundError(f"{package!r} is no name of a module")
+        name = f"{name}.{part}" if name else part
+        loaded = sys.modules.get(name)
+        spec = getattr(loaded, "__spec__", None) or next(
+            (spec for finder in sys.meta_path if (spec := finder.find_spec(name, places)) is not None), None
+        )
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        files.append(spec.origin if spec.has_location else None)
+        places = getattr(loaded, "__path__", spec.submodule_search_locations) or ()
+    return _hashed(files)
+
+
+def _hashed(paths: Iterable[str | None]) -> Files:
+    """Return the files with their digests; none where one of them cannot be read by itself, as in an archive."""
+    files = []
+    for path in paths:
+        if path is None:  # a package without an __init__.py
+            continue
+        # Not the target of a link: Python takes the compiled code that lies beside the link.
+        place = Path(path).parent.resolve() / Path(path).name
+        try:
+            with place.open("rb") as file:
+                files.append((str(place), hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError:
+            return ()
+    return tuple(files)
+
+
+def is_changed(module_class: type[nn.Module], source: Mapping[str, Any]) -> bool:
     """Whether the source of a class is known not to be the one that ``class_source`` described."""
     now = _digest(module_class) if "import" in source else class_source(module_class).get("sha256")
     return None not in (now, source.get("sha256")) and now != source["sha256"]
@@ -98,13 +145,13 @@ def remember_code(module_class: type[nn.Module]) -> None:
 
     A script is not: to run it again is more than to define its classes.
     """
-    found = sys.modules.get(module_class.__module__)
-    if found is not None and module_class.__module__ != MAIN and (files := files_of(found)):
+    module = sys.modules.get(module_class.__module__)
+    if module is not None and module_class.__module__ != MAIN and (files := files_of(module)):
         remember(_text(files))
 
 
 def find_class(
-    source: dict[str, Any], *, trust_code: bool = False, or_changed: bool = False
+    source: Mapping[str, Any], *, trust_code: bool = False, or_changed: bool = False
 ) -> type[nn.Module]:
     """Return the class that ``class_source`` described; runs its file or imports its package.
 
@@ -112,18 +159,16 @@ def find_class(
     ``trust_code`` is not given; InputError where the class is gone or, unless ``or_changed``, its file has changed.
     """
     if "import" not in source:
-        return _of_file(Path(source["path"]), str(source["class"]), source, trust_code, or_changed)
+        path, name = Path(source["path"]), str(source["class"])
+        return _of_file(path, name, source.get("sha256"), trust_code=trust_code, or_changed=or_changed)
     place, file = str(source["import"]), source.get("file")
     package, _, name = place.partition(":")
-    if package == MAIN:
-        found = _of_main(name, file, trust_code)
-    else:
-        found = _imported(place, file, trust_code)
-    if not or_changed and is_changed(found, source):
+    module_class = _of_main(name, file, trust_code) if package == MAIN else _imported(place, file, trust_code)
+    if not or_changed and is_changed(module_class, source):
         raise InputError(
             f"the module class {place!r} has changed since the search was begun; restore its source."
         )
-    return found
+    return module_class
 
 
 def class_from_file(path: str | os.PathLike[str], name: str) -> type[nn.Module]:
@@ -136,28 +181,27 @@ def class_from_file(path: str | os.PathLike[str], name: str) -> type[nn.Module]:
 
 
 def _of_file(
-    path: Path, name: str, source: dict[str, Any], trust_code: bool, or_changed: bool
+    path: Path, name: str, sha256: str | None, *, trust_code: bool, or_changed: bool
 ) -> type[nn.Module]:
     path = path.resolve()
     content = _read(path)
     digest = _sha256(content)
-    changed = source.get("sha256") not in (None, digest)
+    changed = sha256 not in (None, digest)
     if changed and not or_changed:
         raise InputError(
             f"the module file {str(path)!r} has changed since the model was trained; restore it."
         )
     if not trust_code:
-        _check_remembered(
-            ((str(path), digest),), name, "; it has changed since the model was saved" * changed
-        )
+        more = "; it has changed since the model was saved" if changed else ""
+        _check_remembered(((str(path), digest),), name, more)
     return _class_of(_run(path, content), name)
 
 
 def _of_main(name: str, script: str | None, trust_code: bool) -> type[nn.Module]:
     """Return a class of the running program, or of the script that it was defined in, which is then run."""
-    found = vars(sys.modules[MAIN]).get(name)
-    if isinstance(found, type) and issubclass(found, nn.Module) and found.__module__ == MAIN:
-        return found
+    here = vars(sys.modules[MAIN]).get(name)
+    if _is_module_class(here) and here.__module__ == MAIN:
+        return here
     if script is None:
         raise InputError(
             f"the module class {name!r} was defined in a script, in a notebook or at a prompt, and this program has "
@@ -177,10 +221,9 @@ def _imported(place: str, file: str | None, trust_code: bool) -> type[nn.Module]
     try:
         files = files_to_import(package)
     except ImportError as error:
-        if (
-            file is not None and "." not in package and Path(file).is_file()
-        ):  # a file that lay beside a script
-            return _of_file(Path(file), name, {}, trust_code, or_changed=True)
+        # A file that lay beside a script.
+        if file is not None and "." not in package and Path(file).is_file():
+            return _of_file(Path(file), name, None, trust_code=trust_code, or_changed=True)
         there = "" if file is None else f"; it was in {file!r}"
         raise InputError(
             f"the module class {place!r} cannot be imported ({error}){there}; make its package importable here."
@@ -188,12 +231,12 @@ def _imported(place: str, file: str | None, trust_code: bool) -> type[nn.Module]
     if not trust_code:
         _check_remembered(files, name)
     try:
-        found = importlib.import_module(package)
+        module = importlib.import_module(package)
     except (Exception, SystemExit) as error:
         raise InputError(
             f"the module class {place!r} cannot be imported ({type(error).__name__}: {error}); correct its package."
         ) from error
-    return _class_of(found, name)
+    return _class_of(module, name)
 
 
 def _check_remembered(files: Files, name: str, more: str = "") -> None:
@@ -211,20 +254,20 @@ def _text(files: Files) -> str:
     return json.dumps(files)
 
 
-def _class_of(found: ModuleType, name: str) -> type[nn.Module]:
+def _is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
+def _class_of(module: ModuleType, name: str) -> type[nn.Module]:
     try:
-        kind = functools.reduce(getattr, name.split("."), found)
+        kind = functools.reduce(getattr, name.split("."), module)
     except AttributeError:
         kind = None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        held = [
-            key
-            for key, value in vars(found).items()
-            if isinstance(value, type) and issubclass(value, nn.Module)
-        ]
+    if not _is_module_class(kind):
+        there = ", ".join(key for key, value in vars(module).items() if _is_module_class(value))
         raise InputError(
-            f"{getattr(found, '__file__', None) or found.__name__!r} has no torch.nn.Module class {name!r}; "
-            f"it has {', '.join(held) or 'none'}."
+            f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class {name!r}; "
+            f"it has {there or 'none'}."
         )
     return kind
 

@@ -10,6 +10,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 LIST = "trusted-code"
@@ -28,19 +29,18 @@ def remember(text: str) -> None:
     file = _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
     if file is None:
         return
-    try:
-        held = _lines(file)
-        if digest in held:
+    with (
+        suppress(OSError),
+        os.fdopen(file, "rb+", buffering=0) as lines,
+    ):  # a full disk: it is asked about again
+        known = _digests(file)
+        if digest in known:
             return
-        if len(held) >= MOST:
-            os.ftruncate(file, 0)
-            digest = "\n".join([*held[-(MOST // 2) :], digest])
+        if len(known) >= MOST:
+            lines.truncate(0)
+            digest = "\n".join([*known[-(MOST // 2) :], digest])
         # One write that begins a line, so that other processes may write too, and one of them end in the middle.
-        os.write(file, f"\n{digest}".encode())
-    except OSError:
-        return  # a full disk: it is asked about again
-    finally:
-        os.close(file)
+        lines.write(f"\n{digest}".encode())
 
 
 def is_remembered(text: str) -> bool:
@@ -51,17 +51,15 @@ def is_remembered(text: str) -> bool:
     file = _open(os.O_RDONLY)
     if file is None:
         return False
-    try:
-        return digest in _lines(file)
-    finally:
-        os.close(file)
+    with os.fdopen(file, "rb"):
+        return digest in _digests(file)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _lines(file: int) -> list[str]:
+def _digests(file: int) -> list[str]:
     return os.pread(file, _LINE * (MOST + 1), 0).decode("ascii", "replace").split()
 
 
@@ -69,16 +67,15 @@ def _folder() -> Path | None:
     """Return the folder of the list, whether it exists or not; None where this user has none."""
     if not hasattr(os, "geteuid"):  # Windows
         return None
-    given = Path(os.environ.get("XDG_STATE_HOME", ""))
-    if given.is_absolute():  # the XDG rule: one that is relative counts for nothing
-        return given / "gputune"
-    try:
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if state.is_absolute():  # the XDG rule: one that is relative counts for nothing
+        return state / "gputune"
+    with suppress(RuntimeError, OSError):
         home = Path.home()
         # Root with the HOME of a user, as sudo may leave it, would make folders there that are not the user's.
-        own = home.is_absolute() and home.stat().st_uid == os.geteuid()
-    except (RuntimeError, OSError):
-        return None
-    return home / ".local" / "state" / "gputune" if own else None
+        if home.is_absolute() and home.stat().st_uid == os.geteuid():
+            return home / ".local" / "state" / "gputune"
+    return None
 
 
 def _open(flags: int) -> int | None:
@@ -109,9 +106,9 @@ def _open(flags: int) -> int | None:
 
 
 def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
-    found = os.fstat(opened)
+    status = os.fstat(opened)
     others = stat.S_IWGRP | stat.S_IWOTH
-    return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & others
+    return is_kind(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & others
 
 
 def _say_not_used(path: Path) -> None:

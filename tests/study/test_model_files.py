@@ -20,7 +20,6 @@ from torch import nn
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import LogisticRegression
 from gputune.scratch import scratch_folder
-from gputune.study import model_folder as folder_file
 from gputune.study.model import load_model
 from gputune.study.module_source import class_from_file, class_source
 from study_models import make_model, rows
@@ -181,7 +180,7 @@ def test_a_save_that_fails_leaves_the_old_model_whole(frame, folder, monkeypatch
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder_file.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         make_model(frame, classes=None).save(folder)
     monkeypatch.undo()
@@ -197,7 +196,7 @@ def test_a_save_that_was_cut_between_its_files_is_found(frame, folder, monkeypat
         replace(source, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder_file.os, "replace", killed)
+    monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         make_model(frame, classes=None).save(folder)
     monkeypatch.undo()

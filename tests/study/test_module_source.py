@@ -13,7 +13,7 @@ from torch import nn
 
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP
-from gputune.study import code_files
+from gputune.study import module_source
 from gputune.study.module_source import (
     class_from_file,
     class_source,
@@ -150,7 +150,7 @@ def forget(monkeypatch, *names):
     """As in another process: the modules are imported anew."""
     for name in names:
         sys.modules.pop(name, None)
-    monkeypatch.setattr(code_files, "_FILES", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(module_source, "_FILES", weakref.WeakKeyDictionary())
     importlib.invalidate_caches()
 
 
