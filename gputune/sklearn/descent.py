@@ -16,8 +16,7 @@ from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import DivergedError, InputError
-from gputune.hypergradients.arguments import hyperparameters_of
-from gputune.hypergradients.coordinates import has_coordinate
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
 from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.search.distributions import range_of
 from gputune.sklearn.dataset import Part

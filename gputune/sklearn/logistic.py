@@ -24,7 +24,7 @@ from gputune.sklearn.base import Foreign, FusedEstimator
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
 from gputune.sklearn.fit import Place
 from gputune.sklearn.recipe import DrawSeed, whole_number
-from gputune.solver.solve import Solution, solve
+from gputune.solver.solve import Problem, solve
 
 _SOLVED = "the objective has one solution, whichever solver finds it"
 
@@ -82,42 +82,12 @@ def solve_members(
             members |= dict.fromkeys(places, error)
             continue
         assert group.classes is not None
-        solution = problem.solve()
+        solution = solve(problem)
         coef, intercept = solution.coef.cpu().numpy(), solution.intercept.cpu().numpy()
         facts = zip(solution.steps.tolist(), solution.residual.tolist(), solution.converged.tolist())
         for p, (place, fact) in enumerate(zip(places, facts)):
             members[place] = Solved(coef[p], intercept[p], *fact, group.classes)
     return members
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Logistic regressions of F folds that have the same K classes, for C penalties.
-
-    x (F, n, D), y (n,) codes, weights (F, n): 0 outside of a fold's training rows; C and l1_ratio (C,).
-    """
-
-    x: Tensor
-    y: Tensor
-    weights: Tensor
-    C: Tensor
-    l1_ratio: Tensor
-    n_classes: int
-    common: Penalty
-
-    def solve(self) -> Solution:
-        """Return the solved members, fold-major."""
-        return solve(
-            self.x,
-            self.y,
-            self.weights,
-            C=self.C,
-            l1_ratio=self.l1_ratio,
-            n_classes=self.n_classes,
-            fit_intercept=self.common.fit_intercept,
-            tolerance=self.common.tol,
-            max_steps=self.common.max_iter,
-        )
 
 
 def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: Tensor) -> Problem:
@@ -134,7 +104,9 @@ def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: 
         C=torch.tensor([p.C for p in penalties], dtype=x.dtype, device=x.device),
         l1_ratio=torch.tensor([p.l1_ratio for p in penalties], dtype=x.dtype, device=x.device),
         n_classes=len(group.classes),
-        common=penalties[0],
+        fit_intercept=penalties[0].fit_intercept,
+        tolerance=penalties[0].tol,
+        max_steps=penalties[0].max_iter,
     )
 
 

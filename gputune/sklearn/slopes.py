@@ -23,6 +23,7 @@ from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, 
 from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Fit
 from gputune.sklearn.replay import group_fits
+from gputune.solver.solve import solve
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -151,15 +152,7 @@ def _solved(members: Sequence[Sequence[Fit]], folds: _Folds) -> Iterator[tuple[P
     for index, group in solve_groups(penalties, folds.rows, folds.trains):
         x = shared_x(folds.rows, choose_device(penalties[index[0]].device), torch.float64)
         problem = make_problem([penalties[i] for i in index], folds.rows, group, x)
-        implicit = implicit_gradients(
-            problem.solve(),
-            problem.x,
-            problem.y,
-            problem.weights,
-            folds.valid(group, x.device),
-            C=problem.C,
-            l1_ratio=problem.l1_ratio,
-        )
+        implicit = implicit_gradients(problem, solve(problem), folds.valid(group, x.device))
         losses, slopes = (t.view(len(group.trains), -1) for t in (implicit.value, implicit.gradient))
         slopes = slopes / problem.C
         for f, place in enumerate(group.places):

@@ -12,15 +12,14 @@ from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
 from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import hyperparameters_of
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
-from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
 from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.search.distributions import range_of
 from gputune.search.space import Space
-from gputune.solver.job import score_solution
+from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
