@@ -42,7 +42,7 @@ def tune(
     class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     sample_weight: Any = None,
     columns: Literal["auto", "keep", "drop-constant"] = "auto",
-    numbers: Literal["standard", "quantile", "none"] = "standard",
+    numbers: Literal["auto", "standard", "quantile", "none"] = "auto",
     optimizer: str | None = None,
     schedule: Literal["constant", "cosine"] = "constant",
     max_epochs: int = 50,
@@ -64,7 +64,9 @@ def tune(
 
     model        "mlp", "logistic", a ``torch.nn.Module`` class called with ``n_features``, ``n_outputs`` and the
                  trial's ``module__*`` values, or "FILE.py:CLASS"
-    X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column
+    X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column. For a module
+                 also arrays and tensors (n, ...) of any shape, integer tensors (n, T) of token ids, a tuple of several
+                 or a dict of keyword inputs, a map-style Dataset of torch's, a .npz or .pt file
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
     n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
@@ -90,7 +92,8 @@ def tune(
     columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
                  else "drop-constant"
-    numbers      how numeric columns are scaled, fitted on each fold's training rows
+    numbers      how numeric columns are scaled, fitted on each fold's training rows; images, sequences and other inputs
+                 of a module are taken as they are ("auto"), or "standard": each channel with mean 0 and variance 1
     optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
                  "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
     schedule     of the learning rate over ``max_epochs``, per step
@@ -127,7 +130,9 @@ def tune(
     )  # fmt: skip
     choice = choose_model(model, optimizer)
     try:
-        return search(choice, read_source(X, y, groups), options, study_type=Study)
+        return search(
+            choice, read_source(X, y, groups, module=choice.kind == "module"), options, study_type=Study
+        )
     except SearchInterrupted as stopped:
         if not is_interactive():
             raise

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, Weights
@@ -34,20 +35,41 @@ class ScorerRows:
     """What a scorer of the user's own reads: the rows X as ``Source.original_rows`` returns them, or as features."""
 
     X: Any
-    layout: Layout
-    statistics: tuple[Statistics, ...]  # of each fold
+    layout: Layout | ArrayLayout
+    statistics: tuple[Statistics, ...] | tuple[ArrayStatistics, ...]  # of each fold
 
     def rows(self, fold: Fold) -> Any:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
-        rows = select_rows(self.X, fold.valid.cpu().numpy())
+        positions = fold.valid.cpu().numpy()
+        if isinstance(self.X, Arrays):
+            return self.X.select(positions).as_given()
+        rows = select_rows(self.X, positions)
         if isinstance(rows, np.ndarray):
             rows.flags.writeable = False
         return rows
 
-    def encoded(self, X: Any, fold: int) -> Tensor:
-        """Return rows like those of X as the members of a fold see them, (m, D) float64, on the CPU."""
-        table = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
-        return torch.from_numpy(transform(self.layout.raw(table), self.statistics[fold]))
+    def encoded(self, X: Any, fold: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Return rows like those of X as the members of a fold see them, each (m, ...), on the CPU."""
+        if isinstance(self.layout, Layout):
+            X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)
+        return encode(X, self.layout, self.statistics[fold], dtype)
+
+
+def encode(
+    X: Any, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return the inputs that a module takes of a table or of arrays, each (n, ...), as ``Dataset.rows`` gives them."""
+    if isinstance(layout, Layout):
+        assert isinstance(statistics, Statistics)
+        return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
+    assert isinstance(statistics, ArrayStatistics)
+    scaling = _scaling([statistics], torch.empty(0, dtype=dtype))
+    return tuple(
+        x.to(dtype if x.is_floating_point() else x.dtype)
+        if scale is None
+        else scale(x[None].cpu(), slice(0, 1))[0]
+        for x, scale in zip(layout.raw(X).parts, scaling)
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +98,7 @@ class Dataset:
     Tensors of another shape have one copy, and are scaled as they are gathered.
     """
 
-    inputs: tuple[Tensor, ...]  # each (V, n, ...), floats in the dtype of the study; a table is one (V, n, D)
+    inputs: tuple[Tensor, ...]  # each (V, n, ...); a table is one (V, n, D); floats are gathered in ``dtype``
     copies: tuple[int, ...]  # (F,) which copy a fold reads
     y: Tensor  # (n,) int64 class codes; regression: (F, n), standardised by each fold's training rows
     weights: Tensor | None  # (F, n) float64, sample weight times class weight; None when all are one
@@ -126,11 +148,17 @@ class Dataset:
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
         copy, own = self.copies[fold], slice(fold, fold + 1)
-        found = []
-        for x, scaling in zip(self.inputs, self.scaling):
-            part = x[copy].index_select(0, positions)
-            found.append(part if scaling is None else scaling(part[None], own)[0])
-        return tuple(found)
+        return tuple(
+            self.read(number, x[copy].index_select(0, positions)[None], own)[0]
+            for number, x in enumerate(self.inputs)
+        )
+
+    def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
+        """Return gathered rows (F, ..., *row) of an input as some folds read them."""
+        scaling = self.scaling[number]
+        if scaling is not None:
+            return scaling(rows, folds)
+        return rows.to(self.dtype) if rows.is_floating_point() else rows
 
     def example(self, number: int) -> tuple[Tensor, ...]:
         """Return at most so many training rows of the first fold, as it reads them, evenly spread: each (B, ...)."""
@@ -152,8 +180,8 @@ class Dataset:
 
 
 def make_dataset(
-    raw: np.ndarray | Tensor,
-    statistics: Sequence[Statistics],
+    raw: np.ndarray | Tensor | Arrays,
+    statistics: Sequence[Statistics] | Sequence[ArrayStatistics],
     target: Target,
     folds: Sequence[Rows],
     *,
@@ -162,30 +190,57 @@ def make_dataset(
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
-    ``raw`` (n, D) is what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training rows. Raises
-    InputError where the weights of a fold's training rows add up to 0.
+    ``raw`` is arrays, or (n, D) what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training
+    rows. Raises InputError where the weights of a fold's training rows add up to 0.
     """
-    distinct, copies = _distinct(raw, statistics)
-    x = like.new_empty((len(distinct), *raw.shape))
-    for copy, fitted in zip(x, distinct):
-        copy.copy_(torch.as_tensor(transform(raw, fitted)))
-    y, center, scale = (torch.as_tensor(part, device=x.device) for part in _standardise(target, folds))
-    positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=x.device) for rows in f] for f in folds]
+    device = like.device
+    names, scaling = None, _scaling(statistics, like)
+    if isinstance(raw, Arrays):
+        inputs, copies, names = tuple(x.to(device)[None] for x in raw.parts), (0,) * len(folds), raw.names
+    else:
+        inputs, copies = _table_inputs(raw, statistics, like)
+    y, center, scale = (torch.as_tensor(part, device=device) for part in _standardise(target, folds))
+    positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=device) for rows in f] for f in folds]
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
     return Dataset(
-        inputs=(x,),
-        dtype=x.dtype,
+        inputs=inputs,
+        names=names,
+        scaling=scaling,
+        dtype=like.dtype,
         copies=copies,
-        y=y.to(torch.int64 if target.classes is not None else x.dtype),
-        weights=_stack(row_weights, x.device),
+        y=y.to(torch.int64 if target.classes is not None else like.dtype),
+        weights=_stack(row_weights, device),
         folds=tuple(Fold(train, valid) for train, valid in positions),
-        present=_present(target, folds, x.device),
+        present=_present(target, folds, device),
         center=center,
         scale=scale,
         n_outputs=target.n_outputs,
         task=target.task,
-        target=torch.as_tensor(target.values, device=x.device),
+        target=torch.as_tensor(target.values, device=device),
     )
+
+
+def _table_inputs(
+    raw: np.ndarray | Tensor, statistics: Sequence[Any], like: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Return the copies of a table that folds read, (V, n, D), and which of them each fold reads."""
+    distinct, copies = _distinct(raw, statistics)
+    x = like.new_empty((len(distinct), *raw.shape))
+    for copy, fitted in zip(x, distinct):
+        copy.copy_(torch.as_tensor(transform(raw, fitted)))
+    return (x,), copies
+
+
+def _scaling(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
+    """Return how each input is scaled in each fold; a table's copies are scaled already."""
+    if not isinstance(statistics[0], ArrayStatistics):
+        return (None,)
+    channels = zip(*(fitted.channels for fitted in statistics))
+
+    def stacked(parts: Sequence[np.ndarray]) -> Tensor:
+        return torch.as_tensor(np.stack(parts)).to(like)
+
+    return tuple(None if of[0] is None else Scaling(*map(stacked, zip(*of))) for of in channels)
 
 
 def _distinct(

@@ -23,6 +23,7 @@ from gputune.data.quantiles import fit_quantiles, normal_scores
 from gputune.data.table import Table, quoted
 from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
 from gputune.errors import InputError
+from gputune.text import count
 
 Numbers = Literal["standard", "quantile", "none"]
 NUMBERS = ("standard", "quantile", "none")
@@ -52,6 +53,20 @@ class Layout:
     def numeric(self) -> np.ndarray:
         """(D,) bool: features that are centred and scaled; indicators, booleans and levels are not."""
         return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
+
+    @property
+    def n_features(self) -> int:
+        """What a module is built with: D."""
+        return len(self.feature_names)
+
+    @property
+    def row_numbers(self) -> int:
+        """How many numbers a row becomes, D."""
+        return len(self.feature_names)
+
+    def in_words(self) -> str:
+        """Say what a row is made of."""
+        return count(len(self.columns), "column")
 
     @overload
     def raw(self, X: Table) -> np.ndarray: ...

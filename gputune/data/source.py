@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
 
+from gputune.data.arrays import ARRAY_SUFFIXES, Arrays, as_arrays, read_array_file, read_dataset
 from gputune.data.files import read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.table import Table, as_rows, as_table, quoted, split_target
@@ -19,14 +21,20 @@ from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 
 
-def fingerprint(X: Table | Tensor, y: Target | np.ndarray) -> dict[str, Any]:
+def fingerprint(X: Table | Tensor | Arrays, y: Target | np.ndarray) -> dict[str, Any]:
     """Return ``rows``, ``columns`` and ``sha256``, the hex digest of X's names, kinds and values and of y's.
 
     Equal values in an array, a frame or a file of the same names and kinds give the same digest; a tensor has
     its own, which depends on its dtype.
     """
     digest = hashlib.sha256()
-    if isinstance(X, Tensor):
+    if isinstance(X, Arrays):
+        for part, label in enumerate(X.labels):
+            digest.update(f"{label} {tuple(X.parts[part].shape)} {X.parts[part].dtype}".encode())
+            for _, block in X.blocks(part):
+                digest.update(block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        rows, columns = len(X), len(X.parts)
+    elif isinstance(X, Tensor):
         values = X.detach().cpu().contiguous()
         digest.update(f"{tuple(values.shape)} {values.dtype}".encode())
         # Bytes, since NumPy has no bfloat16.
@@ -84,7 +92,7 @@ class Source:
     data in memory. ``original`` is the frame, array or list that X was made of; None for files and tensors.
     """
 
-    X: Table | Tensor
+    X: Table | Tensor | Arrays
     y: Any
     target: str
     groups: Any
@@ -96,35 +104,43 @@ class Source:
 
         Without the columns of target and groups; a list and a tensor are an array.
         """
+        if isinstance(self.X, Arrays):
+            return self.X
         if isinstance(self.X, Tensor):
             return self.X.cpu().numpy()
         return self.X.frame() if self.original is None else as_rows(self.original, self.X.names)
 
     def rows(self, positions: np.ndarray) -> "Source":
         """Return the source of some rows alone."""
-        X = self.X.select(positions) if isinstance(self.X, Table) else self.X[positions]
+        X = self.X[positions] if isinstance(self.X, Tensor) else self.X.select(positions)
         groups = None if self.groups is None else np.asarray(self.groups)[positions]
         y = self.y if isinstance(self.y, np.ndarray | Tensor) else np.asarray(self.y)
         return replace(self, X=X, y=y[positions], groups=groups, original=None)
 
 
-def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
+def read_source(X: Any, y: Any = None, groups: Any = None, *, module: bool = False) -> Source:
     """Return the rows of X and y.
 
     X is a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or the name of a column of X;
-    ``groups`` likewise. Raises InputError or FileNotFoundError for what cannot be read.
+    ``groups`` likewise. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's.
+    Raises InputError or FileNotFoundError for what cannot be read.
     """
     from_file = isinstance(X, str | Path)
+    if from_file and Path(X).suffix in ARRAY_SUFFIXES:
+        return _read_arrays(Path(X), y, groups, module=module)
+    if module and isinstance(X, TorchDataset):
+        X, y = read_dataset(X, y)
     if from_file and y is None and str(X).startswith("sklearn:"):
         y = "target"
     if y is None and not from_file:
         raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
-    if isinstance(X, Tensor):
+    arrays = as_arrays(X) if module else None
+    if arrays is not None or isinstance(X, Tensor):
         if isinstance(y, str) or isinstance(groups, str):
             raise InputError(
                 f"y and groups must be arrays when X is a tensor, got y={y!r}, groups={groups!r}."
             )
-        return Source(checked_tensor(X), y, "y", groups, None)
+        return Source(checked_tensor(X) if arrays is None else arrays, y, "y", groups, None)
     table = read_table(X) if from_file else as_table(X)
     origin: Origin | None = None
     if from_file:
@@ -146,14 +162,33 @@ def read_source(X: Any, y: Any = None, groups: Any = None) -> Source:
     return Source(table, y, name, groups, origin, None if from_file or isinstance(X, Table) else X)
 
 
-def read_again(origin: Origin) -> Source:
+def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
+    """Return the arrays of a file, of which ``y`` names the target."""
+    values = read_array_file(path)
+    for option, name in (("y", y), ("groups", groups)):
+        if not (isinstance(name, str) and name in values) and not (option == "groups" and name is None):
+            raise InputError(
+                f"{option} must name one of the arrays of {str(path)!r}, which are {quoted(values)}, got {name!r}."
+            )
+    target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
+    if not values:
+        raise InputError(
+            f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from."
+        )
+    X = values if len(values) > 1 else next(iter(values.values()))
+    source = read_source(X, target, of_groups, module=module)
+    origin = {"path": str(path.resolve()), "target": y, "groups": groups}
+    return replace(source, target=y, origin=origin, original=None)
+
+
+def read_again(origin: Origin, *, module: bool = False) -> Source:
     """Return the rows that a study was searched on, without those it held out."""
-    return read_apart(origin)[0]
+    return read_apart(origin, module=module)[0]
 
 
-def read_apart(origin: Origin) -> tuple[Source, Source | None]:
+def read_apart(origin: Origin, *, module: bool = False) -> tuple[Source, Source | None]:
     """Return the rows that a study was searched on, and those that it held out, if it did."""
-    source = read_source(origin["path"], origin["target"], origin["groups"])
+    source = read_source(origin["path"], origin["target"], origin["groups"], module=module)
     if "test_size" not in origin:
         return source, None
     return set_apart(source, **{k: origin[k] for k in ("test_size", "cv", "seed", "task")})

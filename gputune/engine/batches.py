@@ -154,9 +154,9 @@ class Batches:
 
     def _gather(self, number: int, rows: Tensor, folds: slice) -> Tensor:
         """Return rows (F, 1 or C, B) of an input as their folds read them, (F or P, B, ...)."""
-        x, scaling = self.inputs[number], self.data.scaling[number]
+        x = self.inputs[number]
         found = x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
-        return (found if scaling is None else scaling(found, folds)).flatten(0, 1)
+        return self.data.read(number, found, folds).flatten(0, 1)
 
     def _share(self, own: Tensor, begin: Tensor, part: Part) -> Tensor | float:
         """Each row's weight over the minibatch's sum of weights."""

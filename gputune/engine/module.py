@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from gputune.engine.batches import Batch, for_members
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import row_losses
-from gputune.engine.network import Shape
+from gputune.engine.network import Shape, call_module
 from gputune.engine.population import ModelKind, module_arguments
 from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
@@ -179,7 +179,7 @@ class StackedModule:
 
         def forward(own: Params, *rows: Tensor) -> Tensor:
             with self.stateless.holding({**own, **self.fixed}) as module:
-                return call(module.train(training), rows, self.shape.names)
+                return call_module(module.train(training), rows, self.shape.names)
 
         try:
             with _SlowAttention() if slow else nullcontext():
@@ -200,12 +200,6 @@ class StackedModule:
                 if not torch.equal(own, values[name].cpu()):
                     own.copy_(values[name])
         return module.eval()
-
-
-def call(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Tensor:
-    """Return what a module makes of its inputs, passed in order or by their names."""
-    result: Tensor = module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
-    return result
 
 
 class _SlowAttention(TorchFunctionMode):
@@ -262,8 +256,8 @@ def check_module(
     buffers = {k: b.clone() for k, b in module.named_buffers()}
     with torch.no_grad(), keyed_draws(_CPU, 0, "check"):
         try:
-            call(module.train(), x, names)
-            plain = call(module.eval(), x, names)
+            call_module(module.train(), x, names)
+            plain = call_module(module.eval(), x, names)
         except Exception as error:
             takes = " and ".join(f"a {_kind(part)} tensor of shape {_any_rows(part)}" for part in x)
             raise InputError(
@@ -299,7 +293,7 @@ def _check_rows_alone(
     names: Sequence[str] | None,
 ) -> None:
     with torch.no_grad():
-        fewer = call(module, [part[:2] for part in x], names)
+        fewer = call_module(module, [part[:2] for part in x], names)
     if not _close(fewer, plain[:2]):
         raise InputError(
             f"model: {module_class.__name__} gives a row other outputs in the company of other rows; its forward must "
@@ -311,7 +305,7 @@ def _check_trainable(
     module_class: type[nn.Module], module: nn.Module, x: Sequence[Tensor], names: Sequence[str] | None
 ) -> None:
     with torch.enable_grad(), keyed_draws(_CPU, 0, "check"):
-        outputs = call(module.train(), x, names)
+        outputs = call_module(module.train(), x, names)
     if not any(w.requires_grad for w in module.parameters()) or not outputs.requires_grad:
         raise InputError(
             f"model: {module_class.__name__} has nothing to train: its outputs depend on no parameter with "

@@ -80,6 +80,12 @@ class Network(Protocol):
         """Return one member as a plain module in evaluation mode, on the CPU."""
 
 
+def call_module(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Tensor:
+    """Return what a module makes of its inputs, passed in order or by their names."""
+    result: Tensor = module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
+    return result
+
+
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
     """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n) as a column."""
     if y.is_floating_point():

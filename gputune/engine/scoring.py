@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.engine import scores
-from gputune.engine.network import Network
+from gputune.engine.network import Network, call_module
 from gputune.errors import InputError
 from gputune.types import Params, Task
 
@@ -90,7 +90,9 @@ class Scoring:
         try:
             for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
                 others = None if member is None else partial(_predict, data, fold, member, trial)
-                X = rows if isinstance(rows, np.ndarray) else copy.deepcopy(rows)  # a frame can be written to
+                X = (
+                    rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
+                )  # a frame can be written to
                 estimator = fitted(outputs[trial].cpu(), self.classes, X, rows, others)
                 result[trial] = float(self.scorer(estimator, X, y))
                 estimator.close()
@@ -119,9 +121,9 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: Any) -> Te
     """Return what a member answers for rows X of the user's own, (m, K), on the CPU."""
     if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
-    x = data.scorer_rows.encoded(X, fold).to(data.dtype)
+    inputs = data.scorer_rows.encoded(X, fold, data.dtype)
     with torch.no_grad():
-        outputs = member(trial)(x).view(1, len(x), -1)
+        outputs = call_module(member(trial), inputs, data.names).view(1, len(inputs[0]), -1)
     return _as_answers(data, fold, outputs.to(data.device))[0].cpu()
 
 

@@ -39,7 +39,7 @@ def study_card(study: Any) -> str:
 def model_card(model: Any) -> str:
     """Return the card of a tuned model: what it predicts from what, and the scores it was chosen by."""
     info, layout = model.info, model.layout
-    rows = [("predicts", model.target), ("from", count(len(layout.columns), "column"))]
+    rows = [("predicts", model.target), ("from", layout.in_words())]
     if model.classes is not None:
         shown = ", ".join(map(str, model.classes[:8].tolist()))
         rows.append(("classes", f"{len(model.classes)}: {shown}{', ...' if len(model.classes) > 8 else ''}"))

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gputune.data.arrays import Arrays
 from gputune.data.columns import convert
+from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of
 from gputune.data.table import Table
 from gputune.engine.stateless import Stateless
@@ -53,17 +55,17 @@ class WholeModel(nn.Module):
         # Buffers, since a plain number would be written in single precision.
         self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
         self.register_buffer("target_scale", torch.tensor(model.scale, dtype=torch.float64))
-        statistics = model.statistics
+        layout, statistics = _of_table(model)
         for name in ("fill", "center", "scale", "quantiles"):
             self.register_buffer(name, torch.tensor(getattr(statistics, name)))
         self.ranked = statistics.ranked.tolist()
-        columns = model.layout.columns
+        columns = layout.columns
         self.from_columns = takes_columns(model)
         if self.from_columns:
             source = [i for i, column in enumerate(columns) for _ in column.feature_names]
             indicator = [k >= len(c.parts) for c in columns for k, _ in enumerate(c.feature_names)]
         else:
-            source, indicator = list(range(len(model.layout.feature_names))), [False]
+            source, indicator = list(range(len(layout.feature_names))), [False]
         self.register_buffer("source", torch.tensor(source))
         self.register_buffer("indicator", torch.tensor(indicator))
 
@@ -99,17 +101,29 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(value): value.detach() for value in graphs})
 
 
+def _of_table(model: ModelContent) -> tuple[Layout, Statistics]:
+    layout, statistics = model.layout, model.statistics
+    if not isinstance(layout, Layout) or not isinstance(statistics, Statistics):
+        raise InputError(
+            f"export knows models of tables, and this one takes {layout.in_words()}; give its module, model.module, to "
+            "torch.export or torch.onnx."
+        )
+    return layout, statistics
+
+
 def takes_columns(model: ModelContent) -> bool:
     """Whether an exported model takes the columns themselves, all of which are numbers or booleans."""
-    return all(column.kind in ("number", "boolean") for column in model.layout.columns)
+    return all(column.kind in ("number", "boolean") for column in _of_table(model)[0].columns)
 
 
-def encoded(model: ModelContent, table: Table) -> np.ndarray:
+def encoded(model: ModelContent, table: Table | Arrays) -> np.ndarray:
     """Return (n, C) float64, what an exported model takes of these rows."""
-    features = model.layout.raw(table)  # it checks the columns, also where only some of it is wanted
+    layout, _ = _of_table(model)
+    assert isinstance(table, Table)
+    features = layout.raw(table)  # it checks the columns, also where only some of it is wanted
     if not takes_columns(model):
         return features
-    columns = model.layout.columns
+    columns = layout.columns
     return np.stack(
         [convert(table.column(c.name), table.kind(c.name), c).astype(np.float64) for c in columns], axis=1
     )
@@ -117,12 +131,12 @@ def encoded(model: ModelContent, table: Table) -> np.ndarray:
 
 def description(model: ModelContent) -> dict[str, Any]:
     """Return what must be known of the inputs and outputs, as plain JSON."""
-    columns = takes_columns(model)
-    names = [column.name for column in model.layout.columns] if columns else model.layout.feature_names
+    columns, (layout, _) = takes_columns(model), _of_table(model)
+    names = [column.name for column in layout.columns] if columns else layout.feature_names
     return {
         "inputs": "columns" if columns else "features",
         "names": list(names),
-        "columns": [column.to_json() for column in model.layout.columns],
+        "columns": [column.to_json() for column in layout.columns],
         "outputs": ["label", "probabilities"] if model.classes is not None else ["prediction"],
         "task": model.task,
         "target": model.target,

@@ -11,11 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gputune.data.encode import transform
+from gputune.data.arrays import ArrayLayout, Arrays, read_array_file
+from gputune.data.dataset import encode
+from gputune.data.encode import Layout
 from gputune.data.files import read_table
 from gputune.data.table import Table, as_table
 from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
+from gputune.engine.network import call_module
 from gputune.errors import InputError
 from gputune.study.cards import model_card
 from gputune.study.export import encoded, export
@@ -43,7 +46,8 @@ class TunedModel(ModelContent):
         """Return class labels in their own type, or values in original units (float64), (n,).
 
         ``X`` is a file, a data frame, an array or a tensor with the columns of the training data; more columns
-        are ignored. Raises InputError for missing columns and for what is no table.
+        are ignored. Where the training data were arrays of other shapes, it is such arrays. Raises InputError for
+        missing columns, other shapes, and for what is no table.
         """
         outputs = self._outputs(X)
         if self.classes is None:
@@ -97,14 +101,21 @@ class TunedModel(ModelContent):
         outputs = []
         with torch.inference_mode():
             for part in self._batches(self._inputs(X)):
-                rows = torch.from_numpy(transform(self.layout.raw(part), self.statistics))
-                inputs = rows.to(device, self.dtype)
-                output, first = self._checked(self.module(inputs), len(rows)), first_equal(inputs)
+                rows = encode(part, self.layout, self.statistics, self.dtype)
+                inputs = [x.to(device) for x in rows]
+                output = self._checked(call_module(self.module, inputs, self._names), len(part))
+                first = first_equal(inputs[0]) if isinstance(self.layout, Layout) else None
                 outputs.append((output if first is None else output[first]).double().cpu())
         return torch.cat(outputs)
 
-    def _inputs(self, X: Any) -> Table:
-        """Return X as a table; a tensor too, so that training on tensors and on arrays is predicted alike."""
+    @property
+    def _names(self) -> tuple[str, ...] | None:
+        return None if isinstance(self.layout, Layout) else self.layout.names
+
+    def _inputs(self, X: Any) -> Table | Arrays:
+        """Return X as a table (a tensor too, so that tensors and arrays are predicted alike), or as arrays."""
+        if not isinstance(self.layout, Layout):
+            return self._arrays(X, self.layout)
         if isinstance(X, Tensor):
             return as_table(checked_tensor(X).cpu().numpy())
         table = read_table(X) if isinstance(X, str | Path) else as_table(X)
@@ -112,9 +123,17 @@ class TunedModel(ModelContent):
         answers = self.target in table.names and self.target not in self.layout.inputs
         return table.drop(self.target) if answers and len(table.names) > 1 else table
 
-    def _batches(self, table: Table) -> Iterator[Table]:
+    def _arrays(self, X: Any, layout: ArrayLayout) -> Arrays:
+        """Return X, or the arrays of a file without its target, as those that were seen in training."""
+        if isinstance(X, str | Path):
+            values = read_array_file(Path(X))
+            values.pop(self.target, None)
+            X = values if layout.names is not None else next(iter(values.values()), None)
+        return layout.raw(X)
+
+    def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
         """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""
-        rows = min(ROWS, max(1, NUMBERS // len(self.layout.feature_names)))
+        rows = min(ROWS, max(1, NUMBERS // self.layout.row_numbers))
         for start in range(0, len(table), rows):
             yield table.select(np.arange(start, min(start + rows, len(table))))
 
@@ -135,8 +154,9 @@ class TunedModel(ModelContent):
 
     def __repr__(self) -> str:
         what = "regression" if self.classes is None else f"{len(self.classes)} classes"
-        columns = len(self.layout.columns)
-        return f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {columns} columns)"
+        return (
+            f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {self.layout.in_words()})"
+        )
 
 
 @entry

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
 from gputune.engine.module import materialise
 from gputune.errors import InputError, UntrustedCodeError
@@ -50,8 +51,8 @@ class ModelContent:
     """The fields of a ``TunedModel``, which says what they are."""
 
     module: nn.Module
-    layout: Layout
-    statistics: Statistics
+    layout: Layout | ArrayLayout
+    statistics: Statistics | ArrayStatistics
     task: Task
     classes: NDArray[Any] | None
     center: float
@@ -105,13 +106,13 @@ def read_content(folder: Path, module: type[nn.Module] | None, *, trust_code: bo
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
     with blaming(folder / DESCRIPTION):
-        layout, statistics = Layout.from_json(body["layout"]), Statistics.from_json(body["statistics"])
+        layout, statistics = _preprocessing(body["layout"], body["statistics"])
         spec, classes, dtype = dict(body["spec"]), body["classes"], DTYPES[body["dtype"]]
         kind, kwargs = str(spec["kind"]), dict(spec["kwargs"])
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
         n_outputs = 1 if classes is None else len(classes)
-        arguments = {"n_features": len(layout.feature_names), "n_outputs": n_outputs, **kwargs}
+        arguments = {"n_features": layout.n_features, "n_outputs": n_outputs, **kwargs}
         if kind in BUILT_IN:
             _check_size(arguments, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
@@ -205,6 +206,14 @@ def _check_free(folder: Path) -> None:
                 f"save(folder={str(folder)!r}): the folder holds {name!r}, which is no part of a model; "
                 "give a new or an empty folder."
             )
+
+
+def _preprocessing(
+    layout: dict[str, Any], statistics: dict[str, Any]
+) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
+    if "shapes" in layout:
+        return ArrayLayout.from_json(layout), ArrayStatistics.from_json(statistics)
+    return Layout.from_json(layout), Statistics.from_json(statistics)
 
 
 def _check_size(arguments: dict[str, Any], kind: str, state: dict[str, Tensor]) -> None:

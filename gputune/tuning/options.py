@@ -207,8 +207,9 @@ class Options:
         check=_one_of("auto", "keep", "drop-constant"),
     )  # fmt: skip
     numbers: Any = _rows(
-        "standard", "--numbers HOW", "scaling: standard (default), quantile or none",
-        check=_one_of("standard", "quantile", "none"),
+        "auto", "--numbers HOW",
+        "scaling: standard, quantile or none; auto (default): standard for tables, none for images and sequences",
+        check=_one_of("auto", "standard", "quantile", "none"),
     )  # fmt: skip
 
     device: str = _machine(

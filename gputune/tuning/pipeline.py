@@ -79,7 +79,7 @@ def search(
     progress = Progress(options.verbose, callbacks.epoch, words)
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
-        problem = make_problem(source, options.task, choice, options.columns)
+        problem = make_problem(source, options.task, choice, options.columns, options.numbers)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     folds = _folds(problem, options)
@@ -300,12 +300,9 @@ def _checked_space(choice: ModelChoice, options: Options) -> Space:
 def _say_what_was_understood(
     problem: Problem, choice: ModelChoice, progress: Progress, notes: Sequence[str]
 ) -> None:
-    target, rows = problem.target, len(problem.source.X)
+    target = problem.target
     kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
     override = f"; {target.override}" if target.override else ""
-    progress.say(
-        f"{choice.name} on {rows} rows, {len(problem.layout.feature_names)} features; target {target.name!r}: "
-        f"{kind}{override}"
-    )
+    progress.say(f"{choice.name} on {problem.in_words()}; target {target.name!r}: {kind}{override}")
     for note in notes:
         progress.say(f"note: {note}")

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, fit_channels
 from gputune.data.dataset import Dataset, Rows, make_dataset
-from gputune.data.encode import Columns, Layout, Statistics, fit_layout, fit_statistics
+from gputune.data.encode import Columns, Layout, Numbers, Statistics, fit_layout, fit_statistics
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target, check_weights
@@ -110,26 +111,42 @@ class Problem:
 
     source: Source
     target: Target
-    layout: Layout
-    raw: np.ndarray | Tensor
+    layout: Layout | ArrayLayout
+    raw: np.ndarray | Tensor | Arrays
     columns: Columns = "drop-constant"
+    numbers: Numbers = "standard"
 
     def dataset(
         self, folds: Sequence[Rows], options: Options, choice: ModelChoice
-    ) -> tuple[Dataset, tuple[Statistics, ...]]:
+    ) -> tuple[Dataset, tuple[Statistics, ...] | tuple[ArrayStatistics, ...]]:
         """Return the data of some folds on the device, and the statistics of each fold."""
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
         device = self.raw.device if isinstance(self.raw, Tensor) and options.device == "auto" else None
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
-        statistics = tuple(
-            fit_statistics(self.raw, self.layout, train, numbers=options.numbers) for train, _ in folds
-        )
+        statistics = self._statistics([train for train, _ in folds])
         like = torch.empty(0, dtype=dtype, device=device or options.device_here())
         return make_dataset(self.raw, statistics, self.target, folds, weights=weights, like=like), statistics
 
+    def _statistics(
+        self, trains: Sequence[np.ndarray]
+    ) -> tuple[Statistics, ...] | tuple[ArrayStatistics, ...]:
+        if isinstance(self.raw, Arrays):
+            return fit_channels(self.raw, trains, self.numbers)
+        assert isinstance(self.layout, Layout)
+        layout, raw = self.layout, self.raw
+        return tuple(fit_statistics(raw, layout, train, numbers=self.numbers) for train in trains)
+
+    def in_words(self) -> str:
+        """Say how many rows of what there are."""
+        if isinstance(self.layout, ArrayLayout):
+            return f"{len(self.source.X)} rows of {self.layout}"
+        return f"{len(self.source.X)} rows, {len(self.layout.feature_names)} features"
+
     def columns_in_words(self) -> str:
         """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
+        if isinstance(self.layout, ArrayLayout):
+            return ""
         used = {column.name: len(column.feature_names) for column in self.layout.columns}
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
@@ -145,10 +162,17 @@ class Problem:
         )
 
 
-def make_problem(source: Source, task: Any, choice: ModelChoice, columns: str = "auto") -> Problem:
+def make_problem(
+    source: Source,
+    task: Any,
+    choice: ModelChoice,
+    columns: str = "auto",
+    numbers: Numbers | Literal["auto"] = "auto",
+) -> Problem:
     """Check the target, fix the column layout and encode the rows.
 
-    ``columns`` "auto" is "keep" for a user's module, which may count on their number and order.
+    ``columns`` "auto" is "keep" for a user's module, which may count on their number and order; ``numbers`` "auto" is
+    "standard" for a table, "none" for arrays.
     """
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     if choice.solved and target.task == "regression":
@@ -159,5 +183,10 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, columns: str = 
     how: Columns = "drop-constant"
     if columns == "keep" or (columns == "auto" and choice.kind == "module"):
         how = "keep"
+    if isinstance(source.X, Arrays):
+        return Problem(
+            source, target, ArrayLayout.of(source.X), source.X, how, "none" if numbers == "auto" else numbers
+        )
     layout = fit_layout(source.X, columns=how)
-    return Problem(source, target, layout, layout.raw(source.X), how)
+    raw = layout.raw(source.X)
+    return Problem(source, target, layout, raw, how, "standard" if numbers == "auto" else numbers)

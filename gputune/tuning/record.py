@@ -51,7 +51,7 @@ def search_record(
         features=len(problem.layout.feature_names),
         notes=[*problem.layout.notes, *notes],
         columns=problem.columns,
-        numbers=options.numbers,
+        numbers=problem.numbers,
         class_weight=None if options.class_weight is None else repr(options.class_weight),
         sample_weight=None if options.sample_weight is None else digest_of(np.asarray(options.sample_weight)),
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
@@ -196,7 +196,7 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
     assert record.source is not None  # rows in memory are lacking
     origin = record.source
     try:
-        source, test = read_apart(origin)
+        source, test = read_apart(origin, module=choice.kind == "module")
     except FileNotFoundError as error:
         raise InputError(
             f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "

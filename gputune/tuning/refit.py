@@ -16,7 +16,7 @@ from gputune.engine.population import complete, module_arguments
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.search.descent import Hypergradient
-from gputune.solver.solve import solve_all, solved_module
+from gputune.solver.job import solve_all, solved_module
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.record import PARTS, SearchRecord, lost_option
@@ -44,7 +44,7 @@ def refit(
         choice, source, options = _recalled(study, X, y, trust_code)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "regression" if study.record.task == "regression" else "classification"
-    problem = make_problem(source, task, choice, options.columns)
+    problem = make_problem(source, task, choice, options.columns, options.numbers)
     rows = _fingerprint(study, problem, is_kept=study.data is not None and X is None)
     if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
@@ -81,7 +81,9 @@ def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoi
     if study.data is not None:
         choice, source, options = study.data
         return (
-            (choice, source, options) if X is None else (choice, read_source(X, y), _without_weights(options))
+            (choice, source, options)
+            if X is None
+            else (choice, read_source(X, y, module=choice.kind == "module"), _without_weights(options))
         )
     if record.face == "sklearn":
         raise InputError(
@@ -97,7 +99,7 @@ def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoi
         )
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
-    return choice, _reread(study, X, y), options
+    return choice, _reread(study, X, y, module=choice.kind == "module"), options
 
 
 def _machine(record: SearchRecord) -> dict[str, Any]:
@@ -139,16 +141,16 @@ def _without_weights(options: Options) -> Options:
     return options
 
 
-def _reread(study: Study, X: Any, y: Any) -> Source:
+def _reread(study: Study, X: Any, y: Any, *, module: bool) -> Source:
     if X is not None:
-        return read_source(X, y)
+        return read_source(X, y, module=module)
     origin = study.record.source
     if origin is None:
         raise InputError(
             "best_model() needs X and y: the study was searched on data in memory, which its file does not hold."
         )
     try:
-        return read_again(origin)
+        return read_again(origin, module=module)
     except FileNotFoundError as error:
         raise InputError(
             f"best_model() cannot read {origin['path']!r} again: it is gone. Pass X and y."

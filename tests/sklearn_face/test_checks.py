@@ -13,17 +13,19 @@ from gputune.sklearn import (
     NeuralNetRegressor,
 )
 
-MLP = {"hidden_layer_sizes": (16,), "learning_rate_init": 0.02, "max_iter": 60, "random_state": 0}
+SIZE = {"width": 16, "depth": 1, "lr": 0.02, "max_epochs": 60, "random_state": 0}
+SCIKIT_LEARNS = {"hidden_layer_sizes": (16,), "learning_rate_init": 0.02, "max_iter": 60, "random_state": 0}
 NET = {"module": Net, "module__hidden": 16, "optimizer": "adam", "max_epochs": 40, "random_state": 0}
 # One of each class of which the others are a spelling or a sibling.
 ESTIMATORS = [
     LogisticRegression(),
-    MLPClassifier(**MLP),
-    MLPRegressor(**MLP),
+    MLPClassifier(**SIZE),
+    MLPRegressor(**SCIKIT_LEARNS),
     NeuralNetClassifier(**NET, lr=0.05),
 ]
 OTHERS = [
-    MLPClassifier(**MLP, alpha=1e-3),
+    MLPClassifier(**SCIKIT_LEARNS, alpha=1e-3),
+    MLPRegressor(**SIZE),
     NeuralNetRegressor(**NET, lr=0.02),
 ]
 

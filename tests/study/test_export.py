@@ -119,7 +119,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
 @pytest.mark.parametrize(
     ("frame", "options", "suffix"),
     [
-        pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
+        (NUMBERS, {}, ".onnx"),
         (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
         (FRAME, USERS, ".onnx"),
         (FRAME, USERS, ".pt2"),
@@ -135,7 +135,7 @@ def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     assert known["names"] == list(names) and known["target"] == "outcome"
 
 
-@pytest.mark.parametrize("activation", ["gelu", pytest.param("silu", marks=pytest.mark.long)])
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_activations_in_double(activation, tmp_path):
     def module(**size):
         return MLP(**size, width=8, depth=2, activation=activation, dropout=0.2)

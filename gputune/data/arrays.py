@@ -1,0 +1,354 @@
+"""Inputs that are no table: images, sequences, token ids, several of them; as they are, or scaled by channel.
+
+    arrays = as_arrays(X)                        one tensor (n, ...) for each argument of a module; None: X is a table
+    layout = ArrayLayout.of(arrays)              shapes and dtypes that a prediction must bring again
+    statistics = fit_channels(arrays, folds)     of each fold's training rows; "none": as they are
+
+Nothing is copied: memory-mapped arrays are read where their rows are gathered.
+"""
+
+import math
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, default_collate
+
+from gputune.errors import InputError
+
+ARRAY_SUFFIXES = (".npz", ".pt", ".pth")
+"""Of the files that hold arrays."""
+
+_BLOCK = 1 << 24
+"""Numbers that are looked at at a time."""
+
+_TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
+"""Integers that torch computes little with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Inputs of a module: ``parts`` (n, ...), passed in order, or as the keywords ``names``."""
+
+    parts: tuple[Tensor, ...]
+    names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What messages call the inputs: X, X[0], X['image']."""
+        if self.names is not None:
+            return tuple(f"X[{name!r}]" for name in self.names)
+        return ("X",) if len(self.parts) == 1 else tuple(f"X[{i}]" for i in range(len(self.parts)))
+
+    def select(self, rows: np.ndarray) -> "Arrays":
+        """Return the given rows."""
+        positions = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        return Arrays(tuple(x[positions.to(x.device)] for x in self.parts), self.names)
+
+    def as_given(self) -> Any:
+        """Return the rows as a scorer sees them: an array, a tuple, or a dict of arrays."""
+        arrays = tuple(x.cpu().numpy() for x in self.parts)
+        if self.names is not None:
+            return dict(zip(self.names, arrays))
+        return arrays if len(arrays) > 1 else arrays[0]
+
+    def blocks(self, part: int) -> Iterator[tuple[int, Tensor]]:
+        """Return the rows of an input, a block at a time, each with the number of its first row."""
+        x = self.parts[part]
+        rows = max(1, _BLOCK // max(1, x[0].numel()))
+        for start in range(0, len(x), rows):
+            yield start, x[start : start + rows]
+
+
+def as_arrays(X: Any) -> Arrays | None:
+    """Return X as inputs of a module, None where it is a table: two axes, of floats or in a frame.
+
+    X is an array or tensor with three axes or more, a tensor of integers with two, or a tuple or dict of any such.
+    Raises InputError for unequal lengths, no rows, complex or missing or infinite numbers.
+    """
+    if isinstance(X, Mapping) and all(isinstance(value, Tensor | np.ndarray) for value in X.values()):
+        return _checked(tuple(X.values()), tuple(map(str, X)))
+    if isinstance(X, tuple) and X and all(isinstance(value, Tensor | np.ndarray) for value in X):
+        return _checked(X, None)
+    if isinstance(X, np.ndarray) and not np.ma.isMaskedArray(X) and X.ndim > 2:
+        return _checked((X,), None)
+    if isinstance(X, Tensor) and (
+        X.dim() > 2 or (X.dim() == 2 and not X.is_floating_point() | X.is_complex())
+    ):
+        return _checked((X,), None)
+    return None
+
+
+def _checked(values: Sequence[Any], names: tuple[str, ...] | None) -> Arrays:
+    if not values:
+        raise InputError("X is empty; pass at least one array or tensor of rows.")
+    labels = Arrays((torch.empty(0),) * len(values), names).labels
+    parts = tuple(_tensor(value, label) for value, label in zip(values, labels))
+    lengths = {label: len(x) for label, x in zip(labels, parts)}
+    if len(set(lengths.values())) > 1:
+        words = ", ".join(f"{label} {length}" for label, length in lengths.items())
+        raise InputError(
+            f"the inputs of X must have one row for each of the same cases, got lengths {words}."
+        )
+    arrays = Arrays(parts, names)
+    for number, label in enumerate(labels):
+        _check_finite(arrays, number, label)
+    return arrays
+
+
+def _tensor(value: Any, label: str) -> Tensor:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf":
+            raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; convert it.")
+        value = _shared(value)
+    if value.layout is not torch.strided:
+        raise InputError(
+            f"{label} is a sparse tensor, and only dense input is supported; pass {label}.to_dense()."
+        )
+    if value.is_complex():
+        raise InputError(f"{label} must hold real numbers, got {value.dtype}; pass real and imaginary parts.")
+    if value.dim() == 0 or 0 in value.shape:
+        raise InputError(
+            f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}."
+        )
+    tensor: Tensor = value.detach()
+    return tensor.to(_TAKEN_AS.get(tensor.dtype, tensor.dtype))
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """Return a tensor over the memory of an array, which may be a file's that cannot be written; nothing writes."""
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in native.strides):
+        native = np.ascontiguousarray(native)
+    # torch warns of memory that must not be written, and cannot be told that it will not be.
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        tensor: Tensor = torch.from_numpy(native)
+    return tensor
+
+
+def _check_finite(arrays: Arrays, number: int, label: str) -> None:
+    if not arrays.parts[number].is_floating_point():
+        return
+    for start, block in arrays.blocks(number):
+        bad = ~block.isfinite().flatten(1).all(1) if block.dim() > 1 else ~block.isfinite()
+        if bad.any():
+            raise InputError(
+                f"{label} must be finite, got NaN or an infinite value in row {start + int(bad.int().argmax())}; "
+                "fill it, or leave that row out."
+            )
+
+
+def read_array_file(path: Path) -> dict[str, Any]:
+    """Return the arrays of a .npz file, or the tensors of a .pt file that holds a dict of them, by their names.
+
+    Nothing is unpickled. Raises InputError for other contents, FileNotFoundError for a file that is not there.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as found:
+                return dict(found)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{str(path)!r} cannot be read as arrays: {str(error).splitlines()[0]}; write it with numpy.savez, or "
+            "torch.save of a dict of tensors."
+        ) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise InputError(f"{str(path)!r} must hold a dict of tensors, got {type(found).__name__}; save one.")
+    return {str(name): value for name, value in found.items()}
+
+
+def read_dataset(
+    dataset: "TorchDataset[Any]", y: Any, bar: Callable[[Sequence[int]], Iterator[int]] = iter
+) -> tuple[Any, Any]:
+    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once.
+
+    With ``y`` given, or None and items that are no pair, all of an item is inputs. ``bar`` shows how far it is. Raises
+    InputError for one without a length or with items of unlike shapes.
+    """
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise InputError(
+            f"X is a {type(dataset).__name__}, which has no length; pass a map-style Dataset, with __len__ and "
+            "__getitem__, or its tensors."
+        )
+    items = [dataset[i] for i in bar(range(len(dataset)))]
+    try:
+        found = default_collate(items)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(
+            f"the items of X, a {type(dataset).__name__}, cannot be stacked: {str(error).splitlines()[0]}. All must "
+            "have one shape; pad them, or let the dataset give tensors."
+        ) from error
+    if y is not None:
+        return _as_inputs(found), y
+    if not isinstance(found, list | tuple) or len(found) != 2:
+        raise InputError(
+            f"y is missing: the items of X, a {type(dataset).__name__}, are no pairs (inputs, target); pass y."
+        )
+    return _as_inputs(found[0]), found[1]
+
+
+def _as_inputs(found: Any) -> Any:
+    return (
+        tuple(found)
+        if isinstance(found, list) and len(found) > 1
+        else found[0]
+        if isinstance(found, list)
+        else found
+    )
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """What the inputs of a module look like: the ``shapes`` of a row, their ``dtypes``, and ``names`` if any."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(arrays: Arrays) -> "ArrayLayout":
+        """Return the layout of arrays."""
+        shapes = tuple(tuple(x.shape[1:]) for x in arrays.parts)
+        return ArrayLayout(
+            shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names
+        )
+
+    def raw(self, X: Any) -> Arrays:
+        """Return X as the arrays that were seen in training; InputError for other names, shapes or kinds."""
+        arrays = X if isinstance(X, Arrays) else as_arrays(X)
+        if arrays is None:
+            arrays = _checked((X if isinstance(X, Tensor) else np.asarray(X),), None)
+        if self.names is not None and arrays.names is not None:
+            arrays = self._by_name(arrays, self.names)
+        found = ArrayLayout.of(arrays)
+        kinds = [torch.empty(0, dtype=getattr(torch, dtype)).is_floating_point() for dtype in self.dtypes]
+        same = kinds == [x.is_floating_point() for x in arrays.parts]
+        if found.shapes != self.shapes or found.names != self.names or not same:
+            raise InputError(f"X must be what was seen in training, {self}, got {found}.")
+        return arrays
+
+    def _by_name(self, arrays: Arrays, names: tuple[str, ...]) -> Arrays:
+        assert arrays.names is not None
+        if missing := [name for name in names if name not in arrays.names]:
+            raise InputError(
+                f"X has no input {missing[0]!r}; those seen in training are {', '.join(map(repr, names))}."
+            )
+        return Arrays(tuple(arrays.parts[arrays.names.index(name)] for name in names), names)
+
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """The inputs, as messages and files name them."""
+        return self.names or tuple(f"input{i}" for i in range(len(self.shapes)))
+
+    @property
+    def n_features(self) -> int:
+        """What a module is built with: the size of the last axis of the first input, 1 where a row is one number."""
+        return self.shapes[0][-1] if self.shapes[0] else 1
+
+    @property
+    def row_numbers(self) -> int:
+        """How many numbers a row has, in all inputs."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def in_words(self) -> str:
+        """Say what a row is made of."""
+        return str(self)
+
+    def __str__(self) -> str:
+        labels = self.names or ("",) * len(self.shapes)
+        parts = zip(labels, self.dtypes, self.shapes)
+        return " and ".join(
+            f"{name} {dtype} {('rows', *shape)}".replace("'", "").strip() for name, dtype, shape in parts
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        names = None if self.names is None else list(self.names)
+        return {"shapes": [list(shape) for shape in self.shapes], "dtypes": list(self.dtypes), "names": names}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "ArrayLayout":
+        """Return the layout that ``to_json`` wrote."""
+        names = None if value["names"] is None else tuple(value["names"])
+        return ArrayLayout(tuple(tuple(shape) for shape in value["shapes"]), tuple(value["dtypes"]), names)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayStatistics:
+    """The mean and the scale of each channel of each input, float64; None for an input that stays as it is."""
+
+    channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON types."""
+        return {"channels": [None if c is None else [part.tolist() for part in c] for c in self.channels]}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "ArrayStatistics":
+        """Return the statistics that ``to_json`` wrote."""
+        return ArrayStatistics(
+            tuple(None if c is None else (np.array(c[0]), np.array(c[1])) for c in value["channels"])
+        )
+
+
+def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> tuple[ArrayStatistics, ...]:
+    """Return the statistics of each fold's training rows; with ``numbers="none"`` inputs stay as they are.
+
+    "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first axis of a row with
+    three or more, each column of a row with one, all numbers of a row with two. Scale 1 where a channel is constant.
+    """
+    if numbers == "quantile":
+        raise InputError("numbers='quantile' is for tables; images and sequences take 'standard' or 'none'.")
+    fitted = [
+        _fit(arrays, part, folds) if numbers == "standard" else None for part in range(len(arrays.parts))
+    ]
+    return tuple(
+        ArrayStatistics(tuple(None if of_part is None else of_part[f] for of_part in fitted))
+        for f in range(len(folds))
+    )
+
+
+def channel_axes(row: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the statistics of a row, with 1 for the axes that are summed over."""
+    if len(row) == 1:
+        return row
+    return (row[0], *[1] * (len(row) - 1)) if len(row) > 2 else (1,) * len(row)
+
+
+def _fit(
+    arrays: Arrays, part: int, folds: Sequence[np.ndarray]
+) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Return mean and scale of an input's channels in each fold, by sums of every row that are made once."""
+    x = arrays.parts[part]
+    if x.dtype != torch.uint8 and not x.is_floating_point():
+        return None
+    shape = channel_axes(tuple(x.shape[1:]))
+    summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
+    each = x[0].numel() / np.prod(shape, dtype=float)
+    shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)  # against cancellation
+    first, second = (np.empty((len(x), *shape)) for _ in range(2))
+    for start, block in arrays.blocks(part):
+        gap = block.double() - shift
+        rows = slice(start, start + len(block))
+        first[rows] = gap.sum(summed, keepdim=True).cpu() if summed else gap.cpu()
+        second[rows] = gap.square().sum(summed, keepdim=True).cpu() if summed else gap.square().cpu()
+    moments = []
+    for train in folds:
+        mean, square = (sums[train].mean(0) / each for sums in (first, second))
+        deviation = np.sqrt(np.maximum(square - mean**2, 0))
+        constant = deviation <= 1e-9 * np.sqrt(np.maximum(square, 1e-300))
+        moments.append((mean + shift[0].cpu().numpy(), np.where(constant, 1.0, deviation)))
+    return moments

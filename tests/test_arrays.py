@@ -1,0 +1,122 @@
+"""Images, sequences and several inputs, from tune() to the saved model; each member equals a plain loop."""
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gputune
+from command_line import FAST, run
+from gputune.errors import InputError
+from reference import train_module
+
+SMALL = {"n_trials": 2, "cv": 2, "max_epochs": 2, "verbose": 0, "workers": 1}
+G = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(48, 1, 6, 6, generator=G)
+LABELS = (IMAGES[:, 0, 2:4, 2:4].mean((1, 2)) > 0.5).long()
+IDS = torch.randint(9, (48, 5), generator=G)
+
+
+class Images(nn.Module):
+    def __init__(self, n_features, n_outputs, channels=4):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, channels, 3, padding=1), nn.GroupNorm(2, channels), nn.ReLU(), nn.AvgPool2d(2)
+        )
+        self.head = nn.Linear(channels * 9, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+
+class IdsAndNumbers(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.code, self.head = nn.Embedding(9, 4), nn.Linear(5, n_outputs)
+
+    def forward(self, ids, number):
+        return self.head(torch.cat([self.code(ids).mean(1), number], 1))
+
+
+def test_a_member_on_images_equals_a_plain_loop():
+    options = SMALL | {"cv": [(np.arange(8, 48), np.arange(8))], "dtype": "float64", "n_trials": 1}
+    study = gputune.tune(
+        Images, IMAGES, LABELS, space={"lr": [0.01], "batch_size": [16]}, scoring="neg_log_loss", **options
+    )
+    config = {"lr": 0.01, "batch_size": 16, "optimizer": "adamw", "weight_decay": 0.01}
+    rows = IMAGES.double()
+    module = train_module(lambda: Images(6, 2), rows[8:], LABELS[8:], config, epochs=2, max_epochs=2)
+    loss = nn.functional.cross_entropy(module(rows[:8]), LABELS[:8])
+    assert study.curves[0, -1, 0] == pytest.approx(-loss.item(), abs=1e-9)
+
+
+def test_a_command_tunes_images_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("images.npz", image=IMAGES.numpy(), label=LABELS.numpy())
+    inspect_source = "import torch\nfrom torch import nn\n\n\n" + inspect.getsource(Images)
+    (tmp_path / "net.py").write_text(inspect_source)
+    code, out, err = run("tune", "images.npz", "--target", "label", "--model", "net.py:Images", *FAST)
+    assert code == 0, err
+    code, out, err = run("predict", "gputune-out/model", "images.npz", "--trust-code")
+    assert code == 0, err
+    assert len(out.splitlines()) == 49
+
+
+def test_a_model_of_images_is_saved_and_predicts(tmp_path):
+    X = IMAGES.mul(255).to(torch.uint8)
+    model = gputune.tune(Images, X, LABELS, numbers="standard", **SMALL).best_model()
+    model.save(tmp_path / "model")
+    again = gputune.load_model(tmp_path / "model", module=Images)
+    np.testing.assert_array_equal(again.predict_proba(X.numpy()), model.predict_proba(X))
+    assert "from uint8 (rows, 1, 6, 6)" in repr(again)
+    with pytest.raises(InputError, match="X must be what was seen in training"):
+        again.predict(IMAGES)
+
+
+def test_several_inputs_go_by_name_and_in_order():
+    number = torch.rand(48, 1, generator=G)
+    named = gputune.tune(IdsAndNumbers, {"number": number, "ids": IDS}, LABELS, **SMALL)
+    ordered = gputune.tune(IdsAndNumbers, (IDS, number), LABELS, **SMALL)
+    assert [t.score for t in named.trials] == [t.score for t in ordered.trials]
+    rows = {"ids": IDS, "number": number}
+    np.testing.assert_array_equal(
+        named.best_model().predict(rows), ordered.best_model().predict((IDS, number))
+    )
+
+
+def test_a_study_of_a_file_goes_on(tmp_path):
+    np.savez(tmp_path / "images.npz", image=IMAGES.numpy(), label=LABELS.numpy())
+    whole = gputune.tune(Images, tmp_path / "images.npz", "label", **SMALL)
+    options = {**SMALL, "study": tmp_path / "study.db"}
+    gputune.tune(Images, tmp_path / "images.npz", "label", **options | {"n_trials": 1})
+    more = gputune.tune(Images, tmp_path / "images.npz", "label", **options)
+    assert [t.score for t in more.trials] == [t.score for t in whole.trials]
+    opened = gputune.Study.open(tmp_path / "study.db").best_model(trust_code=True)
+    np.testing.assert_array_equal(opened.predict(tmp_path / "images.npz"), more.best_model().predict(IMAGES))
+
+
+def test_a_scorer_of_ones_own_sees_the_arrays():
+    def scorer(estimator, X, y):
+        assert X.shape[1:] == (1, 6, 6) and estimator.predict(X[:3]).shape == (3,)
+        return float((estimator.predict(X) == y).mean())
+
+    own = gputune.tune(Images, IMAGES, LABELS, scoring=scorer, **SMALL)
+    named = gputune.tune(Images, IMAGES, LABELS, scoring="accuracy", **SMALL)
+    assert [t.score for t in own.trials] == pytest.approx([t.score for t in named.trials])
+
+
+@pytest.mark.parametrize(
+    ("model", "X", "message"),
+    [
+        ("mlp", IMAGES, "X must be two-dimensional"),
+        ("logistic", (IDS, IDS), "X is a tuple of 2 inputs"),
+        (IdsAndNumbers, (IDS + 1, torch.rand(48, 1)), "raised IndexError"),
+        (Images, IMAGES.expand(-1, 3, -1, -1), "submodule 'body.0'.* raised RuntimeError"),
+        (Images, IMAGES[:40], "y must have one value a row of X, got 48 values and 40 rows"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_trains(model, X, message):
+    with pytest.raises(InputError, match=message):
+        gputune.tune(model, X, LABELS, **SMALL)
