@@ -4,10 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any, Literal
 
-import numpy as np
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
-from sklearn.utils import check_random_state
 
 from gputune.errors import InputError
 from gputune.search.config import KEYS, check_config
@@ -16,9 +14,6 @@ from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
 from gputune.text import count
 from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
-
-RandomState = int | np.random.RandomState | None
-"""As in scikit-learn: a seed, a generator that goes on from where it is, or None for numpy's global one."""
 
 Origin = Literal["default", "include", "random"]
 
@@ -51,72 +46,56 @@ def default_space(model: Literal["mlp", "logistic", "module"], optimizer: str) -
     return space | {"width": [32, 64, 128, 256]} if model == "mlp" else space
 
 
-def draw(space: Space, n_trials: int, random_state: RandomState) -> list[Config]:
+def draw(space: Space, n_trials: int, seed: int) -> list[Config]:
     """Return ``n_trials`` configurations of a checked space: ParameterSampler's own, so RandomizedSearchCV's too.
 
     A space of lists only is drawn without replacement; where it has too few points, all of them are returned,
     fewer than ``n_trials`` (``remarks`` says so). Raises InputError, for instance where a distribution of the
     user's own draws 17.3 for an integer key.
     """
-    _check_n_trials(n_trials)
-    try:
-        rng = check_random_state(random_state)
-    except ValueError:
-        raise InputError(
-            "random_state must be an integer in [0, 2**32), None or a numpy.random.RandomState, got "
-            f"{random_state!r}. For example random_state=0."
-        ) from None
-    sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=rng)
+    sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
     return [check_config(config, name="a draw of space") for config in sampler]
 
 
-def candidates(
+def first_candidates(
     space: Space,
     *,
     n_trials: int,
     include: Sequence[Mapping[str, Any]],
     include_default: bool,
-    random_state: RandomState,
     defaults: Mapping[str, Any],
-    drawn: bool = True,
 ) -> tuple[Candidate, ...]:
-    """Return all trials of a new search in the order of their numbers, each with its origin.
+    """Return what a new search begins with: the default configuration ("default"), then ``include`` ("include").
 
-    First the default configuration ("default"), then ``include`` ("include"), then draws ("random"), until with the
-    default one there are ``n_trials``. In the first two a key that is missing takes its default, held to the space
-    where that names it: the nearest number there, or the first of a list of other things; what nobody knows the ends of
-    is drawn. A configuration that is written like an earlier one (same keys, same values) is dropped.
+    A key that is missing takes its default, held to the space where that names it: the nearest number there, or the
+    first of a list of other things; what nobody knows the ends of is drawn. A configuration that is written like an
+    earlier one (same keys, same values) is dropped.
 
-    drawn: False where the search method itself proposes them later; there may be none here then.
     space: checked. include: may have keys that the space lacks; ``check_include`` refuses those of other models.
     defaults: a value for each key of the space, with ``optimizer``, which ``weight_decay`` and ``momentum`` follow
     where they are left out. Where another one is missing, as that of a module's required argument, no default
     configuration is run (``notes`` says so). Raises InputError, also where nothing is left to run.
     """
     _check_n_trials(n_trials)
-    wanted: list[tuple[Config, Origin]] = []
+    configs: list[tuple[Config, Origin]] = []
     if include_default and n_trials and not _missing({}, space, defaults):
-        wanted.append((_fill({}, space, defaults), "default"))
+        configs.append((_fill({}, space, defaults), "default"))
     for i, config in enumerate(check_include(include, keys=KEYS, module=True)):
-        missing = _missing(config, space, defaults)
-        if missing:
+        if missing := _missing(config, space, defaults):
             raise InputError(
                 f"include[{i}] must have a value for {', '.join(missing)}, which has no default, got "
                 f"{dict(include[i])!r}. Add it."
             )
-        wanted.append((_fill(config, space, defaults), "include"))
-    if not wanted and not n_trials:
+        configs.append((_fill(config, space, defaults), "include"))
+    if not configs and not n_trials:
         raise InputError(
             f"n_trials must be >= 1 where nothing else is to run, got n_trials={n_trials} and no included "
             "configuration. For example n_trials=64, or n_trials=1 for the default configuration alone."
         )
-    first = _number(wanted, ())
-    return first + top_up(first, space, n_trials, random_state) if drawn else first
+    return _number(configs, ())
 
 
-def top_up(
-    old: Sequence[Candidate], space: Space, n_trials: int, random_state: RandomState
-) -> tuple[Candidate, ...]:
+def top_up(old: Sequence[Candidate], space: Space, n_trials: int, seed: int) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
     ``n_trials`` configurations are drawn anew and those in ``old`` dropped, so that the same seed with a larger
@@ -124,7 +103,7 @@ def top_up(
     ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn without replacement,
     give another selection for a larger ``n_trials``.
     """
-    new = _number([(config, "random") for config in draw(space, n_trials, random_state)], old)
+    new = _number([(config, "random") for config in draw(space, n_trials, seed)], old)
     return new[: max(0, n_trials - n_counted(old))]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.random import candidates, notes, remarks, top_up
+from gputune.search.random import first_candidates, notes, remarks, top_up
 from gputune.search.space import Space
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate
@@ -16,15 +16,15 @@ from gputune.types import DEFAULTS, Config
 
 def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
     """Draw the trials of this call: the default one, the included ones, the random ones."""
-    return candidates(
+    first = first_candidates(
         space,
         n_trials=options.n_trials,
         include=options.include,
         include_default=options.include_default,
-        random_state=options.random_state,
         defaults=_defaults(choice, options),
-        drawn=_draws_at_once(options),
     )
+    drawn = _draws_at_once(options)
+    return first + top_up(first, space, options.n_trials, options.random_state) if drawn else first
 
 
 def notes_on(
