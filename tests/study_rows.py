@@ -1,9 +1,12 @@
 """Candidates and results with numbers that depend on nothing but the trial, shared by the tests of the study."""
 
+import sqlite3
+from contextlib import closing
+
 import numpy as np
 
 from gputune.study.record import SearchRecord
-from gputune.study.store import Candidate, Result
+from gputune.study.store import Candidate, Result, Store
 
 
 def candidates(numbers):
@@ -34,6 +37,20 @@ def bits(result):
         result.curve.tobytes(),
         result.curve.shape,
     )
+
+
+def make_study(path, trials=0, results=(), meta=None):
+    """Write a study of so many trials, some of which have results, and return its path."""
+    with Store.create(path, meta or {}) as store:
+        store.add_trials(candidates(range(trials)))
+        store.finish(results)
+    return path
+
+
+def change(path, statement, values=()):
+    """Change a study file as no program of ours does."""
+    with closing(sqlite3.connect(path)) as raw, raw:
+        raw.execute(statement, values)
 
 
 def record(**more):

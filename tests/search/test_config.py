@@ -9,6 +9,7 @@ import pytest
 from gputune.errors import InputError
 from gputune.search.config import KEYS, WORDS, check_config, check_key, legal_keys
 from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES
+from refused import refused
 
 MLP = legal_keys("mlp", "adamw")
 EXACT = legal_keys("logistic", "exact")
@@ -65,16 +66,16 @@ def test_values_in_range_are_kept(key, value):
 
 @pytest.mark.parametrize("key, value", BAD_CASES)
 def test_values_out_of_range_are_refused(key, value):
-    with pytest.raises(InputError, match=rf"^trial\['{key}'\] must be .*, got {value!r}\. [A-Z]"):
+    with refused(rf"^trial\['{key}'\] must be .*, got {value!r}\. [A-Z]"):
         check_config({key: value}, name="trial")
 
 
 @pytest.mark.parametrize("key", [key for key in LEGAL if key not in WORDS])
 def test_text_and_booleans_are_no_numbers(key):
-    with pytest.raises(InputError, match=r"got the text '32'. For example"):
+    with refused(r"got the text '32'. For example"):
         check_config({key: "32"})
     for value in (True, np.True_, None, [1], 1j):
-        with pytest.raises(InputError, match="Give a number, for example"):
+        with refused("Give a number, for example"):
             check_config({key: value})
 
 
@@ -100,9 +101,7 @@ def test_values_become_pythons_own(key, value, expected):
 
 @pytest.mark.parametrize("key", ["batch_size", "width", "depth"])
 def test_a_loose_real_draw_names_the_remedy(key):
-    with pytest.raises(
-        InputError, match=r"got 17\.3\. Use a list, scipy\.stats\.randint.* or gputune\.log_int"
-    ):
+    with refused(r"got 17\.3\. Use a list, scipy\.stats\.randint.* or gputune\.log_int"):
         check_config({key: 17.3})
 
 
@@ -113,14 +112,12 @@ def test_keys_are_sorted_and_modules_keep_their_values():
 
 @pytest.mark.parametrize("word, nearest", [("ReLU", "relu"), ("tahn", "tanh")])
 def test_a_misspelt_word_is_suggested(word, nearest):
-    with pytest.raises(
-        InputError, match=f"one of relu, gelu, silu, tanh, got '{word}'. Did you mean '{nearest}'?"
-    ):
+    with refused(f"one of relu, gelu, silu, tanh, got '{word}'. Did you mean '{nearest}'?"):
         check_config({"activation": word})
 
 
 def test_a_word_too_far_gets_an_example():
-    with pytest.raises(InputError, match=r"got 'step'. For example 'constant'"):
+    with refused(r"got 'step'. For example 'constant'"):
         check_config({"schedule": "step"})
 
 
@@ -138,11 +135,9 @@ def test_penalty_is_the_older_word_for_l1_ratio(penalty, expected):
 
 
 def test_penalty_errors():
-    with pytest.raises(InputError, match=r"one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out"):
+    with refused(r"one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out"):
         check_config({"penalty": "elasticnet"})
-    with pytest.raises(
-        InputError, match=r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out"
-    ):
+    with refused(r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out"):
         check_config({"penalty": "l1", "l1_ratio": 0.5})
 
 
@@ -176,12 +171,10 @@ def test_an_unknown_key_is_an_error_that_says_what_to_do(key, keys, module, reme
 
 def test_module_keys_need_a_module():
     check_key("module__hidden", keys=(), module=True, name="space")
-    with pytest.raises(
-        InputError, match=r"space has the key 'module__hidden', but module__\* keys need an nn.Module"
-    ):
+    with refused(r"space has the key 'module__hidden', but module__\* keys need an nn.Module"):
         check_key("module__hidden", keys=MLP, module=False, name="space")
 
 
 def test_a_configuration_has_no_other_keys():
-    with pytest.raises(InputError, match=r"^include\[0\] must have only the keys .*Did you mean 'width'"):
+    with refused(r"^include\[0\] must have only the keys .*Did you mean 'width'"):
         check_config({"widht": 3}, name="include[0]")

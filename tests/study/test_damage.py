@@ -19,7 +19,7 @@ from gputune.study.ledger import open_ledger
 from gputune.study.repair import repair
 from gputune.study.rows import checksum
 from gputune.study.store import Chunk, Store
-from study_rows import bits, candidates, record, result
+from study_rows import bits, candidates, change, record, result
 
 META = {"model": "mlp", "seed": 0}
 CLEAR = r"study\.db' (is damaged: .* restore the file from a copy, or save|is not a gputune study: |has file format )"
@@ -191,10 +191,7 @@ def test_a_file_that_is_damaged_while_a_search_writes_to_it_is_noticed_at_the_en
             case "cut":
                 os.truncate(path, 4096)
             case "rows removed":
-                raw = sqlite3.connect(path)
-                with raw:
-                    raw.execute("DELETE FROM results WHERE number = 1")
-                raw.close()
+                change(path, "DELETE FROM results WHERE number = 1")
             case "removed":
                 path.unlink()
 

@@ -11,7 +11,7 @@ import weakref
 import pytest
 from torch import nn
 
-from gputune.errors import InputError, UntrustedCodeError
+from gputune.errors import UntrustedCodeError
 from gputune.models import MLP
 from gputune.study import module_source
 from gputune.study.module_source import (
@@ -23,6 +23,7 @@ from gputune.study.module_source import (
     source_file,
     why_not_found,
 )
+from refused import refused
 
 NET = """
 import dataclasses
@@ -73,7 +74,7 @@ def test_a_changed_file_is_another_module(net):
     net.write_text(NET + "\n")
     second = class_from_file(net, "Net")
     assert second is not first
-    with pytest.raises(InputError, match=r"net\.py' has changed since the model was trained; restore it"):
+    with refused(r"net\.py' has changed since the model was trained; restore it"):
         find_class(class_source(first), trust_code=True)
     assert find_class(class_source(first), trust_code=True, or_changed=True) is second
     assert is_changed(second, class_source(first)) and not is_changed(second, class_source(second))
@@ -100,9 +101,7 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
     second = find_class(source, trust_code=True, or_changed=True)
     assert second.size == 22 and class_source(second)["sha256"] != source["sha256"]
     assert find_class(class_source(second), trust_code=True) is second
-    with pytest.raises(
-        InputError, match="the module class 'own_nets:Net' has changed since the search was begun"
-    ):
+    with refused("the module class 'own_nets:Net' has changed since the search was begun"):
         find_class(source, trust_code=True)
     sys.modules.pop("own_nets")
 
@@ -112,7 +111,7 @@ def test_an_imported_class_that_has_changed_is_another_model(tmp_path, monkeypat
     [("Nett", "Module, Net"), ("number", "Net"), ("Settings", "Net"), ("Outer", "Net"), ("", "Net")],
 )
 def test_a_name_that_is_no_module_class(net, name, held):
-    with pytest.raises(InputError, match=rf"net\.py' has no torch.nn.Module class '{name}'; it has .*{held}"):
+    with refused(rf"net\.py' has no torch.nn.Module class '{name}'; it has .*{held}"):
         class_from_file(net, name)
 
 
@@ -132,17 +131,17 @@ def test_a_nested_class(net):
 def test_a_file_that_does_not_run(net, text, message):
     net.write_text(text)
     for _ in range(2):  # nothing half-made is left behind
-        with pytest.raises(InputError, match=message):
+        with refused(message):
             class_from_file(net, "Net")
 
 
 def test_a_missing_file_and_a_missing_package(tmp_path):
-    with pytest.raises(InputError, match=r"model: the file '.*net\.py' does not exist; check the path"):
+    with refused(r"model: the file '.*net\.py' does not exist; check the path"):
         class_from_file(tmp_path / "net.py", "Net")
     for place in ("no_such_package:Net", ":Net", ""):
-        with pytest.raises(InputError, match=rf"the module class '{place}' cannot be imported"):
+        with refused(rf"the module class '{place}' cannot be imported"):
             find_class({"import": place}, trust_code=True)
-    with pytest.raises(InputError, match=r"has no torch.nn.Module class 'Missing'"):
+    with refused(r"has no torch.nn.Module class 'Missing'"):
         find_class({"import": "gputune.models:Missing"}, trust_code=True)
 
 
@@ -234,17 +233,13 @@ def test_a_file_beside_a_script_is_found_where_it_lay(net, monkeypatch, another_
     sys.path.remove(str(net.parent))
     forget(monkeypatch, "net")
     assert find_class(source).__name__ == "Net"
-    with pytest.raises(
-        InputError, match=r"'pack.net:Net' cannot be imported .*; it was in '.*net.py'; make its"
-    ):
+    with refused(r"'pack.net:Net' cannot be imported .*; it was in '.*net.py'; make its"):
         find_class({**source, "import": "pack.net:Net"})
 
 
 def test_a_package_that_does_not_import_is_named(package):
     (package / "nets.py").write_text("1 / 0")
-    with pytest.raises(
-        InputError, match="'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its"
-    ):
+    with refused("'own_pack.nets:Net' cannot be imported .ZeroDivisionError: .*correct its"):
         find_class(SOURCE, trust_code=True)
 
 
@@ -264,9 +259,7 @@ def test_a_class_of_the_running_program_needs_no_word(monkeypatch, another_user)
     assert find_class({"import": "__main__:Net"}) is main.Net
     assert why_not_found(main.Net) == "in a notebook or at a prompt"
     for name in ("Other", "Linear", "nn.Linear"):  # which are not the program's own
-        with pytest.raises(
-            InputError, match=f"'{name}' was defined in a script, in a notebook or at a prompt, and"
-        ):
+        with refused(f"'{name}' was defined in a script, in a notebook or at a prompt, and"):
             find_class({"import": f"__main__:{name}"})
 
 
@@ -300,5 +293,5 @@ def test_a_class_that_no_import_reaches_is_told():
 def test_a_file_that_is_no_source_is_not_read(net):
     with net.open("r+b") as file:
         file.truncate(2**24 + 1)
-    with pytest.raises(InputError, match=r"net\.py' is too large for a Python file; check the path"):
+    with refused(r"net\.py' is too large for a Python file; check the path"):
         find_class({"path": str(net), "class": "Net", "sha256": "0"})

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import sys
 from contextlib import nullcontext
 from functools import partial
@@ -16,7 +15,6 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.engine.stop import Stop
-from gputune.errors import InputError
 from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
@@ -25,8 +23,9 @@ from gputune.tuning import pipeline
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import _wait
 from moments import at_call, at_finish
+from refused import refused
 from study_processes import done, finish, start, table
-from study_rows import candidates, record, result
+from study_rows import candidates, change, record, result
 
 CHUNKS = [Chunk(0, 0, (0, 1), 1), Chunk(1, 0, (2,), 1)]
 
@@ -96,10 +95,7 @@ def test_a_claim_names_a_lock_file_of_its_study_or_is_void(path, kind):
     place = path.with_name(lock)
     make = {"pipe": os.mkfifo, "link": lambda place: place.symlink_to(victim), "folder": os.mkdir}
     make.get(kind, lambda place: None)(place)
-    raw = sqlite3.connect(path)
-    with raw:
-        raw.execute("INSERT INTO claims VALUES (0, ?), (-1, ?)", 2 * (names.get(kind, lock),))
-    raw.close()
+    change(path, "INSERT INTO claims VALUES (0, ?), (-1, ?)", 2 * (names.get(kind, lock),))
     with Claims(path) as claims:
         assert claims.holder(CHUNKS[0]) is None
         assert claims.take(CHUNKS[0]) and claims.take_setup() is None
@@ -139,7 +135,7 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
             words = (
                 rf"process {os.getpid()} on '.*' is at work .* method='{method}' .* Wait for it, or end it\.$"
             )
-            with pytest.raises(InputError, match=words):
+            with refused(words):
                 second.decide_alone(method)
 
 
@@ -150,9 +146,7 @@ def foreign(path, **owner):
     """Claim chunk 0 as a process of another host, whose locks do not reach us."""
     lock = path.with_name(f"study.db-{'0' * 16}.lock")
     lock.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, **owner}))
-    with sqlite3.connect(path) as raw:
-        raw.execute("INSERT INTO claims VALUES (0, ?)", (lock.name,))
-    raw.close()
+    change(path, "INSERT INTO claims VALUES (0, ?)", (lock.name,))
     return lock
 
 
@@ -168,22 +162,15 @@ def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(pat
 
 def test_the_remedy_for_a_search_of_another_host_that_is_gone(path):
     lock = foreign(path)
-    with sqlite3.connect(path) as raw:
-        raw.execute("UPDATE claims SET chunk = ?", (claims_file.SEARCH,))
-    raw.close()
-    with (
-        Claims(path) as mine,
-        pytest.raises(InputError, match=rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"),
-    ):
+    change(path, "UPDATE claims SET chunk = ?", (claims_file.SEARCH,))
+    with Claims(path) as mine, refused(rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"):
         mine.take_search("halving")
 
 
 def planned_elsewhere(path):
     """Claim the right to plan as a process of another host that is gone."""
     lock = foreign(path)
-    with sqlite3.connect(path) as raw:
-        raw.execute("UPDATE claims SET chunk = ?", (claims_file.SETUP,))
-    raw.close()
+    change(path, "UPDATE claims SET chunk = ?", (claims_file.SETUP,))
     return lock
 
 
@@ -226,11 +213,7 @@ def test_a_module_whose_code_has_changed_is_another_search(tmp_path, monkeypatch
         (tmp_path / "tuned_net.py").write_text(net.replace("size = 1", f"size = {size}"))
         importlib.invalidate_caches()
         module = importlib.import_module("tuned_net")
-        with (
-            nullcontext()
-            if size == 1
-            else pytest.raises(InputError, match=r"in: model \(its code has changed\)\.")
-        ):
+        with nullcontext() if size == 1 else refused(r"in: model \(its code has changed\)\."):
             gputune.tune(
                 module.Net, *load_iris(return_X_y=True), n_trials=trials, study=tmp_path / "study.db", **call
             )

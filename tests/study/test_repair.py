@@ -12,10 +12,11 @@ import pytest
 
 import gputune
 from command_line import FAST, kinds, run, write_table
-from gputune.errors import InputError, StudyCorruptError
+from gputune.errors import StudyCorruptError
 from gputune.study.repair import Repaired, _connect, repair
 from gputune.study.store import Chunk, Store
-from study_rows import bits, candidates, result
+from refused import refused
+from study_rows import bits, candidates, change, make_study, result
 
 META = {"model": "mlp", "seed": 0, "notes": ["a" * 300]}
 TRIALS = 60
@@ -39,6 +40,13 @@ def content(path):
         return store.meta, [c for c, _ in rows], {r.number: bits(r) for _, r in rows if r}, store.plan()
 
 
+def is_part(found, whole):
+    """Whether a study holds nothing that the whole one does not hold."""
+    (meta, trials, results, plan), (all_meta, all_trials, all_results, all_plan) = found, whole
+    known = meta.items() <= all_meta.items() and results.items() <= all_results.items()
+    return known and all(c in all_trials for c in trials) and all(c in all_plan for c in plan)
+
+
 def saved(path, tmp_path):
     """Repair into a new file and return what it holds; every value must be one of the whole study."""
     out = tmp_path / "out.db"
@@ -60,7 +68,7 @@ def test_a_healthy_file_is_saved_whole(whole, tmp_path):
 
 
 def test_a_lost_page_takes_the_rows_below_it_and_no_others(whole, tmp_path):
-    raw, (meta, trials, results, plan) = whole.read_bytes(), content(whole)
+    raw, parts = whole.read_bytes(), content(whole)
     path, refused, lost = tmp_path / "study.db", [], []
     for page in range(len(raw) // 4096):
         path.write_bytes(raw[: page * 4096] + bytes(4096) + raw[(page + 1) * 4096 :])
@@ -69,18 +77,17 @@ def test_a_lost_page_takes_the_rows_below_it_and_no_others(whole, tmp_path):
         except StudyCorruptError:
             refused.append(page)
             continue
-        assert found[0].items() <= meta.items() and found[2].items() <= results.items()
-        assert all(c in trials for c in found[1]) and all(c in plan for c in found[3])
-        lost.append([len(all_of) - len(kept) for all_of, kept in zip((meta, trials, results, plan), found)])
+        assert is_part(found, parts)
+        lost.append([len(all_of) - len(kept) for all_of, kept in zip(parts, found)])
     # The first page leads to all tables, the root of a table to all its rows, any other page to its own.
     assert refused == [0]
-    wholly = [sum(table[kind] == len(all_of) for table in lost) for kind, all_of in enumerate(content(whole))]
+    wholly = [sum(table[kind] == len(all_of) for table in lost) for kind, all_of in enumerate(parts)]
     assert wholly == [1, 1, 2, 2]  # without its candidates no result and no chunk is kept
     assert sum(0 < results_lost < 25 for _, _, results_lost, _ in lost) > 10
 
 
 def test_a_flipped_bit_never_changes_a_row(whole, tmp_path):
-    raw, (meta, trials, results, plan) = whole.read_bytes(), content(whole)
+    raw, parts = whole.read_bytes(), content(whole)
     path, draw, lost = tmp_path / "study.db", random.Random(0), []
     for _ in range(60):
         flipped = bytearray(raw)
@@ -90,9 +97,8 @@ def test_a_flipped_bit_never_changes_a_row(whole, tmp_path):
             _, found = saved(path, tmp_path)
         except StudyCorruptError:  # the page that leads to all others
             continue
-        assert found[0].items() <= meta.items() and found[2].items() <= results.items()
-        assert all(c in trials for c in found[1]) and all(c in plan for c in found[3])
-        lost.append(len(results) - len(found[2]))
+        assert is_part(found, parts)
+        lost.append(len(parts[2]) - len(found[2]))
     assert sum(count <= 1 for count in lost) > 50
 
 
@@ -105,14 +111,11 @@ def test_of_a_file_that_was_cut_what_is_left_is_saved(whole, tmp_path):
 
 def test_pages_in_a_circle_and_records_longer_than_the_file_are_left(tmp_path):
     path = tmp_path / "study.db"
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(3)))
-        store.finish([result(n, epochs=2000 if n == 1 else 3) for n in range(3)])
+    make_study(path, 3, [result(n, epochs=2000 if n == 1 else 3) for n in range(3)], META)
     raw = bytearray(path.read_bytes())
     inside = raw.index(result(1, epochs=2000).curve[1000:1100].tobytes()) // 4096
-    raw[inside * 4096 : inside * 4096 + 4] = (inside + 1).to_bytes(
-        4, "big"
-    )  # the next page of the curve is this one
+    # The next page of the curve is this one.
+    raw[inside * 4096 : inside * 4096 + 4] = (inside + 1).to_bytes(4, "big")
     path.write_bytes(raw)
     assert repair(path, tmp_path / "new.db").finished == 2
     with closing(_connect(path)) as connection:
@@ -152,20 +155,33 @@ def test_what_holds_nothing_is_refused_and_an_existing_file_too(whole, tmp_path)
     with pytest.raises(FileNotFoundError):
         repair(tmp_path / "none", tmp_path / "new.db")
     assert not (tmp_path / "new.db").exists()
-    with pytest.raises(InputError, match="exists already"):
+    with refused("exists already"):
         repair(whole, tmp_path / "text")
 
 
-def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "bugs.csv", kind=kinds())
-    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
-    path = tmp_path / "gputune-out" / "study.db"
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A folder with a table and the study of a search through it."""
+    folder = tmp_path_factory.mktemp("searched")
+    write_table(folder / "bugs.csv", kind=kinds())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def folder(searched, tmp_path, monkeypatch):
+    """A copy of it, in which commands run."""
+    shutil.copytree(searched, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(folder):
+    path = folder / "gputune-out" / "study.db"
     before = gputune.Study.open(path).trials
-    raw = sqlite3.connect(path)
-    with raw:
-        raw.execute("UPDATE results SET best_epoch = 9 WHERE number = 1")
-    raw.close()
+    change(path, "UPDATE results SET best_epoch = 9 WHERE number = 1")
     code, _, err = run("trials", "gputune-out")
     assert code == 2
     command = re.search(r"gputune (repair .*) --out NEW\.db$", err.strip())[1]
@@ -173,21 +189,15 @@ def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(tmp_pat
     assert (code, err) == (0, "") and "results  of 2 of the 3 trials" in out
     assert out.endswith("\n\nGo on: gputune resume new.db\n")
     path.unlink()
-    (tmp_path / "new.db").rename(path)
+    (folder / "new.db").rename(path)
     assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
     after = gputune.Study.open(path).trials
     assert [t.fold_scores for t in after] == [t.fold_scores for t in before]
 
 
 @pytest.mark.parametrize("key", ["arguments", "task", ""])
-def test_a_lost_option_is_counted_and_no_command_shows_a_traceback(tmp_path, monkeypatch, key):
-    monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "bugs.csv", kind=kinds())
-    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
-    raw = sqlite3.connect(tmp_path / "gputune-out" / "study.db")
-    with raw:
-        raw.execute("DELETE FROM meta WHERE key = ?", (key,))
-    raw.close()
+def test_a_lost_option_is_counted_and_no_command_shows_a_traceback(folder, key):
+    change(folder / "gputune-out" / "study.db", "DELETE FROM meta WHERE key = ?", (key,))
     code, out, _ = run("repair", "gputune-out", "--out", "new.db")
     assert code == 0 and ("Options are lost" in out) == (key != "") == ("Go on" not in out)
     assert len(gputune.Study.open("new.db").trials) == 3
@@ -196,26 +206,18 @@ def test_a_lost_option_is_counted_and_no_command_shows_a_traceback(tmp_path, mon
         assert code == 0 or (code == 2 and "has lost" in err and "Traceback" not in err), (command, err)
 
 
-def test_every_option_can_be_lost_without_a_traceback(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "bugs.csv", kind=kinds())
-    assert run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
-    whole = (tmp_path / "gputune-out" / "study.db").read_bytes()
-    for key in gputune.Study.open(tmp_path / "gputune-out" / "study.db").meta:
-        (tmp_path / "lost.db").write_bytes(whole)
-        raw = sqlite3.connect(tmp_path / "lost.db")
-        with raw:
-            raw.execute("DELETE FROM meta WHERE key = ?", (key,))
-        raw.close()
+def test_every_option_can_be_lost_without_a_traceback(folder):
+    path = folder / "gputune-out" / "study.db"
+    for key in gputune.Study.open(path).meta:
+        shutil.copy(path, "lost.db")
+        change("lost.db", "DELETE FROM meta WHERE key = ?", (key,))
         for command in ("report", "trials", "best", "status"):
             code, _, err = run(command, "lost.db")
             assert code == 0 or (code == 2 and f"has lost the option '{key}'" in err), (key, command, err)
 
 
 def test_a_backup_while_a_writer_runs_is_a_prefix_of_its_commits(tmp_path):
-    path, ended = tmp_path / "study.db", threading.Event()
-    with Store.create(path, META) as store:
-        store.add_trials(candidates(range(300)))
+    path, ended = make_study(tmp_path / "study.db", 300, meta=META), threading.Event()
 
     def write():
         with Store.open(path) as store:
@@ -238,17 +240,16 @@ def test_a_backup_while_a_writer_runs_is_a_prefix_of_its_commits(tmp_path):
 
 
 def test_a_backup_needs_a_file_and_a_free_path_and_has_no_claims(tmp_path):
-    with Store.create(tmp_path / "study.db", META) as store:
-        store._connection.execute("INSERT INTO claims VALUES (0, 'study.db-0000000000000000.lock')")
+    make_study(tmp_path / "study.db", meta=META)
+    change(tmp_path / "study.db", "INSERT INTO claims VALUES (0, 'study.db-0000000000000000.lock')")
     study = gputune.Study.open(tmp_path / "study.db")
     study.backup(tmp_path / "copy.db")
-    raw = sqlite3.connect(tmp_path / "copy.db")
-    assert raw.execute("SELECT count(*) FROM claims").fetchone() == (0,)
-    raw.close()
-    with pytest.raises(InputError, match=r"copy\.db' exists already"):
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as raw:
+        assert raw.execute("SELECT count(*) FROM claims").fetchone() == (0,)
+    with refused(r"copy\.db' exists already"):
         study.backup(tmp_path / "copy.db")
-    with pytest.raises(InputError, match="the folder '.*none' does not exist; make it first"):
+    with refused("the folder '.*none' does not exist; make it first"):
         study.backup(tmp_path / "none" / "copy.db")
-    with pytest.raises(InputError, match=r"backup\(\) copies the file of a study, and this one is in memory"):
+    with refused(r"backup\(\) copies the file of a study, and this one is in memory"):
         gputune.Study(meta={}, trials=(), curves=np.empty((0, 0, 0))).backup(tmp_path / "other.db")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy.db", "study.db"]

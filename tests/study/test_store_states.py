@@ -4,15 +4,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from gputune.errors import InputError
 from gputune.study.claims import Claims
 from gputune.study.repair import repair
 from gputune.study.store import Candidate, Chunk, Store
+from refused import refused
 from study_rows import bits, result
 
 NUMBERS = st.integers(0, 7)
@@ -47,7 +46,7 @@ class StoreStates(RuleBasedStateMachine):
     def add(self, who, numbers, params):
         new = [Candidate(n, params, "random") for n in numbers]
         if len(set(numbers)) < len(numbers) or self.trials.keys() & set(numbers):
-            with pytest.raises(InputError, match="is there already"):
+            with refused("is there already"):
                 self.handles[who].add_trials(new)
         else:
             self.handles[who].add_trials(new)
@@ -59,7 +58,7 @@ class StoreStates(RuleBasedStateMachine):
         final = {n for n, found in self.results.items() if found.state != "stopped"}
         twice = len(set(numbers)) < len(numbers) and not stopped
         if twice or final & set(numbers) or not set(numbers) <= self.trials.keys():
-            with pytest.raises(InputError, match="is there already|was never added"):
+            with refused("is there already|was never added"):
                 self.handles[who].finish(new)
         else:
             self.handles[who].finish(new)
@@ -71,7 +70,7 @@ class StoreStates(RuleBasedStateMachine):
     def freeze(self, who, number, trials):
         chunk = Chunk(number, 0, tuple(trials), 1)
         if number in self.plan:
-            with pytest.raises(InputError, match=f"chunk {number} is there already"):
+            with refused(f"chunk {number} is there already"):
                 self.handles[who].add_chunks([chunk])
         else:
             self.handles[who].add_chunks([chunk])
