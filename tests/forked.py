@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
@@ -87,4 +88,5 @@ def _run(
     try:
         exec(code, vars(main))
     finally:
+        threading._shutdown()  # first, as an interpreter that ends does: or idle workers are waited for
         atexit._run_exitfuncs()

@@ -1,9 +1,12 @@
-"""A search of gputune beside scikit-learn's own with the same arguments."""
+"""A search of gputune beside scikit-learn's own with the same arguments, and fits beside fits alone."""
 
 import warnings
 
 import numpy as np
 from sklearn import model_selection
+from sklearn.base import clone
+
+from gputune.sklearn.base import fit_together
 
 SCORES = ["neg_log_loss", "accuracy"]
 
@@ -53,3 +56,18 @@ class CountingSplitter:
 
     def get_n_splits(self, X=None, y=None, groups=None):
         return self.n_splits
+
+
+class Fits:
+    """Candidates fitted together: each in each fold is what ``clone(candidate).fit`` on the fold's rows makes of it."""
+
+    def __init__(self, candidates, rows, folds, **options):
+        self.candidates, self.rows = candidates, rows
+        self.results = fit_together(candidates, rows, folds, **options)
+
+    def error(self, fold, trial):
+        result = self.results[fold, trial]
+        return result if isinstance(result, Exception) else None
+
+    def estimator(self, fold, trial):
+        return clone(self.candidates[trial])._become(self.results[fold, trial], self.rows)

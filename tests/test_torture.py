@@ -51,9 +51,13 @@ def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
         torture.flips(tmp_path, 60, 0), "flips", "opened", "clear errors", "repaired"
     )
     assert count == opened + errors == 60 and min(opened, errors, repaired) > 0
+    assert torture.storing(tmp_path, 200)["trials"] == 200
+
+
+@pytest.mark.long
+def test_the_counts_of_cuts(torture, tmp_path):
     count, opened, errors = only(torture.cuts(tmp_path), "cuts", "opened", "clear errors")
     assert count == opened + errors and min(opened, errors) > 50
-    assert torture.storing(tmp_path, 200)["trials"] == 200
 
 
 def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):

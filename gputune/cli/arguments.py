@@ -5,8 +5,8 @@ Where ``gputune tune`` puts what it makes, and how a command finds it again.
 
 import argparse
 import re
-import shlex
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,6 +37,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"gputune: error: {message}\nTry '{self.prog} --help'.\n")
 
 
+@dataclass(frozen=True)
+class _Flag(Rule):
+    """A flag that is no option of a search."""
+
+    default: str | None = None
+    required: bool = False
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; ``command`` is the name of the command."""
     parser = _Parser(
@@ -48,119 +56,46 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    _add_tune(commands)
-    _add_resume(commands)
-    _add_trials(commands)
-    _add_best(commands)
-    _add_predict(commands)
-    _add_repair(commands)
-    _add_report(commands)
-    _add_status(commands)
-    _add_export(commands)
+    for name, (text, places, flags) in _COMMANDS.items():
+        about = f"{text[0].upper()}{text[1:]}."
+        command = commands.add_parser(name, help=text, description=about, allow_abbrev=False)
+        for place, (metavar, help) in places.items():
+            command.add_argument(place, metavar=metavar, help=help)
+        if name == "tune":
+            _add_options(command)
+        elif name == "resume":
+            _add_changes(command, flags)
+        else:
+            _add_flags(command, flags)
     return parser
 
 
-_PHRASES = {
-    "Give this search a path of its own": "Give this search a folder of its own, --out OTHER",
-    "give this search a path of its own": "give this search a folder of its own, --out OTHER",
-    "repeat the first call's arguments": "repeat the first command's options",
-    "differs from this call in": "differs from this command in",
-    "the same call goes on from there where study= names a file": "the same command goes on from there",
-    "folds (cv, groups)": "folds (--cv, --groups)",
-    "with gputune.Study.open": "with gputune trials",
-}
+def _add_options(tune: argparse.ArgumentParser) -> None:
+    for title, rules in option_groups():
+        group = tune.add_argument_group(title)
+        for name, rule in rules.items():
+            _add_flag(group, name, rule)
+    _add_quiet(group)
 
 
-def flags() -> dict[str, str]:
-    """Return the option of ``gputune tune`` for each argument of ``gputune.tune``, and of a method, that has one."""
-    known = {name: rule.name for _, group in _groups() for name, rule in group.items()}
-    return {**known, "verbose": "--quiet"}
+def _add_changes(resume: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
+    """Let what a search that goes on may change be typed."""
+    changes = {name: rule for _, rules in option_groups() for name, rule in rules.items() if rule.resume}
+    for name, rule in changes.items():
+        unchanged = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
+        _add_flag(resume, name, replace(rule, help=unchanged if rule.resume is True else str(rule.resume)))
+    _add_flags(resume, flags)
+    _add_quiet(resume)
 
 
-def _groups() -> list[tuple[str, dict[str, Rule]]]:
-    """Return the title and the flags of each group of the help, those of the command itself last."""
-    return [
-        (title, {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | own)
-        for title, own in _OWN.items()
-    ]
+def _add_flags(command: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None:
+    for flag in flags:
+        name = flag.name.removeprefix("--").replace("-", "_")
+        _add_flag(command, name, flag, default=flag.default, required=flag.required)
 
 
-def in_flags(text: str, *, kept: Collection[str] = ()) -> str:
-    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options."""
-    known = flags()
-    names = "|".join(name for name in known if name not in kept)
-    before, change, after = text.partition("differs from this call in: ")
-    if change:
-        differing, end, remedy = after.partition(". Give this search")
-        differing = re.sub(rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)", lambda found: known[found[1]], differing)
-        text = f"{before}{change}{differing}{end}{remedy}"
-    for phrase, other in _PHRASES.items():
-        text = text.replace(phrase, other)
-    text = re.sub(
-        r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)", lambda f: known.get(f[1], f[0]), text
-    )
-    text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
-    value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
-    text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda found: _option(known, *found.groups()), text)
-    verbs = "must|is|are|for|has|needs|cannot|would|with|and"
-    text = re.sub(rf"^({names})\b(?=:| (?:{verbs})\b)", lambda found: known[found[1]], text)
-    alone = "|".join(name for name in names.split("|") if "_" in name)
-    return re.sub(rf"(?<![\w'\"./-])({alone})\b(?!['\"/(=])", lambda found: known[found[1]], text)
-
-
-def _option(known: dict[str, str], name: str, value: str) -> str:
-    """Return ``name=value`` as it is typed; a study by the folder that holds it."""
-    if value in ("", "True", "False"):
-        return known[name]
-    text = value[1:-1] if value[0] in "'\"" else value
-    if value[0] == "(":
-        text = ",".join(re.findall(r"\w+", value))
-    if (name, text) == ("workers", "ray"):
-        return "--ray"
-    if name == "study":
-        folder, here = Path(text).parent, Path.cwd()
-        text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
-    return f"{known[name]} {shlex.quote(text)}"
-
-
-_STUDY = ("STUDY", "a study.db, or the folder that holds it")
-_MODEL_DIR = ("MODEL_DIR", "the folder of a saved model")
-
-
-def _add(commands: Any, name: str, text: str, **places: tuple[str, str]) -> Any:
-    """Return the parser of a command that takes files or folders, each with its name in the help and what it is."""
-    about = f"{text[0].upper()}{text[1:]}."
-    parser = commands.add_parser(name, help=text, description=about, allow_abbrev=False)
-    for place, (metavar, help) in places.items():
-        parser.add_argument(place, metavar=metavar, help=help)
-    return parser
-
-
-def _add_tune(commands: Any) -> None:
-    file = ("FILE", "a .csv, .tsv or .parquet file, or sklearn:digits, :iris, ...")
-    about = "search hyperparameters on a table, and save the study and the model"
-    parser = _add(commands, "tune", about, file=file)
-    for title, group in _groups():
-        listed = parser.add_argument_group(title)
-        for name, rule in group.items():
-            _add_flag(listed, name, rule, rule.help)
-    _add_quiet(listed)
-
-
-def _add_resume(commands: Any) -> None:
-    about = "go on with a search where it was stopped, from its study alone"
-    parser = _add(commands, "resume", about, study=_STUDY)
-    for _, group in _groups():
-        for name, rule in group.items():
-            unsaid = re.sub(r"\((auto|60)\)$", "(as the search began)", rule.help)
-            if rule.resume:
-                _add_flag(parser, name, rule, unsaid if rule.resume is True else rule.resume)
-    _add_trust(parser)
-    _add_quiet(parser)
-
-
-def _add_flag(group: Any, name: str, rule: Rule, help: str) -> None:
-    """Let a flag be typed; what is not said is None, and the option then has its own default."""
+def _add_flag(group: Any, name: str, rule: Rule, **more: Any) -> None:
+    """Let a flag be typed; what is not said is None, and an option then has its own default."""
     metavar = rule.flag.partition(" ")[2]
     how: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": metavar}
     if rule.choices is not None:
@@ -171,14 +106,7 @@ def _add_flag(group: Any, name: str, rule: Rule, help: str) -> None:
         how |= {"nargs": "?", "const": "local"}
     elif rule.takes == "specs":
         how |= {"nargs": "+", "action": "extend"}
-    group.add_argument(rule.name, dest=name, default=None, help=help, **how)
-
-
-def _add_trust(parser: Any) -> None:
-    parser.add_argument(
-        "--trust-code", action="store_true",
-        help="run the code that it names, also where you have not trained or saved it on this machine",
-    )  # fmt: skip
+    group.add_argument(rule.name, dest=name, help=rule.help, **{"default": None, **how, **more})
 
 
 def _add_quiet(group: Any) -> None:
@@ -186,59 +114,80 @@ def _add_quiet(group: Any) -> None:
     group.add_argument("-q", "--quiet", help="no bar and no remarks", **how)
 
 
-def _add_trials(commands: Any) -> None:
-    parser = _add(commands, "trials", "list the trials of a study", study=_STUDY)
-    parser.add_argument(
-        "--format", choices=["table", "json", "csv"], default="table",
-        help="json and csv have scores in scikit-learn's sign: greater is better",
-    )  # fmt: skip
+def option_groups() -> list[tuple[str, dict[str, Rule]]]:
+    """Return the title and the flags of each group of ``gputune tune --help``, those of the command itself last."""
+    return [
+        (title, {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | own)
+        for title, own in _MORE_RULES.items()
+    ]
 
 
-def _add_best(commands: Any) -> None:
-    parser = _add(commands, "best", "show the best score of a study and its parameters", study=_STUDY)
-    parser.add_argument("--format", choices=["text", "json"], default="text")
+_STUDY = ("STUDY", "a study.db, or the folder that holds it")
+_MODEL = ("MODEL_DIR", "the folder of a saved model")
+_TRUST = _Flag(
+    "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
+)
 
-
-def _add_predict(commands: Any) -> None:
-    file = ("FILE", "a table with the columns of the training data")
-    about = "predict the rows of a file with a saved model, as CSV"
-    parser = _add(commands, "predict", about, model=_MODEL_DIR, file=file)
-    parser.add_argument("--proba", action="store_true", help="a column of probabilities for each class")
-    parser.add_argument(
-        "--raw", action="store_true", help="no ' before text that a spreadsheet takes for a formula"
-    )
-    parser.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
-    _add_trust(parser)
-
-
-def _add_repair(commands: Any) -> None:
-    study = ("STUDY", f"{_STUDY[1]}; it is only read")
-    parser = _add(commands, "repair", "save what is whole in a damaged study into a new file", study=study)
-    parser.add_argument(
-        "--out", metavar="NEW", required=True, help="the new file; the folder where it lies exists"
-    )
-
-
-def _add_report(commands: Any) -> None:
-    about = "write one page of HTML about a study, finished or running"
-    parser = _add(commands, "report", about, study=_STUDY)
-    parser.add_argument(
-        "--out", default="report.html", metavar="FILE", help="where the page is written (report.html)"
-    )
-
-
-def _add_status(commands: Any) -> None:
-    about = "look at a running search: trials by state, the best so far, the last result"
-    _add(commands, "status", about, study=_STUDY)
-
-
-def _add_export(commands: Any) -> None:
-    about = "write a saved model as one file that runs without gputune"
-    parser = _add(commands, "export", about, model=_MODEL_DIR)
-    parser.add_argument(
-        "--out", metavar="FILE", required=True, help="a new file: .onnx for ONNX, .pt2 for torch.export"
-    )
-    _add_trust(parser)
+_COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
+    "tune": (
+        "search hyperparameters on a table, and save the study and the model",
+        {"file": ("FILE", "a .csv, .tsv or .parquet file, or sklearn:digits, :iris, ...")},
+        (),
+    ),
+    "resume": (
+        "go on with a search where it was stopped, from its study alone",
+        {"study": _STUDY},
+        [_TRUST],
+    ),
+    "trials": (
+        "list the trials of a study",
+        {"study": _STUDY},
+        [
+            _Flag(
+                "--format",
+                "json and csv have scores in scikit-learn's sign: greater is better",
+                choices=("table", "json", "csv"),
+                default="table",
+            )
+        ],
+    ),
+    "best": (
+        "show the best score of a study and its parameters",
+        {"study": _STUDY},
+        [_Flag("--format", choices=("text", "json"), default="text")],
+    ),
+    "predict": (
+        "predict the rows of a file with a saved model, as CSV",
+        {"model": _MODEL, "file": ("FILE", "a table with the columns of the training data")},
+        [
+            _Flag("--proba", "a column of probabilities for each class"),
+            _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
+            _Flag("--out FILE", "write there instead of to standard output"),
+            _TRUST,
+        ],
+    ),
+    "repair": (
+        "save what is whole in a damaged study into a new file",
+        {"study": ("STUDY", f"{_STUDY[1]}; it is only read")},
+        [_Flag("--out NEW", "the new file; the folder where it lies exists", required=True)],
+    ),
+    "report": (
+        "write one page of HTML about a study, finished or running",
+        {"study": _STUDY},
+        [_Flag("--out FILE", "where the page is written (report.html)", default="report.html")],
+    ),
+    "status": (
+        "look at a running search: trials by state, the best so far, the last result",
+        {"study": _STUDY},
+        (),
+    ),
+    "export": (
+        "write a saved model as one file that runs without gputune",
+        {"model": _MODEL},
+        [_Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True), _TRUST],
+    ),
+}
+"""Of each command its help, the files or folders that it takes, and its flags beside the options of a search."""
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -287,7 +236,7 @@ _MIN_EPOCHS = Rule(
     "1..",
 )
 
-OF_METHODS: dict[str, dict[str, Rule]] = {
+METHOD_RULES: dict[str, dict[str, Rule]] = {
     "halving": {
         "factor": Rule("--factor F", "with --method halving: the best 1/F go on from a rung (3)", "number"),
         "min_epochs": _MIN_EPOCHS,
@@ -321,7 +270,7 @@ OF_METHODS: dict[str, dict[str, Rule]] = {
 }
 """The options of the methods that can be typed."""
 
-_OWN: dict[str, dict[str, Rule]] = {
+_MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
         "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
         "model": Rule("--model M", "mlp (default), logistic, or PATH.py:CLASS"),
@@ -330,7 +279,7 @@ _OWN: dict[str, dict[str, Rule]] = {
             "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; logistic: exact",
         ),
     },
-    SEARCH: {name: rule for group in OF_METHODS.values() for name, rule in group.items()},
+    SEARCH: {name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
     ROWS: {
         "groups": Rule("--groups COL", "rows of one group are never split between folds"),
         "test_size": Rule(

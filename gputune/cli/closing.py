@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from gputune.cli.trials import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
+from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.engine.scoring import Scoring, fitted, make_scoring
-from gputune.report.facts import states_words
+from gputune.report.facts import seconds_text, states_words
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
 from gputune.text import clean, count, paragraph
@@ -177,9 +177,9 @@ def _method(study: Study) -> list[tuple[str, str]]:
     if method["name"] == "hypergradient":
         return [("Descent", _descent(study, method["outer_steps"]))]
     if method["name"] == "optuna":
-        halving = [("Halving", _sent_away(study))] if method["halving"] else []
+        halving = [("Halving", _pruned(study))] if method["halving"] else []
         return [("Sampler", _proposed(study, method["sampler"])), *halving]
-    return [(method["name"].capitalize(), _sent_away(study))]
+    return [(method["name"].capitalize(), _pruned(study))]
 
 
 def _proposed(study: Study, sampler: str) -> str:
@@ -194,7 +194,7 @@ def _batches(number: int) -> str:
     return f"{number} batch{'' if number == 1 else 'es'}"
 
 
-def _sent_away(study: Study) -> str:
+def _pruned(study: Study) -> str:
     """The rungs at which trials left, and how much training that saved."""
     left = Counter(trial.detail["rung"] for trial in study.trials if trial.state == "pruned")
     if not left:
@@ -294,7 +294,7 @@ def _whereabouts(ending: Ending, width: int) -> str:
 def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
     """How many trials there are of each state, in these words, and their file."""
     trials = _labelled(
-        [("Trials", f"{states_words(ending.study, words)}; {_seconds(ending.seconds)} in all")], width
+        [("Trials", f"{states_words(ending.study, words)}; {seconds_text(ending.seconds)} in all")], width
     )
     # Not filled: a path must stay in one piece.
     return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
@@ -305,10 +305,3 @@ def _labelled(lines: list[tuple[str, str]], width: int) -> str:
     return "\n".join(
         paragraph(clean(text), width, first=f"{name:{_LABEL}}", then=then) for name, text in lines
     )
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

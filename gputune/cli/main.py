@@ -5,17 +5,17 @@ Everything heavy is imported inside the commands, so that ``gputune --help`` wai
 
 import argparse
 import os
-import shlex
-import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import import_module
 from typing import Any
 
-from gputune.cli.arguments import in_flags, make_parser
+from gputune.cli.arguments import make_parser
+from gputune.cli.wording import in_flags
 from gputune.errors import (
     ClusterError,
     DivergedError,
@@ -26,6 +26,13 @@ from gputune.errors import (
     UntrustedCodeError,
 )
 from gputune.tuning.interrupt import end_command, end_process, take_signals
+
+_MODULES = {
+    **dict.fromkeys(("tune", "resume"), "tune"),
+    **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
+    **dict.fromkeys(("predict", "export"), "model"),
+}
+"""Where the function of each command is, which returns what goes to standard output."""
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
@@ -89,7 +96,8 @@ def _let_go_of_streams() -> None:
 
 def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
     try:
-        return _write(_COMMANDS[arguments.command](arguments))
+        command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
+        return _write(command(arguments))
     except SearchInterrupted as stop:
         _write(stop.report)
         _say(str(stop))
@@ -107,96 +115,6 @@ def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
         with suppress(OSError, ValueError):
             traceback.print_exc()
         return FAILED
-
-
-def _tune(arguments: argparse.Namespace) -> str:
-    from gputune.cli.tune import tune
-
-    return tune(arguments)
-
-
-def _resume(arguments: argparse.Namespace) -> str:
-    from gputune.cli.tune import resume
-
-    return resume(arguments)
-
-
-def _trials(arguments: argparse.Namespace) -> str:
-    from gputune.cli import trials
-
-    study = _open(arguments.study)
-    if arguments.format == "json":
-        return trials.trials_json(study)
-    if arguments.format == "csv":
-        return trials.trials_csv(study)
-    return trials.trials_table(study, width=shutil.get_terminal_size().columns)
-
-
-def _best(arguments: argparse.Namespace) -> str:
-    from gputune.cli import trials
-
-    study = _open(arguments.study)
-    return trials.best_json(study) if arguments.format == "json" else trials.best_text(study)
-
-
-def _predict(arguments: argparse.Namespace) -> str:
-    from gputune.cli.predict import predictions_csv, write_new
-
-    how = {name: getattr(arguments, name) for name in ("proba", "raw", "trust_code")}
-    text = predictions_csv(arguments.model, arguments.file, **how)
-    if arguments.out is None:
-        return text
-    write_new(text, arguments.out, source=arguments.file)
-    return ""
-
-
-def _repair(arguments: argparse.Namespace) -> str:
-    from gputune.cli.arguments import study_file
-    from gputune.study.repair import repair
-
-    saved = repair(study_file(arguments.study), arguments.out)
-    go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
-    return f"{saved}{go_on}"
-
-
-def _report(arguments: argparse.Namespace) -> str:
-    from gputune.cli.predict import report
-
-    return report(arguments.study, arguments.out)
-
-
-def _status(arguments: argparse.Namespace) -> str:
-    from gputune.cli.trials import status
-
-    return status(arguments.study)
-
-
-def _export(arguments: argparse.Namespace) -> str:
-    from gputune.cli.predict import export
-
-    return export(arguments.model, arguments.out, trust_code=arguments.trust_code)
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], str]] = {
-    "tune": _tune,
-    "resume": _resume,
-    "trials": _trials,
-    "best": _best,
-    "predict": _predict,
-    "repair": _repair,
-    "report": _report,
-    "status": _status,
-    "export": _export,
-}
-"""Each returns what goes to standard output."""
-
-
-def _open(place: str) -> Any:
-    """Return the study of a file, or of the folder that ``gputune tune`` made."""
-    from gputune.cli.arguments import study_file
-    from gputune.study.study import Study
-
-    return Study.open(study_file(place))
 
 
 def _write(text: str) -> int:

@@ -1,10 +1,11 @@
-"""The hyperparameters of a hypergradient, checked: names, ranges, and one table for each.
+"""The hyperparameters of a hypergradient: which there are, their ranges, tables of them, and where they move.
 
-The arguments of the online optimizers, checked: numbers in their range, one rule, bounds that hold the rate.
+They move in the logarithm, or in the logit for what lies between 0 and 1: a step of one size then means the same
+change at a rate of 1e-5 as at 1, and never leaves the legal range. Also the arguments of the online optimizers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gputune.engine.rules import BETA1, BETA2, RULES
 from gputune.errors import InputError
+from gputune.hypergradients.module_training import ModuleTraining
 from gputune.types import DEFAULTS, ONLINE_RULES, default_momentum, default_weight_decay
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
@@ -53,13 +55,7 @@ def default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, T
 
 
 def check_hyperparameters(
-    values: Mapping[str, Any],
-    optimizer: str,
-    *,
-    steps: int,
-    layers: Sequence[str],
-    like: Tensor,
-    argument: str = "hyperparameters",
+    values: Mapping[str, Any], optimizer: str, training: ModuleTraining, argument: str = "hyperparameters"
 ) -> dict[str, Tensor]:
     """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and layers.
 
@@ -76,15 +72,13 @@ def check_hyperparameters(
                 f"{argument}: {optimizer} has {', '.join(_OF[optimizer])}, got {name!r}; leave it out, or choose "
                 "an optimizer that has it."
             )
-    return {
-        name: _table(f"{argument}[{name!r}]", name, value, steps, layers, like)
-        for name, value in values.items()
-    }
+    return {name: _table(f"{argument}[{name!r}]", name, value, training) for name, value in values.items()}
 
 
-def _table(place: str, name: str, value: Any, steps: int, layers: Sequence[str], like: Tensor) -> Tensor:
+def _table(place: str, name: str, value: Any, training: ModuleTraining) -> Tensor:
+    layers = training.layers
     try:
-        table = torch.as_tensor(value, dtype=like.dtype, device=like.device).detach()
+        table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{place} must be a number or an array of numbers, got {value!r}.") from error
     if table.dim() > 2 or 0 in table.shape or (table.dim() == 2 and table.shape[1] != len(layers)):
@@ -92,9 +86,9 @@ def _table(place: str, name: str, value: Any, steps: int, layers: Sequence[str],
             f"{place} must be a number, (segments,) or (segments, layers) with {len(layers)} layers "
             f"({', '.join(layer or 'the module itself' for layer in layers)}), got shape {tuple(table.shape)}."
         )
-    if table.dim() and len(table) > steps:
+    if table.dim() and len(table) > training.steps:
         raise InputError(
-            f"{place} must have at most one segment a step, got {len(table)} segments for {steps} minibatches."
+            f"{place} must have at most one segment a step, got {len(table)} segments for {training.steps} minibatches."
         )
     _check_range(place, name, table)
     return table.reshape(1, -1, table.shape[1] if table.dim() == 2 else 1)
@@ -102,14 +96,35 @@ def _table(place: str, name: str, value: Any, steps: int, layers: Sequence[str],
 
 def _check_range(place: str, name: str, table: Tensor) -> None:
     low, high = float(table.min()), float(table.max())
-    if name == "lr":
-        legal, rule = low > 0 and high < float("inf"), "finite and > 0"
-    elif name == "weight_decay":
-        legal, rule = low >= 0 and high < float("inf"), "finite and >= 0"
-    else:
-        legal, rule = low >= 0 and high < 1, "in [0, 1)"
-    if not legal or bool(table.isnan().any()):
+    legal, rule = low >= 0 and high < 1, "in [0, 1)"
+    if name in ("lr", "weight_decay"):
+        legal = (low > 0 if name == "lr" else low >= 0) and high < math.inf
+        rule = f"finite and {'>' if name == 'lr' else '>='} 0"
+    if not legal:  # NaN is no more than anything
         raise InputError(f"{place} must be {rule}, got {table.tolist()}.")
+
+
+_BETWEEN_0_AND_1 = ("momentum", "beta1", "beta2")
+
+
+def to_coordinate(name: str, value: Tensor) -> Tensor:
+    """Return log(value), or log(value / (1 - value)) for momentum and the betas; -inf at 0."""
+    return value.logit() if name in _BETWEEN_0_AND_1 else value.log()
+
+
+def has_coordinate(name: str, value: float) -> bool:
+    """Whether a value has a finite coordinate: 0 and infinity have none."""
+    return math.isfinite(float(to_coordinate(name, torch.tensor(float(value), dtype=torch.float64))))
+
+
+def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
+    """Return the value at a coordinate."""
+    return coordinate.sigmoid() if name in _BETWEEN_0_AND_1 else coordinate.exp()
+
+
+def speed(name: str, value: Tensor) -> Tensor:
+    """Return d value / d coordinate, by which a derivative is turned into one in the coordinate."""
+    return value * (1 - value) if name in _BETWEEN_0_AND_1 else torch.as_tensor(value)
 
 
 Group = dict[str, Any]
@@ -123,23 +138,19 @@ def checked(group: Group) -> Group:
             f"rule must be one of {', '.join(ONLINE_RULES)}, got {rule!r}. The scale-free one is {ONLINE_RULES[0]!r}."
         )
     scaled = rule == "multiplicative"
-    checked = {
+    numbers = {
         "lr": _number(group, "lr", "0.001", low_counts=not scaled),
         "hypergrad_lr": _hypergrad_lr(group, scaled),
         "weight_decay": _number(group, "weight_decay", "0.01"),
-        **{
-            key: _number(group, key, "0.1", low=-math.inf)
-            for key in ("lr_min", "lr_max")
-            if group[key] is not None
-        },
     }
-    low, high = checked.get("lr_min", -math.inf), checked.get("lr_max", math.inf)
-    if not low <= checked["lr"] <= high:
+    bounds = [name for name in ("lr_min", "lr_max") if group[name] is not None]
+    numbers |= {name: _number(group, name, "0.1", low=-math.inf) for name in bounds}
+    if not numbers.get("lr_min", -math.inf) <= numbers["lr"] <= numbers.get("lr_max", math.inf):
         raise InputError(
-            f"lr must be within lr_min and lr_max, got lr={checked['lr']}, lr_min={group['lr_min']}, "
+            f"lr must be within lr_min and lr_max, got lr={numbers['lr']}, lr_min={group['lr_min']}, "
             f"lr_max={group['lr_max']}. Begin with a rate between them; None is no bound."
         )
-    return checked | (_checked_sgd(group) if "momentum" in group else _checked_adam(group))
+    return numbers | (_checked_sgd(group) if "momentum" in group else _checked_adam(group))
 
 
 def _hypergrad_lr(group: Group, scaled: bool) -> float:
@@ -186,8 +197,7 @@ def _number(
     value = group[name]
     if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
         number = float(value)
-        above = number >= low if low_counts else number > low
-        if above and number < high:
+        if number < high and (number >= low if low_counts else number > low):
             return number
     least = "" if low == -math.inf else f" >= {low:g}" if low_counts else f" > {low:g}"
     most = "" if high == math.inf else f" and < {high:g}"

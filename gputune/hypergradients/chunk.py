@@ -1,11 +1,12 @@
 """One chunk of a search by hypergradients: its trials trained in all folds, scored, and differentiated.
 
-How many trials are differentiated at once: as many as the memory of the mode that is used allows.
+As many trials are differentiated at once as the memory of the mode that is used allows.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,22 +14,152 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
+from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress, make_network
+from gputune.engine.losses import row_losses
+from gputune.engine.network import Network
 from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.population import Population
 from gputune.engine.rules import BETA1, BETA2
+from gputune.engine.scoring import Scoring
+from gputune.engine.update import schedule_factor
 from gputune.errors import InputError
-from gputune.hypergradients.curvature import twice_differentiable
-from gputune.hypergradients.differences import differences
-from gputune.hypergradients.inner import HYPERPARAMETERS, Tables
-from gputune.hypergradients.memory import fastest_that_fits, free_bytes, measure
-from gputune.hypergradients.population_training import PopulationTraining
-from gputune.hypergradients.unrolled import Hypergradients, Watch, forward, reverse, train_plainly
+from gputune.hypergradients.first_step import (
+    ExactMode,
+    Need,
+    fastest_that_fits,
+    free_bytes,
+    measure,
+    twice_differentiable,
+)
+from gputune.hypergradients.forward import forward
+from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, Watch
+from gputune.hypergradients.result import Hypergradients
+from gputune.hypergradients.reverse import differences, reverse
 from gputune.text import size_words
-from gputune.types import Config
+from gputune.types import Config, Params
 
 WIDE = 0.2  # in the logarithm: finite differences that look across the noise of chaotic training
+_SLOWER = 10.0  # than plain training: a step that is differentiated twice, by operations of autograd
+
+
+class PopulationTraining:
+    """A population as an inner training of ``epochs`` epochs: F folds x C trials, p = f*C + c, one row each.
+
+    Members, starts, minibatches and dropout are those that training reads too, so that a member here equals the same
+    member there.
+    """
+
+    def __init__(
+        self, network: Network, data: Dataset, configs: Sequence[Config], *, seed: int, epochs: int
+    ) -> None:
+        self.network, self.data = network, data
+        self.folds, self.trials = data.n_folds, len(configs)
+        sizes = [config["batch_size"] for config in configs]
+        target = data.y if data.y.is_floating_point() else data.y[None]
+        self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
+        self.each = int(self.batches.steps.max())
+        self.steps = epochs * self.each
+        self.totals = (epochs * self.batches.steps).flatten()
+        self.schedules = [config["schedule"] for config in configs]
+        self.first = network.blocks.by_member(network.start())
+        self.shapes = {name: tuple(view.shape[2:]) for name, view in self.first.items()}
+        self.sizes = [view[0, 0].numel() for view in self.first.values()]
+        layers = network.layers()
+        numbers = torch.tensor([layers[name] for name in self.first])
+        self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(data.device)
+
+    def start(self) -> Tensor:
+        """Return the members' starts (P, N)."""
+        return torch.cat([view.reshape(self.folds * self.trials, -1) for view in self.first.values()], 1)
+
+    def clock(self, step: int) -> Clock:
+        """Return where the members stand: those with fewer steps an epoch wait for its end."""
+        epoch, within = divmod(step, self.each)
+        steps = self.batches.steps
+        done = epoch * steps + np.minimum(within, steps - 1)
+        active = within < steps
+        return Clock(done.flatten(), None if active.all() else active.flatten(), self._factor(done))
+
+    def _factor(self, done: np.ndarray) -> np.ndarray | None:
+        if set(self.schedules) == {"constant"}:
+            return None
+        totals = self.totals.reshape(done.shape)
+        columns = [schedule_factor(s, done[:, c], totals[:, c]) for c, s in enumerate(self.schedules)]
+        return np.stack(columns, 1).flatten()
+
+    def losses(self, weights: Tensor, step: int) -> Tensor:
+        """Return each member's minibatch loss (P,); 0 for a member that has no step now."""
+        params = self._named(weights)
+        losses = [weights.new_zeros(self.trials)] * self.folds
+        for part in self.batches.at(*divmod(step, self.each)):
+            losses[part.folds] = list(self._part(params, part))
+        return torch.cat(losses)
+
+    def _part(self, params: Params, batch: Batch) -> Tensor:
+        """Return the losses (F, C) of the folds of one part of a step."""
+        whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
+        own = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
+        shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
+        inputs = [for_members(x, self.trials) if shared else x for x in batch.inputs]
+        outputs = self.network.differentiable(own, inputs, batch.key)
+        outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
+        y = batch.y.view(len(outputs), -1, outputs.shape[2])  # (F, 1 or C, B)
+        share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
+        losses: Tensor = (row_losses(outputs, y) * share).sum(-1)
+        return losses
+
+    def validation(self, weights: Tensor) -> Tensor:
+        """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the target's own units."""
+        params = self._named(weights)
+        losses = []
+        for f, fold in enumerate(self.data.folds):
+            y = self.data.y[f] if self.data.y.is_floating_point() else self.data.y
+            mean = row_losses(self._valid(params, f), y[fold.valid]).mean(-1)
+            losses.append(mean * self.data.scale[f].to(mean.dtype) ** 2)
+        return torch.cat(losses)
+
+    @torch.no_grad()
+    def scores(self, weights: Tensor, scoring: Scoring) -> np.ndarray:
+        """Return the scores (C, F) of all members on the validation rows of their fold."""
+        params = self._named(weights)
+        columns = [
+            scoring(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
+            for f in range(self.folds)
+        ]
+        found: np.ndarray = torch.stack(columns, 1).cpu().numpy()
+        return found
+
+    def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
+        rows = self.data.rows(fold, self.data.folds[fold].valid)
+        own = {name: w[fold] for name, w in params.items()}
+        inputs = [x.expand(self.trials, *x.shape) for x in rows]
+        outputs = self.network.differentiable(own, inputs, None)
+        return self._masked(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
+
+    def _masked(self, outputs: Tensor, folds: slice) -> Tensor:
+        """Give -inf to the classes that take no part in a fold, of outputs (F, C, B, K)."""
+        if self.data.present is None:
+            return outputs
+        return outputs.masked_fill(~self.data.present[folds, None, None], -torch.inf)
+
+    def _named(self, weights: Tensor) -> Params:
+        """Return the parameters (F, C, ...) that rows (P, N) hold."""
+        parts = torch.split(weights, self.sizes, 1)
+        return {
+            name: part.view(self.folds, self.trials, *shape)
+            for (name, shape), part in zip(self.shapes.items(), parts)
+        }
+
+    def member(self, weights: Tensor, fold: int, trial: int) -> nn.Module:
+        """Return one member as a plain module on the CPU, in evaluation mode."""
+        blocks = self.network.blocks
+        flat = weights.new_empty(blocks.size)
+        views = blocks.by_member(flat)
+        for name, value in self._named(weights).items():
+            views[name].copy_(value)
+        return self.network.member(blocks.views(flat), fold, trial)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +178,8 @@ class HypergradientJob(Job):
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Slopes":
         """Train one chunk, score it after each epoch and differentiate its validation losses."""
         begin = time.monotonic()
-        training = inner_training(self, data, chunk)
+        problem = inner_problem(self, data, chunk)
+        training = problem.training
         curves = np.full((len(chunk.index), self.epochs, data.n_folds), np.nan)
 
         def watch(step: int, weights: Tensor) -> None:
@@ -63,24 +195,25 @@ class HypergradientJob(Job):
 
         epochs, found = self.epochs, None
         try:
-            found = self._differentiate(training, chunk, watch)
+            found = self._differentiate(problem, watch)
         except _OverError as over:
             epochs = over.epochs
         seconds = time.monotonic() - begin
         return Slopes(chunk.index, curves, epochs, seconds, *_by_trial(found, self.wanted, data.n_folds))
 
-    def _differentiate(self, training: PopulationTraining, chunk: Population, watch: Watch) -> Hypergradients:
-        optimizer, tables = chunk.configs[0]["optimizer"], self.tables(training, chunk.configs)
+    def _differentiate(self, problem: InnerProblem[PopulationTraining], watch: Watch) -> Hypergradients:
         if self.mode == "differences":
-            return differences(training, optimizer, tables, self.wanted, width=WIDE, watch=watch)
-        number = sum(tables[name][0].numel() for name in self.wanted)
-        need = measure(training, optimizer, tables)
-        mode = fastest_that_fits(need, self.budget, steps=training.steps, hyperparameters=number)
+            return differences(problem, self.wanted, width=WIDE, watch=watch)
+        mode, _ = self.mode_of(problem)
         if mode == "forward":
-            return forward(training, optimizer, tables, self.wanted, watch=watch)
-        return reverse(
-            training, optimizer, tables, self.wanted, checkpoint=mode == "checkpointed", watch=watch
-        )
+            return forward(problem, self.wanted, watch=watch)
+        return reverse(problem, self.wanted, checkpoint=mode == "checkpointed", watch=watch)
+
+    def mode_of(self, problem: InnerProblem[PopulationTraining]) -> tuple[ExactMode, Need]:
+        """Return the fastest mode whose memory the budget holds, and what each will need."""
+        need, number = measure(problem), problem.entries(self.wanted)
+        steps = problem.training.steps
+        return fastest_that_fits(need, self.budget, steps=steps, hyperparameters=number), need
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
         """Return the hyperparameters (P, S, L) of configurations; those that are searched have all their entries."""
@@ -117,19 +250,19 @@ class _OverError(Exception):
         self.epochs = epochs
 
 
-def inner_training(job: Job, data: Dataset, chunk: Population) -> PopulationTraining:
-    """Return the training of a chunk over the whole horizon."""
+def inner_problem(
+    job: HypergradientJob, data: Dataset, chunk: Population
+) -> InnerProblem[PopulationTraining]:
+    """Return the training of a chunk over the whole horizon, at the hyperparameters of its configurations."""
     network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
-    return PopulationTraining(network, data, chunk.configs, seed=job.seed, epochs=job.horizon)
+    training = PopulationTraining(network, data, chunk.configs, seed=job.seed, epochs=job.horizon)
+    return InnerProblem(training, chunk.configs[0]["optimizer"], job.tables(training, chunk.configs))
 
 
 def train_scheduled(job: HypergradientJob, data: Dataset, chunk: Population) -> nn.Module:
     """Train the one trial of a chunk on the rows of its one fold, with its segments and layers; return the module."""
-    training = inner_training(job, data, chunk)
-    tables = job.tables(training, chunk.configs)
-    steps = job.epochs * training.each
-    weights = train_plainly(training, chunk.configs[0]["optimizer"], tables, steps=steps)
-    return training.member(weights, 0, 0)
+    problem = inner_problem(job, data, chunk)
+    return problem.training.member(problem.train(steps=job.epochs * problem.training.each), 0, 0)
 
 
 def _table(value: float | list[float] | list[list[float]], whole: tuple[int, int] | None) -> np.ndarray:
@@ -154,9 +287,6 @@ def _by_trial(
     return turned(found.value), slopes, turned(found.ratio)
 
 
-_SLOWER = 10.0  # than plain training: a step that is differentiated twice, by operations of autograd
-
-
 def plan_chunks(
     groups: Sequence[Population],
     data: Dataset,
@@ -178,32 +308,30 @@ def plan_chunks(
     else:
         budget = min(memory or bytes_of_a_task, bytes_of_a_task)
 
+    sized = replace(job, budget=budget)
+
     def cost_of(population: Population, plain: Cost) -> Cost:
-        one = population.part(0, 1)
-        training = inner_training(job, data, one)
+        problem = inner_problem(sized, data, population.part(0, 1))
+        training, number = problem.training, problem.entries(job.wanted)
         if job.segments > training.totals.min():
             raise InputError(
                 f"Hypergradient(segments=...) must be at most the number of steps, got {job.segments} segments for "
                 f"{training.totals.min()} steps; use fewer, smaller batches, or more epochs."
             )
-        tables = job.tables(training, one.configs)
         with twice_differentiable(training):
-            need = measure(training, one.configs[0]["optimizer"], tables)
-        number = sum(tables[name][0].numel() for name in job.wanted)
-        steps = training.steps
-        mode = fastest_that_fits(need, budget, steps=steps, hyperparameters=number)
-        reverse, blocks, tangents = need.reverse(steps), need.checkpointed(steps), need.forward(number)
-        needed = {"reverse": reverse, "checkpointed": blocks, "forward": tangents}[mode]
+            mode, need = sized.mode_of(problem)
+        needed = need.of_mode(mode, steps=training.steps, hyperparameters=number)
         if needed > budget:
-            least = tangents if number == 1 else min(blocks, tangents)
+            tangents = need.forward(number)
+            least = tangents if number == 1 else min(need.checkpointed(training.steps), tangents)
             raise InputError(
                 f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {number} hyperparameters "
-                f"over {steps} steps need about {size_words(least)}, and {size_words(budget)} may be used a process. "
-                "Use fewer segments, smaller batches, workers=1, or a larger memory=."
+                f"over {training.steps} steps need about {size_words(least)}, and {size_words(budget)} may be used a "
+                "process. Use fewer segments, smaller batches, workers=1, or a larger memory=."
             )
         return replace(plain, trial_bytes=needed, trial_seconds=_SLOWER * plain.trial_seconds)
 
     plan = make_plan(
         groups, data, epochs=job.epochs, memory=budget, workers=workers, parameters=0, cost_of=cost_of
     )
-    return plan, replace(job, budget=budget)
+    return plan, sized

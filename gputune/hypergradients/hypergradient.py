@@ -3,8 +3,8 @@
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,16 @@ from torch import Tensor, nn
 from gputune.engine.entry import waited_for
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import (
-    check_hyperparameters,
-    check_optimizer,
-    default_tables,
-)
-from gputune.hypergradients.convex import differentiate_minimum
-from gputune.hypergradients.curvature import twice_differentiable
-from gputune.hypergradients.differences import default_width, differences
-from gputune.hypergradients.inner import Tables
-from gputune.hypergradients.memory import Need, free_bytes, measure
+from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
+from gputune.hypergradients.first_step import ExactMode, Need, free_bytes, measure, twice_differentiable
+from gputune.hypergradients.forward import forward
+from gputune.hypergradients.implicit import differentiate_minimum
+from gputune.hypergradients.inner import InnerProblem, Tables
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
-from gputune.hypergradients.result import HypergradientResult
-from gputune.hypergradients.unrolled import Hypergradients, forward, reverse
+from gputune.hypergradients.result import HypergradientResult, Hypergradients
+from gputune.hypergradients.reverse import default_width, differences, reverse
 from gputune.seeding import GLOBAL_DRAWS
-from gputune.text import size_words
+from gputune.text import count, size_words
 
 Mode = Literal["auto", "reverse", "forward", "fd"]
 
@@ -82,30 +77,26 @@ def hypergradient(
     batches = _checked_batches(batches)
     _check_pair("valid", valid)
     _check_choice(mode, truncate, checkpoint)
-    budget = parse_memory(memory)
+    request = _Request(mode, truncate, checkpoint, parse_memory(memory))
     if optimizer == "exact":
-        return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=budget)
+        return differentiate_minimum(module, loss, batches, valid, hyperparameters, memory=request.budget)
     rule, momentum = check_optimizer(optimizer)
     if seed is None:
         with GLOBAL_DRAWS:
             seed = int(torch.randint(2**62, ()))
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
-    start = training.start()
-    given = check_hyperparameters(
-        hyperparameters, rule, steps=len(batches), layers=training.layers, like=start
-    )
-    held = _held(fixed, hyperparameters, rule, training, start)
-    tables = {**default_tables(rule, momentum, start), **held, **given}
-    choice, result = _differentiate(training, rule, tables, tuple(given), mode, truncate, checkpoint, budget)
+    tables = check_hyperparameters(hyperparameters, rule, training)
+    others = {**default_tables(rule, momentum, training.start()), **_fixed(fixed, tables, rule, training)}
+    choice, result = _differentiate(InnerProblem(training, rule, {**others, **tables}), list(tables), request)
     shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
     gradient = {name: table.view(shapes[name]) for name, table in result.gradients.items()}
     found = HypergradientResult(
         value=float(result.value),
         gradient=gradient,
-        log_gradient={name: slope * given[name].view(shapes[name]) for name, slope in gradient.items()},
+        log_gradient={name: slope * tables[name].view(shapes[name]) for name, slope in gradient.items()},
         parameters={name: w.detach().clone() for name, w in training.parameters(result.weights).items()},
         ratio=float(result.ratio),
-        mode=choice.mode,
+        mode="reverse" if choice.mode == "checkpointed" else choice.mode,
         reason=choice.reason,
     )
     _warn(found)
@@ -129,12 +120,8 @@ def _warn(found: HypergradientResult) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def _held(
-    fixed: Mapping[str, Any] | None,
-    searched: Mapping[str, Any],
-    rule: str,
-    training: ModuleTraining,
-    like: Tensor,
+def _fixed(
+    fixed: Mapping[str, Any] | None, searched: Tables, rule: str, training: ModuleTraining
 ) -> dict[str, Tensor]:
     """Return the tables of the hyperparameters that are not differentiated."""
     if not fixed:
@@ -144,91 +131,81 @@ def _held(
         raise InputError(
             f"fixed must have other names than hyperparameters, got {', '.join(twice)} in both; leave it out of one."
         )
-    return check_hyperparameters(
-        fixed, rule, steps=training.steps, layers=training.layers, like=like, argument="fixed"
-    )
+    return check_hyperparameters(fixed, rule, training, argument="fixed")
+
+
+@dataclass(frozen=True)
+class _Request:
+    """How the caller would have it."""
+
+    mode: Mode
+    truncate: int | None
+    checkpoint: bool
+    budget: int | None
 
 
 @dataclass(frozen=True)
 class _Choice:
-    mode: Literal["reverse", "forward", "fd"]
-    checkpoint: bool
+    """How it is done, and why."""
+
+    mode: ExactMode | Literal["fd"]
     reason: str
 
 
 def _differentiate(
-    training: ModuleTraining,
-    rule: str,
-    tables: Tables,
-    wanted: tuple[str, ...],
-    mode: Mode,
-    truncate: int | None,
-    checkpoint: bool,
-    budget: int | None,
+    problem: InnerProblem[ModuleTraining], wanted: list[str], request: _Request
 ) -> tuple[_Choice, Hypergradients]:
+    training = problem.training
     training.check_graph()
-    if mode == "fd":
-        _check_above_zero(tables, wanted)
+    if request.mode == "fd":
+        _check_above_zero(problem.tables, wanted)
         width = default_width(training.start().dtype)
-        choice = _Choice(
-            "fd", False, f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
-        )
-        return choice, differences(training, rule, tables, wanted, width=width)
+        reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
+        return _Choice("fd", reason), differences(problem, wanted, width=width)
     with twice_differentiable(training):
-        need = measure(training, rule, tables)
-        number = sum(tables[name][0].numel() for name in wanted)
-        choice = _choose(
-            mode, need, budget or free_bytes(training.device), training.steps, number, truncate, checkpoint
-        )
+        choice = _choose(request, measure(problem), problem, problem.entries(wanted))
         if choice.mode == "forward":
-            return choice, forward(training, rule, tables, wanted)
-        return choice, reverse(
-            training, rule, tables, wanted, truncate=truncate, checkpoint=choice.checkpoint
-        )
+            return choice, forward(problem, wanted)
+        blocks = choice.mode == "checkpointed"
+        return choice, reverse(problem, wanted, truncate=request.truncate, checkpoint=blocks)
 
 
-def _choose(
-    mode: Mode, need: Need, budget: int, steps: int, number: int, truncate: int | None, checkpoint: bool
-) -> _Choice:
+def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int) -> _Choice:
     """Return the mode: the one asked for where it fits, or the fastest that fits."""
-    back = steps if truncate is None else min(truncate, steps)
-    whole, blocks, tangents = need.reverse(back), need.checkpointed(back), need.forward(number)
-    reversible = mode == "reverse" or truncate is not None or checkpoint
-    sizes = (
-        f"reverse needs about {size_words(whole)} for {back} steps, checkpointed {size_words(blocks)}, forward "
-        f"{size_words(tangents)} for {number} hyperparameter{'' if number == 1 else 's'}; {size_words(budget)} may be "
-        "used"
+    budget = request.budget or free_bytes(problem.tables["lr"].device)
+    steps = min(request.truncate or problem.training.steps, problem.training.steps)
+    sizes: dict[ExactMode, int] = {
+        mode: need.of_mode(mode, steps=steps, hyperparameters=number) for mode in get_args(ExactMode)
+    }
+    whole, blocks, tangents = sizes["reverse"], sizes["checkpointed"], sizes["forward"]
+    words = (
+        f"reverse needs about {size_words(whole)} for {steps} steps, checkpointed {size_words(blocks)}, forward "
+        f"{size_words(tangents)} for {count(number, 'hyperparameter')}; {size_words(budget)} may be used"
     )
-    if mode == "forward" or (not reversible and number == 1 and tangents <= budget):
-        chosen = _Choice(
-            "forward",
-            False,
-            "asked for"
-            if mode == "forward"
-            else "one hyperparameter, whose tangent is no slower than reverse",
-        )
-    elif reversible:
-        chosen = _Choice("reverse", checkpoint, "asked for")
+    mode: ExactMode = "forward"
+    if request.mode == "forward":
+        reason = "asked for"
+    elif request.mode == "reverse" or request.truncate is not None or request.checkpoint:
+        mode, reason = "checkpointed" if request.checkpoint else "reverse", "asked for"
+    elif number == 1 and tangents <= budget:
+        reason = "one hyperparameter, whose tangent is no slower than reverse"
     elif whole <= budget:
-        chosen = _Choice("reverse", False, "one price for all hyperparameters")
+        mode, reason = "reverse", "one price for all hyperparameters"
     elif blocks <= budget:
-        chosen = _Choice("reverse", True, "checkpointed, since the whole does not fit")
+        mode, reason = "checkpointed", "checkpointed, since the whole does not fit"
     else:
-        chosen = _Choice("forward", False, "reverse does not fit")
-    needed = tangents if chosen.mode == "forward" else blocks if chosen.checkpoint else whole
-    if needed > budget:
-        fitting = [
-            word
-            for word, size in (("checkpoint=True", blocks), ("mode='forward'", tangents))
-            if size <= budget
-        ]
+        reason = "reverse does not fit"
+    if sizes[mode] > budget:
+        remedies = {"checkpoint=True": blocks, "mode='forward'": tangents}
+        fitting = [word for word, size in remedies.items() if size <= budget]
         if need.longest(budget):
             fitting.append(f"truncate={need.longest(budget)}")
+        asked = "forward" if mode == "forward" else "reverse"
         raise InputError(
-            f"memory does not suffice for mode={chosen.mode!r}: {sizes}. Use "
+            f"memory does not suffice for mode={asked!r}: {words}. Use "
             f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
         )
-    return replace(chosen, reason=f"{chosen.reason}; {sizes}")
+    return _Choice(mode, f"{reason}; {words}")
 
 
 def _checked_batches(batches: Iterable[Pair]) -> list[Pair]:
@@ -249,7 +226,7 @@ def _check_pair(name: str, pair: object) -> None:
 
 
 def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
-    if mode not in ("auto", "reverse", "forward", "fd"):
+    if mode not in get_args(Mode):
         raise InputError(f"mode must be 'auto', 'reverse', 'forward' or 'fd', got {mode!r}.")
     if truncate is not None and (isinstance(truncate, bool) or not isinstance(truncate, int) or truncate < 1):
         raise InputError(f"truncate must be a number of steps >= 1 or None, got {truncate!r}.")
@@ -262,7 +239,7 @@ def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
         )
 
 
-def _check_above_zero(tables: Tables, wanted: tuple[str, ...]) -> None:
+def _check_above_zero(tables: Tables, wanted: Iterable[str]) -> None:
     for name in wanted:
         if bool((tables[name] == 0).any()):
             raise InputError(

@@ -7,21 +7,23 @@ Where the training objective is at its minimum, ``C * slope of the loss + slope 
 with no penalty on the intercepts, and the wanted number is that times the slope of the validation loss. Source:
 Larsen et al. (1996), doi:10.1109/NNSP.1996.548336; Bengio (2000), doi:10.1162/089976600300015187. H is built and
 factored as it is: nothing is iterated, so nothing is left unsolved.
-Axes as in engine/logistic.py: m members, K outputs (1 = sigmoid), n rows, D inputs, E = D + 1 with the intercept.
+Axes: m members, K outputs (1 = sigmoid), n rows, D inputs, E = D + 1 with the intercept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
-from gputune.solver.job import solve_all
+from gputune.errors import DivergedError, InputError
+from gputune.hypergradients.result import HypergradientResult
+from gputune.models import LogisticRegression
 from gputune.solver.objective import Point, Rows, point_at, product, rows_of
-from gputune.solver.solve import Solution
+from gputune.solver.solve import Problem, Solution, problem_of, solve, solve_all, solved_module
 from gputune.types import Config
 
 BLOCK = 512  # training rows whose curvature is held at once
@@ -50,50 +52,33 @@ def implicit_chunk(
 ) -> tuple[Solution, ImplicitGradient]:
     """Solve C configurations (``C``, ``l1_ratio``) in all folds of float64 data, and differentiate in log C.
 
-    Warns, as ``solve_all`` does, of members that did not converge. Raises InputError as ``solve`` and
-    ``implicit_gradients`` do.
+    Warns, as ``solve_all`` does, of members that did not converge. Raises InputError as ``implicit_gradients`` does.
     """
     solution = solve_all(data, configs)
-    weights = torch.zeros(data.n_folds, data.n_rows, dtype=torch.float64, device=data.device)
-    for f, fold in enumerate(data.folds):
-        weights[f, fold.train] = 1.0 if data.weights is None else data.weights[f, fold.train].double()
-    C, l1_ratio = weights.new_tensor([[float(c["C"]), float(c["l1_ratio"])] for c in configs]).T
-    x = torch.stack([data.x[copy] for copy in data.copies])
     valid = [fold.valid for fold in data.folds]
-    return solution, implicit_gradients(
-        solution, x, data.y, weights, valid, C=C, l1_ratio=l1_ratio, memory=memory
-    )
+    return solution, implicit_gradients(problem_of(data, configs), solution, valid, memory=memory)
 
 
 def implicit_gradients(
-    solution: Solution,
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor,
-    valid: Sequence[Tensor],
-    *,
-    C: Tensor,
-    l1_ratio: Tensor,
-    memory: int | None = None,
+    problem: Problem, solution: Solution, valid: Sequence[Tensor], *, memory: int | None = None
 ) -> ImplicitGradient:
-    """Differentiate the validation loss of each member that ``solve`` returned, intercepts fitted, in log C.
+    """Differentiate the validation loss of each member of a solved problem, intercepts fitted, in log C.
 
-    x (F, n, D), y, weights, C and l1_ratio are what ``solve`` was given; ``valid`` are the positions of each fold's
-    validation rows. With an l1 part, coefficients at zero stay there and the others keep their sign, which is
-    exact but for the single values of C where a coefficient leaves zero or comes to it: there the loss has a kink,
-    and this is its slope on the side where the coefficients found zero are zero.
+    ``valid`` are the positions of each fold's validation rows. With an l1 part, coefficients at zero stay there and the
+    others keep their sign, which is exact but for the single values of C where a coefficient leaves zero or comes to
+    it: there the loss has a kink, and this is its slope on the side where the coefficients found zero are zero.
 
     ``memory`` bounds the bytes of the matrices and chances of the members worked on at once (None: 4 GiB on the
     CPU, 80 % of the free memory of a GPU); more members than fit are taken one lot after the other. Raises
-    InputError where one member alone does not fit, and where shapes do not agree.
+    InputError where one member alone does not fit.
     """
-    _check(solution, x, y, weights, valid, C, l1_ratio)
-    everyone = torch.arange(len(C), device=x.device)
+    everyone = torch.arange(len(problem.C), device=problem.x.device)
     values, gradients = [], []
     for f, rows in enumerate(valid):
-        fold = _fold(x[f], y, weights[f], rows, outputs=solution.coef.shape[1])
-        for own in torch.split(everyone, _members_at_once(fold, memory)):
-            value, gradient = _differentiate(fold, solution, f * len(C) + own, C[own], l1_ratio[own])
+        fold = _fold(problem.x[f], problem.y, problem.weights[f], rows, outputs=solution.coef.shape[1])
+        for lot in torch.split(everyone, _members_at_once(fold, memory)):
+            members = f * len(everyone) + lot
+            value, gradient = _differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot])
             values.append(value)
             gradients.append(gradient)
     return ImplicitGradient(torch.cat(values), torch.cat(gradients))
@@ -116,7 +101,7 @@ def _fold(x: Tensor, y: Tensor, weights: Tensor, valid: Tensor, *, outputs: int)
     center = share @ x[keep]
     even = share.new_full((len(valid),), 1 / len(valid))
     train, held_out = (
-        rows_of(x[rows] - center, y[rows], part, outputs, intercept=True, rotate=False)
+        rows_of(x[rows] - center, y[rows], part, outputs, intercept=True)
         for rows, part in ((keep, share), (valid, even))
     )
     return _Fold(train, held_out, total, center)
@@ -239,40 +224,97 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return moved.masked_fill((failed > 0)[:, None, None], torch.nan)
 
 
-def _check(
-    solution: Solution,
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor,
-    valid: Sequence[Tensor],
-    C: Tensor,
-    l1_ratio: Tensor,
-) -> None:
-    """Raise InputError where the arguments of ``implicit_gradients`` do not belong together."""
-    if x.dtype != torch.float64 or weights.dtype != torch.float64:
+def differentiate_minimum(
+    module: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    valid: tuple[Tensor, Tensor],
+    hyperparameters: Mapping[str, Any],
+    *,
+    memory: int | None,
+) -> HypergradientResult:
+    """Return the validation loss at the minimum of ``C * sum of losses + |W|^2 / 2`` and its derivative in C.
+
+    The objective is that of sklearn.linear_model.LogisticRegression; computed in float64. Raises InputError where
+    the problem is not that convex one, DivergedError where it has no minimum that could be reached.
+    """
+    C, classes = _checked(module, loss, hyperparameters)
+    if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
         raise InputError(
-            f"implicit_gradients needs float64 x and weights, got {x.dtype} and {weights.dtype}; use .double()."
+            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or y; make them with "
+            "torch.from_numpy or torch.as_tensor."
         )
-    if x.ndim != 3 or x.shape[:2] != weights.shape or x.shape[1:2] != y.shape or len(valid) != len(x):
+    x, y = (torch.cat(parts) for parts in zip(*batches))
+    rows = torch.cat([x, valid[0]]).double()
+    codes = _codes(torch.cat([y, valid[1]]), classes)
+    weights = torch.zeros(1, len(rows), dtype=torch.float64, device=rows.device)
+    weights[:, : len(x)] = 1.0
+    problem = Problem(
+        rows[None],
+        codes,
+        weights,
+        C=weights.new_tensor([C]),
+        l1_ratio=weights.new_zeros(1),
+        n_classes=classes,
+    )
+    solution = solve(problem)
+    if not bool(solution.converged):
+        raise DivergedError(
+            f"the logistic regression with C={C:g} has no minimum that could be reached; choose a smaller C, or scale "
+            "the inputs."
+        )
+    places = [torch.arange(len(x), len(rows), device=rows.device)]
+    found = implicit_gradients(problem, solution, places, memory=memory)
+    slope = found.gradient[0]
+    return HypergradientResult(
+        value=float(found.value),
+        gradient={"C": slope / C},
+        log_gradient={"C": slope},
+        parameters=dict(solved_module(solution, 0).named_parameters()),
+        ratio=0.0,
+        mode="implicit",
+        reason="asked for; the derivative at the minimum of a convex problem, in which no step is taken",
+    )
+
+
+def _checked(module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]) -> tuple[float, int]:
+    """Return C and the number of classes; raise InputError where there is no convex problem."""
+    if not isinstance(module, LogisticRegression) or module.n_outputs < 2:
         raise InputError(
-            "implicit_gradients needs x (folds, rows, inputs), weights (folds, rows), y (rows,) and one valid a fold, "
-            f"got {tuple(x.shape)}, {tuple(weights.shape)}, {tuple(y.shape)} and {len(valid)} valid."
+            "implicit differentiation (optimizer='exact') needs the minimum of a convex problem: module must be a "
+            f"gputune.models.LogisticRegression of at least two outputs, got {type(module).__name__}; train it with "
+            "another optimizer, for example 'adamw', and mode='reverse'."
         )
-    if C.shape != l1_ratio.shape or C.ndim != 1:
+    if loss is not functional.cross_entropy and not _plain(loss):
         raise InputError(
-            "implicit_gradients needs one l1_ratio for each C, "
-            f"got shapes {tuple(C.shape)} and {tuple(l1_ratio.shape)}."
+            "loss must be torch.nn.functional.cross_entropy where optimizer='exact' solves the logistic regression, "
+            f"got {loss!r}; train it with another optimizer for other losses."
         )
-    members, inputs = len(x) * len(C), x.shape[2]
-    if len(solution.coef) != members or solution.coef.shape[2] != inputs:
+    if set(hyperparameters) != {"C"}:
         raise InputError(
-            f"implicit_gradients needs the solution of these folds and C, with {members} members of {inputs} inputs, "
-            f"got {len(solution.coef)} members of {solution.coef.shape[2]} inputs."
+            f"hyperparameters: optimizer='exact' has C alone, got {', '.join(map(str, hyperparameters)) or 'none'}; "
+            'for example {"C": 1.0}.'
         )
-    for f, rows in enumerate(valid):
-        if len(rows) == 0 or int(rows.min()) < 0 or int(rows.max()) >= x.shape[1]:
-            found = f", from {int(rows.min())} to {int(rows.max())}" if len(rows) else ""
-            raise InputError(
-                f"implicit_gradients needs validation rows in 0 .. {x.shape[1] - 1}, at least one a fold, "
-                f"got {len(rows)} in fold {f}{found}."
-            )
+    try:
+        C = float(hyperparameters["C"])
+    except (TypeError, ValueError, RuntimeError):
+        C = -1.0
+    if not 0 < C < float("inf"):
+        raise InputError(f"hyperparameters['C'] must be one finite number > 0, got {hyperparameters['C']!r}.")
+    return C, module.n_outputs
+
+
+def _plain(loss: object) -> bool:
+    """Whether it is the module of the plain cross-entropy."""
+    return isinstance(loss, nn.CrossEntropyLoss) and (
+        (loss.weight, loss.label_smoothing, loss.reduction, loss.ignore_index) == (None, 0.0, "mean", -100)
+    )
+
+
+def _codes(y: Tensor, classes: int) -> Tensor:
+    if y.is_floating_point() or y.dim() != 1 or int(y.min()) < 0 or int(y.max()) >= classes:
+        raise InputError(
+            f"y must be class codes 0 .. {classes - 1}, one integer a row, where optimizer='exact', got "
+            f"{y.dtype} of shape {tuple(y.shape)} with values {y.min().item()} .. {y.max().item()}."
+        )
+    return y.long()

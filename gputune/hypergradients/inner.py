@@ -6,9 +6,10 @@ steps from floor(s*T/S) on; with L = 1 all layers share it. No operation mixes m
 members holds each member's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,10 @@ Tables = Mapping[str, Tensor]
 
 Rows = Mapping[str, Sequence[Tensor]]
 """The same, cut into what the steps of each segment read: (P, 1), or (P, N) where layers differ."""
+
+
+Watch = Callable[[int, Tensor], None]
+"""Called after each step with the number of steps done and the weights (P, N)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ class Training(Protocol):
         """Return each member's validation loss (P,)."""
 
 
+AnyTraining = TypeVar("AnyTraining", bound=Training, covariant=True)
+
+
 class State(NamedTuple):
     """Parameters and the optimizer's moments, each (P, N)."""
 
@@ -71,10 +79,50 @@ class State(NamedTuple):
         return State(first, tuple(rest))
 
 
-def first_state(training: Training, optimizer: str) -> State:
-    """Return the state before the first step."""
-    weights = training.start()
-    return State(weights, tuple(torch.zeros_like(weights) for _ in _moments(optimizer)))
+@dataclass(frozen=True, eq=False)
+class InnerProblem(Generic[AnyTraining]):
+    """A training, the update rule that it follows, and its hyperparameters."""
+
+    training: AnyTraining
+    optimizer: str
+    tables: Tables
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The hyperparameters as the steps read them: cut once, since a row may be as large as the parameters."""
+        return rows_of(self.tables, self.training.layer)
+
+    def start(self) -> State:
+        """Return the state before the first step."""
+        weights = self.training.start()
+        return State(weights, tuple(torch.zeros_like(weights) for _ in _moments(self.optimizer)))
+
+    def step(self, state: State, step: int, *, rows: Rows | None = None, graph: bool = False) -> State:
+        """Return the state after one step, with ``graph`` in one to differentiate through.
+
+        ``rows`` are read in the place of those of the tables.
+        """
+        weights = state.weights if graph else state.weights.detach().requires_grad_()
+        gradient, clock = slope(self.training, weights, step, graph=graph), self.training.clock(step)
+        with torch.set_grad_enabled(graph):
+            rates = rates_at(self.rows if rows is None else rows, clock, self.training.totals)
+            return update(self.optimizer, state, gradient, rates, clock)
+
+    def advance(self, state: State, steps: range, watch: Watch | None = None) -> State:
+        """Return the state after some steps."""
+        for step in steps:
+            state = self.step(state, step)
+            if watch is not None:
+                watch(step + 1, state.weights)
+        return state
+
+    def train(self, watch: Watch | None = None, *, steps: int | None = None) -> Tensor:
+        """Return the weights (P, N) after all steps, or after the first ``steps``, no derivatives taken."""
+        return self.advance(self.start(), range(steps or self.training.steps), watch).weights
+
+    def entries(self, names: Sequence[str]) -> int:
+        """Return how many numbers a member has in the tables of these hyperparameters."""
+        return sum(self.tables[name][0].numel() for name in names)
 
 
 def slope(training: Training, weights: Tensor, step: int, *, graph: bool) -> Tensor:
@@ -85,29 +133,29 @@ def slope(training: Training, weights: Tensor, step: int, *, graph: bool) -> Ten
     return gradient
 
 
-def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, active: Tensor | None) -> State:
-    """Return the state after one step of the rule; members that are not ``active`` (P, 1) stay as they are."""
+def hessian_times(gradient: Tensor, weights: Tensor, vector: Tensor) -> Tensor:
+    """Return the Hessian of the loss times a vector (P, N); zero for a loss that is linear in the weights."""
+    if not gradient.requires_grad:
+        return torch.zeros_like(vector)
+    (product,) = torch.autograd.grad(gradient, weights, vector, retain_graph=True, materialize_grads=True)
+    return product
+
+
+def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: Clock) -> State:
+    """Return the state after one step of the rule; members that are not active stay as they are."""
     names = _moments(optimizer)
     before = {name: {"w": tensor} for name, tensor in zip(names, state.moments)}
     weights, moments = RULES[optimizer]({"w": state.weights}, {"w": gradient}, before, rates)
     new = State(weights["w"], tuple(moments[name]["w"] for name in names))
-    if active is None:
+    if clock.active is None:
         return new
+    active = torch.as_tensor(clock.active, device=gradient.device)[:, None]
     first, *rest = (torch.where(active, a, b) for a, b in zip((new[0], *new[1]), (state[0], *state[1])))
     return State(first, tuple(rest))
 
 
-def plain_step(training: Training, optimizer: str, rows: Rows, state: State, step: int) -> State:
-    """Return the state after one step, without a past to differentiate through."""
-    gradient = slope(training, state.weights.detach().requires_grad_(), step, graph=False)
-    with torch.no_grad():
-        clock = training.clock(step)
-        rates = rates_at(rows, clock, training.totals)
-        return update(optimizer, state, gradient, rates, active_rows(clock, gradient))
-
-
 def rows_of(tables: Tables, layer: Tensor) -> Rows:
-    """Return the rows of tables: once for all steps, since a row may be as large as the parameters."""
+    """Return the rows of tables."""
     return {
         name: tuple(row if row.shape[1] == 1 else row.index_select(1, layer) for row in table.unbind(1))
         for name, table in tables.items()
@@ -116,7 +164,7 @@ def rows_of(tables: Tables, layer: Tensor) -> Rows:
 
 def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
     """Return the hyperparameters of one step: (P, 1) where the layers share a value, otherwise (P, N)."""
-    value = {name: _row(own, segment_at(clock.done, totals, len(own))) for name, own in rows.items()}
+    value = {name: _row(parts, segment_at(clock.done, totals, len(parts))) for name, parts in rows.items()}
     lr = value["lr"]
     if clock.factor is not None:
         lr = lr * torch.as_tensor(clock.factor, dtype=lr.dtype, device=lr.device)[:, None]
@@ -130,15 +178,15 @@ def rates_at(rows: Rows, clock: Clock, totals: np.ndarray) -> Rates:
     )
 
 
+def columns_of(tables: Tables, names: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Return each entry of the tables of these hyperparameters: name, segment, layer."""
+    return [(name, s, layer) for name in names for s, layer in np.ndindex(tables[name].shape[1:])]
+
+
 def segment_at(done: np.ndarray, totals: np.ndarray, segments: int) -> np.ndarray:
     """Return the segment (P,) of the step after ``done``: the last s with floor(s*T/S) <= done."""
     segment: np.ndarray = np.minimum(((done + 1) * segments - 1) // totals, segments - 1)
     return segment.astype(np.int64)
-
-
-def active_rows(clock: Clock, like: Tensor) -> Tensor | None:
-    """Return ``clock.active`` as a column (P, 1) on the device of ``like``."""
-    return None if clock.active is None else torch.as_tensor(clock.active, device=like.device)[:, None]
 
 
 def _row(rows: Sequence[Tensor], segment: np.ndarray) -> Tensor:

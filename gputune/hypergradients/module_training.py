@@ -1,7 +1,8 @@
 """A user's module, loss and minibatches as one member of an inner training."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from gputune.engine.module import layers_of
 from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
-from gputune.hypergradients.curvature import nodes
+from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import Clock
 from gputune.seeding import keyed_draws
 from gputune.types import Params
@@ -37,7 +38,8 @@ class ModuleTraining:
         self.sizes = [p.numel() for p in self.own.values()]
         self.layers = layers_of(module)
         numbers = torch.tensor([self.layers.index(name.rpartition(".")[0]) for name in self.own])
-        self.device = next(iter(self.own.values())).device
+        like = next(iter(self.own.values()))
+        self.device, self.dtype = like.device, like.dtype
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
         # Clones, since a forward may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
@@ -64,33 +66,12 @@ class ModuleTraining:
             return self._loss(weights, self.valid, "valid", training=False)
 
     def _loss(self, weights: Tensor, pair: Pair, name: str, *, training: bool) -> Tensor:
-        x, y = pair
         tensors = {**self.parameters(weights), **self.fixed}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
-        try:
-            with self.objective.holding(state) as objective:
-                self.module.train(training)
-                loss = objective(_normal(x), _normal(y))
-                after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-        except torch.OutOfMemoryError:
-            raise
-        except NotImplementedError as error:
-            if not _WHOLE_NUMBERS.search(str(error)):
-                raise
-            raise InputError(
-                f"{name}: the module or the loss computes with whole numbers ({error}). It is called as "
-                "loss(module(x), y): check the order of its arguments, and that x is of floats."
-            ) from error
-        except (RuntimeError, TypeError, IndexError, AttributeError) as error:
-            text = str(error).split("\n")[0]
-            remedy = "Check the shapes and dtypes of x and y."
-            if isinstance(x, tuple | list) and isinstance(y, tuple | list):
-                remedy = f"If {name} holds several pairs (x, y), put them into one with torch.cat."
-            if isinstance(x, np.ndarray) or isinstance(y, np.ndarray):
-                remedy = "Make x and y tensors with torch.from_numpy."
-            raise InputError(
-                f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
-            ) from error
+        with _blaming(name, pair), self.objective.holding(state) as objective:
+            self.module.train(training)
+            loss = objective(*map(_normal, pair))
+            after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
             if after.get(f"module.{key}") is not before or before._version:
                 kind = "parameter" if key in self.frozen else "buffer"
@@ -118,14 +99,12 @@ class ModuleTraining:
         with torch.enable_grad():
             loss = self.losses(self.start().requires_grad_(), 0)
         with torch.no_grad():
-            self.validation(
-                self.start()
-            )  # what is wrong with the validation pair is said before the training
-        own = {id(p): name for name, p in self.own.items()}
+            self.validation(self.start())  # so that what is wrong with the pair is said before the training
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
-        for key in own.keys() & read:
+        behind = [name for name, p in self.own.items() if id(p) in read]
+        if behind:
             raise InputError(
-                f"loss or module reads the parameter {own[key]!r} from a variable of its own, where training does not "
+                f"loss or module reads the parameter {behind[0]!r} from a variable of its own, where training does not "
                 "reach it; read it from the module when it is called, for example by module.parameters()."
             )
 
@@ -133,6 +112,32 @@ class ModuleTraining:
         """Return the named parameters that a row (1, N) holds."""
         parts = torch.split(weights[0], self.sizes)
         return {name: part.view(p.shape) for (name, p), part in zip(self.own.items(), parts)}
+
+
+@contextmanager
+def _blaming(name: str, pair: Pair) -> Iterator[None]:
+    """Raise InputError, with the pair (x, y) that it was about, for what a module or a loss raises."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except NotImplementedError as error:
+        if not _WHOLE_NUMBERS.search(str(error)):
+            raise
+        raise InputError(
+            f"{name}: the module or the loss computes with whole numbers ({error}). It is called as "
+            "loss(module(x), y): check the order of its arguments, and that x is of floats."
+        ) from error
+    except (RuntimeError, TypeError, IndexError, AttributeError) as error:
+        text = str(error).split("\n")[0]
+        remedy = "Check the shapes and dtypes of x and y."
+        if all(isinstance(part, tuple | list) for part in pair):
+            remedy = f"If {name} holds several pairs (x, y), put them into one with torch.cat."
+        if any(isinstance(part, np.ndarray) for part in pair):
+            remedy = "Make x and y tensors with torch.from_numpy."
+        raise InputError(
+            f"{name}: the module or the loss raised {type(error).__name__}: {text}. {remedy}"
+        ) from error
 
 
 class _Objective(nn.Module):

@@ -1,14 +1,12 @@
-"""When a hypergradient is noise: training at too large a rate is chaotic, and its slope says nothing.
+"""What a hypergradient is returned as, and when it is noise or there is none.
+
+Training at too large a rate is chaotic, and its slope says nothing.
 
 There a change of the weights grows at every step, the hypergradient with it (to 1e30 and beyond), while the
 validation loss may still look harmless. Forward mode sees the growth in the tangent ratio, the largest
 |d weights / d log hyperparameter| / |weights| of any step; reverse mode in its transpose, how much larger a relative
 change of the weights weighs in the validation loss before some step than after the last. Metz et al. (2021,
 arXiv:2111.05803) describe the effect.
-
-What hypergradient() returns.
-
-Where the loss on held-out rows has no slope: they have a class that the training rows lack.
 """
 
 from collections.abc import Iterable
@@ -40,6 +38,20 @@ def usable(ratio: Tensor, gradients: dict[str, Tensor]) -> Tensor:
     return ~chaotic(ratio) & torch.stack(finite).all(0)
 
 
+@dataclass(frozen=True)
+class Hypergradients:
+    """What one training gave, per member: the validation loss ``value`` (P,) after it, and its derivatives.
+
+    ``gradients`` has a (P, S, L) table for each hyperparameter that was asked for. ``ratio`` (P,) tells noise from
+    slope. ``weights`` (P, N) are the parameters after the last step.
+    """
+
+    value: Tensor
+    gradients: Params
+    ratio: Tensor
+    weights: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class HypergradientResult:
     """The validation loss after training, and its derivatives.
@@ -48,7 +60,7 @@ class HypergradientResult:
     gradient      hyperparameter -> d value / d hyperparameter, in the shape that the hyperparameter was given in
     log_gradient  the same times the hyperparameter: d value / d log hyperparameter
     parameters    name -> parameter after the last step
-    ratio         by how much training amplifies a small change: above ``guard.CHAOTIC`` (100) the gradient is noise
+    ratio         by how much training amplifies a small change: above ``CHAOTIC`` (100) the gradient is noise
     mode          "reverse", "forward", "fd" or "implicit": how the gradient was taken
     reason        why that mode
     """

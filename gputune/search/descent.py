@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from gputune.errors import InputError
-from gputune.hypergradients.coordinates import from_coordinate, speed, to_coordinate
+from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.inner import HYPERPARAMETERS
 from gputune.hypergradients.result import CHAOTIC
 from gputune.search.config import check_count
@@ -87,7 +87,7 @@ class Slope:
     """What training at one point gave: the fold-mean ``loss``, and its slope in the coordinates, each (S, L).
 
     ``errors`` are the standard errors of the slopes over the folds (NaN for one fold); ``usable`` is false where they
-    are noise or not finite, by ``ratio`` (guard.py); ``mode`` is "exact" or "differences".
+    are noise or not finite, by ``ratio``; ``mode`` is "exact" or "differences".
     """
 
     loss: float

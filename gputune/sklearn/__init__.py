@@ -1,7 +1,7 @@
 """The scikit-learn face: estimators and searches in which all configurations and folds are fitted at once."""
 
+from gputune.sklearn.descent import HypergradientSearchCV
 from gputune.sklearn.halving import HalvingRandomSearchCV
-from gputune.sklearn.hypergradient import HypergradientSearchCV
 from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.mlp import MLPClassifier, MLPRegressor
 from gputune.sklearn.nested import NestedScores, nested_cv

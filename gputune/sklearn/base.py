@@ -1,43 +1,83 @@
-"""The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all at once.
+"""The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all at once."""
 
-What trained estimators have in common: from a recipe to a plain module, and from the module to predictions.
-"""
-
+import difflib
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone, is_regressor
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_regressor
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from gputune.errors import InputError
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, Members, Place, fit_members
-from gputune.sklearn.foreign import Foreign, check_constructor
-from gputune.sklearn.words import Fresh, Recipe, fresh_seed
+from gputune.sklearn.recipe import DrawSeed, Recipe, RungState, fresh_seed
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Parameters of other libraries that an estimator takes without an effect, or refuses.
+
+    ignored  parameter -> the values that change nothing (None: any), and what to do in place of another one
+    refused  word that is no parameter -> what to do instead
+    """
+
+    ignored: Mapping[str, tuple[tuple[object, ...] | None, str]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def check_values(self, params: Mapping[str, Any], owner: str) -> None:
+        """Raise InputError for a value of an ignored parameter that would change the result."""
+        for name, (harmless, remedy) in self.ignored.items():
+            if harmless is not None and not any(params[name] is v or params[name] == v for v in harmless):
+                raise InputError(f"{owner} has no {name}={params[name]!r}: {remedy}.")
+
+    def check_names(self, owner: type, names: Iterable[str]) -> None:
+        """Raise InputError for a refused word, unless a subclass has made a parameter of it."""
+        for name in names:
+            if name in self.refused and name not in _parameters(owner):
+                raise InputError(f"{owner.__name__} has no parameter {name!r}: {self.refused[name]}.")
+
+    def check_constructor(self, owner: type, names: Iterable[str]) -> None:
+        """Raise InputError for a refused word, and TypeError for one that the constructor does not know."""
+        parameters = _parameters(owner)
+        unknown = [name for name in names if name not in parameters]
+        self.check_names(owner, unknown)
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            near = difflib.get_close_matches(unknown[0], [name for name in parameters if name != "self"], 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{owner.__name__} has no parameter {unknown[0]!r}.{hint}")
+
+
+def _parameters(owner: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(owner.__init__).parameters  # type: ignore[misc]
 
 
 class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """An estimator whose configurations and folds can be fitted together.
 
     A subclass says what its parameters mean (``_recipe``), how recipes are fitted on the rows of folds
-    (``_fit_recipes``), and what a fitted one takes over (``_settle``).
+    (``_fit_recipes``), and what a fitted one takes over (``_set_fitted``).
     """
 
     _foreign: ClassVar[Foreign] = Foreign()
+    _differentiable: ClassVar[Mapping[str, str]] = {}
+    """The parameters that a descent may move, the usual one first -> what the engine calls them."""
 
     def __new__(cls, *args: Any, **params: Any) -> Self:
         """Refuse what the constructor does not know in words that help."""
         del args
-        check_constructor(cls, params, cls._foreign)
-        made: Self = super().__new__(cls)
-        return made
+        cls._foreign.check_constructor(cls, params)
+        estimator: Self = super().__new__(cls)
+        return estimator
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters and return the estimator; raises InputError for one that has no counterpart here."""
@@ -45,88 +85,75 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         super().set_params(**params)
         return self
 
-    def _ours(self) -> dict[str, Any]:
-        """Return the parameters that mean something; raises InputError for a value that has no counterpart here."""
-        return self._foreign.ours(self.get_params(deep=False), type(self).__name__)
+    def _checked_params(self) -> dict[str, Any]:
+        """Return all parameters; raises InputError for a value that has no counterpart here."""
+        params: dict[str, Any] = self.get_params(deep=False)
+        self._foreign.check_values(params, type(self).__name__)
+        return params
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Fit on the rows X (n, D) with targets y (n,); ``sample_weight`` (n,) is each row's weight in the loss.
 
         Returns the estimator. Raises ValueError for bad input, DivergedError where the training diverges.
         """
-        search = conductor.get()
-        if search is not None and search.fit(self, X, y, sample_weight):
+        hook = fit_hook.get()
+        if hook is not None and hook.fit(self, X, y, sample_weight):
             return self
         rows = check_rows(self, X, y, sample_weight)
-        return fit_together([self], rows, [np.arange(len(rows.X))]).settle(self, 0, 0)
+        return self._become(fit_together([self], rows, [np.arange(len(rows.X))])[0, 0], rows)
 
-    def _recipe(self, fresh: Fresh) -> Any:
-        """Return what the parameters mean; ``fresh`` draws the seed of random_state=None."""
+    def _become(self, fitted: Any, rows: Rows) -> Self:
+        """Become a fitted estimator and return it; raises the exception of a fit that failed."""
+        if isinstance(fitted, Exception):
+            raise fitted
+        self.n_features_in_ = rows.X.shape[1]
+        if rows.names is not None:
+            self.feature_names_in_ = rows.names
+        self._set_fitted(fitted, rows)
+        return self
+
+    def _recipe(self, draw: DrawSeed) -> Any:
+        """Return what the parameters mean; ``draw`` is where random_state=None has its seed from."""
         raise NotImplementedError
 
     @staticmethod
     def _fit_recipes(
         recipes: Sequence[Any],
         rows: Rows,
-        folds: Sequence[NDArray[np.int64]],
+        folds: Mapping[int, NDArray[np.int64]],
         *,
         workers: int | None,
         deadline: float | None,
-    ) -> dict[Place, Any]:
-        """Return for each (fold, trial) what ``_settle`` takes, or an exception."""
+    ) -> Mapping[Place, Any]:
+        """Return for each (fold, trial) what ``_set_fitted`` takes, or an exception."""
         raise NotImplementedError
 
-    def _settle(self, fitted: Any, rows: Rows) -> None:
+    def _set_fitted(self, fitted: Any, rows: Rows) -> None:
         """Take over what one of the fits gave."""
         raise NotImplementedError
 
 
-class Conductor(Protocol):
-    """A search that trains many estimators together, while it lets scikit-learn call their ``fit`` one by one."""
+class FitHook(Protocol):
+    """What stands in for fits while scikit-learn calls them one by one."""
 
     def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
         """Do what ``fit`` would do and return True, or leave it to ``fit``."""
 
-    def transform(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    def transform(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Return what ``function`` does, which fits a transformer of a pipeline and transforms with it."""
 
 
-conductor: ContextVar[Conductor | None] = ContextVar("conductor", default=None)
-
-E = TypeVar("E", bound=FusedEstimator)
+fit_hook: ContextVar[FitHook | None] = ContextVar("fit_hook", default=None)
 
 
-@dataclass(frozen=True, eq=False)
-class Fits:
-    """The fits of all candidates in all folds: each one fitted, or the exception that its own ``fit`` would raise."""
-
-    candidates: tuple[FusedEstimator, ...]
-    rows: Rows
-    found: dict[Place, Any]
-
-    def error(self, fold: int, trial: int) -> Exception | None:
-        """Return the exception of a fit that failed, None for one that did not."""
-        fitted = self.found[fold, trial]
-        return fitted if isinstance(fitted, Exception) else None
-
-    def estimator(self, fold: int, trial: int) -> FusedEstimator:
-        """Return a fitted clone of a candidate, as ``clone(candidate).fit`` on the fold's training rows is.
-
-        Raises the exception of a fit that failed.
-        """
-        copy: FusedEstimator = clone(self.candidates[trial])
-        return self.settle(copy, fold, trial)
-
-    def settle(self, estimator: E, fold: int, trial: int) -> E:
-        """Make ``estimator`` a fitted one and return it; raises the exception of a fit that failed."""
-        error = self.error(fold, trial)
-        if error is not None:
-            raise error
-        estimator.n_features_in_ = self.rows.X.shape[1]
-        if self.rows.names is not None:
-            estimator.feature_names_in_ = self.rows.names
-        estimator._settle(self.found[fold, trial], self.rows)
-        return estimator
+@contextmanager
+def using_hook(hook: FitHook | None) -> Iterator[None]:
+    """Let a hook stand in for every fit inside; None: let estimators fit themselves."""
+    token = fit_hook.set(hook)
+    try:
+        yield
+    finally:
+        fit_hook.reset(token)
 
 
 def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any = None) -> Rows:
@@ -151,29 +178,38 @@ def fit_together(
     *,
     workers: int | None = 1,
     deadline: float | None = None,
-    begun: Sequence[Any] | None = None,
-) -> Fits:
+    states: Sequence[RungState] | None = None,
+) -> dict[Place, Any]:
     """Fit all candidates, of one class, on the training rows of all folds at once.
 
-    ``random_state=None`` is one fresh draw for all of them. A candidate whose parameters are refused fails in every
-    fold, as its own ``fit`` would. ``workers`` None lets an estimate decide about processes; ``deadline``
-    (``time.monotonic()``) ends training, and fits that have not ended by then fail with TimeoutError. ``begun`` says
-    for each candidate where its training goes on from.
+    Returns for each (fold, candidate) what ``_become`` takes. ``random_state=None`` is one fresh draw for all of them.
+    A candidate whose parameters are refused fails in every fold, as its own ``fit`` would. ``workers`` None lets an
+    estimate decide about processes; ``deadline`` (``time.monotonic()``) ends training, and fits that have not ended by
+    then fail with TimeoutError. ``states`` say for each candidate where its training goes on from.
     """
-    fresh = functools.cache(fresh_seed)
-    found: dict[Place, Any] = {}
-    recipes, index = [], []
+    draw = functools.cache(fresh_seed)
+    results: dict[Place, Any] = {}
+    recipes = {}
     for i, candidate in enumerate(candidates):
         try:
-            recipe = candidate._recipe(fresh)
-            recipes.append(recipe if begun is None else recipe.going_on(begun[i]))
-            index.append(i)
+            recipe = candidate._recipe(draw)
+            recipes[i] = recipe if states is None else recipe.resumed(states[i])
         except (TypeError, ValueError) as error:
-            found |= {(fold, i): error for fold in range(len(folds))}
-    if recipes:
-        fits = candidates[0]._fit_recipes(recipes, rows, folds, workers=workers, deadline=deadline)
-        found |= {(fold, index[trial]): fitted for (fold, trial), fitted in fits.items()}
-    return Fits(tuple(candidates), rows, found)
+            results |= {(fold, i): error for fold in range(len(folds))}
+    trains = {}
+    for fold, train in enumerate(folds):
+        refusal = rows.refusal(train)
+        if refusal is None:
+            trains[fold] = train
+        else:
+            results |= {(fold, i): refusal for i in recipes}
+    if recipes and trains:
+        index = list(recipes)
+        fits = candidates[0]._fit_recipes(
+            list(recipes.values()), rows, trains, workers=workers, deadline=deadline
+        )
+        results |= {(fold, index[trial]): fitted for (fold, trial), fitted in fits.items()}
+    return results
 
 
 ROWS = 8192
@@ -183,6 +219,9 @@ ROWS = 8192
 class TrainedEstimator(FusedEstimator):
     """An estimator that is trained with minibatches; ``module_`` is its network."""
 
+    _epochs: ClassVar[str]
+    """The parameter that says for how many epochs."""
+
     module_: nn.Module
     n_iter_: int
 
@@ -190,14 +229,14 @@ class TrainedEstimator(FusedEstimator):
     def _fit_recipes(
         recipes: Sequence[Recipe],
         rows: Rows,
-        folds: Sequence[NDArray[np.int64]],
+        folds: Mapping[int, NDArray[np.int64]],
         *,
         workers: int | None,
         deadline: float | None,
     ) -> Members:
         return fit_members(recipes, rows, folds, workers=workers, deadline=deadline)
 
-    def _settle(self, fitted: Member, rows: Rows) -> None:
+    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         self.module_ = fitted.module()
         self.n_iter_ = fitted.epochs
 
@@ -232,8 +271,8 @@ class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc
         """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
         return self._logits(X).log_softmax(1).numpy()
 
-    def _settle(self, fitted: Member, rows: Rows) -> None:
-        super()._settle(fitted, rows)
+    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+        super()._set_fitted(fitted, rows)
         assert rows.classes is not None and fitted.classes is not None
         self.classes_ = rows.classes[fitted.classes]
         self._present = fitted.present
@@ -257,6 +296,6 @@ class TrainedRegressor(RegressorMixin, TrainedEstimator):  # type: ignore[misc]
         outputs = self._outputs(X)
         return (outputs[:, 0] * self.target_scale_ + self.target_mean_).numpy()
 
-    def _settle(self, fitted: Member, rows: Rows) -> None:
-        super()._settle(fitted, rows)
+    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+        super()._set_fitted(fitted, rows)
         self.target_mean_, self.target_scale_ = fitted.center, fitted.scale

@@ -1,10 +1,7 @@
-"""Arrays as scikit-learn checked them, turned into what the engine trains on: one copy of X for all folds.
-
-Rows of many folds laid out in one array, so that folds of one form are fitted together.
-"""
+"""Arrays as scikit-learn checked them, turned into what the engine trains on: one copy of X for all folds."""
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +40,8 @@ class Rows:
             return ValueError("no rows to train on: found array with 0 sample(s).")
         if not self.weight(rows) > 0:
             return ValueError("sample_weight must be above 0 for at least one training row, got zeros.")
-        if self.classes is not None and len(found := np.unique(self.y[rows])) < 2:
-            only = self.classes[found[0]]
+        if self.classes is not None and len(codes := np.unique(self.y[rows])) < 2:
+            only = self.classes[codes[0]]
             return ValueError(f"a classifier needs training rows of at least 2 classes, got 1 class: {only}.")
         return None
 
@@ -69,26 +66,25 @@ class FoldGroup:
 
 
 def group_folds(
-    rows: Rows, trains: Sequence[NDArray[np.int64]], key: Callable[[NDArray[np.int64]], Hashable]
-) -> tuple[list[FoldGroup], dict[int, ValueError]]:
-    """Group folds by the classes of their training rows and by ``key``; folds that must be refused come apart.
+    rows: Rows,
+    trains: Mapping[int, NDArray[np.int64]],
+    key: Callable[[NDArray[np.int64]], Hashable] = lambda train: None,
+) -> list[FoldGroup]:
+    """Group folds, by number, by the classes of their training rows and by ``key``.
 
     A network for the classes of its own fold is what a fit on that fold's rows alone would make.
     """
     groups: dict[Hashable, list[int]] = defaultdict(list)
-    refused = {}
-    for place, train in enumerate(trains):
-        refusal = rows.refusal(train)
-        if refusal is None:
-            groups[rows.present(train), key(train)].append(place)
-        else:
-            refused[place] = refusal
-    made = []
-    for places in groups.values():
-        present = rows.present(trains[places[0]])
-        classes = None if present is None else np.array(present)
-        made.append(FoldGroup(tuple(places), tuple(trains[f] for f in places), classes))
-    return made, refused
+    for fold, train in trains.items():
+        groups[rows.present(train), key(train)].append(fold)
+    return [
+        FoldGroup(
+            tuple(places),
+            tuple(trains[fold] for fold in places),
+            None if rows.classes is None else np.unique(rows.y[trains[places[0]]]),
+        )
+        for places in groups.values()
+    ]
 
 
 def shared_x(rows: Rows, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -210,11 +206,8 @@ def _layout(places: tuple[int, ...], parts: Sequence[Part]) -> Layout:
 def _joined(blocks: Sequence[Rows]) -> Rows:
     """Return the rows of all blocks, one after the other, with codes among the classes of all."""
     first, X = blocks[0], np.concatenate([rows.X for rows in blocks])
-    weights = (
-        None
-        if first.weights is None
-        else np.concatenate([w for w in (b.weights for b in blocks) if w is not None])
-    )
+    weighted = [rows.weights for rows in blocks if rows.weights is not None]
+    weights = np.concatenate(weighted) if weighted else None
     if first.classes is None:
         return Rows(X, np.concatenate([rows.y for rows in blocks]), weights, None, first.names)
     labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])

@@ -1,110 +1,97 @@
-"""What a descent moves: hyperparameters in gputune's words, held in an estimator's parameters of other names.
-
-The run of a descent: all starts train and move together, and every point on the way is a candidate of the search.
-"""
+"""HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss, all at once."""
 
 import math
+import os
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.base import clone
+from sklearn import model_selection
+from sklearn.base import clone, is_regressor
+from sklearn.metrics import log_loss
 from sklearn.utils import indexable
+from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import DivergedError, InputError
-from gputune.hypergradients.arguments import hyperparameters_of
-from gputune.hypergradients.coordinates import has_coordinate
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
 from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.search.distributions import range_of
 from gputune.sklearn.dataset import Part
-from gputune.sklearn.held_out import check_held_out
+from gputune.sklearn.logistic import Penalty
 from gputune.sklearn.pipelines import last_step
-from gputune.sklearn.record import Hearing, Splits
-from gputune.sklearn.replay import Event, Fit
-from gputune.sklearn.running import Run, Trained, workers
-from gputune.sklearn.slopes import How, slopes_of
-from gputune.sklearn.solve import Penalty
-from gputune.sklearn.words import Recipe
+from gputune.sklearn.recipe import Recipe
+from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
+from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
+from gputune.sklearn.search import CONSTRAINTS, FusedSearch, current_run
+from gputune.sklearn.slopes import SlopeRequest, check_held_out, slopes_of
+from gputune.tuning.descent import run_descent
 from gputune.types import ONLINE
 
-_WORDS = {
-    "lr": ("lr", "learning_rate_init"),
-    "weight_decay": ("weight_decay", "alpha", "optimizer__weight_decay"),
-    "momentum": ("momentum", "optimizer__momentum"),
-    "C": ("C",),
-}
-"""What estimators call each hyperparameter; alpha is a weight decay in another unit."""
+
+def neg_log_loss(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+    """Return minus the log loss of a fitted classifier on rows X (m, D) with labels y (m,), in (-inf, 0].
+
+    Unlike scikit-learn's score of this name it also holds for rows that lack some of the classes. scikit-learn keeps
+    chances within [eps, 1 - eps], so that a loss beyond -log(eps), which the descended one may have, is cut there.
+    ``sample_weight`` (m,) is what newer releases of scikit-learn weight scores by where ``fit`` was given it.
+    """
+    chances = estimator.predict_proba(X)
+    return -float(log_loss(y, chances, labels=estimator.classes_, sample_weight=sample_weight))
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a descent starts: the value of each hyperparameter, in the unit of the parameters that hold it."""
+def descended_parameters(hyperparameters: Any, estimator: Any) -> dict[str, str]:
+    """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
 
-    values: dict[str, float]
-    words: dict[str, tuple[str, ...]]
-
-    def moved(self, params: Mapping[str, Any], values: Mapping[str, float]) -> dict[str, Any]:
-        """Return a candidate's parameters with other values of the hyperparameters."""
-        return {**params, **{word: values[name] for name, words in self.words.items() for word in words}}
-
-
-def moved_names(hyperparameters: Any, estimator: Any) -> tuple[str, ...]:
-    """Return the hyperparameters that are descended on, given in any word of the estimator.
-
-    Raises InputError for one that the estimator has not, and for one named twice.
+    None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.
     """
     prefix, last = last_step(estimator)
     own = last.get_params(deep=False)
-    offered = {name: [word for word in words if word in own] for name, words in _WORDS.items()}
-    given = (hyperparameters,) if isinstance(hyperparameters, str) else tuple(hyperparameters)
-    if given == ("lr",) and offered["C"] and not offered["lr"]:
-        given = ("C",)  # the default, for the estimator that has C alone
-    meant = {word: name for name, words in offered.items() if words for word in (name, *words)}
-    names = tuple(meant.get(str(word).removeprefix(prefix), "") for word in given)
-    if not names or "" in names or len(set(names)) < len(names):
-        words = ", ".join(" or ".join(words) for words in offered.values() if words)
+    offered = {word: name for word, name in last._differentiable.items() if word in own}
+    words = [hyperparameters] if isinstance(hyperparameters, str) else hyperparameters
+    words = list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
+    names = [offered.get(word) for word in words]
+    if not names or None in names or len(set(names)) < len(names):
+        several = [
+            " or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())
+        ]
         raise InputError(
-            f"hyperparameters: a descent of {type(last).__name__} moves some of {words}, each named once, got "
-            f"{hyperparameters!r}."
+            f"hyperparameters: a descent of {type(last).__name__} moves some of {', '.join(several)}, each named once, "
+            f"got {hyperparameters!r}."
         )
-    return names
+    return {name: prefix + word for name, word in zip(names, words) if name is not None}
 
 
-def start_of(estimator: Any, params: Mapping[str, Any], names: tuple[str, ...], number: int) -> Start | None:
+def start_values(
+    estimator: Any, params: Mapping[str, Any], parameters: Mapping[str, str], number: int
+) -> dict[str, float] | None:
     """Return where candidate ``number`` starts; None where the estimator refuses the candidate, as its fit will.
 
-    Raises InputError where it cannot be descended from, and scikit-learn's ValueError for an unknown parameter.
+    ``parameters`` are what is descended on, as ``descended_parameters`` returns it. Raises InputError where a start
+    cannot be descended from, and scikit-learn's ValueError for an unknown parameter.
     """
-    candidate = clone(estimator).set_params(**clone(params, safe=False))
-    prefix, last = last_step(candidate)
+    _, last = last_step(clone(estimator).set_params(**clone(params, safe=False)))
     try:
         recipe = last._recipe(lambda: 0)
     except (TypeError, ValueError):
         return None
-    own = last.get_params(deep=False)
-    words = {name: tuple(prefix + word for word in _words(name, own)) for name in names}
-    values = {name: _value(recipe, name, number) for name in names}
-    for name, value in values.items():
+    values = {}
+    for name, parameter in parameters.items():
+        value = values[name] = _value(recipe, name, parameter, number)
         if not has_coordinate(name, value):
             raise InputError(
-                f"a descent cannot start from {words[name][0]}={value:g}, as start {number} does, because it moves "
-                f"{'in the logit' if name == 'momentum' else 'in the logarithm'}; put {words[name][0]!r} in "
+                f"a descent cannot start from {parameter}={value:g}, as start {number} does, because it moves "
+                f"{'in the logit' if name == 'momentum' else 'in the logarithm'}; put {parameter!r} in "
                 f"param_distributions with values above 0{' and finite' if name == 'C' else ''}, or leave it out of "
                 "hyperparameters."
             )
-    return Start(values, words)
+    return values
 
 
-def _words(name: str, own: Mapping[str, Any]) -> list[str]:
-    """Return the parameters that hold a hyperparameter: those that are set, or the first that could be."""
-    has = [word for word in _WORDS[name] if word in own]
-    return [word for word in has if own[word] is not None] or has[:1]
-
-
-def _value(recipe: Recipe | Penalty, name: str, number: int) -> float:
+def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> float:
+    """Return a start's value of a hyperparameter, in the unit of the parameter that holds it."""
     if isinstance(recipe, Penalty):
         if not recipe.fit_intercept:
             raise InputError(
@@ -115,59 +102,45 @@ def _value(recipe: Recipe | Penalty, name: str, number: int) -> float:
     optimizer = recipe.config["optimizer"]
     if optimizer in ONLINE:
         raise InputError(
-            f"a descent differentiates sgd, nesterov, adam and adamw, got optimizer={optimizer!r} in start {number}, "
+            f"a descent differentiates sgd, nesterov, adam and adamw, got {optimizer!r} in start {number}, "
             "which adapts its rate itself; choose one of those, or use RandomizedSearchCV."
         )
     if name not in hyperparameters_of(optimizer):
         raise InputError(
-            f"hyperparameters: {optimizer} has no {name!r}, and start {number} uses it; leave {name!r} out, or choose "
-            "an optimizer that has it."
+            f"hyperparameters: {optimizer} has no {name!r}, and start {number} uses it; leave {parameter!r} out, or "
+            "choose an optimizer that has it."
         )
-    if name == "weight_decay" and recipe.alpha is not None:
-        return recipe.alpha
-    return float(recipe.config[name])
-
-
-@dataclass(frozen=True, eq=False)
-class Descended:
-    """All points of a descent, trained: from which start each came, and at which outer step."""
-
-    trained: Trained
-    starts: list[int]
-    outer_steps: list[int]
+    if name != "weight_decay":
+        return float(recipe.config[name])
+    if (recipe.alpha is not None) != parameter.endswith("alpha"):
+        other = "weight_decay" if recipe.alpha is None else "alpha"
+        raise InputError(
+            f"hyperparameters: start {number} decays by {other}, and not by {parameter}; name {other!r}, or put "
+            f"{parameter!r} in param_distributions."
+        )
+    return float(recipe.config[name]) if recipe.alpha is None else recipe.alpha
 
 
 @dataclass(eq=False)
-class _Path:
-    """One start that descends: where it began, how it moves, and the parameters of its present point."""
+class DescentRun(SearchRun):
+    """A run whose candidates are the points of a descent on the validation loss of X and y.
 
-    start: Start
-    descent: Descent
-    params: Mapping[str, Any]
-
-    def move(self, slope: Slope) -> bool:
-        """Move from the present point, whose slope is given, and say whether it is another one now."""
-        before = dict(self.descent.config)
-        self.descent.move(slope)
-        self.params = self.start.moved(self.params, self.descent.config)
-        return self.descent.config != before
-
-
-@dataclass(eq=False)
-class DescentRun(Run):
-    """A run whose candidates are the points of a descent on the validation loss of X and y."""
+    ``origins`` has the start and the outer step of each point, ``fits`` those of the point where each start stands.
+    """
 
     X: Any = None
     y: Any = None
-    hearing: Hearing = field(default_factory=lambda: Hearing(held_out=True))
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    outer_steps: int = 0
+    recorder: Recorder = field(default_factory=lambda: Recorder(held_out=True))
+    splits: Splits = ()
+    points: list[Mapping[str, Any]] = field(default_factory=list)
+    origins: list[tuple[int, int]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    fits: dict[int, list[Fit]] = field(default_factory=dict)
+    measures_again: ClassVar[bool] = True
 
-    def descend(
-        self,
-        candidates: Sequence[Mapping[str, Any]],
-        space: Any,
-        names: tuple[str, ...],
-        method: Hypergradient,
-    ) -> Descended:
+    def descend(self, candidates: Candidates, space: Any, method: Hypergradient) -> TrainedCandidates:
         """Train all candidates, then outer step by outer step the points to which those that can descend move.
 
         The folds are split once, and are the same at every step. A point that diverges steps down. One that is refused,
@@ -175,116 +148,232 @@ class DescentRun(Run):
 
         Raises InputError, before anything trains, for a candidate or a fold that cannot be descended on.
         """
-        begin = time.monotonic()
-        paths = self._paths(candidates, space, names, method)
-        X, y = indexable(self.X, self.y)
-        splits = self.split(X, y, self.split_params)
-        points, origins, events = list(candidates), [(i, 0) for i in range(len(candidates))], list[Event]()
-        present = {number: number for number in paths}  # of each start that descends: its point
-        first = 0
-        for step in range(method.outer_steps + 1):
-            fits = self._train(points[first:], first, X, y, splits, events)
-            first = len(points)
-            if step < method.outer_steps:
-                moved = self._move(present, paths, fits, len(splits))
-                points += [paths[number].params for number in moved]
-                origins += [(number, step + 1) for number in moved]
-                present = {number: first + i for i, number in enumerate(moved)}
-            if len(points) == first:
-                break
-        share = (time.monotonic() - begin) / max(1, len(points) * len(splits))
-        starts, steps = zip(*origins)
-        return Descended(Trained(points, splits, events, share), list(starts), list(steps))
+        begin, self.outer_steps = time.monotonic(), method.outer_steps
+        starts = self._starts(candidates, space if isinstance(space, list) else [space], method)
+        self.X, self.y = indexable(self.X, self.y)
+        self.splits = self.split(self.X, self.y, self.split_params)
+        self._train(candidates, [(number, 0) for number in range(len(candidates))])
+        run_descent(starts, self, method.outer_steps)
+        share = (time.monotonic() - begin) / max(1, len(self.points) * len(self.splits))
+        return TrainedCandidates(self.points, self.splits, self.events, share)
 
-    def _paths(
-        self,
-        candidates: Sequence[Mapping[str, Any]],
-        space: Any,
-        names: tuple[str, ...],
-        method: Hypergradient,
-    ) -> dict[int, _Path]:
-        """Return the path of every candidate that its estimator takes."""
-        dicts = space if isinstance(space, list) else [space]
-        paths = {}
+    def _starts(self, candidates: Candidates, dicts: list[Any], method: Hypergradient) -> dict[int, Descent]:
+        """Return the descent of every candidate that its estimator takes."""
+        ranges = {name: range_of(dicts, (parameter,)) for name, parameter in self.parameters.items()}
+        bounds = {name: ends for name, ends in ranges.items() if ends is not None}
+        starts = {}
         for number, params in enumerate(candidates):
-            start = start_of(self.estimator, params, names, number)
-            if start is not None:
-                ranges = {name: range_of(dicts, words) for name, words in start.words.items()}
-                bounds = {name: ends for name, ends in ranges.items() if ends is not None}
-                paths[number] = _Path(start, Descent(method, names, start.values, bounds), params)
-        return paths
+            values = start_values(self.estimator, params, self.parameters, number)
+            if values is not None:
+                starts[number] = Descent(method, tuple(self.parameters), values, bounds)
+        return starts
 
-    def _train(
-        self,
-        points: Sequence[Mapping[str, Any]],
-        first: int,
-        X: Any,
-        y: Any,
-        splits: Splits,
-        events: list[Event],
-    ) -> dict[int, list[Fit]]:
-        """Train points, of which ``first`` is the number of the first; return the fits of each, and note all events."""
-        heard = self.ask(points, X, y, splits)
-        fits = [event for event in heard if isinstance(event, Fit)]
+    def add(self, starts: Mapping[int, Descent], step: int) -> None:
+        """Train the points to which starts have moved."""
+        params = {origin[0]: point for origin, point in zip(self.origins, self.points)}  # the last of each
+        points = [
+            {**params[number], **{self.parameters[name]: start.config[name] for name in start.names}}
+            for number, start in starts.items()
+        ]
+        if points:
+            self._train(points, [(number, step) for number in starts])
+
+    def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
+        """Train points, which are numbered after those before."""
+        events = self.record(points, self.X, self.y, self.splits)
+        fits = fits_of(events)
         check_held_out(fits)
         for fit in fits:
-            fit.trial += first
+            fit.trial += len(self.points)
         self.train(points, fits)
-        events += heard
-        by_point: dict[int, list[Fit]] = defaultdict(list)
+        self.fits = {number: [] for number, _ in origins}
         for fit in fits:
-            by_point[fit.trial].append(fit)
-        return by_point
+            self.fits[origins[fit.trial - len(self.points)][0]].append(fit)
+        self.points += points
+        self.origins += origins
+        self.events += events
 
-    def _move(
-        self,
-        present: Mapping[int, int],
-        paths: Mapping[int, _Path],
-        fits: Mapping[int, list[Fit]],
-        folds: int,
-    ) -> list[int]:
-        """Move every start that can go on from its present point, and return them."""
-        whole = {n: fits[point] for n, point in present.items() if _can_go_on(fits.get(point, ()), folds)}
-        slopes = {n: _step_down(paths[n].descent) for n, own in whole.items() if any(f.error() for f in own)}
+    def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
+        """Return the slope where each start stands that can go on; those that the deadline cuts short are missing."""
+        if step == self.outer_steps:
+            return {}
+        whole = {n: self.fits[n] for n in starts if _can_go_on(self.fits[n], len(self.splits))}
+        slopes = {n: _step_down(starts[n]) for n, fits in whole.items() if any(fit.error for fit in fits)}
         for mode in ("exact", "differences"):
-            own = {n: f for n, f in whole.items() if n not in slopes and paths[n].descent.mode == mode}
-            slopes |= self._slopes(own, paths, mode)
-        stayed = [number for number, slope in slopes.items() if not paths[number].move(slope)]
-        # A slope that is noise leaves its start where it is, to be measured there by differences.
-        own = {n: whole[n] for n in stayed if not paths[n].descent.ended}
-        again = self._slopes(own, paths, "differences")
-        for number, slope in again.items():
-            paths[number].move(slope)
-        moved = (slopes.keys() - own.keys()) | again.keys()
-        return [number for number in present if number in moved and not paths[number].descent.ended]
+            fits = {n: f for n, f in whole.items() if n not in slopes and starts[n].mode == mode}
+            slopes |= self._slopes(fits, starts, mode)
+        return slopes
 
     def _slopes(
-        self, fits: Mapping[int, list[Fit]], paths: Mapping[int, _Path], mode: Any
+        self, fits: Mapping[int, list[Fit]], starts: Mapping[int, Descent], mode: Any
     ) -> dict[int, Slope]:
-        """Differentiate the present points of some starts; those that the deadline cuts short are missing."""
         if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
             return {}
-        names = next(iter(paths.values())).descent.names
-        found = slopes_of(
-            [fit for own in fits.values() for fit in own], How(names, mode, workers(), self.deadline)
-        )
-        starts = {own[0].trial: number for number, own in fits.items()}
-        return {
-            starts[point]: slope_at(
-                paths[starts[point]].descent.config, own.losses, own.slopes, own.ratios, mode
-            )
-            for point, own in found.items()
-        }
+        request = SlopeRequest(tuple(self.parameters), mode, workers(), self.deadline)
+        by_point = slopes_of([fit for own in fits.values() for fit in own], request)
+        slopes = {}
+        for number, own in fits.items():
+            if (found := by_point.get(own[0].trial)) is not None:
+                config = starts[number].config
+                slopes[number] = slope_at(config, found.losses, found.slopes, found.ratios, mode)
+        return slopes
 
 
 def _can_go_on(fits: Sequence[Fit], folds: int) -> bool:
     """Whether a point was trained in all folds, or diverged, and has validation rows in all of them."""
     return len(fits) == folds and all(
-        isinstance(fit.held_out, Part) and isinstance(fit.error(), DivergedError | None) for fit in fits
+        isinstance(fit.valid, Part) and isinstance(fit.error, DivergedError | None) for fit in fits
     )
 
 
-def _step_down(descent: Descent) -> Slope:
+def _step_down(start: Descent) -> Slope:
     """Return what says that the training diverged, so that there is no slope: differences would find none either."""
-    none = {name: np.full((1, 1), math.nan) for name in descent.names}
+    none = {name: np.full((1, 1), math.nan) for name in start.names}
     return Slope(math.nan, none, none, usable=False, ratio=math.inf, mode="differences")
+
+
+class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # type: ignore[misc]
+    """A search whose candidates move: ``n_iter`` starts are drawn, and descend on their cross-validated loss.
+
+    At each outer step all starts train in all folds at once, the mean over the folds of the loss on their validation
+    rows is differentiated through the training, and every start moves against its slope, in the logarithm of its
+    hyperparameters (momentum in the logit). What else a start was drawn with stays. Every point on the way is a
+    candidate in ``cv_results_``, which has ``start`` and ``outer_step`` (0 for the starts) beside scikit-learn's keys;
+    the best of all of them is refitted. Attributes are those of RandomizedSearchCV.
+
+    estimator        one of gputune's, or a Pipeline that ends in one
+    hyperparameters  what is moved, in the estimator's words: "learning_rate_init", "alpha" or "weight_decay" and
+                     "momentum" of an MLP, "lr", "optimizer__weight_decay" and "optimizer__momentum" of a NeuralNet, "C"
+                     of a LogisticRegression, at its minimum; None is the first. Where one is drawn from a distribution
+                     in ``param_distributions``, it stays within its range; else a start has the estimator's own value
+    n_iter           starts
+    outer_steps      points that follow a start at most; a start ends sooner where its steps are short or lead nowhere
+    step             "sign": every value moves by its own step, halved when the sign of its slope flips; "normalized":
+                     all move along the slope, by a length divided by ten when the loss rises
+    first_step       length of the first step in the logarithm; None: 1.5 for one value, 1.0 for several
+    smallest_step    a start whose steps are all shorter has ended
+    scoring          None is the loss that is descended: the negative log loss, also on folds whose validation rows lack
+                     a class, for a regressor "neg_mean_squared_error"; the method ``score`` is then the estimator's
+                     own, as in every search of scikit-learn. Any other one ranks the points, and does not move them.
+    device, study, timeout, n_jobs   as in gputune's RandomizedSearchCV; after ``timeout`` seconds no start moves on
+
+    A point whose training diverges, or whose slope is noise, steps down with its learning rate; after the second time
+    its slopes come from wide finite differences. ``mean_fit_time`` is a fit's share of all training, the differentiated
+    one included. The descended loss is not weighted by ``sample_weight``; training is, and newer releases of
+    scikit-learn weight the scores too. Folds are split once. A parameter of an estimator is one number: for schedules
+    and rates of each layer use ``gputune.tune(method=gputune.Hypergradient(...))``.
+
+    Raises InputError, before anything trains, for an estimator that is none of gputune's, a hyperparameter that it or
+    its optimizer has not, a start that cannot move, and a fold whose validation rows have a class of their own.
+    """
+
+    _space_name = "param_distributions"
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **model_selection.RandomizedSearchCV._parameter_constraints,
+        "outer_steps": [Interval(Integral, 1, None, closed="left")],
+        "hyperparameters": [str, tuple, list, None],
+        "step": [StrOptions({"sign", "normalized"})],
+        "first_step": [Interval(Real, 0, None, closed="neither"), None],
+        "smallest_step": [Interval(Real, 0, None, closed="neither")],
+        **CONSTRAINTS,
+    }
+
+    def __init__(
+        self,
+        estimator: Any,
+        param_distributions: Any,
+        *,
+        n_iter: int = 4,
+        outer_steps: int = 10,
+        hyperparameters: str | Sequence[str] | None = None,
+        step: str = "sign",
+        first_step: float | None = None,
+        smallest_step: float = 0.05,
+        scoring: Any = None,
+        n_jobs: int | None = None,
+        refit: Any = True,
+        cv: Any = None,
+        verbose: int = 0,
+        random_state: Any = None,
+        error_score: Any = np.nan,
+        return_train_score: bool = False,
+        device: str = "auto",
+        study: str | os.PathLike[str] | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        super().__init__(
+            estimator,
+            param_distributions,
+            n_iter=n_iter,
+            scoring=scoring,
+            n_jobs=n_jobs,
+            refit=refit,
+            cv=cv,
+            verbose=verbose,
+            random_state=random_state,
+            error_score=error_score,
+            return_train_score=return_train_score,
+        )
+        self.outer_steps = outer_steps
+        self.hyperparameters = hyperparameters
+        self.step = step
+        self.first_step = first_step
+        self.smallest_step = smallest_step
+        self.device = device
+        self.study = study
+        self.timeout = timeout
+
+    def score(self, X: Any, y: Any = None, **params: Any) -> Any:
+        """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
+        if self.scoring is None and hasattr(self, "best_estimator_"):
+            return self.best_estimator_.score(X, y, **params)
+        return super().score(X, y, **params)
+
+    def _effective_scoring(self) -> Any:
+        if self.scoring is not None:
+            return self.scoring
+        return "neg_mean_squared_error" if is_regressor(self.estimator) else neg_log_loss
+
+    def _overrides(self, *, together: bool) -> dict[str, Any]:
+        return super()._overrides(together=together) | {"scoring": self._effective_scoring()}
+
+    def _leave_to_own_loop(self, reason: str) -> None:
+        raise InputError(
+            f"HypergradientSearchCV differentiates the training of gputune's estimators, and {reason}; use "
+            "RandomizedSearchCV."
+        )
+
+    def _make_run(self, trained: TrainedCandidates | None, X: Any, y: Any) -> SearchRun:
+        run = super()._make_run(trained, X, y)
+        return DescentRun(run.estimator, run.cv, run.deadline, X=X, y=y)
+
+    def _run_search(self, evaluate_candidates: Callable[..., Any], *, callback_ctx: Any = None) -> None:
+        run = current_run.get()
+        assert isinstance(run, DescentRun)
+        run.trained = self._descend(run)
+        starts, steps = zip(*run.origins)
+        evaluate: dict[str, Any] = {"more_results": {"start": list(starts), "outer_step": list(steps)}}
+        if callback_ctx is None:  # before scikit-learn 1.9
+            run.evaluate(evaluate_candidates, run.points, **evaluate)
+            return
+        searching = callback_ctx.subcontext(
+            task_name="search",
+            max_subtasks=len(starts) * self.n_splits_,
+            sequential_subtasks=False,
+        ).call_on_fit_task_begin(estimator=self)
+        run.evaluate(evaluate_candidates, run.points, callback_ctx=searching, **evaluate)
+        searching.call_on_fit_task_end(estimator=self)
+
+    def _descend(self, run: DescentRun) -> TrainedCandidates:
+        """Draw the starts, and let them descend."""
+        run.parameters = descended_parameters(self.hyperparameters, self.estimator)
+        method = Hypergradient(
+            outer_steps=int(self.outer_steps),
+            hyperparameters=tuple(run.parameters),
+            step=self.step,  # type: ignore[arg-type]  # scikit-learn has checked it
+            first_step=None if self.first_step is None else float(self.first_step),
+            smallest_step=float(self.smallest_step),
+        )
+        space = self.param_distributions
+        starts = model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state)
+        return run.descend(list(starts), space, method)

@@ -2,9 +2,9 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,16 +18,14 @@ from gputune.engine.job import BegunChunk, Job, Outcome, Progress, make_network,
 from gputune.engine.memory import GivenUp
 from gputune.engine.module import EXAMPLES, build_module, check_module
 from gputune.engine.network import Network
-from gputune.engine.plan import Plan
 from gputune.engine.population import Population, module_arguments
-from gputune.engine.rung import RungJob, RungOutcome
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
-from gputune.sklearn.words import Recipe
+from gputune.sklearn.recipe import Recipe
 from gputune.tuning.trainer import Trainer
-from gputune.types import Params
+from gputune.types import Config, Params
 
 Place = tuple[int, int]
 """(fold, trial): which member of a search."""
@@ -41,7 +39,7 @@ class Member:
     present   (K,) which of them take part, None where all do
     center, scale   a regression's target is ``output * scale + center``
     epochs, seed    how long it has trained, and what its random numbers come from
-    state           the engine's buffers of this member where it may train on, None where its training is over
+    buffers   the engine's buffers of this member where it may train on, None where its training is over
     """
 
     network: Network
@@ -53,7 +51,7 @@ class Member:
     scale: float
     epochs: int
     seed: int
-    state: tuple[Tensor, ...] | None
+    buffers: tuple[Tensor, ...] | None
 
     def module(self) -> nn.Module:
         """Return a plain module with copies of the member's parameters, in evaluation mode, on the CPU."""
@@ -61,131 +59,123 @@ class Member:
 
 
 Members = dict[Place, Member | Exception]
-"""What became of each (fold, trial): DivergedError, ValueError for a fold that cannot be trained on, TimeoutError."""
+"""What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained, TimeoutError."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Recipes (C) that have all but their configurations in common, on folds (F) of the same classes.
+
+    ``index`` are their positions among all recipes.
+    """
+
+    index: list[int]
+    recipes: list[Recipe]
+    configs: list[Config]
+    group: FoldGroup
+    data: Dataset
+
+    def trainer(self, workers: int | None, deadline: float | None) -> Trainer:
+        """Return what trains them, eagerly."""
+        recipe = self.recipes[0]
+        return Trainer(
+            data=self.data,
+            kind=recipe.kind,
+            module_class=recipe.module,
+            seed=recipe.seed,
+            horizon=recipe.horizon,
+            workers=workers,
+            stop=Stop(deadline),
+        )
+
+
+def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[np.int64]]) -> Iterator[Batch]:
+    """Yield what trains together of recipes on the training rows of folds, by number."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i, recipe in enumerate(recipes):
+        length = (recipe.begin, recipe.epochs, recipe.horizon, recipe.state is None)
+        groups[recipe.device, recipe.kind, recipe.module, recipe.seed, length].append(i)
+    for index in groups.values():
+        alike = [recipes[i] for i in index]
+        x = shared_x(rows, choose_device(alike[0].device))
+        for group in group_folds(rows, folds, partial(_decays, alike, rows)):
+            configs = _configs(alike, rows, group.trains[0])
+            yield Batch(index, alike, configs, group, make_dataset(rows, group, x))
+
+
+def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[Config]:
+    return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
+
+
+def _decays(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> tuple[float, ...]:
+    """Return the weight decays of the recipes with an alpha, which are those of a fold's own rows."""
+    configs = _configs(recipes, rows, train)
+    return tuple(c["weight_decay"] for c, r in zip(configs, recipes) if r.alpha is not None)
 
 
 @entry
 def fit_members(
     recipes: Sequence[Recipe],
     rows: Rows,
-    folds: Sequence[NDArray[np.int64]],
+    folds: Mapping[int, NDArray[np.int64]],
     *,
     workers: int | None = 1,
     deadline: float | None = None,
 ) -> Members:
     """Train every recipe on the training rows of every fold, as one tensor program as far as shapes allow.
 
-    ``folds`` are arrays of training rows. Every member trains for all epochs of its recipe; its numbers depend on its
-    recipe and on its rows, not on its company. ``workers`` None lets an estimate decide about processes;
-    ``deadline`` (``time.monotonic()``) ends training, and what has not ended by then is a TimeoutError.
+    Every member trains for all epochs of its recipe; its numbers depend on its recipe and on its rows, not on those
+    that train with it. ``workers`` None lets an estimate decide about processes; ``deadline`` (``time.monotonic()``)
+    ends training, and what has not ended by then is a TimeoutError.
     """
-    found: Members = {}
-    for index in recipes_alike(recipes):
-        alike = [recipes[i] for i in index]
-        for (fold, trial), member in _fit_alike(alike, rows, folds, workers, deadline).items():
-            found[fold, index[trial]] = member
-    return found
+    members: Members = {}
+    for batch in batches(recipes, rows, folds):
+        for (f, c), member in _fit_batch(batch, batch.trainer(workers, deadline)).items():
+            members[batch.group.places[f], batch.index[c]] = member
+    return members
 
 
-def recipes_alike(recipes: Sequence[Recipe]) -> list[list[int]]:
-    """Return the positions of recipes in groups of one kind, device, seed and length, which train together."""
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for i, recipe in enumerate(recipes):
-        length = (recipe.start, recipe.epochs, recipe.horizon, recipe.begun is None)
-        groups[recipe.device, recipe.kind, recipe.module, recipe.seed, length].append(i)
-    return list(groups.values())
-
-
-def _fit_alike(
-    recipes: Sequence[Recipe],
-    rows: Rows,
-    folds: Sequence[NDArray[np.int64]],
-    workers: int | None,
-    deadline: float | None,
-) -> Members:
-    """Train recipes of one kind, device, seed and length."""
-    x = shared_x(rows, choose_device(recipes[0].device))
-    groups, refused = groups_for(recipes, rows, folds)
-    found: Members = {(fold, i): error for fold, error in refused.items() for i in range(len(recipes))}
-    for group in groups:
-        configs = configs_for(recipes, rows, group.trains[0])
-        members = _fit_group(recipes, configs, make_dataset(rows, group, x), group, workers, deadline)
-        found |= {(group.places[f], i): member for (f, i), member in members.items()}
-    return found
-
-
-def groups_for(
-    recipes: Sequence[Recipe], rows: Rows, folds: Sequence[NDArray[np.int64]]
-) -> tuple[list[FoldGroup], dict[int, ValueError]]:
-    """Group the folds in which the recipes train together, as ``group_folds`` does."""
-
-    def decays(train: NDArray[np.int64]) -> tuple[float, ...]:
-        configs = configs_for(recipes, rows, train)
-        return tuple(c["weight_decay"] for c, r in zip(configs, recipes) if r.alpha is not None)
-
-    return group_folds(rows, folds, key=decays)
-
-
-def configs_for(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Return the configurations of recipes that train on these rows."""
-    return [recipe.config_for(len(train), rows.weight(train)) for recipe in recipes]
-
-
-def _fit_group(
-    recipes: Sequence[Recipe],
-    configs: Sequence[dict[str, Any]],
-    data: Dataset,
-    group: FoldGroup,
-    workers: int | None,
-    deadline: float | None,
-) -> Members:
-    """Train the configurations of recipes that have all else in common in the folds of one dataset."""
-    recipe = recipes[0]
-    found: Members = {}
-    chunks, parameters = [], 0
-    backend, _ = choose_backend("auto", data.device, data.dtype)
-    trainer = replace(trainer_of(recipe, data, workers, deadline), backend=backend)
-    for population in trainer.groups(configs):
+def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
+    """Train the configurations of a batch in its folds."""
+    recipe, data = batch.recipes[0], batch.data
+    trainer = replace(trainer, backend=choose_backend("auto", data.device, data.dtype)[0])
+    members: Members = {}
+    populations, parameters = [], 0
+    for population in trainer.groups(batch.configs):
         try:
             parameters = max(parameters, _check_module(recipe, population, data))
-            chunks.append(population)
+            populations.append(population)
         except InputError as error:
             refusal = InputError(str(error).replace("model:", "module:", 1))  # as this face calls it
-            found |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
-    if chunks:
-        plan = trainer.plan(chunks, epochs=recipe.epochs - recipe.start, parameters=parameters)
-        if recipe.start:
-            plan = replace(plan, chunks=tuple(_begun_chunk(chunk, recipes, group) for chunk in plan.chunks))
-        plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
-        kind: type[MemberJob | RungJob] = MemberJob if recipe.begun is None else RungJob
-        job = trainer.job(kind, epochs=recipe.epochs)
-        found |= _run(trainer, job, plan, group)
-    return found
+            members |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
+    if not populations:
+        return members
+    plan = trainer.plan(populations, epochs=recipe.epochs - recipe.begin, parameters=parameters)
+    chunks: Sequence[Population] = plan.chunks
+    if recipe.begin:
+        chunks = [_resumed_chunk(chunk, batch) for chunk in chunks]
+    plan = replace(plan, chunks=tuple(chunks), threads=min(plan.threads, torch.get_num_threads()))
+    job = trainer.job(MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None)
+    late = TimeoutError("the time was over before this fit had ended; give it more.")
+    members |= {(f, i): late for chunk in chunks for f in range(data.n_folds) for i in chunk.index}
+    for outcome in trainer.train(job, plan):
+        if isinstance(outcome, GivenUp):
+            raise outcome.error()
+        assert isinstance(outcome, Weights)
+        whole = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
+        at = whole.index.index(outcome.index[0])
+        chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
+        members |= _members(job, data, chunk, outcome, batch.group.classes)
+    return members
 
 
-def trainer_of(recipe: Recipe, data: Dataset, workers: int | None, deadline: float | None) -> Trainer:
-    """Return what trains recipes that have all but their configurations in common, eagerly."""
-    return Trainer(
-        data=data,
-        kind=recipe.kind,
-        module_class=recipe.module,
-        seed=recipe.seed,
-        horizon=recipe.horizon,
-        workers=workers,
-        stop=Stop(deadline),
-    )
-
-
-def _begun_chunk(chunk: Population, recipes: Sequence[Recipe], group: FoldGroup) -> BegunChunk:
+def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     """Return the chunk with the states of its members, from which they train on."""
-    members = [
-        [begun.states[place] for place in group.places]
-        for begun in (recipes[i].begun for i in chunk.index)
-        if begun is not None
-    ]
+    states = [state for state in (batch.recipes[i].state for i in chunk.index) if state is not None]
+    members = [[state.buffers[fold] for fold in batch.group.places] for state in states]
     per_trial = [[torch.stack(buffers) for buffers in zip(*folds)] for folds in members]
-    state = State(recipes[0].start, tuple(torch.stack(buffers) for buffers in zip(*per_trial)))
-    return BegunChunk(chunk.kind, chunk.index, chunk.configs, state)
+    buffers = tuple(torch.stack(buffers) for buffers in zip(*per_trial))
+    return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))
 
 
 def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
@@ -193,7 +183,7 @@ def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
     if recipe.module is None:
         return 0
     rows = data.example(EXAMPLES)
-    number = check_module(recipe.module, population.configs[0], rows, n_outputs=data.n_outputs)
+    size = check_module(recipe.module, population.configs[0], rows, n_outputs=data.n_outputs)
     if data.task != "regression":
         module = build_module(
             recipe.module,
@@ -203,7 +193,7 @@ def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
             seed=recipe.seed,
         )
         _refuse_probabilities(module, rows)
-    return number
+    return size
 
 
 def _refuse_probabilities(module: nn.Module, rows: Sequence[Tensor]) -> None:
@@ -217,81 +207,62 @@ def _refuse_probabilities(module: nn.Module, rows: Sequence[Tensor]) -> None:
         )
 
 
-def _run(trainer: Trainer, job: "MemberJob | RungJob", plan: Plan, group: FoldGroup) -> Members:
-    data = trainer.data
-    found: Members = {}
-    for outcome in trainer.train(job, plan):
-        if isinstance(outcome, GivenUp):
-            raise outcome.error()
-        assert isinstance(outcome, Weights | RungOutcome)
-        whole = next(chunk for chunk in plan.chunks if outcome.index[0] in chunk.index)
-        at = whole.index.index(outcome.index[0])
-        chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
-        found |= _members(job, data, chunk, outcome, group)
-    over = TimeoutError("the time was over before this fit had ended; give it more.")
-    wanted = [(f, i) for chunk in plan.chunks for f in range(data.n_folds) for i in chunk.index]
-    return {place: found.get(place, over) for place in wanted}
-
-
-def _members(
-    job: "MemberJob | RungJob",
-    data: Dataset,
-    chunk: Population,
-    outcome: "Weights | RungOutcome",
-    group: FoldGroup,
-) -> Members:
-    network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
-    if isinstance(outcome, RungOutcome):
-        epochs, flat = outcome.state.epoch, network.blocks.from_rows(outcome.state.buffers[0])
-    else:
-        epochs, flat = outcome.epochs, torch.from_numpy(outcome.flat)
-    if epochs < job.epochs:
-        return {}
-    params = network.blocks.views(flat)
-    members = (data.n_folds, len(chunk.index), -1)
-    whole = [w.reshape(members).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
-    finite = torch.stack(whole).all(0).tolist()  # F lists of C
-    center, scale = data.center.tolist(), data.scale.tolist()
-    present = None if data.present is None else data.present.cpu().numpy()
-    found: Members = {}
-    for f in range(data.n_folds):
-        takes_part = None if present is None or present[f].all() else present[f]
-        for c, i in enumerate(chunk.index):
-            facts = (group.classes, takes_part, center[f], scale[f], epochs, job.seed, _state(outcome, f, c))
-            found[f, i] = (
-                Member(network, params, (f, c), *facts) if finite[f][c] else _diverged(chunk.configs[c])
-            )
-    return found
-
-
-def _state(outcome: "Weights | RungOutcome", fold: int, trial: int) -> tuple[Tensor, ...] | None:
-    """Return the buffers of one member where it may train on."""
-    if not isinstance(outcome, RungOutcome):
-        return None
-    return tuple(buffer[trial, fold] for buffer in outcome.state.buffers)
-
-
-def _diverged(config: dict[str, Any]) -> DivergedError:
-    return DivergedError(
-        f"the training diverged with lr={config['lr']:.3g} and optimizer={config['optimizer']!r}: its weights are "
-        "no finite numbers any more; use a smaller lr, or scale the inputs (StandardScaler in a pipeline)."
-    )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemberJob(Job):
-    """A job whose chunks give their members' weights, not their scores."""
+    """A job whose chunks give their members' weights, not their scores; where they may train on, all their state."""
+
+    keeps_state: bool = False
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Weights":
         """Train one chunk and return its weights."""
         begin = time.monotonic()
         trained = train_chunk(self, data, chunk, progress)
-        flat = trained.flat.cpu().numpy()
-        return Weights(chunk.index, trained.curves, trained.epochs, time.monotonic() - begin, flat)
+        state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
+        seconds = time.monotonic() - begin
+        return Weights(
+            chunk.index, trained.curves, trained.epochs, seconds, trained.flat.cpu().numpy(), state
+        )
 
 
 @dataclass(frozen=True)
 class Weights(Outcome):
-    """What training a chunk gave: ``flat``, the parameters of all its members in the order of its blocks."""
+    """What training a chunk gave: ``flat`` has all members' parameters in the order of its blocks.
+
+    ``buffers`` (C, F, N) are their whole state, None where they do not train on.
+    """
 
     flat: np.ndarray
+    buffers: tuple[Tensor, ...] | None
+
+
+def _members(
+    job: MemberJob, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
+) -> Members:
+    """Return the members of a chunk that trained to their last epoch; none where it did not."""
+    if weights.epochs < job.epochs:
+        return {}
+    network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
+    flat = torch.from_numpy(weights.flat)
+    params = network.blocks.views(flat)
+    shape = (data.n_folds, len(chunk.index), -1)
+    whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
+    finite = torch.stack(whole).all(0).tolist()  # F lists of C
+    center, scale = data.center.tolist(), data.scale.tolist()
+    present = None if data.present is None else data.present.cpu().numpy()
+    members: Members = {}
+    for f in range(data.n_folds):
+        takes_part = None if present is None or present[f].all() else present[f]
+        for c, i in enumerate(chunk.index):
+            buffers = None if weights.buffers is None else tuple(b[c, f] for b in weights.buffers)
+            facts = (classes, takes_part, center[f], scale[f], weights.epochs, job.seed, buffers)
+            members[f, i] = (
+                Member(network, params, (f, c), *facts) if finite[f][c] else _diverged(chunk.configs[c])
+            )
+    return members
+
+
+def _diverged(config: Config) -> DivergedError:
+    return DivergedError(
+        f"the training diverged with {config['optimizer']} and a learning rate of {config['lr']:.3g}: its weights are "
+        "no finite numbers any more; use a smaller rate, or scale the inputs (StandardScaler in a pipeline)."
+    )

@@ -5,51 +5,48 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from sklearn.base import clone
 from sklearn.model_selection import _search_successive_halving as scikit_learns
 
 from gputune.sklearn.base import TrainedEstimator
+from gputune.sklearn.fit import Member
 from gputune.sklearn.pipelines import last_step
-from gputune.sklearn.replay import Fit, train
-from gputune.sklearn.running import Candidates, Run, Trained, workers
+from gputune.sklearn.recipe import RungState
+from gputune.sklearn.record import Fit
+from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, train, workers
 from gputune.sklearn.search import FusedSearch
-from gputune.sklearn.words import MAX_EPOCHS, Begun
-
-_WORDS = ("max_epochs", "max_iter")
-"""What an estimator calls its epochs."""
 
 
 @dataclass(eq=False)
-class HalvingRun(Run):
+class HalvingRun(SearchRun):
     """A run whose candidates train on from where the rung before left them, each up to its own ``resource``."""
 
     resource: str = ""
     horizon: int = 0
-    begun: dict[Hashable, Begun] = field(default_factory=dict)
+    states: dict[Hashable, RungState] = field(default_factory=dict)
 
     def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
         """Train to the rung, and keep where everyone is."""
-        fresh = Begun(0, self.horizon, None, {})
+        begin = RungState(0, self.horizon, None, {})
         keys = [self._key(params) for params in candidates]
-        train(fits, workers=workers(), deadline=self.deadline, begun=[self.begun.get(k, fresh) for k in keys])
-        of_trial: dict[Hashable, list[Fit]] = {}
+        states = [self.states.get(key, begin) for key in keys]
+        train(fits, workers=workers(), deadline=self.deadline, states=states)
+        by_key: dict[Hashable, list[Fit]] = {}
         for fit in fits:
-            of_trial.setdefault(keys[fit.trial], []).append(fit)
-        self.begun = {key: place for key, own in of_trial.items() if (place := self._place(own)) is not None}
+            by_key.setdefault(keys[fit.trial], []).append(fit)
+        self.states = {key: state for key, own in by_key.items() if (state := self._state(own)) is not None}
 
     def _key(self, params: Mapping[str, Any]) -> Hashable:
         """Return what a candidate keeps from rung to rung: scikit-learn copies its dict, and not its values."""
         return tuple(sorted((name, id(value)) for name, value in params.items() if name != self.resource))
 
-    def _place(self, fits: Sequence[Fit]) -> Begun | None:
+    def _state(self, fits: Sequence[Fit]) -> RungState | None:
         """Return where a trial is after the rung; None where it failed in a fold, and would begin again."""
-        members = {fit.fold: fit.member() for fit in fits}
-        states = {fold: getattr(member, "state", None) for fold, member in members.items()}
-        kept = {fold: state for fold, state in states.items() if state is not None}
-        if len(kept) < len(states):
+        members = {fit.fold: fit.fitted for fit in fits if isinstance(fit.fitted, Member)}
+        if len(members) < len(fits):
             return None
+        buffers = {fold: member.buffers for fold, member in members.items() if member.buffers is not None}
         first = members[fits[0].fold]
-        return Begun(first.epochs, self.horizon, first.seed, kept)
+        return RungState(first.epochs, self.horizon, first.seed, buffers)
 
 
 class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  # type: ignore[misc]
@@ -61,10 +58,10 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
     ...) are scikit-learn's. The best candidate is trained anew on all rows, for as many epochs as the last rung has.
 
     estimator      one of gputune's that train, or a Pipeline that ends in one
-    resource       "auto" is "max_epochs" where the estimator trains, and for any other one "n_samples", the default of
-                   scikit-learn; or "max_epochs", "max_iter" where a script calls it so (in a pipeline the name of
-                   the step may be left out). With another resource, as "n_samples", every rung trains anew
-    max_resources  epochs of the last rung at most; "auto" is the estimator's own max_epochs, or the number of rows
+    resource       "auto" is "max_iter", or the "max_epochs" of a NeuralNet (in a pipeline the name of the step may be
+                   left out), and for any other estimator "n_samples", the default of scikit-learn. With another
+                   resource, as "n_samples", every rung trains anew
+    max_resources  epochs of the last rung at most; "auto" is the estimator's own number, or the number of rows
     min_resources  epochs of the first rung; "smallest" is 1, or for rows what scikit-learn says
     device         where candidates train; "auto" leaves it to the estimator's own ``device``
     n_jobs         accepted, and without effect
@@ -123,31 +120,31 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         )
         self.device = device
 
-    def _lent(self, *, together: bool) -> dict[str, Any]:
-        prefix, last = last_step(self.estimator)
-        trains, word = isinstance(last, TrainedEstimator), str(self.resource).removeprefix(prefix)
-        if word == "auto":
-            word = _WORDS[0] if trains else "n_samples"
-        lent: dict[str, Any] = super()._lent(together=together)
-        if not (trains and word in _WORDS):
-            return lent | ({"resource": word} if self.resource == "auto" else {})
-        lent["resource"] = prefix + word
-        if isinstance(self.max_resources, str) and self.max_resources == "auto":
-            lent["max_resources"] = _own_epochs(last)
-        # What the estimator says itself would contradict a rung's number in the other word.
-        other = {prefix + name: None for name in _WORDS if name != word and name in last.get_params()}
-        lent["estimator"] = clone(lent.get("estimator", self.estimator)).set_params(**other)
-        return lent
+    def _overrides(self, *, together: bool) -> dict[str, Any]:
+        overrides: dict[str, Any] = super()._overrides(together=together)
+        epochs = self._epochs_parameter()
+        if epochs is not None:
+            overrides["resource"] = epochs
+            if isinstance(self.max_resources, str) and self.max_resources == "auto":
+                overrides["max_resources"] = self.estimator.get_params()[epochs]
+        elif self.resource == "auto":
+            overrides["resource"] = "n_samples"
+        return overrides
 
-    def _make_run(self, given: Trained | None, X: Any, y: Any) -> Run:
-        run = super()._make_run(given, X, y)
+    def _epochs_parameter(self) -> str | None:
+        """Return the parameter of the estimator that is the resource where that is its epochs, else None.
+
+        Raises InputError for what other estimators call them.
+        """
         prefix, last = last_step(self.estimator)
-        if str(self.resource).removeprefix(prefix) not in _WORDS or not isinstance(last, TrainedEstimator):
+        if not isinstance(last, TrainedEstimator):
+            return None
+        word = str(self.resource).removeprefix(prefix)
+        last._foreign.check_names(type(last), [word])
+        return prefix + last._epochs if word in ("auto", last._epochs) else None
+
+    def _make_run(self, trained: TrainedCandidates | None, X: Any, y: Any) -> SearchRun:
+        run = super()._make_run(trained, X, y)
+        if self._epochs_parameter() is None:
             return run
         return HalvingRun(run.estimator, run.cv, resource=self.resource, horizon=self.max_resources)
-
-
-def _own_epochs(estimator: TrainedEstimator) -> int:
-    """Return how long an estimator trains by itself."""
-    given = (getattr(estimator, name, None) for name in _WORDS)
-    return next((epochs for epochs in given if epochs is not None), MAX_EPOCHS)

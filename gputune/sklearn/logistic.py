@@ -2,24 +2,134 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
+from gputune.engine.backend import choose_device
 from gputune.errors import InputError
 from gputune.search.config import check_value
-from gputune.sklearn.base import FusedEstimator
-from gputune.sklearn.dataset import Rows
+from gputune.sklearn.base import Foreign, FusedEstimator
+from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
 from gputune.sklearn.fit import Place
-from gputune.sklearn.foreign import LOGISTIC
-from gputune.sklearn.solve import Penalty, Solved, solve_members
-from gputune.sklearn.words import Fresh, whole_number
+from gputune.sklearn.recipe import DrawSeed, whole_number
+from gputune.solver.solve import Problem, solve
+
+_SOLVED = "the objective has one solution, whichever solver finds it"
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What one logistic regression minimises, and how closely: the arguments of ``solve``."""
+
+    C: float
+    l1_ratio: float
+    class_weight: Mapping[Any, float] | str | None
+    fit_intercept: bool
+    tol: float
+    max_iter: int
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """One solved member: coef (K, D) and intercept (K,), with K = 1 for two classes; ``classes`` as positions."""
+
+    coef: NDArray[np.float64]
+    intercept: NDArray[np.float64]
+    steps: int
+    residual: float
+    converged: bool
+    classes: NDArray[np.int64]
+
+
+SolveGroup = tuple[list[int], FoldGroup]
+"""Positions of penalties that differ in C and l1_ratio alone, and folds of the same classes: solved together."""
+
+
+def solve_groups(
+    penalties: Sequence[Penalty], rows: Rows, folds: Mapping[int, NDArray[np.int64]]
+) -> list[SolveGroup]:
+    """Return what is solved together of penalties on the training rows of folds, by number."""
+    alike: dict[Hashable, list[int]] = defaultdict(list)
+    for i, p in enumerate(penalties):
+        alike[p.device, repr(p.class_weight), p.fit_intercept, p.tol, p.max_iter].append(i)
+    return [(index, group) for index in alike.values() for group in group_folds(rows, folds)]
+
+
+def solve_members(
+    penalties: Sequence[Penalty], rows: Rows, folds: Mapping[int, NDArray[np.int64]]
+) -> dict[Place, Solved | Exception]:
+    """Solve every penalty on the training rows of every fold; ValueError for class weights that do not fit them."""
+    members: dict[Place, Solved | Exception] = {}
+    for index, group in solve_groups(penalties, rows, folds):
+        places = [(fold, i) for fold in group.places for i in index]
+        x = shared_x(rows, choose_device(penalties[index[0]].device), torch.float64)
+        try:
+            problem = make_problem([penalties[i] for i in index], rows, group, x)
+        except ValueError as error:
+            members |= dict.fromkeys(places, error)
+            continue
+        assert group.classes is not None
+        solution = solve(problem)
+        coef, intercept = solution.coef.cpu().numpy(), solution.intercept.cpu().numpy()
+        facts = zip(solution.steps.tolist(), solution.residual.tolist(), solution.converged.tolist())
+        for p, (place, fact) in enumerate(zip(places, facts)):
+            members[place] = Solved(coef[p], intercept[p], *fact, group.classes)
+    return members
+
+
+def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: Tensor) -> Problem:
+    """Return the problem of penalties that are alike; raises ValueError for weights that leave no rows."""
+    class_weight = penalties[0].class_weight
+    weights = np.stack([_weights(class_weight, rows, group, train) for train in group.trains])
+    assert rows.classes is not None and group.classes is not None
+    # Rows of other classes weigh nothing.
+    codes = np.searchsorted(group.classes, rows.y).clip(max=len(group.classes) - 1)
+    return Problem(
+        x=x.expand(len(weights), *x.shape),
+        y=as_tensor(codes).to(x.device),
+        weights=as_tensor(weights).to(x.device),
+        C=torch.tensor([p.C for p in penalties], dtype=x.dtype, device=x.device),
+        l1_ratio=torch.tensor([p.l1_ratio for p in penalties], dtype=x.dtype, device=x.device),
+        n_classes=len(group.classes),
+        fit_intercept=penalties[0].fit_intercept,
+        tolerance=penalties[0].tol,
+        max_steps=penalties[0].max_iter,
+    )
+
+
+def _weights(
+    class_weight: Mapping[Any, float] | str | None, rows: Rows, group: FoldGroup, train: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
+    assert rows.classes is not None and group.classes is not None
+    own = np.ones(len(train)) if rows.weights is None else rows.weights[train]
+    codes = np.searchsorted(group.classes, rows.y[train])
+    if class_weight == "balanced":
+        counts = np.bincount(codes, own, minlength=len(group.classes))
+        per_class = counts.sum() / (len(counts) * np.where(counts > 0, counts, 1.0))
+    else:
+        labels = rows.classes[group.classes]
+        per_class = compute_class_weight(class_weight, classes=labels, y=labels[codes])
+    weights = np.zeros(len(rows.y))
+    weights[train] = own * per_class[codes]
+    if not ((weights >= 0).all() and weights.any()):
+        raise ValueError(
+            f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0."
+        )
+    return weights
 
 
 class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
@@ -44,7 +154,26 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
     Newton steps, ``n_features_in_``, ``feature_names_in_``.
     """
 
-    _foreign = LOGISTIC
+    _differentiable: ClassVar = {"C": "C"}
+    _foreign = Foreign(
+        ignored={
+            "solver": (
+                (None, "lbfgs", "newton-cg", "newton-cholesky", "sag", "saga"),
+                f"{_SOLVED}, but for 'liblinear', which penalises the intercept too; leave it out",
+            ),
+            "warm_start": (None, ""),
+            "n_jobs": (None, ""),
+            "verbose": (None, ""),
+        },
+        refused={
+            "dual": f"{_SOLVED}; leave it out",
+            "intercept_scaling": "the intercept is not penalised; leave it out",
+            "multi_class": "more than two classes are one softmax; leave it out, or use "
+            "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
+            **dict.fromkeys(("optimizer", "lr", "max_epochs"), f"{_SOLVED}; leave it out"),
+            "weight_decay": "give C, the inverse strength of the penalty",
+        },
+    )
 
     coef_: NDArray[np.float64]
     intercept_: NDArray[np.float64]
@@ -108,8 +237,9 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
             return np.stack([log_expit(-scores), log_expit(scores)], 1)
         return np.asarray(log_softmax(scores, 1))
 
-    def _recipe(self, fresh: Fresh) -> Penalty:
-        self._ours()
+    def _recipe(self, draw: DrawSeed) -> Penalty:
+        del draw  # the solution is unique
+        self._checked_params()
         C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
         if not (self.class_weight is None or isinstance(self.class_weight, Mapping)) and not (
             isinstance(self.class_weight, str) and self.class_weight == "balanced"
@@ -133,7 +263,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
     def _fit_recipes(
         recipes: Sequence[Penalty],
         rows: Rows,
-        folds: Sequence[NDArray[np.int64]],
+        folds: Mapping[int, NDArray[np.int64]],
         *,
         workers: int | None,
         deadline: float | None,
@@ -141,7 +271,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         del workers, deadline  # one batched solve, which takes seconds where training takes minutes
         return solve_members(recipes, rows, folds)
 
-    def _settle(self, fitted: Solved, rows: Rows) -> None:
+    def _set_fitted(self, fitted: Solved, rows: Rows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
         self.coef_, self.intercept_ = fitted.coef.copy(), fitted.intercept.copy()

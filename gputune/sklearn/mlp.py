@@ -1,98 +1,220 @@
-"""MLPClassifier and MLPRegressor: the multilayer perceptron, in gputune's words and in scikit-learn's."""
+"""MLPClassifier and MLPRegressor: the multilayer perceptron, in scikit-learn's words."""
 
-from typing import Any
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, ClassVar
 
-from gputune.sklearn.base import TrainedClassifier, TrainedEstimator, TrainedRegressor
-from gputune.sklearn.foreign import MLP
-from gputune.sklearn.words import Fresh, Recipe, mlp_recipe
+import numpy as np
+
+from gputune.errors import InputError
+from gputune.search.config import check_value
+from gputune.sklearn.base import Foreign, TrainedClassifier, TrainedEstimator, TrainedRegressor
+from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
+
+# Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
+_NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
+_SOLVERS = ("sgd", "adam", "adamw", "sgdhd", "adamhd", "adamwhd")
+
+_REFUSED_ACTIVATIONS = {
+    "logistic": "use 'tanh', which is the same function shifted and scaled",
+    "identity": "a network without an activation is a linear model: use gputune.sklearn.LogisticRegression",
+}
+
+_LAST_EPOCH = (
+    "training always goes to the last epoch; leave it out and search max_iter, or use HalvingRandomSearchCV"
+)
 
 
 class _MLP(TrainedEstimator):
     """The constructor of both."""
 
-    _foreign = MLP
+    _epochs = "max_iter"
+    _differentiable: ClassVar = {
+        "learning_rate_init": "lr",
+        "weight_decay": "weight_decay",
+        "alpha": "weight_decay",
+        "momentum": "momentum",
+    }
+    _foreign = Foreign(
+        ignored={
+            "verbose": (None, ""),
+            "shuffle": ((True,), "rows are shuffled anew in every epoch; leave it True"),
+            "warm_start": ((False,), "fit always begins anew; leave it False, or train longer with max_iter"),
+            "early_stopping": ((False,), _LAST_EPOCH),
+        },
+        refused={
+            **dict.fromkeys(("tol", "n_iter_no_change", "validation_fraction"), _LAST_EPOCH),
+            "power_t": "there is no learning_rate='invscaling'; use learning_rate='cosine'",
+            **dict.fromkeys(("beta_1", "beta_2", "epsilon"), "adam has 0.9, 0.999 and 1e-8; leave it out"),
+            "max_fun": "there is no solver='lbfgs'; leave it out",
+            "loss": "the loss is the log loss of classes, or the squared error; leave it out",
+            **dict.fromkeys(("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"),
+            "lr": "give learning_rate_init",
+            "max_epochs": "give max_iter",
+            "optimizer": "give solver",
+            "schedule": "give learning_rate, 'constant' or 'cosine'",
+        },
+    )
 
     def __init__(
         self,
-        hidden_layer_sizes: Any = None,
+        hidden_layer_sizes: Any = (128, 128),
         activation: str = "relu",
         *,
-        width: int | None = None,
-        depth: int | None = None,
-        dropout: float = 0.0,
-        lr: float | None = None,
-        batch_size: int | str = "auto",
-        max_epochs: int | None = None,
-        optimizer: str | None = None,
-        weight_decay: float | None = None,
-        momentum: float | None = None,
-        schedule: str = "constant",
-        learning_rate_init: float | None = None,
-        max_iter: int | None = None,
         solver: str | None = None,
         alpha: float | None = None,
-        random_state: Any = None,
-        device: str = "auto",
+        batch_size: int | str = "auto",
         learning_rate: str = "constant",
+        learning_rate_init: float = 0.001,
+        max_iter: int = 50,
         shuffle: bool = True,
-        early_stopping: bool = False,
-        warm_start: bool = False,
+        random_state: Any = None,
         verbose: Any = False,
+        warm_start: bool = False,
+        momentum: float = 0.9,
+        nesterovs_momentum: bool = True,
+        early_stopping: bool = False,
+        dropout: float = 0.0,
+        weight_decay: float | None = None,
+        device: str = "auto",
     ) -> None:
         self.hidden_layer_sizes = hidden_layer_sizes
         self.activation = activation
-        self.width = width
-        self.depth = depth
-        self.dropout = dropout
-        self.lr = lr
-        self.batch_size = batch_size
-        self.max_epochs = max_epochs
-        self.optimizer = optimizer
-        self.weight_decay = weight_decay
-        self.momentum = momentum
-        self.schedule = schedule
-        self.learning_rate_init = learning_rate_init
-        self.max_iter = max_iter
         self.solver = solver
         self.alpha = alpha
-        self.random_state = random_state
-        self.device = device
+        self.batch_size = batch_size
         self.learning_rate = learning_rate
+        self.learning_rate_init = learning_rate_init
+        self.max_iter = max_iter
         self.shuffle = shuffle
-        self.early_stopping = early_stopping
-        self.warm_start = warm_start
+        self.random_state = random_state
         self.verbose = verbose
+        self.warm_start = warm_start
+        self.momentum = momentum
+        self.nesterovs_momentum = nesterovs_momentum
+        self.early_stopping = early_stopping
+        self.dropout = dropout
+        self.weight_decay = weight_decay
+        self.device = device
 
-    def _recipe(self, fresh: Fresh) -> Recipe:
-        return mlp_recipe(self._ours(), fresh=fresh)
+    def _recipe(self, draw: DrawSeed) -> Recipe:
+        self._checked_params()
+        width, depth = _layers(self.hidden_layer_sizes)
+        alpha = _check_alpha(self.alpha, self.weight_decay, self.solver)
+        optimizer = self._optimizer("adamw" if alpha is None else "adam")
+        _check_words(self.activation, self.learning_rate)
+        momentum = check_value("momentum", self.momentum, "momentum")
+        values = {
+            "width": ("hidden_layer_sizes", width),
+            "depth": ("hidden_layer_sizes", depth),
+            "activation": ("activation", self.activation),
+            "dropout": ("dropout", self.dropout),
+            "optimizer": ("solver", optimizer),
+            "lr": ("learning_rate_init", self.learning_rate_init),
+            "schedule": ("learning_rate", self.learning_rate),
+            "batch_size": ("batch_size", self.batch_size),
+            "weight_decay": ("weight_decay", self.weight_decay if alpha is None else None),
+            "momentum": ("momentum", momentum if optimizer in MOMENTUM else None),
+        }
+        return Recipe(
+            kind="mlp",
+            config=engine_config(values, optimizer=optimizer),
+            alpha=alpha,
+            epochs=whole_number("max_iter", self.max_iter),
+            seed=draw_seed(self.random_state, draw),
+            device=self.device,
+            module=None,
+        )
+
+    def _optimizer(self, default: str) -> str:
+        """Return the engine's word for the solver and its momentum."""
+        solver = default if self.solver is None else self.solver
+        if not isinstance(solver, str) or solver not in _SOLVERS:
+            if solver in ("nesterov", "nesterovhd"):
+                remedy = f"{solver.replace('nesterov', 'sgd')!r} has Nesterov's momentum"
+            else:
+                remedy = "there is no line search over minibatches of many models; use solver='adam' or 'sgd'"
+            raise InputError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}: {remedy}.")
+        if not isinstance(self.nesterovs_momentum, bool | np.bool_):
+            raise InputError(f"nesterovs_momentum must be True or False, got {self.nesterovs_momentum!r}.")
+        return _NESTEROVS.get(solver, (solver, solver))[0 if self.nesterovs_momentum else 1]
+
+
+def _layers(sizes: Any) -> tuple[int, int]:
+    """Return width and depth of hidden_layer_sizes."""
+    layers: Sequence[Any] = [sizes] if isinstance(sizes, Integral) else sizes
+    if not isinstance(layers, list | tuple | np.ndarray) or not all(
+        isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers
+    ):
+        raise InputError(
+            f"hidden_layer_sizes must be one layer's size or a tuple of sizes, integers >= 1, got {sizes!r}. "
+            "For example (64, 64)."
+        )
+    if len(layers) == 0:
+        raise InputError(
+            "hidden_layer_sizes=() has no hidden layer, which is a linear model: use LogisticRegression."
+        )
+    if len({int(n) for n in layers}) > 1:
+        raise InputError(
+            f"hidden_layer_sizes must be equal layers, got {tuple(map(int, layers))}; for layers of unlike sizes give "
+            "a torch.nn.Module of your own to NeuralNetClassifier or NeuralNetRegressor."
+        )
+    return int(layers[0]), len(layers)
+
+
+def _check_alpha(alpha: Any, weight_decay: Any, solver: Any) -> float | None:
+    """Return alpha, a number >= 0 or None. Raises InputError where another decay stands beside it."""
+    if alpha is None:
+        return None
+    number = float(check_value("weight_decay", alpha, "alpha"))
+    if weight_decay is not None and not weight_decay == number == 0:
+        raise InputError(
+            f"weight_decay={weight_decay!r} and alpha={number!r} are two penalties of one kind (alpha is "
+            "divided by the weight of a minibatch's rows); give one of them."
+        )
+    if solver in ("adamw", "adamwhd"):
+        raise InputError(
+            f"alpha={number!r} is an L2 penalty, and the decay of solver={solver!r} is another one; "
+            "give weight_decay, or solver='adam'."
+        )
+    return number
+
+
+def _check_words(activation: Any, learning_rate: Any) -> None:
+    """Raise InputError for words of scikit-learn that have no counterpart, with what to use."""
+    if isinstance(activation, str) and activation in _REFUSED_ACTIVATIONS:
+        raise InputError(
+            f"activation={activation!r} is not among relu, gelu, silu, tanh: {_REFUSED_ACTIVATIONS[activation]}."
+        )
+    if learning_rate in ("invscaling", "adaptive"):
+        raise InputError(
+            f"learning_rate={learning_rate!r} is not among constant, cosine: use 'cosine', or a solver that adapts "
+            "its rate, as 'adamwhd'."
+        )
 
 
 _PARAMETERS = """
 
-    Trains for ``max_epochs`` epochs, always to the last one, on X as it comes: put a StandardScaler in front. None
-    means that a word was not given, and then its default holds.
+    Trains for ``max_iter`` epochs, always to the last one, on X as it comes: put a StandardScaler in front.
 
-    width, depth         units of a hidden layer, and number of hidden layers: 128 and 2
+    hidden_layer_sizes   equal layers, as (64, 64)
     activation, dropout  "relu", "gelu", "silu" or "tanh"; the rate in [0, 1) that follows each
-    lr, schedule         the learning rate, 0.001, and how it goes on: "constant" or "cosine"
+    solver               "adam", "sgd", "adamw" (weight decay apart from the gradient), and those that adapt their rate:
+                         "sgdhd", "adamhd", "adamwhd"; None is adamw, and adam where alpha is given
+    alpha                scikit-learn's L2 penalty: a weight decay of alpha / (weight of a minibatch's rows) in the
+                         gradient. Departures: the biases decay too, and a short last minibatch decays as a whole one
+    weight_decay         in place of alpha the decay itself, as in torch.optim; None is 0.01 for adamw, 0 for the others
+    learning_rate_init   the learning rate
+    learning_rate        how it goes on: "constant" or "cosine"
     batch_size           rows of a minibatch; "auto" is min(200, n)
-    max_epochs           50
-    optimizer            "adamw"; "sgd", "nesterov", "adam", and those that adapt their rate: "sgdhd",
-                         "nesterovhd", "adamhd", "adamwhd"
-    weight_decay         0.01 for adamw (decoupled), 0 for the others (L2, in the gradient)
-    momentum             of sgd (0) and nesterov (0.9); the others have none
+    max_iter             epochs
+    momentum, nesterovs_momentum   of sgd and sgdhd; the others have none
     random_state         an integer gives the same numbers again, alone as in a search
     device               "auto", "cpu", "cuda", "cuda:1"
 
-    scikit-learn's words mean the same: ``hidden_layer_sizes`` (equal layers: (64, 64) is width 64, depth 2),
-    ``learning_rate_init`` (lr), ``max_iter`` (max_epochs), ``solver`` ("adam"; "sgd" is nesterov), and ``alpha``,
-    its L2 penalty: a weight decay of alpha / (weight of a minibatch's rows) in the gradient, with the optimizer
-    adam unless another is given. Departures from scikit-learn: the biases decay too, and a short last minibatch decays
-    as a whole one. Two words for one thing that differ are an error.
-
-    ``verbose``, ``shuffle=True``, ``early_stopping=False``, ``warm_start=False`` and ``learning_rate="constant"`` are
-    taken as scikit-learn's scripts have them, without effect; other values are refused, and so are ``tol``,
-    ``n_iter_no_change`` and ``validation_fraction``.
+    ``verbose``, ``shuffle=True``, ``early_stopping=False`` and ``warm_start=False`` are taken as scikit-learn's scripts
+    have them, without effect; other values are refused, and so are ``tol``, ``n_iter_no_change`` and
+    ``validation_fraction``.
 
     Numbers have X's precision on a CPU, single precision on a GPU.
 """

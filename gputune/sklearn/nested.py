@@ -20,10 +20,9 @@ from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Part
-from gputune.sklearn.pipelines import prepared, why_not_together
-from gputune.sklearn.record import shared_rows
-from gputune.sklearn.replay import Fit, train
-from gputune.sklearn.running import Run, Trained, workers
+from gputune.sklearn.pipelines import why_not_together, with_hook
+from gputune.sklearn.record import Fit, fits_of, shared_rows
+from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
 
 
@@ -77,11 +76,11 @@ def nested_cv(
     trains = [train for train, _ in splits]
     rows = [(*_safe_split(search, X, y, t), _check_method_params(X, metadata.fit, t)) for t in trains]
     together = why_not_together(search.estimator, getattr(search, search._space_name)) is None
-    given: Sequence[Trained | None] = [None] * len(splits)
+    trained: Sequence[TrainedCandidates | None] = [None] * len(splits)
     if together:
-        given = _train(searches, rows, _parts(searches[0], X, y, metadata.fit, trains))
-    for each, trained, train_rows in zip(searches, given, rows):
-        each._fit_given(trained, *train_rows)
+        trained = _train(searches, rows, _parts(searches[0], X, y, metadata.fit, trains))
+    for each, candidates, train_rows in zip(searches, trained, rows):
+        each._fit_trained(candidates, *train_rows)
     scorer = check_scoring(search)  # the search's own score
     scores = [
         scorer(each, *_safe_split(search, X, y, test, train), **_check_method_params(X, metadata.score, test))
@@ -143,7 +142,7 @@ def _parts(
 ) -> list[Part | None]:
     """Return the rows of each outer fold as parts of all rows, None where a fold has to be checked by itself."""
     fit_params = _routed_within(search, X, params).estimator.fit
-    whole = shared_rows(prepared(search.estimator, search.device), X, y, fit_params)
+    whole = shared_rows(with_hook(search.estimator, search.device), X, y, fit_params)
     return [None if whole is None else Part(whole.rows, whole.index[np.asarray(train)]) for train in trains]
 
 
@@ -158,34 +157,33 @@ def _train(
     searches: Sequence[Any],
     rows: Sequence[tuple[Any, Any, Mapping[str, Any]]],
     parts: Sequence[Part | None],
-) -> list[Trained]:
+) -> list[TrainedCandidates]:
     """Train the candidates of all searches in their inner folds."""
     begin = time.monotonic()
-    asked = [_ask(*each) for each in zip(searches, rows, parts)]
+    recorded = [_record(*each) for each in zip(searches, rows, parts)]
     alike = getattr(searches[0], "random_state", 0) is not None  # then all searches draw the same candidates
-    groups = [asked] if alike else [[each] for each in asked]
+    groups = [recorded] if alike else [[each] for each in recorded]
     deadline = None if searches[0].timeout is None else begin + searches[0].timeout
     for group in groups:
-        fits = _numbered([[event for event in each.events if isinstance(event, Fit)] for each in group])
-        train(fits, workers=workers(), deadline=deadline)
-    share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in asked)
-    return [replace(each, seconds=share) for each in asked]
+        train(_numbered([fits_of(each.events) for each in group]), workers=workers(), deadline=deadline)
+    share = (time.monotonic() - begin) / sum(len(each.candidates) * len(each.splits) for each in recorded)
+    return [replace(each, seconds=share) for each in recorded]
 
 
-def _ask(search: Any, rows: tuple[Any, Any, Mapping[str, Any]], within: Part | None) -> Trained:
-    """Return what one search asks for, not trained yet."""
+def _record(search: Any, rows: tuple[Any, Any, Mapping[str, Any]], within: Part | None) -> TrainedCandidates:
+    """Return the candidates of one search, not trained yet."""
     X, y, params = rows
     routed = _routed_within(search, X, params)
-    run = Run(prepared(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
+    run = SearchRun(with_hook(search.estimator, search.device), search.cv, fit_params=routed.estimator.fit)
     candidates, splits = search._drawn(), run.split(X, y, routed.splitter.split)
-    return Trained(candidates, splits, run.ask(candidates, X, y, splits, within), 0.0)
+    return TrainedCandidates(candidates, splits, run.record(candidates, X, y, splits, within), 0.0)
 
 
 def _numbered(fits: Sequence[Sequence[Fit]]) -> list[Fit]:
     """Return the fits of all outer folds, with their inner folds numbered on."""
     first = 0
-    for own in fits:
-        for fit in own:
+    for inner in fits:
+        for fit in inner:
             fit.fold += first
-        first = 1 + max((fit.fold for fit in own), default=first - 1)
+        first = 1 + max((fit.fold for fit in inner), default=first - 1)
     return list(itertools.chain(*fits))

@@ -1,23 +1,106 @@
 """NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
 
 import inspect
-from typing import Any, Self
+from collections.abc import Collection
+from typing import Any, ClassVar, Self, cast
 
+import torch
 from torch import nn
 
-from gputune.sklearn.base import TrainedClassifier, TrainedEstimator, TrainedRegressor
-from gputune.sklearn.foreign import NET
-from gputune.sklearn.user_module import net_recipe
-from gputune.sklearn.words import Fresh, Recipe
+from gputune.engine.population import module_arguments
+from gputune.errors import InputError
+from gputune.search.config import check_value
+from gputune.sklearn.base import Foreign, TrainedClassifier, TrainedEstimator, TrainedRegressor
+from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
+from gputune.types import OPTIMIZERS
 
 _PREFIX = "module__"
+_SIZES = ("n_features", "n_outputs")
+
+
+class UserModule:
+    """Builds ``module_class(**arguments)``, with ``n_features`` and ``n_outputs`` where its signature has them.
+
+    Two of one class are equal. Raises InputError for what is no class of modules.
+    """
+
+    def __init__(self, module_class: Any) -> None:
+        if isinstance(module_class, nn.Module):
+            raise InputError(
+                f"module must be the class, not an instance, since every fit builds its own: pass "
+                f"{type(module_class).__name__}, and its arguments as module__*."
+            )
+        if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+            raise InputError(f"module must be a torch.nn.Module class, got {module_class!r}.")
+        self.module_class = module_class
+        # What an error calls it, and where a process that trains it finds it.
+        self.__name__, self.__module__ = module_class.__name__, module_class.__module__
+        own = inspect.signature(module_class).parameters
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in own.values())
+        named = {name for name, p in own.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        self._sizes = tuple(name for name in _SIZES if name in named or self._takes_any)
+        self._arguments = named - set(_SIZES)
+        # The engine passes arguments by name, and reads here which ones there are.
+        self.__signature__ = inspect.Signature(
+            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(named | set(_SIZES))]
+            + [p for p in own.values() if p.kind is p.VAR_KEYWORD]
+        )
+
+    def __call__(self, *, n_features: int, n_outputs: int, **arguments: Any) -> nn.Module:
+        sizes = {"n_features": n_features, "n_outputs": n_outputs}
+        module: nn.Module = self.module_class(**{name: sizes[name] for name in self._sizes}, **arguments)
+        return module
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UserModule) and other.module_class is self.module_class
+
+    def __hash__(self) -> int:
+        return hash(self.module_class)
+
+    def check_arguments(self, names: Collection[str]) -> None:
+        """Raise InputError for an argument that the class has not, or that the data gives."""
+        for name in names:
+            if name in _SIZES:
+                raise InputError(f"module__{name} is given by the data; leave it out.")
+            if name not in self._arguments and not self._takes_any:
+                signature = f"{self.__name__}{inspect.signature(self.module_class)}"
+                raise InputError(f"module__{name} is no argument of {signature}; remove it or rename it.")
+
+
+_OPTIMIZERS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 
 
 class _NeuralNet(TrainedEstimator):
     """Parameters of both: those of the constructor, and ``module__*`` for the arguments of the module's class."""
 
     _loss: type[nn.Module]
-    _foreign = NET
+    _epochs = "max_epochs"
+    _differentiable: ClassVar = {
+        "lr": "lr",
+        "optimizer__weight_decay": "weight_decay",
+        "optimizer__momentum": "momentum",
+    }
+    _foreign = Foreign(
+        ignored={
+            "train_split": (
+                (None, False),
+                "every row is trained on; leave it out, and let a search split the rows",
+            ),
+            "verbose": (None, ""),
+        },
+        refused={
+            "callbacks": "there are none; for a schedule of the learning rate use MLPClassifier or gputune.tune",
+            "warm_start": "fit always begins anew; train longer with max_epochs",
+            "iterator_train__shuffle": "rows are shuffled anew in every epoch; leave it out",
+            "optimizer__lr": "give lr",
+            "optimizer__nesterov": "give optimizer='nesterov'",
+            "learning_rate_init": "give lr",
+            "max_iter": "give max_epochs",
+            "solver": "give optimizer",
+            **dict.fromkeys(("alpha", "weight_decay"), "give optimizer__weight_decay"),
+            "momentum": "give optimizer__momentum",
+        },
+    )
 
     def __init__(
         self,
@@ -69,13 +152,79 @@ class _NeuralNet(TrainedEstimator):
         super().set_params(**rest)
         return self
 
-    def _recipe(self, fresh: Fresh) -> Recipe:
+    def _recipe(self, draw: DrawSeed) -> Recipe:
+        """Raises InputError also for a module, an optimizer or a criterion that cannot be trained."""
         unknown = [name for name in self._module_arguments if not name.startswith(_PREFIX)]
         if unknown:  # said here, because scikit-learn wants constructors that take everything
             raise TypeError(
                 f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
             )
-        return net_recipe(self._ours(), loss=self._loss, fresh=fresh)
+        self._checked_params()
+        module = UserModule(self.module)
+        module.check_arguments(module_arguments(self._module_arguments))
+        _check_criterion(self.criterion, self._loss)
+        optimizer, momentum = _optimizer(self.optimizer), self.optimizer__momentum
+        if momentum is not None and optimizer not in MOMENTUM:
+            raise InputError(
+                f"optimizer__momentum={momentum!r} is for {', '.join(MOMENTUM)}, and {optimizer!r} has none; "
+                "leave it out."
+            )
+        values = {
+            "lr": ("lr", self.lr),
+            "batch_size": ("batch_size", self.batch_size),
+            "optimizer": ("optimizer", optimizer),
+            "weight_decay": ("optimizer__weight_decay", self.optimizer__weight_decay),
+            "momentum": ("optimizer__momentum", momentum),
+        }
+        arguments = {name: check_value(name, value, name) for name, value in self._module_arguments.items()}
+        return Recipe(
+            kind="module",
+            config=engine_config(values, optimizer=optimizer) | arguments,
+            alpha=None,
+            epochs=whole_number("max_epochs", self.max_epochs),
+            seed=draw_seed(self.random_state, draw),
+            device=self.device,
+            module=cast(type[nn.Module], module),  # to the engine, what builds a module is its class
+        )
+
+
+def _optimizer(optimizer: Any) -> str:
+    """Return the engine's word of a word or of a class of torch.optim."""
+    if isinstance(optimizer, type) and optimizer in _OPTIMIZERS:
+        return _OPTIMIZERS[optimizer]
+    if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
+        return optimizer
+    name = optimizer.__name__ if isinstance(optimizer, type) else repr(optimizer)
+    raise InputError(
+        f"optimizer must be torch.optim.SGD, Adam or AdamW, or one of the words {', '.join(OPTIMIZERS)}, got {name}: "
+        "the update of all members at once is written for these."
+    )
+
+
+def _check_criterion(criterion: Any, loss: type[nn.Module]) -> None:
+    """Raise InputError unless the criterion is the loss, as a class or as an instance with default settings."""
+    if criterion is None or criterion is loss:
+        return
+    name = criterion.__name__ if isinstance(criterion, type) else repr(criterion)
+    if type(criterion) is not loss:
+        remedy = (
+            "it wants logits: leave out a softmax" if loss is nn.CrossEntropyLoss else "leave criterion out"
+        )
+        raise InputError(f"criterion must be torch.nn.{loss.__name__}, got {name}; {remedy}.")
+    if _settings(criterion) != _settings(loss()):
+        raise InputError(
+            f"criterion must be torch.nn.{loss.__name__} with its default settings, got {name} with "
+            f"{_settings(criterion)}; weigh rows with sample_weight."
+        )
+
+
+def _settings(criterion: nn.Module) -> dict[str, Any]:
+    """Return what a loss was built with; a tensor of class weights as a list."""
+    own = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
+    weight = getattr(criterion, "weight", None)
+    own["weight"] = weight.tolist() if isinstance(weight, torch.Tensor) else weight
+    own.pop("training")
+    return own
 
 
 _PARAMETERS = """

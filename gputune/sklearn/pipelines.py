@@ -9,7 +9,7 @@ from sklearn.base import clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_memory
 
-from gputune.sklearn.base import FusedEstimator, conductor
+from gputune.sklearn.base import FusedEstimator, fit_hook
 
 
 def last_step(estimator: Any) -> tuple[str, Any]:
@@ -32,14 +32,14 @@ def why_not_together(estimator: Any, space: Any) -> str | None:
         return None
     if type(estimator)._fit is not Pipeline._fit or type(estimator).fit is not Pipeline.fit:
         return f"{type(estimator).__name__} fits its steps in a way of its own"
-    given = space if isinstance(space, list) else [space]
-    searched = {key for each in given if isinstance(each, Mapping) for key in each}
+    dicts = space if isinstance(space, list) else [space]
+    searched = {key for each in dicts if isinstance(each, Mapping) for key in each}
     whole = searched & {prefix.removesuffix("__"), "steps", "memory"}
     return f"{sorted(whole)[0]!r} is searched, which changes more than a parameter" if whole else None
 
 
-class HandedMemory:
-    """The ``memory`` of a pipeline in a search, which is asked for every fitted transformer; elsewhere the user's."""
+class HookedMemory:
+    """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it is the user's."""
 
     def __init__(self, memory: Any) -> None:
         self.memory = memory
@@ -48,10 +48,10 @@ class HandedMemory:
         return repr(self.memory)
 
     def cache(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-        """Return the function that fits a transformer, as the search at work wants it."""
-        search = conductor.get()
-        if search is not None:
-            return functools.partial(search.transform, function)
+        """Return the function that fits a transformer, through the hook where there is one."""
+        hook = fit_hook.get()
+        if hook is not None:
+            return functools.partial(hook.transform, function)
         cached: Callable[..., Any] = check_memory(self.memory).cache(function, **options)
         return cached
 
@@ -59,25 +59,24 @@ class HandedMemory:
         return self
 
 
-def prepared(estimator: Any, device: str) -> Any:
-    """Return the estimator as a search lends it to scikit-learn; the user's own stays as it is."""
-    lent = estimator
+def with_hook(estimator: Any, device: str) -> Any:
+    """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it is."""
+    copied = estimator
     if isinstance(estimator, Pipeline):
-        lent = copy.copy(estimator)
-        lent.steps = list(estimator.steps)
-        lent.memory = HandedMemory(estimator.memory)
+        copied = copy.copy(estimator)
+        copied.steps = list(estimator.steps)
+        copied.memory = HookedMemory(estimator.memory)
     if device == "auto":
-        return lent
-    prefix, last = last_step(lent)
+        return copied
+    prefix, last = last_step(copied)
     on_device = clone(last).set_params(device=device)
     if not prefix:
         return on_device
-    lent.steps[-1] = (lent.steps[-1][0], on_device)
-    return lent
+    copied.steps[-1] = (copied.steps[-1][0], on_device)
+    return copied
 
 
-def returned(estimator: Any) -> Any:
-    """Return a refitted estimator with the user's own ``memory``."""
-    if isinstance(estimator, Pipeline) and isinstance(estimator.memory, HandedMemory):
+def without_hook(estimator: Any) -> None:
+    """Give a refitted estimator the user's own ``memory`` back."""
+    if isinstance(estimator, Pipeline) and isinstance(estimator.memory, HookedMemory):
         estimator.memory = estimator.memory.memory
-    return estimator

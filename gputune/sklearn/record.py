@@ -1,8 +1,9 @@
-"""What a search asks for: every candidate in every fold, heard from the estimators themselves without training any."""
+"""What a search fits: every candidate in every fold, recorded from the estimators themselves without training any."""
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import cloudpickle
@@ -12,39 +13,76 @@ from sklearn.base import clone
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
-from gputune.sklearn.base import FusedEstimator, check_rows
-from gputune.sklearn.dataset import Part
-from gputune.sklearn.held_out import held_out_part
-from gputune.sklearn.replay import Event, Fit, Transformation, conducting
+from gputune.sklearn.base import FusedEstimator, check_rows, using_hook
+from gputune.sklearn.dataset import Part, Rows, form
+from gputune.sklearn.pipelines import last_step
 
 Splits = Sequence[tuple[Any, Any]]
 
 
-def ask(
-    candidates: Sequence[Any],
-    X: Any,
-    y: Any,
-    splits: Splits,
-    fit_params: Mapping[str, Any],
-    *,
-    hearing: "Hearing",
-    within: Part | None = None,
-) -> list[Event]:
-    """Return what fitting every candidate in every fold takes, in the order of scikit-learn's loop.
+@dataclass(eq=False)
+class Fit:
+    """One fit of a search: candidate ``trial`` on the training rows of ``fold``, or the error where they are refused.
 
-    ``within`` are X and y as part of rows that other searches share; without it, they are checked here.
+    ``valid`` are the fold's validation rows, where the search differentiates its loss on them.
     """
-    within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
-    if within is None:
-        return hearing.listen(candidates, X, y, splits, fit_params)
-    parts, held_out = (
-        [Part(within.rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
-    )
-    return [
-        Fit(trial, fold, candidate, len(part.index), part, valid if hearing.held_out else None)
-        for trial, candidate in enumerate(candidates)
-        for fold, (part, valid) in enumerate(zip(parts, held_out))
-    ]
+
+    trial: int
+    fold: int
+    estimator: FusedEstimator
+    n_rows: int
+    train: Part | Exception
+    valid: Part | Exception | None = None
+    fitted: Any = None
+    """What training gave, or an exception; None before."""
+    rows: Rows | None = None
+    """Those of all fits that were made together."""
+
+    @property
+    def error(self) -> Exception | None:
+        """The exception that this fit raises, None where it succeeds."""
+        result = self.train if isinstance(self.train, Exception) else self.fitted
+        return result if isinstance(result, Exception) else None
+
+    def finish(self, estimator: FusedEstimator) -> None:
+        """Make the estimator a fitted one, or raise the exception of this fit."""
+        if self.error is not None:
+            # It may be raised in many fits, and none should show the way to the one before.
+            raise self.error.with_traceback(None)
+        assert self.rows is not None
+        estimator._become(self.fitted, self.rows)
+
+    def is_of(self, estimator: FusedEstimator, X: Any) -> bool:
+        """Say whether this is the fit that the estimator wants."""
+        alike = type(estimator) is type(self.estimator) and _num_samples(X) == self.n_rows
+        return alike and _plain_params(estimator) == _plain_params(self.estimator)
+
+
+@dataclass(frozen=True, eq=False)
+class Transformation:
+    """What fitting a transformer gave and transformed, or the exception that it raised."""
+
+    result: Any
+
+    def take(self) -> Any:
+        """Return what it gave, or raise its exception."""
+        if isinstance(self.result, Exception):
+            raise self.result.with_traceback(None)
+        return self.result
+
+
+Event = Fit | Transformation
+
+
+def _plain_params(estimator: FusedEstimator) -> dict[str, str]:
+    """Return the parameters that a copy of the estimator has in the same words."""
+    kinds = (bool, int, float, str, type(None))
+    return {n: repr(v) for n, v in estimator.get_params(deep=False).items() if isinstance(v, kinds)}
+
+
+def fits_of(events: Sequence[Event]) -> list[Fit]:
+    """Return the fits among the events."""
+    return [event for event in events if isinstance(event, Fit)]
 
 
 def shared_rows(candidate: Any, X: Any, y: Any, fit_params: Mapping[str, Any]) -> Part | None:
@@ -54,17 +92,12 @@ def shared_rows(candidate: Any, X: Any, y: Any, fit_params: Mapping[str, Any]) -
     """
     if not isinstance(candidate, FusedEstimator) or set(fit_params) - {"sample_weight"}:
         return None
-    found = _check(clone(candidate), X, y, fit_params.get("sample_weight"))
-    return None if isinstance(found, Exception) else found
+    part = _check(clone(candidate), X, y, fit_params.get("sample_weight"))
+    return None if isinstance(part, Exception) else part
 
 
-def _as_rows(train: Any) -> NDArray[np.int64]:
-    train = np.asarray(train)
-    return np.flatnonzero(train) if train.dtype == bool else train.astype(np.int64)
-
-
-class Hearing:
-    """Hears what fits ask for, without training; transformers are fitted as they come, unless they were before.
+class Recorder:
+    """Records fits, which train nothing meanwhile; transformers are fitted as they come, unless they were before.
 
     ``held_out``: each fit is given its fold's validation rows too.
     """
@@ -72,66 +105,89 @@ class Hearing:
     def __init__(self, *, held_out: bool = False) -> None:
         self.held_out = held_out
         self.events: list[Event] = []
-        self.at = (0, 0)  # trial and fold
+        self.place = (0, 0)  # trial and fold
+        # Each beside what its key has the ids of, so that nothing else gets them.
         self._parts: dict[Hashable, tuple[Part | Exception, Any]] = {}
         self._transformed: dict[Hashable, tuple[Transformation, Any]] = {}
-        self._held_out: dict[Hashable, Part | Exception] = {}
         self._folds: dict[Hashable, tuple[tuple[Any, Any, dict[str, Any]], Any]] = {}
+        self._valid: dict[Hashable, Part | Exception] = {}
 
-    def listen(
-        self, candidates: Sequence[Any], X: Any, y: Any, splits: Splits, fit_params: Mapping[str, Any]
+    def record(
+        self,
+        candidates: Sequence[Any],
+        X: Any,
+        y: Any,
+        splits: Splits,
+        fit_params: Mapping[str, Any],
+        within: Part | None = None,
     ) -> list[Event]:
-        """Call every fit of scikit-learn's loop and return what was heard."""
+        """Return what fitting every candidate in every fold takes, in the order of scikit-learn's loop.
+
+        ``within`` are X and y as part of rows that other searches share; without it, they are checked here.
+        """
+        within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
+        if within is not None:
+            return self._of_parts(candidates, splits, within)
         self.events = []
         for trial, candidate in enumerate(candidates):
             for fold, (train, test) in enumerate(splits):
-                self.at = (trial, fold)
+                self.place = (trial, fold)
                 rows = self._rows(candidate, X, y, train, fit_params)
-                # What fails here fails again where scikit-learn listens, in its loop.
-                with conducting(self), suppress(Exception):
+                # What fails here fails again where it is replayed, in scikit-learn's loop.
+                with using_hook(self), suppress(Exception):
                     fitted = _silent(clone(candidate))
                     _fit(fitted, *rows)
                     if self.held_out:  # only now are the steps those of this fold
                         self._hold_out(fitted, X, y, train, test)
         return self.events
 
+    def _of_parts(self, candidates: Sequence[Any], splits: Splits, within: Part) -> list[Event]:
+        trains, valids = (
+            [Part(within.rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
+        )
+        return [
+            Fit(trial, fold, candidate, len(train.index), train, valid if self.held_out else None)
+            for trial, candidate in enumerate(candidates)
+            for fold, (train, valid) in enumerate(zip(trains, valids))
+        ]
+
     def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
         """Note the fit; raises the error of rows that it refuses."""
-        given = (X, y, sample_weight)
-        key = (type(estimator), *map(id, given))
+        arguments = (X, y, sample_weight)
+        key = (type(estimator), *map(id, arguments))
         if key not in self._parts:
-            self._parts[key] = (_check(estimator, *given), given)  # kept, so that nothing else gets their ids
-        asked = self._parts[key][0]
-        n_rows = _num_samples(X) if isinstance(asked, Exception) else len(asked.index)
-        self.events.append(Fit(*self.at, estimator, n_rows, asked))
-        if isinstance(asked, Exception):
-            raise asked.with_traceback(None)
+            self._parts[key] = (_check(estimator, *arguments), arguments)
+        train = self._parts[key][0]
+        n_rows = _num_samples(X) if isinstance(train, Exception) else len(train.index)
+        self.events.append(Fit(*self.place, estimator, n_rows, train))
+        if isinstance(train, Exception):
+            raise train.with_traceback(None)
         return True
 
     def transform(
-        self, function: Callable[..., Any], transformer: Any, X: Any, y: Any, *given: Any, **named: Any
+        self, function: Callable[..., Any], transformer: Any, X: Any, y: Any, *args: Any, **options: Any
     ) -> Any:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
-        metadata = [value for routed in (named.get("params") or {}).values() for value in routed.values()]
+        metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
         key = (_content(transformer), id(X), id(y), *map(id, metadata))
         if key not in self._transformed:
-            call = functools.partial(function, transformer, X, y, *given, **named)
-            with conducting(None):
-                self._transformed[key] = (Transformation(_outcome(call)), (X, y, metadata))
-        done = self._transformed[key][0]
-        self.events.append(done)
-        return done.take()
+            call = functools.partial(function, transformer, X, y, *args, **options)
+            with using_hook(None):
+                self._transformed[key] = (Transformation(_result(call)), (X, y, metadata))
+        event = self._transformed[key][0]
+        self.events.append(event)
+        return event.take()
 
     def _hold_out(self, fitted: Any, X: Any, y: Any, train: Any, test: Any) -> None:
         """Give the fit that was just noted its validation rows: once for all candidates on the same training rows."""
         fit = self.events[-1]
-        assert isinstance(fit, Fit) and isinstance(fit.asked, Part)
-        key = (id(fit.asked), self.at[1])
-        if key not in self._held_out:
+        assert isinstance(fit, Fit) and isinstance(fit.train, Part)
+        key = (id(fit.train), self.place[1])
+        if key not in self._valid:
             rows = _safe_split(fitted, X, y, test, train)
-            with conducting(None):
-                self._held_out[key] = _outcome(functools.partial(held_out_part, fitted, fit.asked, *rows))
-        fit.held_out = self._held_out[key]
+            with using_hook(None):
+                self._valid[key] = _result(functools.partial(held_out_part, fitted, fit.train, *rows))
+        fit.valid = self._valid[key]
 
     def _rows(self, estimator: Any, X: Any, y: Any, train: Any, fit_params: Mapping[str, Any]) -> Any:
         """Return X, y and parameters of ``fit`` for some rows: the same objects whenever they are the same."""
@@ -141,6 +197,32 @@ class Hearing:
             rows = (*_safe_split(estimator, X, y, train), params)
             self._folds[key] = (rows, (X, y, fit_params))
         return self._folds[key][0]
+
+
+def held_out_part(fitted: Any, train: Part, X: Any, y: Any) -> Part:
+    """Return rows X (m, D) and y (m,) as validation rows beside ``train``, on which ``fitted`` was fitted.
+
+    ``fitted`` is an estimator, or a Pipeline whose transformers are fitted. The rows weigh one each. Raises what the
+    transformers and scikit-learn's checks raise, and ValueError where the columns are not those of the training rows.
+    """
+    prefix, last = last_step(fitted)
+    for _, step in fitted.steps[:-1] if prefix else ():
+        if step is not None and step != "passthrough":
+            X = step.transform(X)
+    rows = check_rows(clone(last), X, y)
+    weights = None if train.rows.weights is None else np.ones(len(rows.X))
+    rows = Rows(rows.X.astype(train.rows.X.dtype, copy=False), rows.y, weights, rows.classes, rows.names)
+    if form(rows) != form(train.rows):
+        raise ValueError(
+            f"the transformers gave validation rows of {rows.X.shape[1]} columns, named {rows.names}, after training "
+            f"rows of {train.rows.X.shape[1]} columns, named {train.rows.names}; let them give the same ones."
+        )
+    return Part(rows, np.arange(len(rows.X)))
+
+
+def _as_rows(mask_or_rows: Any) -> NDArray[np.int64]:
+    array = np.asarray(mask_or_rows)
+    return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
 
 
 def _fit(estimator: Any, X: Any, y: Any, params: Mapping[str, Any]) -> None:
@@ -157,14 +239,11 @@ def _silent(estimator: Any) -> Any:
 
 
 def _check(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> Part | Exception:
-    try:
-        rows = check_rows(estimator, X, y, sample_weight)
-    except Exception as error:
-        return error
-    return Part(rows, np.arange(len(rows.X)))
+    rows = _result(functools.partial(check_rows, estimator, X, y, sample_weight))
+    return rows if isinstance(rows, Exception) else Part(rows, np.arange(len(rows.X)))
 
 
-def _outcome(call: Callable[[], Any]) -> Any:
+def _result(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except Exception as error:

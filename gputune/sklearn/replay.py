@@ -1,177 +1,98 @@
-"""The fits of a search as a tape: first asked for, then trained together, then played while scikit-learn evaluates.
+"""One run of a search: its fits are recorded, trained together, and replayed while scikit-learn evaluates them.
 
 scikit-learn fits candidate after candidate, and of each one fold after the other. What its loop does is known before,
 so that every step of it finds what it would have made.
 """
 
+import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sklearn.utils.validation import _num_samples
+from joblib.parallel import get_active_backend
+from sklearn.base import clone, is_classifier
+from sklearn.model_selection import check_cv
 
-from gputune.sklearn.base import Conductor, Fits, FusedEstimator, conductor, fit_together
+from gputune.sklearn.base import FusedEstimator, fit_together, using_hook
 from gputune.sklearn.dataset import Part, lay_out
-from gputune.sklearn.words import Begun
+from gputune.sklearn.recipe import RungState
+from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of
 
-
-@dataclass(eq=False)
-class Fit:
-    """One fit that a search asks for: candidate ``trial`` in ``fold``; the error where its rows are refused.
-
-    ``held_out`` are the fold's validation rows, where the search differentiates its loss on them.
-    """
-
-    trial: int
-    fold: int
-    estimator: FusedEstimator
-    n_rows: int
-    asked: Part | Exception
-    held_out: Part | Exception | None = None
-    made: tuple[Fits, int, int] | None = None
-    """All fits made together, and which fold and trial this one is of them."""
-
-    def error(self) -> Exception | None:
-        """Return the exception that this fit raises, None where it succeeds."""
-        if isinstance(self.asked, Exception):
-            return self.asked
-        assert self.made is not None
-        fits, fold, trial = self.made
-        return fits.error(fold, trial)
-
-    def settle(self, estimator: FusedEstimator) -> None:
-        """Make the estimator a fitted one, or raise the exception of this fit."""
-        error = self.error()
-        if error is not None:
-            # It may be raised in many fits, and none should show the way to the one before.
-            raise error.with_traceback(None)
-        assert self.made is not None
-        fits, fold, trial = self.made
-        fits.settle(estimator, fold, trial)
-
-    def member(self) -> Any:
-        """Return what was made, an exception where it failed; None where its rows were refused."""
-        if self.made is None:
-            return None
-        fits, fold, trial = self.made
-        return fits.found[fold, trial]
-
-    def is_of(self, estimator: FusedEstimator, X: Any) -> bool:
-        """Say whether this is the fit that the estimator wants."""
-        alike = type(estimator) is type(self.estimator) and _num_samples(X) == self.n_rows
-        return alike and _plain(estimator) == _plain(self.estimator)
-
-
-@dataclass(frozen=True, eq=False)
-class Transformation:
-    """What fitting a transformer gave and transformed, or the exception that it raised."""
-
-    outcome: Any
-
-    def take(self) -> Any:
-        """Return what it gave, or raise its exception."""
-        if isinstance(self.outcome, Exception):
-            raise self.outcome.with_traceback(None)
-        return self.outcome
-
-
-Event = Fit | Transformation
-
-
-def _plain(estimator: FusedEstimator) -> dict[str, str]:
-    """Return the parameters that a copy of the estimator has in the same words."""
-    kinds = (bool, int, float, str, type(None))
-    return {n: repr(v) for n, v in estimator.get_params(deep=False).items() if isinstance(v, kinds)}
-
-
-@contextmanager
-def conducting(search: Conductor | None) -> Iterator[None]:
-    """Let a search hear of every fit inside; None: let estimators fit themselves."""
-    token = conductor.set(search)
-    try:
-        yield
-    finally:
-        conductor.reset(token)
+Candidates = Sequence[Mapping[str, Any]]
 
 
 def train(
-    fits: Sequence[Fit],
+    fits: Iterable[Fit],
     *,
     workers: int | None = 1,
     deadline: float | None = None,
-    begun: Sequence[Begun] | None = None,
+    states: Sequence[RungState] | None = None,
 ) -> None:
-    """Train all fits that were asked for, as many together as share their rows and their class.
+    """Train fits, as many together as share their rows and their class.
 
-    ``begun`` says for each trial where its training goes on from.
+    ``states`` say for each trial where its training goes on from.
     """
-    for trials in fits_alike([fit for fit in fits if isinstance(fit.asked, Part)]):
-        _train_group(trials, workers, deadline, begun)
+    for trials in group_fits(fit for fit in fits if isinstance(fit.train, Part)):
+        for layout in lay_out([fit.train for fit in trials[0] if isinstance(fit.train, Part)]):
+            members = [[trial[place] for place in layout.places] for trial in trials]
+            results = fit_together(
+                [trial[0].estimator for trial in members],
+                layout.rows,
+                layout.folds,
+                workers=workers,
+                deadline=deadline,
+                states=None if states is None else [_in_layout(states[t[0].trial], t) for t in members],
+            )
+            for c, trial in enumerate(members):
+                for f, fit in enumerate(trial):
+                    fit.fitted, fit.rows = results[f, c], layout.rows
 
 
-def fits_alike(fits: Iterable[Fit]) -> list[list[list[Fit]]]:
-    """Return groups of trials, each as its fits, that are of one class and wanted on the same rows."""
+def group_fits(fits: Iterable[Fit]) -> list[list[list[Fit]]]:
+    """Return groups of trials, each as its fits, that are of one class and train on the same rows."""
     by_trial: dict[int, list[Fit]] = defaultdict(list)
     for fit in fits:
         by_trial[fit.trial].append(fit)
-    groups: dict[Any, list[list[Fit]]] = defaultdict(list)
-    for own in by_trial.values():
-        groups[type(own[0].estimator), tuple((fit.fold, id(fit.asked)) for fit in own)].append(own)
+    groups: dict[Hashable, list[list[Fit]]] = defaultdict(list)
+    for trial in by_trial.values():
+        groups[type(trial[0].estimator), tuple((fit.fold, id(fit.train)) for fit in trial)].append(trial)
     return list(groups.values())
 
 
-def _train_group(
-    trials: Sequence[Sequence[Fit]],
-    workers: int | None,
-    deadline: float | None,
-    begun: Sequence[Begun] | None,
-) -> None:
-    """Train trials (C) that are wanted on the same rows (F)."""
-    parts = [fit.asked for fit in trials[0] if isinstance(fit.asked, Part)]
-    for layout in lay_out(parts):
-        wanted = [[own[place] for place in layout.places] for own in trials]
-        made = fit_together(
-            [own[0].estimator for own in wanted],
-            layout.rows,
-            layout.folds,
-            workers=workers,
-            deadline=deadline,
-            begun=None if begun is None else [_in_layout(begun[own[0].trial], own) for own in wanted],
-        )
-        for trial, own in enumerate(wanted):
-            for fold, fit in enumerate(own):
-                fit.made = (made, fold, trial)
+def _in_layout(state: RungState, fits: Sequence[Fit]) -> RungState:
+    """Return the state of a trial with its folds numbered as they are laid out."""
+    buffers = state.buffers
+    return replace(state, buffers={i: buffers[fit.fold] for i, fit in enumerate(fits)} if buffers else {})
 
 
-def _in_layout(begun: Begun, fits: Sequence[Fit]) -> Begun:
-    """Return where a trial is, with its folds numbered as they are laid out."""
-    states = begun.states
-    return replace(begun, states={i: states[fit.fold] for i, fit in enumerate(fits)} if states else {})
+def workers() -> int | None:
+    """Return 1 within a worker of joblib, whose neighbours have the other cores; None lets an estimate decide."""
+    return 1 if get_active_backend()[0].nesting_level else None
 
 
-class Playing:
+class Replay:
     """Hands each fit of scikit-learn's loop what was made for it. A fit that is no step of the loop fits itself."""
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
 
     def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
-        """Settle the estimator where it is its turn."""
+        """Finish the estimator where it is its turn."""
+        del y, sample_weight
         event = self.events[0] if self.events else None
         if not isinstance(event, Fit) or not event.is_of(estimator, X):
             return False
         self.events.popleft()
-        event.settle(estimator)
+        event.finish(estimator)
         return True
 
-    def transform(self, function: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    def transform(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Return what fitting a transformer gave where it is its turn, else fit it."""
         event = self.events[0] if self.events else None
         if not isinstance(event, Transformation):
-            with conducting(None):
-                return function(*given, **named)
+            with using_hook(None):
+                return function(*args, **options)
         self.events.popleft()
         return event.take()
 
@@ -183,3 +104,104 @@ class Playing:
                 "runs scikit-learn's loop elsewhere, or this release of scikit-learn has another loop. Leave the "
                 "backend (joblib.parallel_config), or use scikit-learn's own search."
             )
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedCandidates:
+    """Candidates that are trained in all ``splits``, with the events of scikit-learn's loop.
+
+    ``seconds`` is the share of the time that each fit has.
+    """
+
+    candidates: Candidates
+    splits: Splits
+    events: Sequence[Event]
+    seconds: float
+
+
+@dataclass(eq=False)
+class SearchRun:
+    """One call of a search's ``fit``. ``trained`` are candidates that were trained before, with other searches."""
+
+    estimator: Any
+    cv: Any
+    deadline: float | None = None
+    trained: TrainedCandidates | None = None
+    fit_params: Mapping[str, Any] = field(default_factory=dict)
+    split_params: Mapping[str, Any] = field(default_factory=dict)
+    recorder: Recorder = field(default_factory=Recorder)
+    seconds: list[float] = field(default_factory=list)
+    epochs: list[int] = field(default_factory=list)
+    """How long each candidate trained, in the order of their evaluation."""
+
+    def evaluate(
+        self,
+        evaluate_candidates: Callable[..., Any],
+        candidate_params: Iterable[Any],
+        cv: Any = None,
+        more_results: Any = None,
+        **context: Any,
+    ) -> dict[str, Any]:
+        """Do what scikit-learn's ``evaluate_candidates`` does, with fits that are made together."""
+        candidates = list(candidate_params) if self.trained is None else self.trained.candidates
+        replay = Replay()
+
+        def split(X: Any, y: Any, params: Mapping[str, Any]) -> Splits:
+            trained = self.trained or self._train_all(candidates, X, y, self.split(X, y, params, cv))
+            self._note(trained)
+            replay.events.extend(trained.events)
+            return trained.splits
+
+        with using_hook(replay):
+            results: dict[str, Any] = evaluate_candidates(
+                candidates, _Splitter(split), more_results=more_results, **context
+            )
+        replay.check_end()
+        results["mean_fit_time"][:] = self.seconds
+        results["std_fit_time"][:] = 0.0
+        return results
+
+    def split(self, X: Any, y: Any, params: Mapping[str, Any], cv: Any = None) -> Splits:
+        """Return the splits of ``cv``, the search's own where it is None."""
+        splitter = check_cv(self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator))
+        return list(splitter.split(X, y, **params))
+
+    def _train_all(self, candidates: Candidates, X: Any, y: Any, splits: Splits) -> TrainedCandidates:
+        begin = time.monotonic()
+        events = self.record(candidates, X, y, splits)
+        self.train(candidates, fits_of(events))
+        share = (time.monotonic() - begin) / max(1, len(candidates) * len(splits))
+        return TrainedCandidates(candidates, splits, events, share)
+
+    def record(
+        self, candidates: Candidates, X: Any, y: Any, splits: Splits, within: Part | None = None
+    ) -> list[Event]:
+        """Return what fitting the candidates takes; X and y may be ``within`` rows that other searches share.
+
+        Raises scikit-learn's ValueError for a parameter that the estimator has not.
+        """
+        estimators = [clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates]
+        return self.recorder.record(estimators, X, y, splits, self.fit_params, within)
+
+    def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
+        """Train the fits of candidates."""
+        del candidates
+        train(fits, workers=workers(), deadline=self.deadline)
+
+    def _note(self, trained: TrainedCandidates) -> None:
+        self.seconds += [trained.seconds] * len(trained.candidates)
+        epochs = [1] * len(trained.candidates)
+        for fit in fits_of(trained.events):
+            epochs[fit.trial] = max(epochs[fit.trial], getattr(fit.fitted, "epochs", 1))
+        self.epochs += epochs
+
+
+@dataclass(frozen=True)
+class _Splitter:
+    """What scikit-learn takes for a splitter: it splits once, and training comes before the splits are returned."""
+
+    once: Callable[[Any, Any, Mapping[str, Any]], Splits]
+
+    def split(self, X: Any, y: Any = None, **params: Any) -> Splits:
+        """Return the splits."""
+        return self.once(X, y, params)

@@ -15,11 +15,11 @@ from sklearn import model_selection
 from sklearn.utils._param_validation import Interval
 
 from gputune.search.space import translated
-from gputune.sklearn.pipelines import prepared, returned, why_not_together
-from gputune.sklearn.running import Run, Trained
-from gputune.sklearn.search_file import check_new, write_search
+from gputune.sklearn.pipelines import why_not_together, with_hook, without_hook
+from gputune.sklearn.replay import SearchRun, TrainedCandidates
+from gputune.sklearn.study_file import check_new, write_search
 
-current_run: ContextVar[Run | None] = ContextVar("current_run", default=None)
+current_run: ContextVar[SearchRun | None] = ContextVar("current_run", default=None)
 
 
 class FusedSearch:
@@ -34,46 +34,45 @@ class FusedSearch:
         ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
         the search. Raises what scikit-learn's search raises, and InputError for a ``study`` that exists.
         """
-        return self._fit_given(None, X, y, params)
+        return self._fit_trained(None, X, y, params)
 
-    def _fit_given(self: Any, given: Trained | None, X: Any, y: Any, params: Mapping[str, Any]) -> Any:
-        """Fit; candidates that were ``given`` trained are evaluated in place of those that the search would draw."""
+    def _fit_trained(
+        self: Any, trained: TrainedCandidates | None, X: Any, y: Any, params: Mapping[str, Any]
+    ) -> Any:
+        """Fit; candidates that were ``trained`` are evaluated in place of those that the search would draw."""
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
             check_new(self.study)
         reason = why_not_together(self.estimator, getattr(self, self._space_name))
         if reason is not None and not isinstance(self.estimator, type):  # which scikit-learn refuses
             self._leave_to_own_loop(reason)
-        with _lending(self, self._lent(together=reason is None)):
-            run = self._make_run(given, X, y) if reason is None else None
+        with _overriding(self, self._overrides(together=reason is None)):
+            run = self._make_run(trained, X, y) if reason is None else None
             with _running(run):
                 super().fit(X, y, **params)  # type: ignore[misc]  # scikit-learn's
         if hasattr(self, "best_estimator_"):
-            returned(self.best_estimator_)
+            without_hook(self.best_estimator_)
         if self.study is not None:
             write_search(self.study, self, None if run is None else run.epochs)
         return self
 
-    def _make_run(self: Any, given: Trained | None, X: Any, y: Any) -> Run:
+    def _make_run(self: Any, trained: TrainedCandidates | None, X: Any, y: Any) -> SearchRun:
         """Return the run of one fit on X and y, which are not checked yet."""
         del X, y
         timeout = self.timeout if isinstance(self.timeout, Real) else None
         deadline = None if timeout is None else time.monotonic() + float(timeout)
-        return Run(self.estimator, self.cv, deadline, given)
+        return SearchRun(self.estimator, self.cv, deadline, trained)
 
-    def _lent(self: Any, *, together: bool) -> dict[str, Any]:
+    def _overrides(self: Any, *, together: bool) -> dict[str, Any]:
         """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
-        lent = {self._space_name: translated(getattr(self, self._space_name))}
+        overrides = {self._space_name: translated(getattr(self, self._space_name))}
         if getattr(self, "pre_dispatch", "") is None:
-            lent["pre_dispatch"] = "2*n_jobs"
+            overrides["pre_dispatch"] = "2*n_jobs"
         if together:
-            lent |= {"estimator": prepared(self.estimator, self.device), "n_jobs": 1}
-            if (
-                isinstance(self.cv, Iterable)
-                and not hasattr(self.cv, "split")
-                and not isinstance(self.cv, str)
-            ):
-                lent["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
-        return lent
+            overrides |= {"estimator": with_hook(self.estimator, self.device), "n_jobs": 1}
+            is_splits = isinstance(self.cv, Iterable) and not isinstance(self.cv, str)
+            if is_splits and not hasattr(self.cv, "split"):
+                overrides["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
+        return overrides
 
     def _effective_scoring(self: Any) -> Any:
         """Return what candidates are scored by."""
@@ -81,8 +80,8 @@ class FusedSearch:
 
     def _leave_to_own_loop(self: Any, reason: str) -> None:
         """Warn that scikit-learn's loop takes over."""
-        unheard = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
-        without = f", and {' and '.join(unheard)} have no effect" if unheard else ""
+        idle = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
+        without = f", and {' and '.join(idle)} have no effect" if idle else ""
         warnings.warn(
             f"{type(self).__name__} cannot train these candidates together, because {reason}: scikit-learn's own "
             f"loop fits them one by one{without}.",
@@ -105,10 +104,10 @@ class FusedSearch:
 
 
 @contextmanager
-def _lending(search: Any, lent: Mapping[str, Any]) -> Iterator[None]:
+def _overriding(search: Any, overrides: Mapping[str, Any]) -> Iterator[None]:
     """Let a search have other parameters inside."""
-    own = {name: getattr(search, name) for name in lent}
-    vars(search).update(lent)
+    own = {name: getattr(search, name) for name in overrides}
+    vars(search).update(overrides)
     try:
         yield
     finally:
@@ -116,7 +115,7 @@ def _lending(search: Any, lent: Mapping[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _running(run: Run | None) -> Iterator[None]:
+def _running(run: SearchRun | None) -> Iterator[None]:
     token = current_run.set(run)
     try:
         yield
@@ -124,8 +123,7 @@ def _running(run: Run | None) -> Iterator[None]:
         current_run.reset(token)
 
 
-_CONSTRAINTS: dict[str, Any] = {
-    "pre_dispatch": [Integral, str, None],
+CONSTRAINTS: dict[str, Any] = {
     "device": [str],
     "study": [str, os.PathLike, None],
     "timeout": [Interval(Real, 0, None, closed="neither"), None],
@@ -159,7 +157,8 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     _space_name = "param_distributions"
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **model_selection.RandomizedSearchCV._parameter_constraints,
-        **_CONSTRAINTS,
+        **CONSTRAINTS,
+        "pre_dispatch": [Integral, str, None],
     }
 
     def __init__(
@@ -211,7 +210,8 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     _space_name = "param_grid"
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **model_selection.GridSearchCV._parameter_constraints,
-        **_CONSTRAINTS,
+        **CONSTRAINTS,
+        "pre_dispatch": [Integral, str, None],
     }
 
     def __init__(

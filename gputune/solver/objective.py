@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-STRONGEST = (
-    1e150  # penalty, in units of the mean loss, whose square is still a number: under it no weight moves
-)
+STRONGEST = 1e150  # penalty over the mean loss whose square is still a number: under it no weight moves
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,11 @@ class Rows:
     def single(self) -> "Rows":
         """The rows with the coarse design in the place of the other."""
         return replace(self, design=self.coarse)
+
+    def scaled(self, scale: Tensor) -> "Rows":
+        """The rows of inputs that were divided by ``scale`` (D,), their weights penalised as if they had not been."""
+        whole = functional.pad(scale, (0, len(self.penalised) - len(scale)), value=1.0)
+        return replace(self, penalised=self.penalised / whole)
 
     @property
     def outputs(self) -> int:
@@ -62,30 +65,20 @@ class Point:
 
 
 def rows_of(
-    x: Tensor,
-    codes: Tensor,
-    share: Tensor,
-    classes: int,
-    *,
-    intercept: bool,
-    rotate: bool,
-    scale: Tensor | None = None,
+    x: Tensor, codes: Tensor, share: Tensor, classes: int, *, intercept: bool, rotate: bool = False
 ) -> Rows:
     """The rows of inputs (n, D), centred where there is an intercept, with shares (n,) > 0 that sum to one.
 
     ``rotate`` takes the columns along the principal axes of the rows (no more than there are rows), on which the
     curvature is nearly diagonal; a ridge does not see the rotation, a lasso does. ``classes`` is 1 for sigmoid.
-    ``scale`` (D,) is what the inputs were divided by (1 if not given); weights are penalised as if they had not been.
     """
-    truth = (
-        codes[None] == torch.arange(classes, device=x.device)[:, None] if classes > 1 else codes[None] == 1
-    )
+    classes_of_outputs = torch.arange(classes, device=x.device) if classes > 1 else codes.new_ones(1)
     unit = (share @ x**2).sqrt()
     basis = None
     if rotate:
         basis = _principal_axes(x * share.sqrt()[:, None])
         x = x @ basis.T
-    penalised = x.new_ones(x.shape[1]) if rotate or scale is None else 1 / scale
+    penalised = x.new_ones(x.shape[1])
     if intercept:
         one = x.new_ones(1)
         x = torch.cat([x, one.expand(len(x), 1)], 1)
@@ -99,7 +92,7 @@ def rows_of(
         squares=design**2,
         root=share.sqrt(),
         codes=codes,
-        truth=truth.to(x.dtype),
+        truth=(codes == classes_of_outputs[:, None]).to(x.dtype),
         penalised=penalised,
         unit=unit.where(unit > 0, 1),
         basis=basis,
@@ -172,7 +165,7 @@ def steepest(point: Point) -> Tensor:
 
 
 def violation(rows: Rows, point: Point) -> Tensor:
-    """How far each member is from optimal, (m,): see ``exact.Solution.residual``."""
+    """How far each member is from optimal, (m,): see ``Solution.residual``."""
     slopes = steepest(point)
     slopes = slopes if rows.basis is None else slopes @ rows.basis
     return (slopes.abs() / rows.unit).amax((1, 2)) / point.error.clamp_min(torch.finfo(slopes.dtype).tiny)

@@ -1,16 +1,25 @@
-"""The logistic regression solved to convergence for every (C, l1_ratio, fold) at once, in float64."""
+"""The logistic regression solved to convergence for every (C, l1_ratio, fold) at once, in float64; and scored once."""
 
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
+import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from gputune.data.dataset import Dataset
+from gputune.engine.job import Outcome
+from gputune.engine.scoring import Scoring
 from gputune.errors import InputError
+from gputune.models import LogisticRegression
 from gputune.solver.newton import newton_step, proximal_newton_step
 from gputune.solver.objective import Point, Rows, objective, origin, rows_of, violation
+from gputune.types import Config
 
 CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
@@ -39,49 +48,53 @@ class Solution:
     converged: Tensor  # (P,) bool
 
 
-def solve(
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor,
-    *,
-    C: Tensor,
-    l1_ratio: Tensor,
-    n_classes: int,
-    fit_intercept: bool = True,
-    tolerance: float = 1e-10,
-    max_steps: int = 100,
-    present: Tensor | None = None,
-) -> Solution:
-    """Minimise ``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1`` for every fold and C.
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``, to be minimised for every fold and C.
 
-    x (F, n, D) float64, one preprocessed copy a fold; y (n,) class codes; weights (F, n) >= 0, 0 for a row that
-    is no training row of the fold; C (C,) > 0, inf for no penalty; l1_ratio (C,) in [0, 1]. ``present`` (F, K)
-    says which classes have a training row; one whose rows all weigh 0 is absent as well. An absent class gets
-    coefficients 0 and intercept -inf, the others are solved without it; where only one of two classes is present,
-    the sigmoid's intercept is inf or -inf. A fold with inputs that are not finite gets NaN.
-
-    A member that has not reached ``tolerance`` after ``max_steps``, or that float64 lets come no nearer, has
-    ``converged`` false and the finite coefficients that it reached. Raises InputError where an argument breaks
-    these rules. Objective: sklearn.linear_model.LogisticRegression's.
+    A class that has no row with a weight above zero in a fold is absent: it gets coefficients 0 and intercept -inf, the
+    others are solved without it; where only one of two classes is present, the sigmoid's intercept is inf or -inf.
+    A fold with inputs that are not finite gets NaN. Objective: sklearn.linear_model.LogisticRegression's.
     """
-    _check(x, y, weights, C, l1_ratio, n_classes)
-    occurs = torch.stack([torch.bincount(y[w > 0], minlength=n_classes) > 0 for w in weights])
-    if present is not None and bool((occurs & ~present).any()):
-        raise InputError("solve needs present=True for every class with a weight above zero in the fold.")
+
+    x: Tensor  # (F, n, D) float64, one preprocessed copy a fold
+    y: Tensor  # (n,) class codes
+    weights: Tensor  # (F, n) >= 0, 0 for a row that is no training row of the fold
+    C: Tensor  # (C,) > 0, inf for no penalty
+    l1_ratio: Tensor  # (C,) in [0, 1]
+    n_classes: int
+    fit_intercept: bool = True
+    tolerance: float = 1e-10
+    max_steps: int = 100
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a C or l1_ratio out of range."""
+        if self.C.shape != self.l1_ratio.shape or self.C.ndim != 1 or not bool((self.C > 0).all()):
+            raise InputError(
+                f"solve needs C > 0, one for each l1_ratio (inf = no penalty), got C={self.C.tolist()}."
+            )
+        if not bool(((self.l1_ratio >= 0) & (self.l1_ratio <= 1)).all()):
+            raise InputError(f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {self.l1_ratio.tolist()}.")
+
+
+def solve(problem: Problem) -> Solution:
+    """Solve a problem for every fold and C.
+
+    A member that has not reached the tolerance after ``max_steps``, or that float64 lets come no nearer, has
+    ``converged`` false and the finite coefficients that it reached.
+    """
     parts, jobs = [], []
-    for f, classes in enumerate(occurs):
-        keep = weights[f] > 0
-        parts.append(_nothing_learned(classes, len(C), x[f]))
-        if not x[f, keep].isfinite().all():
+    for x, weights in zip(problem.x, problem.weights):
+        keep = weights > 0
+        classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
+        parts.append(_nothing_learned(classes, len(problem.C), x))
+        if not x[keep].isfinite().all():
             parts[-1].coef.fill_(torch.nan)
             parts[-1].converged.fill_(False)
         elif int(classes.sum()) > 1:
-            fold = x[f, keep], y[keep], weights[f, keep], classes
-            jobs += _jobs(parts[-1], *fold, C, l1_ratio, fit_intercept, tolerance, max_steps)
-    _run(jobs, x.device)
-    return Solution(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in Solution.__dataclass_fields__)
-    )
+            jobs += _jobs(parts[-1], problem, x, weights, classes)
+    _run(jobs, problem.x.device)
+    return Solution(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Solution)))
 
 
 def _run(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
@@ -99,33 +112,26 @@ def _run(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
 
 
 def _jobs(
-    solution: Solution,
-    x: Tensor,
-    y: Tensor,
-    weights: Tensor,
-    classes: Tensor,
-    C: Tensor,
-    l1_ratio: Tensor,
-    fit_intercept: bool,
-    tolerance: float,
-    max_steps: int,
+    solution: Solution, problem: Problem, x: Tensor, weights: Tensor, classes: Tensor
 ) -> list[Callable[[], None]]:
     """Return what solves all C of one fold on its own rows, chunk by chunk, and writes its part of ``solution``.
 
     ``classes`` (K,) says which occur, two at least.
     """
+    keep, C = weights > 0, problem.C
+    x, codes = x[keep], (classes.cumsum(0) - 1)[problem.y[keep]]
     kept = torch.arange(1, device=x.device) if len(classes) == 2 else classes.nonzero()[:, 0]
-    codes = (classes.cumsum(0) - 1)[y]
-    total = weights.sum()
-    share = weights / total
+    total = weights[keep].sum()
+    share = weights[keep] / total
     huge = bool(x.abs().amax() > HUGE)
     scale = _scale(x) if huge else torch.ones_like(x[0])
-    x, center = _centred(x / scale, share) if fit_intercept else (x / scale, torch.zeros_like(x[0]))
+    x = x / scale
+    x, center = _centred(x, share) if problem.fit_intercept else (x, torch.zeros_like(x[0]))
     most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
-    lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (l1_ratio, 1 - l1_ratio))
+    lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio))
 
     def solve_chunk(rows: Rows, step: Step, members: Tensor) -> None:
-        descent = descend(rows, step, ridge[members], lasso[members], tolerance, max_steps)
+        descent = descend(rows, step, ridge[members], lasso[members], problem.tolerance, problem.max_steps)
         weight = descent.weight if rows.basis is None else descent.weight @ rows.basis
         if rows.basis is not None and len(kept) > 1:
             # Exactly so at the optimum; without a penalty softmax leaves it open.
@@ -138,7 +144,8 @@ def _jobs(
     for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
         if which.any():
             rotate = step is newton_step and not huge  # a ridge is not the same in all units
-            rows = rows_of(x, codes, share, len(kept), intercept=fit_intercept, rotate=rotate, scale=scale)
+            rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
+            rows = rows.scaled(scale) if huge else rows
             jobs += [partial(solve_chunk, rows, step, members) for members in _chunks(which, C, rows)]
     return jobs
 
@@ -241,27 +248,76 @@ def _calm(old: Point, new: Point) -> Tensor:
     return held | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
 
 
-def _check(x: Tensor, y: Tensor, weights: Tensor, C: Tensor, l1_ratio: Tensor, n_classes: int) -> None:
-    """Raise InputError where an argument of ``solve`` breaks its rules."""
-    if x.dtype != torch.float64 or weights.dtype != torch.float64:
-        raise InputError(
-            f"solve needs float64 x and weights, got {x.dtype} and {weights.dtype}; use .double()."
+def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring) -> Outcome:
+    """Solve the trials ``index`` of ``configs`` in all folds and score them: curves (C, 1, F)."""
+    begin = time.monotonic()
+    part = [configs[i] for i in index]
+    solution = solve_all(data, part)
+    curves = score_solution(data, len(part), solution, scoring)
+    return Outcome(tuple(index), curves, 1, time.monotonic() - begin)
+
+
+def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scoring) -> np.ndarray:
+    """Return the curves (C, 1, F) of so many trials on the validation rows of each fold."""
+    coef, intercept = as_softmax(solution)
+    scores = []
+    for f, fold in enumerate(data.folds):
+        members = slice(f * trials, (f + 1) * trials)
+        x = data.x[data.copies[f], fold.valid]
+        outputs = torch.baddbmm(intercept[members, None], x.expand(trials, -1, -1), coef[members].mT)
+        scores.append(scoring(data, f, outputs, partial(_member, solution, f * trials)))
+    curves: np.ndarray = torch.stack(scores, 1).cpu().numpy()[:, None]
+    return curves
+
+
+def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:
+    return solved_module(solution, first + trial)
+
+
+def solve_all(data: Dataset, configs: Sequence[Config]) -> Solution:
+    """Solve C configurations in F folds, members fold-major; warns of those that did not converge."""
+    solution = solve(problem_of(data, configs))
+    _warn_of_unsolved(solution, configs)
+    return solution
+
+
+def problem_of(data: Dataset, configs: Sequence[Config]) -> Problem:
+    """Return what C configurations (``C``, ``l1_ratio``) minimise in F folds of float64 data."""
+    weights = torch.zeros(data.n_folds, data.n_rows, dtype=torch.float64, device=data.device)
+    for f, fold in enumerate(data.folds):
+        weights[f, fold.train] = 1.0 if data.weights is None else data.weights[f, fold.train].double()
+    C, l1_ratio = weights.new_tensor([[float(c["C"]), float(c["l1_ratio"])] for c in configs]).T
+    x = torch.stack([data.x[copy] for copy in data.copies])
+    return Problem(x, data.y, weights, C, l1_ratio, n_classes=data.n_outputs)
+
+
+def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:
+    """Return coefficients (P, K, D) and intercepts (P, K) of a softmax; two classes get zeros for the first."""
+    coef, intercept = solution.coef, solution.intercept
+    if coef.shape[1] > 1:
+        return coef, intercept
+    # A fold with rows of the second class alone has intercept inf: the first class takes no part.
+    alone = intercept.isposinf()
+    first = torch.zeros_like(intercept).masked_fill(alone, -torch.inf)
+    second = intercept.masked_fill(alone, 0)
+    return torch.cat([torch.zeros_like(coef), coef], 1), torch.cat([first, second], 1)
+
+
+def solved_module(solution: Solution, member: int) -> LogisticRegression:
+    """Return one member as a plain module, float64, on the CPU."""
+    coef, intercept = (part[member].cpu() for part in as_softmax(solution))
+    module = LogisticRegression(coef.shape[1], coef.shape[0]).double()
+    module.layers[0].load_state_dict({"weight": coef, "bias": intercept})
+    return module.eval()
+
+
+def _warn_of_unsolved(solution: Solution, configs: Sequence[Config]) -> None:
+    unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
+    if unsolved.any():
+        values = sorted({configs[int(c)]["C"] for c in np.flatnonzero(unsolved.any(0))})
+        warnings.warn(
+            f"the logistic regression did not converge in {int(unsolved.sum())} of {unsolved.size} fits, for C = "
+            f"{', '.join(f'{v:.3g}' for v in values[:5])}; a smaller C, or scaled inputs, converge.",
+            ConvergenceWarning,
+            stacklevel=2,
         )
-    if x.ndim != 3 or x.shape[:2] != weights.shape or x.shape[1:2] != y.shape:
-        raise InputError(
-            "solve needs x (folds, rows, inputs), weights (folds, rows) and y (rows,), "
-            f"got {tuple(x.shape)}, {tuple(weights.shape)} and {tuple(y.shape)}."
-        )
-    if n_classes < 2 or int(y.min()) < 0 or int(y.max()) >= n_classes:
-        raise InputError(
-            f"solve needs class codes y in 0 .. n_classes - 1 and n_classes >= 2, "
-            f"got codes {int(y.min())} .. {int(y.max())} and {n_classes=}."
-        )
-    if not bool((weights >= 0).all() & (weights > 0).any(1).all()):
-        raise InputError(
-            "solve needs weights >= 0 with one above zero in every fold: is a fold without rows?"
-        )
-    if C.shape != l1_ratio.shape or C.ndim != 1 or not bool((C > 0).all()):
-        raise InputError(f"solve needs C > 0, one for each l1_ratio (inf = no penalty), got C={C.tolist()}.")
-    if not bool(((l1_ratio >= 0) & (l1_ratio <= 1)).all()):
-        raise InputError(f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {l1_ratio.tolist()}.")

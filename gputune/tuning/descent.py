@@ -1,8 +1,9 @@
 """The search by hypergradients at work: all starts descend at once, and every point on the way is a trial."""
 
 import time
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -11,15 +12,14 @@ from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
 from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import hyperparameters_of
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
-from gputune.hypergradients.coordinates import has_coordinate
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
 from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.search.distributions import range_of
 from gputune.search.space import Space
-from gputune.solver.job import score_solution
+from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
@@ -68,19 +68,58 @@ def check_descent(
         _plan(list(configs.values()), "exact", context)
 
 
+class DescentPoints(Protocol):
+    """What the points of a descent are to a face: trials of a study, or candidates of a search of scikit-learn's."""
+
+    measures_again: ClassVar[bool]
+    """Whether a start that noise keeps in its place is measured there again; else that is a point of its own."""
+
+    def measure(self, starts: Mapping[int, Descent], step: int) -> Mapping[int, Slope]:
+        """Return the slope where each start stands, by number; one that is missing has come to its last point."""
+
+    def add(self, starts: Mapping[int, Descent], step: int) -> None:
+        """Take over the points to which starts have moved."""
+
+
+def run_descent(starts: Mapping[int, Descent], points: DescentPoints, outer_steps: int) -> None:
+    """Let every start descend, outer step by outer step."""
+    for step in range(outer_steps + 1):
+        slopes = points.measure(starts, step)
+        if step == outer_steps:
+            return
+        stayed = {number for number, slope in slopes.items() if not _move(starts[number], slope)}
+        going = set(slopes)
+        if points.measures_again:
+            noisy = {number: starts[number] for number in stayed if not starts[number].ended}
+            again = points.measure(noisy, step)
+            for number, slope in again.items():
+                starts[number].move(slope)
+            going -= noisy.keys() - again.keys()
+        starts = {number: start for number, start in starts.items() if number in going and not start.ended}
+        points.add(starts, step + 1)
+        if not starts:
+            return
+
+
+def _move(start: Descent, slope: Slope) -> bool:
+    """Move a start by its slope, and say whether it is at another point now."""
+    before = dict(start.config)
+    start.move(slope)
+    return start.config != before
+
+
 def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Context) -> None:
-    """Let every start of the ledger descend, outer step by outer step; finished points are kept at once.
+    """Let every start of the ledger descend; finished points are kept at once.
 
     Points that the ledger has already are not trained again, so that a search goes on where it was stopped.
     """
     names = searched_names(method, context.choice)
-    starts = [c for c in ledger.candidates if isinstance(c.origin, str)]
-    configs = {c.number: _complete(c.params, context) for c in starts}
+    starts = {c.number: c for c in ledger.candidates if isinstance(c.origin, str)}
     ranges = {name: range_of(space, (name,)) for name in names}
     bounds = {name: ends for name, ends in ranges.items() if ends is not None}
-    paths = {number: Descent(method, names, config, bounds) for number, config in configs.items()}
-    known = {c.origin: c for c in ledger.candidates}
-    points = {c.number: c for c in starts}  # of each start that still descends, where it stands
+    paths = {
+        number: Descent(method, names, _complete(c.params, context), bounds) for number, c in starts.items()
+    }
     outer = method.outer_steps
     most, plural = len(starts) * (outer + 1), "" if len(starts) == 1 else "s"
     context.progress.say(
@@ -88,18 +127,53 @@ def descend(ledger: Ledger, space: Space, method: Hypergradient, context: Contex
         "at most, each in all folds and with derivatives; fewer with a smaller n_trials"
     )
     with context.progress.bar_over(most - len(ledger.results), context.epochs):
-        for step in range(outer + 1):
-            _evaluate_all(ledger, points, paths, step, context)
-            before = len(points)
-            points = _moved(ledger, points, paths, known, step + 1) if step < outer else {}
-            ended = (before - len(points)) * (outer - step)
-            context.progress.spare(ended * context.epochs, trials=ended)
-            if not points or context.is_over():
-                return
+        run_descent(paths, _Trials(ledger, context, outer, starts), outer)
+
+
+@dataclass(eq=False)
+class _Trials:
+    """The points of a descent as trials: ``points`` has the one where each start stands that still descends."""
+
+    ledger: Ledger
+    context: Context
+    outer_steps: int
+    points: dict[int, Candidate]
+    measures_again: ClassVar[bool] = False
+
+    def measure(self, starts: Mapping[int, Descent], step: int) -> dict[int, Slope]:
+        """Evaluate the points that have no result yet; one that was cut short, or given up, has no slope."""
+        if step > 0 and self.context.is_over():
+            return {}
+        _evaluate_all(self.ledger, self.points, starts, step, self.context)
+        results = ((number, self.ledger.results.get(self.points[number].number)) for number in starts)
+        return {
+            number: Slope.from_detail(result.detail)
+            for number, result in results
+            if result is not None and "slope" in result.detail
+        }
+
+    def add(self, starts: Mapping[int, Descent], step: int) -> None:
+        """Make each point a trial of the ledger, unless it is one."""
+        known = {c.origin: c for c in self.ledger.candidates}
+        number = 1 + max(candidate.number for candidate in self.ledger.candidates)
+        points: dict[int, Candidate] = {}
+        new: list[Candidate] = []
+        for start, path in starts.items():
+            candidate = known.get((start, step))
+            if candidate is None:
+                params = {**self.points[start].params, **{name: path.config[name] for name in path.names}}
+                candidate = Candidate(number + len(new), params, (start, step))
+                new.append(candidate)
+            path.config |= candidate.params
+            points[start] = candidate
+        self.ledger.add(new)
+        ended = (len(self.points) - len(points)) * (self.outer_steps + 1 - step)
+        self.context.progress.spare(ended * self.context.epochs, trials=ended)
+        self.points = points
 
 
 def _evaluate_all(
-    ledger: Ledger, points: dict[int, Candidate], paths: dict[int, Descent], step: int, context: Context
+    ledger: Ledger, points: Mapping[int, Candidate], paths: Mapping[int, Descent], step: int, context: Context
 ) -> None:
     """Evaluate the points that have no result yet: those with exact slopes together, then the others."""
     for mode in ("exact", "differences"):
@@ -112,35 +186,6 @@ def _evaluate_all(
             _solve(ledger, waiting, context)
         elif waiting:
             _train(ledger, waiting, mode, step, context)
-
-
-def _moved(
-    ledger: Ledger,
-    points: dict[int, Candidate],
-    paths: dict[int, Descent],
-    known: dict[str | tuple[int, int], Candidate],
-    step: int,
-) -> dict[int, Candidate]:
-    """Return the next points of the starts that go on, each a trial of the ledger."""
-    following: dict[int, Candidate] = {}
-    new: list[Candidate] = []
-    number = 1 + max(candidate.number for candidate in ledger.candidates)
-    for start, point in points.items():
-        result, path = ledger.results.get(point.number), paths[start]
-        if result is None or "slope" not in result.detail:  # it was cut short, or given up
-            continue
-        path.move(Slope.from_detail(result.detail))
-        if path.ended:
-            continue
-        candidate = known.get((start, step))
-        if candidate is None:
-            params = {**point.params, **{name: path.config[name] for name in path.names}}
-            candidate = Candidate(number + len(new), params, (start, step))
-            new.append(candidate)
-        path.config |= candidate.params
-        following[start] = candidate
-    ledger.add(new)
-    return following
 
 
 def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:

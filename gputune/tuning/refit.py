@@ -16,7 +16,7 @@ from gputune.engine.population import complete, module_arguments
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.search.descent import Hypergradient
-from gputune.solver.job import solve_all, solved_module
+from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.record import PARTS, SearchRecord, lost_option

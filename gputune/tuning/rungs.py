@@ -19,7 +19,7 @@ from gputune.engine.population import Population
 from gputune.engine.rung import Parking, RungJob, RungOutcome
 from gputune.engine.train import State
 from gputune.errors import InputError
-from gputune.hypergradients.memory import free_bytes
+from gputune.hypergradients.first_step import free_bytes
 from gputune.search.stopping import Halving, Median, below_the_median, survivors
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from gputune.hypergradients.coordinates import from_coordinate, speed, to_coordinate
-from gputune.hypergradients.differences import default_width, differences
-from gputune.hypergradients.inner import HYPERPARAMETERS
+from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
+from gputune.hypergradients.forward import forward
+from gputune.hypergradients.inner import HYPERPARAMETERS, InnerProblem
 from gputune.hypergradients.result import chaotic
-from gputune.hypergradients.unrolled import forward, reverse, train_plainly
+from gputune.hypergradients.reverse import default_width, differences, reverse
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tables_of
 
 
@@ -17,8 +17,8 @@ from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tab
 def test_they_equal_reverse_mode(optimizer):
     training, tables = StackedNets(20, widths=(6, 3, 4), seeds=(0, 1, 2)), tables_of(optimizer, 3, segments=2)
     width = default_width(torch.float64)
-    found = differences(training, rule_of(optimizer), tables, OF[optimizer], width=width)
-    exact = reverse(training, rule_of(optimizer), tables, OF[optimizer])
+    found = differences(InnerProblem(training, rule_of(optimizer), tables), OF[optimizer], width=width)
+    exact = reverse(InnerProblem(training, rule_of(optimizer), tables), OF[optimizer])
     for name in OF[optimizer]:
         distance = (found.gradients[name] - exact.gradients[name]).abs().flatten(1).amax(1)
         assert (distance <= 1e-6 * exact.gradients[name].abs().flatten(1).amax(1)).all(), name
@@ -29,25 +29,32 @@ def test_they_equal_reverse_mode(optimizer):
 def test_the_ratio_is_the_tangent_ratio_after_the_last_step():
     training, tables = StackedNets(20, widths=(6, 3)), tables_of("sgd", 2)
     tables["lr"] = tables["lr"][:, :, :1]
-    found = differences(training, "sgd", tables, ("lr",), width=1e-5)
+    found = differences(InnerProblem(training, "sgd", tables), ("lr",), width=1e-5)
     # Plain gradient descent that is calm: the tangent grows to the end, so the largest ratio is the last.
     torch.testing.assert_close(
-        found.ratio, forward(training, "sgd", tables, ("lr",)).ratio, rtol=1e-6, atol=0
+        found.ratio, forward(InnerProblem(training, "sgd", tables), ("lr",)).ratio, rtol=1e-6, atol=0
     )
 
 
 def test_only_the_training_at_the_values_themselves_is_watched():
     training, tables, seen = StackedNets(4), tables_of("sgd"), []
-    differences(training, "sgd", tables, ("lr",), width=0.1, watch=lambda step, w: seen.append((step, w)))
+    differences(
+        InnerProblem(training, "sgd", tables),
+        ("lr",),
+        width=0.1,
+        watch=lambda step, w: seen.append((step, w)),
+    )
     assert [step for step, _ in seen] == [1, 2, 3, 4]
-    assert torch.equal(seen[-1][1], train_plainly(training, "sgd", tables))
+    assert torch.equal(seen[-1][1], InnerProblem(training, "sgd", tables).train())
 
 
 def test_a_member_that_diverges_leaves_the_others_bit_for_bit():
     training, calm = StackedNets(6, widths=(6, 6, 6)), tables_of("adamw", 3, segments=2)
     wild = {name: table.clone() for name, table in calm.items()}
     wild["lr"][1] = wild["weight_decay"][1] = 1e200
-    before, after = (differences(training, "adamw", t, OF["adamw"], width=0.1) for t in (calm, wild))
+    before, after = (
+        differences(InnerProblem(training, "adamw", t), OF["adamw"], width=0.1) for t in (calm, wild)
+    )
     assert chaotic(after.ratio).tolist() == [False, True, False]
     for name in OF["adamw"]:
         assert torch.equal(before.gradients[name][[0, 2]], after.gradients[name][[0, 2]])
@@ -58,7 +65,9 @@ def test_a_wide_step_sees_over_the_edge_of_stability():
     a, w0 = torch.tensor([1.0]).double(), torch.tensor([1.0]).double()
     tables = {name: 0 * table for name, table in tables_of("sgd").items()}
     tables["lr"] = torch.tensor([[[1.95]]]).double()
-    narrow, wide = (differences(Quadratics(a, w0, 50), "sgd", tables, ("lr",), width=h) for h in (1e-6, 0.2))
+    narrow, wide = (
+        differences(InnerProblem(Quadratics(a, w0, 50), "sgd", tables), ("lr",), width=h) for h in (1e-6, 0.2)
+    )
     assert 0 < narrow.gradients["lr"] < wide.gradients["lr"] < math.inf
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gputune.hypergradients.dual import Dual
+from gputune.hypergradients.forward import Dual
 
 P, N, D = 3, 4, 2
 COLUMN = torch.tensor([[0.5], [2.0], [3.0]], dtype=torch.float64)

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import default_tables
+from gputune.hypergradients.first_step import measure
 from gputune.hypergradients.hypergradient import hypergradient
-from gputune.hypergradients.memory import measure
+from gputune.hypergradients.inner import InnerProblem
 from gputune.hypergradients.module_training import ModuleTraining
 from gputune.hypergradients.result import CHAOTIC
 from inner_problems import OF, OPTIMIZERS
@@ -555,7 +556,7 @@ def test_auto_takes_the_fastest_mode_that_fits():
     given = data(steps)
     training = ModuleTraining(network(), cross_entropy, *given, seed=0)
     tables = {**default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
-    need = measure(training, "sgd", tables)
+    need = measure(InnerProblem(training, "sgd", tables))
 
     def chosen(memory, values=values):
         result = run(network(), given=given, hyperparameters=values, memory=memory)

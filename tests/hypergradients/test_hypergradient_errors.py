@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from gputune.errors import InputError
 from gputune.hypergradients import hypergradient as hypergradient_file
+from gputune.hypergradients.first_step import Need
 from gputune.hypergradients.hypergradient import hypergradient
-from gputune.hypergradients.memory import Need
 
 EXACT = ("reverse", "forward", "auto")
 

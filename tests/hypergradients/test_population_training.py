@@ -9,8 +9,10 @@ from torch import nn
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.module import StackedModule
 from gputune.engine.train import train
-from gputune.hypergradients.population_training import PopulationTraining
-from gputune.hypergradients.unrolled import forward, reverse, train_plainly
+from gputune.hypergradients.chunk import PopulationTraining
+from gputune.hypergradients.forward import forward
+from gputune.hypergradients.inner import InnerProblem
+from gputune.hypergradients.reverse import reverse
 from problems import fill, largest_difference, make_data, shape_of, train_together
 
 TASKS = ["multiclass", "binary", "regression"]
@@ -67,7 +69,7 @@ def test_members_equal_those_of_plain_training(task, optimizer, schedule):
     training = population(data, configs)
     values = tables(configs, data.n_folds)
     values["beta2"][:] = 0.999
-    weights = train_plainly(training, optimizer, values)
+    weights = InnerProblem(training, optimizer, values).train()
     expected, _ = train_together(data, configs, epochs=3)
     for f, c in itertools.product(range(data.n_folds), range(len(configs))):
         assert largest_difference(training.member(weights, f, c), expected[f, c]) <= 1e-12
@@ -78,11 +80,13 @@ def test_each_member_has_the_slope_that_it_has_alone(optimizer):
     """Law 2 and law 3 for hypergradients: neighbours and padding change nothing."""
     data, configs = make_data(), unlike(optimizer)
     together = reverse(
-        population(data, configs), optimizer, tables(configs, 3, segments=2), ("lr", "weight_decay")
+        InnerProblem(population(data, configs), optimizer, tables(configs, 3, segments=2)),
+        ("lr", "weight_decay"),
     )
     for c, config in enumerate(configs):
         alone = reverse(
-            population(data, [config]), optimizer, tables([config], 3, segments=2), ("lr", "weight_decay")
+            InnerProblem(population(data, [config]), optimizer, tables([config], 3, segments=2)),
+            ("lr", "weight_decay"),
         )
         for name in ("lr", "weight_decay"):
             found = together.gradients[name].view(3, 3, -1)[:, c]
@@ -96,8 +100,10 @@ def test_forward_equals_reverse_with_members_of_unlike_length(optimizer):
     training = population(data, configs)
     assert len(set(training.totals.tolist())) > 1
     values = tables(configs, 3, segments=3)
-    found = [mode(training, optimizer, values, ("lr", "weight_decay")) for mode in (forward, reverse)]
-    found.append(reverse(training, optimizer, values, ("lr", "weight_decay"), checkpoint=True))
+    found = [
+        mode(InnerProblem(training, optimizer, values), ("lr", "weight_decay")) for mode in (forward, reverse)
+    ]
+    found.append(reverse(InnerProblem(training, optimizer, values), ("lr", "weight_decay"), checkpoint=True))
     for other in found[1:]:
         for name in ("lr", "weight_decay"):
             scale = float(found[0].gradients[name].abs().max())
@@ -110,13 +116,13 @@ def test_forward_equals_reverse_with_members_of_unlike_length(optimizer):
 def test_slopes_equal_finite_differences(task):
     data, configs = make_data(task), unlike("adam")
     training, values, h = population(data, configs), tables(configs, 3, segments=2), 1e-5
-    found = reverse(training, "adam", values, ("lr",))
+    found = reverse(InnerProblem(training, "adam", values), ("lr",))
     for s in range(2):
         ends = []
         for sign in (1, -1):
             moved = values["lr"].clone()
             moved[:, s] *= torch.exp(torch.tensor(sign * h, dtype=torch.float64))
-            ends.append(training.validation(train_plainly(training, "adam", {**values, "lr": moved})))
+            ends.append(training.validation(InnerProblem(training, "adam", {**values, "lr": moved}).train()))
         slope = (ends[0] - ends[1]) / (2 * h)
         log_slope = (found.gradients["lr"] * values["lr"])[:, s, 0]
         assert ((log_slope - slope).abs() <= 1e-6 * slope.abs() + 1e-9).all()
@@ -126,7 +132,9 @@ def test_padded_units_have_no_slope_of_nan():
     """A unit that is padding has gradient and squares of zero, where the root's slope would be infinite."""
     data, configs = make_data(), fill({"optimizer": "adam", "width": 3}, {"optimizer": "adam", "width": 16})
     for mode in (forward, reverse):
-        found = mode(population(data, configs), "adam", tables(configs, 3), ("lr", "beta1", "beta2"))
+        found = mode(
+            InnerProblem(population(data, configs), "adam", tables(configs, 3)), ("lr", "beta1", "beta2")
+        )
         for table in found.gradients.values():
             assert table.isfinite().all() and table.abs().min() > 0
 
@@ -140,12 +148,14 @@ def test_a_users_module_equals_its_plain_training():
     training = PopulationTraining(network, data, configs, seed=0, epochs=3)
     values = tables(configs, 3)
     values["beta2"][:] = 0.999
-    weights = train_plainly(training, "adamw", values)
+    weights = InnerProblem(training, "adamw", values).train()
     plain = train(network, data, configs, seed=0, epochs=3, horizon=3)
     for f, c in itertools.product(range(3), range(2)):
         assert largest_difference(training.member(weights, f, c), plain.member(f, c)) <= 1e-12
     assert training.layer.tolist() == [0] * (6 * 5 + 6) + [1] * (3 * 6 + 3)
-    a, b = (mode(training, "adamw", values, ("lr",)).gradients["lr"] for mode in (forward, reverse))
+    a, b = (
+        mode(InnerProblem(training, "adamw", values), ("lr",)).gradients["lr"] for mode in (forward, reverse)
+    )
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
 
 
@@ -163,16 +173,16 @@ def test_a_class_that_a_fold_has_not_trained_on():
     )
     data = type(data)(**{**data.__dict__, "present": present, "folds": folds})
     configs = unlike("adam")
-    found = reverse(population(data, configs), "adam", tables(configs, 3), ("lr",))
+    found = reverse(InnerProblem(population(data, configs), "adam", tables(configs, 3)), ("lr",))
     assert found.value.isfinite().all() and found.gradients["lr"].isfinite().all()
 
 
 def test_a_member_that_diverges_leaves_the_others_as_they_were():
     data, configs = make_data(), unlike("sgd")
-    calm = reverse(population(data, configs), "sgd", tables(configs, 3), ("lr",))
+    calm = reverse(InnerProblem(population(data, configs), "sgd", tables(configs, 3)), ("lr",))
     values = tables(configs, 3)
     values["lr"].view(3, 3)[:, 1] = 1e200
-    wild = reverse(population(data, configs), "sgd", values, ("lr",))
+    wild = reverse(InnerProblem(population(data, configs), "sgd", values), ("lr",))
     others = [0, 2, 3, 5, 6, 8]
     assert not wild.value.view(3, 3)[:, 1].isfinite().any()
     torch.testing.assert_close(wild.gradients["lr"][others], calm.gradients["lr"][others], rtol=0, atol=0)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gputune.hypergradients.inner import first_state, plain_step, rates_at, rows_of, segment_at, slope, update
+from gputune.hypergradients.forward import forward
+from gputune.hypergradients.inner import InnerProblem, segment_at, slope
 from gputune.hypergradients.result import CHAOTIC, chaotic, usable
-from gputune.hypergradients.unrolled import forward, reverse, train_plainly
+from gputune.hypergradients.reverse import reverse
 from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tables_of
 
 LOSSES = {"cross_entropy": torch.tanh, "mse_loss": torch.nn.functional.gelu}
@@ -27,7 +28,7 @@ def central_differences(training_of, optimizer, tables, wanted):
         many[name][2 * j, s, layer] *= math.exp(STEP)
         many[name][2 * j + 1, s, layer] *= math.exp(-STEP)
     training = training_of(2 * len(columns))
-    values = training.validation(train_plainly(training, optimizer, many)).view(-1, 2)
+    values = training.validation(InnerProblem(training, optimizer, many).train()).view(-1, 2)
     found = {name: torch.zeros_like(tables[name]) for name in wanted}
     for (name, s, layer), (up, down) in zip(columns, values):
         found[name][0, s, layer] = (up - down) / (2 * STEP)
@@ -49,7 +50,7 @@ def test_all_modes_equal_finite_differences(optimizer, loss, steps):
         return StackedNets(steps, widths=(6,) * members, loss=loss, activation=LOSSES[loss])
 
     rule, wanted, tables = rule_of(optimizer), OF[optimizer], tables_of(optimizer, segments=min(3, steps))
-    whole, blocks, tangents = (mode(training_of(1), rule, tables, wanted) for mode in MODES)
+    whole, blocks, tangents = (mode(InnerProblem(training_of(1), rule, tables), wanted) for mode in MODES)
     assert tangents.ratio < 10
     for name, expected in central_differences(training_of, rule, tables, wanted).items():
         found = whole.gradients[name] * tables[name]
@@ -83,18 +84,20 @@ def test_unlike_members_together_equal_each_alone_unpadded(optimizer):
     rule, wanted, training = rule_of(optimizer), OF[optimizer], unlike_members()
     assert training.totals.tolist() == [12, 9, 9, 12, 1, 12]
     tables = tables_of(optimizer, training.members, segments=3)
-    together = [mode(training, rule, tables, wanted) for mode in MODES]
+    together = [mode(InnerProblem(training, rule, tables), wanted) for mode in MODES]
     for p in range(training.members):
         own = {name: table[p : p + 1] for name, table in tables.items()}
         single = training.alone(p)
-        alone = reverse(single, rule, own, wanted)
+        alone = reverse(InnerProblem(single, rule, own), wanted)
         for found in together:
             assert_same({name: found.gradients[name][p : p + 1] for name in wanted}, alone.gradients, own)
             torch.testing.assert_close(found.value[p], alone.value[0], rtol=1e-12, atol=0)
             torch.testing.assert_close(
                 training.own(found.weights, p), single.own(alone.weights, 0), rtol=1e-12, atol=1e-13
             )
-        torch.testing.assert_close(together[2].ratio[p], forward(single, rule, own, wanted).ratio[0])
+        torch.testing.assert_close(
+            together[2].ratio[p], forward(InnerProblem(single, rule, own), wanted).ratio[0]
+        )
         torch.testing.assert_close(together[0].ratio[p], alone.ratio[0])
 
 
@@ -105,7 +108,9 @@ def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
     calm = tables_of(optimizer, 3, segments=2)
     wild = {name: table.clone() for name, table in calm.items()}
     wild["lr"][1] = wild["weight_decay"][1] = 1e200
-    before, after = (mode(training, rule_of(optimizer), tables, wanted) for tables in (calm, wild))
+    before, after = (
+        mode(InnerProblem(training, rule_of(optimizer), tables), wanted) for tables in (calm, wild)
+    )
     others = [0, 2]
     assert not usable(after.ratio, after.gradients)[1]
     assert usable(after.ratio, after.gradients)[others].all()
@@ -116,9 +121,13 @@ def test_a_member_that_diverges_leaves_the_others_bit_for_bit(optimizer, mode):
 
 def test_a_permutation_of_the_members_permutes_the_results():
     order, tables = torch.tensor([2, 0, 1]), tables_of("adam", 3)
-    first = reverse(StackedNets(5, widths=(4, 5, 6), seeds=(1, 2, 3)), "adam", tables, ("lr", "beta2"))
+    first = reverse(
+        InnerProblem(StackedNets(5, widths=(4, 5, 6), seeds=(1, 2, 3)), "adam", tables), ("lr", "beta2")
+    )
     moved = {name: table[order] for name, table in tables.items()}
-    second = reverse(StackedNets(5, widths=(6, 4, 5), seeds=(3, 1, 2)), "adam", moved, ("lr", "beta2"))
+    second = reverse(
+        InnerProblem(StackedNets(5, widths=(6, 4, 5), seeds=(3, 1, 2)), "adam", moved), ("lr", "beta2")
+    )
     for name in ("lr", "beta2"):
         torch.testing.assert_close(
             second.gradients[name], first.gradients[name][order], rtol=1e-12, atol=1e-15
@@ -138,7 +147,7 @@ def test_zero_gradients_give_the_closed_form_of_weight_decay(optimizer, mode):
     training, tables = Silent(7), tables_of("sgd")
     tables["lr"], tables["weight_decay"] = (torch.full((1, 1, 1), x, dtype=torch.float64) for x in (0.1, 0.3))
     tables["momentum"] *= 0
-    found = mode(training, optimizer, tables, ("lr", "weight_decay"))
+    found = mode(InnerProblem(training, optimizer, tables), ("lr", "weight_decay"))
     lr, decay = (tables[name].clone().requires_grad_() for name in ("lr", "weight_decay"))
     value = training.validation((1 - lr * decay).view(1, 1) ** 7 * training.start())
     expected = torch.autograd.grad(value.sum(), (lr, decay))
@@ -151,7 +160,7 @@ def test_a_dead_network_has_finite_gradients_with_adam(mode):
         return torch.relu(x - 100)
 
     training, tables = StackedNets(5, activation=dead), tables_of("adam", segments=2)
-    found = mode(training, "adam", tables, OF["adam"])
+    found = mode(InnerProblem(training, "adam", tables), OF["adam"])
     assert usable(found.ratio, found.gradients).all()
     assert (found.gradients["lr"][0, :, 1] != 0).all()  # the last layer's bias lives
 
@@ -167,7 +176,7 @@ def test_one_step_back_from_the_next_minibatch_is_the_formula_of_hypergradient_d
         def validation(self, weights):
             return two.losses(weights, 1)
 
-    found = reverse(One(1), rule_of(optimizer), tables, ("lr",))
+    found = reverse(InnerProblem(One(1), rule_of(optimizer), tables), ("lr",))
     w = two.start()
     g = slope(two, w.clone().requires_grad_(), 0, graph=False)
     l2 = g + decay * w
@@ -191,7 +200,7 @@ def test_a_quadratic_has_its_closed_form(mode, steps):
     tables = tables_of("sgd", 5)
     tables["lr"] = (product / a).view(5, 1, 1)
     tables["momentum"], tables["weight_decay"] = 0 * tables["momentum"], 0 * tables["weight_decay"]
-    found = mode(Quadratics(a, w0, steps), "sgd", tables, ("lr",))
+    found = mode(InnerProblem(Quadratics(a, w0, steps), "sgd", tables), ("lr",))
     contraction = 1 - product
     torch.testing.assert_close(found.value, a / 2 * (contraction**steps * w0) ** 2, rtol=1e-12, atol=1e-30)
     expected = -steps * a**2 * w0**2 * contraction ** (2 * steps - 1)
@@ -203,18 +212,14 @@ def test_a_quadratic_has_its_closed_form(mode, steps):
 def test_truncated_is_the_derivative_of_the_last_steps_from_a_fixed_state(optimizer, checkpoint):
     training, rule, wanted = StackedNets(11, widths=(6, 4)), rule_of(optimizer), OF[optimizer]
     tables = tables_of(optimizer, 2, segments=3)
-    state = first_state(training, rule)
-    for step in range(6):
-        state = plain_step(training, rule, rows_of(tables, training.layer), state, step)
+    problem = InnerProblem(training, rule, tables)
     leaves = {name: table.clone().requires_grad_() for name, table in tables.items()}
-    state = state.leaves()
+    last, state = InnerProblem(training, rule, leaves), problem.advance(problem.start(), range(6)).leaves()
     for step in range(6, 11):
-        gradient = slope(training, state.weights, step, graph=True)
-        rates = rates_at(rows_of(leaves, training.layer), training.clock(step), training.totals)
-        state = update(rule, state, gradient, rates, None)
+        state = last.step(state, step, graph=True)
     value = training.validation(state.weights).sum()
     expected = dict(zip(wanted, torch.autograd.grad(value, [leaves[name] for name in wanted])))
-    found = reverse(training, rule, tables, wanted, truncate=5, checkpoint=checkpoint)
+    found = reverse(InnerProblem(training, rule, tables), wanted, truncate=5, checkpoint=checkpoint)
     assert_same(found.gradients, expected, tables)
     assert (found.gradients["lr"][:, 0] == 0).all()  # the first segment was over before
 
@@ -223,8 +228,8 @@ def test_truncated_is_the_derivative_of_the_last_steps_from_a_fixed_state(optimi
 @pytest.mark.parametrize("mode", (reverse, checkpointed))
 def test_truncated_to_all_steps_is_the_whole(mode, truncate):
     training, tables = StackedNets(11), tables_of("nesterov", segments=3)
-    whole = reverse(training, "nesterov", tables, OF["nesterov"])
-    found = mode(training, "nesterov", tables, OF["nesterov"], truncate=truncate)
+    whole = reverse(InnerProblem(training, "nesterov", tables), OF["nesterov"])
+    found = mode(InnerProblem(training, "nesterov", tables), OF["nesterov"], truncate=truncate)
     assert_same(found.gradients, whole.gradients, tables)
     torch.testing.assert_close(found.ratio, whole.ratio)
 
@@ -232,8 +237,8 @@ def test_truncated_to_all_steps_is_the_whole(mode, truncate):
 @pytest.mark.parametrize("steps", (1, 2, 3, 4, 9, 10))
 def test_checkpoints_at_every_edge(steps):
     training, tables = StackedNets(steps, widths=(6, 3)), tables_of("adam", 2)
-    whole = reverse(training, "adam", tables, OF["adam"])
-    blocks = reverse(training, "adam", tables, OF["adam"], checkpoint=True)
+    whole = reverse(InnerProblem(training, "adam", tables), OF["adam"])
+    blocks = reverse(InnerProblem(training, "adam", tables), OF["adam"], checkpoint=True)
     assert_same(blocks.gradients, whole.gradients, tables)
     torch.testing.assert_close(blocks.ratio, whole.ratio)
 
@@ -252,7 +257,7 @@ def test_the_gradient_of_a_segment_is_the_sum_over_its_steps(mode):
     many = {name: table.clone() for name, table in few.items()}
     for name in ("lr", "momentum"):
         many[name] = few[name][:, [0, 0, 1, 1, 2, 2, 2]]
-    found, each = (mode(training, "sgd", tables, ("lr", "momentum")) for tables in (few, many))
+    found, each = (mode(InnerProblem(training, "sgd", tables), ("lr", "momentum")) for tables in (few, many))
     for name in ("lr", "momentum"):
         parts = [each.gradients[name][:, i:j].sum(1) for i, j in ((0, 2), (2, 4), (4, 7))]
         assert_same({name: found.gradients[name]}, {name: torch.stack(parts, 1)}, few)
@@ -264,17 +269,21 @@ def test_layers_share_a_value_or_have_their_own():
     own["lr"] = own["lr"].mean(2, keepdim=True).expand(-1, -1, 2).clone()
     shared = own | {"lr": own["lr"][:, :, :1]}
     for mode in MODES:
-        found, each = (mode(training, "sgd", tables, ("lr",)) for tables in (shared, own))
+        found, each = (mode(InnerProblem(training, "sgd", tables), ("lr",)) for tables in (shared, own))
         assert_same(found.gradients, {"lr": each.gradients["lr"].sum(2, keepdim=True)}, shared)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_step_is_watched_once_and_in_order(mode):
     training, tables, seen = StackedNets(10), tables_of("sgd"), []
-    found = mode(training, "sgd", tables, ("lr",), watch=lambda step, weights: seen.append((step, weights)))
+    found = mode(
+        InnerProblem(training, "sgd", tables),
+        ("lr",),
+        watch=lambda step, weights: seen.append((step, weights)),
+    )
     assert [step for step, _ in seen] == list(range(1, 11))
     plain = []
-    train_plainly(training, "sgd", tables, watch=lambda _, weights: plain.append(weights))
+    InnerProblem(training, "sgd", tables).train(watch=lambda _, weights: plain.append(weights))
     for (_, weights), expected in zip(seen, plain):
         torch.testing.assert_close(weights, expected, rtol=1e-13, atol=1e-15)
         assert not weights.requires_grad
@@ -285,22 +294,24 @@ def test_every_step_is_watched_once_and_in_order(mode):
 def test_it_works_where_gradients_are_off(mode):
     training, tables = StackedNets(4), tables_of("adamw")
     with torch.no_grad():
-        found = mode(training, "adamw", tables, OF["adamw"])
-    assert_same(found.gradients, mode(training, "adamw", tables, OF["adamw"]).gradients, tables)
+        found = mode(InnerProblem(training, "adamw", tables), OF["adamw"])
+    assert_same(found.gradients, mode(InnerProblem(training, "adamw", tables), OF["adamw"]).gradients, tables)
     results = (found.value, found.ratio, found.weights, *found.gradients.values())
     assert not any(tensor.requires_grad for tensor in results)
 
 
 def test_two_thousand_steps_do_not_overflow_the_stack():
     tables = tables_of("sgd")
-    found = reverse(StackedNets(2000), "sgd", tables, ("lr",))
+    found = reverse(InnerProblem(StackedNets(2000), "sgd", tables), ("lr",))
     assert usable(found.ratio, found.gradients).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_single_precision_is_within_a_thousandth_of_double(mode):
     found, exact = (
-        mode(StackedNets(50, dtype=d), "adam", tables_of("adam", dtype=d), ("lr",)).gradients["lr"]
+        mode(InnerProblem(StackedNets(50, dtype=d), "adam", tables_of("adam", dtype=d)), ("lr",)).gradients[
+            "lr"
+        ]
         for d in (torch.float32, torch.float64)
     )
     assert found.dtype == torch.float32
@@ -313,10 +324,10 @@ def test_the_ratio_is_zero_where_the_loss_depends_on_no_weight():
             return torch.ones(self.members, dtype=self.dtype, requires_grad=True) * 2
 
     for mode in MODES:
-        found = mode(Indifferent(3, widths=(6, 6)), "sgd", tables_of("sgd", 2), ("lr",))
+        found = mode(InnerProblem(Indifferent(3, widths=(6, 6)), "sgd", tables_of("sgd", 2)), ("lr",))
         assert (found.gradients["lr"] == 0).all() and not chaotic(found.ratio).any()
         assert found.value.tolist() == [2, 2]
-    assert (reverse(Indifferent(3), "sgd", tables_of("sgd"), ("lr",)).ratio == 0).all()
+    assert (reverse(InnerProblem(Indifferent(3), "sgd", tables_of("sgd")), ("lr",)).ratio == 0).all()
 
 
 def test_a_network_of_zeros_that_stays_so_is_not_chaotic():
@@ -325,7 +336,7 @@ def test_a_network_of_zeros_that_stays_so_is_not_chaotic():
             return 0 * super().start()
 
     for mode in MODES:
-        found = mode(Zero(3), "sgd", tables_of("sgd"), ("lr",))
+        found = mode(InnerProblem(Zero(3), "sgd", tables_of("sgd")), ("lr",))
         assert found.ratio.item() == 0
 
 
@@ -335,7 +346,9 @@ def test_a_loss_that_is_linear_in_the_weights():
             return weights.sum(1)
 
     tables, training = tables_of("sgd", segments=2), Linear(4)
-    whole, blocks, tangents = (mode(training, "sgd", tables, ("lr", "weight_decay")) for mode in MODES)
+    whole, blocks, tangents = (
+        mode(InnerProblem(training, "sgd", tables), ("lr", "weight_decay")) for mode in MODES
+    )
     assert_same(blocks.gradients, whole.gradients, tables)
     assert_same(tangents.gradients, whole.gradients, tables)
 

@@ -10,6 +10,7 @@ import polars
 import torch
 from scipy.stats import loguniform
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.model_selection import ParameterSampler
 from torch import nn
 
 import gputune
@@ -173,33 +174,44 @@ def searched(search, x=X, y=Y):
         for name, values in results.items()
         if name == "params" or name.startswith(("split", "n_res", "start", "outer"))
     }
+    kept["params"] = [in_words_of_tune(params) for params in kept["params"]]
     return kept | {"predictions": search.predict(x)[:12]}
 
 
-MLP = face.MLPClassifier(width=6, depth=1, max_epochs=4, batch_size=16, lr=0.01, random_state=0)
+def in_words_of_tune(params):
+    """The parameters of an MLP in the words that the tables have."""
+    words = {"learning_rate_init": "lr", "hidden_layer_sizes": "width", "max_iter": "max_epochs"}
+    return dict(sorted((words.get(k, k), v[0] if isinstance(v, tuple) else v) for k, v in params.items()))
+
+
+MLP = face.MLPClassifier((6,), max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0)
+MLP_RATES = {"learning_rate_init": RATES["lr"]}
 FACE = {"cv": 3, "random_state": 0}
 
 
 def random_face():
-    space = {"lr": loguniform(1e-3, 3e-2), "width": [5, 12]}
-    return searched(face.RandomizedSearchCV(MLP, space, n_iter=4, return_train_score=True, **FACE))
+    # Drawn in the order of the words that the table has.
+    drawn = ParameterSampler(RATES | {"width": [5, 12]}, 4, random_state=0)
+    grid = [{"learning_rate_init": [p["lr"]], "hidden_layer_sizes": [(p["width"],)]} for p in drawn]
+    return searched(face.GridSearchCV(MLP, grid, return_train_score=True, cv=3))
 
 
 def regressor_face():
-    estimator = face.MLPRegressor(width=6, depth=1, max_epochs=4, random_state=0)
-    return searched(face.RandomizedSearchCV(estimator, RATES, n_iter=3, **FACE), DIABETES, PROGRESS)
+    estimator = face.MLPRegressor((6,), max_iter=4, random_state=0)
+    return searched(face.RandomizedSearchCV(estimator, MLP_RATES, n_iter=3, **FACE), DIABETES, PROGRESS)
 
 
 def halving_face():
     return searched(
-        face.HalvingRandomSearchCV(MLP, RATES, n_candidates=6, resource="max_epochs", max_resources=4, **FACE)
+        face.HalvingRandomSearchCV(
+            MLP, MLP_RATES, n_candidates=6, resource="max_iter", max_resources=4, **FACE
+        )
     )
 
 
 def descent_face():
-    return searched(
-        face.HypergradientSearchCV(MLP.set_params(optimizer="sgd"), RATES, n_iter=2, outer_steps=2, **FACE)
-    )
+    sgd = MLP.set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0)
+    return searched(face.HypergradientSearchCV(sgd, MLP_RATES, n_iter=2, outer_steps=2, **FACE))
 
 
 def solved_face():

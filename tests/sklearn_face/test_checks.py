@@ -13,19 +13,17 @@ from gputune.sklearn import (
     NeuralNetRegressor,
 )
 
-SIZE = {"width": 16, "depth": 1, "lr": 0.02, "max_epochs": 60, "random_state": 0}
-SCIKIT_LEARNS = {"hidden_layer_sizes": (16,), "learning_rate_init": 0.02, "max_iter": 60, "random_state": 0}
+MLP = {"hidden_layer_sizes": (16,), "learning_rate_init": 0.02, "max_iter": 60, "random_state": 0}
 NET = {"module": Net, "module__hidden": 16, "optimizer": "adam", "max_epochs": 40, "random_state": 0}
 # One of each class of which the others are a spelling or a sibling.
 ESTIMATORS = [
     LogisticRegression(),
-    MLPClassifier(**SIZE),
-    MLPRegressor(**SCIKIT_LEARNS),
+    MLPClassifier(**MLP),
+    MLPRegressor(**MLP),
     NeuralNetClassifier(**NET, lr=0.05),
 ]
 OTHERS = [
-    MLPClassifier(**SCIKIT_LEARNS, alpha=1e-3),
-    MLPRegressor(**SIZE),
+    MLPClassifier(**MLP, alpha=1e-3),
     NeuralNetRegressor(**NET, lr=0.02),
 ]
 

@@ -14,19 +14,20 @@ from face_modules import Net
 from gputune.engine.population import complete
 from gputune.errors import DivergedError, InputError
 from gputune.sklearn import MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
-from gputune.sklearn.base import check_rows, fit_together
+from gputune.sklearn.base import check_rows
+from searches import Fits
 
 IRIS = load_iris(return_X_y=True)
 NUMBERS = make_regression(97, 5, noise=3.0, random_state=0)
 MIXED = [
     {},
-    {"width": 20, "lr": 0.01},
-    {"width": 20, "batch_size": 32, "dropout": 0.2},
-    {"width": 20, "batch_size": 17, "optimizer": "sgd", "lr": 0.1},
-    {"depth": 1, "activation": "tanh", "max_epochs": 3},
-    {"alpha": 1.0, "lr": 0.01},
-    {"alpha": 0.5, "batch_size": 32, "solver": "sgd", "learning_rate_init": 0.05, "schedule": "cosine"},
-    {"optimizer": "adamwhd", "random_state": 7},
+    {"hidden_layer_sizes": (20, 20), "learning_rate_init": 0.01},
+    {"hidden_layer_sizes": (20, 20), "batch_size": 32, "dropout": 0.2},
+    {"hidden_layer_sizes": (20, 20), "batch_size": 17, "solver": "sgd", "learning_rate_init": 0.1},
+    {"hidden_layer_sizes": (128,), "activation": "tanh", "max_iter": 3},
+    {"alpha": 1.0, "learning_rate_init": 0.01},
+    {"alpha": 0.5, "batch_size": 32, "solver": "sgd", "learning_rate_init": 0.05, "learning_rate": "cosine"},
+    {"solver": "adamwhd", "random_state": 7},
 ]
 NETS = [
     {},
@@ -45,7 +46,7 @@ def unequal_folds(n, folds=3):
 
 def together(estimator, spaces, X, y, folds, sample_weight=None, **options):
     candidates = [clone(estimator).set_params(**params) for params in spaces]
-    return fit_together(candidates, check_rows(clone(estimator), X, y, sample_weight), folds, **options)
+    return Fits(candidates, check_rows(clone(estimator), X, y, sample_weight), folds, **options)
 
 
 def predictions(estimator, X):
@@ -56,8 +57,8 @@ def predictions(estimator, X):
 @pytest.mark.parametrize(
     ("estimator", "spaces"),
     [
-        (MLPClassifier(width=12, max_epochs=5, random_state=3), MIXED),
-        (MLPRegressor(width=12, max_epochs=5, random_state=3), MIXED),
+        (MLPClassifier(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED),
+        (MLPRegressor(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3), MIXED),
         (NeuralNetClassifier(Net, lr=0.02, max_epochs=4, random_state=3), NETS),
         (NeuralNetRegressor(Net, lr=0.02, max_epochs=4, random_state=3), NETS),
     ],
@@ -80,11 +81,14 @@ def test_together_is_what_fit_gives_alone(estimator, spaces, weighted):
 
 def test_single_precision_stays_single_and_together_is_alone():
     X, y = IRIS[0].astype(np.float32), IRIS[1]
-    estimator = MLPClassifier(width=12, max_epochs=5, random_state=3)
+    estimator = MLPClassifier(hidden_layer_sizes=(12, 12), max_iter=5, random_state=3)
     folds = unequal_folds(len(X))
-    fits = together(estimator, [{}, {"lr": 0.01}], X, y, folds)
+    fits = together(estimator, [{}, {"learning_rate_init": 0.01}], X, y, folds)
     for f, train in enumerate(folds):
-        member, alone = fits.estimator(f, 1), clone(estimator).set_params(lr=0.01).fit(X[train], y[train])
+        member, alone = (
+            fits.estimator(f, 1),
+            clone(estimator).set_params(learning_rate_init=0.01).fit(X[train], y[train]),
+        )
         assert next(member.module_.parameters()).dtype == torch.float32
         np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), atol=1e-5)
         assert member.predict_proba(X).dtype == np.float64
@@ -93,14 +97,18 @@ def test_single_precision_stays_single_and_together_is_alone():
 def test_a_fit_is_the_plain_loop():
     X, y = NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X))
-    params = {"width": 12, "lr": 0.01, "batch_size": 40, "optimizer": "adam", "weight_decay": 0.1}
-    fitted = MLPRegressor(**params, max_epochs=6, random_state=3).fit(X, y, sample_weight=weights)
+    common = {"batch_size": 40, "weight_decay": 0.1}
+    engine = common | {"width": 12, "lr": 0.01, "optimizer": "adam"}
+    fitted = MLPRegressor(
+        (12, 12), solver="adam", learning_rate_init=0.01, max_iter=6, random_state=3, **common
+    )
+    fitted.fit(X, y, sample_weight=weights)
     mean = np.average(y, weights=weights)
     scale = np.sqrt(np.average((y - mean) ** 2, weights=weights))
     plain = reference.train_mlp(
         torch.from_numpy(X),
         torch.from_numpy((y - mean) / scale),
-        complete(params, optimizer="adam", schedule="constant"),
+        complete(engine, optimizer="adam", schedule="constant"),
         n_outputs=1,
         seed=3,
         epochs=6,
@@ -140,10 +148,10 @@ def test_alpha_decays_the_weights_as_scikit_learns():
 def test_a_fold_that_lacks_a_class_has_a_network_without_it():
     X, y = IRIS
     folds = [np.arange(100), np.arange(150)]
-    fits = together(MLPClassifier(width=8, max_epochs=2, random_state=0), [{}], X, y, folds)
+    fits = together(MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=2, random_state=0), [{}], X, y, folds)
     member, alone = (
         fits.estimator(0, 0),
-        MLPClassifier(width=8, max_epochs=2, random_state=0).fit(X[:100], y[:100]),
+        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=2, random_state=0).fit(X[:100], y[:100]),
     )
     assert member.classes_.tolist() == [0, 1]
     np.testing.assert_allclose(member.predict_proba(X), alone.predict_proba(X), rtol=1e-9)
@@ -152,7 +160,7 @@ def test_a_fold_that_lacks_a_class_has_a_network_without_it():
 
 def test_a_class_whose_rows_weigh_nothing_is_never_predicted():
     X, y = IRIS
-    for estimator in (MLPClassifier(width=8, max_epochs=2), NeuralNetClassifier(Net, max_epochs=2)):
+    for estimator in (MLPClassifier((8, 8), max_iter=2), NeuralNetClassifier(Net, max_epochs=2)):
         fitted = estimator.fit(X, y, sample_weight=(y != 1).astype(float))
         assert fitted.classes_.tolist() == [0, 1, 2]
         assert (fitted.predict_proba(X)[:, 1] == 0).all()
@@ -165,7 +173,14 @@ def test_folds_that_cannot_be_trained_on_fail_alone():
     weights = np.ones(150)
     weights[:60] = 0
     folds = [np.arange(150), np.arange(100, 150), np.arange(60), np.arange(0)]
-    fits = together(MLPClassifier(width=8, max_epochs=1), [{}, {"lr": 0.1}], X, y, folds, weights)
+    fits = together(
+        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1),
+        [{}, {"learning_rate_init": 0.1}],
+        X,
+        y,
+        folds,
+        weights,
+    )
     messages = ["at least 2 classes, got 1 class: 2", "sample_weight must be above 0", "no rows"]
     assert fits.error(0, 0) is None and fits.error(0, 1) is None
     for fold, message in enumerate(messages, start=1):
@@ -177,33 +192,38 @@ def test_folds_that_cannot_be_trained_on_fail_alone():
 
 def test_a_candidate_that_is_refused_fails_alone():
     X, y = IRIS
-    spaces = [{"solver": "lbfgs"}, {}, {"width": "wide"}]
-    fits = together(MLPClassifier(width=8, max_epochs=1), spaces, X, y, unequal_folds(150))
+    spaces = [{"solver": "lbfgs"}, {}, {"hidden_layer_sizes": "wide"}]
+    fits = together(MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1), spaces, X, y, unequal_folds(150))
     for fold in range(3):
         assert fits.error(fold, 1) is None
         assert isinstance(fits.error(fold, 0), InputError) and "solver" in str(fits.error(fold, 0))
-        assert "width must be" in str(fits.error(fold, 2))
+        assert "hidden_layer_sizes must be" in str(fits.error(fold, 2))
 
 
 def test_a_diverged_fit_is_an_arithmetic_error_with_a_remedy():
     with pytest.raises(
-        DivergedError, match=r"lr=1e\+30 and optimizer='sgd'.*smaller lr, or scale the inputs"
+        DivergedError,
+        match=r"with nesterov and a learning rate of 1e\+30: .*smaller rate, or scale the inputs",
     ):
-        MLPClassifier(lr=1e30, optimizer="sgd", max_epochs=5, random_state=0).fit(*IRIS)
+        MLPClassifier(learning_rate_init=1e30, solver="sgd", max_iter=5, random_state=0).fit(*IRIS)
     assert issubclass(DivergedError, ArithmeticError)
 
 
 @pytest.mark.parametrize(
-    "estimator", [MLPRegressor(width=8), NeuralNetRegressor(Net)], ids=lambda e: type(e).__name__
+    ("estimator", "rate"),
+    [
+        (MLPRegressor((8, 8), max_iter=4, solver="sgd", batch_size=16, random_state=0), "learning_rate_init"),
+        (NeuralNetRegressor(Net, max_epochs=4, batch_size=16, random_state=0), "lr"),
+    ],
+    ids=lambda value: type(value).__name__,
 )
-def test_a_diverged_member_leaves_the_others_as_they_were(estimator):
+def test_a_diverged_member_leaves_the_others_as_they_were(estimator, rate):
     X, y = NUMBERS
     wild = X.copy()
     wild[0] = 1e200  # in the training rows of two folds
-    estimator.set_params(max_epochs=4, random_state=0, optimizer="sgd", lr=0.01, batch_size=16)
-    folds = unequal_folds(len(X))
+    folds, rates = unequal_folds(len(X)), [{rate: 0.01}, {rate: 0.02}]
     with_row = [f for f in range(3) if 0 in folds[f]]
-    tame, mad = (together(estimator, [{}, {"lr": 0.02}], rows, y, folds) for rows in (X, wild))
+    tame, mad = (together(estimator, rates, rows, y, folds) for rows in (X, wild))
     for fold in range(3):
         for trial in (0, 1):
             if fold in with_row:
@@ -216,7 +236,11 @@ def test_a_diverged_member_leaves_the_others_as_they_were(estimator):
 def test_none_is_one_draw_for_all():
     X, y = IRIS
     fits = together(
-        MLPClassifier(width=8, max_epochs=1), [{"lr": 1e-14}, {"lr": 2e-14}], X, y, [np.arange(150)] * 2
+        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1),
+        [{"learning_rate_init": 1e-14}, {"learning_rate_init": 2e-14}],
+        X,
+        y,
+        [np.arange(150)] * 2,
     )
     first, *others = (predictions(fits.estimator(f, i), X) for f in (0, 1) for i in (0, 1))
     for other in others:
@@ -240,8 +264,15 @@ def test_other_processes_train_the_same():
 
 def test_what_has_not_ended_in_time_is_no_fit():
     X, y = IRIS
-    spaces = [{"max_epochs": 1}, {"max_epochs": 2}, {"max_epochs": 2, "depth": 1}]
-    fits = together(MLPClassifier(width=8), spaces, X, y, unequal_folds(150), deadline=time.monotonic() - 1)
+    spaces = [{"max_iter": 1}, {"max_iter": 2}, {"max_iter": 2, "hidden_layer_sizes": (128,)}]
+    fits = together(
+        MLPClassifier(hidden_layer_sizes=(8, 8)),
+        spaces,
+        X,
+        y,
+        unequal_folds(150),
+        deadline=time.monotonic() - 1,
+    )
     assert fits.error(0, 0) is None  # a chunk that runs ends its epoch
     assert all(isinstance(fits.error(f, i), TimeoutError) for f in range(3) for i in (1, 2))
 

@@ -32,7 +32,7 @@ def net(**params):
     ("make", "harmless"),
     [
         (mlp, {"verbose": 10, "shuffle": True, "early_stopping": False, "warm_start": False}),
-        (mlp, {"learning_rate": "constant", "verbose": True, "shuffle": np.True_}),
+        (mlp, {"verbose": True, "shuffle": np.True_}),
         (LogisticRegression, {"solver": "lbfgs", "n_jobs": -1, "verbose": 1, "warm_start": True}),
         (LogisticRegression, {"solver": "saga"}),
         (net, {"verbose": 1, "train_split": None}),
@@ -51,7 +51,7 @@ def test_words_that_change_nothing_are_taken(make, harmless):
         (mlp, {"early_stopping": True}, "MLPClassifier has no early_stopping=True: training always goes to the last"),
         (mlp, {"shuffle": False}, "no shuffle=False: rows are shuffled anew in every epoch; leave it True"),
         (mlp, {"warm_start": True}, "no warm_start=True: fit always begins anew; leave it False"),
-        (mlp, {"learning_rate": "adaptive"}, "no learning_rate='adaptive': use schedule='cosine', or an optimizer"),
+        (mlp, {"learning_rate": "adaptive"}, "'adaptive' is not among constant, cosine: use"),
         (LogisticRegression, {"solver": "liblinear"}, "no solver='liblinear': the objective .* penalises the inter"),
         (LogisticRegression, {"solver": "newton"}, "LogisticRegression has no solver='newton'"),
         (net, {"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
@@ -70,20 +70,32 @@ def test_values_that_would_change_the_result_are_refused(make, params, error):
         (MLPRegressor, "n_iter_no_change", "MLPRegressor has no parameter 'n_iter_no_change': training always"),
         (MLPClassifier, "validation_fraction", "leave it out and search max_iter, or use HalvingRandomSearchCV"),
         (MLPClassifier, "power_t", "there is no learning_rate='invscaling'"),
-        (MLPClassifier, "nesterovs_momentum", "optimizer='nesterov' has it"),
         (MLPClassifier, "beta_1", "adam has 0.9, 0.999 and 1e-8; leave it out"),
         (MLPClassifier, "beta_2", "leave it out"),
         (MLPClassifier, "epsilon", "leave it out"),
         (MLPClassifier, "max_fun", "there is no solver='lbfgs'"),
+        (MLPClassifier, "width", r"no parameter 'width': give hidden_layer_sizes, \(64, 64\) for two layers"),
+        (MLPClassifier, "depth", "give hidden_layer_sizes"),
+        (MLPRegressor, "lr", "give learning_rate_init"),
+        (MLPClassifier, "max_epochs", "give max_iter"),
+        (MLPClassifier, "optimizer", "give solver"),
+        (MLPClassifier, "schedule", "give learning_rate, 'constant' or 'cosine'"),
         (MLPRegressor, "loss", "the squared error; leave it out"),
         (LogisticRegression, "dual", "the objective has one solution"),
         (LogisticRegression, "intercept_scaling", "the intercept is not penalised"),
+        (LogisticRegression, "weight_decay", "give C, the inverse strength"),
+        (LogisticRegression, "optimizer", "the objective has one solution"),
         (LogisticRegression, "multi_class", r"one softmax; leave it out, or use sklearn.multiclass"),
         (NeuralNetClassifier, "callbacks", "there are none; for a schedule"),
         (NeuralNetClassifier, "warm_start", "fit always begins anew; train longer with max_epochs"),
         (NeuralNetRegressor, "iterator_train__shuffle", "NeuralNetRegressor has no parameter 'iterator_tr"),
         (NeuralNetClassifier, "optimizer__lr", "give lr"),
         (NeuralNetClassifier, "optimizer__nesterov", "give optimizer='nesterov'"),
+        (NeuralNetClassifier, "learning_rate_init", "give lr"),
+        (NeuralNetRegressor, "max_iter", "give max_epochs"),
+        (NeuralNetClassifier, "solver", "give optimizer"),
+        (NeuralNetClassifier, "alpha", "give optimizer__weight_decay"),
+        (NeuralNetClassifier, "momentum", "give optimizer__momentum"),
     ],
 )  # fmt: skip
 def test_words_without_a_counterpart_are_refused(kind, name, error):
@@ -111,8 +123,8 @@ def test_every_parameter_of_scikit_learns_is_ours_or_refused():
 
 
 def test_a_misspelt_parameter_is_named_as_of_the_class():
-    with pytest.raises(TypeError, match=r"^MLPClassifier has no parameter 'widht'. Did you mean 'width'\?$"):
-        MLPClassifier(widht=3)
+    with pytest.raises(TypeError, match=r"^MLPClassifier has no parameter 'alhpa'. Did you mean 'alpha'\?$"):
+        MLPClassifier(alhpa=3)
     with pytest.raises(TypeError, match=r"^LogisticRegression has no parameter 'ftrs'.$"):
         LogisticRegression(ftrs=3)
 
@@ -121,11 +133,11 @@ class Wider(MLPClassifier):
     """A user's estimator, with a constructor of its own."""
 
     def __init__(self, factor=1, tol=0.1):
-        super().__init__(width=8 * factor, max_epochs=1)
+        super().__init__(hidden_layer_sizes=8 * factor, max_iter=1)
         self.factor, self.tol = factor, tol
 
 
 def test_a_subclass_may_have_words_of_its_own():
-    assert Wider(factor=2, tol=1.0).set_params(tol=0.5).width == 16
-    with pytest.raises(TypeError, match="Wider has no parameter 'lr'"):
-        Wider(lr=1.0)
+    assert Wider(factor=2, tol=1.0).set_params(tol=0.5).hidden_layer_sizes == 16
+    with pytest.raises(TypeError, match="Wider has no parameter 'alpha'"):
+        Wider(alpha=1.0)

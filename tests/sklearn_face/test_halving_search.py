@@ -23,15 +23,15 @@ from gputune.sklearn import (
 from searches import assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
-MLP = MLPClassifier(depth=1, random_state=0)
-RATES = {"lr": loguniform(1e-3, 1e-1)}
+MLP = MLPClassifier(hidden_layer_sizes=(128,), random_state=0)
+RATES = {"learning_rate_init": loguniform(1e-3, 1e-1)}
 ATTRIBUTES = (
     "n_candidates_ n_resources_ n_remaining_candidates_ n_iterations_ n_possible_iterations_ n_required_iterations_ "
     "min_resources_ max_resources_ best_index_ best_params_"
 ).split()
 
 
-def beside_scikit_learn(estimator, space, X=X, y=Y, *, resource="max_epochs", **options):
+def beside_scikit_learn(estimator, space, X=X, y=Y, *, resource="max_iter", **options):
     given = {"max_resources": 9, "n_candidates": 9, "cv": 3, "random_state": 0, "scoring": None, **options}
     ours, said, theirs, said_by_theirs = both(
         lambda *a, **k: HalvingRandomSearchCV(*a, resource=resource.removeprefix("mlpclassifier__"), **k),
@@ -60,10 +60,10 @@ def epochs(monkeypatch):
     return spent
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "nesterov", "adamhd"])
-def test_rungs_are_those_of_scikit_learns_search(optimizer):
-    space = RATES | {"width": randint(4, 30), "batch_size": [16, 32], "dropout": [0.0, 0.3]}
-    search = beside_scikit_learn(clone(MLP).set_params(optimizer=optimizer), space, scoring="neg_log_loss")
+@pytest.mark.parametrize("solver", ["adamw", "sgd", "adamhd"])
+def test_rungs_are_those_of_scikit_learns_search(solver):
+    space = RATES | {"hidden_layer_sizes": randint(4, 30), "batch_size": [16, 32], "dropout": [0.0, 0.3]}
+    search = beside_scikit_learn(clone(MLP).set_params(solver=solver), space, scoring="neg_log_loss")
     assert search.n_resources_ == [1, 3, 9] and search.n_candidates_ == [9, 3, 1]
     assert search.cv_results_["iter"].tolist() == [0] * 9 + [1] * 3 + [2]
     assert search.cv_results_["n_resources"].tolist() == [1] * 9 + [3] * 3 + [9]
@@ -81,10 +81,10 @@ def test_training_goes_on_from_rung_to_rung(epochs):
 @pytest.mark.parametrize(
     ("estimator", "space", "data"),
     [
-        (MLPRegressor(width=8, random_state=0), RATES, load_diabetes(return_X_y=True)),
+        (MLPRegressor(hidden_layer_sizes=(8, 8), random_state=0), RATES, load_diabetes(return_X_y=True)),
         (
             NeuralNetClassifier(Net, module__dropout=0.2, random_state=0),
-            {"module__hidden": [4, 8], **RATES},
+            {"module__hidden": [4, 8], "lr": RATES["learning_rate_init"]},
             (X, Y),
         ),
         (MLP, {"alpha": [0.01, 0.1, None], **RATES}, (X[:-3], Y[:-3])),  # folds of unlike sizes decay unlike
@@ -92,18 +92,23 @@ def test_training_goes_on_from_rung_to_rung(epochs):
     ids=["regression", "module", "alpha"],
 )
 def test_other_estimators(estimator, space, data):
-    beside_scikit_learn(estimator, space, *data, aggressive_elimination=True, max_resources=4, factor=2)
+    options = {"aggressive_elimination": True, "max_resources": 4, "factor": 2}
+    beside_scikit_learn(estimator, space, *data, resource=estimator._epochs, **options)
 
 
-def test_scikit_learns_word_for_epochs():
+def test_epochs_are_the_resource_by_default():
     search = HalvingRandomSearchCV(
-        MLPClassifier(depth=1, max_epochs=4, random_state=0), RATES, resource="max_iter", cv=2, random_state=0
+        MLPClassifier(hidden_layer_sizes=(128,), max_iter=4, random_state=0),
+        RATES,
+        resource="max_iter",
+        cv=2,
+        random_state=0,
     ).fit(X, Y)
-    assert search.n_resources_ == [1, 3] and search.best_params_.keys() == {"lr", "max_iter"}
-    assert search.best_estimator_.max_epochs is None and search.estimator.max_epochs == 4
+    assert search.n_resources_ == [1, 3] and search.best_params_.keys() == {"learning_rate_init", "max_iter"}
+    assert search.estimator.max_iter == 4
     assert search.resource == "max_iter" and search.max_resources == "auto" and search.max_resources_ == 4
     same = HalvingRandomSearchCV(
-        MLPClassifier(depth=1, max_iter=4, random_state=0), RATES, cv=2, random_state=0
+        MLPClassifier(hidden_layer_sizes=(128,), max_iter=4, random_state=0), RATES, cv=2, random_state=0
     ).fit(X, Y)
     np.testing.assert_array_equal(same.cv_results_["mean_test_score"], search.cv_results_["mean_test_score"])
 
@@ -115,38 +120,45 @@ def test_epochs_of_estimators_that_say_nothing():
 
 def test_pipelines():
     pipeline = make_pipeline(StandardScaler(), MLP)
-    rates = {"mlpclassifier__lr": RATES["lr"], "standardscaler__with_std": [True, False]}
-    search = beside_scikit_learn(pipeline, rates, resource="mlpclassifier__max_epochs")
-    assert search.cv_results_["param_mlpclassifier__max_epochs"].tolist() == [1] * 9 + [3] * 3 + [9]
+    rates = {
+        "mlpclassifier__learning_rate_init": RATES["learning_rate_init"],
+        "standardscaler__with_std": [True, False],
+    }
+    search = beside_scikit_learn(pipeline, rates, resource="mlpclassifier__max_iter")
+    assert search.cv_results_["param_mlpclassifier__max_iter"].tolist() == [1] * 9 + [3] * 3 + [9]
     assert search.best_estimator_.memory is None
     encoded = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), MLP)
-    beside_scikit_learn(encoded, {"mlpclassifier__lr": RATES["lr"]}, resource="mlpclassifier__max_epochs")
+    beside_scikit_learn(
+        encoded,
+        {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]},
+        resource="mlpclassifier__max_iter",
+    )
 
 
 def test_seeds_that_are_not_given_are_drawn_once(epochs):
     np.random.seed(0)
     fresh = clone(MLP).set_params(random_state=None)
-    space = {"lr": [0.01, 0.02, 0.05, 0.1]}
+    space = {"learning_rate_init": [0.01, 0.02, 0.05, 0.1]}
     options = {"n_candidates": 4, "max_resources": 4, "factor": 2, "cv": 2, "refit": False}
     search = HalvingRandomSearchCV(fresh, space, **options).fit(X, Y)
     assert [epoch for epoch, _ in epochs] == [0, 1, 2, 3] and search.n_candidates_ == [4, 2, 1]
 
 
 def test_a_candidate_that_diverges_is_never_kept_before_another():
-    sgd = clone(MLP).set_params(optimizer="sgd", batch_size=16)
+    sgd = clone(MLP).set_params(solver="sgd", batch_size=16)
     search = beside_scikit_learn(
-        sgd, {"lr": [1e300, 0.1, 0.2, 0.05]}, n_candidates=4, factor=2, max_resources=4
+        sgd, {"learning_rate_init": [1e300, 0.1, 0.2, 0.05]}, n_candidates=4, factor=2, max_resources=4
     )
     later = search.cv_results_["iter"] > 0
-    assert later.sum() == 3 and 1e300 not in search.cv_results_["param_lr"][later]
+    assert later.sum() == 3 and 1e300 not in search.cv_results_["param_learning_rate_init"][later]
 
 
 def test_a_candidate_that_is_kept_although_it_failed_begins_again():
-    sgd = clone(MLP).set_params(optimizer="sgd", batch_size=16)
+    sgd = clone(MLP).set_params(solver="sgd", batch_size=16)
     search = beside_scikit_learn(
-        sgd, {"lr": [1e300, 1e299, 1e298, 0.1]}, n_candidates=4, factor=2, max_resources=4
+        sgd, {"learning_rate_init": [1e300, 1e299, 1e298, 0.1]}, n_candidates=4, factor=2, max_resources=4
     )
-    assert search.n_candidates_ == [4, 2, 1] and search.best_params_["lr"] == 0.1
+    assert search.n_candidates_ == [4, 2, 1] and search.best_params_["learning_rate_init"] == 0.1
     assert np.isnan(search.cv_results_["mean_test_score"]).sum() == 4
 
 
@@ -179,25 +191,31 @@ class FitsItself(MLPClassifier):
 
 
 def test_epochs_are_the_resource_in_scikit_learns_loop_too():
-    pipeline = make_pipeline(StandardScaler(), FitsItself(depth=1, width=8, max_iter=3, random_state=0))
+    pipeline = make_pipeline(
+        StandardScaler(), FitsItself(hidden_layer_sizes=(8,), max_iter=3, random_state=0)
+    )
     with pytest.warns(UserWarning, match="FitsItself has a fit of its own"):
         search = HalvingRandomSearchCV(
-            pipeline, {"fitsitself__lr": loguniform(1e-3, 1e-1)}, n_candidates=3, cv=2, random_state=0
+            pipeline,
+            {"fitsitself__learning_rate_init": loguniform(1e-3, 1e-1)},
+            n_candidates=3,
+            cv=2,
+            random_state=0,
         ).fit(X, Y)
-    assert search.n_resources_ == [1, 3] and search.best_params_["fitsitself__max_epochs"] == 3
+    assert search.n_resources_ == [1, 3] and search.best_params_["fitsitself__max_iter"] == 3
     assert search.resource == "auto" and search.estimator is pipeline
 
 
 def test_a_schedule_runs_to_the_end_of_the_last_rung():
-    cosine = clone(MLP).set_params(schedule="cosine")
+    cosine = clone(MLP).set_params(learning_rate="cosine")
     options = {"n_candidates": 3, "max_resources": 9, "min_resources": 3, "cv": 2, "random_state": 0}
-    search = HalvingRandomSearchCV(cosine, {"lr": [0.1, 0.01, 0.001]}, scoring="neg_log_loss", **options).fit(
-        X, Y
-    )
+    search = HalvingRandomSearchCV(
+        cosine, {"learning_rate_init": [0.1, 0.01, 0.001]}, scoring="neg_log_loss", **options
+    ).fit(X, Y)
     best = search.cv_results_["mean_test_score"][-1]
     whole = scikit_learns.HalvingRandomSearchCV(
-        cosine, {"lr": [search.best_params_["lr"]]}, resource="max_epochs", scoring="neg_log_loss",
-        **(options | {"min_resources": 9, "n_candidates": 1}),
+        cosine, {name: [search.best_params_[name]] for name in RATES}, resource="max_iter",
+        scoring="neg_log_loss", **(options | {"min_resources": 9, "n_candidates": 1}),
     ).fit(X, Y)  # fmt: skip
     assert best == pytest.approx(whole.best_score_, abs=1e-9)  # as if it had never stopped
 
@@ -206,12 +224,16 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
     ("search", "error"),
     [
         (
-            HalvingRandomSearchCV(MLP, {"max_epochs": [1, 2]}, n_candidates=2),
+            HalvingRandomSearchCV(MLP, {"max_iter": [1, 2]}, n_candidates=2),
             "part of the searched parameters",
         ),
         (
             HalvingRandomSearchCV(LogisticRegression(), {"C": [1.0]}, max_resources=9, resource="max_epochs"),
             "Cannot use resource=max_epochs",
+        ),
+        (
+            HalvingRandomSearchCV(MLP, RATES, resource="max_epochs"),
+            "MLPClassifier has no parameter 'max_epochs': give max_iter",
         ),
         (
             HalvingRandomSearchCV(MLP, RATES, resource=None),

@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 import gputune
 from gputune.errors import InputError
 from gputune.sklearn import GridSearchCV, LogisticRegression
-from gputune.sklearn.base import check_rows, fit_together
+from gputune.sklearn.base import check_rows
+from searches import Fits
 
 IRIS = load_iris(return_X_y=True)
 
@@ -134,7 +135,7 @@ def test_together_is_what_fit_gives_alone():
         {"class_weight": {0: 1.0, 9: 1.0}},
     ]
     candidates = [LogisticRegression(**params) for params in spaces]
-    fits = fit_together(candidates, check_rows(LogisticRegression(), X, y, weights), folds)
+    fits = Fits(candidates, check_rows(LogisticRegression(), X, y, weights), folds)
     for f, train in enumerate(folds):
         for i, params in enumerate(spaces):
             alone = LogisticRegression(**params)

@@ -28,13 +28,19 @@ from gputune.sklearn import (
 )
 
 X, Y = load_iris(return_X_y=True)
-MLP = MLPClassifier(max_epochs=5, depth=1, random_state=0)
+MLP = MLPClassifier(max_iter=5, hidden_layer_sizes=(128,), random_state=0)
 SEARCHES = [
     RandomizedSearchCV(
-        MLP, {"width": randint(4, 30), "lr": loguniform(1e-3, 1e-1)}, n_iter=5, cv=3, random_state=1
+        MLP,
+        {"hidden_layer_sizes": randint(4, 30), "learning_rate_init": loguniform(1e-3, 1e-1)},
+        n_iter=5,
+        cv=3,
+        random_state=1,
     ),
     RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=4, random_state=0),
-    GridSearchCV(make_pipeline(StandardScaler(), MLP), {"mlpclassifier__lr": [0.001, 0.02, 0.1]}, cv=3),
+    GridSearchCV(
+        make_pipeline(StandardScaler(), MLP), {"mlpclassifier__learning_rate_init": [0.001, 0.02, 0.1]}, cv=3
+    ),
 ]
 
 
@@ -155,7 +161,7 @@ def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
 def test_rows_that_are_wrong_fail_where_they_are():
     wrong = X.copy()
     wrong[0, 0] = np.nan
-    search = GridSearchCV(MLP, {"lr": [0.1]}, cv=2)
+    search = GridSearchCV(MLP, {"learning_rate_init": [0.1]}, cv=2)
     with pytest.raises(ValueError, match="Input X contains NaN"), pytest.warns():
         nested_cv(search, wrong, Y, outer=2)
 
@@ -172,10 +178,19 @@ def test_other_estimators_are_left_to_scikit_learn():
 @pytest.mark.parametrize(
     ("search", "error"),
     [
-        (HalvingRandomSearchCV(MLP, {"lr": [0.1]}), "must be a RandomizedSearchCV or a GridSearchCV"),
-        (model_selection.GridSearchCV(MLP, {"lr": [0.1]}), "must be a RandomizedSearchCV or a GridSearchCV"),
-        (GridSearchCV(MLP, {"lr": [0.1]}, refit=False), "got refit=False; set refit"),
-        (GridSearchCV(MLP, {"lr": [0.1]}, study="study.db"), "study='study.db' keeps one; set study=None"),
+        (
+            HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.1]}),
+            "must be a RandomizedSearchCV or a GridSearchCV",
+        ),
+        (
+            model_selection.GridSearchCV(MLP, {"learning_rate_init": [0.1]}),
+            "must be a RandomizedSearchCV or a GridSearchCV",
+        ),
+        (GridSearchCV(MLP, {"learning_rate_init": [0.1]}, refit=False), "got refit=False; set refit"),
+        (
+            GridSearchCV(MLP, {"learning_rate_init": [0.1]}, study="study.db"),
+            "study='study.db' keeps one; set study=None",
+        ),
     ],
 )
 def test_what_cannot_be_nested_is_refused(search, error):

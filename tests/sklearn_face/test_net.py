@@ -32,8 +32,8 @@ def test_parameters_of_the_module_are_parameters_of_the_estimator():
     copy.set_params(module__hidden=9)
     assert net.get_params()["module__hidden"] == 5
     assert "module__hidden=5" in repr(net)
-    with pytest.raises(ValueError, match="Invalid parameter 'momentum'"):
-        net.set_params(momentum=0.9)
+    with pytest.raises(ValueError, match="Invalid parameter 'nesterov'"):
+        net.set_params(nesterov=True)
     with pytest.raises(TypeError, match="NeuralNetClassifier has no parameter 'hidden'.*module__"):
         NeuralNetClassifier(Net, hidden=3).fit(*IRIS)
 

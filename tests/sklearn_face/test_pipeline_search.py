@@ -20,8 +20,8 @@ from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, Ran
 from searches import SCORES, assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
-MLP = MLPClassifier(width=8, depth=1, max_epochs=4, batch_size=32, random_state=0)
-RATES = {"mlpclassifier__lr": loguniform(1e-3, 1e-1)}
+MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=4, batch_size=32, random_state=0)
+RATES = {"mlpclassifier__learning_rate_init": loguniform(1e-3, 1e-1)}
 OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
 
 
@@ -70,7 +70,7 @@ def both_random(estimator, space, X=X, y=Y, **options):
 
 def test_scores_are_those_of_scikit_learns_search(training):
     pipeline = make_pipeline(StandardScaler(), PCA(3), MLP)
-    space = RATES | {"mlpclassifier__width": [4, 8, 20]}
+    space = RATES | {"mlpclassifier__hidden_layer_sizes": [4, 8, 20]}
     ours, _, theirs, _ = both_random(
         pipeline, space, scoring=SCORES, refit="neg_log_loss", return_train_score=True
     )
@@ -88,7 +88,7 @@ def test_a_transformer_is_fitted_once_a_fold(fits):
 
 def test_a_searched_transformer_is_fitted_once_for_each_of_its_parameters(fits, training):
     pipeline = make_pipeline(CountingScaler(), MLP)
-    space = {"countingscaler__shift": [0.0, 1.0], "mlpclassifier__lr": [0.01, 0.02, 0.1]}
+    space = {"countingscaler__shift": [0.0, 1.0], "mlpclassifier__learning_rate_init": [0.01, 0.02, 0.1]}
     ours, _, theirs, _ = both_random(pipeline, space, n_iter=6, refit=False)
     assert fits[:6] == [100] * 6 and len(fits) == 6 + 18
     assert sorted(training) == [(3, 3, (300, 4))] * 2
@@ -130,7 +130,7 @@ def test_a_mistake_shows_the_pipeline_as_the_user_wrote_it(memory):
     messages = []
     for search in (GridSearchCV, model_selection.GridSearchCV):
         with pytest.raises(ValueError) as found:
-            search(pipeline, {"mlp__lr": [0.1]}, cv=3).fit(X, Y)
+            search(pipeline, {"mlp__learning_rate_init": [0.1]}, cv=3).fit(X, Y)
         messages.append(str(found.value))
     assert messages[0] == messages[1] and "Invalid parameter 'mlp' for estimator Pipeline" in messages[0]
 
@@ -157,8 +157,8 @@ def test_parameters_of_fit_reach_their_steps():
 
 
 def test_a_step_that_fails_is_a_failed_fit(training):
-    pipeline = make_pipeline(PCA(), clone(MLP).set_params(optimizer="sgd"))
-    space = {"pca__n_components": [2, 30], "mlpclassifier__lr": [0.1, 1e300]}
+    pipeline = make_pipeline(PCA(), clone(MLP).set_params(solver="sgd"))
+    space = {"pca__n_components": [2, 30], "mlpclassifier__learning_rate_init": [0.1, 1e300]}
     ours, said, theirs, said_by_theirs = both_random(pipeline, space)
     assert_same_results(ours, theirs)
     (failed,) = [message for kind, message in said if kind is FitFailedWarning]
@@ -172,7 +172,7 @@ def test_a_step_that_fails_is_a_failed_fit(training):
     ("space", "error"),
     [
         ({"mlpclassifier__bogus": [1]}, "Invalid parameter 'bogus'"),
-        ({"bogus__lr": [1]}, "Invalid parameter 'bogus'"),
+        ({"bogus__learning_rate_init": [1]}, "Invalid parameter 'bogus'"),
     ],
 )
 def test_an_unknown_parameter_is_an_error_before_anything_is_fitted(space, error, fits):

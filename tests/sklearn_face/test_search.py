@@ -27,14 +27,13 @@ from gputune.sklearn import (
     NeuralNetClassifier,
     RandomizedSearchCV,
     replay,
-    running,
 )
 from searches import SCORES, CountingSplitter, assert_same_results, both
 
 X, Y = load_iris(return_X_y=True)
 WEIGHTS = np.random.default_rng(0).uniform(0.1, 2, len(Y))
-MLP = MLPClassifier(width=8, depth=1, max_epochs=4, batch_size=32, random_state=0)
-RATES = {"lr": loguniform(1e-3, 1e-1)}
+MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=4, batch_size=32, random_state=0)
+RATES = {"learning_rate_init": loguniform(1e-3, 1e-1)}
 OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
 
 
@@ -62,14 +61,18 @@ def training(monkeypatch):
     ("estimator", "space"),
     [
         (
-            MLPClassifier(max_epochs=5, random_state=3),
+            MLPClassifier(max_iter=5, random_state=3),
             [
-                {"width": randint(4, 40), "learning_rate_init": loguniform(1e-3, 1e-1), "alpha": [0.01, 0.1]},
                 {
-                    "lr": [0.01, 0.1],
+                    "hidden_layer_sizes": randint(4, 40),
+                    "learning_rate_init": loguniform(1e-3, 1e-1),
+                    "alpha": [0.01, 0.1],
+                },
+                {
+                    "learning_rate_init": [0.01, 0.1],
                     "dropout": [0.2],
                     "batch_size": randint(5, 60),
-                    "optimizer": ["adam", "sgd"],
+                    "solver": ["adam", "sgd"],
                 },
             ],
         ),
@@ -95,8 +98,8 @@ def test_scores_are_those_of_scikit_learns_search(estimator, space, training):
 
 def test_a_grid_and_a_regression(training):
     data = load_diabetes(return_X_y=True)
-    model = MLPRegressor(width=8, depth=1, max_epochs=5, random_state=0)
-    grid = {"lr": [0.01, 0.1], "weight_decay": [0.0, 0.1]}
+    model = MLPRegressor(hidden_layer_sizes=(8,), max_iter=5, random_state=0)
+    grid = {"learning_rate_init": [0.01, 0.1], "weight_decay": [0.0, 0.1]}
     ours, _, theirs, _ = both(GridSearchCV, model_selection.GridSearchCV, model, grid, *data, cv=4)
     assert_same_results(ours, theirs)
     assert training == [(4, 4)]
@@ -161,7 +164,9 @@ def test_every_seed_of_the_estimator_is_understood():
     ours, _, theirs, _ = both_random(generator)
     assert_same_results(ours, theirs)
     fresh = clone(MLP).set_params(random_state=None)
-    search = RandomizedSearchCV(fresh, {"lr": [0.05], "depth": [1, 1, 1]}, n_iter=3, cv=3).fit(X, Y)
+    search = RandomizedSearchCV(
+        fresh, {"learning_rate_init": [0.05], "dropout": [0.0, 0, 0.0]}, n_iter=3, cv=3
+    ).fit(X, Y)
     assert np.ptp(search.cv_results_["mean_test_score"]) == 0  # one draw for all candidates
 
 
@@ -187,20 +192,21 @@ def test_times_are_shares_of_the_time_of_all():
 
 
 def test_failed_fits_are_counted_and_explained():
-    rates = {"lr": [1e300, 0.1, -1.0]}
-    sgd = clone(MLP).set_params(optimizer="sgd")
+    rates = {"learning_rate_init": [1e300, 0.1, -1.0]}
+    sgd = clone(MLP).set_params(solver="sgd")
     ours, said, theirs, said_by_theirs = both_random(sgd, rates, n_iter=3)
     assert_same_results(ours, theirs)
     assert len(said) == 2 and [kind for kind, _ in said] == [kind for kind, _ in said_by_theirs]
     failed = next(message for kind, message in said if kind is FitFailedWarning)
     assert "6 fits failed out of a total of 9" in failed
     assert "3 fits failed with the following error" in failed  # each reason once
-    assert "DivergedError: the training diverged with lr=1e+300" in failed and "lr must be" in failed
+    assert "DivergedError: the training diverged with nesterov and a learning rate of 1e+300" in failed
+    assert "learning_rate_init must be" in failed
 
 
 def test_all_failed_raises():
-    sgd = clone(MLP).set_params(optimizer="sgd")
-    search = RandomizedSearchCV(sgd, {"lr": [1e300, 1e299]}, n_iter=2, cv=3)
+    sgd = clone(MLP).set_params(solver="sgd")
+    search = RandomizedSearchCV(sgd, {"learning_rate_init": [1e300, 1e299]}, n_iter=2, cv=3)
     with pytest.raises(ValueError, match=r"All the 6 fits failed[\s\S]*DivergedError"):
         search.fit(X, Y)
     with pytest.raises(ArithmeticError, match="diverged"):
@@ -221,7 +227,7 @@ def test_a_fold_may_fail_alone():
     ("wrong", "error"),
     [
         ({"space": {"bogus": [1, 2]}}, "Invalid parameter 'bogus'"),
-        ({"space": {"lr": 5}}, "not iterable or a distribution"),
+        ({"space": {"learning_rate_init": 5}}, "not iterable or a distribution"),
         ({"space": 7}, "param_distributions"),
         ({"n_iter": 0}, "n_iter"),
         ({"cv": "five"}, "'cv' parameter"),
@@ -245,7 +251,9 @@ def test_the_same_mistake_is_the_same_error(wrong, error, training):
 
 def test_a_score_of_one_class_of_named_classes_is_scikit_learns_error():
     names = np.where(Y == 0, "setosa", "other")
-    ours, said, _, said_by_theirs = both_random(space={"lr": [0.01]}, y=names, scoring="f1", refit=False)
+    ours, said, _, said_by_theirs = both_random(
+        space={"learning_rate_init": [0.01]}, y=names, scoring="f1", refit=False
+    )
     assert np.isnan(ours.cv_results_["mean_test_score"]).all()
     assert sum("pos_label=1 is not a valid label: It should be one of" in text for _, text in said) == 3
     assert [category for category, _ in said] == [category for category, _ in said_by_theirs]
@@ -293,7 +301,7 @@ def test_an_estimator_with_a_fit_of_its_own_is_left_to_scikit_learn():
         def fit(self, X, y):
             return super().fit(X + 1, y)
 
-    own = Own(width=8, max_epochs=2, random_state=0)
+    own = Own(hidden_layer_sizes=(8, 8), max_iter=2, random_state=0)
     with pytest.warns(UserWarning, match="Own has a fit of its own") as caught:
         search = RandomizedSearchCV(own, RATES, n_iter=2, random_state=0).fit(X, Y)
     assert [w.filename for w in caught] == [__file__]
@@ -309,16 +317,18 @@ def test_a_device_is_that_of_all_fits_and_the_refit():
 
 
 def test_time_that_is_over_fails_the_fits(monkeypatch):
-    monkeypatch.setattr(running, "workers", lambda: 1)  # a process takes longer to start than this
-    long = MLPClassifier(width=8, depth=1, max_epochs=10**6, random_state=0)
-    search = RandomizedSearchCV(long, {"lr": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False)
+    monkeypatch.setattr(replay, "workers", lambda: 1)  # a process takes longer to start than this
+    long = MLPClassifier(hidden_layer_sizes=(8,), max_iter=10**6, random_state=0)
+    search = RandomizedSearchCV(
+        long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False
+    )
     with pytest.raises(ValueError, match=r"All the 4 fits failed[\s\S]*TimeoutError: the time was over"):
         search.fit(X, Y)
 
 
 def test_within_a_worker_of_joblib_no_other_processes_start():
-    assert running.workers() is None
-    within = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(running.workers)() for _ in range(2))
+    assert replay.workers() is None
+    within = joblib.Parallel(n_jobs=2, prefer="threads")(joblib.delayed(replay.workers)() for _ in range(2))
     assert within == [1, 1]
 
 
@@ -396,31 +406,36 @@ def optuna_distribution(name, **attributes):
 
 def test_optunas_distributions():
     space = {
-        "lr": optuna_distribution("FloatDistribution", low=1e-3, high=1e-1, log=True, step=None),
+        "learning_rate_init": optuna_distribution(
+            "FloatDistribution", low=1e-3, high=1e-1, log=True, step=None
+        ),
         "weight_decay": optuna_distribution("FloatDistribution", low=0.0, high=0.5, log=False, step=None),
         "dropout": optuna_distribution("FloatDistribution", low=0.0, high=0.5, log=False, step=0.25),
         "momentum": optuna_distribution("FloatDistribution", low=0.9, high=0.9, log=False, step=None),
-        "width": optuna_distribution("IntDistribution", low=4, high=64, log=True, step=1),
+        "hidden_layer_sizes": optuna_distribution("IntDistribution", low=4, high=64, log=True, step=1),
         "batch_size": optuna_distribution("IntDistribution", low=16, high=50, log=False, step=16),
         "activation": optuna_distribution("CategoricalDistribution", choices=("relu", "tanh")),
     }
-    quick = MLPClassifier(depth=1, max_epochs=1, optimizer="sgd", random_state=0)
+    quick = MLPClassifier(hidden_layer_sizes=(128,), max_iter=1, solver="sgd", random_state=0)
     search = RandomizedSearchCV(quick, space, n_iter=60, cv=2, random_state=0).fit(X, Y)
     drawn = {name: [params[name] for params in search.cv_results_["params"]] for name in space}
-    assert all(1e-3 <= lr <= 1e-1 for lr in drawn["lr"]) and np.median(drawn["lr"]) < 0.02
+    assert (
+        all(1e-3 <= lr <= 1e-1 for lr in drawn["learning_rate_init"])
+        and np.median(drawn["learning_rate_init"]) < 0.02
+    )
     assert all(0 <= decay <= 0.5 for decay in drawn["weight_decay"])
     assert set(drawn["dropout"]) == {0.0, 0.25, 0.5} and set(drawn["momentum"]) == {0.9}
     assert set(drawn["batch_size"]) == {16, 32, 48} and set(drawn["activation"]) == {"relu", "tanh"}
-    assert all(type(width) is int and 4 <= width <= 64 for width in drawn["width"])
-    assert np.median(drawn["width"]) < 30
+    assert all(type(width) is int and 4 <= width <= 64 for width in drawn["hidden_layer_sizes"])
+    assert np.median(drawn["hidden_layer_sizes"]) < 30
     assert search.param_distributions is space
 
 
 def test_optuna_itself():
     distributions = pytest.importorskip("optuna.distributions")
     space = {
-        "lr": distributions.FloatDistribution(1e-3, 1e-1, log=True),
-        "width": distributions.IntDistribution(4, 8),
+        "learning_rate_init": distributions.FloatDistribution(1e-3, 1e-1, log=True),
+        "hidden_layer_sizes": distributions.IntDistribution(4, 8),
     }
     search = RandomizedSearchCV(MLP, [space], n_iter=3, random_state=0).fit(X, Y)
     assert all(params.keys() == space.keys() for params in search.cv_results_["params"])

@@ -16,10 +16,12 @@ from gputune.sklearn import (
     RandomizedSearchCV,
 )
 
-CLASSIFIER = MLPClassifier(width=16, depth=1, max_epochs=40, random_state=0)
-REGRESSOR = MLPRegressor(width=16, depth=1, max_epochs=40, random_state=0)
+CLASSIFIER = MLPClassifier(hidden_layer_sizes=(16,), max_iter=40, random_state=0)
+REGRESSOR = MLPRegressor(hidden_layer_sizes=(16,), max_iter=40, random_state=0)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression())
-RATES = {"lr": [0.01, 0.02, 0.05]}  # no distribution, whose address would be in the names of the tests
+RATES = {
+    "learning_rate_init": [0.01, 0.02, 0.05]
+}  # no distribution, whose address would be in the names of the tests
 PENALTIES = {"logisticregression__C": [0.5, 2.0]}
 DESCENT = {"n_iter": 1, "outer_steps": 1, "cv": 2}
 SEARCHES = [

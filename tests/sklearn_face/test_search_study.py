@@ -13,7 +13,7 @@ from command_line import run
 from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, RandomizedSearchCV
 
 X, Y = load_iris(return_X_y=True)
-MLP = MLPClassifier(width=8, depth=1, max_epochs=3, optimizer="sgd", random_state=0)
+MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=3, solver="sgd", random_state=0)
 
 
 @pytest.fixture
@@ -24,7 +24,9 @@ def path(tmp_path):
 def search_rates(path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the fit that diverges
-        return GridSearchCV(MLP, {"lr": [0.1, 1e300, 0.2]}, cv=3, study=path, **options).fit(X, Y)
+        return GridSearchCV(MLP, {"learning_rate_init": [0.1, 1e300, 0.2]}, cv=3, study=path, **options).fit(
+            X, Y
+        )
 
 
 def test_a_study_has_every_trial(path):
@@ -79,7 +81,9 @@ def test_the_score_is_the_one_that_chooses(path, scoring, refit, metric, name):
 
 
 def test_a_regression_is_scored_by_r2(path):
-    GridSearchCV(gputune.sklearn.MLPRegressor(max_epochs=1), {"lr": [0.1]}, cv=2, study=path).fit(X, X[:, 0])
+    GridSearchCV(
+        gputune.sklearn.MLPRegressor(max_iter=1), {"learning_rate_init": [0.1]}, cv=2, study=path
+    ).fit(X, X[:, 0])
     assert gputune.Study.open(path).meta["scoring"] == "r2"
 
 

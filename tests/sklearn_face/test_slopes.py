@@ -14,8 +14,8 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from face_modules import Net
 from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
 from gputune.sklearn.descent import DescentRun
-from gputune.sklearn.pipelines import prepared
-from gputune.sklearn.slopes import How, slopes_of
+from gputune.sklearn.pipelines import with_hook
+from gputune.sklearn.slopes import SlopeRequest, slopes_of
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
@@ -24,18 +24,19 @@ DATA = {
     "cancer": (lambda x, y: ((x - x.mean(0)) / x.std(0), y))(*load_breast_cancer(return_X_y=True)),
     "diabetes": load_diabetes(return_X_y=True),
 }
-MLP = MLPClassifier(width=6, depth=1, activation="tanh", max_epochs=4, batch_size=24, random_state=0)
-SGD = clone(MLP).set_params(optimizer="sgd", lr=0.2)
+MLP = MLPClassifier(hidden_layer_sizes=(6,), activation="tanh", max_iter=4, batch_size=24, random_state=0)
+SGD = clone(MLP).set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0, learning_rate_init=0.2)
+REGRESSOR = MLPRegressor((6, 6), activation="tanh", max_iter=3, batch_size=64, random_state=0)
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2.0, len(Y))
 
 
 def slopes(estimator, points, names, *, X=X, y=Y, cv=3, weights=None, **how):
     """Return the derivatives of each point of an estimator, and the fits."""
-    run = DescentRun(prepared(estimator, "auto"), cv, X=X, y=y)
+    run = DescentRun(with_hook(estimator, "auto"), cv, X=X, y=y)
     run.fit_params = {} if weights is None else {"sample_weight": weights}
-    fits = [event for event in run.ask(points, X, y, run.split(X, y, {})) if hasattr(event, "held_out")]
+    fits = [event for event in run.record(points, X, y, run.split(X, y, {})) if hasattr(event, "valid")]
     run.train(points, fits)
-    found = slopes_of(fits, How(names, how.pop("mode", "exact"), **how))
+    found = slopes_of(fits, SlopeRequest(names, how.pop("mode", "exact"), **how))
     return [found.get(trial) for trial in range(len(points))], fits
 
 
@@ -50,15 +51,14 @@ def loss_by_hand(estimator, params, train, test, *, X=X, y=Y, weights=None):
 @pytest.mark.parametrize(
     ("estimator", "name", "word", "value", "data"),
     [
-        (MLP, "lr", "lr", 0.01, "iris"),
+        (MLP, "lr", "learning_rate_init", 0.01, "iris"),
         (MLP, "lr", "learning_rate_init", 0.01, "cancer"),
-        (clone(MLP).set_params(schedule="cosine"), "weight_decay", "weight_decay", 0.5, "iris"),
+        (clone(MLP).set_params(learning_rate="cosine"), "weight_decay", "weight_decay", 0.5, "iris"),
         (MLP, "weight_decay", "alpha", 2.0, "iris"),
-        (clone(SGD).set_params(lr=0.1), "weight_decay", "alpha", 0.5, "cancer"),
+        (clone(SGD).set_params(learning_rate_init=0.1), "weight_decay", "alpha", 0.5, "cancer"),
         (SGD, "momentum", "momentum", 0.7, "iris"),
-        (clone(MLP).set_params(solver="sgd", lr=0.05), "lr", "lr", 0.05, "cancer"),
-        (MLPRegressor(width=6, activation="tanh", max_epochs=3, batch_size=64, random_state=0), "lr", "lr", 0.01,
-         "diabetes"),
+        (clone(MLP).set_params(solver="sgd", learning_rate_init=0.05), "lr", "learning_rate_init", 0.05, "cancer"),
+        (REGRESSOR, "lr", "learning_rate_init", 0.01, "diabetes"),
         (LogisticRegression(tol=1e-12), "C", "C", 0.4, "iris"),
         (LogisticRegression(tol=1e-12, class_weight="balanced"), "C", "C", 0.05, "cancer"),
     ],
@@ -80,10 +80,15 @@ def test_slopes_are_those_of_finite_differences(estimator, name, word, value, da
 
 
 def test_training_is_weighted_and_the_loss_is_not():
-    (found,), _ = slopes(MLP, [{"lr": 0.02}], ("lr",), weights=WEIGHTS)
+    (found,), _ = slopes(MLP, [{"learning_rate_init": 0.02}], ("lr",), weights=WEIGHTS)
     splits, h = list(StratifiedKFold(3).split(X, Y)), 1e-5
     up, down = (
-        np.mean([loss_by_hand(MLP, {"lr": 0.02 * np.exp(s)}, *split, weights=WEIGHTS) for split in splits])
+        np.mean(
+            [
+                loss_by_hand(MLP, {"learning_rate_init": 0.02 * np.exp(s)}, *split, weights=WEIGHTS)
+                for split in splits
+            ]
+        )
         for s in (h, -h)
     )
     assert 0.02 * found.slopes["lr"].mean() == pytest.approx((up - down) / (2 * h), rel=1e-6)
@@ -97,10 +102,10 @@ def assert_close(one, other):
 
 def test_company_changes_nothing():
     points = [
-        {"lr": 0.01},
-        {"lr": 0.1, "optimizer": "nesterov", "weight_decay": 0.1},
-        {"alpha": 1.0, "batch_size": 50, "width": 20},
-        {"alpha": 0.1, "max_epochs": 2},
+        {"learning_rate_init": 0.01},
+        {"learning_rate_init": 0.1, "solver": "sgd", "weight_decay": 0.1},
+        {"alpha": 1.0, "batch_size": 50, "hidden_layer_sizes": (20, 20)},
+        {"alpha": 0.1, "max_iter": 2},
         {"random_state": 1, "dropout": 0.3},
     ]
     data = {"X": DATA["iris"][0], "y": DATA["iris"][1]}
@@ -116,21 +121,21 @@ def test_company_changes_nothing():
 @pytest.mark.parametrize("last", [MLP, LogisticRegression()], ids=["mlp", "logistic"])
 @pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["plain", "weighted"])
 def test_a_pipeline_is_its_last_step_on_transformed_rows(last, weights):
-    name = "lr" if last is MLP else "C"
+    name, word = ("lr", "learning_rate_init") if last is MLP else ("C", "C")
     prefix = type(last).__name__.lower() + "__"
     pipeline = make_pipeline("passthrough", StandardScaler(), last)
-    run = DescentRun(prepared(pipeline, "auto"), 3)
+    run = DescentRun(with_hook(pipeline, "auto"), 3)
     if weights is not None:
         run.fit_params = {prefix + "sample_weight": weights}
-    points = [{prefix + name: value} for value in (0.01, 0.1)]
+    points = [{prefix + word: value} for value in (0.01, 0.1)]
     splits = run.split(X, Y, {})
-    fits = [event for event in run.ask(points, X, Y, splits) if hasattr(event, "held_out")]
+    fits = [event for event in run.record(points, X, Y, splits) if hasattr(event, "valid")]
     run.train(points, fits)
-    found = slopes_of(fits, How((name,), "exact"))
+    found = slopes_of(fits, SlopeRequest((name,), "exact"))
     for fold, (train, test) in enumerate(splits):
         scaled = StandardScaler().fit(X[train]).transform(X)
         by_hand, _ = slopes(
-            last, [{name: 0.01}, {name: 0.1}], (name,), X=scaled, cv=[(train, test)], weights=weights
+            last, [{word: 0.01}, {word: 0.1}], (name,), X=scaled, cv=[(train, test)], weights=weights
         )
         for trial, one in enumerate(by_hand):
             assert found[trial].losses[fold] == pytest.approx(one.losses[0], rel=1e-10)
@@ -142,21 +147,25 @@ def test_folds_whose_transformers_give_unlike_columns():
     pipeline = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), MLP)
     splits = list(KFold(3).split(levels))
     y = np.arange(150) % 3
-    (found,), fits = slopes(pipeline, [{"mlpclassifier__lr": 0.05}], ("lr",), X=levels, y=y, cv=splits)
-    assert {fit.asked.rows.X.shape[1] for fit in fits} == {5, 9}
+    (found,), fits = slopes(
+        pipeline, [{"mlpclassifier__learning_rate_init": 0.05}], ("lr",), X=levels, y=y, cv=splits
+    )
+    assert {fit.train.rows.X.shape[1] for fit in fits} == {5, 9}
     for fold, (train, test) in enumerate(splits):
-        expected = loss_by_hand(pipeline, {"mlpclassifier__lr": 0.05}, train, test, X=levels, y=y)
+        expected = loss_by_hand(
+            pipeline, {"mlpclassifier__learning_rate_init": 0.05}, train, test, X=levels, y=y
+        )
         assert found.losses[fold] == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)], ids=["none", "generator"])
 def test_the_training_is_the_one_that_was_made(random_state):
     fresh = clone(MLP).set_params(random_state=random_state)
-    (found,), fits = slopes(fresh, [{"lr": 0.02}], ("lr",))
+    (found,), fits = slopes(fresh, [{"learning_rate_init": 0.02}], ("lr",))
     for fit, loss in zip(fits, found.losses):
         fitted = clone(fresh)
-        fit.settle(fitted)
-        rows = fit.held_out.index
+        fit.finish(fitted)
+        rows = fit.valid.index
         assert loss == pytest.approx(log_loss(Y[rows], fitted.predict_proba(X[rows])), rel=1e-9)
 
 
@@ -167,30 +176,32 @@ def test_modules_of_the_user():
     )
     assert set(found.slopes) == {"lr", "weight_decay"} and np.isfinite(found.losses).all()
     fitted = clone(net)
-    fits[0].settle(fitted)
-    test = fits[0].held_out.index
+    fits[0].finish(fitted)
+    test = fits[0].valid.index
     assert found.losses[0] == pytest.approx(log_loss(Y[test], fitted.predict_proba(X[test])), rel=1e-9)
 
 
 def test_wide_differences_look_at_the_same_loss():
-    (near,), _ = slopes(MLP, [{"lr": 0.01}], ("lr",))
-    (wide,), _ = slopes(MLP, [{"lr": 0.01}], ("lr",), mode="differences")
+    (near,), _ = slopes(MLP, [{"learning_rate_init": 0.01}], ("lr",))
+    (wide,), _ = slopes(MLP, [{"learning_rate_init": 0.01}], ("lr",), mode="differences")
     np.testing.assert_allclose(wide.losses, near.losses, rtol=1e-9)
     np.testing.assert_allclose(wide.slopes["lr"], near.slopes["lr"], rtol=0.2)
     assert (wide.slopes["lr"] != near.slopes["lr"]).all()
 
 
 def test_what_the_deadline_cuts_short_has_no_slopes():
-    (found,), _ = slopes(MLP, [{"lr": 0.01}], ("lr",), deadline=time.monotonic() - 1)
+    (found,), _ = slopes(MLP, [{"learning_rate_init": 0.01}], ("lr",), deadline=time.monotonic() - 1)
     assert found is None
 
 
 def test_a_kink_of_units_that_only_pad_is_no_missing_derivative():
-    relu = clone(SGD).set_params(activation="relu", width=7, lr=0.05)  # the padding's inputs are exactly 0
+    relu = clone(SGD).set_params(
+        activation="relu", hidden_layer_sizes=(7, 7), learning_rate_init=0.05
+    )  # the padding's inputs are exactly 0
     (found,), _ = slopes(relu, [{}], ("lr",))
     splits, h = list(StratifiedKFold(3).split(X, Y)), 1e-7
     up, down = (
-        np.mean([loss_by_hand(relu, {"lr": 0.05 * np.exp(step)}, *split) for split in splits])
+        np.mean([loss_by_hand(relu, {"learning_rate_init": 0.05 * np.exp(step)}, *split) for split in splits])
         for step in (h, -h)
     )
     assert 0.05 * found.slopes["lr"].mean() == pytest.approx((up - down) / (2 * h), rel=1e-5)

@@ -32,16 +32,20 @@ IRIS = load_iris(return_X_y=True)
 DIABETES = load_diabetes(return_X_y=True)
 CLASSIFIERS = [
     LogisticRegression(),
-    MLPClassifier(width=16, depth=1, learning_rate_init=0.05, max_epochs=30, random_state=0),
+    MLPClassifier(hidden_layer_sizes=(16,), learning_rate_init=0.05, max_iter=30, random_state=0),
     NeuralNetClassifier(Net, optimizer="adam", lr=0.05, max_epochs=30, random_state=0),
 ]
 REGRESSORS = [
-    MLPRegressor(width=16, depth=1, lr=0.01, max_epochs=30, random_state=0),
+    MLPRegressor(hidden_layer_sizes=(16,), learning_rate_init=0.01, max_iter=30, random_state=0),
     NeuralNetRegressor(Net, lr=0.1, max_epochs=30, random_state=0),
 ]
 SPACES = [
     {"C": loguniform(1e-2, 1e2)},
-    {"width": randint(4, 20), "alpha": loguniform(1e-4, 1e-1), "learning_rate_init": loguniform(1e-3, 1e-1)},
+    {
+        "hidden_layer_sizes": randint(4, 20),
+        "alpha": loguniform(1e-4, 1e-1),
+        "learning_rate_init": loguniform(1e-3, 1e-1),
+    },
     {"module__hidden": [4, 8], "lr": loguniform(1e-2, 1e-1), "batch_size": randint(16, 64)},
 ]
 each = pytest.mark.parametrize("estimator", CLASSIFIERS + REGRESSORS, ids=lambda e: type(e).__name__)
@@ -121,8 +125,8 @@ def test_scikit_learns_search(estimator, space):
 
 def test_a_diverged_fit_gets_the_error_score():
     search = RandomizedSearchCV(
-        MLPClassifier(width=8, optimizer="sgd", max_epochs=3, random_state=0),
-        {"lr": [1e300, 0.1]},
+        MLPClassifier(hidden_layer_sizes=(8, 8), solver="sgd", max_iter=3, random_state=0),
+        {"learning_rate_init": [1e300, 0.1]},
         n_iter=2,
         cv=3,
     )
@@ -133,8 +137,8 @@ def test_a_diverged_fit_gets_the_error_score():
     assert (
         len(failed) == 1 and "3 fits failed out of a total of 6" in failed[0] and "DivergedError" in failed[0]
     )
-    assert search.best_params_ == {"lr": 0.1}
-    scores = dict(zip(search.cv_results_["param_lr"], search.cv_results_["mean_test_score"]))
+    assert search.best_params_ == {"learning_rate_init": 0.1}
+    scores = dict(zip(search.cv_results_["param_learning_rate_init"], search.cv_results_["mean_test_score"]))
     assert np.isnan(scores[1e300]) and scores[0.1] > 0
 
 

@@ -120,7 +120,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
 @pytest.mark.parametrize(
     ("frame", "options", "suffix"),
     [
-        (NUMBERS, {}, ".onnx"),
+        pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
         (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
         (FRAME, USERS, ".onnx"),
         (FRAME, USERS, ".pt2"),
@@ -136,7 +136,7 @@ def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     assert known["names"] == list(names) and known["target"] == "outcome"
 
 
-@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("activation", ["gelu", pytest.param("silu", marks=pytest.mark.long)])
 def test_activations_in_double(activation, tmp_path):
     def module(**size):
         return MLP(**size, width=8, depth=2, activation=activation, dropout=0.2)

@@ -6,7 +6,7 @@ Members are 64-32-10 tanh networks of one population, trained in batches of 64 i
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from gputune.data.source import read_source
 from gputune.engine.job import make_network
 from gputune.engine.population import complete, populations
 from gputune.engine.train import Trained, train
-from gputune.hypergradients.chunk import HypergradientJob, inner_training
-from gputune.hypergradients.differences import differences
-from gputune.hypergradients.unrolled import Hypergradients, forward, reverse, train_plainly
+from gputune.hypergradients.chunk import HypergradientJob, inner_problem
+from gputune.hypergradients.forward import forward
+from gputune.hypergradients.result import Hypergradients
+from gputune.hypergradients.reverse import differences, reverse
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, choose_model, make_problem
 
@@ -98,14 +99,13 @@ def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
     configs = [complete({"lr": lr, **network}, optimizer=optimizer, schedule="constant") for lr in rates]
     (chunk,) = populations(configs, choice.kind, rows=BATCH * STEPS_AN_EPOCH)
     job = HypergradientJob(seed=0, epochs=epochs, horizon=epochs)
-    training = inner_training(job, data, chunk)
-    one = job.tables(training, configs)
-    ten = {**one, "lr": one["lr"].expand(-1, 5, 2)}  # segments x layers
+    one = inner_problem(job, data, chunk)
+    ten = replace(one, tables={**one.tables, "lr": one.tables["lr"].expand(-1, 5, 2)})  # segments x layers
 
     def plain() -> Tensor:
-        weights = train_plainly(training, optimizer, one)
+        weights = one.train()
         with torch.no_grad():
-            training.validation(weights)
+            one.training.validation(weights)
         return weights
 
     def optimised() -> Trained:
@@ -116,11 +116,11 @@ def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
     return {
         OPTIMISED: optimised,
         PLAIN: plain,
-        FORWARD: lambda: forward(training, optimizer, one, lr),
-        "reverse, 1 rate": lambda: reverse(training, optimizer, one, lr),
-        REVERSE: lambda: reverse(training, optimizer, ten, lr),
-        CHECKPOINTED: lambda: reverse(training, optimizer, ten, lr, checkpoint=True),
-        "finite differences, 1 rate": lambda: differences(training, optimizer, one, lr, width=0.01),
+        FORWARD: lambda: forward(one, lr),
+        "reverse, 1 rate": lambda: reverse(one, lr),
+        REVERSE: lambda: reverse(ten, lr),
+        CHECKPOINTED: lambda: reverse(ten, lr, checkpoint=True),
+        "finite differences, 1 rate": lambda: differences(one, lr, width=0.01),
     }
 
 

@@ -1,15 +1,24 @@
-"""Whether a training has second derivatives: tried on its first minibatch, since wrong ones often say nothing."""
+"""What the first minibatch tells before a training starts: whether it has second derivatives, and what it will need.
 
+Second derivatives are tried, since wrong ones often say nothing; memory is measured on one step.
+"""
+
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from gputune.errors import InputError
-from gputune.hypergradients.inner import Training, slope
+from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, rows_of, slope
+from gputune.memory import free_memory
 from gputune.seeding import stream
+
+_SHARE = 0.8  # of the memory that is free
 
 
 @contextmanager
@@ -24,9 +33,8 @@ def twice_differentiable(training: Training) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error).split("\n")[0]
-        if not any(
-            words in text.lower() for words in ("derivative for", "differentiate twice", "double backward")
-        ):
+        words = ("derivative for", "differentiate twice", "double backward")
+        if not any(word in text.lower() for word in words):
             raise
         remedy = "replace it"
         if "scaled_dot_product" in text:
@@ -53,8 +61,6 @@ def nodes(tensor: Tensor) -> set[Node]:
 def _try(training: Training) -> None:
     weights = training.start().requires_grad_()
     gradient = slope(training, weights, 0, graph=True)
-    if not gradient.requires_grad:  # the loss is linear in the parameters, as far as torch sees
-        gradient = gradient + 0 * weights
     # autograd.grad walks only the paths to what it differentiates by, and the node that torch puts in the place of a
     # missing derivative is on none of them.
     missing = any(type(node).__name__ == "Error" for node in nodes(gradient))
@@ -74,8 +80,8 @@ def _symmetric(gradient: Tensor, weights: Tensor) -> bool:
     far less than the tolerance, the cube root of the dtype's spacing.
     """
     v = _direction(weights)
-    p = _product(gradient, weights, v)
-    q = _product(gradient, weights, p)
+    p = hessian_times(gradient, weights, v)
+    q = hessian_times(gradient, weights, p)
     once, twice = (p.double() ** 2).sum(), (v.double() * q.double()).sum()
     # Not <=: where either is infinite or NaN, the training says so by itself.
     return not bool((once - twice).abs() > torch.finfo(weights.dtype).eps ** (1 / 3) * once)
@@ -101,7 +107,7 @@ def _as_measured(training: Training, gradient: Tensor, weights: Tensor) -> bool:
 
     (above, below), (above_further, below_further) = changes(1e-8), changes(2e-8)
     measured, further = (above + below) / 2, (above_further + below_further) / 2
-    product = _product(gradient, weights, v)
+    product = hessian_times(gradient, weights, v)
     allowed = 10 * (measured - further).norm() + (above - below).norm() + 1e-3 * product.norm()
     return not bool((measured - product).norm() > allowed)
 
@@ -111,17 +117,86 @@ def _direction(weights: Tensor) -> Tensor:
     return drawn.to(weights.device, weights.dtype)
 
 
-def _product(gradient: Tensor, weights: Tensor, v: Tensor) -> Tensor:
-    (product,) = torch.autograd.grad(gradient, weights, v, retain_graph=True, materialize_grads=True)
-    return product
-
-
 def _suspects(training: Training) -> str:
     """Name what is known to have no second derivative, and the functions of the user's own."""
     weights = training.start().requires_grad_()
     with torch.enable_grad():
         found = nodes(training.losses(weights, 0))
-    own = {n for n in found if isinstance(n, torch.autograd.function.BackwardCFunction)}
-    known = {n for n in found if "WeightNorm" in type(n).__name__}
-    names = sorted({type(n).__name__.removesuffix("0").removesuffix("Backward") for n in own | known})
+    functions = [type(n) for n in found if isinstance(n, torch.autograd.function.BackwardCFunction)]
+    functions += [type(n) for n in found if "WeightNorm" in type(n).__name__]
+    names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in functions})
     return f" ({', '.join(names)})" if names else ""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one step's graph and of one state (parameters and moments), of all members."""
+
+    step: int
+    state: int
+
+    def reverse(self, steps: int) -> int:
+        """Bytes of going back through so many steps."""
+        return steps * self.step
+
+    def checkpointed(self, steps: int) -> int:
+        """Bytes of going back through so many steps, blocks of sqrt(T) at a time."""
+        block = math.isqrt(steps - 1) + 1
+        return block * self.step + -(-steps // block) * self.state
+
+    def forward(self, hyperparameters: int) -> int:
+        """Bytes of carrying tangents along, for any number of steps: in the update rule, four times the tangents."""
+        return self.step + 4 * (1 + hyperparameters) * self.state
+
+    def of_mode(self, mode: "ExactMode", *, steps: int, hyperparameters: int) -> int:
+        """Bytes of a mode."""
+        if mode == "forward":
+            return self.forward(hyperparameters)
+        return self.reverse(steps) if mode == "reverse" else self.checkpointed(steps)
+
+    def longest(self, budget: int) -> int:
+        """The number of steps that can be gone back through within so many bytes."""
+        return budget // self.step
+
+
+ExactMode = Literal["forward", "reverse", "checkpointed"]
+
+
+def measure(problem: InnerProblem[Training]) -> Need:
+    """Take the first step once and count what its graph keeps."""
+    leaves = {name: table.detach().requires_grad_() for name, table in problem.tables.items()}
+    state = problem.start().leaves()
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        # Held, so that no address comes up twice; detached, or the graph would hold itself, beyond Python's collector.
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.enable_grad():
+        end = problem.step(state, 0, rows=rows_of(leaves, problem.training.layer), graph=True)
+    for tensor in (end.weights, *end.moments):
+        pack(tensor)
+    step = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return Need(step, sum(tensor.nbytes for tensor in (end.weights, *end.moments)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that may be used on a device: most of what is free."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(_SHARE * free)
+    return int(_SHARE * free_memory())
+
+
+def fastest_that_fits(need: Need, budget: int, *, steps: int, hyperparameters: int) -> ExactMode:
+    """Return the mode for these steps and hyperparameters; "forward" where not even that may fit.
+
+    With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not grow.
+    """
+    if hyperparameters > 1:
+        if need.reverse(steps) <= budget:
+            return "reverse"
+        if need.checkpointed(steps) <= budget:
+            return "checkpointed"
+    return "forward"

@@ -85,9 +85,10 @@ def options(whole):
     return found
 
 
-def test_no_option_of_another_type_ends_in_a_traceback(whole, study):
-    for key, text in options(whole):
-        for value in [*VALUES, *parts(json.loads(text))]:
+def test_no_option_of_another_type_ends_in_a_traceback(whole, study, pytestconfig):
+    every = 1 if pytestconfig.getoption("--all") else 4
+    for number, (key, text) in enumerate(options(whole)):
+        for value in [*VALUES, *parts(json.loads(text))][number % every :: every]:
             write(whole, study, "meta", {"value": value}, key)
             looked_at(study)
         ends_in_words(study, "status", "repair")

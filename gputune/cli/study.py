@@ -1,20 +1,21 @@
-"""The trials of a study as a table for a terminal, as JSON and as CSV.
-
-``gputune status``: how far a search is that another process runs, read from its file.
-"""
+"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, ``report``, ``repair``."""
 
 import csv
 import io
 import json
 import math
+import shlex
+import shutil
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gputune.cli.arguments import study_file
-from gputune.report.facts import best_trial, seconds_text, states_text
+from gputune.cli.arguments import model_folder, study_file
+from gputune.report.facts import best_trial, is_its_model, seconds_text, states_text
+from gputune.study.record import has_form
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, clean, count, is_formula, paragraph, short, table
 
@@ -31,6 +32,20 @@ _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state"),
     ("trial", SCORE, "epoch", "state"),
 )
+
+
+def trials(arguments: Namespace) -> str:
+    """Return the trials as a table for a terminal, as JSON or as CSV."""
+    study = Study.open(study_file(arguments.study))
+    if arguments.format == "table":
+        return trials_table(study, width=shutil.get_terminal_size().columns)
+    return trials_json(study) if arguments.format == "json" else trials_csv(study)
+
+
+def best(arguments: Namespace) -> str:
+    """Return the best trial as text or as JSON."""
+    study = Study.open(study_file(arguments.study))
+    return best_json(study) if arguments.format == "json" else best_text(study)
 
 
 def trials_table(study: Study, *, width: int) -> str:
@@ -177,9 +192,9 @@ def _name(value: Any) -> str:
     return str(getattr(value, "__name__", value))
 
 
-def status(place: str) -> str:
-    """Return the state of a study in a few lines."""
-    file = study_file(place)
+def status(arguments: Namespace) -> str:
+    """Return in a few lines how far a search is, also one that another process runs."""
+    file = study_file(arguments.study)
     written = last_written(file) if file.is_file() else 0.0  # before it is opened, which may tidy up the file
     study = Study.open(file)
     states = Counter(trial.state for trial in study.trials)
@@ -218,3 +233,36 @@ def _best(study: Study, *, trains_on: bool) -> str:
         else ""
     )
     return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}{left}"
+
+
+def report(arguments: Namespace) -> str:
+    """Write the page to ``--out``, which may be overwritten, and return where it is."""
+    from gputune.report.page import check_place, write_page
+
+    file, out = study_file(arguments.study), arguments.out
+    check_place(f"--out {out!r}", Path(out), file)
+    study = Study.open(file)
+    write_page(study, out, model=_model(study, model_folder(file)))
+    return f"Report   {out}"
+
+
+def repair(arguments: Namespace) -> str:
+    """Write what is whole into a new file and return what that is."""
+    from gputune.study.repair import repair
+
+    saved = repair(study_file(arguments.study), arguments.out)
+    go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
+    return f"{saved}{go_on}"
+
+
+def _model(study: Study, folder: Path) -> dict[str, Any] | None:
+    """Return the info of the model beside a study where it is that of its best trial, or None."""
+    from gputune.study.model_files import DESCRIPTION, blaming, read_description
+
+    if not (folder / DESCRIPTION).is_file():
+        return None
+    with blaming(folder / DESCRIPTION):
+        info: dict[str, Any] = read_description(folder / DESCRIPTION)["info"]
+        if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
+            raise ValueError("its info is of another type")
+    return info if is_its_model(study, info) else None

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from gputune.api.study import Study
-from gputune.cli.trials import FIELDS, best_json, best_text, trials_csv, trials_json, trials_table
+from gputune.cli.study import FIELDS, best_json, best_text, trials_csv, trials_json, trials_table
 from gputune.study.study import Trial
 
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}

@@ -7,7 +7,8 @@ import pytest
 
 import gputune
 from gputune.api.tuning import tune
-from gputune.cli.arguments import flags, in_flags, make_parser
+from gputune.cli.arguments import make_parser
+from gputune.cli.wording import flags, in_flags
 from gputune.study.record import IDENTITY
 
 PYTHON_ALONE = {"X", "y", "include", "class_weight", "sample_weight", "epoch", "callbacks"}

@@ -3,25 +3,28 @@
 import os
 import re
 import time
+from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
 import gputune
 from command_line import run
-from gputune.cli.trials import last_written, status
+from gputune.cli import study as commands
 from gputune.study.store import Store
 from study_rows import candidates, result
 
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
 
 
+def status(path):
+    return commands.status(Namespace(study=str(path)))
+
+
 def test_a_running_search(tmp_path):
     path = tmp_path / "study.db"
     with Store.create(path, META) as store:  # stays open, as in a search that runs
         store.add_trials(candidates(range(6)))
-        assert "Trials   0 of 6 trials finished: 6 without a result yet\nBest     none yet" in status(
-            str(path)
-        )
+        assert "Trials   0 of 6 trials finished: 6 without a result yet\nBest     none yet" in status(path)
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
         store.finish([result(2, state="pruned", score=0.9), result(3, state="failed", score=float("nan"))])
         code, out, err = run("status", tmp_path)
@@ -35,7 +38,7 @@ def test_a_running_search(tmp_path):
         assert best == "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
         assert re.fullmatch(r"Written  \d+\.\d s ago", written)
         store.finish([result(4, score=0.75)])  # the search was not held up
-    assert "accuracy 0.7500 in trial 4" in status(str(path))
+    assert "accuracy 0.7500 in trial 4" in status(path)
 
 
 def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(tmp_path):
@@ -44,9 +47,9 @@ def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(tmp_path):
         store.add_trials(candidates(range(3)))
         store.finish([result(n, state="pruned", score=0.5 + n / 10) for n in range(2)])
         said = "Best     accuracy 0.6000 in trial 1: lr=0.05, width=16, activation=relu"
-        assert f"{said} (sent away early; those that train on are not told yet)\n" in status(str(path))
+        assert f"{said} (sent away early; those that train on are not told yet)\n" in status(path)
         store.finish([result(2, state="pruned", score=0.1)])
-    assert f"{said}\n" in status(str(path))
+    assert f"{said}\n" in status(path)
 
 
 def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(tmp_path):
@@ -58,7 +61,7 @@ def test_what_was_cut_short_is_not_finished_and_what_is_too_big_did_not_diverge(
         store.finish([replace(failed, number=3, detail={"reason": "out of memory"})])
     assert (
         "Trials   3 of 4 trials finished: 1 trained to the end, 1 cut short, 1 diverged, 1 too big for the memory\n"
-        in status(str(path))
+        in status(path)
     )
 
 
@@ -68,10 +71,10 @@ def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path, monkeypatch)
         store.add_trials(candidates(range(2)))
         store.finish([result(0)])
     now = time.time()
-    monkeypatch.setattr("gputune.cli.trials.time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("gputune.cli.study.time", SimpleNamespace(time=lambda: now))
     os.utime(path, (now - 3600,) * 2)
     for _ in range(3):
-        assert "Written  1 h 0 min ago" in status(str(path))
+        assert "Written  1 h 0 min ago" in status(path)
 
 
 def test_results_in_the_log_count_as_written(tmp_path):
@@ -81,7 +84,7 @@ def test_results_in_the_log_count_as_written(tmp_path):
         begun = time.time() - 3600
         os.utime(path, (begun,) * 2)
         store.finish([result(0)])
-        assert last_written(path) > begun + 1800
+        assert commands.last_written(path) > begun + 1800
 
 
 def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(tmp_path):
@@ -89,8 +92,8 @@ def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(tmp_pat
     with Store.create(path, {**META, "scoring": "neg_log_loss"}) as store:
         store.add_trials([gputune.study.store.Candidate(0, {"module__\x1b[2J": "\x1b]0;x\x07"}, "random")])
         store.finish([result(0, score=-0.25)])
-    assert "log_loss (lower is better) 0.2500 in trial 0" in status(str(path))
-    assert "\x1b" not in status(str(path))
+    assert "log_loss (lower is better) 0.2500 in trial 0" in status(path)
+    assert "\x1b" not in status(path)
 
 
 def test_no_study_is_bad_input(tmp_path):
@@ -107,6 +110,6 @@ def test_a_search_by_a_sampler_waits_for_its_next_batch(tmp_path):
     with Store.create(path, {**META, "method": method}) as store:
         store.add_trials([replace(c, origin=f"batch {1 + c.number // 2}") for c in candidates(range(4))])
         store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
-    text = status(str(path))
+    text = status(path)
     assert "Trials   2 of 4 trials finished: 2 trained to the end, 2 without a result yet" in text
     assert "Best     accuracy 0.6000 in trial 1" in text

@@ -203,8 +203,8 @@ def test_the_bar_takes_back_what_was_lost(iris, monkeypatch):
 
 def test_the_search_of_scikit_learns_kind_is_halved_too(iris, monkeypatch):
     def search():
-        model = MLPClassifier(max_epochs=3, random_state=0)
-        space = {"lr": [1e-3, 1e-2, 1e-1], "width": [8]}
+        model = MLPClassifier(max_iter=3, random_state=0)
+        space = {"learning_rate_init": [1e-3, 1e-2, 1e-1], "hidden_layer_sizes": [(8, 8)]}
         return RandomizedSearchCV(model, space, n_iter=3, cv=3, random_state=0).fit(*iris)
 
     whole = search()

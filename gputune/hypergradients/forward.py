@@ -1,0 +1,205 @@
+"""Hypergradients in forward mode: a tangent of the state for each hyperparameter, carried through training.
+
+Z = d state / d hyperparameter goes on as Z <- A Z + B, one Hessian-vector product a step and hyperparameter, with no
+more memory for more steps (Franceschi et al. 2017, Forward-HG). It agrees with reverse mode to rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.hypergradients.inner import (
+    Clock,
+    InnerProblem,
+    State,
+    Training,
+    Watch,
+    columns_of,
+    hessian_times,
+    rates_at,
+    segment_at,
+    slope,
+    update,
+)
+from gputune.hypergradients.result import Hypergradients
+
+Operand = Union["Dual", Tensor, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Dual:
+    """``value`` (P, N) and its derivatives ``tangents`` (d, P, N); N may be 1 in both. Stands where a tensor would.
+
+    The rules of engine/rules.py work entry by entry, with the few operations that are here. The number goes through
+    once whatever d is, and what has no derivative costs nothing; torch's own dual numbers have one derivative each,
+    and compute with those that are zero.
+    """
+
+    value: Tensor
+    tangents: Tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """``torch.where(condition, a, b)`` of two duals; no other function of torch."""
+        if function is not torch.where:
+            return NotImplemented
+        condition, a, b = args
+        return cls(torch.where(condition, a.value, b.value), torch.where(condition, a.tangents, b.tangents))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of both."""
+        return self.value.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of both."""
+        return self.value.device
+
+    def dim(self) -> int:
+        """Dimensions of the value."""
+        return self.value.dim()
+
+    def to(self, *, device: torch.device, dtype: torch.dtype) -> "Dual":
+        """As ``Tensor.to``."""
+        return Dual(self.value.to(device, dtype), self.tangents.to(device, dtype))
+
+    def __add__(self, other: Operand) -> "Dual":
+        if isinstance(other, Dual):
+            return Dual(self.value + other.value, self.tangents + other.tangents)
+        return Dual(self.value + other, self.tangents)
+
+    def __sub__(self, other: Operand) -> "Dual":
+        if isinstance(other, Dual):
+            return Dual(self.value - other.value, self.tangents - other.tangents)
+        return Dual(self.value - other, self.tangents)
+
+    def __rsub__(self, other: Tensor | float) -> "Dual":
+        return Dual(other - self.value, -self.tangents)
+
+    def __mul__(self, other: Operand) -> "Dual":
+        if isinstance(other, Dual):
+            tangents = (self.tangents * other.value).addcmul_(self.value, other.tangents)
+            return Dual(self.value * other.value, tangents)
+        return Dual(self.value * other, self.tangents * other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Operand) -> "Dual":
+        if isinstance(other, Dual):
+            ratio = self.value / other.value
+            tangents = torch.addcmul(self.tangents, ratio, other.tangents, value=-1).div_(other.value)
+            return Dual(ratio, tangents)
+        return Dual(self.value / other, self.tangents / other)
+
+    def __pow__(self, power: Tensor) -> "Dual":
+        return Dual(self.value**power, self.tangents * (power * self.value ** (power - 1)))
+
+    def clamp_min(self, least: float) -> "Dual":
+        """As ``Tensor.clamp_min``: no derivative below ``least``."""
+        # PyTorch's own kernel for it: a comparison and a choice would be two passes.
+        tangents: Tensor = torch.ops.aten.threshold_backward(self.tangents, self.value, least)
+        return Dual(self.value.clamp_min(least), tangents)
+
+    def sqrt(self) -> "Dual":
+        """As ``Tensor.sqrt``."""
+        root = self.value.sqrt()
+        return Dual(root, torch.addcdiv(root.new_zeros(()), self.tangents, root, value=0.5))
+
+
+def forward(
+    problem: InnerProblem[Training], wanted: Sequence[str], *, watch: Watch | None = None
+) -> Hypergradients:
+    """Return the hypergradients of ``wanted`` by carrying a tangent of the state along for each of their entries."""
+    training, tables, state = problem.training, problem.tables, problem.start()
+    # Those of the first segments first: at every step, the ones that have begun are a prefix.
+    columns = sorted(columns_of(tables, wanted), key=lambda column: column[1] / tables[column[0]].shape[1])
+    tangents = _Tangents(problem, columns, state)
+    for step in range(training.steps):
+        state = tangents.step(state, step)
+        if watch is not None:
+            watch(step + 1, state.weights)
+    weights = state.weights.detach().requires_grad_()
+    with torch.enable_grad():
+        value = training.validation(weights)
+        (slopes,) = torch.autograd.grad(value.sum(), weights, materialize_grads=True)
+    gradients = {name: torch.zeros_like(tables[name]) for name in wanted}
+    for (name, s, layer), tangent in zip(columns, tangents.weights):
+        gradients[name][:, s, layer] = (slopes * tangent).sum(1)
+    return Hypergradients(value.detach(), gradients, tangents.ratio, state.weights)
+
+
+class _Tangents:
+    """The tangents (d, P, N) of the parameters and moments, one for each hyperparameter that has begun."""
+
+    def __init__(
+        self, problem: InnerProblem[Training], columns: list[tuple[str, int, int]], state: State
+    ) -> None:
+        self.problem, self.columns = problem, columns
+        none = state.weights.new_zeros(0, *state.weights.shape)
+        self.weights, self.moments = none, [none for _ in state.moments]
+        self.sizes = torch.stack([problem.tables[name][:, s, layer] for name, s, layer in columns])  # (d, P)
+        self.ratio = state.weights.new_zeros(len(state.weights))
+
+    def step(self, state: State, step: int) -> State:
+        """Take one step of the training and of its tangents."""
+        training = self.problem.training
+        weights = state.weights.detach().requires_grad_()
+        gradient = slope(training, weights, step, graph=True)
+        clock = training.clock(step)
+        self._begin(clock)
+        products = [hessian_times(gradient, weights, tangent) for tangent in self.weights]
+        gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
+        # Without a copy of the one product there may be.
+        tangents = torch.stack(products) if len(products) > 1 else products[0][None]
+        new = self._through_the_rule(state, Dual(gradient, tangents), clock)
+        grown = self.weights.norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
+        # Of weights that are zero, no growth is none.
+        relative = torch.where(grown == 0, grown, grown / new.weights.norm(dim=1))
+        self.ratio = torch.maximum(self.ratio, relative.amax(0))
+        return new
+
+    def _begin(self, clock: Clock) -> None:
+        """Take in the hyperparameters whose segment has begun in some member; before that their tangent is zero."""
+        reached = {
+            name: int(segment_at(clock.done, self.problem.training.totals, table.shape[1]).max())
+            for name, table in self.problem.tables.items()
+        }
+        more = sum(s <= reached[name] for name, s, _ in self.columns) - len(self.weights)
+        if more:
+            zeros = self.weights.new_zeros(more, *self.weights.shape[1:])
+            self.weights, *self.moments = (torch.cat([t, zeros]) for t in (self.weights, *self.moments))
+
+    @torch.no_grad()
+    def _through_the_rule(self, state: State, gradient: Any, clock: Clock) -> State:
+        """Push the state through the update rule with all its tangents."""
+        rates: Any = rates_at(self.problem.rows, clock, self.problem.training.totals)
+        searched = dict.fromkeys(name for name, _, _ in self.columns)
+        seeded = {name: Dual(getattr(rates, name), self._seed(name, clock)) for name in searched}
+        before: list[Any] = [Dual(state.weights, self.weights), *map(Dual, state.moments, self.moments)]
+        old = State(before[0], tuple(before[1:]))
+        new = update(self.problem.optimizer, old, gradient, replace(rates, **seeded), clock)
+        after: list[Any] = [new.weights, *new.moments]
+        self.weights, *self.moments = (end.tangents for end in after)
+        return State(after[0].value, tuple(end.value for end in after[1:]))
+
+    def _seed(self, name: str, clock: Clock) -> Tensor:
+        """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1) for all layers."""
+        training = self.problem.training
+        columns = self.columns[: len(self.weights)]
+        _, segments, layers = self.problem.tables[name].shape
+        segment = segment_at(clock.done, training.totals, segments)
+        now = np.stack([(segment == s) & (column == name) for column, s, _ in columns])
+        if name == "lr" and clock.factor is not None:
+            now = now * clock.factor
+        seed = torch.as_tensor(now).to(self.weights)[..., None]
+        if layers == 1:
+            return seed
+        place = torch.tensor([layer for _, _, layer in columns], device=seed.device)
+        return seed * (place[:, None] == training.layer)[:, None]

@@ -1,0 +1,150 @@
+"""Hypergradients through training in reverse mode, whole, truncated or checkpointed; and by finite differences.
+
+Reverse mode keeps every step's graph and goes back through it once, whatever the number of hyperparameters
+(Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It differentiates the rules of engine/rules.py.
+
+Finite differences take two more trainings for each hyperparameter, on the same numbers. With a small step they check
+the other modes, and serve operations without a second derivative; with a wide one they see the trend through chaotic
+training, where the exact derivative is noise (Metz et al. 2021, arXiv:2111.05803).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
+from gputune.hypergradients.inner import InnerProblem, Rows, State, Training, Watch, columns_of, rows_of
+from gputune.hypergradients.result import Hypergradients
+
+
+def reverse(
+    problem: InnerProblem[Training],
+    wanted: Sequence[str],
+    *,
+    truncate: int | None = None,
+    checkpoint: bool = False,
+    watch: Watch | None = None,
+) -> Hypergradients:
+    """Return the hypergradients of ``wanted`` by going back through training.
+
+    ``truncate=K`` goes back through the last K steps only, as if the weights before them did not depend on the
+    hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and trains the steps between again on
+    the way back: the memory of 2 sqrt(T) steps for one more training.
+    """
+    training, tables = problem.training, problem.tables
+    steps = training.steps
+    begin = 0 if truncate is None else max(0, steps - truncate)
+    length = math.isqrt(steps - begin - 1) + 1 if checkpoint else steps - begin
+    edges = [*range(begin, steps, length), steps]
+    state, starts = problem.start(), []
+    for here, there in zip([0, *edges[:-2]], edges[:-1]):  # up to where the last block begins
+        state = problem.advance(state, range(here, there), watch)
+        starts.append(state)
+    leaves = {name: tables[name].detach().requires_grad_() for name in wanted}
+    with torch.enable_grad():
+        spread = rows_of(leaves, training.layer)
+    # Differentiated by the rows, which many steps share, and only then by the tables.
+    cut = {name: [row.detach().requires_grad_() for row in parts] for name, parts in spread.items()}
+    searched = [row for parts in cut.values() for row in parts]
+    record = _Record(problem, {**problem.rows, **cut})
+    total: list[Tensor] = []
+    adjoint: list[Tensor] | None = None
+    for here, there, start in reversed(list(zip(edges[:-1], edges[1:], starts))):
+        start = start.leaves()
+        end = record.advance(start, range(here, there), watch if there == steps else None)
+        outputs = [end.weights, *end.moments]
+        if there == steps:
+            weights = end.weights.detach()
+            with torch.enable_grad():
+                value = training.validation(end.weights)
+                outputs = [value.sum()]
+        found = torch.autograd.grad(
+            outputs, [*searched, start.weights, *start.moments], adjoint, materialize_grads=True
+        )
+        total = [a + b for a, b in zip(total, found)] if total else list(found[: len(searched)])
+        adjoint = list(found[len(searched) :])
+    ends = [row for parts in spread.values() for row in parts]
+    gradients = dict(zip(wanted, torch.autograd.grad(ends, list(leaves.values()), total)))
+    return Hypergradients(value.detach(), gradients, record.ratio(weights), weights)
+
+
+class _Record:
+    """Steps with their graph, and by how much a small relative change of the weights grows in them, per member.
+
+    At step t it is |dL/dw_t| |w_t| over the same after the last step: the transpose of what forward mode sees, read
+    off the adjoints on the way back, at no other cost.
+    """
+
+    def __init__(self, problem: InnerProblem[Training], rows: Rows) -> None:
+        self.problem, self.rows = problem, rows
+        self.largest: Tensor | float = 0.0
+        self.final: Tensor | float = 0.0
+
+    def advance(self, state: State, steps: range, watch: Watch | None) -> State:
+        """Return the state after some steps, with their graph."""
+        for step in steps:
+            after = self.problem.step(state, step, rows=self.rows, graph=True)
+            self._look_at(state.weights)  # only now: the step has taken a gradient by them itself
+            state = after
+            if watch is not None:
+                watch(step + 1, state.weights.detach())
+        if steps.stop == self.problem.training.steps:
+            self._look_at(state.weights, last=True)
+        return state
+
+    def _look_at(self, weights: Tensor, *, last: bool = False) -> None:
+        """Look at the adjoint of these weights when it is computed."""
+        size = weights.detach().norm(dim=1)
+
+        def look(adjoint: Tensor) -> None:
+            weight = adjoint.detach().norm(dim=1) * size
+            if last:
+                self.final = weight
+            else:
+                self.largest = torch.maximum(torch.as_tensor(self.largest, dtype=size.dtype), weight)
+
+        weights.register_hook(look)  # type: ignore[no-untyped-call]
+
+    def ratio(self, like: Tensor) -> Tensor:
+        """Return the largest ratio (P,), at least 1; 0 where the loss does not depend on the weights at all."""
+        largest, final = (
+            torch.as_tensor(weight, dtype=like.dtype, device=like.device).expand(len(like))
+            for weight in (self.largest, self.final)
+        )
+        ratio = torch.maximum(largest, final) / final
+        return torch.where((final == 0) & (largest == 0), torch.zeros_like(ratio), ratio)
+
+
+def default_width(dtype: torch.dtype) -> float:
+    """Return the cube root of the dtype's spacing: where rounding and curvature do equal harm."""
+    return float(torch.finfo(dtype).eps ** (1 / 3))
+
+
+@torch.no_grad()
+def differences(
+    problem: InnerProblem[Training], wanted: Sequence[str], *, width: float, watch: Watch | None = None
+) -> Hypergradients:
+    """Return the hypergradients of ``wanted`` from trainings at +-``width`` in the hyperparameter's coordinate.
+
+    Every value must be above 0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after the last step.
+    """
+    training, tables = problem.training, problem.tables
+    weights = problem.train(watch)
+    gradients = {name: torch.zeros_like(tables[name]) for name in wanted}
+    ratio = weights.new_zeros(len(weights))
+    for name, s, layer in columns_of(tables, wanted):
+        table = tables[name]
+        shift = torch.zeros_like(table)
+        shift[:, s, layer] = width
+        ends = []
+        for sign in (1, -1):
+            moved = from_coordinate(name, to_coordinate(name, table) + sign * shift)
+            ends.append(replace(problem, tables={**tables, name: moved}).train())
+        up, down = map(training.validation, ends)
+        gradients[name][:, s, layer] = (up - down) / (2 * width) / speed(name, table)[:, s, layer]
+        apart = (ends[0] - ends[1]).norm(dim=1) / (2 * width * weights.norm(dim=1))
+        ratio = torch.maximum(ratio, apart)
+    return Hypergradients(training.validation(weights), gradients, ratio, weights)

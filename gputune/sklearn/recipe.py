@@ -1,0 +1,122 @@
+"""How one configuration trains, whatever words it was written in: what an estimator's parameters mean to the engine."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from numbers import Integral
+from typing import Any
+
+from sklearn.utils import check_random_state
+from torch import Tensor, nn
+
+from gputune.engine.population import ModelKind, complete
+from gputune.errors import InputError
+from gputune.search.config import check_value
+from gputune.types import Config
+
+DrawSeed = Callable[[], int]
+"""Draws the seed of random_state=None: once for all configurations that are fitted together."""
+
+MOMENTUM = ("sgd", "nesterov", "sgdhd", "nesterovhd")
+"""The optimizers that have a momentum."""
+
+AUTO_BATCH = 200  # batch_size="auto" is min(200, rows), as in scikit-learn
+
+
+@dataclass(frozen=True, eq=False)
+class RungState:
+    """Where one configuration is in a training that stops at rungs: after ``epoch`` of ``horizon`` epochs.
+
+    seed     that of its random numbers, None before the first rung
+    buffers  by fold: the engine's buffers of one member, parameters first
+    """
+
+    epoch: int
+    horizon: int
+    seed: int | None
+    buffers: Mapping[int, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one configuration trains, whatever words it was written in.
+
+    config   the engine's complete configuration; its weight decay still lacks what ``alpha`` adds
+    alpha    scikit-learn's L2 penalty, None where ``weight_decay`` says it; see ``config_for``
+    epochs   how long it trains, and the horizon of its schedule
+    seed     keys its start, row orders and dropout
+    device   as the user wrote it
+    module   the user's class for kind "module", under the two keywords of the engine
+    state    where a training that stops at rungs is; None for one that goes to its end at once
+    """
+
+    kind: ModelKind
+    config: Config
+    alpha: float | None
+    epochs: int
+    seed: int
+    device: str
+    module: type[nn.Module] | None
+    state: RungState | None = None
+
+    @property
+    def begin(self) -> int:
+        """Epochs that it has trained already."""
+        return 0 if self.state is None else self.state.epoch
+
+    @property
+    def horizon(self) -> int:
+        """Epochs that its schedule runs over."""
+        return self.epochs if self.state is None else self.state.horizon
+
+    def resumed(self, state: RungState) -> "Recipe":
+        """Return the recipe of a training that goes on from a rung."""
+        return replace(self, state=state, seed=self.seed if state.seed is None else state.seed)
+
+    def config_for(self, rows: int, weight: float) -> Config:
+        """Return the configuration for so many training rows of so much weight in all.
+
+        scikit-learn's gradient is (sum of weight x slope + alpha W) / (sum of weights) over a minibatch, so its
+        penalty is an L2 weight decay of alpha / (sum of the minibatch's weights): here of a whole minibatch of
+        average weight. Departures: a short last minibatch has the same decay, and the biases decay too.
+        """
+        if self.alpha is None:
+            return self.config
+        batch_weight = min(self.config["batch_size"], rows) * weight / rows
+        return self.config | {"weight_decay": self.alpha / batch_weight}
+
+
+def draw_seed(random_state: Any, draw: DrawSeed) -> int:
+    """Return an integer as it is, one draw from a RandomState, or ``draw()`` for None.
+
+    ValueError for anything else, as in scikit-learn.
+    """
+    if random_state is None:
+        return draw()
+    generator = check_random_state(random_state)
+    return int(random_state) if isinstance(random_state, Integral) else int(generator.randint(2**31 - 1))
+
+
+def fresh_seed() -> int:
+    """Return a draw from numpy's global state, which is what ``random_state=None`` means in scikit-learn."""
+    return int(check_random_state(None).randint(2**31 - 1))
+
+
+def engine_config(values: Mapping[str, tuple[str, Any]], *, optimizer: str) -> Config:
+    """Return the engine's complete configuration of checked values: its word -> the estimator's word and value.
+
+    A value None is left to the engine's default; ``optimizer`` is that of a configuration without one.
+    """
+    config = {}
+    for name, (word, value) in values.items():
+        if name == "batch_size" and isinstance(value, str) and value == "auto":
+            value = AUTO_BATCH
+        if value is not None:
+            config[name] = check_value(name, value, word)
+    return complete(config, optimizer=optimizer, schedule="constant")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Return an integer >= 1. Raises InputError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise InputError(f"{name} must be an integer >= 1, got {value!r}. For example 50.")
+    return int(value)
