@@ -32,7 +32,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmark.engines import Chosen, choose
-from benchmark.report import HERE
+from benchmark.report import HERE, positive
 from benchmark.work import WIDTHS
 
 STUDIES = {
@@ -63,12 +63,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--trials", type=_positive, default=64, help="length of the shared list (default 64)")
+    add("--trials", type=positive, default=64, help="length of the shared list (default 64)")
     add(
-        "--epochs", type=_positive,
+        "--epochs", type=positive,
         help="default 20, with --big and --hypergradients 5, --grid 10, --quality 27",
     )  # fmt: skip
-    add("--repeats", type=_positive, help="default 3, with --hypergradients 7, --optuna 10, --grid 1")
+    add("--repeats", type=positive, help="default 3, with --hypergradients 7, --optuna 10, --grid 1")
     add(
         "--work", nargs="+", type=_work, default=[(name, None) for name in WIDTHS], metavar="NAME[:TRIALS]",
         help=f"{' or '.join(WIDTHS)}, each with its own number of trials (default: both, --trials long)",
@@ -82,13 +82,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
-    return number
 
 
 def _work(text: str) -> tuple[str, int | None]:

@@ -4,6 +4,7 @@ import json
 import platform
 import re
 import subprocess
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -66,6 +67,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     full = [[*map(str, row), *[""] * (len(head) - len(row))] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in full]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def positive(text: str) -> int:
+    """Return the number that an option says; ArgumentTypeError for one that is not a whole number above 0."""
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise ArgumentTypeError(f"must be an integer of at least 1, got {text}")
+    return number
 
 
 def counted(number: int, noun: str) -> str:

@@ -1,10 +1,11 @@
-"""The work that every engine gets, one list of trials on the same rows and folds, and how a loop gives it to cores.
+"""The work that every engine gets, how a loop gives it to cores, and how processes tell when a score was known.
 
 Workers import this file, so scikit-learn is imported only inside the functions that the parent calls: an
 engine's workers pay for the start of the library that they use, and of no other.
 """
 
 import functools
+import json
 import os
 import tempfile
 import time
@@ -190,3 +191,51 @@ def _fit_one(
 ) -> float:
     trial, fold = job
     return fit(folds[fold], trials[trial], epochs)
+
+
+def stop_workers() -> None:
+    """End the processes that joblib and gputune keep for the next call."""
+    from joblib.externals.loky import get_reusable_executor
+
+    from gputune.executors.processes import idle  # here: the workers of other engines do not import gputune
+
+    for executor in (get_reusable_executor(), *idle):
+        executor.shutdown(wait=True, kill_workers=True)
+    idle.clear()
+
+
+@dataclass(frozen=True)
+class Event:
+    """After so many seconds of a search the fold mean of a candidate (its position in the list) was known."""
+
+    seconds: float
+    candidate: int
+    score: float
+
+
+Line = tuple[float, int, int, float]
+"""What a process records: the time, a candidate, its epochs and a score."""
+
+
+@contextmanager
+def recorded() -> Iterator[tuple[float, str]]:
+    """Yield the time now, and the path of a file in which processes ``record`` scores."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scores"
+        path.touch()
+        yield time.monotonic(), str(path)
+
+
+def record(path: str, candidate: int, epochs: int, score: float) -> None:
+    """Append a line, with the time."""
+    line = json.dumps([time.monotonic(), candidate, epochs, score]) + "\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(file, line.encode())  # one write: lines of several processes do not mix
+    finally:
+        os.close(file)
+
+
+def read(path: str) -> list[Line]:
+    """Return all lines, in the order of time."""
+    return sorted(tuple(json.loads(line)) for line in Path(path).read_text().splitlines())

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from baydin2018_data import Data, load
-from baydin2018_figure import figure
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -28,6 +29,9 @@ from tqdm import tqdm
 from gputune.errors import InputError
 from gputune.models import MLP, LogisticRegression
 from gputune.optim import SGDHD, AdamHD
+
+sys.path.append(str(Path(__file__).parents[1]))
+from benchmark.report import positive, table
 
 MODELS = {"logreg": "logistic regression", "mlp": "MLP"}
 
@@ -83,18 +87,15 @@ def compare(data: Data, models: Sequence[str], *, epochs: int, seeds: int, width
     with tqdm(total=total, unit=" epochs", disable=None, leave=False, dynamic_ncols=True) as bar:
         for model in models:
             bar.set_description(model)
+            options = {"epochs": epochs, "width": width, "bar": bar}
 
-            def repeat(optimizer: Optimizer, model: str = model) -> list[Run]:
-                return [
-                    train(model, optimizer, data, epochs=epochs, seed=seed, width=width, bar=bar)
-                    for seed in range(seeds)
-                ]
+            def repeat(optimizer: Optimizer, model: str = model, options: Any = options) -> list[Run]:
+                return [train(model, optimizer, data, seed=seed, **options) for seed in range(seeds)]
 
             runs[model] = {method: repeat(optimizer) for method, optimizer in METHODS.items()}
             tried = {lr: repeat(partial(torch.optim.SGD, lr=lr, weight_decay=DECAY)) for lr in GRID}
             tried[ALPHA0] = runs[model]["SGD"]
-            best = min(tried, key=lambda lr: median(run.valid_loss for run in tried[lr])[-1])
-            runs[model][TUNED] = tried[best]
+            runs[model][TUNED] = min(tried.values(), key=lambda repeats: median(repeats, "valid_loss")[-1])
     return runs
 
 
@@ -134,8 +135,9 @@ def step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Ten
     return float(loss.detach())
 
 
-def median(curves: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the median over seeds; a diverged value (NaN) is the worst of all."""
+def median(repeats: Iterable[Run], what: str) -> np.ndarray:
+    """Return the median of a curve over seeds; a diverged value (NaN) is the worst of all."""
+    curves = [getattr(run, what) for run in repeats]
     return np.median([np.where(np.isnan(curve), np.inf, curve) for curve in curves], axis=0)
 
 
@@ -144,29 +146,23 @@ def report(data: Data, runs: Runs, width: int) -> str:
     first = next(iter(runs.values()))["SGD"]
     epochs, seeds = len(first[0].valid_loss), len(first)
     shown = sorted({1, epochs})
-    rows = [["model", "method", *(f"epoch {e}" for e in shown), "lr at the end"]]
-    rows[0] += ["published: epoch 1", "published: epoch 10"] if data.is_mnist else []
+    head = ["model", "method", *(f"epoch {e}" for e in shown), "lr at the end"]
+    head += ["published: epoch 1", "published: epoch 10"] if data.is_mnist else []
+    rows = []
     for model, methods in runs.items():
         for method, repeats in methods.items():
-            loss, lr = median(r.valid_loss for r in repeats), median(r.lr for r in repeats)
-            row = [
-                MODELS[model],
-                method,
-                *(_number(loss[e - 1], ".4f") for e in shown),
-                _number(lr[-1], ".3g"),
-            ]
-            rows.append(row + (_published(model, method, width) if data.is_mnist else []))
-    return "\n\n".join([_what(data, runs, epochs, seeds, width), _markdown(rows), _notes(data, width)]) + "\n"
-
-
-def _what(data: Data, runs: Runs, epochs: int, seeds: int, width: int) -> str:
+            loss, lr = median(repeats, "valid_loss"), median(repeats, "lr")
+            numbers = [*(_number(loss[e - 1], ".4f") for e in shown), _number(lr[-1], ".3g")]
+            published = _published(model, method, width) if data.is_mnist else []
+            rows.append([MODELS[model], method, *numbers, *published])
     hidden = f" (2 hidden layers of {width} units)" if "mlp" in runs else ""
-    repeats = f"the medians of {seeds} runs" if seeds > 1 else "one run each"
-    return (
+    what = (
         f"Validation loss on {data.name}: {len(data.y)} rows to train on, {len(data.y_valid)} to validate, "
         f"{data.X.shape[1]} pixels; {', '.join(MODELS[m] for m in runs)}{hidden};\n"
-        f"batches of {BATCH}, weight decay {DECAY:g}, start at lr {ALPHA0:g}, epochs: {epochs}, {repeats}."
+        f"batches of {BATCH}, weight decay {DECAY:g}, start at lr {ALPHA0:g}, epochs: {epochs}, "
+        f"{f'the medians of {seeds} runs' if seeds > 1 else 'one run each'}."
     )
+    return "\n\n".join([what, table(head, rows), _notes(data, width)]) + "\n"
 
 
 def _notes(data: Data, width: int) -> str:
@@ -193,16 +189,6 @@ def _number(value: float, form: str) -> str:
     return format(value, form) if np.isfinite(value) else "diverged"
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    aligned = [
-        [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))]
-        for row in rows
-    ]
-    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [aligned[0], rule, *aligned[1:]])
-
-
 def write(out: Path, page: str, runs: Runs) -> list[Path]:
     """Write the table, the losses of each epoch, the rates of each step and the figure; return their paths."""
     paths = [out / name for name in ("table.md", "losses.csv", "learning_rates.csv", "curves.svg")]
@@ -218,15 +204,28 @@ def write(out: Path, page: str, runs: Runs) -> list[Path]:
                     curves = zip(run.train_loss, run.valid_loss, ends)
                     by_epoch.writerows([model, method, seed, e, *row] for e, row in enumerate(curves, 1))
                     by_step.writerows([model, method, seed, t, lr] for t, lr in enumerate(run.lr, 1))
-    medians = {
-        MODELS[model]: {
-            method: (median(r.valid_loss for r in repeats), median(r.lr for r in repeats))
-            for method, repeats in methods.items()
-        }
-        for model, methods in runs.items()
-    }
-    paths[3].write_text(figure(medians, ALPHA0))
+    draw(paths[3], runs)
     return paths
+
+
+def draw(path: Path, runs: Runs) -> None:
+    """Draw the medians: losses by epoch, below them the rates by step, which hypergradients can make negative."""
+    figure = Figure(figsize=(6.5 * len(runs), 8), layout="constrained")
+    for column, (model, methods) in zip(figure.subplots(2, len(runs), squeeze=False).T, runs.items()):
+        for ax, what, below in zip(column, ("valid_loss", "lr"), ("epoch", "step")):
+            for k, (method, repeats) in enumerate(methods.items()):
+                curve = median(repeats, what)
+                curve[~np.isfinite(curve)] = np.nan
+                # The dashed one of a colour is the plain method, the other one has hypergradient descent.
+                style = {"color": f"C{k // 2}", "linestyle": ":" if method == TUNED else ("--", "-")[k % 2]}
+                marker = "o" if len(curve) == 1 else ""
+                ax.plot(range(1, len(curve) + 1), curve, label=method, marker=marker, **style)
+            title = "validation loss" if what == "valid_loss" else "learning rate"
+            ax.set(title=f"{MODELS[model]}: {title}", xlabel=below)
+        column[0].set_yscale("log")
+        column[1].set_yscale("asinh", linear_width=ALPHA0)
+        column[0].legend()
+    figure.savefig(path)
 
 
 def _make_folder(out: Path) -> None:
@@ -258,26 +257,16 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", metavar="DIR|openml", help="MNIST; default: scikit-learn's digits")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--epochs", type=_positive, default=10)
-    parser.add_argument("--seeds", type=_positive, default=1, help="runs of each method; medians are shown")
-    parser.add_argument(
-        "--width", type=_positive, default=WIDTH, help=f"of the MLP's layers (default {WIDTH})"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="folder for the table, the curves (CSV) and the figure (SVG)"
-    )
+    add = parser.add_argument
+    add("--data", metavar="DIR|openml", help="MNIST; default: scikit-learn's digits")
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--epochs", type=positive, default=10)
+    add("--seeds", type=positive, default=1, help="runs of each method; medians are shown")
+    add("--width", type=positive, default=WIDTH, help=f"of the MLP's layers (default {WIDTH})")
+    add("--out", type=Path, help="folder for the table, the curves (CSV) and the figure (SVG)")
     options = parser.parse_args(arguments)
     options.models = list(dict.fromkeys(options.models))
     return options
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
-    return number
 
 
 if __name__ == "__main__":

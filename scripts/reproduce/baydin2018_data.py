@@ -63,15 +63,13 @@ def mnist(images: np.ndarray, classes: np.ndarray, name: str) -> Data:
             f"{FIRST_CLASSES}; got {len(images)} images of {images.shape[1]} pixels, the first classes "
             f"{tuple(map(int, classes[:5]))}. {GET_FILES}"
         )
-    train, valid = slice(TRAIN_ROWS), slice(TRAIN_ROWS, None)
     scale = 255 * MEAN, 255 * DEVIATION
-    return Data(
-        name, *_tensors(images[train], classes[train], *scale), *_tensors(images[valid], classes[valid], *scale), True
-    )  # fmt: skip
+    train = _tensors(images[:TRAIN_ROWS], classes[:TRAIN_ROWS], *scale)
+    return Data(name, *train, *_tensors(images[TRAIN_ROWS:], classes[TRAIN_ROWS:], *scale), True)
 
 
-def read_idx(path: Path) -> np.ndarray:
-    """Return the array in an idx file of unsigned bytes, plain or compressed by gzip.
+def read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the array of this shape in an idx file of unsigned bytes, plain or compressed by gzip.
 
     The header is two zero bytes, the type (8), the number of axes, then the length of each as a big-endian
     32-bit integer. Raises InputError for anything else.
@@ -84,38 +82,21 @@ def read_idx(path: Path) -> np.ndarray:
             raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"--data: {path} must be readable, got: {error}. {GET_FILES}") from error
-    start = 4 + 4 * raw[3] if len(raw) > 3 else 4
-    if raw[:3] != b"\x00\x00\x08" or len(raw) < start:
+    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+    if not raw.startswith(header) or len(raw) - len(header) != math.prod(shape):
         raise InputError(
-            f"--data: {path} must be an idx file of unsigned bytes, which begins with 00 00 08, "
-            f"got {raw[:4].hex(' ') or 'an empty file'}. {GET_FILES}"
+            f"--data: {path} must be an idx file of unsigned bytes of shape {shape}, got {len(raw)} bytes that begin "
+            f"with {raw[: len(header)].hex(' ') or 'nothing'}. {GET_FILES}"
         )
-    shape = tuple(int(size) for size in np.frombuffer(raw[4:start], ">u4"))
-    if len(raw) - start != math.prod(shape):
-        raise InputError(
-            f"--data: {path} must hold {math.prod(shape)} bytes for its shape {shape}, "
-            f"got {len(raw) - start}. {GET_FILES}"
-        )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(raw, np.uint8, offset=len(header)).reshape(shape)
 
 
 def _idx_files(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     images, classes = [], []
-    for part in ("train", "t10k"):
-        images.append(read_idx(_find(folder, f"{part}-images-idx3-ubyte")))
-        classes.append(read_idx(_find(folder, f"{part}-labels-idx1-ubyte")))
-        if images[-1].ndim != 3 or classes[-1].shape != images[-1].shape[:1]:
-            raise InputError(
-                f"--data: the {part} files in {folder} must hold images (rows, 28, 28) and as many labels, "
-                f"got shapes {images[-1].shape} and {classes[-1].shape}. {GET_FILES}"
-            )
-    if images[0].shape[1:] != images[1].shape[1:]:
-        raise InputError(
-            f"--data: the images of both parts in {folder} must have one size, "
-            f"got {images[0].shape[1:]} and {images[1].shape[1:]}. {GET_FILES}"
-        )
-    pixels = [part.reshape(len(part), math.prod(part.shape[1:])) for part in images]
-    return np.concatenate(pixels), np.concatenate(classes)
+    for part, rows in (("train", TRAIN_ROWS), ("t10k", VALID_ROWS)):
+        images.append(read_idx(_find(folder, f"{part}-images-idx3-ubyte"), (rows, 28, 28)))
+        classes.append(read_idx(_find(folder, f"{part}-labels-idx1-ubyte"), (rows,)))
+    return np.concatenate(images).reshape(-1, PIXELS), np.concatenate(classes)
 
 
 def _find(folder: Path, name: str) -> Path:

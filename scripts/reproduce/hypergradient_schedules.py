@@ -27,7 +27,7 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 import gputune
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmark.report import describe_machine
+from benchmark.report import describe_machine, positive, table
 
 ROWS, FOLDS, BATCH, EPOCHS = 1600, 5, 64, 5
 LOW, HIGH = 1e-5, 1.0
@@ -131,35 +131,31 @@ def _result(name: str, study: gputune.Study, split: Split, seconds: float) -> Re
 
 def report(splits: Sequence[Sequence[Result]]) -> str:
     """Return the page: every split's table, what was won and lost, and the rates that were found."""
-    lines = [
-        f"Digits, {ROWS} rows in {FOLDS} folds; 64-32-10 tanh, Adam, {EPOCHS} epochs in batches of {BATCH}. The rows",
-        "held out took no part in the search. +- is the standard error, over folds or over rows.",
-        "",
-        "| split | search | trainings | seconds | fold-mean loss | +- | held-out loss | best of every n draws |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for seed, results in enumerate(splits):
-        lines += [
-            f"| {seed} | {r.search} | {r.trials} x {FOLDS} | {r.seconds:.1f} | {r.loss:.4f} | {r.std_error:.4f} "
-            f"| {r.held_out_loss:.4f} | {_groups(r)} |"
-            for r in results
-        ]
-    lines += [
-        "",
-        "Losses of the first less those of the second, mean and range over the splits; clear is a difference of more",
-        "than two standard errors over the held-out rows.",
-        "",
-        "| first | second | fold-mean loss | lower in | held-out loss | lower in | clearly lower, higher |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = "split|search|trainings|seconds|fold-mean loss|+-|held-out loss|best of every n draws"
+    rows = [
+        (seed, r.search, f"{r.trials} x {FOLDS}", f"{r.seconds:.1f}", f"{r.loss:.4f}", f"{r.std_error:.4f}",
+         f"{r.held_out_loss:.4f}", _groups(r))
+        for seed, results in enumerate(splits)
+        for r in results
+    ]  # fmt: skip
     names = [r.search for r in splits[0]]
-    lines += [_compared(splits, SCHEDULES, other) for other in names[1:]]
-    lines += [_compared(splits, ONE_RATE, other) for other in names[2:]]
-    lines += ["", "The 10 rates, segments of the training from first to last:", ""]
+    pairs = [(SCHEDULES, other) for other in names[1:]] + [(ONE_RATE, other) for other in names[2:]]
+    gaps = "first|second|fold-mean loss|lower in|held-out loss|lower in|clearly lower, higher"
+    rates = []
     for seed, results in enumerate(splits):
         layers = [", ".join(f"{lr:.2g}" for lr in layer) for layer in np.array(results[0].rates).T]
-        lines.append(f"- split {seed}: first layer {layers[0]}; second layer {layers[1]}")
-    return "\n".join(lines) + "\n"
+        rates.append(f"- split {seed}: first layer {layers[0]}; second layer {layers[1]}")
+    parts = [
+        f"Digits, {ROWS} rows in {FOLDS} folds; 64-32-10 tanh, Adam, {EPOCHS} epochs in batches of {BATCH}. The rows\n"
+        "held out took no part in the search. +- is the standard error, over folds or over rows.",
+        table(head.split("|"), rows),
+        "Losses of the first less those of the second, mean and range over the splits; clear is a difference of more\n"
+        "than two standard errors over the held-out rows.",
+        table(gaps.split("|"), [_compared(splits, *pair) for pair in pairs]),
+        "The 10 rates, segments of the training from first to last:",
+        "\n".join(rates),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _groups(result: Result) -> str:
@@ -169,18 +165,16 @@ def _groups(result: Result) -> str:
     return f"{low:.4f} to {high:.4f}, median {middle:.4f}, of {len(result.groups)} groups"
 
 
-def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> str:
-    """How much lower the one search's losses are than the other's, and how often."""
+def _compared(splits: Sequence[Sequence[Result]], first: str, second: str) -> list[str]:
+    """Return a row: how much lower the one search's losses are than the other's, and how often."""
     pairs = [tuple(next(r for r in s if r.search == name) for name in (first, second)) for s in splits]
     in_folds = np.array([a.loss - b.loss for a, b in pairs])
     rows = np.array([a.held_out - b.held_out for a, b in pairs])
     held_out = rows.mean(1)
     clear = np.abs(held_out) > 2 * rows.std(1, ddof=1) / np.sqrt(rows.shape[1])
+    lower = [f"{(gaps < 0).sum()} of {len(pairs)}" for gaps in (in_folds, held_out)]
     clearly = f"{(clear & (held_out < 0)).sum()}, {(clear & (held_out > 0)).sum()}"
-    return (
-        f"| {first} | {second} | {_range(in_folds)} | {(in_folds < 0).sum()} of {len(pairs)} "
-        f"| {_range(held_out)} | {(held_out < 0).sum()} of {len(pairs)} | {clearly} |"
-    )
+    return [first, second, _range(in_folds), lower[0], _range(held_out), lower[1], clearly]
 
 
 def _range(gaps: np.ndarray) -> str:
@@ -221,20 +215,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--splits", type=_positive, default=3, help="each with other held-out rows (default 3)"
-    )
-    parser.add_argument("--out", type=Path, help="folder for the table (Markdown) and all numbers (JSON)")
-    parser.add_argument("--draws", type=_positive, default=max(DRAWS), help=f"at most (default {max(DRAWS)})")
-    parser.add_argument("--outer-steps", type=_positive, default=OUTER_STEPS, help=f"default {OUTER_STEPS}")
+    add = parser.add_argument
+    add("--splits", type=positive, default=3, help="each with other held-out rows (default 3)")
+    add("--out", type=Path, help="folder for the table (Markdown) and all numbers (JSON)")
+    add("--draws", type=positive, default=max(DRAWS), help=f"at most (default {max(DRAWS)})")
+    add("--outer-steps", type=positive, default=OUTER_STEPS, help=f"default {OUTER_STEPS}")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text}")
-    return number
 
 
 if __name__ == "__main__":

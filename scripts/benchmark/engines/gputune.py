@@ -10,8 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import gputune
-from benchmark.measure import Event
-from benchmark.work import Outcome, Work
+from benchmark.work import Event, Outcome, Work
 from gputune.native import library
 
 

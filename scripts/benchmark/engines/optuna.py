@@ -14,17 +14,20 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from benchmark.engines.torch import accuracy, denormals_as_zero, fit, trained
-from benchmark.measure import Event, read, record, recorded
 from benchmark.work import (
     BATCH_SIZES,
     LEARNING_RATES,
+    Event,
     Outcome,
     Trial,
     Work,
     longest_first,
     one_thread_each,
     processes,
+    read,
     read_folds,
+    record,
+    recorded,
     write_folds,
 )
 

@@ -8,8 +8,19 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from benchmark.measure import Event, Line, read, record, recorded
-from benchmark.work import Fold, Outcome, Trial, Work, one_thread_each, over_cores
+from benchmark.work import (
+    Event,
+    Fold,
+    Line,
+    Outcome,
+    Trial,
+    Work,
+    one_thread_each,
+    over_cores,
+    read,
+    record,
+    recorded,
+)
 
 
 def train(work: Work, cores: int) -> Outcome:

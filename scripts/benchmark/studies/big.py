@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.engines.gputune import train
-from benchmark.measure import stop_workers
 from benchmark.report import card, table
-from benchmark.work import WIDTHS, Work, digits_work, draw_trials
+from benchmark.work import WIDTHS, Work, digits_work, draw_trials, stop_workers
 
 ROWS, EPOCHS = 100_000, 5
 FOLDS = 5  # of the least work that grows

@@ -10,10 +10,9 @@ from itertools import product
 from typing import Any
 
 from benchmark.engines import choose, split_by_lack
-from benchmark.measure import Measured, compiled_ratio, measure, ratio
 from benchmark.report import counted, describe_machine, page, publish, table
 from benchmark.studies.big import GROWN, Growth, growth_table, measure_growth
-from benchmark.studies.training import AGREEMENT, runs
+from benchmark.studies.training import AGREEMENT, Measured, compiled_ratio, measure, ratio, runs
 from benchmark.work import Work, digits_work
 
 TRIALS = (1, 16)  # and the command's --trials

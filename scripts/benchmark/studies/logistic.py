@@ -25,8 +25,8 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 import gputune.sklearn
-from benchmark.measure import stop_workers
 from benchmark.report import describe_machine, page, publish, table
+from benchmark.work import stop_workers
 
 FOLDS, CANDIDATES = 5, 60
 ROUNDING = 1e-7  # share by which an objective may lie above the best one and count as equal

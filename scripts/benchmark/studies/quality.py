@@ -21,10 +21,9 @@ from sklearn.model_selection import StratifiedKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
 
 from benchmark.engines.torch import fit
-from benchmark.measure import Event, stop_workers
 from benchmark.report import counted, describe_machine, page, publish, table
 from benchmark.studies.halving import tables
-from benchmark.work import WIDTHS, Fold, Work, draw_trials
+from benchmark.work import WIDTHS, Event, Fold, Work, draw_trials, stop_workers
 
 TRIALS, EPOCHS, SEEDS, FOLDS = 81, 27, 5, 3
 ROWS = 4_000  # of a table, drawn by the seed

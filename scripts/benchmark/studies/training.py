@@ -1,8 +1,10 @@
 """One shared list of trials through every engine: the scores must agree, then the times are shown."""
 
 import functools
+import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import joblib
@@ -11,9 +13,8 @@ import numpy as np
 from benchmark.engines import ENGINES, Chosen, choose, split_by_lack, versions
 from benchmark.engines.gputune import train as train_with_gputune
 from benchmark.engines.torch import eager_seconds
-from benchmark.measure import Measured, Run, compiled_ratio, measure, ratio
 from benchmark.report import card, counted, describe_machine, page, publish, table
-from benchmark.work import Outcome, Work, digits_work
+from benchmark.work import Outcome, Work, digits_work, stop_workers
 
 EPOCHS, REPEATS = 20, 3
 ON_CARD = "gputune on the GPU"
@@ -43,6 +44,89 @@ out, which a later call finds done where it is kept on disk. Below 1, gputune is
 """
 
 
+@dataclass(frozen=True)
+class Run:
+    """An engine on the first ``trials`` of the list.
+
+    rival   False for gputune itself, which the others are compared to
+    """
+
+    engine: str
+    train: Callable[[Work], Outcome]
+    trials: int
+    rival: bool = True
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine on the first C trials of one work.
+
+    seconds, start, compile   of each of the R repeats; the last two are parts of the first
+    scores                    (R, C, F) last-epoch accuracies
+    """
+
+    engine: str
+    seconds: tuple[float, ...]
+    scores: np.ndarray
+    start: tuple[float, ...]
+    compile: tuple[float, ...]
+    rival: bool = True
+
+    @property
+    def trials(self) -> int:
+        """How many trials of the list it trained."""
+        return self.scores.shape[1]
+
+    def accuracy(self, trials: int | None = None) -> float:
+        """Mean over repeats, the first ``trials`` (None: all) and folds; NaN where one of them diverged."""
+        return float(self.scores[:, :trials].mean())
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.seconds))
+
+
+def measure(runs: Sequence[Run], work: Work, repeats: int) -> list[Measured]:
+    """Run each engine ``repeats`` times, in turns, after each one's warm-up on a small piece of the work.
+
+    In each repeat another engine begins.
+    """
+    for run in runs:
+        _timed(run, replace(work, trials=work.trials[:4], epochs=1))
+    found: list[list[tuple[float, Outcome]]] = [[] for _ in runs]
+    for repeat in range(repeats):
+        for turn in range(len(runs)):
+            run = runs[position := (repeat + turn) % len(runs)]
+            found[position].append(_timed(run, replace(work, trials=work.trials[: run.trials])))
+    stop_workers()
+    return [_measured(run, *zip(*each)) for run, each in zip(runs, found)]
+
+
+def _timed(run: Run, work: Work) -> tuple[float, Outcome]:
+    stop_workers()
+    begin = time.perf_counter()
+    outcome = run.train(work)
+    return time.perf_counter() - begin, outcome
+
+
+def _measured(run: Run, seconds: tuple[float, ...], outcomes: tuple[Outcome, ...]) -> Measured:
+    start, compiling = zip(*((outcome.start, outcome.compile) for outcome in outcomes))
+    scores = np.stack([outcome.scores for outcome in outcomes])
+    return Measured(run.engine, seconds, scores, start, compiling, run.rival)
+
+
+def ratio(measured: Measured, own: Measured) -> float:
+    """Return how many times as fast gputune is as another engine, by medians."""
+    return measured.median / own.median
+
+
+def compiled_ratio(measured: Measured, own: Measured) -> float:
+    """Return the same where both find everything compiled."""
+    seconds, own_seconds = (np.median(np.subtract(m.seconds, m.compile)) for m in (measured, own))
+    return float(seconds / own_seconds)
+
+
 def run(options: Namespace) -> int:
     """Measure, print and write; return 1 where the engines' scores differ."""
     able, lacks = split_by_lack(options.engines or choose(",".join(ENGINES)))
@@ -57,8 +141,8 @@ def run(options: Namespace) -> int:
                 f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was not the same."
             )
             return 1
-        on_cpu = [m for m in measured if m.engine != ON_CARD]
-        parts.append(summary(work, on_cpu, _card_part(work, measured), lacks))
+        eager = eager_seconds(work, "cuda") if card() else None
+        parts.append(summary(work, measured, eager, lacks))
     machine = describe_machine()
     machine["versions"] |= versions(able)
     return publish(options.out, "training", machine, markdown(machine, parts), works=parts)
@@ -85,21 +169,6 @@ def _train(one: Chosen, cores: int, work: Work) -> Outcome:
     return one.engine.load()(work, cores)
 
 
-def _card_part(work: Work, measured: list[Measured]) -> dict[str, float] | None:
-    own = next((m for m in measured if m.engine == ON_CARD), None)
-    if own is None:
-        return None
-    seconds, trials = eager_seconds(work, "cuda")
-    return {
-        "gputune_accuracy": own.accuracy(),
-        "gputune_median": own.median,
-        "gputune_min": min(own.seconds),
-        "gputune_max": max(own.seconds),
-        "eager_seconds": seconds,
-        "eager_trials": trials,
-    }
-
-
 def agree(measured: Sequence[Measured]) -> bool:
     """Whether the mean accuracies of all that trained the same first trials lie within ``AGREEMENT``.
 
@@ -113,14 +182,14 @@ def agree(measured: Sequence[Measured]) -> bool:
 
 
 def summary(
-    work: Work, measured: Sequence[Measured], card: dict[str, float] | None, lacks: Mapping[str, str]
+    work: Work, measured: Sequence[Measured], eager: tuple[float, int] | None, lacks: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return one work's part of the report.
 
-    ``measured`` has a gputune of each number of trials; ``card`` is the GPU's part; ``lacks`` says why engines were
-    left out.
+    ``measured`` has a gputune of each number of trials; ``eager`` are the seconds of the loop on the GPU, and the
+    trials that they were taken from; ``lacks`` says why engines were left out.
     """
-    own = {m.trials: m for m in measured if not m.rival}
+    own = {m.trials: m for m in measured if m.engine == "gputune"}
     return {
         "work": work.name,
         "epochs": work.epochs,
@@ -129,7 +198,7 @@ def summary(
         "engines": [_engine(m, own[m.trials]) for m in measured],
         "left_out": dict(lacks),
         "speed": _speed(measured, own),
-        "card": card,
+        "eager_on_card": eager,
     }
 
 
@@ -178,13 +247,15 @@ def _section(part: dict[str, Any]) -> list[str]:
     texts = [
         f"## {part['work']}: {counted(whole, 'trial')} x {part['folds']} folds x {part['epochs']} epochs",
         f"Widths {', '.join(map(str, widths))}; batch sizes {', '.join(map(str, sizes))}.",
-        table(head.split("|"), rows + _card_rows(part["card"], whole)),
+        table(head.split("|"), rows),
     ]
     if (speed := part["speed"]) is not None:
         on = "" if speed["trials"] == whole else f", on the first {counted(speed['trials'], 'trial')}"
         texts.append(
             f"gputune is {speed['ratio']:.2f}x as fast as the fastest other one, {speed['rival']}{on}."
         )
+    if (eager := part["eager_on_card"]) is not None:
+        texts.append(f"The PyTorch loop on the GPU would take {eager[0]:.2f} s, by {eager[1]} of the trials.")
     return texts
 
 
@@ -197,17 +268,3 @@ def _row(engine: dict[str, Any], whole: int) -> list[str]:
         row.append(f"{engine['ratio']:.2f}x ({engine['ratio_min']:.2f} to {engine['ratio_max']:.2f})")
         row.append(f"{engine['ratio_compiled']:.2f}x")
     return row
-
-
-def _card_rows(card: dict[str, float] | None, trials: int) -> list[list[str]]:
-    if card is None:
-        names = "gputune on a GPU", "PyTorch loop on a GPU, one at a time"
-        return [[name, "not measured"] for name in names]
-    seconds = [card[f"gputune_{key}"] for key in ("median", "min", "max")]
-    per_second = [f"{trials / s:.2f}" for s in (seconds[0], card["eager_seconds"])]
-    eager = [f"from {card['eager_trials']:.0f} trials", f"{card['eager_seconds']:.2f}", *[""] * 4]
-    own = [f"{card['gputune_accuracy']:.4f}", *(f"{s:.2f}" for s in seconds), "", ""]
-    return [
-        [ON_CARD, *own, per_second[0]],
-        ["PyTorch loop on the GPU, one at a time", *eager, per_second[1]],
-    ]

@@ -1,24 +1,20 @@
-"""The short form of scripts/torture: real processes, killed by real signals, and nothing is lost."""
+"""The short form of scripts/torture.py: real processes, killed by real signals, and nothing is lost."""
 
-from importlib import import_module
-from pathlib import Path
+import sys
 
 import pytest
 
 import gputune
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-
 
 @pytest.fixture
-def torture(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return import_module("torture.__main__")
+def torture(script):
+    return script("torture")
 
 
 def only(counts, *words):
     """The counts but those that must be nought, which are."""
-    assert not any(counts.pop(word, 0) for word in import_module("torture.__main__").BAD)
+    assert not any(counts.pop(word, 0) for word in sys.modules["torture"].BAD)
     return tuple(counts[word] for word in words)
 
 
@@ -70,10 +66,8 @@ def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
     assert torture.main([]) == 0
     assert capsys.readouterr().out.count("\n") == len(torture.PARTS)
     assert torture.main(["flips", "cuts"]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "flipped bits",
-        "cut at every sector",
-    ]
+    said = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == ["flipped bits", "cut at every sector"]
     with pytest.raises(SystemExit):
         torture.main(["flood"])
 

@@ -1,12 +1,12 @@
 """Do to a study what a night can do to it, and count what is lost: kills, damage, a crowd, a full disk.
 
-    python scripts/torture               every part; some minutes with its defaults
-    python scripts/torture flips cuts    these parts: kills, faults, chunks, halving, crowd, cuts, flips,
-                                         disk, storing
+    python scripts/torture.py               every part; some minutes with its defaults
+    python scripts/torture.py flips cuts    these parts: kills, faults, chunks, halving, crowd, cuts, flips,
+                                            disk, storing
 
 Every search runs in processes of its own, which are killed by real signals; the table at the end is compared, bit for
-bit, with that of a search that nothing disturbed. Prints one line of counts for each part; ends with 1 where one of
-them is not what it must be.
+bit, with that of a search that nothing disturbed. Of a damaged file whatever opens must hold a prefix of what was
+committed. Prints one line of counts for each part; ends with 1 where one of them is not what it must be.
 """
 
 import argparse
@@ -29,27 +29,27 @@ import torch
 from scipy.stats import loguniform
 from sklearn.datasets import load_iris
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).parents[1])  # this folder is the package "torture"
-
 import gputune
 from gputune.engine import checkpoint
 from gputune.engine.checkpoint import CheckpointFolder
+from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study.claims import Claims
-from gputune.study.store import Store
-from torture.store import Counts, cuts, flips, storing
+from gputune.study.repair import repair
+from gputune.study.store import Candidate, Chunk, Result, Store
 
 Work = Callable[..., object]
+Method = str | gputune.Halving
+Counts = dict[str, float]
 
-BAD = "lost, changed, unopened, unfinished, different, failed, files left, wrong values, other errors".split(
-    ", "
-)
+BAD = (
+    "lost", "changed", "unopened", "unfinished", "different", "failed", "files left", "wrong values", "other errors",
+)  # fmt: skip
 """The counts that must be nought."""
 
 STORE_CALLS = (
-    (Store, "add_trials"), (Store, "add_chunks"), (Store, "finish"), (Claims, "_take"), (Claims, "_delete"),
+    (Store, "add_trials"), (Store, "add_chunks"), (Store, "finish"), (Claims, "_claim"), (Claims, "_delete"),
 )  # fmt: skip
-LONG_TRIALS = 6
+LONG_TRIALS, STORED_TRIALS = 6, 12  # of the searches killed within chunks; of the files that are damaged
 LIMIT = 200_000  # bytes that a file may have where the disk is full
 
 
@@ -87,7 +87,7 @@ def kill(
 
     It waits for that before it makes more than ``most`` calls, so that the kill comes in time however slow we are.
     """
-    told, telling = os.pipe()
+    reading, writing = os.pipe()
 
     def counted() -> None:
         calls, original = 0, getattr(*method)
@@ -99,27 +99,27 @@ def kill(
             result = original(*its, **options)
             calls += 1
             if calls == least:
-                os.write(telling, b"x")
+                os.write(writing, b"x")
             return result
 
         setattr(*method, call)
         work(*arguments)
 
     child = begin(counted)
-    os.close(telling)
-    os.read(told, 1)
-    os.close(told)
+    os.close(writing)
+    os.read(reading, 1)
+    os.close(reading)
     time.sleep(pause)
     os.kill(child, signal.SIGKILL)
     code = end(child)
     assert code == -signal.SIGKILL, code
 
 
-def search(path: Path, n_trials: int) -> gputune.Study:
+def search(path: Path, n_trials: int) -> None:
     """Search with tiny trials, each a chunk of its own."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": loguniform(1e-4, 0.1), "width": [4, 8]}
-    return gputune.tune(
+    gputune.tune(
         "mlp", X[::5], y[::5], space=space, n_trials=n_trials, include_default=False, max_epochs=1, cv=2,
         memory=1024, workers=1, study=path, checkpoint_seconds=1, verbose=0,
     )  # fmt: skip
@@ -155,40 +155,37 @@ def compared(path: Path, expected: list[tuple]) -> Counts:
 def kills(folder: Path, count: int, n_trials: int, seed: int = 0) -> Counts:
     """Kill a search so often at random moments, each time one that goes on with the same study."""
     path, draw, before = folder / "kills.db", random.Random(seed), {}
-    found = {"kills": 0, "lost": 0, "changed": 0, "unopened": 0}
+    counts = {"kills": count, "lost": 0, "changed": 0, "unopened": 0}
     most = (n_trials - 1) // count  # results of one run: none ends before its kill
-    while found["kills"] < count:
+    for _ in range(count):
         least, pause = draw.randint(1, most), draw.uniform(0, 0.01)
         kill(search, path, n_trials, method=(Store, "finish"), least=least, most=most, pause=pause)
-        found["kills"] += 1
         try:
             now = {row[0]: row for row in table(path) if row[2] != "waiting"} if path.exists() else {}
         except gputune.InputError:
-            found["unopened"] += 1
+            counts["unopened"] += 1
             continue
-        found["lost"] += len(before.keys() - now.keys())
-        found["changed"] += sum(row != now.get(number, row) for number, row in before.items())
+        counts["lost"] += len(before.keys() - now.keys())
+        counts["changed"] += sum(row != now.get(number, row) for number, row in before.items())
         before = now
     assert ended_well(search, path, n_trials)
-    found |= compared(path, undisturbed(n_trials))  # opens it, before its files are counted
-    return {**found, "files left": len(list(folder.glob("kills.db-*")))}
+    counts |= compared(path, undisturbed(n_trials))  # opens it, before its files are counted
+    return {**counts, "files left": len(list(folder.glob("kills.db-*")))}
 
 
 def fault_points(folder: Path, n_trials: int) -> Counts:
     """Kill a search before its first call of the store, before its second, and so on; each goes on to its end."""
-    expected, different = undisturbed(n_trials), 0
-    for point in range(1, 10_000):
-        path = folder / f"fault{point}.db"
-        code = end(begin(_search_until, point, path, n_trials))
-        if code == 0:
-            return {"fault points": point - 1, "different": different}
+    path, different, point = folder / "fault.db", 0, 1
+    while (code := end(begin(_search_until, point, path, n_trials))) != 0:
         assert code == -signal.SIGKILL, code
         assert ended_well(search, path, n_trials)
-        different += table(path) != expected
+        different += table(path) != undisturbed(n_trials)
         left = [place.name for place in folder.iterdir() if place.name.startswith(path.name)]
         assert left == [path.name], left
         path.unlink()
-    raise AssertionError("the search never ends")
+        point += 1
+    path.unlink()
+    return {"fault points": point - 1, "different": different}
 
 
 def _search_until(point: int, path: Path, n_trials: int) -> None:
@@ -210,25 +207,23 @@ def _search_until(point: int, path: Path, n_trials: int) -> None:
     search(path, n_trials)
 
 
-def search_long(path: Path, method: str | gputune.Halving, epochs: int, **options: object) -> gputune.Study:
+def search_long(path: Path, method: Method, epochs: int, **options: object) -> None:
     """Search with a few trials, each a chunk of its own."""
     X, y = load_iris(return_X_y=True)
     space = {"lr": [1e-4, 1e-3, 1e-2], "width": [8, 40], "optimizer": ["adamw", "adamhd"]}
-    return gputune.tune(
+    gputune.tune(
         "mlp", X, y, space=space, n_trials=LONG_TRIALS, include_default=False, max_epochs=epochs, cv=3,
         method=method, memory="1KB", workers=1, study=path, verbose=0, **options,
     )  # fmt: skip
 
 
-def _keeping(path: Path, method: str | gputune.Halving, epochs: int) -> None:
+def _keep_states(path: Path, method: Method, epochs: int) -> None:
     """Search, and keep a state after every epoch but a chunk's last."""
     checkpoint._WRITING_SHARE = 0
     search_long(path, method, epochs, checkpoint_seconds=1e-9)
 
 
-def kills_in_chunks(
-    folder: Path, count: int, method: str | gputune.Halving, seed: int, epochs: int = 500
-) -> Counts:
+def kills_in_chunks(folder: Path, count: int, method: Method, seed: int, epochs: int = 500) -> Counts:
     """Kill a search so often at random moments of its training; the last begins where states were kept."""
     whole, path, draw = folder / "whole.db", folder / "chunks.db", random.Random(seed)
     assert ended_well(search_long, whole, method, epochs)
@@ -239,19 +234,15 @@ def kills_in_chunks(
     for _ in range(count):
         least, pause = draw.randint(1, most), draw.uniform(0, 0.02)
         call = (CheckpointFolder, "write")
-        kill(_keeping, path, method, epochs, method=call, least=least, most=most, pause=pause)
+        kill(_keep_states, path, method, epochs, method=call, least=least, most=most, pause=pause)
         with_a_state += any(folder.glob("chunks.db.state/*.safetensors"))
     failed = not ended_well(search_long, path, method, epochs)
-    found = {
-        "kills": count,
-        "with a state": with_a_state,
-        "failed": int(failed),
-        **compared(path, table(whole)),
-        "files left": len(list(folder.glob("chunks.db[.-]*"))),
-    }
-    for file in (whole, path):
-        file.unlink()
-    return found
+    counts = {"kills": count, "with a state": with_a_state, "failed": int(failed)}
+    counts |= compared(path, table(whole))
+    counts["files left"] = len(list(folder.glob("chunks.db[.-]*")))
+    whole.unlink()
+    path.unlink()
+    return counts
 
 
 def crowd(folder: Path, processes: int, n_trials: int) -> Counts:
@@ -286,6 +277,117 @@ def _search_limited(path: Path, n_trials: int) -> None:
         raise AssertionError("the disk was never full")
 
 
+def content(path: Path) -> tuple | None:
+    """Return all that a study holds, in a form that compares bits; None where it gives the clear error."""
+    try:
+        with Store.open(path) as store:
+            rows = store.trials()
+            numbers = [r and (r.number, r.state, r.score, r.best_epoch, r.curve.tobytes()) for _, r in rows]
+            return repr(store.meta), [repr(c) for c, _ in rows], numbers, store.plan()
+    except (StudyCorruptError, StudyVersionError):
+        return None
+
+
+def fill(store: Store) -> list[tuple | None]:
+    """Add trials one by one; return what the study held after each commit."""
+    states = [content(store.path)]
+    for n in range(STORED_TRIALS):
+        curve = np.random.default_rng(n).normal(size=(30, 5))
+        last = curve[-1]
+        done = Result(n, "complete", float(last.mean()), tuple(last.tolist()), 30, 0.1, curve)
+        for add, row in (
+            (store.add_trials, Candidate(n, {"lr": 0.1 / (n + 1)}, "random")),
+            (store.add_chunks, Chunk(n, 0, (n,), 1)),
+            (store.finish, done),
+        ):
+            add([row])
+            states.append(content(store.path))
+    return states
+
+
+def cuts(folder: Path) -> Counts:
+    """Cut a file, and another one's write-ahead log, at every 512-byte boundary."""
+    whole = folder / "cut.db"
+    with Store.create(whole, {"model": "mlp"}) as store:
+        states = fill(store)
+        base, log = whole.read_bytes(), whole.with_name("cut.db-wal").read_bytes()
+    raw = whole.read_bytes()
+    cases = [(raw[:end], b"") for end in range(0, len(raw), 512)]
+    cases += [(base, log[:end]) for end in range(0, len(log), 512)]
+    return _damaged("cuts", cases, states, folder / "copy.db")
+
+
+def flips(folder: Path, count: int, seed: int) -> Counts:
+    """Flip so many bits of a closed file, one at a time; repair what does not open."""
+    whole, draw = folder / "flip.db", random.Random(seed)
+    with Store.create(whole, {"model": "mlp"}) as store:
+        states = fill(store)
+    raw = whole.read_bytes()
+    cases = []
+    for _ in range(count):
+        flipped = bytearray(raw)
+        flipped[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+        cases.append((bytes(flipped), b""))
+    return _damaged("flips", cases, states[-1:], folder / "copy.db")
+
+
+def _damaged(word: str, cases: list[tuple[bytes, bytes]], states: list[tuple | None], copy: Path) -> Counts:
+    """Open a copy of each file and its log; count those that opened, and what they hold."""
+    words = ("opened", "clear errors", "repaired", "wrong values", "other errors")
+    counts = {word: len(cases), **dict.fromkeys(words, 0)}
+    for base, log in cases:
+        for place in copy.parent.glob("copy.db*"):
+            place.unlink()
+        copy.write_bytes(base)
+        if log:
+            copy.with_name("copy.db-wal").write_bytes(log)
+        try:
+            held = content(copy)
+            counts["clear errors" if held is None else "opened"] += 1
+            counts["wrong values"] += held is not None and held not in states
+            if held is None:
+                counts["repaired"] += _is_repaired(copy, states[-1])
+        except Exception:
+            counts["other errors"] += 1
+    return counts
+
+
+def _is_repaired(path: Path, whole: tuple) -> bool:
+    """Say whether something was saved; raises ValueError where a saved value is none of the whole study's."""
+    out = path.with_name("repaired.db")
+    out.unlink(missing_ok=True)
+    try:
+        repair(path, out)
+    except StudyCorruptError:
+        return False
+    held = content(out)
+    out.unlink()
+    if held is None or any(p not in kept for part, kept in zip(held[1:], whole[1:]) for p in part if p):
+        raise ValueError("a repaired study holds another value")
+    return True
+
+
+def storing(folder: Path, count: int, together: int = 64) -> Counts:
+    """Store so many trials with curves of 50 epochs x 5 folds, chunk by chunk; milliseconds a trial."""
+    curve = np.random.default_rng(0).random((50, 5))
+    path = folder / "stored.db"
+    numbers = [range(n, min(n + together, count)) for n in range(0, count, together)]
+    chunks = [Chunk(i, 0, tuple(part), 1) for i, part in enumerate(numbers)]
+    params = {"lr": 0.123456789, "batch_size": 32, "width": 64, "weight_decay": 1e-3}
+    start = time.perf_counter()
+    with Store.create(path, {}) as store, Claims(path) as claims:
+        store.add_trials(Candidate(n, params, "random") for n in range(count))
+        store.add_chunks(chunks)
+        for chunk in chunks:
+            claims.take(chunk)
+            store.finish(Result(n, "complete", 0.5, (0.5,) * 5, 50, 0.1, curve) for n in chunk.trials)
+    stored = time.perf_counter()
+    with Store.open(path) as store:
+        store.trials()
+    each = {"to store": stored - start, "to open and read": time.perf_counter() - stored}
+    return {"trials": count, **{f"ms a trial {what}": round(1e3 * s / count, 4) for what, s in each.items()}}
+
+
 Part = Callable[[Path, argparse.Namespace], Counts]
 PARTS: dict[str, tuple[str, Part]] = {
     "kills": ("kill -9 at random", lambda f, o: kills(f, o.kills, o.trials, o.seed)),
@@ -310,7 +412,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)  # the searches run in forks of this process
     folder = Path(tempfile.mkdtemp(prefix="gputune-torture-"))
     wrong = 0
-    for name, part in options.parts or PARTS.values():
+    for word in options.parts or PARTS:
+        name, part = PARTS[word]
         start = time.monotonic()
         counts = part(folder, options)
         wrong += sum(bool(counts.get(word)) for word in BAD)
@@ -339,10 +442,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _part(word: str) -> tuple[str, Part]:
+def _part(word: str) -> str:
     if word not in PARTS:
         raise argparse.ArgumentTypeError(f"must be of {', '.join(PARTS)}, got {word!r}")
-    return PARTS[word]
+    return word
 
 
 if __name__ == "__main__":

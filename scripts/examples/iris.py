@@ -1,0 +1,190 @@
+"""Iris, three ways: cross-validation and random search beside scikit-learn, and descent on a hyperparameter.
+
+    python scripts/examples/iris.py [cross-validation] [random-search] [descent]
+
+Solved to convergence by both, a logistic regression has equal scores. A perceptron is trained by both for the same
+epochs with Adam, from other starting weights, so its scores are alike but not the same.
+
+A descent goes down the mean validation loss of 5 folds by its derivative in the logarithm of a hyperparameter: C of
+the regression by implicit differentiation, the perceptron's learning rate by differentiating through training. A grid
+is trained on the same folds, so that its losses and the path's are of one curve.
+"""
+
+import math
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import sklearn
+from scipy.stats import loguniform
+from sklearn.datasets import load_iris
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV, StratifiedKFold, cross_val_score
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import gputune
+
+N_TRIALS, EPOCHS = 6, 50  # of the random search
+N_GRID, DESCENT_EPOCHS = 61, 20
+
+X, y = load_iris(return_X_y=True)
+# Iris is sorted by class, so the rows are shuffled. Everything gets the same folds.
+FOLDS = list(StratifiedKFold(5, shuffle=True, random_state=0).split(X, y))
+
+
+def cross_validation() -> None:
+    """Print the scores of a logistic regression by both, fold by fold."""
+    # gputune scales by each fold's training rows, hence the pipeline.
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, tol=1e-10, max_iter=10_000))
+    for scoring in ("accuracy", "neg_log_loss"):  # scikit-learn's names; greater is better
+        # A search of one trial, the default one (C=1, l2), is a cross-validation.
+        study = gputune.tune("logistic", X, y, n_trials=1, cv=FOLDS, scoring=scoring, verbose=0)
+        ours = np.array(study.best_trial.fold_scores)
+        theirs = cross_val_score(model, X, y, cv=FOLDS, scoring=scoring)
+        print(f"\n{scoring:<12}  gputune  scikit-learn")
+        for f, (a, b) in enumerate(zip(ours, theirs)):
+            print(f"fold {f + 1:<7} {a:8.4f}  {b:12.4f}")
+        print(f"mean         {ours.mean():8.4f}  {theirs.mean():12.4f}")
+
+
+def random_search() -> None:
+    """Search both models with both libraries and print the trials, best first."""
+    common = {"n_trials": N_TRIALS, "include_default": False, "cv": FOLDS, "random_state": 0, "verbose": 0}
+    space: dict[str, Any] = {"C": [0.1, 1, 10, 100], "l1_ratio": [0, 1]}  # 0 is the l2 penalty, 1 is l1
+    study = gputune.tune("logistic", X, y, space=space, **common)
+    # Before 1.8 scikit-learn reads l1_ratio only beside penalty="elasticnet", which later releases deprecate.
+    older = tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8)
+    penalty = {"penalty": "elasticnet"} if older else {}
+    logistic = LogisticRegression(solver="saga", tol=1e-8, max_iter=20_000, random_state=0, **penalty)
+    search = RandomizedSearchCV(  # the same seed draws the same configurations
+        make_pipeline(StandardScaler(), logistic),
+        {f"logisticregression__{key}": values for key, values in space.items()},
+        n_iter=N_TRIALS, random_state=0, cv=FOLDS, refit=False,
+    )  # fmt: skip
+    side_by_side("logistic regression", study, search)
+
+    space = {"lr": loguniform(1e-3, 1e-1), "batch_size": [8, 16, 32], "width": [8, 16, 32, 64]}
+    training = {"optimizer": "adam", "max_epochs": EPOCHS, "epoch": "last"}
+    study = gputune.tune("mlp", X, y, space=space, **common, **training)
+    mlp = MLPClassifier(alpha=0, max_iter=EPOCHS, tol=0, n_iter_no_change=EPOCHS + 1, random_state=0)
+    drawn = [  # gputune's own draws in scikit-learn's words, each as a grid of one point
+        {
+            "mlpclassifier__learning_rate_init": [trial.params["lr"]],
+            "mlpclassifier__batch_size": [trial.params["batch_size"]],
+            "mlpclassifier__hidden_layer_sizes": [(trial.params["width"], trial.params["width"])],
+        }
+        for trial in study.trials
+    ]
+    search = GridSearchCV(make_pipeline(StandardScaler(), mlp), drawn, cv=FOLDS, refit=False)
+    side_by_side("multilayer perceptron", study, search)
+
+
+def side_by_side(title: str, study: gputune.Study, search: GridSearchCV | RandomizedSearchCV) -> None:
+    """Run scikit-learn's search and print both; they have their trials in the order of the draws."""
+    with warnings.catch_warnings():
+        # saga crawls at C=100, and a perceptron trained for a fixed time is not meant to converge
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        scores = search.fit(X, y).cv_results_["mean_test_score"]
+    print(f"\n{title}: mean accuracy of 5 folds\n gputune  scikit-learn  configuration")
+    for trial, theirs in sorted(zip(study.trials, scores), key=lambda pair: -pair[0].score):
+        words = ", ".join(f"{k}={v:.4g}" for k, v in trial.params.items())
+        print(f"{trial.score:8.4f}  {theirs:12.4f}  {words}")
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A path on the hyperparameter ``name``, its trials by outer step, and a grid of values with their losses."""
+
+    name: str
+    path: list[gputune.Trial]
+    grid: np.ndarray
+    losses: np.ndarray
+
+    @property
+    def values(self) -> list[float]:
+        """The hyperparameter at each point of the path."""
+        return [trial.params[self.name] for trial in self.path]
+
+    def slope(self, trial: gputune.Trial) -> tuple[float, float]:
+        """Slope of the mean loss in the logarithm, and its standard error over the folds."""
+        return tuple(trial.detail[key][self.name][0][0] for key in ("slope", "slope_error"))
+
+
+def descend(model: str, name: str, start: float, low: float, high: float, **options: Any) -> Descent:
+    """Descend on one hyperparameter from ``start`` within [low, high], then train a grid over the whole range."""
+    common = {"n_trials": 0, "include_default": False, "cv": FOLDS, "verbose": 0, **options}
+    space = {name: loguniform(low, high)}  # nothing is drawn from it: it sets the bounds
+    study = gputune.tune(model, X, y, space=space, include=[{name: start}], method="hypergradient", **common)
+    grid = np.geomspace(low, high, N_GRID)
+    points = [{name: value} for value in grid]
+    beside = gputune.tune(model, X, y, include=points, scoring="neg_log_loss", epoch="last", **common)
+    losses = [-trial.score if np.isfinite(trial.score) else math.inf for trial in beside.trials]
+    return Descent(name, sorted(study.trials, key=lambda trial: trial.origin[1]), grid, np.array(losses))
+
+
+def table(descent: Descent) -> str:
+    """Return the path: value, loss, and slope in the logarithm, both with their standard errors over the folds."""
+    lines = [f"step {descent.name:>10}     loss  +-           slope  +-"]
+    for trial, value in zip(descent.path, descent.values):
+        slope, error = descent.slope(trial)
+        lines.append(
+            f"{trial.origin[1]:4} {value:10.4g}  {-trial.score:7.4f}  {trial.std_error:6.4f}  "
+            f"{slope:8.4f}  {error:6.4f}{'' if trial.detail['mode'] == 'exact' else '  by differences'}"
+        )
+    return "\n".join(lines)
+
+
+def verdict(descent: Descent) -> str:
+    """Return how far the best point of the path, which is what tune returns, lies from the grid's best one."""
+    name, grid, losses = descent.name, descent.grid, descent.losses
+    best = max(descent.path, key=lambda trial: trial.score)
+    value, i = best.params[name], int(losses.argmin())
+    excess = -best.score - losses[i]
+    slope, error = descent.slope(descent.path[-1])
+    sign = "clear" if abs(slope) >= error else "not, it is within its standard error"
+    return (
+        f"path:  {name} = {value:.4g}, loss {-best.score:.4f}, the best of {len(descent.path)} points\n"
+        f"grid:  {name} = {grid[i]:.4g}, loss {losses[i]:.4f}, the best of {len(grid)}\n"
+        f"apart: a factor of {math.exp(abs(math.log(value / grid[i]))):.2g} in {name}; {excess:+.4f} in loss, "
+        f"{excess / best.std_error:.2g} of its standard error over the folds\n"
+        f"end:   the sign of the last slope is {sign}"
+    )
+
+
+def sketch(descent: Descent, rows: int = 12) -> str:
+    """Return the grid's losses as dots, higher up for more, and above them the path's points by their step."""
+    height = np.log(np.minimum(descent.losses, descent.losses[np.isfinite(descent.losses)].max()))
+    level = np.round((height - height.min()) / (height.max() - height.min()) * (rows - 1)).astype(int)
+    picture = np.full((rows, len(descent.grid)), " ")
+    picture[level, np.arange(len(level))] = "."
+    for trial, value in zip(descent.path, descent.values):
+        column = np.abs(np.log(descent.grid / value)).argmin()
+        picture[level[column], column] = format(min(trial.origin[1], 15), "x")
+    low, high = f"{descent.grid[0]:g}", f"{descent.grid[-1]:g}"
+    axis = f"{low}{descent.name:^{len(descent.grid) - len(low) - len(high)}}{high}"
+    return "\n".join([*("".join(row).rstrip() for row in picture[::-1]), axis])
+
+
+def descent() -> None:
+    """Descend on both hyperparameters and print each path beside its grid."""
+    rate = {"optimizer": "adam", "max_epochs": DESCENT_EPOCHS}
+    for title, path in (
+        ("logistic regression: descent on C, from 1", descend("logistic", "C", 1.0, 0.1, 1000)),
+        (
+            f"multilayer perceptron, Adam, {DESCENT_EPOCHS} epochs: descent on the learning rate, from 0.0001",
+            descend("mlp", "lr", 1e-4, 1e-5, 1, **rate),
+        ),
+    ):
+        print(f"\n{title}\n\n{table(path)}\n\n{sketch(path)}\n\n{verdict(path)}")
+
+
+PARTS = {"cross-validation": cross_validation, "random-search": random_search, "descent": descent}
+
+if __name__ == "__main__":
+    for part in sys.argv[1:] or PARTS:
+        PARTS[part]()

@@ -1,0 +1,85 @@
+"""The scripts that a newcomer reads: gputune's numbers beside scikit-learn's, and a descent beside a grid."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+
+
+def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, capsys):
+    """In a short form; once more, it goes on from the file, where nothing is left to do."""
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason='pip install "gputune[report]"')
+    pyplot.switch_backend("Agg")
+    text = (EXAMPLES / "digits.py").read_text()
+    short = text.replace("N_TRIALS, EPOCHS = 32, 20", "N_TRIALS, EPOCHS = 10, 4")
+    assert short != text and text.count("\n# %%") >= 7
+    monkeypatch.setattr("sys.argv", ["digits.py", str(tmp_path / "out")])
+    shown = []
+    for _ in range(2):
+        exec(compile(short, "digits.py", "exec"), {"__name__": "__main__"})
+        pyplot.close("all")
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    pattern = r"cross-validated (0\.\d{4}), held out (0\.\d{4})\nthe same predictions: True\n$"
+    assert min(map(float, re.search(pattern, shown[0]).groups())) > 0.7
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files >= {"study.db", "plots.png", "report.html", "model"}
+
+
+def test_cross_validation_shows_the_same_numbers_twice(script, capsys):
+    script("iris").cross_validation()
+    pairs = re.findall(r"^(?:fold \d|mean) +(-?\d\.\d{4}) +(-?\d\.\d{4})$", capsys.readouterr().out, re.M)
+    assert len(pairs) == 12  # five folds and their mean, of accuracy and of log loss
+    assert all(ours == theirs for ours, theirs in pairs) and len(set(pairs)) > 6
+
+
+def test_both_searches_are_shown_side_by_side(script, monkeypatch, capsys):
+    monkeypatch.setattr(script("iris"), "N_TRIALS", 4)
+    monkeypatch.setattr(script("iris"), "EPOCHS", 30)
+    script("iris").random_search()
+    pattern = r"^ *(\d\.\d{4}) +(\d\.\d{4})  (.+)$"
+    logistic, perceptron = capsys.readouterr().out.split("multilayer perceptron")
+    rows = re.findall(pattern, logistic, re.M)
+    assert len(rows) == 4 and all(ours == theirs for ours, theirs, _ in rows)
+    rows = re.findall(pattern, perceptron, re.M)
+    assert len(rows) == 4 and all(abs(float(ours) - float(theirs)) < 0.1 for ours, theirs, _ in rows)
+    assert all(re.search(r"batch_size=\d+, lr=\S+, width=\d+", words) for _, _, words in rows)
+
+
+@pytest.fixture(scope="module")
+def regression(script):
+    return script("iris").descend("logistic", "C", 1.0, 0.1, 1000)
+
+
+def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it(script, regression):
+    logs, losses = np.log(regression.grid), [-trial.score for trial in regression.path]
+    assert regression.values[0] == 1 and losses == sorted(losses, reverse=True) and losses[-1] < losses[0] / 2
+    at = np.log(regression.values)
+    np.testing.assert_allclose(losses, np.interp(at, logs, regression.losses), atol=0.003)
+    slopes = np.interp(at, (logs[1:] + logs[:-1]) / 2, np.diff(regression.losses) / np.diff(logs))
+    np.testing.assert_allclose([regression.slope(t)[0] for t in regression.path], slopes, atol=3e-4)
+    assert losses[-1] - regression.losses.min() < regression.path[-1].std_error / 4
+
+    iris = script("iris")
+    row = r"^ +\d+ +([\d.]+) +(\d\.\d{4}) +\d\.\d{4} +-?\d\.\d{4} +\d\.\d{4}$"
+    shown = np.array(re.findall(row, iris.table(regression), re.M), dtype=float)
+    np.testing.assert_allclose(shown, np.transpose([regression.values, losses]), rtol=1e-3, atol=1e-4)
+    assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
+    *picture, axis = iris.sketch(regression).splitlines()
+    assert sum(line.count(".") for line in picture) == 61 - len(losses)
+    assert picture[0][0] == "." and "0.1" in axis  # the loss is highest at the smallest C
+    regression.losses[-1] = math.inf
+    assert iris.sketch(regression).splitlines()[0][-1] == "."  # a value that diverged is drawn as the worst
+
+
+@pytest.mark.long
+def test_the_rate_descends_from_a_bad_start(script, monkeypatch):
+    monkeypatch.setattr(script("iris"), "N_GRID", 6)
+    path = script("iris").descend("mlp", "lr", 1e-4, 1e-5, 1, optimizer="adam", max_epochs=10)
+    losses = [-trial.score for trial in path.path]
+    assert path.values[0] == 1e-4 and min(losses) < losses[0] / 3 and min(losses) < np.median(path.losses)
+    assert losses[0] == pytest.approx(path.losses[1], rel=1e-4)  # the grid has 1e-4 too

@@ -1,0 +1,280 @@
+"""The reproductions in a small form: their tables, their files, what they read, and their errors."""
+
+import csv
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+import gputune
+from gputune.errors import InputError
+
+BAYDIN = Path(__file__).parents[2] / "scripts" / "reproduce" / "baydin2018.py"
+EPOCHS, SEEDS, WIDTH, STEPS = 8, 2, 128, 12  # 1,437 rows in batches of 128
+METHODS = ["SGD", "SGD-HD", "SGDN", "SGDN-HD", "Adam", "Adam-HD", "SGD, tuned lr"]
+MODELS = {"logistic regression": "logreg", "MLP": "mlp"}
+
+
+def run_baydin(*options, folder):
+    command = [sys.executable, BAYDIN, *map(str, options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+
+def cells_of(page):
+    """The cells after the first two by (model, method), the header's among them."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"]
+    return {(model, method): cells for model, method, *cells in rows if not model.startswith("-")}
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.long
+def test_the_claims_of_the_paper_and_the_files(tmp_path):
+    out = tmp_path / "new" / "folder"
+    size = ("--epochs", EPOCHS, "--seeds", SEEDS, "--width", WIDTH)
+    done = run_baydin(*size, "--out", out, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    cells = cells_of(done.stdout)
+    assert cells.pop(("model", "method")) == ["epoch 1", f"epoch {EPOCHS}", "lr at the end"]
+    assert list(cells) == [(model, method) for model in MODELS for method in METHODS]
+    assert "1437 rows to train on, 360 to validate" in done.stdout and "the medians of 2 runs" in done.stdout
+    assert (out / "table.md").read_text() in done.stdout and "<svg" in (out / "curves.svg").read_text()
+    for model in MODELS:
+        end = {method: float(cells[model, method][1]) for method in METHODS}
+        assert end["SGD-HD"] < end["SGD"] - 0.05 and end["SGDN-HD"] < end["SGDN"] - 0.5
+        assert end["Adam-HD"] == pytest.approx(end["Adam"], rel=0.1)  # far less than the others gain
+        assert end["SGD, tuned lr"] < end["SGD-HD"]
+    losses, rates = rows_of(out / "losses.csv"), rows_of(out / "learning_rates.csv")
+    assert len(losses) == len(cells) * SEEDS * EPOCHS and len(rates) == len(losses) * STEPS
+    for (model, method), (_, loss, lr) in cells.items():
+        mine = [row for row in losses if (row["model"], row["method"]) == (MODELS[model], method)]
+        last = [row for row in mine if row["epoch"] == str(EPOCHS)]
+        medians = [np.median([float(row[key]) for row in last]) for key in ("valid_loss", "lr")]
+        assert [loss, lr] == [f"{medians[0]:.4f}", f"{medians[1]:.3g}"]
+        assert len({row["valid_loss"] for row in last}) == SEEDS
+        moves = {row["lr"] for row in rates if (row["model"], row["method"]) == (MODELS[model], method)}
+        assert (len(moves) > 1) == method.endswith("HD")
+
+
+def test_the_same_call_prints_the_same_page(script, capsys, tmp_path):
+    options = ["--models", "mlp", "mlp", "--epochs", "1", "--width", "8", "--out", str(tmp_path)]
+    pages = []
+    for _ in range(2):
+        assert script("baydin2018").main(options) == 0
+        pages.append(capsys.readouterr().out)
+        torch.rand(3)  # what was drawn before does not count
+    assert pages[0] == pages[1] and "one run each" in pages[0]
+    assert len(cells_of(pages[0])) == 1 + len(METHODS)
+
+
+def test_a_diverged_rate_is_shown_and_never_chosen(script, monkeypatch, tmp_path):
+    module, data = script("baydin2018"), script("baydin2018_data").bundled_digits()
+    assert data.X.mean() == pytest.approx(0, abs=1e-6) and data.X.std() == pytest.approx(1, abs=1e-4)
+    far = partial(torch.optim.SGD, lr=1e8)
+    run = module.train("mlp", far, data, epochs=1, seed=0, width=8, bar=tqdm(disable=True))
+    assert np.isnan(run.valid_loss).all()
+    monkeypatch.setattr(module, "GRID", (1e8,))
+    monkeypatch.setattr(module, "METHODS", {"SGD": module.METHODS["SGD"], "SGDN": far})
+    runs = module.compare(data, ["mlp"], epochs=1, seeds=1, width=8)
+    assert runs["mlp"]["SGD, tuned lr"] is runs["mlp"]["SGD"]
+    assert cells_of(module.report(data, runs, 8))["MLP", "SGDN"] == ["diverged", "1e+08"]
+    module.draw(tmp_path / "curves.svg", runs)
+    curves = [SimpleNamespace(lr=np.array(curve)) for curve in ([1.0, 4.0], [np.nan, 2.0], [3.0, 9.0])]
+    np.testing.assert_array_equal(module.median(curves, "lr"), [3.0, 4.0])
+
+
+def idx(array):
+    """Return the bytes of an idx file."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return bytes([0, 0, 8, array.ndim]) + sizes + array.astype(np.uint8).tobytes()
+
+
+IMAGES = np.arange(3 * 2 * 4, dtype=np.uint8).reshape(3, 2, 4) * 10
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        (b"", "of shape (3, 2, 4), got 0 bytes that begin with nothing"),
+        (b"\x89PNG\r\n", "got 6 bytes that begin with 89 50 4e 47"),
+        (b"\0\0\x0d" + idx(IMAGES)[3:], "that begin with 00 00 0d 03"),
+        (idx(IMAGES)[:-5], "must be an idx file of unsigned bytes of shape (3, 2, 4), got 35 bytes"),
+        (idx(IMAGES) + b"more", "got 44 bytes that begin with 00 00 08 03"),
+        (gzip.compress(idx(IMAGES), mtime=0)[:-9], "must be readable, got: "),
+        (gzip.compress(idx(IMAGES), mtime=0)[:12] + b"\xff" * 30, "must be readable, got: "),
+    ],
+)
+def test_a_file_that_is_no_idx_file_is_named(script, tmp_path, content, complaint):
+    path = tmp_path / "images"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{re.escape(str(path))}.*{re.escape(complaint)}.*torchvision"):
+        script("baydin2018_data").read_idx(path, (3, 2, 4))
+
+
+@pytest.fixture
+def small_mnist(script, monkeypatch, tmp_path):
+    """Four files of random pixels that pass for MNIST: 20 rows, 8 to validate; beside the arrays in them."""
+    module = script("baydin2018_data")
+    monkeypatch.setattr(module, "TRAIN_ROWS", 20)
+    monkeypatch.setattr(module, "VALID_ROWS", 8)
+    images = np.random.default_rng(0).integers(0, 256, (28, 28, 28))
+    classes = np.array([5, 0, 4, 1, 9, *range(10), *range(10), *range(3)])
+    for part, rows in (("train", slice(20)), ("t10k", slice(20, None))):
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images[rows])))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(classes[rows]))
+    return SimpleNamespace(folder=tmp_path, images=images, classes=classes, module=module)
+
+
+def test_mnist_is_read_from_a_folder_and_comes_from_openml(small_mnist, monkeypatch):
+    def fetch(name, **options):
+        assert (name, options["version"], options["as_frame"]) == ("mnist_784", 1, False)
+        pixels = small_mnist.images.reshape(28, 784).astype(float)
+        return SimpleNamespace(data=pixels, target=small_mnist.classes.astype(str))
+
+    monkeypatch.setattr(small_mnist.module, "fetch_openml", fetch)
+    for source in (str(small_mnist.folder), "openml"):
+        data = small_mnist.module.load(source)
+        expected = (small_mnist.images.reshape(28, 784) / 255 - 0.1307) / 0.3081
+        np.testing.assert_allclose(torch.cat([data.X, data.X_valid]), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(torch.cat([data.y, data.y_valid]), small_mnist.classes)
+        assert (len(data.y), data.X.dtype, data.y.dtype) == (20, torch.float32, torch.int64) and data.is_mnist
+
+
+def test_published_numbers_stand_beside_those_of_mnist(small_mnist, script, capsys):
+    def shown(*options):
+        assert script("baydin2018").main(["--data", str(small_mnist.folder), *options]) == 0
+        return capsys.readouterr().out
+
+    cells = cells_of(shown("--epochs", "2"))
+    assert cells["model", "method"][2:] == ["lr at the end", "published: epoch 1", "published: epoch 10"]
+    assert cells["logistic regression", "SGD-HD"][3:] == ["0.3158", "0.2878"]
+    assert cells["MLP", "SGDN-HD"][3:] == ["0.2089", "0.0833"]
+    assert cells["MLP", "Adam-HD"][3:] == cells["MLP", "SGD, tuned lr"][3:] == ["-", "-"]
+    page = shown("--epochs", "1", "--width", "9")
+    assert cells_of(page)["MLP", "SGD"][2:] == ["-", "-"]
+    assert "The published MLP has 1000 units a layer, so it is not shown." in page
+
+
+@pytest.mark.parametrize(
+    "name, array, complaint",
+    [
+        ("train-labels-idx1-ubyte", np.arange(20) % 10, "the first classes (5, 0, 4, 1, 9); got 28 images"),
+        ("train-labels-idx1-ubyte", np.zeros(19), "of shape (20,), got 27 bytes"),
+        ("t10k-images-idx3-ubyte", np.zeros((8, 14, 14)), "of shape (8, 28, 28), got"),
+        ("t10k-labels-idx1-ubyte", None, "holds t10k-labels-idx1-ubyte or t10k-labels-idx1-ubyte.gz, got"),
+    ],
+)
+def test_files_that_are_not_mnist_are_refused(small_mnist, name, array, complaint):
+    if array is None:
+        (small_mnist.folder / name).unlink()
+    else:
+        (small_mnist.folder / name).write_bytes(idx(array))
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        small_mnist.module.load(str(small_mnist.folder))
+
+
+def test_what_cannot_be_had_ends_with_its_remedy(script, monkeypatch, tmp_path, capsys):
+    done = run_baydin("--data", "nowhere", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --data must be a folder that holds train-images-idx3-ubyte or ")
+    assert "got nowhere. torchvision.datasets.MNIST('data', download=True) puts the four files" in done.stderr
+
+    def fetch(*arguments, **options):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(script("baydin2018_data"), "fetch_openml", fetch)
+    assert script("baydin2018").main(["--data", "openml"]) == 2
+    said = capsys.readouterr().err
+    assert "--data openml needs a network that reaches openml.org, got: <urlopen error Name or" in said
+    (tmp_path / "taken").write_text("a file")
+    assert script("baydin2018").main(["--out", str(tmp_path / "taken")]) == 2
+    assert "error: --out must be a folder or a new name for one, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, options, complaint",
+    [
+        ("baydin2018", ["--epoch5"], "unrecognized arguments: --epoch5"),
+        ("baydin2018", ["--models", "vgg"], "argument --models: invalid choice: 'vgg'"),
+        ("baydin2018", ["--seeds", "1.5"], "argument --seeds: must be an integer of at least 1, got 1.5"),
+        ("baydin2018", ["--width", "-3"], "argument --width: must be an integer of at least 1, got -3"),
+        ("hypergradient_schedules", ["--splits", "0"], "--splits: must be an integer of at least 1, got 0"),
+    ],
+)
+def test_a_bad_option_is_named(script, capsys, name, options, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        script(name).main(options)
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+SEARCHES = ["descent, 10 rates", "descent, 1 rate", "random, 1 rate, 10 draws", "random, 1 rate, 24 draws"]
+
+
+@pytest.fixture(scope="module")
+def schedules(script):
+    module = script("hypergradient_schedules")
+    return module.run(module.split_of(0), draws=(10, 24), outer_steps=3)
+
+
+@pytest.mark.long
+def test_the_schedules_beat_every_draw_and_few_draws_are_the_first_of_many(script, schedules):
+    descent, one_rate, few, many = schedules
+    assert descent.loss < min(one_rate.loss, few.loss, many.loss) and many.loss <= few.loss
+    assert np.array(descent.rates).shape == (5, 2) and isinstance(one_rate.rates, float)
+    assert (few.trials, many.trials) == (10, 24) and max(descent.trials, one_rate.trials) <= 3 * 4
+    assert few.loss == few.groups[0] and many.groups == (many.loss,) and len(few.groups) == 2
+    for r in schedules:
+        assert np.min(r.rates) >= 1e-5 and np.max(r.rates) <= 1
+        assert len(r.held_out) == 197 and 0.02 < r.held_out_loss < 0.5
+    module = script("hypergradient_schedules")
+    split = module.split_of(0)
+    assert [len(train) for train, _ in split.folds] == [1280] * 5  # 20 steps of 64 rows
+    study = gputune.tune(
+        "mlp", split.X, split.y, space={"lr": module.loguniform(module.LOW, module.HIGH), **module.NETWORK},
+        n_trials=10, include_default=False, cv=split.folds, numbers="none", optimizer="adam", max_epochs=5,
+        epoch="last", scoring="neg_log_loss", verbose=0,
+    )  # fmt: skip
+    assert -study.best_score == pytest.approx(few.loss, rel=1e-5)
+
+
+def test_the_table_and_the_files_of_the_schedules(script, schedules, monkeypatch, tmp_path, capsys):
+    module, out = script("hypergradient_schedules"), tmp_path / "new" / "folder"
+    monkeypatch.setattr(module, "run", lambda split, *, draws, outer_steps: schedules)
+    assert module.main(["--splits", "2", "--draws", "24", "--out", str(out)]) == 0
+    page = (out / "table.md").read_text()
+    assert page in capsys.readouterr().out and [r.search for r in schedules] == SEARCHES
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:1] == "|"]
+    table = [row for row in rows if len(row) == 8 and row[0] in "01"]
+    for row, r in zip(table, 2 * schedules, strict=True):
+        assert row[1:3] == [r.search, f"{r.trials} x 5"]
+        numbers = [r.loss, r.std_error, r.held_out_loss]
+        assert [float(row[i]) for i in (4, 5, 6)] == pytest.approx(numbers, abs=1e-4)
+    compared = {tuple(row[:2]): row[2:] for row in rows if len(row) == 7 and row[0] in SEARCHES}
+    assert len(compared) == 3 + 2
+    in_folds, wins, held_out, held_out_wins, clear = compared[SEARCHES[0], SEARCHES[3]]
+    gap = schedules[0].loss - schedules[3].loss
+    assert (in_folds, wins) == (f"{gap:+.4f} ({gap:+.4f} to {gap:+.4f})", "2 of 2")
+    gaps = schedules[0].held_out - schedules[3].held_out
+    assert float(held_out.split()[0]) == pytest.approx(gaps.mean(), abs=1e-4)
+    assert held_out_wins == f"{2 * (gaps.mean() < 0)} of 2"
+    assert (clear != "0, 0") == (abs(gaps.mean()) > 2 * gaps.std(ddof=1) / math.sqrt(197))
+    assert len(re.findall(r"^- split \d: first layer (?:\S+, ){4}\S+; second layer", page, re.M)) == 2
+    whole = json.loads((out / "results.json").read_text())
+    assert [(r["split"], r["search"]) for r in whole["results"]] == [(s, n) for s in (0, 1) for n in SEARCHES]
+    assert whole["results"][0]["held_out_loss"] == schedules[0].held_out_loss

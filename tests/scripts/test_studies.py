@@ -1,0 +1,300 @@
+"""The other parts of the benchmark in a tiny form: each writes its report, and none where numbers must not stand."""
+
+import json
+import math
+import re
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from sklearn.datasets import load_iris
+
+import gputune
+
+
+@pytest.fixture
+def study(script, tmp_path, capsys, monkeypatch):
+    """A part by its name, with other constants: what it returned, its numbers, and its page, which it printed."""
+
+    def run(name, *options, **constants):
+        module = script(f"benchmark.studies.{name}")
+        for key, value in constants.items():
+            monkeypatch.setattr(module, key, value)
+        code = script("benchmark.__main__").main([f"--{name}", "--out", str(tmp_path), *options])
+        said = capsys.readouterr().out
+        if code:
+            assert not list(tmp_path.iterdir()) and "|" not in said.partition("NO ")[2]
+            return code, None, said
+        (numbers,), (page,) = tmp_path.glob(f"{name}-*.json"), tmp_path.glob(f"{name}-*.md")
+        text = page.read_text()
+        assert text in said
+        return code, json.loads(numbers.read_text()), text
+
+    return run
+
+
+SMALL_GRID = {"TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
+GRID = ("--engines", "torch", "--trials", "2", "--epochs", "2")
+
+
+def test_the_grid(script, study, monkeypatch):
+    big = script("benchmark.studies.big")
+    monkeypatch.setattr(big, "in_fresh_process", lambda *case: big.Growth(*case, 0.5, 300.0, 310.0))
+    # Six steps are too few for scores to agree.
+    _, whole, text = study("grid", *GRID, **SMALL_GRID, AGREEMENT=1.0)
+    cells = [(c["trials"], c["width"], c["batch_size"]) for c in whole["cells"]]
+    assert cells == [(1, 16, 256), (2, 16, 256)]
+    cases = [(g["trials"], g["folds"], g["epochs"]) for g in whole["growth"]]
+    assert cases == [(2, 5, 2), (4, 5, 2), (2, 10, 2), (2, 5, 4)]
+    assert "| width | batch size | 1 trial | 2 trials |" in text
+    assert re.search(r"^\| 16 \| 256 \| \S+x\S*, \S+x\S* \| \S+x\S*, \S+x\S* \|$", text, re.M)
+    assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
+
+
+@pytest.mark.long
+def test_no_grid_is_shown_where_the_scores_differ(study):
+    code, _, said = study("grid", *GRID, **SMALL_GRID, AGREEMENT=-1.0)
+    assert code == 1 and "NO SPEED: the mean accuracies over the cells differ by more than" in said
+
+
+def test_the_cells_that_gputune_loses_are_shown(script):
+    grid, measured = script("benchmark.studies.grid"), script("benchmark.studies.training").Measured
+    scores = np.full((1, 1, 5), 0.9)
+    own = measured("gputune", (4.0,), scores, (0.0,), (3.0,), rival=False)
+    loop = measured("PyTorch loop", (2.0,), scores, (0.0,), (0.0,))
+    cell = grid._cell(grid.cell_work(1, 512, 16, 2), [loop, own])
+    assert grid._ratios([cell], "PyTorch loop", 512, 16, 1) == "**0.50x**, 2.00x"
+    lost = "gputune is slower in 1 of 1 cells: 1 trial of width 512, batch size 16."
+    assert grid._lost([cell], "PyTorch loop") == lost
+
+
+def test_the_large_table_shows_its_plan_and_its_memory(script, capsys, monkeypatch):
+    big = script("benchmark.studies.big")
+    monkeypatch.setattr(big, "ROWS", 600)
+    monkeypatch.setattr(big, "card", lambda: None)
+    assert script("benchmark.__main__").main(["--big", "--trials", "2", "--epochs", "1"]) == 0
+    said = capsys.readouterr()
+    assert "plan: 2 trials in" in said.err
+    assert "600 rows x 50 columns, 2 trials, 3 folds, 1 epochs" in said.out and "peak memory: " in said.out
+
+
+@pytest.mark.long
+def test_a_search_is_measured_in_a_fresh_process(script):
+    found = script("benchmark.studies.big").in_fresh_process(2, 3, 1)
+    assert (found.work, found.peak >= found.before > 50, found.seconds > 0) == (6, True, True)
+
+
+HALVING = ("--epochs", "4", "--repeats", "2")
+IRIS = {"TRIALS": 9, "tables": lambda adult: {"iris": load_iris(return_X_y=True)}}
+
+
+def test_halving(script, study):
+    _, whole, text = study("halving", *HALVING, **IRIS)
+    first, second = (script("benchmark.studies.halving").Seed(**one) for one in whole["seeds"])
+    assert first.run == pytest.approx(first.halving, abs=2e-3) and second.run is None
+    assert first.full_epochs == 36 and first.halving_epochs == 9 + 3 * 2 + 1 * 1
+    for one in (first, second):
+        assert f"| iris | {one.seed} | {one.full:.4f} | {one.halving:.4f} | {one.loss:.2%} | 44.4% |" in text
+    assert "0 of 2 reach the aim." in text  # four epochs are too few to save much
+
+
+@pytest.mark.long
+def test_halving_that_was_stopped_goes_on_and_one_that_ends_otherwise_is_not_shown(script, study, tmp_path):
+    module, done = script("benchmark.studies.halving"), []
+    compare, halved = module.compare, module.halved
+
+    def noted(*arguments, seed, **options):
+        if done == [0]:
+            done.append(seed)
+            raise KeyboardInterrupt
+        done.append(seed)
+        return compare(*arguments, seed=seed, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        study("halving", *HALVING, **IRIS, compare=noted)
+    assert [place.name for place in tmp_path.iterdir()] == ["halving.jsonl"]
+    study("halving", *HALVING)
+    assert done == [0, 1, 1]
+    for place in tmp_path.iterdir():
+        place.unlink()
+
+    def worst(curves, *rest):
+        return np.array([np.argmin(curves[:, -1].mean(1))]), halved(curves, *rest)[1]
+
+    code, _, said = study("halving", *HALVING, compare=compare, halved=worst)
+    assert code == 1 and "NO COMPARISON: halving as it is run ends with another score" in said
+
+
+@pytest.mark.long
+def test_what_is_read_off_is_what_halving_does(script):
+    common = {"n_trials": 17, "max_epochs": 27, "cv": 3, "workers": 1, "verbose": 0, "dtype": "float64"}
+    X, y = load_iris(return_X_y=True)
+    full, halved = (gputune.tune("mlp", X, y, method=method, **common) for method in ("random", "halving"))
+    stays, spent = script("benchmark.studies.halving").halved(full.curves, gputune.Halving(), 27)
+    assert stays.tolist() == [t.number for t in halved.trials if t.state == "complete"]
+    assert spent == halved.spent[0]
+
+
+def test_the_census_table_is_read(script, tmp_path):
+    row = "{age}, Private, 77516, Bachelors, 13, ?, White, Male, 2174, 0, 40, {income}"
+    rows = [row.format(age=20 + i, income=">50K" if i % 3 else "<=50K") for i in range(30)]
+    (tmp_path / "adult.data").write_text("\n".join(rows) + "\n")
+    X, y = script("benchmark.studies.halving").adult_sample(tmp_path / "adult.data")
+    assert X.shape == (30, 11) and y.sum() == 20
+    assert X[:, 5].is_null().all() and X[:, 2].dtype.is_integer() and X[0, 1] == "Private"
+
+
+HYPERGRADIENTS = ("--epochs", "1", "--repeats", "1")
+
+
+def test_hypergradients(study):
+    _, whole, text = study("hypergradients", *HYPERGRADIENTS, MEMBERS=(10,))
+    costs = whole["costs"]
+    assert [(c["optimizer"], c["members"], c["steps"]) for c in costs] == [("sgd", 10, 10), ("adam", 10, 10)]
+    for cost in costs:
+        assert len(cost["seconds"]) == 7 and cost["disagreement"] < 1e-4
+        for kind, seconds in cost["seconds"].items():
+            plain, optimised = (seconds / cost["seconds"][base] for base in ("plain", "optimised"))
+            row = f"| {cost['optimizer']} | 10 | 10 | {kind} | {seconds * 1e3:.2f} | {plain:.2f} | {optimised:.2f} |"
+            assert row in text
+
+
+@pytest.mark.long
+def test_hypergradients_that_differ_are_seen_and_not_shown(script, study):
+    module = script("benchmark.studies.hypergradients")
+    for kind in ("forward, 1 rate", "checkpointed, 10 rates", "plain"):
+        results = {name: run() for name, run in module.kinds("sgd", 5, 1).items()}
+        ten = module.slopes(results["reverse, 10 rates"])
+        for name in ("reverse, 1 rate", "finite differences, 1 rate"):
+            torch.testing.assert_close(module.slopes(results[name]), ten.sum((1, 2)), rtol=0.02, atol=0.02)
+        tensor = results[kind] if kind == "plain" else results[kind].gradients["lr"]
+        tensor[0] *= 1.5
+        assert module.disagreement(results) > module.AGREEMENT
+        tensor[0] = math.nan
+        assert math.isnan(module.disagreement(results))
+    code, _, said = study("hypergradients", *HYPERGRADIENTS, MEMBERS=(10,), disagreement=lambda r: math.nan)
+    assert code == 1 and said.startswith("NO RATIO: slopes or weights that must be the same differ by")
+
+
+def test_objectives_agree_before_times_are_shown(script, study):
+    logistic = script("benchmark.studies.logistic")
+    row = logistic.compare("l2", 3)
+    assert row.gputune_gap < 1e-7 and row.sklearn_gap < 1e-3 and row.score_difference < 1e-2
+    text = logistic.markdown(script("benchmark.report").describe_machine(), [row])
+    assert "| l2 | 3 x 5 |" in text and "| both |" in text
+    far = logistic.Row("l1", 3, 1.0, 9.0, 1e-3, 1e-4, 9e-4, 0.0)
+    assert study("logistic", compare=lambda penalty, candidates: far)[0] == 1
+
+
+def test_optuna_alone_proposes_the_same(script, monkeypatch):
+    bridge = script("benchmark.studies.optuna")
+    monkeypatch.setattr(bridge, "EPOCHS", 1)
+    monkeypatch.setattr(bridge, "BATCH", 6)
+    row = bridge.compare(0, 2)
+    assert row.random_best > 0.5 and row.tpe_best > 0.5
+    assert 0 < row.bridge_seconds < row.tpe_seconds and row.alone_seconds > 0
+    with pytest.raises(AssertionError, match="proposed something else"):
+        bridge.alone(0, bridge.search(0, "random", 2))
+
+
+def test_optuna_ends_in_1_where_random_search_is_better(script, tmp_path, monkeypatch):
+    bridge = script("benchmark.studies.optuna")
+    for tpe, code in ((0.97, 1), (0.99, 0)):
+        row = bridge.Row(0, 0.98, tpe, 1.0, 2.0, 0.12, 0.06)
+        monkeypatch.setattr(bridge, "compare", lambda seed, batches, row=row: row)
+        assert (
+            script("benchmark.__main__").main(["--optuna", "--repeats", "3", "--out", str(tmp_path)]) == code
+        )
+    (page,) = tmp_path.glob("optuna-*.md")
+    assert "| median | 0.9800 | 0.9900 | 1.0, 2.0 | 0.75, 0.38 |" in page.read_text()
+
+
+def test_what_the_profile_says_is_read(script):
+    lines = "  planning   0.80 s   8%\n  compiling   1.00 s   10%\n  training   8.00 s   80%\n    steps   90% of it\n"
+    said = f"Where the time went:\n\n{lines}    scores   5% of it\n  the rest   0.20 s   2%\n"
+    speed = "Steps reached 50.0 GFLOP/s, 25% of the 200.0 that the product reaches here on 2 cores (float32)."
+    read = script("benchmark.studies.profile").read
+    run = read(f"{said}\n{speed}\n", 16, 4)
+    assert run.seconds == pytest.approx(10) and run.share == 0.25
+    assert run.parts["steps"] == pytest.approx(7.2) and run.parts["scores"] == pytest.approx(0.4)
+    assert run.beside == pytest.approx((0.8 + 0.4 + 0.2) / 4 * 1e3)
+    assert math.isnan(read(said, 16, 4).share)
+
+
+@pytest.mark.long
+def test_the_profile(study):
+    _, whole, text = study("profile", "--epochs", "1", "--repeats", "1", WIDE_TRIALS=2, NARROW_TRIALS=3)
+    assert [(r["width"], r["trials"]) for r in whole["runs"]] == [(256, 2), (128, 2), (16, 3)]
+    assert all(r["reached"] > 0 and r["peak"] > 0 and r["parts"]["steps"] >= 0 for r in whole["runs"])
+    assert re.search(r"^\| 16 \| 3 \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+% \| [\d.]+ \|$", text, re.M)
+
+
+def quality_work(quality, trials=3, epochs=3):
+    """Iris as a work of the study, and what judges its candidates."""
+    X, y = load_iris(return_X_y=True)
+    return quality.split(X.astype(np.float32), y, seed=0, trials=trials, epochs=epochs)
+
+
+SEARCHES = (
+    "gputune, random", "gputune, halving", "Optuna, random", "Optuna, successive halving pruner",
+    "scikit-learn, RandomizedSearchCV", "scikit-learn, HalvingRandomSearchCV",
+)  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # those of other projects are not ours
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_search_tells_of_every_candidate(script, name):
+    quality = script("benchmark.studies.quality")
+    pytest.importorskip(quality.SEARCHES[name][0])
+    work, _ = quality_work(quality)
+    events = quality.SEARCHES[name][1](work, 1)
+    assert {event.candidate for event in events} == {0, 1, 2}
+    assert all(event.seconds > 0 and 0 <= event.score <= 1 for event in events)
+    assert [e.seconds for e in events] == sorted(e.seconds for e in events)
+    if name == "gputune, random":
+        means = script("benchmark.engines.gputune").train(work).scores.mean(1)
+        assert {e.candidate: e.score for e in events} == {c: pytest.approx(means[c]) for c in range(3)}
+
+
+def test_scores_of_several_processes_are_put_together(script):
+    lines = [(11.0, 7, 1, 0.5), (12.0, 8, 1, 0.9), (13.0, 7, 1, 0.7), (14.0, 7, 3, 0.8), (15.0, 8, 1, 0.1)]
+    events = script("benchmark.engines.sklearn")._of_all_folds(lines, 2, 10.0)
+    assert [(e.seconds, e.candidate, round(e.score, 6)) for e in events] == [(3.0, 7, 0.6), (5.0, 8, 0.5)]
+
+
+def test_the_choice_is_the_best_so_far_and_judged_by_the_rows_held_out(script, monkeypatch):
+    quality = script("benchmark.studies.quality")
+    work, held_out = quality_work(quality)
+    assert len(work.X) == 112 and len(held_out.rows[2]) == 38 and len(work.folds) == 3
+    np.testing.assert_allclose(held_out.rows[0].mean(0), 0, atol=1e-5)
+    assert held_out(1) == script("benchmark.engines.torch").fit(held_out.rows, work.trials[1], 3)
+    monkeypatch.setattr(quality, "ROWS", 80)
+    assert len(quality_work(quality)[0].X) == 60  # a larger table is sampled
+    known = [(3.0, 1, 0.8), (1.0, 0, 0.5), (2.0, 2, 0.4), (4.0, 1, 0.9), (5.0, 3, 0.9)]
+    points = quality.choices([quality.Event(*one) for one in known], lambda candidate: candidate / 10)
+    assert points == (quality.Point(1.0, 0, 0.0), quality.Point(3.0, 1, 0.1))
+    curves = [quality.Curve("digits", 0, "x", points[:n], 9.0) for n in (2, 2, 1)]
+    times = [quality._time(level, curves) for level in (0.0, 0.05, 0.2)]
+    assert times == ["1.00", "3.00 (2 of 3)", "not reached (0 of 3)"]
+
+
+def test_quality(script, study):
+    quality = script("benchmark.studies.quality")
+    frame = pl.DataFrame({"age": [1, None, 3], "job": ["a", "b", None]})
+    np.testing.assert_array_equal(quality.numbers(frame), [[1, 1, 0, 0], [0, 0, 1, 0], [3, 0, 0, 1]])
+
+    def search(work, cores):
+        return [quality.Event(0.25, 1, 0.6), quality.Event(0.5, 2, 0.7)]
+
+    searches = dict.fromkeys(("A", "B"), ("sklearn", search)) | {"C": ("no_such_package", None)}
+    tables = {"tables": lambda adult: {"digits": load_iris(return_X_y=True)}}
+    options = ("--epochs", "2", "--repeats", "2")
+    _, whole, text = study("quality", *options, **tables, SEARCHES=searches, TRIALS=3)
+    assert [(c["search"], c["seed"]) for c in whole["curves"]] == [("A", 0), ("A", 1), ("B", 0), ("B", 1)]
+    assert [p["candidate"] for p in whole["curves"][0]["points"]] == [1, 2]
+    assert whole["curves"][0]["points"] == whole["curves"][2]["points"]
+    assert "## digits, 2 seeds" in text and "| C: not installed |" in text
+    rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 5 and len(set(rows)) == 1
