@@ -113,9 +113,8 @@ class _Online(Optimizer):
     def _adapt(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> None:
         """Move the rate of a group by its rule: one rate for all its tensors, whatever their order."""
         rule, lr = group["rule"], group["lr"]
-        last = {
-            p: self.state[p]["direction"] for p in group["params"] if "direction" in self.state.get(p, ())
-        }
+        moved = [p for p in group["params"] if "direction" in self.state.get(p, ())]
+        last = {p: self.state[p]["direction"] for p in moved}
         slope = [(g, last[p]) for p, g in zip(params, grads) if p in last]
         squares = [[(g, g) for g in grads], [(u, u) for u in last.values()]] if rule != "additive" else []
         h, *both = _sums([slope, *squares], group["foreach"])
@@ -126,7 +125,7 @@ class _Online(Optimizer):
             scaled = rule == "multiplicative"
             change = _share(lr * h, grad_norm * norm) if scaled else _share(h, group["grad_norm"] * norm)
             group["grad_norm"] = grad_norm
-        group["lr"] = _held(group, lr + group["hypergrad_lr"] * change)
+        group["lr"] = _bounded(group, lr + group["hypergrad_lr"] * change)
 
 
 class SGDHD(_Online):
@@ -169,18 +168,7 @@ class SGDHD(_Online):
         lr_max: float | None = None,
         foreach: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            hypergrad_lr=hypergrad_lr,
-            rule=rule,
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-            lr_min=lr_min,
-            lr_max=lr_max,
-            foreach=foreach,
-        )
+        super().__init__(**_arguments(locals()))
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         mu = group["momentum"]
@@ -217,18 +205,7 @@ class AdamHD(_Online):
         lr_max: float | None = None,
         foreach: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            hypergrad_lr=hypergrad_lr,
-            rule=rule,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            lr_min=lr_min,
-            lr_max=lr_max,
-            foreach=foreach,
-        )
+        super().__init__(**_arguments(locals()))
 
     def _directions(self, group: Group, params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         (beta1, beta2), counts = group["betas"], self._count(params)
@@ -271,18 +248,7 @@ class AdamWHD(AdamHD):
         lr_max: float | None = None,
         foreach: bool | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            hypergrad_lr=hypergrad_lr,
-            rule=rule,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            lr_min=lr_min,
-            lr_max=lr_max,
-            foreach=foreach,
-        )
+        super().__init__(**_arguments(locals()))
 
     def _gradients(self, group: Group, params: list[Tensor]) -> list[Tensor]:
         return [_dense(p) for p in params]
@@ -291,6 +257,11 @@ class AdamWHD(AdamHD):
         directions = super()._directions(group, params, grads)
         torch._foreach_add_(directions, params, alpha=group["weight_decay"])
         return directions
+
+
+def _arguments(names: dict[str, Any]) -> dict[str, Any]:
+    """Return what a constructor was called with, of its local names."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
 def _dense(p: Tensor) -> Tensor:
@@ -324,9 +295,8 @@ def _sums(products: list[list[Pair]], foreach: bool | None) -> list[float]:
     """Return, for each list of pairs of tensors, the sum of the products of all their entries."""
     dots = [[_dot([pairs[i] for i in part]) for part in _parts(pairs, foreach)] for pairs in products]
     every = [dot for group in dots for dot in group]
-    values = iter(
-        torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else ()
-    )  # one sync
+    numbers = torch.stack([dot.to(every[0].device) for dot in every]).tolist() if every else []  # one sync
+    values = iter(numbers)
     return [sum(next(values) for _ in group) for group in dots]
 
 
@@ -337,9 +307,8 @@ def _dot(pairs: list[Pair]) -> Tensor:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
-    return flat.to(
-        torch.promote_types(flat.dtype, torch.float32)
-    )  # squares soon leave the range of half precision
+    # Squares soon leave the range of half precision.
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _share(part: float, whole: float) -> float:
@@ -348,7 +317,7 @@ def _share(part: float, whole: float) -> float:
     return share if math.isfinite(share) else 0.0
 
 
-def _held(group: Group, lr: float) -> float:
-    if group["lr_min"] is not None:
-        lr = max(lr, group["lr_min"])
-    return float(lr if group["lr_max"] is None else min(lr, group["lr_max"]))
+def _bounded(group: Group, lr: float) -> float:
+    """Return the rate within the bounds that the group has."""
+    low, high = (-math.inf if group["lr_min"] is None else group["lr_min"]), group["lr_max"]
+    return float(max(lr, low) if high is None else min(max(lr, low), high))
