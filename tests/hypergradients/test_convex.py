@@ -26,14 +26,13 @@ def rows(classes=3):
     return parts[:-2], (torch.cat([x for x, _ in parts[-2:]]), torch.cat([y for _, y in parts[-2:]]))
 
 
-def differentiate(C, classes=3, **options):
-    batches, valid = rows(classes)
-    module = LogisticRegression(2, classes)
+def differentiate(C=1.0, classes=3, *, module=None, loss=cross_entropy, batches=None, valid=None, **options):
+    given = rows(classes)
     return gputune.hypergradient(
-        module,
-        cross_entropy,
-        batches,
-        valid,
+        LogisticRegression(2, classes) if module is None else module,
+        loss,
+        given[0] if batches is None else batches,
+        given[1] if valid is None else valid,
         **{"hyperparameters": {"C": C}, "optimizer": "exact", **options},
     )
 
@@ -68,14 +67,7 @@ def test_the_parameters_are_those_of_the_minimum():
 
 
 def test_the_loss_may_be_a_module():
-    batches, valid = rows()
-    one, other = (
-        gputune.hypergradient(
-            LogisticRegression(2, 3), loss, batches, valid, hyperparameters={"C": 1.0}, optimizer="exact"
-        )
-        for loss in (cross_entropy, nn.CrossEntropyLoss())
-    )
-    assert one.value == other.value
+    assert differentiate().value == differentiate(loss=nn.CrossEntropyLoss()).value
 
 
 @pytest.mark.parametrize("C", [0, -1.0, math.inf, math.nan, [1.0, 2.0], "much"])
@@ -92,44 +84,35 @@ def test_another_hyperparameter(hyperparameters):
 
 def test_minibatches_that_are_no_tensors():
     batches, valid = rows()
-    arrays = [(x.numpy(), y.numpy()) for x, y in batches]
-    for pairs, held in ((arrays, valid), (batches, (valid[0].numpy(), valid[1]))):
+    for arrays in (
+        {"batches": [(x.numpy(), y.numpy()) for x, y in batches]},
+        {"valid": (valid[0].numpy(), valid[1])},
+    ):
         with pytest.raises(
             InputError, match="needs tensors, got another kind of x or y; make them with torch.from_"
         ):
-            gputune.hypergradient(
-                LogisticRegression(2, 3),
-                cross_entropy,
-                pairs,
-                held,
-                hyperparameters={"C": 1.0},
-                optimizer="exact",
-            )
+            differentiate(**arrays)
 
 
-def test_what_is_not_that_convex_problem():
-    batches, valid = rows()
-    common = {"hyperparameters": {"C": 1.0}, "optimizer": "exact"}
-    with pytest.raises(
-        InputError, match=r"minimum of a convex problem: .* got MLP; train it with another optimizer"
-    ):
-        gputune.hypergradient(MLP(2, 3), cross_entropy, batches, valid, **common)
-    with pytest.raises(InputError, match="loss must be torch.nn.functional.cross_entropy"):
-        gputune.hypergradient(
-            LogisticRegression(2, 3), nn.CrossEntropyLoss(label_smoothing=0.1), batches, valid, **common
-        )
-    with pytest.raises(InputError, match=r"y must be class codes 0 \.\. 1, one integer a row"):
-        gputune.hypergradient(LogisticRegression(2, 2), cross_entropy, batches, valid, **common)
-    with pytest.raises(InputError, match="y must be class codes"):
-        gputune.hypergradient(
-            LogisticRegression(2, 3), cross_entropy, [(x, y.double()) for x, y in batches], valid, **common
-        )
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"module": MLP(2, 3)}, r"minimum of a convex problem: .* got MLP; train it with another optimizer"),
+        (
+            {"loss": nn.CrossEntropyLoss(label_smoothing=0.1)},
+            "loss must be torch.nn.functional.cross_entropy",
+        ),
+        ({"module": LogisticRegression(2, 2)}, r"y must be class codes 0 \.\. 1, one integer a row"),
+        ({"batches": [(x, y.double()) for x, y in rows()[0]]}, "y must be class codes"),
+    ],
+)
+def test_what_is_not_that_convex_problem(options, message):
+    with pytest.raises(InputError, match=message):
+        differentiate(**options)
 
 
 def test_a_problem_without_a_minimum_within_reach():
     x = torch.as_tensor(np.linspace(-1, 1, 20))[:, None]
+    pair = (x, (x[:, 0] > 0).long())
     with pytest.raises(DivergedError, match="no minimum that could be reached; choose a smaller C"):
-        gputune.hypergradient(
-            LogisticRegression(1, 2), cross_entropy, [(x, (x[:, 0] > 0).long())], (x, (x[:, 0] > 0).long()),
-            hyperparameters={"C": 1e300}, optimizer="exact",
-        )  # fmt: skip
+        differentiate(1e300, module=LogisticRegression(1, 2), batches=[pair], valid=pair)

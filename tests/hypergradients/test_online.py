@@ -90,6 +90,14 @@ def take(optimizer, params, t):
     optimizer.step()
 
 
+def steps_with(optimizer, w, grads):
+    """Take a step with each of these gradients; return the rate."""
+    for grad in grads:
+        w.grad = torch.as_tensor(grad, dtype=w.dtype).expand_as(w).clone()
+        optimizer.step()
+    return optimizer.param_groups[0]["lr"]
+
+
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", CLASSES)
@@ -108,10 +116,8 @@ def test_one_hundred_steps_follow_the_equations(name, rule, foreach):
 def test_plain_sgd_normalized_divides_by_the_last_squared_gradient():
     w = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)
     optimizer = SGDHD([w], lr=0.1, hypergrad_lr=0.01, rule="normalized")
-    for grad in ([1.0, 3.0], [2.0, 5.0]):
-        w.grad = torch.tensor(grad, dtype=torch.float64)
-        optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 + 0.01 * 17 / 10, rel=1e-14)
+    rate = steps_with(optimizer, w, ([1.0, 3.0], [2.0, 5.0]))
+    assert rate == pytest.approx(0.1 + 0.01 * 17 / 10, rel=1e-14)
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -310,9 +316,7 @@ def test_zero_gradients_leave_the_rate(rule):
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.5)
     for grad in (0.0, 0.0, 1.0, 0.0, 0.0):
-        w.grad = torch.full_like(w, grad)
-        optimizer.step()
-        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert steps_with(optimizer, w, [grad]) == 0.1
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -320,10 +324,7 @@ def test_zero_gradients_leave_the_rate(rule):
 def test_a_gradient_that_is_not_finite_leaves_the_rate_finite(rule, bad):
     w = torch.ones(3, dtype=torch.float64, requires_grad=True)
     optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.5)
-    for grad in (1.0, bad, 1.0):
-        w.grad = torch.full_like(w, grad)
-        optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert steps_with(optimizer, w, (1.0, bad, 1.0)) == 0.1
     assert not w.isfinite().any()
 
 
@@ -332,29 +333,21 @@ def test_the_rate_stays_within_its_bounds(rule):
     for sign, bounds in ((-1, {"lr_min": 0.08}), (1, {"lr_max": 0.12})):
         w = torch.ones(3, dtype=torch.float64, requires_grad=True)
         optimizer = SGDHD([w], lr=0.1, rule=rule, hypergrad_lr=0.9, **bounds)
-        for step in range(6):
-            w.grad = torch.full_like(w, float(sign**step))
-            optimizer.step()
-        assert optimizer.param_groups[0]["lr"] == next(iter(bounds.values()))
+        rate = steps_with(optimizer, w, [float(sign**step) for step in range(6)])
+        assert rate == next(iter(bounds.values()))
 
 
 def test_without_a_bound_the_rate_may_be_negative_and_by_default_not():
     for lr_min, expected in ((None, -2.9), (0.0, 0.0)):
         w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
         optimizer = SGDHD([w], lr=0.1, rule="additive", hypergrad_lr=1.0, lr_min=lr_min)
-        for grad in (1.0, -1.0):
-            w.grad = torch.full_like(w, grad)
-            optimizer.step()
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, abs=1e-15)
+        assert steps_with(optimizer, w, (1.0, -1.0)) == pytest.approx(expected, abs=1e-15)
 
 
 def test_a_rate_at_zero_of_the_additive_rule_comes_back():
     w = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     optimizer = SGDHD([w], lr=0.0, rule="additive", hypergrad_lr=0.25)
-    for _ in range(2):
-        w.grad = torch.ones_like(w)
-        optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert steps_with(optimizer, w, (1.0, 1.0)) == 0.25
     assert w.item() == -0.25
 
 
@@ -389,10 +382,7 @@ def test_the_rate_is_a_python_float(name):
 def test_half_precision_does_not_overflow_in_the_norms():
     w = torch.zeros(100_000, dtype=torch.float16, requires_grad=True)
     optimizer = SGDHD([w], lr=1e-3, hypergrad_lr=0.5)
-    for _ in range(2):
-        w.grad = torch.ones_like(w)
-        optimizer.step()
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(1.5e-3)
+    assert steps_with(optimizer, w, (1.0, 1.0)) == pytest.approx(1.5e-3)
 
 
 def test_channels_last_and_contiguous_memory_agree():
