@@ -68,13 +68,21 @@ class Batches:
 
     ``target`` (V, n, ...) is the training target with one row per data row, of which fold f reads copy
     ``f % V``. With ``exact`` no minibatch is ever padded: one size for all trials, and folds whose
-    last minibatches differ come in parts of their own (for models in which rows may interact).
+    last minibatches differ come in parts of their own (for models in which rows may interact). A last minibatch of
+    less than ``least_rows`` is left out.
     """
 
     def __init__(
-        self, data: Dataset, sizes: Sequence[int], target: Tensor, *, seed: int, exact: bool
+        self,
+        data: Dataset,
+        sizes: Sequence[int],
+        target: Tensor,
+        *,
+        seed: int,
+        exact: bool,
+        least_rows: int = 1,
     ) -> None:
-        self.data, self.seed, self.exact = data, seed, exact
+        self.data, self.seed, self.exact, self.least_rows = data, seed, exact, least_rows
         self.inputs = tuple(x.flatten(0, 1) for x in data.inputs)  # (V*n, ...)
         self.target = target.flatten(0, 1)
         self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
@@ -96,7 +104,7 @@ class Batches:
     def _set_sizes(self, sizes: np.ndarray) -> None:
         """Take the members' batch sizes (F, C), held to their rows, and move to the device what follows."""
         self.sizes = sizes
-        self.steps = -(-self.lengths // sizes)  # (F, C) steps an epoch
+        self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
         self.active_until = torch.as_tensor(self.steps).to(self.data.device)
         taken = np.full_like(self.lengths, sizes.max()) if self.shared else sizes  # (F, 1 or C)
         self.taken = torch.as_tensor(taken).to(self.data.device)
@@ -105,6 +113,8 @@ class Batches:
 
     def _shape(self, taken: np.ndarray, step: int) -> StepShape:
         counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
+        if self.exact:
+            counts[step >= self.steps[:, :1]] = 0
         width = 0 if self.shared else int(taken.max())
         runs = _runs(counts[:, 0]) if self.exact else [slice(0, len(counts))]
         parts = []
@@ -176,6 +186,13 @@ class Batches:
 def for_members(x: Tensor, trials: int) -> Tensor:
     """Return the rows (F, B, ...) that a fold's members share once a member, (P, B, ...)."""
     return x[:, None].expand(-1, trials, *x.shape[1:]).flatten(0, 1)
+
+
+def steps_of(lengths: np.ndarray, sizes: np.ndarray, least_rows: int = 1) -> np.ndarray:
+    """Return the steps of an epoch of so many rows, in minibatches of so many of which each has ``least_rows``."""
+    left_out = (lengths % sizes > 0) & (lengths % sizes < least_rows)
+    steps: np.ndarray = -(-lengths // sizes) - left_out
+    return steps
 
 
 def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:

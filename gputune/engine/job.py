@@ -6,17 +6,18 @@ One chunk, from its configurations to its results: the unit of work of a process
 import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
+from gputune.engine.construction import Builder
+from gputune.engine.inspection import traits_of
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.module import StackedModule
+from gputune.engine.module import StackedModule, Traits
 from gputune.engine.network import Network, Shape
 from gputune.engine.population import Population, shape_of
 from gputune.engine.scoring import Scoring
@@ -102,7 +103,9 @@ class Job:
     epochs: int
     horizon: int
     scoring: Scoring | None = None
-    module_class: type[nn.Module] | None = None
+    module_class: Builder | None = None
+    traits: Mapping[str, Traits] = field(default_factory=dict)
+    """What the user's module was found to do, by its ``Population.arguments``; a worker need not try it again."""
     stop: Stop = field(default_factory=Stop)
     """Says when training ends after the running epoch, and no chunk begins any more."""
     checkpointing: Checkpointing | None = None
@@ -116,6 +119,25 @@ class Job:
     def is_over(self) -> bool:
         """Whether training ends now."""
         return self.stop.is_over()
+
+    def network(self, data: Dataset, chunk: Population) -> Network:
+        """Return the stacked model of a chunk."""
+        shape = Shape(
+            folds=data.n_folds,
+            n_features=data.n_features,
+            n_outputs=data.n_outputs,
+            dtype=data.dtype,
+            device=data.device,
+            regression=data.task == "regression",
+            present=data.present,
+            input_shape=tuple(data.inputs[0].shape[2:]),
+            names=data.names,
+        )
+        if chunk.kind != "module":
+            return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
+        assert self.module_class is not None
+        traits = self.traits.get(chunk.arguments) or traits_of(self.module_class, chunk.configs[0], data)
+        return StackedModule(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits)
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""
@@ -143,7 +165,7 @@ def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress |
     """Train one chunk, from where it was begun, and return it with its members."""
     begun = _begun(chunk)
     return train(
-        make_network(chunk, data, seed=job.seed, module_class=job.module_class),
+        job.network(data, chunk),
         data,
         chunk.configs,
         seed=job.seed,
@@ -190,24 +212,3 @@ class _Watch:
         trials = tuple(checkpointing.numbers[i] for i in index)
         checkpoint = Checkpoint(trials, trained.alive, curves, trained.state, seconds)
         self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
-
-
-def make_network(
-    chunk: Population, data: Dataset, *, seed: int, module_class: type[nn.Module] | None
-) -> Network:
-    """Return the stacked model of a chunk."""
-    shape = Shape(
-        folds=data.n_folds,
-        n_features=data.n_features,
-        n_outputs=data.n_outputs,
-        dtype=data.dtype,
-        device=data.device,
-        regression=data.task == "regression",
-        present=data.present,
-        input_shape=tuple(data.inputs[0].shape[2:]),
-        names=data.names,
-    )
-    if chunk.kind == "module":
-        assert module_class is not None
-        return StackedModule(module_class, chunk.configs, shape, seed=seed)
-    return StackedMLP(chunk.kind, chunk.configs, shape, seed=seed)

@@ -32,7 +32,7 @@ _DIFFERENTIABLE = {"relu": torch.relu, "gelu": functional.gelu, "silu": function
 class StackedMLP:
     """F x C members of an MLP (``kind="mlp"``) or of the linear model (``kind="linear"``)."""
 
-    exact = False
+    exact, alone, least_rows = False, True, 1
 
     def __init__(self, kind: ModelKind, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
         self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
@@ -43,7 +43,8 @@ class StackedMLP:
         rates = [c["dropout"] if self.depth else 0.0 for c in configs]
         self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device) if any(rates) else None
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
-        self.blocks = Blocks(self._blocks())
+        self.blocks = self.trained = Blocks(self._blocks())
+        self.widest = max(self.sizes)
         self.mask = None
         if shape.present is not None:  # (F, 1, 1, K): -inf for classes that take no part
             self.mask = torch.zeros(shape.present.shape, dtype=shape.dtype, device=shape.device)

@@ -25,8 +25,8 @@ class Shape:
     regression: bool
     present: Tensor | None
     """(F, K) bool: classes that take part in a fold, None when all do."""
-    input_shape: tuple[int, ...] = ()
-    """Of a row of the first input."""
+    input_shape: tuple[int, ...] | None = None
+    """Of a row of the first input, None: (n_features,)."""
     names: tuple[str, ...] | None = None
     """Of the inputs, where they are passed as keywords."""
 
@@ -46,11 +46,20 @@ class Network(Protocol):
 
     kind: ModelKind
     blocks: Blocks
+    """All that a member consists of: the trained parameters, then the buffers that training changes."""
+    trained: Blocks
+    """The trained parameters alone, ``flat[:trained.size]``: what has gradients and moments."""
     exact: bool
     """Whether minibatches must come without padded rows."""
+    least_rows: int
+    """Rows that a minibatch needs; a last one with fewer is left out."""
+    alone: bool
+    """Whether an output in evaluation mode depends on its own row alone."""
+    widest: int
+    """Most numbers that a row has in a layer of one member."""
 
     def start(self) -> Tensor:
-        """Return the flat buffer of the members' starting parameters."""
+        """Return the flat buffer of the members' start."""
 
     def targets(self, y: Tensor) -> Tensor:
         """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or F."""
@@ -59,7 +68,7 @@ class Network(Protocol):
         """Return the draws that ``gradient`` reads in steps of so many rows, None where it reads none."""
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
-        """Write the gradient of every member's minibatch loss into ``grads``."""
+        """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params`` go on by a step."""
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in evaluation mode."""

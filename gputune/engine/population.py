@@ -42,7 +42,7 @@ class Population:
     @property
     def arguments(self) -> str:
         """The ``module__*`` values, which its trials have in common, as text."""
-        return repr(sorted(module_arguments(self.configs[0]).items()))
+        return arguments_text(self.configs[0])
 
     def part(self, start: int, stop: int) -> "Population":
         """Return the trials start..stop-1 as a population of their own."""
@@ -77,6 +77,11 @@ def populations(
 def module_arguments(config: Config) -> Config:
     """Return the ``module__*`` values of a configuration under the names that the user's class knows."""
     return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
+
+
+def arguments_text(config: Config) -> str:
+    """Return the ``module__*`` values of a configuration as text."""
+    return repr(sorted(module_arguments(config).items()))
 
 
 def shape_of(population: Population) -> tuple[Any, ...]:

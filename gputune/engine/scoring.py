@@ -352,5 +352,7 @@ class Validation:
 
 def _block_rows(data: Dataset, network: Network, trials: int) -> int:
     """Rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
-    widest = max([data.row_numbers, *(block.shape[-1] for block in network.blocks.blocks)])
+    if not network.alone:
+        return data.n_rows
+    widest = max(data.row_numbers, network.widest)
     return max(64, _BLOCK_BYTES // (trials * widest * data.dtype.itemsize))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batches, StepShape
+from gputune.engine.blocks import Blocks
 from gputune.engine.network import Network
 from gputune.engine.online import OnlineUpdate
 from gputune.engine.recorder import RECORDERS, Direct, Replays, Steps
@@ -47,18 +48,25 @@ class StackedChunk:
         self.slots = list(self.alive)
         self.configs = list(configs)
         sizes = [config["batch_size"] for config in configs]
-        self.batches = Batches(data, sizes, network.targets(data.y), seed=seed, exact=network.exact)
+        self.batches = Batches(
+            data,
+            sizes,
+            network.targets(data.y),
+            seed=seed,
+            exact=network.exact,
+            least_rows=network.least_rows,
+        )
         self._flat = network.start()
         make = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
         steps = self.batches.active_until
-        self.update = make(configs, network.blocks, self._flat, steps=steps, horizon=horizon)
+        self.update = make(configs, network.trained, self._trained, steps=steps, horizon=horizon)
         self._rebuild()
 
     def _rebuild(self) -> None:
         """Make what lies over the buffers as they are now."""
-        self.grad = torch.zeros_like(self._flat)
+        self.grad = torch.zeros_like(self._trained)
         self.params = self._network.blocks.views(self._flat)
-        self.grads = self._network.blocks.views(self.grad)
+        self.grads = self._network.trained.views(self.grad)
         device = self._flat.device
         self.steps: Steps = Replays(RECORDERS[device.type](device)) if self.recorded else Direct()
         self.draws = self._network.draws([shape.parts[0].rows for shape in self.batches.shapes])
@@ -72,16 +80,21 @@ class StackedChunk:
 
     @property
     def flat(self) -> Tensor:
-        """The parameters of those members."""
-        return self._of_alive(self._flat)
+        """The parameters and buffers of those members."""
+        return self._of_alive(self._network.blocks, self._flat)
+
+    @property
+    def _trained(self) -> Tensor:
+        """The parameters that have a gradient, of all members in the tensors."""
+        return self._flat[: self._network.trained.size]
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers, of those members."""
-        return tuple(map(self._of_alive, self.update.state()))
+        return tuple(self._of_alive(self._network.trained, moment) for moment in self.update.state())
 
-    def _of_alive(self, buffer: Tensor) -> Tensor:
-        return buffer if self._places is None else self._network.blocks.select(buffer, self._places)
+    def _of_alive(self, blocks: Blocks, buffer: Tensor) -> Tensor:
+        return buffer if self._places is None else blocks.select(buffer, self._places)
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from flat buffers: of the parameters, then of the moments."""
@@ -106,7 +119,7 @@ class StackedChunk:
                 part = replace(part, draws=self.draws.at(self.batches.step, shape.parts[0].rows))
             self._network.gradient(self.params, part, self.grads)
         active = None if shape.all_active else self.batches.active()
-        self.update.step(self._flat, self.grad, active)
+        self.update.step(self._trained, self.grad, active)
         self.batches.step.add_(1)
 
     def scores(self) -> np.ndarray:
@@ -132,13 +145,12 @@ class StackedChunk:
         """Make the tensors anew for the trials at some places, and forget what was recorded over the old ones."""
         self.steps = Direct()
         on_device = torch.as_tensor(places).to(self._flat.device)
-        flat = self._network.blocks.select(self._flat, on_device)
+        self._flat = self._network.blocks.select(self._flat, on_device)
         self._network = self._network.subset(places.tolist())
         self.batches.select(places)
         self.configs = [self.configs[i] for i in places]
         self.update.select(
-            self.configs, self._network.blocks, on_device, flat, steps=self.batches.active_until
+            self.configs, self._network.trained, on_device, self._trained, steps=self.batches.active_until
         )
-        self._flat = flat
         self.slots = [self.slots[i] for i in places]
         self._rebuild()

@@ -1,6 +1,6 @@
 """A module called with other tensors in the place of its own, and left as it was."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -44,6 +44,11 @@ class Stateless:
             yield self.module
         finally:
             self._put_back()
+
+    def held(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the tensors that stand under some names now: what a forward has written there, inside ``holding``."""
+        wanted = set(names)
+        return {name: held[key] for held, key, _, name in self._places if name in wanted} if wanted else {}
 
     def _put_back(self) -> None:
         for attributes, before in self._attributes:

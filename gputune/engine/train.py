@@ -27,7 +27,7 @@ class Chunk(Protocol):
 
     @property
     def flat(self) -> Tensor:
-        """The parameters of the members that are still in it."""
+        """The parameters and buffers of the members that are still in it."""
 
     @property
     def network(self) -> Network:
@@ -110,10 +110,8 @@ class Trained:
     @property
     def state(self) -> State:
         """The state of the trials ``alive``, for ``train(begin=...)``."""
-        blocks, count = self.network.blocks, len(self.alive)
-        return State(
-            self.epochs, tuple(blocks.to_rows(buffer)[:count] for buffer in (self.flat, *self.moments))
-        )
+        rows = [self.network.blocks.to_rows(self.flat), *map(self.network.trained.to_rows, self.moments)]
+        return State(self.epochs, tuple(buffer[: len(self.alive)] for buffer in rows))
 
     def member(self, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module on the CPU; ``trial`` counts as it did before any diverged."""
@@ -152,8 +150,8 @@ def train(
     if alive is not None:
         chunk.keep(np.isin(np.arange(len(configs)), alive))
     if begin is not None and chunk.alive:
-        blocks = chunk.network.blocks
-        chunk.resume([blocks.from_rows(rows.to(chunk.flat.device)) for rows in begin.buffers])
+        flat, *moments = (rows.to(chunk.flat.device) for rows in begin.buffers)
+        chunk.resume([chunk.network.blocks.from_rows(flat), *map(chunk.network.trained.from_rows, moments)])
     curves = np.full((len(configs), epochs, data.n_folds), np.nan)
     each_epoch = [operations(config, network.kind, data) for config in configs]
     epoch, spent = 0 if begin is None else begin.epoch, Spent()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.cost import Cost
-from gputune.engine.job import Job, Outcome, Progress, make_network
+from gputune.engine.job import Job, Outcome, Progress
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, cores, make_plan
@@ -58,7 +58,9 @@ class PopulationTraining:
         self.folds, self.trials = data.n_folds, len(configs)
         sizes = [config["batch_size"] for config in configs]
         target = data.y if data.y.is_floating_point() else data.y[None]
-        self.batches = Batches(data, sizes, target, seed=seed, exact=network.exact)
+        self.batches = Batches(
+            data, sizes, target, seed=seed, exact=network.exact, least_rows=network.least_rows
+        )
         self.each = int(self.batches.steps.max())
         self.steps = epochs * self.each
         self.totals = (epochs * self.batches.steps).flatten()
@@ -254,7 +256,12 @@ def inner_problem(
     job: HypergradientJob, data: Dataset, chunk: Population
 ) -> InnerProblem[PopulationTraining]:
     """Return the training of a chunk over the whole horizon, at the hyperparameters of its configurations."""
-    network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
+    network = job.network(data, chunk)
+    if network.blocks.size != network.trained.size:
+        raise InputError(
+            "model: its buffers change in training, as the running statistics of BatchNorm do, and what they remember "
+            "is no function of the hyperparameters; use nn.LayerNorm or nn.GroupNorm, or another method."
+        )
     training = PopulationTraining(network, data, chunk.configs, seed=job.seed, epochs=job.horizon)
     return InnerProblem(training, chunk.configs[0]["optimizer"], job.tables(training, chunk.configs))
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, choose_device
+from gputune.engine.construction import build_module
 from gputune.engine.entry import entry
-from gputune.engine.job import BegunChunk, Job, Outcome, Progress, make_network, train_chunk
+from gputune.engine.inspection import EXAMPLES, traits_of
+from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp
-from gputune.engine.module import EXAMPLES, build_module, check_module
 from gputune.engine.network import Network
 from gputune.engine.population import Population, module_arguments
 from gputune.engine.stop import Stop
@@ -182,8 +183,7 @@ def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
     """Return the size of a user's module, which is tried first; 0 for a built-in model."""
     if recipe.module is None:
         return 0
-    rows = data.example(EXAMPLES)
-    size = check_module(recipe.module, population.configs[0], rows, n_outputs=data.n_outputs)
+    number = traits_of(recipe.module, population.configs[0], data).parameters
     if data.task != "regression":
         module = build_module(
             recipe.module,
@@ -192,8 +192,8 @@ def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
             n_outputs=data.n_outputs,
             seed=recipe.seed,
         )
-        _refuse_probabilities(module, rows)
-    return size
+        _refuse_probabilities(module, data.example(EXAMPLES))
+    return number
 
 
 def _refuse_probabilities(module: nn.Module, rows: Sequence[Tensor]) -> None:
@@ -241,7 +241,7 @@ def _members(
     """Return the members of a chunk that trained to their last epoch; none where it did not."""
     if weights.epochs < job.epochs:
         return {}
-    network = make_network(chunk, data, seed=job.seed, module_class=job.module_class)
+    network = job.network(data, chunk)
     flat = torch.from_numpy(weights.flat)
     params = network.blocks.views(flat)
     shape = (data.n_folds, len(chunk.index), -1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
-from gputune.engine.module import materialise
+from gputune.engine.construction import materialise
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.scratch import write_files
@@ -264,7 +264,7 @@ def _filled(
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
             network = module_class(**arguments)
-            materialise(network, arguments["n_features"])
+            materialise(network, (arguments["n_features"],))
             network = network.to(dtype)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(

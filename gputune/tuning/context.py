@@ -14,9 +14,9 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.inspection import traits_of
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
-from gputune.engine.module import EXAMPLES, check_module
 from gputune.engine.plan import Plan
 from gputune.engine.population import ModelKind, Population, complete, shape_of
 from gputune.engine.scoring import Scoring
@@ -207,12 +207,5 @@ class Context:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""
         if self.choice.module_class is None:
             return 0
-        return check_module(
-            self.choice.module_class,
-            config,
-            self.data.example(EXAMPLES),
-            n_outputs=self.data.n_outputs,
-            columns=self.columns,
-            names=self.data.names,
-            dtype=self.data.dtype,
-        )
+        traits = traits_of(self.choice.module_class, config, self.data, columns=self.columns)
+        return traits.parameters

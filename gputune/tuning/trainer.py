@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
-from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing, trains_as
+from gputune.engine.construction import Builder
+from gputune.engine.inspection import known_traits
 from gputune.engine.job import Fits, Job, Outcome, Progress
 from gputune.engine.memory import GivenUp, Need, run_in_parts
 from gputune.engine.plan import Plan, make_plan
@@ -40,7 +41,7 @@ class Trainer:
 
     data: Dataset
     kind: ModelKind
-    module_class: type[nn.Module] | None = None
+    module_class: Builder | None = None
     seed: int
     horizon: int
     scoring: Scoring | None = None
@@ -116,6 +117,7 @@ class Trainer:
             horizon=self.horizon,
             scoring=self.scoring,
             module_class=self.module_class,
+            traits=known_traits(self.module_class, self.data),
             stop=self.stop,
             fits=self.fits,
             backend=self.backend,

@@ -10,7 +10,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from face_modules import Net, Normed, OneNumber, PlainNet, Probabilities
+from face_modules import Gated, Net, OneNumber, PlainNet, Probabilities
 from gputune.errors import InputError
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 
@@ -80,7 +80,7 @@ def test_the_criterion_may_be_the_cross_entropy(criterion):
 REFUSED = [
     ({"module": Net(4, 3)}, "module must be the class, not an instance.*pass Net"),
     ({"module": "Net"}, "module must be a torch.nn.Module class, got 'Net'"),
-    ({"module": Normed}, "module: the submodule 'norm' .BatchNorm1d"),
+    ({"module": Gated}, "module: the members of Gated cannot be stacked"),
     ({"module": Probabilities}, "module: Probabilities returns probabilities.*leave out the softmax"),
     (
         {"module": PlainNet, "module__outputs": 5},

@@ -17,7 +17,7 @@ from benchmark.report import describe_machine, page, publish, table
 from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import read_source
-from gputune.engine.job import make_network
+from gputune.engine.job import Job
 from gputune.engine.population import complete, populations
 from gputune.engine.train import Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_problem
@@ -109,7 +109,7 @@ def kinds(optimizer: str, members: int, epochs: int) -> Kinds:
         return weights
 
     def optimised() -> Trained:
-        stacked = make_network(chunk, data, seed=0, module_class=None)
+        stacked = Job(seed=0, epochs=1, horizon=1).network(data, chunk)
         return train(stacked, data, configs, seed=0, epochs=epochs, horizon=epochs)
 
     lr = ("lr",)

@@ -1,0 +1,105 @@
+"""A user's module made: from a class, a function or a partial, under a stream of its own, with what it asks for."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from gputune.errors import InputError
+from gputune.seeding import GLOBAL_DRAWS, stream_seed
+from gputune.types import Config
+
+Builder = Callable[..., nn.Module]
+"""A class of modules, a function or a ``functools.partial`` that returns one."""
+
+
+def name_of(builder: Builder) -> str:
+    """Return what a person calls it."""
+    inner = builder.func if isinstance(builder, partial) else builder
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def build_module(
+    builder: Builder,
+    arguments: Config,
+    *,
+    n_features: int,
+    n_outputs: int,
+    input_shape: tuple[int, ...] | None = None,
+    seed: int,
+    columns: str = "",
+) -> nn.Module:
+    """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails.
+
+    ``input_shape`` is that of one row, None: (n_features,).
+    """
+    shape = (n_features,) if input_shape is None else input_shape
+    sizes = {"n_features": n_features, "n_outputs": n_outputs, "input_shape": shape}
+    words = call_arguments(builder, sizes, arguments)
+    with GLOBAL_DRAWS, torch.random.fork_rng(), _single_precision():
+        torch.manual_seed(stream_seed(seed, "module"))
+        try:
+            module = builder(**words)
+            if isinstance(module, nn.Module):
+                materialise(module, shape)
+                return module
+        except Exception as error:
+            raise InputError(
+                f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
+                f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
+            ) from error
+    raise InputError(
+        f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
+    )
+
+
+def call_arguments(builder: Builder, sizes: Mapping[str, Any], arguments: Config) -> Config:
+    """Return what a builder is called with: of the ``sizes`` those that its signature has, and the ``arguments``.
+
+    What takes any keyword gets the numbers of features and outputs. Raises InputError, before anything is made, for an
+    argument that it has not.
+    """
+    signature = inspect.signature(builder)
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    open_ended = any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
+    named = {k for k, kind in kinds.items() if kind in (_EITHER, _KEYWORD)}
+    for name in arguments:
+        if name not in named and not open_ended:
+            raise InputError(
+                f"space: module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it."
+            )
+        if name in sizes:
+            raise InputError(f"space: module__{name} is given by the data; remove it.")
+    asked = named | ({"n_features", "n_outputs"} if open_ended else set())
+    asked -= (
+        set(builder.keywords) if isinstance(builder, partial) else set()
+    )  # what a partial has set stays so
+    return {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
+
+
+_EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """Construct in float32 inside: what a constructor draws must not depend on torch.set_default_dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def materialise(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+    """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give them."""
+    tensors: tuple[Tensor, ...] = (*module.parameters(), *module.buffers())
+    if any(is_lazy(tensor) for tensor in tensors):
+        with torch.no_grad():
+            module.eval()(torch.zeros(1, *input_shape))
+        module.train()

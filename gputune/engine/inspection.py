@@ -1,0 +1,335 @@
+"""A user's module tried on a few rows before anything trains: what it does, and whether its members can be stacked.
+
+Two members of unlike parameters take one step stacked, and one step each alone, as plain modules: outputs, gradients
+and buffers must agree. What differs, or cannot be mapped at all, trains member by member.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset
+from gputune.engine.batches import Batch
+from gputune.engine.construction import Builder, build_module, name_of
+from gputune.engine.losses import row_losses
+from gputune.engine.module import StackedModule, Traits
+from gputune.engine.network import Shape, call_module
+from gputune.engine.population import arguments_text, module_arguments
+from gputune.errors import InputError
+from gputune.seeding import keyed_draws
+from gputune.types import Config
+
+EXAMPLES = 31
+"""Rows on which a user's module is tried: a prime number, which a wrong view of their columns does not divide."""
+
+_CPU = torch.device("cpu")
+_KEY = (0, 0)
+_ADVICE = (
+    "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an operation "
+    "that torch.func.vmap does not know"
+)
+
+
+_known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
+
+
+def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
+    """Return what was found of a user's module on some data, by its module__* values as text."""
+    return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
+
+
+def traits_of(builder: Builder, config: Config, data: Dataset, *, columns: str = "") -> Traits:
+    """Return what ``inspect_module`` finds with rows of the first fold; each of the module__* values is tried once."""
+    known = _known.setdefault(data, {}).setdefault(builder, {})
+    key = arguments_text(config)
+    if key not in known:
+        known[key] = inspect_module(
+            builder,
+            config,
+            data.example(EXAMPLES),
+            n_outputs=data.n_outputs,
+            columns=columns,
+            names=data.names,
+            dtype=data.dtype,
+        )
+    traits = known[key]
+    if traits.unstackable:
+        raise InputError(f"model: the members of {name_of(builder)} cannot be stacked: {traits.unstackable}.")
+    return traits
+
+
+def inspect_module(
+    builder: Builder,
+    config: Config,
+    inputs: Sequence[Tensor],
+    *,
+    n_outputs: int,
+    columns: str = "",
+    names: tuple[str, ...] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Traits:
+    """Return what a user's module does with ``inputs`` (B, ...), some of the rows that it will train on.
+
+    ``dtype`` is that of its parameters, by default that of the first input. Raises InputError, ending in ``columns``
+    (a sentence on how the rows came from the user's) where shapes may be the cause, for a module that fails, returns
+    another shape than (B, ``n_outputs``), or has nothing to train.
+    """
+    x = tuple(part.cpu() for part in inputs)
+    shape = Shape(
+        folds=1,
+        n_features=x[0].shape[-1] if x[0].dim() > 1 else 1,
+        n_outputs=n_outputs,
+        dtype=dtype or x[0].dtype,
+        device=_CPU,
+        regression=False,
+        present=None,
+        input_shape=tuple(x[0].shape[1:]),
+        names=names,
+    )
+    trial = _Trial(builder, config, x, shape, columns)
+    module = trial.module
+    before, numbers = trial.buffers(), [trial.numbers()]
+    draws = trial.draws()
+    for _ in range(2):
+        trained = trial.forward(x, training=True)
+        numbers.append(trial.numbers())
+    trial.check_outputs(trained)
+    trial.check_trainable(trained)
+    after = trial.buffers()
+    changing = tuple(name for name, buffer in after.items() if not torch.equal(buffer, before[name]))
+    alone = trial.forward(x, training=False)
+    trial.check_outputs(alone)
+    few = trial.forward([part[:2] for part in x], training=False)
+    traits = Traits(
+        changing=changing,
+        least_rows=1 if trial.takes_one_row() else 2,
+        alone=_close(few, alone[:2]),
+        widest=trial.widest,
+        parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
+        draws=draws,
+    )
+    reason = _of_itself(module, numbers) or _of_stacking(trial, traits)
+    return traits if not reason else Traits(**{**vars(traits), "unstackable": reason})
+
+
+class _Trial:
+    """A module, the rows on which it is tried, and the words of what is wrong with it."""
+
+    def __init__(
+        self, builder: Builder, config: Config, inputs: Sequence[Tensor], shape: Shape, columns: str
+    ) -> None:
+        self.builder, self.config, self.inputs, self.shape = builder, config, inputs, shape
+        self.columns, self.name, self.widest = columns, name_of(builder), 1
+        self.module = build_module(
+            builder,
+            module_arguments(config),
+            n_features=shape.n_features,
+            n_outputs=shape.n_outputs,
+            input_shape=shape.input_shape,
+            seed=0,
+            columns=columns,
+        ).to(shape.dtype)
+        self.trail = _Trail(self.module)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers as they are."""
+        return {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the Python numbers that the submodules hold."""
+        return {
+            f"{path}.{name}".lstrip("."): value
+            for path, part in self.module.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, int | float) and name != "training"
+        }
+
+    def draws(self) -> bool:
+        """Whether a forward in training takes numbers from torch's generator."""
+        with keyed_draws(_CPU, 0, "check"):
+            state = torch.get_rng_state()
+            self._called(self.inputs, training=True)
+            return not torch.equal(state, torch.get_rng_state())
+
+    def forward(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+        """Return the outputs on some rows, always with the same draws."""
+        with keyed_draws(_CPU, 0, "check"):
+            return self._called(inputs, training=training)
+
+    def _called(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+        try:
+            with torch.set_grad_enabled(training):
+                outputs = call_module(self.module.train(training), inputs, self.shape.names)
+        except Exception as error:
+            takes = " and ".join(f"a {_kind(part)} tensor of shape {_any_rows(part)}" for part in inputs)
+            raise InputError(
+                f"model: the forward of {self.name}{self.trail} raised {type(error).__name__}: {error}. It must take "
+                f"{takes} and return (rows, {self.shape.n_outputs}).{self.columns}"
+            ) from error
+        self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
+        return outputs
+
+    def check_outputs(self, outputs: object) -> None:
+        """Raise InputError for outputs of another shape than the loss takes."""
+        rows, n_outputs = len(self.inputs[0]), self.shape.n_outputs
+        if self._fits(outputs, rows):
+            return
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
+            f"rows; its last layer must have n_outputs outputs (logits for classes).{self.columns}"
+        )
+
+    def _fits(self, outputs: object, rows: int) -> bool:
+        shape, n_outputs = tuple(outputs.shape) if isinstance(outputs, Tensor) else None, self.shape.n_outputs
+        return shape == (rows, n_outputs) or (n_outputs == 1 and shape == (rows,))
+
+    def check_trainable(self, outputs: Tensor) -> None:
+        """Raise InputError where the outputs, computed in training, depend on no parameter."""
+        if not outputs.requires_grad or not any(w.requires_grad for w in self.module.parameters()):
+            raise InputError(
+                f"model: {self.name} has nothing to train: its outputs depend on no parameter with requires_grad. "
+                "Give it one, and do not detach what it returns."
+            )
+
+    def takes_one_row(self) -> bool:
+        """Whether a minibatch of one row can be trained on."""
+        try:
+            return self._fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
+        except InputError:
+            return False
+
+
+def _of_itself(module: nn.Module, numbers: Sequence[dict[str, Any]]) -> str:
+    """Return what a module does beside its tensors, which stacked members cannot each do; "" for nothing."""
+    *_, first, second = numbers
+    for name, value in second.items():
+        if name in first and first[name] != value:
+            return f"it counts in {name!r}, a number of its own"
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"its parameter {name!r} has a hook on its gradient"
+    return ""
+
+
+def _of_stacking(trial: _Trial, traits: Traits) -> str:
+    """Return why two members cannot be stacked; "" where their step is that of the plain modules."""
+    stacked = StackedModule(trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits)
+    flat = stacked.start()
+    parameters = flat[: stacked.trained.size]
+    parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)  # the members differ
+    params = stacked.blocks.views(flat)
+    alone = [_step_alone(stacked.member(params, 0, c), trial.inputs, trial.shape) for c in range(2)]
+    trail = _Trail(stacked.template)
+    try:
+        together = _step_together(stacked, flat, trial.inputs)
+    except InputError:
+        raise
+    except Exception as error:
+        return f"{trail.submodule or 'its forward'} says: {_first_sentence(error)}. {_ADVICE}"
+    for c, (outputs, gradients, after) in enumerate(alone):
+        if not _close(together[0][c], outputs.view(together[0][c].shape)):
+            return "it gives other outputs when its members are stacked than alone"
+        if not _all_close(((v[0, c], gradients[k]) for k, v in together[1].items())):
+            return "it has another gradient when its members are stacked than alone"
+        if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
+            return "it has other buffers after a step when its members are stacked than alone"
+    return ""
+
+
+Step = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+"""Outputs in evaluation mode, then of one step in training the gradients and the buffers after it."""
+
+
+def _step_alone(module: nn.Module, inputs: Sequence[Tensor], shape: Shape) -> Step:
+    with torch.no_grad():
+        outputs = call_module(module.eval(), inputs, shape.names)
+    y = _targets(outputs)
+    with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
+        trained = call_module(module.train(), inputs, shape.names)
+        row_losses(trained.view(len(y), -1), y).mean().backward()  # type: ignore[no-untyped-call]
+    slopes = {k: w.grad for k, w in module.named_parameters()}
+    gradients = {
+        k: torch.zeros_like(w) if (slope := slopes[k]) is None else slope
+        for k, w in module.named_parameters()
+        if w.requires_grad
+    }
+    return outputs, gradients, dict(module.named_buffers())
+
+
+def _step_together(stacked: StackedModule, flat: Tensor, inputs: Sequence[Tensor]) -> Step:
+    params, grads = (
+        stacked.blocks.views(flat),
+        stacked.trained.views(torch.zeros(stacked.trained.size).to(flat)),
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        outputs = stacked.outputs(params, 0, inputs)
+        y = _targets(outputs[0])
+        batch = Batch(tuple(x[None] for x in inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
+        stacked.gradient(params, batch, grads)
+    return outputs, grads, {k: params[k] for k in stacked.kept}
+
+
+def _kind(x: Tensor) -> str:
+    return "float" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+
+
+def _any_rows(x: Tensor) -> str:
+    return f"({', '.join(['rows', *map(str, x.shape[1:])])})"
+
+
+def _targets(outputs: Tensor) -> Tensor:
+    """Return something for the outputs (B, K) to be compared with."""
+    rows = torch.arange(len(outputs))
+    return rows % outputs.shape[1] if outputs.dim() > 1 and outputs.shape[1] > 1 else (rows % 3).to(outputs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, also where both are no number: that is for the training to say."""
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Equal up to rounding beside the largest number in any pair."""
+    pairs = [(a.double(), b.double()) for a, b in pairs]
+    largest = max(
+        [float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0
+    )
+    return all(
+        torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True) for a, b in pairs
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch says first; the rest is advice to its own developers."""
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")
+
+
+class _Trail:
+    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.open: list[str] = []
+        self.largest = 0
+        for name, part in module.named_modules():
+            part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+            part.register_forward_hook(self._leave)
+
+    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
+        self.open.pop()
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+
+    @property
+    def submodule(self) -> str:
+        """The submodule that was running, in words; "" for the module itself."""
+        name = next((name for name in reversed(self.open) if name), "")
+        return f"submodule {name!r}" if name else ""
+
+    def __str__(self) -> str:
+        return f" ({self.submodule})" if self.submodule else ""
