@@ -12,15 +12,13 @@ import torch
 
 import gputune
 import problems
-import reference
 from gputune.engine import compiled
 from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.native.library import find_compiler
-from problems import fill, largest_difference, make_data, rows_of, shape_of, train_together
+from problems import assert_equals_plain_loop, fill, largest_difference, make_data, scoring_of, shape_of
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 
@@ -30,21 +28,22 @@ def backend(monkeypatch):
     monkeypatch.setattr(problems, "BACKEND", "compiled")
 
 
-def run(data, configs, *, backend="compiled", epochs=3, scoring=None, kind="mlp", **options):
-    network = StackedMLP(kind, configs, shape_of(data), seed=0)
-    common = {"seed": 0, "epochs": epochs, "horizon": epochs, "scoring": scoring, "backend": backend}
+def run(data, configs, *, backend="compiled", epochs=3, **options):
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    common = {"seed": 0, "epochs": epochs, "horizon": epochs, "backend": backend}
     return train(network, data, configs, **(common | options))
+
+
+def both(data, configs, **options):
+    """What is trained eagerly, and what is compiled."""
+    return [run(data, configs, backend=backend, **options) for backend in ("eager", "compiled")]
 
 
 @pytest.mark.parametrize("width", [1, 15, 17, 40, 70, 130, 300])
 @pytest.mark.parametrize("depth", [1, 4])
 def test_any_width_and_depth(width, depth):
-    data = make_data()
-    for size in (1, 7, 33):
-        (config,) = fill({"width": width, "depth": depth, "batch_size": size})
-        found, _ = train_together(data, [config], epochs=2)
-        alone = reference.train_mlp(*rows_of(data, 1)[:2], config, n_outputs=3, epochs=2, max_epochs=2)
-        assert largest_difference(found[1, 0], alone) <= 1e-10
+    configs = fill(*({"width": width, "depth": depth, "batch_size": size} for size in (1, 7, 33)))
+    assert_equals_plain_loop(make_data(folds=2), configs, epochs=1)
 
 
 @pytest.mark.parametrize(("inputs", "classes"), [(1, 3), (16, 15), (17, 16), (40, 17), (3, 40)])
@@ -52,18 +51,13 @@ def test_any_number_of_inputs_and_classes(inputs, classes):
     data = make_data(n=150, d=inputs, k=classes)
     for kind in ("mlp", "linear"):
         configs = fill({"width": 20, "batch_size": 19, "lr": 1e-2}, {"width": 9, "batch_size": 100})
-        found, _ = train_together(data, configs, kind=kind, epochs=3)
-        for f, i in itertools.product(range(3), range(2)):
-            config = configs[i] if kind == "mlp" else {**configs[i], "depth": 0}
-            x, y, _ = rows_of(data, f)
-            alone = reference.train_mlp(x, y, config, n_outputs=classes, epochs=3, max_epochs=3)
-            assert largest_difference(found[f, i], alone) <= 1e-10
+        assert_equals_plain_loop(data, configs, kind=kind, epochs=3)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
 def test_company_and_threads_change_no_bit(activation):
     data = make_data(n=200, dtype=torch.float32)
-    scoring = make_scoring("neg_log_loss", data.task, np.arange(3))
+    scoring = scoring_of(data, "neg_log_loss")
     sizes = [(3, 8), (16, 64), (9, 200), (12, 33), (16, 16)]
     configs = fill(*({"width": w, "batch_size": b, "activation": activation} for w, b in sizes))
     before = torch.get_num_threads()
@@ -93,18 +87,18 @@ def test_scores_are_those_of_eager_training(scoring, absent):
         present = torch.ones(3, 3, dtype=torch.bool)
         present[1, 2] = False
         data = replace(data, folds=(data.folds[0], fold, data.folds[2]), present=present)
-    score = make_scoring(scoring, data.task, np.arange(3))
+    assert_same_scores(data, scoring)
+
+
+def assert_same_scores(data, scoring):
     configs = fill({"width": 8, "lr": 1e-2}, {"width": 14, "batch_size": 9}, {"width": 16, "lr": 3e-2})
-    both = [run(data, configs, backend=b, scoring=score).curves for b in ("eager", "compiled")]
-    np.testing.assert_allclose(both[1], both[0], rtol=1e-9)
+    eager, compiled = both(data, configs, scoring=scoring_of(data, scoring))
+    np.testing.assert_allclose(compiled.curves, eager.curves, rtol=1e-9)
 
 
-def test_scores_of_a_regression():
-    data = make_data("regression")
-    for name in ("r2", "neg_mean_absolute_error", "neg_median_absolute_error"):
-        score = make_scoring(name, data.task, None)
-        both = [run(data, fill({"width": 8}), backend=b, scoring=score).curves for b in ("eager", "compiled")]
-        np.testing.assert_allclose(both[1], both[0], rtol=1e-9)
+@pytest.mark.parametrize("scoring", ["r2", "neg_mean_absolute_error", "neg_median_absolute_error"])
+def test_scores_of_a_regression(scoring):
+    assert_same_scores(make_data("regression"), scoring)
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
@@ -112,18 +106,17 @@ def test_scores_of_a_regression():
 @pytest.mark.parametrize("lr", [1e30, 1e38])
 def test_a_trial_that_diverges_is_seen_to(activation, scoring, lr):
     data = make_data(dtype=torch.float32)
-    score = make_scoring(scoring, data.task, np.arange(3))
     base = {"activation": activation, "optimizer": "sgd", "batch_size": 8, "width": 16}
     configs = fill({**base, "lr": 1e-2}, {**base, "lr": lr})
-    eager, trained = (run(data, configs, backend=b, epochs=4, scoring=score) for b in ("eager", "compiled"))
+    eager, trained = both(data, configs, epochs=4, scoring=scoring_of(data, scoring))
     np.testing.assert_array_equal(np.isnan(trained.curves), np.isnan(eager.curves))
     assert trained.alive == eager.alive == ((0, 1) if activation == "tanh" and lr < 1e38 else (0,))
 
 
 def test_all_trials_may_diverge():
     data = make_data(dtype=torch.float32)
-    score = make_scoring(None, data.task, np.arange(3))
-    gone = run(data, fill({"optimizer": "sgd", "batch_size": 8, "lr": 1e38}), epochs=4, scoring=score)
+    configs = fill({"optimizer": "sgd", "batch_size": 8, "lr": 1e38})
+    gone = run(data, configs, epochs=4, scoring=scoring_of(data))
     assert gone.alive == () and np.isnan(gone.curves[0, -1]).all()
 
 
@@ -131,10 +124,8 @@ def test_all_trials_may_diverge():
 @pytest.mark.parametrize("optimizer", ["adamw", "nesterov", "sgd"])
 def test_a_state_goes_from_one_backend_to_the_other(first, optimizer):
     data = make_data()
-    configs = fill(
-        {"width": 8, "optimizer": optimizer, "schedule": "cosine"},
-        {"width": 13, "optimizer": optimizer, "batch_size": 11},
-    )
+    configs = ({"width": 8, "schedule": "cosine"}, {"width": 13, "batch_size": 11})
+    configs = fill(*configs, optimizer=optimizer)
     second = "eager" if first == "compiled" else "compiled"
     whole = run(data, configs, backend=first, epochs=6)
     half = run(data, configs, backend=first, epochs=3, horizon=6)
@@ -195,8 +186,8 @@ def test_what_is_compiled():
 def test_the_deepest_network_that_is_compiled():
     data = make_data(n=20, d=2)
     (config,) = fill({"width": 3, "depth": 63, "optimizer": "sgd", "activation": "tanh"})
-    both = [run(data, [config], backend=b, epochs=1) for b in ("eager", "compiled")]
-    assert largest_difference(both[1].member(0, 0), both[0].member(0, 0)) <= 1e-10
+    eager, compiled = (trained.member(0, 0) for trained in both(data, [config], epochs=1))
+    assert largest_difference(compiled, eager) <= 1e-10
 
 
 def test_words_for_the_backend():
@@ -218,19 +209,10 @@ def test_a_search_has_the_same_table_either_way(method):
     rng = np.random.RandomState(0)
     X = rng.randn(90, 4)
     y = (X[:, 0] + X[:, 1] ** 2 > 0.5).astype(int)
-    common = {
-        "n_trials": 12,
-        "max_epochs": 9,
-        "cv": 3,
-        "scoring": "neg_log_loss",
-        "dtype": "float64",
-        "verbose": 0,
-    }
     space = {"lr": [1e-3, 1e-2], "width": [8, 20], "batch_size": [8, 16, 30], "dropout": [0.0, 0.2]}
-    eager, fast = (
-        gputune.tune("mlp", X, y, space=space, backend=b, method=method, **common)
-        for b in ("eager", "compiled")
-    )
+    common = {"n_trials": 12, "max_epochs": 9, "cv": 3, "dtype": "float64", "verbose": 0}
+    common |= {"space": space, "method": method, "scoring": "neg_log_loss"}
+    eager, fast = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "compiled"))
     assert [t.state for t in eager.trials] == [t.state for t in fast.trials]
     np.testing.assert_allclose(fast.curves, eager.curves, rtol=1e-9)
     assert fast.best_params == eager.best_params

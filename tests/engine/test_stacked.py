@@ -17,12 +17,11 @@ from gputune.engine.memory import run_in_parts
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.population import Population
 from gputune.engine.recorder import RECORDERS, Replays
-from gputune.engine.scoring import make_scoring
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.types import OPTIMIZERS
-from problems import Linear, fill, largest_difference, make_data, shape_of
+from problems import Linear, fill, largest_difference, make_data, scoring_of, shape_of
 from stand_in import CaptureError, StandIn
 
 CPU = torch.device("cpu")
@@ -36,8 +35,8 @@ def configs_of(count, optimizer="adamw", **more):
 
 def make_chunk(data, configs, *, recorded=True):
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
-    scoring = make_scoring(None, data.task, np.arange(3))
-    return StackedChunk(network, data, configs, seed=0, horizon=20, scoring=scoring, recorded=recorded)
+    options = {"seed": 0, "horizon": 20, "scoring": scoring_of(data), "recorded": recorded}
+    return StackedChunk(network, data, configs, **options)
 
 
 class Counting(StandIn):
@@ -108,11 +107,7 @@ def test_trials_that_leave_before_anything_is_recorded_are_gone_at_once():
     chunk = make_chunk(make_data(), configs_of(8))
     chunk.keep(np.arange(8) != 3)
     assert len(chunk.slots) == 7 and chunk.flat is chunk._flat
-
-
-def test_a_chunk_whose_trials_have_all_left_has_none():
-    chunk = make_chunk(make_data(), configs_of(2))
-    chunk.keep(np.array([False, False]))
+    chunk.keep(np.zeros(7, bool))
     assert chunk.alive == []
 
 
@@ -181,7 +176,7 @@ def on_meta(value):
 
 
 @pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw"])
 def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
     """Tensors on torch's device without numbers: as on a GPU, they meet no tensor of the host."""
     monkeypatch.setitem(RECORDERS, "meta", PlainRecorder)
@@ -233,7 +228,7 @@ def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
 def test_training_goes_on_from_a_state_of_either_backend(optimizer):
     data = make_data()
     configs = configs_of(4, optimizer, schedule="cosine", momentum=0.5)
-    scoring = make_scoring("neg_log_loss", data.task, np.arange(3))
+    scoring = scoring_of(data, "neg_log_loss")
 
     def run(epochs, backend, begin=None, alive=None):
         network = StackedMLP("mlp", configs, shape_of(data), seed=0)
@@ -273,8 +268,7 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
     monkeypatch.setitem(RECORDERS, "cpu", Watched)
     monkeypatch.setattr(Replays, "take", failing)
     configs = configs_of(4)
-    scoring = make_scoring(None, data.task, np.arange(3))
-    job = Job(seed=0, epochs=5, horizon=5, scoring=scoring, backend="graph")
+    job = Job(seed=0, epochs=5, horizon=5, scoring=scoring_of(data), backend="graph")
     chunk = Population("mlp", (0, 1, 2, 3), tuple(configs))
     outcomes = run_in_parts(job, data, chunk)
     assert [outcome.index for outcome in outcomes] == [(0, 1), (2, 3)]
@@ -305,25 +299,22 @@ def test_steps_of_a_cpu_are_not_recorded(monkeypatch):
         gputune.tune("mlp", np.eye(20), np.arange(20) % 2, backend="graph", device="cpu", verbose=0)
 
 
+def both_searches(model, X, y, **options):
+    """A search with eager and with recorded steps, whose curves agree."""
+    options |= {"cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
+    eager, found = (gputune.tune(model, X, y, backend=b, **options) for b in ("eager", "graph"))
+    np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)
+    return eager, found
+
+
 @pytest.mark.parametrize(
     ("model", "optimizer"), [("mlp", "adam"), ("logistic", "sgd"), ("mlp", "adamhd"), (Linear, "sgd")]
 )
 def test_a_search_is_the_same(model, optimizer):
     rng = np.random.RandomState(0)
     X, y = rng.randn(60, 4), rng.randint(3, size=60)
-    common = {
-        "n_trials": 5,
-        "cv": 3,
-        "max_epochs": 4,
-        "optimizer": optimizer,
-        "scoring": "neg_log_loss",
-        "verbose": 0,
-    }
     with torch.enable_grad():
-        eager, found = (
-            gputune.tune(model, X, y, backend=b, dtype="float64", **common) for b in ("eager", "graph")
-        )
-        np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)
+        eager, found = both_searches(model, X, y, optimizer=optimizer, n_trials=5, max_epochs=4)
         assert found.best_model().predict(X).tolist() == eager.best_model().predict(X).tolist()
 
 
@@ -333,15 +324,6 @@ def test_a_search_is_the_same(model, optimizer):
 def test_on_a_gpu_graphs_give_the_numbers_of_eager_training(optimizer, sizes):
     X, y = np.random.RandomState(0).randn(200, 5), np.random.RandomState(1).randint(3, size=200)
     space = [{"batch_size": [size], "dropout": [0.0, 0.2], "lr": [1e-3, 1e-2]} for size in sizes]
-    common = {
-        "n_trials": 8,
-        "cv": 3,
-        "max_epochs": 6,
-        "optimizer": optimizer,
-        "space": space,
-        "device": "cuda",
-    }
-    common |= {"scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
+    options = {"n_trials": 8, "max_epochs": 6, "optimizer": optimizer, "device": "cuda"}
     with torch.enable_grad():
-        eager, found = (gputune.tune("mlp", X, y, backend=b, **common) for b in ("eager", "graph"))
-    np.testing.assert_allclose(found.curves, eager.curves, rtol=1e-8)
+        both_searches("mlp", X, y, space=space, **options)
