@@ -12,9 +12,9 @@ from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import make_plan, parse_memory
 from gputune.engine.population import populations
-from gputune.errors import InputError
 from gputune.types import OPTIMIZERS
 from problems import fill, make_data
+from refused import refused
 
 
 def groups(data, *configs, kind="mlp", optimizer="adamw"):
@@ -23,8 +23,7 @@ def groups(data, *configs, kind="mlp", optimizer="adamw"):
     )
 
 
-def indices(plan):
-    return sorted(i for chunk in plan.chunks for i in chunk.index)
+ONCE = {"epochs": 1, "memory": None, "workers": 1}
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -33,7 +32,7 @@ def test_every_trial_is_in_one_chunk(workers, memory):
     data = make_data()
     found = groups(data, *({"width": w, "batch_size": b} for w in (8, 40, 100) for b in (7, 16, 16, 16, 16)))
     plan = make_plan(found, data, epochs=3, memory=memory, workers=workers)
-    assert indices(plan) == list(range(15))
+    assert sorted(i for chunk in plan.chunks for i in chunk.index) == list(range(15))
     assert plan.workers == min(workers, len(plan.chunks))
 
 
@@ -41,10 +40,9 @@ def test_memory_bounds_a_chunk_but_one_trial_always_fits():
     data = make_data()
     found = groups(data, *({"width": 100} for _ in range(12)))
     one = trial_cost(found[0], data).trial_bytes
-    assert [len(c.index) for c in make_plan(found, data, epochs=1, memory=3 * one, workers=1).chunks] == [
-        3
-    ] * 4
-    assert [len(c.index) for c in make_plan(found, data, epochs=1, memory=1, workers=1).chunks] == [1] * 12
+    for memory, sizes in ((3 * one, [3] * 4), (1, [1] * 12)):
+        plan = make_plan(found, data, epochs=1, memory=memory, workers=1)
+        assert [len(chunk.index) for chunk in plan.chunks] == sizes
 
 
 def test_short_work_stays_in_one_process_and_long_work_is_cut_for_all():
@@ -59,19 +57,15 @@ def test_short_work_stays_in_one_process_and_long_work_is_cut_for_all():
 
 def test_the_longest_chunk_comes_first():
     data = make_data()
-    plan = make_plan(
-        groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data, epochs=1, memory=None, workers=1
-    )
+    plan = make_plan(groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data, **ONCE)
     assert [chunk.configs[0]["width"] for chunk in plan.chunks] == [512, 64, 8]
 
 
 def test_the_plan_reads_well():
     data = make_data()
-    plan = make_plan(groups(data, {"width": 8}), data, epochs=1, memory=None, workers=1)
-    assert (
-        str(plan)
-        == "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
-    )
+    plan = make_plan(groups(data, {"width": 8}), data, **ONCE)
+    words = "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
+    assert str(plan) == words
 
 
 class Net(nn.Linear):
@@ -91,18 +85,12 @@ class Net(nn.Linear):
 def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backend):
     data = make_data()
     own = {} if kind == "module" else {"width": 20, "depth": 1}
-    found = groups(
-        data, *({**own, "lr": lr, "momentum": momentum} for lr in (0.1, 0.2)), kind=kind, optimizer=optimizer
+    configs = ({**own, "lr": lr, "momentum": momentum} for lr in (0.1, 0.2))
+    found, parameters = (
+        groups(data, *configs, kind=kind, optimizer=optimizer),
+        (data.n_features + 1) * data.n_outputs,
     )
-    plan = make_plan(
-        found,
-        data,
-        epochs=1,
-        memory=None,
-        workers=1,
-        parameters=(data.n_features + 1) * data.n_outputs,
-        backend=backend,
-    )
+    plan = make_plan(found, data, parameters=parameters, backend=backend, **ONCE)
     job = Job(seed=0, epochs=1, horizon=1, module_class=Net if kind == "module" else None, backend=backend)
     states = [train_chunk(job, data, chunk).state for chunk in plan.chunks]
     assert plan.state_bytes == sum(buffer.nbytes for state in states for buffer in state.buffers)
@@ -118,20 +106,13 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
 )
 def test_the_plan_says_where_states_wait(room, words):
     data = make_data()
-    plan = make_plan(groups(data, {"width": 8}), data, epochs=1, memory=None, workers=1)
+    plan = make_plan(groups(data, {"width": 8}), data, **ONCE)
     assert str(replace(plan, state_bytes=10240, parking_bytes=room)) == f"{plan}{words}"
 
 
 @pytest.mark.parametrize(
     ("memory", "size"),
-    [
-        (None, None),
-        (1000, 1000),
-        ("8GB", 8 * 2**30),
-        ("500 mb", 500 * 2**20),
-        ("1.5GiB", 3 * 2**29),
-        ("64B", 64),
-    ],
+    [(None, None), (1000, 1000), ("8GB", 2**33), ("500 mb", 500 * 2**20), ("1.5GiB", 3 * 2**29), ("64B", 64)],
 )
 def test_memory_is_read(memory, size):
     assert parse_memory(memory) == size
@@ -139,19 +120,17 @@ def test_memory_is_read(memory, size):
 
 @pytest.mark.parametrize("memory", ["lots", "", 0, -1, "0GB", True, "infGB", "nan"])
 def test_bad_memory_is_named(memory):
-    with pytest.raises(InputError, match="memory is a number of bytes or text such as '8GB', above 0, got"):
+    with refused("memory is a number of bytes or text such as '8GB', above 0, got"):
         parse_memory(memory)
 
 
 def test_the_plan_says_how_its_chunks_train():
     data = make_data()
     found = groups(data, {"width": 8}, {"width": 20}, {"width": 40, "optimizer": "adamhd"})
-    common = {"epochs": 1, "memory": None, "workers": 1}
-    assert str(make_plan(found[:2], data, backend="compiled", **common)).endswith(", compiled")
-    assert str(make_plan(found, data, backend="compiled", **common)).endswith(", 2 compiled, 1 eager")
-    assert str(make_plan(found, data, **common)).endswith(", in this process, eager")
-    assert str(make_plan(found[:2], data, backend="graph", **common)).endswith(", recorded")
-    assert str(make_plan(found, data, backend="graph", **common)).endswith(", 2 recorded, 1 eager")
+    assert str(make_plan(found, data, **ONCE)).endswith(", in this process, eager")
+    for backend, word in (("compiled", "compiled"), ("graph", "recorded")):
+        assert str(make_plan(found[:2], data, backend=backend, **ONCE)).endswith(f", {word}")
+        assert str(make_plan(found, data, backend=backend, **ONCE)).endswith(f", 2 {word}, 1 eager")
 
 
 def test_compiled_members_share_threads_of_one_process_whatever_their_batch_sizes(monkeypatch):
