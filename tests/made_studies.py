@@ -56,15 +56,24 @@ HOSTILE = (
 )
 
 
+def study_of(params, scores=None, *, epochs=1, **meta):
+    """Return a study of trials with these hyperparameters and scores, a trial without a finite one having diverged."""
+    scores = scores or [0.5 + c / 100 for c in range(len(params))]
+    trials = [
+        Trial(c, p, s, (s, s), 1, "complete" if math.isfinite(s) else "failed", 1.0, "random")
+        for c, (p, s) in enumerate(zip(params, scores))
+    ]
+    meta = {**META, "folds": 2, "space": "", **meta}
+    return Study(meta=meta, trials=trials, curves=np.ones((len(trials), epochs, 2)))
+
+
 def made_study(n, *, epochs=30, folds=5, seed=0, halved=False, waiting=0, file=None, **meta):
     """Return a study of ``n`` trials, the last ``waiting`` of them not trained; ``halved``: with rungs at 3 and 9."""
     rng = np.random.default_rng(seed)
     configs = [_config(rng) for _ in range(n)]
-    curves = (
-        np.stack([_curve(config, epochs, folds, rng) for config in configs])
-        if n
-        else np.empty((0, epochs, folds))
-    )
+    curves = np.empty((n, epochs, folds))
+    for c, config in enumerate(configs):
+        curves[c] = _curve(config, epochs, folds, rng)
     trials = []
     for c, config in enumerate(configs):
         curve = curves[c]
@@ -76,32 +85,15 @@ def made_study(n, *, epochs=30, folds=5, seed=0, halved=False, waiting=0, file=N
             trials.append(_diverged(c, config, curve, rng))
             continue
         rung = next((r for r, low in ((3, 0.55), (9, 0.8)) if halved and curve[r - 1].mean() < low), None)
-        if rung:
-            curve[rung:] = np.nan
+        state, detail = ("pruned", {"rung": rung}) if rung else ("complete", {})
+        curve[rung or epochs :] = np.nan
         means = curve[: rung or epochs].mean(1)
         at = int(means.argmax())
-        state, detail = ("pruned", {"rung": rung}) if rung else ("complete", {})
-        origin = "default" if c == 0 else "random"
-        trials.append(
-            Trial(
-                c,
-                config,
-                float(means[at]),
-                tuple(curve[at].tolist()),
-                at + 1,
-                state,
-                0.31 + c / n,
-                origin,
-                detail,
-            )
-        )
+        result = float(means[at]), tuple(curve[at].tolist()), at + 1, state, 0.31 + c / n
+        trials.append(Trial(c, config, *result, "random" if c else "default", detail))
     method = {"method": method_to_json(Halving(min_epochs=3))} if halved else {}
-    return Study(
-        meta={**META, "folds": folds, "max_epochs": epochs, **method, **meta},
-        trials=trials,
-        curves=curves,
-        file=file,
-    )
+    meta = {**META, "folds": folds, "max_epochs": epochs, **method, **meta}
+    return Study(meta=meta, trials=trials, curves=curves, file=file)
 
 
 def _config(rng):
@@ -152,30 +144,10 @@ def made_descent(starts=6, steps=8, *, seed=0):
         for step in range(steps + 1):
             loss = 0.08 + 0.05 * math.log10(lr / 5e-3) ** 2 + 0.01 * math.log10(decay / 1e-2) ** 2
             folds = (-loss + rng.normal(0, 0.004, 5)).tolist()
-            usable = bool(lr < 0.012)
-            detail = {
-                "loss": loss,
-                "ratio": 0.2,
-                "usable": usable,
-                "mode": "exact",
-                "slope": {},
-                "slope_error": {},
-            }
+            slopes = {"slope": {}, "slope_error": {}, "mode": "exact", "usable": bool(lr < 0.012)}
             params = {"batch_size": 32, "lr": lr, "weight_decay": decay}
-            number = len(trials)
-            trials.append(
-                Trial(
-                    number,
-                    params,
-                    float(np.mean(folds)),
-                    tuple(folds),
-                    10,
-                    "complete",
-                    0.4,
-                    (start, step),
-                    detail,
-                )
-            )
+            result = float(np.mean(folds)), tuple(folds), 10, "complete", 0.4, (start, step)
+            trials.append(Trial(len(trials), params, *result, {"loss": loss, "ratio": 0.2, **slopes}))
             rise = np.linspace(2.0, 1.0, 10)[:, None]
             curves.append(np.array(folds) * rise)
             lr *= 10 ** (-0.5 * np.sign(math.log10(lr / 5e-3)) / (1 + step / 2))

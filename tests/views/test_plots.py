@@ -11,11 +11,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from gputune.api.study import Study
 from gputune.errors import InputError, MissingExtraError
-from gputune.study.study import Trial
 from gputune.views.importance import importance
-from made_studies import META, made_descent, made_study
+from made_studies import made_descent, made_study, study_of
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +94,7 @@ def test_slices_of_all(study):
 
 def test_slices_that_cannot_be(study):
     with pytest.raises(
-        InputError, match=r"have no hyperparameter 'rate'; choose one of activation, batch_size"
+        InputError, match="have no hyperparameter 'rate'; choose one of activation, batch_size"
     ):
         study.plot_slice("rate")
     with pytest.raises(
@@ -127,12 +125,8 @@ def test_importance(study):
 
 def test_contour(study):
     ax = study.plot_contour("lr", "dropout")
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale()) == (
-        "lr",
-        "dropout",
-        "log",
-        "linear",
-    )
+    shown = (ax.get_xlabel(), ax.get_ylabel(), ax.get_xscale(), ax.get_yscale())
+    assert shown == ("lr", "dropout", "log", "linear")
     finite = [trial for trial in study.trials if math.isfinite(trial.score)]
     points = next(c for c in ax.collections if len(c.get_offsets()) == len(finite)).get_offsets()
     expected = sorted((t.params["lr"], t.params["dropout"]) for t in finite)
@@ -144,34 +138,28 @@ def test_contour(study):
 
 def test_contour_averages_trials_at_one_place():
     places = [(0.1, 1), (0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
-    trials = [
-        Trial(c, {"a": a, "b": b}, c / 10, (c / 10,) * 2, 1, "complete", 1.0, "random")
-        for c, (a, b) in enumerate(places)
-    ]
-    ax = Study(meta={**META, "folds": 2}, trials=trials, curves=np.ones((5, 1, 2))).plot_contour("a", "b")
+    ax = study_of([{"a": a, "b": b} for a, b in places]).plot_contour("a", "b")
     assert sum(len(c.get_offsets()) == 4 for c in ax.collections) == 1
 
 
-def test_contours_that_cannot_be(study):
-    with pytest.raises(
-        InputError, match=r"plot_contour needs two different hyperparameters or none, got x='lr'"
-    ):
-        study.plot_contour("lr")
-    with pytest.raises(InputError, match=r"got x='lr', y='lr'"):
-        study.plot_contour("lr", "lr")
-    with pytest.raises(InputError, match=r"plot_contour: the trials have no hyperparameter 'x'"):
-        study.plot_contour("lr", "x")
-    line = [Trial(c, {"a": c, "b": 2 * c}, 0.5, (0.5,) * 2, 1, "complete", 1.0, "random") for c in range(12)]
-    on_a_line = Study(meta={**META, "folds": 2}, trials=line, curves=np.ones((12, 1, 2)))
-    with pytest.raises(
-        InputError, match=r"at three places that are not on one line, got 12 places in 'a' and 'b'"
-    ):
-        on_a_line.plot_contour("a", "b")
-    with pytest.raises(InputError, match="importance needs 10 finished trials"):
-        made_study(4).plot_contour()
-    one = [Trial(c, {"a": c}, 0.5, (0.5,) * 2, 1, "complete", 1.0, "random") for c in range(12)]
-    with pytest.raises(InputError, match="plot_contour needs two hyperparameters that vary, got 1"):
-        Study(meta={**META, "folds": 2}, trials=one, curves=np.ones((12, 1, 2))).plot_contour()
+def on_a_line():
+    return study_of([{"a": c, "b": 2 * c} for c in range(12)])
+
+
+@pytest.mark.parametrize(
+    ("made", "names", "message"),
+    [
+        (lambda: made_study(40), ("lr",), "needs two different hyperparameters or none, got x='lr'"),
+        (lambda: made_study(40), ("lr", "lr"), "got x='lr', y='lr'"),
+        (lambda: made_study(40), ("lr", "x"), "plot_contour: the trials have no hyperparameter 'x'"),
+        (on_a_line, ("a", "b"), "at three places that are not on one line, got 12 places in 'a' and 'b'"),
+        (lambda: made_study(4), (), "importance needs 10 finished trials"),
+        (lambda: study_of([{"a": c} for c in range(12)]), (), "needs two hyperparameters that vary, got 1"),
+    ],
+)
+def test_contours_that_cannot_be(made, names, message):
+    with pytest.raises(InputError, match=message):
+        made().plot_contour(*names)
 
 
 def test_path(descent):
@@ -239,10 +227,7 @@ def test_an_empty_study_is_drawn(plot, made):
 
 @pytest.mark.parametrize("name", ["$x^$", "a_b{", r"\frac{", "\x1b[2Jx"])
 def test_no_name_is_a_formula(name):
-    trials = [
-        Trial(c, {name: c + 1, "words": name * (c + 1)}, 0.5, (0.5,) * 2, 1, "complete", 1.0, "random")
-        for c in range(5)
-    ]
-    study = Study(meta={**META, "folds": 2, "scoring": name}, trials=trials, curves=np.ones((5, 2, 2)))
+    params = [{name: c + 1, "words": name * (c + 1)} for c in range(5)]
+    study = study_of(params, epochs=2, scoring=name)
     for ax in (study.plot_slice(name), study.plot_slice("words"), study.plot_parallel(), study.plot_curves()):
         ax.figure.canvas.draw()

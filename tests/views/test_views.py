@@ -5,28 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from gputune.api.study import Study
 from gputune.errors import InputError
-from gputune.study.study import Trial
 from gputune.text import measure_of
 from gputune.views.descents import descended, descent_paths
 from gputune.views.importance import MOST, importance
 from gputune.views.parameters import is_log, parameters, varied_parameters
 from gputune.views.scores import score_range, shown_curves, shown_scores
-from made_studies import META, made_descent, made_study
+from made_studies import made_descent, made_study, study_of
 
 ACCURACY, LOSS = measure_of("accuracy", 0.9), measure_of("neg_log_loss", -0.3)
-
-
-def study_of(params, scores=None, **meta):
-    scores = scores or [0.5 + c / 100 for c in range(len(params))]
-    trials = [
-        Trial(c, p, s, (s, s), 1, "complete" if math.isfinite(s) else "failed", 1.0, "random")
-        for c, (p, s) in enumerate(zip(params, scores))
-    ]
-    return Study(
-        meta={**META, "folds": 2, "space": "", **meta}, trials=trials, curves=np.ones((len(trials), 1, 2))
-    )
 
 
 def test_scores_have_the_sign_of_their_name():
