@@ -13,6 +13,7 @@ from refused import refused
 
 MLP = legal_keys("mlp", "adamw")
 EXACT = legal_keys("logistic", "exact")
+MODULE = legal_keys("module", "adamw")
 
 LEGAL = {
     "lr": (1e-8, 1, 10.0),
@@ -99,26 +100,23 @@ def test_values_become_pythons_own(key, value, expected):
     assert value == expected and type(value) is type(expected)
 
 
-@pytest.mark.parametrize("key", ["batch_size", "width", "depth"])
-def test_a_loose_real_draw_names_the_remedy(key):
-    with refused(r"got 17\.3\. Use a list, scipy\.stats\.randint.* or gputune\.log_int"):
-        check_config({key: 17.3})
-
-
 def test_keys_are_sorted_and_modules_keep_their_values():
     config = check_config({"module__b": (1, 2), "lr": 0.1, "module__a": None})
     assert list(config.items()) == [("lr", 0.1), ("module__a", None), ("module__b", (1, 2))]
 
 
-@pytest.mark.parametrize("word, nearest", [("ReLU", "relu"), ("tahn", "tanh")])
-def test_a_misspelt_word_is_suggested(word, nearest):
-    with refused(f"one of relu, gelu, silu, tanh, got '{word}'. Did you mean '{nearest}'?"):
-        check_config({"activation": word})
-
-
-def test_a_word_too_far_gets_an_example():
-    with refused(r"got 'step'. For example 'constant'"):
-        check_config({"schedule": "step"})
+@pytest.mark.parametrize(
+    "key, word, message",
+    [
+        ("activation", "ReLU", "one of relu, gelu, silu, tanh, got 'ReLU'. Did you mean 'relu'?"),
+        ("activation", "tahn", "got 'tahn'. Did you mean 'tanh'?"),
+        ("schedule", "step", "got 'step'. For example 'constant'"),
+        ("penalty", "elasticnet", "one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out"),
+    ],
+)
+def test_a_misspelt_word_gets_the_nearest_or_an_example(key, word, message):
+    with refused(message):
+        check_config({key: word})
 
 
 @pytest.mark.parametrize(
@@ -134,9 +132,7 @@ def test_penalty_is_the_older_word_for_l1_ratio(penalty, expected):
     assert check_config({"penalty": penalty, "C": 3}) == expected
 
 
-def test_penalty_errors():
-    with refused(r"one of l2, l1, none, got 'elasticnet'. .* leave 'penalty' out"):
-        check_config({"penalty": "elasticnet"})
+def test_penalty_and_l1_ratio_say_the_same():
     with refused(r"one of 'penalty' and 'l1_ratio', .* got both. Leave 'penalty' out"):
         check_config({"penalty": "l1", "l1_ratio": 0.5})
 
@@ -147,13 +143,8 @@ def test_penalty_errors():
         ("widht", MLP, False, "Did you mean 'width'?"),
         ("learning_rate_init", MLP, False, "Did you mean 'lr'?"),
         ("hidden_layer_sizes", MLP, False, "Did you mean 'width'?"),
-        (
-            "hidden",
-            legal_keys("module", "adamw"),
-            True,
-            "An argument of the module is written 'module__hidden'.",
-        ),
-        ("module__", legal_keys("module", "adamw"), True, "An argument of the module"),
+        ("hidden", MODULE, True, "An argument of the module is written 'module__hidden'."),
+        ("module__", MODULE, True, "An argument of the module"),
         ("width", EXACT, False, "Leave it out."),
         ("lr", EXACT, False, "has no lr; optimizer='adamw' trains it by gradient descent."),
         ("C", MLP, False, "Only the logistic regression solved with optimizer='exact' has C."),
@@ -173,8 +164,3 @@ def test_module_keys_need_a_module():
     check_key("module__hidden", keys=(), module=True, name="space")
     with refused(r"space has the key 'module__hidden', but module__\* keys need an nn.Module"):
         check_key("module__hidden", keys=MLP, module=False, name="space")
-
-
-def test_a_configuration_has_no_other_keys():
-    with refused(r"^include\[0\] must have only the keys .*Did you mean 'width'"):
-        check_config({"widht": 3}, name="include[0]")

@@ -125,6 +125,9 @@ def test_the_range_of_a_distribution_holds_the_values():
     assert path.config["lr"] == pytest.approx(0.005)
     path.move(slope(1.0))
     assert path.ended  # it cannot go further that way
+    path = start(0.05, bounds={"lr": (1e-4, 0.1)})
+    path.move(slope(-1.0))
+    assert path.config["lr"] == 0.1  # the bound itself, not its neighbour by rounding
 
 
 def test_chaos_steps_the_rate_down_then_turns_to_finite_differences():
@@ -148,18 +151,11 @@ def test_chaos_at_the_lower_bound_is_looked_at_by_finite_differences():
     assert path.ended
 
 
-def test_a_value_at_a_bound_is_the_bound():
-    path = start(0.05, bounds={"lr": (1e-4, 0.1)})
-    path.move(slope(-1.0))
-    assert path.config["lr"] == 0.1
-
-
 def test_chaos_where_the_rate_is_not_searched_looks_at_the_same_point_by_finite_differences():
     path = start(0.01, name="weight_decay")
     path.move(slope(math.inf, usable=False, name="weight_decay"))
-    assert (
-        not path.ended and path.mode == "differences" and path.config["weight_decay"] == pytest.approx(0.01)
-    )
+    assert not path.ended and path.mode == "differences"
+    assert path.config["weight_decay"] == pytest.approx(0.01)
     path.move(slope(math.nan, usable=False, name="weight_decay", mode="differences"))
     assert path.ended
 
@@ -207,7 +203,7 @@ def test_a_slope_survives_the_study():
     [
         (
             {"hyperparameters": ()},
-            r"must be some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)",
+            r"some of lr, momentum, weight_decay, beta1, beta2, C, each once, got \(\)",
         ),
         ({"hyperparameters": ("lr", "lr")}, "each once"),
         ({"hyperparameters": "width"}, r"got \('width',\)"),
@@ -217,7 +213,7 @@ def test_a_slope_survives_the_study():
         ({"per_layer": "yes"}, "per_layer=...\\) must be True or False, got 'yes'"),
         (
             {"first_step": 0.1, "smallest_step": 0.2},
-            "smallest_step=...\\) must be at most the first step, .* smallest_step=0.2 and a first step of 0.1",
+            "at most the first step, .* smallest_step=0.2 and a .* 0.1",
         ),
         ({"smallest_step": 1.6}, "and a first step of 1.5. For example"),
         ({"smallest_step": 1.2, "segments": 2}, "smallest_step=1.2 and a first step of 1. For example"),

@@ -28,16 +28,8 @@ SPACE = {"lr": loguniform(1e-3, 1e-1), "width": gputune.log_int(4, 16), "batch_s
 
 @pytest.fixture(scope="module")
 def study():
-    return gputune.tune(
-        "mlp",
-        X,
-        Y,
-        space=SPACE,
-        n_trials=9,
-        method=gputune.Halving(min_epochs=2),
-        include=[{"lr": 0.5, "width": 128}],
-        **FAST,
-    )
+    halving, outside = gputune.Halving(min_epochs=2), {"lr": 0.5, "width": 128}
+    return gputune.tune("mlp", X, Y, space=SPACE, n_trials=9, method=halving, include=[outside], **FAST)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +49,8 @@ def test_every_trial_with_its_curve_state_and_folds(study, written):
     for ours, curve, theirs in zip(study.trials, study.curves, written.trials):
         assert theirs.number == ours.number and theirs.state == states[ours.state]
         assert theirs.params == ours.params and theirs.value == ours.score
-        means = curve.mean(1)
-        assert theirs.intermediate_values == {
-            epoch: mean for epoch, mean in enumerate(means, 1) if np.isfinite(mean)
-        }
+        means = {epoch: mean for epoch, mean in enumerate(curve.mean(1), 1) if np.isfinite(mean)}
+        assert theirs.intermediate_values == means
         assert theirs.user_attrs["fold_scores"] == list(ours.fold_scores)
         assert theirs.user_attrs["origin"] == ours.origin and theirs.user_attrs["state"] == ours.state
         assert theirs.user_attrs["best_epoch"] == ours.best_epoch
@@ -122,6 +112,9 @@ def test_a_value_without_a_place_in_its_law_is_an_attribute():
     assert "other_params" not in written.trials[1].user_attrs
 
 
+STEPS = {"kind": "int", "low": 16, "high": 64, "step": 16}
+
+
 @pytest.mark.parametrize(
     ("law", "values", "expected"),
     [
@@ -130,24 +123,14 @@ def test_a_value_without_a_place_in_its_law_is_an_attribute():
         (None, ["relu", "tanh", "relu"], {"kind": "choices", "choices": ["relu", "tanh"]}),
         (None, [nn.ReLU], {"kind": "choices", "choices": ["torch.nn.modules.activation.ReLU"]}),
         (None, [True, False], {"kind": "choices", "choices": [True, False]}),
-        (
-            {"kind": "int", "low": 16, "high": 64, "step": 16},
-            [32, 128],
-            {"kind": "int", "low": 16, "high": 128, "log": False, "step": 16},
-        ),
-        (
-            {"kind": "int", "low": 16, "high": 64, "step": 16},
-            [32, 100],
-            {"kind": "int", "low": 16, "high": 100, "log": False},
-        ),
+        (STEPS, [32, 128], {**STEPS, "high": 128, "log": False}),
+        (STEPS, [32, 100], {"kind": "int", "low": 16, "high": 100, "log": False}),
         ({"kind": "choices", "choices": [1, 2]}, [2, 3], {"kind": "choices", "choices": [1, 2, 3]}),
     ],
 )
 def test_what_a_key_is_drawn_from(law, values, expected):
-    study = made(
-        [({"x": value}, result(n)) for n, value in enumerate(values)],
-        distributions={} if law is None else {"x": law},
-    )
+    rows = [({"x": value}, result(n)) for n, value in enumerate(values)]
+    study = made(rows, distributions={} if law is None else {"x": law})
     assert widened(study, "x") == expected
 
 

@@ -294,13 +294,6 @@ def test_a_required_argument_of_a_module_has_no_default():
     assert params(search(fixed)) == [{"lr": 0.1, "module__k": 1}]
 
 
-def test_included_configurations_are_checked():
-    with refused(r"^include\[0\] must have only the keys .*Did you mean 'width'"):
-        search(checked(LISTS), include=[{"widht": 3}])
-    with refused(r"^include\[1\]\['lr'\] must be a finite number > 0, got 0"):
-        search(checked(LISTS), include=[{}, {"lr": 0}])
-
-
 @pytest.mark.parametrize("space", [MIXED, LISTS, ALTERNATIVES])
 def test_the_same_number_of_trials_adds_nothing(space):
     space = checked(space)
@@ -323,12 +316,6 @@ def test_a_larger_number_of_lists_draws_what_is_missing():
     assert all(p in draw(space, 10, 0) for p in params(new))
     everything = old + new + top_up(old + new, space, 99, 0)
     assert len(everything) == 20
-
-
-def test_a_dropped_duplicate_stays_dropped_when_the_search_goes_on():
-    space = checked({"lr": [0.001, 0.1], "width": [128, 8]})
-    old = search(space, 4)
-    assert len(old) == 4 and top_up(old, space, 4, 0) == top_up(old, space, 9, 1) == ()
 
 
 def test_a_study_from_before_the_default_counted_adds_nothing():

@@ -90,18 +90,12 @@ def test_an_empty_list_is_refused(choices):
         ({"module__k": [8]}, r"^space has the key 'module__k', but module__\* keys need"),
         ({"lr": [0.1, 0]}, r"^space\['lr'\] must be a finite number > 0, got 0"),
         ([{"lr": 1}, {"lr": -1}], r"^space\[1\]\['lr'\] must be a finite number > 0, got -1"),
-        (
-            {"lr": {0.1, 0.2}},
-            r"^space\['lr'\] must be .*Give a number, for example 0.001, a list, or a frozen",
-        ),
+        ({"lr": {0.1, 0.2}}, r"^space\['lr'\] must be .*Give a number, for example 0.001, a list, or"),
         ({"width": [17.3]}, r"^space\['width'\] must be an integer >= 1, got 17.3. Use a list"),
         ({"width": "32"}, r"^space\['width'\] must be an integer >= 1, got the text '32'"),
         ({"width": np.ones((2, 2))}, r"must be 1-D, got an array of shape \(2, 2\)"),
         ({"activation": ["relu", "swish"]}, r"^space\['activation'\] must be one of relu, .*got 'swish'"),
-        (
-            {"activation": stats.randint(0, 4)},
-            "must be a list of words out of relu, .*got a distribution. For ex",
-        ),
+        ({"activation": stats.randint(0, 4)}, "must be a list of words out of relu, .*got a distribution."),
     ],
 )
 def test_bad_choices_are_refused_before_any_draw(space, message):
@@ -131,33 +125,17 @@ def test_distributions_inside_the_range_are_taken(key, law):
 @pytest.mark.parametrize(
     "key, law, message",
     [
-        (
-            "lr",
-            stats.uniform(-0.1, 0.2),
-            r"space\['lr'\] must be a finite number > 0, got uniform\(loc=-0.1, scale=0.2\)",
-        ),
+        ("lr", stats.uniform(-0.1, 0.2), r"must be a finite number > 0, got uniform\(loc=-0.1, scale=0.2\)"),
         ("lr", stats.norm(0.1, 0.01), "which draws from -inf to inf. Narrow its range"),
         ("lr", stats.randint(0, 3), "which draws from 0 to 2. Narrow its range"),
-        (
-            "lr",
-            stats.loguniform(0, 1),
-            r"must have parameters in their range, got loguniform\(a=0.0, b=1.0\)",
-        ),
+        ("lr", stats.loguniform(0, 1), r"parameters in their range, got loguniform\(a=0.0, b=1.0\)"),
         ("lr", stats.loguniform(1, 0.1), "loguniform needs 0 < low < high"),
         ("lr", stats.uniform(1, -1), "a width > 0"),
-        (
-            "lr",
-            stats.loguniform,
-            r"must be a frozen distribution, got stats.loguniform without its parameters a, b",
-        ),
+        ("lr", stats.loguniform, "a frozen distribution, got stats.loguniform without its parameters a, b"),
         ("dropout", stats.uniform(0, 1.5), r"must be a number in \[0, 1\), .*draws from 0 to 1.5"),
         ("dropout", stats.randint(0, 2), "draws from 0 to 1. Narrow"),
         ("weight_decay", stats.uniform(-1e-9, 1), "must be a finite number >= 0"),
-        (
-            "width",
-            stats.uniform(16, 32),
-            r"got uniform\(.*\), which draws real numbers. Use a list, scipy.stats.randint",
-        ),
+        ("width", stats.uniform(16, 32), r"got uniform\(.*\), which draws real numbers. Use a list, scipy"),
         ("width", stats.randint(0, 9), "must be an integer >= 1, .*draws from 0 to 8"),
         ("width", stats.poisson(20), "draws from 0 to inf"),
         ("width", stats.randint(9, 3), r"randint\(low, high\) low < high"),
@@ -196,15 +174,10 @@ def test_the_included_configurations_are_checked():
 @pytest.mark.parametrize(
     "include, message",
     [
-        (
-            {"lr": 0.1},
-            r"include must be a list of dicts, got \{'lr': 0.1\}. For example include=\[\{'lr': 0.01\}\]",
-        ),
+        ({"lr": 0.1}, r"include must be a list of dicts, got \{'lr': 0.1\}. For example include=\[\{'lr"),
         ([0.1], "include must be a list of dicts"),
         ([{}, {"widht": 3}], r"^include\[1\] must have only the keys .*Did you mean 'width'?"),
-        ([{"C": 3}], "Only the logistic regression solved"),
         ([{"module__k": 3}], "need an nn.Module class"),
-        ([{"lr": 0}], r"^include\[0\]\['lr'\] must be a finite number > 0, got 0"),
         ([{"lr": [0.1, 0.2]}], r"^include\[0\]\['lr'\] must be a finite number > 0, got \[0.1, 0.2\]"),
     ],
 )
@@ -214,12 +187,8 @@ def test_bad_included_configurations(include, message):
 
 
 def test_space_text():
-    space = {
-        "width": (32, 64),
-        "lr": stats.loguniform(1e-4, 0.1),
-        "activation": "relu",
-        "depth": log_int(1, 4),
-    }
+    lr, depth = stats.loguniform(1e-4, 0.1), log_int(1, 4)
+    space = {"width": (32, 64), "lr": lr, "activation": "relu", "depth": depth}
     text = "activation=['relu'], depth=log_int(1, 4), lr=loguniform(a=0.0001, b=0.1), width=[32, 64]"
     assert space_text(check(space)) == text
     assert space_text(check(dict(reversed(space.items())))) == text

@@ -67,10 +67,8 @@ def test_the_log_cut_at_every_sector_gives_the_commits_before(path, tmp_path):
     copy = copies / "study.db"
     with Store.create(path, META) as store:
         for n in range(3):
-            done, plan = (
-                [bits(result(k, epochs=20)) for k in range(n)],
-                [Chunk(k, 0, (k,), 1) for k in range(n)],
-            )
+            done = [bits(result(k, epochs=20)) for k in range(n)]
+            plan = [Chunk(k, 0, (k,), 1) for k in range(n)]
             prefixes.append((META, candidates(range(n)), done, plan))
             store.add_trials(candidates([n]))
             prefixes.append((META, candidates(range(n + 1)), [*done, None], plan))
@@ -119,9 +117,8 @@ def test_a_journal_beside_a_study_that_names_another_file_is_refused(path):
     name, magic = str(victim).encode(), database.JOURNAL_MAGIC
     pages = path.stat().st_size // 4096
     head = (magic + struct.pack(">IIIII", 0, 0, pages, 512, 4096)).ljust(512, b"\0")
-    path.with_name("study.db-journal").write_bytes(
-        head + struct.pack(">I", 2**18 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
-    )
+    tail = struct.pack(">I", 2**18 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    path.with_name("study.db-journal").write_bytes(head + tail)
     with pytest.raises(StudyCorruptError, match=r"study\.db-journal' beside it is not its own; remove that"):
         Store.open(path)
     assert victim.read_text() == "mine"
@@ -150,15 +147,11 @@ def test_nothing_of_a_study_is_unpickled(path, tmp_path, table):
     for column in columns[table].split():
         blob = raw.execute(f"SELECT typeof({column}) FROM {table}").fetchone() == ("blob",)
         value = payload if blob else payload.decode("latin-1")
-        raw.execute(
-            f"UPDATE {table} SET {column} = ? WHERE rowid IN (SELECT rowid FROM {table} LIMIT 1)", (value,)
-        )
+        first = f"WHERE rowid IN (SELECT rowid FROM {table} LIMIT 1)"
+        raw.execute(f"UPDATE {table} SET {column} = ? {first}", (value,))
         if table != "claims":
-            (row,) = raw.execute(f"SELECT * FROM {table} LIMIT 1")
-            names = [found[1] for found in raw.execute(f"PRAGMA table_info({table})")]
-            raw.execute(
-                f"UPDATE {table} SET checksum = ? WHERE {names[0]} = ?", (checksum(*row[:-1]), row[0])
-            )
+            (row,) = raw.execute(f"SELECT * FROM {table} {first}")
+            raw.execute(f"UPDATE {table} SET checksum = ? {first}", (checksum(*row[:-1]),))
         raw.commit()
         content(path)
         with Claims(path) as claims:

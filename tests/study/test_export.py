@@ -141,11 +141,8 @@ def test_activations_in_double(activation, tmp_path):
     def module(**size):
         return MLP(**size, width=8, depth=2, activation=activation, dropout=0.2)
 
-    check(
-        make_model(NUMBERS, module=module, dtype=torch.float64),
-        tmp_path / "model.onnx",
-        OTHERS.drop(columns="city"),
-    )
+    model = make_model(NUMBERS, module=module, dtype=torch.float64)
+    check(model, tmp_path / "model.onnx", OTHERS.drop(columns="city"))
 
 
 @pytest.mark.parametrize("model", ["mlp", "logistic"])
@@ -197,9 +194,7 @@ def test_what_is_refused(tmp_path, monkeypatch):
     with refused("the folder '.*nowhere' does not exist"):
         model.export(tmp_path / "nowhere" / "model.pt2")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(
-        MissingExtraError, match=r'export\(.model.onnx.\) needs onnxscript.*"gputune\[onnx\]"'
-    ):
+    with pytest.raises(MissingExtraError, match=r'.model.onnx.\) needs onnxscript.*"gputune\[onnx\]"'):
         model.export(tmp_path / "model.onnx")
     model.export(tmp_path / "model.pt2")
 

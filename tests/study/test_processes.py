@@ -132,21 +132,19 @@ def test_a_search_that_one_process_decides_refuses_a_second_one_before_it_trains
     with open_ledger(path.with_name("other.db"), RECORD) as ledger:
         ledger.decide_alone(method)
         with open_ledger(path.with_name("other.db"), RECORD) as second:
-            words = (
-                rf"process {os.getpid()} on '.*' is at work .* method='{method}' .* Wait for it, or end it\.$"
-            )
-            with refused(words):
+            words = rf"is at work .* method='{method}' .* Wait for it, or end it\.$"
+            with refused(rf"process {os.getpid()} on '.*' {words}"):
                 second.decide_alone(method)
 
 
 RECORD = record()
 
 
-def foreign(path, **owner):
-    """Claim chunk 0 as a process of another host, whose locks do not reach us."""
+def foreign(path, chunk=0, **owner):
+    """Claim a chunk as a process of another host, whose locks do not reach us."""
     lock = path.with_name(f"study.db-{'0' * 16}.lock")
     lock.write_text(json.dumps({"host": "far", "boot": "another", "pid": 7, **owner}))
-    change(path, "INSERT INTO claims VALUES (0, ?)", (lock.name,))
+    change(path, "INSERT INTO claims VALUES (?, ?)", (chunk, lock.name))
     return lock
 
 
@@ -161,24 +159,16 @@ def test_a_claim_of_another_host_is_respected_until_its_lock_file_is_removed(pat
 
 
 def test_the_remedy_for_a_search_of_another_host_that_is_gone(path):
-    lock = foreign(path)
-    change(path, "UPDATE claims SET chunk = ?", (claims_file.SEARCH,))
+    lock = foreign(path, claims_file.SEARCH)
     with Claims(path) as mine, refused(rf"process 7 on 'far' .* gone for good, remove '.*{lock.name}'"):
         mine.take_search("halving")
-
-
-def planned_elsewhere(path):
-    """Claim the right to plan as a process of another host that is gone."""
-    lock = foreign(path)
-    change(path, "UPDATE claims SET chunk = ?", (claims_file.SETUP,))
-    return lock
 
 
 def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(tmp_path, capsys, monkeypatch):
     X, y = load_iris(return_X_y=True)
     call = {"include_default": False, "max_epochs": 1, "cv": 2, "workers": 1, "study": tmp_path / "study.db"}
     gputune.tune("mlp", X, y, n_trials=1, verbose=0, **call)
-    lock = planned_elsewhere(tmp_path / "study.db")
+    lock = foreign(tmp_path / "study.db", claims_file.SETUP)
     monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
     words = (
         f"study '{tmp_path / 'study.db'}': process 7 on 'far' has been adding trials to it, and others wait. "
@@ -193,7 +183,7 @@ def test_a_process_that_waits_to_plan_says_for_whom_until_its_time_is_over(tmp_p
 
 def test_ctrl_c_ends_the_wait_for_a_plan(path, monkeypatch):
     monkeypatch.setattr("gputune.study.ledger._PATIENCE", -1)
-    planned_elsewhere(path)
+    foreign(path, claims_file.SETUP)
     stop = Stop()
     with Store.open(path) as store, Claims(path) as claims:
         ledger = Ledger(store, claims)
@@ -209,14 +199,13 @@ def test_a_module_whose_code_has_changed_is_another_search(tmp_path, monkeypatch
     net = "import torch\n\nclass Net(torch.nn.Linear):\n    size = 1\n"
     net += "    def __init__(self, n_features, n_outputs): super().__init__(n_features, n_outputs)\n"
     call = {"space": {"lr": [1e-3, 1e-2]}, "include_default": False, "max_epochs": 1, "cv": 2, "verbose": 0}
+    call["study"] = tmp_path / "study.db"
     for size, trials in ((1, 1), (22, 2)):
         (tmp_path / "tuned_net.py").write_text(net.replace("size = 1", f"size = {size}"))
         importlib.invalidate_caches()
         module = importlib.import_module("tuned_net")
         with nullcontext() if size == 1 else refused(r"in: model \(its code has changed\)\."):
-            gputune.tune(
-                module.Net, *load_iris(return_X_y=True), n_trials=trials, study=tmp_path / "study.db", **call
-            )
+            gputune.tune(module.Net, *load_iris(return_X_y=True), n_trials=trials, **call)
         sys.modules.pop("tuned_net")
 
 
@@ -228,10 +217,8 @@ def test_who_trains_what_is_waited_for_is_said(path):
         assert ledger.who_has(CHUNKS) == ("process 7 on 'far'", remedy)
         with Claims(path) as other:
             other.take(CHUNKS[1])
-            names = ", ".join(
-                sorted(["process 7 on 'far'", f"process {os.getpid()} on '{claims_file.platform.node()}'"])
-            )
-            assert ledger.who_has(CHUNKS) == (names, remedy)
+            names = ["process 7 on 'far'", f"process {os.getpid()} on '{claims_file.platform.node()}'"]
+            assert ledger.who_has(CHUNKS) == (", ".join(sorted(names)), remedy)
             assert ledger.who_has(CHUNKS[1:])[1] == ""
         said = []
         context = SimpleNamespace(

@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import re
 import resource
 import shutil
 import sqlite3
@@ -72,7 +71,7 @@ def test_candidates_are_added_all_or_none(path):
         ({"state": "running"}, r"Result\(state=...\) must be one of .*, got 'running'"),
         (
             {"fold_scores": (1.0,)},
-            r"Result\(curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores",
+            r"curve=...\) must be \(epochs, F\) .* got shape \(3, 2\) and 1 fold_scores",
         ),
         ({"fold_scores": ()}, "0 fold_scores in trial 4"),
         ({"curve": np.zeros(3)}, r"got shape \(3,\)"),
@@ -279,10 +278,9 @@ def test_a_closed_study_is_read_where_nothing_can_be_written(path):
     done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True)
     meta, trials, warning, error = done.stdout.strip().split("\n")
     assert (meta, trials) == ("{'a': 1}", "1")
-    assert re.fullmatch(
-        r"it can only be read: study 'study\.db': disk I/O error; check the disk, the rights of its folder and "
-        r"limits on files\. Make room before the search goes on\.",
-        warning,
+    assert warning == (
+        "it can only be read: study 'study.db': disk I/O error; check the disk, the rights of its folder and limits on "
+        "files. Make room before the search goes on."
     )
     assert "study 'study.db' may not be written" in error
     with Store.open(path) as store:
@@ -357,26 +355,22 @@ def test_files_that_are_no_study_of_this_version(path):
         Store.open(path)
 
 
+OTHER_TABLES = "its tables are not those of a study"
+BEFORE = "of a gputune before its first release"
+
+
 @pytest.mark.parametrize(
     ("statement", "error", "message"),
     [
-        (
-            "PRAGMA user_version = 4",
-            StudyVersionError,
-            "file format 4, this gputune reads up to 3; upgrade gputune",
-        ),
-        ("PRAGMA user_version = 1", StudyVersionError, "format 1, of a gputune before its first release"),
-        ("PRAGMA user_version = 2", StudyVersionError, "format 2, of a gputune before its first release"),
-        ("PRAGMA user_version = 0", StudyCorruptError, "its tables are not those of a study"),
-        ("DROP TABLE results", StudyCorruptError, "its tables are not those of a study"),
-        ("CREATE VIEW v AS SELECT 1", StudyCorruptError, "its tables are not those of a study"),
-        (
-            "CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END",
-            StudyCorruptError,
-            "its tables",
-        ),
+        ("PRAGMA user_version = 4", StudyVersionError, "format 4, this gputune reads up to 3; upgrade gputune"),
+        ("PRAGMA user_version = 1", StudyVersionError, f"format 1, {BEFORE}"),
+        ("PRAGMA user_version = 2", StudyVersionError, f"format 2, {BEFORE}"),
+        ("PRAGMA user_version = 0", StudyCorruptError, OTHER_TABLES),
+        ("DROP TABLE results", StudyCorruptError, OTHER_TABLES),
+        ("CREATE VIEW v AS SELECT 1", StudyCorruptError, OTHER_TABLES),
+        ("CREATE TRIGGER t AFTER INSERT ON results BEGIN DELETE FROM trials; END", StudyCorruptError, OTHER_TABLES),
     ],
-)
+)  # fmt: skip
 def test_a_file_with_other_tables_or_of_another_version_is_refused(path, statement, error, message):
     make_study(path)
     change(path, statement)

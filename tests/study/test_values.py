@@ -31,33 +31,14 @@ def same(a, b):
 @pytest.mark.parametrize(
     "value",
     [
-        None,
-        True,
-        False,
-        1,
-        0,
-        2**70,
-        1.0,
-        -0.0,
-        0.1 + 0.2,
-        5e-324,
-        1.7976931348623157e308,
-        math.inf,
-        -math.inf,
-        math.nan,
-        "",
-        'naïve 🐍 \x00 " \ud800',
-        [1, 1.0, True, None, "1"],
-        (1, (2.5, [3])),
-        {"lr": 0.1, "width": 32, "nested": {"a": (1, 2)}},
+        None, True, False, 1, 0, 2**70,
+        1.0, -0.0, 0.1 + 0.2, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan,
+        "", 'naïve 🐍 \x00 " \ud800',
+        {}, [], (), [1, 1.0, True, None, "1"], (1, (2.5, [3])), {"lr": 0.1, "width": 32, "nested": {"a": (1, 2)}},
         {0: 1.0, 1: 2.5, "other": True, None: "x", (1, 2): []},
-        {"float": "nan"},  # looks like our own tag
-        {"torch": {"dict": {"tuple": 1}}},
-        {},
-        [],
-        (),
+        {"float": "nan"}, {"torch": {"dict": {"tuple": 1}}},  # these look like our own tags
     ],
-)
+)  # fmt: skip
 def test_round_trip(value):
     assert same(from_json(to_json(value)), value)
 

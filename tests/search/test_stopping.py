@@ -1,0 +1,122 @@
+"""When rules stop trials, and who stays: successive halving, and the median rule against plain Python."""
+
+import math
+import statistics
+
+import numpy as np
+import pytest
+
+import gputune
+from gputune.search.stopping import Halving, below_the_median, survivors
+from refused import refused
+
+
+def test_rungs_grow_by_the_factor_and_end_before_the_last_epoch():
+    assert Halving().rungs(54) == [[2, 6, 18]]
+    assert Halving().rungs(27) == [[1, 3, 9]]
+    assert Halving(factor=2, min_epochs=4).rungs(20) == [[4, 8, 16]]
+    assert Halving(factor=1.5, min_epochs=1).rungs(6) == [[1, 2, 3, 5]]
+    assert Halving().rungs(1) == [[]]
+
+
+def test_brackets_begin_later_and_later():
+    assert Halving(brackets=4).rungs(54) == [[2, 6, 18], [6, 18], [18], []]
+
+
+def test_brackets_get_about_the_same_number_of_epochs():
+    method = Halving(brackets=4)
+    found = np.bincount(method.brackets_of(2000, 54), minlength=4)
+    costs = np.array([2 + 4 / 3 + 12 / 9 + 36 / 27, 6 + 12 / 3 + 36 / 9, 18 + 36 / 3, 54])
+    np.testing.assert_allclose(found * costs / (found * costs).mean(), 1, atol=0.05)
+
+
+def test_more_trials_move_no_other_to_another_bracket():
+    method = Halving(brackets=3)
+    assert method.brackets_of(100, 54)[:40] == method.brackets_of(40, 54)
+    assert set(Halving().brackets_of(10, 54)) == {0}
+
+
+def test_the_best_third_stays():
+    means = np.array([0.1, 0.9, 0.5, 0.7, 0.2, 0.3, 0.8])
+    assert np.flatnonzero(survivors(means, 3)).tolist() == [1, 6]
+    assert np.flatnonzero(survivors(means[:2], 3)).tolist() == [1]
+
+
+def test_the_earlier_trial_wins_a_tie_and_nan_never_stays():
+    assert np.flatnonzero(survivors(np.array([0.5, 0.5, 0.5, math.nan]), 2)).tolist() == [0, 1]
+    assert np.flatnonzero(survivors(np.array([math.nan, 0.1, math.nan, math.nan]), 2)).tolist() == [1]
+    assert not survivors(np.array([math.nan, math.nan]), 3).any()
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "message"),
+    [
+        (gputune.Halving, {"factor": 1}, r"Halving\(factor=...\) must be a finite number > 1, got 1"),
+        (gputune.Halving, {"factor": math.inf}, "got inf"),
+        (gputune.Halving, {"factor": "3"}, "got '3'"),
+        (gputune.Halving, {"min_epochs": 0}, r"Halving\(min_epochs=...\) must be an integer >= 1, got 0"),
+        (gputune.Halving, {"min_epochs": 2.5}, "got 2.5"),
+        (gputune.Halving, {"brackets": 0}, r"Halving\(brackets=...\) must be an integer >= 1, got 0"),
+        (gputune.Halving, {"brackets": True}, "got True"),
+        (gputune.Median, {"min_epochs": 0}, r"Median\(min_epochs=...\) must be an integer >= 1, got 0"),
+        (gputune.Median, {"every": 2.0}, r"Median\(every=...\) must be an integer >= 1, got 2.0"),
+        (gputune.Median, {"min_trials": None}, r"Median\(min_trials=...\) must be an integer >= 1, got None"),
+        (gputune.Median, {"min_trials": True}, "got True"),
+    ],
+)
+def test_bad_options_are_named(rule, options, message):
+    with refused(message):
+        rule(**options)
+
+
+def test_options_that_do_not_fit_the_epochs():
+    with refused("must be below max_epochs=10, got 10; lower it"):
+        Halving(min_epochs=10).rungs(10)
+    with refused(r"must be at most 3 for max_epochs=5, which has rungs at \[1, 3\], got 4"):
+        Halving(brackets=4).rungs(5)
+
+
+def plainly(epoch, curves, least):
+    """The rule, trial by trial."""
+    if len(curves) < least:
+        return set()
+    now = []
+    for curve in curves.values():
+        value = curve[epoch - 1] if len(curve) >= epoch else curve[-1] if curve else -math.inf
+        now.append(-math.inf if math.isnan(value) else value)
+    middle = statistics.median(now)
+    leave = set()
+    for number, curve in curves.items():
+        if len(curve) >= epoch:
+            seen = curve[:epoch]
+            if any(map(math.isnan, seen)) or max(seen) < middle:
+                leave.add(number)
+    return leave
+
+
+def test_decisions_are_those_of_the_plain_rule():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        curves = {}
+        for number in rng.permutation(12)[: rng.integers(1, 12)]:
+            length = rng.choice([0, 2, 4, 6])
+            curves[int(number)] = (rng.integers(0, 6, length) / 5).tolist()
+            if length and rng.random() < 0.1:
+                curves[int(number)][-1] = math.nan
+        epoch, least = int(rng.choice([2, 4, 6])), int(rng.integers(1, 7))
+        found = below_the_median(epoch, {n: np.array(c) for n, c in curves.items()}, least)
+        assert found == plainly(epoch, curves, least)
+
+
+def test_equal_trials_all_stay_and_half_of_unlike_ones_leave():
+    assert below_the_median(1, {n: np.array([0.5]) for n in range(8)}, 5) == set()
+    assert below_the_median(1, {n: np.array([n / 10]) for n in range(8)}, 5) == {0, 1, 2, 3}
+    assert below_the_median(2, {n: np.array([n / 10, 0.0]) for n in range(8)}, 5) == set()  # the best so far
+
+
+def test_epochs_of_the_decisions():
+    assert gputune.Median().stops(50) == list(range(5, 50, 5))
+    assert gputune.Median(min_epochs=4, every=10).stops(27) == [4, 14, 24]
+    assert gputune.Median().stops(1) == []
+    with refused(r"Median\(min_epochs=...\) must be below max_epochs=9, got 9; lower it"):
+        gputune.Median(min_epochs=9).stops(9)
