@@ -1,8 +1,4 @@
-"""A job and its data on their way to another process: code that it could not import, datasets as arrays.
-
-Worker processes on this machine: how one is started, what it trains, how it hears that its parent has ended, how it
-was lost.
-"""
+"""Worker processes on this machine: how a job and its data come to one, how it starts, trains, ends and is lost."""
 
 import functools
 import io
@@ -16,12 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib.machinery import PathFinder
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import cloudpickle
 import joblib
@@ -33,7 +29,7 @@ from joblib.externals.loky.process_executor import (
     TerminatedWorkerError,
 )
 
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset, Fold, Scaling
 from gputune.engine.backend import computing
 from gputune.engine.job import Job
 from gputune.engine.memory import GivenUp, run_in_parts
@@ -59,11 +55,10 @@ def packed(job: Job, *, here: bool = True) -> bytes:
     for module in hidden:
         cloudpickle.register_pickle_by_value(module)
     try:
-        packed: bytes = cloudpickle.dumps(job)
+        return bytes(cloudpickle.dumps(job))
     finally:
         for module in hidden:
             cloudpickle.unregister_pickle_by_value(module)
-    return packed
 
 
 def _importable(name: str) -> bool:
@@ -86,31 +81,28 @@ def _installed(name: str) -> bool:
     return not {"site-packages", "dist-packages"}.isdisjoint(parts)
 
 
-def to_arrays(value: Any) -> Any:
-    """Datasets and folds as dicts, tensors as arrays, so that joblib can map them."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
+def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return a dataset with ``change`` of every tensor, or of every array that stands for one."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return change(value)
     if isinstance(value, tuple):
-        return tuple(to_arrays(item) for item in value)
-    if isinstance(value, Dataset | Fold):
-        content = {field.name: to_arrays(getattr(value, field.name)) for field in fields(value)}
-        return type(value).__name__, content
+        return tuple(map_tensors(item, change) for item in value)
+    if isinstance(value, Dataset | Fold | Scaling):
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
     return value
 
 
-def to_tensors(value: Any) -> Any:
-    kinds = {kind.__name__: kind for kind in (Dataset, Fold)}
-    if isinstance(value, np.ndarray):
-        return torch.from_numpy(value)
-    # Two folds are a tuple of two as well, of tuples.
-    if isinstance(value, tuple) and isinstance(value[0], str) and value[0] in kinds:
-        return kinds[value[0]](**{name: to_tensors(item) for name, item in value[1].items()})
-    if isinstance(value, tuple):
-        return tuple(to_tensors(item) for item in value)
-    return value
+def to_arrays(data: Dataset) -> Dataset:
+    """Return a dataset on the CPU with arrays for tensors, which joblib and Ray map into a process's memory."""
+    arrays: Dataset = map_tensors(data, torch.Tensor.numpy)
+    return arrays
 
 
-Value = TypeVar("Value")
+def to_tensors(data: Dataset) -> Dataset:
+    """Return the dataset of ``to_arrays``."""
+    tensors: Dataset = map_tensors(data, torch.from_numpy)
+    return tensors
+
 
 IDLE_SECONDS = 60  # before a worker that has nothing to do ends
 
@@ -132,10 +124,10 @@ def one_worker() -> ProcessPoolExecutor:
         )
 
 
-def submit(executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object) -> "Future[Value]":
+def submit(executor: ProcessPoolExecutor, *work: Any) -> "Future[Outcomes]":
     """Give a worker something to do; where it is not there any more, a new one is started."""
     with _starting, _signals_held_off(), _streams_that_flush():
-        future: Future[Value] = executor.submit(work, *arguments)
+        future: Future[Outcomes] = executor.submit(*work)
         return future
 
 
@@ -320,5 +312,4 @@ def _travels(error: Exception) -> bool:
 @functools.lru_cache(maxsize=1)
 def _load(path: str) -> Dataset:
     # copy-on-write: torch wants arrays that could be written, and nobody writes to them
-    data: Dataset = to_tensors(joblib.load(path, mmap_mode="c"))
-    return data
+    return to_tensors(joblib.load(path, mmap_mode="c"))

@@ -1,6 +1,4 @@
-"""One chunk in a worker of a Ray cluster: are the versions ours, where are the data and the job, train.
-
-Chunks over a cluster: whole chunks of a plan as Ray tasks, each with a GPU or with some CPUs of its own.
+"""Whole chunks of a plan as tasks of a Ray cluster, each with a GPU or with some CPUs of its own.
 
 The data goes to Ray's object store once. This process trains nothing itself. Ray is imported where it is asked for.
 """
@@ -12,12 +10,12 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing
 from gputune.engine.job import Job
 from gputune.engine.memory import run_in_parts
@@ -26,7 +24,7 @@ from gputune.engine.population import Population
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
-from gputune.executors.processes import packed, to_arrays, to_tensors
+from gputune.executors.processes import map_tensors, packed, to_arrays, to_tensors
 from gputune.version import __version__
 
 
@@ -34,7 +32,7 @@ def make_task(ray: Any) -> Any:
     """Return the remote function. Being defined in here it travels as code, and arrives where gputune is missing."""
 
     def chunk(
-        foreign: str, expected: dict[str, str], common: list[Any], population: bytes, *how: Any
+        foreign: str, expected: dict[str, str], common: list[Any], population: bytes, *limits: Any
     ) -> tuple[Any, ...]:
         import importlib
         import socket
@@ -48,9 +46,9 @@ def make_task(ray: Any) -> Any:
             except ImportError:
                 versions[name] = ""
         if versions != expected:
-            return "unlike", socket.gethostname(), expected, versions
+            return "other versions", socket.gethostname(), expected, versions
         run: Callable[..., Outcomes] = importlib.import_module("gputune.executors.ray_cluster").run_in_task
-        return "done", run(common, population, *how)
+        return "done", run(common, population, *limits)
 
     return ray.remote(chunk)
 
@@ -78,19 +76,14 @@ def _dataset(reference: Any, device: str) -> Dataset:
     with warnings.catch_warnings():
         # The arrays lie in shared memory that cannot be written to; nobody writes to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        data: Dataset = to_tensors(ray.get(reference))
-    return data if device == "cpu" else moved(data, torch.device(device))
+        data = to_tensors(ray.get(reference))
+        return moved(data, torch.device(device))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """A dataset, fold by fold and tensor by tensor, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(moved(item, device) for item in value)
-    if isinstance(value, Dataset | Fold):
-        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
-    return value
+def moved(data: Dataset, device: torch.device) -> Dataset:
+    """Return a dataset with its tensors on a device."""
+    on_device: Dataset = map_tensors(data, lambda tensor: tensor.to(device))
+    return on_device
 
 
 def free_bytes() -> int:
@@ -98,9 +91,9 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-_LOOK = 5.0  # seconds between two looks at the nodes
-_WAIT = 0.25  # seconds between two looks at whether someone asks for the end
-_ON_ITS_WAY = 0.5  # seconds in which a task that is handed out is not ended: see RayTasks.stop
+_COUNT_SECONDS = 5.0  # seconds between two looks at the nodes
+_WAIT_SECONDS = 0.25  # seconds between two looks at whether someone asks for the end
+_SUBMISSION_SECONDS = 0.5  # seconds in which a task that is handed out is not ended: see RayTasks.stop
 _GO_ON = "What was finished is kept, and the same call goes on from there where study= names a file."
 
 
@@ -116,7 +109,7 @@ class RayCluster:
         self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
         self.tasks = self.room(cpus)
         self._task = make_task(ray)
-        self._held: tuple[Dataset, Any] | None = None
+        self._stored: tuple[Dataset, Any] | None = None
         self.free: int | None = None
         if self.device == "cuda":
             self.free = int(ray.get(ray.remote(free_bytes).options(num_gpus=1, num_cpus=cpus).remote()))
@@ -156,9 +149,9 @@ class RayCluster:
         return RayTasks(self, replace(job, checkpointing=None), self._put(data), plan)
 
     def _put(self, data: Dataset) -> Any:
-        if self._held is None or self._held[0] is not data:
-            self._held = data, self.ray.put(to_arrays(data))
-        return self._held[1]
+        if self._stored is None or self._stored[0] is not data:
+            self._stored = data, self.ray.put(to_arrays(data))
+        return self._stored[1]
 
     def task(self, cpus: int) -> Any:
         """Return the function that trains a chunk far away, with the resources it needs."""
@@ -180,7 +173,7 @@ class RayTasks(Executor):
         self.running: dict[Any, tuple[Population, Ended]] = {}
         self.has_given_up = self.has_trained = False
         self.submitted = 0.0
-        self.looked, self.room = time.monotonic(), cluster.room(self.cpus)
+        self.counted, self.room = time.monotonic(), cluster.room(self.cpus)
 
     @property
     def capacity(self) -> int:
@@ -193,9 +186,9 @@ class RayTasks(Executor):
         deadline = self.stopping.deadline
         left = None if deadline is None else deadline - time.monotonic()
         expected = {"gputune": _public(__version__), "torch": _public(torch.__version__)}
-        how = left, self.threads, self.cluster.device
+        limits = left, self.threads, self.cluster.device
         self.submitted = time.monotonic()
-        ref = self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *how)
+        ref = self.task.remote(_foreign_folder(), expected, self.common, pickle.dumps(chunk), *limits)
         self.running[ref] = chunk, ended
         return True
 
@@ -211,8 +204,8 @@ class RayTasks(Executor):
                 ended(chunk, [])
             self.running.clear()
             return
-        refs, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_WAIT)
-        self._look()
+        refs, _ = self.ray.wait(list(self.running), num_returns=1, timeout=_WAIT_SECONDS)
+        self._count_nodes()
         for ref in refs:
             chunk, ended = self.running.pop(ref)
             ended(chunk, self._result(ref))
@@ -231,8 +224,8 @@ class RayTasks(Executor):
             raise error.cause from error
         except errors.RayError as error:
             return LostWorkerError(_first_sentence(error))
-        if end == "unlike":
-            raise InputError(_unlike(*content))
+        if end == "other versions":
+            raise InputError(_version_difference(*content))
         self.has_trained = True
         outcomes: Outcomes = content[0]
         return outcomes
@@ -245,10 +238,10 @@ class RayTasks(Executor):
             f"because: {reason} A smaller memory= makes chunks of fewer trials. {_GO_ON}"
         )
 
-    def _look(self) -> None:
+    def _count_nodes(self) -> None:
         """Count the nodes again, now and then: a cluster grows and shrinks."""
-        if time.monotonic() - self.looked > _LOOK:
-            self.looked = time.monotonic()
+        if time.monotonic() - self.counted > _COUNT_SECONDS:
+            self.counted = time.monotonic()
             try:
                 self.room = self.cluster.room(self.cpus)
             except InputError as error:
@@ -261,7 +254,7 @@ class RayTasks(Executor):
         arrival in Ray's queue: it fails the task, trains it all the same and does not expect the answer.
         """
         if self.running:
-            time.sleep(max(0.0, self.submitted + _ON_ITS_WAY - time.monotonic()))
+            time.sleep(max(0.0, self.submitted + _SUBMISSION_SECONDS - time.monotonic()))
         for ref in self.running:
             try:
                 self.ray.cancel(ref, force=True)
@@ -288,7 +281,7 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _unlike(host: str, expected: dict[str, str], found: dict[str, str]) -> str:
+def _version_difference(host: str, expected: dict[str, str], found: dict[str, str]) -> str:
     """Say which packages of a worker differ from ours."""
     name = next(name for name in expected if found[name] != expected[name])
     there = f"{name} {found[name]}" if found[name] else f"no {name}"

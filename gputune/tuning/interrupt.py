@@ -59,13 +59,13 @@ def run_until_signal(
     run: Callable[[], None], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> int | None:
     """Run a training; return the number of the signal that ended it early, None where none came."""
-    came: list[int] = []
-    with _listening(stop, signals, say, came):
+    numbers: list[int] = []
+    with _stopping_on(signals, numbers, stop, say):
         try:
             run()
         except KeyboardInterrupt:  # the second signal, or one that another handler made of it
-            came.append(CTRL_C)
-    return came[0] if came else None
+            numbers.append(CTRL_C)
+    return numbers[0] if numbers else None
 
 
 def is_interactive() -> bool:
@@ -74,18 +74,18 @@ def is_interactive() -> bool:
 
 
 @contextmanager
-def _listening(
-    stop: Stop, signals: Sequence[int], say: Callable[[str], None], came: list[int]
+def _stopping_on(
+    signals: Sequence[int], numbers: list[int], stop: Stop, say: Callable[[str], None]
 ) -> Iterator[None]:
-    """Take the signals inside, where they would do what is usual; a program's own handler stays.
+    """Let signals stop what runs inside, where they would do what is usual; note in ``numbers`` those that came.
 
     Python lets the main thread alone set handlers; in another one nothing is changed.
     """
     timers: list[threading.Timer] = []
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
+        numbers.append(number)
+        if len(numbers) > 1:
             raise KeyboardInterrupt
         stop.ask()
         if number == TERMINATED:
@@ -93,9 +93,11 @@ def _listening(
         with suppress(RuntimeError):  # the signal came while the stream was being written to
             say("stopping after the running epoch; what is finished is kept (once more: stop now)")
 
-    mine = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in signals if mine}
-    before = {number: own for number, own in before.items() if own in (_USUAL[number], end_command)}
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        # A handler of the program's own stays.
+        handlers = {number: signal.getsignal(number) for number in signals}
+        before = {n: handler for n, handler in handlers.items() if handler in (_USUAL[n], end_command)}
     try:
         for number in before:
             signal.signal(number, handle)
@@ -103,8 +105,8 @@ def _listening(
     finally:
         for timer in timers:
             timer.cancel()
-        for number, own in before.items():
-            signal.signal(number, own)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_in_time() -> threading.Timer:

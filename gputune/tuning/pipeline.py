@@ -264,7 +264,7 @@ def _run_method(ledger: Ledger, space: Space, context: Context) -> None:
         case Hypergradient() as method:
             descend(ledger, space, method, context)
         case Halving() as method:
-            halve(ledger, method, context)
+            halve(ledger, ledger.candidates, method, context)
         case Median() as method:
             stop_below_median(ledger, method, context)
         case OptunaSampler() as method:

@@ -9,12 +9,10 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
-from gputune.engine.backend import choose_backend, choose_device, computing, matrix_products
+from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.entry import entry
-from gputune.engine.job import Job, train_chunk
 from gputune.engine.population import complete, module_arguments
 from gputune.errors import DivergedError, InputError
-from gputune.hypergradients.chunk import HypergradientJob, train_scheduled
 from gputune.search.descent import Hypergradient
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
@@ -45,7 +43,9 @@ def refit(
     # How many classes there are is for the rows to say: others may have two where the study's have three.
     task = "regression" if study.record.task == "regression" else "classification"
     problem = make_problem(source, task, choice, options.columns, options.numbers)
-    rows = _fingerprint(study, problem, is_kept=study.data is not None and X is None)
+    # Rows that the process has kept are the study's own.
+    is_kept = study.data is not None and X is None
+    rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
     if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
     data, (statistics,) = problem.dataset([all_rows(len(source.X))], options, choice)
@@ -80,11 +80,13 @@ def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoi
     record = study.record
     if study.data is not None:
         choice, source, options = study.data
-        return (
-            (choice, source, options)
-            if X is None
-            else (choice, read_source(X, y, module=choice.kind == "module"), _without_weights(options))
-        )
+        if X is None:
+            return choice, source, options
+        if options.sample_weight is not None:
+            raise InputError(
+                "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
+            )
+        return choice, read_source(X, y, module=choice.kind == "module"), options
     if record.face == "sklearn":
         raise InputError(
             f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
@@ -93,13 +95,16 @@ def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoi
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
     if record.sample_weight is not None:
-        raise InputError(
-            "best_model() cannot read sample_weight again, which this study used; call it on the study that tune() "
-            "returned, in the same process."
-        )
+        raise _lost_weights("sample_weight again, which this study used")
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     return choice, _reread(study, X, y, module=choice.kind == "module"), options
+
+
+def _lost_weights(what: str) -> InputError:
+    return InputError(
+        f"best_model() cannot read {what}; call it on the study that tune() returned, in the same process."
+    )
 
 
 def _machine(record: SearchRecord) -> dict[str, Any]:
@@ -122,23 +127,12 @@ def _machine(record: SearchRecord) -> dict[str, Any]:
 
 def _class_weight(record: SearchRecord) -> Any:
     """Return the class weights of a study: its record has them as text, its arguments as they were given."""
+    kept = record.arguments.get("kept", {})
     if record.class_weight in (None, "'balanced'"):
         return None if record.class_weight is None else "balanced"
-    kept = record.arguments.get("kept", {})
     if "class_weight" in kept:
         return kept["class_weight"]
-    raise InputError(
-        f"best_model() cannot read class_weight={record.class_weight} again; call it on the study that tune() "
-        "returned, in the same process."
-    )
-
-
-def _without_weights(options: Options) -> Options:
-    if options.sample_weight is not None:
-        raise InputError(
-            "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
-        )
-    return options
+    raise _lost_weights(f"class_weight={record.class_weight} again")
 
 
 def _reread(study: Study, X: Any, y: Any, *, module: bool) -> Source:
@@ -157,20 +151,13 @@ def _reread(study: Study, X: Any, y: Any, *, module: bool) -> Source:
         ) from error
 
 
-def _fingerprint(study: Study, problem: Problem, *, is_kept: bool) -> dict[str, Any]:
-    """Return the fingerprint of the rows; those that the process kept are the study's own."""
-    if is_kept:
-        return dict(study.record.fingerprint)
-    return fingerprint(problem.source.X, problem.target)
-
-
 def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_given: bool) -> str:
     """Return in which way the rows are not those of the search, and what to do."""
-    held, target, origin = study.record.classes, problem.target, study.record.source
-    found = None if target.classes is None else target.classes.tolist()
+    origin, then, target = study.record.source, study.record.classes, problem.target
+    now = None if target.classes is None else target.classes.tolist()
     difference = rows_difference(study.record.fingerprint, rows)
-    if held != found:
-        counts = [len(labels or ()) for labels in (held, found)]
+    if then != now:
+        counts = [len(labels or ()) for labels in (then, now)]
         other = "other classes" if counts[0] == counts[1] else f"{counts[0]} classes then, {counts[1]} now"
         difference = f"{difference}; {other}"
     if origin is not None and not are_given:
@@ -186,9 +173,9 @@ def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_giv
 
 
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
-    method = options.method
+    descent = options.method if isinstance(options.method, Hypergradient) else None
     backend: Backend = "eager"
-    if choice.kind != "module" and not isinstance(method, Hypergradient):
+    if choice.kind != "module" and descent is None:
         backend, _ = choose_backend(options.backend, data.device, data.dtype)
     trainer = Trainer(
         data=data,
@@ -198,20 +185,8 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
         horizon=options.max_epochs,
         backend=backend,
     )
-    (chunk,) = trainer.groups([config])
-    if isinstance(method, Hypergradient):
-        descent = trainer.job(
-            HypergradientJob,
-            epochs=epochs,
-            wanted=tuple(method.hyperparameters),
-            segments=method.segments,
-            per_layer=method.per_layer,
-        )
-        with matrix_products(tf32=options.tf32):
-            return train_scheduled(descent, data, chunk)
-    job, plan = trainer.job(Job, epochs=epochs), trainer.plan([chunk], epochs=epochs)
-    with computing(plan.threads), matrix_products(tf32=options.tf32):
-        return train_chunk(job, data, chunk).member(0, 0)
+    with matrix_products(tf32=options.tf32):
+        return trainer.train_module(config, descent, epochs=epochs)
 
 
 def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> dict[str, Any]:

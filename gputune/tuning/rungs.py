@@ -44,12 +44,11 @@ def check_rungs(method: Halving | Median, context: Context) -> None:
         method.stops(context.epochs)
 
 
-def halve(ledger: Ledger, method: Halving, context: Context) -> None:
-    """Train all trials of the ledger from rung to rung, where the best fold means of each bracket go on."""
+def halve(ledger: Ledger, trials: Sequence[Candidate], method: Halving, context: Context) -> None:
+    """Train trials of the ledger from rung to rung, where the best fold means of each bracket go on."""
     rungs = method.rungs(context.epochs)
-    numbers = [candidate.number for candidate in ledger.candidates]
     # By number and not by place: a study that was repaired may lack some.
-    bracket_of = method.brackets_of(1 + max(numbers, default=-1), context.epochs)
+    bracket_of = method.brackets_of(1 + max((t.number for t in trials), default=-1), context.epochs)
 
     def prune(epoch: int, curves: Mapping[int, np.ndarray]) -> set[int]:
         pruned: set[int] = set()
@@ -60,7 +59,7 @@ def halve(ledger: Ledger, method: Halving, context: Context) -> None:
             pruned |= {number for number, stay in zip(reached, stays) if not stay}
         return pruned
 
-    train_in_rungs(ledger, sorted({epoch for epochs in rungs for epoch in epochs}), prune, context)
+    train_in_rungs(ledger, trials, sorted({epoch for epochs in rungs for epoch in epochs}), prune, context)
 
 
 def stop_below_median(ledger: Ledger, method: Median, context: Context) -> None:
@@ -70,15 +69,17 @@ def stop_below_median(ledger: Ledger, method: Median, context: Context) -> None:
         means = {number: curves[number].mean(1) for number in sorted(curves)}
         return below_the_median(epoch, means, method.min_trials)
 
-    train_in_rungs(ledger, method.stops(context.epochs), prune, context)
+    train_in_rungs(ledger, ledger.candidates, method.stops(context.epochs), prune, context)
 
 
-def train_in_rungs(ledger: Ledger, stops: Sequence[int], prune: PruningRule, context: Context) -> None:
-    """Train the trials of the ledger to each of ``stops`` (epochs) and to the end; each is finished when it leaves.
+def train_in_rungs(
+    ledger: Ledger, trials: Sequence[Candidate], stops: Sequence[int], prune: PruningRule, context: Context
+) -> None:
+    """Train trials of the ledger to each of ``stops`` (epochs) and to the end; each is finished when it leaves.
 
     Trials that a study file has finished already keep their results, and are judged by their curves.
     """
-    search = _RungSearch(ledger, stops, prune, context)
+    search = _RungSearch(ledger, trials, stops, prune, context)
     try:
         search.run()
     finally:
@@ -106,11 +107,20 @@ class _RunningTrial:
 class _RungSearch:
     """The trials that run, and their states between two stops."""
 
-    def __init__(self, ledger: Ledger, stops: Sequence[int], prune: PruningRule, context: Context) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        trials: Sequence[Candidate],
+        stops: Sequence[int],
+        prune: PruningRule,
+        context: Context,
+    ) -> None:
         self.ledger, self.stops, self.prune, self.context = ledger, stops, prune, context
-        configs = {trial.number: context.complete(trial.params) for trial in ledger.candidates}
+        configs = {trial.number: context.complete(trial.params) for trial in trials}
+        ended = ledger.results
+        self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
         curve = np.empty((0, context.data.n_folds))
-        self.running = [_RunningTrial(trial, configs[trial.number], curve) for trial in ledger.waiting()]
+        self.running = [_RunningTrial(t, configs[t.number], curve) for t in trials if t.number not in ended]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
         self.states = Parking(min(free, context.trainer.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
@@ -202,7 +212,7 @@ class _RungSearch:
     def _give_up(self, trial: _RunningTrial, reason: str) -> None:
         """Finish a trial that cannot be trained."""
         self.running = [other for other in self.running if other is not trial]
-        self.context.store(self.ledger, [given_up(trial.number, trial.curve, reason)])
+        self._store([given_up(trial.number, trial.curve, reason)])
         self._show_ended([trial])
 
     def _save(self) -> None:
@@ -233,9 +243,7 @@ class _RungSearch:
         self._finish([trial for trial in self.running if trial in ended and len(trial.curve)])
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
-            curves = {trial.number: trial.curve for trial in self.running}
-            curves |= {number: result.curve for number, result in self.ledger.results.items()}
-            pruned = self.prune(epoch, curves)
+            pruned = self.prune(epoch, self.curves | {trial.number: trial.curve for trial in self.running})
             self._finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
 
@@ -245,9 +253,13 @@ class _RungSearch:
             self.states.drop(trial.number)
         if trials:
             results = [self._result(trial, rung) for trial in trials]
-            self.context.store(self.ledger, results)
+            self._store(results)
             self.context.ended(results)
             self._show_ended(trials, pruned=sum(result.state == "pruned" for result in results))
+
+    def _store(self, results: Sequence[Result]) -> None:
+        self.context.store(self.ledger, results)
+        self.curves |= {result.number: result.curve for result in results}
 
     def _show_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:
         """Count trials that have ended, and what is not trained of them."""

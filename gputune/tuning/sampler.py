@@ -1,13 +1,12 @@
 """A search with one of Optuna's samplers: it is asked for a batch, the batch trains together, and it is told."""
 
-from collections.abc import Sequence
 from itertools import groupby
 
 from gputune.search.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
 from gputune.search.random import n_counted
 from gputune.search.space import Space
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate, Result
+from gputune.study.store import Candidate
 from gputune.tuning.context import Context
 from gputune.tuning.random import train_fully
 from gputune.tuning.rungs import check_rungs, halve
@@ -31,30 +30,23 @@ def sample(ledger: Ledger, space: Space, method: OptunaSampler, context: Context
     _train(ledger, method, context)
     if context.is_over() or not _missing(ledger, context):
         return
-    asking = _caught_up(ledger, space, method, context)
+    study = _study_so_far(ledger, space, method, context)
     with context.progress.bar_over(_missing(ledger, context), context.epochs):
         while (count := min(method.batch, _missing(ledger, context))) and not context.is_over():
-            _run_batch(ledger, asking, count, method, context)
-
-
-def _run_batch(
-    ledger: Ledger, asking: OptunaStudy, count: int, method: OptunaSampler, context: Context
-) -> None:
-    """Ask for so many trials, train them together, and tell their results."""
-    asked = [asking.ask() for _ in range(count)]
-    number = 1 + max((c.number for c in ledger.candidates), default=-1)
-    batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
-    ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(asked)])
-    _train(ledger, method, context)
-    if not context.is_over():
-        for i, (trial, _) in enumerate(asked):
-            asking.tell(trial, ledger.results[number + i])
+            proposals = [study.ask() for _ in range(count)]
+            number = 1 + max((c.number for c in ledger.candidates), default=-1)
+            batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
+            ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)])
+            _train(ledger, method, context)
+            if not context.is_over():
+                for i, (trial, _) in enumerate(proposals):
+                    study.tell(trial, ledger.results[number + i])
 
 
 def _missing(ledger: Ledger, context: Context) -> int:
     """How many trials are still to be asked for: the default one counts, included ones do not."""
-    asked = sum(_batch_of(c) > 0 for c in ledger.candidates)
-    return max(0, context.options.n_trials - asked - n_counted(ledger.candidates))
+    proposed = sum(_batch_of(c) > 0 for c in ledger.candidates)
+    return max(0, context.options.n_trials - proposed - n_counted(ledger.candidates))
 
 
 def _batch_of(candidate: Candidate) -> int:
@@ -70,69 +62,46 @@ def _train(ledger: Ledger, method: OptunaSampler, context: Context) -> None:
             train_fully(ledger, context)
         return
     for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
-        halve(_Batch(ledger, batch), method.halving, context)
+        trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
+        halve(ledger, trials, method.halving, context)
 
 
-class _Batch(Ledger):
-    """The trials of one batch as a ledger of their own, so that they are halved among themselves.
-
-    Its results are kept in the whole.
-    """
-
-    def __init__(self, whole: Ledger, batch: int) -> None:
-        super().__init__(None)
-        self.whole = whole
-        self.candidates = [c for c in whole.candidates if _batch_of(c) == batch]
-        numbers = {c.number for c in self.candidates}
-        self.results = {number: whole.results[number] for number in numbers & whole.results.keys()}
-
-    def finish(self, results: Sequence[Result]) -> None:
-        """Keep the results in the whole ledger."""
-        self.whole.finish(results)
-        super().finish(results)
-
-
-def _caught_up(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> OptunaStudy:
-    """Return a conversation with a fresh copy of the sampler in which all results so far have been told, in order.
+def _study_so_far(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> OptunaStudy:
+    """Return a study of a fresh copy of the sampler in which all results so far have been told, in order.
 
     The copy is asked again for what it was asked before. A seeded sampler proposes the same again, and then goes on as
     if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
     its proposals.
     """
-    asking = OptunaStudy(method.sampler, space)
-    if _tell_again(asking, ledger, context, instead=False):
-        return asking
+    study = OptunaStudy(method.sampler, space)
+    if _repeat(study, ledger, context, enqueue=False):
+        return study
     context.progress.say(
         "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a reseeded "
         "copy of it is told their results."
     )
-    asking = OptunaStudy(method.sampler, space, reseed=True)
-    _tell_again(asking, ledger, context, instead=True)
-    return asking
+    study = OptunaStudy(method.sampler, space, reseed=True)
+    _repeat(study, ledger, context, enqueue=True)
+    return study
 
 
-def _tell_again(asking: OptunaStudy, ledger: Ledger, context: Context, *, instead: bool) -> bool:
+def _repeat(study: OptunaStudy, ledger: Ledger, context: Context, *, enqueue: bool) -> bool:
     """Tell the results of the ledger, batch by batch; False where a proposal is another than the first time.
 
-    instead: put what was proposed in the place of what is proposed now.
+    enqueue: put what was proposed in the place of what is proposed now.
     """
     for batch, group in groupby(ledger.candidates, _batch_of):
         candidates = list(group)
         if batch == 0:
-            _add(asking, candidates, ledger, context)
+            for c in candidates:
+                if not study.add(c.params, ledger.results[c.number]):
+                    context.progress.say(
+                        f"note: trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
+                    )
             continue
-        asked = [asking.ask(c.params if instead else None) for c in candidates]
-        if any(params != c.params for (_, params), c in zip(asked, candidates)):
+        proposals = [study.ask(c.params if enqueue else None) for c in candidates]
+        if any(params != c.params for (_, params), c in zip(proposals, candidates)):
             return False
-        for (trial, _), candidate in zip(asked, candidates):
-            asking.tell(trial, ledger.results[candidate.number])
+        for (trial, _), candidate in zip(proposals, candidates):
+            study.tell(trial, ledger.results[candidate.number])
     return True
-
-
-def _add(asking: OptunaStudy, candidates: Sequence[Candidate], ledger: Ledger, context: Context) -> None:
-    """Tell the results of trials that were given, the default one and the included ones."""
-    for candidate in candidates:
-        if not asking.add(candidate.params, ledger.results[candidate.number]):
-            context.progress.say(
-                f"note: trial {candidate.number} ({candidate.origin}) is not in the space, so the sampler is not told."
-            )

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing, trains_as
 from gputune.engine.construction import Builder
 from gputune.engine.inspection import known_traits
-from gputune.engine.job import Fits, Job, Outcome, Progress
+from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp, Need, run_in_parts
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import ModelKind, Population, populations
@@ -20,7 +21,8 @@ from gputune.engine.stop import Stop
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
-from gputune.hypergradients.chunk import HypergradientJob, plan_chunks
+from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
+from gputune.search.descent import Hypergradient
 from gputune.types import Backend, Config
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -154,6 +156,21 @@ class Trainer:
                 if isinstance(outcome, Outcome):
                     _expect(job, outcome.index)
                 yield outcome
+
+    def train_module(self, config: Config, descent: Hypergradient | None, *, epochs: int) -> nn.Module:
+        """Train one configuration, a point of a ``descent`` as it was there, on the only fold; return the module."""
+        (chunk,) = self.groups([config])
+        if descent is not None:
+            job = self.job(
+                HypergradientJob,
+                epochs=epochs,
+                wanted=tuple(descent.hyperparameters),
+                segments=descent.segments,
+                per_layer=descent.per_layer,
+            )
+            return train_scheduled(job, self.data, chunk)
+        with computing(self.plan([chunk], epochs=epochs).threads):
+            return train_chunk(self.job(Job, epochs=epochs), self.data, chunk).member(0, 0)
 
 
 def _here(job: Job, data: Dataset, plan: Plan) -> AbstractContextManager[Executor]:

@@ -268,7 +268,7 @@ def test_a_worker_without_the_package_is_named(cluster, begun, tmp_path, monkeyp
 def test_a_cluster_without_nodes_ends_the_search(cluster, begun, monkeypatch):
     go_on, _ = begun
     nodes, asked = ray_cluster.RayCluster._nodes, []
-    monkeypatch.setattr(ray_cluster, "_LOOK", -1)  # at once, while its tasks are on their way
+    monkeypatch.setattr(ray_cluster, "_COUNT_SECONDS", -1)  # at once, while its tasks are on their way
     monkeypatch.setattr(
         ray_cluster.RayCluster,
         "_nodes",

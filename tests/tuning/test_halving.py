@@ -94,10 +94,12 @@ def test_brackets_share_the_run(iris):
 def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket(monkeypatch):
     """At the first rung those of the first bracket are judged, by their numbers and not by their places."""
     method, kept = gputune.Halving(min_epochs=1, brackets=3), [n for n in range(13) if n != 3]
-    ledger = SimpleNamespace(candidates=[Candidate(n, {}, "random") for n in kept])
+    trials = [Candidate(n, {}, "random") for n in kept]
     rules = []
-    monkeypatch.setattr(rungs, "train_in_rungs", lambda ledger, stops, rule, context: rules.append(rule))
-    rungs.halve(ledger, method, SimpleNamespace(epochs=9))
+    monkeypatch.setattr(
+        rungs, "train_in_rungs", lambda ledger, trials, stops, rule, context: rules.append(rule)
+    )
+    rungs.halve(None, trials, method, SimpleNamespace(epochs=9))
     away = rules[0](1, {n: np.full((1, 2), float(n)) for n in kept})
     first = [n for n in kept if method.brackets_of(13, 9)[n] == 0]
     assert away == set(first[: -(len(first) // 3)]) and first != [
