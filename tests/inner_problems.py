@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock
+from gputune.hypergradients.result import CHAOTIC, Hypergradients
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")
 OF = {
@@ -24,6 +25,17 @@ OF = {
 }
 CALM = {"sgd": 0.1, "momentum": 0.03, "nesterov": 0.03, "adam": 0.01, "adamw": 0.01}
 DIMS, ROWS, VALID = (5, 3), 120, 30  # inputs and outputs; training rows; validation rows
+
+
+def chaotic(ratio: Tensor) -> Tensor:
+    """Which members are chaotic, or no longer finite."""
+    return ~(ratio <= CHAOTIC)
+
+
+def usable(result: Hypergradients) -> Tensor:
+    """Which members have finite gradients that are not noise."""
+    finite = [table.isfinite().flatten(1).all(1) for table in result.gradients.values()]
+    return ~chaotic(result.ratio) & torch.stack(finite).all(0)
 
 
 def rule_of(optimizer: str) -> str:

@@ -130,8 +130,7 @@ class PopulationTraining:
             scoring(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
             for f in range(self.folds)
         ]
-        found: np.ndarray = torch.stack(columns, 1).cpu().numpy()
-        return found
+        return np.asarray(torch.stack(columns, 1).cpu().numpy())
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
         rows = self.data.rows(fold, self.data.folds[fold].valid)
@@ -166,12 +165,13 @@ class PopulationTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class HypergradientJob(Job):
-    """What every chunk has in common: ``wanted`` hyperparameters, ``segments`` each, a value for each layer or not.
+    """What every chunk has in common.
 
+    Each of ``hyperparameters``, which are searched, has ``segments``, and a value for each layer or not.
     ``budget`` is in bytes; "exact" is the fastest of reverse and forward mode that fits into it.
     """
 
-    wanted: tuple[str, ...] = ("lr",)
+    hyperparameters: tuple[str, ...] = ("lr",)
     segments: int = 1
     per_layer: bool = False
     mode: Literal["exact", "differences"] = "exact"
@@ -195,25 +195,27 @@ class HypergradientJob(Job):
             if self.is_over() and epoch < self.epochs:
                 raise _OverError(epoch)
 
-        epochs, found = self.epochs, None
+        epochs, result = self.epochs, None
         try:
-            found = self._differentiate(problem, watch)
+            result = self._differentiate(problem, watch)
         except _OverError as over:
             epochs = over.epochs
         seconds = time.monotonic() - begin
-        return Slopes(chunk.index, curves, epochs, seconds, *_by_trial(found, self.wanted, data.n_folds))
+        return Slopes(
+            chunk.index, curves, epochs, seconds, *_by_trial(result, self.hyperparameters, data.n_folds)
+        )
 
     def _differentiate(self, problem: InnerProblem[PopulationTraining], watch: Watch) -> Hypergradients:
         if self.mode == "differences":
-            return differences(problem, self.wanted, width=WIDE, watch=watch)
+            return differences(problem, self.hyperparameters, width=WIDE, watch=watch)
         mode, _ = self.mode_of(problem)
         if mode == "forward":
-            return forward(problem, self.wanted, watch=watch)
-        return reverse(problem, self.wanted, checkpoint=mode == "checkpointed", watch=watch)
+            return forward(problem, self.hyperparameters, watch=watch)
+        return reverse(problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch)
 
     def mode_of(self, problem: InnerProblem[PopulationTraining]) -> tuple[ExactMode, Need]:
         """Return the fastest mode whose memory the budget holds, and what each will need."""
-        need, number = measure(problem), problem.entries(self.wanted)
+        need, number = measure(problem), problem.entries(self.hyperparameters)
         steps = problem.training.steps
         return fastest_that_fits(need, self.budget, steps=steps, hyperparameters=number), need
 
@@ -225,7 +227,7 @@ class HypergradientJob(Job):
         for name in HYPERPARAMETERS:
             default = {"beta1": BETA1, "beta2": BETA2}.get(name, 0.0)
             rows = [
-                _table(config.get(name, default), whole if name in self.wanted else None)
+                _table(config.get(name, default), whole if name in self.hyperparameters else None)
                 for config in configs
             ]
             members = np.tile(np.stack(rows), (training.folds, 1, 1))
@@ -280,18 +282,18 @@ def _table(value: float | list[float] | list[list[float]], whole: tuple[int, int
 
 
 def _by_trial(
-    found: Hypergradients | None, wanted: tuple[str, ...], folds: int
+    result: Hypergradients | None, names: tuple[str, ...], folds: int
 ) -> tuple[np.ndarray | None, dict[str, np.ndarray] | None, np.ndarray | None]:
     """Turn the member axis (fold-major) into trials x folds."""
-    if found is None:
+    if result is None:
         return None, None, None
 
     def turned(table: Tensor) -> np.ndarray:
         array: np.ndarray = table.detach().double().cpu().numpy()
         return array.reshape(folds, -1, *array.shape[1:]).swapaxes(0, 1)
 
-    slopes = {name: turned(found.gradients[name]) for name in wanted}
-    return turned(found.value), slopes, turned(found.ratio)
+    slopes = {name: turned(result.gradients[name]) for name in names}
+    return turned(result.value), slopes, turned(result.ratio)
 
 
 def plan_chunks(
@@ -319,7 +321,7 @@ def plan_chunks(
 
     def cost_of(population: Population, plain: Cost) -> Cost:
         problem = inner_problem(sized, data, population.part(0, 1))
-        training, number = problem.training, problem.entries(job.wanted)
+        training, number = problem.training, problem.entries(job.hyperparameters)
         if job.segments > training.totals.min():
             raise InputError(
                 f"Hypergradient(segments=...) must be at most the number of steps, got {job.segments} segments for "

@@ -47,14 +47,14 @@ def twice_differentiable(training: Training) -> Iterator[None]:
 
 def nodes(tensor: Tensor) -> set[Node]:
     """Return the nodes of the graph that a tensor was computed by."""
-    found: set[Node] = set()
+    graph: set[Node] = set()
     waiting = [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in graph:
+            graph.add(node)
             waiting += [following for following, _ in node.next_functions]
-    return found
+    return graph
 
 
 @torch.enable_grad()
@@ -121,9 +121,9 @@ def _suspects(training: Training) -> str:
     """Name what is known to have no second derivative, and the functions of the user's own."""
     weights = training.start().requires_grad_()
     with torch.enable_grad():
-        found = nodes(training.losses(weights, 0))
-    functions = [type(n) for n in found if isinstance(n, torch.autograd.function.BackwardCFunction)]
-    functions += [type(n) for n in found if "WeightNorm" in type(n).__name__]
+        graph = nodes(training.losses(weights, 0))
+    functions = [type(n) for n in graph if isinstance(n, torch.autograd.function.BackwardCFunction)]
+    functions += [type(n) for n in graph if "WeightNorm" in type(n).__name__]
     names = sorted({kind.__name__.removesuffix("0").removesuffix("Backward") for kind in functions})
     return f" ({', '.join(names)})" if names else ""
 

@@ -114,12 +114,12 @@ class Dual:
 
 
 def forward(
-    problem: InnerProblem[Training], wanted: Sequence[str], *, watch: Watch | None = None
+    problem: InnerProblem[Training], names: Sequence[str], *, watch: Watch | None = None
 ) -> Hypergradients:
-    """Return the hypergradients of ``wanted`` by carrying a tangent of the state along for each of their entries."""
+    """Return the hypergradients of ``names`` by carrying a tangent of the state along for each of their entries."""
     training, tables, state = problem.training, problem.tables, problem.start()
     # Those of the first segments first: at every step, the ones that have begun are a prefix.
-    columns = sorted(columns_of(tables, wanted), key=lambda column: column[1] / tables[column[0]].shape[1])
+    columns = sorted(columns_of(tables, names), key=lambda column: column[1] / tables[column[0]].shape[1])
     tangents = _Tangents(problem, columns, state)
     for step in range(training.steps):
         state = tangents.step(state, step)
@@ -129,7 +129,7 @@ def forward(
     with torch.enable_grad():
         value = training.validation(weights)
         (slopes,) = torch.autograd.grad(value.sum(), weights, materialize_grads=True)
-    gradients = {name: torch.zeros_like(tables[name]) for name in wanted}
+    gradients = {name: torch.zeros_like(tables[name]) for name in names}
     for (name, s, layer), tangent in zip(columns, tangents.weights):
         gradients[name][:, s, layer] = (slopes * tangent).sum(1)
     return Hypergradients(value.detach(), gradients, tangents.ratio, state.weights)

@@ -87,32 +87,32 @@ def hypergradient(
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     tables = check_hyperparameters(hyperparameters, rule, training)
     others = {**default_tables(rule, momentum, training.start()), **_fixed(fixed, tables, rule, training)}
-    choice, result = _differentiate(InnerProblem(training, rule, {**others, **tables}), list(tables), request)
+    choice, slopes = _differentiate(InnerProblem(training, rule, {**others, **tables}), list(tables), request)
     shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
-    gradient = {name: table.view(shapes[name]) for name, table in result.gradients.items()}
-    found = HypergradientResult(
-        value=float(result.value),
+    gradient = {name: table.view(shapes[name]) for name, table in slopes.gradients.items()}
+    result = HypergradientResult(
+        value=float(slopes.value),
         gradient=gradient,
         log_gradient={name: slope * tables[name].view(shapes[name]) for name, slope in gradient.items()},
-        parameters={name: w.detach().clone() for name, w in training.parameters(result.weights).items()},
-        ratio=float(result.ratio),
+        parameters={name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()},
+        ratio=float(slopes.ratio),
         mode="reverse" if choice.mode == "checkpointed" else choice.mode,
         reason=choice.reason,
     )
-    _warn(found)
-    return found
+    _warn(result)
+    return result
 
 
-def _warn(found: HypergradientResult) -> None:
+def _warn(result: HypergradientResult) -> None:
     """Warn of a result that says nothing."""
-    if not math.isfinite(found.value):
+    if not math.isfinite(result.value):
         text = (
-            f"the validation loss is {found.value}: look for NaN in the minibatches and in valid, or lower the "
+            f"the validation loss is {result.value}: look for NaN in the minibatches and in valid, or lower the "
             "learning rate."
         )
-    elif found.chaotic:
+    elif result.chaotic:
         text = (
-            f"training is chaotic: it amplifies a small change {found.ratio:.3g} times, and the gradient is noise; "
+            f"training is chaotic: it amplifies a small change {result.ratio:.3g} times, and the gradient is noise; "
             "lower the learning rate, train for fewer steps, or look at the trend with a wide finite difference."
         )
     else:
@@ -153,21 +153,21 @@ class _Choice:
 
 
 def _differentiate(
-    problem: InnerProblem[ModuleTraining], wanted: list[str], request: _Request
+    problem: InnerProblem[ModuleTraining], names: list[str], request: _Request
 ) -> tuple[_Choice, Hypergradients]:
     training = problem.training
     training.check_graph()
     if request.mode == "fd":
-        _check_above_zero(problem.tables, wanted)
+        _check_above_zero(problem.tables, names)
         width = default_width(training.start().dtype)
         reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
-        return _Choice("fd", reason), differences(problem, wanted, width=width)
+        return _Choice("fd", reason), differences(problem, names, width=width)
     with twice_differentiable(training):
-        choice = _choose(request, measure(problem), problem, problem.entries(wanted))
+        choice = _choose(request, measure(problem), problem, problem.entries(names))
         if choice.mode == "forward":
-            return choice, forward(problem, wanted)
+            return choice, forward(problem, names)
         blocks = choice.mode == "checkpointed"
-        return choice, reverse(problem, wanted, truncate=request.truncate, checkpoint=blocks)
+        return choice, reverse(problem, names, truncate=request.truncate, checkpoint=blocks)
 
 
 def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int) -> _Choice:
@@ -221,8 +221,8 @@ def _checked_batches(batches: Iterable[Pair]) -> list[Pair]:
 
 def _check_pair(name: str, pair: object) -> None:
     if not isinstance(pair, tuple | list) or len(pair) != 2:
-        found = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
-        raise InputError(f"{name} must be a pair (x, y), got {found}; put several inputs into one x.")
+        got = f"{len(pair)} values" if isinstance(pair, tuple | list) else type(pair).__name__
+        raise InputError(f"{name} must be a pair (x, y), got {got}; put several inputs into one x.")
 
 
 def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
@@ -239,8 +239,8 @@ def _check_choice(mode: object, truncate: int | None, checkpoint: bool) -> None:
         )
 
 
-def _check_above_zero(tables: Tables, wanted: Iterable[str]) -> None:
-    for name in wanted:
+def _check_above_zero(tables: Tables, names: Iterable[str]) -> None:
+    for name in names:
         if bool((tables[name] == 0).any()):
             raise InputError(
                 f"hyperparameters[{name!r}] must be above 0 for mode='fd', which moves it in its logarithm, got "

@@ -264,10 +264,10 @@ def differentiate_minimum(
             "the inputs."
         )
     places = [torch.arange(len(x), len(rows), device=rows.device)]
-    found = implicit_gradients(problem, solution, places, memory=memory)
-    slope = found.gradient[0]
+    implicit = implicit_gradients(problem, solution, places, memory=memory)
+    slope = implicit.gradient[0]
     return HypergradientResult(
-        value=float(found.value),
+        value=float(implicit.value),
         gradient={"C": slope / C},
         log_gradient={"C": slope},
         parameters=dict(solved_module(solution, 0).named_parameters()),

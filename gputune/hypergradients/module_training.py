@@ -34,11 +34,11 @@ class ModuleTraining:
         self.objective = Stateless(_Objective(module, loss))
         self.steps = len(batches)
         self.totals = np.array([self.steps])
-        self.own = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.sizes = [p.numel() for p in self.own.values()]
+        self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.sizes = [p.numel() for p in self.trained.values()]
         self.layers = layers_of(module)
-        numbers = torch.tensor([self.layers.index(name.rpartition(".")[0]) for name in self.own])
-        like = next(iter(self.own.values()))
+        numbers = torch.tensor([self.layers.index(name.rpartition(".")[0]) for name in self.trained])
+        like = next(iter(self.trained.values()))
         self.device, self.dtype = like.device, like.dtype
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
         # Clones, since a forward may write into them.
@@ -49,7 +49,7 @@ class ModuleTraining:
 
     def start(self) -> Tensor:
         """Return the module's own parameters, (1, N)."""
-        return torch.cat([p.detach().flatten() for p in self.own.values()])[None]
+        return torch.cat([p.detach().flatten() for p in self.trained.values()])[None]
 
     def clock(self, step: int) -> Clock:
         """Return the step's number: there is one member, and it takes every step."""
@@ -101,7 +101,7 @@ class ModuleTraining:
         with torch.no_grad():
             self.validation(self.start())  # so that what is wrong with the pair is said before the training
         read = {id(getattr(node, "variable", None)) for node in nodes(loss)}
-        behind = [name for name, p in self.own.items() if id(p) in read]
+        behind = [name for name, p in self.trained.items() if id(p) in read]
         if behind:
             raise InputError(
                 f"loss or module reads the parameter {behind[0]!r} from a variable of its own, where training does not "
@@ -111,7 +111,7 @@ class ModuleTraining:
     def parameters(self, weights: Tensor) -> Params:
         """Return the named parameters that a row (1, N) holds."""
         parts = torch.split(weights[0], self.sizes)
-        return {name: part.view(p.shape) for (name, p), part in zip(self.own.items(), parts)}
+        return {name: part.view(p.shape) for (name, p), part in zip(self.trained.items(), parts)}
 
 
 @contextmanager
@@ -170,9 +170,9 @@ def check_module(module: nn.Module) -> None:
         raise InputError("module has no parameter with requires_grad: there is nothing to train.")
     kinds = {(p.dtype, p.device) for p in trained.values()}
     if len(kinds) > 1 or not next(iter(kinds))[0].is_floating_point:
-        found = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+        kinds_words = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise InputError(
-            f"module must have its trained parameters in one floating dtype on one device, got {found}; "
+            f"module must have its trained parameters in one floating dtype on one device, got {kinds_words}; "
             "use module.to(device, dtype)."
         )
     for name, part in module.named_modules():

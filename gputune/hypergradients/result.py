@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gputune.errors import InputError
@@ -25,17 +24,6 @@ CHAOTIC = 100.0
 Measured on a 10-32-32-3 tanh network over 300 steps: up to 20, finite differences in double precision agree to 1e-6;
 from some hundreds on they differ from 1e-3 to 1, and single from double precision as much.
 """
-
-
-def chaotic(ratio: Tensor) -> Tensor:
-    """Return which members are chaotic, or no longer finite."""
-    return ~(ratio <= CHAOTIC)
-
-
-def usable(ratio: Tensor, gradients: dict[str, Tensor]) -> Tensor:
-    """Return which members (P,) have finite gradients that are not noise."""
-    finite = [table.isfinite().flatten(1).all(1) for table in gradients.values()]
-    return ~chaotic(ratio) & torch.stack(finite).all(0)
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,13 @@ from gputune.hypergradients.result import Hypergradients
 
 def reverse(
     problem: InnerProblem[Training],
-    wanted: Sequence[str],
+    names: Sequence[str],
     *,
     truncate: int | None = None,
     checkpoint: bool = False,
     watch: Watch | None = None,
 ) -> Hypergradients:
-    """Return the hypergradients of ``wanted`` by going back through training.
+    """Return the hypergradients of ``names`` by going back through training.
 
     ``truncate=K`` goes back through the last K steps only, as if the weights before them did not depend on the
     hyperparameters. ``checkpoint`` keeps the state of every sqrt(T)-th step and trains the steps between again on
@@ -43,7 +43,7 @@ def reverse(
     for here, there in zip([0, *edges[:-2]], edges[:-1]):  # up to where the last block begins
         state = problem.advance(state, range(here, there), watch)
         starts.append(state)
-    leaves = {name: tables[name].detach().requires_grad_() for name in wanted}
+    leaves = {name: tables[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
         spread = rows_of(leaves, training.layer)
     # Differentiated by the rows, which many steps share, and only then by the tables.
@@ -61,13 +61,13 @@ def reverse(
             with torch.enable_grad():
                 value = training.validation(end.weights)
                 outputs = [value.sum()]
-        found = torch.autograd.grad(
+        slopes = torch.autograd.grad(
             outputs, [*searched, start.weights, *start.moments], adjoint, materialize_grads=True
         )
-        total = [a + b for a, b in zip(total, found)] if total else list(found[: len(searched)])
-        adjoint = list(found[len(searched) :])
+        total = [a + b for a, b in zip(total, slopes)] if total else list(slopes[: len(searched)])
+        adjoint = list(slopes[len(searched) :])
     ends = [row for parts in spread.values() for row in parts]
-    gradients = dict(zip(wanted, torch.autograd.grad(ends, list(leaves.values()), total)))
+    gradients = dict(zip(names, torch.autograd.grad(ends, list(leaves.values()), total)))
     return Hypergradients(value.detach(), gradients, record.ratio(weights), weights)
 
 
@@ -125,17 +125,17 @@ def default_width(dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def differences(
-    problem: InnerProblem[Training], wanted: Sequence[str], *, width: float, watch: Watch | None = None
+    problem: InnerProblem[Training], names: Sequence[str], *, width: float, watch: Watch | None = None
 ) -> Hypergradients:
-    """Return the hypergradients of ``wanted`` from trainings at +-``width`` in the hyperparameter's coordinate.
+    """Return the hypergradients of ``names`` from trainings at +-``width`` in the hyperparameter's coordinate.
 
     Every value must be above 0. ``ratio`` is |weights(+) - weights(-)| / (2 width |weights|) after the last step.
     """
     training, tables = problem.training, problem.tables
     weights = problem.train(watch)
-    gradients = {name: torch.zeros_like(tables[name]) for name in wanted}
+    gradients = {name: torch.zeros_like(tables[name]) for name in names}
     ratio = weights.new_zeros(len(weights))
-    for name, s, layer in columns_of(tables, wanted):
+    for name, s, layer in columns_of(tables, names):
         table = tables[name]
         shift = torch.zeros_like(table)
         shift[:, s, layer] = width

@@ -92,8 +92,8 @@ def _is_own(path: Path) -> bool:
     """Whether a file or folder, no link, belongs to this user, and no other may write to it."""
     if not hasattr(os, "geteuid"):  # Windows, where a user's cache is the user's
         return True
-    found = path.lstat()
-    return found.st_uid == os.geteuid() and not found.st_mode & 0o022 and not path.is_symlink()
+    status = path.lstat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022 and not path.is_symlink()
 
 
 def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
@@ -108,9 +108,9 @@ def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    found = ctypes.CDLL(str(path))
-    found.train_members.restype = ctypes.c_int
-    return found
+    loaded = ctypes.CDLL(str(path))
+    loaded.train_members.restype = ctypes.c_int
+    return loaded
 
 
 def _digest(path: Path) -> str:
@@ -126,12 +126,12 @@ def _key(compiler: str) -> str:
 
 def _processor() -> str:
     """The processor and what it can do, as far as the system says it."""
-    wanted = ("model name", "flags", "Features", "CPU part")
+    facts = ("model name", "flags", "Features", "CPU part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    said = sorted({line for line in lines if line.startswith(wanted)})
+    said = sorted({line for line in lines if line.startswith(facts)})
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
 
 
@@ -142,14 +142,7 @@ def _build(compiler: str, path: Path, *, double: bool) -> Path:
     """
     with scratch_folder(path.parent, prefix="build") as folder:
         built = folder / path.name
-        words = [
-            *FLAGS,
-            *(["-DDOUBLE"] if double else []),
-            str(FOLDER / "members.c"),
-            "-o",
-            str(built),
-            "-lm",
-        ]
+        words = [*FLAGS, *["-DDOUBLE"] * double, str(FOLDER / "members.c"), "-o", str(built), "-lm"]
         for more in ([_WHOLE_VECTORS], []):
             done = _run([compiler, *more, *words])
             if done.returncode == 0:

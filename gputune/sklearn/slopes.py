@@ -127,7 +127,7 @@ def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place,
     """Differentiate the configurations of a batch in its folds."""
     trainer = batch.trainer(request.workers, request.deadline)
     job = trainer.job(
-        HypergradientJob, epochs=batch.recipes[0].epochs, wanted=request.names, mode=request.mode
+        HypergradientJob, epochs=batch.recipes[0].epochs, hyperparameters=request.names, mode=request.mode
     )
     plan, job = trainer.plan_differentiated(batch.configs, job)
     plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))

@@ -228,7 +228,7 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
     job = context.trainer.job(
         HypergradientJob,
         epochs=context.epochs,
-        wanted=searched_names(method, context.choice),
+        hyperparameters=searched_names(method, context.choice),
         segments=method.segments,
         per_layer=method.per_layer,
         mode=mode,

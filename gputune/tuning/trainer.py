@@ -164,7 +164,7 @@ class Trainer:
             job = self.job(
                 HypergradientJob,
                 epochs=epochs,
-                wanted=tuple(descent.hyperparameters),
+                hyperparameters=tuple(descent.hyperparameters),
                 segments=descent.segments,
                 per_layer=descent.per_layer,
             )

@@ -8,9 +8,8 @@ import torch
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import HYPERPARAMETERS, InnerProblem
-from gputune.hypergradients.result import chaotic
 from gputune.hypergradients.reverse import default_width, differences, reverse
-from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, rule_of, tables_of
+from inner_problems import OF, OPTIMIZERS, Quadratics, StackedNets, chaotic, rule_of, tables_of
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
