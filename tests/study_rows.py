@@ -55,8 +55,5 @@ def change(path, statement, values=()):
 
 def record(**more):
     """The record of a search as short as they come."""
-    arguments = {"kept": {}, "space": None, "folds": [], "lacking": [], "callbacks": []}
     data = {"rows": 9, "columns": 2, "sha256": ""}
-    return SearchRecord(
-        model="mlp", spec={"kind": "mlp"}, fingerprint=data, seed=0, arguments=arguments, **more
-    )
+    return SearchRecord(model="mlp", spec={"kind": "mlp"}, fingerprint=data, seed=0, **more)

@@ -73,7 +73,7 @@ def resume(arguments: argparse.Namespace) -> str:
     record = Study.open(study).record
     with profile.clock(PREPARING), blaming_options(study):
         recorded = recorded_search(study, record, changes, trust_code=arguments.trust_code)
-    if callbacks := record.arguments.get("callbacks"):
+    if callbacks := record.arguments.callbacks:
         Progress(arguments.verbose).say(
             f"note: {', '.join(callbacks)}: callbacks are not held by a study file, so these are not called."
         )

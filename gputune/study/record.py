@@ -34,6 +34,24 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What only makes a search again.
+
+    kept        options of ``tune`` by name, beside those that the record has as fields
+    space       as plain values, see ``choices_to_json``; None where it has an object of the user's own
+    folds       packed
+    lacking     what a file cannot hold and the search needs, in words
+    callbacks   those that will not be called again
+    """
+
+    kept: Mapping[str, Any] = field(default_factory=dict)
+    space: Any = None
+    folds: list[list[str]] = field(default_factory=list)
+    lacking: Sequence[str] = ()
+    callbacks: Sequence[str] = ()
+
+
 @dataclass(frozen=True)
 class Part:
     """What a field of a record is for.
@@ -82,7 +100,6 @@ class SearchRecord:
     positive        the class that ``scoring`` is of; None: of none
     max_epochs      1 for a model that is solved
     device          where it trained first; it may go on elsewhere
-    arguments       what only makes the search again, see ``tuning/resume.py``
     """
 
     face: str = _part("")
@@ -117,7 +134,7 @@ class SearchRecord:
     dtype: str = _argument("", "dtype")
     device: str = _part("")
     versions: Mapping[str, str] = _part(dict, form={"": str})
-    arguments: Mapping[str, Any] = _part(dict, form=ARGUMENTS)
+    arguments: Arguments = field(default_factory=Arguments, metadata={"part": Part(form=ARGUMENTS)})
     absent: frozenset[str] = frozenset({"face"})
 
     @classmethod
@@ -125,12 +142,16 @@ class SearchRecord:
         """Return the record of a file's options; those of a later version are left out."""
         names = {part.name for part in fields(cls)} - {"absent"}
         known = {name: options[name] for name in names & options.keys()}
+        if "arguments" in known:
+            words = {part.name for part in fields(Arguments)} & known["arguments"].keys()
+            known["arguments"] = Arguments(**{word: known["arguments"][word] for word in words})
         return cls(**known, absent=frozenset(names - known.keys()))
 
     def to_json(self) -> dict[str, Any]:
         """Return the options that a file keeps."""
         absent = {*self.absent, "absent"}
-        return {part.name: getattr(self, part.name) for part in fields(self) if part.name not in absent}
+        options = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in absent}
+        return options | ({"arguments": dict(vars(self.arguments))} if "arguments" in options else {})
 
     @property
     def lost(self) -> list[str]:

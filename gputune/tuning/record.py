@@ -18,7 +18,7 @@ from gputune.executors.ray_connection import Ray
 from gputune.search.distributions import described
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.space import Space, space_from_json, space_text, space_to_json
-from gputune.study.record import PARTS, SearchRecord
+from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered
 from gputune.tuning.context import Context
@@ -69,11 +69,7 @@ def search_record(
     )
 
 
-def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> dict[str, Any]:
-    """Return what makes the search again: ``kept``, ``space``, ``folds``.
-
-    ``lacking`` names what a file cannot hold and the search needs, ``callbacks`` those that will not be called again.
-    """
+def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> Arguments:
     values = space_to_json(space)
     lacking = [
         word
@@ -93,15 +89,13 @@ def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]
     if isinstance(options.workers, Ray):
         kept["workers"] = asdict(options.workers)
     callbacks = [type(callback).__name__ for callback in options.callbacks]
-    return {
-        "kept": kept, "space": values, "folds": pack_folds(folds), "lacking": lacking, "callbacks": callbacks,
-    }  # fmt: skip
+    return Arguments(kept=kept, space=values, folds=pack_folds(folds), lacking=lacking, callbacks=callbacks)
 
 
 def recorded_options(record: SearchRecord, **changed: Any) -> Options:
     """Return the options of a search as far as its record tells them, some of them ``changed``."""
     known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in RULES}
-    kept = record.arguments.get("kept", {})
+    kept = record.arguments.kept
     known |= {name: kept[name] for name in KEPT if name in kept}
     return Options(**{**known, "method": method_from_json(record.method), **changed})
 
@@ -165,18 +159,18 @@ def recorded_search(
             "folder. `gputune trials` shows what it holds."
         )
     arguments = record.arguments
-    if arguments["lacking"]:
+    if arguments.lacking:
         raise InputError(
-            f"study {str(path)!r} does not hold: {'; '.join(arguments['lacking'])}. Repeat the call of "
+            f"study {str(path)!r} does not hold: {'; '.join(arguments.lacking)}. Repeat the call of "
             f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
         )
     study = path.absolute()  # wherever a module of the user's goes meanwhile
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     source, test = _reread(record, choice)
-    workers = {**arguments["kept"], **changed}.get("workers", "auto")
+    workers = {**arguments.kept, **changed}.get("workers", "auto")
     if isinstance(workers, dict):
         workers = _cluster(Ray(**workers), trust_code)
-    space, folds = space_from_json(arguments["space"]), unpack_folds(arguments["folds"])
+    space, folds = space_from_json(arguments.space), unpack_folds(arguments.folds)
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
     return RecordedSearch(choice, source, test, options)
 

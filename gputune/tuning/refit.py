@@ -109,7 +109,7 @@ def _lost_weights(what: str) -> InputError:
 
 def _machine(record: SearchRecord) -> dict[str, Any]:
     """Return what a study's file says of the machine, as far as this one has it; a refit is for one process."""
-    kept = record.arguments.get("kept", {})
+    kept = record.arguments.kept
     on_cluster = isinstance(kept.get("workers"), dict)
     device, backend = "auto" if on_cluster else kept.get("device", "auto"), kept.get("backend", "auto")
     try:
@@ -127,7 +127,7 @@ def _machine(record: SearchRecord) -> dict[str, Any]:
 
 def _class_weight(record: SearchRecord) -> Any:
     """Return the class weights of a study: its record has them as text, its arguments as they were given."""
-    kept = record.arguments.get("kept", {})
+    kept = record.arguments.kept
     if record.class_weight in (None, "'balanced'"):
         return None if record.class_weight is None else "balanced"
     if "class_weight" in kept:

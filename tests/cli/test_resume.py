@@ -195,7 +195,7 @@ def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):
     gputune.tune("mlp", "bugs.csv", "kind", n_trials=1, cv=2, max_epochs=1, study="my.db", verbose=0)
     record = gputune.Study.open("my.db").record
     for address in ("local", "auto", "ray://10.0.0.1:10001"):
-        record.arguments["kept"]["workers"] = {"address": address, "cpus": 1}
+        record.arguments.kept["workers"] = {"address": address, "cpus": 1}
         wanted = gputune.Ray(address)
         if wanted.is_elsewhere:
             with pytest.raises(

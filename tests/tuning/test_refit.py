@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune.study.record import SearchRecord
+from gputune.study.record import Arguments, SearchRecord
 from gputune.tuning import refit
 
 
@@ -18,7 +18,7 @@ def machine(monkeypatch, *devices, **kept):
         return torch.device(device)
 
     monkeypatch.setattr(refit, "choose_device", choose)
-    record = SearchRecord(dtype="float32", arguments={"kept": kept})
+    record = SearchRecord(dtype="float32", arguments=Arguments(kept=kept))
     return tuple(refit._machine(record).values())
 
 
