@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import ray
@@ -58,7 +59,7 @@ class Measured:
 
 
 class Watch:
-    """Notes when chunks leave and come back, and how long this process only waited."""
+    """Notes inside of a block when chunks leave and come back, and how long this process only waited."""
 
     def __init__(self) -> None:
         self.left: dict[Any, float] = {}
@@ -66,15 +67,16 @@ class Watch:
         self.waited = self.first = self.last = 0.0
         self.data_bytes = 0
 
-    def __enter__(self) -> "Watch":
-        self._kept = (ray.wait, RayTasks.submit, RayTasks._result, ray_cluster.to_arrays)
-        wait, submit, result, to_arrays = self._kept
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the search in the block."""
+        wait, submit, result, to_arrays = ray.wait, RayTasks.submit, RayTasks._result, ray_cluster.to_arrays
 
         def timed_wait(*arguments: Any, **options: Any) -> Any:
             begin = time.perf_counter()
-            found = wait(*arguments, **options)
+            done = wait(*arguments, **options)
             self.waited += time.perf_counter() - begin
-            return found
+            return done
 
         def timed_submit(tasks: RayTasks, *chunk: Any) -> bool:
             begin = time.perf_counter()
@@ -93,12 +95,12 @@ class Watch:
             self.data_bytes = sum(t.nbytes for t in vars(data).values() if hasattr(t, "nbytes"))
             return to_arrays(data)
 
-        ray.wait, ray_cluster.to_arrays = timed_wait, counted
-        RayTasks.submit, RayTasks._result = timed_submit, timed_result
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        ray.wait, RayTasks.submit, RayTasks._result, ray_cluster.to_arrays = self._kept
+        with (
+            patch.object(ray, "wait", timed_wait),
+            patch.object(ray_cluster, "to_arrays", counted),
+            patch.multiple(RayTasks, submit=timed_submit, _result=timed_result),
+        ):
+            yield
 
 
 def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.Study:
@@ -112,7 +114,8 @@ def search(*, trials: int, epochs: int, study: Path | None = None) -> gputune.St
 def measure(*, trials: int, epochs: int) -> Measured:
     """Run a search on the connected cluster and return what it cost."""
     workers = int(ray.cluster_resources()["CPU"])
-    with tempfile.TemporaryDirectory() as folder, Watch() as watch:
+    watch = Watch()
+    with tempfile.TemporaryDirectory() as folder, watch.watching():
         path = Path(folder) / "study.db"
         study = search(trials=trials, epochs=epochs, study=path)
         store = Store.open(path)

@@ -9,7 +9,6 @@
                                                  sizes; time and memory against trials, folds and epochs
     python scripts/benchmark --quality [--adult adult.data.gz]
                                                  best held-out score against time, random search and halving
-    python scripts/benchmark --big               100,000 rows: the plan, the time, the peak memory
     python scripts/benchmark --hypergradients    what each mode costs over plain training
     python scripts/benchmark --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark --logistic          the solved logistic regression beside scikit-learn's
@@ -38,7 +37,6 @@ from benchmark.work import WIDTHS
 STUDIES = {
     "grid": "losing cases too, and what grows with the work",
     "quality": "81 trials; --repeats is the seeds (5)",
-    "big": "100,000 rows x 50 columns with gputune alone",
     "hypergradients": "the modes on one stacked population",
     "halving": "243 trials, 54 epochs; --repeats is the seeds (10)",
     "logistic": "60 values of C with each penalty, on digits",
@@ -66,7 +64,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--trials", type=positive, default=64, help="length of the shared list (default 64)")
     add(
         "--epochs", type=positive,
-        help="default 20, with --big and --hypergradients 5, --grid 10, --quality 27",
+        help="default 20, with --hypergradients 5, --grid 10, --quality 27",
     )  # fmt: skip
     add("--repeats", type=positive, help="default 3, with --hypergradients 7, --optuna 10, --grid 1")
     add(

@@ -156,20 +156,6 @@ def verdict(descent: Descent) -> str:
     )
 
 
-def sketch(descent: Descent, rows: int = 12) -> str:
-    """Return the grid's losses as dots, higher up for more, and above them the path's points by their step."""
-    height = np.log(np.minimum(descent.losses, descent.losses[np.isfinite(descent.losses)].max()))
-    level = np.round((height - height.min()) / (height.max() - height.min()) * (rows - 1)).astype(int)
-    picture = np.full((rows, len(descent.grid)), " ")
-    picture[level, np.arange(len(level))] = "."
-    for trial, value in zip(descent.path, descent.values):
-        column = np.abs(np.log(descent.grid / value)).argmin()
-        picture[level[column], column] = format(min(trial.origin[1], 15), "x")
-    low, high = f"{descent.grid[0]:g}", f"{descent.grid[-1]:g}"
-    axis = f"{low}{descent.name:^{len(descent.grid) - len(low) - len(high)}}{high}"
-    return "\n".join([*("".join(row).rstrip() for row in picture[::-1]), axis])
-
-
 def descent() -> None:
     """Descend on both hyperparameters and print each path beside its grid."""
     rate = {"optimizer": "adam", "max_epochs": DESCENT_EPOCHS}
@@ -180,7 +166,7 @@ def descent() -> None:
             descend("mlp", "lr", 1e-4, 1e-5, 1, **rate),
         ),
     ):
-        print(f"\n{title}\n\n{table(path)}\n\n{sketch(path)}\n\n{verdict(path)}")
+        print(f"\n{title}\n\n{table(path)}\n\n{verdict(path)}")
 
 
 PARTS = {"cross-validation": cross_validation, "random-search": random_search, "descent": descent}

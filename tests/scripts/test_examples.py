@@ -1,6 +1,5 @@
 """The scripts that a newcomer reads: gputune's numbers beside scikit-learn's, and a descent beside a grid."""
 
-import math
 import re
 from pathlib import Path
 
@@ -69,11 +68,6 @@ def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it
     shown = np.array(re.findall(row, iris.table(regression), re.M), dtype=float)
     np.testing.assert_allclose(shown, np.transpose([regression.values, losses]), rtol=1e-3, atol=1e-4)
     assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
-    *picture, axis = iris.sketch(regression).splitlines()
-    assert sum(line.count(".") for line in picture) == 61 - len(losses)
-    assert picture[0][0] == "." and "0.1" in axis  # the loss is highest at the smallest C
-    regression.losses[-1] = math.inf
-    assert iris.sketch(regression).splitlines()[0][-1] == "."  # a value that diverged is drawn as the worst
 
 
 @pytest.mark.long

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from benchmark.work import BATCH_SIZES, Fold, Outcome, Trial, Work, over_cores, standardised
+from benchmark.work import Fold, Outcome, Trial, Work, over_cores
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
 
@@ -26,21 +26,21 @@ def train(work: Work, cores: int) -> Outcome:
     return over_cores(fit, work, cores)
 
 
-def fit(fold: Fold, trial: Trial, epochs: int, device: str = "cpu") -> float:
+def fit(fold: Fold, trial: Trial, epochs: int) -> float:
     """Train one network on one fold; return its accuracy on the validation rows after the last epoch."""
     with denormals_as_zero():
-        for _, network in zip(range(epochs), trained(fold, trial, device)):
+        for _, network in zip(range(epochs), trained(fold, trial)):
             last = network
     return accuracy(last, fold)
 
 
-def trained(fold: Fold, trial: Trial, device: str = "cpu") -> Iterator[nn.Module]:
+def trained(fold: Fold, trial: Trial) -> Iterator[nn.Module]:
     """Yield the network after each epoch, for ever.
 
     What was faster than its alternatives: fused Adam, rows shuffled once an epoch and sliced, no DataLoader; the
     caller takes denormal numbers for zero.
     """
-    x, y, network = _begin(fold, trial, device)
+    x, y, network = _begin(fold, trial)
     optimizer = torch.optim.Adam(network.parameters(), lr=trial["lr"], fused=True)
     while True:
         for rows, labels in batches(x, y, trial["batch_size"]):
@@ -50,11 +50,11 @@ def trained(fold: Fold, trial: Trial, device: str = "cpu") -> Iterator[nn.Module
         yield network
 
 
-def _begin(fold: Fold, trial: Trial, device: str) -> tuple[Tensor, Tensor, nn.Sequential]:
+def _begin(fold: Fold, trial: Trial) -> tuple[Tensor, Tensor, nn.Sequential]:
     """Return the training rows, their classes and a fresh network."""
-    x, y = (torch.from_numpy(part).to(device) for part in fold[:2])
+    x, y = map(torch.from_numpy, fold[:2])
     torch.manual_seed(0)
-    return x, y, make_network(x.shape[1], trial["width"], int(y.max()) + 1).to(device)
+    return x, y, make_network(x.shape[1], trial["width"], int(y.max()) + 1)
 
 
 def make_network(inputs: int, width: int, classes: int) -> nn.Sequential:
@@ -76,34 +76,15 @@ def denormals_as_zero() -> Iterator[None]:
 
 def batches(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield one epoch's minibatches in a new order, the last one shorter."""
-    order = torch.randperm(len(x), device=x.device)
+    order = torch.randperm(len(x))
     yield from zip(*(torch.split(part.index_select(0, order), size) for part in (x, y)))
 
 
 def accuracy(network: nn.Module, fold: Fold) -> float:
     """Return the accuracy on the validation rows of a fold."""
-    device = next(network.parameters()).device
-    x, y = (torch.from_numpy(part).to(device) for part in fold[2:])
+    x, y = map(torch.from_numpy, fold[2:])
     with torch.no_grad():
         return float((network(x).argmax(1) == y).float().mean())
-
-
-def eager_seconds(work: Work, device: str) -> tuple[float, int]:
-    """Seconds that the loop would take for the whole work on one device, and the number of trials it was timed on.
-
-    One trial of each batch size is trained on all folds. The rest is in proportion to the steps, whose time on
-    a GPU is that of their launches, whatever the batch and the width.
-    """
-    firsts = (next((t for t in work.trials if t["batch_size"] == size), None) for size in BATCH_SIZES)
-    part = [trial for trial in firsts if trial is not None]
-    folds = standardised(work)
-    fit(folds[0], part[0], 1, device)  # warm-up
-    begin = time.perf_counter()
-    for trial in part:
-        for fold in folds:
-            fit(fold, trial, work.epochs, device)
-    seconds = time.perf_counter() - begin
-    return seconds * work.steps(work.trials) / work.steps(part), len(part)
 
 
 def train_skorch(work: Work, cores: int) -> Outcome:
@@ -117,7 +98,7 @@ def fit_skorch(fold: Fold, trial: Trial, epochs: int) -> float:
 
     X, y, X_valid, y_valid = fold
     classifier = skorch.NeuralNetClassifier(
-        _begin(fold, trial, "cpu")[2],
+        _begin(fold, trial)[2],
         criterion=nn.CrossEntropyLoss,  # of logits, as everywhere else; the default wants probabilities
         optimizer=torch.optim.Adam,
         optimizer__fused=True,
@@ -151,7 +132,7 @@ def train_compiled(work: Work, cores: int) -> Outcome:
 
 def fit_compiled(fold: Fold, trial: Trial, epochs: int) -> float:
     """Train one network on one fold; return its accuracy on the validation rows after the last epoch."""
-    x, y, network = _begin(fold, trial, "cpu")
+    x, y, network = _begin(fold, trial)
     weights = [parameter.detach() for parameter in network.parameters()]
     first, second = ([torch.zeros_like(weight) for weight in weights] for _ in range(2))
     # Tensors, because another number would be compiled anew.

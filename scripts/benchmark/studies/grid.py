@@ -1,23 +1,31 @@
 """gputune beside scikit-learn and the PyTorch loop over trials x widths x batch sizes, and what grows with the work.
 
 Every trial of a cell has the cell's width and batch size. The cells in which gputune is slower are in the table too.
+What grows is measured in fresh processes: python -m benchmark.studies.grid TRIALS FOLDS EPOCHS prints one as JSON.
 """
 
+import json
+import re
+import subprocess
+import sys
+import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from benchmark.engines import choose, split_by_lack
+from benchmark.engines.gputune import train
 from benchmark.report import counted, describe_machine, page, publish, table
-from benchmark.studies.big import GROWN, Growth, growth_table, measure_growth
 from benchmark.studies.training import AGREEMENT, Measured, compiled_ratio, measure, ratio, runs
 from benchmark.work import Work, digits_work
 
 TRIALS = (1, 16)  # and the command's --trials
 WIDTHS, BATCH_SIZES = (16, 64, 256, 512), (16, 64, 256)
 EPOCHS = 10  # with fewer, other laws of the start show in the accuracies
+FOLDS = 5  # of the least work that grows
 GROWTH = 8  # times the least number of trials, of folds, of epochs
 
 HOW = """\
@@ -29,7 +37,30 @@ each engine over the cells must be the same, to {agreement}, before a time is sh
 Digits, 5 folds, {epochs} epochs. Mean accuracies: {means}.
 """
 
+GROWN = """\
+Digits, widths 16 to 64, each search in a fresh process, without compiling. Linear growth shows as a time for each
+trial, fold and epoch that does not rise; memory is the peak of the process, and how far it is above what the imports
+and the data took.
+"""
+
 Cell = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One search: seconds without compiling, and the peak memory of its process (MiB), before it and in all."""
+
+    trials: int
+    folds: int
+    epochs: int
+    seconds: float
+    before: float
+    peak: float
+
+    @property
+    def work(self) -> int:
+        """Trials x folds x epochs."""
+        return self.trials * self.folds * self.epochs
 
 
 def run(options: Namespace) -> int:
@@ -111,3 +142,56 @@ def _lost(cells: Sequence[Cell], rival: str) -> str:
     lost = [_name(c["trials"], c["width"], c["batch_size"]) for c in cells if c["ratio"][rival] < 1]
     which = f": {'; '.join(lost)}" if lost else ""
     return f"gputune is slower in {len(lost)} of {len(cells)} cells{which}."
+
+
+def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
+    """Measure the least work, then twice of its trials, of its folds and of its epochs, and so on to ``factor``."""
+    times = [1]
+    while times[-1] < factor:
+        times.append(2 * times[-1])
+    cases = [
+        *((trials * n, FOLDS, epochs) for n in times),
+        *((trials, FOLDS * n, epochs) for n in times[1:]),
+        *((trials, FOLDS, epochs * n) for n in times[1:]),
+    ]
+    return [in_fresh_process(*case) for case in cases]
+
+
+def in_fresh_process(trials: int, folds: int, epochs: int) -> Growth:
+    """Measure one search in a process that has done nothing else."""
+    command = [sys.executable, "-m", "benchmark.studies.grid", *map(str, (trials, folds, epochs))]
+    scripts = Path(__file__).parents[2]
+    said = subprocess.run(command, cwd=scripts, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return Growth(**json.loads(said))
+
+
+def measure_here(trials: int, folds: int, epochs: int) -> Growth:
+    """Measure one search in this process."""
+    work = digits_work("narrow", n_trials=trials, epochs=epochs, folds=folds)
+    before, begin = peak_mib(), time.perf_counter()
+    outcome = train(work)
+    seconds = time.perf_counter() - begin - outcome.compile
+    return Growth(trials, folds, epochs, seconds, before, peak_mib())
+
+
+def peak_mib() -> float:
+    """Return the largest resident memory of this process so far."""
+    # Linux lets a child begin with its parent's peak in getrusage, but not here.
+    return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
+
+
+def growth_table(grown: Sequence[Growth]) -> str:
+    """Return the report's table."""
+    head = "trials|folds|epochs|trials x folds x epochs|seconds|µs for each|peak MiB|above the start"
+    rows = [
+        (
+            g.trials, g.folds, g.epochs, f"{g.work:,}", f"{g.seconds:.2f}", f"{g.seconds / g.work * 1e6:.0f}",
+            f"{g.peak:.0f}", f"{g.peak - g.before:.0f}",
+        )
+        for g in grown
+    ]  # fmt: skip
+    return table(head.split("|"), rows)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(measure_here(*map(int, sys.argv[1:4])))))

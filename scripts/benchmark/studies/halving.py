@@ -1,11 +1,9 @@
 """What successive halving costs and what it loses: its best score beside that of the full search, over seeds.
 
 Which trials halving keeps is read off the curves of the full search, which are the ones that it sees; on the first seed
-of every table it is also run, and must end the same. A seed draws its own trials, folds and starts. What is found is
-kept in OUT/halving.jsonl from seed to seed, so that a benchmark of hours that was stopped goes on; it goes at the end.
+of every table it is also run, and must end the same. A seed draws its own trials, folds and starts.
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -63,17 +61,12 @@ HEAD = ["table", "seed", "full search", "halving", "loss", "trial-epochs", "run"
 
 def run(options: Namespace) -> int:
     """Search, print and write; return 0, or 1 where halving as it is run does not end as it was read off."""
-    epochs, machine = options.epochs or EPOCHS, describe_machine()
-    found, kept = [], options.out / "halving.jsonl"
-    begun = _begun(kept, TRIALS, epochs)
+    epochs, machine, found = options.epochs or EPOCHS, describe_machine(), []
     for name, (X, y) in tables(options.adult).items():
         for seed in range(options.repeats or SEEDS):
-            one = begun.get((name, seed)) or compare(name, X, y, trials=TRIALS, epochs=epochs, seed=seed)
-            if (name, seed) not in begun:
-                _keep(kept, one, TRIALS, epochs)
-            found.append(one)
-            print(", ".join(f"{word} {value or 'no'}" for word, value in zip(HEAD, one.row())), flush=True)
-    kept.unlink()
+            found.append(compare(name, X, y, trials=TRIALS, epochs=epochs, seed=seed))
+            cells = zip(HEAD, found[-1].row())
+            print(", ".join(f"{word} {value or 'no'}" for word, value in cells), flush=True)
     if any(one.run is not None and not abs(one.run - one.halving) <= AGREEMENT for one in found):
         print(
             "NO COMPARISON: halving as it is run ends with another score than its decisions on the full curves."
@@ -82,20 +75,6 @@ def run(options: Namespace) -> int:
     text = markdown(machine, found, trials=TRIALS, epochs=epochs)
     numbers = {"trials": TRIALS, "epochs": epochs, "seeds": [asdict(one) for one in found]}
     return publish(options.out, "halving", machine, text, **numbers)
-
-
-def _keep(path: Path, one: Seed, trials: int, epochs: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps({"trials": trials, "epochs": epochs, "seed": asdict(one)}) + "\n")
-
-
-def _begun(path: Path, trials: int, epochs: int) -> dict[tuple[str, int], Seed]:
-    """Return what an earlier run of as many trials and epochs has found, by table and seed."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(text) for text in lines]
-    seeds = [Seed(**row["seed"]) for row in rows if (row["trials"], row["epochs"]) == (trials, epochs)]
-    return {(one.table, one.seed): one for one in seeds}
 
 
 def compare(table: str, X: Any, y: Any, *, trials: int, epochs: int, seed: int) -> Seed:

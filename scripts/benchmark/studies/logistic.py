@@ -79,16 +79,10 @@ def compare(penalty: str, candidates: int) -> Row:
     own_seconds, own_scores = timed(gputune.sklearn.GridSearchCV(own, grid, **common), X, y)
     seconds, scores = timed(GridSearchCV(theirs, grid, n_jobs=-1, **common), X, y)
     gaps = optimality({"gputune": own, "sklearn": theirs}, X, y, folds, grid["C"], penalty)
-    return Row(
-        penalty,
-        candidates,
-        own_seconds,
-        seconds,
-        float(gaps["gputune"].max()),
-        float(gaps["sklearn"].max()),
-        excess=float((gaps["gputune"] - gaps["sklearn"]).max()),
-        score_difference=float(np.nanmax(np.abs(own_scores - scores))),
-    )
+    excess = float((gaps["gputune"] - gaps["sklearn"]).max())
+    worst = [float(gaps[name].max()) for name in ("gputune", "sklearn")]
+    difference = float(np.nanmax(np.abs(own_scores - scores)))
+    return Row(penalty, candidates, own_seconds, seconds, *worst, excess, difference)
 
 
 def timed(search: GridSearchCV, X: np.ndarray, y: np.ndarray) -> tuple[float, np.ndarray]:

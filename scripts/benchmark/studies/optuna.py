@@ -68,16 +68,8 @@ def compare(seed: int, batches: int) -> Row:
     middle = time.perf_counter()
     with timed() as spent:
         proposed = search(seed, gputune.OptunaSampler(sampler(seed), batch=BATCH), batches)
-    end = time.perf_counter()
-    return Row(
-        seed,
-        drawn.best_score,
-        proposed.best_score,
-        middle - begin,
-        end - middle,
-        sum(spent),
-        alone(seed, proposed),
-    )
+    seconds = middle - begin, time.perf_counter() - middle, sum(spent), alone(seed, proposed)
+    return Row(seed, drawn.best_score, proposed.best_score, *seconds)
 
 
 def search(seed: int, method: Any, batches: int) -> Study:
@@ -124,17 +116,15 @@ def alone(seed: int, study: Study) -> float:
         start = time.perf_counter()
         trials = [plain.ask(laws) for _ in scores[begin : begin + BATCH]]
         for trial, score in zip(trials, scores[begin:]):
-            plain.tell(trial, None if np.isnan(score) else score, fail(score))
+            if np.isnan(score):
+                plain.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                plain.tell(trial, score)
         seconds += time.perf_counter() - start
         asked += [trial.params for trial in trials]
     if asked != [trial.params for trial in study.trials]:
         raise AssertionError("Optuna alone proposed something else, so the times are not of the same work.")
     return seconds
-
-
-def fail(score: float) -> Any:
-    """Return the state to tell for a score."""
-    return optuna.trial.TrialState.FAIL if np.isnan(score) else None
 
 
 def median(rows: list[Row], name: str) -> float:

@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 from benchmark.engines.torch import fit
 from benchmark.report import counted, describe_machine, page, publish, table
 from benchmark.studies.halving import tables
-from benchmark.work import WIDTHS, Event, Fold, Work, draw_trials, stop_workers
+from benchmark.work import WIDTHS, Event, Work, draw_trials, stop_workers
 
 TRIALS, EPOCHS, SEEDS, FOLDS = 81, 27, 5, 3
 ROWS = 4_000  # of a table, drawn by the seed
@@ -65,27 +65,15 @@ class Curve:
         return next((p.seconds for p in self.points if p.held_out >= level), float("inf"))
 
 
-Search = Callable[[Work, int], list[Event]]
-"""The work, whose trials are the candidates, and the number of cores -> what became known, and when."""
-
-
-def _search_with(engine: str, method: str, work: Work, cores: int) -> list[Event]:
-    events: list[Event] = import_module(f"benchmark.engines.{engine}").search(method, work, cores)
-    return events
-
-
-SEARCHES: dict[str, tuple[str, Search]] = {
-    name: (engine, functools.partial(_search_with, engine, method))
-    for name, engine, method in (
-        ("gputune, random", "gputune", "random"),
-        ("gputune, halving", "gputune", "halving"),
-        ("Optuna, random", "optuna", "random"),
-        ("Optuna, successive halving pruner", "optuna", "halving"),
-        ("scikit-learn, RandomizedSearchCV", "sklearn", "random"),
-        ("scikit-learn, HalvingRandomSearchCV", "sklearn", "halving"),
-    )
+SEARCHES = {
+    "gputune, random": ("gputune", "random"),
+    "gputune, halving": ("gputune", "halving"),
+    "Optuna, random": ("optuna", "random"),
+    "Optuna, successive halving pruner": ("optuna", "halving"),
+    "scikit-learn, RandomizedSearchCV": ("sklearn", "random"),
+    "scikit-learn, HalvingRandomSearchCV": ("sklearn", "halving"),
 }
-"""Name -> the package that it needs, and the search. Halving keeps a third at epochs 1, 3, 9, ... in each of them."""
+"""Name -> the engine, whose package it needs, and its method. Halving keeps a third at epochs 1, 3, 9, ..."""
 
 
 def run(options: Namespace) -> int:
@@ -99,12 +87,14 @@ def run(options: Namespace) -> int:
             work, held_out = split(*rows, seed=seed, trials=TRIALS, epochs=epochs)
             if not found:
                 for name in names:  # warm-up
-                    _search(name, replace(work, trials=work.trials[:3], epochs=1))
+                    search(name, replace(work, trials=work.trials[:3], epochs=1))
             first = seed % len(names)
             for name in names[first:] + names[:first]:
-                events, seconds = _search(name, work)
-                found.append(Curve(place, seed, name, choices(events, held_out), seconds))
-                print(_said(found[-1]), flush=True)
+                events, seconds = search(name, work)
+                points = choices(events, held_out)
+                found.append(Curve(place, seed, name, points, seconds))
+                last = f"{seconds:.2f} s, held-out accuracy {points[-1].held_out:.4f}"
+                print(f"{place}, seed {seed}: {name}: {last}", flush=True)
     found.sort(key=lambda curve: (list(LEVELS).index(curve.table), names.index(curve.search), curve.seed))
     left_out = [name for name in SEARCHES if name not in names]
     text = markdown(machine, found, left_out, trials=TRIALS, epochs=epochs)
@@ -122,21 +112,11 @@ def numbers(X: Any) -> np.ndarray:
     return plain.to_numpy().astype(np.float32)
 
 
-class HeldOut:
-    """The accuracy of a candidate on the held-out rows, trained on all others; each is computed once."""
-
-    def __init__(self, rows: Fold, work: Work) -> None:
-        self.rows, self.work = rows, work
-        self._known: dict[int, float] = {}
-
-    def __call__(self, candidate: int) -> float:
-        """Train and score."""
-        if candidate not in self._known:
-            self._known[candidate] = fit(self.rows, self.work.trials[candidate], self.work.epochs)
-        return self._known[candidate]
+Judge = Callable[[int], float]
+"""A candidate -> its accuracy on the held-out rows, trained on all others."""
 
 
-def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) -> tuple[Work, HeldOut]:
+def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) -> tuple[Work, Judge]:
     """Return the work of a search on three quarters of the rows, and what judges its choices by the others."""
     if len(X) > ROWS:
         X, _, y, _ = train_test_split(X, y, train_size=ROWS, stratify=y, random_state=seed)
@@ -144,10 +124,11 @@ def split(X: np.ndarray, y: np.ndarray, *, seed: int, trials: int, epochs: int) 
     folds = list(StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(X, y))
     work = Work("quality", X, y, folds, draw_trials(trials, WIDTHS["wide"], seed), epochs)
     scaler = StandardScaler().fit(X)
-    return work, HeldOut((scaler.transform(X), y, scaler.transform(X_out), y_out), work)
+    rows = scaler.transform(X), y, scaler.transform(X_out), y_out
+    return work, functools.cache(lambda candidate: fit(rows, work.trials[candidate], epochs))
 
 
-def choices(events: Sequence[Event], held_out: HeldOut) -> tuple[Point, ...]:
+def choices(events: Sequence[Event], held_out: Judge) -> tuple[Point, ...]:
     """Return the choices of a search by the time that they became the best it knew."""
     points: list[Point] = []
     best = float("-inf")
@@ -159,18 +140,14 @@ def choices(events: Sequence[Event], held_out: HeldOut) -> tuple[Point, ...]:
     return tuple(points)
 
 
-def _search(name: str, work: Work) -> tuple[list[Event], float]:
+def search(name: str, work: Work) -> tuple[list[Event], float]:
+    """Return what became known, and when; and the seconds of the whole search."""
+    engine, method = SEARCHES[name]
+    run_search = import_module(f"benchmark.engines.{engine}").search
     stop_workers()
     begin = perf_counter()
-    events = SEARCHES[name][1](work, joblib.cpu_count())
+    events = run_search(method, work, joblib.cpu_count())
     return events, perf_counter() - begin
-
-
-def _said(curve: Curve) -> str:
-    return (
-        f"{curve.table}, seed {curve.seed}: {curve.search}: {curve.seconds:.2f} s, "
-        f"held-out accuracy {curve.points[-1].held_out:.4f}"
-    )
 
 
 def markdown(

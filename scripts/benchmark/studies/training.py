@@ -12,7 +12,6 @@ import numpy as np
 
 from benchmark.engines import ENGINES, Chosen, choose, split_by_lack, versions
 from benchmark.engines.gputune import train as train_with_gputune
-from benchmark.engines.torch import eager_seconds
 from benchmark.report import card, counted, describe_machine, page, publish, table
 from benchmark.work import Outcome, Work, digits_work, stop_workers
 
@@ -141,8 +140,7 @@ def run(options: Namespace) -> int:
                 f"NO SPEED: the mean accuracies differ by more than {AGREEMENT}, so the work was not the same."
             )
             return 1
-        eager = eager_seconds(work, "cuda") if card() else None
-        parts.append(summary(work, measured, eager, lacks))
+        parts.append(summary(work, measured, lacks))
     machine = describe_machine()
     machine["versions"] |= versions(able)
     return publish(options.out, "training", machine, markdown(machine, parts), works=parts)
@@ -181,13 +179,10 @@ def agree(measured: Sequence[Measured]) -> bool:
     return True
 
 
-def summary(
-    work: Work, measured: Sequence[Measured], eager: tuple[float, int] | None, lacks: Mapping[str, str]
-) -> dict[str, Any]:
+def summary(work: Work, measured: Sequence[Measured], lacks: Mapping[str, str]) -> dict[str, Any]:
     """Return one work's part of the report.
 
-    ``measured`` has a gputune of each number of trials; ``eager`` are the seconds of the loop on the GPU, and the
-    trials that they were taken from; ``lacks`` says why engines were left out.
+    ``measured`` has a gputune of each number of trials; ``lacks`` says why engines were left out.
     """
     own = {m.trials: m for m in measured if m.engine == "gputune"}
     return {
@@ -198,7 +193,6 @@ def summary(
         "engines": [_engine(m, own[m.trials]) for m in measured],
         "left_out": dict(lacks),
         "speed": _speed(measured, own),
-        "eager_on_card": eager,
     }
 
 
@@ -254,8 +248,6 @@ def _section(part: dict[str, Any]) -> list[str]:
         texts.append(
             f"gputune is {speed['ratio']:.2f}x as fast as the fastest other one, {speed['rival']}{on}."
         )
-    if (eager := part["eager_on_card"]) is not None:
-        texts.append(f"The PyTorch loop on the GPU would take {eager[0]:.2f} s, by {eager[1]} of the trials.")
     return texts
 
 
