@@ -1,14 +1,19 @@
 """A search of gputune beside scikit-learn's own with the same arguments, and fits beside fits alone."""
 
 import warnings
+from typing import ClassVar
 
 import numpy as np
 from sklearn import model_selection
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, TransformerMixin, clone
+from sklearn.datasets import load_iris
 
+from gputune.sklearn import RandomizedSearchCV
 from gputune.sklearn.base import fit_together
 
 SCORES = ["neg_log_loss", "accuracy"]
+OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
+X, Y = load_iris(return_X_y=True)
 
 
 def both(ours, theirs, estimator, space, X, y, *, fit_params=None, **options):
@@ -22,6 +27,12 @@ def both(ours, theirs, estimator, space, X, y, *, fit_params=None, **options):
             search.fit(X, y, **(fit_params or {}))
         found += [search, [(w.category, str(w.message)) for w in caught]]
     return found
+
+
+def both_random(estimator, space, X=X, y=Y, **options):
+    """Fit both randomized searches, on irises unless other rows are given."""
+    ours, theirs = RandomizedSearchCV, model_selection.RandomizedSearchCV
+    return both(ours, theirs, estimator, space, X, y, **(OPTIONS | options))
 
 
 def assert_same_results(ours, theirs, *, tolerance=1e-6):
@@ -56,6 +67,42 @@ class CountingSplitter:
 
     def get_n_splits(self, X=None, y=None, groups=None):
         return self.n_splits
+
+
+class CountingScaler(TransformerMixin, BaseEstimator):
+    """Centers, and notes the rows of every fit."""
+
+    fits: ClassVar = []
+
+    def __init__(self, shift=0.0):
+        self.shift = shift
+
+    def fit(self, X, y=None):
+        self.fits.append(len(X))
+        self.mean_ = X.mean(0) + self.shift
+        return self
+
+    def transform(self, X):
+        return X - self.mean_
+
+
+class Callback:
+    """A callback of scikit-learn's that notes what it hears: (begin or end, task, its id, rows)."""
+
+    def __init__(self):
+        self.heard = []
+
+    def setup(self, estimator, context):
+        self.heard.append(("setup", None, None, None))
+
+    def teardown(self, estimator, context):
+        self.heard.append(("teardown", None, None, None))
+
+    def on_fit_task_begin(self, estimator, context, *, X=None, y=None):
+        self.heard.append(("begin", context.task_name, context.task_id, None if X is None else len(X)))
+
+    def on_fit_task_end(self, estimator, context, *, X=None, y=None):
+        self.heard.append(("end", context.task_name, context.task_id, None if X is None else len(X)))
 
 
 class Fits:

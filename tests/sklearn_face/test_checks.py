@@ -13,8 +13,21 @@ from gputune.sklearn import (
     NeuralNetRegressor,
 )
 
-MLP = {"hidden_layer_sizes": (16,), "learning_rate_init": 0.02, "max_iter": 60, "random_state": 0}
-NET = {"module": Net, "module__hidden": 16, "optimizer": "adam", "max_epochs": 40, "random_state": 0}
+MLP = {
+    "hidden_layer_sizes": (16,),
+    "learning_rate_init": 0.05,
+    "max_iter": 15,
+    "batch_size": 32,
+    "random_state": 0,
+}
+NET = {
+    "module": Net,
+    "module__hidden": 16,
+    "optimizer": "adam",
+    "max_epochs": 15,
+    "batch_size": 32,
+    "random_state": 0,
+}
 # One of each class of which the others are a spelling or a sibling.
 ESTIMATORS = [
     LogisticRegression(),

@@ -34,7 +34,7 @@ from gputune.sklearn.base import check_rows
 from gputune.sklearn.dataset import Part
 from gputune.sklearn.record import held_out_part
 from gputune.sklearn.replay import SearchRun
-from searches import CountingSplitter
+from searches import Callback, CountingScaler, CountingSplitter
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
@@ -68,8 +68,18 @@ def assert_every_score_is_that_of_a_grid(search, X=X, y=Y, tolerance=1e-9):
             np.testing.assert_allclose(results[name], values, rtol=0, atol=tolerance)
 
 
-def test_every_point_is_a_candidate():
-    search = descend(MLP, SPACE)
+@pytest.fixture(scope="module")
+def descended():
+    return descend(MLP, SPACE)
+
+
+@pytest.fixture(scope="module")
+def by_loss():
+    return descend(MLP, RATES)
+
+
+def test_every_point_is_a_candidate(descended):
+    search = descended
     drawn = model_selection.RandomizedSearchCV(MLP, SPACE, n_iter=3, cv=3, random_state=0).fit(X, Y)
     results = search.cv_results_
     assert set(results) == set(drawn.cv_results_) | {"start", "outer_step"}
@@ -84,8 +94,8 @@ def test_every_point_is_a_candidate():
     assert (results["std_fit_time"] == 0).all() and (results["mean_fit_time"] > 0).all()
 
 
-def test_the_best_of_all_points_is_refitted():
-    search = descend(MLP, SPACE)
+def test_the_best_of_all_points_is_refitted(descended):
+    search = descended
     scores = search.cv_results_["mean_test_score"]
     own = [scores[search.cv_results_["start"] == start] for start in range(3)]
     assert all(path.max() > path[0] for path in own)  # every start came to something better
@@ -98,16 +108,13 @@ def test_the_best_of_all_points_is_refitted():
     np.testing.assert_allclose(search.predict_proba(X), alone.predict_proba(X), atol=1e-9)
     # scikit-learn's word on ``score``: by ``scoring`` where it is given, else the refitted estimator's own.
     assert search.score(X, Y) == alone.score(X, Y)
-    by_loss = descend(MLP, SPACE, scoring="neg_log_loss")
-    assert (
-        by_loss.score(X, Y)
-        == search.scorer_(search, X, Y)
-        == pytest.approx(-log_loss(Y, alone.predict_proba(X)))
-    )
+    assert search.scorer_(search, X, Y) == pytest.approx(-log_loss(Y, alone.predict_proba(X)))
+    named = descend(MLP, {"learning_rate_init": [0.01]}, n_iter=1, outer_steps=1, scoring="neg_log_loss")
+    assert named.score(X, Y) == pytest.approx(-log_loss(Y, named.predict_proba(X)))
 
 
-def test_another_score_ranks_and_does_not_move():
-    by_loss, by_accuracy = descend(MLP, RATES), descend(MLP, RATES, scoring="accuracy")
+def test_another_score_ranks_and_does_not_move(by_loss):
+    by_accuracy = descend(MLP, RATES, scoring="accuracy")
     assert by_loss.cv_results_["params"] == by_accuracy.cv_results_["params"]
     assert by_accuracy.best_score_ == by_accuracy.cv_results_["mean_test_score"].max() > 0.5
     many = descend(MLP, RATES, scoring=["accuracy", "neg_log_loss"], refit="accuracy")
@@ -153,26 +160,10 @@ def test_the_logistic_regression_moves_C():
     assert same.best_score_ > same.cv_results_["mean_test_score"][0]
 
 
-FITS = []
-
-
-class CountingScaler(TransformerMixin, BaseEstimator):
-    """Centers, and notes the rows of every fit."""
-
-    def fit(self, X, y=None):
-        FITS.append(len(X))
-        self.mean_ = X.mean(0)
-        return self
-
-    def transform(self, X):
-        return X - self.mean_
-
-
-def test_pipelines():
+def test_pipelines(scaler_fits):
     pipeline = make_pipeline(CountingScaler(), MLP)
-    FITS.clear()
     search = descend(pipeline, {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]})
-    assert FITS == [100, 100, 100, 150]  # once a fold for all points, and the refit
+    assert scaler_fits == [100, 100, 100, 150]  # once a fold for all points, and the refit
     assert search.best_score_ > search.cv_results_["mean_test_score"][:3].max()
     assert_every_score_is_that_of_a_grid(search)
     prefixed = descend(
@@ -347,28 +338,13 @@ def test_a_study_has_the_origin_of_every_point(tmp_path):
 
 @pytest.mark.skipif(not hasattr(model_selection.RandomizedSearchCV, "set_callbacks"), reason="since 1.9")
 def test_callbacks_hear_of_every_point():
-    class Hearing:
-        def __init__(self):
-            self.heard = []
-
-        def setup(self, estimator, context):
-            pass
-
-        def teardown(self, estimator, context):
-            self.heard.append("teardown")
-
-        def on_fit_task_begin(self, estimator, context, *, X=None, y=None):
-            self.heard.append(context.task_name)
-
-        def on_fit_task_end(self, estimator, context, *, X=None, y=None):
-            self.heard.append(f"end of {context.task_name}")
-
-    callback = Hearing()
+    callback = Callback()
     search = HypergradientSearchCV(MLP, RATES, **OPTIONS).set_callbacks(callback).fit(X, Y)
     points = len(search.cv_results_["params"])
-    assert callback.heard.count("candidate-split-evaluation") == 3 * points
-    assert callback.heard.count("search") == callback.heard.count("end of search") == 1
-    assert callback.heard[-1] == "teardown"
+    heard = [(when, task) for when, task, *_ in callback.heard]
+    assert heard.count(("begin", "candidate-split-evaluation")) == 3 * points
+    assert heard.count(("begin", "search")) == heard.count(("end", "search")) == 1
+    assert heard[-1] == ("teardown", None)
 
 
 @pytest.mark.filterwarnings("ignore:The total space of parameters")

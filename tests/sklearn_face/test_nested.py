@@ -24,7 +24,6 @@ from gputune.sklearn import (
     MLPClassifier,
     RandomizedSearchCV,
     nested_cv,
-    replay,
 )
 
 X, Y = load_iris(return_X_y=True)
@@ -44,26 +43,13 @@ SEARCHES = [
 ]
 
 
-@pytest.fixture
-def training(monkeypatch):
-    calls = []
-    fit_together = replay.fit_together
-
-    def counted(candidates, rows, folds, **options):
-        calls.append((len(candidates), len(folds)))
-        return fit_together(candidates, rows, folds, **options)
-
-    monkeypatch.setattr(replay, "fit_together", counted)
-    return calls
-
-
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("scoring", ["neg_log_loss", "accuracy"])
 def test_it_is_the_loop_by_hand(search, scoring, training):
     search.set_params(scoring=scoring)
     found = nested_cv(search, X, Y, outer=4)
     candidates, inner = len(found.searches[0].cv_results_["params"]), found.searches[0].n_splits_
-    assert training == [(candidates, 4 * inner)]  # one population
+    assert [call[:2] for call in training] == [(candidates, 4 * inner)]  # one population
     by_hand = cross_validate(search, X, Y, cv=4, return_estimator=True)
     np.testing.assert_allclose(found.scores, by_hand["test_score"], atol=1e-6)
     assert list(found.best_params) == [each.best_params_ for each in by_hand["estimator"]]
@@ -106,7 +92,7 @@ def test_groups_split_outer_folds_and_as_params_inner_ones(params):
 def test_sample_weight_reaches_every_fit(search, training):
     search = clone(search).set_params(scoring="neg_log_loss", cv=3)
     found = nested_cv(search, X, Y, outer=3, params={"sample_weight": WEIGHTS})
-    assert training == [(len(found.searches[0].cv_results_["params"]), 9)]
+    assert [call[:2] for call in training] == [(len(found.searches[0].cv_results_["params"]), 9)]
     weighted, unweighted = (
         cross_val_score(search, X, Y, cv=3, params=params) for params in ({"sample_weight": WEIGHTS}, {})
     )
@@ -155,7 +141,10 @@ def test_a_search_without_a_seed_draws_anew_in_every_fold(training):
     np.random.seed(0)
     search = RandomizedSearchCV(LogisticRegression(), {"C": loguniform(1e-2, 10)}, n_iter=2, cv=2)
     found = nested_cv(search, X, Y, outer=3)
-    assert len({params["C"] for params in found.best_params}) == 3 and training == [(2, 2)] * 3
+    assert (
+        len({params["C"] for params in found.best_params}) == 3
+        and [call[:2] for call in training] == [(2, 2)] * 3
+    )
 
 
 def test_rows_that_are_wrong_fail_where_they_are():

@@ -7,8 +7,7 @@ import pytest
 import sklearn
 from scipy.stats import loguniform
 from sklearn import model_selection
-from sklearn.base import BaseEstimator, TransformerMixin, clone
-from sklearn.datasets import load_iris
+from sklearn.base import clone
 from sklearn.decomposition import PCA
 from sklearn.exceptions import FitFailedWarning
 from sklearn.feature_selection import SelectFromModel
@@ -16,56 +15,11 @@ from sklearn.metrics import get_scorer
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, MinMaxScaler, OneHotEncoder, StandardScaler
 
-from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, RandomizedSearchCV, replay
-from searches import SCORES, assert_same_results, both
+from gputune.sklearn import GridSearchCV, LogisticRegression, MLPClassifier, RandomizedSearchCV
+from searches import OPTIONS, SCORES, CountingScaler, X, Y, assert_same_results, both_random
 
-X, Y = load_iris(return_X_y=True)
 MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=4, batch_size=32, random_state=0)
 RATES = {"mlpclassifier__learning_rate_init": loguniform(1e-3, 1e-1)}
-OPTIONS = {"n_iter": 4, "cv": 3, "random_state": 0}
-
-
-FITS = []
-
-
-class CountingScaler(TransformerMixin, BaseEstimator):
-    """Centers, and notes the rows of every fit."""
-
-    def __init__(self, shift=0.0):
-        self.shift = shift
-
-    def fit(self, X, y=None):
-        FITS.append(len(X))
-        self.mean_ = X.mean(0) + self.shift
-        return self
-
-    def transform(self, X):
-        return X - self.mean_
-
-
-@pytest.fixture
-def fits():
-    FITS.clear()
-    return FITS
-
-
-@pytest.fixture
-def training(monkeypatch):
-    calls = []
-    fit_together = replay.fit_together
-
-    def counted(candidates, rows, folds, **options):
-        calls.append((len(candidates), len(folds), rows.X.shape))
-        return fit_together(candidates, rows, folds, **options)
-
-    monkeypatch.setattr(replay, "fit_together", counted)
-    return calls
-
-
-def both_random(estimator, space, X=X, y=Y, **options):
-    return both(
-        RandomizedSearchCV, model_selection.RandomizedSearchCV, estimator, space, X, y, **(OPTIONS | options)
-    )
 
 
 def test_scores_are_those_of_scikit_learns_search(training):
@@ -79,18 +33,18 @@ def test_scores_are_those_of_scikit_learns_search(training):
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), atol=1e-9)
 
 
-def test_a_transformer_is_fitted_once_a_fold(fits):
+def test_a_transformer_is_fitted_once_a_fold(scaler_fits):
     pipeline = make_pipeline(CountingScaler(), MLP)
     search = RandomizedSearchCV(pipeline, RATES, n_iter=6, cv=3, random_state=0).fit(X, Y)
-    assert fits == [100, 100, 100, 150]  # each fold, and the refit
+    assert scaler_fits == [100, 100, 100, 150]  # each fold, and the refit
     assert search.best_estimator_[0].mean_ == pytest.approx(X.mean(0))
 
 
-def test_a_searched_transformer_is_fitted_once_for_each_of_its_parameters(fits, training):
+def test_a_searched_transformer_is_fitted_once_for_each_of_its_parameters(scaler_fits, training):
     pipeline = make_pipeline(CountingScaler(), MLP)
     space = {"countingscaler__shift": [0.0, 1.0], "mlpclassifier__learning_rate_init": [0.01, 0.02, 0.1]}
     ours, _, theirs, _ = both_random(pipeline, space, n_iter=6, refit=False)
-    assert fits[:6] == [100] * 6 and len(fits) == 6 + 18
+    assert scaler_fits[:6] == [100] * 6 and len(scaler_fits) == 6 + 18
     assert sorted(training) == [(3, 3, (300, 4))] * 2
     assert_same_results(ours, theirs)
 
@@ -175,11 +129,11 @@ def test_a_step_that_fails_is_a_failed_fit(training):
         ({"bogus__learning_rate_init": [1]}, "Invalid parameter 'bogus'"),
     ],
 )
-def test_an_unknown_parameter_is_an_error_before_anything_is_fitted(space, error, fits):
+def test_an_unknown_parameter_is_an_error_before_anything_is_fitted(space, error, scaler_fits):
     pipeline = make_pipeline(CountingScaler(), MLP)
     with pytest.raises(ValueError, match=error):
         RandomizedSearchCV(pipeline, [RATES, space], n_iter=9, cv=3, random_state=0).fit(X, Y)
-    assert fits == []
+    assert scaler_fits == []
 
 
 @pytest.mark.parametrize(

@@ -16,25 +16,25 @@ from gputune.sklearn import (
     RandomizedSearchCV,
 )
 
-CLASSIFIER = MLPClassifier(hidden_layer_sizes=(16,), max_iter=40, random_state=0)
-REGRESSOR = MLPRegressor(hidden_layer_sizes=(16,), max_iter=40, random_state=0)
+MLP = {"hidden_layer_sizes": (16,), "max_iter": 12, "batch_size": 32, "random_state": 0}
+CLASSIFIER, REGRESSOR = MLPClassifier(**MLP), MLPRegressor(**MLP)
 PIPELINE = make_pipeline(StandardScaler(), LogisticRegression())
-RATES = {
-    "learning_rate_init": [0.01, 0.02, 0.05]
-}  # no distribution, whose address would be in the names of the tests
+# No distribution, whose address would be in the names of the tests.
+RATES = {"learning_rate_init": [0.01, 0.02, 0.05]}
 PENALTIES = {"logisticregression__C": [0.5, 2.0]}
 DESCENT = {"n_iter": 1, "outer_steps": 1, "cv": 2}
+# One of each way to search, of which the others are siblings.
 SEARCHES = [
     RandomizedSearchCV(CLASSIFIER, RATES, n_iter=2, cv=2, random_state=0),
-    GridSearchCV(PIPELINE, PENALTIES, cv=2),
-    HalvingRandomSearchCV(REGRESSOR, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
-    HypergradientSearchCV(REGRESSOR, RATES, **DESCENT, random_state=0),
+    HalvingRandomSearchCV(REGRESSOR, RATES, n_candidates=3, min_resources=3, cv=2, random_state=0),
+    HypergradientSearchCV(PIPELINE, {"logisticregression__C": [0.5]}, **DESCENT),
 ]
 OTHERS = [
+    GridSearchCV(PIPELINE, PENALTIES, cv=2),
     RandomizedSearchCV(REGRESSOR, RATES, n_iter=2, cv=2, random_state=0),
-    HalvingRandomSearchCV(CLASSIFIER, RATES, n_candidates=3, min_resources=10, cv=2, random_state=0),
+    HalvingRandomSearchCV(CLASSIFIER, RATES, n_candidates=3, min_resources=3, cv=2, random_state=0),
     HypergradientSearchCV(CLASSIFIER, RATES, **DESCENT, random_state=0),
-    HypergradientSearchCV(PIPELINE, {"logisticregression__C": [0.5]}, **DESCENT),
+    HypergradientSearchCV(REGRESSOR, RATES, **DESCENT, random_state=0),
 ]
 
 

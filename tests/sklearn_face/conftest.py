@@ -1,0 +1,27 @@
+"""What the tests of searches share."""
+
+import pytest
+
+from gputune.sklearn import replay
+from searches import CountingScaler
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """The calls that train, by their numbers of candidates and folds and the shape of their rows."""
+    calls = []
+    fit_together = replay.fit_together
+
+    def counted(candidates, rows, folds, **options):
+        calls.append((len(candidates), len(folds), rows.X.shape))
+        return fit_together(candidates, rows, folds, **options)
+
+    monkeypatch.setattr(replay, "fit_together", counted)
+    return calls
+
+
+@pytest.fixture
+def scaler_fits():
+    """The numbers of rows on which a CountingScaler is fitted."""
+    CountingScaler.fits.clear()
+    return CountingScaler.fits
