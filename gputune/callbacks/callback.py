@@ -1,5 +1,9 @@
-"""The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is finished."""
+"""The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is finished.
 
+A trial, a search and its best score in the plain numbers and words that loggers take.
+"""
+
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.study.study import Study
+from gputune.search.distributions import label
+from gputune.study.record import PARTS
+from gputune.study.study import Study, Trial
 
 
 class Callback:
@@ -56,10 +62,10 @@ class Callbacks:
         """Tell all of the end."""
         self._call("on_study_end", study)
 
-    def _call(self, moment: str, *given: Any) -> None:
+    def _call(self, moment: str, argument: Any) -> None:
         for callback in list(self.active):
             try:
-                getattr(callback, moment)(*given)
+                getattr(callback, moment)(argument)
             except Exception as error:  # whatever a user's callback raises
                 self.active.remove(callback)
                 warnings.warn(
@@ -72,10 +78,39 @@ class Callbacks:
 
 def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     """Return the callbacks; InputError for anything that is no ``Callback``."""
-    given = callbacks if isinstance(callbacks, list | tuple) else None
-    if given is None or not all(isinstance(callback, Callback) for callback in given):
+    if not isinstance(callbacks, list | tuple) or not all(isinstance(one, Callback) for one in callbacks):
         raise InputError(
             "callbacks must be a list of objects of a gputune.callbacks.Callback class, for example "
             f"[gputune.callbacks.TensorBoard('runs')], got {callbacks!r}."
         )
-    return tuple(given)
+    return tuple(callbacks)
+
+
+def plain_params(params: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """Return hyperparameters as numbers and words; other values, and None, as text."""
+    return {key: "None" if (short := label(value)) is None else short for key, value in params.items()}
+
+
+def trial_numbers(trial: Trial) -> dict[str, float]:
+    """Return what is a finite number of a trial: score, std_error, best_epoch, seconds, numeric ``params/...``."""
+    numbers = {name: getattr(trial, name) for name in ("score", "std_error", "best_epoch", "seconds")}
+    params = {f"params/{k}": v for k, v in trial.params.items() if isinstance(v, bool | int | float)}
+    return {name: float(value) for name, value in (numbers | params).items() if math.isfinite(value)}
+
+
+def best_score(study: Study) -> float:
+    """Return the best finite score of trials that no rung sent away, -inf where there is none."""
+    return max(
+        (t.score for t in study.trials if math.isfinite(t.score) and t.state != "pruned"), default=-math.inf
+    )
+
+
+def study_options(study: Study) -> dict[str, Any]:
+    """Return the options of a search that a person compares searches by."""
+    record = study.record
+    values = {
+        name: getattr(record, name)
+        for name, part in PARTS.items()
+        if part.logged and name not in record.absent
+    }
+    return {name: value for name, value in values.items() if value is not None}

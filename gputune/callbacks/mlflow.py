@@ -4,8 +4,7 @@ import math
 import time
 from typing import Any
 
-from gputune.callbacks.callback import Callback
-from gputune.callbacks.plain import best_score, plain_params, study_options, trial_numbers
+from gputune.callbacks.callback import Callback, best_score, plain_params, study_options, trial_numbers
 from gputune.extras import import_extra
 from gputune.study.study import Study
 
@@ -35,19 +34,21 @@ class MLflow(Callback):
 
     def on_study_start(self, study: Study) -> None:
         client = self._client()
-        found = client.get_experiment_by_name(self.experiment)
-        number = client.create_experiment(self.experiment) if found is None else found.experiment_id
+        experiment = client.get_experiment_by_name(self.experiment)
+        number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
         self.run_id = client.create_run(number, run_name=self.run_name).info.run_id
         self.best, self.done = best_score(study), sum(t.state != "waiting" for t in study.trials)
         client.log_batch(self.run_id, params=self._params(study_options(study)))
 
     def on_trials_end(self, trials: Study) -> None:
         now = int(time.time() * 1000)
-        found = [(key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()]
+        values = [
+            (key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()
+        ]
         self.best, self.done = max(self.best, best_score(trials)), self.done + len(trials.trials)
         if math.isfinite(self.best):
-            found.append(("best_score", self.best, self.done))
-        metrics = [self.mlflow.entities.Metric(key, value, now, step) for key, value, step in found]
+            values.append(("best_score", self.best, self.done))
+        metrics = [self.mlflow.entities.Metric(key, value, now, step) for key, value, step in values]
         for begin in range(0, len(metrics), _MOST):
             self._client().log_batch(self.run_id, metrics=metrics[begin : begin + _MOST])
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gputune.callbacks.callback import Callback
-from gputune.callbacks.plain import plain_params, study_options
+from gputune.callbacks.callback import Callback, plain_params, study_options
 from gputune.extras import import_extra
 from gputune.study.study import Study
 

@@ -4,8 +4,7 @@ import math
 import os
 from typing import Any, Literal
 
-from gputune.callbacks.callback import Callback
-from gputune.callbacks.plain import best_score, plain_params, study_options, trial_numbers
+from gputune.callbacks.callback import Callback, best_score, plain_params, study_options, trial_numbers
 from gputune.extras import import_extra
 from gputune.study.study import Study
 

@@ -134,11 +134,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         {"file": ("FILE", "a .csv, .tsv or .parquet file, or sklearn:digits, :iris, ...")},
         (),
     ),
-    "resume": (
-        "go on with a search where it was stopped, from its study alone",
-        {"study": _STUDY},
-        [_TRUST],
-    ),
+    "resume": ("go on with a search where it was stopped, from its study alone", {"study": _STUDY}, [_TRUST]),
     "trials": (
         "list the trials of a study",
         {"study": _STUDY},

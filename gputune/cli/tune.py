@@ -193,12 +193,12 @@ def _check_out(out: Path) -> None:
 @contextmanager
 def _folder(out: Path) -> Iterator[None]:
     """Make the folder; one that a failed command leaves empty goes again."""
-    made = not out.exists()
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        if made:
+        if is_new:
             with suppress(OSError):  # it is not empty
                 out.rmdir()
 

@@ -31,20 +31,22 @@ def in_flags(text: str, *, kept: Collection[str] = ()) -> str:
     before, change, after = text.partition("differs from this call in: ")
     if change:
         differing, end, remedy = after.partition(". Give this search")
-        differing = re.sub(rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)", lambda found: known[found[1]], differing)
+        differing = re.sub(rf"(?:^|(?<=, ))({names})\b(?= \(|, |$)", lambda match: known[match[1]], differing)
         text = f"{before}{change}{differing}{end}{remedy}"
     for phrase, other in _PHRASES.items():
         text = text.replace(phrase, other)
     text = re.sub(
-        r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)", lambda f: known.get(f[1], f[0]), text
+        r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)",
+        lambda match: known.get(match[1], match[0]),
+        text,
     )
     text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
-    text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda found: _option(known, *found.groups()), text)
+    text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)
     verbs = "must|is|are|for|has|needs|cannot|would|with|and"
-    text = re.sub(rf"^({names})\b(?=:| (?:{verbs})\b)", lambda found: known[found[1]], text)
+    text = re.sub(rf"^({names})\b(?=:| (?:{verbs})\b)", lambda match: known[match[1]], text)
     alone = "|".join(name for name in names.split("|") if "_" in name)
-    return re.sub(rf"(?<![\w'\"./-])({alone})\b(?!['\"/(=])", lambda found: known[found[1]], text)
+    return re.sub(rf"(?<![\w'\"./-])({alone})\b(?!['\"/(=])", lambda match: known[match[1]], text)
 
 
 def _option(known: dict[str, str], name: str, value: str) -> str:

@@ -65,10 +65,10 @@ def _importable(name: str) -> bool:
     """Whether a fresh process with this one's ``sys.path`` would find the module."""
     path = None
     for end in (i for i, c in enumerate(f"{name}.") if c == "."):
-        found = PathFinder.find_spec(name[:end], path)
-        if found is None:
+        spec = PathFinder.find_spec(name[:end], path)
+        if spec is None:
             return False
-        path = found.submodule_search_locations
+        path = spec.submodule_search_locations
     return True
 
 

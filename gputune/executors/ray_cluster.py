@@ -281,12 +281,12 @@ def _public(version: str) -> str:
     return version.partition("+")[0]
 
 
-def _version_difference(host: str, expected: dict[str, str], found: dict[str, str]) -> str:
+def _version_difference(host: str, expected: dict[str, str], there: dict[str, str]) -> str:
     """Say which packages of a worker differ from ours."""
-    name = next(name for name in expected if found[name] != expected[name])
-    there = f"{name} {found[name]}" if found[name] else f"no {name}"
+    name = next(name for name in expected if there[name] != expected[name])
+    version = f"{name} {there[name]}" if there[name] else f"no {name}"
     return (
-        f"the Ray worker on {host} has {there}, and this process {name} {expected[name]}: install "
+        f"the Ray worker on {host} has {version}, and this process {name} {expected[name]}: install "
         f"{name}=={expected[name]} there. {_GO_ON}"
     )
 

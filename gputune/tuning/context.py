@@ -62,17 +62,17 @@ def frozen_plans(
 
     What is in no frozen chunk is planned by ``make``, and frozen. Chunks are whole: they may hold trials with a result.
     """
-    made: dict[int, Plan] = {}
+    plans_of: dict[int, Plan] = {}
 
     def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
-        plan = made[len(new)] = make([complete(trial.params) for trial in new])
+        plan = plans_of[len(new)] = make([complete(trial.params) for trial in new])
         return [(chunk.index, plan.threads) for chunk in plan.chunks]
 
     chunks = ledger.chunks(waiting, stage, cut)
     numbers = {number for chunk in chunks for number in chunk.trials}
     trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
     configs = tuple(complete(trial.params) for trial in trials)
-    plan = made[len(trials)] if len(trials) in made else make(configs)  # how many processes pay
+    plan = plans_of[len(trials)] if len(trials) in plans_of else make(configs)  # how many processes pay
     place = {trial.number: position for position, trial in enumerate(trials)}
     plans = []
     for threads in dict.fromkeys(chunk.threads for chunk in chunks):
@@ -173,12 +173,12 @@ class Context:
         """Return the checkpoints that there are of these trials."""
         if self.checkpoints is None:
             return []
-        found = self.checkpoints.read(dict(zip(numbers, configs)))
-        if begun := {number for one in found for number in one.trials}:
+        checkpoints = self.checkpoints.read(dict(zip(numbers, configs)))
+        if begun := {number for checkpoint in checkpoints for number in checkpoint.trials}:
             self.progress.say(
                 f"{count(len(begun), 'trial')} can go on from where training was stopped", once=True
             )
-        return found
+        return checkpoints
 
     def ended(self, results: Sequence[Result]) -> None:
         """Remove the checkpoints of trials with a final result."""

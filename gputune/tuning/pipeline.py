@@ -91,8 +91,7 @@ def search(
         with profile.clock("compiling"):
             trainer = _trainer(data, scoring, choice, options, stop, cluster)
             trainer = replace(trainer, backend=_backend(trainer, options, choice, trials, progress))
-        columns = problem.columns_in_words()
-        context = Context(trainer, choice, options, progress, profile=profile, columns=columns)
+        context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
         context.check_module(trials[0].params if trials else draw(space, 1, options.random_state)[0])
         _remember_what_runs(choice, options)
         _check_method(trials, space, context, problem.target.classes)
@@ -101,7 +100,6 @@ def search(
         context = replace(context, checkpoints=checkpoint_folder(options.study, record))
         make_study = partial(study_type.from_rows, record.to_json())
         with open_ledger(options.study, record) as ledger:
-            ledger.on_wait = partial(_wait_on, stop, progress)
             _add_trials(ledger, trials, space, context)
             signal_number = _train(ledger, space, context, callbacks, make_study, signals)
             context.tidy(ledger)
@@ -131,6 +129,7 @@ def _wait_on(stop: Stop, progress: Progress, words: str) -> None:
 def _add_trials(ledger: Ledger, trials: Sequence[Candidate], space: Space, context: Context) -> None:
     """Add the trials that the ledger lacks, and say what is known of it."""
     options, progress = context.options, context.progress
+    ledger.on_wait = partial(_wait_on, context.trainer.stop, progress)
     if not isinstance(options.method, str):
         ledger.decide_alone(method_name(options.method))
     add_missing(ledger, trials, space, options)

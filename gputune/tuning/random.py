@@ -117,7 +117,7 @@ def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Opti
 
 
 def _with_begun(
-    plan: Plan, found: Sequence[Checkpoint], numbers: Sequence[int], configs: Sequence[Config]
+    plan: Plan, checkpoints: Sequence[Checkpoint], numbers: Sequence[int], configs: Sequence[Config]
 ) -> Plan:
     """Return a plan whose chunks go on from checkpoints: these come first, in their old company, for the same bits.
 
@@ -127,13 +127,22 @@ def _with_begun(
     begun: list[Population] = []
     taken: set[int] = set()
     kind = plan.chunks[0].kind
-    for one in found:
-        index = tuple(place.get(number, -1) for number in one.trials)
+    for checkpoint in checkpoints:
+        index = tuple(place.get(number, -1) for number in checkpoint.trials)
         if min(index) < 0 or taken & set(index):
             continue
         taken |= set(index)
-        own = tuple(configs[i] for i in index)
-        begun.append(BegunChunk(kind, index, own, one.state, one.alive, one.curves, one.seconds))
+        begun.append(
+            BegunChunk(
+                kind,
+                index,
+                tuple(configs[i] for i in index),
+                checkpoint.state,
+                checkpoint.alive,
+                checkpoint.curves,
+                checkpoint.seconds,
+            )
+        )
     rest = [_without(chunk, taken) for chunk in plan.chunks]
     return replace(plan, chunks=(*begun, *(chunk for chunk in rest if chunk.index)))
 

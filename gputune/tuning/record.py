@@ -108,9 +108,9 @@ def versions() -> dict[str, str]:
 
 def _distributions(space: Space) -> dict[str, Any]:
     """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
-    found = {key: described(choices) for part in space for key, choices in part.items()}
-    many = {key for key in found if sum(key in part for part in space) > 1}
-    return {key: law for key, law in found.items() if law is not None and key not in many}
+    laws = {key: described(choices) for part in space for key, choices in part.items()}
+    many = {key for key in laws if sum(key in part for part in space) > 1}
+    return {key: law for key, law in laws.items() if law is not None and key not in many}
 
 
 def _is_storable(value: Any) -> bool:
@@ -196,15 +196,15 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
             f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "
             "its new place."
         ) from error
-    found = fingerprint(source.X, make_problem(source, record.task, choice).target)
-    if found != record.fingerprint:
-        sizes = table_size(record.fingerprint, origin), table_size(found, source.origin)
+    now = fingerprint(source.X, make_problem(source, record.task, choice).target)
+    if now != record.fingerprint:
+        sizes = table_size(record.fingerprint, origin), table_size(now, source.origin)
         raise InputError(
             f"the search cannot go on: the rows of {origin['path']!r} have changed since it was begun "
             f"({rows_difference(*sizes)}); restore the file."
         )
-    held, now = origin.get("held_out"), (source.origin or {}).get("held_out")
-    if held is not None and held != now:
+    held_out = origin.get("held_out")
+    if held_out is not None and held_out != (source.origin or {}).get("held_out"):
         raise InputError(
             f"the search cannot go on: the rows of {origin['path']!r} that were held out have changed since it was "
             "begun; restore the file."

@@ -127,12 +127,7 @@ class Trainer:
         )
 
     def train(
-        self,
-        job: Job,
-        plan: Plan,
-        *,
-        progress: Progress = _unseen,
-        claim: Claim = lambda chunk: True,
+        self, job: Job, plan: Plan, *, progress: Progress = _unseen, claim: Claim = lambda chunk: True
     ) -> Iterator[Outcome | GivenUp]:
         """Train the chunks of a plan and yield what came of them, in the order in which they end.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import gputune
 from gputune.callbacks import MLflow, TensorBoard, WandB
-from gputune.callbacks.plain import plain_params, trial_numbers
+from gputune.callbacks.callback import plain_params, trial_numbers
 from gputune.errors import MissingExtraError
 from study_rows import candidates, result
 

@@ -18,8 +18,7 @@ def closing(study):
 
 
 @pytest.mark.parametrize(
-    ("trials", "words"),
-    [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")],
+    ("trials", "words"), [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")]
 )
 def test_a_sampler_is_told_with_its_batches(trials, words):
     text = closing(made_batches(trials))

@@ -22,8 +22,12 @@ def refused(*arguments, words=(), lines=1):
         assert word in err
 
 
+def refused_tune(table, *options, words, lines=1):
+    refused("tune", table, "--target", "kind", *FAST, *options, words=words, lines=lines)
+
+
 def test_missing_file(bugs):
-    refused("tune", "bug.csv", "--target", "kind", *FAST, words=["'bug.csv'", "CSV"])
+    refused_tune("bug.csv", words=["'bug.csv'", "CSV"])
 
 
 def test_missing_target(bugs):
@@ -35,7 +39,7 @@ def test_unknown_target(bugs):
 
 
 def test_unknown_groups(bugs):
-    refused("tune", bugs, "--target", "kind", "--groups", "site", *FAST, words=["--groups site", "'a', 'b'"])
+    refused_tune(bugs, "--groups", "site", words=["--groups site", "'a', 'b'"])
 
 
 @pytest.mark.parametrize(
@@ -43,40 +47,31 @@ def test_unknown_groups(bugs):
 )
 def test_empty_table(bugs, text, words):
     bugs.write_text(text)
-    refused("tune", bugs, "--target", "kind", *FAST, words=["row", words])
+    refused_tune(bugs, words=["row", words])
 
 
 def test_unknown_format(bugs):
-    refused(
-        "tune", bugs.rename("bugs.xls"), "--target", "kind", *FAST, words=["bugs.xls", ".csv", "convert it"]
-    )
+    refused_tune(bugs.rename("bugs.xls"), words=["bugs.xls", ".csv", "convert it"])
 
 
 def test_one_class(bugs):
     write_table(bugs, kind=["ant"] * 40)
-    refused("tune", bugs, "--target", "kind", *FAST, words=["kind", "at least two classes", "'ant'", "check"])
+    refused_tune(bugs, words=["kind", "at least two classes", "'ant'", "check"])
 
 
 def test_missing_values_in_the_target(bugs):
     write_table(bugs, kind=[*kinds(38), "", "NA"])
-    refused(
-        "tune",
-        bugs,
-        "--target",
-        "kind",
-        *FAST,
-        words=["kind has 2 missing values", "row 38", "leave those rows out"],
-    )
+    refused_tune(bugs, words=["kind has 2 missing values", "row 38", "leave those rows out"])
 
 
 def test_more_folds_than_rows(bugs):
     write_table(bugs, 20, kind=kinds(20))
-    refused("tune", bugs, "--target", "kind", *FAST, "--cv", "17", words=["--cv 17", "got 16", "use fewer"])
+    refused_tune(bugs, "--cv", "17", words=["--cv 17", "got 16", "use fewer"])
 
 
 def test_infinite_features(bugs):
     write_table(bugs, kind=kinds(), d=[*range(38), "inf", "-inf"])
-    refused("tune", bugs, "--target", "kind", *FAST, words=["'d'", "infinite", "row 38", "clip it"])
+    refused_tune(bugs, words=["'d'", "infinite", "row 38", "clip it"])
 
 
 @pytest.mark.parametrize(
@@ -100,23 +95,12 @@ def test_infinite_features(bugs):
     ],
 )
 def test_bad_space(bugs, spec, words):
-    refused("tune", bugs, "--target", "kind", "--space", spec, *FAST, words=words)
+    refused_tune(bugs, "--space", spec, words=words)
     assert not bugs.with_name("gputune-out").exists()
 
 
 def test_a_key_given_twice(bugs):
-    refused(
-        "tune",
-        bugs,
-        "--target",
-        "kind",
-        "--space",
-        "lr=1",
-        "--space",
-        "lr=2",
-        *FAST,
-        words=["'lr' twice", "Join"],
-    )
+    refused_tune(bugs, "--space", "lr=1", "--space", "lr=2", words=["'lr' twice", "Join"])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +117,7 @@ def test_a_key_given_twice(bugs):
     ],
 )
 def test_text_where_a_number_is_due(bugs, option, value, words):
-    refused("tune", bugs, "--target", "kind", option, value, words=[*words, "gputune tune --help"], lines=2)
+    refused_tune(bugs, option, value, words=[*words, "gputune tune --help"], lines=2)
 
 
 @pytest.mark.parametrize(
@@ -160,21 +144,13 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
     ],
 )
 def test_bad_options(bugs, option, value, words):
-    refused("tune", bugs, "--target", "kind", *FAST, option, value, words=[option, *words])
-    assert not bugs.with_name("gputune-out").exists()
-
-
-def test_a_model_file_that_is_not_there(bugs):
-    words = ["net.py", "does not exist", "check the path"]
-    refused("tune", bugs, "--target", "kind", *FAST, "--model", "net.py:Net", words=words)
+    refused_tune(bugs, option, value, words=[option, *words])
     assert not bugs.with_name("gputune-out").exists()
 
 
 def test_a_device_that_is_not_there(bugs):
     there = torch.cuda.device_count()
-    refused(
-        "tune", bugs, "--target", "kind", "--device", f"cuda:{there}", *FAST, words=[f"'cuda:{there}'", "cpu"]
-    )
+    refused_tune(bugs, "--device", f"cuda:{there}", words=[f"'cuda:{there}'", "cpu"])
 
 
 @pytest.mark.parametrize(
@@ -187,57 +163,26 @@ def test_a_device_that_is_not_there(bugs):
 )
 def test_a_model_file_without_a_module(bugs, content, words):
     bugs.with_name("net.py").write_text(content)
-    refused("tune", bugs, "--target", "kind", "--model", "net.py:Net", *FAST, words=["net.py", *words])
+    refused_tune(bugs, "--model", "net.py:Net", words=["net.py", *words])
 
 
 def test_a_folder_that_cannot_be_written_without_a_loss(bugs):
-    refused(
-        "tune",
-        bugs,
-        "--target",
-        "kind",
-        "--out",
-        "bugs.csv",
-        *FAST,
-        words=["--out 'bugs.csv'", "give a folder"],
-    )
+    refused_tune(bugs, "--out", "bugs.csv", words=["--out 'bugs.csv'", "give a folder"])
     folder = bugs.with_name("mine")
     (folder / "model").mkdir(parents=True)
-    refused(
-        "tune",
-        bugs,
-        "--target",
-        "kind",
-        "--out",
-        "mine",
-        *FAST,
-        words=["--out 'mine'", "give another folder"],
-    )
+    refused_tune(bugs, "--out", "mine", words=["--out 'mine'", "give another folder"])
     assert [p.name for p in folder.rglob("*")] == ["model"]
 
 
 def test_a_study_of_another_search(bugs):
     assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
-    command = [
-        "tune",
-        bugs,
-        "--target",
-        "kind",
-        *FAST,
-        "--seed",
-        "1",
-        "--epochs",
-        "3",
-        "--schedule",
-        "cosine",
-    ]
     words = [
         "--out gputune-out holds another search",
         "--seed (0 there, 1 here)",
         "--epochs (2 there, 3 here)",
     ]
     words += ["--schedule ('constant' there, 'cosine' here)", "--out OTHER", "first command's options"]
-    refused(*command, words=words)
+    refused_tune(bugs, *"--seed 1 --epochs 3 --schedule cosine".split(), words=words)
     assert run("best", "gputune-out")[0] == 0
 
 

@@ -344,19 +344,8 @@ def test_a_diverged_trial_is_counted(tmp_path):
 
 def test_a_search_of_which_every_trial_fails_ends_with_1(tmp_path):
     table = write_table(tmp_path / "t.csv", price=[i * 1.5 + 0.25 for i in range(40)])
-    code, out, err = run(
-        "tune",
-        table,
-        "--target",
-        "price",
-        "--optimizer",
-        "sgd",
-        "--space",
-        "lr=1e30",
-        "--out",
-        tmp_path / "o",
-        *FAST,
-    )
+    options = ["--optimizer", "sgd", "--space", "lr=1e30", "--out", tmp_path / "o"]
+    code, out, err = run("tune", table, "--target", "price", *options, *FAST)
     assert (code, out) == (1, "")
     assert err.startswith("gputune: error: no trial has a finite score") and "lower the learning rates" in err
 
@@ -421,20 +410,8 @@ def test_predictions_are_exact_in_a_file_and_cleaned_for_a_terminal(tmp_path):
 def test_a_warning_is_one_line_said_once(tmp_path):
     kind = [*kinds(58), "cat", "cat", "cat"]
     table = write_table(tmp_path / "bugs.csv", 61, kind=kind)
-    command = [
-        "tune",
-        table,
-        "--target",
-        "kind",
-        "--test-size",
-        "0",
-        "--out",
-        tmp_path / "o",
-        *FAST,
-        "--cv",
-        "5",
-    ]
-    code, _, err = run(*command)
+    options = ["--test-size", "0", "--out", tmp_path / "o", *FAST, "--cv", "5"]
+    code, _, err = run("tune", table, "--target", "kind", *options)
     assert code == 0
     assert err.count("\n") == 1
     assert err.startswith("gputune: warning: kind has classes with fewer rows than the 5 folds: 'cat' (3)")

@@ -70,20 +70,8 @@ def test_the_solved_logistic_regression_is_refused(iris):
 
 
 def test_the_command_says_what_was_spent(tmp_path):
-    options = [
-        *FAST,
-        "--trials",
-        "13",
-        "--epochs",
-        "6",
-        "--method",
-        "median",
-        "--min-epochs",
-        "2",
-        "--every",
-        "1",
-    ]
-    code, out, err = run("tune", "sklearn:iris", *options, "--out", tmp_path)
+    options = "--trials 13 --epochs 6 --method median --min-epochs 2 --every 1".split()
+    code, out, err = run("tune", "sklearn:iris", *FAST, *options, "--out", tmp_path)
     assert (code, err) == (0, "")
     said = " ".join(out.split())
     study = gputune.Study.open(tmp_path / "study.db")
