@@ -122,7 +122,7 @@ def test_l1_and_elastic_net_are_optimal(name, l1_ratio):
         assert kkt(x, y, coef, intercept, C, l1_ratio) < 1e-6
         if name != "digits" or C == 0.1:
             saga = LogisticRegression(
-                **ELASTIC, C=C, l1_ratio=l1_ratio, solver="saga", tol=1e-10, max_iter=300, random_state=0
+                **ELASTIC, C=C, l1_ratio=l1_ratio, solver="saga", tol=1e-10, max_iter=100, random_state=0
             ).fit(x, y)
             ours = objective(x, y, coef, intercept, C, l1_ratio)
             assert ours <= objective(x, y, saga.coef_, saga.intercept_, C, l1_ratio) + 1e-9

@@ -62,15 +62,15 @@ def agree(found, reference):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("k", [2, 3, 4])
-def test_central_differences_over_six_C_and_five_folds(k, l1_ratio, weighted):
-    data = problem(k=k, weighted=weighted)
+def test_central_differences_over_six_C_and_three_folds(k, l1_ratio, weighted):
+    data = problem(folds=3, n=60, k=k, weighted=weighted)
     C, ratio = many(*SIX), many(*[l1_ratio] * 6)
     solution = solved(data, C, ratio, k)
     found = implicit(data, solution, C, ratio)
     assert len({len(rows) for rows in data[3]}) > 1
-    assert found.gradient.shape == found.value.shape == (30,)
+    assert found.gradient.shape == found.value.shape == (18,)
     agree(found.gradient, central_difference(data, C, ratio, k))
-    assert (found.gradient != 0).sum() >= 20
+    assert (found.gradient != 0).sum() >= 12
     if l1_ratio:
         assert (solution.coef == 0).any()
 
@@ -180,7 +180,7 @@ def test_a_common_shift_of_coefficients_that_pure_l1_leaves_open_changes_nothing
     assert found.gradient.abs() > 1e-9
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("k", [2, 3])
 def test_one_hot_columns_beside_an_intercept(k, seed):
     # The columns of four levels add up to one, so that pure l1 can leave a direction without any curvature.
