@@ -120,16 +120,16 @@ def write_page(study: Study, path: str | os.PathLike[str], *, model: Mapping[str
     write_text(Path(path), page(study, model=model))
 
 
-def check_place(given: str, path: Path, study_file: Path | None) -> None:
-    """Raise InputError, which names what was ``given``, for a place where no page can or should be written."""
+def check_place(argument: str, path: Path, study_file: Path | None) -> None:
+    """Raise InputError, which begins with the ``argument``, for a place where no page can or should be written."""
     if path.is_dir():
-        raise InputError(f"{given} is a folder; give the name of a file, such as report.html.")
+        raise InputError(f"{argument} is a folder; give the name of a file, such as report.html.")
     if study_file is not None and path.exists() and study_file.exists() and path.samefile(study_file):
-        raise InputError(f"{given} is the file of the study itself; give another name.")
+        raise InputError(f"{argument} is the file of the study itself; give another name.")
     if path.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{given} must end in .html, since a page of HTML is written; give such a name.")
+        raise InputError(f"{argument} must end in .html, since a page of HTML is written; give such a name.")
     if not path.resolve().parent.is_dir():
-        raise InputError(f"{given}: the folder {str(path.parent)!r} does not exist; make it first.")
+        raise InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
 def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:

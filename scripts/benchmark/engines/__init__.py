@@ -1,6 +1,7 @@
 """The engines of the benchmark: which there are, which can run here, and how many trials of the list each trains.
 
-Each is a module of this folder (skorch and torch.compile stand beside the PyTorch loop), imported when it runs.
+Each is a module of this folder, imported when it runs; skorch, Ray Tune and torch.compile stand beside the PyTorch
+loop.
 """
 
 import shutil
@@ -47,7 +48,7 @@ ENGINES = {
         Engine("torch", "PyTorch loop", "torch", "torch"),
         Engine("compile", "PyTorch loop, torch.compile", "torch", "torch", "train_compiled"),
         Engine("optuna", "Optuna, PyTorch loop", "optuna", "optuna"),
-        Engine("ray", "Ray Tune, PyTorch loop", "ray.tune", "ray"),
+        Engine("ray", "Ray Tune, PyTorch loop", "ray.tune", "torch", "train_ray"),
         Engine("skorch", "skorch", "skorch", "torch", "train_skorch"),
         Engine("jax", "JAX jit + vmap", "jax", "jax"),
         Engine("gputune", "gputune", "gputune", "gputune"),

@@ -1,10 +1,12 @@
 """PyTorch's side of the benchmark: the plain loop, as fast as eager PyTorch goes with one network at a time.
 
-Beside it skorch, which wraps such a loop, and the loop whose whole step is one function of ``torch.compile``.
+Beside it skorch, which wraps such a loop, Ray Tune, which runs it, and the loop whose whole step is one function of
+``torch.compile``.
 """
 
 import functools
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
-from benchmark.work import Fold, Outcome, Trial, Work, over_cores
+from benchmark.work import Fold, Outcome, Trial, Work, longest_first, over_cores, standardised
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of torch.optim.Adam
 
@@ -114,6 +116,64 @@ def fit_skorch(fold: Fold, trial: Trial, epochs: int) -> float:
     with denormals_as_zero():
         classifier.fit(X, y)
     return float(classifier.score(X_valid, y_valid))
+
+
+RAY_SETTINGS = {
+    # Files of logs, and a table on the screen, would be paid for and not read.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    # Ray's handler would stay after the search and take Ctrl-C from what runs next in this process.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+}
+
+
+def train_ray(work: Work, cores: int) -> Outcome:
+    """Train the work with Ray Tune, every trial on one core, on a Ray of this machine started and ended in the call."""
+    os.environ |= RAY_SETTINGS
+    import ray
+    from ray import tune
+
+    begin = time.monotonic()
+    folds, trials, epochs = standardised(work), work.trials, work.epochs
+
+    def train_one(config: dict[str, Any]) -> None:
+        began = time.monotonic()
+        torch.set_num_threads(1)
+        rows = ray.get(shared)  # mapped
+        scores = [fit([part.copy() for part in fold], trials[config["position"]], epochs) for fold in rows]
+        tune.report({"scores": scores, "began": began, "process": os.getpid()})
+
+    # The workers import what this process can.
+    with (
+        patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        try:
+            ray.init(
+                "local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="error"
+            )
+            shared = ray.put(folds)
+            results = tune.Tuner(
+                tune.with_resources(train_one, {"cpu": 1}),
+                param_space={"position": tune.grid_search(longest_first(trials))},
+                tune_config=tune.TuneConfig(reuse_actors=True),
+                run_config=tune.RunConfig(storage_path=folder, verbose=0),
+            ).fit()
+        finally:
+            ray.shutdown()
+    return _ray_outcome(results, work, begin)
+
+
+def _ray_outcome(results: Any, work: Work, begin: float) -> Outcome:
+    scores = work.no_scores()
+    began: dict[int, float] = {}
+    for result in results:
+        if result.error is not None:
+            raise result.error
+        found = result.metrics
+        scores[found["config"]["position"]] = found["scores"]
+        began[found["process"]] = min(found["began"], began.get(found["process"], found["began"]))
+    return Outcome(scores, max(began.values()) - begin)
 
 
 _seconds = 0.0  # that this process has compiled
