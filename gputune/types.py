@@ -19,11 +19,11 @@ Params = dict[str, Tensor]
 
 Task = Literal["binary", "multiclass", "regression"]
 
-Backend = Literal["eager", "compiled", "graph"]
+Backend = Literal["eager", "compiled", "graph", "loop"]
 """How a chunk trains: as operations on stacked tensors, one by one or each step as one recorded graph (made for a
-GPU), or member by member in a compiled loop (on a CPU)."""
+GPU), member by member in a compiled loop (on a CPU), or as plain modules one after another."""
 
-BackendWord = Literal["auto", "eager", "compiled", "graph"]
+BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {

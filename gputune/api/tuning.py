@@ -51,7 +51,7 @@ def tune(
     study: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
-    backend: Literal["auto", "eager", "compiled", "graph"] = "auto",
+    backend: Literal["auto", "eager", "compiled", "graph", "stacked", "loop"] = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     tf32: bool = False,
     memory: int | str | None = None,
@@ -106,8 +106,8 @@ def tune(
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
                  CPU with a C compiler; "graph" records a step of all members once and replays it, on a GPU; "eager"
-                 takes it as operations on stacked tensors, as user's modules always do; "auto" chooses; the numbers are
-                 the same to rounding
+                 takes it as operations on stacked tensors. Members of a user's module are "stacked", which is an error
+                 where they cannot be, or train one by one ("loop"). "auto" chooses; numbers are the same to rounding
     tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
                  trains, which is faster and moves scores by more than rounding; on a CPU it is refused
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device

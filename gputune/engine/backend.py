@@ -31,8 +31,10 @@ def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) 
             f"backend='graph' records the steps of a GPU, and the device is {str(device)!r}; choose a CUDA device, or "
             "backend='auto'."
         )
-    if word in ("eager", "graph"):
+    if word in ("eager", "graph", "loop"):
         return word, ""
+    if word == "stacked":
+        return "eager", ""
     if word == "auto" and device.type != "cpu":
         return "eager", ""
     if device.type != "cpu":
@@ -68,10 +70,13 @@ def choose_device(device: str) -> torch.device:
     raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
 
 
-def trains_as(backend: Backend, kind: ModelKind, config: Config) -> Backend:
-    """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot."""
+def trains_as(backend: Backend, kind: ModelKind, config: Config, unstackable: str = "") -> Backend:
+    """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
+
+    ``unstackable`` says why members of a user's module cannot be stacked.
+    """
     if kind == "module":
-        return "eager"
+        return "loop" if unstackable or backend == "loop" else "eager"
     if backend == "compiled":
         return "compiled" if config["optimizer"] in OPTIMIZERS and config["depth"] <= _DEEPEST else "eager"
     return backend if config["optimizer"] in RULES else "eager"

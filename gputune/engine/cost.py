@@ -47,6 +47,7 @@ def trial_cost(
     """Estimate what one trial with all its folds costs."""
     if trains_as(backend, population.kind, population.configs[0]) == "compiled":
         return _compiled_cost(population, data)
+    looped = backend == "loop"
     config, folds, item = population.configs[0], data.n_folds, torch.finfo(data.dtype).bits // 8
     longest = max(len(fold.train) for fold in data.folds)
     batch_sizes = [min(c["batch_size"], longest) for c in population.configs]
@@ -65,8 +66,8 @@ def trial_cost(
     return Cost(
         trial_bytes=folds * item * (buffers * size + activations + dropout) + item * scored,
         state_bytes=folds * item * size * _kept_buffers(population),
-        trial_seconds=folds * steps * member_seconds,
-        step_seconds=steps * layers * _STEP_SECONDS,
+        trial_seconds=folds * steps * (member_seconds + looped * layers * _STEP_SECONDS),
+        step_seconds=0.0 if looped else steps * layers * _STEP_SECONDS,
     )
 
 

@@ -6,6 +6,7 @@ and buffers must agree. What differs, or cannot be mapped at all, trains member 
 
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -56,10 +57,7 @@ def traits_of(builder: Builder, config: Config, data: Dataset, *, columns: str =
             names=data.names,
             dtype=data.dtype,
         )
-    traits = known[key]
-    if traits.unstackable:
-        raise InputError(f"model: the members of {name_of(builder)} cannot be stacked: {traits.unstackable}.")
-    return traits
+    return known[key]
 
 
 def inspect_module(
@@ -112,8 +110,9 @@ def inspect_module(
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
         draws=draws,
     )
-    reason = _of_itself(module, numbers) or _of_stacking(trial, traits)
-    return traits if not reason else Traits(**{**vars(traits), "unstackable": reason})
+    counted = _counted(numbers)
+    reason = _of_itself(module, counted) or _of_stacking(trial, traits)
+    return replace(traits, changing=(*changing, *counted), unstackable=reason)
 
 
 class _Trial:
@@ -204,12 +203,16 @@ class _Trial:
             return False
 
 
-def _of_itself(module: nn.Module, numbers: Sequence[dict[str, Any]]) -> str:
+def _counted(numbers: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the numbers that a second forward on the same rows has changed again."""
+    start, first, second = numbers
+    return tuple(k for k, value in second.items() if k in start and first[k] != value)
+
+
+def _of_itself(module: nn.Module, counted: Sequence[str]) -> str:
     """Return what a module does beside its tensors, which stacked members cannot each do; "" for nothing."""
-    *_, first, second = numbers
-    for name, value in second.items():
-        if name in first and first[name] != value:
-            return f"it counts in {name!r}, a number of its own"
+    if counted:
+        return f"it counts in {counted[0]!r}, a number of its own"
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return f"its parameter {name!r} has a hook on its gradient"

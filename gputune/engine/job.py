@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from gputune.data.dataset import Dataset
+from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.construction import Builder
 from gputune.engine.inspection import traits_of
+from gputune.engine.looped import LoopedModule
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.module import StackedModule, Traits
 from gputune.engine.network import Network, Shape
@@ -137,7 +139,9 @@ class Job:
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
         assert self.module_class is not None
         traits = self.traits.get(chunk.arguments) or traits_of(self.module_class, chunk.configs[0], data)
-        return StackedModule(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits)
+        looped = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.unstackable) == "loop"
+        kind = LoopedModule if looped else StackedModule
+        return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits)
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""

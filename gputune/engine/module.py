@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ _CPU = torch.device("cpu")
 class Traits:
     """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out by trying it).
 
-    changing     names of the buffers that a forward in training changes
+    changing     names of the buffers, and of the Python numbers in submodules, that a forward in training changes
     least_rows   rows that a minibatch needs: two for statistics over them
     alone        whether an output in evaluation mode depends on its own row alone
     widest       most numbers that a submodule returns for a row
@@ -50,7 +50,7 @@ class Traits:
     unstackable: str = ""
 
 
-class StackedModule:
+class ModuleNetwork:
     """F x C members of a user's module, all with the same ``module__*`` values."""
 
     exact = True
@@ -67,23 +67,17 @@ class StackedModule:
     ) -> None:
         self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
-        self.template = self._plain(shape.device)
-        _make_mappable(self.template)
+        self.template = self.plain(shape.device)
         self.stateless = Stateless(self.template)
-        self.attends = any(isinstance(part, nn.MultiheadAttention) for part in self.template.modules())
-        trained = {k: w for k, w in self.template.named_parameters() if w.requires_grad}
-        self.fixed = {k: w.detach() for k, w in self.template.named_parameters() if not w.requires_grad}
-        self.fixed |= {k: b.detach() for k, b in self.template.named_buffers()}
-        self.kept = {k: self.fixed.pop(k) for k in traits.changing}
-        self.first = {k: w.detach() for k, w in trained.items()}
-        self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
+        own = dict(self.template.named_parameters())
+        self.first = {k: w.detach() for k, w in own.items() if w.requires_grad}
+        self.kept = kept_of(self.template, traits.changing)
+        self.fixed = {k: w.detach() for k, w in own.items() if not w.requires_grad}
+        self.fixed |= {k: b.detach() for k, b in self.template.named_buffers() if k not in self.kept}
+        self.members = (shape.folds, len(configs))
         self.widest = max(traits.widest, shape.n_features)
 
-    def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:
-        members = (self.shape.folds, len(self.configs))
-        return Blocks([Block(k, (*members, *w.shape), 1) for k, w in tensors.items()])
-
-    def _plain(self, device: torch.device) -> nn.Module:
+    def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
         return build_module(
             self.builder,
@@ -94,18 +88,56 @@ class StackedModule:
             seed=self.seed,
         ).to(dtype=self.shape.dtype, device=device)
 
+    def targets(self, y: Tensor) -> Tensor:
+        return y.to(self.shape.dtype) if y.is_floating_point() else y[None]
+
+    def subset(self, keep: list[int]) -> Self:
+        configs = [self.configs[c] for c in keep]
+        return type(self)(self.builder, configs, self.shape, seed=self.seed, traits=self.traits)
+
+    def layers(self) -> dict[str, int]:
+        owners = layers_of(self.template)
+        return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
+
+    def filled(self, values: Params) -> nn.Module:
+        """Return a plain module in evaluation mode, on the CPU, with the ``values`` of one member."""
+        # Not a copy of the template, since what is no parameter or buffer of it cannot always be copied.
+        module = self.plain(_CPU)
+        values = values | self.fixed
+        with torch.no_grad():
+            for name, own in (*module.named_parameters(), *module.named_buffers()):
+                if not torch.equal(own, values[name].cpu()):
+                    own.copy_(values[name])
+            put_numbers(module, {name: values[name] for name in self.kept})
+        return module.eval()
+
+
+class StackedModule(ModuleNetwork):
+    """Members whose parameters are stacked, and whose forward is mapped over them."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        configs: Sequence[Config],
+        shape: Shape,
+        *,
+        seed: int,
+        traits: Traits = Traits(),
+    ) -> None:
+        super().__init__(builder, configs, shape, seed=seed, traits=traits)
+        _make_mappable(self.template)
+        self.stateless = Stateless(self.template)
+        self.attends = any(isinstance(part, nn.MultiheadAttention) for part in self.template.modules())
+        self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
+
+    def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:
+        return Blocks([Block(k, (*self.members, *w.shape), 1) for k, w in tensors.items()])
+
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
         for name, view in self.blocks.views(flat).items():
             view.copy_(self.first[name] if name in self.first else self.kept[name])
         return flat
-
-    def targets(self, y: Tensor) -> Tensor:
-        return y.to(self.shape.dtype) if y.is_floating_point() else y[None]
-
-    def subset(self, keep: list[int]) -> "StackedModule":
-        configs = [self.configs[c] for c in keep]
-        return StackedModule(self.builder, configs, self.shape, seed=self.seed, traits=self.traits)
 
     def draws(self, rows: Sequence[int]) -> None:
         return None  # its own, by the key of the minibatch
@@ -146,10 +178,6 @@ class StackedModule:
         with keyed_draws(self.shape.device, self.seed, "dropout", *key):
             return self._forward(params, inputs, training=True)[0]
 
-    def layers(self) -> dict[str, int]:
-        owners = layers_of(self.template)
-        return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
-
     def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> tuple[Tensor, Params]:
         """Return the outputs (P, B, K) of stacked members (P, ...) on rows (P, B, ...) of each input, and their buffers
         after it.
@@ -172,14 +200,33 @@ class StackedModule:
         return outputs if outputs.dim() == 3 else outputs[..., None], after
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
-        # Not a copy of the template, since what is no parameter or buffer of it cannot always be copied.
-        module = self._plain(_CPU)
-        values = {name: w[fold, trial] for name, w in params.items()} | self.fixed
-        with torch.no_grad():
-            for name, own in (*module.named_parameters(), *module.named_buffers()):
-                if not torch.equal(own, values[name].cpu()):
-                    own.copy_(values[name])
-        return module.eval()
+        return self.filled({name: w[fold, trial] for name, w in params.items()})
+
+
+def kept_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the buffers and the Python numbers of some names, the numbers as tensors."""
+    buffers = dict(module.named_buffers())
+    return {k: buffers[k].detach() if k in buffers else _as_tensor(_number(module, k)) for k in names}
+
+
+def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the Python numbers among some names their values; buffers are left as they are."""
+    buffers = dict(module.named_buffers())
+    for name, value in values.items():
+        if name not in buffers:
+            path, _, key = name.rpartition(".")
+            kind = type(_number(module, name))
+            setattr(module.get_submodule(path), key, kind(value.item()))
+
+
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+
+
+def _number(module: nn.Module, name: str) -> float:
+    path, _, key = name.rpartition(".")
+    number: float = getattr(module.get_submodule(path), key)
+    return number
 
 
 def _make_mappable(module: nn.Module) -> None:

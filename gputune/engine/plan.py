@@ -6,8 +6,9 @@ and threads of one process share their members. Results do not depend on the cut
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ class Plan:
 
     def _how(self) -> str:
         """How the chunks train, in words."""
-        words = {"compiled": "compiled", "graph": "recorded", "eager": "eager"}
+        words = {"compiled": "compiled", "graph": "recorded", "eager": "eager", "loop": "one by one"}
         if len(set(self.ways)) == 1:
             return f", {words[self.ways[0]]}"
         return "".join(f", {self.ways.count(way)} {word}" for way, word in words.items() if way in self.ways)
@@ -93,6 +94,7 @@ def make_plan(
     cost_of: Callable[[Population, Cost], Cost] | None = None,
     measure: Callable[[Population, int], Need | None] | None = None,
     backend: Backend = "eager",
+    unstackable: Mapping[str, str] = MappingProxyType({}),
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
@@ -100,12 +102,14 @@ def make_plan(
     of a GPU that is not in this machine. ``cost_of`` turns what a
     trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
     population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
-    and for a user's module, whose inside is unknown.
+    and for a user's module, whose inside is unknown. ``unstackable`` says of module__* values, as text, why their
+    members cannot be stacked.
     """
     pieces: list[_Piece] = []
     for population in populations:
-        cost = trial_cost(population, data, parameters, backend)
-        way = trains_as(backend, population.kind, population.configs[0])
+        reason = unstackable.get(population.arguments, "")
+        way = trains_as(backend, population.kind, population.configs[0], reason)
+        cost = trial_cost(population, data, parameters, way)
         limit = (
             min(_COMPILED_BYTES, memory or _COMPILED_BYTES)
             if way == "compiled"
@@ -118,6 +122,9 @@ def make_plan(
             if need is not None:
                 cost, limit = replace(cost, trial_bytes=need.trial), limit - need.once
         whole = _Piece(population, cost, epochs, way)
+        if way == "loop" and cost_of is None:  # nothing is gained by company, and a stop is heard earlier
+            pieces += whole.cut(len(population.index))
+            continue
         # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
         # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))

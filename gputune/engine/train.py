@@ -13,6 +13,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
+from gputune.engine.looped import LoopChunk, LoopedModule
 from gputune.engine.network import Network
 from gputune.engine.scoring import Scoring
 from gputune.engine.stacked import StackedChunk
@@ -181,6 +182,8 @@ def train(
 def _make_chunk(
     backend: Backend, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
 ) -> Chunk:
+    if isinstance(network, LoopedModule):
+        return LoopChunk(network, data, configs, **options)
     word = trains_as(backend, network.kind, configs[0])
     if word == "compiled":
         return CompiledChunk(network, data, configs, **options)

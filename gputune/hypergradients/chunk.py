@@ -17,6 +17,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
+from gputune.engine.looped import LoopedModule
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, cores, make_plan
@@ -259,6 +260,8 @@ def inner_problem(
 ) -> InnerProblem[PopulationTraining]:
     """Return the training of a chunk over the whole horizon, at the hyperparameters of its configurations."""
     network = job.network(data, chunk)
+    if isinstance(network, LoopedModule):
+        raise network.refusal()
     if network.blocks.size != network.trained.size:
         raise InputError(
             "model: its buffers change in training, as the running statistics of BatchNorm do, and what they remember "

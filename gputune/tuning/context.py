@@ -14,12 +14,13 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.inspection import traits_of
+from gputune.engine.inspection import known_traits, traits_of
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.engine.population import ModelKind, Population, complete, shape_of
 from gputune.engine.scoring import Scoring
+from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -139,6 +140,8 @@ class Context:
         if self.choice.module_class is not None:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
+        for remark in self.remarks:
+            self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
             plan = self.trainer.plan(groups, epochs=epochs, parameters=parameters, measure=self._need)
         self.profile.plan = plan
@@ -208,4 +211,21 @@ class Context:
         if self.choice.module_class is None:
             return 0
         traits = traits_of(self.choice.module_class, config, self.data, columns=self.columns)
+        if traits.unstackable and self.options.backend == "stacked":
+            raise InputError(
+                f"backend='stacked': the members of {self.choice.name} cannot be stacked: {traits.unstackable}. Change "
+                "that, or let backend='auto' train them one by one."
+            )
         return traits.parameters
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the user should know of the modules that were tried so far, a sentence each."""
+        if self.options.backend == "loop":
+            return ()
+        found = known_traits(self.choice.module_class, self.data).values()
+        reasons = dict.fromkeys(traits.unstackable for traits in found if traits.unstackable)
+        name = self.choice.name
+        return tuple(
+            f"{name} trains one by one, since its members cannot be stacked: {reason}" for reason in reasons
+        )

@@ -138,7 +138,7 @@ def _seed(name: str, random_state: Any) -> int:
     )
 
 
-_BACKENDS = ("auto", "eager", "compiled", "graph")
+_BACKENDS = ("auto", "eager", "compiled", "graph", "stacked", "loop")
 
 SEARCH, ROWS, MACHINE = "the search", "the rows", "the machine, and what is written"
 _search, _rows, _machine = (partial(_option, group=group) for group in (SEARCH, ROWS, MACHINE))
@@ -216,10 +216,10 @@ class Options:
         "auto", "--device D", "auto (default), cpu, cuda or cuda:1",
         kept=True, resume="another device; results are then equal up to rounding",
     )  # fmt: skip
-    backend: Literal["auto", "eager", "compiled", "graph"] = _machine(
+    backend: Literal["auto", "eager", "compiled", "graph", "stacked", "loop"] = _machine(
         "auto", "--backend",
-        "how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, or as "
-        "operations on tensors (eager); auto chooses (auto)",
+        "how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, as operations on "
+        "stacked tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
         choices=_BACKENDS, check=_one_of(*_BACKENDS), kept=True, resume=True,
     )  # fmt: skip
     dtype: str = _machine(

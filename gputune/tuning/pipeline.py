@@ -95,7 +95,8 @@ def search(
         context.check_module(trials[0].params if trials else draw(space, 1, options.random_state)[0])
         _remember_what_runs(choice, options)
         _check_method(trials, space, context, problem.target.classes)
-        record = search_record(context, problem, space, folds, notes_on(trials, space, choice, options))
+        notes = (*notes_on(trials, space, choice, options), *context.remarks)
+        record = search_record(context, problem, space, folds, notes)
         _say_what_was_understood(problem, choice, progress, record.notes if say_notes else ())
         context = replace(context, checkpoints=checkpoint_folder(options.study, record))
         make_study = partial(study_type.from_rows, record.to_json())
@@ -204,8 +205,13 @@ def _backend(
     trainer: Trainer, options: Options, choice: ModelChoice, trials: Sequence[Candidate], progress: Progress
 ) -> Backend:
     """Return how chunks train, and say where it is slower than it could be, or not what was asked for."""
-    if choice.solved or (choice.kind == "module" and options.backend == "auto"):
-        return "eager"
+    if options.backend == "loop" and choice.kind != "module":
+        raise InputError(
+            f"backend='loop' trains the members of a user's module one by one, and the model is {choice.name!r}; "
+            "choose backend='auto', or 'eager'."
+        )
+    if choice.solved or (choice.kind == "module" and options.backend in ("auto", "stacked", "loop")):
+        return "loop" if options.backend == "loop" else "eager"
     device = trainer.data.device if trainer.cluster is None else torch.device(trainer.cluster.device)
     backend, why = choose_backend(options.backend, device, trainer.data.dtype)
     fast: Backend = "graph" if options.backend == "graph" else "compiled"

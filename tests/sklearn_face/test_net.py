@@ -77,10 +77,14 @@ def test_the_criterion_may_be_the_cross_entropy(criterion):
     NeuralNetRegressor(Net, criterion=nn.MSELoss(), max_epochs=1).fit(*IRIS)
 
 
+def test_a_module_that_cannot_be_stacked_trains_one_by_one():
+    net = NeuralNetClassifier(Gated, max_epochs=60, lr=0.1).fit(*IRIS)
+    assert net.score(*IRIS) > 0.6
+
+
 REFUSED = [
     ({"module": Net(4, 3)}, "module must be the class, not an instance.*pass Net"),
     ({"module": "Net"}, "module must be a torch.nn.Module class, got 'Net'"),
-    ({"module": Gated}, "module: the members of Gated cannot be stacked"),
     ({"module": Probabilities}, "module: Probabilities returns probabilities.*leave out the softmax"),
     (
         {"module": PlainNet, "module__outputs": 5},

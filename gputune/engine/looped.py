@@ -1,0 +1,249 @@
+"""A chunk whose members train one after another, each a plain module: what cannot be stacked, on any device.
+
+A member's parameters are one contiguous row, of which its module's own parameters and gradients are views, so that an
+update is the same few passes over one tensor as for stacked members. Rows of an epoch, draws and update rules are
+theirs too. A parameter that a step does not use has a gradient of zero there (``zero_grad(set_to_none=False)``).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset
+from gputune.engine.batches import Batch, row_order, steps_of
+from gputune.engine.blocks import Block, Blocks
+from gputune.engine.construction import Builder, name_of
+from gputune.engine.losses import row_losses
+from gputune.engine.module import ModuleNetwork, Traits, kept_of, put_numbers
+from gputune.engine.network import Shape, call_module
+from gputune.engine.online import OnlineUpdate
+from gputune.engine.scoring import Scoring, Validation
+from gputune.engine.update import Update
+from gputune.errors import InputError
+from gputune.seeding import keyed_draws, stream_seed
+from gputune.types import ONLINE, Config, Params
+
+
+class LoopedModule(ModuleNetwork):
+    """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training changes more."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        configs: Sequence[Config],
+        shape: Shape,
+        *,
+        seed: int,
+        traits: Traits = Traits(),  # noqa: B008 (frozen)
+    ) -> None:
+        super().__init__(builder, configs, shape, seed=seed, traits=traits)
+        self.reason = f"since {traits.unstackable}" if traits.unstackable else "as asked for"
+        self.sizes = [w.numel() for w in self.first.values()]
+        self.kept_sizes = [w.numel() for w in self.kept.values()]
+        rows = [Block("trained", (*self.members, sum(self.sizes)), 1)]
+        self.trained = Blocks(rows)
+        self.blocks = Blocks(
+            [*rows, *[Block("kept", (*self.members, sum(self.kept_sizes)), 1)] * bool(self.kept)]
+        )
+
+    def start(self) -> Tensor:
+        flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
+        for view, tensors in zip(self.blocks.views(flat).values(), (self.first, self.kept)):
+            view.copy_(self.as_row(tensors))
+        return flat
+
+    def as_row(self, tensors: Params) -> Tensor:
+        """Return tensors of one member as its row."""
+        return torch.cat([w.flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()])
+
+    def values(self, params: Params, fold: int, trial: int) -> Params:
+        """Return the tensors of one member, in their own shapes and dtypes."""
+        found = self.parts(params["trained"][fold, trial])
+        if self.kept:
+            parts = torch.split(params["kept"][fold, trial], self.kept_sizes)
+            found |= {k: p.view(w.shape).to(w.dtype) for (k, w), p in zip(self.kept.items(), parts)}
+        return found
+
+    def parts(self, row: Tensor) -> Params:
+        """Return the parameters that lie in a row (N,)."""
+        parts = torch.split(row, self.sizes)
+        return {k: part.view(w.shape) for (k, w), part in zip(self.first.items(), parts)}
+
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
+        found = []
+        for trial in range(len(self.configs)):
+            values = self.values(params, fold, trial)
+            with self.stateless.holding(values) as module:
+                put_numbers(module, {k: values[k] for k in self.kept})
+                outputs = call_module(module.eval(), inputs, self.shape.names)
+                found.append(outputs.view(len(outputs), -1))
+        return torch.stack(found)
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        return self.filled(self.values(params, fold, trial))
+
+    def draws(self, rows: Sequence[int]) -> None:
+        return None
+
+    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+        raise self.refusal()
+
+    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+        raise self.refusal()
+
+    def refusal(self) -> InputError:
+        """Return the error of what needs stacked members."""
+        return InputError(
+            f"model: {name_of(self.builder)} trains one by one, {self.reason}. Hypergradients need members that can be "
+            "stacked; choose another method."
+        )
+
+
+class _Member:
+    """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
+
+    def __init__(self, network: LoopedModule, config: Config, steps: int, horizon: int) -> None:
+        self.network, self.config = network, config
+        self.module = network.plain(network.shape.device)
+        self.row = network.as_row(network.first)
+        self.grad = torch.zeros_like(self.row)
+        own = dict(self.module.named_parameters())
+        for name, value in network.parts(self.row).items():
+            own[name].data = value
+        for name, value in network.parts(self.grad).items():
+            own[name].grad = value
+        make = OnlineUpdate if config["optimizer"] in ONLINE else Update
+        blocks = Blocks([Block("trained", (1, 1, len(self.row)), 1)])
+        each_epoch = torch.tensor([[steps]], device=self.row.device)
+        self.update = make([config], blocks, self.row, steps=each_epoch, horizon=horizon)
+
+    def kept(self) -> Tensor:
+        """Return what training changes beside the parameters, as a row (M,)."""
+        return self.network.as_row(kept_of(self.module, tuple(self.network.kept)))
+
+    def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
+        """Go on from the tensors of a member and the rows of its moments."""
+        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        for name, value in values.items():
+            if name in own:
+                own[name].data.copy_(value)
+        put_numbers(self.module, {k: values[k] for k in self.network.kept})
+        self.update.resume(moments)
+
+
+class LoopChunk:
+    """The members of a chunk, fold by fold and one trial after another."""
+
+    scoring_share = 0.0
+
+    def __init__(
+        self,
+        network: LoopedModule,
+        data: Dataset,
+        configs: Sequence[Config],
+        *,
+        seed: int,
+        horizon: int,
+        scoring: Scoring | None,
+    ) -> None:
+        self.network, self.data, self.seed = network, data, seed
+        self.validation = Validation(data, scoring)
+        self.alive = list(range(len(configs)))
+        self.lengths = np.array([len(fold.train) for fold in data.folds])
+        self.sizes = np.minimum.outer(
+            self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs])
+        )  # (F, C)
+        self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
+        self.members = [
+            [_Member(network, config, int(steps), horizon) for config, steps in zip(configs, row)]
+            for row in self.steps
+        ]
+
+    @property
+    def flat(self) -> Tensor:
+        """The members' rows, as the blocks of the network lie."""
+        every = [member for row in self.members for member in row]
+        kept = [member.kept() for member in every] if self.network.kept else []
+        return torch.cat([member.row for member in every] + kept)
+
+    @property
+    def moments(self) -> tuple[Tensor, ...]:
+        """The optimizer's flat buffers."""
+        states = [member.update.state() for row in self.members for member in row]
+        return tuple(torch.cat(buffers) for buffers in zip(*states))
+
+    def resume(self, buffers: Sequence[Tensor]) -> None:
+        """Go on from flat buffers: of the members, then of the moments."""
+        params = self.network.blocks.views(buffers[0])
+        moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
+        for f, row in enumerate(self.members):
+            for c, member in enumerate(row):
+                member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
+
+    def keep(self, stays: np.ndarray) -> None:
+        """Go on with the trials of ``stays`` (C,) alone."""
+        if stays.all():
+            return
+        places = np.flatnonzero(stays).tolist()
+        self.alive = [self.alive[c] for c in places]
+        if places:
+            self.network = self.network.subset(places)
+            self.members = [[row[c] for c in places] for row in self.members]
+            self.sizes, self.steps = self.sizes[:, places], self.steps[:, places]
+
+    def scores(self) -> np.ndarray:
+        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        return self.validation.scores(self.network, self.network.blocks.views(self.flat), len(self.alive))
+
+    def advance(self, epoch: int) -> None:
+        """Train for one epoch."""
+        order = row_order(self.data, self.seed, epoch)
+        draws = self._keyed if self.network.traits.draws else nullcontext
+        for f, row in enumerate(self.members):
+            for c, member in enumerate(row):
+                size = int(self.sizes[f, c])
+                with draws(), torch.enable_grad():
+                    self._train(
+                        member, f, epoch, torch.split(order[f, : self.lengths[f]], size)[: self.steps[f, c]]
+                    )
+
+    @contextmanager
+    def _keyed(self) -> Iterator[None]:
+        with keyed_draws(self.data.device, self.seed, "dropout"):
+            yield
+
+    def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
+        """Take the steps of an epoch: this is the loop."""
+        module, update, row, grad = member.module.train(), member.update, member.row, member.grad
+        data, names, draws = self.data, self.network.shape.names, self.network.traits.draws
+        target = data.y[fold] if data.y.is_floating_point() else data.y
+        update.begin(epoch)
+        for step, rows in enumerate(minibatches):
+            if draws:
+                self._reseed(epoch, step)
+            outputs = call_module(module, data.rows(fold, rows), names)
+            grad.zero_()
+            self._loss(outputs.view(len(rows), -1), target[rows], fold, rows).backward()  # type: ignore[no-untyped-call]
+            with torch.no_grad():
+                update.step(row, grad, None)
+
+    def _reseed(self, epoch: int, step: int) -> None:
+        seed = stream_seed(self.seed, "dropout", epoch, step)
+        torch.default_generator.manual_seed(seed)
+        if self.data.device.type == "cuda":
+            with torch.cuda.device(self.data.device):
+                torch.cuda.manual_seed(seed)
+
+    def _loss(self, outputs: Tensor, y: Tensor, fold: int, rows: Tensor) -> Tensor:
+        """Return the loss of a minibatch of one member."""
+        if self.data.present is not None:
+            outputs = outputs.masked_fill(~self.data.present[fold], -torch.inf)
+        losses = row_losses(outputs, y)
+        if self.data.weights is None:
+            return losses.mean()
+        weights = self.data.weights[fold, rows].double()
+        share = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        return (losses * share.to(losses.dtype)).sum()
