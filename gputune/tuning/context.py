@@ -1,9 +1,7 @@
-"""The frozen plan at work: whatever trains again, trains in the chunks in which it was first planned.
+"""What every search method works with: the data, the model, the options, the clock, the screen, the recorded plan.
 
 The bits of a result depend on the company in which a trial trains and on the threads that compute it. A search that is
-resumed, and every process that works on it, therefore run whole chunks of one plan.
-
-What every search method works with: the data, the model, the options, the clock, the screen.
+resumed, and every process that works on it, therefore run whole chunks of one plan, that of the study file.
 """
 
 import math
@@ -18,7 +16,7 @@ from gputune.engine.inspection import known_traits, traits_of
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
-from gputune.engine.population import ModelKind, Population, complete, shape_of
+from gputune.engine.population import Population, complete, shape_of
 from gputune.engine.scoring import Scoring
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
@@ -32,13 +30,10 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 
-Make = Callable[[Sequence[Config]], Plan]
-Complete = Callable[[Config], Config]
-
 
 @dataclass(frozen=True)
-class FrozenPlan:
-    """A plan of frozen chunks. ``index`` of its chunks counts in ``trials``, and is the key of ``chunks``."""
+class RecordedPlan:
+    """A plan of recorded chunks. ``index`` of its chunks counts in ``trials``, and is the key of ``chunks``."""
 
     plan: Plan
     trials: tuple[Candidate, ...]
@@ -46,46 +41,8 @@ class FrozenPlan:
     chunks: dict[tuple[int, ...], Chunk]
 
     def chunk(self, population: Population) -> Chunk:
-        """Return the frozen chunk that a chunk of the plan is, or is a part of."""
+        """Return the recorded chunk that a chunk of the plan is, or is a part of."""
         return next(chunk for index, chunk in self.chunks.items() if population.index[0] in index)
-
-
-def frozen_plans(
-    ledger: Ledger,
-    waiting: Sequence[Candidate],
-    *,
-    stage: int,
-    kind: ModelKind,
-    complete: Complete,
-    make: Make,
-) -> list[FrozenPlan]:
-    """Return the plans in which the ``waiting`` trials train, one for each number of threads.
-
-    What is in no frozen chunk is planned by ``make``, and frozen. Chunks are whole: they may hold trials with a result.
-    """
-    plans_of: dict[int, Plan] = {}
-
-    def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
-        plan = plans_of[len(new)] = make([complete(trial.params) for trial in new])
-        return [(chunk.index, plan.threads) for chunk in plan.chunks]
-
-    chunks = ledger.chunks(waiting, stage, cut)
-    numbers = {number for chunk in chunks for number in chunk.trials}
-    trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
-    configs = tuple(complete(trial.params) for trial in trials)
-    plan = plans_of[len(trials)] if len(trials) in plans_of else make(configs)  # how many processes pay
-    place = {trial.number: position for position, trial in enumerate(trials)}
-    plans = []
-    for threads in dict.fromkeys(chunk.threads for chunk in chunks):
-        part = {tuple(place[n] for n in chunk.trials): chunk for chunk in chunks if chunk.threads == threads}
-        of_part = replace(
-            plan,
-            chunks=tuple(Population(kind, i, tuple(configs[p] for p in i)) for i in part),
-            workers=1 if threads > 1 and not plan.cluster else min(plan.workers, len(part)),
-            threads=threads,
-        )
-        plans.append(FrozenPlan(of_part, trials, configs, part))
-    return plans
 
 
 def given_up(trial: int, curve: np.ndarray, reason: str) -> Result:
@@ -152,6 +109,44 @@ class Context:
                 once=True,
             )
         return plan
+
+    def recorded_plans(
+        self,
+        ledger: Ledger,
+        waiting: Sequence[Candidate],
+        *,
+        stage: int,
+        complete: Callable[[Config], Config],
+        make: Callable[[Sequence[Config]], Plan],
+    ) -> list[RecordedPlan]:
+        """Return the plans in which the ``waiting`` trials train, one for each number of threads.
+
+        What is in no recorded chunk is planned by ``make``, and recorded. Chunks are whole: they may hold trials with a
+        result.
+        """
+        plan_of: dict[int, Plan] = {}  # a number of trials: where all are new, they are planned once
+
+        def cut(new: Sequence[Candidate]) -> list[tuple[tuple[int, ...], int]]:
+            plan = plan_of[len(new)] = make([complete(trial.params) for trial in new])
+            return [(chunk.index, plan.threads) for chunk in plan.chunks]
+
+        chunks = ledger.chunks(waiting, stage, cut)
+        numbers = {number for chunk in chunks for number in chunk.trials}
+        trials = tuple(trial for trial in ledger.candidates if trial.number in numbers)
+        configs = tuple(complete(trial.params) for trial in trials)
+        plan = plan_of.get(len(trials)) or make(configs)  # how many processes pay
+        place = {trial.number: position for position, trial in enumerate(trials)}
+        plans = []
+        for threads in dict.fromkeys(chunk.threads for chunk in chunks):
+            part = {tuple(place[n] for n in c.trials): c for c in chunks if c.threads == threads}
+            plan_of_part = replace(
+                plan,
+                chunks=tuple(Population(self.choice.kind, i, tuple(configs[p] for p in i)) for i in part),
+                workers=1 if threads > 1 and not plan.cluster else min(plan.workers, len(part)),
+                threads=threads,
+            )
+            plans.append(RecordedPlan(plan_of_part, trials, configs, part))
+        return plans
 
     def train(
         self, job: Job, plan: Plan, *, claim: Claim = lambda chunk: True

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -23,7 +24,7 @@ from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
-from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
+from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.problem import ModelChoice
 from gputune.types import ONLINE, Config
 
@@ -196,29 +197,23 @@ def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, 
         jobs.append(job)
         return plan
 
-    plans = frozen_plans(
-        ledger,
-        points,
-        stage=step,
-        kind=context.choice.kind,
-        complete=lambda params: _complete(params, context),
-        make=make,
-    )
-    for frozen in plans:
-        context.progress.plan(frozen.plan, aloud=step == 0)
-        for outcome in context.train(jobs[-1], frozen.plan):
-            context.finish(ledger, _results(frozen, mode, context, outcome))
+    complete = partial(_complete, context=context)
+    plans = context.recorded_plans(ledger, points, stage=step, complete=complete, make=make)
+    for recorded in plans:
+        context.progress.plan(recorded.plan, aloud=step == 0)
+        for outcome in context.train(jobs[-1], recorded.plan):
+            context.finish(ledger, _results(recorded, mode, context, outcome))
 
 
 def _results(
-    frozen: FrozenPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp
+    recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp
 ) -> list[Result]:
     if isinstance(outcome, GivenUp):
         none = np.empty((0, context.data.n_folds))
-        return [given_up(frozen.trials[outcome.index[0]].number, none, outcome.reason)]
+        return [given_up(recorded.trials[outcome.index[0]].number, none, outcome.reason)]
     assert isinstance(outcome, Slopes)
     rows = enumerate(outcome.index)
-    return [_result(frozen.trials[i], frozen.configs[i], c, outcome, mode) for c, i in rows]
+    return [_result(recorded.trials[i], recorded.configs[i], c, outcome, mode) for c, i in rows]
 
 
 def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple[Plan, HypergradientJob]:

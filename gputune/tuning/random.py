@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
-from gputune.tuning.context import Context, FrozenPlan, frozen_plans, given_up
+from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.options import Options
 from gputune.types import Config
 
@@ -42,34 +43,32 @@ def train_fully(ledger: Ledger, context: Context) -> None:
 
 def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
     """Train the chunks that can be claimed; return those that other processes have where none can."""
-    plans = frozen_plans(
-        ledger,
-        waiting,
-        stage=0,
-        kind=context.choice.kind,
-        complete=context.complete,
-        make=lambda configs: context.plan(configs, epochs=context.epochs),
-    )
-    chunks = [chunk for frozen in plans for chunk in frozen.chunks.values()]
+    make = partial(context.plan, epochs=context.epochs)
+    plans = context.recorded_plans(ledger, waiting, stage=0, complete=context.complete, make=make)
+    chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
     if not any(map(ledger.claim, chunks)):  # the first will do
         return chunks
-    for frozen in plans:
-        _run(ledger, frozen, context)
+    for recorded in plans:
+        _run(ledger, recorded, context)
     return []
 
 
-def _run(ledger: Ledger, frozen: FrozenPlan, context: Context) -> None:
-    numbers = [trial.number for trial in frozen.trials]
-    plan = _with_begun(frozen.plan, context.checkpoints_of(numbers, frozen.configs), numbers, frozen.configs)
+def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
+    numbers = [trial.number for trial in recorded.trials]
+    plan = _with_begun(
+        recorded.plan, context.checkpoints_of(numbers, recorded.configs), numbers, recorded.configs
+    )
     context.progress.plan(plan)
     checkpointing = context.checkpointing(numbers)
     job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing)
-    for outcome in context.train(job, plan, claim=lambda population: ledger.claim(frozen.chunk(population))):
+    for outcome in context.train(
+        job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))
+    ):
         if isinstance(outcome, GivenUp):
             none = np.empty((0, context.data.n_folds))
             context.finish(ledger, [given_up(numbers[outcome.index[0]], none, outcome.reason)])
         else:
-            _keep(ledger, frozen.trials, outcome, context)
+            _keep(ledger, recorded.trials, outcome, context)
 
 
 def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:

@@ -86,7 +86,7 @@ def options(whole):
 
 
 def test_no_option_of_another_type_ends_in_a_traceback(whole, study, pytestconfig):
-    every = 1 if pytestconfig.getoption("--all") else 4
+    every = 1 if pytestconfig.getoption("--all") else 8
     for number, (key, text) in enumerate(options(whole)):
         for value in [*VALUES, *parts(json.loads(text))][number % every :: every]:
             write(whole, study, "meta", {"value": value}, key)
