@@ -233,20 +233,6 @@ def test_a_diverged_member_leaves_the_others_as_they_were(estimator, rate):
                 assert all(torch.equal(own[name], other[name]) for name in own)
 
 
-def test_none_is_one_draw_for_all():
-    X, y = IRIS
-    fits = together(
-        MLPClassifier(hidden_layer_sizes=(8, 8), max_iter=1),
-        [{"learning_rate_init": 1e-14}, {"learning_rate_init": 2e-14}],
-        X,
-        y,
-        [np.arange(150)] * 2,
-    )
-    first, *others = (predictions(fits.estimator(f, i), X) for f in (0, 1) for i in (0, 1))
-    for other in others:
-        np.testing.assert_allclose(other, first, atol=1e-9)
-
-
 def test_other_processes_train_the_same():
     X, y = IRIS
     estimator = NeuralNetClassifier(Net, max_epochs=3, random_state=0)

@@ -113,11 +113,6 @@ def test_epochs_are_the_resource_by_default():
     np.testing.assert_array_equal(same.cv_results_["mean_test_score"], search.cv_results_["mean_test_score"])
 
 
-def test_epochs_of_estimators_that_say_nothing():
-    search = HalvingRandomSearchCV(MLP, RATES, n_candidates=2, cv=2, refit=False, random_state=0).fit(X, Y)
-    assert search.max_resources_ == 50
-
-
 def test_pipelines():
     pipeline = make_pipeline(StandardScaler(), MLP)
     rates = {
@@ -249,9 +244,3 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
 def test_mistakes_are_scikit_learns(search, error):
     with pytest.raises(ValueError, match=error):
         search.fit(X, Y)
-
-
-def test_another_estimator_is_left_to_scikit_learn():
-    with pytest.warns(UserWarning, match="SVC is none of gputune's estimators"):
-        search = HalvingRandomSearchCV(SVC(), C_SPACE, cv=3, random_state=0).fit(X, Y)
-    assert search.max_resources_ == 150

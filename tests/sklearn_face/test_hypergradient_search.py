@@ -28,7 +28,6 @@ from gputune.sklearn import (
     MLPRegressor,
     NeuralNetClassifier,
     descent,
-    nested_cv,
 )
 from gputune.sklearn.base import check_rows
 from gputune.sklearn.dataset import Part
@@ -463,11 +462,6 @@ def test_score_without_a_refit_is_refused():
     search = descend(MLP, RATES, n_iter=1, outer_steps=1, refit=False)
     with pytest.raises(AttributeError, match="`refit=False`. score is available only after refitting"):
         search.score(X, Y)
-
-
-def test_nested_cv_refuses_it():
-    with pytest.raises(InputError, match="must be a RandomizedSearchCV or a GridSearchCV of gputune"):
-        nested_cv(HypergradientSearchCV(MLP, RATES), X, Y)
 
 
 def test_nothing_is_said_where_all_is_well():

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import warnings
 
 import numpy as np
 import pandas as pd
@@ -13,8 +12,7 @@ from sklearn.base import clone, is_classifier
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import VotingClassifier, VotingRegressor
-from sklearn.exceptions import FitFailedWarning
-from sklearn.model_selection import RandomizedSearchCV, check_cv, cross_validate
+from sklearn.model_selection import check_cv, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -113,33 +111,6 @@ def test_ensembles_and_calibration(estimator):
 def test_an_ensemble_of_regressors():
     pair = VotingRegressor([(type(e).__name__, e) for e in REGRESSORS])
     assert make_pipeline(StandardScaler(), pair).fit(*DIABETES).score(*DIABETES) > 0.4
-
-
-@pytest.mark.parametrize(
-    ("estimator", "space"), list(zip(CLASSIFIERS, SPACES)), ids=lambda v: type(v).__name__
-)
-def test_scikit_learns_search(estimator, space):
-    search = RandomizedSearchCV(estimator, space, n_iter=3, cv=3, random_state=0).fit(*IRIS)
-    assert search.best_score_ > 0.8 and search.best_estimator_.get_params().keys() >= space.keys()
-
-
-def test_a_diverged_fit_gets_the_error_score():
-    search = RandomizedSearchCV(
-        MLPClassifier(hidden_layer_sizes=(8, 8), solver="sgd", max_iter=3, random_state=0),
-        {"learning_rate_init": [1e300, 0.1]},
-        n_iter=2,
-        cv=3,
-    )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        search.fit(*IRIS)
-    failed = [str(w.message) for w in caught if issubclass(w.category, FitFailedWarning)]
-    assert (
-        len(failed) == 1 and "3 fits failed out of a total of 6" in failed[0] and "DivergedError" in failed[0]
-    )
-    assert search.best_params_ == {"learning_rate_init": 0.1}
-    scores = dict(zip(search.cv_results_["param_learning_rate_init"], search.cv_results_["mean_test_score"]))
-    assert np.isnan(scores[1e300]) and scores[0.1] > 0
 
 
 @each
