@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_regressor
+from sklearn.pipeline import Pipeline
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 from torch import Tensor, nn
 
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Rows, as_tensor
-from gputune.sklearn.fit import Member, Members, Place, fit_members
-from gputune.sklearn.recipe import DrawSeed, Recipe, RungState, fresh_seed
+from gputune.sklearn.fit import Member, Place, fit_members
+from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ def _parameters(owner: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(owner.__init__).parameters  # type: ignore[misc]
 
 
+def keep_parameters(estimator: Any, parameters: Mapping[str, Any]) -> None:
+    """Keep the locals of a constructor, each parameter under its name, as scikit-learn wants it."""
+    vars(estimator).update({name: value for name, value in parameters.items() if name != "self"})
+
+
 class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """An estimator whose configurations and folds can be fitted together.
 
@@ -71,6 +77,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     _foreign: ClassVar[Foreign] = Foreign()
     _differentiable: ClassVar[Mapping[str, str]] = {}
     """The parameters that a descent may move, the usual one first -> what the engine calls them."""
+    _fit_recipes: ClassVar[Callable[..., Mapping[Place, Any]]]
+    """Of recipes, rows, folds, workers=, deadline=: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
 
     def __new__(cls, *args: Any, **params: Any) -> Self:
         """Refuse what the constructor does not know in words that help."""
@@ -114,18 +122,6 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 
     def _recipe(self, draw: DrawSeed) -> Any:
         """Return what the parameters mean; ``draw`` is where random_state=None has its seed from."""
-        raise NotImplementedError
-
-    @staticmethod
-    def _fit_recipes(
-        recipes: Sequence[Any],
-        rows: Rows,
-        folds: Mapping[int, NDArray[np.int64]],
-        *,
-        workers: int | None,
-        deadline: float | None,
-    ) -> Mapping[Place, Any]:
-        """Return for each (fold, trial) what ``_set_fitted`` takes, or an exception."""
         raise NotImplementedError
 
     def _set_fitted(self, fitted: Any, rows: Rows) -> None:
@@ -212,6 +208,14 @@ def fit_together(
     return results
 
 
+def last_step(estimator: Any) -> tuple[str, Any]:
+    """Return the prefix of the parameters of what is trained, and that itself: a pipeline's last step, or all of it."""
+    if isinstance(estimator, Pipeline) and estimator.steps:
+        name, last = estimator.steps[-1]
+        return f"{name}__", last
+    return "", estimator
+
+
 ROWS = 8192
 """Rows that a module is given at a time when it predicts."""
 
@@ -219,22 +223,12 @@ ROWS = 8192
 class TrainedEstimator(FusedEstimator):
     """An estimator that is trained with minibatches; ``module_`` is its network."""
 
+    _fit_recipes = staticmethod(fit_members)
     _epochs: ClassVar[str]
     """The parameter that says for how many epochs."""
 
     module_: nn.Module
     n_iter_: int
-
-    @staticmethod
-    def _fit_recipes(
-        recipes: Sequence[Recipe],
-        rows: Rows,
-        folds: Mapping[int, NDArray[np.int64]],
-        *,
-        workers: int | None,
-        deadline: float | None,
-    ) -> Members:
-        return fit_members(recipes, rows, folds, workers=workers, deadline=deadline)
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         self.module_ = fitted.module()

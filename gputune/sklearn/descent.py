@@ -10,25 +10,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 from sklearn import model_selection
-from sklearn.base import clone, is_regressor
+from sklearn.base import is_regressor
 from sklearn.metrics import log_loss
 from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import DivergedError, InputError
-from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
 from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.search.distributions import range_of
+from gputune.sklearn.base import keep_parameters
 from gputune.sklearn.dataset import Part
-from gputune.sklearn.logistic import Penalty
-from gputune.sklearn.pipelines import last_step
-from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, FusedSearch, current_run
-from gputune.sklearn.slopes import SlopeRequest, check_held_out, slopes_of
+from gputune.sklearn.slopes import SlopeRequest, check_held_out, descended_parameters, slopes_of, start_values
 from gputune.tuning.descent import run_descent
-from gputune.types import ONLINE
 
 
 def neg_log_loss(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -40,85 +36,6 @@ def neg_log_loss(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> f
     """
     chances = estimator.predict_proba(X)
     return -float(log_loss(y, chances, labels=estimator.classes_, sample_weight=sample_weight))
-
-
-def descended_parameters(hyperparameters: Any, estimator: Any) -> dict[str, str]:
-    """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
-
-    None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.
-    """
-    prefix, last = last_step(estimator)
-    own = last.get_params(deep=False)
-    offered = {word: name for word, name in last._differentiable.items() if word in own}
-    words = [hyperparameters] if isinstance(hyperparameters, str) else hyperparameters
-    words = list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
-    names = [offered.get(word) for word in words]
-    if not names or None in names or len(set(names)) < len(names):
-        several = [
-            " or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())
-        ]
-        raise InputError(
-            f"hyperparameters: a descent of {type(last).__name__} moves some of {', '.join(several)}, each named once, "
-            f"got {hyperparameters!r}."
-        )
-    return {name: prefix + word for name, word in zip(names, words) if name is not None}
-
-
-def start_values(
-    estimator: Any, params: Mapping[str, Any], parameters: Mapping[str, str], number: int
-) -> dict[str, float] | None:
-    """Return where candidate ``number`` starts; None where the estimator refuses the candidate, as its fit will.
-
-    ``parameters`` are what is descended on, as ``descended_parameters`` returns it. Raises InputError where a start
-    cannot be descended from, and scikit-learn's ValueError for an unknown parameter.
-    """
-    _, last = last_step(clone(estimator).set_params(**clone(params, safe=False)))
-    try:
-        recipe = last._recipe(lambda: 0)
-    except (TypeError, ValueError):
-        return None
-    values = {}
-    for name, parameter in parameters.items():
-        value = values[name] = _value(recipe, name, parameter, number)
-        if not has_coordinate(name, value):
-            raise InputError(
-                f"a descent cannot start from {parameter}={value:g}, as start {number} does, because it moves "
-                f"{'in the logit' if name == 'momentum' else 'in the logarithm'}; put {parameter!r} in "
-                f"param_distributions with values above 0{' and finite' if name == 'C' else ''}, or leave it out of "
-                "hyperparameters."
-            )
-    return values
-
-
-def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> float:
-    """Return a start's value of a hyperparameter, in the unit of the parameter that holds it."""
-    if isinstance(recipe, Penalty):
-        if not recipe.fit_intercept:
-            raise InputError(
-                "the derivative in C is that of a logistic regression with intercepts, got fit_intercept=False in "
-                f"start {number}; leave it True, or search C with RandomizedSearchCV."
-            )
-        return recipe.C
-    optimizer = recipe.config["optimizer"]
-    if optimizer in ONLINE:
-        raise InputError(
-            f"a descent differentiates sgd, nesterov, adam and adamw, got {optimizer!r} in start {number}, "
-            "which adapts its rate itself; choose one of those, or use RandomizedSearchCV."
-        )
-    if name not in hyperparameters_of(optimizer):
-        raise InputError(
-            f"hyperparameters: {optimizer} has no {name!r}, and start {number} uses it; leave {parameter!r} out, or "
-            "choose an optimizer that has it."
-        )
-    if name != "weight_decay":
-        return float(recipe.config[name])
-    if (recipe.alpha is not None) != parameter.endswith("alpha"):
-        other = "weight_decay" if recipe.alpha is None else "alpha"
-        raise InputError(
-            f"hyperparameters: start {number} decays by {other}, and not by {parameter}; name {other!r}, or put "
-            f"{parameter!r} in param_distributions."
-        )
-    return float(recipe.config[name]) if recipe.alpha is None else recipe.alpha
 
 
 @dataclass(eq=False)
@@ -268,6 +185,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     """
 
     _space_name = "param_distributions"
+    pre_dispatch = "2*n_jobs"
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **model_selection.RandomizedSearchCV._parameter_constraints,
         "outer_steps": [Interval(Integral, 1, None, closed="left")],
@@ -301,27 +219,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         study: str | os.PathLike[str] | None = None,
         timeout: float | None = None,
     ) -> None:
-        super().__init__(
-            estimator,
-            param_distributions,
-            n_iter=n_iter,
-            scoring=scoring,
-            n_jobs=n_jobs,
-            refit=refit,
-            cv=cv,
-            verbose=verbose,
-            random_state=random_state,
-            error_score=error_score,
-            return_train_score=return_train_score,
-        )
-        self.outer_steps = outer_steps
-        self.hyperparameters = hyperparameters
-        self.step = step
-        self.first_step = first_step
-        self.smallest_step = smallest_step
-        self.device = device
-        self.study = study
-        self.timeout = timeout
+        keep_parameters(self, locals())
 
     def score(self, X: Any, y: Any = None, **params: Any) -> Any:
         """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
@@ -370,7 +268,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         method = Hypergradient(
             outer_steps=int(self.outer_steps),
             hyperparameters=tuple(run.parameters),
-            step=self.step,  # type: ignore[arg-type]  # scikit-learn has checked it
+            step=self.step,
             first_step=None if self.first_step is None else float(self.first_step),
             smallest_step=float(self.smallest_step),
         )

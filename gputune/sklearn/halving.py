@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 from sklearn.model_selection import _search_successive_halving as scikit_learns
 
-from gputune.sklearn.base import TrainedEstimator
+from gputune.sklearn.base import TrainedEstimator, keep_parameters, last_step
 from gputune.sklearn.fit import Member
-from gputune.sklearn.pipelines import last_step
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Fit
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, train, workers
@@ -74,6 +73,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
     _space_name = "param_distributions"
     study = None
     timeout = None
+    pre_dispatch = "2*n_jobs"
     _parameter_constraints: ClassVar[dict[str, Any]] = {
         **scikit_learns.HalvingRandomSearchCV._parameter_constraints,
         "device": [str],
@@ -100,25 +100,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         verbose: int = 0,
         device: str = "auto",
     ) -> None:
-        super().__init__(
-            estimator,
-            param_distributions,
-            n_candidates=n_candidates,
-            factor=factor,
-            resource=resource,
-            max_resources=max_resources,
-            min_resources=min_resources,
-            aggressive_elimination=aggressive_elimination,
-            cv=cv,
-            scoring=scoring,
-            refit=refit,
-            error_score=error_score,
-            return_train_score=return_train_score,
-            random_state=random_state,
-            n_jobs=n_jobs,
-            verbose=verbose,
-        )
-        self.device = device
+        keep_parameters(self, locals())
 
     def _overrides(self, *, together: bool) -> dict[str, Any]:
         overrides: dict[str, Any] = super()._overrides(together=together)

@@ -20,7 +20,7 @@ from torch import Tensor
 from gputune.engine.backend import choose_device
 from gputune.errors import InputError
 from gputune.search.config import check_value
-from gputune.sklearn.base import Foreign, FusedEstimator
+from gputune.sklearn.base import Foreign, FusedEstimator, keep_parameters
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
 from gputune.sklearn.fit import Place
 from gputune.sklearn.recipe import DrawSeed, whole_number
@@ -69,9 +69,15 @@ def solve_groups(
 
 
 def solve_members(
-    penalties: Sequence[Penalty], rows: Rows, folds: Mapping[int, NDArray[np.int64]]
+    penalties: Sequence[Penalty],
+    rows: Rows,
+    folds: Mapping[int, NDArray[np.int64]],
+    *,
+    workers: int | None,
+    deadline: float | None,
 ) -> dict[Place, Solved | Exception]:
     """Solve every penalty on the training rows of every fold; ValueError for class weights that do not fit them."""
+    del workers, deadline  # one batched solve, which takes seconds where training takes minutes
     members: dict[Place, Solved | Exception] = {}
     for index, group in solve_groups(penalties, rows, folds):
         places = [(fold, i) for fold in group.places for i in index]
@@ -154,6 +160,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
     Newton steps, ``n_features_in_``, ``feature_names_in_``.
     """
 
+    _fit_recipes = staticmethod(solve_members)
     _differentiable: ClassVar = {"C": "C"}
     _foreign = Foreign(
         ignored={
@@ -196,19 +203,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         n_jobs: int | None = None,
         verbose: int = 0,
     ) -> None:
-        self.C = C
-        self.l1_ratio = l1_ratio
-        self.penalty = penalty
-        self.class_weight = class_weight
-        self.fit_intercept = fit_intercept
-        self.tol = tol
-        self.max_iter = max_iter
-        self.random_state = random_state
-        self.device = device
-        self.solver = solver
-        self.warm_start = warm_start
-        self.n_jobs = n_jobs
-        self.verbose = verbose
+        keep_parameters(self, locals())
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
         """Return the logit of each class, (n, K); of the second class, (n,), for two classes."""
@@ -258,18 +253,6 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
             max_iter=whole_number("max_iter", self.max_iter),
             device=self.device,
         )
-
-    @staticmethod
-    def _fit_recipes(
-        recipes: Sequence[Penalty],
-        rows: Rows,
-        folds: Mapping[int, NDArray[np.int64]],
-        *,
-        workers: int | None,
-        deadline: float | None,
-    ) -> dict[Place, Solved | Exception]:
-        del workers, deadline  # one batched solve, which takes seconds where training takes minutes
-        return solve_members(recipes, rows, folds)
 
     def _set_fitted(self, fitted: Solved, rows: Rows) -> None:
         assert rows.classes is not None

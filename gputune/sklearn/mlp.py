@@ -8,7 +8,13 @@ import numpy as np
 
 from gputune.errors import InputError
 from gputune.search.config import check_value
-from gputune.sklearn.base import Foreign, TrainedClassifier, TrainedEstimator, TrainedRegressor
+from gputune.sklearn.base import (
+    Foreign,
+    TrainedClassifier,
+    TrainedEstimator,
+    TrainedRegressor,
+    keep_parameters,
+)
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
 
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
@@ -78,24 +84,7 @@ class _MLP(TrainedEstimator):
         weight_decay: float | None = None,
         device: str = "auto",
     ) -> None:
-        self.hidden_layer_sizes = hidden_layer_sizes
-        self.activation = activation
-        self.solver = solver
-        self.alpha = alpha
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.learning_rate_init = learning_rate_init
-        self.max_iter = max_iter
-        self.shuffle = shuffle
-        self.random_state = random_state
-        self.verbose = verbose
-        self.warm_start = warm_start
-        self.momentum = momentum
-        self.nesterovs_momentum = nesterovs_momentum
-        self.early_stopping = early_stopping
-        self.dropout = dropout
-        self.weight_decay = weight_decay
-        self.device = device
+        keep_parameters(self, locals())
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
         self._checked_params()

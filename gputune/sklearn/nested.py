@@ -20,10 +20,9 @@ from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Part
-from gputune.sklearn.pipelines import why_not_together, with_hook
 from gputune.sklearn.record import Fit, fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, workers
-from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
+from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together, with_hook
 
 
 @dataclass(frozen=True, eq=False)

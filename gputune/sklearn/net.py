@@ -10,7 +10,13 @@ from torch import nn
 from gputune.engine.population import module_arguments
 from gputune.errors import InputError
 from gputune.search.config import check_value
-from gputune.sklearn.base import Foreign, TrainedClassifier, TrainedEstimator, TrainedRegressor
+from gputune.sklearn.base import (
+    Foreign,
+    TrainedClassifier,
+    TrainedEstimator,
+    TrainedRegressor,
+    keep_parameters,
+)
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
 from gputune.types import OPTIMIZERS
 
@@ -119,24 +125,15 @@ class _NeuralNet(TrainedEstimator):
         verbose: int = 0,
         **module_arguments: Any,
     ) -> None:
-        self.module = module
-        self.criterion = criterion
-        self.optimizer = optimizer
-        self.lr = lr
-        self.optimizer__weight_decay = optimizer__weight_decay
-        self.optimizer__momentum = optimizer__momentum
-        self.batch_size = batch_size
-        self.max_epochs = max_epochs
-        self.random_state = random_state
-        self.device = device
-        self.train_split = train_split
-        self.verbose = verbose
-        self._module_arguments = module_arguments
+        parameters = locals()
+        self._module_arguments = parameters.pop("module_arguments")
+        keep_parameters(self, parameters)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """Return all parameters, the ``module__*`` that were given among them."""
         params: dict[str, Any] = super().get_params(deep)
-        return params | self._module_arguments
+        arguments: dict[str, Any] = self._module_arguments
+        return params | arguments
 
     def set_params(self, **params: Any) -> Self:
         """Set parameters, any ``module__*`` among them, and return the estimator."""

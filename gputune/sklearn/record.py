@@ -13,9 +13,8 @@ from sklearn.base import clone
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
-from gputune.sklearn.base import FusedEstimator, check_rows, using_hook
+from gputune.sklearn.base import FusedEstimator, check_rows, last_step, using_hook
 from gputune.sklearn.dataset import Part, Rows, form
-from gputune.sklearn.pipelines import last_step
 
 Splits = Sequence[tuple[Any, Any]]
 

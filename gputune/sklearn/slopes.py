@@ -1,29 +1,33 @@
-"""The slopes of fits that a search has made: the same training once more, differentiated on the validation rows."""
+"""What a descent moves, and the slopes of its fits: the same training once more, differentiated on validation rows."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.base import clone
 
 from gputune.data.dataset import Fold
 from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
 from gputune.errors import InputError
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import check_classes
-from gputune.sklearn.dataset import FoldGroup, Part, Rows, as_tensor, lay_out, shared_x
+from gputune.sklearn.base import last_step
+from gputune.sklearn.dataset import FoldGroup, Layout, Part, as_tensor, lay_out, shared_x
 from gputune.sklearn.fit import Batch, Place, batches
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
 from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Fit
 from gputune.sklearn.replay import group_fits
 from gputune.solver.solve import solve
+from gputune.types import ONLINE
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -48,20 +52,6 @@ class SlopeRequest:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Folds:
-    """Folds laid out in one array: training and validation rows of each, as positions in ``rows``."""
-
-    places: tuple[int, ...]
-    rows: Rows
-    trains: Mapping[int, NDArray[np.int64]]
-    valids: tuple[NDArray[np.int64], ...]
-
-    def valid(self, group: FoldGroup, device: torch.device) -> list[torch.Tensor]:
-        """Return the validation rows of a group of the folds."""
-        return [as_tensor(self.valids[place]).to(device) for place in group.places]
-
-
 @entry
 def slopes_of(fits: Sequence[Fit], request: SlopeRequest) -> dict[int, TrialSlopes]:
     """Return the slopes of each trial, of which all fits are made and hold validation rows out.
@@ -73,9 +63,10 @@ def slopes_of(fits: Sequence[Fit], request: SlopeRequest) -> dict[int, TrialSlop
     by_fold: dict[int, dict[int, MemberSlope]] = defaultdict(dict)
     for trials in group_fits(fits):
         is_solved = isinstance(trials[0][0].estimator, LogisticRegression)
-        for folds in _lay_out(trials[0]):
-            members = [[trial[place] for place in folds.places] for trial in trials]
-            slopes = _solved(members, folds) if is_solved else _trained(members, folds, request)
+        parts = [part for fit in trials[0] for part in (fit.train, fit.valid) if isinstance(part, Part)]
+        for layout in lay_out(parts):  # the validation rows of a fold have the form of its training rows
+            members = [[trial[place // 2] for place in layout.places[::2]] for trial in trials]
+            slopes = _solved(members, layout) if is_solved else _trained(members, layout, request)
             for (fold, trial), slope in slopes:
                 fit = members[trial][fold]
                 by_fold[fit.trial][fit.fold] = slope
@@ -89,28 +80,18 @@ def _stack(folds: dict[int, MemberSlope]) -> TrialSlopes:
     return TrialSlopes(np.array(losses), tables, np.array(ratios))
 
 
-def _lay_out(fits: Sequence[Fit]) -> list[_Folds]:
-    """Return the folds of one trial, whose validation rows have the form of the training rows, in few layouts."""
-    trains, valids = [fit.train for fit in fits], [fit.valid for fit in fits]
-    layouts = lay_out([part for part in (*trains, *valids) if isinstance(part, Part)])
-    folds = []
-    for layout in layouts:
-        half = len(layout.places) // 2
-        folds.append(
-            _Folds(
-                layout.places[:half], layout.rows, dict(enumerate(layout.folds[:half])), layout.folds[half:]
-            )
-        )
-    return folds
+def _valid_rows(layout: Layout, group: FoldGroup, device: torch.device) -> list[torch.Tensor]:
+    """Return the validation rows of a group of folds, which are laid out each behind its training rows."""
+    return [as_tensor(layout.folds[2 * place + 1]).to(device) for place in group.places]
 
 
 def _trained(
-    members: Sequence[Sequence[Fit]], folds: _Folds, request: SlopeRequest
+    members: Sequence[Sequence[Fit]], layout: Layout, request: SlopeRequest
 ) -> Iterator[tuple[Place, MemberSlope]]:
     """Differentiate trials (C) that train in the folds."""
     recipes = [_recipe(trial[0]) for trial in members]
-    for batch in batches(recipes, folds.rows, folds.trains):
-        valid = folds.valid(batch.group, batch.data.device)
+    for batch in batches(recipes, layout.rows, dict(enumerate(layout.folds[::2]))):
+        valid = _valid_rows(layout, batch.group, batch.data.device)
         data = replace(batch.data, folds=tuple(Fold(f.train, v) for f, v in zip(batch.data.folds, valid)))
         for (f, c), slope in _differentiate(replace(batch, data=data), request):
             yield (batch.group.places[f], batch.index[c]), slope
@@ -146,13 +127,13 @@ def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place,
                 yield (f, i), (outcome.losses[c, f].item(), slopes, outcome.ratios[c, f].item())
 
 
-def _solved(members: Sequence[Sequence[Fit]], folds: _Folds) -> Iterator[tuple[Place, MemberSlope]]:
+def _solved(members: Sequence[Sequence[Fit]], layout: Layout) -> Iterator[tuple[Place, MemberSlope]]:
     """Differentiate trials (C) that are solved in the folds, at their minimum."""
     penalties: list[Penalty] = [trial[0].estimator._recipe(lambda: 0) for trial in members]
-    for index, group in solve_groups(penalties, folds.rows, folds.trains):
-        x = shared_x(folds.rows, choose_device(penalties[index[0]].device), torch.float64)
-        problem = make_problem([penalties[i] for i in index], folds.rows, group, x)
-        implicit = implicit_gradients(problem, solve(problem), folds.valid(group, x.device))
+    for index, group in solve_groups(penalties, layout.rows, dict(enumerate(layout.folds[::2]))):
+        x = shared_x(layout.rows, choose_device(penalties[index[0]].device), torch.float64)
+        problem = make_problem([penalties[i] for i in index], layout.rows, group, x)
+        implicit = implicit_gradients(problem, solve(problem), _valid_rows(layout, group, x.device))
         losses, slopes = (t.view(len(group.trains), -1) for t in (implicit.value, implicit.gradient))
         slopes = slopes / problem.C
         for f, place in enumerate(group.places):
@@ -186,3 +167,82 @@ def _classes(part: Part, *, weighing: bool) -> set[object]:
     if weighing and rows.weights is not None:
         index = index[rows.weights[index] > 0]
     return set(rows.classes[np.unique(rows.y[index])].tolist())
+
+
+def descended_parameters(hyperparameters: Any, estimator: Any) -> dict[str, str]:
+    """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
+
+    None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.
+    """
+    prefix, last = last_step(estimator)
+    own = last.get_params(deep=False)
+    offered = {word: name for word, name in last._differentiable.items() if word in own}
+    words = [hyperparameters] if isinstance(hyperparameters, str) else hyperparameters
+    words = list(offered)[:1] if words is None else [str(word).removeprefix(prefix) for word in words]
+    names = [offered.get(word) for word in words]
+    if not names or None in names or len(set(names)) < len(names):
+        several = [
+            " or ".join(w for w in offered if offered[w] == n) for n in dict.fromkeys(offered.values())
+        ]
+        raise InputError(
+            f"hyperparameters: a descent of {type(last).__name__} moves some of {', '.join(several)}, each named once, "
+            f"got {hyperparameters!r}."
+        )
+    return {name: prefix + word for name, word in zip(names, words) if name is not None}
+
+
+def start_values(
+    estimator: Any, params: Mapping[str, Any], parameters: Mapping[str, str], number: int
+) -> dict[str, float] | None:
+    """Return where candidate ``number`` starts; None where the estimator refuses the candidate, as its fit will.
+
+    ``parameters`` are what is descended on, as ``descended_parameters`` returns it. Raises InputError where a start
+    cannot be descended from, and scikit-learn's ValueError for an unknown parameter.
+    """
+    _, last = last_step(clone(estimator).set_params(**clone(params, safe=False)))
+    try:
+        recipe = last._recipe(lambda: 0)
+    except (TypeError, ValueError):
+        return None
+    values = {}
+    for name, parameter in parameters.items():
+        value = values[name] = _value(recipe, name, parameter, number)
+        if not has_coordinate(name, value):
+            raise InputError(
+                f"a descent cannot start from {parameter}={value:g}, as start {number} does, because it moves "
+                f"{'in the logit' if name == 'momentum' else 'in the logarithm'}; put {parameter!r} in "
+                f"param_distributions with values above 0{' and finite' if name == 'C' else ''}, or leave it out of "
+                "hyperparameters."
+            )
+    return values
+
+
+def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> float:
+    """Return a start's value of a hyperparameter, in the unit of the parameter that holds it."""
+    if isinstance(recipe, Penalty):
+        if not recipe.fit_intercept:
+            raise InputError(
+                "the derivative in C is that of a logistic regression with intercepts, got fit_intercept=False in "
+                f"start {number}; leave it True, or search C with RandomizedSearchCV."
+            )
+        return recipe.C
+    optimizer = recipe.config["optimizer"]
+    if optimizer in ONLINE:
+        raise InputError(
+            f"a descent differentiates sgd, nesterov, adam and adamw, got {optimizer!r} in start {number}, "
+            "which adapts its rate itself; choose one of those, or use RandomizedSearchCV."
+        )
+    if name not in hyperparameters_of(optimizer):
+        raise InputError(
+            f"hyperparameters: {optimizer} has no {name!r}, and start {number} uses it; leave {parameter!r} out, or "
+            "choose an optimizer that has it."
+        )
+    if name != "weight_decay":
+        return float(recipe.config[name])
+    if (recipe.alpha is not None) != parameter.endswith("alpha"):
+        other = "weight_decay" if recipe.alpha is None else "alpha"
+        raise InputError(
+            f"hyperparameters: start {number} decays by {other}, and not by {parameter}; name {other!r}, or put "
+            f"{parameter!r} in param_distributions."
+        )
+    return float(recipe.config[name]) if recipe.alpha is None else recipe.alpha

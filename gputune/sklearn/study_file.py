@@ -10,7 +10,7 @@ import numpy as np
 import sklearn
 
 from gputune.errors import InputError
-from gputune.sklearn.pipelines import last_step
+from gputune.sklearn.base import last_step
 from gputune.study.rows import to_json
 from gputune.study.score import State
 from gputune.study.store import Candidate, Result, Store
