@@ -20,6 +20,7 @@ from gputune.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     HalvingRandomSearchCV,
+    HypergradientSearchCV,
     LogisticRegression,
     MLPClassifier,
     RandomizedSearchCV,
@@ -167,6 +168,7 @@ def test_other_estimators_are_left_to_scikit_learn():
 @pytest.mark.parametrize(
     ("search", "error"),
     [
+        (HypergradientSearchCV(MLP, {}), "must be a RandomizedSearchCV or a GridSearchCV of gputune"),
         (
             HalvingRandomSearchCV(MLP, {"learning_rate_init": [0.1]}),
             "must be a RandomizedSearchCV or a GridSearchCV",
