@@ -11,6 +11,7 @@ import numpy as np
 from gputune.errors import InputError
 from gputune.extras import import_extra
 from gputune.search.distributions import Described, as_optuna, label, labels
+from gputune.search.optuna_sampler import fold_means, state_of
 from gputune.study.study import Study, Trial
 
 
@@ -57,28 +58,25 @@ def _storage(optuna: Any, storage: Any) -> Any:
         place = optuna.storages.get_storage(storage)
         if not isinstance(place, optuna.storages.BaseStorage):
             raise TypeError(f"{type(place).__name__} is no storage")
+        return place
     except Exception as error:  # SQLAlchemy's own, a driver's that is missing, those of other storages
         raise InputError(
             f"to_optuna(storage={str(storage)!r}) cannot be opened: {str(error).splitlines()[0]}. It is a URL such as "
             "'sqlite:///optuna.db' in a folder that exists, a storage of Optuna's, or None for one in memory."
         ) from error
-    return place
 
 
 def _finished(
     optuna: Any, trial: Trial, curve: np.ndarray, inside: dict[str, Any], distributions: dict[str, Any]
 ) -> Any:
-    """Return a trial with a result as Optuna's: what a deadline stopped is pruned there."""
-    states = optuna.trial.TrialState
-    state = {"complete": states.COMPLETE, "failed": states.FAIL}.get(trial.state, states.PRUNED)
+    """Return a trial with a result as Optuna's."""
     finished = optuna.trial.create_trial(
-        state=state,
-        value=None if state == states.FAIL else trial.score,
+        state=state_of(optuna, trial.state),
+        value=None if trial.state == "failed" else trial.score,
         params=inside,
         distributions={key: distributions[key] for key in inside},
         user_attrs=_attributes(trial, inside),
-        # Epoch -> fold mean, from 1, of the epochs that were scored in every fold.
-        intermediate_values={i: mean for i, mean in enumerate(curve.mean(1).tolist(), 1) if mean == mean},
+        intermediate_values=fold_means(curve),
     )
     if math.isfinite(trial.seconds):
         end = finished.datetime_complete or datetime.now()

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+import numpy as np
+
 from gputune.errors import InputError
 from gputune.extras import import_extra
 from gputune.search.config import check_config, check_count
@@ -83,10 +85,12 @@ class OptunaStudy:
     def tell(self, trial: Any, result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
         if result.state == "pruned":
-            for epoch, mean in _fold_means(result).items():
+            for epoch, mean in fold_means(result.curve).items():
                 trial.report(mean, epoch)
-        complete = result.state == "complete"
-        self.study.tell(trial, result.score if complete else None, None if complete else self._state(result))
+        if result.state == "complete":
+            self.study.tell(trial, result.score)
+        else:
+            self.study.tell(trial, state=state_of(self.optuna, result.state))
 
     def add(self, params: Config, result: Result) -> bool:
         """Tell a result that was not asked for; False where its configuration is not one of the space."""
@@ -94,11 +98,11 @@ class OptunaStudy:
             return False
         try:
             trial = self.optuna.trial.create_trial(
-                state=self._state(result),
+                state=state_of(self.optuna, result.state),
                 value=None if result.state == "failed" else result.score,
                 params=self._labelled(params),
                 distributions=self.distributions,
-                intermediate_values=_fold_means(result),
+                intermediate_values=fold_means(result.curve),
             )
         except ValueError:  # Optuna's own check of each value
             return False
@@ -111,14 +115,16 @@ class OptunaStudy:
             for key in self.distributions
         }
 
-    def _state(self, result: Result) -> Any:
-        states = self.optuna.trial.TrialState
-        return {"complete": states.COMPLETE, "pruned": states.PRUNED, "failed": states.FAIL}[result.state]
+
+def fold_means(curve: np.ndarray) -> dict[int, float]:
+    """Return epoch -> fold mean, from 1, of the epochs that were scored in every fold."""
+    return {epoch: mean for epoch, mean in enumerate(curve.mean(1).tolist(), 1) if mean == mean}
 
 
-def _fold_means(result: Result) -> dict[int, float]:
-    """Return epoch -> fold mean, from 1."""
-    return dict(enumerate(result.curve.mean(1).tolist(), 1))
+def state_of(optuna: Any, state: str) -> Any:
+    """Return Optuna's state of a trial; what a deadline stopped is pruned there."""
+    states = optuna.trial.TrialState
+    return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
 
 
 def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, Any]]:

@@ -46,9 +46,8 @@ def model_card(model: Any) -> str:
     if "score" in info:
         measure = measure_of(str(info.get("scoring") or "score"), info["score"], info.get("positive"))
         rows.append((f"cross-validated {measure.title}", measure.text(info["score"])))
-        held = info.get("held_out_score")
-        if held is not None:
-            words = f"{measure.text(held)} on {count(info['held_out_rows'], 'row')}"
+        if (score := info.get("held_out_score")) is not None:
+            words = f"{measure.text(score)} on {count(info['held_out_rows'], 'row')}"
             rows.append((f"held-out {measure.name}", words))
     rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
     return card(f"TunedModel: {type(model.module).__name__}", rows)

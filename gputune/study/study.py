@@ -243,17 +243,16 @@ class Study:
 
     def _columns(self) -> dict[str, list[Any]]:
         trials = self.trials
-        columns: dict[str, list[Any]] = {
-            "number": [t.number for t in trials],
-            "state": [t.state for t in trials],
-            "score": [t.score for t in trials],
-            "std_error": [t.std_error for t in trials],
-        }
+
+        def column(name: str) -> list[Any]:
+            return [getattr(trial, name) for trial in trials]
+
+        columns = {name: column(name) for name in ("number", "state", "score", "std_error")}
         for f in range(max((len(t.fold_scores) for t in trials), default=0)):
             columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
-        columns["best_epoch"] = [t.best_epoch for t in trials]
-        columns["seconds"] = [t.seconds for t in trials]
-        columns["origin"] = [t.origin_text for t in trials]
+        columns |= {
+            name.removesuffix("_text"): column(name) for name in ("best_epoch", "seconds", "origin_text")
+        }
         for name in dict.fromkeys(name for t in trials for name in t.params):
             columns[f"params_{name}"] = [t.params.get(name) for t in trials]
         return columns
@@ -293,12 +292,12 @@ class Study:
 @contextmanager
 def _no_collecting() -> Iterator[None]:
     """Hold the garbage collector back: of a million new objects none is garbage, and it took a fifth of the time."""
-    was = gc.isenabled()
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if enabled:
             gc.enable()
 
 
@@ -334,11 +333,11 @@ def _stack(rows: Sequence[Curve | None]) -> Curve:
     """Curves of unlike length as one (C, epochs, F) array, NaN beyond their end. Raises InputError where it is huge."""
     shapes = [row.shape for row in rows if row is not None]
     epochs, folds = np.max(shapes, axis=0) if shapes else (0, 0)
-    size, held = 8 * len(rows) * int(epochs) * int(folds), sum(row.nbytes for row in rows if row is not None)
-    if size > max(_LARGE, _PADDING * held):
+    size, whole = sum(row.nbytes for row in rows if row is not None), 8 * len(rows) * int(epochs) * int(folds)
+    if whole > max(_LARGE, _PADDING * size):
         raise InputError(
-            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(size)} "
-            f"side by side, and hold {size_words(held)}, since few are as long: a page or plot of them cannot be made."
+            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(whole)} "
+            f"side by side, and hold {size_words(size)}, since few are as long: a page or plot of them cannot be made."
         )
     curves = np.full((len(rows), epochs, folds), np.nan)
     for place, row in zip(curves, rows):
