@@ -74,8 +74,13 @@ def test_a_module_that_keeps_activations(tmp_path, suffix):
 
 
 def check(model, path, X):
-    """Export, and compare predictions for all rows, for one and for none."""
+    """Export, which leaves the model as it was, and compare predictions for all rows and for one."""
+    model.module.train()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
     model.export(path)
+    assert model.module.training
+    for name, value in model.module.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name])
     for part in (X, X[:1]):
         found, known = outputs(path, model.encoded(part))
         if model.classes is None:
@@ -152,16 +157,6 @@ def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     study = gputune.tune(model, X, labels, n_trials=2, cv=2, max_epochs=2, verbose=0, workers=1)
     known = check(study.best_model(), tmp_path / "model.onnx", X)
     assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == ["benign", "malignant"]
-
-
-def test_training_mode_and_weights_of_the_model_stay(tmp_path):
-    model = make_model(NUMBERS, dtype=torch.float64, module=Net)
-    model.module.train()
-    before = {name: value.clone() for name, value in model.module.state_dict().items()}
-    model.export(tmp_path / "model.onnx")
-    assert model.module.training
-    for name, value in model.module.state_dict().items():
-        assert value.dtype == torch.float64 and torch.equal(value, before[name])
 
 
 def test_encoded_rows_are_columns_or_features():
