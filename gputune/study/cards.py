@@ -4,9 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from html import escape
-from typing import Any
 
-from gputune.text import clean, count, measure_of, short
+from gputune.study.study import Study
+from gputune.text import clean, count, short
 
 
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
@@ -19,7 +19,7 @@ def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
     return f"<div><strong>{escape(clean(title))}</strong><table>{lines}</table></div>"
 
 
-def study_card(study: Any) -> str:
+def study_card(study: Study) -> str:
     """Return the card of a study: what it searched, its best score and parameters, how many trials ended how."""
     states = Counter(trial.state for trial in study.trials)
     rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
@@ -34,20 +34,3 @@ def study_card(study: Any) -> str:
         ]
     model = study.record.model
     return card(f"Study of {model}" if model else "Study", rows)
-
-
-def model_card(model: Any) -> str:
-    """Return the card of a tuned model: what it predicts from what, and the scores it was chosen by."""
-    info, layout = model.info, model.layout
-    rows = [("predicts", model.target), ("from", layout.in_words())]
-    if model.classes is not None:
-        shown = ", ".join(map(str, model.classes[:8].tolist()))
-        rows.append(("classes", f"{len(model.classes)}: {shown}{', ...' if len(model.classes) > 8 else ''}"))
-    if "score" in info:
-        measure = measure_of(str(info.get("scoring") or "score"), info["score"], info.get("positive"))
-        rows.append((f"cross-validated {measure.title}", measure.text(info["score"])))
-        if (score := info.get("held_out_score")) is not None:
-            words = f"{measure.text(score)} on {count(info['held_out_rows'], 'row')}"
-            rows.append((f"held-out {measure.name}", words))
-    rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
-    return card(f"TunedModel: {type(model.module).__name__}", rows)

@@ -20,9 +20,10 @@ from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
 from gputune.engine.network import call_module
 from gputune.errors import InputError
-from gputune.study.cards import model_card
+from gputune.study.cards import card
 from gputune.study.export import encoded, export
 from gputune.study.model_files import ModelContent, read_content, save_model
+from gputune.text import count, measure_of, short
 
 ROWS, NUMBERS = 8192, 2**23
 """Most rows, and most encoded numbers, that one batch of a prediction holds."""
@@ -150,7 +151,19 @@ class TunedModel(ModelContent):
         )
 
     def _repr_html_(self) -> str:
-        return model_card(self)
+        """What a notebook shows: what it predicts from what, and the scores it was chosen by."""
+        info, rows = self.info, [("predicts", self.target), ("from", self.layout.in_words())]
+        if self.classes is not None:
+            words = [*map(str, self.classes[:8].tolist()), *(["..."] if len(self.classes) > 8 else [])]
+            rows.append(("classes", f"{len(self.classes)}: {', '.join(words)}"))
+        if "score" in info:
+            measure = measure_of(str(info.get("scoring") or "score"), info["score"], info.get("positive"))
+            rows.append((f"cross-validated {measure.title}", measure.text(info["score"])))
+            if (score := info.get("held_out_score")) is not None:
+                rows_held_out = count(info["held_out_rows"], "row")
+                rows.append((f"held-out {measure.name}", f"{measure.text(score)} on {rows_held_out}"))
+        rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
+        return card(f"TunedModel: {type(self.module).__name__}", rows)
 
     def __repr__(self) -> str:
         what = "regression" if self.classes is None else f"{len(self.classes)} classes"
