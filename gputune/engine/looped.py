@@ -20,11 +20,16 @@ from gputune.engine.losses import row_losses
 from gputune.engine.module import ModuleNetwork, Traits, kept_of, put_numbers
 from gputune.engine.network import Shape, call_module
 from gputune.engine.online import OnlineUpdate
+from gputune.engine.row_update import RowUpdate
 from gputune.engine.scoring import Scoring, Validation
-from gputune.engine.update import Update
 from gputune.errors import InputError
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.types import ONLINE, Config, Params
+
+_AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
+
+_Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
+"""A minibatch: rows of each input, their targets, their weights."""
 
 
 class LoopedModule(ModuleNetwork):
@@ -102,6 +107,15 @@ class LoopedModule(ModuleNetwork):
         )
 
 
+class _OnlineRow(OnlineUpdate):
+    """An optimizer that adapts its rate, of one member."""
+
+    def __init__(self, config: Config, theta: Tensor, *, steps: int, horizon: int) -> None:
+        blocks = Blocks([Block("trained", (1, 1, len(theta)), 1)])
+        each_epoch = torch.tensor([[steps]], device=theta.device)
+        super().__init__([config], blocks, theta, steps=each_epoch, horizon=horizon)
+
+
 class _Member:
     """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
 
@@ -115,10 +129,9 @@ class _Member:
             own[name].data = value
         for name, value in network.parts(self.grad).items():
             own[name].grad = value
-        make = OnlineUpdate if config["optimizer"] in ONLINE else Update
-        blocks = Blocks([Block("trained", (1, 1, len(self.row)), 1)])
-        each_epoch = torch.tensor([[steps]], device=self.row.device)
-        self.update = make([config], blocks, self.row, steps=each_epoch, horizon=horizon)
+        self.update: RowUpdate | _OnlineRow
+        make = _OnlineRow if config["optimizer"] in ONLINE else RowUpdate
+        self.update = make(config, self.row, steps=steps, horizon=horizon)
 
     def kept(self) -> Tensor:
         """Return what training changes beside the parameters, as a row (M,)."""
@@ -204,11 +217,9 @@ class LoopChunk:
         draws = self._keyed if self.network.traits.draws else nullcontext
         for f, row in enumerate(self.members):
             for c, member in enumerate(row):
-                size = int(self.sizes[f, c])
+                size, steps = int(self.sizes[f, c]), int(self.steps[f, c])
                 with draws(), torch.enable_grad():
-                    self._train(
-                        member, f, epoch, torch.split(order[f, : self.lengths[f]], size)[: self.steps[f, c]]
-                    )
+                    self._train(member, f, epoch, torch.split(order[f, : self.lengths[f]], size)[:steps])
 
     @contextmanager
     def _keyed(self) -> Iterator[None]:
@@ -218,17 +229,27 @@ class LoopChunk:
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
         """Take the steps of an epoch: this is the loop."""
         module, update, row, grad = member.module.train(), member.update, member.row, member.grad
-        data, names, draws = self.data, self.network.shape.names, self.network.traits.draws
-        target = data.y[fold] if data.y.is_floating_point() else data.y
+        names, draws = self.network.shape.names, self.network.traits.draws
         update.begin(epoch)
-        for step, rows in enumerate(minibatches):
+        for step, (inputs, y, weights) in enumerate(self._gathered(fold, minibatches)):
             if draws:
                 self._reseed(epoch, step)
-            outputs = call_module(module, data.rows(fold, rows), names)
+            outputs = call_module(module, inputs, names)
             grad.zero_()
-            self._loss(outputs.view(len(rows), -1), target[rows], fold, rows).backward()  # type: ignore[no-untyped-call]
-            with torch.no_grad():
-                update.step(row, grad, None)
+            self._loss(outputs.view(len(y), -1), y, fold, weights).backward()  # type: ignore[no-untyped-call]
+            update.step(row, grad)
+
+    def _gathered(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
+        """Yield what each minibatch reads, of which some are gathered at once."""
+        data, size = self.data, len(minibatches[0])
+        ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
+        target = data.y[fold] if data.y.is_floating_point() else data.y
+        for begin in range(0, len(minibatches), ahead):
+            rows = torch.cat(list(minibatches[begin : begin + ahead]))
+            inputs = (torch.split(x, size) for x in data.rows(fold, rows))
+            weights = None if data.weights is None else torch.split(data.weights[fold, rows], size)
+            for i, (y, own) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
+                yield own, y, None if weights is None else weights[i]
 
     def _reseed(self, epoch: int, step: int) -> None:
         seed = stream_seed(self.seed, "dropout", epoch, step)
@@ -237,13 +258,12 @@ class LoopChunk:
             with torch.cuda.device(self.data.device):
                 torch.cuda.manual_seed(seed)
 
-    def _loss(self, outputs: Tensor, y: Tensor, fold: int, rows: Tensor) -> Tensor:
+    def _loss(self, outputs: Tensor, y: Tensor, fold: int, weights: Tensor | None) -> Tensor:
         """Return the loss of a minibatch of one member."""
         if self.data.present is not None:
             outputs = outputs.masked_fill(~self.data.present[fold], -torch.inf)
         losses = row_losses(outputs, y)
-        if self.data.weights is None:
+        if weights is None:
             return losses.mean()
-        weights = self.data.weights[fold, rows].double()
-        share = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
         return (losses * share.to(losses.dtype)).sum()

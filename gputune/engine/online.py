@@ -65,7 +65,7 @@ class OnlineUpdate:
         """Count from the first step of an epoch."""
         self.clock.begin(epoch)
 
-    def step(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+    def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
         """Adapt the rates and take one step of the members that are ``active`` (F, C), None: of all.
 
         The factor of a schedule scales the rate in this step and is not remembered. ``grad`` is used up. Members that
