@@ -28,7 +28,7 @@ from gputune.sklearn import (
 )
 
 X, Y = load_iris(return_X_y=True)
-MLP = MLPClassifier(max_iter=5, hidden_layer_sizes=(128,), random_state=0)
+MLP = MLPClassifier(max_iter=5, hidden_layer_sizes=(16,), random_state=0)
 SEARCHES = [
     RandomizedSearchCV(
         MLP,
