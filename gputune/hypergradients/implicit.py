@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from gputune.data.dataset import Dataset
 from gputune.errors import DivergedError, InputError
+from gputune.hypergradients.first_step import free_bytes
 from gputune.hypergradients.result import HypergradientResult
 from gputune.models import LogisticRegression
 from gputune.solver.objective import Point, Rows, point_at, product, rows_of
@@ -27,7 +28,7 @@ from gputune.solver.solve import Problem, Solution, problem_of, solve, solve_all
 from gputune.types import Config
 
 BLOCK = 512  # training rows whose curvature is held at once
-CPU_BYTES, GPU_SHARE = 4 << 30, 0.8  # memory without a limit: on the CPU; of a GPU's free memory
+CPU_BYTES = 4 << 30  # memory on the CPU where there is no limit
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def _members_at_once(fold: _Fold, memory: int | None) -> int:
     size = outputs * fold.train.design.shape[1]
     # The matrix, its factor and a copy between them; logits, chances and their misfit; a block's curvature.
     needed = 8 * (3 * size**2 + 4 * outputs * rows + BLOCK * outputs * (outputs + 1) // 2)
-    limit = _memory_limit(fold.center.device, memory)
+    device = fold.center.device
+    limit = memory or (free_bytes(device) if device.type == "cuda" else CPU_BYTES)
     if limit < needed:
         raise InputError(
             f"memory={limit} bytes is too little for implicit differentiation: one member with {outputs} outputs of "
@@ -121,12 +123,6 @@ def _members_at_once(fold: _Fold, memory: int | None) -> int:
             "or search C with method='random'."
         )
     return limit // needed
-
-
-def _memory_limit(device: torch.device, memory: int | None) -> int:
-    if memory is not None:
-        return memory
-    return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else CPU_BYTES
 
 
 def _differentiate(
@@ -239,32 +235,14 @@ def differentiate_minimum(
     the problem is not that convex one, DivergedError where it has no minimum that could be reached.
     """
     C, classes = _checked(module, loss, hyperparameters)
-    if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
-        raise InputError(
-            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or y; make them with "
-            "torch.from_numpy or torch.as_tensor."
-        )
-    x, y = (torch.cat(parts) for parts in zip(*batches))
-    rows = torch.cat([x, valid[0]]).double()
-    codes = _codes(torch.cat([y, valid[1]]), classes)
-    weights = torch.zeros(1, len(rows), dtype=torch.float64, device=rows.device)
-    weights[:, : len(x)] = 1.0
-    problem = Problem(
-        rows[None],
-        codes,
-        weights,
-        C=weights.new_tensor([C]),
-        l1_ratio=weights.new_zeros(1),
-        n_classes=classes,
-    )
+    problem, places = _joined(batches, valid, C, classes)
     solution = solve(problem)
     if not bool(solution.converged):
         raise DivergedError(
             f"the logistic regression with C={C:g} has no minimum that could be reached; choose a smaller C, or scale "
             "the inputs."
         )
-    places = [torch.arange(len(x), len(rows), device=rows.device)]
-    implicit = implicit_gradients(problem, solution, places, memory=memory)
+    implicit = implicit_gradients(problem, solution, [places], memory=memory)
     slope = implicit.gradient[0]
     return HypergradientResult(
         value=float(implicit.value),
@@ -275,6 +253,23 @@ def differentiate_minimum(
         mode="implicit",
         reason="asked for; the derivative at the minimum of a convex problem, in which no step is taken",
     )
+
+
+def _joined(
+    batches: Sequence[tuple[Tensor, Tensor]], valid: tuple[Tensor, Tensor], C: float, classes: int
+) -> tuple[Problem, Tensor]:
+    """Return the problem of all minibatches, and the positions of the validation rows, which weigh nothing in it."""
+    if not all(isinstance(part, Tensor) for pair in (*batches, valid) for part in pair):
+        raise InputError(
+            "optimizer='exact' joins all minibatches and needs tensors, got another kind of x or y; make them with "
+            "torch.from_numpy or torch.as_tensor."
+        )
+    x, y = (torch.cat(parts) for parts in zip(*batches, valid))
+    places = torch.arange(len(x) - len(valid[0]), len(x), device=x.device)
+    weights = torch.ones(1, len(x), dtype=torch.float64, device=x.device)
+    weights[:, places] = 0.0
+    rates = weights.new_tensor([C]), weights.new_zeros(1)
+    return Problem(x.double()[None], _codes(y, classes), weights, *rates, n_classes=classes), places
 
 
 def _checked(module: nn.Module, loss: object, hyperparameters: Mapping[str, Any]) -> tuple[float, int]:
