@@ -20,8 +20,8 @@ Params = dict[str, Tensor]
 Task = Literal["binary", "multiclass", "regression"]
 
 Backend = Literal["eager", "compiled", "graph", "loop"]
-"""How a chunk trains: as operations on stacked tensors, one by one or each step as one recorded graph (made for a
-GPU), member by member in a compiled loop (on a CPU), or as plain modules one after another."""
+"""How a chunk trains: as operations on stacked tensors, one by one or each step recorded once and replayed, member by
+member in a compiled loop (on a CPU), or as plain modules one after another."""
 
 BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop"]
 

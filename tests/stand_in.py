@@ -31,6 +31,8 @@ class CaptureError(RuntimeError):
 class StandIn:
     """Records steps on a CPU."""
 
+    before, repays = 3, 3
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
 

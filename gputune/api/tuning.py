@@ -105,9 +105,9 @@ def tune(
                  again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
     device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
-                 CPU with a C compiler; "graph" records a step of all members once and replays it, on a GPU; "eager"
-                 takes it as operations on stacked tensors. Members of a user's module are "stacked", which is an error
-                 where they cannot be, or train one by one ("loop"). "auto" chooses; numbers are the same to rounding
+                 CPU with a C compiler; "graph" records a step of all members once and replays it; "eager" takes it as
+                 operations on stacked tensors. Members of a user's module are "stacked", which is an error where they
+                 cannot be, or train one by one ("loop"). "auto" chooses; numbers are the same to rounding
     tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
                  trains, which is faster and moves scores by more than rounding; on a CPU it is refused
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device

@@ -1,4 +1,4 @@
-"""Where and how chunks train here: compiled on a CPU with a C compiler, as graphs where asked for, eagerly otherwise.
+"""Where and how chunks train here: compiled on a CPU with a C compiler, as recorded steps, or eagerly.
 
 How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for. On how
 many threads a CPU computes.
@@ -20,23 +20,26 @@ from gputune.types import Backend, BackendWord, Config
 _DEEPEST = 63  # hidden layers that the compiled code has room for
 
 
-def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+def choose_backend(
+    word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
+) -> tuple[Backend, str]:
     """Return the backend of a word, and why "auto" is not compiled on a CPU ("" where it may be).
 
-    "auto" is never "graph": a way to train that no GPU has run yet has to be asked for. Raises InputError where
-    compiled training, or recorded steps, are asked for and cannot be had.
+    "auto" is "graph" on a CPU without a compiler and for a user's module, and never on a GPU: a way to train that none
+    has run yet has to be asked for. Raises InputError where compiled training, or recorded steps, are asked for and
+    cannot be had.
     """
     if word == "graph" and device.type not in RECORDERS:
         raise InputError(
-            f"backend='graph' records the steps of a GPU, and the device is {str(device)!r}; choose a CUDA device, or "
-            "backend='auto'."
+            f"backend='graph' records steps on a CPU or a CUDA device, and the device is {str(device)!r}; choose one "
+            "of these, or backend='auto'."
         )
     if word in ("eager", "graph", "loop"):
         return word, ""
-    if word == "stacked":
+    if word == "stacked" and kind != "module":
         return "eager", ""
-    if word == "auto" and device.type != "cpu":
-        return "eager", ""
+    if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
+        return ("graph" if device.type == "cpu" else "eager"), ""
     if device.type != "cpu":
         raise InputError(
             f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose device='cpu', or "
@@ -46,10 +49,10 @@ def choose_backend(word: BackendWord, device: torch.device, dtype: torch.dtype) 
         library(dtype)
     except NotBuiltError as error:
         if word == "auto":
-            return "eager", str(error)
+            return "graph", str(error)
         raise InputError(
             f"backend='compiled' needs a C compiler that works, and {error}. Install or repair one, or choose 'auto', "
-            "which trains eagerly without it."
+            "which records steps without it."
         ) from error
     return "compiled", ""
 
@@ -73,10 +76,13 @@ def choose_device(device: str) -> torch.device:
 def trains_as(backend: Backend, kind: ModelKind, config: Config, unstackable: str = "") -> Backend:
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 
-    ``unstackable`` says why members of a user's module cannot be stacked.
+    ``unstackable`` says why members of a user's module cannot be stacked. Of one that can be, whose inside is unknown,
+    no code is compiled; its steps are recorded in place of that.
     """
-    if kind == "module":
-        return "loop" if unstackable or backend == "loop" else "eager"
+    if kind == "module" and (unstackable or backend == "loop"):
+        return "loop"
+    if kind == "module" and backend == "compiled":
+        backend = "graph"
     if backend == "compiled":
         return "compiled" if config["optimizer"] in OPTIMIZERS and config["depth"] <= _DEEPEST else "eager"
     return backend if config["optimizer"] in RULES else "eager"

@@ -1,17 +1,20 @@
-"""How the steps of a chunk are taken: each as it is, or recorded once as a graph of CUDA's and replayed.
+"""How the steps of a chunk are taken: each as it is, or recorded once and replayed.
 
-A graph launches the few dozen small kernels of a step at the cost of one. What it may do is narrow: it reads and writes
-the memory that it read and wrote when it was recorded, and nothing of it waits for the device.
+On a GPU that is a graph of CUDA's, which launches the few dozen small kernels of a step at the cost of one; on a CPU a
+function of these kernels alone. What a recorded step may do is narrow: it reads and writes the memory that it read and
+wrote when it was recorded, and nothing of it waits for the device.
 """
 
 from collections import Counter
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
 import torch
 
-_WARM_UPS = 3  # steps of one shape before it is recorded, as in PyTorch's documentation
+from gputune.engine.program import compile_trace
+from gputune.engine.trace import TraceError, trace
 
 Step = Callable[[], None]
 
@@ -46,20 +49,30 @@ class Recorded(Protocol):
 class Recorder(Protocol):
     """Records steps on one device."""
 
+    before: int
+    """Steps of one shape to take before it is recorded."""
+    repays: int
+    """Steps of one shape that together repay its recording."""
+
     def warm_up(self, step: Step) -> None:
         """Take a step as it is, so that what is made on first use is there before it is recorded."""
 
     def capture(self, step: Step) -> Recorded:
-        """Record a step, which is not taken thereby."""
+        """Record a step, which is not taken thereby. Raises TraceError where it can only be taken as it is."""
 
 
 class Replays:
-    """Takes the first steps of each shape as they are, which warms up what a recording needs; then replays one."""
+    """Takes the first steps of each shape as they are, which warms up what a recording needs; then replays one.
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    ``expected`` says how many steps of a shape are sure to come: one that comes seldom is recorded when as many have
+    been taken as would have repaid it.
+    """
+
+    def __init__(self, recorder: Recorder, expected: Counter[Hashable]) -> None:
+        self.recorder, self.expected = recorder, expected
         self.steps: dict[Hashable, Recorded] = {}
         self.taken = Counter[Hashable]()
+        self.refused = set[Hashable]()
 
     @property
     def recorded(self) -> bool:
@@ -68,13 +81,22 @@ class Replays:
 
     def take(self, shape: Hashable, step: Step) -> None:
         """Take a step of this shape."""
-        if shape not in self.steps:
-            self.taken[shape] += 1
-            if self.taken[shape] <= _WARM_UPS:
-                self.recorder.warm_up(step)
-                return
+        if shape in self.steps or self._record(shape, step):
+            self.steps[shape].replay()
+        else:
+            self.recorder.warm_up(step)
+
+    def _record(self, shape: Hashable, step: Step) -> bool:
+        """Record a step of this shape, if it is time to."""
+        self.taken[shape] += 1
+        worth = max(self.expected[shape], self.taken[shape]) > self.recorder.repays
+        if shape in self.refused or self.taken[shape] <= self.recorder.before or not worth:
+            return False
+        try:
             self.steps[shape] = self.recorder.capture(step)
-        self.steps[shape].replay()
+        except TraceError:
+            self.refused.add(shape)
+        return shape in self.steps
 
 
 class CudaRecorder:
@@ -83,6 +105,8 @@ class CudaRecorder:
     The graphs share a memory pool, which is safe because none leaves a tensor in it that another would overwrite.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
+
+    before, repays = 3, 3  # as in PyTorch's documentation
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -111,5 +135,29 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
+class CpuRecorder:
+    """Straight functions of the kernels of a step (``program.py``)."""
+
+    before, repays = 1, 16  # a recording takes as long as it saves in about so many steps of a small module
+
+    def __init__(self, device: torch.device) -> None:
+        del device  # there is one
+
+    def warm_up(self, step: Step) -> None:
+        """Take a step as it is."""
+        step()
+
+    def capture(self, step: Step) -> Recorded:
+        """Record a step. Raises TraceError."""
+        return Program(compile_trace(trace(step)))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function that takes a step."""
+
+    replay: Step
+
+
+RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cpu": CpuRecorder, "cuda": CudaRecorder}
 """What records the steps of a type of device."""

@@ -5,6 +5,7 @@ are the tensors made anew and the steps recorded again. Inside an epoch nothing 
 recording and for a buffer of dropout's draws.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -68,7 +69,9 @@ class StackedChunk:
         self.params = self._network.blocks.views(self._flat)
         self.grads = self._network.trained.views(self.grad)
         device = self._flat.device
-        self.steps: Steps = Replays(RECORDERS[device.type](device)) if self.recorded else Direct()
+        self.steps: Steps = Direct()
+        if self.recorded:
+            self.steps = Replays(RECORDERS[device.type](device), Counter(self.batches.shapes))
         self.draws = self._network.draws([shape.parts[0].rows for shape in self.batches.shapes])
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
         self._seen: Network = self._network

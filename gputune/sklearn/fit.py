@@ -139,7 +139,7 @@ def fit_members(
 def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
     """Train the configurations of a batch in its folds."""
     recipe, data = batch.recipes[0], batch.data
-    trainer = replace(trainer, backend=choose_backend("auto", data.device, data.dtype)[0])
+    trainer = replace(trainer, backend=choose_backend("auto", data.device, data.dtype, trainer.kind)[0])
     members: Members = {}
     populations, parameters = [], 0
     for population in trainer.groups(batch.configs):

@@ -218,8 +218,8 @@ class Options:
     )  # fmt: skip
     backend: Literal["auto", "eager", "compiled", "graph", "stacked", "loop"] = _machine(
         "auto", "--backend",
-        "how members train: compiled on a CPU with a C compiler, as recorded steps (graph) on a GPU, as operations on "
-        "stacked tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
+        "how members train: compiled on a CPU with a C compiler, as recorded steps (graph), as operations on stacked "
+        "tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
         choices=_BACKENDS, check=_one_of(*_BACKENDS), kept=True, resume=True,
     )  # fmt: skip
     dtype: str = _machine(

@@ -210,21 +210,23 @@ def _backend(
             f"backend='loop' trains the members of a user's module one by one, and the model is {choice.name!r}; "
             "choose backend='auto', or 'eager'."
         )
-    if choice.solved or (choice.kind == "module" and options.backend in ("auto", "stacked", "loop")):
-        return "loop" if options.backend == "loop" else "eager"
+    if choice.solved:
+        return "eager"
     device = trainer.data.device if trainer.cluster is None else torch.device(trainer.cluster.device)
-    backend, why = choose_backend(options.backend, device, trainer.data.dtype)
-    fast: Backend = "graph" if options.backend == "graph" else "compiled"
+    backend, why = choose_backend(options.backend, device, trainer.data.dtype, choice.kind)
+    module, word = choice.kind == "module", options.backend
+    fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
     configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in trials)
     some_fast = not trials or any(trains_as(fast, choice.kind, config) == fast for config in configs)
     if why and some_fast:
-        progress.say(f"note: trials train eagerly, slower than compiled ones: {why}")
-    if options.backend in ("compiled", "graph") and not some_fast:
+        progress.say(f"note: trials train in recorded steps, slower than compiled ones: {why}")
+    if word in ("compiled", "graph") and not some_fast:
+        how = "in recorded steps" if module and word == "compiled" else "eagerly"
+        models = "MLPs and linear models with " if word == "compiled" else ""
         progress.say(
-            f"note: all trials train eagerly: backend={options.backend!r} knows MLPs and linear models with sgd, "
-            "nesterov, adam or adamw"
+            f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, adam or adamw alone"
         )
-    return "eager" if choice.kind == "module" else backend
+    return backend
 
 
 def _trainer(

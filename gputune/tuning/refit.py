@@ -175,10 +175,8 @@ def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_giv
 def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
     descent = options.method if isinstance(options.method, Hypergradient) else None
     backend: Backend = "eager"
-    if choice.kind == "module":
-        backend = "loop" if options.backend == "loop" else "eager"
-    elif descent is None:
-        backend, _ = choose_backend(options.backend, data.device, data.dtype)
+    if descent is None:
+        backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
     trainer = Trainer(
         data=data,
         kind=choice.kind,

@@ -178,7 +178,7 @@ def test_what_is_compiled():
     (config,) = fill({})
     assert trains_as("compiled", "mlp", config) == trains_as("compiled", "linear", config) == "compiled"
     assert trains_as("eager", "mlp", config) == "eager"
-    assert trains_as("compiled", "module", config) == "eager"
+    assert trains_as("compiled", "module", config) == "graph"
     assert trains_as("compiled", "mlp", {**config, "optimizer": "adamhd"}) == "eager"
     assert trains_as("compiled", "mlp", {**config, "depth": 64}) == "eager"
 

@@ -151,6 +151,8 @@ class OnMetaAlone(TorchDispatchMode):
 class PlainRecorder:
     """Takes every step as it is."""
 
+    before, repays = 3, 3
+
     def __init__(self, device):
         assert device.type == "meta"
 
@@ -287,16 +289,17 @@ def test_who_trains_as_a_graph():
     assert choose_backend("auto", CPU, torch.float32)[0] != "graph"
     taken = [o for o in OPTIMIZERS if trains_as("graph", "mlp", {"optimizer": o}) == "graph"]
     assert taken == ["sgd", "nesterov", "adam", "adamw"]
-    assert trains_as("graph", "module", {"optimizer": "adamw"}) == "eager"
+    assert trains_as("graph", "module", {"optimizer": "adamw"}) == "graph"
+    assert trains_as("eager", "module", {"optimizer": "adamw"}) == "eager"
+    assert trains_as("compiled", "module", {"optimizer": "adamhd"}) == "eager"
     assert trains_as("eager", "mlp", {"optimizer": "adamw"}) == "eager"
 
 
-def test_steps_of_a_cpu_are_not_recorded(monkeypatch):
-    monkeypatch.delitem(RECORDERS, "cpu")
+def test_steps_of_other_devices_are_not_recorded():
     with pytest.raises(
-        InputError, match="backend='graph' records the steps of a GPU, and the device is 'cpu'"
+        InputError, match="a CPU or a CUDA device, and the device is 'meta'; choose one of these"
     ):
-        gputune.tune("mlp", np.eye(20), np.arange(20) % 2, backend="graph", device="cpu", verbose=0)
+        choose_backend("graph", torch.device("meta"), torch.float32)
 
 
 def both_searches(model, X, y, **options):

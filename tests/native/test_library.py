@@ -75,7 +75,7 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch, capsys):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)
     assert (
-        "note: trials train eagerly, slower than compiled ones: there is no C compiler"
+        "note: trials train in recorded steps, slower than compiled ones: there is no C compiler"
         in capsys.readouterr().err
     )
     with pytest.raises(InputError, match="backend='compiled' .* there is no C compiler.*choose 'auto'"):
@@ -89,16 +89,23 @@ def test_what_is_never_compiled_is_not_called_slower(monkeypatch, capsys):
 
 
 @pytest.mark.usefixtures("recorded_on_cpu")
-@pytest.mark.parametrize("backend", ["graph", pytest.param("compiled", marks=needs_compiler)])
 @pytest.mark.parametrize(
-    "what", [{"model": "mlp", "optimizer": "adamhd"}, {"model": Linear}], ids=["adamhd", "module"]
-)
-def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, backend, what):
+    ("what", "backend", "says"),
+    [
+        ({"model": "mlp", "optimizer": "adamhd"}, "graph", "eagerly: backend='graph' knows sgd,"),
+        pytest.param(
+            {"model": "mlp", "optimizer": "adamhd"}, "compiled",
+            "eagerly: backend='compiled' knows MLPs and linear models with sgd,", marks=needs_compiler,
+        ),
+        pytest.param(
+            {"model": Linear}, "compiled",
+            "in recorded steps: backend='compiled' knows MLPs and linear models with sgd,", marks=needs_compiler,
+        ),
+    ],
+)  # fmt: skip
+def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, what, backend, says):
     gputune.tune(**what, X=ROWS, y=LABELS, backend=backend, **SMALL)
-    said = capsys.readouterr().err
-    assert (
-        f"note: all trials train eagerly: backend='{backend}' knows MLPs and linear models with sgd," in said
-    )
+    assert f"note: all trials train {says}" in capsys.readouterr().err
 
 
 def test_a_module_with_the_compiled_backend_needs_a_compiler_before_it_trains(monkeypatch):

@@ -28,7 +28,7 @@ def machine(monkeypatch, *devices, **kept):
         (["cpu"], {}, ("auto", "auto", False, 1)),
         (["cpu"], {"device": "cpu", "backend": "eager", "workers": 4}, ("cpu", "eager", False, 1)),
         (["cpu", "cuda"], {"device": "cuda", "backend": "graph", "tf32": True}, ("cuda", "graph", True, 1)),
-        (["cpu"], {"device": "cuda", "backend": "graph", "tf32": True}, ("auto", "auto", False, 1)),
+        (["cpu"], {"device": "cuda", "backend": "graph", "tf32": True}, ("auto", "graph", False, 1)),
         (["cpu"], {"device": "cuda", "backend": "eager", "workers": {"address": "auto", "cpus": 1}},
          ("auto", "eager", False, 1)),
     ],
