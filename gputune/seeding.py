@@ -36,9 +36,14 @@ def keyed_draws(device: torch.device, seed: int, *key: object) -> Iterator[None]
     One thread at a time, since there is one generator: for what takes no other, as modules and dropout do not.
     """
     with GLOBAL_DRAWS, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put back.
-        torch.default_generator.manual_seed(stream_seed(seed, *key))
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(stream_seed(seed, *key))
+        start_stream(device, seed, *key)
         yield
+
+
+def start_stream(device: torch.device, seed: int, *key: object) -> None:
+    """Let torch's own generator draw from the stream of ``key`` from now on: within ``keyed_draws`` alone."""
+    # Not torch.manual_seed(): that seeds the generators of all devices, and those would not be put back.
+    torch.default_generator.manual_seed(stream_seed(seed, *key))
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(stream_seed(seed, *key))

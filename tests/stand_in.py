@@ -160,7 +160,7 @@ class _Recording(TorchDispatchMode):
                 raise _refusal(func, reason)
         if func is torch.ops.aten.lift_fresh.default:
             raise _refusal(func, "it takes numbers of the host; make the tensor before the step")
-        if not inputs:
+        if not inputs and func is not torch.ops.aten.empty.memory_format:
             raise _refusal(func, "it makes a tensor out of nothing; make it before the step")
         devices = {tensor.device for tensor in inputs} | {kwargs.get("device") or self.device}
         if devices != {self.device}:

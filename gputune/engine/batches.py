@@ -28,7 +28,7 @@ class Batch:
     ``inputs`` are each (F, B, ...) where a fold's members share their rows, otherwise (P, B, ...); ``y`` likewise,
     with the target's own last axis; ``share`` is each row's weight over the minibatch's sum of weights,
     (F, 1 or C, B, 1), or one float where all are equal. ``key`` is (epoch, step). ``draws`` (layers, B, H) are the
-    step's uniform draws for dropout, where the model has its own.
+    step's uniform draws for dropout, where the model has its own, or a module's own draws in their order.
     """
 
     inputs: tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class Batch:
     share: Tensor | float
     folds: slice
     key: tuple[int, int]
-    draws: Tensor | None = None
+    draws: Tensor | tuple[Tensor, ...] | None = None
 
     @property
     def x(self) -> Tensor:

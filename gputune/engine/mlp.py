@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.engine.batches import Batch
+from gputune.engine.batches import Batch, Batches
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.losses import cross_entropy_slope_, squared_error_slope_
 from gputune.engine.network import Shape, by_copy
@@ -113,7 +113,9 @@ class StackedMLP:
             h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
         return h
 
-    def draws(self, rows: Sequence[int]) -> "Draws | None":
+    def draws(self, batches: Batches, *, ahead: bool) -> "Draws | None":
+        del ahead  # always
+        rows = [shape.parts[0].rows for shape in batches.shapes]
         return None if self.rates is None else Draws(self, rows)
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
@@ -158,7 +160,7 @@ class StackedMLP:
             h = _activate(self.activation, z, out=space.active[layer - 1])
             if self.rates is not None:
                 keep = space.keep[layer - 1]
-                assert batch.draws is not None
+                assert isinstance(batch.draws, Tensor)
                 self._keep_units(batch.draws[layer - 1], keep)
                 h = torch.mul(h, keep, out=space.dropped[layer - 1])
             out = space.out if layer == self.depth else space.linear[layer]

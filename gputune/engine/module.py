@@ -3,7 +3,7 @@ torch.func.
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -14,9 +14,10 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from gputune.engine.batches import Batch, for_members
+from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.construction import Builder, build_module, name_of
+from gputune.engine.draws import ModuleDraws, given_draws
 from gputune.engine.losses import row_losses
 from gputune.engine.network import Shape, call_module
 from gputune.engine.population import ModelKind, module_arguments
@@ -139,8 +140,15 @@ class StackedModule(ModuleNetwork):
             view.copy_(self.first[name] if name in self.first else self.kept[name])
         return flat
 
-    def draws(self, rows: Sequence[int]) -> None:
-        return None  # its own, by the key of the minibatch
+    def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
+        if not ahead:
+            return None  # its own, by the key of the minibatch
+        member = {k: w[None] for k, w in (self.first | self.kept).items()}
+
+        def forward(batch: Batch) -> object:
+            return self._forward(member, [x[:1] for x in batch.inputs], training=True)
+
+        return ModuleDraws(forward, batches, self.seed)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
@@ -149,7 +157,7 @@ class StackedModule(ModuleNetwork):
         # Copies: the members' own share a counter of writes with the leaves, which autograd must find unwritten.
         kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
         inputs = [for_members(x, trials) for x in batch.inputs]
-        with torch.enable_grad(), keyed_draws(self.shape.device, self.seed, "dropout", *batch.key):
+        with torch.enable_grad(), self._drawing(batch):
             outputs, after = self._forward(leaves | kept, inputs, training=True)
             outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
             if self.shape.present is not None:
@@ -165,6 +173,12 @@ class StackedModule(ModuleNetwork):
                 part.copy_(slope.view(part.shape))
         for name, buffer in after.items():
             members[name].copy_(buffer.detach())
+
+    def _drawing(self, batch: Batch) -> AbstractContextManager[None]:
+        """What is drawn inside is the minibatch's, made ahead or by its key."""
+        if isinstance(batch.draws, tuple):
+            return given_draws(batch.draws)
+        return keyed_draws(self.shape.device, self.seed, "dropout", *batch.key)
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         members = {k: w[fold] for k, w in params.items()}

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from gputune.engine.batches import Batch
+from gputune.engine.batches import Batch, Batches
 from gputune.engine.blocks import Blocks
 from gputune.engine.population import ModelKind
 from gputune.types import Params
@@ -37,7 +37,7 @@ class Draws(Protocol):
     def fill(self, epoch: int, step: int) -> None:
         """See that the draws of a step are there."""
 
-    def at(self, step: Tensor, rows: int) -> Tensor:
+    def at(self, step: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
         """Return the draws of the step that a counter on the device says, for so many rows."""
 
 
@@ -64,8 +64,11 @@ class Network(Protocol):
     def targets(self, y: Tensor) -> Tensor:
         """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or F."""
 
-    def draws(self, rows: Sequence[int]) -> Draws | None:
-        """Return the draws that ``gradient`` reads in steps of so many rows, None where it reads none."""
+    def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
+        """Return the draws that ``gradient`` reads, None where there are none, and where it draws them itself.
+
+        With ``ahead`` it must not. Raises TraceError where it does all the same.
+        """
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params`` go on by a step."""

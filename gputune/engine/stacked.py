@@ -21,6 +21,7 @@ from gputune.engine.network import Network
 from gputune.engine.online import OnlineUpdate
 from gputune.engine.recorder import RECORDERS, Direct, Replays, Steps
 from gputune.engine.scoring import Scoring, Validation
+from gputune.engine.trace import TraceError
 from gputune.engine.update import Update
 from gputune.types import ONLINE, Config
 
@@ -72,7 +73,10 @@ class StackedChunk:
         self.steps: Steps = Direct()
         if self.recorded:
             self.steps = Replays(RECORDERS[device.type](device), Counter(self.batches.shapes))
-        self.draws = self._network.draws([shape.parts[0].rows for shape in self.batches.shapes])
+        try:
+            self.draws = self._network.draws(self.batches, ahead=self.recorded)
+        except TraceError:
+            self.draws, self.steps = None, Direct()
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
         self._seen: Network = self._network
 
@@ -117,9 +121,9 @@ class StackedChunk:
         """One step of all members, on what lies on the device alone; the counters there go on by one."""
         if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
             self.grad.zero_()  # folds without a part would keep the last step's gradient, or what became of it
-        for part in self.batches.parts(shape, key):
+        for run, part in zip(shape.parts, self.batches.parts(shape, key)):
             if self.draws is not None:
-                part = replace(part, draws=self.draws.at(self.batches.step, shape.parts[0].rows))
+                part = replace(part, draws=self.draws.at(self.batches.step, run.rows))
             self._network.gradient(self.params, part, self.grads)
         active = None if shape.all_active else self.batches.active()
         self.update.step(self._trained, self.grad, active)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gputune.engine import draws
 from gputune.engine.module import StackedModule
 from gputune.engine.program import arrange, compile_trace
 from gputune.engine.recorder import CpuRecorder, Replays
@@ -119,8 +120,26 @@ class Small(nn.Module):
         return self.body(x)
 
 
-def chunk_of(data, configs, *, recorded):
-    network = StackedModule(Small, configs, shape_of(data), seed=0)
+class Drawing(Small):
+    """What is drawn by the layer, in the forward, and through the weights of attention."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.drop, self.channel = nn.Dropout(0.3), nn.Dropout1d(0.5)
+
+    def forward(self, x):
+        noise = torch.randn(len(x), 1, dtype=x.dtype) if self.training else 0
+        h = self.channel(self.body[:3](self.drop(x) + noise)[:, :, None]).squeeze(-1)
+        return self.body[3:](h + 0.1 * torch.rand_like(noise) if self.training else h)
+
+
+class DrawingByChances(Small):
+    def forward(self, x):
+        return super().forward(x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype)))
+
+
+def chunk_of(data, configs, *, recorded, module=Small):
+    network = StackedModule(module, configs, shape_of(data), seed=0)
     scoring = make_scoring(None, data.task, np.arange(3))
     return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring, recorded=recorded)
 
@@ -146,6 +165,36 @@ def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
                 for chunk in (found, expected):
                     chunk.keep(np.array([True, False, True]))
     assert found.steps.recorded and len(found.slots) == 2
+
+
+@pytest.mark.parametrize("draw_bytes", [1 << 20, 3000])
+def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes):
+    monkeypatch.setattr(CpuRecorder, "repays", 1)
+    monkeypatch.setattr(draws, "_DRAW_BYTES", draw_bytes)
+    data = make_data()  # folds of 40 and 41 rows
+    with torch.no_grad():
+        found, expected = (
+            chunk_of(
+                data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), recorded=recorded, module=Drawing
+            )
+            for recorded in (True, False)
+        )
+        for epoch in range(4):
+            for chunk in (found, expected):
+                chunk.advance(epoch)
+            assert torch.equal(found.flat, expected.flat)
+    assert len(found.steps.steps) == 2 and (found.draws.ahead < 5) == (draw_bytes < 1 << 20)
+
+
+def test_draws_by_other_numbers_are_made_in_the_step():
+    data, configs = make_data(), fill({"batch_size": 9})
+    with torch.no_grad():
+        found, expected = (
+            chunk_of(data, configs, recorded=recorded, module=DrawingByChances) for recorded in (True, False)
+        )
+        for chunk in (found, expected):
+            chunk.advance(0)
+    assert found.draws is None and torch.equal(found.flat, expected.flat)
 
 
 class NothingNew(TorchDispatchMode):
