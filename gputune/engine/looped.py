@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.batches import Batch, row_order, steps_of
+from gputune.engine.batches import Batch, Batches, row_order, steps_of
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.construction import Builder, name_of
 from gputune.engine.losses import row_losses
@@ -90,7 +90,7 @@ class LoopedModule(ModuleNetwork):
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         return self.filled(self.values(params, fold, trial))
 
-    def draws(self, rows: Sequence[int]) -> None:
+    def draws(self, batches: Batches, *, ahead: bool) -> None:
         return None
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
