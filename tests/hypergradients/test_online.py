@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 from gputune.errors import InputError
 from gputune.optim import SGDHD, AdamHD, AdamWHD
+from refused import refused
 
 CLASSES = {
     "sgd": (SGDHD, {"weight_decay": 0.02}),
@@ -430,7 +431,7 @@ ERRORS = [
 @pytest.mark.parametrize("kind", [SGDHD, AdamHD, AdamWHD])
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: [m], lambda m: [{"params": m}]])
 def test_a_module_in_place_of_its_parameters_is_refused(kind, wrap):
-    with pytest.raises(InputError, match=rf"got a module: {kind.__name__}\(module.parameters\(\)\)"):
+    with refused(rf"got a module: {kind.__name__}\(module.parameters\(\)\)"):
         kind(wrap(torch.nn.Linear(2, 1)), lr=0.1)
 
 
@@ -476,14 +477,12 @@ def test_sparse_and_complex_gradients_are_refused(name):
     number = torch.ones(2, dtype=torch.complex64, requires_grad=True)
     number.abs().sum().backward()
     for w, kind in ((table.weight, "sparse_coo"), (number, "complex64")):
-        with pytest.raises(InputError, match=f"params must have dense, real gradients, got .*{kind}"):
+        with refused(f"params must have dense, real gradients, got .*{kind}"):
             make(name, [w]).step()
 
 
 def test_the_state_of_another_optimizer_is_refused():
     w = torch.ones(2, requires_grad=True)
     other = torch.optim.SGD([w], lr=0.1)
-    with pytest.raises(
-        InputError, match="state_dict must be one of SGDHD, got groups without grad_norm, hyper"
-    ):
+    with refused("state_dict must be one of SGDHD, got groups without grad_norm, hyper"):
         SGDHD([w], lr=0.1).load_state_dict(other.state_dict())

@@ -9,10 +9,10 @@ import torch
 
 import gputune
 from forked import Fork
-from gputune.errors import InputError
 from gputune.native import library as built
 from gputune.native.library import NotBuiltError, cache_folder, find_compiler, library
 from problems import Linear
+from refused import refused
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 ROWS = [[0.0, 1.0], [1.0, 0.0], [0.5, 2.0], [2.0, 1.0]] * 5
@@ -78,7 +78,7 @@ def test_without_a_compiler_the_reason_is_said(monkeypatch, capsys):
         "note: trials train in recorded steps, slower than compiled ones: there is no C compiler"
         in capsys.readouterr().err
     )
-    with pytest.raises(InputError, match="backend='compiled' .* there is no C compiler.*choose 'auto'"):
+    with refused("backend='compiled' .* there is no C compiler.*choose 'auto'"):
         gputune.tune("mlp", ROWS, LABELS, backend="compiled", **SMALL)
 
 
@@ -110,7 +110,7 @@ def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, what, backend, 
 
 def test_a_module_with_the_compiled_backend_needs_a_compiler_before_it_trains(monkeypatch):
     monkeypatch.setattr(built.shutil, "which", lambda name: None)
-    with pytest.raises(InputError, match="backend='compiled' .* there is no C compiler"):
+    with refused("backend='compiled' .* there is no C compiler"):
         gputune.tune(Linear, ROWS, LABELS, backend="compiled", **SMALL)
 
 
