@@ -184,14 +184,10 @@ def _method(study: Study) -> list[tuple[str, str]]:
 
 def _proposed(study: Study, sampler: str) -> str:
     """How many trials Optuna's sampler proposed, in how many batches."""
-    batches = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
-    return (
-        f"Optuna's {clean(sampler)} proposed {count(len(batches), 'trial')} in {_batches(len(set(batches)))}"
-    )
-
-
-def _batches(number: int) -> str:
-    return f"{number} batch{'' if number == 1 else 'es'}"
+    origins = [trial.origin for trial in study.trials if str(trial.origin).startswith("batch ")]
+    number = len(set(origins))
+    batches = f"{number} batch{'' if number == 1 else 'es'}"
+    return f"Optuna's {clean(sampler)} proposed {count(len(origins), 'trial')} in {batches}"
 
 
 def _pruned(study: Study) -> str:

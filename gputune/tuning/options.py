@@ -83,10 +83,6 @@ def _path(name: str, value: Any) -> Any:
     return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def _method(name: str, value: Any) -> Any:
     from gputune.tuning.method import check_method
 

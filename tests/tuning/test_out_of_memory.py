@@ -22,15 +22,8 @@ from gputune.study.store import Store
 from problems import fill
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
-COMMON = {
-    "space": SPACE,
-    "n_trials": 12,
-    "cv": 3,
-    "max_epochs": 6,
-    "verbose": 0,
-    "workers": 1,
-    "backend": "eager",
-}
+FAST = {"cv": 3, "max_epochs": 6, "verbose": 0, "workers": 1}
+COMMON = {"space": SPACE, "n_trials": 12, "backend": "eager", **FAST}
 METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -83,8 +76,7 @@ def test_a_failure_at_the_kth_step_changes_nothing(iris, whole, monkeypatch, met
     if failed[0] == 1:  # a chunk of one trial cannot be halved
         assert sum("reason" in trial.detail for trial in found.trials) == 1
         return
-    np.testing.assert_allclose(found.curves, whole[method].curves, rtol=0, atol=1e-4)
-    assert [t.state for t in found.trials] == [t.state for t in whole[method].trials]
+    assert_close(found, whole[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,8 +84,7 @@ def test_what_never_fits_together_is_trained_one_by_one(iris, whole, monkeypatch
     failed = fail(monkeypatch, lambda number, trials: trials > 1)
     found = gputune.tune("mlp", *iris, method=METHODS[method], **COMMON)
     assert failed
-    np.testing.assert_allclose(found.curves, whole[method].curves, rtol=0, atol=1e-4)
-    assert [t.state for t in found.trials] == [t.state for t in whole[method].trials]
+    assert_close(found, whole[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
