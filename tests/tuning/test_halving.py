@@ -46,6 +46,13 @@ def lengths(study):
     return np.isfinite(study.curves).all(2).sum(1)
 
 
+def assert_begins_as(full, halved, atol=2e-6):
+    """Every curve is that of the full search up to where it ends."""
+    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
+        np.testing.assert_allclose(b[:length], a[:length], atol=atol)
+        assert np.isnan(b[length:]).all()
+
+
 def test_the_trials_leave_at_the_rungs(both):
     _, halved = both
     assert [t.state for t in halved.trials].count("complete") == 3
@@ -59,9 +66,7 @@ def test_the_trials_leave_at_the_rungs(both):
 def test_curves_are_those_of_the_full_search(both):
     full, halved = both
     assert [t.params for t in full.trials] == [t.params for t in halved.trials]
-    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
-        np.testing.assert_allclose(b[:length], a[:length], atol=2e-6)
-        assert np.isnan(b[length:]).all()
+    assert_begins_as(full, halved)
 
 
 def test_each_rung_keeps_the_best_fold_means(both):
@@ -109,24 +114,17 @@ def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket(monk
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamwhd"])
 def test_every_optimizer_goes_on_from_its_state(iris, optimizer):
-    common = {
-        "space": {"lr": loguniform(1e-3, 0.1), "width": [8]},
-        "n_trials": 8,
-        "optimizer": optimizer,
-        **FAST,
-    }
+    common = {"space": {"lr": loguniform(1e-3, 0.1), "width": [8]}, "n_trials": 8, "dtype": "float64", **FAST}
     full, halved = (
-        gputune.tune("mlp", *iris, method=m, dtype="float64", **common) for m in ("random", "halving")
+        gputune.tune("mlp", *iris, method=m, optimizer=optimizer, **common) for m in ("random", "halving")
     )
-    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
-        np.testing.assert_allclose(b[:length], a[:length], atol=1e-9)
+    assert_begins_as(full, halved, atol=1e-9)
 
 
 def test_a_users_module_is_halved(iris):
     common = {"space": {"lr": loguniform(1e-3, 0.1), "module__hidden": [4, 6]}, "n_trials": 8, **FAST}
     full, halved = (gputune.tune(Net, *iris, method=m, **common) for m in ("random", "halving"))
-    for a, b, length in zip(full.curves, halved.curves, lengths(halved)):
-        np.testing.assert_allclose(b[:length], a[:length], atol=2e-6)
+    assert_begins_as(full, halved)
 
 
 def test_processes_give_what_one_process_gives(iris, both):
