@@ -47,7 +47,8 @@ def packed(job: Job, *, here: bool = True) -> bytes:
     known = _importable if here else _installed
     scorer = None if job.scoring is None else job.scoring.scorer
     modules = {
-        sys.modules.get(getattr(value, "__module__", None) or "") for value in (job.module_class, scorer)
+        sys.modules.get(getattr(getattr(value, "func", value), "__module__", None) or "")
+        for value in (job.module_class, scorer)
     }
     hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
     if not here:  # the whole package, which its files import from each other

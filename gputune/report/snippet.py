@@ -131,11 +131,13 @@ def _comment(text: str) -> str:
 def _model(script: _Script, spec: Mapping[str, Any]) -> str:
     if spec["kind"] != "module":
         return script.literal(spec["kind"])
-    if "path" in spec:
+    if "path" in spec and "keywords" not in spec:
         return script.literal(f"{spec['path']}:{spec['class']}")
-    name = str(spec["import"]).partition(":")[2]
+    name = str(spec["class"] if "path" in spec else spec["import"].partition(":")[2])
     last = name.rpartition(".")[2]  # of a class that was made within a function, which no import reaches
     name = last if _is_name(last) else "Module"
+    if "keywords" in spec:
+        return script.argument(name, f"the partial of {name} of the search, with {spec['keywords']!r}")
     return _imported(script, str(spec["import"])) or script.argument(name, "the module class of the search")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, read_array_file
 from gputune.data.dataset import encode
@@ -17,6 +17,7 @@ from gputune.data.encode import Layout
 from gputune.data.files import read_table
 from gputune.data.table import Table, as_table
 from gputune.data.tensors import checked_tensor, first_equal
+from gputune.engine.construction import Builder
 from gputune.engine.entry import entry
 from gputune.engine.network import call_module
 from gputune.errors import InputError
@@ -174,7 +175,7 @@ class TunedModel(ModelContent):
 
 @entry
 def load_model(
-    folder: str | os.PathLike[str], module: type[nn.Module] | None = None, *, trust_code: bool = False
+    folder: str | os.PathLike[str], module: Builder | None = None, *, trust_code: bool = False
 ) -> TunedModel:
     """Return the model that ``TunedModel.save`` wrote into ``folder``, on the CPU and ready to predict.
 

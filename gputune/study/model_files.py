@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
-from gputune.engine.construction import materialise
+from gputune.engine.construction import Builder, call_arguments, materialise, name_of
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.scratch import write_files
@@ -29,6 +29,7 @@ from gputune.seeding import keyed_draws
 from gputune.study.module_source import (
     class_source,
     find_class,
+    is_builder,
     is_changed,
     remember_code,
     source_file,
@@ -67,7 +68,6 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     """Write the model into ``folder``; see ``TunedModel.save``."""
     import safetensors.torch
 
-    module_class = type(model.module)
     body = {
         "task": model.task,
         "classes": model.classes,
@@ -89,7 +89,8 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
     write_files(place, files, prefix=DRAFTS)
-    if model.spec["kind"] == "module":
+    module_class = type(model.module)
+    if model.spec["kind"] == "module" and "made" not in model.spec:
         remember_code(module_class)
         if where := why_not_found(module_class):
             call = f"load_model({str(folder)!r}, module={module_class.__name__})"
@@ -101,7 +102,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
             )
 
 
-def read_content(folder: Path, module: type[nn.Module] | None, *, trust_code: bool) -> ModelContent:
+def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> ModelContent:
     """Return what ``save_model`` wrote; see ``load_model``."""
     body = read_description(folder / DESCRIPTION)
     state = _read_tensors(folder / TENSORS, body)
@@ -112,12 +113,14 @@ def read_content(folder: Path, module: type[nn.Module] | None, *, trust_code: bo
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
         n_outputs = 1 if classes is None else len(classes)
-        arguments = {"n_features": layout.n_features, "n_outputs": n_outputs, **kwargs}
+        shape = layout.shapes[0] if isinstance(layout, ArrayLayout) else (layout.n_features,)
+        sizes = {"n_features": layout.n_features, "n_outputs": n_outputs, "input_shape": shape}
+        arguments = {name: value for name, value in kwargs.items() if name not in sizes}
         if kind in BUILT_IN:
-            _check_size(arguments, kind, state)
+            _check_size(sizes | arguments, kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
-    network = _filled(module_class, arguments, dtype, state, folder, changed=changed)
+    network = _filled(module_class, sizes, arguments, dtype, state, folder, changed=changed)
     with blaming(folder / DESCRIPTION):
         return ModelContent(
             module=network.eval(),
@@ -243,13 +246,16 @@ def _full_spec(model: ModelContent) -> dict[str, Any]:
     """Return how the module is built again; of a user's class with the file where it lies now."""
     if model.spec["kind"] != "module":
         return model.spec
+    if "made" in model.spec:  # by a function, of which the module knows nothing
+        return model.spec
     source, file = class_source(type(model.module)), source_file(type(model.module))
     beside = {"file": file} if file is not None and "import" in source else {}
     return {"kind": "module", "kwargs": model.spec["kwargs"], **source, **beside}
 
 
 def _filled(
-    module_class: type[nn.Module],
+    module_class: Builder,
+    sizes: dict[str, Any],
     arguments: dict[str, Any],
     dtype: torch.dtype,
     state: dict[str, Tensor],
@@ -258,17 +264,18 @@ def _filled(
     changed: bool,
 ) -> nn.Module:
     """Build the module and load its state; where its source has ``changed`` an error or a warning says so."""
-    name, file = module_class.__name__, source_file(module_class) or module_class.__name__
+    name = name_of(module_class)
+    file = source_file(module_class) or name
     remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
     try:
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
-            network = module_class(**arguments)
-            materialise(network, (arguments["n_features"],))
+            network = module_class(**call_arguments(module_class, sizes, arguments))
+            materialise(network, sizes["input_shape"])
             network = network.to(dtype)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
-            f"{name} could not be built from the saved arguments {arguments}: {type(error).__name__}: {error}; "
+            f"{name} could not be built from the saved arguments {sizes | arguments}: {type(error).__name__}: {error}; "
             f"{remedy}pass the class as it was."
         ) from error
     try:
@@ -286,11 +293,9 @@ def _filled(
     return network
 
 
-def _module_class(
-    spec: dict[str, Any], module: type[nn.Module] | None, folder: Path, *, trust_code: bool
-) -> type[nn.Module]:
+def _module_class(spec: dict[str, Any], module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
     kind = str(spec["kind"])
-    if module is not None and not (isinstance(module, type) and issubclass(module, nn.Module)):
+    if module is not None and not is_builder(module):
         raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")
     if module is not None and kind in BUILT_IN:
         raise InputError(

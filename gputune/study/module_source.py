@@ -1,7 +1,9 @@
-"""Where a user's module class lives, written down so that another process finds it, and found again.
+"""Where a user's module class lives, or a function that makes modules, so that another process finds it again.
 
 {"import": "package.module:Class", "sha256": ...}     a class of an installed package, or of the running script
 {"path": "/.../net.py", "class": "Net", "sha256": ...}   a class of a file that ``class_from_file`` ran
+{..., "made": "function"}                              a function there, or a partial that has a name there
+{..., "made": "function", "keywords": {...}}           a partial without a name, of the class or function there
 
 The digest is that of the file, or of the source of the class and of those it inherits from; a class that was typed at
 a prompt has none. A model has "file" beside "import": where the source lay when it was saved.
@@ -25,6 +27,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
+from gputune.engine.construction import Builder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.study.trusted import is_remembered, remember
 
@@ -39,44 +42,94 @@ LARGEST_SOURCE = 2**24
 """Bytes of a Python file that is named by a study or a model."""
 
 
-def class_source(module_class: type[nn.Module]) -> dict[str, str]:
-    """Return where the class is defined; ``find_class`` is the way back."""
-    name, module = module_class.__qualname__, sys.modules.get(module_class.__module__)
+def class_source(module_class: Builder) -> dict[str, Any]:
+    """Return where the class is defined; ``find_class`` is the way back.
+
+    Raises InputError for a partial that has no name and cannot be written down.
+    """
+    home, name = _place(module_class)
+    module = sys.modules.get(home)
     if module is not None and module.__name__.startswith(FILE_MODULE):
         ((path, digest),) = files_of(module)
-        return {"path": path, "class": name, "sha256": digest}
-    place, source = {"import": f"{module_class.__module__}:{name}"}, _digest(module_class)
+        return {"path": path, "class": name, "sha256": digest, **_made(module_class)}
+    place, source = {"import": f"{home}:{name}", **_made(module_class)}, _digest(module_class)
     return place if source is None else {**place, "sha256": source}
 
 
-def source_file(module_class: type[nn.Module]) -> str | None:
+def is_builder(value: object) -> TypeGuard[Builder]:
+    """Whether something is a class of modules, a function, or a partial of one of them."""
+    if isinstance(value, functools.partial):
+        return is_builder(value.func)
+    return inspect.isfunction(value) or _is_module_class(value)
+
+
+def _unwrapped(builder: Builder) -> Any:
+    """Return the class or the function of a partial, or what is none as it is."""
+    return builder.func if isinstance(builder, functools.partial) else builder
+
+
+def _place(builder: Builder) -> tuple[str, str]:
+    """Return the module and the name under which a class, a function or a partial stands there."""
+    own = _unwrapped(builder)
+    if own is not builder:
+        for module in (own.__module__, MAIN):
+            for name, value in vars(sys.modules.get(module, object)).items():
+                if value is builder:
+                    return module, name
+    return own.__module__, own.__qualname__
+
+
+def _made(builder: Builder) -> dict[str, Any]:
+    """Return what is written of a builder beside its place."""
+    own = _unwrapped(builder)
+    if own is builder:
+        return {"made": "function"} if inspect.isfunction(own) else {}
+    assert isinstance(builder, functools.partial)
+    if _place(builder) != (own.__module__, own.__qualname__):
+        return {"made": "function"}
+    try:
+        if builder.args:
+            raise TypeError("it has arguments without a keyword")
+        json.dumps(builder.keywords)
+    except TypeError as error:
+        raise InputError(
+            f"model: the partial of {own.__name__} cannot be written down ({error}); give it a name at the top of the "
+            "file of its function, or make it with numbers and texts as keywords."
+        ) from error
+    return {"made": "function", "keywords": dict(builder.keywords)}
+
+
+def source_file(module_class: Builder) -> str | None:
     """Return the Python file of a class, in full; None for one of a notebook or a prompt."""
-    path = getattr(sys.modules.get(module_class.__module__), "__file__", None)
+    path = getattr(sys.modules.get(_place(module_class)[0]), "__file__", None)
     return str(Path(path).resolve()) if path and Path(path).is_file() else None
 
 
-def why_not_found(module_class: type[nn.Module]) -> str | None:
+def why_not_found(module_class: Builder) -> str | None:
     """Return where a class is defined that another process does not find by itself; None where it does."""
-    if module_class.__module__ == MAIN:
+    home, name = _place(module_class)
+    if home == MAIN:
         script = source_file(module_class)
         return "in a notebook or at a prompt" if script is None else f"in the script {script!r}"
     try:
-        if _class_of(sys.modules[module_class.__module__], module_class.__qualname__) is module_class:
+        if _class_of(sys.modules[home], name) in (module_class, _unwrapped(module_class)):
             return None
     except (KeyError, InputError):
         pass
-    return f"in {module_class.__module__!r}, where no import reaches it"
+    return f"in {home!r}, where no import reaches it"
 
 
 # Each is taken once: a file that is edited later is not what this process has imported.
 _FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
-_DIGESTS: "weakref.WeakKeyDictionary[type, str | None]" = weakref.WeakKeyDictionary()
+_DIGESTS: "weakref.WeakKeyDictionary[Any, str | None]" = weakref.WeakKeyDictionary()
 
 
-def _digest(module_class: type[nn.Module]) -> str | None:
-    """Digest of the source of a class and of the classes under ``nn.Module`` it inherits from; None without."""
+def _digest(module_class: Builder) -> str | None:
+    """Digest of the source of a function, or of a class and of those under ``nn.Module`` it inherits from; or None."""
+    module_class = _unwrapped(module_class)
     if module_class not in _DIGESTS:
-        kinds = [kind for kind in module_class.__mro__[:-1] if not kind.__module__.startswith("torch.")]
+        chain = module_class.__mro__[:-1] if isinstance(module_class, type) else (module_class,)
+        kinds = [kind for kind in chain if not kind.__module__.startswith("torch.")]
         try:
             _DIGESTS[module_class] = _sha256("\0".join(map(inspect.getsource, kinds)).encode())
         except (OSError, TypeError):
@@ -134,30 +187,33 @@ def _hashed(paths: Iterable[str | None]) -> Files:
     return tuple(files)
 
 
-def is_changed(module_class: type[nn.Module], source: Mapping[str, Any]) -> bool:
+def is_changed(module_class: Builder, source: Mapping[str, Any]) -> bool:
     """Whether the source of a class is known not to be the one that ``class_source`` described."""
     now = _digest(module_class) if "import" in source else class_source(module_class).get("sha256")
     return None not in (now, source.get("sha256")) and now != source["sha256"]
 
 
-def remember_code(module_class: type[nn.Module]) -> None:
+def remember_code(module_class: Builder) -> None:
     """Remember the source of a class that is trained or saved here, so that ``find_class`` runs it again.
 
     A script is not: to run it again is more than to define its classes.
     """
-    module = sys.modules.get(module_class.__module__)
-    if module is not None and module_class.__module__ != MAIN and (files := files_of(module)):
+    home = _place(module_class)[0]
+    module = sys.modules.get(home)
+    if module is not None and home != MAIN and (files := files_of(module)):
         remember(_text(files))
 
 
-def find_class(
-    source: Mapping[str, Any], *, trust_code: bool = False, or_changed: bool = False
-) -> type[nn.Module]:
+def find_class(source: Mapping[str, Any], *, trust_code: bool = False, or_changed: bool = False) -> Builder:
     """Return the class that ``class_source`` described; runs its file or imports its package.
 
     Raises UntrustedCodeError, before anything has run, where its files as they are now are not remembered and
     ``trust_code`` is not given; InputError where the class is gone or, unless ``or_changed``, its file has changed.
     """
+    if keywords := source.get("keywords"):
+        plain = {key: value for key, value in source.items() if key != "keywords"}
+        builder = find_class(plain, trust_code=trust_code, or_changed=or_changed)
+        return functools.partial(builder, **keywords)
     if "import" not in source:
         path, name = Path(source["path"]), str(source["class"])
         return _of_file(path, name, source.get("sha256"), trust_code=trust_code, or_changed=or_changed)
@@ -171,18 +227,17 @@ def find_class(
     return module_class
 
 
-def class_from_file(path: str | os.PathLike[str], name: str) -> type[nn.Module]:
-    """Return the ``nn.Module`` class ``name`` of the Python file at ``path``; runs the file, once a process.
+def class_from_file(path: str | os.PathLike[str], name: str) -> Builder:
+    """Return the ``nn.Module`` class, or the function that makes modules, ``name`` of the Python file at ``path``.
 
-    Raises InputError for a missing file, one that does not run, and a name that is no module class.
+    That runs the file, once a process. Raises InputError for a missing file, one that does not run, and a name that is
+    neither.
     """
     path = Path(path).resolve()
     return _class_of(_run(path, _read(path)), name)
 
 
-def _of_file(
-    path: Path, name: str, sha256: str | None, *, trust_code: bool, or_changed: bool
-) -> type[nn.Module]:
+def _of_file(path: Path, name: str, sha256: str | None, *, trust_code: bool, or_changed: bool) -> Builder:
     path = path.resolve()
     content = _read(path)
     digest = _sha256(content)
@@ -197,10 +252,10 @@ def _of_file(
     return _class_of(_run(path, content), name)
 
 
-def _of_main(name: str, script: str | None, trust_code: bool) -> type[nn.Module]:
+def _of_main(name: str, script: str | None, trust_code: bool) -> Builder:
     """Return a class of the running program, or of the script that it was defined in, which is then run."""
     here = vars(sys.modules[MAIN]).get(name)
-    if _is_module_class(here) and here.__module__ == MAIN:
+    if is_builder(here) and _place(here)[0] == MAIN:
         return here
     if script is None:
         raise InputError(
@@ -216,7 +271,7 @@ def _of_main(name: str, script: str | None, trust_code: bool) -> type[nn.Module]
     return class_from_file(script, name)
 
 
-def _imported(place: str, file: str | None, trust_code: bool) -> type[nn.Module]:
+def _imported(place: str, file: str | None, trust_code: bool) -> Builder:
     package, _, name = place.partition(":")
     try:
         files = files_to_import(package)
@@ -258,12 +313,12 @@ def _is_module_class(value: object) -> TypeGuard[type[nn.Module]]:
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
-def _class_of(module: ModuleType, name: str) -> type[nn.Module]:
+def _class_of(module: ModuleType, name: str) -> Builder:
     try:
         kind = functools.reduce(getattr, name.split("."), module)
     except AttributeError:
         kind = None
-    if not _is_module_class(kind):
+    if not is_builder(kind):
         there = ", ".join(key for key, value in vars(module).items() if _is_module_class(value))
         raise InputError(
             f"{getattr(module, '__file__', None) or module.__name__!r} has no torch.nn.Module class {name!r}; "

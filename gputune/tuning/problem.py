@@ -17,9 +17,10 @@ from gputune.data.encode import Columns, Layout, Numbers, Statistics, fit_layout
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target, check_weights
+from gputune.engine.construction import Builder, name_of
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
-from gputune.study.module_source import class_from_file, class_source, find_class
+from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.tuning.options import Options
 from gputune.types import OPTIMIZERS
 
@@ -34,7 +35,7 @@ class ModelChoice:
 
     searched: SearchedModel
     optimizer: str
-    module_class: type[nn.Module] | None
+    module_class: Builder | None
 
     @property
     def solved(self) -> bool:
@@ -56,7 +57,7 @@ class ModelChoice:
     @property
     def name(self) -> str:
         """What a person calls it."""
-        return self.searched if self.module_class is None else self.module_class.__name__
+        return self.searched if self.module_class is None else name_of(self.module_class)
 
 
 def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
@@ -84,13 +85,13 @@ def recorded_model(spec: dict[str, Any], optimizer: str, *, trust_code: bool) ->
     return ModelChoice(spec["kind"], optimizer, module_class)
 
 
-def _resolve(model: Any) -> tuple[SearchedModel, type[nn.Module] | None]:
+def _resolve(model: Any) -> tuple[SearchedModel, Builder | None]:
     if model == "mlp" or model == "logistic":
         return model, None
     if isinstance(model, str) and ":" in model:
         path, _, name = model.rpartition(":")
         return "module", class_from_file(path, name)
-    if isinstance(model, type) and issubclass(model, nn.Module):
+    if is_builder(model):
         return "module", model
     if isinstance(model, nn.Module):
         raise InputError(
@@ -98,7 +99,8 @@ def _resolve(model: Any) -> tuple[SearchedModel, type[nn.Module] | None]:
             f"{type(model).__name__}."
         )
     raise InputError(
-        f"model must be 'mlp', 'logistic', a torch.nn.Module class or 'FILE.py:CLASS', got {model!r}."
+        f"model must be 'mlp', 'logistic', a torch.nn.Module class, a function that makes modules, or "
+        f"'FILE.py:NAME', got {model!r}."
     )
 
 
