@@ -17,7 +17,7 @@ Config = dict[str, Any]
 Params = dict[str, Tensor]
 """Parameter name -> tensor of all members: (P, ...) in update rules, (F, C, ...) or as its Block says in a chunk."""
 
-Task = Literal["binary", "multiclass", "regression"]
+Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]
 
 Backend = Literal["eager", "compiled", "graph", "loop"]
 """How a chunk trains: as operations on stacked tensors, one by one or each step recorded once and replayed, member by

@@ -1,12 +1,13 @@
 """tune(): the search that a user calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
 from gputune.data.source import read_source
+from gputune.data.target import TaskWord
 from gputune.engine.scoring import Scorer
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
@@ -38,7 +39,10 @@ def tune(
     groups: Any = None,
     scoring: str | Scorer | None = None,
     positive: Any = None,
-    task: Literal["classification", "binary", "multiclass", "regression"] | None = None,
+    task: TaskWord | None = None,
+    loss: str | Callable[..., Any] | None = None,
+    training_step: Callable[..., Any] | None = None,
+    augment: Callable[..., Any] | None = None,
     class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
     sample_weight: Any = None,
     columns: Literal["auto", "keep", "drop-constant"] = "auto",
@@ -83,12 +87,20 @@ def tune(
                  (train, valid) index arrays
     groups       one label a row, or the name of a column: folds that split a group are refused
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
-                 stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; None: accuracy
-                 or R2, for hypergradients the loss that is descended
+                 stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; or
+                 ``callable(outputs, y)`` of a module's outputs (m, ...) on validation rows; None: accuracy or R2, for
+                 hypergradients and custom targets the loss
     positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
                  left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
     task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that
-                 repeat are classes, everything else is a number
+                 repeat are classes, everything else is a number. For a module also several numbers a row
+                 ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and "custom": numbers (n, ...) for a loss of
+                 your own
+    loss         of a module: "cross_entropy", "mse", "mae", "huber", "quantile", "bce", of a standardised target; a
+                 loss of torch.nn or ``callable(outputs, y)``, of y as you gave it, that returns row losses or their
+                 mean. Numbers that it takes can be searched: ``loss__label_smoothing``, ``loss__delta``, ``loss__q``
+    training_step  ``callable(module, (x, y))`` in its place, for what needs the module; returns row losses or a mean
+    augment      ``callable(x, generator)`` on minibatches of training: returns inputs of the same shape
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
@@ -123,7 +135,8 @@ def tune(
     """
     options = Options(
         space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
-        cv=cv, scoring=scoring, positive=positive, task=task, class_weight=class_weight, sample_weight=sample_weight,
+        cv=cv, scoring=scoring, positive=positive, task=task, loss=loss, training_step=training_step, augment=augment,
+        class_weight=class_weight, sample_weight=sample_weight,
         columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout,
         study=study, checkpoint_seconds=checkpoint_seconds,
         device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,

@@ -18,7 +18,8 @@ from torch.nn import functional
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
 from gputune.data.source import Source
 from gputune.data.table import Table
-from gputune.engine.scoring import Scoring, fitted, make_scoring
+from gputune.engine.estimators import fitted
+from gputune.engine.scoring import Scoring, make_scoring
 from gputune.report.facts import seconds_text, states_words
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
@@ -48,7 +49,7 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: A
     classes, y = _labels(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:
-        how = make_scoring(scoring, model.task, classes, positive)
+        how = make_scoring(scoring, model.task, classes, positive, n_labels=y.shape[-1])
         score = _score(model, how, test, classes, y)
     except ValueError as error:  # what scikit-learn raises where a metric is undefined
         return HeldOut(math.nan, rows, unseen, str(error))
@@ -57,8 +58,11 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: A
 
 
 def _score(model: TunedModel, how: Scoring, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
-    if classes is None:
-        outputs = torch.from_numpy(model.predict(test.X))[:, None]
+    if model.task == "multilabel":
+        outputs = model._outputs(test.X)
+    elif classes is None:
+        predicted = torch.from_numpy(model.predict(test.X))
+        outputs = predicted if predicted.dim() > 1 else predicted[:, None]
     else:
         # A class that the model has never seen has no probability. The rest are the model's own logits, since those
         # of rounded probabilities would tie, and break ties, otherwise.

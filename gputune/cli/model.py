@@ -23,7 +23,12 @@ def predict(arguments: Namespace) -> str:
     model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
     header: list[Any] = [model.target]
     if not arguments.proba:
-        rows = [[value] for value in model.predict(file).tolist()]
+        rows = [value if isinstance(value, list) else [value] for value in model.predict(file).tolist()]
+        if len(rows[0]) > 1:
+            header = [f"{model.target}_{column}" for column in range(len(rows[0]))]
+    elif model.task == "multilabel":
+        rows = model.predict_proba(file).tolist()
+        header = [f"{model.target}_{column}" for column in range(len(rows[0]))]
     elif model.classes is None:
         raise InputError(
             f"--proba needs a model of classes, and {arguments.model!r} is a regression; leave --proba out."

@@ -100,15 +100,16 @@ class Dataset:
 
     inputs: tuple[Tensor, ...]  # each (V, n, ...); a table is one (V, n, D); floats are gathered in ``dtype``
     copies: tuple[int, ...]  # (F,) which copy a fold reads
-    y: Tensor  # (n,) int64 class codes; regression: (F, n), standardised by each fold's training rows
+    y: Tensor  # (n,) int64 class codes; regression: (F, n) or (F, n, K), standardised by each fold's training rows,
+    # unless the loss is of the user's own; labels and custom targets (1, n, ...)
     weights: Tensor | None  # (F, n) float64, sample weight times class weight; None when all are one
     folds: tuple[Fold, ...]
     present: Tensor | None  # (F, K) bool, classes that a fold's training rows have; None when all have all
-    center: Tensor  # (F,) float64, the target's training mean; 0 for classes
-    scale: Tensor  # (F,) float64, the target's training standard deviation; 1 for classes
-    n_outputs: int  # K: number of classes (2 for a binary task), or 1
+    center: Tensor  # (F,) or (F, K) float64, the target's training mean; 0 for classes
+    scale: Tensor  # (F,) or (F, K) float64, the target's training standard deviation; 1 for classes
+    n_outputs: int  # K: number of classes (2 for a binary task), of labels, or of numbers a row
     task: Task
-    target: Tensor  # (n,) class codes, or y in its own units (float64)
+    target: Tensor  # (n,) class codes, or y (n, ...) in its own units (float64)
     scorer_rows: ScorerRows | None = None  # where there is a scorer of the user's own
     names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
     scaling: tuple[Scaling | None, ...] = (None,)  # of each input
@@ -166,6 +167,13 @@ class Dataset:
         places = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
         return self.rows(0, train[places.to(self.device)])
 
+    def example_target(self, number: int) -> Tensor:
+        """Return the training targets of those rows, (B, ...), on the CPU."""
+        train = self.folds[0].train
+        places = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
+        y = self.y if self.task in ("binary", "multiclass") else self.y[0]
+        return y[train[places.to(self.device)]].cpu()
+
     @property
     def device(self) -> torch.device:
         """Where all tensors lie."""
@@ -187,11 +195,13 @@ def make_dataset(
     *,
     weights: Weights,
     like: Tensor,
+    standardise: bool = True,
 ) -> Dataset:
     """Return the dataset in the dtype and on the device of ``like``.
 
     ``raw`` is arrays, or (n, D) what ``Layout.raw`` returned, and ``statistics`` are those of each fold's training
-    rows. Raises InputError where the weights of a fold's training rows add up to 0.
+    rows; numbers to be predicted are standardised by these too, unless told not to. Raises InputError where the weights
+    of a fold's training rows add up to 0.
     """
     device = like.device
     names, scaling = None, _scaling(statistics, like)
@@ -199,7 +209,9 @@ def make_dataset(
         inputs, copies, names = tuple(x.to(device)[None] for x in raw.parts), (0,) * len(folds), raw.names
     else:
         inputs, copies = _table_inputs(raw, statistics, like)
-    y, center, scale = (torch.as_tensor(part, device=device) for part in _standardise(target, folds))
+    y, center, scale = (
+        torch.as_tensor(part, device=device) for part in _standardise(target, folds, standardise)
+    )
     positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=device) for rows in f] for f in folds]
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
     return Dataset(
@@ -208,7 +220,7 @@ def make_dataset(
         scaling=scaling,
         dtype=like.dtype,
         copies=copies,
-        y=y.to(torch.int64 if target.classes is not None else like.dtype),
+        y=y.to(like.dtype) if y.is_floating_point() else y.long(),
         weights=_stack(row_weights, device),
         folds=tuple(Fold(train, valid) for train, valid in positions),
         present=_present(target, folds, device),
@@ -259,16 +271,23 @@ def _distinct(
     return [fitted for _, fitted in distinct.values()], tuple(copies)
 
 
-def _standardise(target: Target, folds: Sequence[Rows]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return y, center (F,) and scale (F,); y is (n,) class codes, or (F, n) standardised numbers."""
+def _standardise(
+    target: Target, folds: Sequence[Rows], standardise: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return y, center (F, ...) and scale (F, ...).
+
+    y is (n,) class codes, (F, n, ...) standardised numbers, or (1, n, ...) as it is.
+    """
+    values = target.values
     if target.classes is not None:
-        return target.values, np.zeros(len(folds)), np.ones(len(folds))
-    center = np.array([target.values[train].mean() for train, _ in folds])
-    scale = np.array([target.values[train].std() for train, _ in folds])
+        return values, np.zeros(len(folds)), np.ones(len(folds))
+    if target.task != "regression" or not standardise:
+        return values[None], np.zeros(len(folds)), np.ones(len(folds))
+    center, scale = (np.array([of(values[train], 0) for train, _ in folds]) for of in (np.mean, np.std))
     # A constant target has a standard deviation of rounding errors, not of 0.
-    constant = np.array([np.ptp(target.values[train]) == 0 for train, _ in folds])
+    constant = np.array([np.ptp(values[train], 0) == 0 for train, _ in folds])
     scale = np.where(constant | (scale == 0), 1.0, scale)
-    return (target.values - center[:, None]) / scale[:, None], center, scale
+    return (values - center[:, None]) / scale[:, None], center, scale
 
 
 def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -204,7 +204,7 @@ def set_apart(
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     rest, test = hold_out(target, test_size=test_size, groups=source.groups, cv=parse_cv(cv), seed=seed)
     # Once for all rows: the part of them that stays may have fewer distinct values.
-    task = "regression" if target.classes is None else "classification"
+    task = "classification" if target.classes is not None else cast(TaskWord, target.task)
     how = {"test_size": test_size, "cv": cv, "seed": seed, "task": task, "rows": len(source.X)}
     origin = None if source.origin is None else {**source.origin, **how}
     if len(test) == 0:

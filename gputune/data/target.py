@@ -22,7 +22,7 @@ MAX_CLASSES = 20
 _ROWS_PER_NUMBER = 10
 """Where each of more whole numbers has so many rows on average, they may well be classes: a warning says so."""
 
-TaskWord = Literal["classification", "binary", "multiclass", "regression"]
+TaskWord = Literal["classification", "binary", "multiclass", "regression", "multilabel", "custom"]
 TASKS = get_args(TaskWord)
 
 
@@ -30,7 +30,9 @@ TASKS = get_args(TaskWord)
 class Target:
     """A checked target: ``values`` (n,) are int64 positions in ``classes`` (K,), or float64 for a regression.
 
-    ``classes`` are sorted and keep the type of the values given; None for a regression.
+    A regression of several numbers has values (n, K), several labels are (n, K) of 0 and 1, and a custom target is
+    numbers (n, ...) as they were given. ``classes`` are sorted and keep the type of the values given; None where there
+    are none to choose from.
     """
 
     task: Task
@@ -43,13 +45,30 @@ class Target:
 
     @property
     def n_outputs(self) -> int:
-        """Number of classes (2 for a binary task), 1 for a regression."""
-        return 1 if self.classes is None else len(self.classes)
+        """Number of classes (2 for a binary task), of labels, or of numbers a row."""
+        if self.classes is not None:
+            return len(self.classes)
+        return int(np.prod(self.values.shape[1:]))
+
+    @property
+    def in_words(self) -> str:
+        """What is predicted of a row."""
+        if self.classes is not None:
+            return f"{len(self.classes)} classes"
+        many = "" if self.values.ndim == 1 else f"{self.n_outputs} "
+        return {"multilabel": f"{many}labels", "custom": f"{many}numbers, as they are"}.get(
+            self.task, f"{many}numbers (regression)"
+        )
 
     @property
     def override(self) -> str:
         """The option that takes whole numbers the other way, in words; "" where there is no other way."""
-        if self.labels.dtype.kind not in "iuf" or not _are_whole(self.labels):
+        if (
+            self.task == "custom"
+            or self.labels.ndim > 1
+            or self.labels.dtype.kind not in "iuf"
+            or not _are_whole(self.labels)
+        ):
             return ""
         if self.classes is None:
             return "task='classification' takes them for classes"
@@ -72,19 +91,28 @@ def check_target(
     n_rows: int,
     name: str = "y",
 ) -> Target:
-    """Return y, (n,) or (n, 1), as class codes or numbers.
+    """Return y, (n, ...), as class codes or numbers.
 
     Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are
-    classes; others are numbers, with an InputWarning where they may be classes. Raises InputError for a wrong length,
+    classes; others are numbers, with an InputWarning where they may be classes. Of several columns, those of 0 and 1
+    are labels, others numbers; more axes are a custom target. Raises InputError for a wrong length,
     more than one column, missing or infinite values, dates, fewer than two classes, and a task that does not fit.
     """
     if task is not None and task not in TASKS:
         raise InputError(f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.")
     values = _values(y, name)
+    if task is None and values.ndim > 1:
+        task = _task_of_columns(values, name)
     if len(values) != n_rows:
         raise InputError(
             f"{name} must have one value a row of X, got {len(values)} values and {n_rows} rows; "
             "check that both come from the same rows."
+        )
+    if task == "custom" or values.ndim > 1:
+        return _several(values, task, name)
+    if task == "multilabel":
+        raise InputError(
+            f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out."
         )
     if task == "regression" or (task is None and not _are_classes(values, name)):
         return Target("regression", _numbers(values, name), None, name)
@@ -92,8 +120,16 @@ def check_target(
 
 
 def _values(y: Any, name: str) -> np.ndarray:
-    """Return a 1-D array of bool, integers, floats or text (str or object of str), nothing missing."""
-    values = _one_column(_as_array(y, name), name)
+    """Return an array (n, ...) of bool, integers, floats or text (str or object of str), nothing missing."""
+    values = _as_array(y, name)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim == 0 or 0 in values.shape:
+        raise InputError(f"{name} must be one value a row, got shape {values.shape}; pass an array of rows.")
+    if values.ndim > 1 and values.dtype.kind in "OU":
+        raise InputError(
+            f"{name} holds text in several columns, shape {values.shape}; tune one target at a time, or pass numbers."
+        )
     if values.dtype.kind not in "biufUO":
         raise InputError(f"{name} must hold numbers, booleans or text, got {values.dtype}; convert it.")
     refuse_missing(values, name, "leave those rows out")
@@ -101,7 +137,7 @@ def _values(y: Any, name: str) -> np.ndarray:
         values = _from_objects(values, name)
     if values.dtype.kind == "f" and np.isinf(values).any():
         raise InputError(
-            f"{name} must be finite, got {values[np.isinf(values)][0]} in row {int(np.isinf(values).argmax())}; "
+            f"{name} must be finite, got {values[np.isinf(values)][0]} in row {_first_row(np.isinf(values))}; "
             "leave that row out."
         )
     return values
@@ -113,8 +149,12 @@ def refuse_missing(values: np.ndarray, name: str, remedy: str) -> None:
     lost = np.isnan(values) if numbers else np.array([is_missing(value) for value in values], dtype=bool)
     if lost.any():
         raise InputError(
-            f"{name} has {int(lost.sum())} missing values (the first in row {int(lost.argmax())}); {remedy}."
+            f"{name} has {int(lost.sum())} missing values (the first in row {_first_row(lost)}); {remedy}."
         )
+
+
+def _first_row(bad: np.ndarray) -> int:
+    return int(bad.reshape(len(bad), -1).any(1).argmax())
 
 
 def _as_array(y: Any, name: str) -> np.ndarray:
@@ -148,19 +188,39 @@ def _series(series: "nw.Series[Any]") -> np.ndarray:
     return np.array(series.to_list(), dtype=object)
 
 
-def _one_column(values: np.ndarray, name: str) -> np.ndarray:
-    if values.ndim == 2 and values.shape[1] == 1:
-        return values[:, 0]
-    if values.ndim == 2 and values.dtype.kind in "biuf" and _is_one_hot(values):
+def _task_of_columns(values: np.ndarray, name: str) -> TaskWord:
+    """Return what several columns are: labels where all is 0 or 1, otherwise numbers."""
+    if values.ndim > 2:
+        return "custom"
+    if not np.isin(values, (0, 1)).all():
+        return "regression"
+    if _is_one_hot(values):
         raise InputError(
-            f"{name} must be one value a row, got one-hot rows of shape {values.shape}; pass y.argmax(1)."
+            f"{name} is one-hot rows of shape {values.shape}: pass {name}.argmax(1) for classes, or "
+            "task='multilabel' where each column is a label of its own."
         )
-    if values.ndim != 1:
+    return "multilabel"
+
+
+def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
+    """Return the target of several columns, or one that is taken as it is."""
+    if values.dtype.kind == "U":
         raise InputError(
-            f"{name} must be one value a row (multi-output and multilabel targets are not supported), "
-            f"got shape {values.shape}; tune one target at a time."
+            f"task={task!r} needs numbers in {name}, got text such as {str(values[0])!r}; convert it."
         )
-    return values
+    if task == "custom":
+        return Target(
+            "custom", values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name
+        )
+    if task == "multilabel" and values.ndim == 2 and np.isin(values, (0, 1)).all():
+        return Target("multilabel", values.astype(np.float64), None, name)
+    if task == "regression" and values.ndim == 2:
+        return Target("regression", values.astype(np.float64), None, name)
+    needs = "columns of 0 and 1" if task == "multilabel" else "one or several columns"
+    raise InputError(
+        f"task={task!r} does not fit {name}, an array of shape {values.shape}: it needs {needs}; leave task out, or "
+        "say task='custom' and give a loss of your own."
+    )
 
 
 def _is_one_hot(values: np.ndarray) -> bool:

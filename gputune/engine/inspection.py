@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch
 from gputune.engine.construction import Builder, build_module, name_of
-from gputune.engine.losses import row_losses
 from gputune.engine.module import StackedModule, Traits
 from gputune.engine.network import Shape, call_module
+from gputune.engine.objective import Objective
 from gputune.engine.population import arguments_text, module_arguments
 from gputune.errors import InputError
 from gputune.seeding import keyed_draws
@@ -43,7 +43,9 @@ def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
     return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
 
 
-def traits_of(builder: Builder, config: Config, data: Dataset, *, columns: str = "") -> Traits:
+def traits_of(
+    builder: Builder, config: Config, data: Dataset, *, columns: str = "", objective: Objective | None = None
+) -> Traits:
     """Return what ``inspect_module`` finds with rows of the first fold; each of the module__* values is tried once."""
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
@@ -56,8 +58,16 @@ def traits_of(builder: Builder, config: Config, data: Dataset, *, columns: str =
             columns=columns,
             names=data.names,
             dtype=data.dtype,
+            objective=objective,
+            y=data.example_target(EXAMPLES),
         )
-    return known[key]
+    traits = known[key]
+    if not traits.row_losses and data.weights is not None:
+        raise InputError(
+            f"sample_weight and class_weight weigh rows, and {objective.name if objective else 'the loss'} gives no "
+            "number a row but their mean: return row losses of shape (rows,), or leave the weights out."
+        )
+    return traits
 
 
 def inspect_module(
@@ -69,10 +79,13 @@ def inspect_module(
     columns: str = "",
     names: tuple[str, ...] | None = None,
     dtype: torch.dtype | None = None,
+    objective: Objective | None = None,
+    y: Tensor | None = None,
 ) -> Traits:
     """Return what a user's module does with ``inputs`` (B, ...), some of the rows that it will train on.
 
-    ``dtype`` is that of its parameters, by default that of the first input. Raises InputError, ending in ``columns``
+    ``dtype`` is that of its parameters, by default that of the first input; ``y`` (B, ...) are the rows' targets, where
+    the loss of the ``objective`` depends on more than their shape. Raises InputError, ending in ``columns``
     (a sentence on how the rows came from the user's) where shapes may be the cause, for a module that fails, returns
     another shape than (B, ``n_outputs``), or has nothing to train.
     """
@@ -88,7 +101,7 @@ def inspect_module(
         input_shape=tuple(x[0].shape[1:]),
         names=names,
     )
-    trial = _Trial(builder, config, x, shape, columns)
+    trial = _Trial(builder, config, x, shape, columns, objective, y)
     module = trial.module
     before, numbers = trial.buffers(), [trial.numbers()]
     draws = trial.draws()
@@ -109,6 +122,7 @@ def inspect_module(
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
         draws=draws,
+        row_losses=trial.losses().dim() > 0,
     )
     counted = _counted(numbers)
     reason = _of_itself(module, counted) or _of_stacking(trial, traits)
@@ -119,8 +133,16 @@ class _Trial:
     """A module, the rows on which it is tried, and the words of what is wrong with it."""
 
     def __init__(
-        self, builder: Builder, config: Config, inputs: Sequence[Tensor], shape: Shape, columns: str
+        self,
+        builder: Builder,
+        config: Config,
+        inputs: Sequence[Tensor],
+        shape: Shape,
+        columns: str,
+        objective: Objective | None,
+        y: Tensor | None,
     ) -> None:
+        self.objective, self.y = objective, y
         self.builder, self.config, self.inputs, self.shape = builder, config, inputs, shape
         self.columns, self.name, self.widest = columns, name_of(builder), 1
         self.module = build_module(
@@ -162,7 +184,11 @@ class _Trial:
     def _called(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
         try:
             with torch.set_grad_enabled(training):
-                outputs = call_module(self.module.train(training), inputs, self.shape.names)
+                module = self.module.train(training)
+                if self.objective is not None:
+                    outputs = self.objective.outputs(module, inputs, self.shape.names)
+                else:
+                    outputs = call_module(module, inputs, self.shape.names)
         except Exception as error:
             takes = " and ".join(f"a {_kind(part)} tensor of shape {_any_rows(part)}" for part in inputs)
             raise InputError(
@@ -171,6 +197,35 @@ class _Trial:
             ) from error
         self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
         return outputs
+
+    def losses(self) -> Tensor:
+        """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
+        if self.objective is None or self.y is None or self.objective.is_named:
+            return torch.zeros(len(self.inputs[0]))
+        name = self.objective.name
+        try:
+            with torch.no_grad(), keyed_draws(_CPU, 0, "check"):
+                losses = self.objective.losses(
+                    self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
+                )
+        except Exception as error:
+            outputs, y = self.forward(self.inputs, training=False), self.y
+            raise InputError(
+                f"the loss {name} raised {type(error).__name__}: {error}. The outputs of {self.name} have shape "
+                f"{tuple(outputs.shape)} and type {outputs.dtype}, y {tuple(y.shape)} and {y.dtype}; make them fit."
+            ) from error
+        rows = len(self.inputs[0])
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if found not in ((), (rows,)):
+            raise InputError(
+                f"the loss {name} must return row losses of shape (rows,) or their mean, a tensor (), got {found} for "
+                f"{rows} rows."
+            )
+        if not bool(losses.isfinite().all()):
+            raise InputError(
+                f"the loss {name} is not finite on the first rows; check its inputs and its formula."
+            )
+        return losses
 
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""
@@ -185,6 +240,8 @@ class _Trial:
 
     def _fits(self, outputs: object, rows: int) -> bool:
         shape, n_outputs = tuple(outputs.shape) if isinstance(outputs, Tensor) else None, self.shape.n_outputs
+        if self.objective is not None and self.objective.any_outputs:
+            return shape is not None and shape[:1] == (rows,)
         return shape == (rows, n_outputs) or (n_outputs == 1 and shape == (rows,))
 
     def check_trainable(self, outputs: Tensor) -> None:
@@ -221,15 +278,18 @@ def _of_itself(module: nn.Module, counted: Sequence[str]) -> str:
 
 def _of_stacking(trial: _Trial, traits: Traits) -> str:
     """Return why two members cannot be stacked; "" where their step is that of the plain modules."""
-    stacked = StackedModule(trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits)
+    objective = trial.objective if trial.y is not None else None
+    stacked = StackedModule(
+        trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=objective
+    )
     flat = stacked.start()
     parameters = flat[: stacked.trained.size]
     parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)  # the members differ
     params = stacked.blocks.views(flat)
-    alone = [_step_alone(stacked.member(params, 0, c), trial.inputs, trial.shape) for c in range(2)]
+    alone = [_step_alone(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
     trail = _Trail(stacked.template)
     try:
-        together = _step_together(stacked, flat, trial.inputs)
+        together = _step_together(stacked, flat, trial)
     except InputError:
         raise
     except Exception as error:
@@ -248,13 +308,15 @@ Step = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
 """Outputs in evaluation mode, then of one step in training the gradients and the buffers after it."""
 
 
-def _step_alone(module: nn.Module, inputs: Sequence[Tensor], shape: Shape) -> Step:
+def _step_alone(stacked: StackedModule, module: nn.Module, trial: _Trial) -> Step:
+    objective, names = stacked.objective, trial.shape.names
     with torch.no_grad():
-        outputs = call_module(module.eval(), inputs, shape.names)
-    y = _targets(outputs)
+        outputs = objective.outputs(module.eval(), trial.inputs, names)
+    y = _targets(outputs) if trial.y is None else trial.y
+    inputs = [x[0] for x in objective.augmented([x[None] for x in trial.inputs], names, 0, _KEY)]
     with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
-        trained = call_module(module.train(), inputs, shape.names)
-        row_losses(trained.view(len(y), -1), y).mean().backward()  # type: ignore[no-untyped-call]
+        losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
+        losses.mean().backward()  # type: ignore[no-untyped-call]
     slopes = {k: w.grad for k, w in module.named_parameters()}
     gradients = {
         k: torch.zeros_like(w) if (slope := slopes[k]) is None else slope
@@ -264,7 +326,8 @@ def _step_alone(module: nn.Module, inputs: Sequence[Tensor], shape: Shape) -> St
     return outputs, gradients, dict(module.named_buffers())
 
 
-def _step_together(stacked: StackedModule, flat: Tensor, inputs: Sequence[Tensor]) -> Step:
+def _step_together(stacked: StackedModule, flat: Tensor, trial: _Trial) -> Step:
+    inputs = trial.inputs
     params, grads = (
         stacked.blocks.views(flat),
         stacked.trained.views(torch.zeros(stacked.trained.size).to(flat)),
@@ -272,7 +335,7 @@ def _step_together(stacked: StackedModule, flat: Tensor, inputs: Sequence[Tensor
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         outputs = stacked.outputs(params, 0, inputs)
-        y = _targets(outputs[0])
+        y = _targets(outputs[0]) if trial.y is None else trial.y
         batch = Batch(tuple(x[None] for x in inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
         stacked.gradient(params, batch, grads)
     return outputs, grads, {k: params[k] for k in stacked.kept}

@@ -21,6 +21,7 @@ from gputune.engine.looped import LoopedModule
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.module import StackedModule, Traits
 from gputune.engine.network import Network, Shape
+from gputune.engine.objective import Objective, make_objective
 from gputune.engine.population import Population, shape_of
 from gputune.engine.scoring import Scoring
 from gputune.engine.stop import Stop
@@ -108,6 +109,8 @@ class Job:
     module_class: Builder | None = None
     traits: Mapping[str, Traits] = field(default_factory=dict)
     """What the user's module was found to do, by its ``Population.arguments``; a worker need not try it again."""
+    objective: Objective | None = None
+    """What a module is trained on; None: the loss of its task."""
     stop: Stop = field(default_factory=Stop)
     """Says when training ends after the running epoch, and no chunk begins any more."""
     checkpointing: Checkpointing | None = None
@@ -138,10 +141,15 @@ class Job:
         if chunk.kind != "module":
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
         assert self.module_class is not None
-        traits = self.traits.get(chunk.arguments) or traits_of(self.module_class, chunk.configs[0], data)
+        traits = self.traits.get(chunk.arguments) or traits_of(
+            self.module_class, chunk.configs[0], data, objective=self.objective
+        )
+        objective = self.objective or make_objective(None, None, None, data.task)
         looped = trains_as(self.backend, chunk.kind, chunk.configs[0], traits.unstackable) == "loop"
         kind = LoopedModule if looped else StackedModule
-        return kind(self.module_class, chunk.configs, shape, seed=self.seed, traits=traits)
+        return kind(
+            self.module_class, chunk.configs, shape, seed=self.seed, traits=traits, objective=objective
+        )
 
     def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Outcome":
         """Train one chunk and return its curves."""

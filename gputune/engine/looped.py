@@ -16,12 +16,13 @@ from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch, Batches, row_order, steps_of
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.construction import Builder, name_of
-from gputune.engine.losses import row_losses
 from gputune.engine.module import ModuleNetwork, Traits, kept_of, put_numbers
-from gputune.engine.network import Shape, call_module
+from gputune.engine.network import Shape
+from gputune.engine.objective import Objective
 from gputune.engine.online import OnlineUpdate
 from gputune.engine.row_update import RowUpdate
-from gputune.engine.scoring import Scoring, Validation
+from gputune.engine.scoring import Scoring
+from gputune.engine.validation import Validation
 from gputune.errors import InputError
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.types import ONLINE, Config, Params
@@ -43,8 +44,9 @@ class LoopedModule(ModuleNetwork):
         *,
         seed: int,
         traits: Traits = Traits(),  # noqa: B008 (frozen)
+        objective: Objective | None = None,
     ) -> None:
-        super().__init__(builder, configs, shape, seed=seed, traits=traits)
+        super().__init__(builder, configs, shape, seed=seed, traits=traits, objective=objective)
         self.reason = f"since {traits.unstackable}" if traits.unstackable else "as asked for"
         self.sizes = [w.numel() for w in self.first.values()]
         self.kept_sizes = [w.numel() for w in self.kept.values()]
@@ -83,8 +85,7 @@ class LoopedModule(ModuleNetwork):
             values = self.values(params, fold, trial)
             with self.stateless.holding(values) as module:
                 put_numbers(module, {k: values[k] for k in self.kept})
-                outputs = call_module(module.eval(), inputs, self.shape.names)
-                found.append(outputs.view(len(outputs), -1))
+                found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
         return torch.stack(found)
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
@@ -97,6 +98,9 @@ class LoopedModule(ModuleNetwork):
         raise self.refusal()
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+        raise self.refusal()
+
+    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         raise self.refusal()
 
     def refusal(self) -> InputError:
@@ -163,6 +167,7 @@ class LoopChunk:
         scoring: Scoring | None,
     ) -> None:
         self.network, self.data, self.seed = network, data, seed
+        self.target = network.targets(data.y)
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.lengths = np.array([len(fold.train) for fold in data.folds])
@@ -229,21 +234,25 @@ class LoopChunk:
     def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
         """Take the steps of an epoch: this is the loop."""
         module, update, row, grad = member.module.train(), member.update, member.row, member.grad
-        names, draws = self.network.shape.names, self.network.traits.draws
+        names, draws, objective = self.network.shape.names, self.network.traits.draws, self.network.objective
+        absent = None if self.data.present is None else ~self.data.present[fold]
         update.begin(epoch)
         for step, (inputs, y, weights) in enumerate(self._gathered(fold, minibatches)):
             if draws:
                 self._reseed(epoch, step)
-            outputs = call_module(module, inputs, names)
+            if objective.augment is not None:
+                found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
+                inputs = tuple(x[0] for x in found)
+            losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
             grad.zero_()
-            self._loss(outputs.view(len(y), -1), y, fold, weights).backward()  # type: ignore[no-untyped-call]
+            _mean(losses, weights).backward()  # type: ignore[no-untyped-call]
             update.step(row, grad)
 
     def _gathered(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
         """Yield what each minibatch reads, of which some are gathered at once."""
         data, size = self.data, len(minibatches[0])
         ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
-        target = data.y[fold] if data.y.is_floating_point() else data.y
+        target = self.target[fold % len(self.target)]
         for begin in range(0, len(minibatches), ahead):
             rows = torch.cat(list(minibatches[begin : begin + ahead]))
             inputs = (torch.split(x, size) for x in data.rows(fold, rows))
@@ -258,12 +267,10 @@ class LoopChunk:
             with torch.cuda.device(self.data.device):
                 torch.cuda.manual_seed(seed)
 
-    def _loss(self, outputs: Tensor, y: Tensor, fold: int, weights: Tensor | None) -> Tensor:
-        """Return the loss of a minibatch of one member."""
-        if self.data.present is not None:
-            outputs = outputs.masked_fill(~self.data.present[fold], -torch.inf)
-        losses = row_losses(outputs, y)
-        if weights is None:
-            return losses.mean()
-        share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
-        return (losses * share.to(losses.dtype)).sum()
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Return the loss of a minibatch of one member, from row losses or their mean."""
+    if weights is None or losses.dim() == 0:
+        return losses.mean()
+    share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return (losses * share.to(losses.dtype)).sum()

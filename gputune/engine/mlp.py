@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from gputune.engine.batches import Batch, Batches
 from gputune.engine.blocks import Block, Blocks
-from gputune.engine.losses import cross_entropy_slope_, squared_error_slope_
+from gputune.engine.losses import cross_entropy_slope_, row_losses, squared_error_slope_
 from gputune.engine.network import Shape, by_copy
 from gputune.engine.population import ModelKind, padded_width
 from gputune.models import MLP, LogisticRegression
@@ -129,6 +129,9 @@ class StackedMLP:
                     h = (h.view(-1, *keep.shape) * keep).flatten(0, 1)
             h = torch.baddbmm(params[f"bias{layer}"].view(len(h), 1, -1), h, params[f"weight{layer}"])
         return h
+
+    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return row_losses(outputs, y)
 
     def layers(self) -> dict[str, int]:
         return {

@@ -2,7 +2,7 @@
 torch.func.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -18,10 +18,11 @@ from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.construction import Builder, build_module, name_of
 from gputune.engine.draws import ModuleDraws, given_draws
-from gputune.engine.losses import row_losses
-from gputune.engine.network import Shape, call_module
+from gputune.engine.network import Shape
+from gputune.engine.objective import Objective
 from gputune.engine.population import ModelKind, module_arguments
 from gputune.engine.stateless import Stateless
+from gputune.engine.trace import TraceError
 from gputune.errors import InputError
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
@@ -39,6 +40,7 @@ class Traits:
     widest       most numbers that a submodule returns for a row
     parameters   number of parameters that are trained
     draws        whether a forward in training draws random numbers
+    row_losses   whether the loss gives a number a row, rather than their mean
     unstackable  why its members cannot be stacked, "" where they can
     """
 
@@ -48,6 +50,7 @@ class Traits:
     widest: int = 1
     parameters: int = 0
     draws: bool = True
+    row_losses: bool = True
     unstackable: str = ""
 
 
@@ -65,7 +68,9 @@ class ModuleNetwork:
         *,
         seed: int,
         traits: Traits = Traits(),
+        objective: Objective | None = None,
     ) -> None:
+        self.objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
         self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
         self.template = self.plain(shape.device)
@@ -76,6 +81,9 @@ class ModuleNetwork:
         self.fixed = {k: w.detach() for k, w in own.items() if not w.requires_grad}
         self.fixed |= {k: b.detach() for k, b in self.template.named_buffers() if k not in self.kept}
         self.members = (shape.folds, len(configs))
+        self.loss_values = self.objective.values(
+            self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
+        )
         self.widest = max(traits.widest, shape.n_features)
 
     def plain(self, device: torch.device) -> nn.Module:
@@ -90,11 +98,14 @@ class ModuleNetwork:
         ).to(dtype=self.shape.dtype, device=device)
 
     def targets(self, y: Tensor) -> Tensor:
-        return y.to(self.shape.dtype) if y.is_floating_point() else y[None]
+        y = y.to(self.shape.dtype) if y.is_floating_point() else y
+        return y if y.dim() > 1 else y[None]
 
     def subset(self, keep: list[int]) -> Self:
         configs = [self.configs[c] for c in keep]
-        return type(self)(self.builder, configs, self.shape, seed=self.seed, traits=self.traits)
+        return type(self)(
+            self.builder, configs, self.shape, seed=self.seed, traits=self.traits, objective=self.objective
+        )
 
     def layers(self) -> dict[str, int]:
         owners = layers_of(self.template)
@@ -124,8 +135,9 @@ class StackedModule(ModuleNetwork):
         *,
         seed: int,
         traits: Traits = Traits(),
+        objective: Objective | None = None,
     ) -> None:
-        super().__init__(builder, configs, shape, seed=seed, traits=traits)
+        super().__init__(builder, configs, shape, seed=seed, traits=traits, objective=objective)
         _make_mappable(self.template)
         self.stateless = Stateless(self.template)
         self.attends = any(isinstance(part, nn.MultiheadAttention) for part in self.template.modules())
@@ -143,6 +155,10 @@ class StackedModule(ModuleNetwork):
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
         if not ahead:
             return None  # its own, by the key of the minibatch
+        if self.objective.augment is not None or (self.objective.step is not None and self.traits.draws):
+            raise TraceError(
+                "augment and training_step draw by the key of the minibatch, which no recording knows"
+            )
         member = {k: w[None] for k, w in (self.first | self.kept).items()}
 
         def forward(batch: Batch) -> object:
@@ -156,14 +172,14 @@ class StackedModule(ModuleNetwork):
         leaves = {k: members[k].detach().requires_grad_() for k in self.first}
         # Copies: the members' own share a counter of writes with the leaves, which autograd must find unwritten.
         kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
-        inputs = [for_members(x, trials) for x in batch.inputs]
+        inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
         with torch.enable_grad(), self._drawing(batch):
-            outputs, after = self._forward(leaves | kept, inputs, training=True)
-            outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
-            if self.shape.present is not None:
-                outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
+            members_losses, after = self._losses(
+                leaves | kept, [for_members(x, trials) for x in inputs], batch
+            )
             share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
-            loss = (row_losses(outputs, batch.y[:, None]) * share).sum()
+            # A mean of the user's own has no rows to weight, which was refused where there are weights.
+            loss = (members_losses * share).sum() if members_losses.dim() == 3 else members_losses.sum()
             slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, slope in zip(leaves, slopes):
             part = grads[name][batch.folds]
@@ -180,6 +196,23 @@ class StackedModule(ModuleNetwork):
             return given_draws(batch.draws)
         return keyed_draws(self.shape.device, self.seed, "dropout", *batch.key)
 
+    def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Params]:
+        """Return row losses (F, C, B) of a minibatch, or means (F, C) of the user's own, and the buffers after it."""
+        trials = len(self.configs)
+        if not self.objective.is_named:
+
+            def own(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+                *rows, y = rows
+                return self.objective.losses(module, rows, y, self.configs[0], names=self.shape.names)
+
+            losses, after = self._mapped(own, members, [*inputs, for_members(batch.y, trials)], training=True)
+            return losses.view(-1, trials, *losses.shape[1:]), after
+        outputs, after = self._forward(members, inputs, training=True)
+        outputs = _with_columns(outputs).view(-1, trials, *_with_columns(outputs).shape[1:])  # (F, C, B, K)
+        if self.shape.present is not None:
+            outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
+        return self.row_losses(outputs, batch.y[:, None]), after
+
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         members = {k: w[fold] for k, w in params.items()}
         members |= {k: members[k].to(start.dtype) for k, start in self.kept.items()}
@@ -188,30 +221,46 @@ class StackedModule(ModuleNetwork):
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
         if key is None:
-            return self._forward(params, inputs, training=False)[0]
+            return _with_columns(self._forward(params, inputs, training=False)[0])
         with keyed_draws(self.shape.device, self.seed, "dropout", *key):
-            return self._forward(params, inputs, training=True)[0]
+            return _with_columns(self._forward(params, inputs, training=True)[0])
+
+    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.objective.rows(outputs, y, self.loss_values)
 
     def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> tuple[Tensor, Params]:
-        """Return the outputs (P, B, K) of stacked members (P, ...) on rows (P, B, ...) of each input, and their buffers
-        after it.
-        """
+        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the buffers after."""
+
+        def forward(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+            return self.objective.outputs(module, rows, self.shape.names)
+
+        return self._mapped(forward, members, inputs, training=training)
+
+    def _mapped(
+        self,
+        function: Callable[[nn.Module, Sequence[Tensor]], Tensor],
+        members: Params,
+        tensors: Sequence[Tensor],
+        *,
+        training: bool,
+    ) -> tuple[Tensor, Params]:
+        """Return what a function gives for each member and its part of tensors (P, ...), and the buffers after it."""
         slow = self.attends and not training
 
-        def forward(own: Params, *rows: Tensor) -> tuple[Tensor, Params]:
+        def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.holding({**own, **self.fixed}) as module:
-                result = call_module(module.train(training), rows, self.shape.names)
+                result = function(module.train(training), parts)
                 return result, self.stateless.held(self.kept)
 
         try:
             with _SlowAttention() if slow else nullcontext():
-                outputs, after = vmap(forward, randomness="same")(members, *inputs)
+                result, after = vmap(of_member, randomness="same")(members, *tensors)
         except IndexError as error:
             raise InputError(
                 f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than it was tried on; "
                 "an embedding must have a place for every code that the data hold."
             ) from error
-        return outputs if outputs.dim() == 3 else outputs[..., None], after
+        return result, after
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:
         return self.filled({name: w[fold, trial] for name, w in params.items()})
@@ -241,6 +290,11 @@ def _number(module: nn.Module, name: str) -> float:
     path, _, key = name.rpartition(".")
     number: float = getattr(module.get_submodule(path), key)
     return number
+
+
+def _with_columns(outputs: Tensor) -> Tensor:
+    """Return outputs (P, B) of one number a row as (P, B, 1), others as they are."""
+    return outputs if outputs.dim() > 2 else outputs[..., None]
 
 
 def _make_mappable(module: nn.Module) -> None:

@@ -82,6 +82,9 @@ class Network(Protocol):
         ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in evaluation mode.
         """
 
+    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the losses (F, C, B) of outputs (F, C, B, K) and targets (F, 1 or C, B, ...), twice differentiable."""
+
     def layers(self) -> dict[str, int]:
         """Return the layer of each parameter."""
 
@@ -96,6 +99,11 @@ def call_module(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str
     """Return what a module makes of its inputs, passed in order or by their names."""
     result: Tensor = module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
     return result
+
+
+def first_output(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """Return what a module with several heads predicts: the first of its outputs."""
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:

@@ -55,16 +55,19 @@ def populations(
     *,
     rows: int,
     own_steps: Callable[[Config], bool] | None = None,
+    own_loss: bool = False,
 ) -> list[Population]:
     """Group complete configurations by the shape of their tensors; ``rows`` is the longest training fold.
 
     Batch sizes share a group up to the next power of two, or make one of their own where four trials agree; those
     whose members take their steps each on its own (``own_steps``) share one group whatever they are.
-    A user's module is never padded: its groups have one batch size and one set of ``module__*`` values.
+    A user's module is never padded: its groups have one batch size and one set of ``module__*`` values, with a loss
+    of the user's own (``own_loss``) one set of ``loss__*`` values too.
     """
     shapes: dict[Any, list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
-        shapes[_shape(config, kind)].append(i)
+        of_loss = sorted((k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__"))
+        shapes[_shape(config, kind), *of_loss].append(i)
     groups = []
     for members in shapes.values():
         if own_steps is not None and own_steps(configs[members[0]]):

@@ -87,6 +87,22 @@ def neg_mean_absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
     return -(outputs.squeeze(-1) - y).abs().mean(-1)
 
 
+def label_accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Share of rows whose labels (m, K) are all met by the sign of their logits, in [0, 1]."""
+    return ((logits > 0) == (y > 0)).all(-1).double().mean(-1)
+
+
+def _by_target(score: Score) -> Score:
+    """Return a score of one number a row as the mean over the columns of several, (m, K), as scikit-learn has it."""
+
+    def of(outputs: Tensor, y: Tensor) -> Tensor:
+        if y.dim() == 1:
+            return score(outputs, y)
+        return torch.stack([score(outputs[..., k : k + 1], y[:, k]) for k in range(y.shape[1])]).mean(0)
+
+    return of
+
+
 CLASSIFICATION: Mapping[str, Score] = MappingProxyType(
     {
         "accuracy": accuracy,
@@ -98,12 +114,24 @@ CLASSIFICATION: Mapping[str, Score] = MappingProxyType(
 )
 REGRESSION: Mapping[str, Score] = MappingProxyType(
     {
-        "r2": r2,
-        "neg_mean_squared_error": neg_mean_squared_error,
-        "neg_root_mean_squared_error": neg_root_mean_squared_error,
-        "neg_mean_absolute_error": neg_mean_absolute_error,
+        "r2": _by_target(r2),
+        "neg_mean_squared_error": _by_target(neg_mean_squared_error),
+        "neg_root_mean_squared_error": _by_target(neg_root_mean_squared_error),
+        "neg_mean_absolute_error": _by_target(neg_mean_absolute_error),
     }
 )
+MULTILABEL: Mapping[str, Score] = MappingProxyType({"accuracy": label_accuracy})
+
+OF_TASK: Mapping[str, Mapping[str, Score]] = MappingProxyType(
+    {
+        "binary": CLASSIFICATION,
+        "multiclass": CLASSIFICATION,
+        "regression": REGRESSION,
+        "multilabel": MULTILABEL,
+        "custom": MappingProxyType({}),
+    }
+)
+"""The scores on the device that fit a task."""
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
 """Scores that the last bit of one output changes: a tie of two rows counts half, whatever breaks it."""

@@ -1,20 +1,17 @@
-"""A scoring argument, checked once: a score on the device, or any scikit-learn scorer on its predictions.
-
-The scores of a chunk: all members on the validation rows of their folds, and one wait for the device.
-"""
+"""A scoring argument, checked once: a score on the device, or any scikit-learn scorer on its predictions."""
 
 import copy
 import difflib
+import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.metrics import get_scorer, get_scorer_names
 from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
@@ -22,9 +19,11 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.engine import scores
-from gputune.engine.network import Network, call_module
+from gputune.engine.estimators import fitted
+from gputune.engine.network import call_module
+from gputune.engine.objective import Objective, qualified_name
 from gputune.errors import InputError
-from gputune.types import Params, Task
+from gputune.types import Task
 
 Scorer = Callable[[Any, Any, Any], float]
 
@@ -38,7 +37,8 @@ class Scoring:
 
     ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names sees class
     codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive`` is the code of that class;
-    None where the score is not of one class, and where a callable chooses it.
+    None where the score is not of one class, and where a callable chooses it. ``of_outputs`` scores the outputs of one
+    member as they are; where it ``is_loss``, in the units of training.
     """
 
     name: str
@@ -46,6 +46,8 @@ class Scoring:
     scorer: Scorer | None
     classes: np.ndarray | None
     positive: int | None = None
+    of_outputs: Callable[[Tensor, Tensor], Any] | None = None
+    is_loss: bool = False
 
     def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged.
@@ -58,6 +60,9 @@ class Scoring:
         known = outputs if absent is None else outputs.masked_fill(absent, 0)
         finite = known.isfinite().flatten(1).all(-1)
         target = data.target[data.folds[fold].valid]
+        if self.of_outputs is not None:
+            result = self._of_outputs(data, fold, outputs, target, finite)
+            return torch.where(finite & result.isfinite(), result, torch.nan)
         outputs = _as_answers(data, fold, outputs)
         ranks = self.score is None or self.score in scores.RANKING
         if ranks and (first := data.first_equal[fold]) is not None:
@@ -67,6 +72,27 @@ class Scoring:
         else:
             result = self._through_sklearn(data, fold, *self.positive_last(outputs, target), finite, member)
         return torch.where(finite & result.isfinite(), result, torch.nan)
+
+    def _of_outputs(
+        self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor
+    ) -> Tensor:
+        assert self.of_outputs is not None
+        if self.is_loss:
+            y = data.y if data.y.dim() == 1 and not data.y.is_floating_point() else data.y[fold % len(data.y)]
+            target = y[data.folds[fold].valid]
+        else:
+            outputs = _as_answers(data, fold, outputs)
+        result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
+        for trial in finite.nonzero().flatten().tolist():
+            try:
+                result[trial] = float(self.of_outputs(outputs[trial], target))
+            except Exception as error:
+                raise InputError(
+                    f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. It is called as "
+                    f"scoring(outputs, y), with tensors {tuple(outputs[trial].shape)} and {tuple(target.shape)}, and "
+                    "returns a number, greater is better."
+                ) from error
+        return result.to(finite.device)
 
     def positive_last(self, outputs: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Return outputs (..., 2) and class codes (m,) in which a scorer finds the positive class: as code 1."""
@@ -83,7 +109,7 @@ class Scoring:
     ) -> Tensor:
         assert self.scorer is not None
         y = target.cpu().numpy()
-        y = y if self.classes is None else self.classes[y]
+        y = y if self.classes is None or data.task == "multilabel" else self.classes[y]
         # The scorers that have names read nothing of the rows.
         rows = np.zeros((len(y), 1)) if data.scorer_rows is None else data.scorer_rows.rows(data.folds[fold])
         result = np.full(len(outputs), np.nan)
@@ -112,6 +138,8 @@ class Scoring:
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     """Return outputs (C, m, K), float64: in the target's own units, or without the classes that take no part."""
     outputs = outputs.double()
+    if outputs.dim() == 2 and data.task != "custom":
+        outputs = outputs[..., None]  # one number a row
     if data.task == "regression":
         return outputs * data.scale[fold] + data.center[fold]
     return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
@@ -128,23 +156,36 @@ def _predict(data: Dataset, fold: int, member: Member, trial: int, X: Any) -> Te
 
 
 def make_scoring(
-    scoring: str | Scorer | None, task: Task, classes: np.ndarray | None, positive: Any = None
+    scoring: str | Scorer | None,
+    task: Task,
+    classes: np.ndarray | None,
+    positive: Any = None,
+    objective: Objective | None = None,
+    n_labels: int = 0,
 ) -> Scoring:
-    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)``, or None (accuracy or R2).
+    """Return the checked Scoring of a name, a callable ``scorer(estimator, X, y)`` or ``(outputs, y)``, or None.
+
+    None is accuracy, R2, or for a custom target "neg_loss": minus the loss of the ``objective`` on validation rows.
 
     ``positive`` is the class that f1 and its like are of. Raises InputError where they need it and it is missing, where
     another score is given it, and where it is no class.
     """
     if scoring is None:
-        scoring = "r2" if task == "regression" else "accuracy"
+        scoring = {"regression": "r2", "custom": "neg_loss"}.get(task, "accuracy")
+    if task == "multilabel":
+        classes = np.eye(n_labels, dtype=np.int64)
+    if scoring == "neg_loss":
+        return _neg_loss(objective)
     if not isinstance(scoring, str):
         if not callable(scoring):
             raise InputError(
-                f"scoring is a scikit-learn scorer name or a callable(estimator, X, y), got {scoring!r}."
+                f"scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), got {scoring!r}."
             )
-        name = _qualified_name(scoring)
+        name = qualified_name(scoring)
+        if _takes_outputs(scoring):
+            return Scoring(name, None, None, classes, of_outputs=cast(Any, scoring))
         return Scoring(name, None, scoring, classes, _positive_code(positive, name, None, task, classes))
-    table = dict(scores.REGRESSION if task == "regression" else scores.CLASSIFICATION)
+    table = dict(scores.OF_TASK[task])
     if task == "binary":
         table["roc_auc"] = scores.roc_auc
         del table["roc_auc_ovr"]  # scikit-learn's own answer for two classes
@@ -152,8 +193,32 @@ def make_scoring(
         _positive_code(positive, scoring, None, task, classes)
         return Scoring(scoring, table[scoring], None, classes)
     _check_fits_task(scoring, task)
-    codes, scorer = None if classes is None else np.arange(len(classes)), get_scorer(scoring)
+    codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
+    scorer = get_scorer(scoring)
     return Scoring(scoring, None, scorer, codes, _positive_code(positive, scoring, scorer, task, classes))
+
+
+def _neg_loss(objective: Objective | None) -> Scoring:
+    """Return minus the loss on validation rows, with the numbers that it takes by default."""
+    if objective is None or objective.step is not None:
+        raise InputError(
+            "scoring='neg_loss' is of a module's loss of outputs and y; give scoring=callable(outputs, y)."
+        )
+    return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
+
+
+def _takes_outputs(scorer: Callable[..., Any]) -> bool:
+    """Whether a scorer is of (outputs, y) rather than of (estimator, X, y)."""
+    try:
+        parameters = inspect.signature(scorer).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
 def loss_scoring(task: Task, classes: np.ndarray | None, positive: Any = None) -> Scoring:
@@ -171,7 +236,9 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
     """Raise InputError where the score is undefined on a fold, before anything trains."""
     for f, fold in enumerate(data.folds):
         rows = data.target[fold.valid]
-        if scoring.name.startswith("roc_auc") and len(set(rows.tolist())) < data.n_outputs:
+        columns = rows.T if data.task == "multilabel" else rows[None]
+        needed = 2 if data.task == "multilabel" else data.n_outputs
+        if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
             raise InputError(
                 f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
                 "choose fewer or stratified folds, or another scoring."
@@ -190,9 +257,15 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         raise InputError(
             f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}.{hint}"
         )
+    if task == "custom":
+        raise InputError(
+            f"scoring={scoring!r} does not fit a custom target; give scoring=callable(outputs, y), or 'neg_loss'."
+        )
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
-    if scoring in other or (task == "regression" and scoring == "roc_auc"):
-        fitting = ", ".join(scores.REGRESSION if task == "regression" else scores.CLASSIFICATION)
+    if (scoring in other and not (task == "multilabel" and scoring not in scores.REGRESSION)) or (
+        task == "regression" and scoring == "roc_auc"
+    ):
+        fitting = ", ".join(scores.OF_TASK[task])
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
     if task == "multiclass" and scoring == "roc_auc":
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
@@ -244,115 +317,3 @@ def _has_positive_class(scorer: Scorer) -> bool:
         except ValueError:  # it is for another kind of target, which it says better of the user's rows
             return False
     return not math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
-
-
-def _qualified_name(scorer: Scorer) -> str:
-    return f"{getattr(scorer, '__module__', '')}:{getattr(scorer, '__qualname__', type(scorer).__qualname__)}"
-
-
-def fitted(
-    output: Tensor,
-    classes: np.ndarray | None,
-    X: Any,
-    rows: Any,
-    others: Callable[[Any], Tensor] | None = None,
-) -> "_Fitted":
-    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
-
-    That holds as long as X is equal to ``rows``; ``others`` gives the outputs for anything else.
-    """
-    return (_Regressor if classes is None else _Classifier)(output, classes, X, rows, others)
-
-
-class _Fitted(BaseEstimator):  # type: ignore[misc]
-    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
-
-    def __init__(
-        self,
-        output: Tensor,
-        classes: np.ndarray | None,
-        X: Any,
-        rows: Any,
-        others: Callable[[Any], Tensor] | None,
-    ) -> None:
-        self.output, self.classes = output, classes
-        self.X, self.rows, self.others = X, rows, others
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return True
-
-    def fit(self, X: Any, y: Any = None) -> "_Fitted":
-        raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
-
-    def close(self) -> None:
-        """Answer no more: the member trains on, and its outputs are overwritten."""
-        self.X, self.others = object(), None
-
-    def outputs(self, X: Any) -> Tensor:
-        """Return the outputs (m, K) for any rows X."""
-        if X is self.X and (X is self.rows or X.equals(self.rows)):
-            return self.output
-        if self.others is None:
-            raise InputError("the estimator that a scorer is given answers only while the scorer runs.")
-        return self.others(X)
-
-
-class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
-    @property
-    def classes_(self) -> np.ndarray:
-        assert self.classes is not None
-        return self.classes
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        probabilities: np.ndarray = self.outputs(X).softmax(-1).numpy()
-        return probabilities
-
-    def predict(self, X: Any) -> np.ndarray:
-        labels: np.ndarray = self.classes_[self.outputs(X).argmax(-1).numpy()]
-        return labels
-
-
-class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
-    def predict(self, X: Any) -> np.ndarray:
-        values: np.ndarray = self.outputs(X).squeeze(-1).numpy()
-        return values
-
-
-_BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
-_KEPT_NUMBERS = 1 << 27  # of all validation rows, from which they are gathered anew at every epoch
-
-
-class Validation:
-    """Scores members on the validation rows of their folds, which are kept as they are gathered where they are few."""
-
-    def __init__(self, data: Dataset, scoring: Scoring | None) -> None:
-        self.data, self.scoring = data, scoring
-        self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
-
-    def scores(self, network: Network, params: Params, trials: int) -> np.ndarray:
-        """Return the scores (C, F) of all members of a network of so many trials."""
-        assert self.scoring is not None
-        columns = []
-        block = _block_rows(self.data, network, trials)
-        for fold in range(self.data.n_folds):
-            blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
-            outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(self.scoring(self.data, fold, outputs, partial(network.member, params, fold)))
-        return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
-
-    def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:
-        """Return the validation rows of a fold, so many at a time."""
-        parts = (self.data.rows(fold, part) for part in torch.split(self.data.folds[fold].valid, rows))
-        if self.data.n_rows * self.data.row_numbers > _KEPT_NUMBERS:
-            return parts
-        if (fold, rows) not in self.kept:
-            self.kept[fold, rows] = tuple(parts)
-        return self.kept[fold, rows]
-
-
-def _block_rows(data: Dataset, network: Network, trials: int) -> int:
-    """Rows to evaluate at a time, so that one layer's outputs of all trials stay within the block."""
-    if not network.alone:
-        return data.n_rows
-    widest = max(data.row_numbers, network.widest)
-    return max(64, _BLOCK_BYTES // (trials * widest * data.dtype.itemsize))

@@ -20,9 +20,10 @@ from gputune.engine.blocks import Blocks
 from gputune.engine.network import Network
 from gputune.engine.online import OnlineUpdate
 from gputune.engine.recorder import RECORDERS, Direct, Replays, Steps
-from gputune.engine.scoring import Scoring, Validation
+from gputune.engine.scoring import Scoring
 from gputune.engine.trace import TraceError
 from gputune.engine.update import Update
+from gputune.engine.validation import Validation
 from gputune.types import ONLINE, Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded

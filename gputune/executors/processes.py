@@ -45,10 +45,13 @@ def packed(job: Job, *, here: bool = True) -> bytes:
     A worker on another machine (``here`` false) could import what is installed, and nothing else.
     """
     known = _importable if here else _installed
-    scorer = None if job.scoring is None else job.scoring.scorer
+    scorers = () if job.scoring is None else (job.scoring.scorer, job.scoring.of_outputs)
+    functions = (
+        () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
+    )
+    values = (job.module_class, *scorers, *functions)
     modules = {
-        sys.modules.get(getattr(getattr(value, "func", value), "__module__", None) or "")
-        for value in (job.module_class, scorer)
+        sys.modules.get(getattr(getattr(value, "func", value), "__module__", None) or "") for value in values
     }
     hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
     if not here:  # the whole package, which its files import from each other

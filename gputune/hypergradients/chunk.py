@@ -18,7 +18,6 @@ from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
 from gputune.engine.looped import LoopedModule
-from gputune.engine.losses import row_losses
 from gputune.engine.network import Network
 from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.population import Population
@@ -108,9 +107,9 @@ class PopulationTraining:
         inputs = [for_members(x, self.trials) if shared else x for x in batch.inputs]
         outputs = self.network.differentiable(own, inputs, batch.key)
         outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
-        y = batch.y.view(len(outputs), -1, outputs.shape[2])  # (F, 1 or C, B)
+        y = batch.y.view(len(outputs), -1, *batch.y.shape[1:])  # (F, 1 or C, B, ...)
         share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
-        losses: Tensor = (row_losses(outputs, y) * share).sum(-1)
+        losses: Tensor = (self.network.row_losses(outputs, y) * share).sum(-1)
         return losses
 
     def validation(self, weights: Tensor) -> Tensor:
@@ -118,9 +117,9 @@ class PopulationTraining:
         params = self._named(weights)
         losses = []
         for f, fold in enumerate(self.data.folds):
-            y = self.data.y[f] if self.data.y.is_floating_point() else self.data.y
-            mean = row_losses(self._valid(params, f), y[fold.valid]).mean(-1)
-            losses.append(mean * self.data.scale[f].to(mean.dtype) ** 2)
+            y = self.data.y[f % len(self.data.y)] if self.data.y.is_floating_point() else self.data.y
+            rows = self.network.row_losses(self._valid(params, f)[None], y[fold.valid][None, None])[0]
+            losses.append(rows.mean(-1) * self.data.scale[f].to(rows.dtype).square().mean())
         return torch.cat(losses)
 
     @torch.no_grad()
@@ -266,6 +265,11 @@ def inner_problem(
         raise InputError(
             "model: its buffers change in training, as the running statistics of BatchNorm do, and what they remember "
             "is no function of the hyperparameters; use nn.LayerNorm or nn.GroupNorm, or another method."
+        )
+    if job.objective is not None and (not job.objective.is_named or job.objective.augment is not None):
+        raise InputError(
+            f"method='hypergradient' differentiates a loss that has a name, and here it is {job.objective.name}; "
+            "choose another method, or loss='cross_entropy', 'mse', ... without training_step and augment."
         )
     training = PopulationTraining(network, data, chunk.configs, seed=job.seed, epochs=job.horizon)
     return InnerProblem(training, chunk.configs[0]["optimizer"], job.tables(training, chunk.configs))

@@ -60,6 +60,8 @@ KEYS = (*RANGES, *WORDS)
 """Every key of every kind of model, but for ``module__*``."""
 
 MODULE_PREFIX = "module__"
+PREFIXES = (MODULE_PREFIX, "loss__")
+"""Of the arguments of a module, and of its loss."""
 
 INTEGER_REMEDY = "Use a list, scipy.stats.randint(low, high + 1) or gputune.log_int(low, high)."
 
@@ -97,14 +99,14 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
     """
     if key in keys:
         return
-    if isinstance(key, str) and key.startswith(MODULE_PREFIX) and len(key) > len(MODULE_PREFIX):
+    if isinstance(key, str) and any(key.startswith(p) and len(key) > len(p) for p in PREFIXES):
         if module:
             return
         raise InputError(
-            f"{name} has the key {key!r}, but {MODULE_PREFIX}* keys need an nn.Module class as the model. "
+            f"{name} has the key {key!r}, but {MODULE_PREFIX}* and loss__* keys need an nn.Module class as the model. "
             "Leave it out."
         )
-    legal = sorted(keys) + ([f"{MODULE_PREFIX}*"] if module else [])
+    legal = sorted(keys) + [f"{prefix}*" for prefix in PREFIXES if module]
     raise InputError(
         f"{name} must have only the keys {', '.join(legal)}, got {key!r}. {_key_remedy(str(key), keys, module)}"
     )

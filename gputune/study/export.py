@@ -51,7 +51,8 @@ class WholeModel(nn.Module):
     def __init__(self, model: ModelContent) -> None:
         super().__init__()
         self.network = _copy(model.module).cpu().eval()
-        self.dtype, self.classes = model.dtype, model.classes is not None
+        self.dtype, self.task = model.dtype, model.task
+        self.several = not isinstance(model.center, float)
         # Buffers, since a plain number would be written in single precision.
         self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
         self.register_buffer("target_scale", torch.tensor(model.scale, dtype=torch.float64))
@@ -73,8 +74,13 @@ class WholeModel(nn.Module):
         # torch.export refuses a forward that keeps activations in its module.
         with Stateless(self.network).holding({}) as network:
             output: Tensor = network(self._features(X).to(self.dtype)).double()
-        if not self.classes:
-            return output.reshape(-1) * self.target_scale + self.target_center
+        if self.task == "custom":
+            return output
+        if self.task == "multilabel":
+            return (output > 0).long(), output.sigmoid()
+        if self.task == "regression":
+            output = output if self.several else output.reshape(-1)
+            return output * self.target_scale + self.target_center
         return output.argmax(1), output.softmax(1)
 
     def _features(self, X: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ def description(model: ModelContent) -> dict[str, Any]:
         "inputs": "columns" if columns else "features",
         "names": list(names),
         "columns": [column.to_json() for column in layout.columns],
-        "outputs": ["label", "probabilities"] if model.classes is not None else ["prediction"],
+        "outputs": ["prediction"] if model.task in ("regression", "custom") else ["label", "probabilities"],
         "task": model.task,
         "target": model.target,
         "classes": None if model.classes is None else model.classes.tolist(),

@@ -19,7 +19,7 @@ from gputune.data.table import Table, as_table
 from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.construction import Builder
 from gputune.engine.entry import entry
-from gputune.engine.network import call_module
+from gputune.engine.network import call_module, first_output
 from gputune.errors import InputError
 from gputune.study.cards import card
 from gputune.study.export import encoded, export
@@ -35,8 +35,8 @@ class TunedModel(ModelContent):
     """A trained module with all that is needed to predict from raw rows.
 
     module    plain ``nn.Module``, returning logits (n, K), or values (n, 1) or (n,) of a standardised target
-    classes   (K,) the labels, in their own type; None for regression
-    center, scale   the regression target is ``value * scale + center``; 0 and 1 for classes
+    classes   (K,) the labels, in their own type; None where there are none to choose from
+    center, scale   the regression target is ``value * scale + center``, for several numbers (K,); 0 and 1 otherwise
     target    name of the target's column
     spec      how the module is built again: {"kind": "mlp" or "logistic", "kwargs": {...}}, or for a class of
               the user {"kind": "module", "kwargs": {...}} with what module_source.py writes about the class;
@@ -45,23 +45,32 @@ class TunedModel(ModelContent):
     """
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Return class labels in their own type, or values in original units (float64), (n,).
+        """Return class labels in their own type, or values in original units (float64), (n,), several (n, K).
+
+        Of several labels 0 or 1 each, (n, K); for a custom target the outputs of the module, (n, ...).
 
         ``X`` is a file, a data frame, an array or a tensor with the columns of the training data; more columns
         are ignored. Where the training data were arrays of other shapes, it is such arrays. Raises InputError for
         missing columns, other shapes, and for what is no table.
         """
         outputs = self._outputs(X)
+        if self.task == "custom":
+            return outputs.numpy()
+        if self.task == "multilabel":
+            return (outputs > 0).long().numpy()
         if self.classes is None:
-            return (outputs[:, 0] * self.scale + self.center).numpy()
+            values = outputs.numpy() * self.scale + self.center
+            return values[:, 0] if values.shape[1] == 1 else values
         labels: NDArray[Any] = self.classes[outputs.argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
         """Return the probability of each class, (n, K) in the order of ``classes``: the softmax of the logits.
 
-        Raises InputError for a regression model.
+        Of several labels that of each. Raises InputError for a regression model.
         """
+        if self.task == "multilabel":
+            return self._outputs(X).sigmoid().numpy()
         if self.classes is None:
             raise InputError("predict_proba needs a model of classes, and this is a regression; use predict.")
         return self._outputs(X).softmax(1).numpy()
@@ -140,7 +149,10 @@ class TunedModel(ModelContent):
             yield table.select(np.arange(start, min(start + rows, len(table))))
 
     def _checked(self, output: Any, rows: int) -> Tensor:
-        K = 1 if self.classes is None else len(self.classes)
+        output = first_output(output)
+        K = self.spec["kwargs"].get("n_outputs", 1) if self.classes is None else len(self.classes)
+        if self.task == "custom" and isinstance(output, Tensor) and len(output) == rows:
+            return output
         if self.classes is None and isinstance(output, Tensor) and output.shape == (rows,):
             return output[:, None]
         if isinstance(output, Tensor) and output.shape == (rows, K):
@@ -167,7 +179,7 @@ class TunedModel(ModelContent):
         return card(f"TunedModel: {type(self.module).__name__}", rows)
 
     def __repr__(self) -> str:
-        what = "regression" if self.classes is None else f"{len(self.classes)} classes"
+        what = self.task if self.classes is None else f"{len(self.classes)} classes"
         return (
             f"TunedModel({type(self.module).__name__}, {what}, {self.target!r} from {self.layout.in_words()})"
         )

@@ -56,8 +56,8 @@ class ModelContent:
     statistics: Statistics | ArrayStatistics
     task: Task
     classes: NDArray[Any] | None
-    center: float
-    scale: float
+    center: float | NDArray[np.float64]
+    scale: float | NDArray[np.float64]
     dtype: torch.dtype
     target: str
     spec: dict[str, Any]
@@ -128,13 +128,18 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
             statistics=statistics,
             task=body["task"],
             classes=classes,
-            center=float(body["center"]),
-            scale=float(body["scale"]),
+            center=_of_target(body["center"]),
+            scale=_of_target(body["scale"]),
             dtype=dtype,
             target=body["target"],
             spec=spec,
             info=dict(body["info"]),
         )
+
+
+def _of_target(value: Any) -> float | NDArray[np.float64]:
+    """Return the center or scale of a target, one number or one a column."""
+    return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
 def read_description(path: Path) -> dict[str, Any]:

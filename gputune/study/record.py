@@ -97,6 +97,7 @@ class SearchRecord:
     features        columns of the encoded rows; ``notes`` are remarks on columns and trials
     class_weight    as text, ``sample_weight`` as a digest; None where the rows were not weighted
     cv, folds       the number or the class of the splitter, how many folds it made, and the digest of their rows
+    objective       the loss, the training step and what changes minibatches; "" for the loss of the task alone
     positive        the class that ``scoring`` is of; None: of none
     max_epochs      1 for a model that is solved
     device          where it trained first; it may go on elsewhere
@@ -124,6 +125,7 @@ class SearchRecord:
     cv: str = _part("")
     folds: int = _part(0, logged=True)
     splits: str = _part("", "folds (cv, groups)", training=True)
+    objective: str = _part("", "loss (training_step, augment)", training=True)
     scoring: str = _part("", "scoring", training=True, logged=True)
     positive: str | bool | float | None = _argument(
         None, "positive", form=(str, bool, float, None), logged=True
@@ -156,8 +158,9 @@ class SearchRecord:
     @property
     def lost(self) -> list[str]:
         """Names of what makes a search the one that it is, where a damaged file lacks them."""
-        # Files of an earlier version do not say which class was positive.
-        return [name for name in IDENTITY if name in self.absent and name != "positive"]
+        # Files of an earlier version do not say which class was positive, nor that the loss was the task's.
+        later = ("positive", "objective")
+        return [name for name in IDENTITY if name in self.absent and name not in later]
 
     @property
     def method_name(self) -> str:

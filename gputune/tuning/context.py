@@ -205,7 +205,13 @@ class Context:
         """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""
         if self.choice.module_class is None:
             return 0
-        traits = traits_of(self.choice.module_class, config, self.data, columns=self.columns)
+        traits = traits_of(
+            self.choice.module_class,
+            config,
+            self.data,
+            columns=self.columns,
+            objective=self.trainer.objective,
+        )
         if traits.unstackable and self.options.backend == "stacked":
             raise InputError(
                 f"backend='stacked': the members of {self.choice.name} cannot be stacked: {traits.unstackable}. Change "

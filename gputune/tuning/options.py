@@ -194,6 +194,15 @@ class Options:
 
     task: Any = _rows(None, "--task T", "classification or regression, where the guess is wrong")
     cv: Any = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
+    loss: Any = _option(
+        None,
+        "--loss NAME",
+        "of a module: cross_entropy, mse, mae, huber, quantile, bce",
+        group=ROWS,
+        kept=True,
+    )
+    training_step: Any = None
+    augment: Any = None
     class_weight: Any = _option(None, kept=True)
     sample_weight: Any = None
     columns: Any = _rows(

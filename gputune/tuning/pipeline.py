@@ -79,7 +79,7 @@ def search(
     progress = Progress(options.verbose, callbacks.epoch, words)
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
-        problem = make_problem(source, options.task, choice, options.columns, options.numbers)
+        problem = make_problem(source, options.task, choice, options)
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     folds = _folds(problem, options)
@@ -87,10 +87,12 @@ def search(
         data = _dataset(problem, folds, options, choice)
     check_folds(scoring, data)
     trials = first_trials(space, choice, options)
+    _check_objective(problem, trials)
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
             trainer = _trainer(data, scoring, choice, options, stop, cluster)
-            trainer = replace(trainer, backend=_backend(trainer, options, choice, trials, progress))
+            backend = _backend(trainer, options, choice, trials, progress)
+            trainer = replace(trainer, backend=backend, objective=problem.objective)
         context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
         context.check_module(trials[0].params if trials else draw(space, 1, options.random_state)[0])
         _remember_what_runs(choice, options)
@@ -286,15 +288,29 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
     Raises InputError for a scorer that a study could not tell from another one later.
     """
     target = problem.target
-    if options.scoring is None and isinstance(options.method, Hypergradient):
+    if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
         return loss_scoring(target.task, target.classes, options.positive)
-    scoring = make_scoring(options.scoring, target.task, target.classes, options.positive)
+    scoring = make_scoring(
+        options.scoring,
+        target.task,
+        target.classes,
+        options.positive,
+        problem.objective,
+        n_labels=target.n_outputs,
+    )
     if options.study is not None and ("<lambda>" in scoring.name or "<locals>" in scoring.name):
         raise InputError(
             f"scoring={scoring.name!r} has no name by which study={str(options.study)!r} could know it again; define "
             "it with def at the top of a module, or leave study out."
         )
     return scoring
+
+
+def _check_objective(problem: Problem, trials: Sequence[Candidate]) -> None:
+    """Raise InputError where a trial has ``loss__*`` values that the loss does not take."""
+    if problem.objective is not None:
+        for trial in trials:
+            problem.objective.check(trial.params)
 
 
 def _checked_space(choice: ModelChoice, options: Options) -> Space:
@@ -308,8 +324,9 @@ def _say_what_was_understood(
     problem: Problem, choice: ModelChoice, progress: Progress, notes: Sequence[str]
 ) -> None:
     target = problem.target
-    kind = "numbers (regression)" if target.classes is None else f"{len(target.classes)} classes"
     override = f"; {target.override}" if target.override else ""
-    progress.say(f"{choice.name} on {problem.in_words()}; target {target.name!r}: {kind}{override}")
+    progress.say(
+        f"{choice.name} on {problem.in_words()}; target {target.name!r}: {target.in_words}{override}"
+    )
     for note in notes:
         progress.say(f"note: {note}")

@@ -18,6 +18,7 @@ from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target, check_weights
 from gputune.engine.construction import Builder, name_of
+from gputune.engine.objective import Objective, make_objective
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
@@ -117,6 +118,7 @@ class Problem:
     raw: np.ndarray | Tensor | Arrays
     columns: Columns = "drop-constant"
     numbers: Numbers = "standard"
+    objective: Objective | None = None
 
     def dataset(
         self, folds: Sequence[Rows], options: Options, choice: ModelChoice
@@ -128,7 +130,16 @@ class Problem:
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
         statistics = self._statistics([train for train, _ in folds])
         like = torch.empty(0, dtype=dtype, device=device or options.device_here())
-        return make_dataset(self.raw, statistics, self.target, folds, weights=weights, like=like), statistics
+        data = make_dataset(
+            self.raw,
+            statistics,
+            self.target,
+            folds,
+            weights=weights,
+            like=like,
+            standardise=self.objective is None or self.objective.is_named,
+        )
+        return data, statistics
 
     def _statistics(
         self, trains: Sequence[np.ndarray]
@@ -164,31 +175,43 @@ class Problem:
         )
 
 
-def make_problem(
-    source: Source,
-    task: Any,
-    choice: ModelChoice,
-    columns: str = "auto",
-    numbers: Numbers | Literal["auto"] = "auto",
-) -> Problem:
-    """Check the target, fix the column layout and encode the rows.
+def make_problem(source: Source, task: Any, choice: ModelChoice, options: Options) -> Problem:
+    """Check the target and the loss, fix the column layout and encode the rows.
 
     ``columns`` "auto" is "keep" for a user's module, which may count on their number and order; ``numbers`` "auto" is
     "standard" for a table, "none" for arrays.
     """
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
+    objective = _objective(target, choice, options)
+    columns, asked = options.columns, options.numbers
+    kept = columns == "keep" or (columns == "auto" and choice.kind == "module")
+    how: Columns = "keep" if kept else "drop-constant"
+    if isinstance(source.X, Arrays):
+        numbers: Numbers = "none" if asked == "auto" else asked
+        return Problem(source, target, ArrayLayout.of(source.X), source.X, how, numbers, objective)
+    layout = fit_layout(source.X, columns=how)
+    numbers = "standard" if asked == "auto" else asked
+    return Problem(source, target, layout, layout.raw(source.X), how, numbers, objective)
+
+
+def _objective(target: Target, choice: ModelChoice, options: Options) -> Objective | None:
+    """Return what a module is trained on, None for a built-in model, whose loss is that of its task."""
+    if choice.kind == "module":
+        return make_objective(options.loss, options.training_step, options.augment, target.task)
+    if target.values.ndim > 1 or target.task == "custom":
+        raise InputError(
+            f"model={choice.name!r} predicts one class or one number a row, and {target.name} has shape "
+            f"{target.values.shape}: pass a module, for example model=gputune.models.MLP, which takes n_outputs."
+        )
     if choice.solved and target.task == "regression":
         raise InputError(
             "model='logistic' solved with optimizer='exact' predicts classes, and the target is a number: choose "
             "model='mlp', or optimizer='adamw' for a linear regression."
         )
-    how: Columns = "drop-constant"
-    if columns == "keep" or (columns == "auto" and choice.kind == "module"):
-        how = "keep"
-    if isinstance(source.X, Arrays):
-        return Problem(
-            source, target, ArrayLayout.of(source.X), source.X, how, "none" if numbers == "auto" else numbers
-        )
-    layout = fit_layout(source.X, columns=how)
-    raw = layout.raw(source.X)
-    return Problem(source, target, layout, raw, how, "standard" if numbers == "auto" else numbers)
+    for name in ("loss", "training_step", "augment"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                f"{name} is for a module of your own, and model={choice.name!r} trains on its task's loss: pass a "
+                "module, for example model=gputune.models.MLP, or leave it out."
+            )
+    return None

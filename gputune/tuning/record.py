@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sklearn
@@ -12,6 +12,7 @@ import torch
 
 from gputune.data.dataset import Rows, pack_folds, unpack_folds
 from gputune.data.source import Source, digest_of, fingerprint, read_apart, rows_difference, table_size
+from gputune.data.target import TaskWord, check_target
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
@@ -24,7 +25,7 @@ from gputune.study.trusted import is_remembered
 from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json, method_to_json
 from gputune.tuning.options import KEPT, RULES, Options
-from gputune.tuning.problem import ModelChoice, Problem, make_problem, recorded_model
+from gputune.tuning.problem import ModelChoice, Problem, recorded_model
 from gputune.version import __version__
 
 
@@ -57,6 +58,9 @@ def search_record(
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
         folds=data.n_folds,
         splits=digest_of(*(rows.cpu().numpy() for fold in data.folds for rows in (fold.train, fold.valid))),
+        objective=""
+        if problem.objective is None
+        else problem.objective.name_unless_default(problem.target.task),
         scoring=scoring.name,
         positive=None if classes is None or scoring.positive is None else classes[scoring.positive],
         epoch=options.epoch,
@@ -78,6 +82,9 @@ def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]
             "groups, which were in memory": source.groups is not None
             and not (source.origin or {}).get("groups"),
             "scoring, a function": callable(options.scoring),
+            "loss, a function": callable(options.loss),
+            "training_step, a function": options.training_step is not None,
+            "augment, a function": options.augment is not None,
             "class_weight": not _is_storable(options.class_weight),
             "sample_weight": options.sample_weight is not None,
             "space, with an object of your own": values is None,
@@ -196,7 +203,8 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
             f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "
             "its new place."
         ) from error
-    now = fingerprint(source.X, make_problem(source, record.task, choice).target)
+    task = cast(TaskWord, record.task)
+    now = fingerprint(source.X, check_target(source.y, task=task, n_rows=len(source.X), name=source.target))
     if now != record.fingerprint:
         sizes = table_size(record.fingerprint, origin), table_size(now, source.origin)
         raise InputError(

@@ -3,8 +3,9 @@
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.data.folds import all_rows
@@ -41,8 +42,8 @@ def refit(
     with nullcontext() if from_file is None else blaming_options(from_file):
         choice, source, options = _recalled(study, X, y, trust_code)
     # How many classes there are is for the rows to say: others may have two where the study's have three.
-    task = "regression" if study.record.task == "regression" else "classification"
-    problem = make_problem(source, task, choice, options.columns, options.numbers)
+    task = "classification" if study.record.classes is not None else study.record.task
+    problem = make_problem(source, task, choice, options)
     # Rows that the process has kept are the study's own.
     is_kept = study.data is not None and X is None
     rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
@@ -53,7 +54,7 @@ def refit(
     if choice.solved:
         module: nn.Module = solved_module(solve_all(data, [config]), 0)
     else:
-        module = _train(data, config, choice, options, epochs=trial.best_epoch)
+        module = _train(problem, data, config, choice, options, epochs=trial.best_epoch)
     if not all(bool(w.isfinite().all()) for w in module.parameters()):
         raise DivergedError(
             f"trial {trial.number} diverged when it was trained on all rows; give the next best configuration, or a "
@@ -66,13 +67,17 @@ def refit(
         statistics=statistics,
         task=target.task,
         classes=target.classes,
-        center=float(data.center[0]),
-        scale=float(data.scale[0]),
+        center=_plain(data.center[0]),
+        scale=_plain(data.scale[0]),
         dtype=data.dtype,
         target=target.name,
         spec={**choice.spec, "kwargs": _arguments(choice, config, data)},
         info=_info(study, trial, rows),
     )
+
+
+def _plain(value: Tensor) -> float | np.ndarray:
+    return float(value) if value.dim() == 0 else value.cpu().numpy()
 
 
 def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
@@ -172,7 +177,9 @@ def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_giv
     )
 
 
-def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int) -> nn.Module:
+def _train(
+    problem: Problem, data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int
+) -> nn.Module:
     descent = options.method if isinstance(options.method, Hypergradient) else None
     backend: Backend = "eager"
     if descent is None:
@@ -181,6 +188,7 @@ def _train(data: Dataset, config: Config, choice: ModelChoice, options: Options,
         data=data,
         kind=choice.kind,
         module_class=choice.module_class,
+        objective=problem.objective,
         seed=options.random_state,
         horizon=options.max_epochs,
         backend=backend,

@@ -14,6 +14,7 @@ from gputune.engine.construction import Builder
 from gputune.engine.inspection import known_traits
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp, Need, run_in_parts
+from gputune.engine.objective import Objective
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import ModelKind, Population, populations
 from gputune.engine.scoring import Scoring
@@ -44,6 +45,7 @@ class Trainer:
     data: Dataset
     kind: ModelKind
     module_class: Builder | None = None
+    objective: Objective | None = None
     seed: int
     horizon: int
     scoring: Scoring | None = None
@@ -61,6 +63,7 @@ class Trainer:
             self.kind,
             rows=max(len(fold.train) for fold in self.data.folds),
             own_steps=lambda config: trains_as(self.backend, self.kind, config) == "compiled",
+            own_loss=self.objective is not None and not self.objective.is_named,
         )
 
     def plan(
@@ -121,6 +124,7 @@ class Trainer:
             scoring=self.scoring,
             module_class=self.module_class,
             traits=known_traits(self.module_class, self.data),
+            objective=self.objective,
             stop=self.stop,
             fits=self.fits,
             backend=self.backend,

@@ -135,16 +135,16 @@ def test_select_keeps_the_classes():
         (pl.Series([1, None, 2]), None, r"1 missing values \(the first in row 1\)"),
         (["a", "a"], None, "y must have at least two classes, got only 'a'"),
         ([3, 3], None, "at least two classes, got only 3"),
-        (np.zeros((3, 2)), None, r"multi-output.*not supported.*got shape \(3, 2\)"),
-        (pd.DataFrame({"a": [2], "b": [2]}), None, r"multi-output.*got shape \(1, 2\)"),
-        (
-            np.eye(3),
-            None,
-            r"y must be one value a row, got one-hot rows of shape \(3, 3\); pass y.argmax\(1\)",
-        ),
+        (np.zeros((3, 0)), None, r"one value a row, got shape \(3, 0\)"),
+        (np.array([["a", "b"]]), None, r"y holds text in several columns, shape \(1, 2\)"),
+        (np.array([[0.5, np.nan], [1, 2]]), None, r"1 missing values \(the first in row 0\)"),
+        (np.eye(3), None, r"y is one-hot rows of shape \(3, 3\): pass y.argmax\(1\) .*task='multilabel'"),
         (torch.eye(3, dtype=torch.bool), None, "one-hot rows"),
         (pd.DataFrame({"a": [1, 0], "b": [0, 1]}), None, "one-hot rows"),
-        (np.array([[1, 1], [0, 1]]), None, "multi-output"),
+        (np.array([[2, 1], [0, 1]]), "multilabel", "it needs columns of 0 and 1"),
+        (np.zeros((2, 2, 2)), "regression", "it needs one or several columns"),
+        (["a", "b"], "custom", "task='custom' needs numbers in y, got text"),
+        ([0, 1], "multilabel", "task='multilabel' needs several columns of 0 and 1 in y, got one"),
         (
             [2**70, 1],
             None,
@@ -253,3 +253,20 @@ def test_weights_of_a_regression_and_weights_that_are_all_zero():
     weights = check_weights(np.isin(np.arange(10), TRAIN, invert=True), None, TARGET)
     with pytest.raises(InputError, match="training rows add up to 0"):
         weights.for_fold(TARGET, TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("y", "task", "found", "shape", "words"),
+    [
+        (np.array([[2.0, 1], [0, 1]]), None, "regression", (2, 2), "2 numbers (regression)"),
+        (pd.DataFrame({"a": [0.5, 2], "b": [2, 1]}), None, "regression", (2, 2), "2 numbers (regression)"),
+        (np.array([[1, 1], [0, 1]]), None, "multilabel", (2, 2), "2 labels"),
+        (torch.eye(2, dtype=torch.bool), "multilabel", "multilabel", (2, 2), "2 labels"),
+        (np.zeros((2, 3, 4)), None, "custom", (2, 3, 4), "12 numbers, as they are"),
+        ([0, 1], "custom", "custom", (2,), "numbers, as they are"),
+    ],
+)
+def test_several_columns(y, task, found, shape, words):
+    target = check_target(y, task=task, n_rows=2)
+    assert (target.task, target.values.shape, target.classes, target.in_words) == (found, shape, None, words)
+    assert target.override == ""

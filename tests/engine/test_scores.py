@@ -258,7 +258,7 @@ def test_outputs_that_are_not_finite_score_nan():
         ("r2", "binary", "scoring='r2' does not fit a binary task"),
         ("accuracy", "regression", "does not fit a regression task; choose for example r2"),
         ("roc_auc", "multiclass", "choose 'roc_auc_ovr'"),
-        (3, "binary", r"scoring is a scikit-learn scorer name or a callable\(estimator, X, y\), got 3"),
+        (3, "binary", r"scorer name, a callable\(estimator, X, y\) or \(outputs, y\), got 3"),
     ],
 )
 def test_bad_scoring_is_named(scoring, task, message):

@@ -162,5 +162,5 @@ def test_an_unknown_key_is_an_error_that_says_what_to_do(key, keys, module, reme
 
 def test_module_keys_need_a_module():
     check_key("module__hidden", keys=(), module=True, name="space")
-    with refused(r"space has the key 'module__hidden', but module__\* keys need an nn.Module"):
+    with refused(r"space has the key 'module__hidden', but module__\* and loss__\* keys need an nn.Module"):
         check_key("module__hidden", keys=MLP, module=False, name="space")

@@ -1,0 +1,262 @@
+"""Losses and targets of the user's own, from tune() to predictions; members equal a plain loop."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, r2_score, roc_auc_score
+from torch import nn
+from torch.nn import functional
+
+import gputune
+from gputune.seeding import stream, stream_seed
+from refused import refused
+
+G = torch.Generator().manual_seed(0)
+X = torch.randn(60, 5, generator=G)
+SEVERAL = torch.stack([X[:, 0] * 3 + 7, X[:, 1] - X[:, 2]], 1) + 0.1 * torch.randn(60, 2, generator=G)
+LABELS = (SEVERAL.mean(0) < SEVERAL).long()
+LABELS = torch.cat([LABELS, (X[:, 3:4] > 0.3).long()], 1)
+CUT = [(np.arange(20, 60), np.arange(20))]
+ONE = {
+    "space": {"lr": [0.01], "batch_size": [16]}, "n_trials": 1, "cv": CUT, "max_epochs": 3, "verbose": 0,
+    "workers": 1, "numbers": "none", "dtype": "float64", "epoch": "last",
+}  # fmt: skip
+
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs, hidden=8):
+        super().__init__()
+        self.first, self.last = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(x)))
+
+
+class Heads(Net):
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.last(hidden), hidden
+
+
+class Single(Net):
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+def plain_loop(build, y, loss, *, augment=lambda x, step: x, rows=X):
+    """Train one module on rows 20 to 59 by a plain loop of the user's own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(stream_seed(0, "module"))
+        module = build().double()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    x, y, done = rows[20:].double(), y[20:], 0
+    for epoch in range(3):
+        order = torch.randperm(40, generator=stream(0, "rows", 40, epoch))
+        for step, batch in enumerate(order.split(16)):
+            optimizer.zero_grad()
+            loss(module, augment(x[batch], (epoch, step)), y[batch]).backward()
+            optimizer.step()
+            done += 1
+    return module.eval()
+
+
+@torch.no_grad()
+def outputs_of(module, rows=X):
+    return module(rows[:20].double())
+
+
+def score(y, **options):
+    return gputune.tune(options.pop("model", Net), X, y, **{**ONE, **options}).trials[0].score
+
+
+def test_several_numbers_are_each_standardised():
+    study = gputune.tune(Net, X, SEVERAL, **ONE)
+    train = SEVERAL[20:].double()
+    center, scale = train.mean(0), train.std(0, correction=0)
+    module = plain_loop(
+        lambda: Net(5, 2), (SEVERAL.double() - center) / scale, lambda m, x, y: functional.mse_loss(m(x), y)
+    )
+    found = outputs_of(module) * scale + center
+    assert study.trials[0].score == pytest.approx(r2_score(SEVERAL[:20], found), abs=1e-8)
+    assert study.best_model().predict(X).shape == (60, 2)
+
+
+@pytest.mark.parametrize(
+    "scoring", ["neg_root_mean_squared_error", "neg_median_absolute_error", "explained_variance"]
+)
+def test_scores_of_several_numbers_are_those_of_scikit_learn(scoring):
+    from sklearn.metrics import get_scorer
+
+    study = gputune.tune(Net, X, SEVERAL, scoring=scoring, **ONE)
+    metric = get_scorer(scoring)
+    train = SEVERAL[20:].double()
+    center, scale = train.mean(0), train.std(0, correction=0)
+    module = plain_loop(
+        lambda: Net(5, 2), (SEVERAL.double() - center) / scale, lambda m, x, y: functional.mse_loss(m(x), y)
+    )
+    found = (outputs_of(module) * scale + center).numpy()
+    expected = metric._sign * metric._score_func(SEVERAL[:20].numpy(), found)
+    assert study.trials[0].score == pytest.approx(expected, abs=1e-6)
+
+
+def test_several_labels():
+    module = plain_loop(
+        lambda: Net(5, 3),
+        LABELS.double(),
+        lambda m, x, y: functional.binary_cross_entropy_with_logits(m(x), y),
+    )
+    logits, y = outputs_of(module), LABELS[:20].numpy()
+    guess = (logits > 0).numpy()
+    assert score(LABELS) == pytest.approx(accuracy_score(y, guess))
+    assert score(LABELS, scoring="f1_samples") == pytest.approx(
+        f1_score(y, guess, average="samples", zero_division=0)
+    )
+    assert score(LABELS, scoring="f1_macro") == pytest.approx(f1_score(y, guess, average="macro"))
+    assert score(LABELS, scoring="roc_auc") == pytest.approx(roc_auc_score(y, logits.sigmoid().numpy()))
+    two = score(LABELS[:, :2], scoring="roc_auc")
+    assert 0 < two < 1
+
+
+def test_a_model_of_several_labels_is_saved(tmp_path):
+    model = gputune.tune(Net, X, LABELS, **ONE).best_model()
+    model.save(tmp_path / "model")
+    again = gputune.load_model(tmp_path / "model", module=Net)
+    assert set(np.unique(again.predict(X))) <= {0, 1} and again.predict_proba(X).shape == (60, 3)
+    np.testing.assert_array_equal(again.predict(X), model.predict(X))
+
+
+def poisson(outputs, y):
+    return torch.exp(outputs[:, 0]) - y * outputs[:, 0]
+
+
+COUNTS = torch.poisson(torch.exp(0.5 * X[:, 0]), generator=G)
+
+
+@pytest.mark.parametrize(
+    "loss", [poisson, lambda o, y: poisson(o, y).mean(), nn.PoissonNLLLoss], ids=["rows", "mean", "class"]
+)
+def test_a_loss_of_ones_own_sees_the_target_as_it_is(loss):
+    model = Single if loss is nn.PoissonNLLLoss else Net
+    found = score(
+        COUNTS,
+        task="regression",
+        loss=loss,
+        model=model,
+        scoring=lambda outputs, y: -float(outputs.exp().sum()),
+    )
+    module = plain_loop(lambda: Net(5, 1), COUNTS.double(), lambda m, x, y: poisson(m(x), y).mean())
+    assert found == pytest.approx(-float(outputs_of(module).exp().sum()), rel=1e-7)
+
+
+def test_weights_multiply_row_losses_and_need_them():
+    weights = torch.rand(60, generator=G).double()
+    scoring = {"task": "regression", "scoring": lambda outputs, y: float(outputs.sum())}
+    found = score(COUNTS, loss=poisson, sample_weight=weights.numpy(), **scoring)
+    together = torch.stack([COUNTS.double(), weights], 1)
+    module = plain_loop(
+        lambda: Net(5, 1), together, lambda m, x, y: (poisson(m(x), y[:, 0]) * y[:, 1]).sum() / y[:, 1].sum()
+    )
+    assert found == pytest.approx(float(outputs_of(module).sum()), rel=1e-7)
+    with refused("sample_weight and class_weight weigh rows, and .*<lambda> gives no number a row"):
+        score(COUNTS, loss=lambda o, y: poisson(o, y).mean(), sample_weight=weights.numpy(), **scoring)
+
+
+def test_a_custom_target_is_scored_by_its_loss():
+    study = gputune.tune(Net, X, X, task="custom", loss=lambda o, y: (o - y).abs().sum(1), **ONE)
+    module = plain_loop(lambda: Net(5, 5), X.double(), lambda m, x, y: (m(x) - y).abs().sum(1).mean())
+    loss = (outputs_of(module) - X[:20].double()).abs().sum(1).mean()
+    assert study.trials[0].score == pytest.approx(-float(loss), rel=1e-8)
+    assert study.best_model().predict(X).shape == (60, 5)
+
+
+def test_a_training_step_of_two_heads():
+    def step(module, batch):
+        x, y = batch
+        outputs, hidden = module(x)
+        return functional.cross_entropy(outputs, y) + 0.1 * hidden.square().mean()
+
+    y = (X[:, 0] > 0).long()
+    found = score(y, model=Heads, training_step=step, scoring="neg_log_loss")
+    module = plain_loop(lambda: Heads(5, 2), y, lambda m, x, t: step(m, (x, t)))
+    assert found == pytest.approx(-float(functional.cross_entropy(outputs_of(module)[0], y[:20])), abs=1e-8)
+    study = gputune.tune(Heads, X, y, training_step=step, **ONE)
+    assert study.best_model().predict(X).shape == (60,)
+
+
+def test_augmentation_changes_minibatches_of_training_alone():
+    def noise(x, generator):
+        return x + 0.1 * torch.randn(x.shape, generator=generator)
+
+    y = (X[:, 0] > 0).long()
+    module = plain_loop(
+        lambda: Net(5, 2),
+        y,
+        lambda m, x, t: functional.cross_entropy(m(x), t),
+        augment=lambda x, key: noise(
+            x.float(), torch.Generator().manual_seed(stream_seed(0, "augment", *key))
+        ).double(),
+    )
+    found = score(y, augment=lambda x, g: noise(x.float(), g).double(), scoring="neg_log_loss")
+    assert found == pytest.approx(-float(functional.cross_entropy(outputs_of(module), y[:20])), abs=1e-8)
+
+
+def test_numbers_of_a_loss_are_searched_and_train_together():
+    y = (X[:, 0] > 0).long()
+    space = {"loss__label_smoothing": [0.0, 0.2], "lr": [0.01], "batch_size": [16]}
+    study = gputune.tune(Net, X, y, **{**ONE, "space": space, "n_trials": 2, "scoring": "neg_log_loss"})
+    for trial in study.trials:
+        smoothing = trial.params["loss__label_smoothing"]
+        module = plain_loop(
+            lambda: Net(5, 2),
+            y,
+            lambda m, x, t, s=smoothing: functional.cross_entropy(m(x), t, label_smoothing=s),
+        )
+        expected = -float(functional.cross_entropy(outputs_of(module), y[:20]))
+        assert trial.score == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_study_knows_its_loss(tmp_path):
+    options = {**ONE, "study": tmp_path / "study.db"}
+    gputune.tune(Net, X, SEVERAL[:, 0], loss="huber", **options)
+    gputune.tune(Net, X, SEVERAL[:, 0], loss="huber", **options)
+    with refused(r"loss \(training_step, augment\)"):
+        gputune.tune(Net, X, SEVERAL[:, 0], loss="mae", **options)
+
+
+@pytest.mark.parametrize(
+    ("y", "options", "message"),
+    [
+        (functional.one_hot(LABELS[:, 0]), {}, r"y is one-hot rows of shape \(60, 2\): pass y.argmax\(1\)"),
+        (SEVERAL, {"task": "multilabel"}, r"task='multilabel' does not fit y, an array of shape \(60, 2\)"),
+        (LABELS[:, 0], {"task": "multilabel"}, "needs several columns of 0 and 1 in y, got one"),
+        (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
+        (SEVERAL, {"scoring": "accuracy"}, "does not fit a regression task; choose for example r2"),
+        (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
+        (
+            X,
+            {"task": "custom", "loss": poisson, "scoring": "r2"},
+            "scoring='r2' does not fit a custom target",
+        ),
+        (SEVERAL, {"model": "mlp"}, "predicts one class or one number a row, and y has shape"),
+        (LABELS[:, 0], {"model": "mlp", "loss": "cross_entropy"}, "loss is for a module of your own"),
+        (SEVERAL, {"loss": lambda o, y: o[:, :3] @ y}, "the loss .*<lambda> raised RuntimeError: .* shape"),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: o},
+            r"must return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
+        ),
+        (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
+        (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
+        (SEVERAL, {"space": {"loss__q": [0.5]}}, "loss__q is none of loss='mse'"),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: (o - y).square().mean(1), "method": "hypergradient"},
+            "differentiates a loss that has a name",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(y, options, message):
+    with refused(message):
+        score(y, **options)
