@@ -115,6 +115,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         n_outputs = 1 if classes is None else len(classes)
         shape = layout.shapes[0] if isinstance(layout, ArrayLayout) else (layout.n_features,)
         sizes = {"n_features": layout.n_features, "n_outputs": n_outputs, "input_shape": shape}
+        sizes |= {name: value for name, value in kwargs.items() if name in sizes}
         arguments = {name: value for name, value in kwargs.items() if name not in sizes}
         if kind in BUILT_IN:
             _check_size(sizes | arguments, kind, state)

@@ -503,7 +503,7 @@ def test_a_random_state_object_is_used_once(iris):
     [
         (
             {"model": "mpl"},
-            "model must be 'mlp', 'logistic', a torch.nn.Module class or 'FILE.py:CLASS', got 'mpl'",
+            "model must be 'mlp', 'logistic', a torch.nn.Module class, a function that makes modules",
         ),
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
         (
