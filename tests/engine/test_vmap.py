@@ -127,7 +127,7 @@ def test_batch_norm_equals_the_plain_loop(words, optimizer):
         *({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (16, 7, 500))
     )
     assert inspect_module(build, configs[0], data.example(31), n_outputs=3).changing
-    assert_module_equals_plain_loop(build, data, configs, epochs=50 // 3, within=1e-9)
+    assert_module_equals_plain_loop(build, data, configs, epochs=6, within=1e-9)
 
 
 def test_batch_norm_without_running_statistics_scores_all_rows_at_once():
@@ -259,7 +259,7 @@ def test_folds_of_very_unlike_length(optimizer):
     folds = tuple(Fold(train=rows[:n], valid=rows[n : n + 20]) for n in (20, 55, 100))
     data = dataclasses.replace(data, folds=folds)
     configs = fill({"batch_size": 8, "optimizer": optimizer, "lr": 0.01, "module__p": 0.2})
-    assert_module_equals_plain_loop(Residual, data, configs, epochs=30)
+    assert_module_equals_plain_loop(Residual, data, configs, epochs=8)
 
 
 class Mixing(nn.Linear):
