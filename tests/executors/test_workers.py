@@ -18,7 +18,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 import gputune
-from forked import Fork
 from gputune.engine.memory import GivenUp
 from gputune.executors import executor, processes
 from gputune.report.facts import states_text
@@ -160,8 +159,10 @@ gputune.tune("mlp", X, y, space={"lr": [1e-3, 1e-2]}, n_trials=2, cv=2, max_epoc
 
 
 def test_a_killed_process_leaves_no_workers_and_its_data_to_the_next_sweep(tmp_path):
-    process = Fork(KILLED, TMPDIR=str(tmp_path))
-    process.communicate()  # the workers have the pipe too
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-P", "-c", KILLED]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process.communicate(timeout=300)  # the workers have the pipe too
     assert process.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.glob("gputune-*/data.joblib")] == ["data.joblib"]
     with scratch_folder(tmp_path) as own:
