@@ -55,9 +55,9 @@ class CompiledChunk:
         valid = [len(fold.valid) for fold in data.folds]
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
         self.fixed = {**_of_data(data), "lengths": self.lengths, "valid_start": self.starts}
-        self._settle()
+        self._rebuild()
 
-    def _settle(self) -> None:
+    def _rebuild(self) -> None:
         """Tell what stays as it is until a trial leaves."""
         data, folds, trials = self.data, self.data.n_folds, len(self.configs)
         self.numbers = {
@@ -171,7 +171,7 @@ class CompiledChunk:
         self._moments = [blocks.select(moment, keep) for moment in self._moments]
         self.network = self.network.subset(places)
         self.configs = [self.configs[i] for i in places]
-        self._settle()
+        self._rebuild()
 
 
 def _of_data(data: Dataset) -> dict[str, Array]:

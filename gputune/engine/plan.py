@@ -38,7 +38,7 @@ class Plan:
 
     With ``cluster`` the workers are tasks that run at once on other machines. ``ways`` says of each chunk how it
     trains. ``state_bytes`` are those of all trials
-    between two epochs; where they wait for each other at rungs, ``parking_bytes`` of these have room in main memory.
+    between two epochs; where they wait for each other at rungs, ``cache_bytes`` of these have room in main memory.
     """
 
     chunks: tuple[Population, ...]
@@ -48,7 +48,7 @@ class Plan:
     data_bytes: int
     cluster: bool = False
     state_bytes: int = 0
-    parking_bytes: int | None = None
+    cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
 
     def __str__(self) -> str:
@@ -74,9 +74,9 @@ class Plan:
 
     def _waiting(self) -> str:
         """Where the states lie that wait for their next rung, in words."""
-        if self.parking_bytes is None:
+        if self.cache_bytes is None:
             return ""
-        held = min(self.state_bytes, self.parking_bytes)
+        held = min(self.state_bytes, self.cache_bytes)
         places = [(held, "main memory"), (self.state_bytes - held, "files")]
         words = " and ".join(f"{size_words(size)} in {place}" for size, place in places if size)
         return f"; states that wait for a rung take up to {words}"

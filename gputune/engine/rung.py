@@ -41,7 +41,7 @@ class RungJob(Job):
         )
 
 
-class Parking:
+class StateCache:
     """Where the states of trials wait for their next rung: in memory up to a limit, then in files that go with it."""
 
     def __init__(self, limit: int) -> None:

@@ -16,7 +16,7 @@ from gputune.engine.checkpoint import Checkpoint, pause_after
 from gputune.engine.job import BegunChunk
 from gputune.engine.memory import GivenUp
 from gputune.engine.population import Population
-from gputune.engine.rung import Parking, RungJob, RungOutcome
+from gputune.engine.rung import RungJob, RungOutcome, StateCache
 from gputune.engine.train import State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
@@ -122,7 +122,7 @@ class _RungSearch:
         curve = np.empty((0, context.data.n_folds))
         self.running = [_RunningTrial(t, configs[t.number], curve) for t in trials if t.number not in ended]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
-        self.states = Parking(min(free, context.trainer.memory or free))
+        self.states = StateCache(min(free, context.trainer.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
         self.saved_at, self.earliest = time.monotonic(), 0.0
         self._resume(context.checkpoints_of(list(configs), list(configs.values())))
@@ -157,7 +157,7 @@ class _RungSearch:
         """Train the running trials from one stop to the next."""
         context, trials = self.context, self.running
         plan = context.plan([trial.config for trial in trials], epochs=stop - begin)
-        context.progress.plan(replace(plan, parking_bytes=self.states.limit), aloud=begin == 0)
+        context.progress.plan(replace(plan, cache_bytes=self.states.limit), aloud=begin == 0)
         chunks = tuple(part for chunk in plan.chunks for part in self._begun(chunk, trials, stop))
         checkpointing = context.checkpointing([trial.number for trial in trials])
         job = context.trainer.job(RungJob, epochs=stop, checkpointing=checkpointing, keep_stopped=False)

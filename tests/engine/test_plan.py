@@ -107,7 +107,7 @@ def test_waiting_states_are_counted_to_the_byte(optimizer, kind, momentum, backe
 def test_the_plan_says_where_states_wait(room, words):
     data = make_data()
     plan = make_plan(groups(data, {"width": 8}), data, **ONCE)
-    assert str(replace(plan, state_bytes=10240, parking_bytes=room)) == f"{plan}{words}"
+    assert str(replace(plan, state_bytes=10240, cache_bytes=room)) == f"{plan}{words}"
 
 
 @pytest.mark.parametrize(

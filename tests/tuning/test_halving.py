@@ -11,7 +11,7 @@ from sklearn.datasets import load_diabetes, load_iris
 from torch import nn
 
 import gputune
-from gputune.engine.rung import Parking
+from gputune.engine.rung import StateCache
 from gputune.errors import InputError
 from gputune.study.store import Candidate, Store
 from gputune.tuning import rungs
@@ -146,7 +146,7 @@ def test_a_trial_that_diverges_leaves_and_is_failed():
 def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
     parked = []
 
-    class Small(Parking):
+    class Small(StateCache):
         def __init__(self, limit):
             super().__init__(3000)
             parked.append(self)
@@ -155,7 +155,7 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
             assert self.folder is not None and not self.states
             super().close()
 
-    monkeypatch.setattr(rungs, "Parking", Small)
+    monkeypatch.setattr(rungs, "StateCache", Small)
     study = gputune.tune("mlp", *iris, space=SPACE, n_trials=27, method=gputune.Halving(min_epochs=1), **FAST)
     np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
     assert parked[0].held == 0
