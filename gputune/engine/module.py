@@ -3,16 +3,15 @@ torch.func.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.blocks import Block, Blocks
@@ -22,6 +21,7 @@ from gputune.engine.network import Shape
 from gputune.engine.objective import Objective
 from gputune.engine.population import ModelKind, module_arguments
 from gputune.engine.stateless import Stateless
+from gputune.engine.substitutes import Substitutes
 from gputune.engine.trace import TraceError
 from gputune.errors import InputError
 from gputune.seeding import keyed_draws
@@ -140,7 +140,6 @@ class StackedModule(ModuleNetwork):
         super().__init__(builder, configs, shape, seed=seed, traits=traits, objective=objective)
         _make_mappable(self.template)
         self.stateless = Stateless(self.template)
-        self.attends = any(isinstance(part, nn.MultiheadAttention) for part in self.template.modules())
         self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:
@@ -245,7 +244,6 @@ class StackedModule(ModuleNetwork):
         training: bool,
     ) -> tuple[Tensor, Params]:
         """Return what a function gives for each member and its part of tensors (P, ...), and the buffers after it."""
-        slow = self.attends and not training
 
         def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
             with self.stateless.holding({**own, **self.fixed}) as module:
@@ -253,7 +251,7 @@ class StackedModule(ModuleNetwork):
                 return result, self.stateless.held(self.kept)
 
         try:
-            with _SlowAttention() if slow else nullcontext():
+            with Substitutes():
                 result, after = vmap(of_member, randomness="same")(members, *tensors)
         except IndexError as error:
             raise InputError(
@@ -316,17 +314,6 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     for running, own in ((mean, own_mean), (var, own_var)):
         running.add_((own - running) / count)  # lerp_ is not mapped
     return outputs
-
-
-class _SlowAttention(TorchFunctionMode):
-    """Keeps attention from its fast path of evaluation, which has no derivative and no batching rule.
-
-    torch takes it where it sees no tensor that requires a gradient, and through vmap it sees none. This is per thread;
-    ``torch.backends.mha.set_fastpath_enabled`` is not.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 def layers_of(module: nn.Module) -> list[str]:

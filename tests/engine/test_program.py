@@ -57,6 +57,21 @@ def test_a_recorded_step_is_the_step(name, total):
         x.uniform_()
 
 
+@pytest.mark.parametrize("channels", [3, 8])
+def test_pooling_takes_the_first_of_equal_numbers(channels):
+    x, total = torch.randn(2, channels, 6, 7).clamp_min(0), torch.zeros(2, channels, 3, 3)
+    where = torch.zeros(2, channels, 3, 3, dtype=torch.int64)
+
+    def step():
+        pooled, indices = nn.functional.max_pool2d(x, 2, return_indices=True)
+        total.copy_(pooled), where.copy_(indices)
+
+    recorded(step)()
+    found = total.clone(), where.clone()
+    step()
+    assert torch.equal(found[0], total) and torch.equal(found[1], where) and total.any()
+
+
 REFUSED = {
     "reads a number": lambda t: t.sum().item(),
     "gives a tensor whose shape depends on numbers": lambda t: t[t > 0],
