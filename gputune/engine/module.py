@@ -20,6 +20,7 @@ from gputune.engine.draws import ModuleDraws, given_draws
 from gputune.engine.network import Shape
 from gputune.engine.objective import Objective
 from gputune.engine.population import ModelKind, module_arguments
+from gputune.engine.recurrent import KINDS, run_recurrent
 from gputune.engine.stateless import Stateless
 from gputune.engine.substitutes import Substitutes
 from gputune.engine.trace import TraceError
@@ -300,6 +301,8 @@ def _make_mappable(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
+        if isinstance(part, nn.RNNBase) and type(part) in KINDS:
+            part.forward = partial(run_recurrent, part)
 
 
 def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
