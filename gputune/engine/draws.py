@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gputune.engine.batches import Batch, Batches
-from gputune.engine.trace import TraceError, tensors
+from gputune.engine.trace import DispatchMode, TraceError, tensors
 from gputune.seeding import keyed_draws, start_stream
 
 _DRAW_BYTES = 64 << 20  # of draws that are made ahead
@@ -115,7 +114,7 @@ class ModuleDraws:
         return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
 
 
-class _Noting(TorchDispatchMode):
+class _Noting(DispatchMode):
     """Notes what is drawn."""
 
     def __init__(self) -> None:
@@ -149,7 +148,7 @@ def given_draws(draws: Sequence[Tensor]) -> Iterator[None]:
         yield
 
 
-class _Giving(TorchDispatchMode):
+class _Giving(DispatchMode):
     """Gives draws that were made before."""
 
     def __init__(self, draws: Sequence[Tensor]) -> None:

@@ -24,6 +24,14 @@ _RULES = (
 )
 
 
+class DispatchMode(TorchDispatchMode):
+    """A mode that torch.compile never sees: torch would import all of it, some seconds, to keep it from that."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
 class TraceError(RuntimeError):
     """A step did what cannot be recorded."""
 
@@ -106,7 +114,7 @@ def trace(step: Callable[[], None]) -> Trace:
     return Trace(mode.operations, mode.outside, mode.sizes)
 
 
-class _Tracing(TorchDispatchMode):
+class _Tracing(DispatchMode):
     """Runs operations and notes those that compute; a view only gives another place to memory that is known."""
 
     def __init__(self) -> None:

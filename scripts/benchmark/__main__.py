@@ -13,6 +13,7 @@
     python scripts/benchmark --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark --logistic          the solved logistic regression beside scikit-learn's
     python scripts/benchmark --profile           share of the matrix-product peak, and a trial's cost beside training
+    python scripts/benchmark --modules           modules of a user's own beside a plain loop on all cores
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
 
 The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
@@ -42,6 +43,7 @@ STUDIES = {
     "logistic": "60 values of C with each penalty, on digits",
     "profile": "32 trials of width 256, of 128; 10,000 of 16",
     "optuna": "a search of 160 trials for each of 10 seeds",
+    "modules": "six modules of a user's own beside a plain loop",
 }
 """What else is measured, each by the module of that name: what the option says of it."""
 
