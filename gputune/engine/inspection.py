@@ -182,6 +182,7 @@ class _Trial:
             return self._called(inputs, training=training)
 
     def _called(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+        self.trail.largest = 0  # of other numbers of rows
         try:
             with torch.set_grad_enabled(training):
                 module = self.module.train(training)

@@ -24,7 +24,7 @@ _RULES = (
 )
 
 
-class DispatchMode(TorchDispatchMode):
+class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A mode that torch.compile never sees: torch would import all of it, some seconds, to keep it from that."""
 
     @classmethod
