@@ -1,6 +1,7 @@
 """tune(): the search that a user calls."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
-from gputune.tuning.progress import Progress
+from gputune.tuning.progress import Progress, reading_bar
 
 
 def tune(
@@ -71,7 +72,8 @@ def tune(
                  "FILE.py:NAME"
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column. For a module
                  also arrays and tensors (n, ...) of any shape, integer tensors (n, T) of token ids, a tuple of several
-                 or a dict of keyword inputs, a map-style Dataset of torch's, a .npz or .pt file
+                 or a dict of keyword inputs, a map-style Dataset of torch's, a .npz or .pt file, or .npy
+                 files of X and of y
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
                  ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
     n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
@@ -144,9 +146,9 @@ def tune(
     )  # fmt: skip
     choice = choose_model(model, optimizer)
     try:
-        return search(
-            choice, read_source(X, y, groups, module=choice.kind == "module"), options, study_type=Study
-        )
+        bar = partial(reading_bar, verbose=options.verbose)
+        source = read_source(X, y, groups, module=choice.kind == "module", bar=bar)
+        return search(choice, source, options, study_type=Study)
     except SearchInterrupted as stopped:
         if not is_interactive():
             raise

@@ -8,24 +8,16 @@ Nothing is copied: memory-mapped arrays are read where their rows are gathered.
 """
 
 import math
-import pickle
 import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import IterableDataset, default_collate
 
 from gputune.errors import InputError
-
-ARRAY_SUFFIXES = (".npz", ".pt", ".pth")
-"""Of the files that hold arrays."""
 
 _BLOCK = 1 << 24
 """Numbers that are looked at at a time."""
@@ -90,6 +82,77 @@ def as_arrays(X: Any) -> Arrays | None:
     return None
 
 
+def refuse_lists(X: Any) -> None:
+    """Raise InputError for what looks like inputs of a module but is neither arrays nor a table: lists, images, texts.
+
+    The message says which part of X is none, and how it becomes one.
+    """
+    if is_image(X):
+        raise InputError(f"X is one PIL image; pass all of them: {_STACK_IMAGES}.")
+    if isinstance(X, np.ndarray) and X.dtype == object and X.ndim == 1:
+        X = list(X)
+    if isinstance(X, Mapping):
+        _refuse_part((f"X[{name!r}]", part) for name, part in X.items())
+    if isinstance(X, tuple):
+        _refuse_part((f"X[{i}]", part) for i, part in enumerate(X))
+    if isinstance(X, list | tuple) and X:
+        _refuse_items(X)
+
+
+def _refuse_part(parts: Iterable[tuple[str, Any]]) -> None:
+    """Raise InputError where some of a few inputs have rows of their own and one is no array."""
+    parts = list(parts)
+    if len(parts) > 8 or not any(len(_shape_of(part)) > 1 for _, part in parts):
+        return  # rows or columns of a table
+    for label, part in parts:
+        if not isinstance(part, Tensor | np.ndarray):
+            raise InputError(
+                f"{label} must be an array or a tensor, one for each input, got {type(part).__name__}; pass "
+                f"numpy.asarray({label})."
+            )
+
+
+def _refuse_items(X: Sequence[Any]) -> None:
+    kind = f"X is a {type(X).__name__} of {len(X)}"
+    if any(isinstance(item, str) for item in X):
+        raise InputError(
+            f"{kind} texts; give the words numbers, and pass a tensor of integers (rows, length), padded to one length."
+        )
+    if any(is_image(item) for item in X):
+        raise InputError(f"{kind} PIL images; pass {_STACK_IMAGES}.")
+    shapes = [_shape_of(item) for item in X]
+    if all(len(shape) < 2 for shape in shapes):
+        return  # rows of a table
+    other = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
+    several = "; where they are inputs of the module, pass a tuple of them" if len(X) < 9 else ""
+    if other is None:
+        stack = "torch.stack(X)" if isinstance(X[0], Tensor) else "numpy.stack(X)"
+        raise InputError(f"{kind} arrays of shape {shapes[0]}; pass one array, {stack}{several}.")
+    raise InputError(
+        f"{kind} arrays of unlike shapes: X[0] has {shapes[0]}, X[{other}] {shapes[other]}; pad or crop them to one "
+        f"shape and pass numpy.stack(X){several}."
+    )
+
+
+def is_image(value: Any) -> bool:
+    """Whether a value is an image of PIL's, which need not be installed."""
+    return type(value).__module__.partition(".")[0] == "PIL" and hasattr(value, "getpixel")
+
+
+_STACK_IMAGES = (
+    "numpy.stack([numpy.asarray(image) for image in X]), images of one size, which has the channels last: "
+    ".transpose(0, 3, 1, 2) puts them first, as torch's layers want them"
+)
+
+
+def _shape_of(item: Any) -> tuple[int, ...]:
+    if isinstance(item, Tensor | np.ndarray):
+        return tuple(item.shape)
+    if isinstance(item, list | tuple):
+        return (len(item), *(_shape_of(item[0]) if item else ()))
+    return ()
+
+
 def _checked(values: Sequence[Any], names: tuple[str, ...] | None) -> Arrays:
     if not values:
         raise InputError("X is empty; pass at least one array or tensor of rows.")
@@ -110,14 +173,9 @@ def _checked(values: Sequence[Any], names: tuple[str, ...] | None) -> Arrays:
 def _tensor(value: Any, label: str) -> Tensor:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
-            raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; convert it.")
+            raise InputError(f"{label} must hold numbers or booleans, got {value.dtype}; {_remedy(value)}.")
         value = _shared(value)
-    if value.layout is not torch.strided:
-        raise InputError(
-            f"{label} is a sparse tensor, and only dense input is supported; pass {label}.to_dense()."
-        )
-    if value.is_complex():
-        raise InputError(f"{label} must hold real numbers, got {value.dtype}; pass real and imaginary parts.")
+    _check_kind(value, label)
     if value.dim() == 0 or 0 in value.shape:
         raise InputError(
             f"{label} must have rows, and none of its axes may be empty, got shape {tuple(value.shape)}."
@@ -126,9 +184,43 @@ def _tensor(value: Any, label: str) -> Tensor:
     return tensor.to(_TAKEN_AS.get(tensor.dtype, tensor.dtype))
 
 
+def _check_kind(value: Tensor, label: str) -> None:
+    """Raise InputError for a tensor that is not dense real numbers in some memory."""
+    if value.is_nested:
+        raise InputError(
+            f"{label} is a nested tensor, whose rows are of unlike shapes; pass {label}.to_padded_tensor(0.0)."
+        )
+    if value.layout is not torch.strided:
+        raise InputError(
+            f"{label} is a sparse tensor, and only dense input is supported; pass {label}.to_dense()."
+        )
+    if value.is_meta:
+        raise InputError(f"{label} lies on the device 'meta', which holds no values; pass one that has them.")
+    if value.is_complex():
+        raise InputError(f"{label} must hold real numbers, got {value.dtype}; pass real and imaginary parts.")
+    if value.is_quantized:
+        raise InputError(f"{label} is quantized, {value.dtype}; pass {label}.dequantize() or .int_repr().")
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        raise InputError(
+            f"{label} must hold floats of 16 bits or more, got {value.dtype}; pass {label}.half()."
+        )
+
+
+def _remedy(array: np.ndarray) -> str:
+    """Return what makes numbers of an array of another kind."""
+    if array.dtype.kind in "SUT":
+        return "give each text a number, for example its place in a vocabulary"
+    if array.dtype.kind == "O":
+        return "its rows may be of unlike shapes: pad or crop them to one, then numpy.stack them"
+    return "convert it"
+
+
 def _shared(array: np.ndarray) -> Tensor:
     """Return a tensor over the memory of an array, which may be a file's that cannot be written; nothing writes."""
-    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    own = (
+        np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+    )  # torch has no long double
+    native = array.astype(own, copy=False)
     if any(stride < 0 for stride in native.strides):
         native = np.ascontiguousarray(native)
     # torch warns of memory that must not be written, and cannot be told that it will not be.
@@ -147,66 +239,6 @@ def _check_finite(arrays: Arrays, number: int, label: str) -> None:
                 f"{label} must be finite, got NaN or an infinite value in row {start + int(bad.int().argmax())}; "
                 "fill it, or leave that row out."
             )
-
-
-def read_array_file(path: Path) -> dict[str, Any]:
-    """Return the arrays of a .npz file, or the tensors of a .pt file that holds a dict of them, by their names.
-
-    Nothing is unpickled. Raises InputError for other contents, FileNotFoundError for a file that is not there.
-    """
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as found:
-                return dict(found)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (ValueError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{str(path)!r} cannot be read as arrays: {str(error).splitlines()[0]}; write it with numpy.savez, or "
-            "torch.save of a dict of tensors."
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise InputError(f"{str(path)!r} must hold a dict of tensors, got {type(found).__name__}; save one.")
-    return {str(name): value for name, value in found.items()}
-
-
-def read_dataset(
-    dataset: "TorchDataset[Any]", y: Any, bar: Callable[[Sequence[int]], Iterator[int]] = iter
-) -> tuple[Any, Any]:
-    """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once.
-
-    With ``y`` given, or None and items that are no pair, all of an item is inputs. ``bar`` shows how far it is. Raises
-    InputError for one without a length or with items of unlike shapes.
-    """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise InputError(
-            f"X is a {type(dataset).__name__}, which has no length; pass a map-style Dataset, with __len__ and "
-            "__getitem__, or its tensors."
-        )
-    items = [dataset[i] for i in bar(range(len(dataset)))]
-    try:
-        found = default_collate(items)
-    except (RuntimeError, TypeError) as error:
-        raise InputError(
-            f"the items of X, a {type(dataset).__name__}, cannot be stacked: {str(error).splitlines()[0]}. All must "
-            "have one shape; pad them, or let the dataset give tensors."
-        ) from error
-    if y is not None:
-        return _as_inputs(found), y
-    if not isinstance(found, list | tuple) or len(found) != 2:
-        raise InputError(
-            f"y is missing: the items of X, a {type(dataset).__name__}, are no pairs (inputs, target); pass y."
-        )
-    return _as_inputs(found[0]), found[1]
-
-
-def _as_inputs(found: Any) -> Any:
-    return (
-        tuple(found)
-        if isinstance(found, list) and len(found) > 1
-        else found[0]
-        if isinstance(found, list)
-        else found
-    )
 
 
 @dataclass(frozen=True)

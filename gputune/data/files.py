@@ -43,7 +43,7 @@ def read_table(source: str | Path) -> Table:
             f"there is no file {str(source)!r}; give a CSV or Parquet file or 'sklearn:iris'."
         )
     if path.is_dir():
-        raise InputError(f"{str(source)!r} is a folder; give the file in it.")
+        raise InputError(f"{str(source)!r} is a folder; {_of_folder(path)}.")
     if not path.is_file():  # a pipe would be waited for, a device has no end
         raise InputError(
             f"{str(source)!r} is a pipe or a device and no file; write its rows into a file first."
@@ -53,9 +53,23 @@ def read_table(source: str | Path) -> Table:
         return _read_parquet(path)
     if name.removesuffix(".gz").endswith((".csv", ".tsv")):
         return _read_text(path, tabs=name.removesuffix(".gz").endswith(".tsv"))
+    remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
     raise InputError(
-        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; convert it first."
+        f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}."
     )
+
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")
+_OF_IMAGES = (
+    "images go in as one array: in Python pass a Dataset such as torchvision.datasets.ImageFolder(folder, transform) "
+    "as X, or write numpy.savez('images.npz', image=X, label=y) with X (rows, channels, height, width), for a module"
+)
+
+
+def _of_folder(folder: Path) -> str:
+    """Return what to do with a folder: of images, or of anything else."""
+    files = (path for path, _ in zip(folder.rglob("*"), range(1000)))  # a large one is not gone through
+    return _OF_IMAGES if any(path.suffix.lower() in _IMAGES for path in files) else "give the file in it"
 
 
 def _read_bundled(name: str) -> Table:

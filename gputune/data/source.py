@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from gputune.data.arrays import ARRAY_SUFFIXES, Arrays, as_arrays, read_array_file, read_dataset
+from gputune.data.array_files import ARRAY_SUFFIXES, Bar, pick_arrays, read_dataset, refuse_loader
+from gputune.data.arrays import Arrays, as_arrays, refuse_lists
 from gputune.data.files import read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.table import Table, as_rows, as_table, quoted, split_target
@@ -118,18 +119,22 @@ class Source:
         return replace(self, X=X, y=y[positions], groups=groups, original=None)
 
 
-def read_source(X: Any, y: Any = None, groups: Any = None, *, module: bool = False) -> Source:
+def read_source(
+    X: Any, y: Any = None, groups: Any = None, *, module: bool = False, bar: Bar = iter
+) -> Source:
     """Return the rows of X and y.
 
     X is a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or the name of a column of X;
-    ``groups`` likewise. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's.
+    ``groups`` likewise. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's, whose items are
+    read behind a ``bar``.
     Raises InputError or FileNotFoundError for what cannot be read.
     """
     from_file = isinstance(X, str | Path)
     if from_file and Path(X).suffix in ARRAY_SUFFIXES:
         return _read_arrays(Path(X), y, groups, module=module)
+    refuse_loader(X)
     if module and isinstance(X, TorchDataset):
-        X, y = read_dataset(X, y)
+        X, y = read_dataset(X, y, bar)
     if from_file and y is None and str(X).startswith("sklearn:"):
         y = "target"
     if y is None and not from_file:
@@ -138,9 +143,12 @@ def read_source(X: Any, y: Any = None, groups: Any = None, *, module: bool = Fal
     if arrays is not None or isinstance(X, Tensor):
         if isinstance(y, str) or isinstance(groups, str):
             raise InputError(
-                f"y and groups must be arrays when X is a tensor, got y={y!r}, groups={groups!r}."
+                f"y and groups must be arrays when X is arrays or a tensor, got y={y!r}, groups={groups!r:.40}; pass "
+                "the values themselves."
             )
         return Source(checked_tensor(X) if arrays is None else arrays, y, "y", groups, None)
+    if module and not from_file:
+        refuse_lists(X)
     table = read_table(X) if from_file else as_table(X)
     origin: Origin | None = None
     if from_file:
@@ -163,22 +171,13 @@ def read_source(X: Any, y: Any = None, groups: Any = None, *, module: bool = Fal
 
 
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
-    """Return the arrays of a file, of which ``y`` names the target."""
-    values = read_array_file(path)
-    for option, name in (("y", y), ("groups", groups)):
-        if not (isinstance(name, str) and name in values) and not (option == "groups" and name is None):
-            raise InputError(
-                f"{option} must name one of the arrays of {str(path)!r}, which are {quoted(values)}, got {name!r}."
-            )
-    target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
-    if not values:
-        raise InputError(
-            f"{str(path)!r} holds no array but the target {y!r}; there is nothing to predict it from."
-        )
-    X = values if len(values) > 1 else next(iter(values.values()))
+    """Return the arrays of a file, of which ``y`` names the target, or those of .npy files."""
+    X, target, of_groups = pick_arrays(path, y, groups)
     source = read_source(X, target, of_groups, module=module)
+    if path.suffix == ".npy":
+        y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))
     origin = {"path": str(path.resolve()), "target": y, "groups": groups}
-    return replace(source, target=y, origin=origin, original=None)
+    return replace(source, target=Path(y).stem if path.suffix == ".npy" else y, origin=origin, original=None)
 
 
 def read_again(origin: Origin, *, module: bool = False) -> Source:

@@ -163,6 +163,10 @@ def _as_array(y: Any, name: str) -> np.ndarray:
             f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."
         )
     if isinstance(y, Tensor):
+        if y.is_meta:
+            raise InputError(
+                f"{name} lies on the device 'meta', which holds no values; pass one that has them."
+            )
         y = y.detach().cpu()
         return np.asarray((y.float() if y.is_floating_point() and y.dtype.itemsize < 4 else y).numpy())
     data = nw.from_native(y, pass_through=True, allow_series=True)

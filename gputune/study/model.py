@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gputune.data.arrays import ArrayLayout, Arrays, read_array_file
+from gputune.data.array_files import read_array_file
+from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import encode
 from gputune.data.encode import Layout
 from gputune.data.files import read_table

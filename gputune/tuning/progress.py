@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -44,6 +44,22 @@ class _Screen:
 
 _NO_SCREEN = AttributeError, OSError, ValueError
 """What standard error raises where there is none, where it is full or has no reader, where it is closed."""
+
+
+def reading_bar(numbers: Sequence[int], *, verbose: int) -> Iterable[int]:
+    """Go through numbers of items that are read, behind a bar where somebody watches."""
+    screen = _Screen()
+    notebook = "ipykernel" in sys.modules
+    bar: Iterable[int] = tqdm(
+        numbers,
+        desc="reading X",
+        unit="row",
+        file=None if notebook else screen,
+        disable=verbose < 1 or not (screen.isatty() or notebook),
+        dynamic_ncols=True,
+        leave=False,
+    )
+    return bar
 
 
 class Progress:

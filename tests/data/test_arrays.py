@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from gputune.data.arrays import (
-    ArrayLayout,
-    ArrayStatistics,
-    as_arrays,
-    fit_channels,
-    read_array_file,
-    read_dataset,
-)
+from gputune.data.array_files import read_array_file, read_dataset
+from gputune.data.arrays import ArrayLayout, ArrayStatistics, as_arrays, fit_channels
 from gputune.data.dataset import encode
-from gputune.data.source import fingerprint, read_source
+from gputune.data.source import fingerprint, read_again, read_source
 from gputune.errors import InputError
 
 IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
 IDS = torch.arange(12).view(6, 2)
+
+
+def _objects(rows):
+    array = np.empty(len(rows), dtype=object)
+    array[:] = rows
+    return array
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,51 @@ def test_a_table_is_no_array(X):
         (IMAGES.to(torch.complex64), "must hold real numbers, got torch.complex64"),
         (torch.empty(0, 2, 2), r"none of its axes may be empty, got shape \(0, 2, 2\)"),
         (IMAGES.where(IMAGES[3, 0, 1, 1] != IMAGES, torch.nan), "got NaN or an infinite value in row 3"),
+        (IMAGES.to("meta"), "X lies on the device 'meta', which holds no values"),
+        (IMAGES.to(torch.float8_e4m3fn), "floats of 16 bits or more, got torch.float8_e4m3fn; pass X.half()"),
+        (
+            {"a": _objects([[1], [2, 3]])},
+            r"X\['a'\] must hold .* got object; its rows may be of unlike shapes",
+        ),
     ],
 )
 def test_bad_arrays_are_refused(X, message):
     with pytest.raises(InputError, match=message):
         as_arrays(X)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (list(IMAGES), r"X is a list of 6 arrays of shape \(2, 3, 3\); pass one array, torch.stack\(X\)"),
+        (list(IMAGES.numpy()), r"pass one array, numpy.stack\(X\)"),
+        (
+            [*IMAGES, torch.zeros(2, 3, 4)],
+            r"unlike shapes: X\[0\] has \(2, 3, 3\), X\[6\] \(2, 3, 4\); pad or crop",
+        ),
+        (_objects([[[1.0, 2.0]], [[1.0]]]), r"X is a list of 2 arrays of unlike shapes"),
+        ([IDS, IMAGES], "where they are inputs of the module, pass a tuple of them"),
+        ((IDS, IDS.tolist()), r"X\[1\] must be an array or a tensor, one for each input, got list"),
+        (
+            {"a": IDS, "b": [1] * 6},
+            r"X\['b'\] must be an array or a tensor, .* pass numpy.asarray\(X\['b'\]\)",
+        ),
+        (["a text", "another"], "X is a list of 2 texts; give the words numbers"),
+    ],
+)
+def test_what_is_nearly_arrays_is_refused_by_name(X, message):
+    with pytest.raises(InputError, match=message):
+        read_source(X, [0] * 6, module=True)
+
+
+def test_images_of_pil_are_to_be_stacked():
+    image = pytest.importorskip("PIL.Image").fromarray(np.zeros((3, 3), np.uint8))
+    with pytest.raises(InputError, match=r"X is a list of 6 PIL images; pass numpy.stack\("):
+        read_source([image] * 6, [0] * 6, module=True)
+    with pytest.raises(InputError, match="X is one PIL image; pass all of them"):
+        read_source(image, [0] * 6, module=True)
+    with pytest.raises(InputError, match=r"item 0 of X, a Items, is a PIL image; .*transforms.ToTensor"):
+        read_dataset(Items([(image, 0)] * 6), None)
 
 
 def test_a_file_mapped_into_memory_is_not_copied(tmp_path):
@@ -117,12 +157,29 @@ class TestFiles:
     def test_what_is_no_array_is_not_unpickled(self, tmp_path):
         np.savez(tmp_path / "d.npz", a=np.array([{}], dtype=object))
         torch.save([1, 2], tmp_path / "d.pt")
+        torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pt")
         (tmp_path / "e.pt").write_bytes(b"PK nothing")
+        (tmp_path / "f.npz").mkdir()
         for name, message in [
-            ("d.npz", "cannot be read as arrays"), ("d.pt", "a dict of tensors, got list"), ("e.pt", "cannot be read")
+            ("d.npz", "holds Python objects"), ("d.pt", "a dict of tensors, got list"), ("e.pt", "cannot be read"),
+            ("m.pt", "holds more than tensors, which is not unpickled"), ("f.npz", "is a folder; give the file"),
         ]:  # fmt: skip
             with pytest.raises(InputError, match=message):
                 read_array_file(tmp_path / name)
+
+    def test_rows_and_targets_of_two_files(self, tmp_path):
+        np.save(tmp_path / "x.npy", IMAGES.numpy())
+        np.save(tmp_path / "label.npy", np.arange(6) % 2)
+        source = read_source(tmp_path / "x.npy", tmp_path / "label.npy", module=True)
+        assert torch.equal(source.X.parts[0], IMAGES) and source.target == "label"
+        again = read_again(source.origin, module=True)
+        assert fingerprint(again.X, again.y) == fingerprint(source.X, source.y)
+        for y, message in [
+            ("label", "y must be a .npy file too"),
+            (tmp_path / "no.npy", "y: there is no file"),
+        ]:
+            with pytest.raises(InputError, match=message):
+                read_source(tmp_path / "x.npy", y, module=True)
 
 
 class Items(Dataset):
@@ -146,6 +203,16 @@ class TestDatasets:
         X, y = read_dataset(TensorDataset(IMAGES, torch.arange(6)), None)
         assert torch.equal(X, IMAGES) and y.tolist() == [0, 1, 2, 3, 4, 5]
 
+    def test_the_tensors_of_a_tensor_dataset_are_taken_as_they_lie(self):
+        X, _ = read_dataset(
+            TensorDataset(IMAGES, IDS[:, 0]), None, bar=lambda numbers: pytest.fail("items were read")
+        )
+        assert X.data_ptr() == IMAGES.data_ptr()
+
+    def test_a_loader_is_refused(self):
+        with pytest.raises(InputError, match="X is a DataLoader, .* pass its dataset, loader.dataset"):
+            read_source(DataLoader(TensorDataset(IMAGES)), module=True)
+
     def test_named_inputs(self):
         X, _ = read_dataset(Items([({"a": IDS[i], "b": IMAGES[i]}, i) for i in range(6)]), None)
         assert torch.equal(X["a"], IDS) and torch.equal(X["b"], IMAGES)
@@ -163,6 +230,11 @@ class TestDatasets:
             ),
             (Items([(torch.zeros(2, 2), 0), (torch.zeros(2, 3), 1)]), "cannot be stacked"),
             (Items([torch.zeros(2, 2)] * 3), "are no pairs"),
+            (Items([]), r"X is a Items without items"),
+            (
+                Items({0: (torch.zeros(2), 0), 1: (torch.zeros(2), 0), 3: 4}),
+                "item 2 of X, a Items, raised KeyError: 2",
+            ),
         ],
     )
     def test_bad_ones_are_refused(self, dataset, message):

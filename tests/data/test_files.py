@@ -246,3 +246,11 @@ def test_a_table_as_a_frame_is_the_same_table(tmp_path):
     assert_same(as_table(frame), table)
     assert frame.schema["joined"] == pl.Datetime and frame.schema["member"] == pl.Boolean
     assert frame["city"].to_list() == ["Bonn", "Ulm", None] and frame["age"].to_list() == [31, None, 54]
+
+
+def test_images_are_no_table(tmp_path):
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "tom.JPG").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "cats" / "tom.JPG"):
+        with pytest.raises(InputError, match=r"images go in as one array: .*ImageFolder.* numpy.savez"):
+            read_table(path)

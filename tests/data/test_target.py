@@ -173,6 +173,11 @@ def test_bad_targets(y, task, message):
         check(y, task=task)
 
 
+def test_a_target_without_values():
+    with pytest.raises(InputError, match="y lies on the device 'meta', which holds no values"):
+        check_target(torch.zeros(3, device="meta"), n_rows=3)
+
+
 def test_sparse_and_wrong_length():
     with pytest.raises(InputError, match="sparse matrix"):
         check_target(csr_matrix(np.eye(2)), n_rows=2)

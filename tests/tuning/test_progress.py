@@ -10,7 +10,7 @@ from sklearn.datasets import load_iris
 
 import gputune
 from gputune.tuning import progress
-from gputune.tuning.progress import Progress
+from gputune.tuning.progress import Progress, reading_bar
 
 
 class FakePlan:
@@ -156,6 +156,13 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
         shown.bar.refresh()
     last = [line for line in capsys.readouterr().err.split("\r") if line.strip()][-1]
     assert "1/2 trial-epochs [" in last and " left, trials 0/2, best accuracy 1.0000, 2 members]" in last
+
+
+@pytest.mark.parametrize(("verbose", "shown"), [(1, True), (0, False)])
+def test_reading_a_dataset_shows_a_bar(monkeypatch, capsys, verbose, shown):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert list(reading_bar(range(3), verbose=verbose)) == [0, 1, 2]
+    assert ("reading X" in capsys.readouterr().err) == shown
 
 
 def test_a_notebook_gets_a_bar(monkeypatch):
