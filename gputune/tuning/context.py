@@ -97,6 +97,7 @@ class Context:
         if self.choice.module_class is not None:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
+            self._check_rows(groups)
         for remark in self.remarks:
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
@@ -218,6 +219,19 @@ class Context:
                 "that, or let backend='auto' train them one by one."
             )
         return traits.parameters
+
+    def _check_rows(self, groups: Sequence[Population]) -> None:
+        """Raise InputError for minibatches with fewer rows than the user's module can train on."""
+        known = known_traits(self.choice.module_class, self.data)
+        smallest = min(len(fold.train) for fold in self.data.folds)
+        for group in groups:
+            least = known[group.arguments].least_rows
+            rows = min(smallest, *(config["batch_size"] for config in group.configs))
+            if rows < least:
+                raise InputError(
+                    f"model: {self.choice.name} cannot train on a minibatch of one row, as BatchNorm cannot, and "
+                    f"batch_size={rows} gives no other; use minibatches of {least} rows or more."
+                )
 
     @property
     def remarks(self) -> tuple[str, ...]:

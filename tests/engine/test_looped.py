@@ -232,3 +232,12 @@ def test_what_cannot_be_had_is_refused():
         search("mlp", backend="loop")
     with pytest.raises(InputError, match="Gated trains one by one, since.*Hypergradients need members"):
         search(Gated, method="hypergradient", space={"lr": loguniform(1e-3, 1e-1)})
+
+
+def test_processes_and_halving_give_the_same_scores():
+    space = {"lr": [1e-3, 1e-2, 1e-1], "batch_size": [16]}
+    words = {"space": space, "n_trials": 3, "method": "halving"}
+    one, two = (search(Gated, **words, workers=workers) for workers in (1, 2))
+    for a, b in zip(one.trials, two.trials):
+        assert a.state == b.state
+        np.testing.assert_array_equal(a.fold_scores, b.fold_scores)

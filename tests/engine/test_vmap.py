@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import gputune
 import reference
 from gputune import seeding
 from gputune.data.dataset import Fold
@@ -153,6 +154,16 @@ def test_a_last_minibatch_of_one_row_is_left_out_where_statistics_need_two():
         partial(WithBatchNorm, n_features=5, n_outputs=3), *rows_of(data, 1)[:2], config, epochs=4
     )
     assert largest_difference(trained.member(1, 0), alone) <= 1e-9
+
+
+def test_minibatches_of_one_row_are_refused_where_statistics_need_two():
+    X, y = torch.randn(20, 3), torch.arange(20) % 2
+    with pytest.raises(
+        InputError, match="WithBatchNorm cannot train on a minibatch of one row.*batch_size=1 gives"
+    ):
+        gputune.tune(
+            WithBatchNorm, X, y, space={"batch_size": [1]}, n_trials=1, cv=2, max_epochs=1, verbose=0
+        )
 
 
 def test_buffers_survive_halving_and_a_resume():

@@ -159,6 +159,32 @@ def test_a_users_module_equals_its_plain_training():
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.parametrize("kind", [torch.nn.GRU, torch.nn.LSTM])
+def test_recurrent_layers_are_differentiated_twice(kind):
+    """Forward and reverse agree, and their slope is that of central differences."""
+
+    class Sequence(torch.nn.Module):
+        def __init__(self, n_features, n_outputs):
+            super().__init__()
+            self.cell, self.leave = kind(1, 3, batch_first=True), torch.nn.Linear(3, n_outputs)
+
+        def forward(self, x):
+            return self.leave(self.cell(x[..., None])[0][:, -1])
+
+    data, configs = make_data(), fill({"optimizer": "sgd", "lr": 0.3, "batch_size": 16})
+    network = StackedModule(Sequence, configs, shape_of(data), seed=0)
+    training = PopulationTraining(network, data, configs, seed=0, epochs=2)
+    values = tables(configs, 3)
+    problem = InnerProblem(training, "sgd", values)
+    a, b = (mode(problem, ("lr",)).gradients["lr"] for mode in (forward, reverse))
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
+    h, ends = 1e-5, []
+    for sign in (1, -1):
+        moved = {**values, "lr": values["lr"] + sign * h}
+        ends.append(training.validation(InnerProblem(training, "sgd", moved).train()))
+    torch.testing.assert_close(b.sum((1, 2)), (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-9)
+
+
 def test_a_class_that_a_fold_has_not_trained_on():
     """Its outputs take no part: the losses of the other rows, and all slopes, stay finite."""
     data = make_data("multiclass")
