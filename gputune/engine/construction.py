@@ -71,10 +71,10 @@ def call_arguments(builder: Builder, sizes: Mapping[str, Any], arguments: Config
     for name in arguments:
         if name not in named and not open_ended:
             raise InputError(
-                f"space: module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it."
+                f"module__{name} is no argument of {name_of(builder)}{signature}; remove it or rename it."
             )
         if name in sizes:
-            raise InputError(f"space: module__{name} is given by the data; remove it.")
+            raise InputError(f"module__{name} is given by the data; leave it out.")
     asked = named | ({"n_features", "n_outputs"} if open_ended else set())
     asked -= (
         set(builder.keywords) if isinstance(builder, partial) else set()

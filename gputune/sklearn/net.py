@@ -1,12 +1,15 @@
 """NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
 
+import functools
 import inspect
-from collections.abc import Collection
-from typing import Any, ClassVar, Self, cast
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
+from gputune.engine.construction import Builder, call_arguments
 from gputune.engine.population import module_arguments
 from gputune.errors import InputError
 from gputune.search.config import check_value
@@ -18,59 +21,37 @@ from gputune.sklearn.base import (
     keep_parameters,
 )
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
+from gputune.study.module_source import is_builder
 from gputune.types import OPTIMIZERS
 
 _PREFIX = "module__"
-_SIZES = ("n_features", "n_outputs")
+_SIZES = {"n_features": 0, "n_outputs": 0, "input_shape": ()}
 
 
-class UserModule:
-    """Builds ``module_class(**arguments)``, with ``n_features`` and ``n_outputs`` where its signature has them.
-
-    Two of one class are equal. Raises InputError for what is no class of modules.
-    """
-
-    def __init__(self, module_class: Any) -> None:
-        if isinstance(module_class, nn.Module):
-            raise InputError(
-                f"module must be the class, not an instance, since every fit builds its own: pass "
-                f"{type(module_class).__name__}, and its arguments as module__*."
-            )
-        if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
-            raise InputError(f"module must be a torch.nn.Module class, got {module_class!r}.")
-        self.module_class = module_class
-        # What an error calls it, and where a process that trains it finds it.
-        self.__name__, self.__module__ = module_class.__name__, module_class.__module__
-        own = inspect.signature(module_class).parameters
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in own.values())
-        named = {name for name, p in own.items() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        self._sizes = tuple(name for name in _SIZES if name in named or self._takes_any)
-        self._arguments = named - set(_SIZES)
-        # The engine passes arguments by name, and reads here which ones there are.
-        self.__signature__ = inspect.Signature(
-            [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(named | set(_SIZES))]
-            + [p for p in own.values() if p.kind is p.VAR_KEYWORD]
+def _builder(module: Any, arguments: Mapping[str, Any]) -> Builder:
+    """Return what makes an estimator's module. Raises InputError for anything else, and for arguments it has not."""
+    if isinstance(module, nn.Module):
+        raise InputError(
+            f"module must be the class, not an instance, since every fit builds its own: pass "
+            f"{type(module).__name__}, and its arguments as module__*."
         )
+    if not is_builder(module):
+        raise InputError(
+            f"module must be a torch.nn.Module class, or a function that makes modules, got {module!r}."
+        )
+    call_arguments(module, _SIZES, dict(arguments))
+    if isinstance(module, functools.partial):
+        with suppress(TypeError):  # an argument that cannot be hashed
+            return _same_partial(module.func, module.args, tuple(module.keywords.items()))
+    return module
 
-    def __call__(self, *, n_features: int, n_outputs: int, **arguments: Any) -> nn.Module:
-        sizes = {"n_features": n_features, "n_outputs": n_outputs}
-        module: nn.Module = self.module_class(**{name: sizes[name] for name in self._sizes}, **arguments)
-        return module
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, UserModule) and other.module_class is self.module_class
-
-    def __hash__(self) -> int:
-        return hash(self.module_class)
-
-    def check_arguments(self, names: Collection[str]) -> None:
-        """Raise InputError for an argument that the class has not, or that the data gives."""
-        for name in names:
-            if name in _SIZES:
-                raise InputError(f"module__{name} is given by the data; leave it out.")
-            if name not in self._arguments and not self._takes_any:
-                signature = f"{self.__name__}{inspect.signature(self.module_class)}"
-                raise InputError(f"module__{name} is no argument of {signature}; remove it or rename it.")
+@functools.cache
+def _same_partial(
+    make: Builder, arguments: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]
+) -> Builder:
+    """Return one partial for all that are alike, which scikit-learn's clones are: they train together."""
+    return functools.partial(make, *arguments, **dict(keywords))
 
 
 _OPTIMIZERS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
@@ -157,8 +138,7 @@ class _NeuralNet(TrainedEstimator):
                 f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
             )
         self._checked_params()
-        module = UserModule(self.module)
-        module.check_arguments(module_arguments(self._module_arguments))
+        module = _builder(self.module, module_arguments(self._module_arguments))
         _check_criterion(self.criterion, self._loss)
         optimizer, momentum = _optimizer(self.optimizer), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
@@ -181,7 +161,7 @@ class _NeuralNet(TrainedEstimator):
             epochs=whole_number("max_epochs", self.max_epochs),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
-            module=cast(type[nn.Module], module),  # to the engine, what builds a module is its class
+            module=module,
         )
 
 

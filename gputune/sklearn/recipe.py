@@ -6,8 +6,9 @@ from numbers import Integral
 from typing import Any
 
 from sklearn.utils import check_random_state
-from torch import Tensor, nn
+from torch import Tensor
 
+from gputune.engine.construction import Builder
 from gputune.engine.population import ModelKind, complete
 from gputune.errors import InputError
 from gputune.search.config import check_value
@@ -55,7 +56,7 @@ class Recipe:
     epochs: int
     seed: int
     device: str
-    module: type[nn.Module] | None
+    module: Builder | None
     state: RungState | None = None
 
     @property

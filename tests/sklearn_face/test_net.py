@@ -1,4 +1,5 @@
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -77,6 +78,17 @@ def test_the_criterion_may_be_the_cross_entropy(criterion):
     NeuralNetRegressor(Net, criterion=nn.MSELoss(), max_epochs=1).fit(*IRIS)
 
 
+def make_net(n_features, n_outputs, hidden=4):
+    return nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
+
+
+@pytest.mark.parametrize("build", [make_net, partial(make_net, hidden=5)])
+def test_a_function_that_makes_modules_is_a_module(build):
+    net = NeuralNetClassifier(build, max_epochs=20, lr=0.05, module__hidden=6, random_state=0).fit(*IRIS)
+    assert net.score(*IRIS) > 0.6 and net.module_[0].out_features == 6
+    assert clone(net).fit(*IRIS).score(*IRIS) == pickle.loads(pickle.dumps(net)).score(*IRIS)
+
+
 def test_a_module_that_cannot_be_stacked_trains_one_by_one():
     net = NeuralNetClassifier(Gated, max_epochs=60, lr=0.1).fit(*IRIS)
     assert net.score(*IRIS) > 0.6
@@ -84,7 +96,10 @@ def test_a_module_that_cannot_be_stacked_trains_one_by_one():
 
 REFUSED = [
     ({"module": Net(4, 3)}, "module must be the class, not an instance.*pass Net"),
-    ({"module": "Net"}, "module must be a torch.nn.Module class, got 'Net'"),
+    (
+        {"module": "Net"},
+        "module must be a torch.nn.Module class, or a function that makes modules, got 'Net'",
+    ),
     ({"module": Probabilities}, "module: Probabilities returns probabilities.*leave out the softmax"),
     (
         {"module": PlainNet, "module__outputs": 5},
