@@ -59,6 +59,7 @@ def test_a_command_tunes_images_of_a_file(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(inspect_source)
     code, out, err = run("tune", "images.npz", "--target", "label", "--model", "net.py:Images", *FAST)
     assert code == 0, err
+    assert "Inputs   float32 (rows, 1, 6, 6)" in out
     code, out, err = run("predict", "gputune-out/model", "images.npz", "--trust-code")
     assert code == 0, err
     assert len(out.splitlines()) == 49

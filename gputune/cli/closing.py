@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
+from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.engine.estimators import fitted
@@ -139,7 +140,7 @@ def _understood(ending: Ending, width: int) -> str:
     apart = "" if ending.held_out is None else f" and {ending.held_out.rows} held out"
     lines = [
         ("Data", f"{ending.file}: {record.fingerprint['rows']} rows to search on{apart}"),
-        ("Columns", _columns(ending)),
+        _inputs(ending),
         ("Task", _task(ending.study)),
         ("Search", _search(ending.study)),
         *_method(ending.study),
@@ -147,15 +148,20 @@ def _understood(ending: Ending, width: int) -> str:
     return _labelled([*lines, *(("Note", note) for note in record.notes)], width)
 
 
-def _columns(ending: Ending) -> str:
+def _inputs(ending: Ending) -> tuple[str, str]:
     X = ending.rest.X
+    if isinstance(X, Arrays):
+        return "Inputs", str(ArrayLayout.of(X))
     kinds = Counter(X.kinds) if isinstance(X, Table) else {}
     named = ", ".join(count(number, kind) for kind, number in kinds.items())
-    return f"{named}, made into {count(ending.study.record.features, 'feature')}"
+    return "Columns", f"{named}, made into {count(ending.study.record.features, 'feature')}"
 
 
 def _task(study: Study) -> str:
     classes, target = study.record.classes, clean(study.record.target)
+    if study.record.task in ("multilabel", "custom"):
+        kind = "several labels" if study.record.task == "multilabel" else "a target as it is"
+        return f"{kind}: predict {target!r}"
     if classes is None:
         return f"regression: predict the number {target!r}"
     shown = ", ".join(clean(name) for name in classes[:10])

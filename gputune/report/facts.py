@@ -116,6 +116,7 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("target", record.target),
         ("task", record.task),
         ("classes", f"{len(classes)}: {shown}" if classes else None),
+        ("loss", record.objective),
         ("positive class", record.positive),
         ("model", record.model),
         ("optimizer", record.optimizer),
