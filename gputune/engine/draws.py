@@ -114,12 +114,20 @@ class ModuleDraws:
         return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
 
 
+def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
+    """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws`` does."""
+    with torch.no_grad(), (noting := _Noting()):
+        forward()
+    return tuple(noting.results)
+
+
 class _Noting(DispatchMode):
-    """Notes what is drawn."""
+    """Notes what is drawn, and how."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.draws: list[_Draw] = []
+        self.results: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,6 +137,9 @@ class _Noting(DispatchMode):
             if not plain or kwargs.get("generator") is not None:
                 raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
             self.draws.append(_Draw(func, tuple(map(_emptied, args)), kwargs))
+            result = func(*args, **kwargs)
+            self.results.append(result.clone())  # the module goes on in place
+            return result
         return func(*args, **kwargs)
 
 
@@ -159,4 +170,6 @@ class _Giving(DispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         drawn = next(self.draws)
+        if args and isinstance(args[0], Tensor):  # a substitute may have other axes for the same numbers
+            drawn = drawn.reshape(args[0].shape)
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn

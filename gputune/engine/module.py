@@ -3,7 +3,7 @@ torch.func.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.construction import Builder, build_module, name_of
-from gputune.engine.draws import ModuleDraws, given_draws
+from gputune.engine.draws import ModuleDraws, draws_of, given_draws
 from gputune.engine.network import Shape
 from gputune.engine.objective import Objective
 from gputune.engine.population import ModelKind, module_arguments
@@ -155,16 +155,19 @@ class StackedModule(ModuleNetwork):
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
         if not ahead:
             return None  # its own, by the key of the minibatch
-        if self.objective.augment is not None or (self.objective.step is not None and self.traits.draws):
-            raise TraceError(
-                "augment and training_step draw by the key of the minibatch, which no recording knows"
-            )
-        member = {k: w[None] for k, w in (self.first | self.kept).items()}
+        if self.objective.augment is not None:
+            raise TraceError("augment draws by the key of the minibatch, which no recording knows")
+        return ModuleDraws(self._alone, batches, self.seed)
 
-        def forward(batch: Batch) -> object:
-            return self._forward(member, [x[:1] for x in batch.inputs], training=True)
+    def _alone(self, batch: Batch) -> object:
+        """Compute the losses of one member as a plain module, to see what it draws.
 
-        return ModuleDraws(forward, batches, self.seed)
+        The numbers depend on how a tensor lies in memory, which is not how a member's part of a stacked one lies.
+        """
+        values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
+        inputs, names = [x[0] for x in batch.inputs], self.shape.names
+        with self.stateless.holding(values) as module:
+            return self.objective.losses(module.train(), inputs, batch.y[0], self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
         trials = len(self.configs)
@@ -194,7 +197,14 @@ class StackedModule(ModuleNetwork):
         """What is drawn inside is the minibatch's, made ahead or by its key."""
         if isinstance(batch.draws, tuple):
             return given_draws(batch.draws)
-        return keyed_draws(self.shape.device, self.seed, "dropout", *batch.key)
+        if not self.traits.draws:
+            return nullcontext()
+        keyed = partial(keyed_draws, self.shape.device, self.seed, "dropout", *batch.key)
+        try:
+            with keyed():
+                return given_draws(draws_of(partial(self._alone, batch)))
+        except TraceError:
+            return keyed()
 
     def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Params]:
         """Return row losses (F, C, B) of a minibatch, or means (F, C) of the user's own, and the buffers after it."""

@@ -1,0 +1,155 @@
+"""The laws of user's modules: whatever way it trains, a member is what a plain PyTorch loop makes, after 51 steps."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import reference
+from gputune.engine.inspection import traits_of
+from gputune.engine.job import Job, train_chunk
+from gputune.engine.population import Population
+from problems import fill, largest_difference, make_data
+
+EPOCHS, HALF = 17, 8  # of three steps each
+G = torch.Generator().manual_seed(3)
+N = 61
+IMAGES = torch.rand(N, 2, 6, 6, generator=G, dtype=torch.float64)
+SEQUENCES = torch.randn(N, 5, 3, generator=G, dtype=torch.float64)
+IDS, NUMBERS = torch.randint(9, (N, 4), generator=G), torch.randn(N, 2, generator=G, dtype=torch.float64)
+
+
+class Convolutions(nn.Sequential):
+    def __init__(self, n_outputs):
+        first = nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)
+        then = nn.Conv2d(4, 3, 2), nn.BatchNorm2d(3), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        super().__init__(*first, *then, nn.Dropout(0.1), nn.Linear(3, n_outputs))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, n_features, n_outputs, kind):
+        super().__init__()
+        self.cell = kind(n_features, 4, num_layers=2, batch_first=True, dropout=0.2, bidirectional=True)
+        self.head = nn.Linear(8, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0][:, -1])
+
+
+class Encoder(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.enter = nn.Linear(n_features, 4)
+        layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.1, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(4, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.encoder(self.enter(x)).mean(1))
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.code, self.head = nn.Embedding(9, 3), nn.Linear(5, n_outputs)
+
+    def forward(self, ids, number):
+        return self.head(torch.cat([self.code(ids).mean(1), number], 1))
+
+
+class Shared(nn.Module):
+    """One weight twice: as an embedding of ids and to compare with."""
+
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.code, self.head = nn.Embedding(9, 3), nn.Linear(9, n_outputs)
+        self.inner = nn.Linear(3, 9, bias=False)
+        self.inner.weight = self.code.weight
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.inner(self.code(ids).mean(1))))
+
+
+class Branching(Convolutions):
+    """What vmap refuses: a decision on numbers."""
+
+    def forward(self, x):
+        return super().forward(x * 2 if x.mean() > 0.5 else x)
+
+
+CASES = {
+    "cnn": (Convolutions, (IMAGES,)),
+    "gru": (partial(Recurrent, kind=nn.GRU), (SEQUENCES,)),
+    "lstm": (partial(Recurrent, kind=nn.LSTM), (SEQUENCES,)),
+    "encoder": (Encoder, (SEQUENCES,)),
+    "two inputs": (TwoInputs, (IDS, NUMBERS)),
+    "shared": (Shared, (IDS,)),
+    "branching": (Branching, (IMAGES,)),
+}
+CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 3e-3, 1e-2)))
+
+
+class Rows:
+    """Several inputs, as the oracle indexes and passes one."""
+
+    def __init__(self, parts):
+        self.parts, self.dtype = parts, torch.float64
+
+    def __len__(self):
+        return len(self.parts[0])
+
+    def __getitem__(self, rows):
+        return Rows([part[rows] for part in self.parts])
+
+
+def plain(builder, **sizes):
+    """Build the module as a loop of one's own calls it: with all inputs of a batch."""
+    module = builder(**sizes)
+    forward = module.forward
+    module.forward = lambda rows: forward(*rows.parts)
+    return module
+
+
+def case(name, dtype=torch.float64):
+    build, inputs = CASES[name]
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    data = replace(make_data(folds=2, dtype=dtype), inputs=tuple(x[None] for x in inputs), copies=(0, 0))
+    return build, replace(data, scaling=(None,) * len(inputs))
+
+
+def trained(build, data, backend, configs=CONFIGS, epochs=EPOCHS):
+    job = Job(seed=0, epochs=epochs, horizon=EPOCHS, module_class=build, backend=backend)
+    return train_chunk(job, data, Population("module", tuple(range(len(configs))), tuple(configs)))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The plain loop's module of a case, fold 1 and a trial, which is trained once."""
+    known = {}
+
+    def of(name, trial):
+        if (name, trial) not in known:
+            build, data = case(name)
+            rows = data.folds[1].train
+            sizes = {"n_outputs": 3}
+            if name in ("gru", "lstm", "encoder"):
+                sizes["n_features"] = 3
+            x = Rows([part[0, rows] for part in data.inputs])
+            known[name, trial] = reference.train_module(
+                partial(plain, build, **sizes), x, data.y[rows], CONFIGS[trial], epochs=EPOCHS
+            )
+        return known[name, trial]
+
+    return of
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
+def test_a_member_is_what_a_plain_loop_makes(name, backend, alone):
+    build, data = case(name)
+    assert bool(traits_of(build, CONFIGS[0], data).unstackable) == (name == "branching")
+    members = trained(build, data, backend)
+    for trial in range(len(CONFIGS)):
+        assert largest_difference(members.member(1, trial), alone(name, trial)) <= 1e-8
