@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +101,10 @@ def call_module(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str
     return result
 
 
-def first_output(outputs: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+def first_output(outputs: Any) -> Tensor:
     """Return what a module with several heads predicts: the first of its outputs."""
-    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+    first: Tensor = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    return first
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:

@@ -125,7 +125,7 @@ class SearchRecord:
     cv: str = _part("")
     folds: int = _part(0, logged=True)
     splits: str = _part("", "folds (cv, groups)", training=True)
-    objective: str = _part("", "loss (training_step, augment)", training=True)
+    objective: str = _part("", "loss", training=True)
     scoring: str = _part("", "scoring", training=True, logged=True)
     positive: str | bool | float | None = _argument(
         None, "positive", form=(str, bool, float, None), logged=True

@@ -11,7 +11,17 @@ from gputune.cli.arguments import make_parser
 from gputune.cli.wording import flags, in_flags
 from gputune.study.record import IDENTITY
 
-PYTHON_ALONE = {"X", "y", "include", "class_weight", "sample_weight", "epoch", "callbacks"}
+PYTHON_ALONE = {
+    "X",
+    "y",
+    "include",
+    "class_weight",
+    "sample_weight",
+    "epoch",
+    "callbacks",
+    "training_step",
+    "augment",
+}
 OF_METHODS = {
     field.name
     for method in (gputune.Halving, gputune.Median, gputune.Hypergradient)

@@ -170,7 +170,7 @@ def test_a_regression_module_may_return_one_value_a_row(frame):
         (lambda output: output[:, :1], ("a", "b"), r"\(30, 1\)"),
         (lambda output: output[:, 0], ("a", "b"), r"\(30,\)"),
         (lambda output: output.T, None, r"\(1, 30\)"),
-        (lambda output: (output,), None, "tuple"),
+        (lambda output: {"output": output}, None, "dict"),
     ],
 )
 def test_a_module_with_another_output_is_named(frame, shape, classes, got):
@@ -178,6 +178,12 @@ def test_a_module_with_another_output_is_named(frame, shape, classes, got):
     model = make_model(frame, classes=classes, module=odd)
     with refused(rf"Odd must return a tensor of shape \(30, [12]\), got {got}; correct"):
         model.predict(frame)
+
+
+def test_of_several_heads_the_first_predicts(frame):
+    heads = type("Heads", (Net,), {"shape": staticmethod(lambda output: (output, output.mean()))})
+    expected = make_model(frame, module=Net).predict(frame)
+    np.testing.assert_array_equal(make_model(frame, module=heads).predict(frame), expected)
 
 
 def test_repr(frame):

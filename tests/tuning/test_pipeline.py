@@ -520,7 +520,7 @@ def test_more_bad_input(tmp_path, iris):
     X, y = iris
     with refused("solved with optimizer='exact' predicts classes"):
         gputune.tune("logistic", X, X[:, 0], **FAST)
-    with refused("y and groups must be arrays when X is a tensor"):
+    with refused("y and groups must be arrays when X is arrays or a tensor"):
         gputune.tune("mlp", torch.tensor(X), "target", **FAST)
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     with refused("y must name the target column of the file"):
