@@ -38,10 +38,8 @@ class Arrays:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What messages call the inputs: X, X[0], X['image']."""
-        if self.names is not None:
-            return tuple(f"X[{name!r}]" for name in self.names)
-        return ("X",) if len(self.parts) == 1 else tuple(f"X[{i}]" for i in range(len(self.parts)))
+        """What messages call the inputs."""
+        return input_labels(len(self.parts), self.names)
 
     def select(self, rows: np.ndarray) -> "Arrays":
         """Return the given rows."""
@@ -61,6 +59,13 @@ class Arrays:
         rows = max(1, _BLOCK // max(1, x[0].numel()))
         for start in range(0, len(x), rows):
             yield start, x[start : start + rows]
+
+
+def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return what messages call so many inputs: X, X[0], X['image']."""
+    if names is not None:
+        return tuple(f"X[{name!r}]" for name in names)
+    return ("X",) if number == 1 else tuple(f"X[{i}]" for i in range(number))
 
 
 def as_arrays(X: Any) -> Arrays | None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics
+from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, Weights
@@ -120,6 +120,11 @@ class Dataset:
         """The only input, (V, n, D): a table."""
         (x,) = self.inputs
         return x
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What messages call the inputs."""
+        return input_labels(len(self.inputs), self.names)
 
     @property
     def n_rows(self) -> int:

@@ -143,7 +143,7 @@ def read_source(
     if arrays is not None or isinstance(X, Tensor):
         if isinstance(y, str) or isinstance(groups, str):
             raise InputError(
-                f"y and groups must be arrays when X is arrays or a tensor, got y={y!r}, groups={groups!r:.40}; pass "
+                f"y and groups must be arrays when X is a tensor or arrays, got y={y!r}, groups={groups!r:.40}; pass "
                 "the values themselves."
             )
         return Source(checked_tensor(X) if arrays is None else arrays, y, "y", groups, None)

@@ -62,7 +62,7 @@ def call_arguments(builder: Builder, sizes: Mapping[str, Any], arguments: Config
     """Return what a builder is called with: of the ``sizes`` those that its signature has, and the ``arguments``.
 
     What takes any keyword gets the numbers of features and outputs. Raises InputError, before anything is made, for an
-    argument that it has not.
+    argument that it has not, and for one that it needs and nothing gives.
     """
     signature = inspect.signature(builder)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
@@ -79,7 +79,15 @@ def call_arguments(builder: Builder, sizes: Mapping[str, Any], arguments: Config
     asked -= (
         set(builder.keywords) if isinstance(builder, partial) else set()
     )  # what a partial has set stays so
-    return {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
+    given = {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
+    for name, parameter in signature.parameters.items():
+        if kinds[name] in (_EITHER, _KEYWORD) and parameter.default is parameter.empty and name not in given:
+            raise InputError(
+                f"model: {name_of(builder)}{signature} asks for {name!r}, which the data do not give: put "
+                f"'module__{name}' into the space (some values, or one), give it a default, or pass "
+                f"functools.partial({name_of(builder)}, {name}=...)."
+            )
+    return given
 
 
 _EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch
 from gputune.engine.construction import Builder, build_module, name_of
+from gputune.engine.embeddings import check_ids
+from gputune.engine.hints import hint
 from gputune.engine.module import StackedModule, Traits
 from gputune.engine.network import Shape, call_module
 from gputune.engine.objective import Objective
@@ -60,6 +62,7 @@ def traits_of(
             dtype=data.dtype,
             objective=objective,
             y=data.example_target(EXAMPLES),
+            data=data,
         )
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
@@ -81,11 +84,13 @@ def inspect_module(
     dtype: torch.dtype | None = None,
     objective: Objective | None = None,
     y: Tensor | None = None,
+    data: Dataset | None = None,
 ) -> Traits:
     """Return what a user's module does with ``inputs`` (B, ...), some of the rows that it will train on.
 
     ``dtype`` is that of its parameters, by default that of the first input; ``y`` (B, ...) are the rows' targets, where
-    the loss of the ``objective`` depends on more than their shape. Raises InputError, ending in ``columns``
+    the loss of the ``objective`` depends on more than their shape; of all the ``data`` ids are looked at. Raises
+    InputError, ending in ``columns``
     (a sentence on how the rows came from the user's) where shapes may be the cause, for a module that fails, returns
     another shape than (B, ``n_outputs``), or has nothing to train.
     """
@@ -103,6 +108,8 @@ def inspect_module(
     )
     trial = _Trial(builder, config, x, shape, columns, objective, y)
     module = trial.module
+    if data is not None:
+        check_ids(module, data, trial.name)
     before, numbers = trial.buffers(), [trial.numbers()]
     draws = trial.draws()
     for _ in range(2):
@@ -115,6 +122,7 @@ def inspect_module(
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
     few = trial.forward([part[:2] for part in x], training=False)
+    losses = trial.losses()
     traits = Traits(
         changing=changing,
         least_rows=1 if trial.takes_one_row() else 2,
@@ -122,7 +130,8 @@ def inspect_module(
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
         draws=draws,
-        row_losses=trial.losses().dim() > 0,
+        row_losses=losses.dim() > 0,
+        at_start=_at_start(trial, alone, losses),
     )
     counted = _counted(numbers)
     reason = _of_itself(module, counted) or _of_stacking(trial, traits)
@@ -194,14 +203,14 @@ class _Trial:
             takes = " and ".join(f"a {_kind(part)} tensor of shape {_any_rows(part)}" for part in inputs)
             raise InputError(
                 f"model: the forward of {self.name}{self.trail} raised {type(error).__name__}: {error}. It must take "
-                f"{takes} and return (rows, {self.shape.n_outputs}).{self.columns}"
+                f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}{self.columns}"
             ) from error
         self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
         return outputs
 
     def losses(self) -> Tensor:
         """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
-        if self.objective is None or self.y is None or self.objective.is_named:
+        if self.objective is None or self.y is None:
             return torch.zeros(len(self.inputs[0]))
         name = self.objective.name
         try:
@@ -222,7 +231,7 @@ class _Trial:
                 f"the loss {name} must return row losses of shape (rows,) or their mean, a tensor (), got {found} for "
                 f"{rows} rows."
             )
-        if not bool(losses.isfinite().all()):
+        if not self.objective.is_named and not bool(losses.isfinite().all()):
             raise InputError(
                 f"the loss {name} is not finite on the first rows; check its inputs and its formula."
             )
@@ -236,7 +245,8 @@ class _Trial:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
-            f"rows; its last layer must have n_outputs outputs (logits for classes).{self.columns}"
+            f"rows; its last layer must have n_outputs outputs (logits for classes).{_of_shape(found, n_outputs)}"
+            f"{self.columns}"
         )
 
     def _fits(self, outputs: object, rows: int) -> bool:
@@ -259,6 +269,33 @@ class _Trial:
             return self._fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
         except InputError:
             return False
+
+
+def _at_start(trial: _Trial, outputs: Tensor, losses: Tensor) -> str:
+    """Return what is not finite before anything is trained, in words; "" where all is, or -inf for a class."""
+    if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
+        return ""
+    what = "outputs that are" if not bool(outputs.isfinite().all()) else "a loss that is"
+    arguments = ", ".join(f"{k}={v!r}" for k, v in module_arguments(trial.config).items())
+    return (
+        f"{trial.name}({arguments}) gives {what} not finite on the first training rows, before anything has trained; "
+        "look in its forward for a division by zero, the logarithm of 0 or a root of it, and for inputs that are too "
+        "large, which numbers='standard' scales."
+    )
+
+
+def _of_shape(found: Any, n_outputs: int) -> str:
+    """Return what such outputs usually come from, a sentence."""
+    if not isinstance(found, tuple):
+        return " Of several outputs return the first, or train them by training_step." * (found in _SEVERAL)
+    if n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
+        return " A target of two classes takes two logits a row."
+    if len(found) > 2:
+        return " Axes beside the rows are to be pooled or flattened away."
+    return ""
+
+
+_SEVERAL = ("tuple", "list", "dict")
 
 
 def _counted(numbers: Sequence[dict[str, Any]]) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ class Traits:
     parameters   number of parameters that are trained
     draws        whether a forward in training draws random numbers
     row_losses   whether the loss gives a number a row, rather than their mean
+    at_start     what is not finite before anything has trained, in words, "" where all is
     unstackable  why its members cannot be stacked, "" where they can
     """
 
@@ -52,6 +53,7 @@ class Traits:
     parameters: int = 0
     draws: bool = True
     row_losses: bool = True
+    at_start: str = ""
     unstackable: str = ""
 
 

@@ -1,7 +1,8 @@
 """The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
+from gputune.engine.blame import explained
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
 from gputune.engine.looped import LoopChunk, LoopedModule
@@ -165,11 +167,13 @@ def train(
     while epoch < epochs and chunk.alive:
         work = sum(each_epoch[trial] for trial in chunk.alive)
         begun = time.perf_counter()
-        chunk.advance(epoch)
+        with _explaining(chunk, data, epoch):
+            chunk.advance(epoch)
         trained = time.perf_counter()
         epoch += 1
         if scoring is not None:
-            scores = chunk.scores()
+            with _explaining(chunk, data, epoch):
+                scores = chunk.scores()
             curves[chunk.alive, epoch - 1] = scores
             chunk.keep(np.isfinite(scores).all(1))
         scored = (trained - begun) * chunk.scoring_share
@@ -177,6 +181,18 @@ def train(
         if after_epoch is not None and after_epoch(so_far()):
             break
     return so_far()
+
+
+@contextmanager
+def _explaining(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
+    """Let an error inside, where a row of X is to blame, name that row."""
+    try:
+        yield
+    except Exception as error:
+        better = explained(error, chunk.network, chunk.flat, data, epoch)
+        if better is error:
+            raise
+        raise better from error
 
 
 def _make_chunk(

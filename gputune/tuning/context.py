@@ -202,8 +202,12 @@ class Context:
         with self.profile.clock("storing"):
             ledger.finish(results)
 
-    def check_module(self, config: Config) -> int:
-        """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model."""
+    def check_module(self, config: Config, *, first: bool = False) -> int:
+        """Try the user's class with one configuration; return its number of parameters, 0 for a built-in model.
+
+        Raises InputError for what fails, and for the ``first`` where it is not finite before anything has trained; of
+        others that is the result.
+        """
         if self.choice.module_class is None:
             return 0
         traits = traits_of(
@@ -218,6 +222,8 @@ class Context:
                 f"backend='stacked': the members of {self.choice.name} cannot be stacked: {traits.unstackable}. Change "
                 "that, or let backend='auto' train them one by one."
             )
+        if first and traits.at_start:
+            raise InputError(f"model: {traits.at_start}")
         return traits.parameters
 
     def _check_rows(self, groups: Sequence[Population]) -> None:

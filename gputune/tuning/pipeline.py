@@ -94,7 +94,8 @@ def search(
             backend = _backend(trainer, options, choice, trials, progress)
             trainer = replace(trainer, backend=backend, objective=problem.objective)
         context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
-        context.check_module(trials[0].params if trials else draw(space, 1, options.random_state)[0])
+        first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
+        context.check_module(first, first=True)
         _remember_what_runs(choice, options)
         _check_method(trials, space, context, problem.target.classes)
         notes = (*notes_on(trials, space, choice, options), *context.remarks)

@@ -1,0 +1,31 @@
+"""What usually lies behind an error of torch's in the forward of a module, by its words and the inputs."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def hint(error: str, inputs: Sequence[Tensor]) -> str:
+    """Return a remedy as a sentence with a blank before it, "" where none is known."""
+    if "scalar types: Long, Int" in error:
+        if any(x.is_floating_point() and x.dim() == 2 for x in inputs):
+            return (
+                " For token ids pass a tensor of integers, torch.as_tensor(X): an array or a frame of two axes is a "
+                "table of numbers."
+            )
+        return " An embedding takes ids as int64 or int32: begin the forward with x.long()."
+    bytes_or_booleans = [x for x in inputs if x.dtype in (torch.uint8, torch.bool)]
+    if bytes_or_booleans and any(word in error for word in ("Input type", "dtype", "Byte", "Bool")):
+        scaled = (
+            ""
+            if all(x.dtype == torch.bool for x in inputs)
+            else ", or numbers='standard' makes floats of bytes"
+        )
+        return f" Bytes and booleans come as they are: begin the forward with x.float(){scaled}."
+    if "channels, but got" in error and any(x.dim() == 4 and x.shape[-1] in (1, 3, 4) for x in inputs):
+        return (
+            " The channels of X seem to come last, and torch's layers want them first: pass X.transpose(0, 3, 1, 2) of "
+            "an array, X.permute(0, 3, 1, 2) of a tensor."
+        )
+    return ""
