@@ -18,6 +18,8 @@ from gputune.types import ONLINE, Backend, Config
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
 _BUFFERS = 11
 
+_WIDE_LAYERS = 4  # of a user's module that are as wide as its widest
+
 # One core's speed, to order chunks and to count workers; no result depends on them. Measured on a Xeon core.
 _STEP_SECONDS = 60e-6  # operator overhead of one layer in one step
 _PARAMETER_SECONDS = 2.2e-9  # update of one parameter
@@ -42,9 +44,13 @@ class Cost:
 
 
 def trial_cost(
-    population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager"
+    population: Population,
+    data: Dataset,
+    parameters: int = 0,
+    backend: Backend = "eager",
+    widest: int = 0,
 ) -> Cost:
-    """Estimate what one trial with all its folds costs."""
+    """Estimate what one trial with all its folds costs; ``widest`` numbers has a row in a layer of a user's module."""
     if trains_as(backend, population.kind, population.configs[0]) == "compiled":
         return _compiled_cost(population, data)
     looped = backend == "loop"
@@ -53,6 +59,7 @@ def trial_cost(
     batch_sizes = [min(c["batch_size"], longest) for c in population.configs]
     steps, rows = -(-longest // min(batch_sizes)), max(batch_sizes)
     layers, size, units = _shape(population, data, parameters)
+    units = max(units, _WIDE_LAYERS * widest)
     activations = rows * (4 * units + 3 * data.n_outputs) + (rows * data.row_numbers) // max(
         1, len(batch_sizes)
     )

@@ -95,6 +95,7 @@ def make_plan(
     measure: Callable[[Population, int], Need | None] | None = None,
     backend: Backend = "eager",
     unstackable: Mapping[str, str] = MappingProxyType({}),
+    widest: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
@@ -102,14 +103,15 @@ def make_plan(
     of a GPU that is not in this machine. ``cost_of`` turns what a
     trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
     population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
-    and for a user's module, whose inside is unknown. ``unstackable`` says of module__* values, as text, why their
+    and for a user's module, whose inside is unknown. ``widest`` says of module__* values, as text, how many
+    numbers a row has in their widest layer, ``unstackable`` why their
     members cannot be stacked.
     """
     pieces: list[_Piece] = []
     for population in populations:
         reason = unstackable.get(population.arguments, "")
         way = trains_as(backend, population.kind, population.configs[0], reason)
-        cost = trial_cost(population, data, parameters, way)
+        cost = trial_cost(population, data, parameters, way, widest.get(population.arguments, 0))
         limit = (
             min(_COMPILED_BYTES, memory or _COMPILED_BYTES)
             if way == "compiled"

@@ -64,8 +64,8 @@ class Recorder(Protocol):
 class Replays:
     """Takes the first steps of each shape as they are, which warms up what a recording needs; then replays one.
 
-    ``expected`` says how many steps of a shape are sure to come: one that comes seldom is recorded when as many have
-    been taken as would have repaid it.
+    ``expected`` says how many steps of a shape may come: one that comes seldom is recorded when as many have been taken
+    as would have repaid it.
     """
 
     def __init__(self, recorder: Recorder, expected: Counter[Hashable]) -> None:
@@ -138,7 +138,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 class CpuRecorder:
     """Straight functions of the kernels of a step (``program.py``)."""
 
-    before, repays = 1, 16  # a recording takes as long as it saves in about so many steps of a small module
+    before, repays = 1, 8  # a recording takes as long as it saves in about so many steps of a small module
 
     def __init__(self, device: torch.device) -> None:
         del device  # there is one

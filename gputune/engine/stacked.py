@@ -6,7 +6,7 @@ recording and for a buffer of dropout's draws.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -45,7 +45,7 @@ class StackedChunk:
         scoring: Scoring | None,
         recorded: bool = False,
     ) -> None:
-        self._network, self.recorded = network, recorded
+        self._network, self.recorded, self.horizon = network, recorded, horizon
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.slots = list(self.alive)
@@ -73,7 +73,10 @@ class StackedChunk:
         device = self._flat.device
         self.steps: Steps = Direct()
         if self.recorded:
-            self.steps = Replays(RECORDERS[device.type](device), Counter(self.batches.shapes))
+            expected = Counter[Hashable](
+                {s: n * self.horizon for s, n in Counter(self.batches.shapes).items()}
+            )
+            self.steps = Replays(RECORDERS[device.type](device), expected)
         try:
             self.draws = self._network.draws(self.batches, ahead=self.recorded)
         except TraceError:
