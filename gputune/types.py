@@ -49,7 +49,8 @@ ONLINE_RULES = ("multiplicative", "additive", "normalized")
 """What they do to it, see ``gputune.optim``."""
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", *ONLINE)
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "linear", "warmup+cosine", "one_cycle")
+ScheduleWord = Literal["constant", "cosine", "linear", "warmup+cosine", "one_cycle"]
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 

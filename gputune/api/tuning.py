@@ -20,6 +20,7 @@ from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import Progress, reading_bar
+from gputune.types import ScheduleWord
 
 
 def tune(
@@ -49,7 +50,7 @@ def tune(
     columns: Literal["auto", "keep", "drop-constant"] = "auto",
     numbers: Literal["auto", "standard", "quantile", "none"] = "auto",
     optimizer: str | None = None,
-    schedule: Literal["constant", "cosine"] = "constant",
+    schedule: ScheduleWord = "constant",
     max_epochs: int = 50,
     epoch: Literal["best", "last"] = "best",
     timeout: float | None = None,
@@ -111,7 +112,8 @@ def tune(
                  of a module are taken as they are ("auto"), or "standard": each channel with mean 0 and variance 1
     optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
                  "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
-    schedule     of the learning rate over ``max_epochs``, per step
+    schedule     of the learning rate over ``max_epochs``, per step: "constant", "cosine", "linear", "warmup+cosine" or
+                 "one_cycle"
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
                  what it had, and trained on by a later call with the same ``study``

@@ -19,6 +19,7 @@ from gputune.engine.batches import row_order
 from gputune.engine.mlp import StackedMLP, dropout_draw
 from gputune.engine.network import Network
 from gputune.engine.rules import n_moments
+from gputune.engine.schedules import SCHEDULES
 from gputune.engine.scores import accuracy
 from gputune.engine.scoring import Scoring
 from gputune.native.library import library
@@ -83,7 +84,9 @@ class CompiledChunk:
             **{name: np.array([float(c[key]) for c in self.configs]) for name, key in rows.items()},
             "widths": np.array([c["width"] for c in self.configs], dtype=np.int64),
             "sizes": self.sizes,
-            "cosine": np.array([c["schedule"] == "cosine" for c in self.configs], dtype=np.int64),
+            "schedule": np.array(
+                [tuple(SCHEDULES).index(c["schedule"]) for c in self.configs], dtype=np.int64
+            ),
             "theta": self.flat,
             "first": self._moments[0] if self._moments else None,
             "second": self._moments[1] if len(self._moments) > 1 else None,

@@ -7,10 +7,12 @@ dozens of small operations a step, nothing beside many members and half of the s
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.engine.rules import BETA1, BETA2, EPS, n_moments
+from gputune.engine.schedules import schedule_factor
 from gputune.types import Config
 
 
@@ -25,7 +27,8 @@ class RowUpdate:
         largest = torch.finfo(theta.dtype).max
         self.lr, self.momentum = float(config["lr"]), float(config["momentum"])
         self.decay = min(float(config["weight_decay"]), largest)
-        self.cosine = config["schedule"] == "cosine"
+        self.schedule = config["schedule"]
+        self.factors: list[float] = []  # of an epoch
         moments = n_moments(self.optimizer, [self.momentum])
         self.moments = [torch.zeros_like(theta) for _ in range(moments)]
         self.scratch = torch.empty_like(theta)
@@ -43,12 +46,12 @@ class RowUpdate:
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
         self.done = epoch * self.steps
+        done = np.arange(self.done, self.done + self.steps)
+        self.factors = schedule_factor(self.schedule, done, np.full(self.steps, self.total)).tolist()
 
     def step(self, theta: Tensor, grad: Tensor) -> None:
         """Take one step. ``grad`` is used up: what it holds afterwards means nothing."""
-        rate = self.lr
-        if self.cosine:
-            rate *= 0.5 * (1 + math.cos(math.pi * self.done / self.total))
+        rate = self.lr * self.factors[self.done % self.steps]
         self.done += 1
         if self.decay and self.optimizer != "adamw":
             grad.add_(theta, alpha=self.decay)

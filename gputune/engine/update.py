@@ -5,15 +5,14 @@ the step itself, on the device and in double precision: a recorded step cannot b
 now (``active`` false) keep their parameters and their moments.
 """
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.engine.blocks import Blocks
 from gputune.engine.rules import BETA1, BETA2, EPS, n_moments
+from gputune.engine.schedules import SCHEDULES
 from gputune.types import Config
 
 Amount = float | Tensor
@@ -24,25 +23,25 @@ class Clock:
     """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps`` (F, C) each."""
 
     def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
-        self.steps, self.horizon = steps, horizon
+        self.steps = steps
         self.done = torch.zeros_like(steps, dtype=torch.float64)
-        cosine = [config["schedule"] == "cosine" for config in configs]
-        self.cosine = torch.tensor(cosine, device=steps.device) if any(cosine) else None
+        self.total = (steps * horizon).double()
+        words = [config["schedule"] for config in configs]
+        self.schedules = {
+            SCHEDULES[name]: torch.tensor([word == name for word in words], device=steps.device)
+            for name in sorted(set(words) - {"constant"})
+        }
 
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
         torch.mul(self.steps, epoch, out=self.done)
 
     def factor(self) -> Tensor:
-        """Return the factor on each member's rate, (F, C): 1, or half a cosine from 1 to 0.
-
-        Source of the cosine: Loshchilov and Hutter (2017), without restarts, per step.
-        """
-        ones = torch.ones_like(self.done)
-        if self.cosine is None:
-            return ones
-        falling = torch.cos(self.done / (self.horizon * self.steps) * math.pi).add(1).mul(0.5)
-        return torch.where(self.cosine, falling, ones)
+        """Return the factor of each member's schedule on its rate, (F, C)."""
+        factor = torch.ones_like(self.done)
+        for schedule, members in self.schedules.items():
+            factor = torch.where(members, schedule(self.done, self.total), factor)
+        return factor
 
     def advance(self, keep: Tensor | None) -> None:
         """Count a step of the members with ``keep`` 1 (F, C), None: of all."""
@@ -173,10 +172,3 @@ class Update:
                 part.mul_(value)
         else:
             flat.mul_(amount)
-
-
-def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Return the factor on lr of a step after ``done`` of ``total`` steps, as ``Clock.factor`` has it, on the host."""
-    if name == "cosine":
-        return np.asarray(0.5 * (1 + np.cos(math.pi * done / total)))
-    return np.ones_like(done, dtype=float)

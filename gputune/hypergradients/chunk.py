@@ -22,8 +22,8 @@ from gputune.engine.network import Network
 from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.population import Population
 from gputune.engine.rules import BETA1, BETA2
+from gputune.engine.schedules import schedule_factor
 from gputune.engine.scoring import Scoring
-from gputune.engine.update import schedule_factor
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import (
     ExactMode,

@@ -124,10 +124,30 @@ static real held(double value) {
     return (real)(value > largest ? largest : value < -largest ? -largest : value);
 }
 
+enum { CONSTANT, COSINE, LINEAR, WARMUP_COSINE, ONE_CYCLE };
+
+static double half_cosine(double done, double total) {
+    return 0.5 * (1 + cos(3.14159265358979323846 * done / total));
+}
+
+/* The factor on the rate after ``done`` of ``total`` steps, as gputune.engine.schedules defines it. */
+static double factor(int64_t schedule, double done, double total) {
+    double warmup = floor(total / 10), top = 0.3 * total - 1;
+    switch (schedule) {
+    case COSINE: return half_cosine(done, total);
+    case LINEAR: return 1 - done / total;
+    case WARMUP_COSINE:
+        return done < warmup ? (done + 1) / (warmup + 1) : half_cosine(done - warmup, total - warmup);
+    case ONE_CYCLE:
+        if (done <= top) return 1 - 24.0 / 25 * half_cosine(done, top);
+        return 1e-4 / 25 + (1 - 1e-4 / 25) * half_cosine(done - top, total - 1 - top);
+    default: return 1;
+    }
+}
+
 /* The numbers of step ``count``, from 1, of ``total`` steps of the schedule. */
 static Rates rates(const Work *w, long c, double count, double total) {
-    double factor = w->cosine[c] ? 0.5 * (1 + cos(3.14159265358979323846 * (count - 1) / total)) : 1;
-    double lr = w->lr[c] * factor, decay = w->decay[c];
+    double lr = w->lr[c] * factor(w->schedule[c], count - 1, total), decay = w->decay[c];
     Rates by = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
     if (w->optimizer == ADAMW) by.shrink = held(lr * decay), by.l2 = 0;
     if (w->optimizer >= ADAM) {

@@ -13,7 +13,7 @@ _NUMBERS = (
 )  # fmt: skip
 _BEFORE = ("x", "copies", "y", "weights", "present", "order", "lengths")
 _AFTER = (
-    "widths", "sizes", "cosine", "lr", "decay", "momentum", "dropout", "draws", "draw_start", "draw_rows", "theta",
+    "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "draws", "draw_start", "draw_rows", "theta",
     "first", "second", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",
 )  # fmt: skip
 

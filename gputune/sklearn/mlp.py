@@ -16,6 +16,7 @@ from gputune.sklearn.base import (
     keep_parameters,
 )
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
+from gputune.types import SCHEDULES
 
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
 _NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
@@ -58,7 +59,7 @@ class _MLP(TrainedEstimator):
             "lr": "give learning_rate_init",
             "max_epochs": "give max_iter",
             "optimizer": "give solver",
-            "schedule": "give learning_rate, 'constant' or 'cosine'",
+            "schedule": "give learning_rate",
         },
     )
 
@@ -177,8 +178,8 @@ def _check_words(activation: Any, learning_rate: Any) -> None:
         )
     if learning_rate in ("invscaling", "adaptive"):
         raise InputError(
-            f"learning_rate={learning_rate!r} is not among constant, cosine: use 'cosine', or a solver that adapts "
-            "its rate, as 'adamwhd'."
+            f"learning_rate={learning_rate!r} is not among {', '.join(SCHEDULES)}: use 'cosine', or a solver that "
+            "adapts its rate, as 'adamwhd'."
         )
 
 
@@ -194,7 +195,7 @@ _PARAMETERS = """
                          gradient. Departures: the biases decay too, and a short last minibatch decays as a whole one
     weight_decay         in place of alpha the decay itself, as in torch.optim; None is 0.01 for adamw, 0 for the others
     learning_rate_init   the learning rate
-    learning_rate        how it goes on: "constant" or "cosine"
+    learning_rate        how it goes on: "constant", "cosine", "linear", "warmup+cosine" or "one_cycle"
     batch_size           rows of a minibatch; "auto" is min(200, n)
     max_iter             epochs
     momentum, nesterovs_momentum   of sgd and sgdhd; the others have none

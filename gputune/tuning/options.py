@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gputune.errors import InputError
+from gputune.types import SCHEDULES
 
 if TYPE_CHECKING:
     import torch
@@ -184,7 +185,10 @@ class Options:
         takes="specs",
     )  # fmt: skip
     schedule: str = _search(
-        "constant", "--schedule S", "constant (default) or cosine", check=_one_of("constant", "cosine")
+        "constant",
+        "--schedule S",
+        f"constant (default), {', '.join(SCHEDULES[1:])}",
+        check=_one_of(*SCHEDULES),
     )
     random_state: Any = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=_seed)
     timeout: float | None = _search(

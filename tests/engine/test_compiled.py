@@ -18,6 +18,7 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.native.library import find_compiler
+from gputune.types import SCHEDULES
 from problems import assert_equals_plain_loop, fill, largest_difference, make_data, scoring_of, shape_of
 
 pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
@@ -118,6 +119,14 @@ def test_all_trials_may_diverge():
     configs = fill({"optimizer": "sgd", "batch_size": 8, "lr": 1e38})
     gone = run(data, configs, epochs=4, scoring=scoring_of(data))
     assert gone.alive == () and np.isnan(gone.curves[0, -1]).all()
+
+
+def test_every_schedule():
+    data = make_data()
+    configs = fill(*({"width": 8, "batch_size": 9, "schedule": word} for word in SCHEDULES))
+    eager, trained = both(data, configs, epochs=4)
+    for c in range(len(configs)):
+        assert largest_difference(trained.member(0, c), eager.member(0, c)) <= 1e-12
 
 
 @pytest.mark.parametrize("first", ["eager", "compiled"])

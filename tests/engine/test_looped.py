@@ -134,7 +134,7 @@ def test_a_member_equals_its_plain_loop(name, optimizer):
             assert getattr(trained.member(1, c), "step", 0) == getattr(alone, "step", 0)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
 def test_looped_equals_stacked(schedule):
     """The same curves, members and states, for a module that can be either."""
 

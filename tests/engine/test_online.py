@@ -10,7 +10,7 @@ import torch
 import reference
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.online import OnlineUpdate
-from gputune.engine.update import schedule_factor
+from gputune.engine.schedules import schedule_factor
 from gputune.types import ONLINE
 
 F, C = 2, 3

@@ -6,7 +6,8 @@ import torch
 
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.rules import RULES, Rates, empty_moments
-from gputune.engine.update import Update, schedule_factor
+from gputune.engine.schedules import SCHEDULES, schedule_factor
+from gputune.engine.update import Update
 
 F, C = 2, 3
 BLOCKS = Blocks([Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1)])
@@ -36,7 +37,10 @@ def of_members(configs, key):
 
 @pytest.mark.parametrize("name", sorted(RULES))
 @pytest.mark.parametrize("alike", [True, False])
-@pytest.mark.parametrize("schedules", [("constant",) * 3, ("cosine", "constant", "cosine")])
+@pytest.mark.parametrize(
+    "schedules",
+    [("constant",) * 3, ("cosine", "constant", "cosine"), ("linear", "warmup+cosine", "one_cycle")],
+)
 def test_in_place_equals_the_pure_rule(name, alike, schedules):
     g = torch.Generator().manual_seed(0)
     flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
@@ -119,13 +123,32 @@ def test_the_state_of_trials_that_stay_is_carried_over():
     torch.testing.assert_close(update.lr, torch.tensor([[0.01, 0.03]] * F, dtype=torch.float64))
 
 
-def test_the_cosine_falls_from_one_to_zero_as_torch_has_it():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
-    for done in range(10):
-        expected = optimizer.param_groups[0]["lr"]
-        assert schedule_factor("cosine", np.array(done), np.array(10)) == pytest.approx(expected, abs=1e-12)
+def _torch_schedule(word, optimizer, total):
+    lr_scheduler, warmup = torch.optim.lr_scheduler, total // 10
+    if word == "linear":
+        return lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
+    if word == "one_cycle":
+        return lr_scheduler.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
+    if word == "warmup+cosine" and warmup:
+        parts = [
+            lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup),
+            lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
+        ]
+        return lr_scheduler.SequentialLR(optimizer, parts, [warmup])
+    if word == "constant":
+        return lr_scheduler.ConstantLR(optimizer, 1.0)
+    return lr_scheduler.CosineAnnealingLR(optimizer, total)
+
+
+@pytest.mark.parametrize("word", sorted(SCHEDULES))
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 9, 10, 47])
+def test_schedules_equal_those_of_torch(word, total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, rates = _torch_schedule(word, optimizer, total), []
+    for step in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        scheduler.step()
-    assert schedule_factor("constant", np.array([3.0]), np.array([10])) == 1
+        if step + 1 < total:
+            scheduler.step()
+    factors = schedule_factor(word, np.arange(total), np.full(total, total))
+    np.testing.assert_allclose(factors, rates, rtol=0, atol=1e-12)

@@ -81,9 +81,9 @@ REFUSED = [
     ({"activation": "sine"}, "activation must be one of relu"),
     (
         {"learning_rate": "invscaling"},
-        "'invscaling' is not among constant, cosine: use 'cosine', or a solver",
+        "'invscaling' is not among constant, .*: use 'cosine', or a solver",
     ),
-    ({"learning_rate": "linear"}, "learning_rate must be one of constant, cosine, got 'linear'"),
+    ({"learning_rate": "step"}, "learning_rate must be one of constant, cosine, linear"),
     ({"max_iter": 0}, "max_iter must be an integer >= 1, got 0"),
     ({"max_iter": 2.5}, "max_iter must be an integer >= 1, got 2.5"),
     ({"learning_rate_init": -1}, "learning_rate_init must be a finite number > 0"),
