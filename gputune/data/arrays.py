@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gputune.errors import InputError
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 21
 """Numbers that are looked at at a time."""
 
 _TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}

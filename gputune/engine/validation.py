@@ -13,7 +13,7 @@ from gputune.engine.scoring import Scoring
 from gputune.types import Params
 
 _BLOCK_BYTES = 4 << 20  # of one layer's validation outputs: what stays in a core's cache
-_KEPT_NUMBERS = 1 << 27  # of all validation rows, from which they are gathered anew at every epoch
+_KEPT_NUMBERS = 1 << 25  # of all validation rows, from which they are gathered anew at every epoch
 
 
 class Validation:

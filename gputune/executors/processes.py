@@ -9,10 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from functools import partial
 from importlib.machinery import PathFinder
 from multiprocessing import resource_tracker
@@ -21,20 +20,19 @@ from typing import Any, cast
 
 import cloudpickle
 import joblib
-import numpy as np
-import torch
 from joblib.externals.loky.process_executor import (
     BrokenProcessPool,
     ProcessPoolExecutor,
     TerminatedWorkerError,
 )
 
-from gputune.data.dataset import Dataset, Fold, Scaling
+from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing
 from gputune.engine.job import Job
 from gputune.engine.memory import GivenUp, run_in_parts
 from gputune.engine.population import Population
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
+from gputune.executors.sharing import to_arrays, to_tensors
 from gputune.scratch import scratch_folder
 from gputune.text import count
 
@@ -83,29 +81,6 @@ def _installed(name: str) -> bool:
         return True
     parts = Path(getattr(sys.modules[name], "__file__", None) or "").parts
     return not {"site-packages", "dist-packages"}.isdisjoint(parts)
-
-
-def map_tensors(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Return a dataset with ``change`` of every tensor, or of every array that stands for one."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(map_tensors(item, change) for item in value)
-    if isinstance(value, Dataset | Fold | Scaling):
-        return replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
-    return value
-
-
-def to_arrays(data: Dataset) -> Dataset:
-    """Return a dataset on the CPU with arrays for tensors, which joblib and Ray map into a process's memory."""
-    arrays: Dataset = map_tensors(data, torch.Tensor.numpy)
-    return arrays
-
-
-def to_tensors(data: Dataset) -> Dataset:
-    """Return the dataset of ``to_arrays``."""
-    tensors: Dataset = map_tensors(data, torch.from_numpy)
-    return tensors
 
 
 IDLE_SECONDS = 60  # before a worker that has nothing to do ends
@@ -276,7 +251,7 @@ def worker_processes(job: Job, data: Dataset, workers: int) -> Iterator[Processe
     """Have so many workers inside, with the data at hand; those that are idle at the end wait for the next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
-        joblib.dump(to_arrays(data), path)
+        joblib.dump(to_arrays(data, here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
             processes = Processes(job, path, workers)
             yield processes

@@ -24,7 +24,8 @@ from gputune.engine.population import Population
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
-from gputune.executors.processes import map_tensors, packed, to_arrays, to_tensors
+from gputune.executors.processes import packed
+from gputune.executors.sharing import map_tensors, to_arrays, to_tensors
 from gputune.version import __version__
 
 

@@ -1,0 +1,131 @@
+"""Data on its way to worker processes: what lies in a file is mapped again, and everything arrives as it was."""
+
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gputune
+from gputune.data.arrays import as_arrays
+from gputune.errors import InputError
+from gputune.executors.sharing import MappedFile, mapped_file, to_arrays, to_tensors
+from problems import make_data
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+X = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), dtype=np.uint8)  # 1.2 MB
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    np.save(tmp_path / "x.npy", X)
+    return np.load(tmp_path / "x.npy", mmap_mode="r")
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x, lambda x: x.transpose(0, 3, 1, 2), lambda x: x[3:], lambda x: x[:, ::2]]
+)
+def test_what_lies_in_a_file_is_mapped_again(mapped, view):
+    data = replace(make_data(), inputs=(as_arrays(view(mapped)).parts[0][None],))
+    sent = to_arrays(data, here=True)
+    if view(mapped).nbytes > 1 << 20:
+        assert isinstance(sent.inputs[0], MappedFile)
+    assert np.array_equal(to_tensors(sent).inputs[0][0].numpy(), view(X))
+    assert isinstance(to_arrays(data).inputs[0], np.ndarray)  # for another machine
+
+
+def test_what_may_differ_from_its_file_is_copied(tmp_path, mapped):
+    private = np.load(tmp_path / "x.npy", mmap_mode="c")
+    private[0] = 0
+    assert mapped_file(torch.from_numpy(private)) is None
+    assert mapped_file(torch.from_numpy(X)) is None
+    (tmp_path / "x.npy").unlink()
+    assert mapped_file(as_arrays(mapped).parts[0]) is None
+
+
+def test_a_file_that_was_replaced_is_not_read(tmp_path, mapped):
+    place = mapped_file(as_arrays(mapped).parts[0])
+    np.save(tmp_path / "y.npy", X)
+    os.replace(tmp_path / "y.npy", tmp_path / "x.npy")
+    with pytest.raises(InputError, match="x.npy', which X is mapped from, was moved or replaced"):
+        place.array()
+
+
+def test_halves_arrive():
+    x = torch.rand(1, 4, 2, 2).bfloat16()
+    data = replace(make_data(), inputs=(x,))
+    assert torch.equal(to_tensors(to_arrays(data)).inputs[0], x)
+
+
+class Image(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 2, 3, stride=8), nn.BatchNorm2d(2), nn.Flatten())
+        self.head = nn.Linear(32, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+SMALL = {
+    "space": {"lr": [0.01, 0.02], "batch_size": [100, 200]},
+    "n_trials": 2,
+    "cv": 2,
+    "max_epochs": 2,
+    "verbose": 0,
+}
+
+
+def test_workers_train_on_a_mapped_file_as_on_an_array(mapped):
+    y = np.arange(400) % 2
+    options = {**SMALL, "numbers": "standard"}
+    there = gputune.tune(Image, mapped.transpose(0, 3, 1, 2), y, workers=2, memory="1KB", **options)
+    here = gputune.tune(Image, X.transpose(0, 3, 1, 2), y, workers=1, memory="1KB", **options)
+    assert [t.score for t in there.trials] == [t.score for t in here.trials]
+
+
+SCRIPT = """
+import resource, sys
+import numpy as np
+from torch import nn
+import gputune
+
+rows = int(sys.argv[1])
+rng = np.random.default_rng(0)
+X = rng.integers(0, 256, (rows, 3, 32, 32), dtype=np.uint8)
+if sys.argv[2] == "half":
+    X = X.astype(np.float16)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+options = {"numbers": "standard"} if sys.argv[2] == "bytes" else {}
+gputune.tune(
+    Image, X, np.arange(rows) % 4, space={"lr": [0.01], "batch_size": [1024]}, n_trials=1, cv=2, max_epochs=1,
+    verbose=0, workers=1, **options,
+)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, X.nbytes)
+"""
+
+
+def peak(rows, kind):
+    """Bytes that a search in a fresh process takes at most beyond its data, and bytes of the data."""
+    script = SCRIPT.replace("rows =", f"{inspect.getsource(Image)}\nrows =", 1)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script, str(rows), kind], capture_output=True, text=True, check=True
+    )
+    return tuple(map(int, done.stdout.split()))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "half"])
+def test_images_are_not_copied_whole(kind):
+    more, _ = peak(40_000, kind)
+    assert more < 350 << 20  # of single precision they would be 469 MiB
+
+
+@pytest.mark.long
+def test_200_000_images_take_less_than_4_gib():
+    more, size = peak(200_000, "bytes")
+    assert more + size < 4 << 30 and more < 1 << 30
