@@ -19,6 +19,9 @@ Params = dict[str, Tensor]
 
 Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]
 
+Precision = Literal["full", "bf16"]
+"""Of what a module computes while it trains; bf16: torch.autocast to bfloat16."""
+
 Backend = Literal["eager", "compiled", "graph", "loop"]
 """How a chunk trains: as operations on stacked tensors, one by one or each step recorded once and replayed, member by
 member in a compiled loop (on a CPU), or as plain modules one after another."""

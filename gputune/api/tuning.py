@@ -60,6 +60,7 @@ def tune(
     backend: Literal["auto", "eager", "compiled", "graph", "stacked", "loop"] = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     tf32: bool = False,
+    precision: Literal["full", "bf16"] = "full",
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",
     random_state: Any = 0,
@@ -127,6 +128,8 @@ def tune(
                  cannot be, or train one by one ("loop"). "auto" chooses; numbers are the same to rounding
     tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
                  trains, which is faster and moves scores by more than rounding; on a CPU it is refused
+    precision    of what a module computes while it trains: "full", or "bf16": matrix products and convolutions in
+                 bfloat16 by torch.autocast, with parameters, updates and scores in single precision
     memory       bytes, or text such as "8GB", that a chunk of trials may take on the device
     workers      processes on a CPU; "auto" uses the cores where the work repays their start; "ray" or
                  ``gputune.Ray(address, cpus)``: tasks of a Ray cluster, each with one GPU or some CPUs
@@ -143,7 +146,7 @@ def tune(
         class_weight=class_weight, sample_weight=sample_weight,
         columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout,
         study=study, checkpoint_seconds=checkpoint_seconds,
-        device=device, backend=backend, dtype=dtype, tf32=tf32, memory=memory, workers=workers,
+        device=device, backend=backend, dtype=dtype, tf32=tf32, precision=precision, memory=memory, workers=workers,
         random_state=random_state, callbacks=callbacks, verbose=verbose,
     )  # fmt: skip
     choice = choose_model(model, optimizer)

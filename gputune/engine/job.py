@@ -26,7 +26,7 @@ from gputune.engine.population import Population, shape_of
 from gputune.engine.scoring import Scoring
 from gputune.engine.stop import Stop
 from gputune.engine.train import Spent, State, Trained, train
-from gputune.types import Backend
+from gputune.types import Backend, Precision
 
 
 class Fits:
@@ -120,6 +120,7 @@ class Job:
     keep_stopped: bool = True
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
     backend: Backend = "eager"
+    precision: Precision = "full"
 
     def is_over(self) -> bool:
         """Whether training ends now."""
@@ -137,6 +138,7 @@ class Job:
             present=data.present,
             input_shape=tuple(data.inputs[0].shape[2:]),
             names=data.names,
+            precision=self.precision,
         )
         if chunk.kind != "module":
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)

@@ -20,6 +20,7 @@ from gputune.engine.module import ModuleNetwork, Traits, kept_of, put_numbers
 from gputune.engine.network import Shape
 from gputune.engine.objective import Objective
 from gputune.engine.online import OnlineUpdate
+from gputune.engine.precision import autocast
 from gputune.engine.row_update import RowUpdate
 from gputune.engine.scoring import Scoring
 from gputune.engine.validation import Validation
@@ -243,7 +244,8 @@ class LoopChunk:
             if objective.augment is not None:
                 found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
                 inputs = tuple(x[0] for x in found)
-            losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
+            with autocast(self.network.shape.precision, self.network.shape.device):
+                losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
             grad.zero_()
             _mean(losses, weights).backward()  # type: ignore[no-untyped-call]
             update.step(row, grad)

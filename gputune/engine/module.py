@@ -20,6 +20,7 @@ from gputune.engine.draws import ModuleDraws, draws_of, given_draws
 from gputune.engine.network import Shape
 from gputune.engine.objective import Objective
 from gputune.engine.population import ModelKind, module_arguments
+from gputune.engine.precision import rounded
 from gputune.engine.recurrent import KINDS, run_recurrent
 from gputune.engine.stateless import Stateless
 from gputune.engine.substitutes import Substitutes
@@ -220,7 +221,8 @@ class StackedModule(ModuleNetwork):
             losses, after = self._mapped(own, members, [*inputs, for_members(batch.y, trials)], training=True)
             return losses.view(-1, trials, *losses.shape[1:]), after
         outputs, after = self._forward(members, inputs, training=True)
-        outputs = _with_columns(outputs).view(-1, trials, *_with_columns(outputs).shape[1:])  # (F, C, B, K)
+        outputs = _with_columns(outputs).to(self.shape.dtype)
+        outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
         if self.shape.present is not None:
             outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
         return self.row_losses(outputs, batch.y[:, None]), after
@@ -264,7 +266,7 @@ class StackedModule(ModuleNetwork):
                 return result, self.stateless.held(self.kept)
 
         try:
-            with Substitutes():
+            with rounded(self.shape.precision if training else "full"), Substitutes():
                 result, after = vmap(of_member, randomness="same")(members, *tensors)
         except IndexError as error:
             raise InputError(

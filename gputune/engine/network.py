@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gputune.engine.batches import Batch, Batches
 from gputune.engine.blocks import Blocks
 from gputune.engine.population import ModelKind
-from gputune.types import Params
+from gputune.types import Params, Precision
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Shape:
     """Of a row of the first input, None: (n_features,)."""
     names: tuple[str, ...] | None = None
     """Of the inputs, where they are passed as keywords."""
+    precision: Precision = "full"
+    """Of what a module computes while it trains; its parameters, buffers and updates are always of ``dtype``."""
 
 
 class Draws(Protocol):

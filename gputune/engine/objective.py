@@ -232,6 +232,8 @@ class Objective:
         if not self.is_named:
             return self.member_loss(config)(outputs, y)
         outputs = outputs if outputs.dim() > 1 else outputs[:, None]
+        if outputs.dtype == torch.bfloat16:  # of autocast: the loss is of single precision
+            outputs = outputs.float()
         if absent is not None:
             outputs = outputs.masked_fill(absent, -torch.inf)
         return self.rows(outputs[None], y[None], self.values([config], outputs))[0]

@@ -237,6 +237,11 @@ class Options:
     tf32: bool = _machine(
         False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True
     )
+    precision: Any = _machine(
+        "full", "--precision P",
+        "of what a module computes while it trains: full, or bf16 for matrix products and convolutions (full)",
+        choices=("full", "bf16"), check=_one_of("full", "bf16"), kept=True,
+    )  # fmt: skip
     memory: int | str | None = _machine(
         None, "--memory 8GB", "what trials that train together may take on the device",
         check=_memory, kept=True, resume="what new chunks of trials may take on the device",
@@ -270,6 +275,8 @@ class Options:
         device = self.device_here()
         if self.tf32 is not False:
             check_tf32(self, device)
+        if self.precision != "full":
+            check_precision(self, device)
 
     @property
     def is_on_cluster(self) -> bool:
@@ -301,4 +308,23 @@ def check_tf32(options: Options, device: "torch.device") -> None:
     if options.workers not in ("auto", 1):
         raise InputError(
             f"tf32=True is for a search in one process, got workers={options.workers!r}; leave one of them out."
+        )
+
+
+def check_precision(options: Options, device: "torch.device") -> None:
+    """Raise InputError where bfloat16 is asked for and would mean nothing, or is not to be had."""
+    import torch
+
+    from gputune.search.descent import Hypergradient
+
+    asked = f"precision={options.precision!r}"
+    if options.dtype != "float32":
+        raise InputError(
+            f"{asked} goes with dtype='float32', got dtype={options.dtype!r}; leave one of them out."
+        )
+    if isinstance(options.method, Hypergradient):
+        raise InputError(f"{asked} rounds what method='hypergradient' differentiates; leave one of them out.")
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(
+            f"{asked} needs a GPU that computes in bfloat16, which this one does not; leave it out."
         )

@@ -249,6 +249,7 @@ def _trainer(
         horizon=1 if choice.solved else options.max_epochs,
         scoring=scoring,
         memory=parse_memory(options.memory),
+        precision=options.precision,
         workers=workers if cluster is None else cluster.tasks,
         cluster=cluster,
         stop=stop,

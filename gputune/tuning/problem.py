@@ -181,6 +181,11 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     ``columns`` "auto" is "keep" for a user's module, which may count on their number and order; ``numbers`` "auto" is
     "standard" for a table, "none" for arrays.
     """
+    if options.precision == "bf16" and choice.kind != "module":
+        raise InputError(
+            f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision: pass a "
+            "module, for example model=gputune.models.MLP, or leave it out."
+        )
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     objective = _objective(target, choice, options)
     columns, asked = options.columns, options.numbers

@@ -192,6 +192,7 @@ def _train(
         seed=options.random_state,
         horizon=options.max_epochs,
         backend=backend,
+        precision=options.precision,
     )
     with matrix_products(tf32=options.tf32):
         return trainer.train_module(config, descent, epochs=epochs)

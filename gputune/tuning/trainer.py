@@ -24,7 +24,7 @@ from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.search.descent import Hypergradient
-from gputune.types import Backend, Config
+from gputune.types import Backend, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
@@ -50,6 +50,7 @@ class Trainer:
     horizon: int
     scoring: Scoring | None = None
     backend: Backend = "eager"
+    precision: Precision = "full"
     memory: int | None = None
     workers: int | None = 1
     cluster: RayCluster | None = None
@@ -129,6 +130,7 @@ class Trainer:
             stop=self.stop,
             fits=self.fits,
             backend=self.backend,
+            precision=self.precision,
             **more,
         )
 

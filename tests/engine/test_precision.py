@@ -1,0 +1,146 @@
+"""bfloat16: members equal a plain loop under torch.autocast; parameters and scores are of single precision."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gputune
+from gputune.errors import InputError
+from gputune.tuning.options import Options
+from reference import train_module
+
+G = torch.Generator().manual_seed(0)
+IMAGES = torch.rand(48, 1, 6, 6, generator=G)
+LABELS = (IMAGES[:, 0, 2:4, 2:4].mean((1, 2)) > 0.5).long()
+CONFIG = {"lr": 0.1, "batch_size": 16, "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+SEEN = set()
+
+
+class Images(nn.Module):
+    def __init__(self, n_outputs, p=0.0):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AvgPool2d(2)
+        )
+        self.drop, self.head = (
+            nn.Dropout(p),
+            nn.Sequential(nn.Linear(36, 16), nn.Tanh(), nn.Linear(16, n_outputs)),
+        )
+
+    def forward(self, x):
+        x = self.body(x)
+        SEEN.add((x.dtype, self.training))
+        return self.head(self.drop(x.flatten(1)))
+
+
+class Autocast(Images):
+    """The same under autocast, with a loss of single precision: a plain loop."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
+            return super().forward(x).float()
+
+
+def largest(a, b):
+    """Largest difference between the parameters of two modules."""
+    pairs = zip(a.parameters(), b.parameters(), strict=True)
+    return max(float((x - y).detach().abs().max()) for x, y in pairs)
+
+
+SMALL = {
+    "n_trials": 1,
+    "cv": 2,
+    "max_epochs": 6,
+    "epoch": "last",
+    "precision": "bf16",
+    "workers": 1,
+    "verbose": 0,
+}
+SPACE = {k: [v] for k, v in CONFIG.items() if k != "optimizer"}
+
+
+def plain(build, epochs):
+    return train_module(build, IMAGES, LABELS, CONFIG, epochs=epochs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
+def test_members_equal_a_plain_loop_under_autocast(backend, p):
+    """One by one exactly; stacked to the rounding of their products, which their own kernels order otherwise."""
+    SEEN.clear()
+    space = {**SPACE, "module__p": [p]}
+    study = gputune.tune(Images, IMAGES, LABELS, space=space, optimizer="sgd", backend=backend, **SMALL)
+    member = study.best_model().module
+    rounded, start = (
+        plain(lambda kind=kind: kind(2, p), epochs) for kind, epochs in ((Autocast, 6), (Images, 0))
+    )
+    within = 0.0 if backend == "loop" else 2**-6 * largest(rounded, start)
+    assert largest(member, rounded) <= within
+    assert largest(member, plain(lambda: Images(2, p), 6)) > 1e-5
+    assert (torch.bfloat16, True) in SEEN and (
+        torch.bfloat16,
+        False,
+    ) not in SEEN  # scores are of single precision
+    assert all(w.dtype == torch.float32 for w in member.parameters())
+
+
+class Words(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.code, self.norm = nn.Embedding(9, 8), nn.LayerNorm(8)
+        self.attend, self.walk = nn.MultiheadAttention(8, 2, batch_first=True), nn.GRU(8, 8, batch_first=True)
+        self.head = nn.Linear(8, n_outputs)
+
+    def forward(self, ids):
+        x = self.code(ids)
+        x = x + self.attend(self.norm(x), self.norm(x), self.norm(x), need_weights=False)[0]
+        return self.head(self.walk(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("backend", ["stacked", "loop"])
+def test_attention_and_recurrence_train(backend):
+    ids = torch.randint(9, (48, 5), generator=G)
+    full, rounded = (
+        gputune.tune(
+            Words, ids, LABELS, space={"lr": [0.01]}, scoring="neg_log_loss", backend=backend,
+            **{**SMALL, "precision": precision},
+        )
+        for precision in ("full", "bf16")
+    )  # fmt: skip
+    gap = np.abs(full.curves - rounded.curves).max()
+    assert 0 < gap < 0.02
+
+
+@pytest.mark.long
+def test_workers_and_a_loss_of_ones_own_are_rounded_too():
+    options = {**SMALL, "n_trials": 2, "optimizer": "sgd", "loss": nn.CrossEntropyLoss(), "memory": "1KB"}
+    one, two = (
+        gputune.tune(
+            Images, IMAGES, LABELS, space=SPACE | {"lr": [0.1, 0.2]}, **{**options, "workers": workers}
+        )
+        for workers in (1, 2)
+    )
+    assert [t.score for t in one.trials] == [t.score for t in two.trials]
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("mlp", {}, "precision='bf16' is for a module of your own, and model='mlp' trains in full precision"),
+        (Images, {"dtype": "float64"}, "precision='bf16' goes with dtype='float32', got dtype='float64'"),
+        (Images, {"method": "hypergradient"}, "rounds what method='hypergradient' differentiates"),
+        (Images, {"precision": "fp16"}, "precision must be one of 'full', 'bf16', got 'fp16'"),
+    ],
+)
+def test_where_it_means_nothing_it_is_refused(model, options, message):
+    X = IMAGES if model is Images else IMAGES.flatten(1)
+    with pytest.raises(InputError, match=message):
+        gputune.tune(model, X, LABELS, **{**SMALL, **options})
+
+
+def test_a_gpu_without_it_is_named(monkeypatch):
+    monkeypatch.setattr(Options, "device_here", lambda options: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(InputError, match="needs a GPU that computes in bfloat16"):
+        Options(precision="bf16")
