@@ -1,7 +1,8 @@
-"""Plain PyTorch models that also come stacked: one module for P members, trained as one tensor program."""
+"""Plain PyTorch models to begin from: an example each of what one's own module may look like."""
 
+from .cnn import CNN
+from .gru import GRU
 from .logistic_regression import LogisticRegression
 from .mlp import MLP
-from .stacked import StackedLinear
 
-__all__ = ["MLP", "LogisticRegression", "StackedLinear"]
+__all__ = ["CNN", "GRU", "MLP", "LogisticRegression"]

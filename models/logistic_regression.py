@@ -2,31 +2,22 @@
 
 from torch import Tensor, nn
 
-from .stacked import check_size, linear, plain_member
+from .sizes import check_size
 
 
 class LogisticRegression(nn.Module):
     """Logistic regression (multinomial for more than two outputs), or linear regression for one output.
 
-    Shape: ``(B, D) -> (B, K)`` logits. With ``members=P`` the parameters carry a leading member axis and the
-    shape is ``(P, B, D) -> (P, B, K)``; ``member(p)`` gives back the plain module of one member.
+    Shape: ``(B, D) -> (B, K)`` logits.
     """
 
-    def __init__(self, n_features: int, n_outputs: int, *, members: int | None = None) -> None:
+    def __init__(self, n_features: int, n_outputs: int) -> None:
         super().__init__()
         check_size("n_features", n_features, 0)
         check_size("n_outputs", n_outputs, 1)
-        if members is not None:
-            check_size("members", members, 1)
         self.n_features, self.n_outputs = n_features, n_outputs
-        self.layers = nn.ModuleList([linear(n_features, n_outputs, members)])
+        self.layers = nn.ModuleList([nn.Linear(n_features, n_outputs)])
 
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.layers[0](x)
         return output
-
-    def member(self, p: int) -> "LogisticRegression":
-        """Return member p as a plain module that holds copies of its parameters."""
-        plain = LogisticRegression(self.n_features, self.n_outputs)
-        plain.layers = nn.ModuleList([plain_member(self.layers[0], p)])
-        return plain.train(self.training)

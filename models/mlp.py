@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .stacked import check_size, linear, plain_member
+from .sizes import check_size
 
 # Each maps 0 to 0, so that a hidden unit whose weights are zero stays invisible in training.
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -19,9 +19,7 @@ class MLP(nn.Module):
     ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model; ``activation`` is
     "relu", "gelu", "silu" or "tanh"; ``dropout`` in [0, 1) follows every activation.
 
-    Shape: ``(B, D) -> (B, K)``. With ``members=P`` the parameters carry a leading member axis and the shape
-    is ``(P, B, D) -> (P, B, K)``; ``member(p)`` gives back the plain module of one member.
-    Raises ValueError for an argument out of range.
+    Shape: ``(B, D) -> (B, K)``. Raises ValueError for an argument out of range.
     """
 
     def __init__(
@@ -33,15 +31,12 @@ class MLP(nn.Module):
         depth: int = 2,
         activation: str = "relu",
         dropout: float = 0.0,
-        members: int | None = None,
     ) -> None:
         super().__init__()
         check_size("n_features", n_features, 0)
         check_size("n_outputs", n_outputs, 1)
         check_size("width", width, 1)
         check_size("depth", depth, 0)
-        if members is not None:
-            check_size("members", members, 1)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
         if not 0 <= dropout < 1:
@@ -50,7 +45,7 @@ class MLP(nn.Module):
         self.width, self.depth = width, depth
         self.activation, self.dropout = activation, dropout
         sizes = [n_features, *[width] * depth, n_outputs]
-        self.layers = nn.ModuleList(linear(a, b, members) for a, b in zip(sizes[:-1], sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.act = ACTIVATIONS[activation]()
         self.drop = nn.Dropout(dropout)
 
@@ -59,16 +54,3 @@ class MLP(nn.Module):
             x = self.drop(self.act(layer(x)))
         output: Tensor = self.layers[-1](x)
         return output
-
-    def member(self, p: int) -> "MLP":
-        """Return member p as a plain module that holds copies of its parameters."""
-        plain = MLP(
-            self.n_features,
-            self.n_outputs,
-            width=self.width,
-            depth=self.depth,
-            activation=self.activation,
-            dropout=self.dropout,
-        )
-        plain.layers = nn.ModuleList(plain_member(layer, p) for layer in self.layers)
-        return plain.train(self.training)

@@ -69,9 +69,9 @@ def tune(
 ) -> Study:
     """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
 
-    model        "mlp", "logistic", a ``torch.nn.Module`` class, a function or a partial that makes one, called with the
-                 trial's ``module__*`` values and what it has of ``n_features``, ``n_outputs``, ``input_shape``; or
-                 "FILE.py:NAME"
+    model        "mlp", "logistic", "cnn" for images, "gru" for sequences, a ``torch.nn.Module`` class, a function or a
+                 partial that makes one, called with the trial's ``module__*`` values and what it has of
+                 ``n_features``, ``n_outputs``, ``input_shape``; or "FILE.py:NAME"
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column. For a module
                  also arrays and tensors (n, ...) of any shape, integer tensors (n, T) of token ids, a tuple of several
                  or a dict of keyword inputs, a map-style Dataset of torch's, a .npz or .pt file, or .npy

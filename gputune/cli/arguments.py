@@ -269,7 +269,9 @@ METHOD_RULES: dict[str, dict[str, Rule]] = {
 _MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
         "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
-        "model": Rule("--model M", "mlp (default), logistic, or PATH.py:NAME"),
+        "model": Rule(
+            "--model M", "mlp (default), logistic, cnn for images, gru for sequences, or PATH.py:NAME"
+        ),
         "optimizer": Rule(
             "--optimizer O",
             "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; logistic: exact",

@@ -173,6 +173,8 @@ def read_source(
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:
     """Return the arrays of a file, of which ``y`` names the target, or those of .npy files."""
     X, target, of_groups = pick_arrays(path, y, groups)
+    if module and isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind in "iu":
+        X = (X,)  # token ids, as an integer tensor of two axes is
     source = read_source(X, target, of_groups, module=module)
     if path.suffix == ".npy":
         y, groups = (None if of is None else str(Path(of).resolve()) for of in (y, groups))

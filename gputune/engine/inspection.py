@@ -200,7 +200,7 @@ class _Trial:
                 else:
                     outputs = call_module(module, inputs, self.shape.names)
         except Exception as error:
-            takes = " and ".join(f"a {_kind(part)} tensor of shape {_any_rows(part)}" for part in inputs)
+            takes = " and ".join(map(_in_words, inputs))
             raise InputError(
                 f"model: the forward of {self.name}{self.trail} raised {type(error).__name__}: {error}. It must take "
                 f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}{self.columns}"
@@ -379,8 +379,14 @@ def _step_together(stacked: StackedModule, flat: Tensor, trial: _Trial) -> Step:
     return outputs, grads, {k: params[k] for k in stacked.kept}
 
 
+def _in_words(x: Tensor) -> str:
+    values = "" if x.is_floating_point() else f" of values from {int(x.min())} to {int(x.max())}"
+    return f"{_kind(x)} tensor of shape {_any_rows(x)}{values}"
+
+
 def _kind(x: Tensor) -> str:
-    return "float" if x.is_floating_point() else str(x.dtype).removeprefix("torch.")
+    name = str(x.dtype).removeprefix("torch.")
+    return "a float" if x.is_floating_point() else f"an {name}" if name.startswith("i") else f"a {name}"
 
 
 def _any_rows(x: Tensor) -> str:

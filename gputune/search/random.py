@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
+from torch import nn
 
 from gputune.errors import InputError
+from gputune.models import CNN, GRU
 from gputune.search.config import KEYS, check_config
 from gputune.search.distributions import Choices, OwnDistribution, Steps
 from gputune.search.space import Space, check_include
@@ -25,8 +27,17 @@ _TAKERS: Mapping[str, tuple[str, ...]] = {
 """Keys that some optimizers take, and the others leave aside."""
 
 
-def default_space(model: Literal["mlp", "logistic", "module"], optimizer: str) -> dict[str, Choices]:
-    """Return the space of a search that was given none.
+_SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
+    CNN: {"module__channels": [8, 16, 32]},
+    GRU: {"module__hidden": [16, 32, 64]},
+}
+"""What else is searched in modules of ``gputune.models``."""
+
+
+def default_space(
+    model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
+) -> dict[str, Choices]:
+    """Return the space of a search that was given none; ``builder`` is what makes the modules, if any.
 
     The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants one or two
     powers of ten more. Batch size and width come from short lists of powers of two, so that many trials share one
@@ -43,7 +54,9 @@ def default_space(model: Literal["mlp", "logistic", "module"], optimizer: str) -
     }
     if optimizer in ONLINE:
         space["hypergrad_lr"] = stats.loguniform(1e-3, 1e-1)
-    return space | {"width": [32, 64, 128, 256]} if model == "mlp" else space
+    if model == "mlp":
+        return space | {"width": [32, 64, 128, 256]}
+    return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
 
 
 def draw(space: Space, n_trials: int, seed: int) -> list[Config]:

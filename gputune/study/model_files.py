@@ -227,14 +227,12 @@ def _preprocessing(
 
 def _check_size(arguments: dict[str, Any], kind: str, state: dict[str, Tensor]) -> None:
     """Raise ValueError for a network that is larger than its tensors, before it takes the memory."""
-    words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0, "members": 1}
-    D, K, H, depth, members = (int(arguments.get(word) or least) for word, least in words.items())
+    words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
+    D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
     numbers = (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
     there = sum(tensor.numel() for tensor in state.values())
-    if numbers * members > there:
-        raise ValueError(
-            f"it describes a network of {numbers * members} parameters, and {TENSORS} holds {there}"
-        )
+    if numbers > there:
+        raise ValueError(f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}")
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -38,6 +38,9 @@ FILE_MODULE = "gputune_file_"
 """What the names of modules begin with that gputune made of a file, whose digest they have as ``__sha256__``."""
 
 MAIN = "__main__"
+MODELS = "gputune.models"
+"""Classes of gputune's own, which are here already: to find one runs nothing."""
+
 LARGEST_SOURCE = 2**24
 """Bytes of a Python file that is named by a study or a model."""
 
@@ -283,7 +286,7 @@ def _imported(place: str, file: str | None, trust_code: bool) -> Builder:
         raise InputError(
             f"the module class {place!r} cannot be imported ({error}){there}; make its package importable here."
         ) from error
-    if not trust_code:
+    if not trust_code and package != MODELS and not package.startswith(f"{MODELS}."):
         _check_remembered(files, name)
     try:
         module = importlib.import_module(package)

@@ -318,7 +318,9 @@ def _check_objective(problem: Problem, trials: Sequence[Candidate]) -> None:
 def _checked_space(choice: ModelChoice, options: Options) -> Space:
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
-    space = default_space(choice.searched, choice.optimizer) if options.space is None else options.space
+    space = options.space
+    if space is None:
+        space = default_space(choice.searched, choice.optimizer, choice.module_class)
     return check_space(translated(space), keys=keys, module=module)
 
 

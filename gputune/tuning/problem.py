@@ -21,11 +21,17 @@ from gputune.engine.construction import Builder, name_of
 from gputune.engine.objective import Objective, make_objective
 from gputune.engine.population import ModelKind
 from gputune.errors import InputError
+from gputune.models import CNN, GRU
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.tuning.options import Options
 from gputune.types import OPTIMIZERS
 
 SearchedModel = Literal["mlp", "logistic", "module"]
+
+NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU}
+"""Modules of ``gputune.models`` that have a name; they are searched as any module is."""
+
+BUILT_IN = ("mlp", "logistic")
 
 _KINDS: dict[SearchedModel, ModelKind] = {"mlp": "mlp", "logistic": "linear", "module": "module"}
 
@@ -89,6 +95,8 @@ def recorded_model(spec: dict[str, Any], optimizer: str, *, trust_code: bool) ->
 def _resolve(model: Any) -> tuple[SearchedModel, Builder | None]:
     if model == "mlp" or model == "logistic":
         return model, None
+    if isinstance(model, str) and model in NAMED:
+        return "module", NAMED[model]
     if isinstance(model, str) and ":" in model:
         path, _, name = model.rpartition(":")
         return "module", class_from_file(path, name)
@@ -100,8 +108,8 @@ def _resolve(model: Any) -> tuple[SearchedModel, Builder | None]:
             f"{type(model).__name__}."
         )
     raise InputError(
-        f"model must be 'mlp', 'logistic', a torch.nn.Module class, a function that makes modules, or "
-        f"'FILE.py:NAME', got {model!r}."
+        f"model must be {', '.join(map(repr, (*BUILT_IN, *NAMED)))}, a torch.nn.Module class, a function that makes "
+        f"modules, or 'FILE.py:NAME', got {model!r}."
     )
 
 
@@ -163,6 +171,12 @@ class Problem:
         used = {column.name: len(column.feature_names) for column in self.layout.columns}
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
+        given = self.source.original
+        if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
+            return (
+                " X is a table, an array of two axes, whose numbers are scaled; give token ids as an integer tensor, "
+                "torch.from_numpy(X)."
+            )
         parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(
             wide
         )

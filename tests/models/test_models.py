@@ -1,72 +1,88 @@
-"""The stacked models equal their plain members."""
+"""The models to begin from: what they give, what they refuse, and that they are searched and loaded by name."""
 
+import inspect
+
+import numpy as np
 import pytest
 import torch
 
-from gputune.models import MLP, LogisticRegression, StackedLinear
+import gputune
+from gputune.models import CNN, GRU, MLP, LogisticRegression
+from refused import refused
+
+IMAGES = np.random.default_rng(0).normal(size=(40, 2, 8, 6)).astype(np.float32)
+IDS = torch.from_numpy(np.random.default_rng(1).integers(0, 5, (40, 6)))
+LABELS = np.arange(40) % 2
+SEARCH = {"n_trials": 1, "cv": 2, "max_epochs": 1, "verbose": 0, "workers": 1}
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
-@pytest.mark.parametrize("depth", [0, 1, 3])
-def test_a_stacked_mlp_equals_its_members(activation, depth):
-    torch.manual_seed(0)
-    stacked = MLP(5, 3, width=7, depth=depth, activation=activation, members=4).double()
-    x = torch.randn(4, 6, 5, dtype=torch.float64)
-    together = stacked(x)
-    assert together.shape == (4, 6, 3)
-    for p in range(4):
-        member = stacked.member(p)
-        assert not any(isinstance(m, StackedLinear) for m in member.modules())
-        torch.testing.assert_close(member(x[p]), together[p], rtol=1e-12, atol=1e-12)
-
-
-def test_a_stacked_logistic_regression_equals_its_members():
-    stacked = LogisticRegression(5, 3, members=4)
-    x = torch.randn(4, 6, 5)
-    for p in range(4):
-        torch.testing.assert_close(stacked.member(p)(x[p]), stacked(x)[p])
-    plain = LogisticRegression(5, 3)
-    assert plain(x[0]).shape == (6, 3)
-
-
-def test_members_may_read_the_same_rows():
-    stacked = MLP(5, 2, width=4, members=3)
-    x = torch.randn(6, 5)
-    torch.testing.assert_close(stacked(x), stacked(x.expand(3, 6, 5)))
-
-
-def test_a_stacked_member_starts_from_the_law_of_nn_linear():
-    layer = StackedLinear(50, 16, 40)
-    assert layer.weight.abs().max() <= 0.25
-    assert layer.weight.abs().max() > 0.24
-    assert layer.bias.abs().max() <= 0.25
-
-
-def test_a_member_is_a_copy():
-    stacked = LogisticRegression(2, 2, members=2)
-    member = stacked.member(0)
-    with torch.no_grad():
-        member.layers[0].weight.zero_()
-    assert stacked.layers[0].weight[0].abs().sum() > 0
+@pytest.mark.parametrize("model", [CNN, GRU, MLP, LogisticRegression])
+def test_a_model_is_an_example_of_less_than_60_lines(model):
+    assert len(inspect.getsource(inspect.getmodule(model)).splitlines()) < 60
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("model", "shape"),
     [
-        ({"width": 0}, "width must be at least 1, got width=0"),
-        ({"depth": -1}, "depth must be at least 0"),
-        ({"members": 0}, "members must be at least 1"),
-        ({"activation": "sigmoid"}, "activation must be one of relu, gelu, silu, tanh, got 'sigmoid'"),
-        ({"dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
+        (CNN((2, 8, 6), 3, channels=4), (2, 8, 6)),
+        (CNN((8, 8), 3, depth=3, dropout=0.5), (8, 8)),
+        (GRU((7, 2), 3, layers=2), (7, 2)),
+        (MLP(5, 3, width=7, depth=3, activation="tanh"), (5,)),
+        (LogisticRegression(5, 3), (5,)),
     ],
 )
-def test_bad_arguments_are_named(arguments, message):
+def test_outputs_have_one_row_a_row(model, shape):
+    assert model(torch.randn(4, *shape)).shape == (4, 3)
+    assert model.double()(torch.randn(4, *shape).double()).dtype == torch.float64
+
+
+def test_bytes_and_token_ids_are_taken_as_they_are():
+    pictures = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    net = CNN((3, 8, 8), 2).eval()
+    torch.testing.assert_close(net(pictures), net(pictures.float()))
+    assert GRU((6,), 2, n_tokens=5)(IDS.int()).shape == (40, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        (MLP, {"n_features": 3, "width": 0}, "width must be at least 1, got width=0"),
+        (MLP, {"n_features": 3, "depth": -1}, "depth must be at least 0"),
+        (MLP, {"n_features": 3, "activation": "sigmoid"}, "activation must be one of .*, got 'sigmoid'"),
+        (MLP, {"n_features": 3, "dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),
+        (LogisticRegression, {"n_features": -1}, "n_features must be at least 0"),
+        (CNN, {"input_shape": (64,)}, r"a CNN takes images, .*got rows of shape \(64,\): reshape X"),
+        (
+            CNN,
+            {"input_shape": (8, 8, 3)},
+            "images of 4 x 4 or more, got 8 x 3: .*check the order of the axes",
+        ),
+        (CNN, {"input_shape": (8, 8), "channels": 0}, "channels must be at least 1"),
+        (GRU, {"input_shape": (1, 2, 3)}, r"a GRU takes sequences, .*got rows of shape \(1, 2, 3\)"),
+        (GRU, {"input_shape": (6,)}, "need n_tokens, the largest id plus 1"),
+        (GRU, {"input_shape": (6, 2), "n_tokens": 5}, "and numbers, .*, none"),
+    ],
+)
+def test_bad_arguments_are_named(model, arguments, message):
     with pytest.raises(ValueError, match=message):
-        MLP(3, 2, **arguments)
+        model(n_outputs=2, **arguments)
 
 
-def test_outputs_and_members_are_checked():
-    with pytest.raises(ValueError, match="n_outputs must be at least 1"):
-        LogisticRegression(3, 0)
-    with pytest.raises(ValueError, match=r"member\(0\) needs a stacked module"):
-        MLP(3, 2).member(0)
+def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    study = gputune.tune("cnn", IMAGES, LABELS, **SEARCH)
+    assert study.best_params.keys() == {"lr", "batch_size", "weight_decay", "module__channels"}
+    model = study.best_model()
+    model.save(tmp_path / "model")
+    again = gputune.load_model(tmp_path / "model")
+    assert type(again.module) is CNN
+    np.testing.assert_array_equal(again.predict_proba(IMAGES), model.predict_proba(IMAGES))
+
+
+def test_token_ids_are_an_integer_tensor():
+    space = {"lr": [0.01], "module__n_tokens": [5], "module__hidden": [4]}
+    assert gputune.tune("gru", IDS, LABELS, space=space, **SEARCH).best_score > 0
+    with refused("X is a table, .*give token ids as an integer tensor, torch.from_numpy"):
+        gputune.tune("gru", IDS.numpy(), LABELS, space=space, **SEARCH)
+    with refused("index out of range.*an int64 tensor of shape \\(rows, 6\\) of values from 0 to 4"):
+        gputune.tune("gru", IDS, LABELS, space={"module__n_tokens": [3]}, **SEARCH)
