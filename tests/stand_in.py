@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from gputune.engine.trace import DispatchMode
 
 _HOST = (Tensor.numpy, Tensor.__array__, Tensor.tolist)  # read by the host without an operation
 _RULES = (
@@ -42,8 +43,8 @@ class StandIn:
 
     def capture(self, step: Callable[[], None]) -> "Tape":
         """Record a step; all that it wrote is then as it was before. Raises CaptureError."""
-        recording = _Recording(self.device)
-        with recording.undone(), _NoReading(), recording:
+        recording = Recording(self.device)
+        with recording.undone(), NoReading(), recording:
             step()
         return recording.close()
 
@@ -72,7 +73,8 @@ class _Place:
                 f"the memory of a {tuple(self.shape)} tensor that a recorded step uses is gone: keep its tensors, "
                 "write into them in place, and record the step again where they are replaced."
             )
-        return torch.empty(0, dtype=self.dtype).set_(storage, self.offset, self.shape, self.stride)
+        empty = torch.empty(0, dtype=self.dtype, device=storage.device)
+        return empty.set_(storage, self.offset, self.shape, self.stride)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Tape:
                 found[slot] = tensor
 
 
-class _NoReading(TorchFunctionMode):
+class NoReading(TorchFunctionMode):
     """Refuses what the host reads of a tensor without an operation that could be seen."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,7 +124,7 @@ class _NoReading(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Recording(TorchDispatchMode):
+class Recording(DispatchMode):
     """Runs operations and notes them."""
 
     def __init__(self, device: torch.device) -> None:
@@ -160,7 +162,8 @@ class _Recording(TorchDispatchMode):
                 raise _refusal(func, reason)
         if func is torch.ops.aten.lift_fresh.default:
             raise _refusal(func, "it takes numbers of the host; make the tensor before the step")
-        if not inputs and func is not torch.ops.aten.empty.memory_format:
+        made_here = kwargs.get("device") not in (None, torch.device("cpu"))  # by a kernel of the device
+        if not inputs and func is not torch.ops.aten.empty.memory_format and not made_here:
             raise _refusal(func, "it makes a tensor out of nothing; make it before the step")
         devices = {tensor.device for tensor in inputs} | {kwargs.get("device") or self.device}
         if devices != {self.device}:
@@ -231,7 +234,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

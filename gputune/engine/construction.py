@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gputune.errors import InputError
-from gputune.seeding import GLOBAL_DRAWS, stream_seed
+from gputune.seeding import keyed_draws
 from gputune.types import Config
 
 Builder = Callable[..., nn.Module]
@@ -41,8 +41,7 @@ def build_module(
     shape = (n_features,) if input_shape is None else input_shape
     sizes = {"n_features": n_features, "n_outputs": n_outputs, "input_shape": shape}
     words = call_arguments(builder, sizes, arguments)
-    with GLOBAL_DRAWS, torch.random.fork_rng(), _single_precision():
-        torch.manual_seed(stream_seed(seed, "module"))
+    with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
         try:
             module = builder(**words)
             if isinstance(module, nn.Module):
@@ -91,6 +90,15 @@ def call_arguments(builder: Builder, sizes: Mapping[str, Any], arguments: Config
 
 
 _EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+
+
+def _drawing_device() -> torch.device:
+    """Return the GPU on which a constructor may draw too: the current one, where this process has used one before.
+
+    Not all of them: to save the state of a GPU's generator makes a context on it, some hundred megabytes.
+    """
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.device("cuda" if used else "cpu")
 
 
 @contextmanager

@@ -1,0 +1,156 @@
+"""What gputune does on the simulated devices; ``test_simulated_cuda.py`` runs this in a process that has them."""
+
+import dataclasses
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gputune
+import problems
+from gputune.engine.mlp import StackedMLP
+from gputune.engine.module import StackedModule
+from gputune.engine.network import Shape
+from gputune.engine.stacked import StackedChunk
+from problems import fill, largest_difference, make_data, plain_loop, scoring_of, train_together
+from simulated_cuda import torch_cuda as cuda
+
+DEVICES = ["cuda:0", "cuda:1"]
+FAST = {"n_trials": 4, "max_epochs": 4, "cv": 3, "verbose": 0, "dtype": "float64", "workers": 1}
+
+
+class Net(nn.Module):
+    """A user's module whose members are stacked; its running statistics change in training."""
+
+    def __init__(self, n_features, n_outputs, width=8, dropout=0.0, norm=True):
+        super().__init__()
+        self.first, self.norm = nn.Linear(n_features, width), nn.BatchNorm1d(width) if norm else nn.Identity()
+        self.dropout, self.last = nn.Dropout(dropout), nn.Linear(width, n_outputs)
+
+    def forward(self, x):
+        return self.last(self.dropout(torch.relu(self.norm(self.first(x)))))
+
+
+class Reader(Net):
+    """A module that reads a number, for which its members train one by one."""
+
+    def forward(self, x):
+        return super().forward(x if float(x.detach().abs().sum()) > 0 else x + 1)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def no_capture_failed():
+    """A capture that one test made fail is no matter of the next."""
+    yield
+    cuda.underway = False
+
+
+def moved(data, device):
+    """A Dataset whose tensors are on a device."""
+    folds = [dataclasses.replace(f, train=f.train.to(device), valid=f.valid.to(device)) for f in data.folds]
+    tensors = {k: v.to(device) for k, v in vars(data).items() if isinstance(v, torch.Tensor)}
+    return dataclasses.replace(
+        data, inputs=tuple(x.to(device) for x in data.inputs), folds=tuple(folds), **tensors
+    )
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+def test_a_member_is_the_network_that_is_trained_alone(optimizer, backend, device, monkeypatch):
+    monkeypatch.setattr(problems, "BACKEND", backend)
+    sizes = ((16, 9, 0.01), (12, 11, 0.003), (9, 16, 0.01))
+    configs = ({"width": width, "batch_size": size, "lr": lr} for width, size, lr in sizes)
+    configs = fill(*({**c, "dropout": 0.2, "weight_decay": 0.01} for c in configs), optimizer=optimizer)
+    for data in (make_data(weights=True), make_data("regression")):
+        together, _ = train_together(moved(data, device), configs, epochs=4)
+        for (f, i), member in together.items():
+            assert largest_difference(member, plain_loop(data, f, configs[i], 4)) <= 1e-10
+
+
+SEARCHES = {
+    "eager": ("mlp", {"backend": "eager"}),
+    "graph": ("mlp", {"backend": "graph"}),
+    "halving": ("mlp", {"method": "halving", "n_trials": 9, "max_epochs": 9}),
+    "median": ("mlp", {"method": "median", "max_epochs": 8, "backend": "graph"}),
+    "hypergradient": ("mlp", {"method": "hypergradient", "n_trials": 2}),
+    "solved": ("logistic", {}),
+    "stacked module": (Net, {"backend": "stacked"}),
+    "recorded module": (Net, {"backend": "graph"}),
+    "module one by one": (Reader, {}),
+}
+
+
+def same_search(X, y, model, options, device):
+    """The study of a search on a device, whose curves are those of the CPU."""
+    here = {"backend": "eager"} if model == "mlp" else {}
+    expected = gputune.tune(model, X, y, **{**FAST, **options, **here, "device": "cpu"})
+    study = gputune.tune(model, X, y, **{**FAST, **options, "device": device})
+    np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-9, atol=1e-12)
+    return study, expected
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_search_gives_the_numbers_of_the_cpu(name, device, iris):
+    same_search(*iris, *SEARCHES[name], device)
+
+
+@pytest.mark.parametrize("model", ["mlp", Net])
+def test_the_best_is_trained_again_on_all_rows(model, device, iris):
+    study, expected = same_search(*iris, model, {"space": {"lr": [0.01, 0.03]}, "n_trials": 2}, device)
+    found, own = (s.best_model().predict_proba(iris[0]) for s in (study, expected))
+    np.testing.assert_allclose(found, own, atol=1e-6)
+
+
+def test_a_search_goes_on_where_it_ended(device, iris, tmp_path):
+    options = {**FAST, "device": device, "backend": "graph"}
+    whole = gputune.tune("mlp", *iris, **options)
+    gputune.tune("mlp", *iris, **options, timeout=1e-9, study=tmp_path / "study.db")
+    study = gputune.tune("mlp", *iris, **options, study=tmp_path / "study.db")
+    assert study.curves.tobytes() == whole.curves.tobytes()
+
+
+def test_a_module_is_built_without_a_context_on_other_gpus(iris):
+    for device in ("cpu", "cuda:0"):
+        cuda.forget()
+        gputune.tune(Net, *iris, **FAST, device=device)
+        assert set(cuda.counts("context")) <= {"0"}
+
+
+def test_auto_takes_the_current_gpu(iris):
+    study = gputune.tune("mlp", *iris, **FAST)
+    assert cuda.counts("launch")
+    np.testing.assert_array_equal(study.curves, gputune.tune("mlp", *iris, **FAST, device="cuda:0").curves)
+
+
+def chunk(device, *, module=False):
+    """Members of one batch size in recorded tensors."""
+    data = moved(make_data(), device)
+    configs = fill(*({"lr": lr, "batch_size": 10, "width": 8} for lr in (0.01, 0.02, 0.03)))
+    size = (data.n_folds, data.n_features, data.n_outputs)
+    shape = Shape(*size, data.dtype, data.device, False, data.present)
+    if module:
+        network = StackedModule(partial(Net, norm=False), configs, shape, seed=0)
+    else:
+        network = StackedMLP("mlp", configs, shape, seed=0)
+    return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring_of(data), recorded=True)
+
+
+@pytest.mark.parametrize("module", [False, True])
+def test_an_epoch_of_recorded_steps_copies_nothing_and_waits_for_nothing(module, device):
+    members = chunk(device, module=module)
+    for epoch in range(5):
+        members.advance(epoch)
+    steps = len(members.batches.shapes)
+    members.batches.begin(5)  # the rows of an epoch are drawn on the host
+    cuda.forget()
+    for shape in members.batches.shapes:
+        members.steps.take(shape, lambda: pytest.fail("a step was not recorded"))
+    assert cuda.counts("replay") == {"": steps}
+    assert not cuda.counts("to device") and not cuda.counts("to host") and not cuda.counts("wait")

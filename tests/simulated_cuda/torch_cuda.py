@@ -1,0 +1,218 @@
+"""What of torch.cuda gputune uses, over the simulated device (``device.cpp``). It is loaded before torch:
+``SIMULATED_CUDA=DIR/device.so PYTHONPATH=tests pytest -p simulated_cuda.torch_cuda``.
+
+Numbers are those of the CPU's kernels. It finds tensors on the wrong device, waits and copies where none may be, memory
+that is read before it is written, and what a graph cannot record; not races between streams, nor how fast a GPU is.
+"""
+
+import ctypes
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+if "torch" in sys.modules:
+    raise RuntimeError("load the simulated device before torch, which looks once for its CUDA hooks.")
+_torch = importlib.util.find_spec("torch")
+assert _torch is not None and _torch.origin is not None
+ctypes.CDLL(str(Path(_torch.origin).parent / "lib/libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+_device = ctypes.CDLL(os.environ["SIMULATED_CUDA"], mode=ctypes.RTLD_GLOBAL)
+_device.simulated_counts.restype = ctypes.c_char_p
+for _name in ("allocated", "peak", "limit"):
+    getattr(_device, f"simulated_{_name}").restype = ctypes.c_int64
+_device.simulated_set_limit.argtypes = [ctypes.c_int64]
+
+import torch  # noqa: E402
+
+from stand_in import NoReading, Recording, Tape  # noqa: E402
+
+fail_next_capture = False
+"""Set, CUDA invalidates the next capture."""
+underway = False
+"""Whether PyTorch's allocator believes in a capture, as that of torch < 2.13 does for ever after one that failed."""
+
+
+def counts(kind: str) -> dict[str, int]:
+    """Return how often each operation did so: "launch", "to device" and "to host" (copies), "wait", "replay"."""
+    lines = (line.split(" ", 1) for line in _device.simulated_counts().decode().splitlines())
+    return {what.removeprefix(kind).strip(): int(times) for times, what in lines if what.startswith(kind)}
+
+
+def forget() -> None:
+    """Count anew."""
+    _device.simulated_forget()
+
+
+@contextmanager
+def memory_limit(size: int) -> Iterator[None]:
+    """Let each device have so many bytes inside, beyond what is taken."""
+    before = _device.simulated_limit()
+    _device.simulated_set_limit(max(map(_device.simulated_allocated, range(_devices()))) + size)
+    try:
+        yield
+    finally:
+        _device.simulated_set_limit(before)
+
+
+def _devices() -> int:
+    return int(_device.simulated_devices())
+
+
+def _index(device: Any = None) -> int:
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
+    return int(_device.simulated_device() if device.index is None else device.index)
+
+
+class Device:
+    """``torch.cuda.device``."""
+
+    def __init__(self, device: Any) -> None:
+        self.index = _index(device)
+
+    def __enter__(self) -> None:
+        self.before = _index()
+        _device.simulated_set_device(self.index)
+
+    def __exit__(self, *error: object) -> None:
+        _device.simulated_set_device(self.before)
+
+
+class Stream:
+    """``torch.cuda.Stream``: one of the names of the only queue."""
+
+    def __init__(self, device: Any = None, *, default: bool = False) -> None:
+        self.device, self.default = torch.device("cuda", _index(device)), default
+
+    def wait_stream(self, other: "Stream") -> None:
+        pass
+
+
+_defaults = [Stream(i, default=True) for i in range(_devices())]
+_current = list(_defaults)
+
+
+def _set_stream(stream: Stream) -> None:
+    _device.simulated_set_device(stream.device.index)
+    _current[stream.device.index] = stream
+
+
+@contextmanager
+def _stream(stream: Stream) -> Iterator[None]:
+    before = _current[stream.device.index]
+    with Device(_index()):
+        _set_stream(stream)
+        try:
+            yield
+        finally:
+            _current[stream.device.index] = before
+
+
+class Graph:
+    """``torch.cuda.CUDAGraph``: the operations that were recorded, run again on the same memory."""
+
+    tape: Tape | None = None
+
+    def replay(self) -> None:
+        assert self.tape is not None, "replayed without a capture"
+        _refuse_in_capture()
+        _device.simulated_count(b"replay")
+        self.tape.replay()
+
+
+@contextmanager
+def _graph(
+    graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
+) -> Iterator[None]:
+    """``torch.cuda.graph``. A capture that fails leaves the side stream current, as PyTorch's does."""
+    global fail_next_capture, underway
+    _synchronize()
+    _empty_cache()
+    assert not stream.default, "graphs are captured on a side stream"
+    before = _current[stream.device.index]
+    _set_stream(stream)
+    recording = Recording(stream.device)
+    _device.simulated_set_capturing(1)
+    try:
+        with recording.undone(), NoReading(), recording:
+            yield
+        if fail_next_capture:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        graph.tape = recording.close()
+    except RuntimeError as error:
+        underway = not isinstance(error, torch.OutOfMemoryError)
+        raise
+    finally:
+        fail_next_capture = False
+        _device.simulated_set_capturing(0)
+        if not underway:
+            _current[stream.device.index] = before
+
+
+def _refuse_in_capture() -> None:
+    if _device.simulated_capturing():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def _synchronize(device: Any = None) -> None:
+    _refuse_in_capture()
+    _device.simulated_count(b"wait synchronize")
+
+
+def _empty_cache() -> None:
+    _refuse_in_capture()
+    if underway:
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+
+_generators = [torch.Generator().manual_seed(0) for _ in range(_devices())]
+
+_FUNCTIONS: dict[str, Any] = {
+    "_is_compiled": lambda: True,
+    "_is_in_bad_fork": lambda: False,
+    "_lazy_init": lambda: None,
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "device_count": _devices,
+    "current_device": _index,
+    "set_device": lambda device: _device.simulated_set_device(_index(device)),
+    "device": Device,
+    "get_device_name": lambda device=None: "a GPU that is not there",
+    "get_device_capability": lambda device=None: (9, 0),
+    "Stream": Stream,
+    "stream": _stream,
+    "set_stream": _set_stream,
+    "current_stream": lambda device=None: _current[_index(device)],
+    "CUDAGraph": Graph,
+    "graph": _graph,
+    "graph_pool_handle": lambda: (0, 1),
+    "synchronize": _synchronize,
+    "empty_cache": _empty_cache,
+    "mem_get_info": lambda device=None: (
+        _device.simulated_limit() - _device.simulated_allocated(_index(device)),
+        _device.simulated_limit(),
+    ),
+    "memory_allocated": lambda device=None: _device.simulated_allocated(_index(device)),
+    "memory_reserved": lambda device=None: _device.simulated_allocated(_index(device)),
+    "max_memory_allocated": lambda device=None: _device.simulated_peak(_index(device)),
+    "reset_peak_memory_stats": lambda device=None: _device.simulated_reset_peak(_index(device)),
+    "get_rng_state": lambda device="cuda": _state(device),
+    "set_rng_state": lambda state, device="cuda": _generators[_index(device)].set_state(state),
+    "manual_seed": lambda seed: _generators[_index()].manual_seed(seed),
+    "manual_seed_all": lambda seed: [generator.manual_seed(seed) for generator in _generators],
+}
+
+
+def _state(device: Any) -> torch.Tensor:
+    _device.simulated_count(
+        f"context {_index(device)}".encode()
+    )  # a real GPU makes one where it has none yet
+    return _generators[_index(device)].get_state()
+
+
+for _name, _function in _FUNCTIONS.items():
+    setattr(torch.cuda, _name, _function)
+torch._C._cuda_getCurrentRawStream = lambda device: 0  # what torch.compile imports
+torch.cuda.random.manual_seed_all = _FUNCTIONS["manual_seed_all"]
