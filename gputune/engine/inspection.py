@@ -73,6 +73,12 @@ def traits_of(
     return traits
 
 
+def note_slow(builder: Builder, data: Dataset, arguments: str, slow: str) -> None:
+    """Remember that a module's members train faster one by one, with these module__* values as text."""
+    known = _known[data][builder]
+    known[arguments] = replace(known[arguments], slow=slow)
+
+
 def inspect_module(
     builder: Builder,
     config: Config,

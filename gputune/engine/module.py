@@ -45,6 +45,7 @@ class Traits:
     row_losses   whether the loss gives a number a row, rather than their mean
     at_start     what is not finite before anything has trained, in words, "" where all is
     unstackable  why its members cannot be stacked, "" where they can
+    slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
     """
 
     changing: tuple[str, ...] = ()
@@ -56,6 +57,12 @@ class Traits:
     row_losses: bool = True
     at_start: str = ""
     unstackable: str = ""
+    slow: str = ""
+
+    @property
+    def alone_because(self) -> str:
+        """Why members train one by one, "" where they are stacked."""
+        return self.unstackable or self.slow
 
 
 class ModuleNetwork:

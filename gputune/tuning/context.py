@@ -7,17 +7,19 @@ resumed, and every process that works on it, therefore run whole chunks of one p
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.inspection import known_traits, traits_of
+from gputune.engine.inspection import known_traits, note_slow, traits_of
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
 from gputune.engine.population import Population, complete, shape_of
 from gputune.engine.scoring import Scoring
+from gputune.engine.timing import slower_stacked
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.study.ledger import Ledger
@@ -65,6 +67,8 @@ class Context:
     """What became of the columns of X where they are not one feature each, for messages about shapes."""
     needs: dict[object, Need | None] = field(default_factory=dict)
     """What shapes were measured to take of the device's memory."""
+    timed: set[str] = field(default_factory=set)
+    """The module__* values, as text, whose ways of training were timed."""
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
@@ -101,7 +105,12 @@ class Context:
         for remark in self.remarks:
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
-            plan = self.trainer.plan(groups, epochs=epochs, parameters=parameters, measure=self._need)
+            make = partial(
+                self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need
+            )
+            plan = make()
+            if self._time(plan, epochs):
+                plan = make()
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
             self.progress.say(
@@ -110,6 +119,32 @@ class Context:
                 once=True,
             )
         return plan
+
+    def _time(self, plan: Plan, epochs: int) -> bool:
+        """Time the ways of a user's module where one may be chosen, and return whether any trains faster one by one."""
+        builder, data = self.choice.module_class, self.data
+        if (
+            builder is None
+            or self.options.backend != "auto"
+            or data.device.type != "cpu"
+            or self.trainer.cluster
+        ):
+            return False
+        found = False
+        stacked = [chunk for chunk, way in zip(plan.chunks, plan.ways) if way != "loop"]
+        for arguments, chunk in {chunk.arguments: chunk for chunk in reversed(stacked)}.items():
+            if arguments in self.timed:
+                continue
+            self.timed.add(arguments)
+            trials = sum(len(other.index) for other in stacked if other.arguments == arguments)
+            rows = sum(len(fold.train) for fold in data.folds)
+            steps = trials * epochs * rows / chunk.configs[0]["batch_size"]
+            job = self.trainer.job(Job, epochs=epochs)
+            if slow := slower_stacked(job, data, chunk, member_steps=steps):
+                note_slow(builder, data, arguments, slow)
+                self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
+                found = True
+        return found
 
     def recorded_plans(
         self,

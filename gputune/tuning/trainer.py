@@ -90,7 +90,7 @@ class Trainer:
             free=None if self.cluster is None else self.cluster.free,
             measure=measure if is_gpu_here else None,
             backend=self.backend,
-            unstackable={k: t.unstackable for k, t in known_traits(self.module_class, self.data).items()},
+            unstackable={k: t.alone_because for k, t in known_traits(self.module_class, self.data).items()},
             widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
         )
         return self._placed(plan)
