@@ -114,6 +114,9 @@ class Dataset:
     names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
     scaling: tuple[Scaling | None, ...] = (None,)  # of each input
     dtype: torch.dtype = torch.float32  # of float inputs and of a regression's y; weights are float64
+    on_host: bool = (
+        False  # whether inputs lie in main memory, and rows are sent to the device as they are gathered
+    )
 
     @property
     def x(self) -> Tensor:
@@ -155,9 +158,15 @@ class Dataset:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
         copy, own = self.copies[fold], slice(fold, fold + 1)
         return tuple(
-            self.read(number, x[copy].index_select(0, positions)[None], own)[0]
+            self.read(number, self._taken(x[copy], positions)[None], own)[0]
             for number, x in enumerate(self.inputs)
         )
+
+    def _taken(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return rows of an input (n, ...) on the device."""
+        if not self.on_host:
+            return x.index_select(0, positions)
+        return staged(x.index_select(0, positions.to(x.device)), self.device)
 
     def read(self, number: int, rows: Tensor, folds: slice) -> Tensor:
         """Return gathered rows (F, ..., *row) of an input as some folds read them."""
@@ -181,8 +190,8 @@ class Dataset:
 
     @property
     def device(self) -> torch.device:
-        """Where all tensors lie."""
-        return self.inputs[0].device
+        """Where all tensors lie; the inputs too, unless they are ``on_host``."""
+        return self.folds[0].train.device
 
     @cached_property
     def first_equal(self) -> tuple[Tensor | None, ...]:
@@ -209,9 +218,11 @@ def make_dataset(
     of a fold's training rows add up to 0.
     """
     device = like.device
-    names, scaling = None, _scaling(statistics, like)
+    names, scaling, on_host = None, _scaling(statistics, like), False
     if isinstance(raw, Arrays):
-        inputs, copies, names = tuple(x.to(device)[None] for x in raw.parts), (0,) * len(folds), raw.names
+        on_host = _stays_on_host(raw, device)
+        inputs = tuple((x if on_host else x.to(device))[None] for x in raw.parts)
+        copies, names = (0,) * len(folds), raw.names
     else:
         inputs, copies = _table_inputs(raw, statistics, like)
     y, center, scale = (
@@ -224,6 +235,7 @@ def make_dataset(
         names=names,
         scaling=scaling,
         dtype=like.dtype,
+        on_host=on_host,
         copies=copies,
         y=y.to(like.dtype) if y.is_floating_point() else y.long(),
         weights=_stack(row_weights, device),
@@ -235,6 +247,22 @@ def make_dataset(
         task=target.task,
         target=torch.as_tensor(target.values, device=device),
     )
+
+
+_DEVICE_SHARE = 0.5  # of the memory that is free on a GPU, which inputs may take
+
+
+def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
+    """Whether inputs are too large for a GPU beside what trains on it."""
+    if device.type != "cuda" or any(x.device.type == "cuda" for x in arrays.parts):
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(x.numel() * x.element_size() for x in arrays.parts) > _DEVICE_SHARE * free
+
+
+def staged(rows: Tensor, device: torch.device) -> Tensor:
+    """Return gathered rows on a device; to a CUDA device they go from pinned memory, and nobody waits for that."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
 
 
 def _table_inputs(

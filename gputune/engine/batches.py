@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
+from gputune.engine.host_rows import HostRows
 from gputune.seeding import stream
 
 
@@ -99,6 +100,7 @@ class Batches:
         self.weights = None if data.weights is None else data.weights.double()
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch: int | None = None
+        self.host = HostRows(self.inputs, device) if data.on_host else None
         self._set_sizes(np.minimum(held, self.lengths))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
@@ -107,6 +109,7 @@ class Batches:
         self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
         self.active_until = torch.as_tensor(self.steps).to(self.data.device)
         taken = np.full_like(self.lengths, sizes.max()) if self.shared else sizes  # (F, 1 or C)
+        self.host_taken = taken
         self.taken = torch.as_tensor(taken).to(self.data.device)
         self.positions = torch.arange(int(sizes.max()), device=self.data.device)
         self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
@@ -133,6 +136,8 @@ class Batches:
         self.order.copy_(row_order(self.data, self.seed, epoch) + self.start)
         self.step.zero_()
         self.epoch = epoch
+        if self.host is not None:
+            self.host.begin(self.order[1])
 
     def at(self, epoch: int, step: int) -> tuple[Batch, ...]:
         """Return the minibatches of one step, in whatever order steps are asked for."""
@@ -157,15 +162,19 @@ class Batches:
         rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
         own, of_x, of_y = rows
         members = of_x.shape[0] * of_x.shape[1]
-        inputs = tuple(self._gather(i, of_x, folds) for i in range(len(self.inputs)))
+        if self.host is not None:
+            last = key[1] + 1 == len(self.shapes)
+            found = self.host.take(folds, key[1], part.rows, self.host_taken, last=last)
+        else:
+            found = [x.index_select(0, of_x.flatten()) for x in self.inputs]
+        inputs = tuple(self._read(i, x, of_x, folds) for i, x in enumerate(found))
         y = self.target.index_select(0, of_y.flatten())
         y = y.view(members, part.rows, *y.shape[1:])
         return Batch(inputs, y, self._share(own, begin, part), folds, key)
 
-    def _gather(self, number: int, rows: Tensor, folds: slice) -> Tensor:
-        """Return rows (F, 1 or C, B) of an input as their folds read them, (F or P, B, ...)."""
-        x = self.inputs[number]
-        found = x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:])
+    def _read(self, number: int, found: Tensor, rows: Tensor, folds: slice) -> Tensor:
+        """Return the rows (F, 1 or C, B) of an input that were found as their folds read them, (F or P, B, ...)."""
+        found = found.view(*rows.shape, *found.shape[1:])
         return self.data.read(number, found, folds).flatten(0, 1)
 
     def _share(self, own: Tensor, begin: Tensor, part: Part) -> Tensor | float:

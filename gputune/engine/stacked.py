@@ -45,7 +45,8 @@ class StackedChunk:
         scoring: Scoring | None,
         recorded: bool = False,
     ) -> None:
-        self._network, self.recorded, self.horizon = network, recorded, horizon
+        # A recorded step reads the memory of its device alone, and rows of main memory come from outside.
+        self._network, self.recorded, self.horizon = network, recorded and not data.on_host, horizon
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.slots = list(self.alive)
