@@ -67,8 +67,8 @@ def export(arguments: Namespace) -> str:
     model = load_model(arguments.model, trust_code=arguments.trust_code)
     model.export(arguments.out)
     known = description(model)
-    noun = "column" if known["inputs"] == "columns" else "encoded feature"
-    return (
-        f"{arguments.out}: takes X, float64, a row of {count(len(known['names']), noun)} for each prediction; gives "
-        f"{' and '.join(known['outputs'])}; its metadata names them"
-    )
+    takes = model.layout.in_words()
+    if known["inputs"] != "arrays":
+        noun = "column" if known["inputs"] == "columns" else "encoded feature"
+        takes = f"X, float64, a row of {count(len(known['names']), noun)} for each prediction"
+    return f"{arguments.out}: takes {takes}; gives {' and '.join(known['outputs'])}; its metadata names them"

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.data.arrays import Arrays
+from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics
 from gputune.data.columns import convert
 from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of
 from gputune.data.table import Table
+from gputune.engine.network import call_module, first_output
 from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
 from gputune.extras import import_extra
@@ -31,10 +32,9 @@ METADATA = "gputune.json"
 """Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
 
 
-class WholeModel(nn.Module):
-    """Missing values, scaling, quantiles, the network, and probabilities or the target's units, in one module.
+class TableInputs(nn.Module):
+    """Missing values, scaling and quantiles of a table: (n, C) float64 -> the features, (n, D) float64.
 
-    Shape: ``(n, C)`` float64 -> (label (n,) int64, probabilities (n, K) float64), or prediction (n,) float64.
     The C numbers of a row are its columns where all of them are numbers or booleans, NaN where one is missing; else
     the features of ``Layout.raw``, since text and dates are no tensors.
     """
@@ -45,6 +45,62 @@ class WholeModel(nn.Module):
     quantiles: Tensor
     source: Tensor
     indicator: Tensor
+
+    def __init__(self, layout: Layout, statistics: Statistics) -> None:
+        super().__init__()
+        for name in ("fill", "center", "scale", "quantiles"):
+            self.register_buffer(name, torch.tensor(getattr(statistics, name)))
+        self.ranked = statistics.ranked.tolist()
+        columns = layout.columns
+        self.from_columns = takes_columns(layout)
+        if self.from_columns:
+            source = [i for i, column in enumerate(columns) for _ in column.feature_names]
+            indicator = [k >= len(c.parts) for c in columns for k, _ in enumerate(c.feature_names)]
+        else:
+            source, indicator = list(range(len(layout.feature_names))), [False]
+        self.register_buffer("source", torch.tensor(source))
+        self.register_buffer("indicator", torch.tensor(indicator))
+
+    def forward(self, X: Tensor) -> tuple[Tensor, ...]:
+        x = X[:, self.source] if self.from_columns else X
+        missing = x.isnan()
+        x = torch.where(missing, self.fill, x)
+        if self.from_columns:
+            x = torch.where(self.indicator, missing.double(), x)
+        scaled = (x - self.center) / self.scale
+        if not self.ranked:
+            return (scaled,)
+        ranks = normal_scores_of(x[:, self.ranked], self.quantiles)
+        return (scaled.index_copy(1, torch.tensor(self.ranked), ranks),)
+
+
+class ArrayInputs(nn.Module):
+    """The scaling of inputs (n, ...) that are no table: of each that has one its channels, the others as they are."""
+
+    def __init__(self, statistics: ArrayStatistics) -> None:
+        super().__init__()
+        self.scaled = [channels is not None for channels in statistics.channels]
+        for number, channels in enumerate(statistics.channels):
+            for name, part in zip(("center", "scale"), channels or ()):
+                self.register_buffer(f"{name}{number}", torch.tensor(part, dtype=torch.float64))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._scaled(x, number) for number, x in enumerate(inputs))
+
+    def _scaled(self, x: Tensor, number: int) -> Tensor:
+        if not self.scaled[number]:
+            return x
+        center, scale = (self.get_buffer(f"{name}{number}") for name in ("center", "scale"))
+        return (x.double() - center) / scale
+
+
+class WholeModel(nn.Module):
+    """What is done to the inputs, the network, and probabilities or the target's units, in one module.
+
+    Shape: inputs as ``TableInputs`` or ``ArrayInputs`` take them -> (label (n,) int64, probabilities (n, K) float64),
+    of several labels both (n, K), or prediction (n,) or (n, K) float64; for a custom target the outputs (n, ...).
+    """
+
     target_center: Tensor
     target_scale: Tensor
 
@@ -56,24 +112,20 @@ class WholeModel(nn.Module):
         # Buffers, since a plain number would be written in single precision.
         self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
         self.register_buffer("target_scale", torch.tensor(model.scale, dtype=torch.float64))
-        layout, statistics = _of_table(model)
-        for name in ("fill", "center", "scale", "quantiles"):
-            self.register_buffer(name, torch.tensor(getattr(statistics, name)))
-        self.ranked = statistics.ranked.tolist()
-        columns = layout.columns
-        self.from_columns = takes_columns(model)
-        if self.from_columns:
-            source = [i for i, column in enumerate(columns) for _ in column.feature_names]
-            indicator = [k >= len(c.parts) for c in columns for k, _ in enumerate(c.feature_names)]
+        self.names = None if isinstance(model.layout, Layout) else model.layout.names
+        self.inputs: nn.Module
+        if isinstance(model.layout, Layout):
+            assert isinstance(model.statistics, Statistics)
+            self.inputs = TableInputs(model.layout, model.statistics)
         else:
-            source, indicator = list(range(len(layout.feature_names))), [False]
-        self.register_buffer("source", torch.tensor(source))
-        self.register_buffer("indicator", torch.tensor(indicator))
+            assert isinstance(model.statistics, ArrayStatistics)
+            self.inputs = ArrayInputs(model.statistics)
 
-    def forward(self, X: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in self.inputs(*given)]
         # torch.export refuses a forward that keeps activations in its module.
         with Stateless(self.network).holding({}) as network:
-            output: Tensor = network(self._features(X).to(self.dtype)).double()
+            output = first_output(call_module(network, inputs, self.names)).double()
         if self.task == "custom":
             return output
         if self.task == "multilabel":
@@ -82,20 +134,6 @@ class WholeModel(nn.Module):
             output = output if self.several else output.reshape(-1)
             return output * self.target_scale + self.target_center
         return output.argmax(1), output.softmax(1)
-
-    def _features(self, X: Tensor) -> Tensor:
-        """Return the features as the network sees them, (n, D): what ``Layout.raw`` and ``transform`` give."""
-        x = X[:, self.source] if self.from_columns else X
-        missing = x.isnan()
-        x = torch.where(missing, self.fill, x)
-        if self.from_columns:
-            x = torch.where(self.indicator, missing.double(), x)
-        scaled = (x - self.center) / self.scale
-        if not self.ranked:
-            return scaled
-        return scaled.index_copy(
-            1, torch.tensor(self.ranked), normal_scores_of(x[:, self.ranked], self.quantiles)
-        )
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -107,27 +145,21 @@ def _copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(value): value.detach() for value in graphs})
 
 
-def _of_table(model: ModelContent) -> tuple[Layout, Statistics]:
-    layout, statistics = model.layout, model.statistics
-    if not isinstance(layout, Layout) or not isinstance(statistics, Statistics):
-        raise InputError(
-            f"export knows models of tables, and this one takes {layout.in_words()}; give its module, model.module, to "
-            "torch.export or torch.onnx."
-        )
-    return layout, statistics
-
-
-def takes_columns(model: ModelContent) -> bool:
+def takes_columns(layout: Layout) -> bool:
     """Whether an exported model takes the columns themselves, all of which are numbers or booleans."""
-    return all(column.kind in ("number", "boolean") for column in _of_table(model)[0].columns)
+    return all(column.kind in ("number", "boolean") for column in layout.columns)
 
 
-def encoded(model: ModelContent, table: Table | Arrays) -> np.ndarray:
-    """Return (n, C) float64, what an exported model takes of these rows."""
-    layout, _ = _of_table(model)
+def encoded(model: ModelContent, table: Table | Arrays) -> Any:
+    """Return what an exported model takes of these rows: (n, C) float64, or the arrays in the dtypes of training."""
+    layout = model.layout
+    if not isinstance(layout, Layout):
+        assert isinstance(table, Arrays)
+        parts = tuple(x.to(getattr(torch, dtype)) for x, dtype in zip(layout.raw(table).parts, layout.dtypes))
+        return Arrays(parts, layout.names).as_given()
     assert isinstance(table, Table)
     features = layout.raw(table)  # it checks the columns, also where only some of it is wanted
-    if not takes_columns(model):
+    if not takes_columns(layout):
         return features
     columns = layout.columns
     return np.stack(
@@ -137,17 +169,48 @@ def encoded(model: ModelContent, table: Table | Arrays) -> np.ndarray:
 
 def description(model: ModelContent) -> dict[str, Any]:
     """Return what must be known of the inputs and outputs, as plain JSON."""
-    columns, (layout, _) = takes_columns(model), _of_table(model)
-    names = [column.name for column in layout.columns] if columns else layout.feature_names
     return {
-        "inputs": "columns" if columns else "features",
-        "names": list(names),
-        "columns": [column.to_json() for column in layout.columns],
+        **_inputs(model.layout),
         "outputs": ["prediction"] if model.task in ("regression", "custom") else ["label", "probabilities"],
         "task": model.task,
         "target": model.target,
         "classes": None if model.classes is None else model.classes.tolist(),
     }
+
+
+def _inputs(layout: Layout | ArrayLayout) -> dict[str, Any]:
+    if not isinstance(layout, Layout):
+        shapes = [["rows", *shape] for shape in layout.shapes]
+        return {
+            "inputs": "arrays",
+            "names": input_names(layout),
+            "shapes": shapes,
+            "dtypes": list(layout.dtypes),
+        }
+    columns = takes_columns(layout)
+    names = [column.name for column in layout.columns] if columns else layout.feature_names
+    return {
+        "inputs": "columns" if columns else "features",
+        "names": list(names),
+        "columns": [column.to_json() for column in layout.columns],
+    }
+
+
+def input_names(layout: Layout | ArrayLayout) -> list[str]:
+    """Return what an ONNX file calls its inputs: X, or of several their own names, or X0, X1."""
+    if isinstance(layout, Layout) or (layout.names is None and len(layout.shapes) == 1):
+        return ["X"]
+    return list(layout.names or (f"X{i}" for i in range(len(layout.shapes))))
+
+
+def _examples(layout: Layout | ArrayLayout, columns: int) -> tuple[Tensor, ...]:
+    """Return inputs of two rows, since PyTorch takes a size of one for a constant."""
+    if isinstance(layout, Layout):
+        return (torch.zeros(2, columns, dtype=torch.float64),)
+    return tuple(
+        torch.zeros(2, *shape, dtype=getattr(torch, dtype))
+        for shape, dtype in zip(layout.shapes, layout.dtypes)
+    )
 
 
 def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
@@ -168,8 +231,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
         for needed in ("onnx", "onnxscript"):
             import_extra(needed, extra="onnx", used_by=f"export({path.name!r})")
     whole, known = WholeModel(model).eval(), description(model)
-    # Two rows, since PyTorch takes a size of one for a constant.
-    example = torch.zeros(2, len(known["names"]), dtype=torch.float64)
+    examples = _examples(model.layout, len(known["names"]))
     text = json.dumps({"format": "gputune export", "gputune": __version__, **known})
     with scratch_folder(path.parent, prefix=".export") as folder:
         draft = folder / path.name
@@ -178,7 +240,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
             torch.no_grad(),
             _in_words(f"{type(model.module).__name__} cannot be exported to {path.suffix}"),
         ):
-            writers[path.suffix](whole, example, text, draft)
+            writers[path.suffix](whole, examples, text, draft)
         os.replace(draft, path)
 
 
@@ -212,16 +274,17 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def _write_onnx(whole: WholeModel, example: Tensor, text: str, draft: Path) -> None:
+def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draft: Path) -> None:
+    known = json.loads(text)
     export_program = partial(
         torch.onnx.export,
         whole,
-        (example,),
+        examples,
         dynamo=True,
         verbose=False,
-        input_names=["X"],
-        output_names=json.loads(text)["outputs"],
-        dynamic_shapes=({0: torch.export.Dim("rows")},),
+        input_names=known["names"] if known["inputs"] == "arrays" else ["X"],
+        output_names=known["outputs"],
+        dynamic_shapes=_any_rows(examples),
     )
     program: Any = export_program()
     # GELU's error function: ONNX Runtime has none for doubles on a CPU.
@@ -233,6 +296,11 @@ def _write_onnx(whole: WholeModel, example: Tensor, text: str, draft: Path) -> N
     program.save(draft, external_data=False)
 
 
-def _write_program(whole: WholeModel, example: Tensor, text: str, draft: Path) -> None:
-    program = torch.export.export(whole, (example,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+def _write_program(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draft: Path) -> None:
+    program = torch.export.export(whole, examples, dynamic_shapes=_any_rows(examples))
     torch.export.save(program, draft, extra_files={METADATA: text})
+
+
+def _any_rows(examples: tuple[Tensor, ...]) -> Any:
+    rows = torch.export.Dim("rows")
+    return (tuple({0: rows} for _ in examples),)  # forward takes them as *given

@@ -88,19 +88,21 @@ class TunedModel(ModelContent):
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write the model, with all its numeric preprocessing, to a new file that runs without gputune.
 
-        ``.onnx`` (with ``torch.onnx``; extra "onnx") or ``.pt2`` (with ``torch.export``). It takes one input X,
-        float64 (n, C) for any n, see ``encoded``, and gives label (n,), the position in ``classes``, and probabilities
-        (n, K); for a regression prediction (n,) in original units. The file's metadata, "gputune.json", names inputs,
-        outputs and classes.
+        ``.onnx`` (with ``torch.onnx``; extra "onnx") or ``.pt2`` (with ``torch.export``). It takes, for any n, what
+        ``encoded`` gives: of a table X, float64 (n, C), of other inputs each of them (n, ...) in its dtype. It gives
+        label (n,), the position in ``classes``, and probabilities (n, K), of several labels both (n, K); for a
+        regression prediction (n,) or (n, K) in original units, for a custom target the outputs. The file's metadata,
+        "gputune.json", names inputs, outputs and classes.
 
         Raises InputError for another suffix, a file that exists, a folder that does not, and a user's module
         that PyTorch cannot trace; MissingExtraError where the extra is missing.
         """
         export(self, path)
 
-    def encoded(self, X: Any) -> NDArray[np.float64]:
-        """Return what an exported model takes of these rows, float64 (n, C).
+    def encoded(self, X: Any) -> Any:
+        """Return what an exported model takes of these rows, of a table float64 (n, C).
 
+        Of inputs that are no table it is an array, a tuple or a dict of them, in the dtypes of the training data.
         Where all columns of the training data are numbers or booleans: these columns, NaN where a value is missing.
         Else the features that text and dates are made into, see ``Layout``. Raises InputError as ``predict``.
         """

@@ -214,6 +214,7 @@ def _info(study: Study, trial: Trial, rows: dict[str, Any]) -> dict[str, Any]:
         "scoring": study.record.scoring,
         "positive": study.record.positive,
         **({"score": trial.score, "std_error": trial.std_error} if own else {}),
+        "loss": study.record.objective,
         "trials": len(study.trials),
         "rows": rows["rows"],
         "fingerprint": rows,

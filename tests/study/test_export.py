@@ -207,3 +207,54 @@ def test_the_command(tmp_path):
     assert code == 2 and "exists already" in err
     code, _, err = run("export", tmp_path / "nothing", "--out", tmp_path / "other.pt2")
     assert code == 2 and "there is no model folder" in err
+
+
+class Two(nn.Module):
+    """An image and numbers beside it."""
+
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.body, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4 + 2, n_outputs)
+
+    def forward(self, image, meta):
+        seen = self.body(image.to(self.last.weight.dtype)).mean((2, 3))
+        return self.last(torch.cat([seen, meta], 1))
+
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 255, (40, 3, 6, 6)).astype(np.uint8)
+STEPS = RNG.normal(3, 2, (40, 5, 2)).astype(np.float32)
+META = RNG.normal(size=(40, 2))
+IDS = torch.from_numpy(RNG.integers(0, 5, (40, 6)))
+LABELS = np.stack([np.arange(40) % 2, np.arange(40) // 2 % 2], 1)
+TOKENS = {"lr": [0.01], "module__n_tokens": [5]}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize(
+    ("module", "X", "y", "names", "options"),
+    [
+        ("cnn", IMAGES, LABELS[:, 0], ["X"], {"numbers": "standard"}),
+        ("gru", IDS, LABELS[:, 0], ["X"], {"space": TOKENS}),
+        ("gru", STEPS, META, ["X"], {"numbers": "standard"}),
+        (Two, {"image": IMAGES, "meta": META}, LABELS, ["image", "meta"], {}),
+        (Two, (IMAGES, META), META[:, 0], ["X0", "X1"], {"numbers": "standard"}),
+    ],
+)
+def test_images_and_sequences(module, X, y, names, options, suffix, tmp_path):
+    path = tmp_path / f"model{suffix}"
+    model = gputune.tune(
+        module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options
+    ).best_model()
+    model.export(path)
+    encoded = model.encoded(X)
+    parts = list(encoded.values()) if isinstance(encoded, dict) else encoded
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    for n in (40, 1):
+        if suffix == ".onnx":
+            found = ort.InferenceSession(path).run(None, dict(zip(names, [part[:n] for part in parts])))[-1]
+        else:
+            found = torch.export.load(path).module()(*[torch.tensor(part[:n]) for part in parts])
+            found = (found[-1] if isinstance(found, tuple) else found).detach().numpy()
+        expected = model.predict(X) if model.task == "regression" else model.predict_proba(X)
+        np.testing.assert_allclose(found, expected[:n], rtol=1e-5, atol=1e-5)
