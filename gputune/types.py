@@ -5,6 +5,7 @@ H width, K outputs, T steps, L layers. The member axis comes first; inside a chu
 (``p = f*C + c``), so that one fold's members are contiguous. Public arrays are (C, epochs, F).
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -39,6 +40,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "hypergrad_lr": 0.02,
         "hypergrad_rule": "multiplicative",
         "schedule": "constant",
+        "clip_norm": math.inf,
+        "ema": 0.0,
         "C": 1.0,
         "l1_ratio": 0.0,
     }
@@ -51,17 +54,22 @@ ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
 ONLINE_RULES = ("multiplicative", "additive", "normalized")
 """What they do to it, see ``gputune.optim``."""
 
-OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", *ONLINE)
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree", *ONLINE)
 SCHEDULES = ("constant", "cosine", "linear", "warmup+cosine", "one_cycle")
 ScheduleWord = Literal["constant", "cosine", "linear", "warmup+cosine", "one_cycle"]
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 
 def default_weight_decay(optimizer: str) -> float:
-    """0.01 for adamw, whose decay is decoupled from the gradient; 0 for the others, as in torch.optim."""
-    return 0.01 if optimizer in ("adamw", "adamwhd") else 0.0
+    """0.01 for adamw and its kin, whose decay is decoupled from the gradient; 0 for the others, as in torch.optim."""
+    return 0.01 if optimizer in ("adamw", "adamwhd", "muon", "schedulefree") else 0.0
 
 
 def default_momentum(optimizer: str) -> float:
-    """0.9 for nesterov, which without momentum is plain gradient descent; 0 for sgd (adam has betas instead)."""
+    """0.9 for nesterov, which without momentum is plain gradient descent; 0.95 for muon, as in torch.optim; else 0.
+
+    Adam and its kin have betas instead.
+    """
+    if optimizer == "muon":
+        return 0.95
     return 0.9 if optimizer in ("nesterov", "nesterovhd") else 0.0

@@ -111,8 +111,10 @@ def tune(
                  else "drop-constant"
     numbers      how numeric columns are scaled, fitted on each fold's training rows; images, sequences and other inputs
                  of a module are taken as they are ("auto"), or "standard": each channel with mean 0 and variance 1
-    optimizer    "sgd", "nesterov", "adam", "adamw", or one that adapts its rate as it trains (``gputune.optim``):
-                 "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence ("exact") by default
+    optimizer    "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon" (hidden matrices, the rest by adamw),
+                 "schedulefree" (AdamW, scored and saved as its average), or one that adapts its rate as it trains
+                 (``gputune.optim``): "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence
+                 ("exact") by default
     schedule     of the learning rate over ``max_epochs``, per step: "constant", "cosine", "linear", "warmup+cosine" or
                  "one_cycle"
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one

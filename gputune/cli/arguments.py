@@ -274,7 +274,8 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
         ),
         "optimizer": Rule(
             "--optimizer O",
-            "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; logistic: exact",
+            "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; rmsprop, "
+            "lion, muon, schedulefree; logistic: exact",
         ),
     },
     SEARCH: {name: rule for group in METHOD_RULES.values() for name, rule in group.items()},

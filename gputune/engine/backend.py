@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from gputune.engine.population import ModelKind
+from gputune.engine.population import ModelKind, is_plain
 from gputune.engine.recorder import RECORDERS
 from gputune.engine.rules import RULES
 from gputune.errors import InputError
@@ -77,14 +77,17 @@ def trains_as(backend: Backend, kind: ModelKind, config: Config, unstackable: st
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 
     ``unstackable`` says why members of a user's module cannot be stacked. Of one that can be, whose inside is unknown,
-    no code is compiled; its steps are recorded in place of that.
+    no code is compiled; its steps are recorded in place of that, as are those of optimizers, clipping and averages
+    that the compiled code does not know.
     """
     if kind == "module" and (unstackable or backend == "loop"):
         return "loop"
     if kind == "module" and backend == "compiled":
         backend = "graph"
     if backend == "compiled":
-        return "compiled" if config["optimizer"] in OPTIMIZERS and config["depth"] <= _DEEPEST else "eager"
+        if config["optimizer"] in OPTIMIZERS and is_plain(config):
+            return "compiled" if config["depth"] <= _DEEPEST else "eager"
+        backend = "graph"
     return backend if config["optimizer"] in RULES else "eager"
 
 

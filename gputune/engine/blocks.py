@@ -22,6 +22,8 @@ class Block:
     name: str
     shape: tuple[int, ...]
     trial_axis: int
+    sides: tuple[int, ...] | None = None
+    """The longer side of each trial's matrix without padding, where the block is a hidden matrix of muon's."""
 
 
 class Blocks:
@@ -61,7 +63,7 @@ class Blocks:
         """Return a flat buffer that holds each member's value, of values (F, C), at all its entries."""
         flat = values.new_empty(self.size)
         for block, view in zip(self.blocks, self.views(flat).values()):
-            view.copy_(_with_axes_of(block, values))
+            view.copy_(with_axes_of(block, values))
         return flat
 
     def first(self, flat: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class Blocks:
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield for each block the values (F, C), with axes that meet it, and its part of each flat buffer."""
         for block, *parts in zip(self.blocks, *(self.views(flat).values() for flat in flats)):
-            yield (_with_axes_of(block, values), *parts)
+            yield (with_axes_of(block, values), *parts)
 
     def select(self, flat: Tensor, keep: Tensor) -> Tensor:
         """Return the buffer of the trials ``keep`` (positions along C) alone."""
@@ -101,7 +103,7 @@ class Blocks:
         return Blocks([replace(b, shape=_with_axis(b, trials)) for b in self.blocks])
 
 
-def _with_axes_of(block: Block, values: Tensor) -> Tensor:
+def with_axes_of(block: Block, values: Tensor) -> Tensor:
     """Return values (F, C) with axes that meet those of the block."""
     shape = [1] * len(block.shape)
     shape[0], shape[block.trial_axis] = values.shape

@@ -108,6 +108,11 @@ class CompiledChunk:
             self.arrays["scored"] = torch.empty(scored, dtype=data.dtype)
 
     @property
+    def scored(self) -> Tensor:
+        """What is scored and saved: the parameters."""
+        return self.flat
+
+    @property
     def moments(self) -> tuple[Tensor, ...]:
         """The optimizer's flat buffers."""
         return tuple(self._moments)

@@ -64,7 +64,7 @@ def trial_cost(
         1, len(batch_sizes)
     )
     dropout = 2 * rows * units if config["dropout"] else 0
-    buffers = _BUFFERS + (config["optimizer"] in ONLINE)  # one more: the last direction
+    buffers = _BUFFERS + (config["optimizer"] in ONLINE) + bool(config["ema"])  # one more: the last direction
     # Outputs on the validation rows, in the scores' working precision and once more for their terms.
     scored = 5 * max(len(fold.valid) for fold in data.folds) * data.n_outputs
     member_seconds = (
@@ -82,7 +82,7 @@ def _kept_buffers(population: Population) -> int:
     """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
     optimizer = population.configs[0]["optimizer"]
     moments = n_moments(optimizer, (config["momentum"] for config in population.configs))
-    return 1 + moments + 3 * (optimizer in ONLINE)
+    return 1 + moments + 3 * (optimizer in ONLINE) + bool(population.configs[0]["ema"])
 
 
 def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int, int, int]:

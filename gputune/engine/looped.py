@@ -16,17 +16,19 @@ from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch, Batches, row_order, steps_of
 from gputune.engine.blocks import Block, Blocks
 from gputune.engine.construction import Builder, name_of
-from gputune.engine.module import ModuleNetwork, Traits, kept_of, put_numbers
+from gputune.engine.module import ModuleNetwork, Traits, hidden_sides, kept_of, put_numbers
 from gputune.engine.network import Shape
 from gputune.engine.objective import Objective
-from gputune.engine.online import OnlineUpdate
+from gputune.engine.optimizer import Optimizer
+from gputune.engine.population import is_plain
 from gputune.engine.precision import autocast
 from gputune.engine.row_update import RowUpdate
 from gputune.engine.scoring import Scoring
+from gputune.engine.update import IN_PLACE
 from gputune.engine.validation import Validation
 from gputune.errors import InputError
 from gputune.seeding import keyed_draws, stream_seed
-from gputune.types import ONLINE, Config, Params
+from gputune.types import Config, Params
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
 
@@ -112,11 +114,17 @@ class LoopedModule(ModuleNetwork):
         )
 
 
-class _OnlineRow(OnlineUpdate):
-    """An optimizer that adapts its rate, of one member."""
+class _Alone(Optimizer):
+    """The optimizer of one member whose rule, clipping or averaging ``RowUpdate`` does not know."""
 
-    def __init__(self, config: Config, theta: Tensor, *, steps: int, horizon: int) -> None:
-        blocks = Blocks([Block("trained", (1, 1, len(theta)), 1)])
+    def __init__(
+        self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
+    ) -> None:
+        sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
+        parts = {k: w.shape for k, w in network.first.items()} if sides else {"trained": theta.shape}
+        blocks = Blocks(
+            [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
+        )
         each_epoch = torch.tensor([[steps]], device=theta.device)
         super().__init__([config], blocks, theta, steps=each_epoch, horizon=horizon)
 
@@ -134,9 +142,11 @@ class _Member:
             own[name].data = value
         for name, value in network.parts(self.grad).items():
             own[name].grad = value
-        self.update: RowUpdate | _OnlineRow
-        make = _OnlineRow if config["optimizer"] in ONLINE else RowUpdate
-        self.update = make(config, self.row, steps=steps, horizon=horizon)
+        self.update: RowUpdate | _Alone
+        if config["optimizer"] in IN_PLACE and is_plain(config):
+            self.update = RowUpdate(config, self.row, steps=steps, horizon=horizon)
+        else:
+            self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
 
     def kept(self) -> Tensor:
         """Return what training changes beside the parameters, as a row (M,)."""
@@ -184,9 +194,16 @@ class LoopChunk:
     @property
     def flat(self) -> Tensor:
         """The members' rows, as the blocks of the network lie."""
-        every = [member for row in self.members for member in row]
-        kept = [member.kept() for member in every] if self.network.kept else []
-        return torch.cat([member.row for member in every] + kept)
+        return self._rows([member.row for row in self.members for member in row])
+
+    @property
+    def scored(self) -> Tensor:
+        """What is scored and saved: the rows, or their averages, and what else training changes."""
+        return self._rows([member.update.scored(member.row) for row in self.members for member in row])
+
+    def _rows(self, trained: list[Tensor]) -> Tensor:
+        kept = [member.kept() for row in self.members for member in row] if self.network.kept else []
+        return torch.cat(trained + kept)
 
     @property
     def moments(self) -> tuple[Tensor, ...]:
@@ -215,7 +232,7 @@ class LoopChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        return self.validation.scores(self.network, self.network.blocks.views(self.flat), len(self.alive))
+        return self.validation.scores(self.network, self.network.blocks.views(self.scored), len(self.alive))
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""

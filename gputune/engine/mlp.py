@@ -53,13 +53,14 @@ class StackedMLP:
 
     def _blocks(self) -> list[Block]:
         folds, trials = self.shape.folds, len(self.configs)
+        hidden = tuple(config["width"] for config in self.configs) if self.depth else None
         blocks = [
             Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
             Block("bias0", (folds, trials, self.sizes[1]), 1),
         ]
         for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
             blocks += [
-                Block(f"weight{layer}", (folds, trials, a, b), 1),
+                Block(f"weight{layer}", (folds, trials, a, b), 1, hidden if layer < self.depth else None),
                 Block(f"bias{layer}", (folds, trials, 1, b), 1),
             ]
         return blocks

@@ -135,6 +135,21 @@ class ModuleNetwork:
         return module.eval()
 
 
+def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
+    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the first), and the last.
+
+    The matrix of a convolution has all axes but the first as its columns.
+    """
+    matrices = [name for name, w in trained.items() if w.dim() > 1]
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = [
+        name for name in matrices if isinstance(module.get_submodule(name.rpartition(".")[0]), kinds)
+    ]
+    left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
+    shapes = {name: trained[name].flatten(1).shape for name in matrices if name not in left_out}
+    return {name: max(shape) for name, shape in shapes.items()}
+
+
 class StackedModule(ModuleNetwork):
     """Members whose parameters are stacked, and whose forward is mapped over them."""
 
@@ -154,7 +169,13 @@ class StackedModule(ModuleNetwork):
         self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:
-        return Blocks([Block(k, (*self.members, *w.shape), 1) for k, w in tensors.items()])
+        trials, sides = self.members[1], hidden_sides(self.template, self.first)
+        return Blocks(
+            [
+                Block(k, (*self.members, *w.shape), 1, (sides[k],) * trials if k in sides else None)
+                for k, w in tensors.items()
+            ]
+        )
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)

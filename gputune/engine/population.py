@@ -4,6 +4,7 @@ Padding is a function of the trial alone, never of its neighbours, so that its n
 company it trains in. Which trials share a group does depend on it, and changes no number beyond rounding.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ def populations(
     return [Population(kind, tuple(g), tuple(configs[i] for i in g)) for g in groups]
 
 
+def is_plain(config: Config) -> bool:
+    """Whether nothing lies around the steps of the optimizer: no clipping, no averaging."""
+    return config["clip_norm"] == math.inf and not config["ema"]
+
+
 def module_arguments(config: Config) -> Config:
     """Return the ``module__*`` values of a configuration under the names that the user's class knows."""
     return {k.removeprefix("module__"): v for k, v in config.items() if k.startswith("module__")}
@@ -94,7 +100,8 @@ def shape_of(population: Population) -> tuple[Any, ...]:
 
 
 def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
-    optimizer = (config["optimizer"], config["hypergrad_rule"] if config["optimizer"] in ONLINE else None)
+    rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
+    optimizer = (config["optimizer"], rule, config["clip_norm"] < math.inf, config["ema"] > 0)
     if kind == "module":
         return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
     if kind == "linear":

@@ -60,6 +60,10 @@ class RowUpdate:
         else:
             theta.add_(self._direction(grad), alpha=-rate)
 
+    def scored(self, theta: Tensor) -> Tensor:
+        """Return what is scored and saved: the row itself."""
+        return theta
+
     def _adam(self, theta: Tensor, grad: Tensor, rate: float) -> None:
         m, v = self.moments
         m.lerp_(grad, 1 - BETA1)

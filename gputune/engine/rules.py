@@ -7,7 +7,7 @@ rules in place, tested against these.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
@@ -18,6 +18,11 @@ from gputune.types import Params
 Moments = dict[str, Params]
 
 BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+RMSPROP_ALPHA, LION_BETA2 = 0.99, 0.99
+
+_NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # as torch.optim.Muon has them, as the number of its steps
+_NEWTON_SCHULZ_STEPS, _LEAST_NORM = 5, 1e-7
+_MUON_SCALE = 0.2  # its steps are then as long as AdamW's, so that one rate serves both
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Rates:
     beta1: Tensor | float = BETA1
     beta2: Tensor | float = BETA2
     eps: float = EPS
+    sides: Mapping[str, Tensor] = field(default_factory=dict)
+    """The longer side of each member's matrix, of the parameters that are hidden matrices: those that muon is for."""
 
 
 Rule = Callable[[Params, Params, Moments, Rates], tuple[Params, Moments]]
@@ -58,12 +65,95 @@ def adam(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
 
 def adamw(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
     """Adam with decoupled weight decay: w *= 1 - lr wd. Source: Loshchilov and Hutter (2019), algorithm 2."""
-    shrink = 1 - rates.lr * rates.weight_decay
-    params = {k: w * _per_member(shrink, w) for k, w in params.items()}
-    return _adam_step(params, grads, moments, rates)
+    return _adam_step(_shrunk(params, rates), grads, moments, rates)
 
 
-RULES: Mapping[str, Rule] = MappingProxyType({"sgd": sgd, "nesterov": nesterov, "adam": adam, "adamw": adamw})
+def rmsprop(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """Gradients over the root of their mean square, with momentum. Source: Hinton (2012), as torch has it."""
+    grads, a = _with_l2(params, grads, rates), RMSPROP_ALPHA
+    v = {k: a * moments["v"][k] + (1 - a) * g * g for k, g in grads.items()}
+    buffer = _heavy_ball({k: g / (_root(v[k]) + rates.eps) for k, g in grads.items()}, moments, rates)
+    return _descend(params, buffer, rates.lr), {"v": v, "buffer": buffer}
+
+
+def lion(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """The sign of a momentum, with decoupled weight decay. Source: Chen et al. (2023), arXiv:2302.06675, program 1."""
+    b1, b2, m = BETA1, LION_BETA2, moments["m"]
+    direction = {k: torch.sign(b1 * m[k] + (1 - b1) * g) for k, g in grads.items()}
+    m = {k: b2 * m[k] + (1 - b2) * g for k, g in grads.items()}
+    return _descend(_shrunk(params, rates), direction, rates.lr), {"m": m}
+
+
+def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """Nesterov momentum made orthogonal, of hidden matrices (P, A, B...); the rest by AdamW.
+
+    Source: Jordan et al. (2024), as torch.optim.Muon has it, scaled as Liu et al. (2025), arXiv:2502.16982, do.
+    Departure: in the precision of the parameters, where torch rounds to bfloat16.
+    """
+    rest = {k: g for k, g in grads.items() if k not in rates.sides}
+    new, after = adamw({k: params[k] for k in rest}, rest, moments, rates)
+    shrunk = _shrunk(params, rates)
+    for k, side in rates.sides.items():
+        g, mu = grads[k], _per_member(rates.momentum, grads[k])
+        m = torch.lerp(moments["m"][k], g, 1 - mu)
+        axes = 1 if side.dim() == 1 else 2  # of members
+        step = _orthogonal(torch.lerp(g, m, mu).flatten(axes + 1)).view_as(g)
+        scale = _per_member(rates.lr, g) * _MUON_SCALE * _per_member(side, g).sqrt()
+        new[k], after["m"][k], after["v"][k] = shrunk[k] - scale * step, m, moments["v"][k]
+    return new, after
+
+
+def schedulefree(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
+    """AdamW whose steps start at y, between where it runs (z) and an average of that; ``params`` are y.
+
+    What is scored is the average: ``schedule_free_average``. Source: Defazio et al. (2024), arXiv:2405.15682,
+    algorithm 1, without a warm-up. Departure: a schedule scales the steps, and not the weights of the average.
+    """
+    corrected = 1 - BETA2**rates.count
+    weights = rates.count - BETA2 * corrected / (1 - BETA2)  # the sum of all ``corrected`` so far
+    new, z, v = {}, {}, {}
+    for k, g in grads.items():
+        y, share = params[k], _per_member(corrected / weights, g)
+        rate = _per_member(rates.lr * corrected.sqrt(), g)
+        z[k] = torch.where(_per_member(rates.count, g) == 1, y, moments["z"][k])
+        v[k] = BETA2 * moments["v"][k] + (1 - BETA2) * g * g
+        step = rate * (g / (_root(v[k]) + rates.eps) + _per_member(rates.weight_decay, g) * y)
+        new[k] = y + share * (z[k] - y) + (BETA1 * (1 - share) - 1) * step
+        z[k] = z[k] - step
+    return new, {"z": z, "v": v}
+
+
+def schedule_free_average(y: Tensor, z: Tensor) -> Tensor:
+    """Return the average x of schedule-free training, of which y = (1 - b1) z + b1 x."""
+    return (y - (1 - BETA1) * z) / BETA1
+
+
+RULES: Mapping[str, Rule] = MappingProxyType(
+    {
+        "sgd": sgd,
+        "nesterov": nesterov,
+        "adam": adam,
+        "adamw": adamw,
+        "rmsprop": rmsprop,
+        "lion": lion,
+        "muon": muon,
+        "schedulefree": schedulefree,
+    }
+)
+
+MOMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "sgd": ("buffer",),
+        "nesterov": ("buffer",),
+        "adam": ("m", "v"),
+        "adamw": ("m", "v"),
+        "rmsprop": ("v", "buffer"),
+        "lion": ("m",),
+        "muon": ("m", "v"),
+        "schedulefree": ("z", "v"),
+    }
+)
+"""The moments of each rule, in the order of their flat buffers."""
 
 
 def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
@@ -72,19 +162,36 @@ def n_moments(optimizer: str, momentum: Iterable[float]) -> int:
     Plain gradient descent without momentum needs none. An optimizer that adapts its rate keeps those of its namesake.
     """
     rule = optimizer.removesuffix("hd")
-    return 2 if rule in ("adam", "adamw") else int(rule == "nesterov" or any(momentum))
+    return int(any(momentum)) if rule == "sgd" else len(MOMENTS[rule])
 
 
 def empty_moments(optimizer: str, params: Params) -> Moments:
     """Return the moments before the first step: all zero."""
-    names = ("buffer",) if optimizer in ("sgd", "nesterov") else ("m", "v")
-    return {name: {k: torch.zeros_like(w) for k, w in params.items()} for name in names}
+    return {name: {k: torch.zeros_like(w) for k, w in params.items()} for name in MOMENTS[optimizer]}
 
 
-def _per_member(values: Tensor | float, like: Tensor) -> Tensor:
-    values = torch.tensor(values, dtype=torch.float64) if isinstance(values, float) else values
+def _per_member(values: Tensor, like: Tensor) -> Tensor:
     values = values.to(device=like.device, dtype=like.dtype)
     return values if values.dim() == like.dim() > 1 else values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _shrunk(params: Params, rates: Rates) -> Params:
+    shrink = 1 - rates.lr * rates.weight_decay
+    return {k: w * _per_member(shrink, w) for k, w in params.items()}
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """Return matrices (..., A, B) with singular values near 1 in place of their own: a Newton-Schulz iteration.
+
+    Rows and columns of zeros stay zero, so padding changes nothing.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    wide: Tensor = x if x.shape[-2] <= x.shape[-1] else x.mT
+    wide = wide / wide.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(_LEAST_NORM)
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = wide @ wide.mT
+        wide = a * wide + (b * gram + c * gram @ gram) @ wide
+    return wide if x.shape[-2] <= x.shape[-1] else wide.mT
 
 
 def _with_l2(params: Params, grads: Params, rates: Rates) -> Params:
@@ -102,7 +209,8 @@ def _descend(params: Params, direction: Params, lr: Tensor) -> Params:
 def _adam_step(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple[Params, Moments]:
     m, v, direction = {}, {}, {}
     for k, g in grads.items():
-        b1, b2, count = (_per_member(r, g) for r in (rates.beta1, rates.beta2, rates.count))
+        count = _per_member(rates.count, g)
+        b1, b2 = (r if isinstance(r, float) else _per_member(r, g) for r in (rates.beta1, rates.beta2))
         m[k] = b1 * moments["m"][k] + (1 - b1) * g
         v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
         # The divisions undo the start at zero.

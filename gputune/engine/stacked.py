@@ -18,13 +18,12 @@ from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batches, StepShape
 from gputune.engine.blocks import Blocks
 from gputune.engine.network import Network
-from gputune.engine.online import OnlineUpdate
+from gputune.engine.optimizer import Optimizer
 from gputune.engine.recorder import RECORDERS, Direct, Replays, Steps
 from gputune.engine.scoring import Scoring
 from gputune.engine.trace import TraceError
-from gputune.engine.update import Update
 from gputune.engine.validation import Validation
-from gputune.types import ONLINE, Config
+from gputune.types import Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded
 
@@ -61,9 +60,8 @@ class StackedChunk:
             least_rows=network.least_rows,
         )
         self._flat = network.start()
-        make = OnlineUpdate if configs[0]["optimizer"] in ONLINE else Update
         steps = self.batches.active_until
-        self.update = make(configs, network.trained, self._trained, steps=steps, horizon=horizon)
+        self.update = Optimizer(configs, network.trained, self._trained, steps=steps, horizon=horizon)
         self._rebuild()
 
     def _rebuild(self) -> None:
@@ -94,6 +92,17 @@ class StackedChunk:
     def flat(self) -> Tensor:
         """The parameters and buffers of those members."""
         return self._of_alive(self._network.blocks, self._flat)
+
+    @property
+    def scored(self) -> Tensor:
+        """What is scored and saved of those members: the parameters, or their average, and the buffers."""
+        return self._of_alive(self._network.blocks, self._scored)
+
+    @property
+    def _scored(self) -> Tensor:
+        theta = self._trained
+        weights = self.update.scored(theta)
+        return self._flat if weights is theta else torch.cat([weights, self._flat[len(weights) :]])
 
     @property
     def _trained(self) -> Tensor:
@@ -136,7 +145,9 @@ class StackedChunk:
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        scores = self.validation.scores(self._network, self.params, len(self.slots))
+        scores = self.validation.scores(
+            self._network, self._network.blocks.views(self._scored), len(self.slots)
+        )
         return scores[np.isin(self.slots, self.alive)]
 
     def keep(self, stays: np.ndarray) -> None:

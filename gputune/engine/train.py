@@ -33,6 +33,10 @@ class Chunk(Protocol):
         """The parameters and buffers of the members that are still in it."""
 
     @property
+    def scored(self) -> Tensor:
+        """What is scored and saved of them: ``flat``, or an average of its parameters."""
+
+    @property
     def network(self) -> Network:
         """The model of the members that are still in it."""
 
@@ -99,7 +103,8 @@ class Trained:
     """A chunk after its training: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
 
     ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``,
-    and ``state`` is theirs. ``moments`` are the optimizer's flat buffers.
+    and ``state`` is theirs. ``scored`` is what is
+    scored and saved of ``flat``; ``moments`` are the optimizer's flat buffers.
     """
 
     curves: np.ndarray
@@ -107,6 +112,7 @@ class Trained:
     alive: tuple[int, ...]
     network: Network
     flat: Tensor
+    scored: Tensor
     moments: tuple[Tensor, ...]
     spent: Spent = Spent()
 
@@ -118,7 +124,7 @@ class Trained:
 
     def member(self, fold: int, trial: int) -> nn.Module:
         """Return one member as a plain module on the CPU; ``trial`` counts as it did before any diverged."""
-        return self.network.member(self.network.blocks.views(self.flat), fold, self.alive.index(trial))
+        return self.network.member(self.network.blocks.views(self.scored), fold, self.alive.index(trial))
 
 
 AfterEpoch = Callable[[Trained], bool]
@@ -162,7 +168,9 @@ def train(
         curves[:, :epoch] = before
 
     def so_far() -> Trained:
-        return Trained(curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, chunk.moments, spent)
+        return Trained(
+            curves, epoch, tuple(chunk.alive), chunk.network, chunk.flat, chunk.scored, chunk.moments, spent
+        )
 
     while epoch < epochs and chunk.alive:
         work = sum(each_epoch[trial] for trial in chunk.alive)

@@ -6,17 +6,22 @@ now (``active`` false) keep their parameters and their moments.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gputune.engine.blocks import Blocks
-from gputune.engine.rules import BETA1, BETA2, EPS, n_moments
+from gputune.engine.blocks import Blocks, with_axes_of
+from gputune.engine.rules import BETA1, BETA2, EPS, MOMENTS, RULES, Rates, n_moments
 from gputune.engine.schedules import SCHEDULES
 from gputune.types import Config
 
 Amount = float | Tensor
 """One value of all members, or each member's own, (F, C)."""
+
+
+IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
+"""Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has them."""
 
 
 class Clock:
@@ -77,8 +82,15 @@ class Update:
         decoupled = self.optimizer == "adamw"
         decays = any(config["weight_decay"] for config in configs)
         decay = self.clock.table(configs, "weight_decay")
+        self.decay = decay
         self.shrink = self.lr * decay if decoupled and decays else None
         self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
+        self.sides = {
+            block.name: torch.tensor(block.sides, device=steps.device).expand(steps.shape)
+            for block in blocks.blocks
+            if block.sides is not None
+        }
+        self.mu = self.clock.table(configs, "momentum")
         self.momentum = 0.0 if self.adaptive else self._amount(configs, "momentum")
 
     def _amount(self, configs: Sequence[Config], key: str) -> Amount:
@@ -115,11 +127,14 @@ class Update:
         """
         keep = None if active is None else active.double()
         factor = self.clock.factor() if keep is None else self.clock.factor() * keep
-        self._add(grad, theta, self.l2)
+        if self.optimizer in IN_PLACE:
+            self._add(grad, theta, self.l2)
         if self.adaptive:
             self._adam(theta, grad, factor, keep)
-        else:
+        elif self.optimizer in ("sgd", "nesterov"):
             self._sgd(theta, grad, factor, keep)
+        else:
+            self._by_rule(theta, grad, active)
         self.clock.advance(keep)
 
     def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
@@ -158,6 +173,22 @@ class Update:
                 direction = grad
                 self._add(direction, buffer, self.momentum)
         self._add(theta, direction, -(self.lr * factor).to(self.dtype))
+
+    def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take a step of the pure rule, block by block."""
+        names = MOMENTS[self.optimizer]
+        lr, count = self.lr * self.clock.factor(), self.clock.done + 1
+        views = [self.blocks.views(flat) for flat in (theta, grad, *self.moments)]
+        for block in self.blocks.blocks:
+            w, g, *moments = (view[block.name] for view in views)
+            own = [with_axes_of(block, table) for table in (lr, self.decay, self.mu, count)]
+            rates = Rates(own[0], own[1], own[2], own[3])
+            if (sides := self.sides.get(block.name)) is not None:
+                rates = replace(rates, sides={"w": with_axes_of(block, sides)})
+            before = {name: {"w": moment} for name, moment in zip(names, moments)}
+            new, after = RULES[self.optimizer]({"w": w}, {"w": g}, before, rates)
+            for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):
+                old.copy_(value if active is None else torch.where(with_axes_of(block, active), value, old))
 
     def _add(self, total: Tensor, tensor: Tensor, amount: Amount) -> None:
         """total += amount * tensor."""

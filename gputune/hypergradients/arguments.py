@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gputune.engine.rules import BETA1, BETA2, RULES
+from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
 from gputune.hypergradients.module_training import ModuleTraining
-from gputune.types import DEFAULTS, ONLINE_RULES, default_momentum, default_weight_decay
+from gputune.types import DEFAULTS, ONLINE_RULES, Config, default_momentum, default_weight_decay
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 
@@ -32,12 +32,22 @@ def hyperparameters_of(optimizer: str) -> tuple[str, ...]:
     return _OF[optimizer]
 
 
+def undifferentiated(config: Config) -> str:
+    """Return what in a configuration hypergradients do not differentiate, and the remedy; "" where there is nothing."""
+    optimizer = config["optimizer"]
+    if optimizer not in _OF:
+        return f"optimizer={optimizer!r}; choose one of {', '.join(_OF)}"
+    if config["clip_norm"] < math.inf:
+        return f"clip_norm={config['clip_norm']:g}; leave it out"
+    return f"ema={config['ema']:g}; leave it out" if config["ema"] else ""
+
+
 def check_optimizer(optimizer: object) -> tuple[str, float]:
     """Return the update rule and its default momentum; "momentum" is sgd with a momentum of 0.9."""
     if optimizer == "momentum":
         return "sgd", HEAVY_BALL
-    if not isinstance(optimizer, str) or optimizer not in RULES:
-        words = ", ".join(("sgd", "momentum", *(name for name in RULES if name != "sgd"), "exact"))
+    if not isinstance(optimizer, str) or optimizer not in _OF:
+        words = ", ".join(("sgd", "momentum", *(name for name in _OF if name != "sgd"), "exact"))
         raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
     return optimizer, default_momentum(optimizer)
 

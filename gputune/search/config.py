@@ -44,6 +44,8 @@ RANGES: Mapping[str, Range] = {
     "dropout": Range("a number in [0, 1)", "0.1", 0, 1),
     "weight_decay": Range("a finite number >= 0", "0.01", 0),
     "momentum": Range("a number in [0, 1)", "0.9", 0, 1),
+    "clip_norm": Range("a number > 0, inf for no clipping", "1.0", 0, low_counts=False, high_counts=True),
+    "ema": Range("a number in [0, 1), 0 for no average", "0.999", 0, 1),
     "C": Range("a number > 0, inf for no penalty", "1.0", 0, low_counts=False, high_counts=True),
     "l1_ratio": Range("a number in [0, 1], 0 for l2 and 1 for l1", "0.5", 0, 1, high_counts=True),
 }
@@ -86,7 +88,7 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty")
-    trained = ["lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule"]
+    trained = ["lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule", "clip_norm", "ema"]
     if optimizer in ONLINE:
         trained += ["hypergrad_lr", "hypergrad_rule"]
     return (*trained, "width", "depth", "activation", "dropout") if model == "mlp" else tuple(trained)

@@ -20,7 +20,7 @@ from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
 Origin = Literal["default", "include", "random"]
 
 _TAKERS: Mapping[str, tuple[str, ...]] = {
-    "momentum": ("sgd", "nesterov", "sgdhd", "nesterovhd"),
+    "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
     "hypergrad_lr": ONLINE,
     "hypergrad_rule": ONLINE,
 }

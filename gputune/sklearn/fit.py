@@ -220,7 +220,7 @@ class MemberJob(Job):
         state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
         seconds = time.monotonic() - begin
         return Weights(
-            chunk.index, trained.curves, trained.epochs, seconds, trained.flat.cpu().numpy(), state
+            chunk.index, trained.curves, trained.epochs, seconds, trained.scored.cpu().numpy(), state
         )
 
 

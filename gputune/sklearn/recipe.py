@@ -17,7 +17,7 @@ from gputune.types import Config
 DrawSeed = Callable[[], int]
 """Draws the seed of random_state=None: once for all configurations that are fitted together."""
 
-MOMENTUM = ("sgd", "nesterov", "sgdhd", "nesterovhd")
+MOMENTUM = ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd")
 """The optimizers that have a momentum."""
 
 AUTO_BATCH = 200  # batch_size="auto" is min(200, rows), as in scikit-learn

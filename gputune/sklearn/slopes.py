@@ -15,7 +15,7 @@ from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import check_classes
@@ -27,7 +27,6 @@ from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Fit
 from gputune.sklearn.replay import group_fits
 from gputune.solver.solve import solve
-from gputune.types import ONLINE
 
 MemberSlope = tuple[float, dict[str, float], float]
 """Of one member: its validation loss, the loss's slope in each hyperparameter, the ratio of the chaos guard."""
@@ -227,10 +226,9 @@ def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> 
             )
         return recipe.C
     optimizer = recipe.config["optimizer"]
-    if optimizer in ONLINE:
+    if reason := undifferentiated(recipe.config):
         raise InputError(
-            f"a descent differentiates sgd, nesterov, adam and adamw, got {optimizer!r} in start {number}, "
-            "which adapts its rate itself; choose one of those, or use RandomizedSearchCV."
+            f"a descent cannot differentiate what start {number} has: {reason}, or use RandomizedSearchCV."
         )
     if name not in hyperparameters_of(optimizer):
         raise InputError(

@@ -13,7 +13,7 @@ from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
 from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of
+from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
@@ -26,7 +26,7 @@ from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.problem import ModelChoice
-from gputune.types import ONLINE, Config
+from gputune.types import Config
 
 SlopeMode = Literal["exact", "differences"]
 
@@ -271,10 +271,9 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
     """Refuse, before anything trains, a start that cannot move."""
     for number, config in configs.items():
         optimizer = config["optimizer"]
-        if optimizer in ONLINE:
+        if not context.choice.solved and (reason := undifferentiated(config)):
             raise InputError(
-                f"method='hypergradient' differentiates sgd, nesterov, adam and adamw, got optimizer={optimizer!r} in "
-                f"trial {number}, which adapts its rate itself; choose one of those."
+                f"method='hypergradient' cannot differentiate what trial {number} has: {reason}."
             )
         for name in names:
             if not context.choice.solved and name not in hyperparameters_of(optimizer):

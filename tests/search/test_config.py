@@ -24,6 +24,8 @@ LEGAL = {
     "dropout": (0, 0.999),
     "weight_decay": (0, 3.0),
     "momentum": (0, 0.999),
+    "clip_norm": (0.5, math.inf),
+    "ema": (0, 0.999),
     "C": (1e-9, math.inf),
     "l1_ratio": (0, 0.5, 1),
     "activation": ACTIVATIONS,
@@ -40,6 +42,8 @@ ILLEGAL = {
     "dropout": (-0.1, 1, math.nan),
     "weight_decay": (-1e-9, math.inf),
     "momentum": (-0.1, 1),
+    "clip_norm": (0, -1, math.nan),
+    "ema": (-0.1, 1),
     "C": (0, -1, math.nan),
     "l1_ratio": (-0.1, 1.1),
     "activation": ("swish", None, 1),
@@ -52,7 +56,7 @@ BAD_CASES = [(key, value) for key, values in ILLEGAL.items() for value in values
 
 
 def test_the_keys_of_each_kind_of_model():
-    trained = {"lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule"}
+    trained = {"lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule", "clip_norm", "ema"}
     assert set(legal_keys("logistic", "sgd")) == set(legal_keys("module", "adamw")) == trained
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
     assert set(EXACT) == {"C", "l1_ratio", "penalty"}

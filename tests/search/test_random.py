@@ -255,7 +255,8 @@ def test_a_key_that_no_optimizer_of_the_trials_takes_is_said():
         return notes(trials, checked(space), include_default=False, defaults=MLP_DEFAULTS)
 
     assert said_of({"momentum": [0.1, 0.9]}, 2) == (
-        "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, sgdhd or nesterovhd.",
+        "'momentum' has no effect: adamw has none; leave it out, or use sgd, nesterov, rmsprop, muon, sgdhd or "
+        "nesterovhd.",
     )
     (said,) = said_of({"momentum": [0.1, 0.9], "optimizer": ["adam", "adamw"]}, 4)
     assert said.startswith("'momentum' has no effect: adam and adamw have none;")

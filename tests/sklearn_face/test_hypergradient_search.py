@@ -360,7 +360,7 @@ def test_callbacks_hear_of_every_point():
         (MLP, RATES, {"hyperparameters": "alpha"}, "start 0 decays by weight_decay, and not by alpha; name"),
         (MLP, {"alpha": [0.1]}, {"hyperparameters": "weight_decay"}, "start 0 decays by alpha, and not by weight_dec"),
         (LogisticRegression(), {"C": [1.0]}, {"hyperparameters": ["lr", "C"]}, "moves some of C, each named once"),
-        (MLP, RATES | {"solver": ["adamhd"]}, {}, "got 'adamhd' in start 0, which adapts its rate itself"),
+        (MLP, RATES | {"solver": ["adamhd"]}, {}, "what start 0 has: optimizer='adamhd'; choose"),
         (MLP, RATES, {"hyperparameters": "momentum"}, "adamw has no 'momentum', and start 0 uses it"),
         (SGD, RATES, {"hyperparameters": "momentum"}, "cannot start from momentum=0, as start 0 does, .* in the logit"),
         (MLP, {"alpha": [0.0]}, {"hyperparameters": "alpha"}, "cannot start from alpha=0, .* with values above 0, or"),

@@ -283,12 +283,15 @@ def test_little_memory_cuts_chunks_and_changes_nothing(iris):
         (gputune.Hypergradient(hyperparameters="C"), {}, "only the logistic regression solved with .* has 'C'"),
         (gputune.Hypergradient(hyperparameters="momentum"), {}, "adam has no 'momentum', and trial 0 uses it"),
         (gputune.Hypergradient(hyperparameters="weight_decay"), {}, "cannot start from 0, as trial 0 does"),
-        ("hypergradient", {"optimizer": "sgdhd"}, "which adapts its rate itself"),
+        ("hypergradient", {"optimizer": "sgdhd"}, "trial 0 has: optimizer='sgdhd'; choose one of sgd"),
+        ("hypergradient", {"optimizer": "muon"}, "trial 0 has: optimizer='muon'; choose one of sgd"),
+        ("hypergradient", {"space": {"clip_norm": [1.0]}}, "trial 0 has: clip_norm=1; leave it out"),
+        ("hypergradient", {"space": {"ema": [0.9]}}, "trial 0 has: ema=0.9; leave it out"),
     ],
 )  # fmt: skip
 def test_bad_methods_are_named(iris, method, options, message):
     with pytest.raises(InputError, match=message):
-        gputune.tune("mlp", *iris, space=LR, n_trials=1, method=method, **{**FAST, **options})
+        gputune.tune("mlp", *iris, n_trials=1, method=method, **{"space": LR, **FAST, **options})
 
 
 @pytest.mark.filterwarnings("ignore:y has classes with fewer rows than the 3 folds")
