@@ -119,7 +119,7 @@ def peak(rows, kind):
     return tuple(map(int, done.stdout.split()))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "half"])
+@pytest.mark.parametrize("kind", ["bytes", pytest.param("half", marks=pytest.mark.long)])
 def test_images_are_not_copied_whole(kind):
     more, _ = peak(40_000, kind)
     assert more < 350 << 20  # of single precision they would be 469 MiB
