@@ -12,7 +12,6 @@ import gputune
 import reference
 from gputune import seeding
 from gputune.data.dataset import Fold
-from gputune.engine import construction
 from gputune.engine.construction import build_module
 from gputune.engine.inspection import inspect_module, traits_of
 from gputune.engine.module import StackedModule
@@ -497,8 +496,7 @@ class Contended:
 
 def test_threads_take_turns_at_the_generator(monkeypatch):
     contended = Contended()
-    for place in (seeding, construction):
-        monkeypatch.setattr(place, "GLOBAL_DRAWS", contended)
+    monkeypatch.setattr(seeding, "GLOBAL_DRAWS", contended)
     others = []
 
     class Interrupted(nn.Linear):
