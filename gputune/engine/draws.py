@@ -41,6 +41,10 @@ _PLAIN_OVERLOADS = {
 }
 
 
+_DROPOUT = torch.ops.aten.native_dropout.default
+"""Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
+
+
 @dataclass(frozen=True)
 class _Empty:
     """A tensor of which only this matters."""
@@ -131,6 +135,9 @@ class _Noting(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is _DROPOUT:
+            with self:  # what a GPU draws and applies at once
+                return _dropped(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
         if torch.Tag.nondeterministic_seeded in func.tags:
             name = func.overloadpacket.__name__
             plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
@@ -141,6 +148,10 @@ class _Noting(DispatchMode):
             self.results.append(result.clone())  # the module goes on in place
             return result
         return func(*args, **kwargs)
+
+
+def _dropped(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    return x * kept * (1 / (1 - p)), kept.bool()
 
 
 def _emptied(value: Any) -> Any:
@@ -170,6 +181,8 @@ class _Giving(DispatchMode):
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
         drawn = next(self.draws)
+        if func is _DROPOUT:
+            return _dropped(args[0], drawn.reshape(args[0].shape), args[1])
         if args and isinstance(args[0], Tensor):  # a substitute may have other axes for the same numbers
             drawn = drawn.reshape(args[0].shape)
         return args[0].copy_(drawn) if func._schema.is_mutable else drawn

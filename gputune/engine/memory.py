@@ -15,11 +15,9 @@ import torch
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.out_of_memory import empty_cache, is_out_of_memory
 from gputune.engine.population import Population
 from gputune.errors import TOO_BIG
-
-# What torch says in a plain RuntimeError: its allocator on the CPU, and cuDNN where it finds no room to work in.
-_TEXTS = ("can't allocate memory", "CUDNN_STATUS_NOT_SUPPORTED")
 
 
 @dataclass(frozen=True)
@@ -61,26 +59,13 @@ def run_in_parts(
             continue
         # Only here, where the error and the frames that it holds are gone, is there anything to free.
         gc.collect()
-        if data.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(data.device)
         job.fits.refused(part)
         if len(part.index) == 1:
             done.append(DoesNotFit((part.index[0],), outcome))
         else:
             waiting.append(part)
     return done
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on the device or on the host.
-
-    A graph that ends with such an error may say only that it failed; why is then the error before it.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS):
-        return True
-    return error.__context__ is not None and is_out_of_memory(error.__context__)
 
 
 def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | None) -> Outcome | str:
@@ -166,7 +151,7 @@ def cuda_peak(device: torch.device) -> Peak:
 
     def peak(work: Callable[[], object]) -> int:
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        empty_cache(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()

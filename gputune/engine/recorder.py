@@ -5,14 +5,16 @@ function of these kernels alone. What a recorded step may do is narrow: it reads
 wrote when it was recorded, and nothing of it waits for the device.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
+from gputune.engine.out_of_memory import is_out_of_memory
 from gputune.engine.program import compile_trace
 from gputune.engine.trace import TraceError, trace
 
@@ -102,11 +104,15 @@ class Replays:
 class CudaRecorder:
     """CUDA graphs as PyTorch's documentation has them: warmed up and captured on one side stream.
 
+    A capture that fails is the last one of this process, whose steps are then taken as they are: what CUDA refused
+    once it refuses again, and the allocator of torch < 2.13 does not survive it whole.
+
     The graphs share a memory pool, which is safe because none leaves a tensor in it that another would overwrite.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     before, repays = 3, 3  # as in PyTorch's documentation
+    has_failed: ClassVar = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -122,11 +128,36 @@ class CudaRecorder:
         current.wait_stream(self.stream)
 
     def capture(self, step: Step) -> Recorded:
-        """Record a step; this waits for the device."""
+        """Record a step; this waits for the device. Raises TraceError where CUDA refuses it, with a warning."""
+        if CudaRecorder.has_failed:
+            raise TraceError("a capture failed before")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            step()
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream(self.device)
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    step()
+            except RuntimeError as error:
+                torch.cuda.set_stream(
+                    current
+                )  # where a capture cannot be ended, PyTorch leaves the side stream
+                if is_out_of_memory(error):
+                    raise
+                torch.cuda.synchronize(self.device)  # raises where the device itself has failed
+                raise self._failure(error) from error
         return graph
+
+    def _failure(self, error: RuntimeError) -> TraceError:
+        """Say, once in a process, that nothing is recorded from now on."""
+        CudaRecorder.has_failed = True
+        text = f"recording a step on {self.device} failed: {str(error).splitlines()[0]}"
+        warnings.warn(
+            f"{text}. Nothing is lost: this process takes its steps as they are from here on, which is slower; "
+            "backend='eager' does so from the start.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return TraceError(text)
 
 
 @cache

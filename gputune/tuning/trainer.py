@@ -19,6 +19,7 @@ from gputune.engine.plan import Plan, make_plan
 from gputune.engine.population import ModelKind, Population, populations
 from gputune.engine.scoring import Scoring
 from gputune.engine.stop import Stop
+from gputune.errors import InputError
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
@@ -56,6 +57,14 @@ class Trainer:
     cluster: RayCluster | None = None
     stop: Stop = field(default_factory=Stop)
     fits: Fits = field(default_factory=Fits)
+
+    def __post_init__(self) -> None:
+        device = self.data.device
+        if device.type == "cuda" and self.cluster is None and self.workers not in (None, 1):
+            raise InputError(
+                f"workers={self.workers} are processes on a CPU, and one process drives {str(device)!r}; leave workers "
+                "out, or choose device='cpu'."
+            )
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""

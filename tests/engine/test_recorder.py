@@ -1,5 +1,6 @@
 """The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to see that."""
 
+from collections import Counter
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from gputune.engine import recorder
-from gputune.engine.memory import is_out_of_memory
-from gputune.engine.recorder import RECORDERS, CudaRecorder
+from gputune.engine.out_of_memory import is_out_of_memory
+from gputune.engine.recorder import RECORDERS, CudaRecorder, Replays
 
 
 class Stream:
@@ -52,6 +53,8 @@ def cuda(monkeypatch):
         "Stream": make_stream,
         "current_stream": lambda device: current,
         "stream": lambda stream: inside(stream.name),
+        "set_stream": lambda stream: log.append(f"back to {stream.name}"),
+        "synchronize": lambda device: log.append("wait"),
         "device": lambda device: inside(str(device)),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
         "graph": graph,
@@ -99,3 +102,21 @@ def test_a_capture_that_runs_out_of_memory_says_so(cuda):
     with pytest.raises(RuntimeError, match="previous error during capture") as failed:
         CudaRecorder(torch.device("cuda", 0)).capture(step)
     assert is_out_of_memory(failed.value)
+
+
+def test_a_capture_that_fails_is_the_last_one(cuda, monkeypatch):
+    monkeypatch.setattr(CudaRecorder, "has_failed", False)
+    steps, replays = [], Replays(CudaRecorder(torch.device("cuda", 0)), Counter({"shape": 9, "other": 9}))
+
+    def end():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    cuda.end = end
+    with pytest.warns(
+        RuntimeWarning, match="recording a step on cuda:0 failed: .* when stream is capturing. Nothing"
+    ):
+        for shape in ["shape"] * 5 + ["other"] * 5:
+            replays.take(shape, lambda: steps.append(1))
+    assert len(steps) == 10 + 1  # one was captured, and so not taken
+    assert sum(text.startswith("capture on") for text in cuda.log) == 1
+    assert cuda.log.count("back to current") == 1

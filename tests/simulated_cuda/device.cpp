@@ -28,7 +28,7 @@ thread_local int current = 0;
 std::atomic<bool> capturing{false};
 
 std::mutex lock;  // over what follows: autograd computes in threads of its own
-std::map<std::string, int64_t> counts;  // "launch NAME", "to device NAME", "to host NAME", "wait NAME"
+std::map<std::string, int64_t> counts;  // "launch NAME", "to device NAME", "to host NAME", "wait NAME", ...
 int64_t allocated[kDevices] = {}, peak[kDevices] = {};
 int64_t limit = int64_t(16) << 30;
 
@@ -117,6 +117,7 @@ struct Memory final : c10::Allocator {
   c10::DataPtr on(int device, size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
     bool fits = allocated[device] + int64_t(bytes) <= limit;
+    if (!fits) counts["out of memory"]++;
     TORCH_CHECK_WITH(OutOfMemoryError, fits, "CUDA out of memory. Tried to allocate ", bytes, " bytes.");
     void* data = nullptr;
     TORCH_CHECK(!posix_memalign(&data, 64, std::max<size_t>(bytes, 1)), "the host is out of memory");

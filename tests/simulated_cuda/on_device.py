@@ -13,7 +13,9 @@ import problems
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.module import StackedModule
 from gputune.engine.network import Shape
+from gputune.engine.recorder import CudaRecorder
 from gputune.engine.stacked import StackedChunk
+from gputune.errors import InputError
 from problems import fill, largest_difference, make_data, plain_loop, scoring_of, train_together
 from simulated_cuda import torch_cuda as cuda
 
@@ -46,8 +48,10 @@ def device(request):
 
 
 @pytest.fixture(autouse=True)
-def no_capture_failed():
-    """A capture that one test made fail is no matter of the next."""
+def fresh(monkeypatch):
+    """Every test counts for itself, and a capture that one made fail is no matter of the next."""
+    cuda.forget()
+    monkeypatch.setattr(CudaRecorder, "has_failed", False)
     yield
     cuda.underway = False
 
@@ -83,6 +87,7 @@ SEARCHES = {
     "solved": ("logistic", {}),
     "stacked module": (Net, {"backend": "stacked"}),
     "recorded module": (Net, {"backend": "graph"}),
+    "module that draws": (Net, {"backend": "graph", "space": {"lr": [0.01, 0.03], "module__dropout": [0.3]}}),
     "module one by one": (Reader, {}),
 }
 
@@ -98,7 +103,33 @@ def same_search(X, y, model, options, device):
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_search_gives_the_numbers_of_the_cpu(name, device, iris):
-    same_search(*iris, *SEARCHES[name], device)
+    model, options = SEARCHES[name]
+    same_search(*iris, model, options, device)
+    recorded = options.get("backend") == "graph" and "method" not in options
+    assert bool(cuda.counts("replay")) == recorded
+
+
+def test_a_capture_that_fails_leaves_a_search_as_it_was(device, iris):
+    cuda.fail_next_capture = True
+    with pytest.warns(
+        RuntimeWarning, match=f"recording a step on {device} failed: CUDA error.*Nothing is lost"
+    ):
+        same_search(*iris, "mlp", {"backend": "graph"}, device)
+    assert not cuda.counts("replay")
+    assert torch.cuda.current_stream(device).default
+
+
+def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    with cuda.memory_limit(1 << 20):
+        same_search(*iris, "mlp", {"n_trials": 16, "space": {"lr": [0.01, 0.02], "width": [64]}}, device)
+    assert cuda.counts("out of memory")
+
+
+def test_several_processes_are_refused(device, iris, tmp_path):
+    with pytest.raises(InputError, match=f"workers=2 .* one process drives '{device}'; leave workers out"):
+        gputune.tune("mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("model", ["mlp", Net])

@@ -12,7 +12,7 @@ from scipy.stats import loguniform
 import gputune
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.job import Job
-from gputune.engine.memory import is_out_of_memory
+from gputune.engine.out_of_memory import is_out_of_memory
 from gputune.engine.population import Population
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import SearchFailedError
@@ -31,6 +31,9 @@ ERRORS = [
         "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried ..."
     ),
     RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if ..."),
+    torch.AcceleratorError("CUDA error: out of memory", 2),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
     MemoryError(),
 ]
 

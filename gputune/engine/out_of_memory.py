@@ -1,0 +1,37 @@
+"""Whether an error says that memory has run out; and the memory that PyTorch keeps of a GPU, given back."""
+
+from contextlib import suppress
+
+import torch
+
+# What is said in a plain RuntimeError: by torch's allocator on the CPU; by CUDA where it loads code or makes a graph;
+# by the libraries that take memory of their own; by cuDNN where it finds no room to work in.
+_TEXTS = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on the device or on the host.
+
+    A graph that ends with such an error may say only that it failed; why is then the error before it.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS):
+        return True
+    return error.__context__ is not None and is_out_of_memory(error.__context__)
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what PyTorch keeps of a GPU's memory for later."""
+    if device.type == "cuda":
+        # After a capture that failed, torch < 2.13 takes every later call for one inside a capture.
+        # Source: https://github.com/pytorch/pytorch/issues/180395
+        with suppress(RuntimeError):
+            torch.cuda.empty_cache()
