@@ -476,7 +476,7 @@ def test_a_random_state_object_is_used_once(iris):
             "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, sgdhd, nesterovhd, adamhd, adamwhd, "
             "got 'adagrad'",
         ),
-        ({"schedule": "linear"}, "schedule must be one of 'constant', 'cosine', got 'linear'"),
+        ({"schedule": "step"}, "schedule must be one of 'constant', 'cosine', 'linear', 'warmup"),
         ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),
         (
             {"numbers": "robust"},
