@@ -473,7 +473,8 @@ def test_a_random_state_object_is_used_once(iris):
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
         (
             {"optimizer": "adagrad"},
-            "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, sgdhd, nesterovhd, adamhd, adamwhd, "
+            "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, rmsprop, lion, muon, schedulefree, "
+            "sgdhd, nesterovhd, adamhd, adamwhd, "
             "got 'adagrad'",
         ),
         ({"schedule": "step"}, "schedule must be one of 'constant', 'cosine', 'linear', 'warmup"),
