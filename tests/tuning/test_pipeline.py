@@ -468,7 +468,7 @@ def test_a_random_state_object_is_used_once(iris):
     [
         (
             {"model": "mpl"},
-            "model must be 'mlp', 'logistic', a torch.nn.Module class, a function that makes modules",
+            "model must be 'mlp', 'logistic', 'cnn', 'gru', a torch.nn.Module class",
         ),
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
         (
@@ -521,7 +521,7 @@ def test_more_bad_input(tmp_path, iris):
     X, y = iris
     with refused("solved with optimizer='exact' predicts classes"):
         gputune.tune("logistic", X, X[:, 0], **FAST)
-    with refused("y and groups must be arrays when X is arrays or a tensor"):
+    with refused("y and groups must be arrays when X is a tensor or arrays"):
         gputune.tune("mlp", torch.tensor(X), "target", **FAST)
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     with refused("y must name the target column of the file"):
