@@ -101,7 +101,9 @@ def shape_of(population: Population) -> tuple[Any, ...]:
 
 def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
-    optimizer = (config["optimizer"], rule, config["clip_norm"] < math.inf, config["ema"] > 0)
+    # Which buffers a trial has depends on itself alone, so that its state goes on in whatever company.
+    buffers = (config["momentum"] > 0, config["clip_norm"] < math.inf, config["ema"] > 0)
+    optimizer = (config["optimizer"], rule, *buffers)
     if kind == "module":
         return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
     if kind == "linear":

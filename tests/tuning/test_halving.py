@@ -280,3 +280,18 @@ def test_a_refused_call_leaves_no_study(iris, tmp_path):
     gputune.tune("mlp", *iris, method="halving", n_trials=2, study=path, **FAST)
     with pytest.raises(InputError, match=r"in: method \(min_epochs=None there, min_epochs=3 here\)"):
         gputune.tune("mlp", *iris, method=gputune.Halving(min_epochs=3), n_trials=2, study=path, **FAST)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_trials_with_and_without_momentum_go_on_in_any_company(backend):
+    """Those without have no buffer for it, also where a rung leaves them beside one that has."""
+    X = np.random.default_rng(0).normal(size=(90, 4))
+    space = {
+        "lr": [0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
+        "momentum": [0.0, 0.9],
+        "width": [8],
+        "batch_size": [16],
+    }
+    options = {"optimizer": "sgd", "n_trials": 9, "cv": 3, "max_epochs": 9, "workers": 1, "verbose": 0}
+    study = gputune.tune("mlp", X, X[:, 0] > 0, space=space, method="halving", backend=backend, **options)
+    assert {trial.state for trial in study.trials} == {"complete", "pruned"}
