@@ -47,3 +47,57 @@ class OneNumber(nn.Module):
 
     def forward(self, x):
         return x @ self.weight + self.shift
+
+
+class Conv(nn.Module):
+    """A small convolutional net of images, with running statistics."""
+
+    def __init__(self, n_outputs, channels=3):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, channels, 3), nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(2)
+        )
+        self.last = nn.Linear(4 * channels, n_outputs)
+
+    def forward(self, x):
+        return self.last(self.body(x).flatten(1))
+
+
+class GatedConv(Conv):
+    """Its control flow depends on the data."""
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Recurrent(nn.Module):
+    """Token ids through an embedding and a recurrent layer of the given class."""
+
+    def __init__(self, n_outputs, layer=nn.GRU):
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(8, 4), layer(4, 5, batch_first=True)
+        self.last = nn.Linear(5, n_outputs)
+
+    def forward(self, x):
+        return self.last(self.layer(self.embed(x))[0][:, -1])
+
+
+class TwoInputs(nn.Module):
+    """An image and a row of a table, by their names."""
+
+    def __init__(self, n_outputs, hidden=4):
+        super().__init__()
+        self.image, self.age = Conv(hidden), nn.Linear(2, hidden)
+        self.last = nn.Linear(hidden, n_outputs)
+
+    def forward(self, image, age):
+        return self.last(torch.relu(self.image(image) + self.age(age)))
+
+
+def make_conv(n_outputs, channels):
+    return Conv(n_outputs, channels)
+
+
+def weighed_squares(outputs, y, power=2.0):
+    """Row losses of several numbers."""
+    return (outputs - y).abs().pow(power).mean(1)

@@ -7,6 +7,7 @@ from gputune.sklearn.mlp import MLPClassifier, MLPRegressor
 from gputune.sklearn.nested import NestedScores, nested_cv
 from gputune.sklearn.net import NeuralNetClassifier, NeuralNetRegressor
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
+from gputune.sklearn.slices import SliceDict
 
 __all__ = [
     "GridSearchCV",
@@ -19,5 +20,6 @@ __all__ = [
     "NeuralNetClassifier",
     "NeuralNetRegressor",
     "RandomizedSearchCV",
+    "SliceDict",
     "nested_cv",
 ]

@@ -12,12 +12,22 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_regressor
 from sklearn.pipeline import Pipeline
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    _check_y,
+    check_consistent_length,
+    check_is_fitted,
+    validate_data,
+)
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
+from gputune.data.arrays import ArrayLayout, Arrays, as_arrays
+from gputune.engine.network import call_module
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, Place, fit_members
@@ -75,6 +85,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """
 
     _foreign: ClassVar[Foreign] = Foreign()
+    _takes_arrays: ClassVar[bool] = False
+    """Whether X may be what is no table, and y have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
     """The parameters that a descent may move, the usual one first -> what the engine calls them."""
     _fit_recipes: ClassVar[Callable[..., Mapping[Place, Any]]]
@@ -100,7 +112,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         return params
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Fit on the rows X (n, D) with targets y (n,); ``sample_weight`` (n,) is each row's weight in the loss.
+        """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the loss.
 
         Returns the estimator. Raises ValueError for bad input, DivergedError where the training diverges.
         """
@@ -114,7 +126,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         """Become a fitted estimator and return it; raises the exception of a fit that failed."""
         if isinstance(fitted, Exception):
             raise fitted
-        self.n_features_in_ = rows.X.shape[1]
+        if rows.is_table:
+            self.n_features_in_ = rows.X.parts[0].shape[1]
         if rows.names is not None:
             self.feature_names_in_ = rows.names
         self._set_fitted(fitted, rows)
@@ -153,18 +166,60 @@ def using_hook(hook: FitHook | None) -> Iterator[None]:
 
 
 def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any = None) -> Rows:
-    """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its feature names over."""
-    regression = is_regressor(estimator)
-    X, y = validate_data(estimator, X, y, dtype=(np.float64, np.float32), order="C", y_numeric=regression)
+    """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its feature names over.
+
+    Inputs that are no table, and targets of several columns, are for an estimator that takes them. Raises InputError or
+    scikit-learn's ValueError for anything else.
+    """
+    numeric = is_regressor(estimator)
+    y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
+    several = estimator._takes_arrays and _has_columns(y)
+    arrays, names = _inputs(X) if estimator._takes_arrays else None, None
+    if arrays is not None:
+        y = _check_y(y, multi_output=several, y_numeric=numeric, estimator=estimator)
+        check_consistent_length(arrays.parts[0], y)
+    else:
+        X, y = validate_data(
+            estimator, X, y, dtype=FLOATS, order="C", y_numeric=numeric, multi_output=several
+        )
+        arrays, names = Arrays((as_tensor(X),)), getattr(estimator, "feature_names_in_", None)
     weights = None
     if sample_weight is not None:
-        weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-    names = getattr(estimator, "feature_names_in_", None)
-    if regression:
-        return Rows(X, np.asarray(y, dtype=np.float64), weights, None, names)
+        weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    if several:
+        y = _columns(estimator, y)
+        return Rows(arrays, y, weights, None, names, is_labels=not numeric)
+    if numeric:
+        return Rows(arrays, np.asarray(y, dtype=np.float64), weights, None, names)
     check_classification_targets(y)
     classes, codes = np.unique(y, return_inverse=True)
-    return Rows(X, codes.astype(np.int64), weights, classes, names)
+    return Rows(arrays, codes.astype(np.int64), weights, classes, names)
+
+
+def _inputs(X: Any) -> Arrays | None:
+    """Return inputs that are no table, None for a table. Raises InputError for a dict of anything but arrays."""
+    arrays = as_arrays(X)
+    if arrays is None and isinstance(X, Mapping) and not issparse(X):  # a sparse one may be a dict
+        kinds = ", ".join(f"{name!r}: {type(value).__name__}" for name, value in X.items())
+        raise InputError(f"X as a dict must hold arrays or tensors, got {{{kinds}}}; convert them.")
+    return arrays
+
+
+def _has_columns(y: Any) -> bool:
+    shape = y.shape if issparse(y) else np.asarray(y).shape
+    return len(shape) > 1 and shape[1:] != (1,)
+
+
+def _columns(estimator: FusedEstimator, y: Any) -> NDArray[np.float64]:
+    """Return targets of several columns (n, K); InputError for a sparse matrix, and for classes in several columns."""
+    if issparse(y):
+        raise InputError("y is a sparse matrix, and only dense targets are supported; pass y.toarray().")
+    if not is_regressor(estimator) and type_of_target(y) != "multilabel-indicator":
+        raise InputError(
+            f"{type(estimator).__name__} takes labels in several columns, 0 or 1 each, got y of shape {np.shape(y)}; "
+            "fit one estimator for each column of classes, or a NeuralNetRegressor on numbers."
+        )
+    return np.asarray(y, dtype=np.float64)
 
 
 def fit_together(
@@ -217,7 +272,12 @@ def last_step(estimator: Any) -> tuple[str, Any]:
 
 
 ROWS = 8192
-"""Rows that a module is given at a time when it predicts."""
+"""Rows that a module is given at a time when it predicts, fewer where they are large."""
+
+_NUMBERS = 1 << 20  # of those rows
+
+FLOATS = (np.float64, np.float32)
+"""The precisions in which a table is taken as it is; another one becomes the first."""
 
 
 class TrainedEstimator(FusedEstimator):
@@ -233,43 +293,59 @@ class TrainedEstimator(FusedEstimator):
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         self.module_ = fitted.module()
         self.n_iter_ = fitted.epochs
+        self._layout = None if rows.is_table else ArrayLayout.of(rows.X)
 
     def _outputs(self, X: Any) -> Tensor:
         """Return the module's outputs (n, K), float64, on the CPU."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=(np.float64, np.float32), order="C", reset=False)
+        if self._layout is not None:
+            arrays = self._layout.raw(X)
+        else:
+            arrays = Arrays((as_tensor(validate_data(self, X, dtype=FLOATS, order="C", reset=False)),))
         self.module_.eval()  # the user may have trained it on
         weight = next(self.module_.parameters())
+        rows = max(1, min(ROWS, _NUMBERS // sum(part[0].numel() for part in arrays.parts)))
         with torch.inference_mode():
-            parts = torch.split(as_tensor(X), ROWS)
-            outputs = torch.cat([self.module_(part.to(weight)).double().cpu() for part in parts])
+            blocks = zip(*(torch.split(part, rows) for part in arrays.parts))
+            outputs = torch.cat([self._forward(block, weight, arrays.names) for block in blocks])
         return outputs if outputs.dim() == 2 else outputs[:, None]
+
+    def _forward(self, inputs: Sequence[Tensor], weight: Tensor, names: Sequence[str] | None) -> Tensor:
+        """Return the outputs of some rows; floats are given in the precision of the module's weights."""
+        on_device = [x.to(weight.device, weight.dtype if x.is_floating_point() else None) for x in inputs]
+        return call_module(self.module_, on_device, names).double().cpu()
 
 
 class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc]
-    """A classifier whose module returns a logit for each class."""
+    """A classifier whose module returns a logit for each class, or for each label."""
 
-    classes_: NDArray[Any]
+    classes_: NDArray[Any] | list[NDArray[Any]]
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Return the most probable class of each row, (n,)."""
+        """Return the most probable class of each row, (n,); of labels (n, K) those more probable than not."""
         outputs = self._logits(X)  # says first whether the estimator is fitted
+        if isinstance(self.classes_, list):
+            return (outputs > 0).numpy().astype(np.int64)
         labels: NDArray[Any] = self.classes_[outputs.argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Return the probability of each class, (n, K) in the order of ``classes_``."""
-        return self._logits(X).softmax(1).numpy()
+        """Return the probability of each class, (n, K) in the order of ``classes_``, or of each label, (n, K)."""
+        outputs = self._logits(X)
+        return (outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)).numpy()
 
     def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
-        """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
-        return self._logits(X).log_softmax(1).numpy()
+        """Return the logarithms of what ``predict_proba`` returns."""
+        outputs = self._logits(X)
+        return (logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)).numpy()
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
-        assert rows.classes is not None and fitted.classes is not None
-        self.classes_ = rows.classes[fitted.classes]
         self._present = fitted.present
+        if rows.classes is None:  # as scikit-learn's forests say it of labels
+            self.classes_ = [np.array([0, 1])] * rows.y.shape[1]
+        else:
+            self.classes_ = rows.classes[fitted.classes]
 
     def _logits(self, X: Any) -> Tensor:
         outputs = self._outputs(X)
@@ -282,14 +358,16 @@ class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc
 class TrainedRegressor(RegressorMixin, TrainedEstimator):  # type: ignore[misc]
     """A regressor whose module returns ``(target - target_mean_) / target_scale_``."""
 
-    target_mean_: float
-    target_scale_: float
+    target_mean_: float | NDArray[np.float64]
+    target_scale_: float | NDArray[np.float64]
 
     def predict(self, X: Any) -> NDArray[np.float64]:
-        """Return the predicted target of each row, (n,), in the units of y."""
-        outputs = self._outputs(X)
-        return (outputs[:, 0] * self.target_scale_ + self.target_mean_).numpy()
+        """Return the predicted target of each row, (n,) or (n, K) as y was, in the units of y."""
+        values: NDArray[np.float64] = self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
+        return values if isinstance(self.target_mean_, np.ndarray) else values[:, 0]
 
     def _set_fitted(self, fitted: Member, rows: Rows) -> None:
         super()._set_fitted(fitted, rows)
-        self.target_mean_, self.target_scale_ = fitted.center, fitted.scale
+        center, scale = fitted.center, fitted.scale
+        is_one = rows.y.ndim == 1
+        self.target_mean_, self.target_scale_ = (float(center), float(scale)) if is_one else (center, scale)

@@ -1,5 +1,6 @@
-"""Arrays as scikit-learn checked them, turned into what the engine trains on: one copy of X for all folds."""
+"""Rows as scikit-learn checked them, turned into what the engine trains on: one copy of X for all folds."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,29 +10,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import Dataset, Fold
+from gputune.types import Task
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Checked rows of one fit, or of one search over many folds.
 
-    X (n, D) float32 or float64; y (n,) int64 positions in ``classes``, or float64 numbers; weights (n,) float64,
-    None where all are one; names (D,) of the features, None where X had none.
+    X          a table is one tensor (n, D), float32 or float64; other inputs are as they were given
+    y          (n,) int64 positions in ``classes``, float64 numbers (n,) or (n, K), or labels (n, K) of 0 and 1
+    weights    (n,) float64, None where all are one
+    classes    those of y, None for numbers and labels
+    names      (D,) of a table's features, None where X had none
+    is_labels  whether y are labels
     """
 
-    X: NDArray[np.floating]
+    X: Arrays
     y: NDArray[np.int64] | NDArray[np.float64]
     weights: NDArray[np.float64] | None
     classes: NDArray[np.generic] | None
     names: NDArray[np.object_] | None
+    is_labels: bool = False
+
+    @property
+    def is_table(self) -> bool:
+        """Whether X is rows of numbers, with features that scikit-learn counts and names."""
+        x = self.X.parts[0]
+        return len(self.X.parts) == 1 and self.X.names is None and x.dim() == 2 and x.is_floating_point()
+
+    @property
+    def task(self) -> Task:
+        """What is predicted; of any number of classes "multiclass"."""
+        if self.classes is not None:
+            return "multiclass"
+        return "multilabel" if self.is_labels else "regression"
 
     def weight(self, rows: NDArray[np.int64]) -> float:
         """Return the sum of the weights of some rows."""
         return float(len(rows) if self.weights is None else self.weights[rows].sum())
 
     def present(self, rows: NDArray[np.int64]) -> tuple[int, ...] | None:
-        """Return the classes that some rows have, as positions; None for a regression."""
+        """Return the classes that some rows have, as positions; None where there are none."""
         return None if self.classes is None else tuple(np.unique(self.y[rows]).tolist())
 
     def refusal(self, rows: NDArray[np.int64]) -> ValueError | None:
@@ -52,17 +73,12 @@ class FoldGroup:
 
     places   their positions among all folds
     trains   the training rows of each
-    classes  positions of their classes among all classes, None for a regression
+    classes  positions of their classes among all classes, None for numbers and labels
     """
 
     places: tuple[int, ...]
     trains: tuple[NDArray[np.int64], ...]
     classes: NDArray[np.int64] | None
-
-    @property
-    def n_outputs(self) -> int:
-        """Number of outputs: the classes that the folds have, or 1."""
-        return 1 if self.classes is None else len(self.classes)
 
 
 def group_folds(
@@ -87,11 +103,14 @@ def group_folds(
     ]
 
 
-def shared_x(rows: Rows, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return X (n, D) on the device: in its own dtype on a CPU, in single precision on a GPU, unless one is given."""
+def shared_x(rows: Rows, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Return the inputs (n, ...) on the device.
+
+    Floats are in their own precision on a CPU, in single precision on a GPU, unless a dtype is given.
+    """
     if dtype is None and device.type != "cpu":
         dtype = torch.float32
-    return as_tensor(rows.X).to(device, dtype)
+    return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in rows.X.parts)
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
@@ -99,39 +118,47 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def make_dataset(rows: Rows, group: FoldGroup, x: Tensor) -> Dataset:
-    """Return the engine's dataset of a group of folds on ``x`` (n, D): X as it came, no validation rows."""
-    device = x.device
+def make_dataset(rows: Rows, group: FoldGroup, x: Sequence[Tensor], *, standardise: bool = True) -> Dataset:
+    """Return the engine's dataset of a group of folds on inputs (n, ...): X as it came, no validation rows.
+
+    Numbers to be predicted are standardised by the training rows of each fold, unless told not to.
+    """
+    device = x[0].device
     folds = tuple(
         Fold(as_tensor(train).to(device), torch.empty(0, dtype=torch.int64, device=device))
         for train in group.trains
     )
-    y, center, scale = _targets(rows, group)
+    y, center, scale = _targets(rows, group, standardise)
     weights = None
     if rows.weights is not None:
         weights = as_tensor(rows.weights).to(device).expand(len(folds), -1)
     codes = as_tensor(y).to(device)
-    outputs = group.n_outputs
+    classes = group.classes
+    # Half a number is too little to train in; a module of integers alone has parameters of single precision.
+    dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
     return Dataset(
-        inputs=(x[None],),
-        dtype=x.dtype,
+        inputs=tuple(part[None] for part in x),
+        names=rows.X.names,
+        scaling=(None,) * len(x),
+        dtype=dtype,
         copies=(0,) * len(folds),
-        y=codes if group.classes is not None else codes.to(x.dtype),
+        y=codes if classes is not None else codes.to(dtype),
         weights=weights,
         folds=folds,
         present=_present(rows, group, y, device),
         center=as_tensor(center).to(device),
         scale=as_tensor(scale).to(device),
-        n_outputs=outputs,
-        task="regression" if group.classes is None else "binary" if outputs == 2 else "multiclass",
-        target=codes if group.classes is not None else as_tensor(rows.y).to(device),
+        n_outputs=math.prod(rows.y.shape[1:]) if classes is None else len(classes),
+        task="binary" if classes is not None and len(classes) == 2 else rows.task,
+        target=codes if classes is not None else as_tensor(rows.y).to(device),
     )
 
 
-def _targets(rows: Rows, group: FoldGroup) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return codes (n,) among the group's classes, or standardised targets (F, n), with center and scale (F,).
+def _targets(rows: Rows, group: FoldGroup, standardise: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return y, and center and scale (F,) or (F, K).
 
-    Rows of classes that no fold of the group has get the code 0, and are never read.
+    y is codes (n,) among the group's classes, standardised numbers (F, n, ...), or (1, n, ...) as it is. Rows of
+    classes that no fold of the group has get the code 0, and are never read.
     """
     folds = len(group.trains)
     if group.classes is not None:
@@ -139,27 +166,31 @@ def _targets(rows: Rows, group: FoldGroup) -> tuple[np.ndarray, np.ndarray, np.n
         place = np.zeros(len(rows.classes), dtype=np.int64)
         place[group.classes] = np.arange(len(group.classes))
         return place[rows.y], np.zeros(folds), np.ones(folds)
-    stats = np.array([_center_and_scale(rows, train) for train in group.trains])
-    center, scale = stats.T.copy()
+    if rows.is_labels or not standardise:
+        ones = np.ones((folds, *rows.y.shape[1:]))
+        return rows.y[None], 0 * ones, ones
+    stats = [_center_and_scale(rows, train) for train in group.trains]
+    center, scale = (np.array(part) for part in zip(*stats))
     return (rows.y - center[:, None]) / scale[:, None], center, scale
 
 
-def _center_and_scale(rows: Rows, train: NDArray[np.int64]) -> tuple[float, float]:
-    """Return weighted mean and standard deviation of the targets of some rows; 1 where they are constant."""
+def _center_and_scale(rows: Rows, train: NDArray[np.int64]) -> tuple[np.ndarray, np.ndarray]:
+    """Return weighted mean and standard deviation of the targets of some rows, () or (K,); 1 where constant."""
     y, weights = rows.y[train], None if rows.weights is None else rows.weights[train]
     if weights is not None:
         y, weights = y[weights > 0], weights[weights > 0]
-    center = float(np.average(y, weights=weights))
-    scale = float(np.sqrt(np.average((y - center) ** 2, weights=weights)))
+    center = np.average(y, 0, weights=weights)
+    scale = np.sqrt(np.average((y - center) ** 2, 0, weights=weights))
     # The standard deviation of a constant consists of rounding errors, not of 0.
-    return center, scale if np.ptp(y) > 0 and scale > 0 else 1.0
+    return center, np.where((np.ptp(y, 0) > 0) & (scale > 0), scale, 1.0)
 
 
 def _present(rows: Rows, group: FoldGroup, codes: np.ndarray, device: torch.device) -> Tensor | None:
     """Return which classes take part, (F, K): a class whose rows weigh nothing does not. None where all do."""
     if group.classes is None or rows.weights is None:
         return None
-    counts = [np.bincount(codes[t], rows.weights[t], minlength=group.n_outputs) for t in group.trains]
+    number = len(group.classes)
+    counts = [np.bincount(codes[t], rows.weights[t], minlength=number) for t in group.trains]
     present = np.stack(counts) > 0
     return None if present.all() else as_tensor(present).to(device)
 
@@ -192,7 +223,7 @@ def lay_out(parts: Sequence[Part]) -> list[Layout]:
 def form(rows: Rows) -> Hashable:
     """Return what rows must have in common to be laid out in one array."""
     names = None if rows.names is None else tuple(rows.names)
-    return rows.X.shape[1], rows.X.dtype, names, rows.weights is None, rows.classes is None
+    return ArrayLayout.of(rows.X), names, rows.weights is None, rows.task, rows.y.shape[1:]
 
 
 def _layout(places: tuple[int, ...], parts: Sequence[Part]) -> Layout:
@@ -205,11 +236,13 @@ def _layout(places: tuple[int, ...], parts: Sequence[Part]) -> Layout:
 
 def _joined(blocks: Sequence[Rows]) -> Rows:
     """Return the rows of all blocks, one after the other, with codes among the classes of all."""
-    first, X = blocks[0], np.concatenate([rows.X for rows in blocks])
+    first = blocks[0]
+    X = Arrays(tuple(map(torch.cat, zip(*(rows.X.parts for rows in blocks)))), first.X.names)
     weighted = [rows.weights for rows in blocks if rows.weights is not None]
     weights = np.concatenate(weighted) if weighted else None
     if first.classes is None:
-        return Rows(X, np.concatenate([rows.y for rows in blocks]), weights, None, first.names)
+        y = np.concatenate([rows.y for rows in blocks])
+        return Rows(X, y, weights, None, first.names, first.is_labels)
     labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
     classes, codes = np.unique(labels, return_inverse=True)
     return Rows(X, codes.astype(np.int64), weights, classes, first.names)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, choose_device
-from gputune.engine.construction import build_module
+from gputune.engine.construction import build_module, name_of
 from gputune.engine.entry import entry
 from gputune.engine.inspection import EXAMPLES, traits_of
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp
-from gputune.engine.network import Network
+from gputune.engine.network import Network, call_module
 from gputune.engine.population import Population, module_arguments
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
@@ -26,7 +26,7 @@ from gputune.errors import DivergedError, InputError
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.recipe import Recipe
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config, Params
+from gputune.types import Config, Params, Task
 
 Place = tuple[int, int]
 """(fold, trial): which member of a search."""
@@ -38,7 +38,7 @@ class Member:
 
     classes   positions of its outputs' classes among all classes, None for a regression
     present   (K,) which of them take part, None where all do
-    center, scale   a regression's target is ``output * scale + center``
+    center, scale   a regression's target is ``output * scale + center``, numbers or (K,)
     epochs, seed    how long it has trained, and what its random numbers come from
     buffers   the engine's buffers of this member where it may train on, None where its training is over
     """
@@ -48,8 +48,8 @@ class Member:
     place: Place
     classes: NDArray[np.int64] | None
     present: NDArray[np.bool_] | None
-    center: float
-    scale: float
+    center: NDArray[np.float64]
+    scale: NDArray[np.float64]
     epochs: int
     seed: int
     buffers: tuple[Tensor, ...] | None
@@ -83,6 +83,7 @@ class Batch:
             data=self.data,
             kind=recipe.kind,
             module_class=recipe.module,
+            objective=recipe.objective(self.data.task),
             seed=recipe.seed,
             horizon=recipe.horizon,
             workers=workers,
@@ -94,14 +95,14 @@ def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[n
     """Yield what trains together of recipes on the training rows of folds, by number."""
     groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, recipe in enumerate(recipes):
-        length = (recipe.begin, recipe.epochs, recipe.horizon, recipe.state is None)
-        groups[recipe.device, recipe.kind, recipe.module, recipe.seed, length].append(i)
+        groups[recipe.family].append(i)
     for index in groups.values():
         alike = [recipes[i] for i in index]
         x = shared_x(rows, choose_device(alike[0].device))
         for group in group_folds(rows, folds, partial(_decays, alike, rows)):
             configs = _configs(alike, rows, group.trains[0])
-            yield Batch(index, alike, configs, group, make_dataset(rows, group, x))
+            data = make_dataset(rows, group, x, standardise=alike[0].standardises)
+            yield Batch(index, alike, configs, group, data)
 
 
 def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[Config]:
@@ -129,11 +130,41 @@ def fit_members(
     that train with it. ``workers`` None lets an estimate decide about processes; ``deadline`` (``time.monotonic()``)
     ends training, and what has not ended by then is a TimeoutError.
     """
-    members: Members = {}
-    for batch in batches(recipes, rows, folds):
+    refused = _refusals(recipes, rows.task)
+    members: Members = {(fold, i): error for i, error in refused.items() for fold in folds}
+    index = [i for i in range(len(recipes)) if i not in refused]
+    for batch in batches([recipes[i] for i in index], rows, folds):
         for (f, c), member in _fit_batch(batch, batch.trainer(workers, deadline)).items():
-            members[batch.group.places[f], batch.index[c]] = member
+            members[batch.group.places[f], index[batch.index[c]]] = member
     return members
+
+
+def _refusals(recipes: Sequence[Recipe], task: Task) -> dict[int, InputError]:
+    """Return the errors of recipes whose loss does not fit the target."""
+    refused = {}
+    for i, recipe in enumerate(recipes):
+        try:
+            recipe.objective(task)
+        except InputError as error:
+            refused[i] = in_skorchs_words(error)
+    return refused
+
+
+_WORDS = {
+    "model: ": "module: ",
+    "space: ": "",
+    "loss__": "criterion__",
+    "loss=": "criterion=",
+    "loss must": "criterion must",
+}
+
+
+def in_skorchs_words(error: InputError) -> InputError:
+    """Return an error of the engine's with the parameters as this face calls them."""
+    text = str(error)
+    for word, skorchs in _WORDS.items():
+        text = text.replace(word, skorchs, 1)
+    return InputError(text)
 
 
 def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
@@ -144,10 +175,10 @@ def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
     populations, parameters = [], 0
     for population in trainer.groups(batch.configs):
         try:
-            parameters = max(parameters, _check_module(recipe, population, data))
+            parameters = max(parameters, _check_module(trainer, population))
             populations.append(population)
         except InputError as error:
-            refusal = InputError(str(error).replace("model:", "module:", 1))  # as this face calls it
+            refusal = in_skorchs_words(error)
             members |= {(f, i): refusal for f in range(data.n_folds) for i in population.index}
     if not populations:
         return members
@@ -179,31 +210,33 @@ def _resumed_chunk(chunk: Population, batch: Batch) -> BegunChunk:
     return BegunChunk(chunk.kind, chunk.index, chunk.configs, State(batch.recipes[0].begin, buffers))
 
 
-def _check_module(recipe: Recipe, population: Population, data: Dataset) -> int:
+def _check_module(trainer: Trainer, population: Population) -> int:
     """Return the size of a user's module, which is tried first; 0 for a built-in model."""
-    if recipe.module is None:
+    builder, data = trainer.module_class, trainer.data
+    if builder is None:
         return 0
-    number = traits_of(recipe.module, population.configs[0], data).parameters
-    if data.task != "regression":
+    number = traits_of(builder, population.configs[0], data, objective=trainer.objective).parameters
+    if data.task in ("binary", "multiclass"):
         module = build_module(
-            recipe.module,
+            builder,
             module_arguments(population.configs[0]),
             n_features=data.n_features,
             n_outputs=data.n_outputs,
-            seed=recipe.seed,
-        )
-        _refuse_probabilities(module, data.example(EXAMPLES))
+            input_shape=tuple(data.inputs[0].shape[2:]),
+            seed=trainer.seed,
+        ).to(data.device, data.dtype)
+        with torch.no_grad():
+            outputs = call_module(module.eval(), data.example(EXAMPLES), data.names)
+        _refuse_probabilities(name_of(builder), outputs)
     return number
 
 
-def _refuse_probabilities(module: nn.Module, rows: Sequence[Tensor]) -> None:
-    """Raise InputError where a classifier's module ends in a softmax: the loss has one already."""
-    with torch.no_grad():
-        outputs = module.to(rows[0]).eval()(*rows)
+def _refuse_probabilities(name: str, outputs: Tensor) -> None:
+    """Raise InputError where a classifier's module ends in a softmax: its outputs are taken for logits."""
     if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
         raise InputError(
-            f"model: {type(module).__name__} returns probabilities, and the cross-entropy wants logits; leave out the "
-            "softmax at its end."
+            f"model: {name} returns probabilities, and its outputs are taken for logits; leave out the softmax at its "
+            "end."
         )
 
 
@@ -247,7 +280,7 @@ def _members(
     shape = (data.n_folds, len(chunk.index), -1)
     whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
     finite = torch.stack(whole).all(0).tolist()  # F lists of C
-    center, scale = data.center.tolist(), data.scale.tolist()
+    center, scale = data.center.cpu().numpy(), data.scale.cpu().numpy()
     present = None if data.present is None else data.present.cpu().numpy()
     members: Members = {}
     for f in range(data.n_folds):

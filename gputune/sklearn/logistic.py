@@ -81,7 +81,7 @@ def solve_members(
     members: dict[Place, Solved | Exception] = {}
     for index, group in solve_groups(penalties, rows, folds):
         places = [(fold, i) for fold in group.places for i in index]
-        x = shared_x(rows, choose_device(penalties[index[0]].device), torch.float64)
+        (x,) = shared_x(rows, choose_device(penalties[index[0]].device), torch.float64)
         try:
             problem = make_problem([penalties[i] for i in index], rows, group, x)
         except ValueError as error:

@@ -113,7 +113,6 @@ class _MLP(TrainedEstimator):
             epochs=whole_number("max_iter", self.max_iter),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
-            module=None,
         )
 
     def _optimizer(self, default: str) -> str:

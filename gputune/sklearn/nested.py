@@ -23,6 +23,7 @@ from gputune.sklearn.dataset import Part
 from gputune.sklearn.record import Fit, fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together, with_hook
+from gputune.sklearn.slices import as_sliced
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ def nested_cv(
     metadata routing is enabled.
     """
     _check_search(search)
-    X, y = indexable(X, y)
+    X, y = indexable(as_sliced(X), y)
     splitter = check_cv(outer, y, classifier=is_classifier(search))
     metadata = _route(search, splitter, groups, params or {})
     splits = list(splitter.split(X, y, **metadata.split))

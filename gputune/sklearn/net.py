@@ -1,16 +1,14 @@
 """NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
 
-import functools
 import inspect
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from gputune.engine.construction import Builder, call_arguments
-from gputune.engine.population import module_arguments
+from gputune.engine.construction import Builder
+from gputune.engine.objective import LOSS_PREFIX
 from gputune.errors import InputError
 from gputune.search.config import check_value
 from gputune.sklearn.base import (
@@ -24,43 +22,21 @@ from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine
 from gputune.study.module_source import is_builder
 from gputune.types import OPTIMIZERS
 
-_PREFIX = "module__"
-_SIZES = {"n_features": 0, "n_outputs": 0, "input_shape": ()}
+_PREFIXES = {"module__": "module__", "criterion__": LOSS_PREFIX}
+"""Of arguments: as the estimator writes them -> as the engine does."""
 
-
-def _builder(module: Any, arguments: Mapping[str, Any]) -> Builder:
-    """Return what makes an estimator's module. Raises InputError for anything else, and for arguments it has not."""
-    if isinstance(module, nn.Module):
-        raise InputError(
-            f"module must be the class, not an instance, since every fit builds its own: pass "
-            f"{type(module).__name__}, and its arguments as module__*."
-        )
-    if not is_builder(module):
-        raise InputError(
-            f"module must be a torch.nn.Module class, or a function that makes modules, got {module!r}."
-        )
-    call_arguments(module, _SIZES, dict(arguments))
-    if isinstance(module, functools.partial):
-        with suppress(TypeError):  # an argument that cannot be hashed
-            return _same_partial(module.func, module.args, tuple(module.keywords.items()))
-    return module
-
-
-@functools.cache
-def _same_partial(
-    make: Builder, arguments: tuple[Any, ...], keywords: tuple[tuple[str, Any], ...]
-) -> Builder:
-    """Return one partial for all that are alike, which scikit-learn's clones are: they train together."""
-    return functools.partial(make, *arguments, **dict(keywords))
-
+_NUMBERS = {"criterion__label_smoothing"}
+"""Arguments of a class of torch.nn that its loss by name takes too."""
 
 _OPTIMIZERS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
 
 
 class _NeuralNet(TrainedEstimator):
-    """Parameters of both: those of the constructor, and ``module__*`` for the arguments of the module's class."""
+    """Parameters of both: those of the constructor, ``module__*`` for the arguments of the module, ``criterion__*``."""
 
-    _loss: type[nn.Module]
+    _own_losses: ClassVar[Mapping[type[nn.Module], str]]
+    """The losses that train as the engine's of that name, and may be written as classes of torch.nn."""
+    _takes_arrays = True
     _epochs = "max_epochs"
     _differentiable: ClassVar = {
         "lr": "lr",
@@ -104,25 +80,25 @@ class _NeuralNet(TrainedEstimator):
         device: str = "auto",
         train_split: Any = None,
         verbose: int = 0,
-        **module_arguments: Any,
+        **arguments: Any,
     ) -> None:
         parameters = locals()
-        self._module_arguments = parameters.pop("module_arguments")
+        self._arguments = parameters.pop("arguments")
         keep_parameters(self, parameters)
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Return all parameters, the ``module__*`` that were given among them."""
+        """Return all parameters, the ``module__*`` and ``criterion__*`` that were given among them."""
         params: dict[str, Any] = super().get_params(deep)
-        arguments: dict[str, Any] = self._module_arguments
+        arguments: dict[str, Any] = self._arguments
         return params | arguments
 
     def set_params(self, **params: Any) -> Self:
-        """Set parameters, any ``module__*`` among them, and return the estimator."""
+        """Set parameters, any ``module__*`` and ``criterion__*`` among them, and return the estimator."""
         own = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
-            if name.startswith(_PREFIX) or name in self._module_arguments:
-                self._module_arguments = self._module_arguments | {name: value}
+            if name.startswith(tuple(_PREFIXES)) or name in self._arguments:
+                self._arguments = self._arguments | {name: value}
             elif "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
                 setattr(self, name, value)
             else:
@@ -130,16 +106,20 @@ class _NeuralNet(TrainedEstimator):
         super().set_params(**rest)
         return self
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.target_tags.multi_output = True
+        return tags
+
     def _recipe(self, draw: DrawSeed) -> Recipe:
         """Raises InputError also for a module, an optimizer or a criterion that cannot be trained."""
-        unknown = [name for name in self._module_arguments if not name.startswith(_PREFIX)]
+        unknown = [name for name in self._arguments if not name.startswith(tuple(_PREFIXES))]
         if unknown:  # said here, because scikit-learn wants constructors that take everything
             raise TypeError(
                 f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
             )
         self._checked_params()
-        module = _builder(self.module, module_arguments(self._module_arguments))
-        _check_criterion(self.criterion, self._loss)
         optimizer, momentum = _optimizer(self.optimizer), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
             raise InputError(
@@ -153,7 +133,9 @@ class _NeuralNet(TrainedEstimator):
             "weight_decay": ("optimizer__weight_decay", self.optimizer__weight_decay),
             "momentum": ("optimizer__momentum", momentum),
         }
-        arguments = {name: check_value(name, value, name) for name, value in self._module_arguments.items()}
+        arguments = {
+            _in_engines_words(name): check_value(name, value, name) for name, value in self._arguments.items()
+        }
         return Recipe(
             kind="module",
             config=engine_config(values, optimizer=optimizer) | arguments,
@@ -161,8 +143,39 @@ class _NeuralNet(TrainedEstimator):
             epochs=whole_number("max_epochs", self.max_epochs),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
-            module=module,
+            module=_builder(self.module),
+            loss=self._loss(),
         )
+
+    def _loss(self) -> Any:
+        """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""
+        criterion = self.criterion
+        own = {name for name in self._arguments if name.startswith("criterion__")}
+        for loss, name in self._own_losses.items():
+            if (criterion is loss and own <= _NUMBERS) or (not own and _is_default(criterion, loss)):
+                return name
+        return criterion
+
+
+def _in_engines_words(name: str) -> str:
+    prefix = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
+    return _PREFIXES[prefix] + name.removeprefix(prefix)
+
+
+def _builder(module: Any) -> Builder:
+    """Return what makes a module; InputError for what does not."""
+    if isinstance(module, nn.Module):
+        raise InputError(
+            f"module must be the class, not an instance, since every fit builds its own: pass "
+            f"{type(module).__name__}, and its arguments as module__*."
+        )
+    if not is_builder(module):
+        raise InputError(
+            f"module must be a torch.nn.Module class, or a function or functools.partial that returns one, got "
+            f"{module!r}."
+        )
+    builder: Builder = module
+    return builder
 
 
 def _optimizer(optimizer: Any) -> str:
@@ -178,39 +191,32 @@ def _optimizer(optimizer: Any) -> str:
     )
 
 
-def _check_criterion(criterion: Any, loss: type[nn.Module]) -> None:
-    """Raise InputError unless the criterion is the loss, as a class or as an instance with default settings."""
-    if criterion is None or criterion is loss:
-        return
-    name = criterion.__name__ if isinstance(criterion, type) else repr(criterion)
-    if type(criterion) is not loss:
-        remedy = (
-            "it wants logits: leave out a softmax" if loss is nn.CrossEntropyLoss else "leave criterion out"
-        )
-        raise InputError(f"criterion must be torch.nn.{loss.__name__}, got {name}; {remedy}.")
-    if _settings(criterion) != _settings(loss()):
-        raise InputError(
-            f"criterion must be torch.nn.{loss.__name__} with its default settings, got {name} with "
-            f"{_settings(criterion)}; weigh rows with sample_weight."
-        )
+def _is_default(criterion: Any, loss: type[nn.Module]) -> bool:
+    """Whether the criterion is an instance of the loss with default settings."""
+    return type(criterion) is loss and _settings(criterion) == _settings(loss())
 
 
 def _settings(criterion: nn.Module) -> dict[str, Any]:
-    """Return what a loss was built with; a tensor of class weights as a list."""
+    """Return what a loss was built with; a tensor of weights as a list."""
     own = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
-    weight = getattr(criterion, "weight", None)
-    own["weight"] = weight.tolist() if isinstance(weight, torch.Tensor) else weight
+    own |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
     own.pop("training")
     return own
 
 
 _PARAMETERS = """
 
-    Trains for ``max_epochs`` epochs on all rows, on X as it comes: put a StandardScaler in front.
+    X is a table (n, D), an array or tensor (n, ...) of any shape, a tensor of integers (n, T) such as token ids, or
+    several of these as a dict, which a search wants as a ``SliceDict``, or a tuple. Trains for ``max_epochs`` epochs on
+    all rows, on X as it comes: put a StandardScaler in front of a table.
 
-    module               a torch.nn.Module class; it is built with ``n_features`` and ``n_outputs`` where its
-                         signature has them, and with ``module__*``: module__hidden=32 is its argument hidden
-    criterion            None is torch.nn.CrossEntropyLoss for classes, MSELoss for numbers, the only ones
+    module               a torch.nn.Module class, or a function or functools.partial that returns one; it is called with
+                         ``n_features``, ``n_outputs`` and ``input_shape`` where its signature has them, and with
+                         ``module__*``: module__hidden=32 is its argument hidden
+    criterion            None: the cross-entropy of classes, the binary one of labels, the squared error of numbers,
+                         standardised. Or one of the names of ``gputune.tune(loss=...)``; a loss of torch.nn, as a
+                         class or an instance; or callable(outputs, y), which returns row losses or their mean
+    criterion__*         what that loss takes: criterion__delta=2.0 of "huber", criterion__beta=0.5 of nn.SmoothL1Loss
     optimizer            torch.optim.SGD, Adam or AdamW, or a word: "sgd", "nesterov", "adam", "adamw", and
                          those that adapt their rate: "sgdhd", "nesterovhd", "adamhd", "adamwhd"
     lr                   the learning rate
@@ -222,27 +228,35 @@ _PARAMETERS = """
     train_split          None: no row is held out, and nothing else is taken
     verbose              taken, and without effect
 
-    The module must treat every row by itself: running statistics (BatchNorm) are refused by name. Departures from
-    skorch: every row is trained on, none is held out, and numbers have X's precision on a CPU (skorch: single).
+    Members of a search train stacked where the module can be, and one by one where not. Departures from skorch: every
+    row is trained on, none is held out, and floats have X's precision on a CPU (skorch: single).
 """
 
 
 class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
-    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K) for the cross-entropy.{_PARAMETERS}
-    After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``classes_``, ``n_iter_`` (epochs),
-    ``n_features_in_``, ``feature_names_in_``.
+    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K) of classes, or of labels.{_PARAMETERS}
+    With y (n, K) of 0 and 1 every column is a label of its own.
+
+    After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``classes_`` (for labels a list),
+    ``n_iter_`` (epochs), and of a table ``n_features_in_`` and ``feature_names_in_``.
     """
 
-    _loss = nn.CrossEntropyLoss
+    _own_losses: ClassVar = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce"}
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        return tags
 
 
 class NeuralNetRegressor(TrainedRegressor, _NeuralNet):
-    __doc__ = f"""A user's nn.Module as a regressor; it returns (n, 1) or (n,), the standardised target.{_PARAMETERS}
-    The module learns the target less its mean over its standard deviation, of the training rows (skorch: the target).
+    __doc__ = f"""A user's nn.Module as a regressor of numbers; it returns (n, K), of one number also (n,).{_PARAMETERS}
+    With a criterion that has a name, and MSELoss, the module learns the target less its mean over its standard
+    deviation, of the training rows (skorch: the target); with any other one the target as it is.
 
     After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``target_mean_`` and
-    ``target_scale_`` (the target is the module's output * scale + mean), ``n_iter_`` (epochs), ``n_features_in_``,
-    ``feature_names_in_``.
+    ``target_scale_`` (the target is the module's output * scale + mean; of several numbers (K,)), ``n_iter_`` (epochs),
+    and of a table ``n_features_in_`` and ``feature_names_in_``.
     """
 
-    _loss = nn.MSELoss
+    _own_losses: ClassVar = {nn.MSELoss: "mse"}

@@ -1,18 +1,21 @@
 """How one configuration trains, whatever words it was written in: what an estimator's parameters mean to the engine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
+from types import FunctionType
 from typing import Any
 
+import cloudpickle
 from sklearn.utils import check_random_state
 from torch import Tensor
 
 from gputune.engine.construction import Builder
+from gputune.engine.objective import Objective, make_objective
 from gputune.engine.population import ModelKind, complete
 from gputune.errors import InputError
 from gputune.search.config import check_value
-from gputune.types import Config
+from gputune.types import Config, Task
 
 DrawSeed = Callable[[], int]
 """Draws the seed of random_state=None: once for all configurations that are fitted together."""
@@ -46,7 +49,8 @@ class Recipe:
     epochs   how long it trains, and the horizon of its schedule
     seed     keys its start, row orders and dropout
     device   as the user wrote it
-    module   the user's class for kind "module", under the two keywords of the engine
+    module   what makes a module of the user's, for kind "module"
+    loss     the name of a loss or the user's own, None for that of the task
     state    where a training that stops at rungs is; None for one that goes to its end at once
     """
 
@@ -56,8 +60,28 @@ class Recipe:
     epochs: int
     seed: int
     device: str
-    module: Builder | None
+    module: Builder | None = None
+    loss: str | Callable[..., Tensor] | None = None
     state: RungState | None = None
+
+    @property
+    def family(self) -> Hashable:
+        """What recipes have in common that train together, on one device and for as long."""
+        length = (self.begin, self.epochs, self.horizon, self.state is None)
+        return self.device, self.kind, content(self.module), content(self.loss), self.seed, length
+
+    @property
+    def standardises(self) -> bool:
+        """Whether numbers to be predicted are standardised: a loss of the user's own takes them as they are."""
+        return self.loss is None or isinstance(self.loss, str)
+
+    def objective(self, task: Task) -> Objective | None:
+        """Return what a module is trained on, None for a built-in model; InputError for what does not fit the task."""
+        if self.kind != "module":
+            return None
+        objective = make_objective(self.loss, None, None, task)
+        objective.check(self.config)
+        return objective
 
     @property
     def begin(self) -> int:
@@ -121,3 +145,13 @@ def whole_number(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}. For example 50.")
     return int(value)
+
+
+def content(value: Any) -> Hashable:
+    """Return what a value and its copies have in common; nothing else equals one that cannot be pickled."""
+    if value is None or isinstance(value, str | type | FunctionType):
+        return value
+    try:
+        return type(value), cloudpickle.dumps(value)
+    except Exception:
+        return id(value), object()

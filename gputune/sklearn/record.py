@@ -3,18 +3,19 @@
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import cloudpickle
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
+from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.sklearn.base import FusedEstimator, check_rows, last_step, using_hook
 from gputune.sklearn.dataset import Part, Rows, form
+from gputune.sklearn.recipe import content
 
 Splits = Sequence[tuple[Any, Any]]
 
@@ -168,7 +169,7 @@ class Recorder:
     ) -> Any:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
-        key = (_content(transformer), id(X), id(y), *map(id, metadata))
+        key = (content(transformer), id(X), id(y), *map(id, metadata))
         if key not in self._transformed:
             call = functools.partial(function, transformer, X, y, *args, **options)
             with using_hook(None):
@@ -210,11 +211,17 @@ def held_out_part(fitted: Any, train: Part, X: Any, y: Any) -> Part:
             X = step.transform(X)
     rows = check_rows(clone(last), X, y)
     weights = None if train.rows.weights is None else np.ones(len(rows.X))
-    rows = Rows(rows.X.astype(train.rows.X.dtype, copy=False), rows.y, weights, rows.classes, rows.names)
+    if len(rows.X.parts) == len(
+        train.rows.X.parts
+    ):  # a transformer may give other precisions than in training
+        parts = tuple(x.to(own.dtype) for x, own in zip(rows.X.parts, train.rows.X.parts))
+        rows = replace(rows, X=Arrays(parts, rows.X.names))
+    rows = replace(rows, weights=weights)
     if form(rows) != form(train.rows):
+        now, before = ArrayLayout.of(rows.X), ArrayLayout.of(train.rows.X)
         raise ValueError(
-            f"the transformers gave validation rows of {rows.X.shape[1]} columns, named {rows.names}, after training "
-            f"rows of {train.rows.X.shape[1]} columns, named {train.rows.names}; let them give the same ones."
+            f"the transformers gave validation rows of {now}, named {rows.names}, after training rows of {before}, "
+            f"named {train.rows.names}; let them give the same ones."
         )
     return Part(rows, np.arange(len(rows.X)))
 
@@ -247,11 +254,3 @@ def _result(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:
         return error
-
-
-def _content(transformer: Any) -> Hashable:
-    """Return what equal transformers have in common; nothing else equals one that cannot be pickled."""
-    try:
-        return type(transformer), cloudpickle.dumps(transformer)
-    except Exception:
-        return id(transformer), object()

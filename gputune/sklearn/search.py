@@ -21,6 +21,7 @@ from sklearn.utils.validation import check_memory
 from gputune.search.space import translated
 from gputune.sklearn.base import FusedEstimator, fit_hook, keep_parameters, last_step
 from gputune.sklearn.replay import SearchRun, TrainedCandidates
+from gputune.sklearn.slices import as_sliced
 from gputune.sklearn.study_file import check_new, write_search
 
 current_run: ContextVar[SearchRun | None] = ContextVar("current_run", default=None)
@@ -95,7 +96,7 @@ class FusedSearch:
     """The parameter that holds the space."""
 
     def fit(self: Any, X: Any, y: Any = None, **params: Any) -> Any:
-        """Run the search on the rows X (n, D) with targets y (n,), and refit the best candidate on all of them.
+        """Run the search on rows X with targets y, as the estimator takes them, and refit the best candidate on all.
 
         ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
         the search. Raises what scikit-learn's search raises, and InputError for a ``study`` that exists.
@@ -106,6 +107,7 @@ class FusedSearch:
         self: Any, trained: TrainedCandidates | None, X: Any, y: Any, params: Mapping[str, Any]
     ) -> Any:
         """Fit; candidates that were ``trained`` are evaluated in place of those that the search would draw."""
+        X = as_sliced(X)
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
             check_new(self.study)
         reason = why_not_together(self.estimator, getattr(self, self._space_name))

@@ -21,7 +21,7 @@ from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import check_classes
 from gputune.sklearn.base import last_step
 from gputune.sklearn.dataset import FoldGroup, Layout, Part, as_tensor, lay_out, shared_x
-from gputune.sklearn.fit import Batch, Place, batches
+from gputune.sklearn.fit import Batch, Place, batches, in_skorchs_words
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
 from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Fit
@@ -109,7 +109,10 @@ def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place,
     job = trainer.job(
         HypergradientJob, epochs=batch.recipes[0].epochs, hyperparameters=request.names, mode=request.mode
     )
-    plan, job = trainer.plan_differentiated(batch.configs, job)
+    try:
+        plan, job = trainer.plan_differentiated(batch.configs, job)
+    except InputError as error:
+        raise in_skorchs_words(error) from error
     plan = replace(plan, threads=min(plan.threads, torch.get_num_threads()))
     for outcome in trainer.train(job, plan):
         if isinstance(outcome, GivenUp):
@@ -130,7 +133,7 @@ def _solved(members: Sequence[Sequence[Fit]], layout: Layout) -> Iterator[tuple[
     """Differentiate trials (C) that are solved in the folds, at their minimum."""
     penalties: list[Penalty] = [trial[0].estimator._recipe(lambda: 0) for trial in members]
     for index, group in solve_groups(penalties, layout.rows, dict(enumerate(layout.folds[::2]))):
-        x = shared_x(layout.rows, choose_device(penalties[index[0]].device), torch.float64)
+        (x,) = shared_x(layout.rows, choose_device(penalties[index[0]].device), torch.float64)
         problem = make_problem([penalties[i] for i in index], layout.rows, group, x)
         implicit = implicit_gradients(problem, solve(problem), _valid_rows(layout, group, x.device))
         losses, slopes = (t.view(len(group.trains), -1) for t in (implicit.value, implicit.gradient))

@@ -13,7 +13,7 @@ def training(monkeypatch):
     fit_together = replay.fit_together
 
     def counted(candidates, rows, folds, **options):
-        calls.append((len(candidates), len(folds), rows.X.shape))
+        calls.append((len(candidates), len(folds), tuple(rows.X.parts[0].shape)))
         return fit_together(candidates, rows, folds, **options)
 
     monkeypatch.setattr(replay, "fit_together", counted)

@@ -450,7 +450,8 @@ def test_validation_rows_of_other_columns_are_refused():
     pipeline = make_pipeline(Narrowing(), MLP)
     train = Part(check_rows(clone(MLP), X, Y), np.arange(150))
     with pytest.raises(
-        ValueError, match="rows of 1 columns, named None, after training rows of 4 columns, named None"
+        ValueError,
+        match=r"rows of float64 \(rows, 1\), named None, after training rows of float64 \(rows, 4\), named None",
     ):
         held_out_part(clone(pipeline).fit(X, Y), train, X[:50], Y[:50])
     with pytest.warns(UserWarning, match="Scoring failed"):

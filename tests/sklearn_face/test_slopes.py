@@ -150,7 +150,7 @@ def test_folds_whose_transformers_give_unlike_columns():
     (found,), fits = slopes(
         pipeline, [{"mlpclassifier__learning_rate_init": 0.05}], ("lr",), X=levels, y=y, cv=splits
     )
-    assert {fit.train.rows.X.shape[1] for fit in fits} == {5, 9}
+    assert {fit.train.rows.X.parts[0].shape[1] for fit in fits} == {5, 9}
     for fold, (train, test) in enumerate(splits):
         expected = loss_by_hand(
             pipeline, {"mlpclassifier__learning_rate_init": 0.05}, train, test, X=levels, y=y
