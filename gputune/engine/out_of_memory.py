@@ -1,4 +1,4 @@
-"""Whether an error says that memory has run out; and the memory that PyTorch keeps of a GPU, given back."""
+"""Whether an error says that memory has run out; what is free of a GPU's, and what PyTorch keeps of it for later."""
 
 from contextlib import suppress
 
@@ -26,6 +26,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _TEXTS):
         return True
     return error.__context__ is not None and is_out_of_memory(error.__context__)
+
+
+def free_of_gpu(device: torch.device) -> int:
+    """Return bytes of a GPU that may be taken: those that nobody has, and those that PyTorch keeps for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def empty_cache(device: torch.device) -> None:

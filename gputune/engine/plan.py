@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
-import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.cost import Cost, trial_cost
 from gputune.engine.memory import Need
+from gputune.engine.out_of_memory import free_of_gpu
 from gputune.engine.population import Population
 from gputune.errors import InputError
 from gputune.text import count, size_words
@@ -196,7 +196,7 @@ def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
 def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> int:
     """Bytes that a chunk may take; ``free`` are those of a GPU elsewhere."""
     if data.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(data.device)
+        free = free_of_gpu(data.device)
     if free is not None:
         return int(min(_FREE_SHARE * free, memory or free))
     return min(_CACHE_BYTES, memory or _CACHE_BYTES)

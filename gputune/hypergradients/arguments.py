@@ -134,7 +134,10 @@ def from_coordinate(name: str, coordinate: Tensor) -> Tensor:
 
 def speed(name: str, value: Tensor) -> Tensor:
     """Return d value / d coordinate, by which a derivative is turned into one in the coordinate."""
-    return value * (1 - value) if name in _BETWEEN_0_AND_1 else torch.as_tensor(value)
+    if name in _BETWEEN_0_AND_1:
+        return value * (1 - value)
+    # as_tensor would move a tensor to the default device, where one is set
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
 Group = dict[str, Any]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from gputune.engine.out_of_memory import free_of_gpu
 from gputune.errors import InputError
 from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, rows_of, slope
 from gputune.memory import free_memory
@@ -184,8 +185,7 @@ def measure(problem: InnerProblem[Training]) -> Need:
 def free_bytes(device: torch.device) -> int:
     """Return the bytes that may be used on a device: most of what is free."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(_SHARE * free)
+        return int(_SHARE * free_of_gpu(device))
     return int(_SHARE * free_memory())
 
 

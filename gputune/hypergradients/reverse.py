@@ -104,7 +104,9 @@ class _Record:
             if last:
                 self.final = weight
             else:
-                self.largest = torch.maximum(torch.as_tensor(self.largest, dtype=size.dtype), weight)
+                self.largest = torch.maximum(
+                    torch.as_tensor(self.largest, dtype=size.dtype, device=size.device), weight
+                )
 
         weights.register_hook(look)  # type: ignore[no-untyped-call]
 

@@ -91,6 +91,7 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // PyTorch looks for this nam
   c10::DeviceIndex current_device() const override { return current; }
   c10::DeviceIndex getCurrentDevice() const override { return current; }
   int getNumGPUs() const override { return kDevices; }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;

@@ -10,9 +10,11 @@ from torch import nn
 
 import gputune
 import problems
+from gputune.data import dataset
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.module import StackedModule
 from gputune.engine.network import Shape
+from gputune.engine.out_of_memory import free_of_gpu
 from gputune.engine.recorder import CudaRecorder
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import InputError
@@ -152,6 +154,37 @@ def test_a_module_is_built_without_a_context_on_other_gpus(iris):
         cuda.forget()
         gputune.tune(Net, *iris, **FAST, device=device)
         assert set(cuda.counts("context")) <= {"0"}
+
+
+@pytest.mark.parametrize("name", ["graph", "hypergradient", "module that draws"])
+def test_the_default_device_of_torch_changes_nothing(name, iris):
+    torch.set_default_device("cuda:1")
+    try:
+        same_search(*iris, *SEARCHES[name], "cuda:0")
+    finally:
+        torch.set_default_device(None)
+
+
+class Flat(Net):
+    """A module of rows with two axes."""
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+
+def test_rows_that_a_gpu_has_no_room_for_stay_on_the_host(device, monkeypatch):
+    monkeypatch.setattr(dataset, "_DEVICE_SHARE", 0)
+    rows = torch.rand(60, 2, 3, generator=torch.Generator().manual_seed(0))
+    same_search(
+        rows, [0, 1] * 30, lambda n_outputs: Flat(6, n_outputs), {"space": {"lr": [0.01, 0.1]}}, device
+    )
+
+
+def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
+    before = free_of_gpu(torch.device(device))
+    reserved = torch.cuda.memory_reserved(device)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved + 1000)
+    assert free_of_gpu(torch.device(device)) == before + 1000
 
 
 def test_auto_takes_the_current_gpu(iris):
