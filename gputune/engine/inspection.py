@@ -96,9 +96,8 @@ def inspect_module(
 
     ``dtype`` is that of its parameters, by default that of the first input; ``y`` (B, ...) are the rows' targets, where
     the loss of the ``objective`` depends on more than their shape; of all the ``data`` ids are looked at. Raises
-    InputError, ending in ``columns``
-    (a sentence on how the rows came from the user's) where shapes may be the cause, for a module that fails, returns
-    another shape than (B, ``n_outputs``), or has nothing to train.
+    InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where shapes may be the cause,
+    for a module that fails, returns another shape than (B, ``n_outputs``), or has nothing to train.
     """
     x = tuple(part.cpu() for part in inputs)
     shape = Shape(
@@ -113,9 +112,14 @@ def inspect_module(
         names=names,
     )
     trial = ModuleTrial(builder, config, x, shape, columns, objective, y)
-    module = trial.module
     if data is not None:
-        check_ids(module, data, trial.name)
+        check_ids(trial.module, data, trial.name)
+    return _traits(trial)
+
+
+def _traits(trial: ModuleTrial) -> Traits:
+    """Try a module in training twice, and in evaluation, then stacked; return what it did."""
+    module, x = trial.module, trial.inputs
     before, numbers = trial.buffers(), [trial.numbers()]
     draws = trial.draws()
     for _ in range(2):
