@@ -171,6 +171,34 @@ def test_a_custom_target_is_scored_by_its_loss():
     assert study.best_model().predict(X).shape == (60, 5)
 
 
+def test_a_broadcast_of_outputs_and_target_is_said():
+    y = X[:, 0] * 3
+    options = {**ONE, "task": "regression"}
+    with pytest.warns(
+        gputune.InputWarning, match=r"outputs have shape \(31, 1\) and y \(31,\), .* 31 x 31 numbers"
+    ):
+        gputune.tune(Net, X, y, loss=lambda o, t: (o - t).square().mean(), **options)
+    fine = gputune.tune(Net, X, y, loss=nn.MSELoss(), **options)
+    same = gputune.tune(Net, X, y, loss=lambda o, t: (o[:, 0] - t).square().mean(), **options)
+    assert fine.trials[0].score == pytest.approx(same.trials[0].score, abs=1e-10)
+
+
+def test_a_softmax_before_the_cross_entropy_is_said():
+    class Softmax(Net):
+        def forward(self, x):
+            return super().forward(x).softmax(1)
+
+    with pytest.warns(
+        gputune.InputWarning, match="Softmax returns probabilities, and the cross-entropy wants logits"
+    ):
+        gputune.tune(Softmax, X, (X[:, 0] > 0).long(), **ONE)
+
+
+def test_a_loss_of_ones_own_is_told_of_the_units(capsys):
+    gputune.tune(Net, X, X[:, 0] * 9 + 100, loss=nn.L1Loss, **{**ONE, "verbose": 1})
+    assert "L1Loss sees y as it is (mean " in capsys.readouterr().err
+
+
 def test_a_training_step_of_two_heads():
     def step(module, batch):
         x, y = batch

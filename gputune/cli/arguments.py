@@ -131,7 +131,12 @@ _TRUST = _Flag(
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
     "tune": (
         "search hyperparameters on a table, and save the study and the model",
-        {"file": ("FILE", "a .csv, .tsv or .parquet file, or sklearn:digits, :iris, ...")},
+        {
+            "file": (
+                "FILE",
+                "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file",
+            )
+        },
         (),
     ),
     "resume": ("go on with a search where it was stopped, from its study alone", {"study": _STUDY}, [_TRUST]),

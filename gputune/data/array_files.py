@@ -69,7 +69,10 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[Any, Any, Any]:
         if not (isinstance(name, str) and name in values) and not (option == "groups" and name is None):
             there = f"which are {quoted(values)}" if values else "and it holds none"
             got = repr(name) if isinstance(name, str | None) else f"an object of type {type(name).__name__}"
-            raise InputError(f"{option} must name one of the arrays of {str(path)!r}, {there}, got {got}.")
+            word = "target" if option == "y" else option
+            raise InputError(
+                f"{word}={got} is none of the arrays of {str(path)!r}, {there}; name one of them."
+            )
     target, of_groups = values.pop(y), None if groups is None else np.asarray(values.pop(groups))
     if not values:
         raise InputError(

@@ -131,6 +131,7 @@ def _traits(trial: ModuleTrial) -> Traits:
     changing = tuple(name for name, buffer in after.items() if not torch.equal(buffer, before[name]))
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
+    trial.warn_of_probabilities(alone)
     few = trial.forward([part[:2] for part in x], training=False)
     losses = trial.losses()
     traits = Traits(

@@ -1,5 +1,6 @@
 """A user's module with the rows on which it is tried, and the words of what is wrong with it."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from gputune.engine.hints import hint
 from gputune.engine.network import Shape, call_module
 from gputune.engine.objective import Objective
 from gputune.engine.population import module_arguments
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
@@ -116,7 +117,42 @@ class ModuleTrial:
             raise InputError(
                 f"the loss {name} is not finite on the first rows; check its inputs and its formula."
             )
+        self._warn_of_a_broadcast(losses)
         return losses
+
+    def _warn_of_a_broadcast(self, losses: Tensor) -> None:
+        """Warn where a mean of the user's own is not the mean over rows: outputs (B, 1) less y (B,) are (B, B)."""
+        objective, y = self.objective, self.y
+        if objective is None or y is None or objective.is_named or objective.step is not None or losses.dim():
+            return
+        outputs = self.forward(self.inputs, training=False)
+        if outputs.shape != (len(y), 1) or y.dim() != 1:
+            return
+        loss = objective.member_loss(self.config)
+        whole, rows = loss(outputs, y), [loss(outputs[[i]], y[[i]]) for i in range(len(y))]
+        if not torch.allclose(whole, torch.stack(rows).mean(), rtol=1e-3, atol=1e-6):
+            warnings.warn(
+                f"the loss {objective.name} of {len(y)} rows is not the mean of the rows' losses: outputs have shape "
+                f"{tuple(outputs.shape)} and y {tuple(y.shape)}, and their difference has {len(y)} x {len(y)} numbers. "
+                "Take outputs[:, 0] in the loss, or return (rows,) from the module.",
+                InputWarning,
+                stacklevel=2,
+            )
+
+    def warn_of_probabilities(self, outputs: Tensor) -> None:
+        """Warn where a module ends in a softmax, and the loss has one of its own."""
+        named = (
+            self.objective is not None and self.objective.is_named and self.objective.loss == "cross_entropy"
+        )
+        if not named or outputs.dim() != 2 or outputs.shape[1] < 2:
+            return
+        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+            warnings.warn(
+                f"{self.name} returns probabilities, and the cross-entropy wants logits: "
+                "leave out the softmax at its end.",
+                InputWarning,
+                stacklevel=2,
+            )
 
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""

@@ -297,6 +297,8 @@ def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     rows.reduction = "none"
 
     def of_rows(outputs: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point() and y.shape != outputs.shape and y.numel() == outputs.numel():
+            y = y.view(outputs.shape)  # (B,) and (B, 1) would be broadcast to (B, B)
         losses: Tensor = rows(outputs, y)
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 

@@ -117,7 +117,13 @@ class TunedModel(ModelContent):
             for part in self._batches(self._inputs(X)):
                 rows = encode(part, self.layout, self.statistics, self.dtype)
                 inputs = [x.to(device) for x in rows]
-                output = self._checked(call_module(self.module, inputs, self._names), len(part))
+                try:
+                    output = self._checked(call_module(self.module, inputs, self._names), len(part))
+                except (IndexError, RuntimeError) as error:
+                    raise InputError(
+                        f"{type(self.module).__name__} raised {type(error).__name__}: {error}, on rows unlike those "
+                        "that it was trained on; an embedding must have a place for every id."
+                    ) from error
                 first = first_equal(inputs[0]) if isinstance(self.layout, Layout) else None
                 outputs.append((output if first is None else output[first]).double().cpu())
         return torch.cat(outputs)

@@ -332,5 +332,11 @@ def _say_what_was_understood(
     progress.say(
         f"{choice.name} on {problem.in_words()}; target {target.name!r}: {target.in_words}{override}"
     )
+    objective = problem.objective
+    if objective is not None and not objective.is_named and target.task == "regression":
+        progress.say(
+            f"note: {objective.name} sees {target.name} as it is (mean {target.values.mean():.4g}, standard deviation "
+            f"{target.values.std():.4g}); a loss that has a name sees it standardised"
+        )
     for note in notes:
         progress.say(f"note: {note}")

@@ -140,8 +140,8 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("y", "groups", "message"),
         [
-            ("lable", None, "y must name one of the arrays of .*, which are 'image', 'label', got 'lable'"),
-            ("label", "who", "groups must name one of the arrays"),
+            ("lable", None, "target='lable' is none of the arrays of .*, which are 'image', 'label'"),
+            ("label", "who", "groups='who' is none of the arrays"),
         ],
     )
     def test_names_are_checked(self, tmp_path, y, groups, message):
