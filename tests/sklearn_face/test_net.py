@@ -137,6 +137,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("params", "message"), REFUSED, ids=[message for _, message in REFUSED])
+@pytest.mark.filterwarnings("ignore::gputune.InputWarning")
 def test_what_cannot_be_trained_is_refused_by_name(params, message):
     with pytest.raises(InputError, match=message):
         NeuralNetClassifier(**{"module": Net, **params}).fit(*IRIS)
