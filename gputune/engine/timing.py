@@ -5,6 +5,7 @@ wide convolutions lose by it what small layers gain. Which of both a module does
 """
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
@@ -20,6 +21,11 @@ _STEPS, _EPOCHS = 3, 4  # of one shape, which is recorded in the first of these 
 _WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
 _TRIALS = 4
 _MARGIN = 1.1  # a difference below this is noise
+_PATIENCE_SECONDS = 2.0  # after which two epochs must be enough
+
+
+class _Enough(Exception):
+    """The time of a step is known well enough."""
 
 
 def slower_stacked(job: Job, data: Dataset, chunk: Population, *, member_steps: float) -> str:
@@ -40,17 +46,23 @@ def slower_stacked(job: Job, data: Dataset, chunk: Population, *, member_steps: 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
     """Return the seconds of one step of one member, once what is made in the first steps is there."""
     times: list[float] = []
+    begun = time.perf_counter()
 
     def note(_trials: int, _scores: np.ndarray) -> None:
         times.append(time.process_time())  # of one thread, whatever else the machine does
+        if len(times) > 1 and time.perf_counter() - begun > _PATIENCE_SECONDS:
+            raise _Enough
 
     # Over a long horizon a recording pays, as it will in the search.
     short = replace(job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend)
-    with computing(1):
+    with computing(1), suppress(_Enough):
         train_chunk(short, data, chunk, note)
     size = int(chunk.configs[0]["batch_size"])
     steps = sum(-(-len(fold.train) // size) for fold in data.folds)
-    fastest = min(b - a for a, b in pairwise(times[1:]))
+    if len(times) < 2:
+        return 0.0  # training is over
+    between = [b - a for a, b in pairwise(times)]
+    fastest = min(between[1:] or between)
     return fastest / (steps * len(chunk.index))
 
 

@@ -250,7 +250,7 @@ def test_a_timeout_holds_to_an_epoch_with_workers_too(tmp_path, monkeypatch):
     code, out, _ = run(
         "tune", "sklearn:iris", "--model", "net.py:Net", "--space", "lr=1e-3..1e-1:log", "--cv", "2",
         "--trials", "20", "--no-default", "--epochs", "1000", "--memory", "1KB", "--workers", "2",
-        "--timeout", "600", "--out", "out",
+        "--timeout", "600", "--out", "out", "--backend", "stacked",
     )  # fmt: skip
     assert code == 0 and "2 stopped by the timeout, 18 not started before the timeout" in " ".join(
         out.split()
