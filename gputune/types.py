@@ -8,14 +8,15 @@ H width, K outputs, T steps, L layers. The member axis comes first; inside a chu
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from torch import Tensor
+if TYPE_CHECKING:  # the command line reads this file, and must not wait for torch
+    from torch import Tensor
 
 Config = dict[str, Any]
 """One configuration: hyperparameter name -> value."""
 
-Params = dict[str, Tensor]
+Params = dict[str, "Tensor"]
 """Parameter name -> tensor of all members: (P, ...) in update rules, (F, C, ...) or as its Block says in a chunk."""
 
 Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]

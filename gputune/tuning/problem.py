@@ -86,8 +86,14 @@ def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
 def recorded_model(spec: dict[str, Any], optimizer: str, *, trust_code: bool) -> ModelChoice:
     """Return the choice that a study stored.
 
-    Raises InputError where a user's class is gone or has changed, UntrustedCodeError where its code is not trusted.
+    Raises InputError where a user's class is gone or has changed, or for an optimizer that there is not;
+    UntrustedCodeError where code is not trusted.
     """
+    if optimizer not in (*OPTIMIZERS, "exact"):
+        raise InputError(
+            f"the study was searched with optimizer={optimizer!r}, which this gputune does not have; open it with the "
+            "version that wrote it."
+        )
     module_class = find_class(spec, trust_code=trust_code) if spec["kind"] == "module" else None
     return ModelChoice(spec["kind"], optimizer, module_class)
 
