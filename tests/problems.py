@@ -18,6 +18,19 @@ BACKEND = "eager"  # that of train_together; a test of all of them sets it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
+class Net(torch.nn.Module):
+    """A user's module."""
+
+    def __init__(self, n_features, n_outputs, hidden=6):
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            torch.nn.Linear(n_features, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, n_outputs)
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
 class Linear(torch.nn.Linear):
     """A user's module, as small as they come."""
 

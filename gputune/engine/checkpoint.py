@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gputune.engine.train import State
+from gputune.scratch import flush
 from gputune.types import Config
 
 _FORMAT = 1
@@ -82,9 +83,9 @@ class CheckpointFolder:
             save_file(tensors, draft, metadata={"facts": text, "checksum": _checksum(text, tensors)})
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from error
-        _flush(draft)
+        flush(draft)
         os.replace(draft, path)
-        _flush(self.folder)
+        flush(self.folder)
 
     def _make_draft(self, draft: Path, size: int) -> None:
         """Make an empty file for so many bytes, where these leave room for results. Raises OSError."""
@@ -213,12 +214,3 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}:{array.dtype}:{array.shape}:".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Return when what was written to a file, or into a folder, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

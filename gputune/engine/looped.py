@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.batches import Batch, Batches, row_order, steps_of
 from gputune.engine.blocks import Block, Blocks
-from gputune.engine.construction import Builder, name_of
-from gputune.engine.module import ModuleNetwork, Traits, hidden_sides, kept_of, put_numbers
-from gputune.engine.network import Shape
-from gputune.engine.objective import Objective
+from gputune.engine.construction import name_of
+from gputune.engine.module import ModuleNetwork, hidden_sides, kept_of, put_numbers
 from gputune.engine.optimizer import Optimizer
 from gputune.engine.population import is_plain
 from gputune.engine.precision import autocast
@@ -39,17 +37,8 @@ _Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
 class LoopedModule(ModuleNetwork):
     """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training changes more."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        configs: Sequence[Config],
-        shape: Shape,
-        *,
-        seed: int,
-        traits: Traits = Traits(),  # noqa: B008 (frozen)
-        objective: Objective | None = None,
-    ) -> None:
-        super().__init__(builder, configs, shape, seed=seed, traits=traits, objective=objective)
+    def _lay_out(self) -> None:
+        traits = self.traits
         self.reason = f"since {traits.unstackable}" if traits.unstackable else "as asked for"
         self.sizes = [w.numel() for w in self.first.values()]
         self.kept_sizes = [w.numel() for w in self.kept.values()]

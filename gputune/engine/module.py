@@ -85,6 +85,7 @@ class ModuleNetwork:
         self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
         self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
         self.template = self.plain(shape.device)
+        self._prepare(self.template)
         self.stateless = Stateless(self.template)
         own = dict(self.template.named_parameters())
         self.first = {k: w.detach() for k, w in own.items() if w.requires_grad}
@@ -96,6 +97,14 @@ class ModuleNetwork:
             self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
         )
         self.widest = max(traits.widest, shape.n_features)
+        self._lay_out()
+
+    def _prepare(self, module: nn.Module) -> None:
+        """Change the module that members are computed with, where its own way will not do."""
+
+    def _lay_out(self) -> None:
+        """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept, ``blocks``."""
+        raise NotImplementedError
 
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
@@ -153,19 +162,10 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
 class StackedModule(ModuleNetwork):
     """Members whose parameters are stacked, and whose forward is mapped over them."""
 
-    def __init__(
-        self,
-        builder: Builder,
-        configs: Sequence[Config],
-        shape: Shape,
-        *,
-        seed: int,
-        traits: Traits = Traits(),
-        objective: Objective | None = None,
-    ) -> None:
-        super().__init__(builder, configs, shape, seed=seed, traits=traits, objective=objective)
-        _make_mappable(self.template)
-        self.stateless = Stateless(self.template)
+    def _prepare(self, module: nn.Module) -> None:
+        _make_mappable(module)
+
+    def _lay_out(self) -> None:
         self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
 
     def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:

@@ -220,14 +220,7 @@ class Objective:
         ``absent`` (K,) are the classes that take no part, None where all do.
         """
         if self.step is not None:
-            x = (
-                dict(zip(names, inputs))
-                if names is not None
-                else inputs[0]
-                if len(inputs) == 1
-                else tuple(inputs)
-            )
-            return self.step(module, (x, y))
+            return self.step(module, (_given(inputs, names), y))
         outputs = call_module(module, inputs, names)
         if not self.is_named:
             return self.member_loss(config)(outputs, y)
@@ -251,8 +244,7 @@ class Objective:
         for fold in range(len(inputs[0])):
             own = [x[fold] for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
-            given = dict(zip(names, own)) if names is not None else own[0] if len(own) == 1 else tuple(own)
-            found = self.augment(given, generator)
+            found = self.augment(_given(own, names), generator)
             found = (
                 list(found.values())
                 if isinstance(found, Mapping)
@@ -287,6 +279,13 @@ class Objective:
         if isinstance(loss, nn.Module):
             return _by_rows(loss)
         return lambda outputs, y: loss(outputs, y, **values)
+
+
+def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> Any:
+    """Return inputs as a user's function gets them: one alone, a tuple of several, a dict of those with names."""
+    if names is not None:
+        return dict(zip(names, inputs, strict=True))
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
 
 
 def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -99,13 +99,12 @@ def make_plan(
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
-    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module; ``free`` are the bytes
-    of a GPU that is not in this machine. ``cost_of`` turns what a
-    trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
-    population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
-    and for a user's module, whose inside is unknown. ``widest`` says of module__* values, as text, how many
-    numbers a row has in their widest layer, ``unstackable`` why their
-    members cannot be stacked.
+    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module; ``free`` are the bytes of
+    a GPU that is not in this machine. ``cost_of`` turns what a trial costs in plain training into what it costs here;
+    ``memory`` is then the only limit. ``measure`` finds what a population takes of a device's memory, by at most so
+    many of its trials; asked where the estimate is near the limit, and for a user's module, whose inside is unknown.
+    ``widest`` says of module__* values, as text, how many numbers a row has in their widest layer, ``unstackable`` why
+    their members train one by one.
     """
     pieces: list[_Piece] = []
     for population in populations:

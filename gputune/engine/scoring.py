@@ -262,9 +262,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
             f"scoring={scoring!r} does not fit a custom target; give scoring=callable(outputs, y), or 'neg_loss'."
         )
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
-    if (scoring in other and not (task == "multilabel" and scoring not in scores.REGRESSION)) or (
-        task == "regression" and scoring == "roc_auc"
-    ):
+    if scoring in other or (task == "regression" and scoring == "roc_auc"):
         fitting = ", ".join(scores.OF_TASK[task])
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
     if task == "multiclass" and scoring == "roc_auc":

@@ -17,20 +17,10 @@ from gputune.models import MLP
 from gputune.tuning import descent
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
+from problems import Net
 
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1, "optimizer": "adam", "include_default": False}
 LR = {"lr": loguniform(1e-4, 1.0), "batch_size": [16], "width": [8], "activation": ["tanh"], "depth": [1]}
-
-
-class Net(nn.Module):
-    """A user's module."""
-
-    def __init__(self, n_features, n_outputs, hidden=6):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
-
-    def forward(self, x):
-        return self.body(x)
 
 
 def paths(study):

@@ -8,7 +8,6 @@ import pytest
 from safetensors import SafetensorError
 from scipy.stats import loguniform
 from sklearn.datasets import load_diabetes, load_iris
-from torch import nn
 
 import gputune
 from gputune.engine.rung import StateCache
@@ -17,6 +16,7 @@ from gputune.study.store import Candidate, Store
 from gputune.tuning import rungs
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
+from problems import Net
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -29,17 +29,6 @@ def both(iris):
         gputune.tune("mlp", *iris, space=SPACE, n_trials=27, method=method, **FAST)
         for method in ("random", gputune.Halving(min_epochs=1))
     )
-
-
-class Net(nn.Module):
-    """A user's module."""
-
-    def __init__(self, n_features, n_outputs, hidden=6):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
-
-    def forward(self, x):
-        return self.body(x)
 
 
 def lengths(study):
