@@ -120,3 +120,9 @@ def test_a_scorer_of_ones_own_sees_the_arrays():
 def test_what_does_not_fit_is_refused_before_anything_trains(model, X, message):
     with pytest.raises(InputError, match=message):
         gputune.tune(model, X, LABELS, **SMALL)
+
+
+def test_ids_that_a_saved_embedding_has_no_place_for_are_named():
+    model = gputune.tune(IdsAndNumbers, (IDS, torch.rand(48, 1)), LABELS, **SMALL).best_model()
+    with pytest.raises(InputError, match="IdsAndNumbers raised IndexError: .*must have a place for every id"):
+        model.predict((IDS + 9, torch.rand(48, 1)))

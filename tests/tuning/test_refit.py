@@ -7,6 +7,7 @@ from sklearn.datasets import load_iris
 import gputune
 from gputune.study.record import Arguments, SearchRecord
 from gputune.tuning import refit
+from gputune.tuning.problem import recorded_model
 
 
 def machine(monkeypatch, *devices, **kept):
@@ -52,3 +53,10 @@ def test_a_refit_from_a_file_trains_as_one_from_memory(tmp_path, monkeypatch):
     assert set(trained) == {"eager"}
     first, second = (dict(model.module.named_parameters()) for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_optimizer_of_a_later_version_is_refused_by_name():
+    with pytest.raises(
+        gputune.InputError, match="searched with optimizer='adamx', which this gputune does not have"
+    ):
+        recorded_model({"kind": "mlp"}, "adamx", trust_code=False)
