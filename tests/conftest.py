@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_iris
 
-from gputune.engine.recorder import RECORDERS
+from gputune.modules.recorder import RECORDERS
 from gputune.study import trusted
 from stand_in import StandIn
 

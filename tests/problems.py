@@ -9,10 +9,10 @@ import torch
 import reference
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.network import Shape
-from gputune.engine.population import complete, populations
-from gputune.engine.scoring import make_scoring
 from gputune.engine.train import train
+from gputune.population.network import Shape
+from gputune.population.population import complete, populations
+from gputune.scoring.scoring import make_scoring
 
 BACKEND = "eager"  # that of train_together; a test of all of them sets it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}

@@ -12,9 +12,9 @@ import math
 import torch
 from torch.nn import functional
 
-from gputune.engine.population import padded_width
 from gputune.models import MLP
 from gputune.optim import SGDHD, AdamHD, AdamWHD
+from gputune.population.population import padded_width
 from gputune.seeding import stream, stream_seed
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gputune.engine.trace import DispatchMode
+from gputune.modules.trace import DispatchMode
 
 _HOST = (Tensor.numpy, Tensor.__array__, Tensor.tolist)  # read by the host without an operation
 _RULES = (

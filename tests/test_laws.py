@@ -9,9 +9,9 @@ import torch
 
 import problems
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.population import populations
 from gputune.engine.train import train
 from gputune.native.library import find_compiler
+from gputune.population.population import populations
 from gputune.types import ONLINE
 from problems import (
     assert_equals_plain_loop,

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import reference
-from gputune.engine.inspection import traits_of
 from gputune.engine.job import BegunChunk, Job, train_chunk
-from gputune.engine.population import Population
+from gputune.modules.inspection import traits_of
+from gputune.population.population import Population
 from problems import fill, largest_difference, make_data
 
 EPOCHS, HALF = 17, 8  # of three steps each

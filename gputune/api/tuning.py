@@ -9,9 +9,9 @@ from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
 from gputune.data.source import read_source
 from gputune.data.target import TaskWord
-from gputune.engine.scoring import Scorer
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
+from gputune.scoring.scoring import Scorer
 from gputune.search.descent import Hypergradient
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.stopping import Halving, Median

@@ -19,9 +19,9 @@ from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
-from gputune.engine.estimators import fitted
-from gputune.engine.scoring import Scoring, make_scoring
 from gputune.report.facts import seconds_text, states_words
+from gputune.scoring.estimators import fitted
+from gputune.scoring.scoring import Scoring, make_scoring
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
 from gputune.text import clean, count, paragraph

@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-from gputune.engine.population import ModelKind, is_plain
-from gputune.engine.recorder import RECORDERS
-from gputune.engine.rules import RULES
 from gputune.errors import InputError
+from gputune.modules.recorder import RECORDERS
 from gputune.native.library import NotBuiltError, library
 from gputune.native.work import OPTIMIZERS
+from gputune.optimizers.rules import RULES
+from gputune.population.population import ModelKind, is_plain
 from gputune.types import Backend, BackendWord, Config
 
 _DEEPEST = 63  # hidden layers that the compiled code has room for

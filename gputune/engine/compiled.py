@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.batches import row_order
 from gputune.engine.mlp import StackedMLP, dropout_draw
-from gputune.engine.network import Network
-from gputune.engine.rules import n_moments
-from gputune.engine.schedules import SCHEDULES
-from gputune.engine.scores import accuracy
-from gputune.engine.scoring import Scoring
 from gputune.native.library import library
 from gputune.native.work import ACTIVATIONS, OPTIMIZERS, Work, make_work
+from gputune.optimizers.rules import n_moments
+from gputune.optimizers.schedules import SCHEDULES
+from gputune.population.batches import row_order
+from gputune.population.network import Network
+from gputune.scoring.scores import accuracy
+from gputune.scoring.scoring import Scoring
 from gputune.types import Config
 
 Array = Tensor | np.ndarray | None

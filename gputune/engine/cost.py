@@ -11,8 +11,8 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
-from gputune.engine.population import ModelKind, Population, padded_width
-from gputune.engine.rules import n_moments
+from gputune.optimizers.rules import n_moments
+from gputune.population.population import ModelKind, Population, padded_width
 from gputune.types import ONLINE, Backend, Config
 
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.

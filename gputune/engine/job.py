@@ -15,17 +15,17 @@ import numpy as np
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
-from gputune.engine.construction import Builder
-from gputune.engine.inspection import traits_of
-from gputune.engine.looped import LoopedModule
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.module import StackedModule, Traits
-from gputune.engine.network import Network, Shape
-from gputune.engine.objective import Objective, make_objective
-from gputune.engine.population import Population, shape_of
-from gputune.engine.scoring import Scoring
 from gputune.engine.stop import Stop
 from gputune.engine.train import Spent, State, Trained, train
+from gputune.modules.construction import Builder
+from gputune.modules.inspection import traits_of
+from gputune.modules.looped import LoopedModule
+from gputune.modules.module import StackedModule, Traits
+from gputune.population.network import Network, Shape
+from gputune.population.population import Population, shape_of
+from gputune.scoring.objective import Objective, make_objective
+from gputune.scoring.scoring import Scoring
 from gputune.types import Backend, Precision
 
 

@@ -15,9 +15,9 @@ import torch
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Job, Outcome, Progress, train_chunk
-from gputune.engine.out_of_memory import empty_cache, is_out_of_memory
-from gputune.engine.population import Population
 from gputune.errors import TOO_BIG
+from gputune.out_of_memory import empty_cache, is_out_of_memory
+from gputune.population.population import Population
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.engine.batches import Batch, Batches
-from gputune.engine.blocks import Block, Blocks
-from gputune.engine.losses import cross_entropy_slope_, row_losses, squared_error_slope_
-from gputune.engine.network import Shape, by_copy
-from gputune.engine.population import ModelKind, padded_width
 from gputune.models import MLP, LogisticRegression
+from gputune.optimizers.blocks import Block, Blocks
+from gputune.population.batches import Batch, Batches
+from gputune.population.network import Shape, by_copy
+from gputune.population.population import ModelKind, padded_width
+from gputune.scoring.losses import cross_entropy_slope_, row_losses, squared_error_slope_
 from gputune.seeding import stream
 from gputune.types import Config, Params
 

@@ -16,9 +16,9 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.cost import Cost, trial_cost
 from gputune.engine.memory import Need
-from gputune.engine.out_of_memory import free_of_gpu
-from gputune.engine.population import Population
 from gputune.errors import InputError
+from gputune.out_of_memory import free_of_gpu
+from gputune.population.population import Population
 from gputune.text import count, size_words
 from gputune.types import Backend
 

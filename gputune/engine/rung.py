@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from gputune.data.dataset import Dataset
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
-from gputune.engine.population import Population
 from gputune.engine.train import State
+from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.batches import Batches, StepShape
-from gputune.engine.blocks import Blocks
-from gputune.engine.network import Network
-from gputune.engine.optimizer import Optimizer
-from gputune.engine.recorder import RECORDERS, Direct, Replays, Steps
-from gputune.engine.scoring import Scoring
-from gputune.engine.trace import TraceError
-from gputune.engine.validation import Validation
+from gputune.modules.recorder import RECORDERS, Direct, Replays, Steps
+from gputune.modules.trace import TraceError
+from gputune.optimizers.blocks import Blocks
+from gputune.optimizers.optimizer import Optimizer
+from gputune.population.batches import Batches, StepShape
+from gputune.population.network import Network
+from gputune.scoring.scoring import Scoring
+from gputune.scoring.validation import Validation
 from gputune.types import Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded

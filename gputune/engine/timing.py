@@ -14,7 +14,7 @@ import numpy as np
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import computing
 from gputune.engine.job import Job, train_chunk
-from gputune.engine.population import Population
+from gputune.population.population import Population
 from gputune.types import Backend
 
 _STEPS, _EPOCHS = 3, 4  # of one shape, which is recorded in the first of these epochs

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
-from gputune.engine.blame import explained
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
-from gputune.engine.looped import LoopChunk, LoopedModule
-from gputune.engine.network import Network
-from gputune.engine.scoring import Scoring
 from gputune.engine.stacked import StackedChunk
+from gputune.modules.blame import explained
+from gputune.modules.looped import LoopChunk, LoopedModule
+from gputune.population.network import Network
+from gputune.scoring.scoring import Scoring
 from gputune.types import Backend, Config
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 from gputune.engine.job import Outcome, Progress
 from gputune.engine.memory import GivenUp
-from gputune.engine.population import Population
 from gputune.engine.stop import Stop
+from gputune.population.population import Population
 from gputune.text import count
 
 Outcomes = Sequence[Outcome | GivenUp]

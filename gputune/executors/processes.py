@@ -30,9 +30,9 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing
 from gputune.engine.job import Job
 from gputune.engine.memory import GivenUp, run_in_parts
-from gputune.engine.population import Population
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.sharing import to_arrays, to_tensors
+from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count
 

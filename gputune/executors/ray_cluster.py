@@ -20,12 +20,12 @@ from gputune.engine.backend import computing
 from gputune.engine.job import Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.plan import Plan
-from gputune.engine.population import Population
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import packed
 from gputune.executors.sharing import map_tensors, to_arrays, to_tensors
+from gputune.population.population import Population
 from gputune.version import __version__
 
 

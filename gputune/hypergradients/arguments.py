@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
 from gputune.hypergradients.module_training import ModuleTraining
+from gputune.optimizers.rules import BETA1, BETA2
 from gputune.types import DEFAULTS, ONLINE_RULES, Config, default_momentum, default_weight_decay
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value

@@ -14,16 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.batches import Batch, Batches, for_members
 from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
-from gputune.engine.looped import LoopedModule
-from gputune.engine.network import Network
 from gputune.engine.plan import Plan, cores, make_plan
-from gputune.engine.population import Population
-from gputune.engine.rules import BETA1, BETA2
-from gputune.engine.schedules import schedule_factor
-from gputune.engine.scoring import Scoring
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import (
     ExactMode,
@@ -37,6 +30,13 @@ from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, Watch
 from gputune.hypergradients.result import Hypergradients
 from gputune.hypergradients.reverse import differences, reverse
+from gputune.modules.looped import LoopedModule
+from gputune.optimizers.rules import BETA1, BETA2
+from gputune.optimizers.schedules import schedule_factor
+from gputune.population.batches import Batch, Batches, for_members
+from gputune.population.network import Network
+from gputune.population.population import Population
+from gputune.scoring.scoring import Scoring
 from gputune.text import size_words
 from gputune.types import Config, Params
 

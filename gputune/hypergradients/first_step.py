@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gputune.engine.out_of_memory import free_of_gpu
 from gputune.errors import InputError
 from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, rows_of, slope
 from gputune.memory import free_memory
+from gputune.out_of_memory import free_of_gpu
 from gputune.seeding import stream
 
 _SHARE = 0.8  # of the memory that is free

@@ -34,7 +34,7 @@ Operand = Union["Dual", Tensor, float]
 class Dual:
     """``value`` (P, N) and its derivatives ``tangents`` (d, P, N); N may be 1 in both. Stands where a tensor would.
 
-    The rules of engine/rules.py work entry by entry, with the few operations that are here. The number goes through
+    The rules of optimizers/rules.py work entry by entry, with the few operations that are here. The number goes through
     once whatever d is, and what has no derivative costs nothing; torch's own dual numbers have one derivative each,
     and compute with those that are zero.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.engine.rules import RULES, Rates
+from gputune.optimizers.rules import RULES, Rates
 
 HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 

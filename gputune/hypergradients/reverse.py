@@ -1,7 +1,7 @@
 """Hypergradients through training in reverse mode, whole, truncated or checkpointed; and by finite differences.
 
 Reverse mode keeps every step's graph and goes back through it once, whatever the number of hyperparameters
-(Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It differentiates the rules of engine/rules.py.
+(Maclaurin et al. 2015; Franceschi et al. 2017, Reverse-HG). It differentiates the rules of optimizers/rules.py.
 
 Finite differences take two more trainings for each hyperparameter, on the same numbers. With a small step they check
 the other modes, and serve operations without a second derivative; with a wide one they see the trend through chaotic

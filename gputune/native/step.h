@@ -130,7 +130,7 @@ static double half_cosine(double done, double total) {
     return 0.5 * (1 + cos(3.14159265358979323846 * done / total));
 }
 
-/* The factor on the rate after ``done`` of ``total`` steps, as gputune.engine.schedules defines it. */
+/* The factor on the rate after ``done`` of ``total`` steps, as gputune.optimizers.schedules defines it. */
 static double factor(int64_t schedule, double done, double total) {
     double warmup = floor(total / 10), top = 0.3 * total - 1;
     switch (schedule) {

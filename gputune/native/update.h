@@ -1,4 +1,4 @@
-/* One step of an optimizer over n parameters, as gputune.engine.rules defines them. */
+/* One step of an optimizer over n parameters, as gputune.optimizers.rules defines them. */
 
 enum { SGD, NESTEROV, ADAM, ADAMW };
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from gputune.data.arrays import ArrayLayout, Arrays, as_arrays
-from gputune.engine.network import call_module
 from gputune.errors import InputError
+from gputune.population.network import call_module
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, Place, fit_members
 from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, choose_device
-from gputune.engine.construction import build_module, name_of
 from gputune.engine.entry import entry
-from gputune.engine.inspection import EXAMPLES, traits_of
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp
-from gputune.engine.network import Network, call_module
-from gputune.engine.population import Population, module_arguments
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
+from gputune.modules.construction import build_module, name_of
+from gputune.modules.inspection import EXAMPLES, traits_of
+from gputune.population.network import Network, call_module
+from gputune.population.population import Population, module_arguments
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.recipe import Recipe
 from gputune.tuning.trainer import Trainer

@@ -7,9 +7,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from gputune.engine.construction import Builder
-from gputune.engine.objective import LOSS_PREFIX
 from gputune.errors import InputError
+from gputune.modules.construction import Builder
+from gputune.scoring.objective import LOSS_PREFIX
 from gputune.search.config import check_value
 from gputune.sklearn.base import (
     Foreign,

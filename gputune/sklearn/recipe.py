@@ -10,10 +10,10 @@ import cloudpickle
 from sklearn.utils import check_random_state
 from torch import Tensor
 
-from gputune.engine.construction import Builder
-from gputune.engine.objective import Objective, make_objective
-from gputune.engine.population import ModelKind, complete
 from gputune.errors import InputError
+from gputune.modules.construction import Builder
+from gputune.population.population import ModelKind, complete
+from gputune.scoring.objective import Objective, make_objective
 from gputune.search.config import check_value
 from gputune.types import Config, Task
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.job import Outcome
-from gputune.engine.scoring import Scoring
 from gputune.errors import InputError
 from gputune.models import LogisticRegression
+from gputune.scoring.scoring import Scoring
 from gputune.solver.newton import newton_step, proximal_newton_step
 from gputune.solver.objective import Point, Rows, objective, origin, rows_of, violation
 from gputune.types import Config

@@ -20,10 +20,10 @@ from gputune.data.columns import convert
 from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of
 from gputune.data.table import Table
-from gputune.engine.network import call_module, first_output
-from gputune.engine.stateless import Stateless
 from gputune.errors import InputError
 from gputune.extras import import_extra
+from gputune.modules.stateless import Stateless
+from gputune.population.network import call_module, first_output
 from gputune.scratch import scratch_folder
 from gputune.study.model_files import ModelContent
 from gputune.version import __version__

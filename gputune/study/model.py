@@ -18,10 +18,10 @@ from gputune.data.encode import Layout
 from gputune.data.files import read_table
 from gputune.data.table import Table, as_table
 from gputune.data.tensors import checked_tensor, first_equal
-from gputune.engine.construction import Builder
 from gputune.engine.entry import entry
-from gputune.engine.network import call_module, first_output
 from gputune.errors import InputError
+from gputune.modules.construction import Builder
+from gputune.population.network import call_module, first_output
 from gputune.study.cards import card
 from gputune.study.export import encoded, export
 from gputune.study.model_files import ModelContent, read_content, save_model

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
-from gputune.engine.construction import Builder, call_arguments, materialise, name_of
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
+from gputune.modules.construction import Builder, call_arguments, materialise, name_of
 from gputune.scratch import write_files
 from gputune.seeding import keyed_draws
 from gputune.study.module_source import (

@@ -27,8 +27,8 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from gputune.engine.construction import Builder
 from gputune.errors import InputError, UntrustedCodeError
+from gputune.modules.construction import Builder
 from gputune.study.trusted import is_remembered, remember
 
 Files = tuple[tuple[str, str], ...]

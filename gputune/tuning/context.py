@@ -13,15 +13,15 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
-from gputune.engine.inspection import known_traits, note_slow, traits_of
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
-from gputune.engine.population import Population, complete, shape_of
-from gputune.engine.scoring import Scoring
 from gputune.engine.timing import slower_stacked
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
+from gputune.modules.inspection import known_traits, note_slow, traits_of
+from gputune.population.population import Population, complete, shape_of
+from gputune.scoring.scoring import Scoring
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words

@@ -11,12 +11,12 @@ import numpy as np
 from gputune.engine.job import Outcome
 from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
-from gputune.engine.rules import BETA1, BETA2
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
+from gputune.optimizers.rules import BETA1, BETA2
 from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.search.distributions import range_of
 from gputune.search.space import Space

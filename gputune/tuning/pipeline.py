@@ -18,12 +18,12 @@ from gputune.data.source import Source
 from gputune.engine.backend import choose_backend, matrix_products, trains_as
 from gputune.engine.entry import entry
 from gputune.engine.plan import parse_memory
-from gputune.engine.population import complete
-from gputune.engine.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
+from gputune.population.population import complete
+from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.search.config import legal_keys
 from gputune.search.descent import Hypergradient
 from gputune.search.optuna_sampler import OptunaSampler

@@ -17,11 +17,11 @@ from gputune.data.encode import Columns, Layout, Numbers, Statistics, fit_layout
 from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target, check_weights
-from gputune.engine.construction import Builder, name_of
-from gputune.engine.objective import Objective, make_objective
-from gputune.engine.population import ModelKind
 from gputune.errors import InputError
 from gputune.models import CNN, GRU
+from gputune.modules.construction import Builder, name_of
+from gputune.population.population import ModelKind
+from gputune.scoring.objective import Objective, make_objective
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.tuning.options import Options
 from gputune.types import OPTIMIZERS

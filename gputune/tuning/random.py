@@ -12,7 +12,7 @@ from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import BegunChunk, Job, Outcome
 from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
-from gputune.engine.population import Population
+from gputune.population.population import Population
 from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve

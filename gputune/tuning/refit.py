@@ -12,8 +12,8 @@ from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.entry import entry
-from gputune.engine.population import complete, module_arguments
 from gputune.errors import DivergedError, InputError
+from gputune.population.population import complete, module_arguments
 from gputune.search.descent import Hypergradient
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options

@@ -15,11 +15,11 @@ import torch
 from gputune.engine.checkpoint import Checkpoint, pause_after
 from gputune.engine.job import BegunChunk
 from gputune.engine.memory import GivenUp
-from gputune.engine.population import Population
 from gputune.engine.rung import RungJob, RungOutcome, StateCache
 from gputune.engine.train import State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
+from gputune.population.population import Population
 from gputune.search.stopping import Halving, Median, below_the_median, survivors
 from gputune.study.ledger import Ledger
 from gputune.study.score import score_curve

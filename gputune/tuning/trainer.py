@@ -10,20 +10,20 @@ from torch import nn
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing, trains_as
-from gputune.engine.construction import Builder
-from gputune.engine.inspection import known_traits
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp, Need, run_in_parts
-from gputune.engine.objective import Objective
 from gputune.engine.plan import Plan, make_plan
-from gputune.engine.population import ModelKind, Population, populations
-from gputune.engine.scoring import Scoring
 from gputune.engine.stop import Stop
 from gputune.errors import InputError
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
+from gputune.modules.construction import Builder
+from gputune.modules.inspection import known_traits
+from gputune.population.population import ModelKind, Population, populations
+from gputune.scoring.objective import Objective
+from gputune.scoring.scoring import Scoring
 from gputune.search.descent import Hypergradient
 from gputune.types import Backend, Config, Precision
 

@@ -16,8 +16,8 @@ from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job
 from gputune.engine.memory import Need, measure_need
 from gputune.engine.plan import make_plan
-from gputune.engine.population import Population
-from gputune.engine.scoring import make_scoring
+from gputune.population.population import Population
+from gputune.scoring.scoring import make_scoring
 from problems import fill, make_data
 
 DATA = make_data(n=120, d=20, dtype=torch.float32)

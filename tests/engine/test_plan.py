@@ -11,7 +11,7 @@ from gputune.engine.backend import choose_backend
 from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import make_plan, parse_memory
-from gputune.engine.population import populations
+from gputune.population.population import populations
 from gputune.types import OPTIMIZERS
 from problems import fill, make_data
 from refused import refused

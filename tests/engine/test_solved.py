@@ -9,7 +9,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from gputune.data.dataset import Fold
-from gputune.engine.scoring import make_scoring
+from gputune.scoring.scoring import make_scoring
 from gputune.solver.solve import solve_all, solve_chunk, solved_module
 from problems import fill, make_data
 

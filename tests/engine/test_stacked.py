@@ -15,11 +15,11 @@ from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.job import Fits, Job
 from gputune.engine.memory import run_in_parts
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.population import Population
-from gputune.engine.recorder import RECORDERS, Replays
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
 from gputune.errors import InputError
+from gputune.modules.recorder import RECORDERS, Replays
+from gputune.population.population import Population
 from gputune.types import OPTIMIZERS
 from problems import Linear, fill, largest_difference, make_data, scoring_of, shape_of
 from stand_in import CaptureError, StandIn

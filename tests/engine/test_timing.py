@@ -6,8 +6,8 @@ from torch import nn
 import gputune
 from gputune.engine import timing
 from gputune.engine.job import Job
-from gputune.engine.population import Population
 from gputune.engine.timing import slower_stacked
+from gputune.population.population import Population
 from problems import fill, make_data
 
 CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 1e-2)))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.scoring import make_scoring
 from gputune.engine.train import State, train
+from gputune.scoring.scoring import make_scoring
 from gputune.types import OPTIMIZERS
 from problems import fill, largest_difference, make_data, shape_of
 

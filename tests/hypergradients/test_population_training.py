@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.module import StackedModule
 from gputune.engine.train import train
 from gputune.hypergradients.chunk import PopulationTraining
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import InnerProblem
 from gputune.hypergradients.reverse import reverse
+from gputune.modules.module import StackedModule
 from problems import fill, largest_difference, make_data, shape_of, train_together
 
 TASKS = ["multiclass", "binary", "regression"]

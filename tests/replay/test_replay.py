@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from gputune.engine.recorder import RECORDERS
+from gputune.modules.recorder import RECORDERS
 from replay.searches import SEARCHES
 from stand_in import StandIn
 

@@ -12,12 +12,12 @@ import gputune
 import problems
 from gputune.data import dataset
 from gputune.engine.mlp import StackedMLP
-from gputune.engine.module import StackedModule
-from gputune.engine.network import Shape
-from gputune.engine.out_of_memory import free_of_gpu
-from gputune.engine.recorder import CudaRecorder
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import InputError
+from gputune.modules.module import StackedModule
+from gputune.modules.recorder import CudaRecorder
+from gputune.out_of_memory import free_of_gpu
+from gputune.population.network import Shape
 from problems import fill, largest_difference, make_data, plain_loop, scoring_of, train_together
 from simulated_cuda import torch_cuda as cuda
 

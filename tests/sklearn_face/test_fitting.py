@@ -11,8 +11,8 @@ from sklearn.neural_network import MLPClassifier as Theirs
 
 import reference
 from face_modules import Net
-from gputune.engine.population import complete
 from gputune.errors import DivergedError, InputError
+from gputune.population.population import complete
 from gputune.sklearn import MLPClassifier, MLPRegressor, NeuralNetClassifier, NeuralNetRegressor
 from gputune.sklearn.base import check_rows
 from searches import Fits

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import gputune
-from gputune.engine.construction import build_module
+from gputune.modules.construction import build_module
 from gputune.study.module_source import class_from_file, class_source, find_class, is_changed
 from refused import refused
 

@@ -12,11 +12,11 @@ from scipy.stats import loguniform
 import gputune
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.job import Job
-from gputune.engine.out_of_memory import is_out_of_memory
-from gputune.engine.population import Population
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import SearchFailedError
 from gputune.executors.processes import packed
+from gputune.out_of_memory import is_out_of_memory
+from gputune.population.population import Population
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 from gputune.study.store import Store
 from problems import fill

@@ -25,7 +25,7 @@ from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import hold_out
 from gputune.data.table import as_table
 from gputune.data.target import check_target
-from gputune.engine.population import complete
+from gputune.population.population import complete
 from gputune.study.store import Candidate, Store
 from problems import largest_difference, living_tensors
 from refused import refused

@@ -18,12 +18,12 @@ from gputune.data.dataset import Dataset
 from gputune.data.folds import make_folds
 from gputune.data.source import read_source
 from gputune.engine.job import Job
-from gputune.engine.population import complete, populations
 from gputune.engine.train import Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_problem
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.result import Hypergradients
 from gputune.hypergradients.reverse import differences, reverse
+from gputune.population.population import complete, populations
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, choose_model, make_problem
 

@@ -1,0 +1,188 @@
+"""What a user's module draws in its steps, drawn ahead of them: the numbers that its own draws would have been.
+
+A forward in training is tried once on rows of each number, to see what it draws; from then on every step finds these
+draws in a buffer, and may be recorded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gputune.modules.trace import DispatchMode, TraceError, tensors
+from gputune.population.batches import Batch, Batches
+from gputune.seeding import keyed_draws, start_stream
+
+_DRAW_BYTES = 64 << 20  # of draws that are made ahead
+
+_PLAIN = {
+    *(
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "uniform",
+        "uniform_",
+    ),
+    *("normal_", "exponential_", "geometric_", "cauchy_", "log_normal_", "random_"),
+}
+"""Operations that read the shape of what they are given, and none of its numbers."""
+_PLAIN_OVERLOADS = {
+    "bernoulli": "p",
+    "bernoulli_": "float",
+    "normal": "float_float",
+    "normal_functional": "default",
+}
+
+
+_DROPOUT = torch.ops.aten.native_dropout.default
+"""Dropout in training on a GPU: (input, p, True) -> (output, mask)."""
+
+
+@dataclass(frozen=True)
+class _Empty:
+    """A tensor of which only this matters."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One draw of a forward."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def make(self) -> Tensor:
+        args = (arg.make() if isinstance(arg, _Empty) else arg for arg in self.args)
+        result: Tensor = self.function(*args, **self.kwargs)
+        return result
+
+
+class ModuleDraws:
+    """The draws of some steps ahead, for minibatches of each number of rows that occurs.
+
+    ``forward`` is that of one member in training, on the rows of a minibatch. Raises TraceError where it draws what
+    depends on other numbers than the key of the step.
+    """
+
+    def __init__(self, forward: Callable[[Batch], object], batches: Batches, seed: int) -> None:
+        self.seed, self.device = seed, batches.data.device
+        self.rows = [{part.rows for part in shape.parts} for shape in batches.shapes]
+        self.draws: dict[int, list[_Draw]] = {}
+        for step, shape in enumerate(batches.shapes):
+            for part, batch in zip(shape.parts, batches.at(0, step)):
+                if part.rows not in self.draws:
+                    self.draws[part.rows] = self._tried(forward, batch)
+        with keyed_draws(self.device, seed, "try"):
+            samples = {rows: [draw.make() for draw in draws] for rows, draws in self.draws.items()}
+        size = sum(sample.nbytes for sample in tensors(samples))
+        self.ahead = max(1, min(len(self.rows), _DRAW_BYTES // max(1, size)))
+        self.buffers = {
+            rows: [sample.new_empty((self.ahead, *sample.shape)) for sample in several]
+            for rows, several in samples.items()
+        }
+
+    def _tried(self, forward: Callable[[Batch], object], batch: Batch) -> list[_Draw]:
+        with torch.no_grad(), keyed_draws(self.device, self.seed, "try"), (noting := _Noting()):
+            forward(batch)
+        return noting.draws
+
+    def fill(self, epoch: int, step: int) -> None:
+        """Draw for this step and those ahead, where the buffer ends before it."""
+        if step % self.ahead or not any(self.draws.values()):
+            return
+        with keyed_draws(self.device, self.seed, "dropout", epoch, step):
+            for slot, several in enumerate(self.rows[step : step + self.ahead]):
+                for rows in several:
+                    start_stream(self.device, self.seed, "dropout", epoch, step + slot)
+                    for draw, buffer in zip(self.draws[rows], self.buffers[rows]):
+                        buffer[slot] = draw.make()
+
+    def at(self, step: Tensor, rows: int) -> tuple[Tensor, ...]:
+        """Return the draws of a minibatch of so many rows in the step that a counter on the device says."""
+        slot = torch.remainder(step, self.ahead).view(1)
+        return tuple(buffer.index_select(0, slot)[0] for buffer in self.buffers[rows])
+
+
+def draws_of(forward: Callable[[], object]) -> tuple[Tensor, ...]:
+    """Return what a forward draws, in the order of its draws. Raises TraceError as ``ModuleDraws`` does."""
+    with torch.no_grad(), (noting := _Noting()):
+        forward()
+    return tuple(noting.results)
+
+
+class _Noting(DispatchMode):
+    """Notes what is drawn, and how."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws: list[_Draw] = []
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _DROPOUT:
+            with self:  # what a GPU draws and applies at once
+                return _dropped(args[0], torch.bernoulli(args[0], 1 - args[1]), args[1])
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            name = func.overloadpacket.__name__
+            plain = name in _PLAIN or _PLAIN_OVERLOADS.get(name) == func._overloadname
+            if not plain or kwargs.get("generator") is not None:
+                raise TraceError(f"{func} draws what depends on other numbers than the key of its step")
+            self.draws.append(_Draw(func, tuple(map(_emptied, args)), kwargs))
+            result = func(*args, **kwargs)
+            self.results.append(result.clone())  # the module goes on in place
+            return result
+        return func(*args, **kwargs)
+
+
+def _dropped(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    return x * kept * (1 / (1 - p)), kept.bool()
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Empty(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
+    return value
+
+
+@contextmanager
+def given_draws(draws: Sequence[Tensor]) -> Iterator[None]:
+    """Let these be what operations that draw give inside, one after the other."""
+    if not draws:  # a mode costs something in every call
+        yield
+        return
+    with _Giving(draws):
+        yield
+
+
+class _Giving(DispatchMode):
+    """Gives draws that were made before."""
+
+    def __init__(self, draws: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.draws = iter(draws)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        drawn = next(self.draws)
+        if func is _DROPOUT:
+            return _dropped(args[0], drawn.reshape(args[0].shape), args[1])
+        if args and isinstance(args[0], Tensor):  # a substitute may have other axes for the same numbers
+            drawn = drawn.reshape(args[0].shape)
+        return args[0].copy_(drawn) if func._schema.is_mutable else drawn

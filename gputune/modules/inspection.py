@@ -1,0 +1,257 @@
+"""A user's module tried on a few rows before anything trains: what it does, and whether its members can be stacked.
+
+Two members of unlike parameters take one step stacked, and one step each alone, as plain modules: outputs, gradients
+and buffers must agree. What differs, or cannot be mapped at all, trains member by member.
+"""
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset
+from gputune.errors import InputError
+from gputune.modules.construction import Builder
+from gputune.modules.embeddings import check_ids
+from gputune.modules.module import StackedModule, Traits
+from gputune.modules.module_trial import ModuleTrial, Trail, at_start
+from gputune.population.batches import Batch
+from gputune.population.network import Shape
+from gputune.population.population import arguments_text
+from gputune.scoring.objective import Objective
+from gputune.seeding import keyed_draws
+from gputune.types import Config
+
+EXAMPLES = 31
+"""Rows on which a user's module is tried: a prime number, which a wrong view of their columns does not divide."""
+
+_CPU = torch.device("cpu")
+_KEY = (0, 0)
+_ADVICE = (
+    "Control flow and .item() that depend on data are the usual causes (write them with torch.where), or an operation "
+    "that torch.func.vmap does not know"
+)
+
+
+_known: WeakKeyDictionary[Dataset, dict[Builder, dict[str, Traits]]] = WeakKeyDictionary()
+
+
+def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
+    """Return what was found of a user's module on some data, by its module__* values as text."""
+    return {} if builder is None else dict(_known.get(data, {}).get(builder, {}))
+
+
+def traits_of(
+    builder: Builder, config: Config, data: Dataset, *, columns: str = "", objective: Objective | None = None
+) -> Traits:
+    """Return what ``inspect_module`` finds with rows of the first fold; each of the module__* values is tried once."""
+    known = _known.setdefault(data, {}).setdefault(builder, {})
+    key = arguments_text(config)
+    if key not in known:
+        known[key] = inspect_module(
+            builder,
+            config,
+            data.example(EXAMPLES),
+            n_outputs=data.n_outputs,
+            columns=columns,
+            names=data.names,
+            dtype=data.dtype,
+            objective=objective,
+            y=data.example_target(EXAMPLES),
+            data=data,
+        )
+    traits = known[key]
+    if not traits.row_losses and data.weights is not None:
+        raise InputError(
+            f"sample_weight and class_weight weigh rows, and {objective.name if objective else 'the loss'} gives no "
+            "number a row but their mean: return row losses of shape (rows,), or leave the weights out."
+        )
+    return traits
+
+
+def note_slow(builder: Builder, data: Dataset, arguments: str, slow: str) -> None:
+    """Remember that a module's members train faster one by one, with these module__* values as text."""
+    known = _known[data][builder]
+    known[arguments] = replace(known[arguments], slow=slow)
+
+
+def inspect_module(
+    builder: Builder,
+    config: Config,
+    inputs: Sequence[Tensor],
+    *,
+    n_outputs: int,
+    columns: str = "",
+    names: tuple[str, ...] | None = None,
+    dtype: torch.dtype | None = None,
+    objective: Objective | None = None,
+    y: Tensor | None = None,
+    data: Dataset | None = None,
+) -> Traits:
+    """Return what a user's module does with ``inputs`` (B, ...), some of the rows that it will train on.
+
+    ``dtype`` is that of its parameters, by default that of the first input; ``y`` (B, ...) are the rows' targets, where
+    the loss of the ``objective`` depends on more than their shape; of all the ``data`` ids are looked at. Raises
+    InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where shapes may be the cause,
+    for a module that fails, returns another shape than (B, ``n_outputs``), or has nothing to train.
+    """
+    x = tuple(part.cpu() for part in inputs)
+    shape = Shape(
+        folds=1,
+        n_features=x[0].shape[-1] if x[0].dim() > 1 else 1,
+        n_outputs=n_outputs,
+        dtype=dtype or x[0].dtype,
+        device=_CPU,
+        regression=False,
+        present=None,
+        input_shape=tuple(x[0].shape[1:]),
+        names=names,
+    )
+    trial = ModuleTrial(builder, config, x, shape, columns, objective, y)
+    if data is not None:
+        check_ids(trial.module, data, trial.name)
+    return _traits(trial)
+
+
+def _traits(trial: ModuleTrial) -> Traits:
+    """Try a module in training twice, and in evaluation, then stacked; return what it did."""
+    module, x = trial.module, trial.inputs
+    before, numbers = trial.buffers(), [trial.numbers()]
+    draws = trial.draws()
+    for _ in range(2):
+        trained = trial.forward(x, training=True)
+        numbers.append(trial.numbers())
+    trial.check_outputs(trained)
+    trial.check_trainable(trained)
+    after = trial.buffers()
+    changing = tuple(name for name, buffer in after.items() if not torch.equal(buffer, before[name]))
+    alone = trial.forward(x, training=False)
+    trial.check_outputs(alone)
+    trial.warn_of_probabilities(alone)
+    few = trial.forward([part[:2] for part in x], training=False)
+    losses = trial.losses()
+    traits = Traits(
+        changing=changing,
+        least_rows=1 if trial.takes_one_row() else 2,
+        alone=_close(few, alone[:2]),
+        widest=trial.widest,
+        parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
+        draws=draws,
+        row_losses=losses.dim() > 0,
+        at_start=at_start(trial, alone, losses),
+    )
+    counted = _counted(numbers)
+    reason = _of_itself(module, counted) or _of_stacking(trial, traits)
+    return replace(traits, changing=(*changing, *counted), unstackable=reason)
+
+
+def _counted(numbers: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the names of the numbers that a second forward on the same rows has changed again."""
+    start, first, second = numbers
+    return tuple(k for k, value in second.items() if k in start and first[k] != value)
+
+
+def _of_itself(module: nn.Module, counted: Sequence[str]) -> str:
+    """Return what a module does beside its tensors, which stacked members cannot each do; "" for nothing."""
+    if counted:
+        return f"it counts in {counted[0]!r}, a number of its own"
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            return f"its parameter {name!r} has a hook on its gradient"
+    return ""
+
+
+def _of_stacking(trial: ModuleTrial, traits: Traits) -> str:
+    """Return why two members cannot be stacked; "" where their step is that of the plain modules."""
+    objective = trial.objective if trial.y is not None else None
+    stacked = StackedModule(
+        trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=objective
+    )
+    flat = stacked.start()
+    parameters = flat[: stacked.trained.size]
+    parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)  # the members differ
+    params = stacked.blocks.views(flat)
+    alone = [_step_alone(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
+    trail = Trail(stacked.template)
+    try:
+        together = _step_together(stacked, flat, trial)
+    except InputError:
+        raise
+    except Exception as error:
+        return f"{trail.submodule or 'its forward'} says: {_first_sentence(error)}. {_ADVICE}"
+    for c, (outputs, gradients, after) in enumerate(alone):
+        if not _close(together[0][c], outputs.view(together[0][c].shape)):
+            return "it gives other outputs when its members are stacked than alone"
+        if not _all_close(((v[0, c], gradients[k]) for k, v in together[1].items())):
+            return "it has another gradient when its members are stacked than alone"
+        if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
+            return "it has other buffers after a step when its members are stacked than alone"
+    return ""
+
+
+Step = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+"""Outputs in evaluation mode, then of one step in training the gradients and the buffers after it."""
+
+
+def _step_alone(stacked: StackedModule, module: nn.Module, trial: ModuleTrial) -> Step:
+    objective, names = stacked.objective, trial.shape.names
+    with torch.no_grad():
+        outputs = objective.outputs(module.eval(), trial.inputs, names)
+    y = _targets(outputs) if trial.y is None else trial.y
+    inputs = [x[0] for x in objective.augmented([x[None] for x in trial.inputs], names, 0, _KEY)]
+    with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
+        losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
+        losses.mean().backward()  # type: ignore[no-untyped-call]
+    slopes = {k: w.grad for k, w in module.named_parameters()}
+    gradients = {
+        k: torch.zeros_like(w) if (slope := slopes[k]) is None else slope
+        for k, w in module.named_parameters()
+        if w.requires_grad
+    }
+    return outputs, gradients, dict(module.named_buffers())
+
+
+def _step_together(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> Step:
+    inputs = trial.inputs
+    params, grads = (
+        stacked.blocks.views(flat),
+        stacked.trained.views(torch.zeros(stacked.trained.size).to(flat)),
+    )
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        outputs = stacked.outputs(params, 0, inputs)
+        y = _targets(outputs[0]) if trial.y is None else trial.y
+        batch = Batch(tuple(x[None] for x in inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
+        stacked.gradient(params, batch, grads)
+    return outputs, grads, {k: params[k] for k in stacked.kept}
+
+
+def _targets(outputs: Tensor) -> Tensor:
+    """Return something for the outputs (B, K) to be compared with."""
+    rows = torch.arange(len(outputs))
+    return rows % outputs.shape[1] if outputs.dim() > 1 and outputs.shape[1] > 1 else (rows % 3).to(outputs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to rounding, also where both are no number: that is for the training to say."""
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+def _all_close(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Equal up to rounding beside the largest number in any pair."""
+    pairs = [(a.double(), b.double()) for a, b in pairs]
+    largest = max(
+        [float(b.nan_to_num(0.0, 0.0, 0.0).abs().max()) for _, b in pairs if b.numel()], default=0.0
+    )
+    return all(
+        torch.allclose(a.view(b.shape), b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True) for a, b in pairs
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    """What torch says first; the rest is advice to its own developers."""
+    return str(error).strip().split("\n")[0].split(". ")[0].rstrip(".")

@@ -1,0 +1,368 @@
+"""Any nn.Module as a stacked model: its parameters and changing buffers stacked, its forward mapped over members by
+torch.func.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gputune.errors import InputError
+from gputune.modules.construction import Builder, build_module, name_of
+from gputune.modules.draws import ModuleDraws, draws_of, given_draws
+from gputune.modules.precision import rounded
+from gputune.modules.recurrent import KINDS, run_recurrent
+from gputune.modules.stateless import Stateless
+from gputune.modules.substitutes import Substitutes
+from gputune.modules.trace import TraceError
+from gputune.optimizers.blocks import Block, Blocks
+from gputune.population.batches import Batch, Batches, for_members
+from gputune.population.network import Shape
+from gputune.population.population import ModelKind, module_arguments
+from gputune.scoring.objective import Objective
+from gputune.seeding import keyed_draws
+from gputune.types import Config, Params
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out by trying it).
+
+    changing     names of the buffers, and of the Python numbers in submodules, that a forward in training changes
+    least_rows   rows that a minibatch needs: two for statistics over them
+    alone        whether an output in evaluation mode depends on its own row alone
+    widest       most numbers that a submodule returns for a row
+    parameters   number of parameters that are trained
+    draws        whether a forward in training draws random numbers
+    row_losses   whether the loss gives a number a row, rather than their mean
+    at_start     what is not finite before anything has trained, in words, "" where all is
+    unstackable  why its members cannot be stacked, "" where they can
+    slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
+    """
+
+    changing: tuple[str, ...] = ()
+    least_rows: int = 1
+    alone: bool = True
+    widest: int = 1
+    parameters: int = 0
+    draws: bool = True
+    row_losses: bool = True
+    at_start: str = ""
+    unstackable: str = ""
+    slow: str = ""
+
+    @property
+    def alone_because(self) -> str:
+        """Why members train one by one, "" where they are stacked."""
+        return self.unstackable or self.slow
+
+
+class ModuleNetwork:
+    """F x C members of a user's module, all with the same ``module__*`` values."""
+
+    exact = True
+    kind: ModelKind = "module"
+
+    def __init__(
+        self,
+        builder: Builder,
+        configs: Sequence[Config],
+        shape: Shape,
+        *,
+        seed: int,
+        traits: Traits = Traits(),
+        objective: Objective | None = None,
+    ) -> None:
+        self.objective = objective or Objective("mse" if shape.n_outputs == 1 else "cross_entropy")
+        self.builder, self.configs, self.shape, self.seed = builder, tuple(configs), shape, seed
+        self.traits, self.least_rows, self.alone = traits, traits.least_rows, traits.alone
+        self.template = self.plain(shape.device)
+        self._prepare(self.template)
+        self.stateless = Stateless(self.template)
+        own = dict(self.template.named_parameters())
+        self.first = {k: w.detach() for k, w in own.items() if w.requires_grad}
+        self.kept = kept_of(self.template, traits.changing)
+        self.fixed = {k: w.detach() for k, w in own.items() if not w.requires_grad}
+        self.fixed |= {k: b.detach() for k, b in self.template.named_buffers() if k not in self.kept}
+        self.members = (shape.folds, len(configs))
+        self.loss_values = self.objective.values(
+            self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
+        )
+        self.widest = max(traits.widest, shape.n_features)
+        self._lay_out()
+
+    def _prepare(self, module: nn.Module) -> None:
+        """Change the module that members are computed with, where its own way will not do."""
+
+    def _lay_out(self) -> None:
+        """Say how the members' tensors lie in the flat buffers: ``trained``, and all that is kept, ``blocks``."""
+        raise NotImplementedError
+
+    def plain(self, device: torch.device) -> nn.Module:
+        """Return the user's module at its start, with the trials' common arguments."""
+        return build_module(
+            self.builder,
+            module_arguments(self.configs[0]),
+            n_features=self.shape.n_features,
+            n_outputs=self.shape.n_outputs,
+            input_shape=self.shape.input_shape,
+            seed=self.seed,
+        ).to(dtype=self.shape.dtype, device=device)
+
+    def targets(self, y: Tensor) -> Tensor:
+        y = y.to(self.shape.dtype) if y.is_floating_point() else y
+        return y if y.dim() > 1 else y[None]
+
+    def subset(self, keep: list[int]) -> Self:
+        configs = [self.configs[c] for c in keep]
+        return type(self)(
+            self.builder, configs, self.shape, seed=self.seed, traits=self.traits, objective=self.objective
+        )
+
+    def layers(self) -> dict[str, int]:
+        owners = layers_of(self.template)
+        return {name: owners.index(name.rpartition(".")[0]) for name in self.first}
+
+    def filled(self, values: Params) -> nn.Module:
+        """Return a plain module in evaluation mode, on the CPU, with the ``values`` of one member."""
+        # Not a copy of the template, since what is no parameter or buffer of it cannot always be copied.
+        module = self.plain(_CPU)
+        values = values | self.fixed
+        with torch.no_grad():
+            for name, own in (*module.named_parameters(), *module.named_buffers()):
+                if not torch.equal(own, values[name].cpu()):
+                    own.copy_(values[name])
+            put_numbers(module, {name: values[name] for name in self.kept})
+        return module.eval()
+
+
+def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
+    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the first), and the last.
+
+    The matrix of a convolution has all axes but the first as its columns.
+    """
+    matrices = [name for name, w in trained.items() if w.dim() > 1]
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = [
+        name for name in matrices if isinstance(module.get_submodule(name.rpartition(".")[0]), kinds)
+    ]
+    left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
+    shapes = {name: trained[name].flatten(1).shape for name in matrices if name not in left_out}
+    return {name: max(shape) for name, shape in shapes.items()}
+
+
+class StackedModule(ModuleNetwork):
+    """Members whose parameters are stacked, and whose forward is mapped over them."""
+
+    def _prepare(self, module: nn.Module) -> None:
+        _make_mappable(module)
+
+    def _lay_out(self) -> None:
+        self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
+
+    def _stacked(self, tensors: Mapping[str, Tensor]) -> Blocks:
+        trials, sides = self.members[1], hidden_sides(self.template, self.first)
+        return Blocks(
+            [
+                Block(k, (*self.members, *w.shape), 1, (sides[k],) * trials if k in sides else None)
+                for k, w in tensors.items()
+            ]
+        )
+
+    def start(self) -> Tensor:
+        flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
+        for name, view in self.blocks.views(flat).items():
+            view.copy_(self.first[name] if name in self.first else self.kept[name])
+        return flat
+
+    def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
+        if not ahead:
+            return None  # its own, by the key of the minibatch
+        if self.objective.augment is not None:
+            raise TraceError("augment draws by the key of the minibatch, which no recording knows")
+        return ModuleDraws(self._alone, batches, self.seed)
+
+    def _alone(self, batch: Batch) -> object:
+        """Compute the losses of one member as a plain module, to see what it draws.
+
+        The numbers depend on how a tensor lies in memory, which is not how a member's part of a stacked one lies.
+        """
+        values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
+        inputs, names = [x[0] for x in batch.inputs], self.shape.names
+        with self.stateless.holding(values) as module:
+            return self.objective.losses(module.train(), inputs, batch.y[0], self.configs[0], names=names)
+
+    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+        trials = len(self.configs)
+        members = {k: w[batch.folds].flatten(0, 1) for k, w in params.items()}
+        leaves = {k: members[k].detach().requires_grad_() for k in self.first}
+        # Copies: the members' own share a counter of writes with the leaves, which autograd must find unwritten.
+        kept = {k: members[k].to(start.dtype, copy=True) for k, start in self.kept.items()}
+        inputs = self.objective.augmented(batch.inputs, self.shape.names, self.seed, batch.key)
+        with torch.enable_grad(), self._drawing(batch):
+            members_losses, after = self._losses(
+                leaves | kept, [for_members(x, trials) for x in inputs], batch
+            )
+            share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
+            # A mean of the user's own has no rows to weight, which was refused where there are weights.
+            loss = (members_losses * share).sum() if members_losses.dim() == 3 else members_losses.sum()
+            slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for name, slope in zip(leaves, slopes):
+            part = grads[name][batch.folds]
+            if slope is None:  # a parameter that the output does not depend on
+                part.zero_()
+            else:
+                part.copy_(slope.view(part.shape))
+        for name, buffer in after.items():
+            members[name].copy_(buffer.detach())
+
+    def _drawing(self, batch: Batch) -> AbstractContextManager[None]:
+        """What is drawn inside is the minibatch's, made ahead or by its key."""
+        if isinstance(batch.draws, tuple):
+            return given_draws(batch.draws)
+        if not self.traits.draws:
+            return nullcontext()
+        keyed = partial(keyed_draws, self.shape.device, self.seed, "dropout", *batch.key)
+        try:
+            with keyed():
+                return given_draws(draws_of(partial(self._alone, batch)))
+        except TraceError:
+            return keyed()
+
+    def _losses(self, members: Params, inputs: Sequence[Tensor], batch: Batch) -> tuple[Tensor, Params]:
+        """Return row losses (F, C, B) of a minibatch, or means (F, C) of the user's own, and the buffers after it."""
+        trials = len(self.configs)
+        if not self.objective.is_named:
+
+            def own(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+                *rows, y = rows
+                return self.objective.losses(module, rows, y, self.configs[0], names=self.shape.names)
+
+            losses, after = self._mapped(own, members, [*inputs, for_members(batch.y, trials)], training=True)
+            return losses.view(-1, trials, *losses.shape[1:]), after
+        outputs, after = self._forward(members, inputs, training=True)
+        outputs = _with_columns(outputs).to(self.shape.dtype)
+        outputs = outputs.view(-1, trials, *outputs.shape[1:])  # (F, C, B, K)
+        if self.shape.present is not None:
+            outputs = outputs.masked_fill(~self.shape.present[batch.folds, None, None], -torch.inf)
+        return self.row_losses(outputs, batch.y[:, None]), after
+
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
+        members = {k: w[fold] for k, w in params.items()}
+        members |= {k: members[k].to(start.dtype) for k, start in self.kept.items()}
+        trials = len(self.configs)
+        return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)[0]
+
+    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+        if key is None:
+            return _with_columns(self._forward(params, inputs, training=False)[0])
+        with keyed_draws(self.shape.device, self.seed, "dropout", *key):
+            return _with_columns(self._forward(params, inputs, training=True)[0])
+
+    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return self.objective.rows(outputs, y, self.loss_values)
+
+    def _forward(self, members: Params, inputs: Sequence[Tensor], *, training: bool) -> tuple[Tensor, Params]:
+        """Return outputs (P, B, ...) of members (P, ...) on rows (P, B, ...) of each input, and the buffers after."""
+
+        def forward(module: nn.Module, rows: Sequence[Tensor]) -> Tensor:
+            return self.objective.outputs(module, rows, self.shape.names)
+
+        return self._mapped(forward, members, inputs, training=training)
+
+    def _mapped(
+        self,
+        function: Callable[[nn.Module, Sequence[Tensor]], Tensor],
+        members: Params,
+        tensors: Sequence[Tensor],
+        *,
+        training: bool,
+    ) -> tuple[Tensor, Params]:
+        """Return what a function gives for each member and its part of tensors (P, ...), and the buffers after it."""
+
+        def of_member(own: Params, *parts: Tensor) -> tuple[Tensor, Params]:
+            with self.stateless.holding({**own, **self.fixed}) as module:
+                result = function(module.train(training), parts)
+                return result, self.stateless.held(self.kept)
+
+        try:
+            with rounded(self.shape.precision if training else "full"), Substitutes():
+                result, after = vmap(of_member, randomness="same")(members, *tensors)
+        except IndexError as error:
+            raise InputError(
+                f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than it was tried on; "
+                "an embedding must have a place for every code that the data hold."
+            ) from error
+        return result, after
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        return self.filled({name: w[fold, trial] for name, w in params.items()})
+
+
+def kept_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the buffers and the Python numbers of some names, the numbers as tensors."""
+    buffers = dict(module.named_buffers())
+    return {k: buffers[k].detach() if k in buffers else _as_tensor(_number(module, k)) for k in names}
+
+
+def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the Python numbers among some names their values; buffers are left as they are."""
+    buffers = dict(module.named_buffers())
+    for name, value in values.items():
+        if name not in buffers:
+            path, _, key = name.rpartition(".")
+            kind = type(_number(module, name))
+            setattr(module.get_submodule(path), key, kind(value.item()))
+
+
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+
+
+def _number(module: nn.Module, name: str) -> float:
+    path, _, key = name.rpartition(".")
+    number: float = getattr(module.get_submodule(path), key)
+    return number
+
+
+def _with_columns(outputs: Tensor) -> Tensor:
+    """Return outputs (P, B) of one number a row as (P, B, 1), others as they are."""
+    return outputs if outputs.dim() > 2 else outputs[..., None]
+
+
+def _make_mappable(module: nn.Module) -> None:
+    """Change, in place, how a module computes what it computes, where torch's own way cannot be mapped."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
+            part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
+        if isinstance(part, nn.RNNBase) and type(part) in KINDS:
+            part.forward = partial(run_recurrent, part)
+
+
+def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its count of batches."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None and norm.num_batches_tracked is not None
+    if not norm.training:
+        return nn.functional.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    own_mean, own_var = torch.zeros_like(mean), torch.zeros_like(var)
+    outputs = nn.functional.batch_norm(x, own_mean, own_var, norm.weight, norm.bias, True, 1.0, norm.eps)
+    count = norm.num_batches_tracked.add_(1).to(mean.dtype)
+    for running, own in ((mean, own_mean), (var, own_var)):
+        running.add_((own - running) / count)  # lerp_ is not mapped
+    return outputs
+
+
+def layers_of(module: nn.Module) -> list[str]:
+    """Return the names of the submodules that own trained parameters: the layers, in ``named_modules()`` order."""
+    # named_parameters() goes through the modules in that order, and gives a shared parameter to its first owner.
+    trained = (name for name, p in module.named_parameters() if p.requires_grad)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))

@@ -1,0 +1,251 @@
+"""A user's module with the rows on which it is tried, and the words of what is wrong with it."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gputune.errors import InputError, InputWarning
+from gputune.modules.construction import Builder, build_module, name_of
+from gputune.modules.hints import hint
+from gputune.population.network import Shape, call_module
+from gputune.population.population import module_arguments
+from gputune.scoring.objective import Objective
+from gputune.seeding import keyed_draws
+from gputune.types import Config
+
+_CPU = torch.device("cpu")
+_SEVERAL = ("tuple", "list", "dict")
+
+
+class ModuleTrial:
+    """A module, the rows on which it is tried, and the words of what is wrong with it."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        config: Config,
+        inputs: Sequence[Tensor],
+        shape: Shape,
+        columns: str,
+        objective: Objective | None,
+        y: Tensor | None,
+    ) -> None:
+        self.objective, self.y = objective, y
+        self.builder, self.config, self.inputs, self.shape = builder, config, inputs, shape
+        self.columns, self.name, self.widest = columns, name_of(builder), 1
+        self.module = build_module(
+            builder,
+            module_arguments(config),
+            n_features=shape.n_features,
+            n_outputs=shape.n_outputs,
+            input_shape=shape.input_shape,
+            seed=0,
+            columns=columns,
+        ).to(shape.dtype)
+        self.trail = Trail(self.module)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers as they are."""
+        return {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Return the Python numbers that the submodules hold."""
+        return {
+            f"{path}.{name}".lstrip("."): value
+            for path, part in self.module.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, int | float) and name != "training"
+        }
+
+    def draws(self) -> bool:
+        """Whether a forward in training takes numbers from torch's generator."""
+        with keyed_draws(_CPU, 0, "check"):
+            state = torch.get_rng_state()
+            self._called(self.inputs, training=True)
+            return not torch.equal(state, torch.get_rng_state())
+
+    def forward(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+        """Return the outputs on some rows, always with the same draws."""
+        with keyed_draws(_CPU, 0, "check"):
+            return self._called(inputs, training=training)
+
+    def _called(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
+        self.trail.largest = 0  # of other numbers of rows
+        try:
+            with torch.set_grad_enabled(training):
+                module = self.module.train(training)
+                if self.objective is not None:
+                    outputs = self.objective.outputs(module, inputs, self.shape.names)
+                else:
+                    outputs = call_module(module, inputs, self.shape.names)
+        except Exception as error:
+            takes = " and ".join(map(in_words, inputs))
+            raise InputError(
+                f"model: the forward of {self.name}{self.trail} raised {type(error).__name__}: {error}. It must take "
+                f"{takes} and return (rows, {self.shape.n_outputs}).{hint(str(error), inputs)}{self.columns}"
+            ) from error
+        self.widest = max(self.widest, self.trail.largest // len(inputs[0]))
+        return outputs
+
+    def losses(self) -> Tensor:
+        """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
+        if self.objective is None or self.y is None:
+            return torch.zeros(len(self.inputs[0]))
+        name = self.objective.name
+        try:
+            with torch.no_grad(), keyed_draws(_CPU, 0, "check"):
+                losses = self.objective.losses(
+                    self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
+                )
+        except Exception as error:
+            outputs, y = self.forward(self.inputs, training=False), self.y
+            raise InputError(
+                f"the loss {name} raised {type(error).__name__}: {error}. The outputs of {self.name} have shape "
+                f"{tuple(outputs.shape)} and type {outputs.dtype}, y {tuple(y.shape)} and {y.dtype}; make them fit."
+            ) from error
+        rows = len(self.inputs[0])
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if found not in ((), (rows,)):
+            raise InputError(
+                f"the loss {name} must return row losses of shape (rows,) or their mean, a tensor (), got {found} for "
+                f"{rows} rows."
+            )
+        if not self.objective.is_named and not bool(losses.isfinite().all()):
+            raise InputError(
+                f"the loss {name} is not finite on the first rows; check its inputs and its formula."
+            )
+        self._warn_of_a_broadcast(losses)
+        return losses
+
+    def _warn_of_a_broadcast(self, losses: Tensor) -> None:
+        """Warn where a mean of the user's own is not the mean over rows: outputs (B, 1) less y (B,) are (B, B)."""
+        objective, y = self.objective, self.y
+        if objective is None or y is None or objective.is_named or objective.step is not None or losses.dim():
+            return
+        outputs = self.forward(self.inputs, training=False)
+        if outputs.shape != (len(y), 1) or y.dim() != 1:
+            return
+        loss = objective.member_loss(self.config)
+        whole, rows = loss(outputs, y), [loss(outputs[[i]], y[[i]]) for i in range(len(y))]
+        if not torch.allclose(whole, torch.stack(rows).mean(), rtol=1e-3, atol=1e-6):
+            warnings.warn(
+                f"the loss {objective.name} of {len(y)} rows is not the mean of the rows' losses: outputs have shape "
+                f"{tuple(outputs.shape)} and y {tuple(y.shape)}, and their difference has {len(y)} x {len(y)} numbers. "
+                "Take outputs[:, 0] in the loss, or return (rows,) from the module.",
+                InputWarning,
+                stacklevel=2,
+            )
+
+    def warn_of_probabilities(self, outputs: Tensor) -> None:
+        """Warn where a module ends in a softmax, and the loss has one of its own."""
+        named = (
+            self.objective is not None and self.objective.is_named and self.objective.loss == "cross_entropy"
+        )
+        if not named or outputs.dim() != 2 or outputs.shape[1] < 2:
+            return
+        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+            warnings.warn(
+                f"{self.name} returns probabilities, and the cross-entropy wants logits: "
+                "leave out the softmax at its end.",
+                InputWarning,
+                stacklevel=2,
+            )
+
+    def check_outputs(self, outputs: object) -> None:
+        """Raise InputError for outputs of another shape than the loss takes."""
+        rows, n_outputs = len(self.inputs[0]), self.shape.n_outputs
+        if self._fits(outputs, rows):
+            return
+        found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise InputError(
+            f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
+            f"rows; its last layer must have n_outputs outputs (logits for classes).{_of_shape(found, n_outputs)}"
+            f"{self.columns}"
+        )
+
+    def _fits(self, outputs: object, rows: int) -> bool:
+        shape, n_outputs = tuple(outputs.shape) if isinstance(outputs, Tensor) else None, self.shape.n_outputs
+        if self.objective is not None and self.objective.any_outputs:
+            return shape is not None and shape[:1] == (rows,)
+        return shape == (rows, n_outputs) or (n_outputs == 1 and shape == (rows,))
+
+    def check_trainable(self, outputs: Tensor) -> None:
+        """Raise InputError where the outputs, computed in training, depend on no parameter."""
+        if not outputs.requires_grad or not any(w.requires_grad for w in self.module.parameters()):
+            raise InputError(
+                f"model: {self.name} has nothing to train: its outputs depend on no parameter with requires_grad. "
+                "Give it one, and do not detach what it returns."
+            )
+
+    def takes_one_row(self) -> bool:
+        """Whether a minibatch of one row can be trained on."""
+        try:
+            return self._fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
+        except InputError:
+            return False
+
+
+def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
+    """Return what is not finite before anything is trained, in words; "" where all is, or -inf for a class."""
+    if bool(losses.isfinite().all()) and not bool((outputs.isnan() | (outputs == torch.inf)).any()):
+        return ""
+    what = "outputs that are" if not bool(outputs.isfinite().all()) else "a loss that is"
+    arguments = ", ".join(f"{k}={v!r}" for k, v in module_arguments(trial.config).items())
+    return (
+        f"{trial.name}({arguments}) gives {what} not finite on the first training rows, before anything has trained; "
+        "look in its forward for a division by zero, the logarithm of 0 or a root of it, and for inputs that are too "
+        "large, which numbers='standard' scales."
+    )
+
+
+def _of_shape(found: Any, n_outputs: int) -> str:
+    """Return what such outputs usually come from, a sentence."""
+    if not isinstance(found, tuple):
+        return " Of several outputs return the first, or train them by training_step." * (found in _SEVERAL)
+    if n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
+        return " A target of two classes takes two logits a row."
+    if len(found) > 2:
+        return " Axes beside the rows are to be pooled or flattened away."
+    return ""
+
+
+def in_words(x: Tensor) -> str:
+    values = "" if x.is_floating_point() else f" of values from {int(x.min())} to {int(x.max())}"
+    return f"{_kind(x)} tensor of shape {_any_rows(x)}{values}"
+
+
+def _kind(x: Tensor) -> str:
+    name = str(x.dtype).removeprefix("torch.")
+    return "a float" if x.is_floating_point() else f"an {name}" if name.startswith("i") else f"a {name}"
+
+
+def _any_rows(x: Tensor) -> str:
+    return f"({', '.join(['rows', *map(str, x.shape[1:])])})"
+
+
+class Trail:
+    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.open: list[str] = []
+        self.largest = 0
+        for name, part in module.named_modules():
+            part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+            part.register_forward_hook(self._leave)
+
+    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
+        self.open.pop()
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+
+    @property
+    def submodule(self) -> str:
+        """The submodule that was running, in words; "" for the module itself."""
+        name = next((name for name in reversed(self.open) if name), "")
+        return f"submodule {name!r}" if name else ""
+
+    def __str__(self) -> str:
+        return f" ({self.submodule})" if self.submodule else ""

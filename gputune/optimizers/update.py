@@ -1,0 +1,205 @@
+"""The update rules of ``rules.py`` in place, over the flat buffers of a chunk.
+
+The number of a member's step and all that follows from it (the factor of a schedule, Adam's corrections) is computed by
+the step itself, on the device and in double precision: a recorded step cannot be told anything. Members without a step
+now (``active`` false) keep their parameters and their moments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from gputune.optimizers.blocks import Blocks, with_axes_of
+from gputune.optimizers.rules import BETA1, BETA2, EPS, MOMENTS, RULES, Rates, n_moments
+from gputune.optimizers.schedules import SCHEDULES
+from gputune.types import Config
+
+Amount = float | Tensor
+"""One value of all members, or each member's own, (F, C)."""
+
+
+IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
+"""Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has them."""
+
+
+class Clock:
+    """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps`` (F, C) each."""
+
+    def __init__(self, configs: Sequence[Config], steps: Tensor, horizon: int) -> None:
+        self.steps = steps
+        self.done = torch.zeros_like(steps, dtype=torch.float64)
+        self.total = (steps * horizon).double()
+        words = [config["schedule"] for config in configs]
+        self.schedules = {
+            SCHEDULES[name]: torch.tensor([word == name for word in words], device=steps.device)
+            for name in sorted(set(words) - {"constant"})
+        }
+
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        torch.mul(self.steps, epoch, out=self.done)
+
+    def factor(self) -> Tensor:
+        """Return the factor of each member's schedule on its rate, (F, C)."""
+        factor = torch.ones_like(self.done)
+        for schedule, members in self.schedules.items():
+            factor = torch.where(members, schedule(self.done, self.total), factor)
+        return factor
+
+    def advance(self, keep: Tensor | None) -> None:
+        """Count a step of the members with ``keep`` 1 (F, C), None: of all."""
+        self.done.add_(1.0 if keep is None else keep)
+
+    def table(self, configs: Sequence[Config], key: str) -> Tensor:
+        """Return a hyperparameter of all members, (F, C), in double precision."""
+        values = torch.tensor([float(config[key]) for config in configs], dtype=torch.float64)
+        return values.expand(self.steps.shape).contiguous().to(self.steps.device)
+
+
+class Update:
+    """The optimizer of one chunk: owns the moments, changes parameters in place.
+
+    ``steps`` (F, C) are those that the members take in an epoch, and a schedule runs over ``horizon`` epochs.
+    """
+
+    def __init__(
+        self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, *, steps: Tensor, horizon: int
+    ) -> None:
+        self.horizon = horizon
+        self.optimizer = configs[0]["optimizer"]
+        self.adaptive = self.optimizer in ("adam", "adamw")
+        moments = n_moments(self.optimizer, (config["momentum"] for config in configs))
+        self.moments = [torch.zeros_like(flat) for _ in range(moments)]
+        self._set_trials(configs, blocks, flat, steps)
+
+    def _set_trials(self, configs: Sequence[Config], blocks: Blocks, flat: Tensor, steps: Tensor) -> None:
+        self.blocks, self.dtype = blocks, flat.dtype
+        self.scratch = torch.empty_like(flat) if self.adaptive else None
+        self.clock = Clock(configs, steps, self.horizon)
+        self.lr = self.clock.table(configs, "lr")
+        decoupled = self.optimizer == "adamw"
+        decays = any(config["weight_decay"] for config in configs)
+        decay = self.clock.table(configs, "weight_decay")
+        self.decay = decay
+        self.shrink = self.lr * decay if decoupled and decays else None
+        self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
+        self.sides = {
+            block.name: torch.tensor(block.sides, device=steps.device).expand(steps.shape)
+            for block in blocks.blocks
+            if block.sides is not None
+        }
+        self.mu = self.clock.table(configs, "momentum")
+        self.momentum = 0.0 if self.adaptive else self._amount(configs, "momentum")
+
+    def _amount(self, configs: Sequence[Config], key: str) -> Amount:
+        values = {float(config[key]) for config in configs}
+        if len(values) > 1:
+            return self.clock.table(configs, key).to(self.dtype)
+        # Held to what the dtype can say: a larger one makes members diverge all the same.
+        return min(values.pop(), torch.finfo(self.dtype).max)
+
+    def state(self) -> list[Tensor]:
+        """Return the flat buffers that a later step depends on, to be filled again by ``resume``."""
+        return self.moments
+
+    def resume(self, buffers: Sequence[Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        for moment, kept in zip(self.moments, buffers, strict=True):
+            moment.copy_(kept)
+
+    def select(
+        self, configs: Sequence[Config], blocks: Blocks, keep: Tensor, flat: Tensor, *, steps: Tensor
+    ) -> None:
+        """Go on with the trials ``keep`` alone, of which all else is given."""
+        self.moments = [self.blocks.select(moment, keep) for moment in self.moments]
+        self._set_trials(configs, blocks, flat, steps)
+
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        self.clock.begin(epoch)
+
+    def step(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take one step of the members that are ``active`` (F, C), None: of all.
+
+        ``grad`` is used up: what it holds afterwards means nothing.
+        """
+        keep = None if active is None else active.double()
+        factor = self.clock.factor() if keep is None else self.clock.factor() * keep
+        if self.optimizer in IN_PLACE:
+            self._add(grad, theta, self.l2)
+        if self.adaptive:
+            self._adam(theta, grad, factor, keep)
+        elif self.optimizer in ("sgd", "nesterov"):
+            self._sgd(theta, grad, factor, keep)
+        else:
+            self._by_rule(theta, grad, active)
+        self.clock.advance(keep)
+
+    def _adam(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+        (m, v), scratch = self.moments, self.scratch
+        assert scratch is not None
+        if keep is None:
+            m.lerp_(grad, 1 - BETA1)
+            v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        else:
+            self.blocks.lerp_(m, grad, (keep * (1 - BETA1)).to(self.dtype))
+            self.blocks.lerp_(v, grad.mul_(grad), (keep * (1 - BETA2)).to(self.dtype))
+        # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the members
+        count = self.clock.done + 1
+        root = (1 - BETA2**count).sqrt()
+        torch.sqrt(v, out=scratch)
+        for eps, part in self.blocks.by_block((EPS * root).to(self.dtype), scratch):
+            part.add_(eps)
+        torch.div(m, scratch, out=scratch)
+        if self.shrink is not None:
+            self._add(theta, theta, -(self.shrink * factor).to(self.dtype))
+        self._add(theta, scratch, -(self.lr * factor * root / (1 - BETA1**count)).to(self.dtype))
+
+    def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
+        direction = grad
+        if self.moments:
+            (buffer,) = self.moments
+            if keep is None:
+                self._scale(buffer, self.momentum)
+                buffer.add_(grad)
+            else:
+                stays = keep.to(self.dtype)
+                self._scale(buffer, 1 + stays * (self.momentum - 1))
+                self._add(buffer, grad, stays)
+            direction = buffer
+            if self.optimizer == "nesterov":
+                direction = grad
+                self._add(direction, buffer, self.momentum)
+        self._add(theta, direction, -(self.lr * factor).to(self.dtype))
+
+    def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
+        """Take a step of the pure rule, block by block."""
+        names = MOMENTS[self.optimizer]
+        lr, count = self.lr * self.clock.factor(), self.clock.done + 1
+        views = [self.blocks.views(flat) for flat in (theta, grad, *self.moments)]
+        for block in self.blocks.blocks:
+            w, g, *moments = (view[block.name] for view in views)
+            own = [with_axes_of(block, table) for table in (lr, self.decay, self.mu, count)]
+            rates = Rates(own[0], own[1], own[2], own[3])
+            if (sides := self.sides.get(block.name)) is not None:
+                rates = replace(rates, sides={"w": with_axes_of(block, sides)})
+            before = {name: {"w": moment} for name, moment in zip(names, moments)}
+            new, after = RULES[self.optimizer]({"w": w}, {"w": g}, before, rates)
+            for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):
+                old.copy_(value if active is None else torch.where(with_axes_of(block, active), value, old))
+
+    def _add(self, total: Tensor, tensor: Tensor, amount: Amount) -> None:
+        """total += amount * tensor."""
+        if isinstance(amount, Tensor):
+            self.blocks.add_product_(total, tensor, amount)
+        elif amount != 0.0:
+            total.add_(tensor, alpha=amount)
+
+    def _scale(self, flat: Tensor, amount: Amount) -> None:
+        if isinstance(amount, Tensor):
+            for value, part in self.blocks.by_block(amount, flat):
+                part.mul_(value)
+        else:
+            flat.mul_(amount)

@@ -1,0 +1,225 @@
+"""The minibatches of every step: consecutive slices of each fold's keyed order, for all members at once.
+
+The order of an epoch is a permutation of the positions 0..n-1 within a fold's own training rows, keyed by
+(seed, n, epoch) alone, so a member reads the same rows alone as in any company. The last short minibatch
+counts. Where all trials have one batch size, one fold's members share their rows; otherwise each trial reads
+its own slice, and rows beyond its batch size have weight zero.
+
+A step finds its rows on the device, by a counter there, and reads nothing that the host knows only while it trains: so
+it may be recorded once and replayed. Steps differ in what is fixed when they are recorded, their ``StepShape``, and
+there are few of those.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.data.dataset import Dataset
+from gputune.population.host_rows import HostRows
+from gputune.seeding import stream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the members of the folds in ``folds`` read in one step.
+
+    ``inputs`` are each (F, B, ...) where a fold's members share their rows, otherwise (P, B, ...); ``y`` likewise,
+    with the target's own last axis; ``share`` is each row's weight over the minibatch's sum of weights,
+    (F, 1 or C, B, 1), or one float where all are equal. ``key`` is (epoch, step). ``draws`` (layers, B, H) are the
+    step's uniform draws for dropout, where the model has its own, or a module's own draws in their order.
+    """
+
+    inputs: tuple[Tensor, ...]
+    y: Tensor
+    share: Tensor | float
+    folds: slice
+    key: tuple[int, int]
+    draws: Tensor | tuple[Tensor, ...] | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """The rows of a table, (F or P, B, D)."""
+        (x,) = self.inputs
+        return x
+
+
+@dataclass(frozen=True)
+class Part:
+    """Folds ``begin`` to ``end`` of a step: the rows of their minibatches, and whether all of these count."""
+
+    begin: int
+    end: int
+    rows: int
+    full: bool
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What is fixed in a recorded step: its parts, one a run of folds with equally many rows, and who takes it."""
+
+    parts: tuple[Part, ...]
+    all_active: bool
+
+
+class Batches:
+    """The minibatches of a chunk: F folds of ``data`` x C trials with their ``sizes`` (C,), in rows.
+
+    ``target`` (V, n, ...) is the training target with one row per data row, of which fold f reads copy
+    ``f % V``. With ``exact`` no minibatch is ever padded: one size for all trials, and folds whose
+    last minibatches differ come in parts of their own (for models in which rows may interact). A last minibatch of
+    less than ``least_rows`` is left out.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        sizes: Sequence[int],
+        target: Tensor,
+        *,
+        seed: int,
+        exact: bool,
+        least_rows: int = 1,
+    ) -> None:
+        self.data, self.seed, self.exact, self.least_rows = data, seed, exact, least_rows
+        self.inputs = tuple(x.flatten(0, 1) for x in data.inputs)  # (V*n, ...)
+        self.target = target.flatten(0, 1)
+        self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
+        longest = int(self.lengths.max())
+        held = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
+        self.shared = bool((held == held[0]).all())
+        n, device = data.n_rows, data.device
+        x_start = [copy * n for copy in data.copies]
+        y_start = [(f % len(target)) * n for f in range(data.n_folds)]
+        # Where a fold's rows begin in data rows, in x and in the target: (3, F, 1)
+        self.start = torch.tensor([[0] * data.n_folds, x_start, y_start], device=device)[..., None]
+        self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
+        self.counted = torch.as_tensor(self.lengths).to(device)
+        self.weights = None if data.weights is None else data.weights.double()
+        self.step = torch.zeros((), dtype=torch.int64, device=device)
+        self.epoch: int | None = None
+        self.host = HostRows(self.inputs, device) if data.on_host else None
+        self._set_sizes(np.minimum(held, self.lengths))
+
+    def _set_sizes(self, sizes: np.ndarray) -> None:
+        """Take the members' batch sizes (F, C), held to their rows, and move to the device what follows."""
+        self.sizes = sizes
+        self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
+        self.active_until = torch.as_tensor(self.steps).to(self.data.device)
+        taken = np.full_like(self.lengths, sizes.max()) if self.shared else sizes  # (F, 1 or C)
+        self.host_taken = taken
+        self.taken = torch.as_tensor(taken).to(self.data.device)
+        self.positions = torch.arange(int(sizes.max()), device=self.data.device)
+        self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
+
+    def _shape(self, taken: np.ndarray, step: int) -> StepShape:
+        counts = np.clip(self.lengths - step * taken, 0, taken)  # (F, 1 or C) rows that count
+        if self.exact:
+            counts[step >= self.steps[:, :1]] = 0
+        width = 0 if self.shared else int(taken.max())
+        runs = _runs(counts[:, 0]) if self.exact else [slice(0, len(counts))]
+        parts = []
+        for run in runs:
+            rows = width or int(counts[run].max())
+            if rows > 0:
+                parts.append(Part(run.start, run.stop, rows, bool((counts[run] == rows).all())))
+        return StepShape(tuple(parts), bool((step < self.steps).all()))
+
+    def select(self, keep: np.ndarray) -> None:
+        """Go on with the trials ``keep`` alone."""
+        self._set_sizes(self.sizes[:, keep])
+
+    def begin(self, epoch: int) -> None:
+        """Draw the order of an epoch, and start at its first step."""
+        self.order.copy_(row_order(self.data, self.seed, epoch) + self.start)
+        self.step.zero_()
+        self.epoch = epoch
+        if self.host is not None:
+            self.host.begin(self.order[1])
+
+    def at(self, epoch: int, step: int) -> tuple[Batch, ...]:
+        """Return the minibatches of one step, in whatever order steps are asked for."""
+        if self.epoch != epoch:
+            self.begin(epoch)
+        self.step.fill_(step)
+        return self.parts(self.shapes[step], (epoch, step))
+
+    def active(self) -> Tensor:
+        """Return who takes the step that the counter says, (F, C) bool."""
+        return self.step < self.active_until
+
+    def parts(self, shape: StepShape, key: tuple[int, int]) -> tuple[Batch, ...]:
+        """Return the minibatches of the step that the counter says."""
+        return tuple(self._batch(part, key) for part in shape.parts)
+
+    def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
+        folds = slice(part.begin, part.end)
+        begin = self.step * self.taken[folds]  # (F, 1 or C)
+        positions = self.positions[: part.rows]
+        asked = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
+        rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
+        own, of_x, of_y = rows
+        members = of_x.shape[0] * of_x.shape[1]
+        if self.host is not None:
+            last = key[1] + 1 == len(self.shapes)
+            found = self.host.take(folds, key[1], part.rows, self.host_taken, last=last)
+        else:
+            found = [x.index_select(0, of_x.flatten()) for x in self.inputs]
+        inputs = tuple(self._read(i, x, of_x, folds) for i, x in enumerate(found))
+        y = self.target.index_select(0, of_y.flatten())
+        y = y.view(members, part.rows, *y.shape[1:])
+        return Batch(inputs, y, self._share(own, begin, part), folds, key)
+
+    def _read(self, number: int, found: Tensor, rows: Tensor, folds: slice) -> Tensor:
+        """Return the rows (F, 1 or C, B) of an input that were found as their folds read them, (F or P, B, ...)."""
+        found = found.view(*rows.shape, *found.shape[1:])
+        return self.data.read(number, found, folds).flatten(0, 1)
+
+    def _share(self, own: Tensor, begin: Tensor, part: Part) -> Tensor | float:
+        """Each row's weight over the minibatch's sum of weights."""
+        if self.weights is None and part.full:
+            return 1 / part.rows
+        folds = slice(part.begin, part.end)
+        counts = (self.counted[folds] - begin).clamp_min(0).minimum(self.taken[folds])[..., None]
+        # In double precision: sums of weights may leave the range of single precision, their shares do not.
+        weights = (self.positions[: part.rows] < counts).double()
+        if self.weights is not None:
+            weights = weights * self.weights[folds, None].expand(-1, own.shape[1], -1).gather(2, own)
+        # A minibatch whose weights are all zero has no slope rather than 0/0.
+        total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        return (weights / total).to(self.data.dtype)[..., None]
+
+
+def for_members(x: Tensor, trials: int) -> Tensor:
+    """Return the rows (F, B, ...) that a fold's members share once a member, (P, B, ...)."""
+    return x[:, None].expand(-1, trials, *x.shape[1:]).flatten(0, 1)
+
+
+def steps_of(lengths: np.ndarray, sizes: np.ndarray, least_rows: int = 1) -> np.ndarray:
+    """Return the steps of an epoch of so many rows, in minibatches of so many of which each has ``least_rows``."""
+    left_out = (lengths % sizes > 0) & (lengths % sizes < least_rows)
+    steps: np.ndarray = -(-lengths // sizes) - left_out
+    return steps
+
+
+def row_order(data: Dataset, seed: int, epoch: int) -> Tensor:
+    """Return each fold's training rows in the order of an epoch, (F, longest fold), as positions in the data.
+
+    A shorter fold repeats its first row at its end.
+    """
+    lengths = [len(fold.train) for fold in data.folds]
+    drawn = {
+        n: torch.randperm(n, generator=stream(seed, "rows", n, epoch), device="cpu") for n in set(lengths)
+    }
+    order = torch.stack([fold.train[:1].expand(max(lengths)) for fold in data.folds])
+    for f, (fold, n) in enumerate(zip(data.folds, lengths)):
+        order[f, :n] = fold.train[drawn[n].to(data.device)]
+    return order
+
+
+def _runs(values: np.ndarray) -> list[slice]:
+    """Return the slices of consecutive equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:])]

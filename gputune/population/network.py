@@ -1,0 +1,116 @@
+"""What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gputune.optimizers.blocks import Blocks
+from gputune.population.batches import Batch, Batches
+from gputune.population.population import ModelKind
+from gputune.types import Params, Precision
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the stacked tensors of a chunk have in common."""
+
+    folds: int
+    n_features: int
+    n_outputs: int
+    dtype: torch.dtype
+    device: torch.device
+    regression: bool
+    present: Tensor | None
+    """(F, K) bool: classes that take part in a fold, None when all do."""
+    input_shape: tuple[int, ...] | None = None
+    """Of a row of the first input, None: (n_features,)."""
+    names: tuple[str, ...] | None = None
+    """Of the inputs, where they are passed as keywords."""
+    precision: Precision = "full"
+    """Of what a module computes while it trains; its parameters, buffers and updates are always of ``dtype``."""
+
+
+class Draws(Protocol):
+    """The random draws of a model's steps, made ahead of them on the device."""
+
+    def fill(self, epoch: int, step: int) -> None:
+        """See that the draws of a step are there."""
+
+    def at(self, step: Tensor, rows: int) -> Tensor | tuple[Tensor, ...]:
+        """Return the draws of the step that a counter on the device says, for so many rows."""
+
+
+class Network(Protocol):
+    """F x C members of one shape. No method mixes members."""
+
+    kind: ModelKind
+    blocks: Blocks
+    """All that a member consists of: the trained parameters, then the buffers that training changes."""
+    trained: Blocks
+    """The trained parameters alone, ``flat[:trained.size]``: what has gradients and moments."""
+    exact: bool
+    """Whether minibatches must come without padded rows."""
+    least_rows: int
+    """Rows that a minibatch needs; a last one with fewer is left out."""
+    alone: bool
+    """Whether an output in evaluation mode depends on its own row alone."""
+    widest: int
+    """Most numbers that a row has in a layer of one member."""
+
+    def start(self) -> Tensor:
+        """Return the flat buffer of the members' start."""
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Return the training target in the form that ``gradient`` reads, (V, n, ...); V is 1 or F."""
+
+    def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
+        """Return the draws that ``gradient`` reads, None where there are none, and where it draws them itself.
+
+        With ``ahead`` it must not. Raises TraceError where it does all the same.
+        """
+
+    def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
+        """Write the gradient of every member's minibatch loss into ``grads``; buffers in ``params`` go on by a step."""
+
+    def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the outputs (C, m, K) of one fold's members on rows (m, ...) of each input, as in evaluation mode."""
+
+    def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
+        """Return the outputs (P, B, K) of whole folds' members on rows (P, B, ...) of each input, twice differentiable.
+
+        ``params`` are (P, ...), P = F*C for some folds F. ``key`` is that of the minibatch, None in evaluation mode.
+        """
+
+    def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Return the losses (F, C, B) of outputs (F, C, B, K) and targets (F, 1 or C, B, ...), twice differentiable."""
+
+    def layers(self) -> dict[str, int]:
+        """Return the layer of each parameter."""
+
+    def subset(self, keep: list[int]) -> "Network":
+        """Return the network of the trials ``keep`` (positions along C) alone."""
+
+    def member(self, params: Params, fold: int, trial: int) -> nn.Module:
+        """Return one member as a plain module in evaluation mode, on the CPU."""
+
+
+def call_module(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None = None) -> Tensor:
+    """Return what a module makes of its inputs, passed in order or by their names."""
+    result: Tensor = module(*inputs) if names is None else module(**dict(zip(names, inputs, strict=True)))
+    return result
+
+
+def first_output(outputs: Any) -> Tensor:
+    """Return what a module with several heads predicts: the first of its outputs."""
+    first: Tensor = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    return first
+
+
+def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
+    """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n) as a column."""
+    if y.is_floating_point():
+        return y[..., None].to(dtype)
+    return torch.nn.functional.one_hot(y, n_outputs).to(dtype)[None]

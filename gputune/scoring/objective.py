@@ -1,0 +1,356 @@
+"""What a module is trained on: a loss of its outputs and the target, or a step of the user's own.
+
+    objective = make_objective(loss, step, augment, task)    checked; the task's own loss where none is given
+    objective.check(config)                                  the ``loss__*`` values of a configuration
+    objective.rows(outputs, y, values)                       row losses of all members, for a loss that has a name
+
+A loss that has a name is of a standardised target and knows all members at once; one of the user's own sees the outputs
+of one member as its forward returns them, and the target in its own units.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gputune.errors import InputError
+from gputune.population.network import call_module, first_output
+from gputune.scoring.losses import row_losses
+from gputune.seeding import stream_seed
+from gputune.types import Config, Task
+
+LOSS_PREFIX = "loss__"
+
+
+class _Argument(NamedTuple):
+    """A number that a loss takes: its default, and the open interval that it lies in (``low`` counts if closed)."""
+
+    default: float
+    low: float
+    high: float
+    closed: bool = False
+
+    def rule(self) -> str:
+        return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
+
+    def holds(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            return False
+        number = float(value)
+        return (self.low <= number if self.closed else self.low < number) and number < self.high
+
+
+def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None = None) -> Tensor:
+    """(1 - s) * -log p(label) + s * the mean of -log p over the classes that take part (the others are at -inf).
+
+    Source: Szegedy et al. (2016), section 7, as ``torch.nn.functional.cross_entropy`` has it.
+    """
+    own = row_losses(outputs, y)
+    if label_smoothing is None:
+        return own
+    log_p = outputs.log_softmax(-1)
+    absent = outputs == -torch.inf
+    others = -log_p.masked_fill(absent, 0).sum(-1) / (~absent).sum(-1)
+    return (1 - label_smoothing) * own + label_smoothing * others
+
+
+def _gap(outputs: Tensor, y: Tensor) -> Tensor:
+    """Return y - outputs, (..., B, K)."""
+    return (y if y.dim() == outputs.dim() else y[..., None]) - outputs
+
+
+def _mse(outputs: Tensor, y: Tensor) -> Tensor:
+    return _gap(outputs, y).square().mean(-1)
+
+
+def _mae(outputs: Tensor, y: Tensor) -> Tensor:
+    return _gap(outputs, y).abs().mean(-1)
+
+
+def _huber(outputs: Tensor, y: Tensor, *, delta: Tensor) -> Tensor:
+    """Half the squared gap up to ``delta`` (in standard deviations of y), linear beyond. Source: Huber (1964)."""
+    gap, delta = _gap(outputs, y).abs(), delta[..., None]
+    return torch.where(gap <= delta, gap.square() / 2, delta * (gap - delta / 2)).mean(-1)
+
+
+def _quantile(outputs: Tensor, y: Tensor, *, q: Tensor) -> Tensor:
+    """The gap times q above the output, times q - 1 below. Source: Koenker and Bassett (1978)."""
+    gap, q = _gap(outputs, y), q[..., None]
+    return torch.maximum(q * gap, (q - 1) * gap).mean(-1)
+
+
+def _bce(outputs: Tensor, y: Tensor) -> Tensor:
+    y = y if y.dim() == outputs.dim() else y[..., None]
+    y = y.to(outputs.dtype).expand(outputs.shape)
+    return functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(-1)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A loss that has a name: row losses of outputs (..., B, K), the tasks it is for, and the numbers it takes."""
+
+    rows: Callable[..., Tensor]
+    tasks: tuple[Task, ...]
+    arguments: Mapping[str, _Argument]
+
+
+_CLASSES: tuple[Task, ...] = ("binary", "multiclass")
+_LOSSES: Mapping[str, _Named] = {
+    "cross_entropy": _Named(_cross_entropy, _CLASSES, {"label_smoothing": _Argument(0.0, 0, 1, closed=True)}),
+    "mse": _Named(_mse, ("regression",), {}),
+    "mae": _Named(_mae, ("regression",), {}),
+    "huber": _Named(_huber, ("regression",), {"delta": _Argument(1.0, 0, torch.inf)}),
+    "quantile": _Named(_quantile, ("regression",), {"q": _Argument(0.5, 0, 1)}),
+    "bce": _Named(_bce, ("multilabel",), {}),
+}
+_OF_TASK: Mapping[Task, str] = {
+    "binary": "cross_entropy",
+    "multiclass": "cross_entropy",
+    "regression": "mse",
+    "multilabel": "bce",
+}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How a module's minibatches become a loss: ``loss`` is a name, or what the user gave; ``step`` comes before it.
+
+    loss     name, or callable(outputs, y, **values of loss__*) -> row losses (B,) or their mean
+    step     callable(module, (x, y)) -> row losses or their mean, in place of the loss; None: the loss of the outputs
+    augment  callable(x, generator) -> x of the same shape, for the minibatches of training; None: as they are
+    """
+
+    loss: str | Callable[..., Tensor]
+    step: Callable[..., Tensor] | None = None
+    augment: Callable[..., Any] | None = None
+    any_outputs: bool = False
+    """Whether a module may return outputs of any shape (n, ...): for a custom target."""
+
+    @property
+    def name(self) -> str:
+        """What a study calls it."""
+        words = [self.loss if isinstance(self.loss, str) else qualified_name(self.loss)]
+        words = [] if self.step is not None else words
+        words += [
+            f"{word}={qualified_name(of)}"
+            for word, of in (("training_step", self.step), ("augment", self.augment))
+            if of
+        ]
+        return ", ".join(words)
+
+    def name_unless_default(self, task: Task) -> str:
+        """Return its name, "" where it is the task's own loss and nothing else."""
+        return "" if self == Objective(_OF_TASK.get(task, "")) else self.name
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it is a loss that has a name, which knows all members at once."""
+        return self.step is None and isinstance(self.loss, str)
+
+    def check(self, config: Config) -> None:
+        """Raise InputError for a ``loss__*`` value that the loss does not take."""
+        for name, value in loss_arguments(config).items():
+            self._check_argument(name, value)
+
+    def _check_argument(self, name: str, value: Any) -> None:
+        if self.step is not None:
+            raise InputError(
+                f"space: {LOSS_PREFIX}{name} has no loss to go to beside training_step; leave it out."
+            )
+        if isinstance(self.loss, str):
+            arguments = _LOSSES[self.loss].arguments
+            if name not in arguments:
+                takes = f"takes {', '.join(arguments)}" if arguments else "takes no numbers"
+                raise InputError(f"space: {LOSS_PREFIX}{name} is none of loss={self.loss!r}, which {takes}.")
+            if not arguments[name].holds(value):
+                raise InputError(
+                    f"space: {LOSS_PREFIX}{name} must be {arguments[name].rule()}, got {value!r}."
+                )
+            return
+        target = (
+            self.loss
+            if inspect.isclass(self.loss) or not isinstance(self.loss, nn.Module)
+            else type(self.loss)
+        )
+        parameters = inspect.signature(target).parameters
+        if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            raise InputError(
+                f"space: {LOSS_PREFIX}{name} is no argument of the loss {qualified_name(self.loss)}"
+                f"{inspect.signature(target)}; remove it or rename it."
+            )
+
+    def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
+        """Return the numbers that a loss takes, by name, each (C, 1) as ``like`` is; none that are all 0."""
+        if not self.is_named or not isinstance(self.loss, str):
+            return {}
+        table = {
+            name: [float(config.get(LOSS_PREFIX + name, of.default)) for config in configs]
+            for name, of in _LOSSES[self.loss].arguments.items()
+        }
+        return {name: like.new_tensor(row)[:, None] for name, row in table.items() if any(row)}
+
+    def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the row losses (..., C, B) of outputs (..., C, B, K), by a loss that has a name."""
+        assert isinstance(self.loss, str)
+        return _LOSSES[self.loss].rows(outputs, y, **values)
+
+    def outputs(self, module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None) -> Tensor:
+        """Return what a module predicts of its inputs: of several heads, for a step of the user's own, the first."""
+        outputs = call_module(module, inputs, names)
+        return outputs if self.step is None else first_output(outputs)
+
+    def losses(
+        self,
+        module: nn.Module,
+        inputs: Sequence[Tensor],
+        y: Tensor,
+        config: Config,
+        *,
+        names: Sequence[str] | None,
+        absent: Tensor | None = None,
+    ) -> Tensor:
+        """Return the losses of one module on a minibatch: of each row (B,), or a mean, ().
+
+        ``absent`` (K,) are the classes that take no part, None where all do.
+        """
+        if self.step is not None:
+            return self.step(module, (_given(inputs, names), y))
+        outputs = call_module(module, inputs, names)
+        if not self.is_named:
+            return self.member_loss(config)(outputs, y)
+        outputs = outputs if outputs.dim() > 1 else outputs[:, None]
+        if outputs.dtype == torch.bfloat16:  # of autocast: the loss is of single precision
+            outputs = outputs.float()
+        if absent is not None:
+            outputs = outputs.masked_fill(absent, -torch.inf)
+        return self.rows(outputs[None], y[None], self.values([config], outputs))[0]
+
+    def augmented(
+        self, inputs: Sequence[Tensor], names: Sequence[str] | None, seed: int, key: tuple[int, int]
+    ) -> Sequence[Tensor]:
+        """Return the inputs (F, B, ...) of a minibatch, each fold's as ``augment`` changes them with the same draws.
+
+        Raises InputError where it returns other inputs than it was given.
+        """
+        if self.augment is None:
+            return inputs
+        folds = []
+        for fold in range(len(inputs[0])):
+            own = [x[fold] for x in inputs]
+            generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
+            found = self.augment(_given(own, names), generator)
+            found = (
+                list(found.values())
+                if isinstance(found, Mapping)
+                else list(found)
+                if len(own) > 1
+                else [found]
+            )
+            shapes = [tuple(getattr(x, "shape", ())) for x in found]
+            if shapes != [tuple(x.shape) for x in own]:
+                raise InputError(
+                    f"augment: {qualified_name(self.augment)} must return inputs of the shapes that it is given, "
+                    f"{[tuple(x.shape) for x in own]}, got {shapes}."
+                )
+            folds.append(found)
+        return [torch.stack(parts) for parts in zip(*folds)]
+
+    def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
+        """Return minus the mean loss of one member's outputs, with the numbers that the loss takes by default."""
+        found = (
+            self.rows(outputs[None, None], y[None, None], self.values([{}], outputs))
+            if self.is_named
+            else self.member_loss({})(outputs, y)
+        )
+        return -float(found.double().mean())
+
+    def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return the user's loss of one member's outputs, with a configuration's values: row losses or a mean."""
+        values = loss_arguments(config)
+        loss: Any = self.loss
+        if isinstance(loss, type):
+            return _by_rows(loss(**values))
+        if isinstance(loss, nn.Module):
+            return _by_rows(loss)
+        return lambda outputs, y: loss(outputs, y, **values)
+
+
+def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> Any:
+    """Return inputs as a user's function gets them: one alone, a tuple of several, a dict of those with names."""
+    if names is not None:
+        return dict(zip(names, inputs, strict=True))
+    return inputs[0] if len(inputs) == 1 else tuple(inputs)
+
+
+def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Let a loss of torch's give a number a row, of which the mean is what it gives otherwise, where it can."""
+    rows: Any = copy.deepcopy(loss)
+    if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
+        return loss
+    rows.reduction = "none"
+
+    def of_rows(outputs: Tensor, y: Tensor) -> Tensor:
+        if y.is_floating_point() and y.shape != outputs.shape and y.numel() == outputs.numel():
+            y = y.view(outputs.shape)  # (B,) and (B, 1) would be broadcast to (B, B)
+        losses: Tensor = rows(outputs, y)
+        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
+
+    return of_rows
+
+
+def loss_arguments(config: Config) -> Config:
+    """Return the ``loss__*`` values of a configuration under the names that the loss knows."""
+    return {k.removeprefix(LOSS_PREFIX): v for k, v in config.items() if k.startswith(LOSS_PREFIX)}
+
+
+def qualified_name(value: Any) -> str:
+    """Return the module and name of a function or class, of an object that of its class."""
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(named, '__module__', '')}:{named.__qualname__}"
+
+
+def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
+    """Return the checked objective; without ``loss`` the task's own.
+
+    Raises InputError for what is no loss, one that does not fit the task, and a custom target without one.
+    """
+    for name, value in (("training_step", step), ("augment", augment)):
+        if value is not None and not callable(value):
+            raise InputError(f"{name} must be a function, got {value!r}.")
+    if step is not None and loss is not None:
+        raise InputError(
+            "training_step returns the loss itself, so loss has nothing to do; leave one of them out."
+        )
+    if loss is None and step is None and task == "custom":
+        raise InputError(
+            "a custom target has no loss of its own; give loss=callable(outputs, y), or training_step=callable(module, "
+            "batch)."
+        )
+    if loss is None:
+        return Objective(_OF_TASK.get(task, ""), step, augment, task == "custom")
+    if not isinstance(loss, str):
+        if not callable(loss):
+            raise InputError(
+                f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
+            )
+        return Objective(loss, step, augment, task == "custom")
+    if loss not in _LOSSES:
+        raise InputError(
+            f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
+        )
+    if task not in _LOSSES[loss].tasks:
+        fitting = ", ".join(repr(name) for name, of in _LOSSES.items() if task in of.tasks)
+        raise InputError(
+            f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}."
+        )
+    return Objective(loss, step, augment)
+
+
+def _names() -> str:
+    return ", ".join(map(repr, _LOSSES))

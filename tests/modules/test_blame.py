@@ -1,0 +1,230 @@
+"""What a user's module fails on is named before anything trains where it can be known: ids, shapes, rows, numbers."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gputune
+from gputune.errors import InputError
+from gputune.modules.hints import hint
+
+SMALL = {"n_trials": 2, "cv": [(np.arange(20), np.arange(20, 30))] * 2, "max_epochs": 2, "verbose": 0}
+IDS = torch.randint(9, (30, 5), generator=torch.Generator().manual_seed(0))
+ROWS = torch.rand(30, 3, generator=torch.Generator().manual_seed(1))
+LABELS = np.arange(30) % 2
+
+
+def tune(module, X, y=LABELS, **options):
+    return gputune.tune(module, X, y, **{**SMALL, "workers": 1, **options})
+
+
+def changed(x, row, value):
+    x = x.clone()
+    x[row].view(-1)[-1] = value
+    return x
+
+
+class Words(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.code, self.head = nn.Embedding(9, 4), nn.Linear(4, n_outputs)
+
+    def forward(self, ids, weight=None):
+        return self.head(self.code(ids).mean(1))
+
+
+class Folded(Words):
+    """Ids of rows of its own."""
+
+    def forward(self, ids):
+        return self.head(self.code(ids.flatten()).view(len(ids), -1, 4).mean(1))
+
+
+class Columns(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.code, self.head = nn.Embedding(4, 4), nn.Linear(4, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.code(x[:, 0].long()))
+
+
+@pytest.mark.parametrize(
+    ("module", "X", "message"),
+    [
+        (
+            Words,
+            changed(IDS, 27, 9),
+            r"X has the id 9 in row 27, and the embedding 'code' of Words has 9 places",
+        ),
+        (
+            Words,
+            changed(IDS, 27, -1),
+            r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers",
+        ),
+        (Words, (changed(IDS, 3, 20), ROWS), r"X\[0\] has the id 20 in row 3, .* give it num_embeddings=21"),
+        (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
+        (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
+        (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
+        (Columns, IDS.double(), "makes the id -1 .* numbers='none' leaves codes as they are"),
+        (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
+    ],
+)
+def test_an_id_without_a_place_is_named(module, X, message):
+    with pytest.raises(InputError, match=message):
+        tune(module, X)
+
+
+def test_codes_that_fit_pass():
+    assert tune(Columns, (IDS % 4).double(), numbers="none").best_trial.score > 0
+
+
+class Picky(nn.Linear):
+    """Fails on a row with a large number, which none of those has on which it is tried."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        if bool((x > 50).any()):
+            raise ArithmeticError("too large")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("row", "kind", "epochs"), [(45, "training", 0), (95, "validation", 1)])
+def test_a_row_that_fails_in_one_fold_is_named(row, kind, epochs):
+    folds = [(np.arange(0, 40), np.arange(40, 45)), (np.arange(0, 80), np.arange(90, 100))]
+    y, X = np.arange(100) % 2, changed(torch.rand(100, 3), row, 1e6)
+    message = (
+        rf"Picky raised ArithmeticError in fold 1, after {epochs} epochs?: too large. "
+        rf"It fails on row {row} of X, of the {kind} rows"
+    )
+    with pytest.raises(InputError, match=message):
+        tune(Picky, X, y, cv=folds, numbers="none")
+
+
+class Codes(nn.Module):
+    """An embedding whose ids are made of two columns, so that no single one tells of them."""
+
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.code, self.head = nn.Embedding(3, 4), nn.Linear(4, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.code((x[:, 0] * x[:, 1] + x[:, 2]).long()))
+
+
+def test_a_row_that_fails_for_stacked_members_is_named():
+    X = torch.zeros(100, 3)
+    X[50], X[60, :2], X[70, 2] = 1, 1, 1  # the sum of products is 2 in row 50 alone
+    X[50] += 0.5
+    X[40], X[41], X[42] = torch.tensor([2.0, 0, 0]), torch.tensor([0, 2.0, 0]), torch.tensor([0, 0, 2.0])
+    folds = [(np.arange(0, 40), np.arange(40, 50)), (np.arange(0, 60), np.arange(90, 100))]
+    with pytest.raises(InputError, match="Codes raised IndexError in fold 1, .* fails on row 50 of X"):
+        tune(Codes, X, np.arange(100) % 2, cv=folds, numbers="none")
+
+
+class Divides(nn.Linear):
+    def __init__(self, n_features, n_outputs, by=0.0):
+        super().__init__(n_features, n_outputs)
+        self.by = by
+
+    def forward(self, x):
+        return super().forward(x) / self.by
+
+
+def test_outputs_that_are_not_finite_from_the_first_step_are_refused():
+    with pytest.raises(
+        InputError, match=r"model: Divides\(module__by=0.0\)|Divides\(by=0.0\) gives outputs that are"
+    ):
+        tune(Divides, ROWS, space={"module__by": [0.0]})
+
+
+def test_one_configuration_that_is_not_finite_is_a_result():
+    study = tune(Divides, ROWS, space={"module__by": [1.0, 0.0]}, include_default=False)
+    assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
+
+
+class Asks(nn.Linear):
+    def __init__(self, vocabulary, n_outputs):
+        super().__init__(3, n_outputs)
+
+
+def test_an_argument_that_nothing_gives_is_named_with_its_remedies():
+    message = r"Asks\(vocabulary, n_outputs\) asks for 'vocabulary', .* 'module__vocabulary' into .* functools.partial"
+    with pytest.raises(InputError, match=message):
+        tune(Asks, ROWS)
+    assert tune(Asks, ROWS, space={"module__vocabulary": [7]}).best_trial.score > 0
+
+
+class Outputs(nn.Module):
+    def __init__(self, n_features):
+        super().__init__()
+        self.body = nn.Linear(n_features, 6)
+
+
+class One(Outputs):
+    def forward(self, x):
+        return self.body(x)[:, :1]
+
+
+class Axes(Outputs):
+    def forward(self, x):
+        return self.body(x).view(-1, 2, 3)
+
+
+class Both(Outputs):
+    def forward(self, x):
+        return self.body(x)[:, :2], x
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            One,
+            r"must return a tensor of shape \(rows, 2\), got \(20, 1\) for 20 rows.* takes two logits a row",
+        ),
+        (Axes, r"got \(20, 2, 3\) .* Axes beside the rows are to be pooled"),
+        (Both, "got tuple .* return the first, or train them by training_step"),
+    ],
+)
+def test_outputs_of_another_shape_come_with_both_shapes_and_a_remedy(module, message):
+    with pytest.raises(InputError, match=message):
+        tune(module, ROWS)
+
+
+IMAGES = torch.rand(30, 4, 4, 3, generator=torch.Generator().manual_seed(2))
+
+
+class Image(nn.Module):
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 2, 3, padding=1), nn.Linear(2, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
+        (
+            IMAGES.permute(0, 3, 1, 2).mul(255).byte(),
+            r"x.float\(\), or numbers='standard' makes floats of bytes",
+        ),
+        (IMAGES.permute(0, 3, 1, 2) > 0.5, r"begin the forward with x.float\(\)\."),
+        (IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
+    ],
+)
+def test_what_a_convolution_does_not_take_comes_with_a_remedy(X, message):
+    with pytest.raises(InputError, match=message):
+        tune(Image, X)
+
+
+def test_narrow_ids_come_with_a_remedy():
+    with pytest.raises(InputError, match=r"begin the forward with x.long\(\)"):
+        tune(Words, IDS.to(torch.int16))
+    assert hint("something else", [ROWS]) == ""

@@ -1,0 +1,243 @@
+"""What cannot be stacked trains one by one: every member equals its plain loop, with the same curves and states."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import loguniform
+from torch import nn
+
+import gputune
+import reference
+from gputune.engine.train import train
+from gputune.errors import InputError
+from gputune.modules.inspection import traits_of
+from gputune.modules.looped import LoopedModule
+from gputune.modules.module import StackedModule
+from gputune.population.population import populations
+from gputune.scoring.scoring import make_scoring
+from problems import fill, largest_difference, make_data, rows_of, shape_of
+
+
+class Gated(nn.Module):
+    """Control flow on data, dropout, and a frozen parameter."""
+
+    def __init__(self, n_features, n_outputs, hidden=6, p=0.0):
+        super().__init__()
+        self.enter, self.leave = nn.Linear(n_features, hidden), nn.Linear(hidden, n_outputs)
+        self.other, self.drop = nn.Linear(hidden, hidden), nn.Dropout(p)
+        self.scale = nn.Parameter(torch.full((n_features,), 0.7), requires_grad=False)
+
+    def forward(self, x):
+        h = torch.tanh(self.enter(x * self.scale))
+        if h.sum() > 0:
+            h = h + self.other(h)
+        return self.leave(self.drop(h))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, n_features, n_outputs, kind=nn.GRU):
+        super().__init__()
+        self.cell, self.norm, self.leave = (
+            kind(1, 4, batch_first=True),
+            nn.BatchNorm1d(4),
+            nn.Linear(4, n_outputs),
+        )
+
+    def forward(self, x):
+        return self.leave(self.norm(self.cell(x[..., None])[0][:, -1]))
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, slope):
+        return 2 * slope
+
+
+class WithFunction(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        return Double.apply(super().forward(x))
+
+
+class WithHook(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.weight.register_hook(lambda slope: slope.clamp(-0.01, 0.01))
+
+
+class InPlace(nn.Linear):
+    """Writes into a buffer at a place that the data say."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.register_buffer("seen", torch.zeros(4, dtype=torch.int64))
+
+    def forward(self, x):
+        if self.training:
+            self.seen[int(x[0, 0] > 0)] += 1
+        return super().forward(x)
+
+
+class Annealed(nn.Linear):
+    """Counts its steps in a number of its own, which evaluation reads too."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.step = 0
+
+    def forward(self, x):
+        self.step += self.training
+        return super().forward(x) / (1 + 0.1 * self.step)
+
+
+MODULES = {
+    "control flow": (partial(Gated, p=0.3), "data-dependent control flow"),
+    "gru": (Recurrent, ""),
+    "lstm": (partial(Recurrent, kind=nn.LSTM), ""),
+    "function": (WithFunction, "vmap"),
+    "hook": (WithHook, "parameter 'weight' has a hook"),
+    "in place": (InPlace, ""),
+    "number": (Annealed, "it counts in 'step'"),
+}
+
+
+def looped(build, configs, data):
+    traits = traits_of(build, configs[0], data)
+    return LoopedModule(build, configs, shape_of(data), seed=0, traits=traits)
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adamhd"])
+def test_a_member_equals_its_plain_loop(name, optimizer):
+    build, reason = MODULES[name]
+    data = make_data(weights=True)
+    configs = fill(
+        *({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (7, 500))
+    )
+    assert reason in traits_of(build, configs[0], data).unstackable
+    for population in populations(configs, "module", rows=len(data.folds[0].train)):
+        configs = list(population.configs)
+        trained = train(looped(build, configs, data), data, configs, seed=0, epochs=9, horizon=9)
+        for c, config in enumerate(configs):
+            x, y, weights = rows_of(data, 1)
+            plain = partial(build, n_features=data.n_features, n_outputs=data.n_outputs)
+            alone = reference.train_module(plain, x, y, config, epochs=9, weights=weights)
+            assert largest_difference(trained.member(1, c), alone) <= 1e-8
+            assert getattr(trained.member(1, c), "step", 0) == getattr(alone, "step", 0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+def test_looped_equals_stacked(schedule):
+    """The same curves, members and states, for a module that can be either."""
+
+    def build(n_features, n_outputs):
+        return nn.Sequential(
+            nn.Linear(n_features, 6), nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, n_outputs)
+        )
+
+    data = make_data("regression")
+    configs = [
+        c | {"schedule": schedule} for c in fill(*({"batch_size": 16, "lr": lr} for lr in (1e-3, 1e-2)))
+    ]
+    words = {"seed": 0, "epochs": 6, "horizon": 6, "scoring": make_scoring(None, "regression", None)}
+    traits = traits_of(build, configs[0], data)
+    one, other = (
+        train(kind(build, configs, shape_of(data), seed=0, traits=traits), data, configs, **words)
+        for kind in (StackedModule, LoopedModule)
+    )
+    np.testing.assert_allclose(other.curves, one.curves, rtol=1e-7)
+    for a, b in zip(other.state.buffers, one.state.buffers, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgdhd"])
+def test_halving_and_a_resume_change_nothing(optimizer):
+    data = make_data()
+    configs = fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2, 1e-1)))
+    for build in (Recurrent, Annealed):
+        words = {"seed": 0, "horizon": 6}
+        whole = train(looped(build, configs, data), data, configs, epochs=6, **words)
+        begun = train(looped(build, configs, data), data, configs, epochs=2, **words)
+        kept = configs[1:]
+        resumed = train(
+            looped(build, kept, data), data, kept, epochs=6, begin=begun.state.select([1, 2]), **words
+        )
+        for f in range(data.n_folds):
+            for c in range(2):
+                one, other = resumed.member(f, c), whole.member(f, c + 1)
+                assert largest_difference(one, other) <= 1e-9
+                assert getattr(one, "step", 0) == getattr(other, "step", 0)
+
+
+def test_a_member_that_diverges_leaves_the_others_as_they_are():
+    data = make_data("regression")
+    configs = fill(*({"batch_size": 16, "lr": lr, "optimizer": "sgd"} for lr in (1e-3, 1e30)))
+    words = {"seed": 0, "epochs": 4, "horizon": 4, "scoring": make_scoring(None, "regression", None)}
+    both = train(looped(Gated, configs, data), data, configs, **words)
+    alone = train(looped(Gated, configs[:1], data), data, configs[:1], **words)
+    assert both.alive == (0,) and np.isnan(both.curves[1]).any()
+    np.testing.assert_array_equal(both.curves[0], alone.curves[0])
+
+
+def search(model, **words):
+    X, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+    space = {"lr": [1e-3, 1e-2], "batch_size": [16]}
+    options = {
+        "space": space,
+        "cv": 2,
+        "max_epochs": 4,
+        "n_trials": 2,
+        "include_default": False,
+        "verbose": 0,
+    }
+    return gputune.tune(model, X, y, **options | words)
+
+
+def test_a_search_says_what_trains_one_by_one_and_why(capsys):
+    study = search(Gated, verbose=1)
+    said = capsys.readouterr().err
+    sentence = (
+        "note: Gated trains one by one, since its members cannot be stacked: its forward says: vmap: It looks"
+    )
+    assert said.count(sentence) == 1 and "2 trials in 2 chunks of 1" in said and ", one by one" in said
+    assert any("one by one" in note for note in study.record.notes)
+    assert isinstance(study.best_model().module, Gated)
+
+
+def test_both_ways_give_the_same_search():
+    one, other = (search(Free, backend=word) for word in ("stacked", "loop"))
+    for a, b in zip(one.trials, other.trials):
+        np.testing.assert_allclose(a.fold_scores, b.fold_scores)
+
+
+class Free(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+
+def test_what_cannot_be_had_is_refused():
+    with pytest.raises(
+        InputError, match="backend='stacked': the members of Gated cannot be stacked: .*backend='auto'"
+    ):
+        search(Gated, backend="stacked")
+    with pytest.raises(InputError, match="backend='loop' trains the members of a user's module"):
+        search("mlp", backend="loop")
+    with pytest.raises(InputError, match="Gated trains one by one, since.*Hypergradients need members"):
+        search(Gated, method="hypergradient", space={"lr": loguniform(1e-3, 1e-1)})
+
+
+def test_processes_and_halving_give_the_same_scores():
+    space = {"lr": [1e-3, 1e-2, 1e-1], "batch_size": [16]}
+    words = {"space": space, "n_trials": 3, "method": "halving"}
+    one, two = (search(Gated, **words, workers=workers) for workers in (1, 2))
+    for a, b in zip(one.trials, two.trials):
+        assert a.state == b.state
+        np.testing.assert_array_equal(a.fold_scores, b.fold_scores)

@@ -1,0 +1,241 @@
+"""A step recorded on a CPU is the step itself: to the bit, without its views and allocations, on the memory of then."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gputune.engine.stacked import StackedChunk
+from gputune.modules import draws
+from gputune.modules.module import StackedModule
+from gputune.modules.program import arrange, compile_trace
+from gputune.modules.recorder import CpuRecorder, Replays
+from gputune.modules.trace import TraceError, trace
+from gputune.scoring.scoring import make_scoring
+from problems import fill, make_data, shape_of
+
+
+def recorded(step):
+    with torch.no_grad():
+        return compile_trace(trace(step))
+
+
+@pytest.fixture
+def total():
+    return torch.zeros(2, 4)
+
+
+STEPS = {
+    "in place": lambda t, x: t.add_(x).mul_(2),
+    "views": lambda t, x: t[:, 1:].copy_((x * 3).view(4, 2).T.reshape(2, 4)[:, 1:]),
+    "two results": lambda t, x: t.copy_(torch.nn.functional.layer_norm(x + t, (4,))),
+    "a part of a result": lambda t, x: t.copy_(torch.stack([x + 1, x * 2])[1]),
+    "numbers of the host": lambda t, x: t.add_(torch.tensor([1.0, 2.0, 3.0, 4.0]).mul_(2)) * x,
+    "memory made and filled": lambda t, x: t.add_(
+        torch.zeros(2, 4).add_(x).index_add_(0, torch.tensor([1]), x[:1])
+    ),
+    "constants": lambda t, x: t.add_(torch.ones(4).cumsum(0) * x),
+    "an activation": lambda t, x: t.add_(torch.relu(x - 0.5) + torch.full_like(x, float("inf")).reciprocal()),
+    "a copy of another type": lambda t, x: t.add_((x > t).to(torch.float32)),
+    "a slope of a selection": lambda t, x: t.add_(torch.func.grad(lambda v: (v[1] ** 2).sum())(x)),
+    "what nobody reads": lambda t, x: (x.exp(), t.add_(x)),
+    "nothing": lambda t, x: None,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_recorded_step_is_the_step(name, total):
+    step, x, expected = STEPS[name], torch.rand(2, 4), total.clone()
+    run = recorded(lambda: step(total, x))
+    assert not total.any()  # what is recorded has not happened
+    for _ in range(3):
+        run()
+        with torch.no_grad():
+            step(expected, x)
+        assert torch.equal(total, expected)
+        x.uniform_()
+
+
+@pytest.mark.parametrize("channels", [3, 8])
+def test_pooling_takes_the_first_of_equal_numbers(channels):
+    x, total = torch.randn(2, channels, 6, 7).clamp_min(0), torch.zeros(2, channels, 3, 3)
+    where = torch.zeros(2, channels, 3, 3, dtype=torch.int64)
+
+    def step():
+        pooled, indices = nn.functional.max_pool2d(x, 2, return_indices=True)
+        total.copy_(pooled), where.copy_(indices)
+
+    recorded(step)()
+    found = total.clone(), where.clone()
+    step()
+    assert torch.equal(found[0], total) and torch.equal(found[1], where) and total.any()
+
+
+REFUSED = {
+    "reads a number": lambda t: t.sum().item(),
+    "gives a tensor whose shape depends on numbers": lambda t: t[t > 0],
+    "draws random numbers": lambda t: t.add_(torch.rand_like(t)),
+    "moves or resizes a tensor": lambda t: t.resize_(8),
+    "is not a plain one in main memory": lambda t: t.to_sparse(),
+    "is read as torch.int32": lambda t: t.copy_(nn.functional.layer_norm(t, (4,)).view(torch.int32)),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_recorded_is_said_and_undone(reason, total):
+    with pytest.raises(TraceError, match=reason):
+        recorded(lambda: REFUSED[reason](total.add_(1)))
+    assert not total.any()
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(total):
+    steps = Replays(CpuRecorder(torch.device("cpu")), Counter({"shape": 100}))
+    for _ in range(5):
+        steps.take("shape", lambda: total.add_(torch.rand_like(total).ceil()))
+    assert total.unique().tolist() == [5] and not steps.recorded
+
+
+def test_a_seldom_shape_is_recorded_when_that_would_have_repaid_it(total):
+    steps = Replays(CpuRecorder(torch.device("cpu")), Counter({"often": 9, "seldom": 1}))
+    for taken in range(1, 11):
+        for shape in ("often", "seldom"):
+            steps.take(shape, lambda: total.add_(1))
+        assert set(steps.steps) == {"often"} if 1 < taken < 9 else True
+    assert set(steps.steps) == {"often", "seldom"} and total.unique().tolist() == [20]
+
+
+def test_results_in_use_share_no_memory():
+    rng = np.random.default_rng(0)
+    uses = [(i, i + int(rng.integers(0, 9)), int(rng.integers(1, 300))) for i in range(60)]
+    begins, size = arrange(uses)
+    for i, (_, last, wanted) in enumerate(uses):
+        assert begins[i] % 64 == 0 and begins[i] + wanted <= size
+        for j in range(i + 1, len(uses)):
+            if uses[j][0] <= last:
+                assert begins[j] + uses[j][2] <= begins[i] or begins[i] + wanted <= begins[j]
+    assert size < sum(wanted for *_, wanted in uses) / 3
+
+
+class Small(nn.Module):
+    """Two layers and what lies between them."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(n_features, 8),
+            nn.LayerNorm(8),
+            nn.GELU(),
+            nn.Linear(8, 8),
+            nn.ReLU(),
+            nn.Linear(8, n_outputs),
+        )
+
+    def forward(self, x):
+        return self.body(x)
+
+
+class Drawing(Small):
+    """What is drawn by the layer, in the forward, and through the weights of attention."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.drop, self.channel = nn.Dropout(0.3), nn.Dropout1d(0.5)
+
+    def forward(self, x):
+        noise = torch.randn(len(x), 1, dtype=x.dtype) if self.training else 0
+        h = self.channel(self.body[:3](self.drop(x) + noise)[:, :, None]).squeeze(-1)
+        return self.body[3:](h + 0.1 * torch.rand_like(noise) if self.training else h)
+
+
+class DrawingByChances(Small):
+    def forward(self, x):
+        return super().forward(x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype)))
+
+
+def chunk_of(data, configs, *, recorded, module=Small):
+    network = StackedModule(module, configs, shape_of(data), seed=0)
+    scoring = make_scoring(None, data.task, np.arange(3))
+    return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring, recorded=recorded)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
+    monkeypatch.setattr(CpuRecorder, "repays", 1)
+    data = make_data(task, weights=task == "regression")
+    configs = fill(
+        *(
+            {"optimizer": optimizer, "lr": rate, "weight_decay": rate, "batch_size": 9}
+            for rate in (1e-3, 1e-2, 0.1)
+        )
+    )
+    with torch.no_grad():
+        found, expected = (chunk_of(data, configs, recorded=recorded) for recorded in (True, False))
+        for epoch in range(4):
+            for chunk in (found, expected):
+                chunk.advance(epoch)
+            assert torch.equal(found.flat, expected.flat)
+            if epoch == 1:
+                for chunk in (found, expected):
+                    chunk.keep(np.array([True, False, True]))
+    assert found.steps.recorded and len(found.slots) == 2
+
+
+@pytest.mark.parametrize("draw_bytes", [1 << 20, 3000])
+def test_what_a_module_draws_is_made_ahead_and_the_same(monkeypatch, draw_bytes):
+    monkeypatch.setattr(CpuRecorder, "repays", 1)
+    monkeypatch.setattr(draws, "_DRAW_BYTES", draw_bytes)
+    data = make_data()  # folds of 40 and 41 rows
+    with torch.no_grad():
+        found, expected = (
+            chunk_of(
+                data, fill({"batch_size": 9}, {"batch_size": 9, "lr": 0.1}), recorded=recorded, module=Drawing
+            )
+            for recorded in (True, False)
+        )
+        for epoch in range(4):
+            for chunk in (found, expected):
+                chunk.advance(epoch)
+            assert torch.equal(found.flat, expected.flat)
+    assert len(found.steps.steps) == 2 and (found.draws.ahead < 5) == (draw_bytes < 1 << 20)
+
+
+def test_draws_by_other_numbers_are_made_in_the_step():
+    data, configs = make_data(), fill({"batch_size": 9})
+    with torch.no_grad():
+        found, expected = (
+            chunk_of(data, configs, recorded=recorded, module=DrawingByChances) for recorded in (True, False)
+        )
+        for chunk in (found, expected):
+            chunk.advance(0)
+    assert found.draws is None and torch.equal(found.flat, expected.flat)
+
+
+class NothingNew(TorchDispatchMode):
+    """Adds up the bytes that operations ask of the system."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        known = {id(value) for value in (*args, *(kwargs or {}).values())}
+        if isinstance(result, torch.Tensor) and id(result) not in known:
+            self.asked += result.untyped_storage().nbytes()
+        return result
+
+
+def test_a_recorded_step_asks_for_hardly_any_memory():
+    data = make_data(n=400, d=32)
+    configs = fill(*({"batch_size": 64} for _ in range(8)))
+    with torch.no_grad():
+        chunk = chunk_of(data, configs, recorded=False)
+        chunk.batches.begin(0)
+        run = recorded(lambda: chunk._step(chunk.batches.shapes[0], (0, 0)))
+        with NothingNew() as eager:
+            chunk._step(chunk.batches.shapes[0], (0, 0))
+        with NothingNew() as straight:
+            run()
+    assert 0 < straight.asked < eager.asked / 10

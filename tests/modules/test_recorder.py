@@ -1,0 +1,122 @@
+"""The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to see that."""
+
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gputune.modules import recorder
+from gputune.modules.recorder import RECORDERS, CudaRecorder, Replays
+from gputune.out_of_memory import is_out_of_memory
+
+
+class Stream:
+    """A stream that notes for whom it waits."""
+
+    def __init__(self, name, log):
+        self.name, self.log = name, log
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """torch.cuda as a log of what is asked of it; the last capture ends as ``cuda.end`` says."""
+    log = []
+    fake = SimpleNamespace(log=log, end=lambda: None)
+    current, streams = Stream("current", log), []
+
+    @contextmanager
+    def inside(text):
+        log.append(f"in {text}")
+        yield
+        log.append(f"out of {text}")
+
+    @contextmanager
+    def graph(cuda_graph, pool, stream):
+        log.append(f"capture on {stream.name} into {pool}")
+        try:
+            yield
+        finally:
+            fake.end()
+            log.append("captured")
+
+    def make_stream(device):
+        streams.append(Stream(f"side {device}", log))
+        return streams[-1]
+
+    parts = {
+        "graph_pool_handle": lambda: "pool",
+        "Stream": make_stream,
+        "current_stream": lambda device: current,
+        "stream": lambda stream: inside(stream.name),
+        "set_stream": lambda stream: log.append(f"back to {stream.name}"),
+        "synchronize": lambda device: log.append("wait"),
+        "device": lambda device: inside(str(device)),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: log.append("replay")),
+        "graph": graph,
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(torch.cuda, name, part)
+    recorder._side_stream.cache_clear()
+    yield fake
+    recorder._side_stream.cache_clear()
+
+
+def test_warm_up_and_capture_are_on_one_side_stream(cuda):
+    assert RECORDERS["cuda"] is CudaRecorder
+    one = CudaRecorder(torch.device("cuda", 1))
+    one.warm_up(lambda: cuda.log.append("step"))
+    one.capture(lambda: cuda.log.append("step")).replay()
+    assert cuda.log == [
+        "side cuda:1 waits for current",
+        "in side cuda:1",
+        "step",
+        "out of side cuda:1",
+        "current waits for side cuda:1",
+        "in cuda:1",
+        "capture on side cuda:1 into pool",
+        "step",
+        "captured",
+        "out of cuda:1",
+        "replay",
+    ]
+
+
+def test_chunks_share_the_stream_of_their_device(cuda):
+    one, two = CudaRecorder(torch.device("cuda", 0)), CudaRecorder(torch.device("cuda", 0))
+    assert one.stream is two.stream
+
+
+def test_a_capture_that_runs_out_of_memory_says_so(cuda):
+    def end():
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def step():
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    cuda.end = end
+    with pytest.raises(RuntimeError, match="previous error during capture") as failed:
+        CudaRecorder(torch.device("cuda", 0)).capture(step)
+    assert is_out_of_memory(failed.value)
+
+
+def test_a_capture_that_fails_is_the_last_one(cuda, monkeypatch):
+    monkeypatch.setattr(CudaRecorder, "has_failed", False)
+    steps, replays = [], Replays(CudaRecorder(torch.device("cuda", 0)), Counter({"shape": 9, "other": 9}))
+
+    def end():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")
+
+    cuda.end = end
+    with pytest.warns(
+        RuntimeWarning, match="recording a step on cuda:0 failed: .* when stream is capturing. Nothing"
+    ):
+        for shape in ["shape"] * 5 + ["other"] * 5:
+            replays.take(shape, lambda: steps.append(1))
+    assert len(steps) == 10 + 1  # one was captured, and so not taken
+    assert sum(text.startswith("capture on") for text in cuda.log) == 1
+    assert cuda.log.count("back to current") == 1

@@ -1,0 +1,155 @@
+"""The in-place updates equal the pure rules, and the pure rules equal torch.optim."""
+
+import numpy as np
+import pytest
+import torch
+
+from gputune.optimizers.blocks import Block, Blocks
+from gputune.optimizers.rules import RULES, Rates, empty_moments
+from gputune.optimizers.schedules import SCHEDULES, schedule_factor
+from gputune.optimizers.update import IN_PLACE, Update
+
+F, C = 2, 3
+BLOCKS = Blocks([Block("wide", (F, 4, C, 5), 2), Block("plain", (F, C, 2, 2), 1)])
+STEPS = np.array([[4, 5, 3], [4, 4, 3]])  # an epoch, of each member
+
+
+def stacked(flat):
+    return {k: v.flatten(0, 1).clone() for k, v in BLOCKS.by_member(flat).items()}
+
+
+def configs_of(optimizer, *, alike, schedules=("constant",) * C):
+    first = {"lr": 0.01, "weight_decay": 0.03, "momentum": 0.3}
+    return [
+        {"optimizer": optimizer, "schedule": schedules[c]}
+        | {key: value * (1 if alike else 1 + c) for key, value in first.items()}
+        for c in range(C)
+    ]
+
+
+def make_update(configs, flat):
+    return Update(configs, BLOCKS, flat, steps=torch.from_numpy(STEPS), horizon=3)
+
+
+def of_members(configs, key):
+    return np.tile([config[key] for config in configs], (F, 1))
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(
+    "schedules",
+    [("constant",) * 3, ("cosine", "constant", "cosine"), ("linear", "warmup+cosine", "one_cycle")],
+)
+def test_in_place_equals_the_pure_rule(name, alike, schedules):
+    g = torch.Generator().manual_seed(0)
+    flat = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
+    configs, params = configs_of(name, alike=alike, schedules=schedules), stacked(flat)
+    moments, update = empty_moments(name, params), make_update(configs, flat)
+    for epoch in range(2):
+        update.begin(epoch)
+        for step in range(STEPS.max()):
+            grad = torch.randn(BLOCKS.size, generator=g, dtype=torch.float64)
+            active, done = step < STEPS, epoch * STEPS + np.minimum(step, STEPS)
+            factors = [schedule_factor(s, done[:, c], 3 * STEPS[:, c]) for c, s in enumerate(schedules)]
+            lr = of_members(configs, "lr") * np.stack(factors, 1)
+            tables = (lr, of_members(configs, "weight_decay"), of_members(configs, "momentum"), done + 1)
+            rates = Rates(*(torch.from_numpy(table.flatten().astype(float)) for table in tables))
+            new, new_moments = RULES[name](params, stacked(grad), moments, rates)
+            on = torch.from_numpy(active.flatten())
+            params = _where(on, new, params)
+            moments = {m: _where(on, new_moments[m], part) for m, part in moments.items()}
+            update.step(flat, grad, None if active.all() else torch.from_numpy(active))
+    for k, w in stacked(flat).items():
+        torch.testing.assert_close(w, params[k], rtol=1e-12, atol=1e-13)
+    for moment, part in zip(update.state(), moments.values()):
+        for k, w in stacked(moment).items():
+            torch.testing.assert_close(w, part[k], rtol=1e-12, atol=1e-15)
+
+
+def _where(on, new, old):
+    return {k: torch.where(on.view(-1, *[1] * (w.dim() - 1)), new[k], w) for k, w in old.items()}
+
+
+@pytest.mark.parametrize("optimizer", sorted(RULES))
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "momentum"])
+def test_numbers_beyond_the_dtype_neither_fail_nor_touch_a_neighbour(optimizer, key):
+    def after(values):
+        configs = [{**c, key: v} for c, v in zip(configs_of(optimizer, alike=True), values)]
+        theta = torch.ones(BLOCKS.size)
+        update = make_update(configs, theta)
+        for _ in range(4):
+            update.step(theta, torch.ones(BLOCKS.size), None)
+        return BLOCKS.by_member(theta)["plain"]
+
+    alone, beside = after((1e-3, 2e-3, 3e-3)), after((1e300, 2e-3, 1e300))
+    assert torch.equal(alone[:, 1], beside[:, 1])
+    assert key != "lr" or not beside[:, 0].isfinite().any()
+    after((1e300,) * C)
+
+
+@pytest.mark.parametrize("name", [*IN_PLACE, "rmsprop"])
+def test_the_pure_rules_equal_torch_optim(name):
+    makers = {
+        "sgd": lambda w: torch.optim.SGD(w, lr=0.05, momentum=0.9, weight_decay=0.1),
+        "nesterov": lambda w: torch.optim.SGD(w, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+        "adam": lambda w: torch.optim.Adam(w, lr=0.05, weight_decay=0.1),
+        "adamw": lambda w: torch.optim.AdamW(w, lr=0.05, weight_decay=0.1),
+        "rmsprop": lambda w: torch.optim.RMSprop(w, lr=0.05, momentum=0.9, weight_decay=0.1),
+    }
+    weight = torch.randn(1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    plain = torch.nn.Parameter(weight[0].clone())
+    optimizer, params = makers[name]([plain]), {"w": weight}
+    moments = empty_moments(name, params)
+    for step in range(20):
+        optimizer.zero_grad()
+        (plain.sin().sum() + (plain**2).sum()).backward()
+        optimizer.step()
+        grads = {"w": params["w"].cos() + 2 * params["w"]}
+        rates = Rates(*(torch.tensor([v], dtype=torch.float64) for v in (0.05, 0.1, 0.9, step + 1)))
+        params, moments = RULES[name](params, grads, moments, rates)
+    torch.testing.assert_close(params["w"][0], plain.detach(), rtol=1e-11, atol=1e-12)
+
+
+def test_the_state_of_trials_that_stay_is_carried_over():
+    configs, keep = configs_of("adamw", alike=False), torch.tensor([0, 2])
+    flat = torch.randn(BLOCKS.size, generator=torch.Generator().manual_seed(2))
+    update = make_update(configs, flat)
+    update.step(flat, torch.ones(BLOCKS.size), None)
+    moments, less = [m.clone() for m in update.moments], BLOCKS.subset(2)
+    steps = torch.from_numpy(STEPS[:, [0, 2]])
+    update.select([configs[0], configs[2]], less, keep, BLOCKS.select(flat, keep), steps=steps)
+    for moment, before in zip(update.moments, moments, strict=True):
+        assert torch.equal(moment, BLOCKS.select(before, keep))
+    torch.testing.assert_close(update.lr, torch.tensor([[0.01, 0.03]] * F, dtype=torch.float64))
+
+
+def _torch_schedule(word, optimizer, total):
+    lr_scheduler, warmup = torch.optim.lr_scheduler, total // 10
+    if word == "linear":
+        return lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total)
+    if word == "one_cycle":
+        return lr_scheduler.OneCycleLR(optimizer, 1.0, total, cycle_momentum=False)
+    if word == "warmup+cosine" and warmup:
+        parts = [
+            lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup),
+            lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
+        ]
+        return lr_scheduler.SequentialLR(optimizer, parts, [warmup])
+    if word == "constant":
+        return lr_scheduler.ConstantLR(optimizer, 1.0)
+    return lr_scheduler.CosineAnnealingLR(optimizer, total)
+
+
+@pytest.mark.parametrize("word", sorted(SCHEDULES))
+@pytest.mark.parametrize("total", [1, 2, 3, 4, 9, 10, 47])
+def test_schedules_equal_those_of_torch(word, total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, rates = _torch_schedule(word, optimizer, total), []
+    for step in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step + 1 < total:
+            scheduler.step()
+    factors = schedule_factor(word, np.arange(total), np.full(total, total))
+    np.testing.assert_allclose(factors, rates, rtol=0, atol=1e-12)

@@ -1,0 +1,150 @@
+"""Losses, training steps and augmentation: against PyTorch's own, and each refusal by name."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from gputune.scoring.objective import Objective, make_objective
+from refused import refused
+
+G = torch.Generator().manual_seed(0)
+LOGITS, CODES = torch.randn(2, 3, 7, 4, generator=G).double(), torch.randint(4, (2, 3, 7), generator=G)
+VALUES, Y = torch.randn(2, 3, 7, 2, generator=G).double(), torch.randn(2, 1, 7, 2, generator=G).double()
+LABELS = (Y > 0).double()
+
+
+def rows_of(name, outputs, y, configs=({}, {}, {}), task="regression"):
+    objective = make_objective(name, None, None, task)
+    return objective.rows(outputs, y, objective.values(configs, outputs))
+
+
+def expected(function, outputs, y, **options):
+    """Return PyTorch's own loss of each row, (2, 3, 7)."""
+    y = y.expand(2, 3, *y.shape[2:])
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    torch.stack([function(outputs[f, c, [b]], y[f, c, [b]], **options) for b in range(7)])
+                    for c in range(3)
+                ]
+            )
+            for f in range(2)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "y", "config", "options"),
+    [
+        ("mse", functional.mse_loss, Y, {}, {}),
+        ("mae", functional.l1_loss, Y, {}, {}),
+        ("huber", functional.huber_loss, Y, {}, {}),
+        ("huber", functional.huber_loss, Y, {"loss__delta": 0.3}, {"delta": 0.3}),
+        ("bce", functional.binary_cross_entropy_with_logits, LABELS, {}, {}),
+    ],
+)
+def test_named_losses_are_those_of_torch(name, function, y, config, options):
+    task = "multilabel" if name == "bce" else "regression"
+    found = rows_of(name, VALUES, y, [config] * 3, task)
+    torch.testing.assert_close(found, expected(function, VALUES, y, **options))
+
+
+def test_each_member_has_its_own_smoothing():
+    smoothing = [0.0, 0.1, 0.4]
+    found = rows_of(
+        "cross_entropy", LOGITS, CODES, [{"loss__label_smoothing": s} for s in smoothing], "multiclass"
+    )
+    for c, value in enumerate(smoothing):
+        one = expected(functional.cross_entropy, LOGITS, CODES, label_smoothing=value)
+        torch.testing.assert_close(found[:, c], one[:, c])
+
+
+def test_smoothing_leaves_out_absent_classes():
+    logits = LOGITS.clone()
+    logits[..., 3] = -torch.inf
+    codes = CODES.clamp_max(2)
+    found = rows_of("cross_entropy", logits, codes, [{"loss__label_smoothing": 0.2}] * 3, "multiclass")
+    three = rows_of(
+        "cross_entropy", LOGITS[..., :3], codes, [{"loss__label_smoothing": 0.2}] * 3, "multiclass"
+    )
+    torch.testing.assert_close(found, three)
+
+
+def test_quantiles_are_met_by_their_loss():
+    y = torch.randn(2000, generator=G).double()
+    at = torch.linspace(-2, 2, 401).double()
+    loss = rows_of(
+        "quantile", at[None, :, None, None].expand(1, 401, 2000, 1), y[None, None], [{"loss__q": 0.9}] * 401
+    )
+    assert float(at[loss.mean(-1).argmin()]) == pytest.approx(float(y.quantile(0.9)), abs=0.02)
+
+
+def test_a_loss_of_torch_gives_row_losses():
+    objective = make_objective(nn.SmoothL1Loss, None, None, "regression")
+    loss = objective.member_loss({"loss__beta": 0.5})
+    found = loss(VALUES[0, 0], Y[0, 0])
+    assert found.shape == (7,)
+    torch.testing.assert_close(found.mean(), functional.smooth_l1_loss(VALUES[0, 0], Y[0, 0], beta=0.5))
+
+
+def test_a_step_sees_the_module_and_the_batch():
+    objective = make_objective(None, lambda module, batch: module(batch[0]["a"]) * batch[1], None, "custom")
+    losses = objective.losses(nn.Identity(), [torch.tensor([2.0])], torch.tensor([3.0]), {}, names=("a",))
+    assert losses.tolist() == [6.0]
+
+
+def test_augmentation_draws_the_same_for_each_fold():
+    objective = Objective("mse", augment=lambda x, generator: x + torch.rand(x.shape, generator=generator))
+    x = torch.zeros(2, 3, 4)
+    (first,) = objective.augmented([x], None, 0, (0, 0))
+    (again,), (later,) = objective.augmented([x], None, 0, (0, 0)), objective.augmented([x], None, 0, (0, 1))
+    assert torch.equal(first[0], first[1]) and torch.equal(first, again) and not torch.equal(first, later)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, None, None, "regression"), "loss must be one of 'cross_entropy', .* got 3"),
+        (("mze", None, None, "regression"), "loss must be one of .* got 'mze'"),
+        (("mse", None, None, "binary"), "loss='mse' does not fit a binary target; choose 'cross_entropy'"),
+        (("mse", None, None, "custom"), "does not fit a custom target; choose a loss of your own"),
+        ((None, None, None, "custom"), "a custom target has no loss of its own"),
+        (("mse", print, None, "regression"), "training_step returns the loss itself"),
+        ((None, 3, None, "regression"), "training_step must be a function, got 3"),
+        ((None, None, "flip", "regression"), "augment must be a function, got 'flip'"),
+    ],
+)
+def test_what_is_no_objective_is_refused(arguments, message):
+    with refused(message):
+        make_objective(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("loss", "config", "message"),
+    [
+        ("huber", {"loss__delta": 0}, r"loss__delta must be a number in \(0, inf\), got 0"),
+        ("huber", {"loss__q": 0.5}, "loss__q is none of loss='huber', which takes delta"),
+        ("mse", {"loss__q": 0.5}, "loss__q is none of loss='mse', which takes no numbers"),
+        (nn.HuberLoss, {"loss__q": 0.5}, r"loss__q is no argument of the loss torch.nn.*HuberLoss\("),
+        (lambda outputs, y: outputs, {"loss__q": 0.5}, "loss__q is no argument of the loss"),
+    ],
+)
+def test_numbers_that_a_loss_does_not_take_are_refused(loss, config, message):
+    with refused(message):
+        make_objective(loss, None, None, "regression").check(config)
+
+
+def test_a_step_has_no_loss_to_take_numbers():
+    with refused("loss__q has no loss to go to beside training_step"):
+        make_objective(None, print, None, "regression").check({"loss__q": 0.5})
+
+
+def test_augmentation_of_another_shape_is_refused():
+    with refused(
+        r"augment: .* must return inputs of the shapes that it is given, \[\(3, 4\)\], got \[\(3, 2\)\]"
+    ):
+        Objective("mse", augment=lambda x, generator: x[:, :2]).augmented(
+            [torch.zeros(2, 3, 4)], None, 0, (0, 0)
+        )

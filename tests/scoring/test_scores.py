@@ -1,0 +1,271 @@
+"""The scores on the device equal scikit-learn's on the same outputs."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+
+from gputune.scoring import scores
+from gputune.scoring.scoring import loss_scoring, make_scoring
+from problems import make_data, scoring_of
+from refused import refused
+
+
+def random_outputs(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def logits_and_labels(k, *, ties=False, rows=40):
+    g = torch.Generator().manual_seed(k)
+    logits = torch.randn(3, rows, k, generator=g, dtype=torch.float64)
+    if ties:
+        logits = (logits * 2).round() / 2
+    return logits, torch.randint(k, (rows,), generator=g)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(
+    "size", [1, 300]
+)  # 300 saturates the softmax, which then ties rows of unlike margins
+def test_classification_scores_equal_scikit_learn(k, ties, size):
+    logits, y = logits_and_labels(k, ties=ties)
+    logits = logits * size
+    p = logits.softmax(-1).numpy()
+    for c in range(3):
+        guess = logits[c].argmax(-1).numpy()
+        expected = {
+            "accuracy": metrics.accuracy_score(y, guess),
+            "balanced_accuracy": metrics.balanced_accuracy_score(y, guess),
+            "neg_log_loss": -metrics.log_loss(y, p[c]),
+            "f1_macro": metrics.f1_score(y, guess, average="macro"),
+        }
+        if k > 2:
+            expected["roc_auc_ovr"] = metrics.roc_auc_score(y, p[c], multi_class="ovr")
+        for name, value in expected.items():
+            assert scores.CLASSIFICATION[name](logits, y)[c].item() == pytest.approx(value, abs=1e-12), name
+        if k == 2:
+            auc = metrics.roc_auc_score(y, p[c, :, 1])
+            assert scores.roc_auc(logits, y)[c].item() == pytest.approx(auc, abs=1e-12)
+
+
+def test_classes_that_do_not_occur_are_treated_as_scikit_learn_does():
+    logits, y = logits_and_labels(4)
+    y = y.clamp_max(2)
+    guess = logits[0].argmax(-1).numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn warns of predicted classes that y lacks
+        assert scores.balanced_accuracy(logits, y)[0].item() == metrics.balanced_accuracy_score(y, guess)
+    f1 = metrics.f1_score(y, guess, average="macro")
+    assert scores.f1_macro(logits, y)[0].item() == pytest.approx(f1, abs=1e-12)
+    assert scores.roc_auc_ovr(logits, y).isnan().all()
+
+
+def test_log_loss_is_held_from_infinity():
+    logits = torch.tensor([[[0.0, 1e4]]], dtype=torch.float64)
+    expected = -metrics.log_loss([0], [[0.0, 1.0]], labels=[0, 1])
+    assert scores.neg_log_loss(logits, torch.tensor([0])).item() == pytest.approx(expected)
+
+
+def test_regression_scores_equal_scikit_learn():
+    g = torch.Generator().manual_seed(0)
+    outputs, y = torch.randn(3, 30, 1, generator=g).double(), torch.randn(30, generator=g).double()
+    for c in range(3):
+        guess = outputs[c, :, 0].numpy()
+        expected = {
+            "r2": metrics.r2_score(y, guess),
+            "neg_mean_squared_error": -metrics.mean_squared_error(y, guess),
+            "neg_root_mean_squared_error": -metrics.root_mean_squared_error(y, guess),
+            "neg_mean_absolute_error": -metrics.mean_absolute_error(y, guess),
+        }
+        assert set(expected) == set(scores.REGRESSION)
+        for name, value in expected.items():
+            assert scores.REGRESSION[name](outputs, y)[c].item() == pytest.approx(value, abs=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.1, 1.0, 3.3, 1e-200])  # the mean of three or seven times 0.1 is not 0.1
+def test_r2_of_a_constant_target_and_of_one_row(value):
+    y = torch.full((7,), value, dtype=torch.float64)
+    outputs = torch.stack([y, y + 1])[..., None]
+    assert scores.r2(outputs, y).tolist() == [1.0, 0.0]
+    assert scores.r2(outputs[:, :1], y[:1]).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["roc_auc", "average_precision", "neg_log_loss"])
+def test_scores_are_of_probabilities_in_double_precision_as_a_model_gives_them(name):
+    data = make_data("binary")
+    rows = data.folds[0].valid
+    logits = 30 * random_outputs(1, len(rows), 2).float()
+    p, y = logits[0].double().softmax(-1).numpy(), data.target[rows].numpy()
+    expected = {
+        "roc_auc": metrics.roc_auc_score(y, p[:, 1]),
+        "average_precision": metrics.average_precision_score(y, p[:, 1]),
+        "neg_log_loss": -metrics.log_loss(y, p),
+    }[name]
+    found = scoring_of(data, name)(data, 0, logits)
+    assert found.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["roc_auc", "average_precision", "roc_auc_ovr"])
+def test_equal_rows_tie_whatever_the_last_bits_of_their_outputs(name):
+    data = make_data("multiclass" if name == "roc_auc_ovr" else "binary")
+    rows = data.folds[0].valid
+    x = data.x.clone()
+    x[0, rows] = x[0, rows[torch.arange(len(rows)) % 5]]
+    data = replace(data, inputs=(x,))
+    outputs = random_outputs(2, 5, data.n_outputs)[:, torch.arange(len(rows)) % 5]
+    noisy = outputs + 1e-15 * random_outputs(*outputs.shape, seed=1)
+    scoring = scoring_of(data, name)
+    assert (noisy[:, 5:] != noisy[:, :-5]).any()
+    assert scoring(data, 0, noisy).tolist() == scoring(data, 0, outputs).tolist()
+
+
+NAMED = np.array(["no", "yes"])
+
+
+@pytest.mark.parametrize("name", ["f1_weighted", "neg_brier_score", "matthews_corrcoef", "roc_auc"])
+def test_a_score_of_no_class_works_on_text_labels(name):
+    data = make_data("binary")
+    rows = data.folds[1].valid
+    outputs, scoring = random_outputs(2, len(rows), 2), make_scoring(name, "binary", NAMED)
+    assert scoring.positive is None
+    y, p, guess = data.target[rows].numpy(), outputs[0].softmax(-1).numpy(), outputs[0].argmax(-1).numpy()
+    expected = {
+        "f1_weighted": metrics.f1_score(y, guess, average="weighted"),
+        "neg_brier_score": -metrics.brier_score_loss(y, p[:, 1]),
+        "matthews_corrcoef": metrics.matthews_corrcoef(y, guess),
+        "roc_auc": metrics.roc_auc_score(y, p[:, 1]),
+    }[name]
+    assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
+
+
+OF_A_CLASS = {
+    "f1": lambda y, guess, p, label: metrics.f1_score(y, guess, pos_label=label),
+    "precision": lambda y, guess, p, label: metrics.precision_score(y, guess, pos_label=label),
+    "recall": lambda y, guess, p, label: metrics.recall_score(y, guess, pos_label=label),
+    "jaccard": lambda y, guess, p, label: metrics.jaccard_score(y, guess, pos_label=label),
+    "average_precision": lambda y, guess, p, label: metrics.average_precision_score(y, p, pos_label=label),
+    "positive_likelihood_ratio": lambda y, guess, p, label: metrics.class_likelihood_ratios(
+        y == label, guess == label
+    )[0],
+    "neg_negative_likelihood_ratio": lambda y, guess, p, label: (
+        -metrics.class_likelihood_ratios(y == label, guess == label)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_A_CLASS)
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_score_of_one_class_is_that_of_the_class_that_was_asked_for(name, code):
+    data = make_data("binary")
+    rows = data.folds[1].valid
+    outputs, scoring = random_outputs(2, len(rows), 2), make_scoring(name, "binary", NAMED, NAMED[code])
+    assert scoring.positive == code
+    y, guess = NAMED[data.target[rows].numpy()], NAMED[outputs[0].argmax(-1).numpy()]
+    expected = OF_A_CLASS[name](y, guess, outputs[0].softmax(-1)[:, code].numpy(), NAMED[code])
+    assert scoring(data, 1, outputs)[0].item() == pytest.approx(expected, abs=1e-12)
+    with refused(rf"scoring='{name}' is of one class.*positive='no' or positive='yes'"):
+        make_scoring(name, "binary", NAMED)
+
+
+def test_these_are_all_scores_of_one_class_that_scikit_learn_has():
+    table = {*scores.CLASSIFICATION, *scores.REGRESSION, "roc_auc"}  # none of these is
+    others = {n: make_scoring(n, "binary", np.arange(2)) for n in {*metrics.get_scorer_names()} - table}
+    assert {name for name, one in others.items() if one.positive is not None} == set(OF_A_CLASS)
+
+
+@pytest.mark.parametrize("classes", [[0, 1], [-1, 1], [False, True], [0.0, 1.0]])
+def test_the_larger_of_two_usual_classes_is_positive(classes):
+    assert make_scoring("f1", "binary", np.array(classes)).positive == 1
+    assert make_scoring("f1", "binary", np.array(classes), classes[0]).positive == 0
+
+
+@pytest.mark.parametrize(
+    ("classes", "text", "code"),
+    [([0, 1], "0", 0), ([False, True], "false", 0), ([1.0, 2.0], "2", 1), ([1.5, 2.5], "2.5", 1)],
+)
+def test_the_positive_class_may_be_given_as_text(classes, text, code):
+    assert make_scoring("recall", "binary", np.array(classes), text).positive == code
+
+
+@pytest.mark.parametrize(
+    ("scoring", "classes", "positive", "message"),
+    [
+        ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
+        ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
+        ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'"),
+        ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
+        ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
+        ("f1", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
+        ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
+        ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
+        ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
+        ("roc_auc", NAMED, "no", "scoring='roc_auc' knows no positive class"),
+        ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
+        (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
+        (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
+    ],
+)
+def test_a_bad_positive_class_is_named(scoring, classes, positive, message):
+    task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
+    with refused(message):
+        make_scoring(scoring, task, None if classes is None else np.array(classes), positive)
+
+
+def test_a_loss_is_of_no_class():
+    with refused("scoring='neg_log_loss' knows no positive class"):
+        loss_scoring("binary", NAMED, "no")
+    with refused("got a regression task"):
+        loss_scoring("regression", None, "no")
+
+
+def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
+    data = make_data()
+    outputs = torch.zeros(1, len(data.folds[0].valid), 3)
+    with refused("scoring='f1' raised ValueError on fold 0: Target is multiclass.*fits the task"):
+        make_scoring("f1", "multiclass", np.arange(3))(data, 0, outputs)
+    own = make_scoring(lambda estimator, X, y: y["nope"], "multiclass", np.arange(3))
+    with refused("raised IndexError on fold 0: .* called as scorer.estimator, X, y., with X as"):
+        own(data, 0, outputs)
+
+
+def test_a_regression_scorer_sees_original_units():
+    data = make_data("regression")
+    rows = data.folds[2].valid
+    outputs = random_outputs(2, len(rows), 1)
+    guess = outputs[0, :, 0].numpy() * float(data.scale[2]) + float(data.center[2])
+    for name in ("median_absolute_error", "root_mean_squared_error"):
+        found = scoring_of(data, f"neg_{name}")(data, 2, outputs)
+        assert found[0].item() == pytest.approx(-getattr(metrics, name)(data.target[rows].numpy(), guess))
+
+
+def test_outputs_that_are_not_finite_score_nan():
+    data = make_data()
+    outputs = torch.zeros(2, len(data.folds[0].valid), 3)
+    outputs[1, 0, 0] = torch.nan
+    for name in ("accuracy", "neg_log_loss", "f1_weighted"):
+        found = scoring_of(data, name)(data, 0, outputs)
+        assert found[0].isfinite() and found[1].isnan()
+
+
+@pytest.mark.parametrize(
+    ("scoring", "task", "message"),
+    [
+        ("acuracy", "binary", "got 'acuracy'. Did you mean 'accuracy'?"),
+        ("r2", "binary", "scoring='r2' does not fit a binary task"),
+        ("accuracy", "regression", "does not fit a regression task; choose for example r2"),
+        ("roc_auc", "multiclass", "choose 'roc_auc_ovr'"),
+        (3, "binary", r"scorer name, a callable\(estimator, X, y\) or \(outputs, y\), got 3"),
+    ],
+)
+def test_bad_scoring_is_named(scoring, task, message):
+    with refused(message):
+        make_scoring(scoring, task, np.array([0, 1]))
+
+
+def test_the_default_scoring():
+    assert make_scoring(None, "multiclass", np.arange(3)).name == "accuracy"
+    assert make_scoring(None, "regression", None).name == "r2"
