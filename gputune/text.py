@@ -25,7 +25,7 @@ def clean(value: object, *, keep: str = "") -> str:
     )  # fmt: skip
 
 
-def short(value: Any) -> str:
+def short(value: object) -> str:
     """Return a hyperparameter's value as text: four digits of a float, the name of a function or class.
 
     Values for the segments (and layers) of a training are lists of such numbers.
@@ -92,12 +92,12 @@ class Measure:
         return f"{value:.3e}" if abs(value) >= 1e7 else f"{value + 0.0:.{self.decimals}f}"
 
 
-def of_class(positive: Any) -> str:
+def of_class(positive: object) -> str:
     """Return which class a score is of, to stand behind its name; nothing where it is of none."""
     return "" if positive is None else f" of class {clean(repr(positive))}"
 
 
-def measure_of(scoring: str, best: float, positive: Any = None) -> Measure:
+def measure_of(scoring: str, best: float, positive: object = None) -> Measure:
     """Return the measure of a scorer's name, with decimals for four digits of the best score."""
     size = abs(best)
     usual = not math.isfinite(size) or size == 0 or 0.01 <= size < 10

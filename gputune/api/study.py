@@ -22,7 +22,7 @@ class Study(data.Study):
     """
 
     def best_model(
-        self, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
+        self, X: object = None, y: object = None, *, check: bool = True, trust_code: bool = False
     ) -> "TunedModel":
         """The best configuration, trained again on all rows.
 
@@ -37,7 +37,7 @@ class Study(data.Study):
 
         return refit(self, X, y, check=check, trust_code=trust_code)
 
-    def to_optuna(self, storage: Any = None, *, name: str | None = None) -> "optuna.Study":
+    def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
         """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
 
         storage: a URL such as "sqlite:///optuna.db" or an ``optuna.storages`` object; None: in memory. name: of the

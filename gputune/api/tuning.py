@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
@@ -24,29 +24,29 @@ from gputune.types import ScheduleWord
 
 
 def tune(
-    model: Any,
-    X: Any,
-    y: Any = None,
+    model: object,
+    X: object,
+    y: object = None,
     *,
-    space: Any = None,
+    space: object = None,
     n_trials: int = 64,
-    include: Sequence[Mapping[str, Any]] = (),
+    include: Sequence[Mapping[str, object]] = (),
     include_default: bool = True,
     method: Literal["random", "halving", "median", "hypergradient"]
     | Halving
     | Median
     | Hypergradient
     | OptunaSampler = "random",
-    cv: Any = 5,
-    groups: Any = None,
+    cv: object = 5,
+    groups: object = None,
     scoring: str | Scorer | None = None,
-    positive: Any = None,
+    positive: object = None,
     task: TaskWord | None = None,
-    loss: str | Callable[..., Any] | None = None,
-    training_step: Callable[..., Any] | None = None,
-    augment: Callable[..., Any] | None = None,
-    class_weight: Literal["balanced"] | Mapping[Any, float] | None = None,
-    sample_weight: Any = None,
+    loss: str | Callable[..., object] | None = None,
+    training_step: Callable[..., object] | None = None,
+    augment: Callable[..., object] | None = None,
+    class_weight: Literal["balanced"] | Mapping[object, float] | None = None,
+    sample_weight: object = None,
     columns: Literal["auto", "keep", "drop-constant"] = "auto",
     numbers: Literal["auto", "standard", "quantile", "none"] = "auto",
     optimizer: str | None = None,
@@ -63,7 +63,7 @@ def tune(
     precision: Literal["full", "bf16"] = "full",
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",
-    random_state: Any = 0,
+    random_state: object = 0,
     callbacks: Sequence[Callback] = (),
     verbose: int = 1,
 ) -> Study:

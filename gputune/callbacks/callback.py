@@ -5,7 +5,7 @@ A trial, a search and its best score in the plain numbers and words that loggers
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +62,7 @@ class Callbacks:
         """Tell all of the end."""
         self._call("on_study_end", study)
 
-    def _call(self, moment: str, argument: Any) -> None:
+    def _call(self, moment: str, argument: object) -> None:
         for callback in list(self.active):
             try:
                 getattr(callback, moment)(argument)
@@ -76,7 +76,7 @@ class Callbacks:
                 )
 
 
-def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
+def check_callbacks(callbacks: object) -> tuple[Callback, ...]:
     """Return the callbacks; InputError for anything that is no ``Callback``."""
     if not isinstance(callbacks, list | tuple) or not all(isinstance(one, Callback) for one in callbacks):
         raise InputError(
@@ -86,7 +86,7 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
     return tuple(callbacks)
 
 
-def plain_params(params: dict[str, Any]) -> dict[str, bool | int | float | str]:
+def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float | str]:
     """Return hyperparameters as numbers and words; other values, and None, as text."""
     return {key: "None" if (short := label(value)) is None else short for key, value in params.items()}
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from gputune.callbacks.callback import Callback, best_score, plain_params, study_options, trial_numbers
@@ -66,5 +67,5 @@ class MLflow(Callback):
     def _client(self) -> Any:
         return self.mlflow.MlflowClient(tracking_uri=self.tracking_uri)
 
-    def _params(self, values: dict[str, Any]) -> list[Any]:
+    def _params(self, values: Mapping[str, object]) -> list[Any]:
         return [self.mlflow.entities.Param(key, str(value)[:_LONGEST]) for key, value in values.items()]

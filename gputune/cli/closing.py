@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +40,7 @@ class HeldOut:
     why: str = ""
 
 
-def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: Any = None) -> HeldOut:
+def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: object = None) -> HeldOut:
     """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
 
     ``positive`` is the class that the score is of, None where it is of none.

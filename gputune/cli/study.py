@@ -183,12 +183,12 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parameter(value: Any) -> Any:
+def _parameter(value: object) -> Any:
     """JSON has no infinity, which is a value that C may have."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return str(getattr(value, "__name__", value))
 
 

@@ -103,7 +103,7 @@ def one_worker() -> ProcessPoolExecutor:
         )
 
 
-def submit(executor: ProcessPoolExecutor, *work: Any) -> "Future[Outcomes]":
+def submit(executor: ProcessPoolExecutor, *work: object) -> "Future[Outcomes]":
     """Give a worker something to do; where it is not there any more, a new one is started."""
     with _starting, _signals_held_off(), _streams_that_flush():
         future: Future[Outcomes] = executor.submit(*work)

@@ -9,7 +9,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ def make_task(ray: Any) -> Any:
     """Return the remote function. Being defined in here it travels as code, and arrives where gputune is missing."""
 
     def chunk(
-        foreign: str, expected: dict[str, str], common: list[Any], population: bytes, *limits: Any
+        foreign: str, expected: dict[str, str], common: Sequence[object], population: bytes, *limits: object
     ) -> tuple[Any, ...]:
         import importlib
         import socket
@@ -165,7 +165,7 @@ class RayTasks(Executor):
 
     worker = "a Ray worker"
 
-    def __init__(self, cluster: RayCluster, job: Job, data: Any, plan: Plan) -> None:
+    def __init__(self, cluster: RayCluster, job: Job, data: object, plan: Plan) -> None:
         self.ray, self.cluster, self.stopping = cluster.ray, cluster, job.stop
         self.cpus, self.threads = max(cluster.threads, plan.threads), plan.threads
         self.task = cluster.task(self.cpus)
@@ -211,7 +211,7 @@ class RayTasks(Executor):
             chunk, ended = self.running.pop(ref)
             ended(chunk, self._result(ref))
 
-    def _result(self, ref: Any) -> Outcomes | Exception:
+    def _result(self, ref: object) -> Outcomes | Exception:
         """Return what a task gave, or its error."""
         errors = self.ray.exceptions
         try:

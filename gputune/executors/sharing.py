@@ -50,7 +50,7 @@ class BFloat16:
     bits: np.ndarray
 
 
-def map_tensors(value: Any, change: Any) -> Any:
+def map_tensors(value: object, change: Any) -> Any:
     """Return a dataset with ``change`` of every tensor, or of everything that stands for one."""
     if isinstance(value, Tensor | np.ndarray | MappedFile | BFloat16):
         return change(value)

@@ -37,7 +37,7 @@ def best_trial(study: Study) -> Trial | None:
     return best if best is not None and math.isfinite(best.score) else None
 
 
-def facts(study: Study, model: Mapping[str, Any] | None) -> list[Fact]:
+def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
     """Return the facts of a study; ``model`` is the ``info`` of its tuned model, checked by ``check_model``."""
     record, best = study.record, best_trial(study)
     rows = []
@@ -72,7 +72,7 @@ def _held_out(model: Mapping[str, Any] | None, measure: Measure, tried: int) -> 
     return Fact(name, measure.text(score), f"the model on {rows} nothing was fitted on; {optimistic}")
 
 
-def check_model(study: Study, model: Mapping[str, Any]) -> None:
+def check_model(study: Study, model: Mapping[str, object]) -> None:
     """Raise InputError where the ``info`` of a model is not that of this study's best trial."""
     if not is_its_model(study, model):
         raise InputError(
@@ -81,7 +81,7 @@ def check_model(study: Study, model: Mapping[str, Any]) -> None:
         )
 
 
-def is_its_model(study: Study, model: Mapping[str, Any]) -> bool:
+def is_its_model(study: Study, model: Mapping[str, object]) -> bool:
     """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
     best, rows = best_trial(study), study.record.fingerprint
     # Models of earlier versions do not say which rows they were trained on.
@@ -131,7 +131,7 @@ def setting(study: Study) -> list[tuple[str, str]]:
     return [(name, clean(value)) for name, value in rows if value is not None and value != ""]
 
 
-def _method(method: str | Mapping[str, Any]) -> str:
+def _method(method: str | Mapping[str, object]) -> str:
     if isinstance(method, str):
         return method
     options = [

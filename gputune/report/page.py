@@ -114,7 +114,9 @@ FIRST_ROWS = 25
 """Rows of the table that the page shows before its script runs, and on a page of the table."""
 
 
-def write_page(study: Study, path: str | os.PathLike[str], *, model: Mapping[str, Any] | None = None) -> None:
+def write_page(
+    study: Study, path: str | os.PathLike[str], *, model: Mapping[str, object] | None = None
+) -> None:
     """Write the page of a study to a file; see ``Study.report``."""
     check_place(f"report({str(path)!r})", Path(path), study.file)
     write_text(Path(path), page(study, model=model))
@@ -132,7 +134,7 @@ def check_place(argument: str, path: Path, study_file: Path | None) -> None:
         raise InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
-def page(study: Study, *, model: Mapping[str, Any] | None = None) -> str:
+def page(study: Study, *, model: Mapping[str, object] | None = None) -> str:
     """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model.
 
     Raises InputError for a model of another study.

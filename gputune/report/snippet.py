@@ -34,7 +34,7 @@ class _Script:
         self.remarks.append(f"{name}: {remark}")
         return name
 
-    def literal(self, value: Any) -> str:
+    def literal(self, value: object) -> str:
         """Return a value as Python that gives it back, with what must be imported for it."""
         match value:
             case float() if value != value or value in (float("inf"), float("-inf")):
@@ -55,7 +55,7 @@ class _Script:
         self.use(f"import {module}")
         return f"{module}.{name}"
 
-    def lines(self, values: Mapping[str, Any], *, indent: int) -> str:
+    def lines(self, values: Mapping[str, object], *, indent: int) -> str:
         """Return a dict on one line, or with a line for each key where that is too long."""
         line = self.literal(dict(values))
         if len(line) <= _LONGEST:

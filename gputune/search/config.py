@@ -132,7 +132,7 @@ def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     return "Leave it out."
 
 
-def check_config(config: Mapping[str, Any], *, name: str = "config") -> Config:
+def check_config(config: Mapping[str, object], *, name: str = "config") -> Config:
     """Return one configuration in Python's own numbers and words, keys sorted; raise InputError out of range.
 
     ``penalty`` becomes what it means: 'l2' is l1_ratio = 0, 'l1' is l1_ratio = 1, None or 'none' is C = inf.
@@ -172,7 +172,7 @@ def check_penalty(keys: Collection[str], name: str) -> None:
         )
 
 
-def check_value(key: str, value: Any, name: str) -> Any:
+def check_value(key: str, value: object, name: str) -> Any:
     """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         value = value.item()
@@ -183,7 +183,7 @@ def check_value(key: str, value: Any, name: str) -> Any:
     return value  # of module__*, which is the module's own business
 
 
-def _check_number(rule: Range, value: Any, name: str) -> float | int:
+def _check_number(rule: Range, value: object, name: str) -> float | int:
     if isinstance(value, str):
         raise InputError(f"{name} must be {rule.rule}, got the text {value!r}. For example {rule.example}.")
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -204,7 +204,7 @@ def _check_number(rule: Range, value: Any, name: str) -> float | int:
     return value if isinstance(value, int) else int(number)  # a float would lose digits of a large int
 
 
-def _check_word(key: str, value: Any, name: str) -> str:
+def _check_word(key: str, value: object, name: str) -> str:
     words = WORDS[key]
     if isinstance(value, str) and value in words:
         return value

@@ -254,7 +254,7 @@ class Descent:
         return max(float(table.max()) for table in self.steps.values())
 
 
-def as_table(value: Any, shape: tuple[int, ...]) -> Table:
+def as_table(value: object, shape: tuple[int, ...]) -> Table:
     """Return a number, a list over segments, or one over segments and layers as a table (S, L)."""
     table = np.asarray(value, dtype=float)
     return np.broadcast_to(table.reshape(len(table) if table.ndim else 1, -1), shape).copy()

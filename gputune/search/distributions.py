@@ -5,7 +5,7 @@ Optuna's, ``Described``.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from operator import index
 from typing import Any, ClassVar, Protocol, TypeGuard
@@ -36,7 +36,7 @@ def is_distribution(value: object) -> TypeGuard[Distribution]:
     return callable(getattr(value, "rvs", None)) and not isinstance(value, type)
 
 
-def range_of(space: Iterable[Mapping[str, Any]], names: Collection[str]) -> tuple[float, float] | None:
+def range_of(space: Iterable[Mapping[str, object]], names: Collection[str]) -> tuple[float, float] | None:
     """Return the range that the distributions of some parameters span over all dicts of a space.
 
     None where there are no distributions: values in lists have no range.
@@ -73,7 +73,7 @@ class LogInt(OwnDistribution):
     def __repr__(self) -> str:
         return f"log_int({self.low}, {self.high})"
 
-    def rvs(self, size: int | tuple[int, ...] | None = None, random_state: Any = None) -> Any:
+    def rvs(self, size: int | tuple[int, ...] | None = None, random_state: object = None) -> Any:
         """Draw one integer, or an int64 array of shape ``size``; ``random_state`` is as in scipy.stats."""
         given = random_state
         rng = given if isinstance(given, np.random.Generator) else check_random_state(given)
@@ -108,7 +108,7 @@ class LogIntegers(OwnDistribution):
 
     word = "log_integers"
 
-    def rvs(self, random_state: Any = None) -> int:
+    def rvs(self, random_state: object = None) -> int:
         """Draw one."""
         ends = math.log(self.low - 0.5), math.log(self.high + 0.5)
         drawn = round(math.exp(check_random_state(random_state).uniform(*ends)))
@@ -133,14 +133,14 @@ class Steps(OwnDistribution):
         kind = "int" if self.whole else "float"
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
-    def rvs(self, random_state: Any = None) -> Any:
+    def rvs(self, random_state: object = None) -> Any:
         """Draw one."""
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
         return min(drawn, self.high)
 
 
-def _scipy_law(value: Any) -> tuple[Any, dict[str, Any]] | None:
+def _scipy_law(value: object) -> tuple[Any, dict[str, Any]] | None:
     """Return scipy's law and its parameters by name; None for a class of the user's own, whatever its name is."""
     law: Any = getattr(value, "dist", value)
     if type(law) is not type(getattr(stats, str(getattr(law, "name", "")), stats)):
@@ -245,18 +245,18 @@ def described(choices: Choices) -> Described | None:
     return None
 
 
-def label(choice: Any) -> Any:
+def label(choice: object) -> Any:
     """Return what stands for a choice in Optuna, whose storages hold numbers, words and None: others as text."""
     if choice is None or isinstance(choice, bool | int | float | str):
         return choice
     return f"{choice.__module__}.{choice.__qualname__}" if hasattr(choice, "__qualname__") else repr(choice)
 
 
-def labels(choices: Iterable[Any]) -> list[Any]:
+def labels(choices: Iterable[object]) -> list[Any]:
     """Return the labels of choices, each once."""
     return list({(type(text), text): text for text in map(label, choices)}.values())
 
 
-def of_label(text: Any, choices: list[Any]) -> Any:
+def of_label(text: object, choices: Sequence[object]) -> Any:
     """Return the choice that a label stands for."""
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)

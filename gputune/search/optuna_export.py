@@ -1,7 +1,7 @@
 """A study written as one of Optuna's, so that its dashboard, plots and importances work on it."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from gputune.search.optuna_sampler import fold_means, state_of
 from gputune.study.study import Study, Trial
 
 
-def export_to_optuna(study: Study, storage: Any, name: str | None) -> Any:
+def export_to_optuna(study: Study, storage: object, name: str | None) -> Any:
     """Return an ``optuna.Study`` with every trial of ``study``, written to ``storage``; see ``Study.to_optuna``."""
     optuna = import_extra("optuna", extra="optuna", used_by="to_optuna()")
     laws = {key: widened(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
@@ -35,7 +35,7 @@ def export_to_optuna(study: Study, storage: Any, name: str | None) -> Any:
 
 
 @contextmanager
-def _new_study(optuna: Any, storage: Any, name: str | None) -> Iterator[Any]:
+def _new_study(optuna: Any, storage: object, name: str | None) -> Iterator[Any]:
     """Make a study that maximizes; one that cannot be written to its end goes again."""
     place = _storage(optuna, storage)
     try:
@@ -52,7 +52,7 @@ def _new_study(optuna: Any, storage: Any, name: str | None) -> Iterator[Any]:
         raise
 
 
-def _storage(optuna: Any, storage: Any) -> Any:
+def _storage(optuna: Any, storage: object) -> Any:
     """Return Optuna's storage of a URL, or of what else Optuna takes."""
     try:
         place = optuna.storages.get_storage(storage)
@@ -67,7 +67,11 @@ def _storage(optuna: Any, storage: Any) -> Any:
 
 
 def _finished(
-    optuna: Any, trial: Trial, curve: np.ndarray, inside: dict[str, Any], distributions: dict[str, Any]
+    optuna: Any,
+    trial: Trial,
+    curve: np.ndarray,
+    inside: Mapping[str, object],
+    distributions: Mapping[str, object],
 ) -> Any:
     """Return a trial with a result as Optuna's."""
     finished = optuna.trial.create_trial(
@@ -84,7 +88,7 @@ def _finished(
     return finished
 
 
-def _attributes(trial: Trial, inside: dict[str, Any]) -> dict[str, Any]:
+def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, Any]:
     """Return what Optuna has no place of its own for; None stands for NaN, which JSON lacks."""
     left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}
     attributes = {
@@ -122,7 +126,7 @@ def widened(study: Study, key: str) -> Described:
     return plain | ({"step": step} if on_grid else {})
 
 
-def _guessed(values: Sequence[Any]) -> Described:
+def _guessed(values: Sequence[object]) -> Described:
     numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
     if len(numbers) < len(values) or not all(map(math.isfinite, numbers)):
         return {"kind": "choices", "choices": labels(list(values))}
@@ -130,7 +134,7 @@ def _guessed(values: Sequence[Any]) -> Described:
     return {"kind": kind, "low": min(numbers), "high": max(numbers)}
 
 
-def _holds(law: Described, value: Any) -> bool:
+def _holds(law: Described, value: object) -> bool:
     """Whether a value can be one of a law whose ends may be widened: not a word among numbers, nor 0 on a log axis."""
     if law["kind"] == "choices":
         return True

@@ -74,9 +74,9 @@ def first_candidates(
     space: Space,
     *,
     n_trials: int,
-    include: Sequence[Mapping[str, Any]],
+    include: Sequence[Mapping[str, object]],
     include_default: bool,
-    defaults: Mapping[str, Any],
+    defaults: Mapping[str, object],
 ) -> tuple[Candidate, ...]:
     """Return what a new search begins with: the default configuration ("default"), then ``include`` ("include").
 
@@ -126,7 +126,7 @@ def n_counted(trials: Sequence[Candidate]) -> int:
 
 
 def notes(
-    trials: Sequence[Candidate], space: Space, *, include_default: bool, defaults: Mapping[str, Any]
+    trials: Sequence[Candidate], space: Space, *, include_default: bool, defaults: Mapping[str, object]
 ) -> tuple[str, ...]:
     """Return what a user should know of the trials of a call, a sentence each."""
     sentences = []
@@ -169,7 +169,7 @@ def remarks(
     return tuple(sentences)
 
 
-def _moved(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[str]:
+def _moved(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
     """Return which values of a configuration stand for a default that the space lacks; fixed ones go without saying."""
     fixed = {key for part in space for key, choices in part.items() if _is_fixed(choices)}
     plain = _complete({"optimizer": config["optimizer"]} if "optimizer" in config else {}, defaults)
@@ -233,16 +233,16 @@ def _keys(space: Space) -> set[str]:
     return keys - {"penalty"} | ({"l1_ratio"} if "penalty" in keys else set())
 
 
-def _missing(config: Config, space: Space, defaults: Mapping[str, Any]) -> list[str]:
+def _missing(config: Config, space: Space, defaults: Mapping[str, object]) -> list[str]:
     return sorted(_keys(space) - _held(config, space, defaults).keys())
 
 
-def _fill(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
+def _fill(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
     full = _held(config, space, defaults)
     return {key: full[key] for key in sorted(_keys(space) | config.keys())}
 
 
-def _held(config: Config, space: Space, defaults: Mapping[str, Any]) -> Config:
+def _held(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
     """Return a configuration with all that has a default, which is held to the space where the space names it.
 
     Of alternatives the first counts that lacks the fewest of these values. What has no default takes its fixed value.
@@ -263,7 +263,7 @@ def _is_fixed(choices: Choices) -> bool:
     return isinstance(choices, list) and len(choices) == 1
 
 
-def _holds(choices: Choices, value: Any) -> bool:
+def _holds(choices: Choices, value: object) -> bool:
     if isinstance(choices, list):
         return value in choices
     if not hasattr(choices, "support") or not isinstance(value, int | float):
@@ -272,7 +272,7 @@ def _holds(choices: Choices, value: Any) -> bool:
     return bool(low <= value <= high)
 
 
-def _nearest(key: str, choices: Choices, value: Any) -> Any:
+def _nearest(key: str, choices: Choices, value: object) -> Any:
     """Return the value itself where ``choices`` have it, else the nearest number, the first of a list, or a draw."""
     number = isinstance(value, int | float)
     if isinstance(choices, list):
@@ -290,7 +290,7 @@ def _nearest(key: str, choices: Choices, value: Any) -> Any:
     return draw([{key: choices}], 1, 0)[0][key]
 
 
-def _complete(config: Config, defaults: Mapping[str, Any]) -> Config:
+def _complete(config: Config, defaults: Mapping[str, object]) -> Config:
     full = {**defaults, **config}
     if "optimizer" in full:
         full.setdefault("weight_decay", default_weight_decay(full["optimizer"]))
@@ -298,11 +298,11 @@ def _complete(config: Config, defaults: Mapping[str, Any]) -> Config:
     return full
 
 
-def _identity(config: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Any]]:
     return frozenset((key, _hashable(value)) for key, value in config.items())
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: object) -> Any:
     """Return the value, or what stands for it where it has no hash; a list and a tuple of equals are equal."""
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))

@@ -78,7 +78,7 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
     ]
 
 
-def _check_online(d: Mapping[str, Any], name: str) -> None:
+def _check_online(d: Mapping[str, object], name: str) -> None:
     """Refuse what only an optimizer that adapts its rate reads, where the space never draws one."""
     given = [key for key in ("hypergrad_lr", "hypergrad_rule") if key in d]
     optimizers = d.get("optimizer")
@@ -152,7 +152,7 @@ def _check_distribution(key: str, value: Any, name: str) -> None:
         _check_support(RANGES[key], value, low, high, real, name)
 
 
-def _check_support(rule: Range, value: Any, low: float, high: float, real: bool, name: str) -> None:
+def _check_support(rule: Range, value: object, low: float, high: float, real: bool, name: str) -> None:
     if real and rule.integer:
         raise InputError(
             f"{name} must be {rule.rule}, got {distribution_text(value)}, which draws real numbers. "
@@ -212,7 +212,7 @@ def space_from_json(values: list[dict[str, Any]]) -> Space:
     return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
 
-def translated(space: Any) -> Any:
+def translated(space: object) -> Any:
     """Return a space, a dict or a list of dicts, with Optuna's distributions in scikit-learn's terms."""
     if isinstance(space, list | tuple):
         return type(space)(map(translated, space))

@@ -45,7 +45,7 @@ class Foreign:
     ignored: Mapping[str, tuple[tuple[object, ...] | None, str]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    def check_values(self, params: Mapping[str, Any], owner: str) -> None:
+    def check_values(self, params: Mapping[str, object], owner: str) -> None:
         """Raise InputError for a value of an ignored parameter that would change the result."""
         for name, (harmless, remedy) in self.ignored.items():
             if harmless is not None and not any(params[name] is v or params[name] == v for v in harmless):
@@ -72,7 +72,7 @@ def _parameters(owner: type) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(owner.__init__).parameters  # type: ignore[misc]
 
 
-def keep_parameters(estimator: Any, parameters: Mapping[str, Any]) -> None:
+def keep_parameters(estimator: object, parameters: Mapping[str, object]) -> None:
     """Keep the locals of a constructor, each parameter under its name, as scikit-learn wants it."""
     vars(estimator).update({name: value for name, value in parameters.items() if name != "self"})
 
@@ -92,14 +92,14 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     _fit_recipes: ClassVar[Callable[..., Mapping[Place, Any]]]
     """Of recipes, rows, folds, workers=, deadline=: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
 
-    def __new__(cls, *args: Any, **params: Any) -> Self:
+    def __new__(cls, *args: object, **params: object) -> Self:
         """Refuse what the constructor does not know in words that help."""
         del args
         cls._foreign.check_constructor(cls, params)
         estimator: Self = super().__new__(cls)
         return estimator
 
-    def set_params(self, **params: Any) -> Self:
+    def set_params(self, **params: object) -> Self:
         """Set parameters and return the estimator; raises InputError for one that has no counterpart here."""
         self._foreign.check_names(type(self), params)
         super().set_params(**params)
@@ -111,7 +111,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         self._foreign.check_values(params, type(self).__name__)
         return params
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(self, X: object, y: object, sample_weight: object = None) -> Self:
         """Fit on rows X with their targets y; ``sample_weight`` (n,) is each row's weight in the loss.
 
         Returns the estimator. Raises ValueError for bad input, DivergedError where the training diverges.
@@ -122,7 +122,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         rows = check_rows(self, X, y, sample_weight)
         return self._become(fit_together([self], rows, [np.arange(len(rows.X))])[0, 0], rows)
 
-    def _become(self, fitted: Any, rows: Rows) -> Self:
+    def _become(self, fitted: object, rows: Rows) -> Self:
         """Become a fitted estimator and return it; raises the exception of a fit that failed."""
         if isinstance(fitted, Exception):
             raise fitted
@@ -145,10 +145,10 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
 class FitHook(Protocol):
     """What stands in for fits while scikit-learn calls them one by one."""
 
-    def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
+    def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Do what ``fit`` would do and return True, or leave it to ``fit``."""
 
-    def transform(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> Any:
         """Return what ``function`` does, which fits a transformer of a pipeline and transforms with it."""
 
 
@@ -165,7 +165,7 @@ def using_hook(hook: FitHook | None) -> Iterator[None]:
         fit_hook.reset(token)
 
 
-def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any = None) -> Rows:
+def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: object = None) -> Rows:
     """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its feature names over.
 
     Inputs that are no table, and targets of several columns, are for an estimator that takes them. Raises InputError or
@@ -196,7 +196,7 @@ def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any = N
     return Rows(arrays, codes.astype(np.int64), weights, classes, names)
 
 
-def _inputs(X: Any) -> Arrays | None:
+def _inputs(X: object) -> Arrays | None:
     """Return inputs that are no table, None for a table. Raises InputError for a dict of anything but arrays."""
     arrays = as_arrays(X)
     if arrays is None and isinstance(X, Mapping) and not issparse(X):  # a sparse one may be a dict
@@ -263,7 +263,7 @@ def fit_together(
     return results
 
 
-def last_step(estimator: Any) -> tuple[str, Any]:
+def last_step(estimator: object) -> tuple[str, Any]:
     """Return the prefix of the parameters of what is trained, and that itself: a pipeline's last step, or all of it."""
     if isinstance(estimator, Pipeline) and estimator.steps:
         name, last = estimator.steps[-1]
@@ -295,7 +295,7 @@ class TrainedEstimator(FusedEstimator):
         self.n_iter_ = fitted.epochs
         self._layout = None if rows.is_table else ArrayLayout.of(rows.X)
 
-    def _outputs(self, X: Any) -> Tensor:
+    def _outputs(self, X: object) -> Tensor:
         """Return the module's outputs (n, K), float64, on the CPU."""
         check_is_fitted(self)
         if self._layout is not None:
@@ -321,7 +321,7 @@ class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc
 
     classes_: NDArray[Any] | list[NDArray[Any]]
 
-    def predict(self, X: Any) -> NDArray[Any]:
+    def predict(self, X: object) -> NDArray[Any]:
         """Return the most probable class of each row, (n,); of labels (n, K) those more probable than not."""
         outputs = self._logits(X)  # says first whether the estimator is fitted
         if isinstance(self.classes_, list):
@@ -329,12 +329,12 @@ class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc
         labels: NDArray[Any] = self.classes_[outputs.argmax(1).numpy()]
         return labels
 
-    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+    def predict_proba(self, X: object) -> NDArray[np.float64]:
         """Return the probability of each class, (n, K) in the order of ``classes_``, or of each label, (n, K)."""
         outputs = self._logits(X)
         return (outputs.sigmoid() if isinstance(self.classes_, list) else outputs.softmax(1)).numpy()
 
-    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
+    def predict_log_proba(self, X: object) -> NDArray[np.float64]:
         """Return the logarithms of what ``predict_proba`` returns."""
         outputs = self._logits(X)
         return (logsigmoid(outputs) if isinstance(self.classes_, list) else outputs.log_softmax(1)).numpy()
@@ -347,7 +347,7 @@ class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc
         else:
             self.classes_ = rows.classes[fitted.classes]
 
-    def _logits(self, X: Any) -> Tensor:
+    def _logits(self, X: object) -> Tensor:
         outputs = self._outputs(X)
         if self._present is None:
             return outputs
@@ -361,7 +361,7 @@ class TrainedRegressor(RegressorMixin, TrainedEstimator):  # type: ignore[misc]
     target_mean_: float | NDArray[np.float64]
     target_scale_: float | NDArray[np.float64]
 
-    def predict(self, X: Any) -> NDArray[np.float64]:
+    def predict(self, X: object) -> NDArray[np.float64]:
         """Return the predicted target of each row, (n,) or (n, K) as y was, in the units of y."""
         values: NDArray[np.float64] = self._outputs(X).numpy() * self.target_scale_ + self.target_mean_
         return values if isinstance(self.target_mean_, np.ndarray) else values[:, 0]

@@ -27,7 +27,7 @@ from gputune.sklearn.slopes import SlopeRequest, check_held_out, descended_param
 from gputune.tuning.descent import run_descent
 
 
-def neg_log_loss(estimator: Any, X: Any, y: Any, sample_weight: Any = None) -> float:
+def neg_log_loss(estimator: Any, X: object, y: object, sample_weight: object = None) -> float:
     """Return minus the log loss of a fitted classifier on rows X (m, D) with labels y (m,), in (-inf, 0].
 
     Unlike scikit-learn's score of this name it also holds for rows that lack some of the classes. scikit-learn keeps
@@ -57,7 +57,7 @@ class DescentRun(SearchRun):
     fits: dict[int, list[Fit]] = field(default_factory=dict)
     measures_again: ClassVar[bool] = True
 
-    def descend(self, candidates: Candidates, space: Any, method: Hypergradient) -> TrainedCandidates:
+    def descend(self, candidates: Candidates, space: object, method: Hypergradient) -> TrainedCandidates:
         """Train all candidates, then outer step by outer step the points to which those that can descend move.
 
         The folds are split once, and are the same at every step. A point that diverges steps down. One that is refused,
@@ -198,8 +198,8 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
 
     def __init__(
         self,
-        estimator: Any,
-        param_distributions: Any,
+        estimator: object,
+        param_distributions: object,
         *,
         n_iter: int = 4,
         outer_steps: int = 10,
@@ -207,13 +207,13 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         step: str = "sign",
         first_step: float | None = None,
         smallest_step: float = 0.05,
-        scoring: Any = None,
+        scoring: object = None,
         n_jobs: int | None = None,
-        refit: Any = True,
-        cv: Any = None,
+        refit: object = True,
+        cv: object = None,
         verbose: int = 0,
-        random_state: Any = None,
-        error_score: Any = np.nan,
+        random_state: object = None,
+        error_score: object = np.nan,
         return_train_score: bool = False,
         device: str = "auto",
         study: str | os.PathLike[str] | None = None,
@@ -221,7 +221,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     ) -> None:
         keep_parameters(self, locals())
 
-    def score(self, X: Any, y: Any = None, **params: Any) -> Any:
+    def score(self, X: object, y: object = None, **params: object) -> Any:
         """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
         if self.scoring is None and hasattr(self, "best_estimator_"):
             return self.best_estimator_.score(X, y, **params)
@@ -241,11 +241,11 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
             "RandomizedSearchCV."
         )
 
-    def _make_run(self, trained: TrainedCandidates | None, X: Any, y: Any) -> SearchRun:
+    def _make_run(self, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
         run = super()._make_run(trained, X, y)
         return DescentRun(run.estimator, run.cv, run.deadline, X=X, y=y)
 
-    def _run_search(self, evaluate_candidates: Callable[..., Any], *, callback_ctx: Any = None) -> None:
+    def _run_search(self, evaluate_candidates: Callable[..., object], *, callback_ctx: Any = None) -> None:
         run = current_run.get()
         assert isinstance(run, DescentRun)
         run.trained = self._descend(run)

@@ -34,7 +34,7 @@ class HalvingRun(SearchRun):
             by_key.setdefault(keys[fit.trial], []).append(fit)
         self.states = {key: state for key, own in by_key.items() if (state := self._state(own)) is not None}
 
-    def _key(self, params: Mapping[str, Any]) -> Hashable:
+    def _key(self, params: Mapping[str, object]) -> Hashable:
         """Return what a candidate keeps from rung to rung: scikit-learn copies its dict, and not its values."""
         return tuple(sorted((name, id(value)) for name, value in params.items() if name != self.resource))
 
@@ -81,8 +81,8 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
 
     def __init__(
         self,
-        estimator: Any,
-        param_distributions: Any,
+        estimator: object,
+        param_distributions: object,
         *,
         n_candidates: int | str = "exhaust",
         factor: float = 3,
@@ -90,12 +90,12 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         max_resources: int | str = "auto",
         min_resources: int | str = "smallest",
         aggressive_elimination: bool = False,
-        cv: Any = 5,
-        scoring: Any = None,
+        cv: object = 5,
+        scoring: object = None,
         refit: bool = True,
-        error_score: Any = np.nan,
+        error_score: object = np.nan,
         return_train_score: bool = True,
-        random_state: Any = None,
+        random_state: object = None,
         n_jobs: int | None = None,
         verbose: int = 0,
         device: str = "auto",
@@ -125,7 +125,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         last._foreign.check_names(type(last), [word])
         return prefix + last._epochs if word in ("auto", last._epochs) else None
 
-    def _make_run(self, trained: TrainedCandidates | None, X: Any, y: Any) -> SearchRun:
+    def _make_run(self, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
         run = super()._make_run(trained, X, y)
         if self._epochs_parameter() is None:
             return run

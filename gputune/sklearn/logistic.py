@@ -117,7 +117,7 @@ def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: 
 
 
 def _weights(
-    class_weight: Mapping[Any, float] | str | None, rows: Rows, group: FoldGroup, train: NDArray[np.int64]
+    class_weight: Mapping[object, float] | str | None, rows: Rows, group: FoldGroup, train: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
     assert rows.classes is not None and group.classes is not None
@@ -192,11 +192,11 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         *,
         l1_ratio: float = 0.0,
         penalty: str | None = "auto",
-        class_weight: Mapping[Any, float] | str | None = None,
+        class_weight: Mapping[object, float] | str | None = None,
         fit_intercept: bool = True,
         tol: float = 1e-10,
         max_iter: int = 100,
-        random_state: Any = None,
+        random_state: object = None,
         device: str = "auto",
         solver: str | None = None,
         warm_start: bool = False,
@@ -212,20 +212,20 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         scores: NDArray[np.float64] = X @ self.coef_.T + self.intercept_
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
-    def predict(self, X: Any) -> NDArray[Any]:
+    def predict(self, X: object) -> NDArray[Any]:
         """Return the most probable class of each row, (n,)."""
         scores = self.decision_function(X)
         places = scores > 0 if scores.ndim == 1 else scores.argmax(1)
         labels: NDArray[Any] = self.classes_[places.astype(int)]
         return labels
 
-    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+    def predict_proba(self, X: object) -> NDArray[np.float64]:
         """Return the probability of each class, (n, K) in the order of ``classes_``."""
         scores = self.decision_function(X)
         both = np.stack([expit(-scores), expit(scores)], 1) if scores.ndim == 1 else softmax(scores, 1)
         return np.asarray(both)
 
-    def predict_log_proba(self, X: Any) -> NDArray[np.float64]:
+    def predict_log_proba(self, X: object) -> NDArray[np.float64]:
         """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
         scores = self.decision_function(X)
         if scores.ndim == 1:
@@ -268,7 +268,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
             )
 
 
-def _penalty(C: Any, l1_ratio: Any, penalty: Any) -> tuple[float, float]:
+def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
     """Return C and l1_ratio with the older word ``penalty`` translated."""
     C = check_value("C", C, "C")
     l1_ratio = check_value("l1_ratio", l1_ratio, "l1_ratio")
@@ -289,7 +289,7 @@ def _penalty(C: Any, l1_ratio: Any, penalty: Any) -> tuple[float, float]:
     return C, meant[penalty]
 
 
-def _tolerance(value: Any) -> float:
+def _tolerance(value: object) -> float:
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float | np.number)

@@ -65,7 +65,7 @@ class _MLP(TrainedEstimator):
 
     def __init__(
         self,
-        hidden_layer_sizes: Any = (128, 128),
+        hidden_layer_sizes: object = (128, 128),
         activation: str = "relu",
         *,
         solver: str | None = None,
@@ -75,8 +75,8 @@ class _MLP(TrainedEstimator):
         learning_rate_init: float = 0.001,
         max_iter: int = 50,
         shuffle: bool = True,
-        random_state: Any = None,
-        verbose: Any = False,
+        random_state: object = None,
+        verbose: object = False,
         warm_start: bool = False,
         momentum: float = 0.9,
         nesterovs_momentum: bool = True,
@@ -151,7 +151,7 @@ def _layers(sizes: Any) -> tuple[int, int]:
     return int(layers[0]), len(layers)
 
 
-def _check_alpha(alpha: Any, weight_decay: Any, solver: Any) -> float | None:
+def _check_alpha(alpha: object, weight_decay: object, solver: object) -> float | None:
     """Return alpha, a number >= 0 or None. Raises InputError where another decay stands beside it."""
     if alpha is None:
         return None
@@ -169,7 +169,7 @@ def _check_alpha(alpha: Any, weight_decay: Any, solver: Any) -> float | None:
     return number
 
 
-def _check_words(activation: Any, learning_rate: Any) -> None:
+def _check_words(activation: object, learning_rate: object) -> None:
     """Raise InputError for words of scikit-learn that have no counterpart, with what to use."""
     if isinstance(activation, str) and activation in _REFUSED_ACTIVATIONS:
         raise InputError(

@@ -45,12 +45,12 @@ class NestedScores:
 
 def nested_cv(
     search: Any,
-    X: Any,
-    y: Any,
+    X: object,
+    y: object,
     *,
-    outer: Any = 5,
-    groups: Any = None,
-    params: Mapping[str, Any] | None = None,
+    outer: object = 5,
+    groups: object = None,
+    params: Mapping[str, object] | None = None,
 ) -> NestedScores:
     """Return scores and best parameters of a search in each outer fold, equal to those of the loop by hand.
 
@@ -103,7 +103,7 @@ class _Metadata:
     score: Mapping[str, Any]
 
 
-def _route(search: Any, splitter: Any, groups: Any, params: Mapping[str, Any]) -> _Metadata:
+def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> _Metadata:
     """Return where ``cross_val_score`` would send groups and params."""
     if not get_config()["enable_metadata_routing"]:
         return _Metadata({"groups": groups}, params, {})
@@ -120,7 +120,7 @@ def _route(search: Any, splitter: Any, groups: Any, params: Mapping[str, Any]) -
     return _Metadata(routed.splitter.split, routed.estimator.fit, routed.scorer.score)
 
 
-def _check_search(search: Any) -> None:
+def _check_search(search: object) -> None:
     if not isinstance(search, RandomizedSearchCV | GridSearchCV):
         raise InputError(
             f"nested_cv(search) must be a RandomizedSearchCV or a GridSearchCV of gputune.sklearn, got {search!r}; for "
@@ -138,7 +138,7 @@ def _check_search(search: Any) -> None:
 
 
 def _parts(
-    search: Any, X: Any, y: Any, params: Mapping[str, Any], trains: Sequence[Any]
+    search: Any, X: object, y: object, params: Mapping[str, object], trains: Sequence[object]
 ) -> list[Part | None]:
     """Return the rows of each outer fold as parts of all rows, None where a fold has to be checked by itself."""
     fit_params = _routed_within(search, X, params).estimator.fit
@@ -146,7 +146,7 @@ def _parts(
     return [None if whole is None else Part(whole.rows, whole.index[np.asarray(train)]) for train in trains]
 
 
-def _routed_within(search: Any, X: Any, params: Mapping[str, Any]) -> Any:
+def _routed_within(search: Any, X: object, params: Mapping[str, object]) -> Any:
     """Return what the search sends on of its ``fit``'s params; its ``fit`` says what there is to warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -155,7 +155,7 @@ def _routed_within(search: Any, X: Any, params: Mapping[str, Any]) -> Any:
 
 def _train(
     searches: Sequence[Any],
-    rows: Sequence[tuple[Any, Any, Mapping[str, Any]]],
+    rows: Sequence[tuple[object, object, Mapping[str, object]]],
     parts: Sequence[Part | None],
 ) -> list[TrainedCandidates]:
     """Train the candidates of all searches in their inner folds."""
@@ -170,7 +170,9 @@ def _train(
     return [replace(each, seconds=share) for each in recorded]
 
 
-def _record(search: Any, rows: tuple[Any, Any, Mapping[str, Any]], within: Part | None) -> TrainedCandidates:
+def _record(
+    search: Any, rows: tuple[object, object, Mapping[str, object]], within: Part | None
+) -> TrainedCandidates:
     """Return the candidates of one search, not trained yet."""
     X, y, params = rows
     routed = _routed_within(search, X, params)

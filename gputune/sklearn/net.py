@@ -67,20 +67,20 @@ class _NeuralNet(TrainedEstimator):
 
     def __init__(
         self,
-        module: Any,
+        module: object,
         *,
-        criterion: Any = None,
-        optimizer: Any = "sgd",
+        criterion: object = None,
+        optimizer: object = "sgd",
         lr: float = 0.01,
         optimizer__weight_decay: float | None = None,
         optimizer__momentum: float | None = None,
         batch_size: int | str = 128,
         max_epochs: int = 10,
-        random_state: Any = None,
+        random_state: object = None,
         device: str = "auto",
-        train_split: Any = None,
+        train_split: object = None,
         verbose: int = 0,
-        **arguments: Any,
+        **arguments: object,
     ) -> None:
         parameters = locals()
         self._arguments = parameters.pop("arguments")
@@ -92,7 +92,7 @@ class _NeuralNet(TrainedEstimator):
         arguments: dict[str, Any] = self._arguments
         return params | arguments
 
-    def set_params(self, **params: Any) -> Self:
+    def set_params(self, **params: object) -> Self:
         """Set parameters, any ``module__*`` and ``criterion__*`` among them, and return the estimator."""
         own = inspect.signature(type(self)).parameters
         rest = {}
@@ -162,7 +162,7 @@ def _in_engines_words(name: str) -> str:
     return _PREFIXES[prefix] + name.removeprefix(prefix)
 
 
-def _builder(module: Any) -> Builder:
+def _builder(module: object) -> Builder:
     """Return what makes a module; InputError for what does not."""
     if isinstance(module, nn.Module):
         raise InputError(
@@ -178,7 +178,7 @@ def _builder(module: Any) -> Builder:
     return builder
 
 
-def _optimizer(optimizer: Any) -> str:
+def _optimizer(optimizer: object) -> str:
     """Return the engine's word of a word or of a class of torch.optim."""
     if isinstance(optimizer, type) and optimizer in _OPTIMIZERS:
         return _OPTIMIZERS[optimizer]
@@ -191,7 +191,7 @@ def _optimizer(optimizer: Any) -> str:
     )
 
 
-def _is_default(criterion: Any, loss: type[nn.Module]) -> bool:
+def _is_default(criterion: object, loss: type[nn.Module]) -> bool:
     """Whether the criterion is an instance of the loss with default settings."""
     return type(criterion) is loss and _settings(criterion) == _settings(loss())
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
 from types import FunctionType
-from typing import Any
 
 import cloudpickle
 from sklearn.utils import check_random_state
@@ -110,7 +109,7 @@ class Recipe:
         return self.config | {"weight_decay": self.alpha / batch_weight}
 
 
-def draw_seed(random_state: Any, draw: DrawSeed) -> int:
+def draw_seed(random_state: object, draw: DrawSeed) -> int:
     """Return an integer as it is, one draw from a RandomState, or ``draw()`` for None.
 
     ValueError for anything else, as in scikit-learn.
@@ -126,7 +125,7 @@ def fresh_seed() -> int:
     return int(check_random_state(None).randint(2**31 - 1))
 
 
-def engine_config(values: Mapping[str, tuple[str, Any]], *, optimizer: str) -> Config:
+def engine_config(values: Mapping[str, tuple[str, object]], *, optimizer: str) -> Config:
     """Return the engine's complete configuration of checked values: its word -> the estimator's word and value.
 
     A value None is left to the engine's default; ``optimizer`` is that of a configuration without one.
@@ -140,14 +139,14 @@ def engine_config(values: Mapping[str, tuple[str, Any]], *, optimizer: str) -> C
     return complete(config, optimizer=optimizer, schedule="constant")
 
 
-def whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: object) -> int:
     """Return an integer >= 1. Raises InputError for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise InputError(f"{name} must be an integer >= 1, got {value!r}. For example 50.")
     return int(value)
 
 
-def content(value: Any) -> Hashable:
+def content(value: object) -> Hashable:
     """Return what a value and its copies have in common; nothing else equals one that cannot be pickled."""
     if value is None or isinstance(value, str | type | FunctionType):
         return value

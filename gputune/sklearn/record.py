@@ -52,7 +52,7 @@ class Fit:
         assert self.rows is not None
         estimator._become(self.fitted, self.rows)
 
-    def is_of(self, estimator: FusedEstimator, X: Any) -> bool:
+    def is_of(self, estimator: FusedEstimator, X: object) -> bool:
         """Say whether this is the fit that the estimator wants."""
         alike = type(estimator) is type(self.estimator) and _num_samples(X) == self.n_rows
         return alike and _plain_params(estimator) == _plain_params(self.estimator)
@@ -85,7 +85,7 @@ def fits_of(events: Sequence[Event]) -> list[Fit]:
     return [event for event in events if isinstance(event, Fit)]
 
 
-def shared_rows(candidate: Any, X: Any, y: Any, fit_params: Mapping[str, Any]) -> Part | None:
+def shared_rows(candidate: object, X: object, y: object, fit_params: Mapping[str, object]) -> Part | None:
     """Return all rows, checked once for all folds; None where a fold has to be checked by itself.
 
     That is so in a pipeline, and where the whole is refused: a fold may not have the rows that are wrong.
@@ -114,11 +114,11 @@ class Recorder:
 
     def record(
         self,
-        candidates: Sequence[Any],
-        X: Any,
-        y: Any,
+        candidates: Sequence[object],
+        X: object,
+        y: object,
         splits: Splits,
-        fit_params: Mapping[str, Any],
+        fit_params: Mapping[str, object],
         within: Part | None = None,
     ) -> list[Event]:
         """Return what fitting every candidate in every fold takes, in the order of scikit-learn's loop.
@@ -151,7 +151,7 @@ class Recorder:
             for fold, (train, valid) in enumerate(zip(trains, valids))
         ]
 
-    def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
+    def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Note the fit; raises the error of rows that it refuses."""
         arguments = (X, y, sample_weight)
         key = (type(estimator), *map(id, arguments))
@@ -165,7 +165,13 @@ class Recorder:
         return True
 
     def transform(
-        self, function: Callable[..., Any], transformer: Any, X: Any, y: Any, *args: Any, **options: Any
+        self,
+        function: Callable[..., object],
+        transformer: object,
+        X: object,
+        y: object,
+        *args: object,
+        **options: Any,
     ) -> Any:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
@@ -178,7 +184,7 @@ class Recorder:
         self.events.append(event)
         return event.take()
 
-    def _hold_out(self, fitted: Any, X: Any, y: Any, train: Any, test: Any) -> None:
+    def _hold_out(self, fitted: object, X: object, y: object, train: object, test: object) -> None:
         """Give the fit that was just noted its validation rows: once for all candidates on the same training rows."""
         fit = self.events[-1]
         assert isinstance(fit, Fit) and isinstance(fit.train, Part)
@@ -189,7 +195,9 @@ class Recorder:
                 self._valid[key] = _result(functools.partial(held_out_part, fitted, fit.train, *rows))
         fit.valid = self._valid[key]
 
-    def _rows(self, estimator: Any, X: Any, y: Any, train: Any, fit_params: Mapping[str, Any]) -> Any:
+    def _rows(
+        self, estimator: object, X: object, y: object, train: object, fit_params: Mapping[str, object]
+    ) -> Any:
         """Return X, y and parameters of ``fit`` for some rows: the same objects whenever they are the same."""
         key = (id(X), id(y), np.asarray(train).tobytes(), *map(id, fit_params.values()))
         if key not in self._folds:
@@ -199,7 +207,7 @@ class Recorder:
         return self._folds[key][0]
 
 
-def held_out_part(fitted: Any, train: Part, X: Any, y: Any) -> Part:
+def held_out_part(fitted: Any, train: Part, X: object, y: object) -> Part:
     """Return rows X (m, D) and y (m,) as validation rows beside ``train``, on which ``fitted`` was fitted.
 
     ``fitted`` is an estimator, or a Pipeline whose transformers are fitted. The rows weigh one each. Raises what the
@@ -226,12 +234,12 @@ def held_out_part(fitted: Any, train: Part, X: Any, y: Any) -> Part:
     return Part(rows, np.arange(len(rows.X)))
 
 
-def _as_rows(mask_or_rows: Any) -> NDArray[np.int64]:
+def _as_rows(mask_or_rows: object) -> NDArray[np.int64]:
     array = np.asarray(mask_or_rows)
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
 
 
-def _fit(estimator: Any, X: Any, y: Any, params: Mapping[str, Any]) -> None:
+def _fit(estimator: Any, X: object, y: object, params: Mapping[str, object]) -> None:
     """Call ``fit`` as scikit-learn's loop does."""
     if y is None:
         estimator.fit(X, **params)
@@ -239,17 +247,17 @@ def _fit(estimator: Any, X: Any, y: Any, params: Mapping[str, Any]) -> None:
         estimator.fit(X, y, **params)
 
 
-def _silent(estimator: Any) -> Any:
+def _silent(estimator: object) -> Any:
     """Return the estimator without callbacks, which hear of the fits of scikit-learn's loop."""
     return estimator.set_callbacks() if hasattr(estimator, "set_callbacks") else estimator
 
 
-def _check(estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> Part | Exception:
+def _check(estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> Part | Exception:
     rows = _result(functools.partial(check_rows, estimator, X, y, sample_weight))
     return rows if isinstance(rows, Exception) else Part(rows, np.arange(len(rows.X)))
 
 
-def _result(call: Callable[[], Any]) -> Any:
+def _result(call: Callable[[], object]) -> Any:
     try:
         return call()
     except Exception as error:

@@ -77,7 +77,7 @@ class Replay:
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
 
-    def fit(self, estimator: FusedEstimator, X: Any, y: Any, sample_weight: Any) -> bool:
+    def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Finish the estimator where it is its turn."""
         del y, sample_weight
         event = self.events[0] if self.events else None
@@ -87,7 +87,7 @@ class Replay:
         event.finish(estimator)
         return True
 
-    def transform(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def transform(self, function: Callable[..., object], *args: object, **options: object) -> Any:
         """Return what fitting a transformer gave where it is its turn, else fit it."""
         event = self.events[0] if self.events else None
         if not isinstance(event, Transformation):
@@ -138,15 +138,15 @@ class SearchRun:
         self,
         evaluate_candidates: Callable[..., Any],
         candidate_params: Iterable[Any],
-        cv: Any = None,
-        more_results: Any = None,
-        **context: Any,
+        cv: object = None,
+        more_results: object = None,
+        **context: object,
     ) -> dict[str, Any]:
         """Do what scikit-learn's ``evaluate_candidates`` does, with fits that are made together."""
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
         replay = Replay()
 
-        def split(X: Any, y: Any, params: Mapping[str, Any]) -> Splits:
+        def split(X: object, y: object, params: Mapping[str, object]) -> Splits:
             trained = self.trained or self._train_all(candidates, X, y, self.split(X, y, params, cv))
             self._note(trained)
             replay.events.extend(trained.events)
@@ -161,12 +161,12 @@ class SearchRun:
         results["std_fit_time"][:] = 0.0
         return results
 
-    def split(self, X: Any, y: Any, params: Mapping[str, Any], cv: Any = None) -> Splits:
+    def split(self, X: object, y: object, params: Mapping[str, object], cv: object = None) -> Splits:
         """Return the splits of ``cv``, the search's own where it is None."""
         splitter = check_cv(self.cv if cv is None else cv, y, classifier=is_classifier(self.estimator))
         return list(splitter.split(X, y, **params))
 
-    def _train_all(self, candidates: Candidates, X: Any, y: Any, splits: Splits) -> TrainedCandidates:
+    def _train_all(self, candidates: Candidates, X: object, y: object, splits: Splits) -> TrainedCandidates:
         begin = time.monotonic()
         events = self.record(candidates, X, y, splits)
         self.train(candidates, fits_of(events))
@@ -174,7 +174,7 @@ class SearchRun:
         return TrainedCandidates(candidates, splits, events, share)
 
     def record(
-        self, candidates: Candidates, X: Any, y: Any, splits: Splits, within: Part | None = None
+        self, candidates: Candidates, X: object, y: object, splits: Splits, within: Part | None = None
     ) -> list[Event]:
         """Return what fitting the candidates takes; X and y may be ``within`` rows that other searches share.
 
@@ -202,6 +202,6 @@ class _Splitter:
 
     once: Callable[[Any, Any, Mapping[str, Any]], Splits]
 
-    def split(self, X: Any, y: Any = None, **params: Any) -> Splits:
+    def split(self, X: object, y: object = None, **params: object) -> Splits:
         """Return the splits."""
         return self.once(X, y, params)

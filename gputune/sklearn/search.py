@@ -27,7 +27,7 @@ from gputune.sklearn.study_file import check_new, write_search
 current_run: ContextVar[SearchRun | None] = ContextVar("current_run", default=None)
 
 
-def why_not_together(estimator: Any, space: Any) -> str | None:
+def why_not_together(estimator: Any, space: object) -> str | None:
     """Return the reason why the candidates of a space cannot be trained together, None where they can."""
     prefix, last = last_step(estimator)
     name = type(last).__name__
@@ -48,13 +48,13 @@ def why_not_together(estimator: Any, space: Any) -> str | None:
 class HookedMemory:
     """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it is the user's."""
 
-    def __init__(self, memory: Any) -> None:
+    def __init__(self, memory: object) -> None:
         self.memory = memory
 
     def __repr__(self) -> str:
         return repr(self.memory)
 
-    def cache(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    def cache(self, function: Callable[..., object], **options: object) -> Callable[..., Any]:
         """Return the function that fits a transformer, through the hook where there is one."""
         hook = fit_hook.get()
         if hook is not None:
@@ -83,7 +83,7 @@ def with_hook(estimator: Any, device: str) -> Any:
     return copied
 
 
-def without_hook(estimator: Any) -> None:
+def without_hook(estimator: object) -> None:
     """Give a refitted estimator the user's own ``memory`` back."""
     if isinstance(estimator, Pipeline) and isinstance(estimator.memory, HookedMemory):
         estimator.memory = estimator.memory.memory
@@ -95,7 +95,7 @@ class FusedSearch:
     _space_name: ClassVar[str]
     """The parameter that holds the space."""
 
-    def fit(self: Any, X: Any, y: Any = None, **params: Any) -> Any:
+    def fit(self: Any, X: object, y: object = None, **params: object) -> Any:
         """Run the search on rows X with targets y, as the estimator takes them, and refit the best candidate on all.
 
         ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
@@ -104,7 +104,7 @@ class FusedSearch:
         return self._fit_trained(None, X, y, params)
 
     def _fit_trained(
-        self: Any, trained: TrainedCandidates | None, X: Any, y: Any, params: Mapping[str, Any]
+        self: Any, trained: TrainedCandidates | None, X: object, y: object, params: Mapping[str, object]
     ) -> Any:
         """Fit; candidates that were ``trained`` are evaluated in place of those that the search would draw."""
         X = as_sliced(X)
@@ -123,7 +123,7 @@ class FusedSearch:
             write_search(self.study, self, None if run is None else run.epochs)
         return self
 
-    def _make_run(self: Any, trained: TrainedCandidates | None, X: Any, y: Any) -> SearchRun:
+    def _make_run(self: Any, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
         """Return the run of one fit on X and y, which are not checked yet."""
         del X, y
         timeout = self.timeout if isinstance(self.timeout, Real) else None
@@ -157,13 +157,15 @@ class FusedSearch:
             stacklevel=4,
         )
 
-    def _get_routed_params_for_fit(self: Any, params: Any) -> Any:
+    def _get_routed_params_for_fit(self: Any, params: object) -> Any:
         routed = super()._get_routed_params_for_fit(params)  # type: ignore[misc]  # scikit-learn's
         if (run := current_run.get()) is not None:
             run.fit_params, run.split_params = routed.estimator.fit, routed.splitter.split
         return routed
 
-    def _run_search(self: Any, evaluate_candidates: Callable[..., Any], *, callback_ctx: Any = None) -> None:
+    def _run_search(
+        self: Any, evaluate_candidates: Callable[..., object], *, callback_ctx: object = None
+    ) -> None:
         run = current_run.get()
         if run is not None:
             evaluate_candidates = functools.partial(run.evaluate, evaluate_candidates)
@@ -172,7 +174,7 @@ class FusedSearch:
 
 
 @contextmanager
-def _overriding(search: Any, overrides: Mapping[str, Any]) -> Iterator[None]:
+def _overriding(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
     """Let a search have other parameters inside."""
     own = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
@@ -231,18 +233,18 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
     def __init__(
         self,
-        estimator: Any,
-        param_distributions: Any,
+        estimator: object,
+        param_distributions: object,
         *,
         n_iter: int = 10,
-        scoring: Any = None,
+        scoring: object = None,
         n_jobs: int | None = None,
-        refit: Any = True,
-        cv: Any = None,
+        refit: object = True,
+        cv: object = None,
         verbose: int = 0,
         pre_dispatch: int | str | None = None,
-        random_state: Any = None,
-        error_score: Any = np.nan,
+        random_state: object = None,
+        error_score: object = np.nan,
         return_train_score: bool = False,
         device: str = "auto",
         study: str | os.PathLike[str] | None = None,
@@ -268,16 +270,16 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
 
     def __init__(
         self,
-        estimator: Any,
-        param_grid: Any,
+        estimator: object,
+        param_grid: object,
         *,
-        scoring: Any = None,
+        scoring: object = None,
         n_jobs: int | None = None,
-        refit: Any = True,
-        cv: Any = None,
+        refit: object = True,
+        cv: object = None,
         verbose: int = 0,
         pre_dispatch: int | str | None = None,
-        error_score: Any = np.nan,
+        error_score: object = np.nan,
         return_train_score: bool = False,
         device: str = "auto",
         study: str | os.PathLike[str] | None = None,

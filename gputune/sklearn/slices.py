@@ -19,7 +19,9 @@ class SliceDict(dict[str, Any]):
     rows. Raises InputError for what is no array, and for unequal lengths.
     """
 
-    def __init__(self, inputs: Mapping[str, Any] | Iterable[tuple[str, Any]] = (), **more: Any) -> None:
+    def __init__(
+        self, inputs: Mapping[str, object] | Iterable[tuple[str, object]] = (), **more: object
+    ) -> None:
         super().__init__(inputs, **more)
         for name, value in self.items():
             if not isinstance(value, np.ndarray | Tensor) or value.ndim == 0:
@@ -38,13 +40,13 @@ class SliceDict(dict[str, Any]):
         """(n,), by which scikit-learn counts rows."""
         return (len(self),)
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: object) -> Any:
         if isinstance(key, str):
             return super().__getitem__(key)
         return SliceDict({name: value[key] for name, value in self.items()})
 
 
-def as_sliced(X: Any) -> Any:
+def as_sliced(X: object) -> Any:
     """Return a dict of inputs as a SliceDict, anything else as it is. Raises InputError for a tuple of inputs."""
     if isinstance(X, tuple) and X and all(isinstance(value, np.ndarray | Tensor) for value in X):
         raise InputError(

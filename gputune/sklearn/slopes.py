@@ -171,7 +171,7 @@ def _classes(part: Part, *, weighing: bool) -> set[object]:
     return set(rows.classes[np.unique(rows.y[index])].tolist())
 
 
-def descended_parameters(hyperparameters: Any, estimator: Any) -> dict[str, str]:
+def descended_parameters(hyperparameters: Any, estimator: object) -> dict[str, str]:
     """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
 
     None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.
@@ -194,7 +194,7 @@ def descended_parameters(hyperparameters: Any, estimator: Any) -> dict[str, str]
 
 
 def start_values(
-    estimator: Any, params: Mapping[str, Any], parameters: Mapping[str, str], number: int
+    estimator: object, params: Mapping[str, object], parameters: Mapping[str, str], number: int
 ) -> dict[str, float] | None:
     """Return where candidate ``number`` starts; None where the estimator refuses the candidate, as its fit will.
 

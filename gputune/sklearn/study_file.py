@@ -73,7 +73,7 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
     return Result(number, state, float(scores.mean()), tuple(scores.tolist()), epochs, seconds, curve)
 
 
-def _metric(search: Any, results: Mapping[str, Any]) -> str:
+def _metric(search: Any, results: Mapping[str, object]) -> str:
     """Return the metric that chooses: the one of ``refit``, or the first of many."""
     if "mean_test_score" in results:
         return "score"
@@ -96,7 +96,7 @@ def _score_name(search: Any) -> str:
     return str(next(iter(scoring)))
 
 
-def _storable(value: Any) -> Any:
+def _storable(value: object) -> Any:
     """Return a value of a configuration as a file can hold it: as text where it can in no other way."""
     with suppress(InputError):
         to_json(value)

@@ -173,7 +173,7 @@ def _value(record: SearchRecord, name: str) -> Any:
     return None if name in record.absent else getattr(record, name)
 
 
-def _without_steps(value: Any) -> Any:
+def _without_steps(value: object) -> Any:
     """Return a value without what may grow when a search goes on: the steps of a descent."""
     return (
         {key: part for key, part in value.items() if key != "outer_steps"}
@@ -197,7 +197,7 @@ def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> 
     return [f"data{_in_words(*sizes)}"]
 
 
-def _in_words(there: Any, here: Any) -> str:
+def _in_words(there: object, here: object) -> str:
     """Two values that differ in words, where both are short."""
     texts = [repr(there), repr(here)]
     if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():

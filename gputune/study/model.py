@@ -45,7 +45,7 @@ class TunedModel(ModelContent):
     info      what is worth knowing later: score, held-out score, parameters, versions
     """
 
-    def predict(self, X: Any) -> NDArray[Any]:
+    def predict(self, X: object) -> NDArray[Any]:
         """Return class labels in their own type, or values in original units (float64), (n,), several (n, K).
 
         Of several labels 0 or 1 each, (n, K); for a custom target the outputs of the module, (n, ...).
@@ -65,7 +65,7 @@ class TunedModel(ModelContent):
         labels: NDArray[Any] = self.classes[outputs.argmax(1).numpy()]
         return labels
 
-    def predict_proba(self, X: Any) -> NDArray[np.float64]:
+    def predict_proba(self, X: object) -> NDArray[np.float64]:
         """Return the probability of each class, (n, K) in the order of ``classes``: the softmax of the logits.
 
         Of several labels that of each. Raises InputError for a regression model.
@@ -99,7 +99,7 @@ class TunedModel(ModelContent):
         """
         export(self, path)
 
-    def encoded(self, X: Any) -> Any:
+    def encoded(self, X: object) -> Any:
         """Return what an exported model takes of these rows, of a table float64 (n, C).
 
         Of inputs that are no table it is an array, a tuple or a dict of them, in the dtypes of the training data.
@@ -108,7 +108,7 @@ class TunedModel(ModelContent):
         """
         return encoded(self, self._inputs(X))
 
-    def _outputs(self, X: Any) -> Tensor:
+    def _outputs(self, X: object) -> Tensor:
         """Return logits, or standardised values, (n, K) float64 on the CPU; equal rows of a batch have equal ones."""
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
@@ -132,7 +132,7 @@ class TunedModel(ModelContent):
     def _names(self) -> tuple[str, ...] | None:
         return None if isinstance(self.layout, Layout) else self.layout.names
 
-    def _inputs(self, X: Any) -> Table | Arrays:
+    def _inputs(self, X: object) -> Table | Arrays:
         """Return X as a table (a tensor too, so that tensors and arrays are predicted alike), or as arrays."""
         if not isinstance(self.layout, Layout):
             return self._arrays(X, self.layout)
@@ -143,7 +143,7 @@ class TunedModel(ModelContent):
         answers = self.target in table.names and self.target not in self.layout.inputs
         return table.drop(self.target) if answers and len(table.names) > 1 else table
 
-    def _arrays(self, X: Any, layout: ArrayLayout) -> Arrays:
+    def _arrays(self, X: object, layout: ArrayLayout) -> Arrays:
         """Return X, or the arrays of a file without its target, as those that were seen in training."""
         if isinstance(X, str | Path):
             values = read_array_file(Path(X))
@@ -157,7 +157,7 @@ class TunedModel(ModelContent):
         for start in range(0, len(table), rows):
             yield table.select(np.arange(start, min(start + rows, len(table))))
 
-    def _checked(self, output: Any, rows: int) -> Tensor:
+    def _checked(self, output: object, rows: int) -> Tensor:
         output = first_output(output)
         K = self.spec["kwargs"].get("n_outputs", 1) if self.classes is None else len(self.classes)
         if self.task == "custom" and isinstance(output, Tensor) and len(output) == rows:

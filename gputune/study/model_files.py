@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +178,7 @@ def blaming(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_tensors(path: Path, body: dict[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, body: Mapping[str, object]) -> dict[str, Tensor]:
     """Return the tensors, on the CPU."""
     import safetensors.torch
 
@@ -297,7 +297,9 @@ def _filled(
     return network
 
 
-def _module_class(spec: dict[str, Any], module: Builder | None, folder: Path, *, trust_code: bool) -> Builder:
+def _module_class(
+    spec: Mapping[str, object], module: Builder | None, folder: Path, *, trust_code: bool
+) -> Builder:
     kind = str(spec["kind"])
     if module is not None and not is_builder(module):
         raise InputError(f"load_model(module=...) must be a subclass of torch.nn.Module, got {module!r}.")

@@ -190,7 +190,7 @@ def _hashed(paths: Iterable[str | None]) -> Files:
     return tuple(files)
 
 
-def is_changed(module_class: Builder, source: Mapping[str, Any]) -> bool:
+def is_changed(module_class: Builder, source: Mapping[str, object]) -> bool:
     """Whether the source of a class is known not to be the one that ``class_source`` described."""
     now = _digest(module_class) if "import" in source else class_source(module_class).get("sha256")
     return None not in (now, source.get("sha256")) and now != source["sha256"]

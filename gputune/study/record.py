@@ -70,7 +70,7 @@ class Part:
     logged: bool = False
 
 
-def _part(default: Any, called: str = "", **what: Any) -> Any:
+def _part(default: object, called: str = "", **what: Any) -> Any:
     """Return a field with what it is for; ``default``, or what it makes, stands where a file does not have it."""
     metadata = {"part": Part(called=called, **what)}
     if default in (dict, list):
@@ -78,7 +78,7 @@ def _part(default: Any, called: str = "", **what: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
-def _argument(default: Any, name: str, **what: Any) -> Any:
+def _argument(default: object, name: str, **what: object) -> Any:
     """Return a field that holds an argument of ``tune``, which must stay the same."""
     return _part(default, name, argument=name, **{"training": True, **what})
 
@@ -208,7 +208,7 @@ OPTION_FORMS: Mapping[str, Any] = {
 """The form of each option, and of the number of options, which has no name."""
 
 
-def has_form(value: Any, form: Any) -> bool:
+def has_form(value: object, form: object) -> bool:
     """Whether a value that was read has a form."""
     match form:
         case tuple():

@@ -75,7 +75,7 @@ def _encode(value: object, name: str) -> Any:
     return {"torch": _torch_name(value, name)}
 
 
-def _encode_mapping(value: Mapping[Any, Any], name: str) -> Any:
+def _encode_mapping(value: Mapping[object, object], name: str) -> Any:
     if not all(isinstance(key, str) for key in value):
         return {"pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]}
     encoded = {str(key): _encode(item, name) for key, item in value.items()}
@@ -83,7 +83,7 @@ def _encode_mapping(value: Mapping[Any, Any], name: str) -> Any:
     return {"dict": encoded} if looks_like_a_tag else encoded
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: object) -> Any:
     if isinstance(value, list):
         return [_decode(item) for item in value]
     if not isinstance(value, dict):

@@ -60,7 +60,7 @@ class Store:
         self._file = path.stat()
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], meta: Mapping[str, Any]) -> Self:
+    def create(cls, path: str | os.PathLike[str], meta: Mapping[str, object]) -> Self:
         """Make a new study file that holds ``meta`` and no trials, and open it.
 
         The file appears whole or not at all. Raises InputError where something lies at ``path`` already,

@@ -75,7 +75,7 @@ class Trial:
 class _Curves:
     """The field ``curves`` of a study: an array, or a function that makes it when it is first asked for."""
 
-    def __get__(self, study: Any, owner: type | None = None) -> Curve:
+    def __get__(self, study: object, owner: type | None = None) -> Curve:
         if study is None:
             raise AttributeError("curves")  # by which a dataclass knows that there is no default
         curves = vars(study)["curves"]
@@ -86,7 +86,7 @@ class _Curves:
         array: Curve = curves
         return array
 
-    def __set__(self, study: Any, curves: Curve | Callable[[], Curve]) -> None:
+    def __set__(self, study: object, curves: Curve | Callable[[], Curve]) -> None:
         vars(study)["curves"] = curves
 
 
@@ -133,10 +133,10 @@ class Study:
     @classmethod
     def from_rows(
         cls,
-        meta: Mapping[str, Any],
+        meta: Mapping[str, object],
         rows: Sequence[tuple[Candidate, Result | None]],
         *,
-        data: Any = None,
+        data: object = None,
         file: Path | None = None,
     ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
@@ -307,7 +307,7 @@ def _rank(trial: Trial) -> tuple[bool, bool, float, int]:
     return (not finite, trial.state == "pruned", -trial.score if finite else 0.0, trial.number)
 
 
-def _kinds(values: list[Any]) -> set[type]:
+def _kinds(values: Sequence[object]) -> set[type]:
     return {type(value) for value in values if value is not None}
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -289,7 +289,7 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                 )
 
 
-def _check_folds(labels: Sequence[Any], context: Context) -> None:
+def _check_folds(labels: Sequence[object], context: Context) -> None:
     """Refuse a fold that holds out a class on which it does not train."""
     data = context.data
     if data.present is None:

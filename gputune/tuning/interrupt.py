@@ -119,7 +119,7 @@ def _end_in_time() -> threading.Timer:
     return timer
 
 
-def interrupted_words(study: "Study", file: Any) -> str:
+def interrupted_words(study: "Study", file: object) -> str:
     """Return what a search that was ended early says: how far it is, and how it goes on."""
     states = Counter(trial.state for trial in study.trials)
     done = len(study.trials) - states["waiting"] - states["stopped"]

@@ -19,7 +19,7 @@ METHODS: Mapping[str, type[Halving] | type[Median] | type[Hypergradient]] = {
 """The methods that a word names; "random" is another one, without options."""
 
 
-def check_method(method: Any) -> Method:
+def check_method(method: object) -> Method:
     """Return the search method of a word or of a value."""
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()

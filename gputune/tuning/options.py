@@ -47,12 +47,12 @@ class Rule:
         return self.flag.partition(" ")[0]
 
 
-def _option(default: Any, *rule: Any, **more: Any) -> Any:
+def _option(default: object, *rule: Any, **more: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(*rule, **more)})
 
 
 def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
-    def check(name: str, value: Any) -> Any:
+    def check(name: str, value: object) -> Any:
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         return value
@@ -60,23 +60,23 @@ def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
     return check
 
 
-def _whole(name: str, value: Any) -> Any:
+def _whole(name: str, value: object) -> Any:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
     return value
 
 
-def _seconds(name: str, value: Any, none: str = "") -> Any:
+def _seconds(name: str, value: object, none: str = "") -> Any:
     if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise InputError(f"{name} is a number of seconds above 0{none}, got {value!r}.")
     return value
 
 
-def _seconds_or_none(name: str, value: Any) -> Any:
+def _seconds_or_none(name: str, value: object) -> Any:
     return None if value is None else _seconds(name, value, ", or None")
 
 
-def _path(name: str, value: Any) -> Any:
+def _path(name: str, value: object) -> Any:
     if not (value is None or isinstance(value, str | os.PathLike)):
         raise InputError(
             f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
@@ -84,7 +84,7 @@ def _path(name: str, value: Any) -> Any:
     return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
 
 
-def _method(name: str, value: Any) -> Any:
+def _method(name: str, value: object) -> Any:
     from gputune.tuning.method import check_method
 
     return check_method(value)
@@ -97,7 +97,7 @@ def _memory(name: str, value: Any) -> Any:
     return value
 
 
-def _workers(name: str, value: Any) -> Any:
+def _workers(name: str, value: object) -> Any:
     """Return a number, "auto" or a cluster."""
     from gputune.executors.ray_connection import Ray
 
@@ -110,13 +110,13 @@ def _workers(name: str, value: Any) -> Any:
     return value if isinstance(value, Ray) or value == "auto" else _whole(name, value)
 
 
-def _callbacks(name: str, value: Any) -> Any:
+def _callbacks(name: str, value: object) -> Any:
     from gputune.callbacks.callback import check_callbacks
 
     return check_callbacks(value)
 
 
-def _seed(name: str, random_state: Any) -> int:
+def _seed(name: str, random_state: object) -> int:
     """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
     import numpy as np
 

@@ -67,7 +67,7 @@ class ModelChoice:
         return self.searched if self.module_class is None else name_of(self.module_class)
 
 
-def choose_model(model: Any, optimizer: str | None) -> ModelChoice:
+def choose_model(model: object, optimizer: str | None) -> ModelChoice:
     """Check ``model`` and ``optimizer`` and return the choice.
 
     Raises InputError for another model, a file or class that cannot be imported, an optimizer that does not fit.
@@ -98,7 +98,7 @@ def recorded_model(spec: dict[str, Any], optimizer: str, *, trust_code: bool) ->
     return ModelChoice(spec["kind"], optimizer, module_class)
 
 
-def _resolve(model: Any) -> tuple[SearchedModel, Builder | None]:
+def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     if model == "mlp" or model == "logistic":
         return model, None
     if isinstance(model, str) and model in NAMED:

@@ -1,7 +1,7 @@
 """The record of a search, made from its options; and the search made from its record, for a resume and a refit."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -99,7 +99,7 @@ def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]
     return Arguments(kept=kept, space=values, folds=pack_folds(folds), lacking=lacking, callbacks=callbacks)
 
 
-def recorded_options(record: SearchRecord, **changed: Any) -> Options:
+def recorded_options(record: SearchRecord, **changed: object) -> Options:
     """Return the options of a search as far as its record tells them, some of them ``changed``."""
     known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in RULES}
     kept = record.arguments.kept
@@ -120,7 +120,7 @@ def _distributions(space: Space) -> dict[str, Any]:
     return {key: law for key, law in laws.items() if law is not None and key not in many}
 
 
-def _is_storable(value: Any) -> bool:
+def _is_storable(value: object) -> bool:
     try:
         to_json(value)
     except InputError:
@@ -148,7 +148,7 @@ class RecordedSearch:
 
 
 def recorded_search(
-    path: Path, record: SearchRecord, changed: dict[str, Any], *, trust_code: bool = False
+    path: Path, record: SearchRecord, changed: Mapping[str, object], *, trust_code: bool = False
 ) -> RecordedSearch:
     """Return the search of a study file, with some of its options ``changed``.
 

@@ -1,5 +1,6 @@
 """From a study to its tuned model: the best configuration trained again on all rows of the study."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,7 +31,7 @@ from gputune.version import __version__
 
 @entry
 def refit(
-    study: Study, X: Any = None, y: Any = None, *, check: bool = True, trust_code: bool = False
+    study: Study, X: object = None, y: object = None, *, check: bool = True, trust_code: bool = False
 ) -> TunedModel:
     """Train the best trial of a study on all its rows, for as many epochs as its best score took.
 
@@ -80,7 +81,7 @@ def _plain(value: Tensor) -> float | np.ndarray:
     return float(value) if value.dim() == 0 else value.cpu().numpy()
 
 
-def _recalled(study: Study, X: Any, y: Any, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
+def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[ModelChoice, Source, Options]:
     """Return the model, the rows and the options of the search, from memory or from the study's file."""
     record = study.record
     if study.data is not None:
@@ -140,7 +141,7 @@ def _class_weight(record: SearchRecord) -> Any:
     raise _lost_weights(f"class_weight={record.class_weight} again")
 
 
-def _reread(study: Study, X: Any, y: Any, *, module: bool) -> Source:
+def _reread(study: Study, X: object, y: object, *, module: bool) -> Source:
     if X is not None:
         return read_source(X, y, module=module)
     origin = study.record.source
@@ -156,7 +157,7 @@ def _reread(study: Study, X: Any, y: Any, *, module: bool) -> Source:
         ) from error
 
 
-def _other_rows(study: Study, problem: Problem, rows: dict[str, Any], *, are_given: bool) -> str:
+def _other_rows(study: Study, problem: Problem, rows: Mapping[str, object], *, are_given: bool) -> str:
     """Return in which way the rows are not those of the search, and what to do."""
     origin, then, target = study.record.source, study.record.classes, problem.target
     now = None if target.classes is None else target.classes.tolist()
@@ -205,7 +206,7 @@ def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> dict[str, 
     return size | module_arguments(config)
 
 
-def _info(study: Study, trial: Trial, rows: dict[str, Any]) -> dict[str, Any]:
+def _info(study: Study, trial: Trial, rows: Mapping[str, object]) -> dict[str, Any]:
     """Return what is worth knowing of the model; a score is that of the rows of the search, and of no others."""
     own = rows == study.record.fingerprint
     return {
