@@ -48,7 +48,7 @@ def tune(
     class_weight: Literal["balanced"] | Mapping[object, float] | None = None,
     sample_weight: object = None,
     columns: Literal["auto", "keep", "drop-constant"] = "auto",
-    numbers: Literal["auto", "standard", "quantile", "none"] = "auto",
+    numbers: Literal["auto", "standard", "robust", "quantile", "none"] = "auto",
     optimizer: str | None = None,
     schedule: ScheduleWord = "constant",
     max_epochs: int = 50,

@@ -347,8 +347,10 @@ def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> t
     "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first axis of a row with
     three or more, each column of a row with one, all numbers of a row with two. Scale 1 where a channel is constant.
     """
-    if numbers == "quantile":
-        raise InputError("numbers='quantile' is for tables; images and sequences take 'standard' or 'none'.")
+    if numbers in ("quantile", "robust"):
+        raise InputError(
+            f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'."
+        )
     fitted = [
         _fit(arrays, part, folds) if numbers == "standard" else None for part in range(len(arrays.parts))
     ]

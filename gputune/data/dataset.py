@@ -297,7 +297,7 @@ def _distinct(
     copies = []
     for fitted in statistics:
         fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
-        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles
+        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped
         key = b"".join(part.tobytes() for part in parts)
         number, _ = distinct.setdefault(key, (len(distinct), fitted))
         copies.append(number)

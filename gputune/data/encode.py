@@ -9,7 +9,7 @@ Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, w
 """
 
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, TypeVar, overload
 
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from gputune.data.columns import Column, fit_column
 from gputune.data.quantiles import fit_quantiles, normal_scores
+from gputune.data.robust import median_and_spread, smooth_clip
 from gputune.data.table import Table, quoted
 from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
 from gputune.errors import InputError
 from gputune.text import count
 
-Numbers = Literal["standard", "quantile", "none"]
-NUMBERS = ("standard", "quantile", "none")
+Numbers = Literal["standard", "robust", "quantile", "none"]
+NUMBERS = ("standard", "robust", "quantile", "none")
 Columns = Literal["keep", "drop-constant"]
 
 Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)
@@ -176,7 +177,8 @@ class Statistics:
 
     ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) / scale.
     ``ranked`` (R,) are the positions of the features with a quantile transform instead, ``quantiles`` (Q, R)
-    their quantiles at equally spaced probabilities from 0 to 1.
+    their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the features that are clipped
+    smoothly once they are scaled.
     """
 
     fill: np.ndarray
@@ -184,16 +186,18 @@ class Statistics:
     scale: np.ndarray
     ranked: np.ndarray
     quantiles: np.ndarray
+    clipped: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; Python writes floats so that they read back exactly."""
-        return {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        return {part.name: getattr(self, part.name).tolist() for part in fields(self)}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "Statistics":
         """Return the statistics that ``to_json`` wrote."""
         arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
-        arrays["ranked"] = np.array(value["ranked"], dtype=np.int64)
+        for positions in {"ranked", "clipped"} & value.keys():  # models of before smooth clipping have none
+            arrays[positions] = np.array(value[positions], dtype=np.int64)
         arrays["quantiles"] = arrays["quantiles"].reshape(len(value["quantiles"]), len(value["ranked"]))
         return Statistics(**arrays)
 
@@ -203,18 +207,19 @@ def fit_statistics(
 ) -> Statistics:
     """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
 
-    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal). "quantile":
+    "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal). "robust": by median and
+    quartiles, then clipped smoothly to +-3; a column that is constant in these rows is only centred. "quantile":
     normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
     only centred. "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
 
-    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``).
+    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``robust.py``.
     """
     if numbers not in NUMBERS:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
     if isinstance(raw, Tensor):
-        if numbers == "quantile":
+        if numbers in ("quantile", "robust"):
             raise InputError(
-                "numbers='quantile' is not there for tensors; pass a NumPy array or numbers='standard'."
+                f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'."
             )
         mean, scale = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
@@ -232,7 +237,11 @@ def fit_statistics(
         ranked = np.flatnonzero(layout.numeric & (np.nanmax(part, 0) > np.nanmin(part, 0)))
         quantiles = fit_quantiles(part[:, ranked])
         scaled = scaled & ~np.isin(np.arange(len(mean)), ranked)
-    return Statistics(mean, np.where(scaled, mean, 0.0), np.where(scaled, scale, 1.0), ranked, quantiles)
+    center, clipped = mean, np.empty(0, dtype=np.int64)
+    if numbers == "robust" and not isinstance(raw, Tensor):
+        (center, scale), clipped = median_and_spread(part), np.flatnonzero(scaled)
+    center, scale = np.where(scaled, center, 0.0), np.where(scaled, scale, 1.0)
+    return Statistics(mean, center, scale, ranked, quantiles, clipped)
 
 
 def transform(raw: Array, statistics: Statistics) -> Array:
@@ -249,4 +258,5 @@ def transform(raw: Array, statistics: Statistics) -> Array:
     x /= statistics.scale
     for j, scores in zip(statistics.ranked, normal):
         x[:, j] = scores
+    x[:, statistics.clipped] = smooth_clip(x[:, statistics.clipped])
     return x

@@ -19,6 +19,7 @@ from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics
 from gputune.data.columns import convert
 from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of
+from gputune.data.robust import smooth_clip
 from gputune.data.table import Table
 from gputune.errors import InputError
 from gputune.extras import import_extra
@@ -50,7 +51,7 @@ class TableInputs(nn.Module):
         super().__init__()
         for name in ("fill", "center", "scale", "quantiles"):
             self.register_buffer(name, torch.tensor(getattr(statistics, name)))
-        self.ranked = statistics.ranked.tolist()
+        self.ranked, self.clipped = statistics.ranked.tolist(), statistics.clipped.tolist()
         columns = layout.columns
         self.from_columns = takes_columns(layout)
         if self.from_columns:
@@ -68,6 +69,9 @@ class TableInputs(nn.Module):
         if self.from_columns:
             x = torch.where(self.indicator, missing.double(), x)
         scaled = (x - self.center) / self.scale
+        if self.clipped:
+            clipped = smooth_clip(scaled[:, self.clipped])
+            scaled = scaled.index_copy(1, torch.tensor(self.clipped), clipped)
         if not self.ranked:
             return (scaled,)
         ranks = normal_scores_of(x[:, self.ranked], self.quantiles)

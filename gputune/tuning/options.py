@@ -217,8 +217,9 @@ class Options:
     )  # fmt: skip
     numbers: Any = _rows(
         "auto", "--numbers HOW",
-        "scaling: standard, quantile or none; auto (default): standard for tables, none for images and sequences",
-        check=_one_of("auto", "standard", "quantile", "none"),
+        "scaling: standard, robust (median, quartiles, a smooth clip), quantile or none; auto (default): standard for "
+        "tables, none for images and sequences",
+        check=_one_of("auto", "standard", "robust", "quantile", "none"),
     )  # fmt: skip
 
     device: str = _machine(

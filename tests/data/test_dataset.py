@@ -61,7 +61,7 @@ def test_shapes_and_types():
     assert len(statistics) == 3
 
 
-@pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
+@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "none"])
 def test_a_fold_reads_what_its_own_rows_fit(numbers):
     data, statistics = build(numbers=numbers)
     X = as_table(table())

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.preprocessing import QuantileTransformer, StandardScaler
+from sklearn.preprocessing import QuantileTransformer, RobustScaler, StandardScaler
 
 from gputune.data.encode import Layout, Statistics, fit_layout, fit_statistics, transform
 from gputune.data.table import as_table
@@ -50,7 +50,7 @@ def test_features_of_a_mixed_frame():
     assert raw[0, 7] == (frame()["joined"][0] - pd.Timestamp("1970-01-01")).days
 
 
-@pytest.mark.parametrize("numbers", ["standard", "quantile", "none"])
+@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "none"])
 def test_layout_and_statistics_survive_json_bit_for_bit(numbers):
     table = as_table(frame())
     layout = fit_layout(table)
@@ -103,6 +103,20 @@ def test_quantiles_of_tiny_numbers_and_of_a_column_constant_in_the_rows():
     x = transform(values, fit_statistics(values, layout, np.arange(40), numbers="quantile"))
     assert (np.diff(x[:40, 0]) > 0).all()
     np.testing.assert_array_equal(x[:, 1], values[:, 1])
+
+
+def test_robust_numbers_are_clipped_smoothly_after_scikit_learns_robust_scale():
+    values = np.random.default_rng(0).lognormal(sigma=2, size=(60, 4))
+    values[:, 1] = np.where(np.arange(60) % 10, 5.0, values[:, 1])  # equal quartiles: half the range instead
+    values[:40, 2] = 7.0  # constant in the training rows: only centred
+    values[::7, 3] = np.nan
+    layout = fit_layout(as_table(values))
+    raw, train = layout.raw(as_table(values)), np.arange(40)
+    x = transform(raw, fit_statistics(raw, layout, train, numbers="robust"))
+    scaled = RobustScaler().fit(raw[train]).transform(np.where(np.isnan(raw), np.nanmean(raw[train], 0), raw))
+    scaled[:, 1] *= 2 / np.ptp(values[train, 1])
+    expected = np.where(layout.numeric, scaled / np.sqrt(1 + (scaled / 3) ** 2), raw)
+    np.testing.assert_allclose(x, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_numbers_none_only_fills():
@@ -240,11 +254,12 @@ def test_bad_tensors(X, message):
         fit_layout(X)
 
 
-def test_tensors_have_no_quantiles_and_no_text():
+@pytest.mark.parametrize("numbers", ["quantile", "robust"])
+def test_tensors_have_no_quantiles_and_no_text(numbers):
     X = torch.arange(6.0).reshape(3, 2)
     layout = fit_layout(X)
-    with pytest.raises(InputError, match=r"numbers='quantile' is not there for tensors; pass a NumPy array"):
-        fit_statistics(layout.raw(X), layout, np.arange(3), numbers="quantile")
+    with pytest.raises(InputError, match=f"numbers='{numbers}' is not there for tensors; pass a NumPy array"):
+        fit_statistics(layout.raw(X), layout, np.arange(3), numbers=numbers)
     texts = np.array([["a", 1.0], ["b", 2.0], ["a", 3.0], ["b", 4.0]], dtype=object)
     with pytest.raises(InputError, match="a tensor holds numbers only, but 'x0' are text or dates"):
         fit_layout(as_table(texts)).raw(X)
@@ -253,9 +268,9 @@ def test_tensors_have_no_quantiles_and_no_text():
 def test_unknown_way_of_numbers():
     layout = fit_layout(as_table(np.arange(6).reshape(3, 2)))
     with pytest.raises(
-        InputError, match="numbers must be one of 'standard', 'quantile', 'none', got 'robust'"
+        InputError, match="numbers must be one of 'standard', 'robust', 'quantile', 'none', got 'log'"
     ):
-        fit_statistics(np.zeros((3, 2)), layout, np.arange(3), numbers="robust")
+        fit_statistics(np.zeros((3, 2)), layout, np.arange(3), numbers="log")
 
 
 def test_columns_are_found_by_name_whatever_their_order():

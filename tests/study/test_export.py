@@ -127,6 +127,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
     [
         pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
         (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
+        (FRAME, {"numbers": "robust"}, ".onnx"),
         (FRAME, USERS, ".onnx"),
         (FRAME, USERS, ".pt2"),
         pytest.param(NUMBERS, {}, ".pt2", marks=pytest.mark.long),

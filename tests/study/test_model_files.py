@@ -77,7 +77,7 @@ def edit(folder, change):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("numbers", ["standard", "quantile"])
+@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile"])
 @pytest.mark.parametrize("classes", [("no", "yes"), (3, 1, 2), (False, True), (0.1, 0.3), None])
 def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, classes, dtype, numbers):
     model = make_model(frame, classes=classes, dtype=dtype, numbers=numbers)

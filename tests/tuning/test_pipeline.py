@@ -215,7 +215,7 @@ def test_no_leakage_from_validation_rows(iris):
     train, valid = np.arange(100), np.arange(100, 150)
     wild = X.copy()
     wild[valid] *= 1e6
-    for numbers in ("standard", "quantile"):
+    for numbers in ("standard", "robust", "quantile"):
         calm, changed = (
             fit_statistics(layout.raw(as_table(v)), layout, train, numbers=numbers) for v in (X, wild)
         )
@@ -480,8 +480,8 @@ def test_a_random_state_object_is_used_once(iris):
         ({"schedule": "step"}, "schedule must be one of 'constant', 'cosine', 'linear', 'warmup"),
         ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),
         (
-            {"numbers": "robust"},
-            "numbers must be one of 'auto', 'standard', 'quantile', 'none', got 'robust'",
+            {"numbers": "log"},
+            "numbers must be one of 'auto', 'standard', 'robust', 'quantile', 'none', got 'log'",
         ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
