@@ -1,6 +1,7 @@
 """What every test takes for granted of the process that runs it."""
 
 import gc
+import os
 import signal
 
 import pytest
@@ -40,8 +41,14 @@ def pytest_addoption(parser):
         "--all", action="store_true", help="run the tests marked as long too, and fuzz for longer"
     )
 
+    parser.addoption("--gpu", action="store_true", help="run the tests of a GPU, and those alone")
+
 
 def pytest_configure(config):
+    if not config.getoption(
+        "--gpu"
+    ):  # the others take device="auto" for the CPU, in processes that they start too
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     examples = 1000 if config.getoption("--all") else 60
     settings.register_profile(
         "gputune", max_examples=examples, deadline=None, derandomize=True, database=None,
@@ -51,10 +58,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--all"):
-        long = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+    def left_out(item):
+        of_gpu = item.get_closest_marker("gpu") is not None
+        too_long = item.get_closest_marker("long") and not config.getoption("--all")
+        return too_long or of_gpu != config.getoption("--gpu")
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 def pytest_collection():

@@ -16,6 +16,7 @@ from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, Weights
 from gputune.data.tensors import checked_tensor, first_equal
+from gputune.out_of_memory import free_of_gpu
 from gputune.types import Task
 
 Rows = tuple[np.ndarray, np.ndarray]
@@ -256,8 +257,7 @@ def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
     """Whether inputs are too large for a GPU beside what trains on it."""
     if device.type != "cuda" or any(x.device.type == "cuda" for x in arrays.parts):
         return False
-    free, _ = torch.cuda.mem_get_info(device)
-    return sum(x.numel() * x.element_size() for x in arrays.parts) > _DEVICE_SHARE * free
+    return sum(x.numel() * x.element_size() for x in arrays.parts) > _DEVICE_SHARE * free_of_gpu(device)
 
 
 def staged(rows: Tensor, device: torch.device) -> Tensor:

@@ -173,7 +173,9 @@ def proximal_step(rows: Rows, point: Point) -> Point:
         # Softmax does not see a shift of an input's weights, so without a ridge the lasso alone decides it: it
         # is least where their median is zero. Newton's step would have no end along it.
         only_lasso = (point.ridge == 0) & (point.lasso > 0)
-        target = target - only_lasso * target.median(1, keepdim=True).values
+        # By sorting: torch.median has no deterministic form on a GPU.
+        middle = target.sort(1).values[:, (rows.outputs - 1) // 2, None]
+        target = target - only_lasso * middle
     logits = point.logits + change_of_logits(rows, target - point.weight)
     return point_at(rows, target, logits, point.ridge, point.lasso)
 

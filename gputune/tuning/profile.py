@@ -9,6 +9,7 @@ import torch
 
 from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
+from gputune.text import count
 
 PREPARING = "reading and preparing rows"
 """The name of a clock that is used in several places."""
@@ -64,13 +65,14 @@ class Profile:
             return []
         workers, threads = (1, 1) if self.plan is None else (self.plan.workers, self.plan.threads)
         cores = workers * threads
+        place = "a GPU" if device.type == "cuda" else count(cores, "core")
         peak = product_speed(cores, dtype, device)
         # Seconds of steps are added up over processes, of which each one has its threads.
         reached = self.spent.operations / (self.spent.steps / workers)
         return [
             "",
             f"Steps reached {reached / 1e9:.1f} GFLOP/s, {reached / peak:.0%} of the {peak / 1e9:.1f} that the product "
-            f"of two {_SIZE} x {_SIZE} matrices reaches here on {cores} core{'' if cores == 1 else 's'} "
+            f"of two {_SIZE} x {_SIZE} matrices reaches here on {place} "
             f"({str(dtype).removeprefix('torch.')}).",
         ]
 

@@ -327,7 +327,7 @@ def test_a_search_is_the_same(model, optimizer):
         assert found.best_model().predict(X).tolist() == eager.best_model().predict(X).tolist()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(9, 9), (9, 13)])
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
 def test_on_a_gpu_graphs_give_the_numbers_of_eager_training(optimizer, sizes):

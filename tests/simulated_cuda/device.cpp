@@ -227,6 +227,14 @@ struct Arguments {
     return value;
   }
 
+  // Those that this library uses or might: PyTorch's list of what has no deterministic kernel on CUDA is longer.
+  void check_deterministic(const std::string& name) const {
+    bool floating = !twins.empty() && twins[0].first.is_floating_point();
+    if (begins(name, "median.dim") || begins(name, "kthvalue") || begins(name, "histc") || begins(name, "put_") ||
+        (floating && begins(name, "cumsum")))
+      at::globalContext().alertNotDeterministic(name + " on CUDA");
+  }
+
   // Numbers of no dimension may stay on the host beside what is computed element by element; indices too, at a wait.
   void check(const c10::OperatorHandle& op, const std::string& name) const {
     const char* unlike = "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and ";
@@ -287,6 +295,7 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   auto given = op.schema().arguments().size(), returned = op.schema().returns().size();
   for (auto value = stack->end() - given; value != stack->end(); value++) *value = arguments.lower(*value);
   arguments.check(op, name);
+  arguments.check_deterministic(name);
   std::vector<std::vector<int64_t>> sizes;
   for (auto& [own, cpu] : arguments.twins) sizes.push_back(cpu.sizes().vec());
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);

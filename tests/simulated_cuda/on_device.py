@@ -13,13 +13,24 @@ import problems
 from gputune.data import dataset
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
+from gputune.engine.train import train
 from gputune.errors import InputError
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
 from gputune.out_of_memory import free_of_gpu
-from gputune.population.network import Shape
-from problems import fill, largest_difference, make_data, plain_loop, scoring_of, train_together
+from gputune.scoring.validation import Validation
+from problems import (
+    fill,
+    largest_difference,
+    make_data,
+    plain_loop,
+    scoring_of,
+    shape_of,
+    train_together,
+)
 from simulated_cuda import torch_cuda as cuda
+
+pytestmark = pytest.mark.gpu
 
 DEVICES = ["cuda:0", "cuda:1"]
 FAST = {"n_trials": 4, "max_epochs": 4, "cv": 3, "verbose": 0, "dtype": "float64", "workers": 1}
@@ -197,8 +208,7 @@ def chunk(device, *, module=False):
     """Members of one batch size in recorded tensors."""
     data = moved(make_data(), device)
     configs = fill(*({"lr": lr, "batch_size": 10, "width": 8} for lr in (0.01, 0.02, 0.03)))
-    size = (data.n_folds, data.n_features, data.n_outputs)
-    shape = Shape(*size, data.dtype, data.device, False, data.present)
+    shape = shape_of(data)
     if module:
         network = StackedModule(partial(Net, norm=False), configs, shape, seed=0)
     else:
@@ -218,3 +228,43 @@ def test_an_epoch_of_recorded_steps_copies_nothing_and_waits_for_nothing(module,
         members.steps.take(shape, lambda: pytest.fail("a step was not recorded"))
     assert cuda.counts("replay") == {"": steps}
     assert not cuda.counts("to device") and not cuda.counts("to host") and not cuda.counts("wait")
+
+
+def test_a_profile_has_the_time_of_the_gpu(device):
+    """Launching takes the host a moment; the simulated device a millisecond an operation."""
+    data = moved(make_data(), device)
+    configs = fill({"batch_size": 10, "width": 8})
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    options = {"seed": 0, "epochs": 3, "horizon": 3, "scoring": scoring_of(data)}
+    cuda.forget()
+    spent = train(network, data, configs, **options).spent
+    launches = sum(cuda.counts("launch").values())
+    assert 0.7 * launches < 1000 * (spent.steps + spent.scores) <= launches
+    assert spent.scores < spent.steps / 3
+
+
+def test_an_epoch_of_scores_takes_few_launches(device, monkeypatch):
+    """1,000 trials of width 256 on 5,000 rows; two of width 16 stand for them, in blocks that are as many."""
+    data = moved(make_data(n=5000, folds=5, dtype=torch.float32), device)
+    configs = fill(*[{"batch_size": 100, "width": 16}] * 2)
+    network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+    params = network.blocks.views(network.start())
+    validation = Validation(data, scoring_of(data))
+    cuda.forget()
+    scores = validation.scores(network, params, trials=1000 * 256 // 16)
+    assert sum(cuda.counts("launch").values()) <= 300
+    assert list(validation.kept) == [(fold, 262) for fold in range(5)]
+    np.testing.assert_allclose(scores, validation.scores(network, params, trials=2))
+    with cuda.memory_limit(300 << 20):  # 256 MiB would be nearly all
+        assert Validation(data, None).block_bytes == 8 << 20
+
+
+def test_what_a_search_computes_has_deterministic_kernels(device, iris):
+    torch.use_deterministic_algorithms(True)
+    try:
+        lasso = {"l1_ratio": [1.0], "C": [1.0]}
+        gputune.tune("logistic", *iris, **{**FAST, "n_trials": 1}, space=lasso, device=device)
+        with pytest.raises(RuntimeError, match="median.* on CUDA does not have a deterministic"):
+            torch.rand(3, device=device).median(0)
+    finally:
+        torch.use_deterministic_algorithms(False)

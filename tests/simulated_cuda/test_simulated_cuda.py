@@ -36,9 +36,22 @@ def run(device, *arguments):
     """The end of pytest on the simulated device: (exit code, what it said)."""
     environment = {**os.environ, "SIMULATED_CUDA": str(device), "PYTHONPATH": str(HERE.parent)}
     plugins = ["-p", "simulated_cuda.torch_cuda", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-P", "-m", "pytest", *plugins, str(HERE / "on_device.py"), *arguments]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "--gpu",
+        *plugins,
+        *arguments,
+        str(HERE / "on_device.py"),
+    ]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
+
+
+def test_all_other_tests_see_no_gpu():
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "" and torch.cuda.device_count() == 0
 
 
 def test_gputune_on_a_gpu(device):

@@ -110,6 +110,22 @@ def _stream(stream: Stream) -> Iterator[None]:
             _current[stream.device.index] = before
 
 
+class Event:
+    """``torch.cuda.Event``, on a device that takes a millisecond for an operation and has no other work."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing, "made to measure time"
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.operations = sum(counts("launch").values())
+
+    def synchronize(self) -> None:
+        _refuse_in_capture()
+
+    def elapsed_time(self, end: "Event") -> float:
+        return float(end.operations - self.operations)
+
+
 class Graph:
     """``torch.cuda.CUDAGraph``: the operations that were recorded, run again on the same memory."""
 
@@ -185,6 +201,7 @@ _FUNCTIONS: dict[str, Any] = {
     "stream": _stream,
     "set_stream": _set_stream,
     "current_stream": lambda device=None: _current[_index(device)],
+    "Event": Event,
     "CUDAGraph": Graph,
     "graph": _graph,
     "graph_pool_handle": lambda: (0, 1),
