@@ -19,7 +19,7 @@ from gputune.types import DEFAULTS, ONLINE_RULES, Config, default_momentum, defa
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 
-_OF = {
+HYPERPARAMETERS_OF = {
     "sgd": ("lr", "momentum", "weight_decay"),
     "nesterov": ("lr", "momentum", "weight_decay"),
     "adam": ("lr", "weight_decay", "beta1", "beta2"),
@@ -27,16 +27,11 @@ _OF = {
 }
 
 
-def hyperparameters_of(optimizer: str) -> tuple[str, ...]:
-    """Return the hyperparameters that an optimizer has."""
-    return _OF[optimizer]
-
-
 def undifferentiated(config: Config) -> str:
     """Return what in a configuration hypergradients do not differentiate, and the remedy; "" where there is nothing."""
     optimizer = config["optimizer"]
-    if optimizer not in _OF:
-        return f"optimizer={optimizer!r}; choose one of {', '.join(_OF)}"
+    if optimizer not in HYPERPARAMETERS_OF:
+        return f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
     if config["clip_norm"] < math.inf:
         return f"clip_norm={config['clip_norm']:g}; leave it out"
     return f"ema={config['ema']:g}; leave it out" if config["ema"] else ""
@@ -46,8 +41,10 @@ def check_optimizer(optimizer: object) -> tuple[str, float]:
     """Return the update rule and its default momentum; "momentum" is sgd with a momentum of 0.9."""
     if optimizer == "momentum":
         return "sgd", HEAVY_BALL
-    if not isinstance(optimizer, str) or optimizer not in _OF:
-        words = ", ".join(("sgd", "momentum", *(name for name in _OF if name != "sgd"), "exact"))
+    if not isinstance(optimizer, str) or optimizer not in HYPERPARAMETERS_OF:
+        words = ", ".join(
+            ("sgd", "momentum", *(name for name in HYPERPARAMETERS_OF if name != "sgd"), "exact")
+        )
         raise InputError(f"optimizer must be one of {words}, got {optimizer!r}.")
     return optimizer, default_momentum(optimizer)
 
@@ -77,10 +74,10 @@ def check_hyperparameters(
             f'{argument} must be a dict with at least one of them, for example {{"lr": 0.1}}, got {values!r}.'
         )
     for name in values:
-        if name not in _OF[optimizer]:
+        if name not in HYPERPARAMETERS_OF[optimizer]:
             raise InputError(
-                f"{argument}: {optimizer} has {', '.join(_OF[optimizer])}, got {name!r}; leave it out, or choose "
-                "an optimizer that has it."
+                f"{argument}: {optimizer} has {', '.join(HYPERPARAMETERS_OF[optimizer])}, got {name!r}; leave it out, "
+                "or choose an optimizer that has it."
             )
     return {name: _table(f"{argument}[{name!r}]", name, value, training) for name, value in values.items()}
 

@@ -20,7 +20,6 @@ from gputune.engine.plan import Plan, cores, make_plan
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import (
     ExactMode,
-    Need,
     fastest_that_fits,
     free_bytes,
     measure,
@@ -213,11 +212,11 @@ class HypergradientJob(Job):
             return forward(problem, self.hyperparameters, watch=watch)
         return reverse(problem, self.hyperparameters, checkpoint=mode == "checkpointed", watch=watch)
 
-    def mode_of(self, problem: InnerProblem[PopulationTraining]) -> tuple[ExactMode, Need]:
-        """Return the fastest mode whose memory the budget holds, and what each will need."""
-        need, number = measure(problem), problem.entries(self.hyperparameters)
-        steps = problem.training.steps
-        return fastest_that_fits(need, self.budget, steps=steps, hyperparameters=number), need
+    def mode_of(self, problem: InnerProblem[PopulationTraining]) -> tuple[ExactMode, dict[ExactMode, int]]:
+        """Return the fastest mode whose memory the budget holds, and the bytes of each mode."""
+        number = problem.entries(self.hyperparameters)
+        sizes = measure(problem).of_modes(problem.training.steps, number)
+        return fastest_that_fits(sizes, self.budget, hyperparameters=number), sizes
 
     def tables(self, training: PopulationTraining, configs: Sequence[Config]) -> Tables:
         """Return the hyperparameters (P, S, L) of configurations; those that are searched have all their entries."""
@@ -335,17 +334,15 @@ def plan_chunks(
                 f"{training.totals.min()} steps; use fewer, smaller batches, or more epochs."
             )
         with twice_differentiable(training):
-            mode, need = sized.mode_of(problem)
-        needed = need.of_mode(mode, steps=training.steps, hyperparameters=number)
-        if needed > budget:
-            tangents = need.forward(number)
-            least = tangents if number == 1 else min(need.checkpointed(training.steps), tangents)
+            mode, sizes = sized.mode_of(problem)
+        if sizes[mode] > budget:
             raise InputError(
                 f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {number} hyperparameters "
-                f"over {training.steps} steps need about {size_words(least)}, and {size_words(budget)} may be used a "
-                "process. Use fewer segments, smaller batches, workers=1, or a larger memory=."
+                f"over {training.steps} steps need about {size_words(min(sizes.values()))}, and "
+                f"{size_words(budget)} may be used a process. Use fewer segments, smaller batches, workers=1, or a "
+                "larger memory=."
             )
-        return replace(plain, trial_bytes=needed, trial_seconds=_SLOWER * plain.trial_seconds)
+        return replace(plain, trial_bytes=sizes[mode], trial_seconds=_SLOWER * plain.trial_seconds)
 
     plan = make_plan(
         groups, data, epochs=job.epochs, memory=budget, workers=workers, parameters=0, cost_of=cost_of

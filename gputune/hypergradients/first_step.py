@@ -4,7 +4,7 @@ Second derivatives are tried, since wrong ones often say nothing; memory is meas
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -129,6 +129,9 @@ def _suspects(training: Training) -> str:
     return f" ({', '.join(names)})" if names else ""
 
 
+ExactMode = Literal["reverse", "checkpointed", "forward"]
+
+
 @dataclass(frozen=True)
 class Need:
     """Bytes of one step's graph and of one state (parameters and moments), of all members."""
@@ -136,31 +139,18 @@ class Need:
     step: int
     state: int
 
-    def reverse(self, steps: int) -> int:
-        """Bytes of going back through so many steps."""
-        return steps * self.step
+    def of_modes(self, steps: int, hyperparameters: int) -> dict[ExactMode, int]:
+        """Return the bytes of each mode.
 
-    def checkpointed(self, steps: int) -> int:
-        """Bytes of going back through so many steps, blocks of sqrt(T) at a time."""
+        Reverse mode holds all steps, checkpointed blocks of sqrt(T) and a state between two of them. Forward mode holds
+        one step and, in the update rule, four times the tangents.
+        """
         block = math.isqrt(steps - 1) + 1
-        return block * self.step + -(-steps // block) * self.state
-
-    def forward(self, hyperparameters: int) -> int:
-        """Bytes of carrying tangents along, for any number of steps: in the update rule, four times the tangents."""
-        return self.step + 4 * (1 + hyperparameters) * self.state
-
-    def of_mode(self, mode: "ExactMode", *, steps: int, hyperparameters: int) -> int:
-        """Bytes of a mode."""
-        if mode == "forward":
-            return self.forward(hyperparameters)
-        return self.reverse(steps) if mode == "reverse" else self.checkpointed(steps)
-
-    def longest(self, budget: int) -> int:
-        """The number of steps that can be gone back through within so many bytes."""
-        return budget // self.step
-
-
-ExactMode = Literal["forward", "reverse", "checkpointed"]
+        return {
+            "reverse": steps * self.step,
+            "checkpointed": block * self.step + -(-steps // block) * self.state,
+            "forward": self.step + 4 * (1 + hyperparameters) * self.state,
+        }
 
 
 def measure(problem: InnerProblem[Training]) -> Need:
@@ -189,14 +179,12 @@ def free_bytes(device: torch.device) -> int:
     return int(_SHARE * free_memory())
 
 
-def fastest_that_fits(need: Need, budget: int, *, steps: int, hyperparameters: int) -> ExactMode:
-    """Return the mode for these steps and hyperparameters; "forward" where not even that may fit.
+def fastest_that_fits(sizes: Mapping[ExactMode, int], budget: int, *, hyperparameters: int) -> ExactMode:
+    """Return the fastest of the modes whose bytes the budget holds; "forward" where it holds none.
 
     With one hyperparameter forward mode is about as fast as reverse mode, with memory that does not grow.
     """
-    if hyperparameters > 1:
-        if need.reverse(steps) <= budget:
-            return "reverse"
-        if need.checkpointed(steps) <= budget:
-            return "checkpointed"
-    return "forward"
+    modes: list[ExactMode] = ["reverse", "checkpointed"]
+    if hyperparameters == 1:
+        modes.insert(0, "forward")
+    return next((mode for mode in modes if sizes[mode] <= budget), "forward")

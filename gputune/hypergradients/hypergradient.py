@@ -13,7 +13,14 @@ from gputune.engine.entry import waited_for
 from gputune.engine.plan import parse_memory
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
-from gputune.hypergradients.first_step import ExactMode, Need, free_bytes, measure, twice_differentiable
+from gputune.hypergradients.first_step import (
+    ExactMode,
+    Need,
+    fastest_that_fits,
+    free_bytes,
+    measure,
+    twice_differentiable,
+)
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.implicit import differentiate_minimum
 from gputune.hypergradients.inner import InnerProblem, Tables
@@ -87,7 +94,8 @@ def hypergradient(
     training = ModuleTraining(module, loss, batches, valid, seed=seed)
     tables = check_hyperparameters(hyperparameters, rule, training)
     others = {**default_tables(rule, momentum, training.start()), **_fixed(fixed, tables, rule, training)}
-    choice, slopes = _differentiate(InnerProblem(training, rule, {**others, **tables}), list(tables), request)
+    problem = InnerProblem(training, rule, {**others, **tables})
+    found_by, reason, slopes = _differentiate(problem, list(tables), request)
     shapes = {name: torch.as_tensor(value).shape for name, value in hyperparameters.items()}
     gradient = {name: table.view(shapes[name]) for name, table in slopes.gradients.items()}
     result = HypergradientResult(
@@ -96,8 +104,8 @@ def hypergradient(
         log_gradient={name: slope * tables[name].view(shapes[name]) for name, slope in gradient.items()},
         parameters={name: w.detach().clone() for name, w in training.parameters(slopes.weights).items()},
         ratio=float(slopes.ratio),
-        mode="reverse" if choice.mode == "checkpointed" else choice.mode,
-        reason=choice.reason,
+        mode=found_by,
+        reason=reason,
     )
     _warn(result)
     return result
@@ -144,68 +152,62 @@ class _Request:
     budget: int | None
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """How it is done, and why."""
-
-    mode: ExactMode | Literal["fd"]
-    reason: str
-
-
 def _differentiate(
     problem: InnerProblem[ModuleTraining], names: list[str], request: _Request
-) -> tuple[_Choice, Hypergradients]:
+) -> tuple[str, str, Hypergradients]:
+    """Return the mode, why that one, and what it gives."""
     training = problem.training
     training.check_graph()
     if request.mode == "fd":
         _check_above_zero(problem.tables, names)
         width = default_width(training.start().dtype)
         reason = f"asked for; steps of {width:.1e} in the logarithm (logit of momentum and betas)"
-        return _Choice("fd", reason), differences(problem, names, width=width)
+        return "fd", reason, differences(problem, names, width=width)
     with twice_differentiable(training):
-        choice = _choose(request, measure(problem), problem, problem.entries(names))
-        if choice.mode == "forward":
-            return choice, forward(problem, names)
-        blocks = choice.mode == "checkpointed"
-        return choice, reverse(problem, names, truncate=request.truncate, checkpoint=blocks)
+        mode, reason = _choose(request, measure(problem), problem, problem.entries(names))
+        if mode == "forward":
+            return mode, reason, forward(problem, names)
+        blocks = mode == "checkpointed"
+        return "reverse", reason, reverse(problem, names, truncate=request.truncate, checkpoint=blocks)
 
 
-def _choose(request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int) -> _Choice:
-    """Return the mode: the one asked for where it fits, or the fastest that fits."""
+def _choose(
+    request: _Request, need: Need, problem: InnerProblem[ModuleTraining], number: int
+) -> tuple[ExactMode, str]:
+    """Return the mode, the one asked for where it fits or the fastest that fits, and why."""
     budget = request.budget or free_bytes(problem.tables["lr"].device)
     steps = min(request.truncate or problem.training.steps, problem.training.steps)
-    sizes: dict[ExactMode, int] = {
-        mode: need.of_mode(mode, steps=steps, hyperparameters=number) for mode in get_args(ExactMode)
-    }
-    whole, blocks, tangents = sizes["reverse"], sizes["checkpointed"], sizes["forward"]
+    sizes = need.of_modes(steps, number)
     words = (
-        f"reverse needs about {size_words(whole)} for {steps} steps, checkpointed {size_words(blocks)}, forward "
-        f"{size_words(tangents)} for {count(number, 'hyperparameter')}; {size_words(budget)} may be used"
+        f"reverse needs about {size_words(sizes['reverse'])} for {steps} steps, checkpointed "
+        f"{size_words(sizes['checkpointed'])}, forward {size_words(sizes['forward'])} for "
+        f"{count(number, 'hyperparameter')}; {size_words(budget)} may be used"
     )
-    mode: ExactMode = "forward"
-    if request.mode == "forward":
-        reason = "asked for"
-    elif request.mode == "reverse" or request.truncate is not None or request.checkpoint:
-        mode, reason = "checkpointed" if request.checkpoint else "reverse", "asked for"
-    elif number == 1 and tangents <= budget:
-        reason = "one hyperparameter, whose tangent is no slower than reverse"
-    elif whole <= budget:
-        mode, reason = "reverse", "one price for all hyperparameters"
-    elif blocks <= budget:
-        mode, reason = "checkpointed", "checkpointed, since the whole does not fit"
+    mode: ExactMode
+    if request.mode in ("forward", "reverse") or request.truncate is not None or request.checkpoint:
+        backward: ExactMode = "checkpointed" if request.checkpoint else "reverse"
+        mode, reason = "forward" if request.mode == "forward" else backward, "asked for"
     else:
-        reason = "reverse does not fit"
+        mode = fastest_that_fits(sizes, budget, hyperparameters=number)
+        reasons: dict[ExactMode, str] = {
+            "reverse": "one price for all hyperparameters",
+            "checkpointed": "checkpointed, since the whole does not fit",
+            "forward": "one hyperparameter, whose tangent is no slower than reverse"
+            if number == 1
+            else "reverse does not fit",
+        }
+        reason = reasons[mode]
     if sizes[mode] > budget:
-        remedies = {"checkpoint=True": blocks, "mode='forward'": tangents}
-        fitting = [word for word, size in remedies.items() if size <= budget]
-        if need.longest(budget):
-            fitting.append(f"truncate={need.longest(budget)}")
+        remedies: dict[str, ExactMode] = {"checkpoint=True": "checkpointed", "mode='forward'": "forward"}
+        fitting = [word for word, other in remedies.items() if sizes[other] <= budget]
+        if longest := budget // need.step:
+            fitting.append(f"truncate={longest}")
         asked = "forward" if mode == "forward" else "reverse"
         raise InputError(
             f"memory does not suffice for mode={asked!r}: {words}. Use "
             f"{''.join(word + ' (fits), ' for word in fitting)}smaller minibatches or a larger memory=."
         )
-    return _Choice(mode, f"{reason}; {words}")
+    return mode, f"{reason}; {words}"
 
 
 def _checked_batches(batches: Iterable[Pair]) -> list[Pair]:

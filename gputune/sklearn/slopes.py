@@ -15,7 +15,7 @@ from gputune.engine.backend import choose_device
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of, undifferentiated
+from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import check_classes
@@ -233,7 +233,7 @@ def _value(recipe: Recipe | Penalty, name: str, parameter: str, number: int) -> 
         raise InputError(
             f"a descent cannot differentiate what start {number} has: {reason}, or use RandomizedSearchCV."
         )
-    if name not in hyperparameters_of(optimizer):
+    if name not in HYPERPARAMETERS_OF[optimizer]:
         raise InputError(
             f"hyperparameters: {optimizer} has no {name!r}, and start {number} uses it; leave {parameter!r} out, or "
             "choose an optimizer that has it."

@@ -12,7 +12,7 @@ from gputune.engine.job import Outcome
 from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
-from gputune.hypergradients.arguments import has_coordinate, hyperparameters_of, undifferentiated
+from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
@@ -276,10 +276,10 @@ def _check_starts(configs: dict[int, Config], names: Sequence[str], context: Con
                 f"method='hypergradient' cannot differentiate what trial {number} has: {reason}."
             )
         for name in names:
-            if not context.choice.solved and name not in hyperparameters_of(optimizer):
+            if not context.choice.solved and name not in HYPERPARAMETERS_OF[optimizer]:
                 raise InputError(
                     f"Hypergradient(hyperparameters=...): {optimizer} has no {name!r}, and trial {number} uses it; "
-                    f"choose from {', '.join(hyperparameters_of(optimizer))}."
+                    f"choose from {', '.join(HYPERPARAMETERS_OF[optimizer])}."
                 )
             if not has_coordinate(name, config[name]):
                 raise InputError(

@@ -517,7 +517,7 @@ def test_auto_takes_the_fastest_mode_that_fits():
     given = data(steps)
     training = ModuleTraining(network(), cross_entropy, *given, seed=0)
     tables = {**default_tables("sgd", 0.0, training.start()), "lr": torch.full((1, 3, 1), 0.1).double()}
-    need = measure(InnerProblem(training, "sgd", tables))
+    sizes = measure(InnerProblem(training, "sgd", tables)).of_modes(steps, 3)
 
     def chosen(memory, values=values):
         result = run(network(), given=given, hyperparameters=values, memory=memory)
@@ -527,11 +527,11 @@ def test_auto_takes_the_fastest_mode_that_fits():
         "forward",
         "one hyperparameter, whose tangent is no slower than reverse",
     )
-    assert chosen("1GB") == chosen(need.reverse(steps)) == ("reverse", "one price for all hyperparameters")
-    between = (need.checkpointed(steps) + need.reverse(steps)) // 2
+    assert chosen("1GB") == chosen(sizes["reverse"]) == ("reverse", "one price for all hyperparameters")
+    between = (sizes["checkpointed"] + sizes["reverse"]) // 2
     assert chosen(between) == ("reverse", "checkpointed, since the whole does not fit")
-    assert need.forward(3) < need.checkpointed(steps) - 1
-    assert chosen(need.forward(3)) == ("forward", "reverse does not fit")
+    assert sizes["forward"] < sizes["checkpointed"] - 1
+    assert chosen(sizes["forward"]) == ("forward", "reverse does not fit")
     reason = run(network(), given=given, hyperparameters=values, memory="1MB").reason
     assert "for 80 steps" in reason and "for 3 hyperparameters" in reason and "1.0 MiB may be used" in reason
 

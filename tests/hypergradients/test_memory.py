@@ -51,11 +51,11 @@ def test_the_estimate_is_within_a_factor_of_two(optimizer, shape):
     tables = tables_of(optimizer, training.members)
     need = measure(InnerProblem(training, optimizer, tables))
     for wanted in (("lr",), OF[optimizer]):
-        number = sum(tables[name][0].numel() for name in wanted)
+        sizes = need.of_modes(20, sum(tables[name][0].numel() for name in wanted))
         for mode, estimate in (
-            (reverse, need.reverse(20)),
-            (checkpointed, need.checkpointed(20)),
-            (forward, need.forward(number)),
+            (reverse, sizes["reverse"]),
+            (checkpointed, sizes["checkpointed"]),
+            (forward, sizes["forward"]),
         ):
             assert 0.5 < estimate / peak_of(mode, training, optimizer, wanted) < 2, mode
 
@@ -71,18 +71,17 @@ def test_measuring_leaves_nothing_behind():
 
 def test_needs_are_counted_in_steps_and_states():
     need = Need(step=1000, state=10)
-    assert need.reverse(7) == 7000
-    assert need.checkpointed(1) == 1010
-    assert need.checkpointed(9) == 3 * 1000 + 3 * 10
-    assert need.checkpointed(10) == 4 * 1000 + 3 * 10
-    assert need.forward(2) == need.forward(1) + 40
-    assert need.longest(6999) == 6 and need.longest(999) == 0
+    assert need.of_modes(7, 1)["reverse"] == 7000
+    checkpointed = [need.of_modes(steps, 1)["checkpointed"] for steps in (1, 9, 10)]
+    assert checkpointed == [1010, 3 * 1000 + 3 * 10, 4 * 1000 + 3 * 10]
+    assert need.of_modes(7, 2)["forward"] == need.of_modes(9, 1)["forward"] + 40
 
 
 @pytest.mark.parametrize(
     ("budget", "hyperparameters", "mode"),
     (
         (10**9, 1, "forward"),
+        (1079, 1, "forward"),
         (100_000, 2, "reverse"),
         (99_999, 2, "checkpointed"),
         (10_100, 2, "checkpointed"),
@@ -91,8 +90,8 @@ def test_needs_are_counted_in_steps_and_states():
     ),
 )
 def test_the_fastest_that_fits(budget, hyperparameters, mode):
-    need = Need(step=1000, state=10)
-    assert fastest_that_fits(need, budget, steps=100, hyperparameters=hyperparameters) == mode
+    sizes = Need(step=1000, state=10).of_modes(100, hyperparameters)
+    assert fastest_that_fits(sizes, budget, hyperparameters=hyperparameters) == mode
 
 
 def test_free_bytes_are_some_of_the_main_memory():

@@ -290,16 +290,6 @@ def test_every_step_is_watched_once_and_in_order(mode):
     assert torch.equal(seen[-1][1], found.weights)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_it_works_where_gradients_are_off(mode):
-    training, tables = StackedNets(4), tables_of("adamw")
-    with torch.no_grad():
-        found = mode(InnerProblem(training, "adamw", tables), OF["adamw"])
-    assert_same(found.gradients, mode(InnerProblem(training, "adamw", tables), OF["adamw"]).gradients, tables)
-    results = (found.value, found.ratio, found.weights, *found.gradients.values())
-    assert not any(tensor.requires_grad for tensor in results)
-
-
 def test_many_steps_do_not_overflow_the_stack():
     tables = tables_of("sgd")
     found = reverse(InnerProblem(StackedNets(1000), "sgd", tables), ("lr",))
