@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -38,20 +37,6 @@ def test_rows_are_scaled_by_the_training_rows_of_their_fold(script, work):
         assert X.dtype == np.float32
 
 
-def test_few_steps_are_trained_in_this_process_and_scores_stand_at_their_place(script, work):
-    module, seen = script("benchmark.work"), []
-    assert (module.processes(work, 2), module.processes(replace(work, epochs=300), 2)) == (1, 2)
-
-    def fit(fold, trial, epochs):
-        seen.append((os.getpid(), torch.get_num_threads()))
-        return trial["lr"] + epochs + fold[3][0]
-
-    outcome = module.over_cores(fit, work, 2, compiled=lambda: 1.5)
-    expected = [[t["lr"] + 3 + work.y[valid[0]] for _, valid in work.folds] for t in work.trials]
-    np.testing.assert_allclose(outcome.scores, expected)
-    assert outcome.start > 0 and outcome.compile == 1.5 and seen == [(os.getpid(), 1)] * 8
-
-
 ENGINES = ("sklearn", "compile", "optuna", "ray", "skorch", "jax")
 
 
@@ -72,29 +57,6 @@ def test_every_engine_trains_the_same_work(script, work, word, monkeypatch):
     np.testing.assert_allclose(outcome.scores, reference, atol=0.04)
     assert outcome.scores.shape == (2, 2) and 0.85 < outcome.scores.min() < 1 and outcome.start > 0
     assert (outcome.compile > 0) == (word in ("compile", "jax", "gputune"))
-
-
-@pytest.mark.long
-def test_a_step_of_jax_without_rows_changes_nothing(script, work):
-    pytest.importorskip("jax")
-    module = script("benchmark.engines.jax")
-    folds = script("benchmark.work").standardised(work)
-    short = [tuple(part[:n] for part in folds[0][:2]) + folds[0][2:] for n in (32, 33)]
-    trials = [{"lr": 0.01, "batch_size": 16, "width": 8}]
-    together = module.train_group(trials, 2, short, (0,))
-    # The shorter fold's rows are drawn first, so alone it has the same order.
-    np.testing.assert_allclose(together[0, 0], module.train_group(trials, 2, short[:1], (0,))[0, 0])
-
-
-def test_engines_are_chosen_by_their_words(script, monkeypatch):
-    engines = script("benchmark.engines")
-    chosen = engines.choose("gputune,ray:32, sklearn")
-    words = [(one.engine.word, one.trials) for one in chosen]
-    assert words == [("ray", 32), ("sklearn", None), ("gputune", None)]  # which all others are compared to
-    monkeypatch.setattr(engines, "find_spec", lambda package: None if package == "ray.tune" else package)
-    able, lacks = engines.split_by_lack(chosen)
-    assert [one.engine.word for one in able] == ["sklearn", "gputune"]
-    assert lacks == {"Ray Tune, PyTorch loop": "ray.tune is not installed"}
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,3 @@ def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it
     shown = np.array(re.findall(row, iris.table(regression), re.M), dtype=float)
     np.testing.assert_allclose(shown, np.transpose([regression.values, losses]), rtol=1e-3, atol=1e-4)
     assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
-
-
-@pytest.mark.long
-def test_the_rate_descends_from_a_bad_start(script, monkeypatch):
-    monkeypatch.setattr(script("iris"), "N_GRID", 6)
-    path = script("iris").descend("mlp", "lr", 1e-4, 1e-5, 1, optimizer="adam", max_epochs=10)
-    losses = [-trial.score for trial in path.path]
-    assert path.values[0] == 1e-4 and min(losses) < losses[0] / 3 and min(losses) < np.median(path.losses)
-    assert losses[0] == pytest.approx(path.losses[1], rel=1e-4)  # the grid has 1e-4 too

@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -16,9 +15,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
-import gputune
 from gputune.errors import InputError
 
 BAYDIN = Path(__file__).parents[2] / "scripts" / "reproduce" / "baydin2018.py"
@@ -83,22 +80,6 @@ def test_the_same_call_prints_the_same_page(script, capsys, tmp_path):
     assert len(cells_of(pages[0])) == 1 + len(METHODS)
 
 
-def test_a_diverged_rate_is_shown_and_never_chosen(script, monkeypatch, tmp_path):
-    module, data = script("baydin2018"), script("baydin2018_data").bundled_digits()
-    assert data.X.mean() == pytest.approx(0, abs=1e-6) and data.X.std() == pytest.approx(1, abs=1e-4)
-    far = partial(torch.optim.SGD, lr=1e8)
-    run = module.train("mlp", far, data, epochs=1, seed=0, width=8, bar=tqdm(disable=True))
-    assert np.isnan(run.valid_loss).all()
-    monkeypatch.setattr(module, "GRID", (1e8,))
-    monkeypatch.setattr(module, "METHODS", {"SGD": module.METHODS["SGD"], "SGDN": far})
-    runs = module.compare(data, ["mlp"], epochs=1, seeds=1, width=8)
-    assert runs["mlp"]["SGD, tuned lr"] is runs["mlp"]["SGD"]
-    assert cells_of(module.report(data, runs, 8))["MLP", "SGDN"] == ["diverged", "1e+08"]
-    module.draw(tmp_path / "curves.svg", runs)
-    curves = [SimpleNamespace(lr=np.array(curve)) for curve in ([1.0, 4.0], [np.nan, 2.0], [3.0, 9.0])]
-    np.testing.assert_array_equal(module.median(curves, "lr"), [3.0, 4.0])
-
-
 def idx(array):
     """Return the bytes of an idx file."""
     sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
@@ -154,21 +135,6 @@ def test_mnist_is_read_from_a_folder_and_comes_from_openml(small_mnist, monkeypa
         np.testing.assert_allclose(torch.cat([data.X, data.X_valid]), expected, rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(torch.cat([data.y, data.y_valid]), small_mnist.classes)
         assert (len(data.y), data.X.dtype, data.y.dtype) == (20, torch.float32, torch.int64) and data.is_mnist
-
-
-def test_published_numbers_stand_beside_those_of_mnist(small_mnist, script, capsys):
-    def shown(*options):
-        assert script("baydin2018").main(["--data", str(small_mnist.folder), *options]) == 0
-        return capsys.readouterr().out
-
-    cells = cells_of(shown("--epochs", "2"))
-    assert cells["model", "method"][2:] == ["lr at the end", "published: epoch 1", "published: epoch 10"]
-    assert cells["logistic regression", "SGD-HD"][3:] == ["0.3158", "0.2878"]
-    assert cells["MLP", "SGDN-HD"][3:] == ["0.2089", "0.0833"]
-    assert cells["MLP", "Adam-HD"][3:] == cells["MLP", "SGD, tuned lr"][3:] == ["-", "-"]
-    page = shown("--epochs", "1", "--width", "9")
-    assert cells_of(page)["MLP", "SGD"][2:] == ["-", "-"]
-    assert "The published MLP has 1000 units a layer, so it is not shown." in page
 
 
 @pytest.mark.parametrize(
@@ -230,27 +196,6 @@ SEARCHES = ["descent, 10 rates", "descent, 1 rate", "random, 1 rate, 10 draws", 
 def schedules(script):
     module = script("hypergradient_schedules")
     return module.run(module.split_of(0), draws=(10, 24), outer_steps=3)
-
-
-@pytest.mark.long
-def test_the_schedules_beat_every_draw_and_few_draws_are_the_first_of_many(script, schedules):
-    descent, one_rate, few, many = schedules
-    assert descent.loss < min(one_rate.loss, few.loss, many.loss) and many.loss <= few.loss
-    assert np.array(descent.rates).shape == (5, 2) and isinstance(one_rate.rates, float)
-    assert (few.trials, many.trials) == (10, 24) and max(descent.trials, one_rate.trials) <= 3 * 4
-    assert few.loss == few.groups[0] and many.groups == (many.loss,) and len(few.groups) == 2
-    for r in schedules:
-        assert np.min(r.rates) >= 1e-5 and np.max(r.rates) <= 1
-        assert len(r.held_out) == 197 and 0.02 < r.held_out_loss < 0.5
-    module = script("hypergradient_schedules")
-    split = module.split_of(0)
-    assert [len(train) for train, _ in split.folds] == [1280] * 5  # 20 steps of 64 rows
-    study = gputune.tune(
-        "mlp", split.X, split.y, space={"lr": module.loguniform(module.LOW, module.HIGH), **module.NETWORK},
-        n_trials=10, include_default=False, cv=split.folds, numbers="none", optimizer="adam", max_epochs=5,
-        epoch="last", scoring="neg_log_loss", verbose=0,
-    )  # fmt: skip
-    assert -study.best_score == pytest.approx(few.loss, rel=1e-5)
 
 
 def test_the_table_and_the_files_of_the_schedules(script, schedules, monkeypatch, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The simulation of a cluster: exact where it can be reckoned by hand, and fed with what was measured."""
 
-import contextlib
 import re
 
 import pytest
@@ -28,13 +27,6 @@ def test_starts_and_round_trips_are_added_and_workers_that_cost_nothing_train_al
     assert measured(cluster, trip=0.5).scheduling == pytest.approx(0.2)
 
 
-def test_data_arrives_one_worker_after_the_other(cluster):
-    alone, _ = cluster.simulate(measured(cluster, data_bytes=10**9), 1, bandwidth=1e9)
-    ten, _ = cluster.simulate(measured(cluster, data_bytes=10**9), 10, bandwidth=1e9)
-    # Ten start after 1, ..., 10 s and share 200 chunks: 45.5 s are too few for them, 46 are enough.
-    assert (alone, ten) == (pytest.approx(41, rel=1e-5), pytest.approx(46, rel=1e-5))
-
-
 def test_too_many_workers_wait_for_the_one_process(cluster):
     busy = measured(cluster, driver=0.02)
     assert busy.most_workers == pytest.approx(100)
@@ -56,19 +48,3 @@ def test_a_search_is_measured_and_reported(cluster):
     rows = re.findall(r"^ +(\d+) +(\d+\.\d) +(\d+\.\d)% +(\d+\.\d)$", text, re.M)
     assert [int(row[0]) for row in rows] == list(cluster.SIZES)
     assert all(float(share) <= 100 for _, _, share, _ in rows)
-
-
-def test_one_worker_is_timed_against_two_in_turn(cluster, monkeypatch, capsys):
-    used, now = [], [0.0]
-
-    @contextlib.contextmanager
-    def connected(workers):
-        used.append(workers)
-        yield
-
-    monkeypatch.setattr(cluster, "connected", connected)
-    monkeypatch.setattr(cluster, "search", lambda **size: now.append(now[-1] + 3 / used[-1]))
-    monkeypatch.setattr(cluster.time, "perf_counter", lambda: now[-1])
-    assert cluster.speedup(2, trials=1, epochs=1) == 2
-    assert used == [1, 2, 1, 2]
-    assert capsys.readouterr().out.count("one worker 3.0 s, two 1.5 s: 2.00 times (load ") == 2

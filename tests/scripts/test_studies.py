@@ -7,10 +7,7 @@ import re
 import numpy as np
 import polars as pl
 import pytest
-import torch
 from sklearn.datasets import load_digits, load_iris
-
-import gputune
 
 
 @pytest.fixture
@@ -52,29 +49,6 @@ def test_the_grid(script, study, monkeypatch):
     assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
 
 
-@pytest.mark.long
-def test_no_grid_is_shown_where_the_scores_differ(study):
-    code, _, said = study("grid", *GRID, **SMALL_GRID, AGREEMENT=-1.0)
-    assert code == 1 and "NO SPEED: the mean accuracies over the cells differ by more than" in said
-
-
-def test_the_cells_that_gputune_loses_are_shown(script):
-    grid, measured = script("benchmark.studies.grid"), script("benchmark.studies.training").Measured
-    scores = np.full((1, 1, 5), 0.9)
-    own = measured("gputune", (4.0,), scores, (0.0,), (3.0,), rival=False)
-    loop = measured("PyTorch loop", (2.0,), scores, (0.0,), (0.0,))
-    cell = grid._cell(grid.cell_work(1, 512, 16, 2), [loop, own])
-    assert grid._ratios([cell], "PyTorch loop", 512, 16, 1) == "**0.50x**, 2.00x"
-    lost = "gputune is slower in 1 of 1 cells: 1 trial of width 512, batch size 16."
-    assert grid._lost([cell], "PyTorch loop") == lost
-
-
-@pytest.mark.long
-def test_a_search_is_measured_in_a_fresh_process(script):
-    found = script("benchmark.studies.grid").in_fresh_process(2, 3, 1)
-    assert (found.work, found.peak >= found.before > 50, found.seconds > 0) == (6, True, True)
-
-
 HALVING = ("--epochs", "4", "--repeats", "2")
 IRIS = {"TRIALS": 9, "tables": lambda adult: {"iris": load_iris(return_X_y=True)}}
 
@@ -87,36 +61,6 @@ def test_halving(script, study):
     for one in (first, second):
         assert f"| iris | {one.seed} | {one.full:.4f} | {one.halving:.4f} | {one.loss:.2%} | 44.4% |" in text
     assert "0 of 2 reach the aim." in text  # four epochs are too few to save much
-
-
-@pytest.mark.long
-def test_halving_that_ends_otherwise_is_not_shown(script, study):
-    halved = script("benchmark.studies.halving").halved
-
-    def worst(curves, *rest):
-        return np.array([np.argmin(curves[:, -1].mean(1))]), halved(curves, *rest)[1]
-
-    code, _, said = study("halving", *HALVING, **IRIS, halved=worst)
-    assert code == 1 and "NO COMPARISON: halving as it is run ends with another score" in said
-
-
-@pytest.mark.long
-def test_what_is_read_off_is_what_halving_does(script):
-    common = {"n_trials": 17, "max_epochs": 27, "cv": 3, "workers": 1, "verbose": 0, "dtype": "float64"}
-    X, y = load_iris(return_X_y=True)
-    full, halved = (gputune.tune("mlp", X, y, method=method, **common) for method in ("random", "halving"))
-    stays, spent = script("benchmark.studies.halving").halved(full.curves, gputune.Halving(), 27)
-    assert stays.tolist() == [t.number for t in halved.trials if t.state == "complete"]
-    assert spent == halved.spent[0]
-
-
-def test_the_census_table_is_read(script, tmp_path):
-    row = "{age}, Private, 77516, Bachelors, 13, ?, White, Male, 2174, 0, 40, {income}"
-    rows = [row.format(age=20 + i, income=">50K" if i % 3 else "<=50K") for i in range(30)]
-    (tmp_path / "adult.data").write_text("\n".join(rows) + "\n")
-    X, y = script("benchmark.studies.halving").adult_sample(tmp_path / "adult.data")
-    assert X.shape == (30, 11) and y.sum() == 20
-    assert X[:, 5].is_null().all() and X[:, 2].dtype.is_integer() and X[0, 1] == "Private"
 
 
 HYPERGRADIENTS = ("--epochs", "1", "--repeats", "1")
@@ -132,23 +76,6 @@ def test_hypergradients(study):
             plain, optimised = (seconds / cost["seconds"][base] for base in ("plain", "optimised"))
             row = f"| {cost['optimizer']} | 10 | 10 | {kind} | {seconds * 1e3:.2f} | {plain:.2f} | {optimised:.2f} |"
             assert row in text
-
-
-@pytest.mark.long
-def test_hypergradients_that_differ_are_seen_and_not_shown(script, study):
-    module = script("benchmark.studies.hypergradients")
-    for kind in ("forward, 1 rate", "checkpointed, 10 rates", "plain"):
-        results = {name: run() for name, run in module.kinds("sgd", 5, 1).items()}
-        ten = module.slopes(results["reverse, 10 rates"])
-        for name in ("reverse, 1 rate", "finite differences, 1 rate"):
-            torch.testing.assert_close(module.slopes(results[name]), ten.sum((1, 2)), rtol=0.02, atol=0.02)
-        tensor = results[kind] if kind == "plain" else results[kind].gradients["lr"]
-        tensor[0] *= 1.5
-        assert module.disagreement(results) > module.AGREEMENT
-        tensor[0] = math.nan
-        assert math.isnan(module.disagreement(results))
-    code, _, said = study("hypergradients", *HYPERGRADIENTS, MEMBERS=(10,), disagreement=lambda r: math.nan)
-    assert code == 1 and said.startswith("NO RATIO: slopes or weights that must be the same differ by")
 
 
 def test_objectives_agree_before_times_are_shown(script, study, monkeypatch):
@@ -173,18 +100,6 @@ def test_optuna_alone_proposes_the_same(script, monkeypatch):
     assert 0 < row.bridge_seconds < row.tpe_seconds and row.alone_seconds > 0
     with pytest.raises(AssertionError, match="proposed something else"):
         bridge.alone(0, bridge.search(0, "random", 2))
-
-
-def test_optuna_ends_in_1_where_random_search_is_better(script, tmp_path, monkeypatch):
-    bridge = script("benchmark.studies.optuna")
-    for tpe, code in ((0.97, 1), (0.99, 0)):
-        row = bridge.Row(0, 0.98, tpe, 1.0, 2.0, 0.12, 0.06)
-        monkeypatch.setattr(bridge, "compare", lambda seed, batches, row=row: row)
-        assert (
-            script("benchmark.__main__").main(["--optuna", "--repeats", "3", "--out", str(tmp_path)]) == code
-        )
-    (page,) = tmp_path.glob("optuna-*.md")
-    assert "| median | 0.9800 | 0.9900 | 1.0, 2.0 | 0.75, 0.38 |" in page.read_text()
 
 
 def test_what_the_profile_says_is_read(script):
@@ -233,12 +148,6 @@ def test_every_search_tells_of_every_candidate(script, name):
     if name == "gputune, random":
         means = script("benchmark.engines.gputune").train(work).scores.mean(1)
         assert {e.candidate: e.score for e in events} == {c: pytest.approx(means[c]) for c in range(3)}
-
-
-def test_scores_of_several_processes_are_put_together(script):
-    lines = [(11.0, 7, 1, 0.5), (12.0, 8, 1, 0.9), (13.0, 7, 1, 0.7), (14.0, 7, 3, 0.8), (15.0, 8, 1, 0.1)]
-    events = script("benchmark.engines.sklearn")._of_all_folds(lines, 2, 10.0)
-    assert [(e.seconds, e.candidate, round(e.score, 6)) for e in events] == [(3.0, 7, 0.6), (5.0, 8, 0.5)]
 
 
 def test_the_choice_is_the_best_so_far_and_judged_by_the_rows_held_out(script, monkeypatch):

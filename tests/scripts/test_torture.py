@@ -50,12 +50,6 @@ def test_the_counts_of_damage_and_of_storing(torture, tmp_path):
     assert torture.storing(tmp_path, 200)["trials"] == 200
 
 
-@pytest.mark.long
-def test_the_counts_of_cuts(torture, tmp_path):
-    count, opened, errors = only(torture.cuts(tmp_path), "cuts", "opened", "clear errors")
-    assert count == opened + errors and min(opened, errors) > 50
-
-
 def test_a_part_that_goes_wrong_ends_with_1(torture, monkeypatch, capsys):
     for name in ("kills", "fault_points", "kills_in_chunks", "crowd", "cuts", "full_disk", "storing"):
         monkeypatch.setattr(torture, name, lambda *arguments: {"lost": 0})
