@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-import reference
-from gputune.engine.train import train
 from gputune.modules.inspection import traits_of
-from gputune.modules.module import StackedModule
 from gputune.modules.recurrent import run_recurrent
-from problems import fill, largest_difference, make_data, rows_of, shape_of
+from problems import fill, make_data
 
 WORDS = [
     {},
@@ -55,23 +52,6 @@ class Sequence(nn.Module):
 
     def forward(self, x):
         return self.leave(self.cell(x[..., None])[0][:, -1])
-
-
-@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
-@pytest.mark.parametrize("words", [{}, {"num_layers": 2, "dropout": 0.3, "bidirectional": True}], ids=repr)
-def test_stacked_members_equal_the_plain_loop(kind, words):
-    data = make_data()
-    build = partial(Sequence, kind=kind, **words)
-    configs = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 1e-2)))
-    traits = traits_of(build, configs[0], data)
-    assert traits.unstackable == ""
-    network = StackedModule(build, configs, shape_of(data), seed=0, traits=traits)
-    trained = train(network, data, configs, seed=0, epochs=17, horizon=17)
-    for c, config in enumerate(configs):
-        x, y, _ = rows_of(data, 2)
-        plain = partial(build, n_features=data.n_features, n_outputs=data.n_outputs)
-        alone = reference.train_module(plain, x, y, config, epochs=17)
-        assert largest_difference(trained.member(2, c), alone) <= 1e-8
 
 
 class Packed(Sequence):

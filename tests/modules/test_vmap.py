@@ -130,47 +130,6 @@ def test_batch_norm_equals_the_plain_loop(words, optimizer):
     assert_module_equals_plain_loop(build, data, configs, epochs=6, within=1e-9)
 
 
-class Convolutional(nn.Module):
-    """As its author wrote it: channels and classes alone, no number of features."""
-
-    def __init__(self, input_shape, n_outputs, channels=3):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(input_shape[0], channels, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(channels, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
-        self.last = nn.Linear(4, n_outputs)
-
-    def forward(self, x):
-        return self.last(self.body(x))
-
-
-@pytest.mark.parametrize(("dtype", "within"), [(torch.float64, 1e-8), (torch.float32, 1e-3)])
-def test_a_convolutional_net_on_images_equals_the_plain_loop(dtype, within):
-    images = torch.randn(61, 2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
-        dtype
-    )
-    data = dataclasses.replace(
-        make_data(dtype=dtype), inputs=(images[None],), copies=(0, 0, 0), scaling=(None,)
-    )
-    configs = fill(*({"batch_size": 16, "lr": lr} for lr in (1e-3, 1e-2)))
-    traits = traits_of(Convolutional, configs[0], data)
-    assert not traits.unstackable and len(traits.changing) == 6
-    network = StackedModule(
-        Convolutional,
-        configs,
-        dataclasses.replace(shape_of(data), input_shape=(2, 8, 8)),
-        seed=0,
-        traits=traits,
-    )
-    trained = train(network, data, configs, seed=0, epochs=17, horizon=17)
-    for c, config in enumerate(configs):
-        rows = data.folds[1].train
-        plain = partial(Convolutional, (2, 8, 8), 3)
-        alone = reference.train_module(plain, images[rows], data.y[rows], config, epochs=17)
-        assert largest_difference(trained.member(1, c), alone) <= within
-
-
 def test_batch_norm_without_running_statistics_scores_all_rows_at_once():
     data, configs = make_data(), fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
     build = partial(WithBatchNorm, track_running_stats=False)
@@ -204,23 +163,6 @@ def test_minibatches_of_one_row_are_refused_where_statistics_need_two():
         gputune.tune(
             WithBatchNorm, X, y, space={"batch_size": [1]}, n_trials=1, cv=2, max_epochs=1, verbose=0
         )
-
-
-def test_buffers_survive_halving_and_a_resume():
-    data, configs = make_data(), fill(*({"batch_size": 16, "lr": lr} for lr in (1e-3, 1e-2, 1e-1)))
-    traits = traits_of(WithBatchNorm, configs[0], data)
-
-    def network(kept):
-        return StackedModule(WithBatchNorm, kept, shape_of(data), seed=0, traits=traits)
-
-    words = {"seed": 0, "horizon": 6}
-    whole = train(network(configs), data, configs, epochs=6, **words)
-    begun = train(network(configs), data, configs, epochs=2, **words)
-    kept = configs[1:]
-    resumed = train(network(kept), data, kept, epochs=6, begin=begun.state.select([1, 2]), **words)
-    for f in range(data.n_folds):
-        for c in range(2):
-            assert largest_difference(resumed.member(f, c), whole.member(f, c + 1)) <= 1e-9
 
 
 class WithBranch(nn.Module):
@@ -296,11 +238,6 @@ def test_an_unknown_module_argument_is_named():
     (config,) = fill({"module__size": 3})
     with pytest.raises(InputError, match="module__size is no argument of Residual"):
         inspect_module(Residual, config, [ROWS], n_outputs=2)
-
-
-def test_a_good_module_passes():
-    (config,) = fill({"module__p": 0.5})
-    inspect_module(Residual, config, [ROWS], n_outputs=2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "nesterov"])

@@ -1,9 +1,7 @@
 """The store gives back what was put in, bit for bit, and each trial has at most one result."""
 
 import math
-import os
 import pickle
-import resource
 import shutil
 import sqlite3
 import subprocess
@@ -55,16 +53,6 @@ def test_a_result_is_never_replaced_and_a_chunk_is_written_whole_or_not_at_all(p
         assert all(found for _, found in store.trials())
 
 
-def test_candidates_are_added_all_or_none(path):
-    with Store.create(path, {}) as store:
-        store.add_trials(candidates([0]))
-        with refused("trial 0 is there already"):
-            store.add_trials(candidates([1, 0]))
-        with refused(r"trial 3 holds .* cannot be kept"):
-            store.add_trials([*candidates([2]), Candidate(3, {"lr": print}, "random")])
-        assert [candidate.number for candidate, _ in store.trials()] == [0]
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -93,20 +81,6 @@ def test_settings_of_the_file(path):
         assert pragma("foreign_keys") == 1 and pragma("trusted_schema") == 0
         strict = store._connection.execute("SELECT name FROM pragma_table_list WHERE strict").fetchall()
         assert {name for (name,) in strict} == {"meta", "trials", "plan", "results", "claims"}
-
-
-def test_a_stopped_trial_gets_its_result_later_and_no_other_is_replaced(path):
-    with Store.create(path, {}) as store:
-        store.add_trials(candidates([0, 1]))
-        store.finish([result(0, state="stopped"), result(1)])
-        with refused("trial 1 is there already"):
-            store.finish([result(0, epochs=7), result(1)])
-        assert bits(store.trials()[0][1]) == bits(result(0, state="stopped"))  # all or none
-        store.finish([result(0, epochs=7)])
-        with refused("trial 0 is there already"):
-            store.finish([result(0, epochs=9)])
-    with Store.open(path) as store:
-        assert [bits(found) for _, found in store.trials()] == [bits(result(0, epochs=7)), bits(result(1))]
 
 
 def test_details_and_origins_come_back(path):
@@ -144,18 +118,6 @@ def test_a_study_that_is_not_in_its_place_takes_nothing_more(tmp_path, what):
             (tmp_path / "elsewhere").rename(folder)
             store.finish([result(1)])
             assert store.finished() == 2
-
-
-def test_a_closed_study_is_one_file(path):
-    make_study(path, 1, [result(0)])
-    assert [entry.name for entry in path.parent.iterdir()] == ["study.db"]
-
-
-def test_what_was_committed_is_seen_by_a_reader_at_once(path):
-    with Store.create(path, {}) as writer, Store.open(path) as reader:
-        writer.add_trials(candidates([0]))
-        writer.finish([result(0)])
-        assert bits(reader.trials()[0][1]) == bits(result(0))
 
 
 @pytest.mark.parametrize("name", ["a?b#c %41.db", "日本 'x'.db", "x;DROP TABLE meta", "-journal"])
@@ -416,96 +378,3 @@ def test_a_schema_that_is_no_text_is_damage(path):
     path.write_bytes(path.read_bytes().replace(b"seconds BLOB", b"seconds\xa0BLOB"))
     with pytest.raises(StudyCorruptError, match="is damaged: its tables are not those of a study"):
         Store.open(path)
-
-
-PROCESS = """
-import os, resource, signal
-import numpy as np
-from gputune.study.store import Candidate, Result, Store
-def flat(n, epochs=1):
-    return Result(n, "complete", 1.0, (1.0,), 1, 0.0, np.full((epochs, 1), float(n)))
-"""
-
-
-def test_two_results_of_one_trial_from_two_processes(path):
-    code = f"""{PROCESS}
-with Store.open({str(path)!r}) as store:
-    taken = 0
-    for n in range(40):
-        try:
-            store.finish([flat(n)])
-            taken += 1
-        except ValueError as error:
-            assert "is never replaced" in str(error), error
-print(taken)
-"""
-    make_study(path, 40)
-    jobs = [
-        subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    outputs = [job.communicate()[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0]
-    assert sum(map(int, outputs)) == 40
-    with Store.open(path) as store:
-        assert all(found for _, found in store.trials())
-
-
-def test_a_full_disk_loses_nothing_that_was_committed(path):
-    code = f"""{PROCESS}
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with Store.open({str(path)!r}) as store:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
-    for n in range(100):
-        try:
-            store.finish([flat(n, 1000)])
-        except OSError as error:
-            assert "study.db" in str(error) and ("make room" in str(error) or "check the disk" in str(error)), error
-            break
-    print(n)
-"""
-    make_study(path, 100)
-    done = int(subprocess.run([sys.executable, "-P", "-c", code], check=True, stdout=subprocess.PIPE).stdout)
-    assert 0 < done < 99
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
-    with Store.open(path) as store:
-        found = [r for _, r in store.trials() if r]
-        assert [r.number for r in found] == list(range(done))
-        assert all((r.curve == r.number).all() for r in found)
-        store.finish([result(n) for n in range(done, 100)])  # there is room again
-
-
-def test_killed_in_the_middle_of_a_transaction(path):
-    code = f"""{PROCESS}
-store = Store.open({str(path)!r})
-store.finish([flat(n) for n in range(2)])
-real = store._connection
-class Killed:
-    def __getattr__(self, name): return getattr(real, name)
-    def execute(self, statement, *row):
-        if row and row[0][0] == 4: os.kill(os.getpid(), signal.SIGKILL)
-        return real.execute(statement, *row)
-store._connection = Killed()
-store.finish([flat(n) for n in range(2, 6)])
-"""
-    make_study(path, 6)
-    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == -9
-    with Store.open(path) as store:
-        assert [c.number for c, found in store.trials() if found] == [0, 1]
-        store.finish([result(n) for n in range(2, 6)])
-
-
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become somebody else")
-def test_a_study_that_may_not_be_written_opens_for_reading(tmp_path):
-    path = tmp_path / "study.db"
-    make_study(path, meta={"seed": 1})
-    for part in (path, tmp_path, *tmp_path.parents[:3]):
-        part.chmod(0o444 if part.is_file() else 0o555 if part == tmp_path else 0o755)
-    script = (
-        "import os, sys; from gputune.study.store import Store; os.setuid(65534)\n"
-        f"with Store.open({str(path)!r}) as store: print(store.meta)"
-    )
-    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
-    tmp_path.chmod(0o755)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "{'seed': 1}"

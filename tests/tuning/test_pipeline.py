@@ -21,12 +21,10 @@ from torch import nn
 
 import gputune
 import reference
-from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import hold_out
-from gputune.data.table import as_table
 from gputune.data.target import check_target
 from gputune.population.population import complete
-from gputune.study.store import Candidate, Store
+from gputune.study.store import Store
 from problems import largest_difference, living_tensors
 from refused import refused
 
@@ -206,23 +204,6 @@ def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(frame), model.predict_proba(frame))
-
-
-def test_no_leakage_from_validation_rows(iris):
-    """Law 5: whatever stands in a fold's validation rows, its statistics stay as they are."""
-    X, _ = iris
-    layout = fit_layout(as_table(X))
-    train, valid = np.arange(100), np.arange(100, 150)
-    wild = X.copy()
-    wild[valid] *= 1e6
-    for numbers in ("standard", "robust", "quantile"):
-        calm, changed = (
-            fit_statistics(layout.raw(as_table(v)), layout, train, numbers=numbers) for v in (X, wild)
-        )
-        np.testing.assert_array_equal(
-            transform(layout.raw(as_table(X)), calm)[train],
-            transform(layout.raw(as_table(wild)), changed)[train],
-        )
 
 
 def test_folds_groups_and_time_series():
@@ -644,21 +625,6 @@ def test_the_default_configuration_is_held_to_the_space_and_counts(iris, capsys)
     )
     inside = gputune.tune("mlp", *iris, space={"width": [16, 128]}, n_trials=1, **FAST)
     assert inside.trials[0].params == {"width": 128} and inside.meta["notes"] == []
-
-
-def test_a_study_from_before_the_default_counted_goes_on_with_nothing_to_do(tmp_path, iris, monkeypatch):
-    path, options = tmp_path / "study.db", {"space": {"width": [8, 16, 32]}, "n_trials": 2, **FAST}
-    old = [{"width": 128}, {"width": 32}, {"width": 8}]
-    with (
-        monkeypatch.context() as patched
-    ):  # as it was: the default one outside of the space, beside n_trials draws
-        trials = tuple(Candidate(i, c, "random" if i else "default") for i, c in enumerate(old))
-        patched.setattr("gputune.tuning.pipeline.first_trials", lambda *_: trials)
-        gputune.tune("mlp", *iris, study=path, **options)
-    again = gputune.tune("mlp", *iris, study=path, **options)
-    assert [trial.params for trial in again.trials] == old
-    more = gputune.tune("mlp", *iris, study=path, **options | {"n_trials": 4})
-    assert [trial.params for trial in more.trials] == [*old, {"width": 16}]
 
 
 def test_a_refused_module_leaves_no_study(tmp_path, iris):
