@@ -1,11 +1,12 @@
 """Losses and targets of the user's own, from tune() to predictions; members equal a plain loop."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, r2_score, roc_auc_score
+from sklearn.metrics import accuracy_score, brier_score_loss, f1_score, log_loss, r2_score, roc_auc_score
 from torch import nn
 from torch.nn import functional
 
@@ -125,6 +126,111 @@ def test_a_model_of_several_labels_is_saved(tmp_path):
     again = gputune.load_model(tmp_path / "model", module=Net)
     assert set(np.unique(again.predict(X))) <= {0, 1} and again.predict_proba(X).shape == (60, 3)
     np.testing.assert_array_equal(again.predict(X), model.predict(X))
+
+
+class OneLogit(nn.Module):
+    """What most write for two classes: one output, (n, 1) or ``flat`` (n,)."""
+
+    def __init__(self, n_features, flat=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(n_features, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.flat = flat
+
+    def forward(self, x):
+        return self.body(x)[:, 0] if self.flat else self.body(x)
+
+
+TWO = np.where(X[:, 0] > 0.2, "yes", "no")
+IS_YES = torch.as_tensor(TWO == "yes").double()
+FLAT = partial(OneLogit, flat=True)
+
+
+def own_bce(outputs, y):
+    return functional.binary_cross_entropy_with_logits(outputs.flatten(), y.double(), reduction="none")
+
+
+@pytest.fixture(scope="module")
+def one_logit():
+    """The probability of "yes" for each row, of a plain loop."""
+
+    def loss(module, x, y):
+        return functional.binary_cross_entropy_with_logits(module(x)[:, 0], y)
+
+    return plain_loop(lambda: OneLogit(5), IS_YES, loss)(X.double()).sigmoid().detach().numpy()[:, 0]
+
+
+@pytest.mark.parametrize("model", [OneLogit, FLAT], ids=["column", "flat"])
+@pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
+@pytest.mark.parametrize("loss", [None, "bce", nn.BCEWithLogitsLoss(), own_bce], ids=str)
+def test_one_logit_of_two_classes_is_what_a_plain_loop_makes(model, backend, loss, one_logit):
+    study = gputune.tune(model, X, TWO, scoring="neg_log_loss", loss=loss, **ONE | {"backend": backend})
+    found = study.best_model() if loss is None else None
+    assert study.best_score == pytest.approx(-log_loss(TWO[:20], one_logit[:20]), abs=1e-8)
+    if found is not None:
+        assert found.predict_proba(X).shape == (60, 2) and set(found.predict(X)) <= {"yes", "no"}
+
+
+@pytest.mark.parametrize("scoring", ["accuracy", "roc_auc", "f1", "neg_brier_score", "own", "outputs"])
+def test_scores_of_one_logit(scoring, one_logit):
+    p, y = one_logit[:20], TWO[:20]
+    guess = np.where(p > 0.5, "yes", "no")
+    expected = {
+        "accuracy": accuracy_score(y, guess),
+        "roc_auc": roc_auc_score(y, p),
+        "f1": f1_score(y, guess, pos_label="yes"),
+        "neg_brier_score": -brier_score_loss(y, p, pos_label="yes"),
+        "own": p.mean(),
+        "outputs": float(torch.logit(torch.tensor(p)).sum()),
+    }[scoring]
+    own = {
+        "own": lambda estimator, X, y: estimator.predict_proba(X)[:, 1].mean(),
+        "outputs": lambda outputs, y: float(outputs[:, 0].sum()),
+    }
+    positive = "yes" if scoring == "f1" else None
+    found = score(TWO, model=FLAT, scoring=own.get(scoring, scoring), positive=positive)
+    assert found == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_loss_that_is_chosen_by_its_one_logit_is_said_and_kept(tmp_path, capsys):
+    options = {**ONE, "verbose": 1, "study": tmp_path / "study.db"}
+    study = gputune.tune(OneLogit, X, TWO, **options)
+    said = "OneLogit is trained on the loss bce: its one logit a row is of y = 'yes' against 'no'"
+    assert said in capsys.readouterr().err and said in study.record.notes
+    assert study.record.objective == "bce"
+    gputune.tune(OneLogit, X, TWO, **options)
+    again = gputune.Study.open(tmp_path / "study.db").best_model(X, TWO, trust_code=True)
+    np.testing.assert_array_equal(again.predict(X), study.best_model().predict(X))
+    again.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model", module=OneLogit)
+    np.testing.assert_array_equal(loaded.predict_proba(X), again.predict_proba(X))
+    assert "bce" in str(loaded.info["loss"])
+
+
+def test_a_class_without_training_rows_does_not_stop_one_logit():
+    cut = [(20 + np.flatnonzero(TWO[20:] == "yes"), np.arange(20))]
+    assert score(TWO, model=OneLogit, cv=cut, scoring="neg_log_loss") < 0
+    assert score(TWO, model=OneLogit, cv=cut, scoring="neg_log_loss", loss=own_bce) < 0
+
+
+def test_weights_of_classes_multiply_the_losses_of_one_logit():
+    weighed = {"class_weight": {"yes": 3.0}, "scoring": lambda outputs, y: float(outputs.sum())}
+    module = plain_loop(
+        lambda: OneLogit(5),
+        IS_YES,
+        lambda m, x, y: (own_bce(m(x), y) * (1 + 2 * y)).sum() / (1 + 2 * y).sum(),
+    )
+    assert score(TWO, model=OneLogit, **weighed) == pytest.approx(float(outputs_of(module).sum()), rel=1e-7)
+
+
+def test_a_sigmoid_before_the_binary_cross_entropy_is_said():
+    class Ends(OneLogit):
+        def forward(self, x):
+            return super().forward(x).sigmoid()[:, 0]
+
+    with pytest.warns(
+        gputune.InputWarning, match="and the cross-entropy wants logits: leave out the sigmoid"
+    ):
+        gputune.tune(Ends, X, TWO, **ONE)
 
 
 def poisson(outputs, y):
@@ -260,6 +366,18 @@ def test_a_study_knows_its_loss(tmp_path):
         (SEVERAL, {"task": "multilabel"}, r"task='multilabel' does not fit y, an array of shape \(60, 2\)"),
         (LABELS[:, 0], {"task": "multilabel"}, "needs several columns of 0 and 1 in y, got one"),
         (X[:, None].expand(60, 2, 5), {}, "a custom target has no loss of its own"),
+        (
+            TWO,
+            {"model": OneLogit, "loss": nn.BCELoss()},
+            "BCELoss takes probabilities, .* give loss='bce', which",
+        ),
+        (TWO, {"model": OneLogit, "loss": "cross_entropy"}, r"got \(31, 1\) .* or one with loss='bce'"),
+        (
+            TWO,
+            {"model": FLAT, "loss": nn.CrossEntropyLoss()},
+            "CrossEntropyLoss raised .* One logit a row of two classes takes loss='bce'",
+        ),
+        (TWO, {"loss": "bce", "model": lambda n_features: Net(n_features, 2)}, "take loss='cross_entropy'"),
         (SEVERAL, {"scoring": "accuracy"}, "does not fit a regression task; choose for example r2"),
         (LABELS, {"scoring": "r2"}, "does not fit a multilabel task"),
         (

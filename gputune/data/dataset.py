@@ -3,7 +3,7 @@
 import base64
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -108,7 +108,7 @@ class Dataset:
     present: Tensor | None  # (F, K) bool, classes that a fold's training rows have; None when all have all
     center: Tensor  # (F,) or (F, K) float64, the target's training mean; 0 for classes
     scale: Tensor  # (F,) or (F, K) float64, the target's training standard deviation; 1 for classes
-    n_outputs: int  # K: number of classes (2 for a binary task), of labels, or of numbers a row
+    n_outputs: int  # K: number of classes (of two also 1, their one logit), of labels, or of numbers a row
     task: Task
     target: Tensor  # (n,) class codes, or y (n, ...) in its own units (float64)
     scorer_rows: ScorerRows | None = None  # where there is a scorer of the user's own
@@ -193,6 +193,10 @@ class Dataset:
     def device(self) -> torch.device:
         """Where all tensors lie; the inputs too, unless they are ``on_host``."""
         return self.folds[0].train.device
+
+    def with_one_logit(self) -> "Dataset":
+        """Return the data of two classes for a module with one output: it has no class that could take no part."""
+        return replace(self, n_outputs=1, present=None)
 
     @cached_property
     def first_equal(self) -> tuple[Tensor | None, ...]:

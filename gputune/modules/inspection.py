@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.construction import Builder
+from gputune.modules.construction import Builder, call_arguments
 from gputune.modules.embeddings import check_ids
 from gputune.modules.module import StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
 from gputune.population.batches import Batch
 from gputune.population.network import Shape
-from gputune.population.population import arguments_text
+from gputune.population.population import arguments_text, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.types import Config
@@ -73,6 +73,20 @@ def traits_of(
     return traits
 
 
+def returns_one_logit(builder: Builder, config: Config, data: Dataset, *, columns: str = "") -> bool:
+    """Whether a module that asks for no number of outputs returns one a row, (n,) or (n, 1), where y is two classes.
+
+    Raises InputError, ending in ``columns``, for a module that cannot be made, or fails.
+    """
+    sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
+    if data.task != "binary" or "n_outputs" in call_arguments(builder, sizes, module_arguments(config)):
+        return False
+    x = tuple(part.cpu() for part in data.example(EXAMPLES))
+    shape = _shape(x, n_outputs=1, names=data.names, dtype=data.dtype)
+    trial = ModuleTrial(builder, config, x, shape, columns, None, None)
+    return trial.fits(trial.forward(x, training=False), len(x[0]))
+
+
 def note_slow(builder: Builder, data: Dataset, arguments: str, slow: str) -> None:
     """Remember that a module's members train faster one by one, with these module__* values as text."""
     known = _known[data][builder]
@@ -100,21 +114,28 @@ def inspect_module(
     for a module that fails, returns another shape than (B, ``n_outputs``), or has nothing to train.
     """
     x = tuple(part.cpu() for part in inputs)
-    shape = Shape(
+    shape = _shape(x, n_outputs=n_outputs, names=names, dtype=dtype or x[0].dtype)
+    trial = ModuleTrial(builder, config, x, shape, columns, objective, y)
+    if data is not None:
+        check_ids(trial.module, data, trial.name)
+    return _traits(trial)
+
+
+def _shape(
+    x: Sequence[Tensor], *, n_outputs: int, names: tuple[str, ...] | None, dtype: torch.dtype
+) -> Shape:
+    """Return the shape of one member on the CPU that takes inputs (B, ...)."""
+    return Shape(
         folds=1,
         n_features=x[0].shape[-1] if x[0].dim() > 1 else 1,
         n_outputs=n_outputs,
-        dtype=dtype or x[0].dtype,
+        dtype=dtype,
         device=_CPU,
         regression=False,
         present=None,
         input_shape=tuple(x[0].shape[1:]),
         names=names,
     )
-    trial = ModuleTrial(builder, config, x, shape, columns, objective, y)
-    if data is not None:
-        check_ids(trial.module, data, trial.name)
-    return _traits(trial)
 
 
 def _traits(trial: ModuleTrial) -> Traits:
@@ -131,7 +152,7 @@ def _traits(trial: ModuleTrial) -> Traits:
     changing = tuple(name for name, buffer in after.items() if not torch.equal(buffer, before[name]))
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
-    trial.warn_of_probabilities(alone)
+    trial.warn_of_probabilities(trained)
     few = trial.forward([part[:2] for part in x], training=False)
     losses = trial.losses()
     traits = Traits(

@@ -102,9 +102,12 @@ class ModuleTrial:
                 )
         except Exception as error:
             outputs, y = self.forward(self.inputs, training=False), self.y
+            one_logit = self.objective.binary and outputs.numel() == len(y)
+            remedy = " One logit a row of two classes takes loss='bce'." * one_logit
             raise InputError(
-                f"the loss {name} raised {type(error).__name__}: {error}. The outputs of {self.name} have shape "
-                f"{tuple(outputs.shape)} and type {outputs.dtype}, y {tuple(y.shape)} and {y.dtype}; make them fit."
+                f"the loss {name} raised {type(error).__name__}: {str(error).rstrip('.')}. The outputs of {self.name} "
+                f"have shape {tuple(outputs.shape)} and type {outputs.dtype}, y {tuple(y.shape)} and {y.dtype}; make "
+                f"them fit.{remedy}"
             ) from error
         rows = len(self.inputs[0])
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -140,16 +143,18 @@ class ModuleTrial:
             )
 
     def warn_of_probabilities(self, outputs: Tensor) -> None:
-        """Warn where a module ends in a softmax, and the loss has one of its own."""
-        named = (
-            self.objective is not None and self.objective.is_named and self.objective.loss == "cross_entropy"
-        )
-        if not named or outputs.dim() != 2 or outputs.shape[1] < 2:
-            return
-        if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+        """Warn where outputs, computed in training, end in a softmax or a sigmoid, and the loss has one of its own."""
+        loss = self.objective.loss if self.objective is not None and self.objective.is_named else None
+        end = ""
+        if loss == "cross_entropy" and outputs.dim() == 2 and outputs.shape[1] > 1:
+            sums = outputs.sum(1)
+            end = "softmax" * bool((outputs >= 0).all() and ((sums - 1).abs() < 1e-3).all())
+        if loss == "bce":
+            end = "sigmoid" * _ends_in_sigmoid(outputs)
+        if end:
             warnings.warn(
                 f"{self.name} returns probabilities, and the cross-entropy wants logits: "
-                "leave out the softmax at its end.",
+                f"leave out the {end} at its end.",
                 InputWarning,
                 stacklevel=2,
             )
@@ -157,7 +162,7 @@ class ModuleTrial:
     def check_outputs(self, outputs: object) -> None:
         """Raise InputError for outputs of another shape than the loss takes."""
         rows, n_outputs = len(self.inputs[0]), self.shape.n_outputs
-        if self._fits(outputs, rows):
+        if self.fits(outputs, rows):
             return
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(
@@ -166,11 +171,13 @@ class ModuleTrial:
             f"{self.columns}"
         )
 
-    def _fits(self, outputs: object, rows: int) -> bool:
+    def fits(self, outputs: object, rows: int) -> bool:
+        """Whether outputs of so many rows have a shape that the loss takes."""
         shape, n_outputs = tuple(outputs.shape) if isinstance(outputs, Tensor) else None, self.shape.n_outputs
         if self.objective is not None and self.objective.any_outputs:
             return shape is not None and shape[:1] == (rows,)
-        return shape == (rows, n_outputs) or (n_outputs == 1 and shape == (rows,))
+        one = n_outputs == 1 or (self.objective is not None and self.objective.may_be_one_logit)
+        return shape == (rows, n_outputs) or (one and shape in ((rows,), (rows, 1)))
 
     def check_trainable(self, outputs: Tensor) -> None:
         """Raise InputError where the outputs, computed in training, depend on no parameter."""
@@ -183,7 +190,7 @@ class ModuleTrial:
     def takes_one_row(self) -> bool:
         """Whether a minibatch of one row can be trained on."""
         try:
-            return self._fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
+            return self.fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
         except InputError:
             return False
 
@@ -206,10 +213,23 @@ def _of_shape(found: Any, n_outputs: int) -> str:
     if not isinstance(found, tuple):
         return " Of several outputs return the first, or train them by training_step." * (found in _SEVERAL)
     if n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
-        return " A target of two classes takes two logits a row."
+        return " A target of two classes takes two logits a row, or one with loss='bce'."
+    if n_outputs == 1 and found[1:] == (2,):
+        return " Two logits a row of two classes take loss='cross_entropy'."
     if len(found) > 2:
         return " Axes beside the rows are to be pooled or flattened away."
     return ""
+
+
+_VIEWS = ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
+
+
+def _ends_in_sigmoid(outputs: Tensor) -> bool:
+    """Whether the last operation that computed outputs was a sigmoid, views of them aside."""
+    node = outputs.grad_fn
+    while node is not None and node.name().startswith(_VIEWS):
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("Sigmoid")
 
 
 def in_words(x: Tensor) -> str:

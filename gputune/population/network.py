@@ -109,6 +109,14 @@ def first_output(outputs: Any) -> Tensor:
     return first
 
 
+def two_logits(outputs: Tensor) -> Tensor:
+    """Return the logits (..., m, 2) of two classes of which the outputs (..., m, 1) are one logit z: 0 and z.
+
+    Their softmax is the sigmoid of -z and of z, and their cross-entropy is the binary one of z.
+    """
+    return torch.cat([torch.zeros_like(outputs), outputs], -1)
+
+
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
     """Return targets (V, n, K) of an explicit gradient: class codes (n,) one-hot, or values (F, n) as a column."""
     if y.is_floating_point():

@@ -107,7 +107,7 @@ _LOSSES: Mapping[str, _Named] = {
     "mae": _Named(_mae, ("regression",), {}),
     "huber": _Named(_huber, ("regression",), {"delta": _Argument(1.0, 0, torch.inf)}),
     "quantile": _Named(_quantile, ("regression",), {"q": _Argument(0.5, 0, 1)}),
-    "bce": _Named(_bce, ("multilabel",), {}),
+    "bce": _Named(_bce, ("multilabel", "binary"), {}),
 }
 _OF_TASK: Mapping[Task, str] = {
     "binary": "cross_entropy",
@@ -131,6 +131,8 @@ class Objective:
     augment: Callable[..., Any] | None = None
     any_outputs: bool = False
     """Whether a module may return outputs of any shape (n, ...): for a custom target."""
+    binary: bool = False
+    """Whether the target is two classes, which one logit a row can tell apart."""
 
     @property
     def name(self) -> str:
@@ -146,7 +148,18 @@ class Objective:
 
     def name_unless_default(self, task: Task) -> str:
         """Return its name, "" where it is the task's own loss and nothing else."""
-        return "" if self == Objective(_OF_TASK.get(task, "")) else self.name
+        return "" if self == Objective(_OF_TASK.get(task, ""), binary=task == "binary") else self.name
+
+    @property
+    def one_logit(self) -> bool:
+        """Whether a module is asked for one logit a row of two classes."""
+        of_one = self.loss == "bce" or isinstance(self.loss, nn.BCEWithLogitsLoss)
+        return self.binary and self.step is None and of_one
+
+    @property
+    def may_be_one_logit(self) -> bool:
+        """Whether a module may return one logit a row of two classes: all but the cross-entropy leave that to it."""
+        return self.binary and (self.step is not None or self.loss != "cross_entropy")
 
     @property
     def is_named(self) -> bool:
@@ -296,6 +309,7 @@ def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     rows.reduction = "none"
 
     def of_rows(outputs: Tensor, y: Tensor) -> Tensor:
+        y = y.to(outputs.dtype) if isinstance(loss, nn.BCEWithLogitsLoss) else y
         if y.is_floating_point() and y.shape != outputs.shape and y.numel() == outputs.numel():
             y = y.view(outputs.shape)  # (B,) and (B, 1) would be broadcast to (B, B)
         losses: Tensor = rows(outputs, y)
@@ -327,19 +341,22 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         raise InputError(
             "training_step returns the loss itself, so loss has nothing to do; leave one of them out."
         )
+    binary = task == "binary"
+    if task in ("binary", "multilabel"):
+        loss = _with_logits(loss)
     if loss is None and step is None and task == "custom":
         raise InputError(
             "a custom target has no loss of its own; give loss=callable(outputs, y), or training_step=callable(module, "
             "batch)."
         )
     if loss is None:
-        return Objective(_OF_TASK.get(task, ""), step, augment, task == "custom")
+        return Objective(_OF_TASK.get(task, ""), step, augment, task == "custom", binary)
     if not isinstance(loss, str):
         if not callable(loss):
             raise InputError(
                 f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
             )
-        return Objective(loss, step, augment, task == "custom")
+        return Objective(loss, step, augment, task == "custom", binary)
     if loss not in _LOSSES:
         raise InputError(
             f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
@@ -349,7 +366,26 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
         raise InputError(
             f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}."
         )
-    return Objective(loss, step, augment)
+    return Objective(loss, step, augment, binary=binary)
+
+
+def _with_logits(loss: Any) -> Any:
+    """Return the name of torch's binary cross-entropy, any other loss as it is. Raises InputError for nn.BCELoss."""
+    if loss is nn.BCELoss or isinstance(loss, nn.BCELoss):
+        raise InputError(
+            "loss=torch.nn.BCELoss takes probabilities, and predictions and scores are made of logits: give "
+            "loss='bce', which is torch.nn.BCEWithLogitsLoss, and leave out the sigmoid at the end of the module."
+        )
+    is_default = isinstance(loss, nn.BCEWithLogitsLoss) and (
+        loss.reduction,
+        loss.weight,
+        loss.pos_weight,
+    ) == (
+        "mean",
+        None,
+        None,
+    )
+    return "bce" if is_default or loss is nn.BCEWithLogitsLoss else loss
 
 
 def _names() -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.errors import InputError
-from gputune.population.network import call_module
+from gputune.population.network import call_module, two_logits
 from gputune.scoring import scores
 from gputune.scoring.estimators import fitted
 from gputune.scoring.objective import Objective, qualified_name
@@ -55,7 +55,7 @@ class Scoring:
         They are scored in double precision, in which a tuned model predicts. A scorer of the user's own may ask for
         predictions of other rows, which a ``member`` then makes.
         """
-        absent = None if data.present is None else ~data.present[fold]
+        absent = None if data.present is None or _is_one_logit(data, outputs) else ~data.present[fold]
         # A class that takes no part may have the logit -inf; that is no divergence.
         known = outputs if absent is None else outputs.masked_fill(absent, 0)
         finite = known.isfinite().flatten(1).all(-1)
@@ -80,6 +80,8 @@ class Scoring:
         if self.is_loss:
             y = data.y if data.y.dim() == 1 and not data.y.is_floating_point() else data.y[fold % len(data.y)]
             target = y[data.folds[fold].valid]
+        elif _is_one_logit(data, outputs):
+            outputs = outputs.double().view(*outputs.shape[:2], 1)
         else:
             outputs = _as_answers(data, fold, outputs)
         result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
@@ -135,9 +137,16 @@ class Scoring:
         return torch.from_numpy(result).to(outputs.device)
 
 
+def _is_one_logit(data: Dataset, outputs: Tensor) -> bool:
+    """Whether outputs (C, m) or (C, m, K) are one logit a row of two classes."""
+    return data.task == "binary" and (outputs.dim() == 2 or outputs.shape[-1] == 1)
+
+
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     """Return outputs (C, m, K), float64: in the target's own units, or without the classes that take no part."""
     outputs = outputs.double()
+    if _is_one_logit(data, outputs):
+        return two_logits(outputs.view(*outputs.shape[:2], 1))
     if outputs.dim() == 2 and data.task != "custom":
         outputs = outputs[..., None]  # one number a row
     if data.task == "regression":
@@ -237,7 +246,7 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
     for f, fold in enumerate(data.folds):
         rows = data.target[fold.valid]
         columns = rows.T if data.task == "multilabel" else rows[None]
-        needed = 2 if data.task == "multilabel" else data.n_outputs
+        needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs
         if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
             raise InputError(
                 f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "

@@ -28,7 +28,7 @@ from torch.nn.functional import logsigmoid
 
 from gputune.data.arrays import ArrayLayout, Arrays, as_arrays
 from gputune.errors import InputError
-from gputune.population.network import call_module
+from gputune.population.network import call_module, two_logits
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, Place, fit_members
 from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed
@@ -349,6 +349,8 @@ class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc
 
     def _logits(self, X: object) -> Tensor:
         outputs = self._outputs(X)
+        if outputs.shape[1] == 1 and not isinstance(self.classes_, list):
+            return two_logits(outputs)
         if self._present is None:
             return outputs
         # Classes whose training rows weighed nothing took no part.

@@ -42,9 +42,9 @@ class Rows:
 
     @property
     def task(self) -> Task:
-        """What is predicted; of any number of classes "multiclass"."""
+        """What is predicted."""
         if self.classes is not None:
-            return "multiclass"
+            return "binary" if len(self.classes) == 2 else "multiclass"
         return "multilabel" if self.is_labels else "regression"
 
     def weight(self, rows: NDArray[np.int64]) -> float:

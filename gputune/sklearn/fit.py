@@ -3,6 +3,7 @@
 import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,9 +21,10 @@ from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
 from gputune.modules.construction import build_module, name_of
-from gputune.modules.inspection import EXAMPLES, traits_of
+from gputune.modules.inspection import EXAMPLES, returns_one_logit, traits_of
 from gputune.population.network import Network, call_module
 from gputune.population.population import Population, module_arguments
+from gputune.scoring.objective import Objective
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.recipe import Recipe
 from gputune.tuning.trainer import Trainer
@@ -75,6 +77,7 @@ class Batch:
     configs: list[Config]
     group: FoldGroup
     data: Dataset
+    objective: Objective | None
 
     def trainer(self, workers: int | None, deadline: float | None) -> Trainer:
         """Return what trains them, eagerly."""
@@ -83,7 +86,7 @@ class Batch:
             data=self.data,
             kind=recipe.kind,
             module_class=recipe.module,
-            objective=recipe.objective(self.data.task),
+            objective=self.objective,
             seed=recipe.seed,
             horizon=recipe.horizon,
             workers=workers,
@@ -102,7 +105,24 @@ def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[n
         for group in group_folds(rows, folds, partial(_decays, alike, rows)):
             configs = _configs(alike, rows, group.trains[0])
             data = make_dataset(rows, group, x, standardise=alike[0].standardises)
-            yield Batch(index, alike, configs, group, data)
+            objective = _objective(alike[0], configs[0], data)
+            if objective is not None and objective.one_logit:
+                data = data.with_one_logit()
+            yield Batch(index, alike, configs, group, data, objective)
+
+
+def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:
+    """Return what recipes are trained on: of a module that returns one logit of two classes the binary cross-entropy.
+
+    None for a built-in model.
+    """
+    builder = recipe.module
+    if builder is None:
+        return None
+    with suppress(InputError):  # which the check of the module raises again, for each configuration its own
+        if recipe.loss is None and returns_one_logit(builder, config, data):
+            recipe = replace(recipe, loss="bce")
+    return recipe.objective(data.task)
 
 
 def _configs(recipes: Sequence[Recipe], rows: Rows, train: NDArray[np.int64]) -> list[Config]:
@@ -233,7 +253,7 @@ def _check_module(trainer: Trainer, population: Population) -> int:
 
 def _refuse_probabilities(name: str, outputs: Tensor) -> None:
     """Raise InputError where a classifier's module ends in a softmax: its outputs are taken for logits."""
-    if bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+    if outputs.dim() == 2 and bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
         raise InputError(
             f"model: {name} returns probabilities, and its outputs are taken for logits; leave out the softmax at its "
             "end."

@@ -213,7 +213,8 @@ _PARAMETERS = """
     module               a torch.nn.Module class, or a function or functools.partial that returns one; it is called with
                          ``n_features``, ``n_outputs`` and ``input_shape`` where its signature has them, and with
                          ``module__*``: module__hidden=32 is its argument hidden
-    criterion            None: the cross-entropy of classes, the binary one of labels, the squared error of numbers,
+    criterion            None: the cross-entropy of classes, the binary one of labels and of one logit of two
+                         classes, as nn.BCEWithLogitsLoss; the squared error of numbers,
                          standardised. Or one of the names of ``gputune.tune(loss=...)``; a loss of torch.nn, as a
                          class or an instance; or callable(outputs, y), which returns row losses or their mean
     criterion__*         what that loss takes: criterion__delta=2.0 of "huber", criterion__beta=0.5 of nn.SmoothL1Loss
@@ -234,7 +235,7 @@ _PARAMETERS = """
 
 
 class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
-    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K) of classes, or of labels.{_PARAMETERS}
+    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K) of classes or labels, of two also one.{_PARAMETERS}
     With y (n, K) of 0 and 1 every column is a label of its own.
 
     After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``classes_`` (for labels a list),

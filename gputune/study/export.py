@@ -24,7 +24,7 @@ from gputune.data.table import Table
 from gputune.errors import InputError
 from gputune.extras import import_extra
 from gputune.modules.stateless import Stateless
-from gputune.population.network import call_module, first_output
+from gputune.population.network import call_module, first_output, two_logits
 from gputune.scratch import scratch_folder
 from gputune.study.model_files import ModelContent
 from gputune.version import __version__
@@ -137,6 +137,8 @@ class WholeModel(nn.Module):
         if self.task == "regression":
             output = output if self.several else output.reshape(-1)
             return output * self.target_scale + self.target_center
+        if self.task == "binary" and (output.dim() == 1 or output.shape[1] == 1):
+            output = two_logits(output.reshape(-1, 1))
         return output.argmax(1), output.softmax(1)
 
 

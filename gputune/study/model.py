@@ -21,7 +21,7 @@ from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.modules.construction import Builder
-from gputune.population.network import call_module, first_output
+from gputune.population.network import call_module, first_output, two_logits
 from gputune.study.cards import card
 from gputune.study.export import encoded, export
 from gputune.study.model_files import ModelContent, read_content, save_model
@@ -35,7 +35,8 @@ ROWS, NUMBERS = 8192, 2**23
 class TunedModel(ModelContent):
     """A trained module with all that is needed to predict from raw rows.
 
-    module    plain ``nn.Module``, returning logits (n, K), or values (n, 1) or (n,) of a standardised target
+    module    plain ``nn.Module``, returning logits (n, K), of two classes also one, (n, 1) or (n,), or values (n, 1)
+              or (n,) of a standardised target
     classes   (K,) the labels, in their own type; None where there are none to choose from
     center, scale   the regression target is ``value * scale + center``, for several numbers (K,); 0 and 1 otherwise
     target    name of the target's column
@@ -162,8 +163,10 @@ class TunedModel(ModelContent):
         K = self.spec["kwargs"].get("n_outputs", 1) if self.classes is None else len(self.classes)
         if self.task == "custom" and isinstance(output, Tensor) and len(output) == rows:
             return output
-        if self.classes is None and isinstance(output, Tensor) and output.shape == (rows,):
-            return output[:, None]
+        if isinstance(output, Tensor) and output.shape == (rows,) and (self.classes is None or K == 2):
+            output = output[:, None]
+        if self.task == "binary" and isinstance(output, Tensor) and output.shape == (rows, 1):
+            return two_logits(output)
         if isinstance(output, Tensor) and output.shape == (rows, K):
             return output
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

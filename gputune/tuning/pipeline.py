@@ -23,6 +23,7 @@ from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.population.population import complete
+from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.search.config import legal_keys
 from gputune.search.descent import Hypergradient
@@ -42,7 +43,7 @@ from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_signal
 from gputune.tuning.method import method_name
 from gputune.tuning.options import Options
-from gputune.tuning.problem import ModelChoice, Problem, make_problem
+from gputune.tuning.problem import ModelChoice, Problem, default_loss, make_problem, remarks_on_loss
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.random import train_fully
@@ -80,13 +81,17 @@ def search(
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
         problem = make_problem(source, options.task, choice, options)
-    scoring = _scoring(options, problem)
-    progress.scoring = scoring.name
     folds = _folds(problem, options)
     with profile.clock(PREPARING):
         data = _dataset(problem, folds, options, choice)
-    check_folds(scoring, data)
     trials = first_trials(space, choice, options)
+    first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
+    if loss := default_loss(problem, data, choice, options, first):
+        options, data = replace(options, loss=loss), data.with_one_logit()
+        problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
+    scoring = _scoring(options, problem)
+    progress.scoring = scoring.name
+    check_folds(scoring, data)
     _check_objective(problem, trials)
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
@@ -94,11 +99,14 @@ def search(
             backend = _backend(trainer, options, choice, trials, progress)
             trainer = replace(trainer, backend=backend, objective=problem.objective)
         context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
-        first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
         context.check_module(first, first=True)
         _remember_what_runs(choice, options)
         _check_method(trials, space, context, problem.target.classes)
-        notes = (*notes_on(trials, space, choice, options), *context.remarks)
+        notes = (
+            *notes_on(trials, space, choice, options),
+            *context.remarks,
+            *remarks_on_loss(problem, choice),
+        )
         record = search_record(context, problem, space, folds, notes)
         _say_what_was_understood(problem, choice, progress, record.notes if say_notes else ())
         context = replace(context, checkpoints=checkpoint_folder(options.study, record))

@@ -20,11 +20,12 @@ from gputune.data.target import Target, check_target, check_weights
 from gputune.errors import InputError
 from gputune.models import CNN, GRU
 from gputune.modules.construction import Builder, name_of
+from gputune.modules.inspection import returns_one_logit
 from gputune.population.population import ModelKind
 from gputune.scoring.objective import Objective, make_objective
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.tuning.options import Options
-from gputune.types import OPTIMIZERS
+from gputune.types import OPTIMIZERS, Config
 
 SearchedModel = Literal["mlp", "logistic", "module"]
 
@@ -144,6 +145,7 @@ class Problem:
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
         statistics = self._statistics([train for train, _ in folds])
         like = torch.empty(0, dtype=dtype, device=device or options.device_here())
+        objective = self.objective
         data = make_dataset(
             self.raw,
             statistics,
@@ -151,9 +153,10 @@ class Problem:
             folds,
             weights=weights,
             like=like,
-            standardise=self.objective is None or self.objective.is_named,
+            standardise=objective is None or objective.is_named,
         )
-        return data, statistics
+        one_logit = objective is not None and objective.one_logit
+        return data.with_one_logit() if one_logit else data, statistics
 
     def _statistics(
         self, trains: Sequence[np.ndarray]
@@ -240,3 +243,25 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
                 "module, for example model=gputune.models.MLP, or leave it out."
             )
     return None
+
+
+def default_loss(
+    problem: Problem, data: Dataset, choice: ModelChoice, options: Options, params: Config
+) -> str:
+    """Return "bce" where no loss is given and the module returns one logit a row of two classes, else ""."""
+    if choice.module_class is None or options.loss is not None or options.training_step is not None:
+        return ""
+    columns = problem.columns_in_words()
+    return "bce" if returns_one_logit(choice.module_class, params, data, columns=columns) else ""
+
+
+def remarks_on_loss(problem: Problem, choice: ModelChoice) -> tuple[str, ...]:
+    """Return what the user should know of the loss, a sentence each: of which class one logit is."""
+    classes = problem.target.classes
+    if problem.objective is None or not problem.objective.one_logit or classes is None:
+        return ()
+    other, positive = classes.tolist()
+    return (
+        f"{choice.name} is trained on the loss {problem.objective.name}: its one logit a row is of "
+        f"{problem.target.name} = {positive!r} against {other!r}",
+    )

@@ -503,6 +503,19 @@ def test_a_regression_is_predicted_in_full_precision(tmp_path):
     assert code == 2 and "--proba needs a model of classes" in err
 
 
+def test_one_logit_of_two_classes(tmp_path):
+    table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60))
+    (tmp_path / "net.py").write_text(NET.replace("n_outputs, hidden", "hidden").replace("n_outputs", "1"))
+    code, out, err = run(
+        "tune", table, "--target", "kind", "--model", f"{tmp_path / 'net.py'}:Net", "--out", tmp_path / "out",
+        "--scoring", "roc_auc", *FAST,
+    )  # fmt: skip
+    assert (code, err) == (0, "") and "Net is trained on the loss bce: its one logit a row is of kind" in out
+    _, out, _ = run("predict", tmp_path / "out" / "model", table, "--proba")
+    header, *rows = read_csv(out)
+    assert header == ["ant", "bee"] and all(abs(sum(map(float, row)) - 1) < 1e-9 for row in rows)
+
+
 def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were_asked_for(
     tmp_path, monkeypatch
 ):

@@ -164,11 +164,6 @@ class Outputs(nn.Module):
         self.body = nn.Linear(n_features, 6)
 
 
-class One(Outputs):
-    def forward(self, x):
-        return self.body(x)[:, :1]
-
-
 class Axes(Outputs):
     def forward(self, x):
         return self.body(x).view(-1, 2, 3)
@@ -182,10 +177,6 @@ class Both(Outputs):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (
-            One,
-            r"must return a tensor of shape \(rows, 2\), got \(20, 1\) for 20 rows.* takes two logits a row",
-        ),
         (Axes, r"got \(20, 2, 3\) .* Axes beside the rows are to be pooled"),
         (Both, "got tuple .* return the first, or train them by training_step"),
     ],

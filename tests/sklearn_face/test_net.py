@@ -78,6 +78,19 @@ def test_the_criterion_may_be_the_cross_entropy(criterion):
     NeuralNetRegressor(Net, criterion=nn.MSELoss(), max_epochs=1).fit(*IRIS)
 
 
+@pytest.mark.parametrize("criterion", [None, "bce", nn.BCEWithLogitsLoss])
+def test_one_logit_tells_two_classes_apart(criterion):
+    X, y = IRIS[0], np.where(IRIS[1] == 0, "setosa", "other")
+    made = NeuralNetClassifier(OneNumber, criterion=criterion, lr=0.1, max_epochs=20, random_state=0).fit(
+        X, y
+    )
+    assert made.score(X, y) == 1
+    logits = made.module_(torch.as_tensor(X)).detach().numpy()
+    np.testing.assert_allclose(made.predict_proba(X)[:, 1], 1 / (1 + np.exp(-logits)), rtol=1e-6)
+    two = clone(made).set_params(module=PlainNet, module__outputs=1)
+    assert GridSearchCV(two, {"module__hidden": [3, 4]}, cv=2, scoring="roc_auc").fit(X, y).best_score_ == 1
+
+
 def make_net(n_features, n_outputs, hidden=4):
     return nn.Sequential(nn.Linear(n_features, hidden), nn.Tanh(), nn.Linear(hidden, n_outputs))
 
