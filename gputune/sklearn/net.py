@@ -235,7 +235,7 @@ _PARAMETERS = """
 
 
 class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
-    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K) of classes or labels, of two also one.{_PARAMETERS}
+    __doc__ = f"""A user's nn.Module as a classifier; it returns logits (n, K), of two classes also one.{_PARAMETERS}
     With y (n, K) of 0 and 1 every column is a label of its own.
 
     After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``classes_`` (for labels a list),
