@@ -1,12 +1,12 @@
 """Libraries that only some uses need: imported when they are, and named with their extra where they are missing."""
 
 from importlib import import_module
-from typing import Any
+from types import ModuleType
 
 from gputune.errors import MissingExtraError
 
 
-def import_extra(module: str, *, extra: str, used_by: str) -> Any:
+def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
     """Return the module; MissingExtraError, which says what to install, where it cannot be imported.
 
     used_by: what the user asked for, as the error calls it.

@@ -5,7 +5,6 @@ import textwrap
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 GAP = "  "
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -73,7 +72,7 @@ class Measure:
     name: str
     lower_is_better: bool
     decimals: int
-    positive: Any = None
+    positive: object = None
 
     @property
     def title(self) -> str:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # the command line reads this file, and must not wait for tor
 Config = dict[str, Any]
 """One configuration: hyperparameter name -> value."""
 
+Json = Mapping[str, Any]
+"""An object of a JSON text, to be read only: name -> value."""
+
 Params = dict[str, "Tensor"]
 """Parameter name -> tensor of all members: (P, ...) in update rules, (F, C, ...) or as its Block says in a chunk."""
 

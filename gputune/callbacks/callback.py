@@ -6,7 +6,6 @@ A trial, a search and its best score in the plain numbers and words that loggers
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from gputune.errors import InputError
 from gputune.search.distributions import label
 from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
+from gputune.types import Json
 
 
 class Callback:
@@ -105,7 +105,7 @@ def best_score(study: Study) -> float:
     )
 
 
-def study_options(study: Study) -> dict[str, Any]:
+def study_options(study: Study) -> Json:
     """Return the options of a search that a person compares searches by."""
     record = study.record
     values = {

@@ -5,7 +5,6 @@ import io
 import warnings
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 from gputune.errors import InputError
 from gputune.scratch import write_text
@@ -21,7 +20,7 @@ def predict(arguments: Namespace) -> str:
     ``--raw``, text that a spreadsheet takes for a formula has a ' before it, with one warning.
     """
     model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
-    header: list[Any] = [model.target]
+    header: list[object] = [model.target]
     if not arguments.proba:
         rows = [value if isinstance(value, list) else [value] for value in model.predict(file).tolist()]
         if len(rows[0]) > 1:

@@ -18,6 +18,7 @@ from gputune.report.facts import best_trial, is_its_model, seconds_text, states_
 from gputune.study.record import has_form
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, clean, count, is_formula, paragraph, short, table
+from gputune.types import Json
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
@@ -183,7 +184,7 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _parameter(value: object) -> Any:
+def _parameter(value: object) -> object:
     """JSON has no infinity, which is a value that C may have."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -255,14 +256,14 @@ def repair(arguments: Namespace) -> str:
     return f"{saved}{go_on}"
 
 
-def _model(study: Study, folder: Path) -> dict[str, Any] | None:
+def _model(study: Study, folder: Path) -> Json | None:
     """Return the info of the model beside a study where it is that of its best trial, or None."""
     from gputune.study.model_files import DESCRIPTION, blaming, read_description
 
     if not (folder / DESCRIPTION).is_file():
         return None
     with blaming(folder / DESCRIPTION):
-        info: dict[str, Any] = read_description(folder / DESCRIPTION)["info"]
+        info: Json = read_description(folder / DESCRIPTION)["info"]
         if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
             raise ValueError("its info is of another type")
     return info if is_its_model(study, info) else None

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from gputune.tuning.problem import choose_model
 from gputune.tuning.profile import PREPARING, Profile
 from gputune.tuning.progress import Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
+from gputune.types import Config
 
 DESCENTS, _HELD_OUT = 8, 0.2
 """Starts of descents, and the share of the rows held out, where the command does not say."""
@@ -141,7 +141,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
     return Options(**{**typed, "method": method, "study": study_file})
 
 
-def _typed_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def _typed_options(arguments: argparse.Namespace) -> Config:
     """Return the options of a search that were typed; of processes and a cluster one alone."""
     names = RULES.keys() - {"study"}
     typed = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}

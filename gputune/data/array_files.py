@@ -81,7 +81,7 @@ def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[Any, Any, Any]:
     return values if len(values) > 1 else next(iter(values.values())), target, of_groups
 
 
-def _beside(path: Path, option: str, name: Any) -> Any:
+def _beside(path: Path, option: str, name: object) -> Any:
     """Return the array of a .npy file that ``name`` is; None where it is None and groups."""
     if name is None and option == "groups":
         return None
@@ -95,7 +95,7 @@ def _beside(path: Path, option: str, name: Any) -> Any:
     return np.array(read_array_file(Path(name))[""])
 
 
-def read_dataset(dataset: "TorchDataset[Any]", y: Any, bar: Bar = iter) -> tuple[Any, Any]:
+def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tuple[Any, Any]:
     """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once.
 
     With ``y`` given, or None and items that are no pair, all of an item is inputs. A TensorDataset gives its tensors as
@@ -121,7 +121,7 @@ def read_dataset(dataset: "TorchDataset[Any]", y: Any, bar: Bar = iter) -> tuple
         ) from error
 
 
-def refuse_loader(X: Any) -> None:
+def refuse_loader(X: object) -> None:
     """Raise InputError for what draws minibatches itself."""
     if isinstance(X, DataLoader):
         raise InputError(
@@ -147,7 +147,7 @@ def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> Any:
     return item
 
 
-def _split(found: Any, y: Any, name: str) -> tuple[Any, Any]:
+def _split(found: object, y: object, name: str) -> tuple[Any, Any]:
     """Return inputs and target of what the items are when they are stacked."""
     if y is not None:
         return _as_inputs(found), y
@@ -156,7 +156,7 @@ def _split(found: Any, y: Any, name: str) -> tuple[Any, Any]:
     return _as_inputs(found[0]), found[1]
 
 
-def _as_inputs(found: Any) -> Any:
+def _as_inputs(found: object) -> Any:
     """Return the only one of several inputs alone, several as a tuple."""
     if not isinstance(found, list):
         return found

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gputune.errors import InputError
+from gputune.types import Json
 
 _BLOCK = 1 << 21
 """Numbers that are looked at at a time."""
@@ -68,7 +69,7 @@ def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
     return ("X",) if number == 1 else tuple(f"X[{i}]" for i in range(number))
 
 
-def as_arrays(X: Any) -> Arrays | None:
+def as_arrays(X: object) -> Arrays | None:
     """Return X as inputs of a module, None where it is a table: two axes, of floats or in a frame.
 
     X is an array or tensor with three axes or more, a tensor of integers with two, or a tuple or dict of any such.
@@ -87,7 +88,7 @@ def as_arrays(X: Any) -> Arrays | None:
     return None
 
 
-def refuse_lists(X: Any) -> None:
+def refuse_lists(X: object) -> None:
     """Raise InputError for what looks like inputs of a module but is neither arrays nor a table: lists, images, texts.
 
     The message says which part of X is none, and how it becomes one.
@@ -104,7 +105,7 @@ def refuse_lists(X: Any) -> None:
         _refuse_items(X)
 
 
-def _refuse_part(parts: Iterable[tuple[str, Any]]) -> None:
+def _refuse_part(parts: Iterable[tuple[str, object]]) -> None:
     """Raise InputError where some of a few inputs have rows of their own and one is no array."""
     parts = list(parts)
     if len(parts) > 8 or not any(len(_shape_of(part)) > 1 for _, part in parts):
@@ -117,7 +118,7 @@ def _refuse_part(parts: Iterable[tuple[str, Any]]) -> None:
             )
 
 
-def _refuse_items(X: Sequence[Any]) -> None:
+def _refuse_items(X: Sequence[object]) -> None:
     kind = f"X is a {type(X).__name__} of {len(X)}"
     if any(isinstance(item, str) for item in X):
         raise InputError(
@@ -139,7 +140,7 @@ def _refuse_items(X: Sequence[Any]) -> None:
     )
 
 
-def is_image(value: Any) -> bool:
+def is_image(value: object) -> bool:
     """Whether a value is an image of PIL's, which need not be installed."""
     return type(value).__module__.partition(".")[0] == "PIL" and hasattr(value, "getpixel")
 
@@ -150,7 +151,7 @@ _STACK_IMAGES = (
 )
 
 
-def _shape_of(item: Any) -> tuple[int, ...]:
+def _shape_of(item: object) -> tuple[int, ...]:
     if isinstance(item, Tensor | np.ndarray):
         return tuple(item.shape)
     if isinstance(item, list | tuple):
@@ -158,7 +159,7 @@ def _shape_of(item: Any) -> tuple[int, ...]:
     return ()
 
 
-def _checked(values: Sequence[Any], names: tuple[str, ...] | None) -> Arrays:
+def _checked(values: Sequence[object], names: tuple[str, ...] | None) -> Arrays:
     if not values:
         raise InputError("X is empty; pass at least one array or tensor of rows.")
     labels = Arrays((torch.empty(0),) * len(values), names).labels
@@ -263,7 +264,7 @@ class ArrayLayout:
             shapes, tuple(str(x.dtype).removeprefix("torch.") for x in arrays.parts), arrays.names
         )
 
-    def raw(self, X: Any) -> Arrays:
+    def raw(self, X: object) -> Arrays:
         """Return X as the arrays that were seen in training; InputError for other names, shapes or kinds."""
         arrays = X if isinstance(X, Arrays) else as_arrays(X)
         if arrays is None:
@@ -311,13 +312,13 @@ class ArrayLayout:
             f"{name} {dtype} {('rows', *shape)}".replace("'", "").strip() for name, dtype, shape in parts
         )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return plain JSON types."""
         names = None if self.names is None else list(self.names)
         return {"shapes": [list(shape) for shape in self.shapes], "dtypes": list(self.dtypes), "names": names}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "ArrayLayout":
+    def from_json(value: Json) -> "ArrayLayout":
         """Return the layout that ``to_json`` wrote."""
         names = None if value["names"] is None else tuple(value["names"])
         return ArrayLayout(tuple(tuple(shape) for shape in value["shapes"]), tuple(value["dtypes"]), names)
@@ -329,12 +330,12 @@ class ArrayStatistics:
 
     channels: tuple[tuple[np.ndarray, np.ndarray] | None, ...]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return plain JSON types."""
         return {"channels": [None if c is None else [part.tolist() for part in c] for c in self.channels]}
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "ArrayStatistics":
+    def from_json(value: Json) -> "ArrayStatistics":
         """Return the statistics that ``to_json`` wrote."""
         return ArrayStatistics(
             tuple(None if c is None else (np.array(c[0]), np.array(c[1])) for c in value["channels"])

@@ -13,13 +13,13 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
 from gputune.data.kinds import Kind, parse_text, text_of
 from gputune.errors import InputError
 from gputune.text import is_number
+from gputune.types import Json
 
 _DAY = 86400.0
 
@@ -74,14 +74,14 @@ class Column:
         codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
         return np.eye(width + 1)[codes, :width]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return plain JSON types."""
         return {
             key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
         }
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Column":
+    def from_json(value: Json) -> "Column":
         """Return the column that ``to_json`` wrote."""
         lists = {key: tuple(value[key]) for key in ("parts", "levels")}
         return Column(**{**value, **lists})

@@ -49,7 +49,7 @@ class ScorerRows:
             rows.flags.writeable = False
         return rows
 
-    def encoded(self, X: Any, fold: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def encoded(self, X: object, fold: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Return rows like those of X as the members of a fold see them, each (m, ...), on the CPU."""
         if isinstance(self.layout, Layout):
             X = as_table(checked_tensor(X).cpu().numpy() if isinstance(X, Tensor) else X)

@@ -11,7 +11,7 @@ Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, w
 import warnings
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, TypeVar, overload
+from typing import Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from gputune.data.table import Table, quoted
 from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
 from gputune.errors import InputError
 from gputune.text import count
+from gputune.types import Json
 
 Numbers = Literal["standard", "robust", "quantile", "none"]
 NUMBERS = ("standard", "robust", "quantile", "none")
@@ -119,13 +120,13 @@ class Layout:
             return picked
         return torch.where(torch.tensor(indicator, device=X.device), picked.isnan().to(X.dtype), picked)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return plain JSON types."""
         columns = [column.to_json() for column in self.columns]
         return {"columns": columns, "inputs": list(self.inputs), "notes": list(self.notes)}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Layout":
+    def from_json(value: Json) -> "Layout":
         """Return the layout that ``to_json`` wrote."""
         columns = tuple(Column.from_json(column) for column in value["columns"])
         return Layout(columns, tuple(value["inputs"]), tuple(value["notes"]))
@@ -188,12 +189,12 @@ class Statistics:
     quantiles: np.ndarray
     clipped: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return plain JSON types; Python writes floats so that they read back exactly."""
         return {part.name: getattr(self, part.name).tolist() for part in fields(self)}
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> "Statistics":
+    def from_json(value: Json) -> "Statistics":
         """Return the statistics that ``to_json`` wrote."""
         arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
         for positions in {"ranked", "clipped"} & value.keys():  # models of before smooth clipping have none

@@ -32,13 +32,13 @@ from gputune.seeding import stream_seed
 class Splitter(Protocol):
     """What scikit-learn calls a CV splitter."""
 
-    def split(self, X: Any, y: Any = None, groups: Any = None) -> Iterable[tuple[Any, Any]]:
+    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[Any, Any]]:
         """Yield training and validation rows, one pair a fold."""
         ...
 
 
 def make_folds(
-    cv: Any, target: Target, *, n_rows: int, X: Any = None, groups: Any = None, seed: int
+    cv: object, target: Target, *, n_rows: int, X: object = None, groups: object = None, seed: int
 ) -> list[Rows]:
     """Return (train, valid) row positions, int64, one pair a fold.
 
@@ -72,7 +72,7 @@ def make_folds(
     return folds
 
 
-def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: Any) -> None:
+def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
     """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and pairs, ignore groups."""
     known: dict[Any, int] = {}
     codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
@@ -90,7 +90,7 @@ def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: Any) -> None
             )
 
 
-def refuse_groups_in_time(cv: Any, groups: np.ndarray | None) -> None:
+def refuse_groups_in_time(cv: object, groups: np.ndarray | None) -> None:
     """Raise InputError for a time series split of groups: it would cut them, in spite of what was asked for."""
     if groups is not None and isinstance(cv, TimeSeriesSplit):
         raise InputError(
@@ -112,7 +112,7 @@ def parse_cv(text: str) -> int | TimeSeriesSplit:
     return TimeSeriesSplit(int(count)) if kind else int(count)
 
 
-def check_groups(groups: Any, n_rows: int) -> np.ndarray | None:
+def check_groups(groups: object, n_rows: int) -> np.ndarray | None:
     """Return groups as an array, (n,), or None; InputError for a wrong length or missing values."""
     if groups is None:
         return None
@@ -142,7 +142,7 @@ def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, s
     return splitter
 
 
-def _split(splitter: Splitter, target: Target, X: Any, groups: np.ndarray | None) -> list[tuple[Any, Any]]:
+def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | None) -> list[tuple[Any, Any]]:
     rows = np.zeros((len(target), 1)) if X is None else X
     try:
         with warnings.catch_warnings():
@@ -169,7 +169,7 @@ def _pairs(cv: Iterable[Any]) -> list[tuple[Any, Any]]:
     return [(train, valid) for train, valid in pairs]
 
 
-def _rows(part: Any, n_rows: int, fold: int, use: str) -> np.ndarray:
+def _rows(part: object, n_rows: int, fold: int, use: str) -> np.ndarray:
     """Return checked positions, (m,) int64, of one side of one fold."""
     if isinstance(part, slice):
         part = np.arange(n_rows)[part]
@@ -221,7 +221,9 @@ def _warn_of_overlap(folds: list[Rows]) -> None:
         )
 
 
-def hold_out(target: Target, *, test_size: float, groups: Any = None, cv: Any = None, seed: int) -> Rows:
+def hold_out(
+    target: Target, *, test_size: float, groups: object = None, cv: object = None, seed: int
+) -> Rows:
     """Return the rows to tune on and the rows kept apart, both sorted, int64; the latter empty for size 0.
 
     ``test_size`` is a share of the rows, rounded up as in scikit-learn. Where ``cv`` is a TimeSeriesSplit, the

@@ -8,7 +8,7 @@ a Parquet file stays a category, since there the column's type is its owner's wo
 import datetime
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -117,7 +117,7 @@ def from_column(column: np.ndarray, name: str) -> tuple[Kind, np.ndarray]:
     )
 
 
-def from_values(values: Sequence[Any], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
+def from_values(values: Sequence[object], *, name: str, untyped: bool) -> tuple[Kind, np.ndarray]:
     """Return kind and values of Python objects (None = missing): what all of them are, else categories."""
     present = [value for value in values if value is not None]
     if not present:
@@ -140,7 +140,7 @@ def from_values(values: Sequence[Any], *, name: str, untyped: bool) -> tuple[Kin
     return "category", _category(values)
 
 
-def _each(values: Sequence[Any], convert: Callable[[Any], float]) -> np.ndarray:
+def _each(values: Iterable[Any], convert: Callable[[Any], float]) -> np.ndarray:
     return np.array([math.nan if value is None else convert(value) for value in values], dtype=np.float64)
 
 

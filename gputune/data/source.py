@@ -55,7 +55,7 @@ def table_size(found: Mapping[str, Any], origin: Mapping[str, Any] | None) -> di
     return {"rows": (origin or {}).get("rows", found["rows"]), "columns": found["columns"]}
 
 
-def rows_difference(held: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+def rows_difference(held: Mapping[str, object], found: Mapping[str, object]) -> str:
     """Return what differs between the rows of a study and those that were ``found``, by their numbers."""
     counts = [f"{held[n]} {n} then, {found[n]} now" for n in ("rows", "columns") if held[n] != found[n]]
     return "; ".join(counts) or f"{held['rows']} rows then and now, of other names or values"

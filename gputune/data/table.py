@@ -74,7 +74,7 @@ class Table:
         return pl.DataFrame(dict(zip(self.names, map(series, self.kinds, self.columns))))
 
 
-def as_table(X: Any) -> Table:
+def as_table(X: object) -> Table:
     """Turn a 2-D array, a pandas or polars frame, or a list of rows into a table; a Table stays as it is.
 
     Columns of arrays and lists are named x0, x1, ... Raises InputError for sparse matrices, for several inputs, for
@@ -99,7 +99,7 @@ def as_table(X: Any) -> Table:
     return _from_array(X)
 
 
-def as_rows(X: Any, names: Collection[str]) -> Any:
+def as_rows(X: object, names: Collection[str]) -> Any:
     """Return what ``as_table`` takes as the user knows it: a frame of the columns ``names``, or an array of all."""
     frame = nw.from_native(X, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
@@ -129,7 +129,7 @@ _CONTAINERS = (
 )
 
 
-def _refuse_containers(X: Any) -> None:
+def _refuse_containers(X: object) -> None:
     """Raise InputError for what holds several inputs, or rows in a form of torch's that is no table."""
     name = type(X).__name__
     for container, remedy in _CONTAINERS:
@@ -188,7 +188,7 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip("- ")
 
 
-def _from_array(X: Any) -> Table:
+def _from_array(X: object) -> Table:
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
@@ -198,7 +198,7 @@ def _from_array(X: Any) -> Table:
     return checked_table(names, [from_column(column, name) for column, name in zip(array.T, names)])
 
 
-def _rows_to_array(X: Any) -> np.ndarray:
+def _rows_to_array(X: object) -> np.ndarray:
     """Return rows given as nested lists (values keep their types), or as another library's array."""
     if not isinstance(X, list | tuple):
         return np.asarray(X)

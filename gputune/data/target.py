@@ -85,7 +85,7 @@ class Target:
 
 
 def check_target(
-    y: Any,
+    y: object,
     *,
     task: TaskWord | None = None,
     n_rows: int,
@@ -119,7 +119,7 @@ def check_target(
     return _classes(values, task, name)
 
 
-def _values(y: Any, name: str) -> np.ndarray:
+def _values(y: object, name: str) -> np.ndarray:
     """Return an array (n, ...) of bool, integers, floats or text (str or object of str), nothing missing."""
     values = _as_array(y, name)
     if values.ndim == 2 and values.shape[1] == 1:
@@ -157,7 +157,7 @@ def _first_row(bad: np.ndarray) -> int:
     return int(bad.reshape(len(bad), -1).any(1).argmax())
 
 
-def _as_array(y: Any, name: str) -> np.ndarray:
+def _as_array(y: object, name: str) -> np.ndarray:
     if issparse(y):
         raise InputError(
             f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."
@@ -323,7 +323,7 @@ class Weights:
         return weights
 
 
-def check_weights(sample_weight: Any, class_weight: ClassWeight, target: Target) -> Weights:
+def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
     """Check weights as a user gives them; classes that ``class_weight`` does not name weigh 1.
 
     Raises InputError for a wrong length, weights that are negative or not finite, classes that ``target`` does
@@ -332,7 +332,7 @@ def check_weights(sample_weight: Any, class_weight: ClassWeight, target: Target)
     return Weights(_check_rows(sample_weight, target), _check_classes(class_weight, target))
 
 
-def _check_rows(sample_weight: Any, target: Target) -> np.ndarray | None:
+def _check_rows(sample_weight: object, target: Target) -> np.ndarray | None:
     if sample_weight is None:
         return None
     if isinstance(sample_weight, Tensor):

@@ -54,7 +54,7 @@ class Fits:
 _arrived: dict[str, Fits] = {}  # of the last search that this process had a job of
 
 
-def _here(token: str, trials: dict[Any, int]) -> Fits:
+def _here(token: str, trials: Mapping[object, int]) -> Fits:
     """Return what this process knows of a search, with what the sender knows."""
     if token not in _arrived:
         _arrived.clear()

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ from gputune.population.population import Population
 from gputune.version import __version__
 
 
-def make_task(ray: Any) -> Any:
+def make_task(ray: ModuleType) -> Any:
     """Return the remote function. Being defined in here it travels as code, and arrives where gputune is missing."""
 
     def chunk(
         foreign: str, expected: dict[str, str], common: Sequence[object], population: bytes, *limits: object
-    ) -> tuple[Any, ...]:
+    ) -> tuple[object, ...]:
         import importlib
         import socket
         import sys
@@ -104,13 +105,13 @@ class RayCluster:
     ``cpus`` of a task are its threads too. Raises InputError where no node has what a task needs.
     """
 
-    def __init__(self, ray: Any, *, device: str, cpus: int) -> None:
+    def __init__(self, ray: ModuleType, *, device: str, cpus: int) -> None:
         self.ray, self.threads = ray, cpus
         gpus = sum(node.get("GPU", 0) for node in self._nodes())
         self.device = ("cuda" if gpus else "cpu") if device == "auto" else device
         self.tasks = self.room(cpus)
         self._task = make_task(ray)
-        self._stored: tuple[Dataset, Any] | None = None
+        self._stored: tuple[Dataset, object] | None = None
         self.free: int | None = None
         if self.device == "cuda":
             self.free = int(ray.get(ray.remote(free_bytes).options(num_gpus=1, num_cpus=cpus).remote()))
@@ -149,7 +150,7 @@ class RayCluster:
         """
         return RayTasks(self, replace(job, checkpointing=None), self._put(data), plan)
 
-    def _put(self, data: Dataset) -> Any:
+    def _put(self, data: Dataset) -> object:
         if self._stored is None or self._stored[0] is not data:
             self._stored = data, self.ray.put(to_arrays(data))
         return self._stored[1]
@@ -171,7 +172,7 @@ class RayTasks(Executor):
         self.task = cluster.task(self.cpus)
         sent = packed(replace(job, stop=Stop()), here=False)
         self.common = [data, self.ray.put(sent)]
-        self.running: dict[Any, tuple[Population, Ended]] = {}
+        self.running: dict[object, tuple[Population, Ended]] = {}
         self.has_given_up = self.has_trained = False
         self.submitted = 0.0
         self.counted, self.room = time.monotonic(), cluster.room(self.cpus)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from types import ModuleType
 
 from gputune.engine.plan import cores
 from gputune.errors import InputError, MissingExtraError
@@ -88,7 +88,7 @@ def ray_cluster(workers: Ray, *, device: str) -> Iterator[RayCluster]:
         ray.shutdown()
 
 
-def _connect(ray: Any, address: str) -> None:
+def _connect(ray: ModuleType, address: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
         # Ray would report usage to its makers; a cluster that is ours stays with us.

@@ -62,7 +62,7 @@ def default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, T
 
 
 def check_hyperparameters(
-    values: Mapping[str, Any], optimizer: str, training: ModuleTraining, argument: str = "hyperparameters"
+    values: Mapping[str, object], optimizer: str, training: ModuleTraining, argument: str = "hyperparameters"
 ) -> dict[str, Tensor]:
     """Return a table (1, S, L) for each value: a number, (S,) segments, or (S, L) segments and layers.
 
@@ -82,7 +82,7 @@ def check_hyperparameters(
     return {name: _table(f"{argument}[{name!r}]", name, value, training) for name, value in values.items()}
 
 
-def _table(place: str, name: str, value: Any, training: ModuleTraining) -> Tensor:
+def _table(place: str, name: str, value: object, training: ModuleTraining) -> Tensor:
     layers = training.layers
     try:
         table = torch.as_tensor(value, dtype=training.dtype, device=training.device).detach()

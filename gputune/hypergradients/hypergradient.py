@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,13 @@ def hypergradient(
     batches: Iterable[Pair],
     valid: Pair,
     *,
-    hyperparameters: Mapping[str, Any],
+    hyperparameters: Mapping[str, object],
     optimizer: str,
     mode: Mode = "auto",
     truncate: int | None = None,
     checkpoint: bool = False,
     seed: int | None = None,
-    fixed: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, object] | None = None,
     memory: int | str | None = None,
 ) -> HypergradientResult:
     """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters of that training.
@@ -129,7 +129,7 @@ def _warn(result: HypergradientResult) -> None:
 
 
 def _fixed(
-    fixed: Mapping[str, Any] | None, searched: Tables, rule: str, training: ModuleTraining
+    fixed: Mapping[str, object] | None, searched: Tables, rule: str, training: ModuleTraining
 ) -> dict[str, Tensor]:
     """Return the tables of the hyperparameters that are not differentiated."""
     if not fixed:

@@ -222,10 +222,10 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 def differentiate_minimum(
     module: nn.Module,
-    loss: Callable[[Any, Any], Tensor],
+    loss: Callable[[object, object], Tensor],
     batches: Sequence[tuple[Tensor, Tensor]],
     valid: tuple[Tensor, Tensor],
-    hyperparameters: Mapping[str, Any],
+    hyperparameters: Mapping[str, object],
     *,
     memory: int | None,
 ) -> HypergradientResult:

@@ -147,11 +147,11 @@ class _Objective(nn.Module):
         super().__init__()
         self.module, self.loss = module, loss
 
-    def forward(self, x: Any, y: Any) -> Tensor:
+    def forward(self, x: object, y: object) -> Tensor:
         return self.loss(self.module(x), y)
 
 
-def _normal(value: Any) -> Any:
+def _normal(value: object) -> Any:
     """Return a tensor that autograd may keep: one made in inference mode is copied."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 

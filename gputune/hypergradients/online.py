@@ -18,7 +18,7 @@ first: lr does not fall below 0 unless ``lr_min`` is None.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 import torch
@@ -42,7 +42,7 @@ class _Online(Optimizer):
     ``grad_norm``, the norm of its gradient at the last step, for the rule that divides by it.
     """
 
-    def __init__(self, params: ParamsT, **defaults: Any) -> None:
+    def __init__(self, params: ParamsT, **defaults: object) -> None:
         groups = params if isinstance(params, list | tuple) else [params]
         if any(isinstance(g.get("params") if isinstance(g, dict) else g, nn.Module) for g in groups):
             raise InputError(
@@ -259,7 +259,7 @@ class AdamWHD(AdamHD):
         return directions
 
 
-def _arguments(names: dict[str, Any]) -> dict[str, Any]:
+def _arguments(names: Mapping[str, object]) -> dict[str, Any]:
     """Return what a constructor was called with, of its local names."""
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 

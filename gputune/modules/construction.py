@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ def build_module(
     )
 
 
-def call_arguments(builder: Builder, sizes: Mapping[str, Any], arguments: Config) -> Config:
+def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
     """Return what a builder is called with: of the ``sizes`` those that its signature has, and the ``arguments``.
 
     What takes any keyword gets the numbers of features and outputs. Raises InputError, before anything is made, for an

@@ -154,7 +154,7 @@ def _dropped(x: Tensor, kept: Tensor, p: float) -> tuple[Tensor, Tensor]:
     return x * kept * (1 / (1 - p)), kept.bool()
 
 
-def _emptied(value: Any) -> Any:
+def _emptied(value: object) -> Any:
     if isinstance(value, Tensor):
         return _Empty(tuple(value.shape), tuple(value.stride()), value.dtype, value.device)
     return value

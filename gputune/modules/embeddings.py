@@ -47,7 +47,7 @@ def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
         raise InputError(wrong[0])
 
 
-def _misplaced(ids: Any, size: int) -> tuple[int, int] | None:
+def _misplaced(ids: object, size: int) -> tuple[int, int] | None:
     """Return the first of some ids (B, ...) that is none of 0..size-1, and its place in B; None where all fit."""
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0:
         return None  # which the embedding says itself

@@ -7,7 +7,6 @@ and buffers must agree. What differs, or cannot be mapped at all, trains member 
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -170,7 +169,7 @@ def _traits(trial: ModuleTrial) -> Traits:
     return replace(traits, changing=(*changing, *counted), unstackable=reason)
 
 
-def _counted(numbers: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+def _counted(numbers: Sequence[dict[str, object]]) -> tuple[str, ...]:
     """Return the names of the numbers that a second forward on the same rows has changed again."""
     start, first, second = numbers
     return tuple(k for k, value in second.items() if k in start and first[k] != value)

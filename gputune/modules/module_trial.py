@@ -208,7 +208,7 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
     )
 
 
-def _of_shape(found: Any, n_outputs: int) -> str:
+def _of_shape(found: object, n_outputs: int) -> str:
     """Return what such outputs usually come from, a sentence."""
     if not isinstance(found, tuple):
         return " Of several outputs return the first, or train them by training_step." * (found in _SEVERAL)

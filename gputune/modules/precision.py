@@ -44,7 +44,7 @@ class Rounded(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _cast(values: Any, before: torch.dtype, after: torch.dtype) -> Any:
+def _cast(values: object, before: torch.dtype, after: torch.dtype) -> Any:
     """Return nested arguments with the tensors of one type in another."""
     return tree_map(lambda v: v.to(after) if isinstance(v, Tensor) and v.dtype == before else v, values)
 

@@ -140,7 +140,7 @@ def _nothing(*, out: Tensor) -> None:
     """Leave memory as it is: the operation's result was not initialised."""
 
 
-def _copy(source: Tensor, *, out: Tensor, **_: Any) -> None:
+def _copy(source: Tensor, *, out: Tensor, **_: object) -> None:
     out.copy_(source)
 
 
@@ -148,7 +148,7 @@ def _relu(source: Tensor, *, out: Tensor) -> None:
     torch.clamp_min(source, 0, out=out)
 
 
-def _max_pool(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def _max_pool(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     """Pool with the channels last, in vectors; otherwise the kernel takes one number at a time, 4 times as long."""
     last = x.contiguous(memory_format=torch.channels_last)
     pooled, indices = aten.max_pool2d_with_indices(last, *args)
@@ -309,7 +309,7 @@ class _Source:
                 self.results[place.memory] = (place, names[-1])
         return ", ".join(names)
 
-    def _text(self, value: Any) -> str:
+    def _text(self, value: object) -> str:
         if isinstance(value, Place):
             return self._tensor(value)
         if isinstance(value, list):
@@ -332,7 +332,7 @@ class _Source:
             return name
         return f"as_strided({name}, {place.shape}, {place.stride}, {place.offset})"
 
-    def _name(self, value: Any, prefix: str) -> str:
+    def _name(self, value: object, prefix: str) -> str:
         if value not in self.names:
             self.names[value] = f"{prefix}{len(self.names)}"
             self.values[self.names[value]] = self._value(value) if isinstance(value, Place) else value
@@ -372,7 +372,7 @@ def _name(op: Operation) -> str:
     return "" if packet is None else str(packet.__name__)
 
 
-def _mapped(value: Any, tensor: Callable[[Place], Tensor]) -> Any:
+def _mapped(value: object, tensor: Callable[[Place], Tensor]) -> Any:
     if isinstance(value, Place):
         return tensor(value)
     if isinstance(value, list):

@@ -208,17 +208,17 @@ def memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: object) -> Iterator[Tensor]:
     """Every tensor in nested tuples, lists and dicts."""
     yield from _of_kind(value, Tensor)
 
 
-def places(value: Any) -> Iterator[Place]:
+def places(value: object) -> Iterator[Place]:
     """Every place in nested tuples, lists and dicts."""
     yield from _of_kind(value, Place)
 
 
-def _of_kind(value: Any, kind: type) -> Iterator[Any]:
+def _of_kind(value: object, kind: type) -> Iterator[Any]:
     if isinstance(value, kind):
         yield value
     elif isinstance(value, tuple | list):
@@ -228,7 +228,7 @@ def _of_kind(value: Any, kind: type) -> Iterator[Any]:
         yield from _of_kind(list(value.values()), kind)
 
 
-def _encoded(value: Any) -> Any:
+def _encoded(value: object) -> Any:
     """An argument with places for tensors."""
     if isinstance(value, Tensor):
         return Place.of(value)

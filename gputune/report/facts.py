@@ -4,13 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError
 from gputune.study.study import Study, Trial, TrialState
 from gputune.text import Measure, clean, count, short
+from gputune.types import Json
 from gputune.views.scores import shown_scores
 
 STATES: dict[TrialState, str] = {
@@ -62,7 +62,7 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
     return rows
 
 
-def _held_out(model: Mapping[str, Any] | None, measure: Measure, tried: int) -> Fact:
+def _held_out(model: Json | None, measure: Measure, tried: int) -> Fact:
     name = f"held-out {measure.name}"
     optimistic = f"the best of {tried} is optimistic" if tried > 1 else "the folds chose the epoch"
     score = None if model is None else model.get("held_out_score")

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from markupsafe import Markup
@@ -25,6 +24,7 @@ from gputune.report.snippet import again_code
 from gputune.scratch import write_text
 from gputune.study.study import Study
 from gputune.text import clean, short
+from gputune.types import Config, Json
 from gputune.version import __version__
 from gputune.views.importance import importance
 from gputune.views.scores import shown_scores
@@ -35,7 +35,7 @@ BUDGET = 1_100_000
 _DIGITS = 5
 
 
-Column = dict[str, Any]
+Column = Json
 """A "key", a "label", "values" in rank order (null where there is none), and for words "levels", whose places they are.
 
 Scores have "decimals", and "first" of -1 where a first click sorts the largest up.
@@ -84,7 +84,7 @@ def _rounded(key: str, label: str, values: Sequence[float], decimals: int) -> Co
     return {"key": key, "label": label, "decimals": decimals, "values": rounded}
 
 
-def _parameter(name: str, params: Sequence[Mapping[str, Any]]) -> Column:
+def _parameter(name: str, params: Sequence[Config]) -> Column:
     key, label = f"params_{name}", clean(name)
     values = [config.get(name) for config in params]
     if all(value is None or _is_number(value) for value in values):
@@ -175,7 +175,7 @@ def page(study: Study, *, model: Mapping[str, object] | None = None) -> str:
     return html
 
 
-def _texts(study: Study) -> dict[str, Any]:
+def _texts(study: Study) -> Json:
     """Return what the page says of a study beside its charts and its table."""
     best = best_trial(study)
     return {

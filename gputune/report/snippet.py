@@ -4,7 +4,6 @@ import ast
 import json
 from collections.abc import Mapping
 from keyword import iskeyword
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,7 @@ from gputune.study.record import PARTS, SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.study import Study, Trial
 from gputune.text import clean
+from gputune.types import Json
 
 _LONGEST = 70
 
@@ -128,7 +128,7 @@ def _comment(text: str) -> str:
     return clean(" ".join(text.split()))
 
 
-def _model(script: _Script, spec: Mapping[str, Any]) -> str:
+def _model(script: _Script, spec: Json) -> str:
     if spec["kind"] != "module":
         return script.literal(spec["kind"])
     if "path" in spec and "keywords" not in spec:

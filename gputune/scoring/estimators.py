@@ -13,9 +13,9 @@ from gputune.errors import InputError
 def fitted(
     output: Tensor,
     classes: np.ndarray | None,
-    X: Any,
-    rows: Any,
-    others: Callable[[Any], Tensor] | None = None,
+    X: object,
+    rows: object,
+    others: Callable[[object], Tensor] | None = None,
 ) -> "_Fitted":
     """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
 
@@ -33,8 +33,8 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
         output: Tensor,
         classes: np.ndarray | None,
         X: Any,
-        rows: Any,
-        others: Callable[[Any], Tensor] | None,
+        rows: object,
+        others: Callable[[object], Tensor] | None,
     ) -> None:
         self.output, self.classes = output, classes
         self.X, self.rows, self.others = X, rows, others
@@ -42,7 +42,7 @@ class _Fitted(BaseEstimator):  # type: ignore[misc]
     def __sklearn_is_fitted__(self) -> bool:
         return True
 
-    def fit(self, X: Any, y: Any = None) -> "_Fitted":
+    def fit(self, X: object, y: object = None) -> "_Fitted":
         raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
 
     def close(self) -> None:
@@ -64,11 +64,11 @@ class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
         assert self.classes is not None
         return self.classes
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: object) -> np.ndarray:
         probabilities: np.ndarray = self.outputs(X).softmax(-1).numpy()
         return probabilities
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: object) -> np.ndarray:
         labels: np.ndarray = self.classes_[self.outputs(X).argmax(-1).numpy()]
         return labels
 
@@ -76,17 +76,17 @@ class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
 class _Labeller(_Classifier):
     """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them for labels."""
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: object) -> np.ndarray:
         probabilities: np.ndarray = self.outputs(X).sigmoid().numpy()
         return probabilities
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: object) -> np.ndarray:
         labels: np.ndarray = (self.outputs(X) > 0).numpy().astype(np.int64)
         return labels
 
 
 class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: object) -> np.ndarray:
         outputs = self.outputs(X)
         values: np.ndarray = (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()
         return values

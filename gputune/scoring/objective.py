@@ -39,7 +39,7 @@ class _Argument(NamedTuple):
     def rule(self) -> str:
         return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
 
-    def holds(self, value: Any) -> bool:
+    def holds(self, value: object) -> bool:
         if isinstance(value, bool) or not isinstance(value, Real):
             return False
         number = float(value)
@@ -171,7 +171,7 @@ class Objective:
         for name, value in loss_arguments(config).items():
             self._check_argument(name, value)
 
-    def _check_argument(self, name: str, value: Any) -> None:
+    def _check_argument(self, name: str, value: object) -> None:
         if self.step is not None:
             raise InputError(
                 f"space: {LOSS_PREFIX}{name} has no loss to go to beside training_step; leave it out."
@@ -323,7 +323,7 @@ def loss_arguments(config: Config) -> Config:
     return {k.removeprefix(LOSS_PREFIX): v for k, v in config.items() if k.startswith(LOSS_PREFIX)}
 
 
-def qualified_name(value: Any) -> str:
+def qualified_name(value: object) -> str:
     """Return the module and name of a function or class, of an object that of its class."""
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{getattr(named, '__module__', '')}:{named.__qualname__}"

@@ -154,7 +154,7 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
 
 
-def _predict(data: Dataset, fold: int, member: Member, trial: int, X: Any) -> Tensor:
+def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) -> Tensor:
     """Return what a member answers for rows X of the user's own, (m, K), on the CPU."""
     if data.scorer_rows is None:
         raise InputError("a scorer that has a name asks for no other rows than those it scores.")
@@ -168,7 +168,7 @@ def make_scoring(
     scoring: str | Scorer | None,
     task: Task,
     classes: np.ndarray | None,
-    positive: Any = None,
+    positive: object = None,
     objective: Objective | None = None,
     n_labels: int = 0,
 ) -> Scoring:
@@ -216,7 +216,7 @@ def _neg_loss(objective: Objective | None) -> Scoring:
     return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
 
 
-def _takes_outputs(scorer: Callable[..., Any]) -> bool:
+def _takes_outputs(scorer: Callable[..., object]) -> bool:
     """Whether a scorer is of (outputs, y) rather than of (estimator, X, y)."""
     try:
         parameters = inspect.signature(scorer).parameters.values()
@@ -230,7 +230,7 @@ def _takes_outputs(scorer: Callable[..., Any]) -> bool:
     return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-def loss_scoring(task: Task, classes: np.ndarray | None, positive: Any = None) -> Scoring:
+def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None) -> Scoring:
     """Return minus the validation loss as a score, under scikit-learn's name for it; InputError for a ``positive``.
 
     Unlike scikit-learn's log loss, which holds chances to [eps, 1 - eps], it has no upper limit.
@@ -279,7 +279,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
 
 
 def _positive_code(
-    positive: Any, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
+    positive: object, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
 ) -> int | None:
     """Return the code of the class that a score is of, None where it is of none."""
     labels = [] if classes is None else classes.tolist()

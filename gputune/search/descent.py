@@ -7,7 +7,7 @@ logit), which batch size, width and depth stay out of: those differ from start t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from gputune.hypergradients.arguments import from_coordinate, speed, to_coordina
 from gputune.hypergradients.inner import HYPERPARAMETERS
 from gputune.hypergradients.result import CHAOTIC
 from gputune.search.config import check_count
-from gputune.types import Config
+from gputune.types import Config, Json
 
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises
 _HITS = 2  # chaotic points of a start after which its slopes come from wide finite differences
@@ -97,7 +97,7 @@ class Slope:
     ratio: float
     mode: Literal["exact", "differences"]
 
-    def to_detail(self) -> dict[str, Any]:
+    def to_detail(self) -> Json:
         """Return it as plain values for the study."""
         return {
             "loss": self.loss,
@@ -109,7 +109,7 @@ class Slope:
         }
 
     @classmethod
-    def from_detail(cls, detail: Mapping[str, Any]) -> "Slope":
+    def from_detail(cls, detail: Json) -> "Slope":
         """Return what ``to_detail`` wrote."""
         slopes, errors = (
             {name: np.asarray(table, dtype=float) for name, table in detail[key].items()}
@@ -265,8 +265,11 @@ def _alike(one: Mapping[str, Table], other: Mapping[str, Table]) -> bool:
     return all(np.allclose(one[name], other[name], rtol=1e-9, atol=1e-9) for name in one)
 
 
-def _as_value(table: Table) -> Any:
+def _as_value(table: Table) -> float | list[float] | list[list[float]]:
     """Return a table as a configuration has it: a number, a list over segments, or one over segments and layers."""
+    value: float | list[float] | list[list[float]] = table.tolist()
     if table.size == 1:
-        return float(table.item())
-    return table[:, 0].tolist() if table.shape[1] == 1 else table.tolist()
+        value = float(table.item())
+    elif table.shape[1] == 1:
+        value = table[:, 0].tolist()
+    return value

@@ -16,8 +16,9 @@ from sklearn.utils import check_random_state
 
 from gputune.errors import InputError
 from gputune.extras import import_extra
+from gputune.types import Config, Json
 
-Described = dict[str, Any]
+Described = Json
 """One of Optuna's distributions as plain JSON: "kind" float, int or choices, and its arguments."""
 
 
@@ -29,6 +30,11 @@ class Distribution(Protocol):
 
 Choices = list[Any] | Distribution
 """What a space has for one key."""
+
+ScipyLaw = stats.rv_continuous | stats.rv_discrete
+
+Label = bool | int | float | str | None
+"""What Optuna's storages hold."""
 
 
 def is_distribution(value: object) -> TypeGuard[Distribution]:
@@ -52,8 +58,8 @@ class OwnDistribution:
 
     word: ClassVar[str]
 
-    low: Any
-    high: Any
+    low: float
+    high: float
 
     def support(self) -> tuple[float, float]:
         """Return the smallest and the largest number, both of which are drawn."""
@@ -73,7 +79,7 @@ class LogInt(OwnDistribution):
     def __repr__(self) -> str:
         return f"log_int({self.low}, {self.high})"
 
-    def rvs(self, size: int | tuple[int, ...] | None = None, random_state: object = None) -> Any:
+    def rvs(self, size: int | tuple[int, ...] | None = None, random_state: object = None) -> int | np.ndarray:
         """Draw one integer, or an int64 array of shape ``size``; ``random_state`` is as in scipy.stats."""
         given = random_state
         rng = given if isinstance(given, np.random.Generator) else check_random_state(given)
@@ -121,7 +127,7 @@ class Steps(OwnDistribution):
 
     word = "steps"
 
-    step: Any
+    step: float
 
     @property
     def whole(self) -> bool:
@@ -133,14 +139,14 @@ class Steps(OwnDistribution):
         kind = "int" if self.whole else "float"
         return {"kind": kind, "low": self.low, "high": self.high, "step": self.step}
 
-    def rvs(self, random_state: object = None) -> Any:
+    def rvs(self, random_state: object = None) -> float:
         """Draw one."""
         count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
         drawn = self.low + int(check_random_state(random_state).randint(count)) * self.step
         return min(drawn, self.high)
 
 
-def _scipy_law(value: object) -> tuple[Any, dict[str, Any]] | None:
+def _scipy_law(value: object) -> tuple[ScipyLaw, Config] | None:
     """Return scipy's law and its parameters by name; None for a class of the user's own, whatever its name is."""
     law: Any = getattr(value, "dist", value)
     if type(law) is not type(getattr(stats, str(getattr(law, "name", "")), stats)):
@@ -167,7 +173,7 @@ def distribution_text(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}(draws={draws!r})"
 
 
-def choices_to_json(choices: Choices) -> dict[str, Any]:
+def choices_to_json(choices: Choices) -> Json:
     """Return a list or distribution as plain values. Raises InputError for a class of the user's own."""
     if isinstance(choices, list):
         return {"list": choices}
@@ -179,7 +185,7 @@ def choices_to_json(choices: Choices) -> dict[str, Any]:
     return {"scipy": law.name, "with": {key: np.asarray(end).tolist() for key, end in parameters.items()}}
 
 
-def choices_from_json(values: Mapping[str, Any]) -> Choices:
+def choices_from_json(values: Json) -> Choices:
     """Return what ``choices_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
     if "list" in values:
         return list(values["list"])
@@ -190,7 +196,7 @@ def choices_from_json(values: Mapping[str, Any]) -> Choices:
     }
     for word in makers.keys() & values.keys():
         return makers[word](*values[word])
-    law: Any = getattr(stats, str(values["scipy"]), None)
+    law = getattr(stats, str(values["scipy"]), None)
     if not isinstance(law, stats.rv_continuous | stats.rv_discrete):
         raise InputError(
             f"scipy.stats has no distribution {values['scipy']!r}; use the scipy that made the study."
@@ -199,7 +205,7 @@ def choices_from_json(values: Mapping[str, Any]) -> Choices:
     return distribution
 
 
-def from_optuna(value: Any) -> Any:
+def from_optuna(value: Any) -> object:
     """Return one of Optuna's distributions in scikit-learn's terms, and what is none as it is."""
     kind = type(value).__name__ if type(value).__module__.partition(".")[0] == "optuna" else ""
     if kind == "CategoricalDistribution":
@@ -216,7 +222,7 @@ def from_optuna(value: Any) -> Any:
     return stats.uniform(low, high - low) if value.step is None else Steps(low, high, value.step)
 
 
-def as_optuna(description: Described) -> Any:
+def as_optuna(description: Described) -> object:
     """Return the ``optuna.distributions`` object."""
     distributions = import_extra("optuna.distributions", extra="optuna", used_by="An Optuna distribution")
     arguments = {key: value for key, value in description.items() if key != "kind"}
@@ -245,18 +251,18 @@ def described(choices: Choices) -> Described | None:
     return None
 
 
-def label(choice: object) -> Any:
+def label(choice: object) -> Label:
     """Return what stands for a choice in Optuna, whose storages hold numbers, words and None: others as text."""
     if choice is None or isinstance(choice, bool | int | float | str):
         return choice
     return f"{choice.__module__}.{choice.__qualname__}" if hasattr(choice, "__qualname__") else repr(choice)
 
 
-def labels(choices: Iterable[object]) -> list[Any]:
+def labels(choices: Iterable[object]) -> list[Label]:
     """Return the labels of choices, each once."""
     return list({(type(text), text): text for text in map(label, choices)}.values())
 
 
-def of_label(text: object, choices: Sequence[object]) -> Any:
+def of_label(text: object, choices: Sequence[object]) -> object:
     """Return the choice that a label stands for."""
     return next(c for c in choices if type(label(c)) is type(text) and label(c) == text)

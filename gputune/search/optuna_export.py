@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,8 +15,11 @@ from gputune.search.distributions import Described, as_optuna, label, labels
 from gputune.search.optuna_sampler import fold_means, state_of
 from gputune.study.study import Study, Trial
 
+if TYPE_CHECKING:
+    import optuna
 
-def export_to_optuna(study: Study, storage: object, name: str | None) -> Any:
+
+def export_to_optuna(study: Study, storage: object, name: str | None) -> "optuna.Study":
     """Return an ``optuna.Study`` with every trial of ``study``, written to ``storage``; see ``Study.to_optuna``."""
     optuna = import_extra("optuna", extra="optuna", used_by="to_optuna()")
     laws = {key: widened(study, key) for key in dict.fromkeys(key for t in study.trials for key in t.params)}
@@ -35,7 +39,7 @@ def export_to_optuna(study: Study, storage: object, name: str | None) -> Any:
 
 
 @contextmanager
-def _new_study(optuna: Any, storage: object, name: str | None) -> Iterator[Any]:
+def _new_study(optuna: ModuleType, storage: object, name: str | None) -> Iterator["optuna.Study"]:
     """Make a study that maximizes; one that cannot be written to its end goes again."""
     place = _storage(optuna, storage)
     try:
@@ -52,7 +56,7 @@ def _new_study(optuna: Any, storage: object, name: str | None) -> Iterator[Any]:
         raise
 
 
-def _storage(optuna: Any, storage: object) -> Any:
+def _storage(optuna: ModuleType, storage: object) -> object:
     """Return Optuna's storage of a URL, or of what else Optuna takes."""
     try:
         place = optuna.storages.get_storage(storage)
@@ -67,15 +71,15 @@ def _storage(optuna: Any, storage: object) -> Any:
 
 
 def _finished(
-    optuna: Any,
+    library: ModuleType,
     trial: Trial,
     curve: np.ndarray,
     inside: Mapping[str, object],
     distributions: Mapping[str, object],
-) -> Any:
+) -> "optuna.trial.FrozenTrial":
     """Return a trial with a result as Optuna's."""
-    finished = optuna.trial.create_trial(
-        state=state_of(optuna, trial.state),
+    finished: optuna.trial.FrozenTrial = library.trial.create_trial(
+        state=state_of(library, trial.state),
         value=None if trial.state == "failed" else trial.score,
         params=inside,
         distributions={key: distributions[key] for key in inside},
@@ -88,7 +92,7 @@ def _finished(
     return finished
 
 
-def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, Any]:
+def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
     """Return what Optuna has no place of its own for; None stands for NaN, which JSON lacks."""
     left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}
     attributes = {

@@ -7,7 +7,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,9 @@ from gputune.search.space import Space
 from gputune.search.stopping import Halving
 from gputune.study.store import Result
 from gputune.types import Config
+
+if TYPE_CHECKING:
+    import optuna
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class OptunaSampler:
     Raises InputError; MissingExtraError without Optuna.
     """
 
-    sampler: Any
+    sampler: "optuna.samplers.BaseSampler"
     _: KW_ONLY
     batch: int = 16
     halving: Halving | None = None
@@ -62,7 +66,7 @@ class OptunaSampler:
 class OptunaStudy:
     """A study of Optuna's over one space, whose sampler proposes configurations and is told their scores."""
 
-    def __init__(self, sampler: Any, space: Space, *, reseed: bool = False) -> None:
+    def __init__(self, sampler: "optuna.samplers.BaseSampler", space: Space, *, reseed: bool = False) -> None:
         self.optuna = import_extra("optuna", extra="optuna", used_by="OptunaSampler")
         self.choices, self.distributions = check_askable(space)
         sampler = copy.deepcopy(sampler)
@@ -71,7 +75,7 @@ class OptunaStudy:
         with _quiet(self.optuna):
             self.study = self.optuna.create_study(sampler=sampler, direction="maximize")
 
-    def ask(self, params: Config | None = None) -> tuple[Any, Config]:
+    def ask(self, params: Config | None = None) -> tuple["optuna.Trial", Config]:
         """Return Optuna's trial and its configuration: what the sampler proposes, or ``params`` in its place."""
         if params is not None:
             self.study.enqueue_trial(self._labelled(params))
@@ -82,7 +86,7 @@ class OptunaStudy:
         }
         return trial, check_config(proposed, name="a proposal of the sampler")
 
-    def tell(self, trial: Any, result: Result) -> None:
+    def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
         if result.state == "pruned":
             for epoch, mean in fold_means(result.curve).items():
@@ -121,13 +125,13 @@ def fold_means(curve: np.ndarray) -> dict[int, float]:
     return {epoch: mean for epoch, mean in enumerate(curve.mean(1).tolist(), 1) if mean == mean}
 
 
-def state_of(optuna: Any, state: str) -> Any:
+def state_of(optuna: ModuleType, state: str) -> object:
     """Return Optuna's state of a trial; what a deadline stopped is pruned there."""
     states = optuna.trial.TrialState
     return {"complete": states.COMPLETE, "failed": states.FAIL}.get(state, states.PRUNED)
 
 
-def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, Any]]:
+def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object]]:
     """Return the one dict of a space that a sampler can be asked for, and its distributions; InputError for others."""
     if len(space) > 1:
         raise InputError(
@@ -142,7 +146,7 @@ def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, Any]]:
     return space[0], optuna_distributions(space[0])
 
 
-def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, Any]:
+def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, object]:
     """Return ``optuna.distributions`` objects, by key. Raises InputError for a law that Optuna does not have."""
     distributions = {}
     for key, value in choices.items():
@@ -157,7 +161,7 @@ def optuna_distributions(choices: Mapping[str, Choices]) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def _quiet(optuna: ModuleType) -> Iterator[None]:
     """Leave out what Optuna says about a new study."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(max(before, optuna.logging.WARNING))

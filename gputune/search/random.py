@@ -1,8 +1,8 @@
 """Random search: the default spaces, and the trials of a search, drawn once by scikit-learn's ParameterSampler."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from operator import index
-from typing import Any, Literal
+from typing import Literal
 
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
@@ -272,7 +272,7 @@ def _holds(choices: Choices, value: object) -> bool:
     return bool(low <= value <= high)
 
 
-def _nearest(key: str, choices: Choices, value: object) -> Any:
+def _nearest(key: str, choices: Choices, value: object) -> object:
     """Return the value itself where ``choices`` have it, else the nearest number, the first of a list, or a draw."""
     number = isinstance(value, int | float)
     if isinstance(choices, list):
@@ -298,11 +298,11 @@ def _complete(config: Config, defaults: Mapping[str, object]) -> Config:
     return full
 
 
-def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Any]]:
+def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:
     return frozenset((key, _hashable(value)) for key, value in config.items())
 
 
-def _hashable(value: object) -> Any:
+def _hashable(value: object) -> Hashable:
     """Return the value, or what stands for it where it has no hash; a list and a tuple of equals are equal."""
     if isinstance(value, list | tuple):
         return tuple(map(_hashable, value))

@@ -39,7 +39,7 @@ from gputune.search.distributions import (
     log_int,
 )
 from gputune.study.rows import to_json
-from gputune.types import ONLINE, Config
+from gputune.types import ONLINE, Config, Json
 
 Space = list[dict[str, Choices]]
 """A checked space. Several dicts are alternatives: a draw takes one, then a value for each key."""
@@ -197,7 +197,7 @@ def _text(value: Any, key: str) -> str:
     return text
 
 
-def space_to_json(space: Space) -> list[dict[str, Any]] | None:
+def space_to_json(space: Space) -> Sequence[Json] | None:
     """Return a checked space as values that a study file holds; None where it has an object of the user's own."""
     try:
         values = [{key: choices_to_json(choices) for key, choices in d.items()} for d in space]
@@ -207,7 +207,7 @@ def space_to_json(space: Space) -> list[dict[str, Any]] | None:
     return values
 
 
-def space_from_json(values: list[dict[str, Any]]) -> Space:
+def space_from_json(values: Sequence[Json]) -> Space:
     """Return the space that ``space_to_json`` described. Raises InputError for a name that scipy.stats lacks."""
     return [{key: choices_from_json(value) for key, value in d.items()} for d in values]
 
@@ -227,9 +227,9 @@ _EXAMPLES = (
 )
 
 
-def parse_specs(texts: Iterable[str]) -> dict[str, Any]:
+def parse_specs(texts: Iterable[str]) -> dict[str, object]:
     """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
-    space: dict[str, Any] = {}
+    space: dict[str, object] = {}
     for text in texts:
         key, value = parse_spec(text)
         if key in space:
@@ -238,7 +238,7 @@ def parse_specs(texts: Iterable[str]) -> dict[str, Any]:
     return space
 
 
-def parse_spec(text: str) -> tuple[str, Any]:
+def parse_spec(text: str) -> tuple[str, object]:
     """Return the key and the value of one ``KEY=SPEC``, as ``check_space`` takes it.
 
     ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
@@ -255,7 +255,7 @@ def parse_spec(text: str) -> tuple[str, Any]:
     return key, values if len(values) > 1 else values[0]
 
 
-def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> Any:
+def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> object:
     low, high = _number(low_text), _number(high_text)
     if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
         raise InputError(f"A range is LOW..HIGH with two finite numbers, got {text!r}. {_EXAMPLES}")
@@ -278,7 +278,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
     return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
 
 
-def _parse_value(key: str, text: str, spec: str) -> Any:
+def _parse_value(key: str, text: str, spec: str) -> str | float | bool:
     if not text:
         raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
     if key in WORDS:

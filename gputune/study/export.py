@@ -27,6 +27,7 @@ from gputune.modules.stateless import Stateless
 from gputune.population.network import call_module, first_output, two_logits
 from gputune.scratch import scratch_folder
 from gputune.study.model_files import ModelContent
+from gputune.types import Json
 from gputune.version import __version__
 
 METADATA = "gputune.json"
@@ -173,7 +174,7 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
     )
 
 
-def description(model: ModelContent) -> dict[str, Any]:
+def description(model: ModelContent) -> Json:
     """Return what must be known of the inputs and outputs, as plain JSON."""
     return {
         **_inputs(model.layout),
@@ -184,7 +185,7 @@ def description(model: ModelContent) -> dict[str, Any]:
     }
 
 
-def _inputs(layout: Layout | ArrayLayout) -> dict[str, Any]:
+def _inputs(layout: Layout | ArrayLayout) -> Json:
     if not isinstance(layout, Layout):
         shapes = [["rows", *shape] for shape in layout.shapes]
         return {
@@ -307,6 +308,6 @@ def _write_program(whole: WholeModel, examples: tuple[Tensor, ...], text: str, d
     torch.export.save(program, draft, extra_files={METADATA: text})
 
 
-def _any_rows(examples: tuple[Tensor, ...]) -> Any:
+def _any_rows(examples: tuple[Tensor, ...]) -> tuple[object]:
     rows = torch.export.Dim("rows")
     return (tuple({0: rows} for _ in examples),)  # forward takes them as *given

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from gputune.data.source import table_size
 from gputune.errors import InputError
@@ -169,11 +168,11 @@ def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
     return words + _other_rows(there, here, of_target="target" in names)
 
 
-def _value(record: SearchRecord, name: str) -> Any:
+def _value(record: SearchRecord, name: str) -> object:
     return None if name in record.absent else getattr(record, name)
 
 
-def _without_steps(value: object) -> Any:
+def _without_steps(value: object) -> object:
     """Return a value without what may grow when a search goes on: the steps of a descent."""
     return (
         {key: part for key, part in value.items() if key != "outer_steps"}

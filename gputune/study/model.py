@@ -46,7 +46,7 @@ class TunedModel(ModelContent):
     info      what is worth knowing later: score, held-out score, parameters, versions
     """
 
-    def predict(self, X: object) -> NDArray[Any]:
+    def predict(self, X: object) -> np.ndarray:
         """Return class labels in their own type, or values in original units (float64), (n,), several (n, K).
 
         Of several labels 0 or 1 each, (n, K); for a custom target the outputs of the module, (n, ...).
@@ -63,7 +63,7 @@ class TunedModel(ModelContent):
         if self.classes is None:
             values = outputs.numpy() * self.scale + self.center
             return values[:, 0] if values.shape[1] == 1 else values
-        labels: NDArray[Any] = self.classes[outputs.argmax(1).numpy()]
+        labels: np.ndarray = self.classes[outputs.argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from gputune.study.module_source import (
     why_not_found,
 )
 from gputune.study.rows import MALFORMED, from_json, to_json
-from gputune.types import Task
+from gputune.types import Config, Json, Task
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
 FORMAT, FORMAT_VERSION = "gputune model", 1
@@ -55,13 +54,13 @@ class ModelContent:
     layout: Layout | ArrayLayout
     statistics: Statistics | ArrayStatistics
     task: Task
-    classes: NDArray[Any] | None
+    classes: np.ndarray | None
     center: float | NDArray[np.float64]
     scale: float | NDArray[np.float64]
     dtype: torch.dtype
     target: str
-    spec: dict[str, Any]
-    info: dict[str, Any]
+    spec: Json
+    info: Json
 
 
 def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
@@ -138,12 +137,12 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         )
 
 
-def _of_target(value: Any) -> float | NDArray[np.float64]:
+def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
     """Return the center or scale of a target, one number or one a column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
 
 
-def read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> Json:
     """Return the description of a model from its file, without the tensors.
 
     Raises InputError, saying which file and what to do, for a folder that is missing, incomplete, damaged or of a newer
@@ -218,14 +217,14 @@ def _check_free(folder: Path) -> None:
 
 
 def _preprocessing(
-    layout: dict[str, Any], statistics: dict[str, Any]
+    layout: Json, statistics: Json
 ) -> tuple[Layout | ArrayLayout, Statistics | ArrayStatistics]:
     if "shapes" in layout:
         return ArrayLayout.from_json(layout), ArrayStatistics.from_json(statistics)
     return Layout.from_json(layout), Statistics.from_json(statistics)
 
 
-def _check_size(arguments: dict[str, Any], kind: str, state: dict[str, Tensor]) -> None:
+def _check_size(arguments: Config, kind: str, state: dict[str, Tensor]) -> None:
     """Raise ValueError for a network that is larger than its tensors, before it takes the memory."""
     words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
     D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
@@ -246,7 +245,7 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _full_spec(model: ModelContent) -> dict[str, Any]:
+def _full_spec(model: ModelContent) -> Json:
     """Return how the module is built again; of a user's class with the file where it lies now."""
     if model.spec["kind"] != "module":
         return model.spec
@@ -259,8 +258,8 @@ def _full_spec(model: ModelContent) -> dict[str, Any]:
 
 def _filled(
     module_class: Builder,
-    sizes: dict[str, Any],
-    arguments: dict[str, Any],
+    sizes: Config,
+    arguments: Config,
     dtype: torch.dtype,
     state: dict[str, Tensor],
     folder: Path,

@@ -23,13 +23,14 @@ import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import nn
 
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.modules.construction import Builder
 from gputune.study.trusted import is_remembered, remember
+from gputune.types import Json
 
 Files = tuple[tuple[str, str], ...]
 """Path and SHA-256 of the files that run where a module is imported: of its packages, outermost first, then its own."""
@@ -45,7 +46,7 @@ LARGEST_SOURCE = 2**24
 """Bytes of a Python file that is named by a study or a model."""
 
 
-def class_source(module_class: Builder) -> dict[str, Any]:
+def class_source(module_class: Builder) -> Json:
     """Return where the class is defined; ``find_class`` is the way back.
 
     Raises InputError for a partial that has no name and cannot be written down.
@@ -66,7 +67,7 @@ def is_builder(value: object) -> TypeGuard[Builder]:
     return inspect.isfunction(value) or _is_module_class(value)
 
 
-def _unwrapped(builder: Builder) -> Any:
+def _unwrapped(builder: Builder) -> Builder:
     """Return the class or the function of a partial, or what is none as it is."""
     return builder.func if isinstance(builder, functools.partial) else builder
 
@@ -82,7 +83,7 @@ def _place(builder: Builder) -> tuple[str, str]:
     return own.__module__, own.__qualname__
 
 
-def _made(builder: Builder) -> dict[str, Any]:
+def _made(builder: Builder) -> Json:
     """Return what is written of a builder beside its place."""
     own = _unwrapped(builder)
     if own is builder:
@@ -124,7 +125,7 @@ def why_not_found(module_class: Builder) -> str | None:
 
 # Each is taken once: a file that is edited later is not what this process has imported.
 _FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
-_DIGESTS: "weakref.WeakKeyDictionary[Any, str | None]" = weakref.WeakKeyDictionary()
+_DIGESTS: "weakref.WeakKeyDictionary[object, str | None]" = weakref.WeakKeyDictionary()
 
 
 def _digest(module_class: Builder) -> str | None:
@@ -207,7 +208,7 @@ def remember_code(module_class: Builder) -> None:
         remember(_text(files))
 
 
-def find_class(source: Mapping[str, Any], *, trust_code: bool = False, or_changed: bool = False) -> Builder:
+def find_class(source: Json, *, trust_code: bool = False, or_changed: bool = False) -> Builder:
     """Return the class that ``class_source`` described; runs its file or imports its package.
 
     Raises UntrustedCodeError, before anything has run, where its files as they are now are not remembered and

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from gputune.errors import StudyCorruptError
 from gputune.text import Measure, measure_of
+from gputune.types import Json
 
 TEXT = (str, None)
 FINGERPRINT = {"rows": int, "columns": int, "sha256": str}
@@ -45,8 +46,8 @@ class Arguments:
     callbacks   those that will not be called again
     """
 
-    kept: Mapping[str, Any] = field(default_factory=dict)
-    space: Any = None
+    kept: Json = field(default_factory=dict)
+    space: Sequence[Json] | None = None
     folds: list[list[str]] = field(default_factory=list)
     lacking: Sequence[str] = ()
     callbacks: Sequence[str] = ()
@@ -63,7 +64,7 @@ class Part:
     logged     whether loggers are told of it
     """
 
-    form: Any = None
+    form: object = None
     called: str = ""
     training: bool = False
     argument: str = ""
@@ -105,17 +106,17 @@ class SearchRecord:
 
     face: str = _part("")
     model: str = _part("", logged=True)
-    spec: Mapping[str, Any] = _part(dict, "model", form=SPEC, training=True)
+    spec: Json = _part(dict, "model", form=SPEC, training=True)
     target: str = _part("", "target")
     optimizer: str = _argument("", "optimizer", logged=True)
     schedule: str = _argument("", "schedule", logged=True)
     space: str = _part("", "space", logged=True)
-    distributions: Mapping[str, dict[str, Any]] = _part(dict, form={"": {"kind": str}})
-    method: str | Mapping[str, Any] = _part("", "method", form=METHOD, logged=True)
+    distributions: dict[str, Json] = _part(dict, form={"": {"kind": str}})
+    method: str | Json = _part("", "method", form=METHOD, logged=True)
     task: str = _argument("", "task", logged=True)
     classes: Sequence[str | bool | float] | None = _part(None, form=([(str, bool, float)], None))
-    source: Mapping[str, Any] | None = _part(None, form=(SOURCE, None))
-    fingerprint: Mapping[str, Any] = _part(dict, "data", form=FINGERPRINT, training=True)
+    source: Json | None = _part(None, form=(SOURCE, None))
+    fingerprint: Json = _part(dict, "data", form=FINGERPRINT, training=True)
     features: int = _part(0)
     notes: Sequence[str] = _part(list, form=[str])
     columns: str = _argument("", "columns")
@@ -149,7 +150,7 @@ class SearchRecord:
             known["arguments"] = Arguments(**{word: known["arguments"][word] for word in words})
         return cls(**known, absent=frozenset(names - known.keys()))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Json:
         """Return the options that a file keeps."""
         absent = {*self.absent, "absent"}
         options = {part.name: getattr(self, part.name) for part in fields(self) if part.name not in absent}
@@ -202,7 +203,7 @@ PARTS: Mapping[str, Part] = {
 IDENTITY = {name: part.called for name, part in PARTS.items() if part.called}
 """What must be the same for a search to go on in a file, in words. Anything else may differ."""
 
-OPTION_FORMS: Mapping[str, Any] = {
+OPTION_FORMS: Mapping[str, object] = {
     "": int, **{one.name: PARTS[one.name].form or one.type for one in fields(SearchRecord) if one.name in PARTS},
 }  # fmt: skip
 """The form of each option, and of the number of options, which has no name."""

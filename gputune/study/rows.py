@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError
 from gputune.study.record import OPTION_FORMS, has_form
 from gputune.study.score import State
+from gputune.types import Config, Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
@@ -55,7 +56,7 @@ def from_json(text: str) -> Any:
         raise ValueError(f"not a stored value: {error!r}") from error
 
 
-def _encode(value: object, name: str) -> Any:
+def _encode(value: object, name: str) -> object:
     if isinstance(value, np.generic):
         value = value.item()
     match value:
@@ -75,7 +76,7 @@ def _encode(value: object, name: str) -> Any:
     return {"torch": _torch_name(value, name)}
 
 
-def _encode_mapping(value: Mapping[object, object], name: str) -> Any:
+def _encode_mapping(value: Mapping[object, object], name: str) -> object:
     if not all(isinstance(key, str) for key in value):
         return {"pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]}
     encoded = {str(key): _encode(item, name) for key, item in value.items()}
@@ -94,7 +95,7 @@ def _decode(value: object) -> Any:
     return DECODERS[tag](content)
 
 
-def _decode_array(content: dict[str, Any]) -> NDArray[Any]:
+def _decode_array(content: Json) -> np.ndarray:
     dtype = np.dtype(content["dtype"])
     if dtype.kind not in ARRAY_KINDS:
         raise ValueError(f"arrays of {dtype} are never stored")
@@ -124,7 +125,7 @@ def _torch_name(value: object, name: str) -> str:
     )
 
 
-def _torch_object(text: str) -> Any:
+def _torch_object(text: str) -> object:
     module, _, short = text.partition(":")
     if not (module == "torch.nn" or module.startswith("torch.nn.")):
         raise ValueError(f"not a name in torch.nn: {text!r}")
@@ -135,7 +136,7 @@ def _torch_object(text: str) -> Any:
     return value
 
 
-DECODERS: dict[str, Callable[[Any], Any]] = {
+DECODERS: dict[str, Callable[[Any], object]] = {
     "float": float,
     "tuple": lambda items: tuple(_decode(item) for item in items),
     "dict": lambda items: {key: _decode(item) for key, item in items.items()},
@@ -152,7 +153,7 @@ Value = TypeVar("Value")
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
 _MOST_THREADS = 4096
 _STATES = get_args(State)
-_NUMBERS: list[Any] = []  # nested lists of numbers
+_NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
 _DETAIL = {
     "loss?": float, "ratio?": float, "usable?": bool, "mode?": str, "rung?": int, "reason?": str,
@@ -188,7 +189,7 @@ class Candidate:
     """A drawn configuration that waits for its training."""
 
     number: int
-    params: dict[str, Any]
+    params: Config
     origin: str | tuple[int, int]
     """"default", "include", "random", or "batch 3" where Optuna's sampler proposed it; a point of a descent has
     (trial number of its start, outer step from 1)."""
@@ -240,7 +241,7 @@ class Result:
     best_epoch: int
     seconds: float
     curve: Curve  # (epochs, F)
-    detail: Mapping[str, Any] = field(default_factory=dict)  # what the search method keeps of it
+    detail: Json = field(default_factory=dict)  # what the search method keeps of it
 
     def __post_init__(self) -> None:
         if self.state not in _STATES:

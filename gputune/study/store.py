@@ -46,7 +46,7 @@ class Meta(dict[str, Any]):
         super().__init__()
         self.path = path
 
-    def __missing__(self, key: str) -> Any:
+    def __missing__(self, key: str) -> object:
         raise lost_option(self.path, key)
 
 
@@ -86,7 +86,7 @@ class Store:
         return cls(path, open_file(path))
 
     @property
-    def meta(self) -> dict[str, Any]:
+    def meta(self) -> Meta:
         """The options that the study was created with."""
         options = Meta(self.path)
         for row in self._read("SELECT key, value, checksum FROM meta ORDER BY rowid"):

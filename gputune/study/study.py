@@ -18,6 +18,7 @@ from gputune.study.record import SearchRecord
 from gputune.study.score import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, of_class, size_words
+from gputune.types import Config, Json
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
@@ -49,14 +50,14 @@ class Trial:
     """
 
     number: int
-    params: dict[str, Any]
+    params: Config
     score: float
     fold_scores: tuple[float, ...]
     best_epoch: int
     state: TrialState
     seconds: float
     origin: str | tuple[int, int]
-    detail: Mapping[str, Any] = field(default_factory=dict)
+    detail: Json = field(default_factory=dict)
 
     @property
     def origin_text(self) -> str:
@@ -178,7 +179,7 @@ class Study:
         return best if best is not None and math.isfinite(best.score) else None
 
     @property
-    def best_params(self) -> dict[str, Any]:
+    def best_params(self) -> Config:
         """The configuration of ``best_trial``, a copy."""
         return dict(self.best_trial.params)
 
@@ -223,8 +224,8 @@ class Study:
             import pandas
         except ImportError as error:
             raise ImportError("to_pandas() needs pandas: pip install pandas, or use to_polars().") from error
-        columns: dict[str, Any] = self._columns()
-        for name, values in columns.items():
+        columns = {}
+        for name, values in self._columns().items():
             # pandas would turn integers with a gap into floats.
             dtype = "Int64" if _kinds(values) == {int} and None in values else None
             columns[name] = pandas.Series(values, dtype=dtype)
@@ -241,10 +242,10 @@ class Study:
                 columns[name] = [None if value is None else str(value) for value in values]
         return polars.DataFrame([polars.Series(name, v, strict=False) for name, v in columns.items()])
 
-    def _columns(self) -> dict[str, list[Any]]:
+    def _columns(self) -> dict[str, list[object]]:
         trials = self.trials
 
-        def column(name: str) -> list[Any]:
+        def column(name: str) -> list[object]:
             return [getattr(trial, name) for trial in trials]
 
         columns = {name: column(name) for name in ("number", "state", "score", "std_error")}

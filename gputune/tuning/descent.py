@@ -26,7 +26,7 @@ from gputune.study.score import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.problem import ModelChoice
-from gputune.types import Config
+from gputune.types import Config, Json
 
 SlopeMode = Literal["exact", "differences"]
 
@@ -236,7 +236,7 @@ def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: Slo
     curve = outcome.curves[c]
     state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule="last")
     share = outcome.seconds / len(outcome.index)
-    detail = {}
+    detail: Json = {}
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
         detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gputune.engine.stop import Stop
 from gputune.errors import Terminated
@@ -24,7 +24,12 @@ CTRL_C, TERMINATED = int(signal.SIGINT), int(signal.SIGTERM)
 GRACE_SECONDS = 2.5
 """From SIGTERM to the end of training, finished or not: whoever sends it sends SIGKILL some seconds later."""
 
-_USUAL: dict[int, Any] = {CTRL_C: signal.default_int_handler, TERMINATED: signal.SIG_DFL}
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+_USUAL: dict[int, Handler] = {
+    CTRL_C: signal.default_int_handler,
+    TERMINATED: signal.SIG_DFL,
+}
 
 
 def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:
@@ -93,7 +98,7 @@ def _stopping_on(
         with suppress(RuntimeError):  # the signal came while the stream was being written to
             say("stopping after the running epoch; what is finished is kept (once more: stop now)")
 
-    before: dict[int, Any] = {}
+    before: dict[int, Handler] = {}
     if threading.current_thread() is threading.main_thread():
         # A handler of the program's own stays.
         handlers = {number: signal.getsignal(number) for number in signals}

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 from gputune.errors import InputError
 from gputune.search.descent import Hypergradient
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.stopping import Halving, Median
+from gputune.types import Json
 
 Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
 
@@ -40,7 +41,7 @@ def method_name(method: Method) -> str:
     return method if isinstance(method, str) else type(method).__name__.lower()
 
 
-def method_to_json(method: Method) -> str | dict[str, Any]:
+def method_to_json(method: Method) -> str | Json:
     """Return a method as a study file holds it."""
     if isinstance(method, str):
         return method
@@ -50,7 +51,7 @@ def method_to_json(method: Method) -> str | dict[str, Any]:
     return {"name": method_name(method), **asdict(method)}
 
 
-def method_from_json(value: str | Mapping[str, Any]) -> Method:
+def method_from_json(value: str | Json) -> Method:
     """Return the method that ``method_to_json`` wrote, for a refit; a sampler has no part in that."""
     if isinstance(value, str):
         return check_method(value)

@@ -25,7 +25,7 @@ from gputune.population.population import ModelKind
 from gputune.scoring.objective import Objective, make_objective
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.tuning.options import Options
-from gputune.types import OPTIMIZERS, Config
+from gputune.types import OPTIMIZERS, Config, Json
 
 SearchedModel = Literal["mlp", "logistic", "module"]
 
@@ -56,7 +56,7 @@ class ModelChoice:
         return _KINDS[self.searched]
 
     @property
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Json:
         """What a study and a model folder store of it: plain JSON."""
         if self.module_class is None:
             return {"kind": self.searched}
@@ -84,7 +84,7 @@ def choose_model(model: object, optimizer: str | None) -> ModelChoice:
     return ModelChoice(searched, optimizer, module_class)
 
 
-def recorded_model(spec: dict[str, Any], optimizer: str, *, trust_code: bool) -> ModelChoice:
+def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
     """Return the choice that a study stored.
 
     Raises InputError where a user's class is gone or has changed, or for an optimizer that there is not;

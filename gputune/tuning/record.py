@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import sklearn
@@ -16,7 +16,7 @@ from gputune.data.target import TaskWord, check_target
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
-from gputune.search.distributions import described
+from gputune.search.distributions import Described, described
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.space import Space, space_from_json, space_text, space_to_json
 from gputune.study.record import PARTS, Arguments, SearchRecord
@@ -113,7 +113,7 @@ def versions() -> dict[str, str]:
     return {"gputune": __version__, **{name: module.__version__ for name, module in modules.items()}}
 
 
-def _distributions(space: Space) -> dict[str, Any]:
+def _distributions(space: Space) -> dict[str, Described]:
     """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
     laws = {key: described(choices) for part in space for key, choices in part.items()}
     many = {key for key in laws if sum(key in part for part in space) > 1}
@@ -177,7 +177,7 @@ def recorded_search(
     workers = {**arguments.kept, **changed}.get("workers", "auto")
     if isinstance(workers, dict):
         workers = _cluster(Ray(**workers), trust_code)
-    space, folds = space_from_json(arguments.space), unpack_folds(arguments.folds)
+    space, folds = space_from_json(arguments.space or ()), unpack_folds(arguments.folds)
     options = recorded_options(record, **{**changed, "workers": workers}, space=space, cv=folds, study=study)
     return RecordedSearch(choice, source, test, options)
 

@@ -113,7 +113,7 @@ def _lost_weights(what: str) -> InputError:
     )
 
 
-def _machine(record: SearchRecord) -> dict[str, Any]:
+def _machine(record: SearchRecord) -> Config:
     """Return what a study's file says of the machine, as far as this one has it; a refit is for one process."""
     kept = record.arguments.kept
     on_cluster = isinstance(kept.get("workers"), dict)
@@ -199,14 +199,14 @@ def _train(
         return trainer.train_module(config, descent, epochs=epochs)
 
 
-def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> dict[str, Any]:
+def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> Config:
     size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
     if choice.searched == "mlp":
         return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
     return size | module_arguments(config)
 
 
-def _info(study: Study, trial: Trial, rows: Mapping[str, object]) -> dict[str, Any]:
+def _info(study: Study, trial: Trial, rows: Mapping[str, object]) -> Config:
     """Return what is worth knowing of the model; a score is that of the rows of the search, and of no others."""
     own = rows == study.record.fingerprint
     return {
