@@ -5,6 +5,7 @@ InputWarning        input that can be read in two ways: the message says which w
 UntrustedCodeError  a study or a model names code that nobody has said to trust
 DivergedError       one training went to infinity or NaN where a finite result was asked for
 ClusterError        a cluster lost workers or nodes in the middle of a search; what was finished is kept
+CheckFailedError    a device does not compute what it should
 SearchFailedError   every trial of a search failed, so there is no best one
 StudyCorruptError   the file is damaged, or it is no study
 StudyVersionError   the study was written by a newer gputune
@@ -44,6 +45,14 @@ class DivergedError(ArithmeticError):
 
 class ClusterError(RuntimeError):
     """A cluster failed while it trained: workers, or all nodes, were lost. What was finished is kept."""
+
+
+class CheckFailedError(RuntimeError):
+    """A law does not hold on a device; ``report`` is what the command line prints of the check."""
+
+    def __init__(self, message: str, *, report: str) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class SearchFailedError(RuntimeError):

@@ -29,6 +29,7 @@ examples:
   gputune report gputune-out --out report.html
   gputune trials gputune-out --format csv
   gputune predict gputune-out/model new-houses.csv --out prices.csv
+  gputune check --device cuda
 """
 
 
@@ -186,6 +187,14 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         "write a saved model as one file that runs without gputune",
         {"model": _MODEL},
         [_Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True), _TRUST],
+    ),
+    "check": (
+        "try on a device that members equal a plain loop, and how fast it trains: about a minute",
+        {},
+        [
+            _Flag("--device D", "auto (default), cpu, cuda or cuda:1", default="auto"),
+            _Flag("--json", "the table as JSON"),
+        ],
     ),
 }
 """Of each command its help, the files or folders that it takes, and its flags beside the options of a search."""

@@ -17,6 +17,7 @@ from typing import Any
 from gputune.cli.arguments import make_parser
 from gputune.cli.wording import in_flags
 from gputune.errors import (
+    CheckFailedError,
     ClusterError,
     DivergedError,
     InputError,
@@ -31,6 +32,7 @@ _MODULES = {
     **dict.fromkeys(("tune", "resume"), "tune"),
     **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
     **dict.fromkeys(("predict", "export"), "model"),
+    "check": "check",
 }
 """Where the function of each command is, which returns what goes to standard output."""
 
@@ -102,6 +104,10 @@ def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
         _write(stop.report)
         _say(str(stop))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
+    except CheckFailedError as failed:
+        _write(failed.report)
+        _say(str(failed))
+        return FAILED
     except UntrustedCodeError as error:
         _say(f"error: {error.code} If you trust it, add --trust-code.")
         return BAD_INPUT

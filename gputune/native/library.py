@@ -135,6 +135,12 @@ def _processor() -> str:
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
 
 
+def processor_name() -> str:
+    """Return the name of the processor, "" where the system does not say it."""
+    lines = (line for line in _processor().splitlines() if line.startswith("model name"))
+    return next((line.partition(":")[2].strip() for line in lines), platform.processor())
+
+
 def _build(compiler: str, path: Path, *, double: bool) -> Path:
     """Return ``path`` with the SHA-256 of what was built added to its name.
 

@@ -10,7 +10,12 @@ from torch import nn
 
 import gputune
 import problems
+from command_line import run
+from gputune.check import check
+from gputune.check.check import checks_of
+from gputune.check.laws import LAWS
 from gputune.data import dataset
+from gputune.engine import findings, speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
@@ -89,6 +94,26 @@ def test_a_member_is_the_network_that_is_trained_alone(optimizer, backend, devic
         together, _ = train_together(moved(data, device), configs, epochs=4)
         for (f, i), member in together.items():
             assert largest_difference(member, plain_loop(data, f, configs[i], 4)) <= 1e-10
+
+
+CHECKS = checks_of(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("law, backend", CHECKS, ids=[f"{law.name}, {backend}" for law, backend in CHECKS])
+def test_a_law_of_the_check_holds(law, backend):
+    assert law.measure(torch.device("cuda"), backend) <= law.allowed
+    assert bool(cuda.counts("replay")) == (backend == "graph" and "fails" not in law.name)
+
+
+def test_the_check_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(check, "LAWS", LAWS[-1:])
+    monkeypatch.setattr(speed, "MANY", {"cpu": 5, "cuda": 5})
+    code, out, _ = run("check", "--device", "cuda:1")
+    assert code == 0 and "a GPU that is not there; capability 9.0, 16.0 GiB of 16.0 GiB free" in out
+    assert "a recording that fails falls back" in out and "cuda:1" in out
+    assert findings.read_findings(torch.device("cuda:1")).failed == {}
+    assert set(findings.read_findings(torch.device("cuda:1")).speeds) == {"eager", "graph"}
 
 
 SEARCHES = {

@@ -183,6 +183,8 @@ def _empty_cache() -> None:
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
 
+_WHOLE = int(_device.simulated_limit())  # bytes of a device
+
 _generators = [torch.Generator().manual_seed(0) for _ in range(_devices())]
 
 _FUNCTIONS: dict[str, Any] = {
@@ -210,6 +212,9 @@ _FUNCTIONS: dict[str, Any] = {
     "mem_get_info": lambda device=None: (
         _device.simulated_limit() - _device.simulated_allocated(_index(device)),
         _device.simulated_limit(),
+    ),
+    "set_per_process_memory_fraction": lambda fraction, device=None: _device.simulated_set_limit(
+        int(fraction * _WHOLE)
     ),
     "memory_allocated": lambda device=None: _device.simulated_allocated(_index(device)),
     "memory_reserved": lambda device=None: _device.simulated_allocated(_index(device)),

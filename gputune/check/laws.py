@@ -1,0 +1,175 @@
+"""What must hold on every device, as one list: ``gputune check`` runs it, and so do the tests."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import get_scorer
+from torch import nn
+from torch.nn import functional
+
+from gputune.check.drills import leave, recording_fails, run_out_of_memory
+from gputune.check.members import Case, difference, from_eager, from_plain_loop, scoring_of
+from gputune.hypergradients.hypergradient import Mode, hypergradient
+from gputune.scoring.estimators import fitted
+from gputune.scoring.scores import OF_TASK
+from gputune.solver.solve import solve_all, solved_module
+from gputune.types import Backend
+
+EXACT, ROUNDED = 1e-10, 1e-4
+"""Largest differences allowed in double and in single precision, after at most 50 steps."""
+
+Measure = Callable[[torch.device, Backend], float]
+"""Returns the largest difference of what a device computes from what is right, as a share of the largest number."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """What must hold: ``measure`` returns at most ``allowed``, with every one of ``backends`` that a device has.
+
+    ``backends`` () is of what no backend trains; its measure is asked once, as "eager".
+    """
+
+    name: str
+    measure: Measure
+    allowed: float = EXACT
+    backends: tuple[Backend, ...] = ("eager", "graph", "compiled")
+    gpus: int = 0
+    """How many GPUs it needs."""
+
+
+_SIZES = (
+    {"width": 16, "batch_size": 9, "lr": 0.01},
+    {"width": 12, "batch_size": 11, "lr": 0.003},
+    {"width": 9, "batch_size": 16, "lr": 0.01},
+)
+_RATES = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
+
+CASES: Mapping[str, Case] = MappingProxyType(
+    {
+        "sgd": Case(_SIZES, {"optimizer": "sgd", "weight_decay": 0.01}),
+        "sgd with momentum": Case(_SIZES, {"optimizer": "sgd", "momentum": 0.9}),
+        "nesterov": Case(_SIZES, {"optimizer": "nesterov", "weight_decay": 0.01}),
+        "adam": Case(_SIZES, {"optimizer": "adam", "weight_decay": 0.01}),
+        "adamw": Case(_SIZES, {"weight_decay": 0.1}),
+        "one batch size": Case(_RATES),
+        "gelu": Case(_SIZES, {"activation": "gelu"}),
+        "silu": Case(_SIZES, {"activation": "silu", "depth": 3}),
+        "tanh": Case(_SIZES, {"activation": "tanh", "depth": 1}),
+        "dropout": Case(tuple({**config, "dropout": 0.2} for config in _SIZES)),
+        "cosine schedule": Case((*_RATES, {"lr": 0.01, "batch_size": 13}), {"schedule": "cosine"}),
+        "weights": Case(_SIZES, weights=True),
+        "a class that a fold lacks": Case(_SIZES, absent=True),
+        "regression": Case(_SIZES, task="regression", weights=True),
+    }
+)
+"""Members of the built-in MLP that a plain loop can train too."""
+
+_ROUNDED = Case(  # no kink that rounding could cross
+    tuple({**config, "lr": 0.001} for config in _SIZES), {"activation": "tanh"}, dtype=torch.float32
+)
+_MODULE = Case(_RATES, module=True)
+
+
+def _scores(device: torch.device, backend: Backend) -> float:
+    """Scores of the last epoch from those of scikit-learn's scorers on the members' own outputs."""
+    worst = []
+    for task in ("multiclass", "regression"):
+        case = Case(_SIZES, task=task, epochs=2)
+        data = case.data(torch.device("cpu"))
+        classes = None if task == "regression" else np.arange(data.n_outputs)
+        for name in OF_TASK[task]:
+            scorer = get_scorer(name)
+            for chunk, trained in case.trained(device, backend, scoring_of(case, name)):
+                for f, fold in enumerate(data.folds):
+                    y, nothing = data.target[fold.valid].numpy(), np.zeros((len(fold.valid), 1))
+                    for c in range(len(chunk.index)):
+                        outputs = trained.member(f, c)(data.x[f, fold.valid]).detach()
+                        answers = outputs * data.scale[f] + data.center[f]
+                        expected = scorer(fitted(answers, classes, nothing, nothing), nothing, y)
+                        worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
+    return float(np.max(worst))
+
+
+def _solved(device: torch.device, _backend: Backend) -> float:
+    """Class chances of the solved logistic regression from scikit-learn's, which ends with a residual of 1e-12."""
+    case, worst = Case(({"C": 0.1}, {"C": 2.0})), []
+    data, configs = case.data(torch.device("cpu")), case.complete()
+    solution = solve_all(case.data(device), configs)
+    for f, fold in enumerate(data.folds):
+        x = data.x[f].numpy()
+        for c, config in enumerate(configs):
+            plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
+            plain.fit(x[fold.train], data.y[fold.train].numpy())
+            found = solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
+            worst.append(np.abs(found - plain.predict_proba(x)).max())
+    return float(np.max(worst))
+
+
+def _hypergradient(mode: Mode, other: Mode, device: torch.device, _backend: Backend) -> float:
+    """The derivative in learning rate and weight decay by two modes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=generator, dtype=torch.float64).to(device)
+    y = torch.randint(3, (40,), generator=generator).to(device)
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)
+        module = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double().to(device)
+    slopes = []
+    for each in (mode, other):
+        result = hypergradient(
+            module,
+            functional.cross_entropy,
+            [(x[i : i + 8], y[i : i + 8]) for i in range(0, 32, 8)],
+            (x[32:], y[32:]),
+            hyperparameters={"lr": 0.1, "weight_decay": 0.01},
+            optimizer="adamw",
+            mode=each,
+            seed=0,
+        )
+        slopes.append(torch.stack([result.gradient[name] for name in ("lr", "weight_decay")]))
+    return difference(*slopes)
+
+
+def _second_gpu(device: torch.device, backend: Backend) -> float:
+    """Members on each of the other GPUs from the plain loop."""
+    others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
+    found = [
+        from_plain_loop(CASES["adamw"], other, backend)
+        for other in others
+        if other.index != (device.index or 0)
+    ]
+    return max(found, default=0.0)
+
+
+LAWS: tuple[Law, ...] = (
+    *(
+        Law(f"members equal the plain loop: {name}", partial(from_plain_loop, case))
+        for name, case in CASES.items()
+    ),
+    Law("float32 against the plain loop in float64", partial(from_plain_loop, _ROUNDED), ROUNDED),
+    Law("a module equals the plain loop", partial(from_plain_loop, _MODULE), backends=("eager", "graph")),
+    *(
+        Law(f"recorded equals eager: {name}", partial(from_eager, CASES[name]), backends=("graph",))
+        for name in ("adamw", "one batch size", "dropout", "cosine schedule")
+    ),
+    Law("recorded equals eager: a module", partial(from_eager, _MODULE), backends=("graph",)),
+    Law("scores equal scikit-learn's", _scores),
+    Law("the solved logistic regression equals scikit-learn's", _solved, 1e-6, ()),
+    Law("hypergradient: reverse equals forward", partial(_hypergradient, "reverse", "forward"), backends=()),
+    Law(
+        "hypergradient: reverse equals finite differences",
+        partial(_hypergradient, "reverse", "fd"),
+        1e-5,
+        (),
+    ),
+    Law("members that leave change nothing", leave),
+    Law("memory that runs out halves the chunk", run_out_of_memory),
+    Law("the other GPUs give the same", _second_gpu, backends=("eager", "graph"), gpus=2),
+    # The last one: after a capture that failed PyTorch < 2.13 records nothing any more.
+    Law("a recording that fails falls back", recording_fails, 0.0, ("graph",)),
+)
+"""What holds on every device, in the order in which it is checked."""

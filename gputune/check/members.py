@@ -1,0 +1,175 @@
+"""Cases of members that train together, and how far each is from the network that is trained alone."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gputune.check.plain_loop import Forward, plain_mlp, train_plainly
+from gputune.data.dataset import Dataset, Fold
+from gputune.engine.job import Job, train_chunk
+from gputune.engine.train import Trained
+from gputune.modules.construction import build_module
+from gputune.population.population import Population, complete, populations
+from gputune.scoring.scoring import Scoring, make_scoring
+from gputune.types import Backend, Config, Task
+
+_ROWS, _FEATURES, _CLASSES, _FOLDS = 61, 5, 3, 3  # folds of 40 and 41 rows: not all take equally many steps
+
+
+class Net(nn.Module):
+    """A module as a user writes one."""
+
+    def __init__(self, n_features: int, n_outputs: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(n_features, 6), nn.LayerNorm(6)
+        self.last = nn.Linear(6, n_outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return outputs (B, K)."""
+        outputs: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
+        return outputs
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Members that train together: what is special in their rows, and the configurations, filled with ``shared``."""
+
+    configs: tuple[Config, ...]
+    shared: Config = dataclasses.field(default_factory=dict)
+    task: Task = "multiclass"
+    weights: bool = False
+    absent: bool = False
+    module: bool = False
+    dtype: torch.dtype = torch.float64
+    epochs: int = 6
+    horizon: int = 9
+
+    def complete(self) -> tuple[Config, ...]:
+        """Return the configurations with every key that training reads."""
+        filled = ({"width": 8, "batch_size": 10, **self.shared, **config} for config in self.configs)
+        return tuple(complete(config, optimizer="adamw", schedule="constant") for config in filled)
+
+    def data(self, device: torch.device) -> Dataset:
+        """Return rows whose folds are of unequal length, each with its own copy of the inputs."""
+        generator = torch.Generator().manual_seed(7)
+        x = torch.randn(_FOLDS, _ROWS, _FEATURES, generator=generator, dtype=torch.float64)
+        weights = torch.rand(_FOLDS, _ROWS, generator=generator, dtype=torch.float64)
+        codes = torch.randint(_CLASSES, (_ROWS,), generator=generator)
+        numbers = torch.randn(_ROWS, generator=generator, dtype=torch.float64)
+        center, scale = torch.zeros(_FOLDS).double(), torch.ones(_FOLDS).double()
+        y, target, present = codes, codes, None
+        if self.task == "regression":
+            center, scale = torch.linspace(0.1, 0.3, _FOLDS).double(), torch.linspace(1, 1.5, _FOLDS).double()
+            y, target = ((numbers - center[:, None]) / scale[:, None]).to(self.dtype), numbers
+        folds = []
+        for f in range(_FOLDS):
+            train = torch.arange(_ROWS) % _FOLDS != f
+            if self.absent and f == 0:  # this fold learns nothing of the last class
+                train &= codes < _CLASSES - 1
+            positions = (
+                mask.nonzero()[:, 0].to(device) for mask in (train, torch.arange(_ROWS) % _FOLDS == f)
+            )
+            folds.append(Fold(*positions))
+        if self.absent:
+            present = torch.ones(_FOLDS, _CLASSES, dtype=torch.bool, device=device)
+            present[0, -1] = False
+        return Dataset(
+            inputs=(x.to(device, self.dtype),),
+            dtype=self.dtype,
+            copies=tuple(range(_FOLDS)),
+            y=y.to(device),
+            weights=weights.to(device, self.dtype) if self.weights else None,
+            folds=tuple(folds),
+            present=present,
+            center=center.to(device),
+            scale=scale.to(device),
+            n_outputs=1 if self.task == "regression" else _CLASSES,
+            task=self.task,
+            target=target.to(device),
+        )
+
+    def chunks(self, data: Dataset) -> list[Population]:
+        """Return the configurations as they train together."""
+        rows = max(len(fold.train) for fold in data.folds)
+        return populations(self.complete(), "module" if self.module else "mlp", rows=rows)
+
+    def job(self, backend: Backend, scoring: Scoring | None = None) -> Job:
+        """Return what trains them."""
+        module = Net if self.module else None
+        return Job(
+            seed=0,
+            epochs=self.epochs,
+            horizon=self.horizon,
+            backend=backend,
+            scoring=scoring,
+            module_class=module,
+        )
+
+    def trained(
+        self, device: torch.device, backend: Backend, scoring: Scoring | None = None
+    ) -> list[tuple[Population, Trained]]:
+        """Train all members on a device."""
+        data = self.data(device)
+        job = self.job(backend, scoring)
+        return [(chunk, train_chunk(job, data, chunk)) for chunk in self.chunks(data)]
+
+    @cached_property
+    def alone(self) -> dict[tuple[int, int], nn.Module]:
+        """The network of each (fold, configuration), trained alone in double precision on the CPU."""
+        data = self.data(torch.device("cpu"))
+        configs = enumerate(self.complete())
+        return {(f, c): self._alone(data, f, config) for c, config in configs for f in range(_FOLDS)}
+
+    def _alone(self, data: Dataset, fold: int, config: Config) -> nn.Module:
+        rows = data.folds[fold].train
+        x = data.x[fold, rows].double()
+        y = data.y[fold, rows].double() if self.task == "regression" else data.y[rows]
+        weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows].double()
+        size = data.n_features, data.n_outputs
+        module, forward = plain_module(*size) if self.module else plain_mlp(config, *size, seed=0)
+        present = None if data.present is None else data.present[fold]
+        lengths = {"epochs": self.epochs, "horizon": self.horizon}
+        return train_plainly(module, forward, (x, y, weights), config, seed=0, present=present, **lengths)
+
+
+def plain_module(n_features: int, n_outputs: int) -> tuple[nn.Module, Forward]:
+    """Return the module with its keyed start, and its outputs while it trains."""
+    module = build_module(Net, {}, n_features=n_features, n_outputs=n_outputs, seed=0).double()
+    return module, lambda x, epoch, step: module(x)
+
+
+def scoring_of(case: Case, name: str) -> Scoring:
+    """Return a scoring of the case's task."""
+    return make_scoring(name, case.task, None if case.task == "regression" else np.arange(_CLASSES))
+
+
+def from_plain_loop(case: Case, device: torch.device, backend: Backend) -> float:
+    """Return the largest difference of any member from the network that a plain loop trains alone."""
+    worst = []
+    for chunk, trained in case.trained(device, backend):
+        for c, place in enumerate(chunk.index):
+            for fold in range(_FOLDS):
+                worst.append(module_difference(trained.member(fold, c), case.alone[fold, place]))
+    return float(np.max(worst))
+
+
+def from_eager(case: Case, device: torch.device, backend: Backend) -> float:
+    """Return the largest difference of members from those that the same device trains eagerly."""
+    pairs = zip(case.trained(device, backend), case.trained(device, "eager"), strict=True)
+    return float(np.max([difference(a.flat, b.flat) for (_, a), (_, b) in pairs]))
+
+
+def module_difference(module: nn.Module, other: nn.Module) -> float:
+    """Return the largest ``difference`` of two modules' tensors."""
+    pairs = zip(module.state_dict().values(), other.state_dict().values(), strict=True)
+    return float(np.max([difference(a, b) for a, b in pairs]))
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Return max |difference| / max |expected|; NaN where either has one."""
+    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -1,0 +1,147 @@
+"""gputune check: its laws on this machine, its loop beside the oracle, what it says where a law fails."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import reference
+from command_line import run
+from gputune.check import check, members
+from gputune.check.check import checks_of
+from gputune.check.laws import CASES, LAWS, Law
+from gputune.engine import findings
+from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
+from problems import rows_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where what is found is kept."""
+    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def two_laws(folder, monkeypatch):
+    """One law that holds and one that does not, of a machine whose speed is known."""
+    found = {"eager": 1e-13, "graph": 3e-7, "compiled": 0.0}
+    broken = Law("a law", lambda device, backend: found[backend])
+    lost = Law("another", lambda device, backend: 1 / 0, backends=())
+    monkeypatch.setattr(check, "LAWS", (broken, lost))
+    monkeypatch.setattr(check, "backends_of", lambda device: ("eager", "graph", "compiled"))
+    monkeypatch.setattr(check, "measure_speed", lambda device, backend: Speed(1e-4, 1e-5))
+
+
+def on(device):
+    """Every check of a device, by name."""
+    checks = checks_of(torch.device(device))
+    return pytest.mark.parametrize("law, backend", checks, ids=[f"{law.name}, {b}" for law, b in checks])
+
+
+@on("cpu")
+def test_a_law_holds(law, backend):
+    assert law.measure(CPU, backend) <= law.allowed
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loop_is_the_oracle(name):
+    case = CASES[name]
+    data, configs = case.data(CPU), case.complete()
+    for fold in range(1, data.n_folds):  # the oracle knows no absent class
+        x, y, weights = rows_of(data, fold)
+        lengths = {"epochs": case.epochs, "max_epochs": case.horizon}
+        expected = reference.train_mlp(
+            x, y, configs[0], n_outputs=data.n_outputs, weights=weights, **lengths
+        ).state_dict()
+        for key, tensor in case.alone[fold, 0].state_dict().items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "law", [law for law in LAWS if "plain loop" in law.name or "members that" in law.name]
+)
+def test_a_step_that_is_wrong_is_found(law, monkeypatch):
+    """As if an update were off by a millionth: by a thousandth in single precision."""
+    train_chunk = members.train_chunk
+
+    def train(job, data, chunk):
+        trained = train_chunk(job, data, chunk)
+        trained.flat.mul_(1 + 10 * law.allowed)
+        return trained
+
+    monkeypatch.setattr(members, "train_chunk", train)
+    if "that leave" in law.name:  # which compares two trainings
+        monkeypatch.setattr(members, "difference", lambda found, expected: math.nan)
+        monkeypatch.setattr("gputune.check.drills.difference", lambda found, expected: math.nan)
+    assert not law.measure(CPU, "eager") <= law.allowed
+
+
+def test_members_that_leave_must_have_left(monkeypatch):
+    monkeypatch.setattr("gputune.check.drills._WILD", 0.1)
+    (law,) = (law for law in LAWS if law.name == "members that leave change nothing")
+    with pytest.raises(RuntimeError, match=r"trials \(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"):
+        law.measure(CPU, "eager")
+
+
+def test_the_table(two_laws):
+    code, out, err = run("check", "--device", "cpu")
+    assert code == 1
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "a law graph 3e-07 1e-10 0.0 s FAILED" in lines
+    assert "a law eager 1e-13 1e-10 0.0 s ok" in lines
+    assert "FAILED another, -: ZeroDivisionError: division by zero" in lines
+    assert "cpu compiled 3,333 99,010" in lines
+    assert "2 laws of 4 failed on" in err and "not to be trusted" in err
+
+
+def test_json(two_laws):
+    code, out, _ = run("check", "--device", "cpu", "--json")
+    found = json.loads(out)
+    assert code == 1 and not found["ok"]
+    assert [law["difference"] for law in found["laws"]] == [1e-13, 3e-7, 0.0, None]
+    assert found["speeds"][2] == {"device": "cpu", "backend": "compiled", "step": 1e-4, "member": 1e-5}
+
+
+def test_what_was_found_is_kept(two_laws):
+    run("check", "--device", "cpu")
+    found = read_findings(CPU)
+    assert found.failed == {"graph": "a law", "eager": "another"}
+    assert found.speeds["compiled"] == Speed(1e-4, 1e-5)
+    assert "'a law' does not hold" in found.why_not("graph") and not found.why_not("compiled")
+
+
+def test_speeds_alone_forget_no_law(folder):
+    keep_findings(CPU, Findings({"eager": "a law"}, {"eager": Speed(1, 2)}))
+    keep_findings(CPU, Findings(None, {"graph": Speed(3, 4)}))
+    assert read_findings(CPU) == Findings({"eager": "a law"}, {"eager": Speed(1, 2), "graph": Speed(3, 4)})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"failed": {}}', '{"failed": {}, "speeds": {"eager": {"a": 1}}}']
+)
+def test_a_file_that_says_nothing_is_no_finding(text, folder):
+    keep_findings(CPU, Findings({}, {})).write_text(text)
+    assert read_findings(CPU) == Findings()
+
+
+def test_where_there_is_no_place_nothing_is_kept(folder, monkeypatch):
+    monkeypatch.setattr(findings, "cache_folder", lambda: None)
+    assert keep_findings(CPU, Findings({}, {})) is None
+    assert read_findings(CPU) == Findings()
+
+
+def test_from_how_many_members_on_a_gpu_pays(two_laws):
+    speeds = {("cuda", "graph"): Speed(1e-3, 1e-7), ("cpu", "compiled"): Speed(0, 1.01e-5)}
+    report = check.Report("a card", "", (), speeds)
+    assert "faster on a card than compiled on the CPU from about 100 members on." in str(report)
+    never = check.Report("a card", "", (), speeds | {("cuda", "graph"): Speed(1e-3, 2e-5)})
+    assert "compiled on the CPU never." in str(never)
+
+
+def test_a_device_that_is_not_there():
+    code, _, err = run("check", "--device", "cuda:9")
+    assert code == 2 and "--device" in err
