@@ -101,8 +101,9 @@ def tune(
                  ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and "custom": numbers (n, ...) for a loss of
                  your own
     loss         of a module: "cross_entropy", "mse", "mae", "huber", "quantile", "bce" (of labels, and of two classes
-                 with one logit a row), of a standardised target; a loss of torch.nn or ``callable(outputs, y)``, of y as
-                 you gave it, that returns row losses or their mean. Numbers that it takes can be searched: ``loss__label_smoothing``, ``loss__delta``, ``loss__q``
+                 with one logit a row), of a standardised target; a loss of torch.nn or ``callable(outputs, y)``, of y
+                 as you gave it, that returns row losses or their mean. Numbers that it takes can be searched:
+                 ``loss__label_smoothing``, ``loss__delta``, ``loss__q``
     training_step  ``callable(module, (x, y))`` in its place, for what needs the module; returns row losses or a mean
     augment      ``callable(x, generator)`` on minibatches of training: returns inputs of the same shape
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
