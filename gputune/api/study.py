@@ -54,7 +54,7 @@ class Study(data.Study):
         """
         from gputune.search.optuna_export import export_to_optuna
 
-        return export_to_optuna(self, storage, name)  # type: ignore[no-any-return]
+        return export_to_optuna(self, storage, name)
 
     def report(self, path: str | os.PathLike[str], *, model: "TunedModel | None" = None) -> None:
         """Write one page of HTML about the study to ``path``, which is replaced where it exists.

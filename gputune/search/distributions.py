@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from operator import index
-from typing import Any, ClassVar, Protocol, TypeGuard
+from typing import Any, ClassVar, Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 from scipy import stats
@@ -31,7 +31,7 @@ class Distribution(Protocol):
 Choices = list[Any] | Distribution
 """What a space has for one key."""
 
-ScipyLaw = stats.rv_continuous | stats.rv_discrete
+ScipyLaw: TypeAlias = stats.rv_continuous | stats.rv_discrete
 
 Label = bool | int | float | str | None
 """What Optuna's storages hold."""
