@@ -1,10 +1,11 @@
-"""Text for a terminal: cleaned of control characters, numbers kept short, columns aligned."""
+"""Text for a terminal and a notebook: cleaned of control characters, numbers kept short, columns aligned."""
 
 import math
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 
 GAP = "  "
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -128,3 +129,13 @@ def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    """Return an HTML table with one row for each name and text, all of it escaped: what a notebook shows."""
+    lines = "".join(
+        f'<tr><th style="text-align:left">{escape(clean(name))}</th>'
+        f'<td style="text-align:left">{escape(clean(text))}</td></tr>'
+        for name, text in rows
+    )
+    return f"<div><strong>{escape(clean(title))}</strong><table>{lines}</table></div>"

@@ -3,10 +3,13 @@
 Opening a study to look at its trials must not wait for torch.
 """
 
+import math
 import os
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from gputune.study import study as data
+from gputune.text import card, count, short
 
 if TYPE_CHECKING:
     import optuna
@@ -110,6 +113,16 @@ class Study(data.Study):
         return plot_path(self, parameter, ax)
 
     def _repr_html_(self) -> str:
-        from gputune.study.cards import study_card
-
-        return study_card(self)
+        """What a notebook shows: what it searched, its best score and parameters, how many trials ended how."""
+        states = Counter(trial.state for trial in self.trials)
+        rows = [("trials", ", ".join(f"{number} {state}" for state, number in states.items()) or "none")]
+        if (best := self._best) is not None:
+            measure = self.record.measure(best.score)
+            error = f" ± {measure.size(best.std_error)}" if math.isfinite(best.std_error) else ""
+            folds = count(len(best.fold_scores), "fold")
+            rows += [
+                (measure.title, f"{measure.text(best.score)}{error} over {folds}"),
+                ("best trial", f"{best.number}, epoch {best.best_epoch}"),
+                *((name, short(value)) for name, value in best.params.items()),
+            ]
+        return card(f"Study of {self.record.model}" if self.record.model else "Study", rows)

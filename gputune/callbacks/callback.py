@@ -45,24 +45,8 @@ class Callbacks:
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self.active = list(callbacks)
 
-    def study_start(self, study: Study) -> None:
-        """Tell all of the start."""
-        self._call("on_study_start", study)
-
-    def epoch(self, curves: np.ndarray) -> None:
-        """Tell all of epochs; each gets a copy, since the search goes on with its own."""
-        if self.active:
-            self._call("on_epoch", curves.copy())
-
-    def trials_end(self, trials: Study) -> None:
-        """Tell all of finished trials."""
-        self._call("on_trials_end", trials)
-
-    def study_end(self, study: Study) -> None:
-        """Tell all of the end."""
-        self._call("on_study_end", study)
-
-    def _call(self, moment: str, argument: object) -> None:
+    def tell(self, moment: str, argument: object) -> None:
+        """Call the method of this name of all of them."""
         for callback in list(self.active):
             try:
                 getattr(callback, moment)(argument)
@@ -72,7 +56,7 @@ class Callbacks:
                     f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}. It is not called "
                     "again; the search goes on, and nothing of it is lost.",
                     UserWarning,
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
 

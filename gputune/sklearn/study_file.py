@@ -11,8 +11,7 @@ import sklearn
 
 from gputune.errors import InputError
 from gputune.sklearn.base import last_step
-from gputune.study.rows import to_json
-from gputune.study.score import State
+from gputune.study.rows import State, to_json
 from gputune.study.store import Candidate, Result, Store
 from gputune.tuning.record import versions
 

@@ -22,10 +22,9 @@ from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.modules.construction import Builder
 from gputune.population.network import call_module, first_output, two_logits
-from gputune.study.cards import card
 from gputune.study.export import encoded, export
 from gputune.study.model_files import ModelContent, read_content, save_model
-from gputune.text import count, measure_of, short
+from gputune.text import card, count, measure_of, short
 
 ROWS, NUMBERS = 8192, 2**23
 """Most rows, and most encoded numbers, that one batch of a prediction holds."""

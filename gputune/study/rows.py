@@ -17,14 +17,13 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.study.record import OPTION_FORMS, has_form
-from gputune.study.score import State
 from gputune.types import Config, Json
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -146,6 +145,8 @@ DECODERS: dict[str, Callable[[Any], object]] = {
 }
 """Tag -> what reads its content. A dict of the user's with one such key is written under the tag "dict"."""
 
+EpochRule = Literal["best", "last"]
+State = Literal["complete", "failed", "stopped", "pruned"]
 Curve = NDArray[np.float64]
 Row = tuple[Any, ...]
 Value = TypeVar("Value")
@@ -275,6 +276,26 @@ class Result:
             raise ValueError("its best epoch, seconds or detail are out of their range or of another type")
         table = np.frombuffer(curve, dtype="<f8").reshape(-1, len(folds))
         return cls(number, state, mean, folds, best_epoch, time, table, facts)
+
+
+def score_curve(
+    curve: np.ndarray, *, epochs: int, rule: EpochRule
+) -> tuple[State, float, tuple[float, ...], int]:
+    """Return state, score, fold scores (F,) and best epoch (from 1) of a curve (epochs planned, F).
+
+    ``epochs`` is how many were done. One NaN fold at any of them makes the trial "failed" with score NaN; the
+    earliest epoch wins a tie. "stopped" is a trial that a deadline cut short, scored on what it had.
+    """
+    done = curve[:epochs]
+    diverged = np.flatnonzero(np.isnan(done).any(1))
+    if len(diverged) or epochs == 0:
+        at = int(diverged[0]) if len(diverged) else 0
+        folds = tuple(done[at].tolist()) if epochs else (np.nan,) * curve.shape[1]
+        return "failed", float("nan"), folds, at
+    mean = done.mean(1)
+    at = int(mean.argmax()) if rule == "best" else epochs - 1
+    state: State = "complete" if epochs == len(curve) else "stopped"
+    return state, float(mean[at]), tuple(done[at].tolist()), at + 1
 
 
 def read_row(make: Callable[..., Value], row: Row) -> Value:

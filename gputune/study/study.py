@@ -15,7 +15,7 @@ import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
 from gputune.study.record import SearchRecord
-from gputune.study.score import State
+from gputune.study.rows import State
 from gputune.study.store import Candidate, Curve, Result, Store
 from gputune.text import count, of_class, size_words
 from gputune.types import Config, Json

@@ -22,7 +22,7 @@ from gputune.search.distributions import range_of
 from gputune.search.space import Space
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
-from gputune.study.score import score_curve
+from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.problem import ModelChoice
@@ -145,7 +145,16 @@ class _Trials:
         """Evaluate the points that have no result yet; one that was cut short, or given up, has no slope."""
         if step > 0 and self.context.is_over():
             return {}
-        _evaluate_all(self.ledger, self.points, starts, step, self.context)
+        for mode in ("exact", "differences"):
+            waiting = [
+                point
+                for start, point in self.points.items()
+                if point.number not in self.ledger.results and starts[start].mode == mode
+            ]
+            if waiting and self.context.choice.solved:
+                _solve(self.ledger, waiting, self.context)
+            elif waiting:
+                _train(self.ledger, waiting, mode, step, self.context)
         results = ((number, self.ledger.results.get(self.points[number].number)) for number in starts)
         return {
             number: Slope.from_detail(result.detail)
@@ -171,22 +180,6 @@ class _Trials:
         ended = (len(self.points) - len(points)) * (self.outer_steps + 1 - step)
         self.context.progress.spare(ended * self.context.epochs, trials=ended)
         self.points = points
-
-
-def _evaluate_all(
-    ledger: Ledger, points: Mapping[int, Candidate], paths: Mapping[int, Descent], step: int, context: Context
-) -> None:
-    """Evaluate the points that have no result yet: those with exact slopes together, then the others."""
-    for mode in ("exact", "differences"):
-        waiting = [
-            point
-            for start, point in points.items()
-            if point.number not in ledger.results and paths[start].mode == mode
-        ]
-        if waiting and context.choice.solved:
-            _solve(ledger, waiting, context)
-        elif waiting:
-            _train(ledger, waiting, mode, step, context)
 
 
 def _train(ledger: Ledger, points: list[Candidate], mode: SlopeMode, step: int, context: Context) -> None:

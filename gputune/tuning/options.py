@@ -67,13 +67,11 @@ def _whole(name: str, value: object) -> Any:
 
 
 def _seconds(name: str, value: object, none: str = "") -> Any:
+    if none and value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
         raise InputError(f"{name} is a number of seconds above 0{none}, got {value!r}.")
     return value
-
-
-def _seconds_or_none(name: str, value: object) -> Any:
-    return None if value is None else _seconds(name, value, ", or None")
 
 
 def _path(name: str, value: object) -> Any:
@@ -193,7 +191,7 @@ class Options:
     random_state: Any = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=_seed)
     timeout: float | None = _search(
         None, "--timeout SEC", "stop training after so many seconds",
-        takes="number", check=_seconds_or_none, resume=True,
+        takes="number", check=partial(_seconds, none=", or None"), resume=True,
     )  # fmt: skip
 
     task: Any = _rows(None, "--task T", "classification or regression, where the guess is wrong")

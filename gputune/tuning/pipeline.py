@@ -77,7 +77,8 @@ def search(
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
     space = _checked_space(choice, options)
     callbacks = Callbacks(options.callbacks)
-    progress = Progress(options.verbose, callbacks.epoch, words)
+    # A copy of the curves, since the search goes on with its own.
+    progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
         problem = make_problem(source, options.task, choice, options)
@@ -161,14 +162,14 @@ def _train(
 ) -> int | None:
     """Train what waits, and tell the callbacks; return the number of the signal that ended it early."""
     options = context.options
-    ledger.on_finish = lambda rows: callbacks.trials_end(make_study(rows))
-    callbacks.study_start(make_study(ledger.rows(), file=options.study))
+    ledger.on_finish = lambda rows: callbacks.tell("on_trials_end", make_study(rows))
+    callbacks.tell("on_study_start", make_study(ledger.rows(), file=options.study))
     try:
         with context.profile.clock("training"), matrix_products(tf32=options.tf32):
             run = partial(_run_method, ledger, space, context)
             return run_until_signal(run, context.trainer.stop, signals, context.progress.say)
     finally:
-        callbacks.study_end(make_study(ledger.rows(), file=options.study))
+        callbacks.tell("on_study_end", make_study(ledger.rows(), file=options.study))
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:
@@ -181,7 +182,9 @@ def _folds(problem: Problem, options: Options) -> list[Rows]:
 
 def _dataset(problem: Problem, folds: Sequence[Rows], options: Options, choice: ModelChoice) -> Dataset:
     """Return the data, with the rows as the user gave them where a scorer of the user's own sees them."""
-    data, statistics = problem.dataset(folds, _data_options(options), choice)
+    if isinstance(options.workers, Ray):  # on its way to a cluster the data lies in main memory
+        options = replace(options, workers=1, device="cpu")
+    data, statistics = problem.dataset(folds, options, choice)
     if not callable(options.scoring):
         return data
     return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout, statistics))
@@ -193,11 +196,6 @@ def _remember_what_runs(choice: ModelChoice, options: Options) -> None:
         remember_code(choice.module_class)
     if isinstance(options.workers, Ray) and options.workers.is_elsewhere:
         remember(options.workers.address)
-
-
-def _data_options(options: Options) -> Options:
-    """Return the options for the data: on its way to a cluster it lies in main memory."""
-    return replace(options, workers=1, device="cpu") if isinstance(options.workers, Ray) else options
 
 
 def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[RayCluster | None]:

@@ -90,9 +90,9 @@ class Progress:
         self.epochs_done, self.epochs = 0, 0
         self.members, self.processes, self.pruned, self.batches = 0, 1, 0, 0
 
-    def say(self, text: str, *, level: int = 1, once: bool = False) -> None:
-        """Print a line where ``verbose`` reaches ``level``; with ``once`` not again in this search."""
-        if self.verbose >= level and not (once and text in self.said):
+    def say(self, text: str, *, once: bool = False) -> None:
+        """Print a line unless ``verbose`` is 0; with ``once`` not again in this search."""
+        if self.verbose >= 1 and not (once and text in self.said):
             self.said.add(text)
             tqdm.write(self.words_of(text), file=self.screen)
 

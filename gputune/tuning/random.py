@@ -15,7 +15,7 @@ from gputune.engine.plan import Plan
 from gputune.population.population import Population
 from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger
-from gputune.study.score import score_curve
+from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, given_up

@@ -22,7 +22,7 @@ from gputune.hypergradients.first_step import free_bytes
 from gputune.population.population import Population
 from gputune.search.stopping import Halving, Median, below_the_median, survivors
 from gputune.study.ledger import Ledger
-from gputune.study.score import score_curve
+from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, given_up
 from gputune.types import Config
