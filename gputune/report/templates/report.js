@@ -15,13 +15,9 @@
   const handles = Array.from(document.querySelectorAll(".parallel .axis"));
 
   function height(axis, row) {
-    if (axis.heights) {
-      return axis.heights[row] === null ? null : axis.heights[row] / 1000;
-    }
+    if (axis.heights) { return axis.heights[row] === null ? null : axis.heights[row] / 1000; }
     const value = byKey.get(axis.column).values[row];
-    if (value === null || (axis.log && value <= 0)) {
-      return null;
-    }
+    if (value === null || (axis.log && value <= 0)) { return null; }
     const place = axis.log
       ? Math.log(value / axis.low) / Math.log(axis.high / axis.low)
       : (value - axis.low) / (axis.high - axis.low);
@@ -31,9 +27,7 @@
   function isKept(row) {
     return axes.every((axis, place) => {
       const brush = brushes[place];
-      if (brush === null) {
-        return true;
-      }
+      if (brush === null) { return true; }
       const at = height(axis, row);
       return at !== null && at >= brush[0] - 0.002 && at <= brush[1] + 0.002;
     });
@@ -63,9 +57,7 @@
     brushes.forEach((_, place) => showBrush(place));
     kept = [];
     for (let row = 0; row < rows; row += 1) {
-      if (!isActive || isKept(row)) {
-        kept.push(row);
-      }
+      if (!isActive || isKept(row)) { kept.push(row); }
     }
     const there = new Set(kept);
     lines.forEach((line) => line.classList.toggle("off", isActive && !there.has(Number(line.dataset.rank))));
@@ -89,9 +81,7 @@
       event.preventDefault();
     });
     handle.addEventListener("pointermove", (event) => {
-      if (from === null) {
-        return;
-      }
+      if (from === null) { return; }
       const now = at(event);
       if (dragged || Math.abs(now - from) > 0.01) {
         dragged = true;
@@ -106,9 +96,7 @@
       }
       from = null;
     });
-    handle.addEventListener("pointercancel", () => {
-      from = null;
-    });
+    handle.addEventListener("pointercancel", () => { from = null; });
     handle.addEventListener("keydown", (event) => {
       const brush = brushes[place];
       const step = { ArrowUp: 0.05, ArrowDown: -0.05 }[event.key];
@@ -142,12 +130,8 @@
 
   function text(column, row) {
     const value = column.values[row];
-    if (value === null) {
-      return "–";
-    }
-    if (column.levels) {
-      return column.levels[value];
-    }
+    if (value === null) { return "–"; }
+    if (column.levels) { return column.levels[value]; }
     return column.decimals === undefined ? String(value) : value.toFixed(column.decimals);
   }
 
@@ -168,9 +152,7 @@
   }
 
   function show() {
-    if (!body) {
-      return;
-    }
+    if (!body) { return; }
     const shown = view.slice(first, first + data.page);
     body.replaceChildren(
       ...shown.map((row) => {
@@ -178,9 +160,7 @@
         line.dataset.rank = String(row);
         columns.forEach((column) => {
           const cell = document.createElement("td");
-          if (!column.levels) {
-            cell.className = "number";
-          }
+          if (!column.levels) { cell.className = "number"; }
           cell.textContent = text(column, row);
           line.append(cell);
         });
