@@ -114,13 +114,6 @@ def test_one_hundred_steps_follow_the_equations(name, rule, foreach):
     assert abs(lr / LR[name] - 1) > 0.02  # the rate did move
 
 
-def test_plain_sgd_normalized_divides_by_the_last_squared_gradient():
-    w = torch.tensor([2.0, -1.0], dtype=torch.float64, requires_grad=True)
-    optimizer = SGDHD([w], lr=0.1, hypergrad_lr=0.01, rule="normalized")
-    rate = steps_with(optimizer, w, ([1.0, 3.0], [2.0, 5.0]))
-    assert rate == pytest.approx(0.1 + 0.01 * 17 / 10, rel=1e-14)
-
-
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_hypergrad_lr_of_zero_is_torch_optim(name, foreach):

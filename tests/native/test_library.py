@@ -108,12 +108,6 @@ def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, what, backend, 
     assert f"note: all trials train {says}" in capsys.readouterr().err
 
 
-def test_a_module_with_the_compiled_backend_needs_a_compiler_before_it_trains(monkeypatch):
-    monkeypatch.setattr(built.shutil, "which", lambda name: None)
-    with refused("backend='compiled' .* there is no C compiler"):
-        gputune.tune(Linear, ROWS, LABELS, backend="compiled", **SMALL)
-
-
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     broken = tmp_path / "broken-cc"
     broken.write_text("#!/bin/sh\necho 'it is broken' >&2\nexit 3\n")
@@ -233,28 +227,20 @@ def flipped(content):
 
 
 @needs_compiler
-@pytest.mark.parametrize("spoil", [flipped, lambda content: content[:4096], lambda content: b""])
-def test_a_file_that_is_not_as_it_was_built_is_built_again(monkeypatch, tmp_path, spoil):
+@pytest.mark.parametrize(
+    "spoil, mode", [(flipped, 0o600), (lambda content: content[:4096], 0o600), (bytes, 0o660)]
+)
+def test_a_file_that_is_not_as_it_was_built_or_that_others_may_write_is_built_again(tmp_path, spoil, mode):
     library(torch.float32)
     library.cache_clear()
     (path,) = (tmp_path / "cache" / "gputune").iterdir()
     content = path.read_bytes()
     path.unlink()  # not written over: it is mapped into this process
     path.write_bytes(spoil(content))
-    path.chmod(0o600)
+    path.chmod(mode)
     assert library(torch.float32).train_members
     (path,) = path.parent.iterdir()
     assert path.stem.endswith(hashlib.sha256(path.read_bytes()).hexdigest())
-
-
-@needs_compiler
-def test_a_file_that_others_may_write_is_built_again(tmp_path):
-    library(torch.float32)
-    library.cache_clear()
-    (path,) = (tmp_path / "cache" / "gputune").iterdir()
-    path.chmod(0o660)
-    assert library(torch.float32).train_members
-    (path,) = path.parent.iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 

@@ -263,25 +263,6 @@ def test_a_class_of_the_running_program_needs_no_word(monkeypatch, another_user)
             find_class({"import": f"__main__:{name}"})
 
 
-def test_a_script_runs_again_only_when_that_is_said(monkeypatch, another_user, tmp_path):
-    """Not for having been run: what it does beside its classes would be done again."""
-    another_user()
-    code = "import sys\nfrom torch import nn\nclass Net(nn.Module): pass\nsys.ran.append(__name__)"
-    monkeypatch.setattr(sys, "ran", [], raising=False)
-    with monkeypatch.context() as patch:
-        main = run_as_main(patch, code, tmp_path / "train.py")
-        source = {**class_source(main.Net), "file": source_file(main.Net)}
-        assert why_not_found(main.Net) == f"in the script '{tmp_path / 'train.py'}'"
-        remember_code(main.Net)
-    words = r"'Net' is in the script '.*train.py', and loading it runs that script again, all but what stands under `if"
-    with pytest.raises(UntrustedCodeError, match=words):
-        find_class(source)
-    with pytest.raises(UntrustedCodeError, match="as it is now; it has changed"):
-        find_class({"path": source["file"], "class": "Net", "sha256": "0"}, or_changed=True)
-    assert sys.ran == ["__main__"]
-    assert find_class(source, trust_code=True).__name__ == "Net" and len(sys.ran) == 2
-
-
 def test_a_class_that_no_import_reaches_is_told():
     class Net(nn.Module):
         pass

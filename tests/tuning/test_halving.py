@@ -16,7 +16,6 @@ from gputune.study.store import Candidate, Store
 from gputune.tuning import rungs
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
-from problems import Net
 
 FAST = {"max_epochs": 9, "cv": 3, "verbose": 0, "workers": 1}
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20], "dropout": [0.0, 0.1]}
@@ -110,12 +109,6 @@ def test_every_optimizer_goes_on_from_its_state(iris, optimizer):
     assert_begins_as(full, halved, atol=1e-9)
 
 
-def test_a_users_module_is_halved(iris):
-    common = {"space": {"lr": loguniform(1e-3, 0.1), "module__hidden": [4, 6]}, "n_trials": 8, **FAST}
-    full, halved = (gputune.tune(Net, *iris, method=m, **common) for m in ("random", "halving"))
-    assert_begins_as(full, halved)
-
-
 def test_processes_give_what_one_process_gives(iris, both):
     two = gputune.tune(
         "mlp", *iris, space=SPACE, n_trials=27, method=gputune.Halving(min_epochs=1), **{**FAST, "workers": 2}
@@ -150,19 +143,6 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
     assert parked[0].held == 0
 
 
-def test_the_plan_counts_the_states_that_wait(iris, capsys, monkeypatch):
-    """30 trials of 16 x 4 + 16 + 16 x 16 + 16 + 3 x 16 + 3 parameters with two moments, in 3 folds: 419 KiB."""
-    common = {"space": {"lr": loguniform(1e-4, 0.1), "width": [16]}, "n_trials": 30, "include_default": False}
-    said_of = {"1GB": "425.0 KiB in main memory", "100KB": "100.0 KiB in main memory and 325.0 KiB in files"}
-    for memory, words in said_of.items():
-        gputune.tune("mlp", *iris, method="halving", memory=memory, **{**common, **FAST, "verbose": 1})
-        said = capsys.readouterr().err
-        assert f"; states that wait for a rung take up to {words}\n" in said
-        assert said.count("wait for a rung") == 1
-    gputune.tune("mlp", *iris, **{**common, **FAST, "verbose": 1})
-    assert "wait for a rung" not in capsys.readouterr().err
-
-
 def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
     def full(*arguments, **more):
         raise SafetensorError("No space left on device (os error 28)")
@@ -172,33 +152,6 @@ def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
         OSError, match=r"no room for the states .* takes no more .*No space left.* let TMPDIR name"
     ):
         gputune.tune("mlp", *iris, n_trials=4, method="halving", memory=1000, **FAST)
-
-
-@pytest.mark.parametrize(("stop_at", "memory"), [(1, None), (2, None), (3, None), (2, 60_000)])
-def test_a_stopped_search_goes_on_bit_for_bit(iris, both, tmp_path, monkeypatch, stop_at, memory):
-    """Stopped before its first, second or third leg, in one chunk a shape or in many."""
-    common = {
-        "space": SPACE,
-        "n_trials": 27,
-        "method": gputune.Halving(min_epochs=1),
-        "memory": memory,
-        **FAST,
-    }
-    whole = both[1] if memory is None else gputune.tune("mlp", *iris, **common)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "train", stopping_at(stop_at))
-        gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
-    kept = gputune.Study.open(tmp_path / "s.db")
-    assert [t.state for t in kept.trials].count("pruned") == [0, 18, 24][stop_at - 1]
-    study = gputune.tune("mlp", *iris, study=tmp_path / "s.db", **common)
-    np.testing.assert_array_equal(study.curves, whole.curves)
-    assert [(t.state, t.score, t.detail) for t in study.trials] == [
-        (t.state, t.score, t.detail) for t in whole.trials
-    ]
-    assert [t.detail for t in gputune.Study.open(tmp_path / "s.db").trials] == [
-        t.detail for t in study.trials
-    ]
 
 
 def test_a_halved_search_grows(iris, tmp_path):
