@@ -40,6 +40,43 @@ class Study(data.Study):
 
         return refit(self, X, y, check=check, trust_code=trust_code)
 
+    def ensemble(
+        self,
+        X: object = None,
+        y: object = None,
+        *,
+        size: int = 25,
+        candidates: int = 25,
+        seeds: int = 1,
+        trust_code: bool = False,
+        verbose: int = 1,
+    ) -> "TunedModel":
+        """The weighted mean of several trials, chosen on validation rows and trained again on all rows.
+
+        The best ``candidates`` trials are trained on their folds once more, which costs so many trials' part of the
+        search. Of what they predict on the rows that they have not seen an ensemble is chosen greedily with
+        repetition (Caruana et al., 2004), in at most ``size`` steps; those chosen are trained on all rows, each with
+        ``seeds`` starts and orders. Probabilities, or values of a regression, are averaged.
+
+        ``info["score"]`` is honest about the choice: each fold is scored by what the other folds choose; the trials
+        are still the best of the search on the same folds. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
+
+        Raises InputError for fewer than two finished trials, one fold, a study of descents, a custom target, and as
+        ``best_model`` does; DivergedError where a trial diverges on all rows.
+        """
+        from gputune.tuning.ensemble import ensemble
+
+        return ensemble(
+            self,
+            X,
+            y,
+            size=size,
+            candidates=candidates,
+            seeds=seeds,
+            trust_code=trust_code,
+            verbose=verbose,
+        )
+
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
         """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.
 

@@ -311,6 +311,11 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
             "train on a Ray cluster: local (default), auto, HOST:PORT or ray://HOST:PORT; after FILE",
             resume=True,
         ),
+        "ensemble": Rule(
+            "--ensemble",
+            "choose an ensemble of the best trials too, and save what is better on the held-out rows",
+            resume=True,
+        ),
         "profile": Rule(
             "--profile",
             "say at the end where the time went, and what share of the machine's matrix products the steps reached",

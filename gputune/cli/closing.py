@@ -106,7 +106,7 @@ class Ending:
     """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
 
     ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
-    whole run.
+    whole run, ``ensemble`` what is said of one.
     """
 
     file: str
@@ -116,6 +116,19 @@ class Ending:
     study_file: Path
     model_folder: Path | None
     seconds: float
+    ensemble: str = ""
+
+
+def ensemble_words(
+    study: Study, model: TunedModel, held_out: HeldOut | None, best: HeldOut | None, *, is_saved: bool
+) -> str:
+    """Say what an ensemble is of, its score beside that of the best trial, and which of both is saved."""
+    measure, members = study_measure(study), count(len(model.info["ensemble"]), "trial")
+    text = f"An ensemble of {members} has a cross-validated {measure.name} of {measure.text(model.info['score'])}"
+    if held_out is None or best is None or held_out.why or best.why:
+        return f"{text} and is the model that is saved."
+    scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
+    return f"{text}, and {scores}; the {'ensemble' if is_saved else 'best trial'} is saved."
 
 
 def closing_text(ending: Ending, *, width: int) -> str:
@@ -262,7 +275,8 @@ def _scores(ending: Ending, width: int) -> str:
         )
     if held is not None and held.unseen:
         text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
-    return paragraph(f"{text} {_optimistic(ending.study)}{_unfinished(ending.study)}", width)
+    words = f"{text} {_optimistic(ending.study)}{_unfinished(ending.study)}"
+    return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
 
 
 def _unfinished(study: Study) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import METHOD_RULES, MODEL, STUDY, model_folder, study_file
-from gputune.cli.closing import Ending, HeldOut, closing_text, held_out_score, stopped_text
+from gputune.cli.closing import Ending, HeldOut, closing_text, ensemble_words, held_out_score, stopped_text
 from gputune.cli.wording import in_flags
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
@@ -22,6 +22,7 @@ from gputune.executors.ray_connection import Ray
 from gputune.search.descent import Hypergradient
 from gputune.search.space import parse_specs
 from gputune.study.database import blaming_options
+from gputune.study.model import TunedModel
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.method import METHODS, Method
 from gputune.tuning.options import RULES, Options
@@ -92,12 +93,12 @@ def _finish(
     keeps_model = "test_size" in (rest.origin or {})
     width = shutil.get_terminal_size().columns
 
-    def ending(study: Study, held_out: HeldOut | None) -> Ending:
+    def ending(study: Study, held_out: HeldOut | None, ensemble: str = "") -> Ending:
         file = arguments.file if arguments.command == "tune" else (study.record.source or {})["path"]
         model = model_folder(shown) if keeps_model else None
-        return Ending(file, study, rest, held_out, shown, model, time.perf_counter() - begin)
+        return Ending(file, study, rest, held_out, shown, model, time.perf_counter() - begin, ensemble)
 
-    held_out = None
+    held_out, ensemble = None, ""
     with _explaining_interrupts(options.study):
         try:
             study = search(
@@ -115,18 +116,43 @@ def _finish(
             raise
         if keeps_model:
             with profile.clock("training the best on all rows"):
-                model = study.best_model()
-            if recorded.test is not None:
-                record = study.record
-                held_out = held_out_score(model, record.scoring, recorded.test, positive=record.positive)
-                scored = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
-                model = replace(model, info={**model.info, **scored})
+                model, held_out = _scored(study.best_model(), recorded, study)
             model.save(model_folder(options.study))
-    text = closing_text(ending(study, held_out), width=width)
+            if arguments.ensemble:
+                with profile.clock("an ensemble"):
+                    held_out, ensemble = _ensemble(study, recorded, held_out, arguments.verbose)
+    text = closing_text(ending(study, held_out, ensemble), width=width)
     if not arguments.profile:
         return text
     dtype = getattr(torch, options.dtype)
     return f"{text}\n\n{profile.report(dtype=dtype, device=options.device_here())}"
+
+
+def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[TunedModel, HeldOut | None]:
+    """Return the model with its score on the held-out rows, where there are some."""
+    if recorded.test is None:
+        return model, None
+    record = study.record
+    held_out = held_out_score(model, record.scoring, recorded.test, positive=record.positive)
+    scored = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
+    return replace(model, info={**model.info, **scored}), held_out
+
+
+def _ensemble(
+    study: Study, recorded: RecordedSearch, best: HeldOut | None, verbose: int
+) -> tuple[HeldOut | None, str]:
+    """Save an ensemble in place of the best trial where it is no worse on the held-out rows, or where there are none.
+
+    Returns the held-out score of the model that is saved, and what is said of the ensemble.
+    """
+    try:
+        model, held_out = _scored(study.ensemble(verbose=verbose), recorded, study)
+    except InputError as error:
+        return best, f"No ensemble: {error}"
+    is_saved = held_out is None or best is None or not held_out.score < best.score
+    if is_saved:
+        model.save(model_folder(recorded.options.study))
+    return (held_out if is_saved else best), ensemble_words(study, model, held_out, best, is_saved=is_saved)
 
 
 def _options(arguments: argparse.Namespace, study_file: Path) -> Options:

@@ -17,7 +17,7 @@ from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stop import Stop
-from gputune.engine.train import Spent, State, Trained, train
+from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
@@ -175,8 +175,17 @@ class Outcome:
     spent: Spent = field(default=Spent(), kw_only=True)
 
 
-def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress | None = None) -> Trained:
-    """Train one chunk, from where it was begun, and return it with its members."""
+def train_chunk(
+    job: Job,
+    data: Dataset,
+    chunk: Population,
+    progress: Progress | None = None,
+    after_epoch: AfterEpoch | None = None,
+) -> Trained:
+    """Train one chunk, from where it was begun, and return it with its members.
+
+    With ``after_epoch`` that alone decides when it ends, and no checkpoint is written.
+    """
     begun = _begun(chunk)
     return train(
         job.network(data, chunk),
@@ -186,7 +195,7 @@ def train_chunk(job: Job, data: Dataset, chunk: Population, progress: Progress |
         epochs=job.epochs,
         horizon=job.horizon,
         scoring=job.scoring,
-        after_epoch=_Watch(job, begun, progress),
+        after_epoch=after_epoch or _Watch(job, begun, progress),
         begin=begun.state,
         alive=begun.alive,
         before=begun.before,

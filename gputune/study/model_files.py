@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from gputune.models import MLP, LogisticRegression
 from gputune.modules.construction import Builder, call_arguments, materialise, name_of
 from gputune.scratch import write_files
 from gputune.seeding import keyed_draws
+from gputune.study.ensemble import Ensemble
 from gputune.study.module_source import (
     class_source,
     find_class,
@@ -88,7 +89,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
     place.mkdir(parents=True, exist_ok=True)
     files = {TENSORS: tensors, DESCRIPTION: f'{head[:-1]}, "body": {text}}}\n'.encode()}
     write_files(place, files, prefix=DRAFTS)
-    module_class = type(model.module)
+    module_class = _module_type(model)
     if model.spec["kind"] == "module" and "made" not in model.spec:
         remember_code(module_class)
         if where := why_not_found(module_class):
@@ -115,12 +116,16 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         shape = layout.shapes[0] if isinstance(layout, ArrayLayout) else (layout.n_features,)
         sizes = {"n_features": layout.n_features, "n_outputs": n_outputs, "input_shape": shape}
         sizes |= {name: value for name, value in kwargs.items() if name in sizes}
-        arguments = {name: value for name, value in kwargs.items() if name not in sizes}
+        members = [
+            {name: value for name, value in dict(member).items() if name not in sizes}
+            for member in spec.get("ensemble", [kwargs])
+        ]
         if kind in BUILT_IN:
-            _check_size(sizes | arguments, kind, state)
+            _check_size([sizes | arguments for arguments in members], kind, state)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
-    network = _filled(module_class, sizes, arguments, dtype, state, folder, changed=changed)
+    task = body["task"] if "ensemble" in spec else None
+    network = _filled(module_class, sizes, members, task, dtype, state, folder, changed=changed)
     with blaming(folder / DESCRIPTION):
         return ModelContent(
             module=network.eval(),
@@ -224,11 +229,13 @@ def _preprocessing(
     return Layout.from_json(layout), Statistics.from_json(statistics)
 
 
-def _check_size(arguments: Config, kind: str, state: dict[str, Tensor]) -> None:
-    """Raise ValueError for a network that is larger than its tensors, before it takes the memory."""
+def _check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
     words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
-    D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
-    numbers = (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
+    numbers = 0
+    for arguments in members:
+        D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
+        numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
     there = sum(tensor.numel() for tensor in state.values())
     if numbers > there:
         raise ValueError(f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}")
@@ -251,36 +258,50 @@ def _full_spec(model: ModelContent) -> Json:
         return model.spec
     if "made" in model.spec:  # by a function, of which the module knows nothing
         return model.spec
-    source, file = class_source(type(model.module)), source_file(type(model.module))
+    source, file = class_source(_module_type(model)), source_file(_module_type(model))
     beside = {"file": file} if file is not None and "import" in source else {}
-    return {"kind": "module", "kwargs": model.spec["kwargs"], **source, **beside}
+    kept: dict[str, Any] = {
+        key: model.spec[key] for key in ("kind", "kwargs", "ensemble") if key in model.spec
+    }
+    return {**kept, **source, **beside}
+
+
+def _module_type(model: ModelContent) -> type[nn.Module]:
+    """Return the class of the module, or of the members of an ensemble."""
+    return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
 
 
 def _filled(
     module_class: Builder,
     sizes: Config,
-    arguments: Config,
+    members: Sequence[Config],
+    task: Task | None,
     dtype: torch.dtype,
     state: dict[str, Tensor],
     folder: Path,
     *,
     changed: bool,
 ) -> nn.Module:
-    """Build the module and load its state; where its source has ``changed`` an error or a warning says so."""
+    """Build the module, of an ensemble for a ``task`` its members, and load its state.
+
+    Where its source has ``changed`` an error or a warning says so.
+    """
     name = name_of(module_class)
     file = source_file(module_class) or name
     remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
     try:
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
-            network = module_class(**call_arguments(module_class, sizes, arguments))
-            materialise(network, sizes["input_shape"])
-            network = network.to(dtype)
+            modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
+            for module in modules:
+                materialise(module, sizes["input_shape"])
+                module.to(dtype)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
-            f"{name} could not be built from the saved arguments {sizes | arguments}: {type(error).__name__}: {error}; "
-            f"{remedy}pass the class as it was."
+            f"{name} could not be built from the saved arguments {sizes | members[0]}: {type(error).__name__}: "
+            f"{error}; {remedy}pass the class as it was."
         ) from error
+    network = modules[0] if task is None else Ensemble(modules, [1 / len(modules)] * len(modules), task)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -1,18 +1,22 @@
 """From a study to its tuned model: the best configuration trained again on all rows of the study."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gputune.data.arrays import ArrayStatistics
 from gputune.data.dataset import Dataset
+from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.entry import entry
+from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
 from gputune.population.population import complete, module_arguments
 from gputune.search.descent import Hypergradient
@@ -24,21 +28,133 @@ from gputune.study.study import Study, Trial
 from gputune.tuning.options import Options
 from gputune.tuning.problem import DTYPES, ModelChoice, Problem, make_problem, recorded_model
 from gputune.tuning.record import recorded_options
-from gputune.tuning.trainer import Trainer
+from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Backend, Config
 from gputune.version import __version__
 
 
-@entry
-def refit(
-    study: Study, X: object = None, y: object = None, *, check: bool = True, trust_code: bool = False
-) -> TunedModel:
-    """Train the best trial of a study on all its rows, for as many epochs as its best score took.
+@dataclass(frozen=True, eq=False)
+class Search:
+    """The search of a study as it was, from memory or from its file: what trains its trials again.
 
-    Without X and y the rows are those of the search, kept in memory or read again from the file it read.
-    Raises InputError where there are none or, with ``check``, others; DivergedError where it diverges.
+    ``rows`` is the fingerprint of the rows that are at hand.
     """
-    trial = study.best_trial
+
+    study: Study
+    choice: ModelChoice
+    options: Options
+    problem: Problem
+    rows: Config
+
+    def config(self, trial: Trial) -> Config:
+        """Return the complete configuration of a trial."""
+        return complete(trial.params, optimizer=self.choice.optimizer, schedule=self.options.schedule)
+
+    def train(
+        self, data: Dataset, trials: Sequence[Trial], *, seed: int, progress: Progress = unseen
+    ) -> list[list[nn.Module]]:
+        """Train each trial for as many epochs as its best score took; return its member of every fold of the data.
+
+        Raises DivergedError where one diverges.
+        """
+        configs, epochs = [self.config(trial) for trial in trials], [trial.best_epoch for trial in trials]
+        options, descent = self.options, self.options.method
+        members: list[list[nn.Module]]
+        if self.choice.solved:
+            solution = solve_all(data, configs)
+            members = [
+                [solved_module(solution, f * len(configs) + c) for f in range(data.n_folds)]
+                for c in range(len(configs))
+            ]
+        else:
+            trainer = self._trainer(data, seed)
+            with matrix_products(tf32=options.tf32):
+                if isinstance(descent, Hypergradient):
+                    members = [[trainer.train_scheduled(configs[0], descent, epochs=epochs[0])]]
+                else:
+                    members = trainer.train_members(configs, epochs, progress)
+        for trial, modules in zip(trials, members):
+            if not all(bool(w.isfinite().all()) for module in modules for w in module.parameters()):
+                raise DivergedError(
+                    f"trial {trial.number} diverged when it was trained on all rows; give the next best configuration, "
+                    "or a smaller lr, a search of its own."
+                )
+        return members
+
+    def _trainer(self, data: Dataset, seed: int) -> Trainer:
+        options, choice = self.options, self.choice
+        backend: Backend = "eager"
+        if not isinstance(options.method, Hypergradient):
+            backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
+        return Trainer(
+            data=data,
+            kind=choice.kind,
+            module_class=choice.module_class,
+            objective=self.problem.objective,
+            seed=seed,
+            horizon=options.max_epochs,
+            backend=backend,
+            precision=options.precision,
+        )
+
+    def all_rows(self) -> tuple[Dataset, Statistics | ArrayStatistics]:
+        """Return all rows as the one fold of a refit, and their statistics."""
+        folds = [all_rows(len(self.problem.source.X))]
+        data, (statistics,) = self.problem.dataset(folds, self.options, self.choice)
+        return data, statistics
+
+    def model(
+        self,
+        module: nn.Module,
+        data: Dataset,
+        statistics: Statistics | ArrayStatistics,
+        *,
+        spec: Config,
+        info: Config,
+    ) -> TunedModel:
+        """Return the tuned model of a module trained on ``all_rows``, with its part of the spec and info."""
+        target, record = self.problem.target, self.study.record
+        return TunedModel(
+            module=module,
+            layout=self.problem.layout,
+            statistics=statistics,
+            task=target.task,
+            classes=target.classes,
+            center=_plain(data.center[0]),
+            scale=_plain(data.scale[0]),
+            dtype=data.dtype,
+            target=target.name,
+            spec={**self.choice.spec, **spec},
+            info={
+                **info,
+                "scoring": record.scoring,
+                "positive": record.positive,
+                "loss": record.objective,
+                "trials": len(self.study.trials),
+                "rows": self.rows["rows"],
+                "fingerprint": self.rows,
+                "versions": {"gputune": __version__, "torch": torch.__version__},
+            },
+        )
+
+    def arguments(self, config: Config, data: Dataset) -> Config:
+        """Return with what the module of a configuration is built."""
+        size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
+        if self.choice.searched == "mlp":
+            return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
+        return size | module_arguments(config)
+
+    def score(self, score: float, std_error: float) -> Config:
+        """Return a score as the ``info`` of a model has it: that of the rows of the search, and of no others."""
+        same = self.rows == self.study.record.fingerprint
+        return {"score": score, "std_error": std_error} if same else {}
+
+
+def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: bool) -> Search:
+    """Return the search of a study on X and y, by default its own rows: kept in memory, or read again from its file.
+
+    Raises InputError where there are none or, with ``check``, others.
+    """
     from_file = study.file if X is None and study.data is None else None
     with nullcontext() if from_file is None else blaming_options(from_file):
         choice, source, options = _recalled(study, X, y, trust_code)
@@ -50,30 +166,31 @@ def refit(
     rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
     if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
-    data, (statistics,) = problem.dataset([all_rows(len(source.X))], options, choice)
-    config = complete(trial.params, optimizer=choice.optimizer, schedule=options.schedule)
-    if choice.solved:
-        module: nn.Module = solved_module(solve_all(data, [config]), 0)
-    else:
-        module = _train(problem, data, config, choice, options, epochs=trial.best_epoch)
-    if not all(bool(w.isfinite().all()) for w in module.parameters()):
-        raise DivergedError(
-            f"trial {trial.number} diverged when it was trained on all rows; give the next best configuration, or a "
-            "smaller lr, a search of its own."
-        )
-    target = problem.target
-    return TunedModel(
-        module=module,
-        layout=problem.layout,
-        statistics=statistics,
-        task=target.task,
-        classes=target.classes,
-        center=_plain(data.center[0]),
-        scale=_plain(data.scale[0]),
-        dtype=data.dtype,
-        target=target.name,
-        spec={**choice.spec, "kwargs": _arguments(choice, config, data)},
-        info=_info(study, trial, rows),
+    return Search(study, choice, options, problem, rows)
+
+
+@entry
+def refit(
+    study: Study, X: object = None, y: object = None, *, check: bool = True, trust_code: bool = False
+) -> TunedModel:
+    """Train the best trial of a study on all its rows, for as many epochs as its best score took.
+
+    Raises what ``recalled`` does; DivergedError where it diverges.
+    """
+    trial = study.best_trial
+    search = recalled(study, X, y, check=check, trust_code=trust_code)
+    data, statistics = search.all_rows()
+    ((module,),) = search.train(data, [trial], seed=search.options.random_state)
+    return search.model(
+        module,
+        data,
+        statistics,
+        spec={"kwargs": search.arguments(search.config(trial), data)},
+        info={
+            "params": trial.params,
+            "epochs": trial.best_epoch,
+            **search.score(trial.score, trial.std_error),
+        },
     )
 
 
@@ -176,48 +293,3 @@ def _other_rows(study: Study, problem: Problem, rows: Mapping[str, object], *, a
         f"best_model(X, y): these are not the rows that the study was searched on ({difference}). Pass those{again}; "
         "check=False trains on others, and the model then has no score."
     )
-
-
-def _train(
-    problem: Problem, data: Dataset, config: Config, choice: ModelChoice, options: Options, *, epochs: int
-) -> nn.Module:
-    descent = options.method if isinstance(options.method, Hypergradient) else None
-    backend: Backend = "eager"
-    if descent is None:
-        backend, _ = choose_backend(options.backend, data.device, data.dtype, choice.kind)
-    trainer = Trainer(
-        data=data,
-        kind=choice.kind,
-        module_class=choice.module_class,
-        objective=problem.objective,
-        seed=options.random_state,
-        horizon=options.max_epochs,
-        backend=backend,
-        precision=options.precision,
-    )
-    with matrix_products(tf32=options.tf32):
-        return trainer.train_module(config, descent, epochs=epochs)
-
-
-def _arguments(choice: ModelChoice, config: Config, data: Dataset) -> Config:
-    size = {"n_features": data.n_features, "n_outputs": data.n_outputs}
-    if choice.searched == "mlp":
-        return size | {k: config[k] for k in ("width", "depth", "activation", "dropout")}
-    return size | module_arguments(config)
-
-
-def _info(study: Study, trial: Trial, rows: Mapping[str, object]) -> Config:
-    """Return what is worth knowing of the model; a score is that of the rows of the search, and of no others."""
-    own = rows == study.record.fingerprint
-    return {
-        "params": trial.params,
-        "epochs": trial.best_epoch,
-        "scoring": study.record.scoring,
-        "positive": study.record.positive,
-        **({"score": trial.score, "std_error": trial.std_error} if own else {}),
-        "loss": study.record.objective,
-        "trials": len(study.trials),
-        "rows": rows["rows"],
-        "fingerprint": rows,
-        "versions": {"gputune": __version__, "torch": torch.__version__},
-    }

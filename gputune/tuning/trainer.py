@@ -14,6 +14,7 @@ from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp, Need, run_in_parts
 from gputune.engine.plan import Plan, make_plan
 from gputune.engine.stop import Stop
+from gputune.engine.train import Trained
 from gputune.errors import InputError
 from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
@@ -30,7 +31,7 @@ from gputune.types import Backend, Config, Precision
 AnyJob = TypeVar("AnyJob", bound=Job)
 
 
-def _unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
+def unseen(_trial_epochs: int, _curves: np.ndarray) -> None:
     """Show no progress."""
 
 
@@ -144,7 +145,7 @@ class Trainer:
         )
 
     def train(
-        self, job: Job, plan: Plan, *, progress: Progress = _unseen, claim: Claim = lambda chunk: True
+        self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim = lambda chunk: True
     ) -> Iterator[Outcome | GivenUp]:
         """Train the chunks of a plan and yield what came of them, in the order in which they end.
 
@@ -169,20 +170,37 @@ class Trainer:
                     _expect(job, outcome.index)
                 yield outcome
 
-    def train_module(self, config: Config, descent: Hypergradient | None, *, epochs: int) -> nn.Module:
-        """Train one configuration, a point of a ``descent`` as it was there, on the only fold; return the module."""
+    def train_members(
+        self, configs: Sequence[Config], epochs: Sequence[int], progress: Progress = unseen
+    ) -> list[list[nn.Module]]:
+        """Train each configuration for its own number of epochs; return its member of every fold, on the CPU."""
+        members: dict[int, list[nn.Module]] = {}
+        job, plan = self.job(Job, epochs=max(epochs)), self.plan(self.groups(configs), epochs=max(epochs))
+        with computing(plan.threads):
+            for chunk in plan.chunks:
+
+                def keep(trained: Trained, index: Sequence[int] = chunk.index) -> bool:
+                    for trial, config in enumerate(index):
+                        if epochs[config] == trained.epochs:
+                            folds = range(self.data.n_folds)
+                            members[config] = [trained.member(fold, trial) for fold in folds]
+                    progress(len(index), trained.curves[:, trained.epochs - 1 : trained.epochs])
+                    return all(epochs[config] <= trained.epochs for config in index)
+
+                train_chunk(job, self.data, chunk, after_epoch=keep)
+        return [members[config] for config in range(len(configs))]
+
+    def train_scheduled(self, config: Config, descent: Hypergradient, *, epochs: int) -> nn.Module:
+        """Train a point of a descent as it was there, on the only fold; return the module."""
         (chunk,) = self.groups([config])
-        if descent is not None:
-            job = self.job(
-                HypergradientJob,
-                epochs=epochs,
-                hyperparameters=tuple(descent.hyperparameters),
-                segments=descent.segments,
-                per_layer=descent.per_layer,
-            )
-            return train_scheduled(job, self.data, chunk)
-        with computing(self.plan([chunk], epochs=epochs).threads):
-            return train_chunk(self.job(Job, epochs=epochs), self.data, chunk).member(0, 0)
+        job = self.job(
+            HypergradientJob,
+            epochs=epochs,
+            hyperparameters=tuple(descent.hyperparameters),
+            segments=descent.segments,
+            per_layer=descent.per_layer,
+        )
+        return train_scheduled(job, self.data, chunk)
 
 
 def _here(job: Job, data: Dataset, plan: Plan) -> AbstractContextManager[Executor]:

@@ -1,0 +1,189 @@
+"""An ensemble of the best trials of a study, chosen greedily on the rows that each fold validates on.
+
+Source: Caruana et al. (2004), Ensemble selection from libraries of models: with repetition, from the best one on.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset, unpack_folds
+from gputune.engine.entry import entry
+from gputune.errors import InputError
+from gputune.population.network import call_module, first_output, two_logits
+from gputune.scoring.scores import neg_cross_entropy
+from gputune.scoring.scoring import Scoring, make_scoring
+from gputune.seeding import stream_seed
+from gputune.study.ensemble import Ensemble
+from gputune.study.model import TunedModel
+from gputune.study.study import Study, Trial
+from gputune.tuning.progress import Progress
+from gputune.tuning.refit import Search, recalled
+
+_BLOCK = 2**13
+"""Rows of which a member's outputs are made at a time."""
+
+_SMALLEST = 1e-300
+"""Probability in place of 0, whose logarithm would be taken for a divergence."""
+
+
+@entry
+def ensemble(
+    study: Study,
+    X: object = None,
+    y: object = None,
+    *,
+    size: int = 25,
+    candidates: int = 25,
+    seeds: int = 1,
+    trust_code: bool = False,
+    verbose: int = 1,
+) -> TunedModel:
+    """Choose and train an ensemble of the trials of a study; see ``Study.ensemble``."""
+    for name, number, least in (("size", size, 1), ("candidates", candidates, 2), ("seeds", seeds, 1)):
+        if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
+            raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
+    trials = _candidates(study, candidates)
+    search = recalled(study, X, y, check=True, trust_code=trust_code)
+    scoring, progress = _scoring(search), Progress(verbose)
+    progress.scoring = scoring.name
+    folds = unpack_folds(study.record.arguments.folds)
+    data, _ = search.problem.dataset(folds, search.options, search.choice)
+    epochs = max(trial.best_epoch for trial in trials)
+    whole, statistics = search.all_rows()
+    with progress.bar_over(len(trials), epochs) if not search.choice.solved else nullcontext():
+        members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
+    predictions = Predictions.of(members, data, scoring)
+    chosen, scores = predictions.choose(size), predictions.nested_scores(size)
+    kept = [trials[place] for place in sorted(chosen)]
+    weights = [chosen[place] / chosen.total() for place in sorted(chosen)]
+    modules: list[nn.Module] = []
+    for number in range(seeds):
+        seed = search.options.random_state
+        seed = seed if number == 0 else stream_seed(seed, "ensemble", number)
+        modules += [module for (module,) in search.train(whole, kept, seed=seed)]
+    network = Ensemble(modules, [w / seeds for w in weights] * seeds, search.problem.target.task)
+    arguments = [search.arguments(search.config(trial), whole) for trial in kept] * seeds
+    return search.model(
+        network.eval(),
+        whole,
+        statistics,
+        spec={"kwargs": arguments[0], "ensemble": arguments},
+        info={
+            "ensemble": {str(trial.number): weight for trial, weight in zip(kept, weights)},
+            "seeds": seeds,
+            **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
+        },
+    )
+
+
+def _candidates(study: Study, most: int) -> list[Trial]:
+    """Return the best finished trials of a study; raises InputError where no ensemble can be made of them."""
+    if isinstance(study.record.method, dict) and study.record.descends:
+        raise InputError(
+            "ensemble() is of trials, and this study holds the points of descents; search with another method."
+        )
+    if study.record.task == "custom":
+        raise InputError(
+            "ensemble() takes the mean of probabilities or of numbers, and this study has a custom target."
+        )
+    trials = [t for t in study.ranking() if t.state == "complete" and math.isfinite(t.score)][:most]
+    if len(trials) < 2:
+        raise InputError(
+            f"ensemble() needs two finished trials, and the study has {len(trials)}; search on, or use best_model()."
+        )
+    if study.record.folds < 2:
+        raise InputError(
+            "ensemble() chooses on the rows that folds validate on, and this study has one fold; search with cv=5."
+        )
+    return trials
+
+
+def _scoring(search: Search) -> Scoring:
+    """Return what the study was scored by."""
+    record, target = search.study.record, search.problem.target
+    asked = search.options.scoring if search.options.scoring is not None else record.scoring
+    return make_scoring(
+        asked, target.task, target.classes, record.positive, search.problem.objective, target.n_outputs
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """What M candidates predict of the rows that each fold validates on.
+
+    ``values[f]`` (M, m_f, K), float64, are probabilities; of a regression the outputs, of which a mean is taken alike.
+    """
+
+    values: Sequence[Tensor]
+    data: Dataset
+    scoring: Scoring
+
+    @staticmethod
+    def of(members: Sequence[Sequence[nn.Module]], data: Dataset, scoring: Scoring) -> "Predictions":
+        """Return the predictions of members (M, F)."""
+        values = [
+            torch.stack([_predicted(folds[f], data, f) for folds in members]) for f in range(data.n_folds)
+        ]
+        return Predictions(values, data, scoring)
+
+    def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
+        """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.
+
+        Each step adds the candidate with which the mean score over the folds is best, of those with equal scores that
+        with the best log loss: an accuracy has few values.
+        """
+        folds = range(self.data.n_folds) if folds is None else folds
+        sums = {fold: torch.zeros_like(self.values[fold][0]) for fold in folds}
+        chosen: list[int] = []
+        keys: list[tuple[float, float]] = []
+        for step in range(1, size + 1):
+            scores = [self._scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
+            means = [tuple(pair) for pair in np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf).T.tolist()]
+            chosen.append(max(range(len(means)), key=means.__getitem__))
+            keys.append(means[chosen[-1]])
+            for fold in folds:
+                sums[fold] += self.values[fold][chosen[-1]]
+        return Counter(chosen[: keys.index(max(keys)) + 1])
+
+    def nested_scores(self, size: int) -> list[float]:
+        """Return the score of each fold (F,) by what is chosen on the others alone."""
+        scores = []
+        for fold in range(self.data.n_folds):
+            choice = self.choose(size, [other for other in range(self.data.n_folds) if other != fold])
+            weights = torch.tensor([number / choice.total() for number in choice.values()])
+            mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
+            scores.append(float(self._scores(fold, mean[None])[0][0]))
+        return scores
+
+    def _scores(self, fold: int, values: Tensor) -> np.ndarray:
+        """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log losses: (2, M)."""
+        task = self.data.task
+        outputs = values.clamp_min(_SMALLEST).log() if task in ("binary", "multiclass") else values
+        outputs = values.logit(_SMALLEST) if task == "multilabel" else outputs
+        score = self.scoring(self.data, fold, outputs)
+        target = self.data.target[self.data.folds[fold].valid]
+        second = neg_cross_entropy(outputs, target) if task in ("binary", "multiclass") else score
+        return torch.stack([score, second.to(score)]).cpu().numpy()
+
+
+def _predicted(module: nn.Module, data: Dataset, fold: int) -> Tensor:
+    """Return what a member predicts (m, K) of the rows that its fold validates on, float64."""
+    parts = []
+    with torch.inference_mode():
+        for rows in torch.split(data.folds[fold].valid, _BLOCK):
+            inputs = [x.cpu() for x in data.rows(fold, rows)]
+            output = first_output(call_module(module, inputs, data.names))
+            parts.append(output.double().view(len(rows), -1).to(data.device))
+    outputs = torch.cat(parts)
+    if data.task == "regression":
+        return outputs
+    if data.task == "binary" and outputs.shape[1] == 1:
+        outputs = two_logits(outputs)
+    return outputs.sigmoid() if data.task == "multilabel" else outputs.softmax(-1)

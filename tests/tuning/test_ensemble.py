@@ -1,0 +1,224 @@
+"""An ensemble is the greedy choice of Caruana et al., of trials that train again as they did in the search."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_iris
+from sklearn.metrics import log_loss
+from torch import nn
+
+import gputune
+from gputune.cli.main import main
+from gputune.study.ensemble import Ensemble
+from gputune.tuning.ensemble import Predictions, ensemble
+
+HOW = {"n_trials": 6, "max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}
+IRIS = load_iris(return_X_y=True)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return gputune.tune("mlp", *IRIS, study=tmp_path_factory.mktemp("ensemble") / "study.db", **HOW)
+
+
+@pytest.fixture
+def predictions(study, monkeypatch):
+    """What the candidates of the study predict, in the order of their scores."""
+    made = []
+    of = Predictions.of
+    monkeypatch.setattr(Predictions, "of", lambda *given: made.append(of(*given)) or made[0])
+    ensemble(study, verbose=0)
+    return made[0]
+
+
+def test_the_candidates_score_again_as_in_the_search(study, predictions):
+    again = np.array([predictions._scores(fold, v)[0] for fold, v in enumerate(predictions.values)]).T
+    np.testing.assert_array_equal(again, [trial.fold_scores for trial in study.ranking()])
+
+
+def greedy(predictions, size, folds):
+    """The obvious form: every ensemble of a step scored by scikit-learn's words, from its list of members."""
+    targets = [predictions.data.target[fold.valid].numpy() for fold in predictions.data.folds]
+
+    def key(members):
+        p = [predictions.values[fold][members].mean(0).numpy() for fold in folds]
+        right = [np.mean(q.argmax(1) == targets[fold]) for q, fold in zip(p, folds)]
+        loss = [log_loss(targets[fold], q, labels=[0, 1, 2]) for q, fold in zip(p, folds)]
+        return np.mean(right), -np.mean(loss)
+
+    chosen, keys = [], []
+    for _ in range(size):
+        tried = [key([*chosen, m]) for m in range(len(predictions.values[0]))]
+        chosen.append(tried.index(max(tried)))
+        keys.append(max(tried))
+    return Counter(chosen[: keys.index(max(keys)) + 1])
+
+
+@pytest.mark.parametrize("folds", [[0, 1, 2], [0, 2]])
+def test_the_choice_is_the_greedy_one(predictions, folds):
+    def weights(choice):
+        return {m: pytest.approx(n / choice.total()) for m, n in choice.items()}
+
+    assert weights(predictions.choose(8, folds)) == weights(greedy(predictions, 8, folds))
+
+
+def test_a_fold_is_scored_by_what_the_others_choose(predictions):
+    before = predictions.nested_scores(5)
+    target = predictions.data.target
+    target[predictions.data.folds[1].valid] = (
+        0  # another answer on one fold changes the choices for the others alone
+    )
+    choice = greedy(predictions, 5, [0, 2])
+    mean = sum(n * predictions.values[1][m] for m, n in choice.items())
+    after = predictions.nested_scores(5)
+    assert after[1] == float((mean.argmax(1) == 0).double().mean()) != before[1]
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel", "regression"])
+def test_the_module_is_the_weighted_mean(task):
+    members, x = [nn.Linear(4, 3).double() for _ in range(3)], torch.randn(5, 4).double()
+    weights = torch.tensor([0.5, 0.3, 0.2]).double()
+    link = {"multiclass": lambda z: z.softmax(-1), "multilabel": torch.sigmoid, "regression": lambda z: z}[
+        task
+    ]
+    mean = sum(w * link(member(x)) for w, member in zip(weights, members))
+    torch.testing.assert_close(link(Ensemble(members, weights.tolist(), task)(x)), mean)
+
+
+def test_one_step_is_the_best_model_and_more_seeds_are_other_members(study):
+    best, one = study.best_model(), study.ensemble(size=1, verbose=0)
+    np.testing.assert_allclose(one.predict_proba(IRIS[0]), best.predict_proba(IRIS[0]), rtol=1e-5)
+    assert one.info["ensemble"] == {str(study.best_trial.number): 1.0}
+    first, second = study.ensemble(size=1, seeds=2, verbose=0).module.members
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), best.module.parameters()))
+    assert not torch.equal(first.layers[0].weight, second.layers[0].weight)
+
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs, width=4):
+        super().__init__()
+        self.norm, self.layers = (
+            nn.BatchNorm1d(n_features),
+            nn.Sequential(nn.Linear(n_features, width), nn.Tanh()),
+        )
+        self.last = nn.Linear(width, n_outputs)
+
+    def forward(self, x):
+        return self.last(self.layers(self.norm(x)))
+
+
+class OneLogit(Net):
+    """As most PyTorch users write two classes."""
+
+    def __init__(self, n_features):
+        super().__init__(n_features, 1)
+
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "how"),
+    [
+        ("mlp", IRIS, {}),
+        ("mlp", load_diabetes(return_X_y=True), {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
+        ("logistic", IRIS, {}),
+        (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
+        (Net, IRIS, {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}, "optimizer": "sgd"}),
+    ],
+)
+def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    X, y = data
+    with np.errstate(all="ignore"):
+        tuned = gputune.tune(model, X, y, **{**HOW, **how}).ensemble(seeds=2, verbose=0)
+    predict = tuned.predict if tuned.classes is None else tuned.predict_proba
+    tuned.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model", module=None if isinstance(model, str) else model)
+    again = loaded.predict if tuned.classes is None else loaded.predict_proba
+    np.testing.assert_array_equal(again(X), predict(X))
+    assert loaded.info == tuned.info and sum(loaded.info["ensemble"].values()) == pytest.approx(1)
+    if model in ("logistic", "mlp") and tuned.classes is not None:
+        return  # the others are exported
+    tuned.export(tmp_path / "model.onnx")
+    outputs = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"X": tuned.encoded(X)})
+    np.testing.assert_allclose(np.squeeze(outputs[-1]), predict(X), rtol=1e-4, atol=1e-5)
+
+
+def test_from_a_file_it_is_the_same(study):
+    first = study.ensemble(verbose=0)
+    second = gputune.Study.open(study.file).ensemble(*IRIS, verbose=0)
+    np.testing.assert_array_equal(first.predict_proba(IRIS[0]), second.predict_proba(IRIS[0]))
+    assert first.info == second.info
+
+
+@pytest.mark.parametrize(
+    ("how", "asked", "message"),
+    [
+        ({}, {"size": 0}, r"ensemble\(size=0\) must be a whole number from 1 on"),
+        ({}, {"candidates": True}, r"ensemble\(candidates=True\) must be a whole number"),
+        ({}, {"seeds": 1.5}, r"ensemble\(seeds=1.5\) must be a whole number"),
+        ({"n_trials": 1}, {}, "needs two finished trials, and the study has 1; search on, or use best_model"),
+        ({}, {"candidates": 1}, r"ensemble\(candidates=1\) must be a whole number from 2 on"),
+        (
+            {"cv": [(np.arange(0, 150, 2), np.arange(1, 150, 2))]},
+            {},
+            "chooses on the rows that folds validate on, and this study has one fold; search with cv=5",
+        ),
+        ({"method": "hypergradient", "n_trials": 1}, {}, "this study holds the points of descents"),
+    ],
+)
+def test_what_cannot_be_an_ensemble_is_said(how, asked, message):
+    study = gputune.tune("mlp", *IRIS, **{**HOW, **how})
+    with pytest.raises(gputune.InputError, match=message):
+        study.ensemble(**asked)
+
+
+def test_a_target_of_the_users_own_has_no_mean():
+    def loss(outputs, y):
+        return ((outputs - y) ** 2).mean(-1)
+
+    study = gputune.tune(
+        Net,
+        IRIS[0],
+        torch.randn(150, 3),
+        task="custom",
+        loss=loss,
+        space={"lr": [0.1, 0.01]},
+        **{**HOW, "n_trials": 2},
+    )
+    with pytest.raises(gputune.InputError, match="this study has a custom target"):
+        study.ensemble()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ([], "An ensemble of"),
+        (["--test-size", "0"], "and is the model that is saved."),
+        (["--trials", "1"], "No ensemble: ensemble() needs two finished trials"),
+    ],
+)
+def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [
+        "tune",
+        "sklearn:iris",
+        "--trials",
+        "4",
+        "--epochs",
+        "3",
+        "--out",
+        str(out),
+        "--ensemble",
+        "-q",
+        *typed,
+    ]
+    assert main(command) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert words in text
+    is_ensemble = isinstance(gputune.load_model(Path(out) / "model").module, Ensemble)
+    assert is_ensemble == ("the ensemble is saved" in text or "is the model that is saved" in text)
