@@ -260,9 +260,7 @@ def _full_spec(model: ModelContent) -> Json:
         return model.spec
     source, file = class_source(_module_type(model)), source_file(_module_type(model))
     beside = {"file": file} if file is not None and "import" in source else {}
-    kept: dict[str, Any] = {
-        key: model.spec[key] for key in ("kind", "kwargs", "ensemble") if key in model.spec
-    }
+    kept: Config = {key: model.spec[key] for key in ("kind", "kwargs", "ensemble") if key in model.spec}
     return {**kept, **source, **beside}
 
 
