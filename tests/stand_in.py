@@ -5,6 +5,7 @@ number that the host computed is the same in every replay, and tensors are known
 alive. What it cannot see is a tensor on the wrong device, for here there is one.
 """
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class CaptureError(RuntimeError):
 class StandIn:
     """Records steps on a CPU."""
 
-    before, repays = 3, 3
+    before, repays, spare, compares = 3, 3, 0, False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -214,6 +215,8 @@ class Recording(DispatchMode):
         """Return the tape, where nothing that the step made is still there."""
         made = [(weakref.ref(tensor.untyped_storage()), self.fresh[_key(tensor)]) for tensor in self.kept]
         self.kept.clear()
+        if any(storage() is not None for storage, _ in made):
+            gc.collect()  # what only garbage holds does not outlive the step
         for storage, function in made:
             if storage() is not None:
                 raise _refusal(function, "its result outlives the step; write it into a tensor made before")

@@ -16,6 +16,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.mlp import StackedMLP
+from gputune.engine.reuse import Reuse
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
 from gputune.modules.construction import Builder
@@ -30,7 +31,9 @@ from gputune.types import Backend, Precision
 
 
 class Fits:
-    """The sizes of one search, by tensor shape, as far as memory has refused larger ones.
+    """What a process has found of one search: the sizes, by tensor shape, as far as memory has refused larger ones.
+
+    Also its chunks that take recorded steps, in whose memory the next of their shape train.
 
     Within a process all copies of it are one object, however often it is sent there with a job.
     """
@@ -38,6 +41,7 @@ class Fits:
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
         self.trials: dict[Any, int] = {}
+        self.reuse = Reuse()
 
     def most(self, chunk: Population) -> int:
         """Return how many trials of a chunk to train at once."""
@@ -45,6 +49,7 @@ class Fits:
 
     def refused(self, chunk: Population) -> None:
         """Remember that a chunk did not fit: the next of its shape begins with half of it."""
+        self.reuse = Reuse()
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -200,6 +205,7 @@ def train_chunk(
         alive=begun.alive,
         before=begun.before,
         backend=job.backend,
+        reuse=job.fits.reuse,
     )
 
 

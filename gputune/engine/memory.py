@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.job import Job, Outcome, Progress, train_chunk
+from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.errors import TOO_BIG
 from gputune.out_of_memory import empty_cache, is_out_of_memory
 from gputune.population.population import Population
@@ -121,7 +121,7 @@ def measure_need(
         return None
     order = sorted(range(len(population.index)), key=lambda i: -population.configs[i]["batch_size"])
     few = _with_few_rows(data, population.configs[order[0]]["batch_size"])
-    short = replace(job, epochs=_EPOCHS, checkpointing=None)
+    short = replace(job, epochs=_EPOCHS, checkpointing=None, fits=Fits())
 
     def train(trials: int) -> Callable[[], object]:
         chosen = [order[place] for place in np.linspace(0, len(order) - 1, trials).astype(int)]

@@ -27,6 +27,13 @@ from gputune.types import Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded
 
+_TOLERANCES = {
+    ("full", torch.float32): 1e-5,
+    ("full", torch.float64): 1e-10,
+    ("bf16", torch.float32): 1e-2,
+}
+"""What a recorded step may differ by from the step itself."""
+
 
 class StackedChunk:
     """The trials ``slots`` in flat buffers (parameters, gradient, moments), and the steps over them."""
@@ -46,6 +53,13 @@ class StackedChunk:
     ) -> None:
         # A recorded step reads the memory of its device alone, and rows of main memory come from outside.
         self._network, self.recorded, self.horizon = network, recorded and not data.on_host, horizon
+        self._options = {
+            "data": data,
+            "seed": seed,
+            "horizon": horizon,
+            "scoring": scoring,
+            "recorded": recorded,
+        }
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))
         self.slots = list(self.alive)
@@ -72,16 +86,45 @@ class StackedChunk:
         device = self._flat.device
         self.steps: Steps = Direct()
         if self.recorded:
-            expected = Counter[Hashable](
-                {s: n * self.horizon for s, n in Counter(self.batches.shapes).items()}
-            )
-            self.steps = Replays(RECORDERS[device.type](device), expected)
+            recorder = RECORDERS[device.type](device)
+            tolerance = _TOLERANCES[self._network.shape.precision, self._flat.dtype]
+            self.steps = Replays(recorder, self._expected(), self._state, tolerance)
         try:
             self.draws = self._network.draws(self.batches, ahead=self.recorded)
         except TraceError:
             self.draws, self.steps = None, Direct()
         self._places: Tensor | None = None  # of the trials that are alive, None: of all
         self._seen: Network = self._network
+
+    def _expected(self) -> Counter[Hashable]:
+        """How many steps of each shape a whole training takes."""
+        return Counter({shape: n * self.horizon for shape, n in Counter(self.batches.shapes).items()})
+
+    def _state(self) -> list[Tensor]:
+        """What a step changes."""
+        return [self._flat, *self.update.state(), self.update.update.clock.done, self.batches.step]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameters and buffers of the members."""
+        return self._flat.nbytes
+
+    def made_with(self, data: Dataset, **options: object) -> bool:
+        """Whether it was made with these arguments, the trials and their network apart."""
+        return self._options == {"data": data, **options}
+
+    def holds(self, trials: int) -> bool:
+        """Whether so many trials are enough for its tensors: what is empty in them costs little."""
+        if trials > len(self.slots):
+            return False
+        return trials >= _FULL * len(self.slots) or self._flat.numel() <= self.steps.spare
+
+    def restart(self, configs: Sequence[Config]) -> None:
+        """Go on as the chunk of other trials, whose start is in the tensors already."""
+        self.configs, self.slots = list(configs), list(range(len(configs)))
+        self.alive, self._places, self._seen = list(self.slots), None, self._network
+        if isinstance(self.steps, Replays):
+            self.steps.expected = self._expected()
 
     @property
     def network(self) -> Network:
@@ -119,8 +162,13 @@ class StackedChunk:
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from flat buffers: of the parameters, then of the moments."""
-        self._flat.copy_(buffers[0])
-        self.update.resume(buffers[1:])
+        if self._places is None:
+            self._flat.copy_(buffers[0])
+            self.update.resume(buffers[1:])
+            return
+        blocks = self._network.blocks, *[self._network.trained] * (len(buffers) - 1)
+        for block, own, kept in zip(blocks, [self._flat, *self.update.state()], buffers, strict=True):
+            block.put(own, self._places, kept)
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
@@ -158,7 +206,7 @@ class StackedChunk:
         if not self.alive:
             return
         places = np.flatnonzero(np.isin(self.slots, self.alive))
-        if not self.steps.recorded or len(places) < _FULL * len(self.slots):
+        if not (self.steps.begun and self.holds(len(places))):
             self._compact(places)
         else:
             self._places = torch.as_tensor(places).to(self._flat.device)

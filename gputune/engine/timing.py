@@ -13,7 +13,7 @@ import numpy as np
 
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.backend import computing
-from gputune.engine.job import Job, train_chunk
+from gputune.engine.job import Fits, Job, train_chunk
 from gputune.population.population import Population
 from gputune.types import Backend
 
@@ -54,7 +54,9 @@ def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> fl
             raise _Enough
 
     # Over a long horizon a recording pays, as it will in the search.
-    short = replace(job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend)
+    short = replace(
+        job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend, fits=Fits()
+    )
     with computing(1), suppress(_Enough):
         train_chunk(short, data, chunk, note)
     size = int(chunk.configs[0]["batch_size"])

@@ -14,7 +14,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
-from gputune.engine.stacked import StackedChunk
+from gputune.engine.reuse import Reuse
 from gputune.modules.blame import explained
 from gputune.modules.looped import LoopChunk, LoopedModule
 from gputune.population.network import Network
@@ -104,7 +104,8 @@ class Trained:
 
     ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``,
     and ``state`` is theirs. ``scored`` is what is
-    scored and saved of ``flat``; ``moments`` are the optimizer's flat buffers.
+    scored and saved of ``flat``; ``moments`` are the optimizer's flat buffers. These are the chunk's own tensors, in
+    which the next one may train; ``state`` and ``member`` are copies.
     """
 
     curves: np.ndarray
@@ -146,6 +147,7 @@ def train(
     alive: Sequence[int] | None = None,
     before: np.ndarray | None = None,
     backend: Backend = "eager",
+    reuse: Reuse | None = None,
 ) -> Trained:
     """Train the F x C members of one chunk for ``epochs`` epochs and return their curves.
 
@@ -153,9 +155,11 @@ def train(
     diverge in any fold leave the chunk after the epoch, and cost nothing from then on. Training goes on from ``begin``
     where it is given, up to the same ``epochs``: the state of the trials ``alive``, all unless others have left before.
     The curves are then what they were ``before`` it (C, epochs, F), NaN where that is not given. What ``backend``
-    does not know trains eagerly (``trains_as``).
+    does not know trains eagerly (``trains_as``). Recorded steps are kept in ``reuse`` for the next chunk.
     """
-    chunk = _make_chunk(backend, network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
+    reuse = reuse or Reuse()
+    options = {"seed": seed, "horizon": horizon, "scoring": scoring}
+    chunk = _make_chunk(backend, reuse, network, data, configs, **options)
     if alive is not None:
         chunk.keep(np.isin(np.arange(len(configs)), alive))
     if begin is not None and chunk.alive:
@@ -189,6 +193,7 @@ def train(
         spent += Spent(in_steps - scored, in_scores + scored, work)
         if after_epoch is not None and after_epoch(so_far()):
             break
+    reuse.give(chunk)
     return so_far()
 
 
@@ -223,11 +228,16 @@ def _explaining(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
 
 
 def _make_chunk(
-    backend: Backend, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
+    backend: Backend,
+    reuse: Reuse,
+    network: Network,
+    data: Dataset,
+    configs: Sequence[Config],
+    **options: Any,
 ) -> Chunk:
     if isinstance(network, LoopedModule):
         return LoopChunk(network, data, configs, **options)
     word = trains_as(backend, network.kind, configs[0])
     if word == "compiled":
         return CompiledChunk(network, data, configs, **options)
-    return StackedChunk(network, data, configs, recorded=word == "graph", **options)
+    return reuse.take(network, data, configs, recorded=word == "graph", **options)

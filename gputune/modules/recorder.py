@@ -7,12 +7,13 @@ wrote when it was recorded, and nothing of it waits for the device.
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
@@ -24,9 +25,12 @@ Step = Callable[[], None]
 class Steps(Protocol):
     """Takes the steps of a chunk, which differ by their shape."""
 
+    spare: int
+    """Numbers in the tensors of members up to which those that have left may stay: a step is not shorter without."""
+
     @property
-    def recorded(self) -> bool:
-        """Whether a step is bound to the memory that it was recorded over."""
+    def begun(self) -> bool:
+        """Whether there are recordings, or steps that lead to one, which are bound to the memory of the chunk."""
 
     def take(self, shape: Hashable, step: Step) -> None:
         """Take a step of this shape, which writes into tensors that were there before and leaves nothing else."""
@@ -35,7 +39,7 @@ class Steps(Protocol):
 class Direct:
     """Takes every step as it is."""
 
-    recorded = False
+    begun, spare = False, 0
 
     def take(self, shape: Hashable, step: Step) -> None:
         step()
@@ -55,6 +59,10 @@ class Recorder(Protocol):
     """Steps of one shape to take before it is recorded."""
     repays: int
     """Steps of one shape that together repay its recording."""
+    spare: int
+    """As ``Steps`` has it."""
+    compares: bool
+    """Whether the first replay of a recording is compared with the step itself."""
 
     def warm_up(self, step: Step) -> None:
         """Take a step as it is, so that what is made on first use is there before it is recorded."""
@@ -62,57 +70,103 @@ class Recorder(Protocol):
     def capture(self, step: Step) -> Recorded:
         """Record a step, which is not taken thereby. Raises TraceError where it can only be taken as it is."""
 
+    def fail(self, reason: str) -> None:
+        """Record nothing from now on in this process, for a reason that is said."""
+
 
 class Replays:
     """Takes the first steps of each shape as they are, which warms up what a recording needs; then replays one.
 
     ``expected`` says how many steps of a shape may come: one that comes seldom is recorded when as many have been taken
-    as would have repaid it.
+    as would have repaid it. ``state`` are the tensors that a step changes, and what
+    its replay may differ by from itself is a share (``tolerance``) of the sum of what is in each.
     """
 
-    def __init__(self, recorder: Recorder, expected: Counter[Hashable]) -> None:
-        self.recorder, self.expected = recorder, expected
+    def __init__(
+        self,
+        recorder: Recorder,
+        expected: Counter[Hashable],
+        state: Callable[[], Sequence[Tensor]],
+        tolerance: float,
+    ) -> None:
+        self.recorder, self.expected, self.state, self.tolerance = recorder, expected, state, tolerance
+        self.spare = recorder.spare
         self.steps: dict[Hashable, Recorded] = {}
         self.taken = Counter[Hashable]()
         self.refused = set[Hashable]()
 
     @property
-    def recorded(self) -> bool:
-        """Whether a step is bound to the memory that it was recorded over."""
-        return bool(self.steps)
+    def begun(self) -> bool:
+        """Whether a step was taken."""
+        return bool(self.taken)
 
     def take(self, shape: Hashable, step: Step) -> None:
         """Take a step of this shape."""
-        if shape in self.steps or self._record(shape, step):
+        if shape in self.steps:
             self.steps[shape].replay()
-        else:
+        elif (recording := self._record(shape, step)) is None:
             self.recorder.warm_up(step)
+        elif self.recorder.compares and (difference := self._take_both_ways(recording, step)):
+            self.steps.clear()
+            self.recorder.fail(f"a recorded step differs from the step itself by {difference}")
+        else:
+            self.steps[shape] = recording
+            if not self.recorder.compares:
+                recording.replay()
 
-    def _record(self, shape: Hashable, step: Step) -> bool:
+    def _record(self, shape: Hashable, step: Step) -> Recorded | None:
         """Record a step of this shape, if it is time to."""
         self.taken[shape] += 1
         worth = max(self.expected[shape], self.taken[shape]) > self.recorder.repays
         if shape in self.refused or self.taken[shape] <= self.recorder.before or not worth:
-            return False
+            return None
         try:
-            self.steps[shape] = self.recorder.capture(step)
+            return self.recorder.capture(step)
         except TraceError:
             self.refused.add(shape)
-        return shape in self.steps
+            return None
+
+    def _take_both_ways(self, recording: Recorded, step: Step) -> str:
+        """Take a step as it is, after a replay of it; return by how much they differ, "" where they agree."""
+        state = self.state()
+        others = [tensor.clone() for tensor in state]
+        recording.replay()
+        for tensor, other in zip(state, others):
+            replayed = tensor.clone()
+            tensor.copy_(other)
+            other.copy_(replayed)
+        self.recorder.warm_up(step)
+        worst = max(float(_difference(*pair)) for pair in zip(others, state))
+        return "" if worst <= self.tolerance else f"{worst:.0e} of its size"
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of |a - b| over that of |b|; entries that are equal, or both NaN, differ by nothing.
+
+    A sum, since the few entries whose slope is rounding alone go either way under Adam, by a whole rate.
+    """
+    same = (a == b) | (a.isnan() & b.isnan())
+    size = b.abs().nan_to_num(0.0, 0.0, 0.0).sum(dtype=torch.float64)
+    apart = (a - b).abs().masked_fill(same, 0).sum(dtype=torch.float64)
+    return torch.where(apart == 0, apart, apart / size).nan_to_num(torch.inf)
 
 
 class CudaRecorder:
     """CUDA graphs as PyTorch's documentation has them: warmed up and captured on one side stream.
 
     A capture that fails is the last one of this process, whose steps are then taken as they are: what CUDA refused
-    once it refuses again, and the allocator of torch < 2.13 does not survive it whole.
+    once it refuses again, and the allocator of torch < 2.13 does not survive it whole. So is one whose first replay is
+    not the step itself.
 
     The graphs share a memory pool, which is safe because none leaves a tensor in it that another would overwrite.
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
     """
 
     before, repays = 3, 3  # as in PyTorch's documentation
-    has_failed: ClassVar = False
+    spare = 1 << 20  # a pass over 4 MB takes a GPU about as long as launching it
+    compares = True
+    failure: ClassVar[str] = ""
+    """Why this process records nothing any more, in a sentence."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -129,35 +183,43 @@ class CudaRecorder:
 
     def capture(self, step: Step) -> Recorded:
         """Record a step; this waits for the device. Raises TraceError where CUDA refuses it, with a warning."""
-        if CudaRecorder.has_failed:
+        if CudaRecorder.failure:
             raise TraceError("a capture failed before")
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream(self.device)
             try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                # What other threads of the program ask of CUDA meanwhile is none of this capture's business.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
                     step()
             except RuntimeError as error:
-                torch.cuda.set_stream(
-                    current
-                )  # where a capture cannot be ended, PyTorch leaves the side stream
+                # Where a capture cannot be ended, PyTorch leaves the side stream current.
+                torch.cuda.set_stream(current)
                 if is_out_of_memory(error):
                     raise
-                torch.cuda.synchronize(self.device)  # raises where the device itself has failed
-                raise self._failure(error) from error
+                self._check_device(error)
+                self.fail(f"recording a step on {self.device} failed: {str(error).splitlines()[0]}")
+                raise TraceError(CudaRecorder.failure) from error
         return graph
 
-    def _failure(self, error: RuntimeError) -> TraceError:
-        """Say, once in a process, that nothing is recorded from now on."""
-        CudaRecorder.has_failed = True
-        text = f"recording a step on {self.device} failed: {str(error).splitlines()[0]}"
-        warnings.warn(
-            f"{text}. Nothing is lost: this process takes its steps as they are from here on, which is slower; "
-            "backend='eager' does so from the start.",
-            RuntimeWarning,
-            stacklevel=2,
+    def _check_device(self, reason: RuntimeError) -> None:
+        """Raise RuntimeError where a capture has failed because the device has."""
+        try:
+            torch.cuda.synchronize(self.device)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.device} has failed, and this process cannot use it any more: {str(error).splitlines()[0]}. "
+                "What a study has finished is kept; go on in a new process."
+            ) from reason
+
+    def fail(self, reason: str) -> None:
+        """Record nothing from now on in this process, for a reason that is said."""
+        CudaRecorder.failure = (
+            f"{reason}. Nothing is lost: this process takes its steps as they are from here on, which is slower; "
+            "backend='eager' does so from the start."
         )
-        return TraceError(text)
+        warnings.warn(CudaRecorder.failure, RuntimeWarning, stacklevel=2)
 
 
 @cache
@@ -170,6 +232,7 @@ class CpuRecorder:
     """Straight functions of the kernels of a step (``program.py``)."""
 
     before, repays = 1, 8  # a recording takes as long as it saves in about so many steps of a small module
+    spare, compares = 0, False
 
     def __init__(self, device: torch.device) -> None:
         del device  # there is one
@@ -181,6 +244,10 @@ class CpuRecorder:
     def capture(self, step: Step) -> Recorded:
         """Record a step. Raises TraceError."""
         return Program(compile_trace(trace(step)))
+
+    def fail(self, reason: str) -> None:
+        """Nothing is compared here, so that nothing fails."""
+        raise AssertionError(reason)
 
 
 @dataclass(frozen=True)

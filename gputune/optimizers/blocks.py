@@ -98,6 +98,12 @@ class Blocks:
         views = self.views(flat)
         return torch.cat([views[b.name].index_select(b.trial_axis, keep).flatten() for b in self.blocks])
 
+    def put(self, flat: Tensor, keep: Tensor, part: Tensor) -> None:
+        """Write the buffer ``part`` of the trials ``keep`` into that of all, in place: what ``select`` undoes."""
+        views, parts = self.views(flat), self.subset(len(keep)).views(part)
+        for block in self.blocks:
+            views[block.name].index_copy_(block.trial_axis, keep, parts[block.name])
+
     def subset(self, trials: int) -> "Blocks":
         """Return the blocks of a chunk with another number of trials."""
         return Blocks([replace(b, shape=_with_axis(b, trials)) for b in self.blocks])

@@ -86,7 +86,7 @@ class Update:
         self.shrink = self.lr * decay if decoupled and decays else None
         self.l2 = 0.0 if decoupled else self._amount(configs, "weight_decay")
         self.sides = {
-            block.name: torch.tensor(block.sides, device=steps.device).expand(steps.shape)
+            block.name: torch.tensor(block.sides, device=steps.device).repeat(len(steps), 1)
             for block in blocks.blocks
             if block.sides is not None
         }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gputune.optimizers.blocks import Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind
-from gputune.types import Params, Precision
+from gputune.types import Config, Params, Precision
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class Network(Protocol):
     """F x C members of one shape. No method mixes members."""
 
     kind: ModelKind
+    shape: Shape
+    configs: tuple[Config, ...]
     blocks: Blocks
     """All that a member consists of: the trained parameters, then the buffers that training changes."""
     trained: Blocks

@@ -272,9 +272,9 @@ class MemberJob(Job):
         trained = train_chunk(self, data, chunk, progress)
         state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
         seconds = time.monotonic() - begin
-        return Weights(
-            chunk.index, trained.curves, trained.epochs, seconds, trained.scored.cpu().numpy(), state
-        )
+        # A copy: the next chunk may train in this one's memory.
+        flat = trained.scored.to("cpu", copy=True).numpy()
+        return Weights(chunk.index, trained.curves, trained.epochs, seconds, flat, state)
 
 
 @dataclass(frozen=True)

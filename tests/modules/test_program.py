@@ -92,14 +92,14 @@ def test_what_cannot_be_recorded_is_said_and_undone(reason, total):
 
 
 def test_a_step_that_cannot_be_recorded_is_taken_as_it_is(total):
-    steps = Replays(CpuRecorder(torch.device("cpu")), Counter({"shape": 100}))
+    steps = Replays(CpuRecorder(torch.device("cpu")), Counter({"shape": 100}), list, 0.0)
     for _ in range(5):
         steps.take("shape", lambda: total.add_(torch.rand_like(total).ceil()))
-    assert total.unique().tolist() == [5] and not steps.recorded
+    assert total.unique().tolist() == [5] and not steps.steps
 
 
 def test_a_seldom_shape_is_recorded_when_that_would_have_repaid_it(total):
-    steps = Replays(CpuRecorder(torch.device("cpu")), Counter({"often": 9, "seldom": 1}))
+    steps = Replays(CpuRecorder(torch.device("cpu")), Counter({"often": 9, "seldom": 1}), list, 0.0)
     for taken in range(1, 11):
         for shape in ("often", "seldom"):
             steps.take(shape, lambda: total.add_(1))
@@ -181,7 +181,7 @@ def test_a_module_trains_to_the_same_bits(task, optimizer, monkeypatch):
             if epoch == 1:
                 for chunk in (found, expected):
                     chunk.keep(np.array([True, False, True]))
-    assert found.steps.recorded and len(found.slots) == 2
+    assert found.steps.begun and len(found.slots) == 2
 
 
 @pytest.mark.parametrize("draw_bytes", [1 << 20, 3000])

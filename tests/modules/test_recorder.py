@@ -36,7 +36,8 @@ def cuda(monkeypatch):
         log.append(f"out of {text}")
 
     @contextmanager
-    def graph(cuda_graph, pool, stream):
+    def graph(cuda_graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
         log.append(f"capture on {stream.name} into {pool}")
         try:
             yield
@@ -105,8 +106,9 @@ def test_a_capture_that_runs_out_of_memory_says_so(cuda):
 
 
 def test_a_capture_that_fails_is_the_last_one(cuda, monkeypatch):
-    monkeypatch.setattr(CudaRecorder, "has_failed", False)
-    steps, replays = [], Replays(CudaRecorder(torch.device("cuda", 0)), Counter({"shape": 9, "other": 9}))
+    monkeypatch.setattr(CudaRecorder, "failure", "")
+    expected = Counter({"shape": 9, "other": 9})
+    steps, replays = [], Replays(CudaRecorder(torch.device("cuda", 0)), expected, list, 0.0)
 
     def end():
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nand more")

@@ -29,8 +29,9 @@ import torch  # noqa: E402
 
 from stand_in import NoReading, Recording, Tape  # noqa: E402
 
-fail_next_capture = False
-"""Set, CUDA invalidates the next capture."""
+fail_next_capture: RuntimeError | None = None
+"""How the next capture ends."""
+INVALID = RuntimeError("CUDA error: operation failed due to a previous error during capture")
 underway = False
 """Whether PyTorch's allocator believes in a capture, as that of torch < 2.13 does for ever after one that failed."""
 
@@ -154,14 +155,15 @@ def _graph(
     try:
         with recording.undone(), NoReading(), recording:
             yield
-        if fail_next_capture:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+        if fail_next_capture is not None:
+            raise fail_next_capture
         graph.tape = recording.close()
-    except RuntimeError as error:
-        underway = not isinstance(error, torch.OutOfMemoryError)
+        _device.simulated_count(b"capture")
+    except RuntimeError:
+        underway = True
         raise
     finally:
-        fail_next_capture = False
+        fail_next_capture = None
         _device.simulated_set_capturing(0)
         if not underway:
             _current[stream.device.index] = before

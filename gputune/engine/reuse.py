@@ -1,0 +1,136 @@
+"""A chunk like one that has trained takes over its memory, and with it the steps that were recorded there.
+
+A recording costs as much as dozens of steps, and a search that stops at rungs, or that trains many chunks of one shape,
+would make it anew for each. What a step reads as a number of the host is part of the recording: a chunk is like another
+where all of that is equal, and what differs is in tensors.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from gputune.data.dataset import Dataset
+from gputune.engine.stacked import StackedChunk
+from gputune.modules.module import ModuleNetwork
+from gputune.population.network import Network
+from gputune.population.population import Population, arguments_text, shape_of
+from gputune.types import Config
+
+_KEPT_BYTES = (
+    32 << 20
+)  # of the parameters of a chunk that is kept; a larger one has long epochs, and memory to give back
+
+_OF_HOST = frozenset(
+    """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes
+    Batches.epoch Draws.rows ModuleDraws.rows""".split()
+)
+"""What the host reads between steps, and no step: it is taken from the new chunk."""
+
+_STAYS = frozenset(
+    """StackedModule.template StackedModule.stateless StackedMLP._workspaces Batches.inputs Batches.target
+    Batches.weights""".split()
+)
+"""What is the same in like chunks by its making: the module of equal arguments, room to work in, the rows."""
+
+
+class _Unlike(Exception):
+    """A recorded step of one chunk is no step of the other."""
+
+
+class Reuse:
+    """Chunks of this process that take recorded steps, the last of each shape, while they are of use."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[Hashable, StackedChunk] = {}
+
+    def take(
+        self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
+    ) -> StackedChunk:
+        """Return a chunk of these trials at their start: one that was kept where it can be, or a new one."""
+        kept = self.chunks.pop(_key(network), None)
+        if kept is not None and kept.made_with(data, **options) and kept.holds(len(configs)):
+            places = [min(slot, len(configs) - 1) for slot in range(len(kept.slots))]
+            like = StackedChunk(network.subset(places), data, [configs[c] for c in places], **options)
+            if take_over(kept, like):
+                kept.keep(np.arange(len(places)) < len(configs))
+                return kept
+            del like
+        del kept  # its memory is free before more is taken
+        return StackedChunk(network, data, configs, **options)
+
+    def give(self, chunk: object) -> None:
+        """Keep a chunk that has trained, where it takes recorded steps; the oldest go where all are large."""
+        if isinstance(chunk, StackedChunk) and chunk.steps.begun:
+            self.chunks[_key(chunk.network)] = chunk
+            while sum(kept.nbytes for kept in self.chunks.values()) > _KEPT_BYTES:
+                del self.chunks[next(iter(self.chunks))]
+
+
+def _key(network: Network) -> Hashable:
+    """Return what like chunks have in common before they are looked at closely."""
+    sizes = {config["batch_size"] for config in network.configs}
+    shape = shape_of(Population(network.kind, (), network.configs))
+    return shape, sizes.pop() if len(sizes) == 1 else None
+
+
+def take_over(chunk: StackedChunk, like: StackedChunk) -> bool:
+    """Make a chunk what another one is, in its own memory; return False, and change nothing, where they are unlike."""
+    owners = (chunk._network, like._network), (chunk.batches, like.batches), (chunk.update, like.update)
+    try:
+        if _constants(chunk._network) != _constants(like._network):
+            raise _Unlike
+        pairs = list(_pairs((*(a for a, _ in owners), chunk.draws), (*(b for _, b in owners), like.draws)))
+    except _Unlike:
+        return False
+    for mine, theirs in [*pairs, (chunk._flat, like._flat)]:
+        if isinstance(mine, Tensor):
+            mine.copy_(theirs)
+        else:
+            owner, name = mine
+            setattr(owner, name, theirs)
+    chunk.restart(like.configs)
+    return True
+
+
+def _constants(network: Network) -> object:
+    """Return the values of a user's module and loss that all members share, which are numbers of the host."""
+    if not isinstance(network, ModuleNetwork):
+        return None
+    config = network.configs[0]
+    own = not network.objective.is_named
+    return arguments_text(config), [(k, repr(v)) for k, v in config.items() if own and k.startswith("loss__")]
+
+
+def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the tensors of two structures, and the places and values of what the host reads. Raises _Unlike."""
+    if mine is theirs:
+        return
+    if type(mine) is not type(theirs):
+        raise _Unlike
+    if isinstance(mine, Tensor):
+        if (mine.shape, mine.dtype, mine.stride()) != (theirs.shape, theirs.dtype, theirs.stride()):
+            raise _Unlike
+        yield mine, theirs
+    elif isinstance(mine, list | tuple):
+        if len(mine) != len(theirs):
+            raise _Unlike
+        for a, b in zip(mine, theirs):
+            yield from _pairs(a, b)
+    elif isinstance(mine, dict):
+        if list(mine) != list(theirs):
+            raise _Unlike
+        yield from _pairs(list(mine.values()), list(theirs.values()))
+    elif type(mine).__module__.startswith("gputune."):
+        for name, value in vars(mine).items():
+            place = f"{type(mine).__name__}.{name}"
+            if place in _OF_HOST:
+                yield (mine, name), getattr(theirs, name)
+            elif place not in _STAYS:
+                yield from _pairs(value, getattr(theirs, name))
+    elif isinstance(mine, np.ndarray):
+        if not np.array_equal(mine, theirs):
+            raise _Unlike
+    elif mine != theirs:
+        raise _Unlike
