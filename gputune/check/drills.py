@@ -91,11 +91,12 @@ def recording_fails(device: torch.device, _backend: Backend) -> float:
         total.add_(1)
         total.item()
 
-    steps = Replays(RECORDERS[device.type](device), Counter[Hashable]({"step": 100}))
+    expected = Counter[Hashable]({"step": 100})
+    steps = Replays(RECORDERS[device.type](device), expected, lambda: [total], 0.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # it says so
         for _ in range(12):
             steps.take("step", step)
-    if steps.recorded:
+    if steps.steps:
         raise RuntimeError("a step that reads a number was recorded")
     return abs(float(total) - 12)
