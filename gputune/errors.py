@@ -14,6 +14,8 @@ SearchInterrupted   Ctrl-C or SIGTERM ended a search, after what is finished was
 Terminated          SIGTERM ended a command before or after its training
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 TOO_BIG = "out of memory"
@@ -86,3 +88,17 @@ class SearchInterrupted(KeyboardInterrupt):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM ended a command while it did not train."""
+
+
+def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:
+    """Return the module; MissingExtraError, which says what to install, where it cannot be imported.
+
+    used_by: what the user asked for, as the error calls it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{used_by} needs {module.partition('.')[0]}, which cannot be imported ({error}): "
+            f'pip install "gputune[{extra}]".'
+        ) from error

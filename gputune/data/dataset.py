@@ -16,7 +16,7 @@ from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, Weights
 from gputune.data.tensors import checked_tensor, first_equal
-from gputune.out_of_memory import free_of_gpu
+from gputune.memory import free_of_gpu
 from gputune.types import Task
 
 Rows = tuple[np.ndarray, np.ndarray]

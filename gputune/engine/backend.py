@@ -11,8 +11,7 @@ import torch
 
 from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS
-from gputune.native.library import NotBuiltError, library
-from gputune.native.work import OPTIMIZERS
+from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, is_plain
 from gputune.types import Backend, BackendWord, Config

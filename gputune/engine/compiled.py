@@ -16,8 +16,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.mlp import StackedMLP, dropout_draw
-from gputune.native.library import library
-from gputune.native.work import ACTIVATIONS, OPTIMIZERS, Work, make_work
+from gputune.native.library import ACTIVATIONS, OPTIMIZERS, Work, library, make_work
 from gputune.optimizers.rules import n_moments
 from gputune.optimizers.schedules import SCHEDULES
 from gputune.population.batches import row_order

@@ -16,7 +16,7 @@ import torch
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.errors import TOO_BIG
-from gputune.out_of_memory import empty_cache, is_out_of_memory
+from gputune.memory import empty_cache, is_out_of_memory
 from gputune.population.population import Population
 
 

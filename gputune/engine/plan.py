@@ -17,7 +17,7 @@ from gputune.engine.backend import trains_as
 from gputune.engine.cost import Cost, trial_cost
 from gputune.engine.memory import Need
 from gputune.errors import InputError
-from gputune.out_of_memory import free_of_gpu
+from gputune.memory import free_of_gpu
 from gputune.population.population import Population
 from gputune.text import count, size_words
 from gputune.types import Backend

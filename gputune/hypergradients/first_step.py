@@ -15,8 +15,7 @@ from torch.autograd.graph import Node
 
 from gputune.errors import InputError
 from gputune.hypergradients.inner import InnerProblem, Training, hessian_times, rows_of, slope
-from gputune.memory import free_memory
-from gputune.out_of_memory import free_of_gpu
+from gputune.memory import free_memory, free_of_gpu
 from gputune.seeding import stream
 
 _SHARE = 0.8  # of the memory that is free

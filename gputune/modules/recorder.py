@@ -15,9 +15,9 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from gputune.memory import is_out_of_memory
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
-from gputune.out_of_memory import is_out_of_memory
 
 Step = Callable[[], None]
 

@@ -14,10 +14,12 @@ import shutil
 import signal
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from gputune.scratch import scratch_folder
@@ -196,3 +198,44 @@ def _held_back() -> Iterator[Callable[[], object]]:
         yield partial(signal.pthread_sigmask, signal.SIG_SETMASK, before)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_NUMBERS = (
+    "folds", "trials", "inputs", "width", "outputs", "layers", "activation", "optimizer", "classes", "rows", "epoch",
+    "horizon",
+)  # fmt: skip
+_BEFORE = ("x", "copies", "y", "weights", "present", "order", "lengths")
+_AFTER = (
+    "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "draws", "draw_start", "draw_rows", "theta",
+    "first", "second", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",
+)  # fmt: skip
+
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
+OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw")
+"""In the order of the library's numbers for them."""
+
+
+class Work(ctypes.Structure):
+    """What the library is asked to do, sizes and where the arrays lie; ``member.h`` says what each field is."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        *((name, ctypes.c_void_p) for name in _BEFORE),
+        ("longest", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in _AFTER),
+    )
+
+
+def make_work(numbers: Mapping[str, int], arrays: Mapping[str, Any]) -> Work:
+    """Return a Work of numbers and of contiguous tensors or arrays (None: NULL), which must outlive it."""
+    return Work(**numbers, **{name: _address(value) for name, value in arrays.items()})
+
+
+def _address(value: np.ndarray | torch.Tensor | None) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        assert value.is_contiguous()
+        return value.data_ptr()
+    assert value.flags.c_contiguous
+    return value.ctypes.data

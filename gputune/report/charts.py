@@ -23,8 +23,7 @@ from gputune.report.svg import (
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.views.axes import Scale, linear_scale, parameter_scale, score_scale, value_scale
-from gputune.views.descents import DescentPath, descended, descent_paths
-from gputune.views.parameters import Parameter, varied_parameters
+from gputune.views.parameters import DescentPath, Parameter, descended, descent_paths, varied_parameters
 from gputune.views.scores import BEST, Curves, Scores, score_range, shown_curves, shown_scores
 
 THIN_CURVES, CURVE_POINTS, STARTS = 250, 80, 100

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.out_of_memory import free_of_gpu
+from gputune.memory import free_of_gpu
 from gputune.population.network import Network
 from gputune.scoring.scoring import Scoring
 from gputune.types import Params

@@ -14,8 +14,7 @@ import numpy as np
 from scipy import stats
 from sklearn.utils import check_random_state
 
-from gputune.errors import InputError
-from gputune.extras import import_extra
+from gputune.errors import InputError, import_extra
 from gputune.types import Config, Json
 
 Described = Json

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gputune.errors import InputError
-from gputune.extras import import_extra
+from gputune.errors import InputError, import_extra
 from gputune.search.distributions import Described, as_optuna, label, labels
 from gputune.search.optuna_sampler import fold_means, state_of
 from gputune.study.study import Study, Trial

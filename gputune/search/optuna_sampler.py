@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gputune.errors import InputError
-from gputune.extras import import_extra
+from gputune.errors import InputError, import_extra
 from gputune.search.config import check_config, check_count
 from gputune.search.distributions import Choices, as_optuna, described, distribution_text, label, of_label
 from gputune.search.space import Space

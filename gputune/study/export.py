@@ -21,8 +21,7 @@ from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of
 from gputune.data.robust import smooth_clip
 from gputune.data.table import Table
-from gputune.errors import InputError
-from gputune.extras import import_extra
+from gputune.errors import InputError, import_extra
 from gputune.modules.stateless import Stateless
 from gputune.population.network import call_module, first_output, two_logits
 from gputune.scratch import scratch_folder

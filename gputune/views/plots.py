@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gputune.errors import InputError
-from gputune.extras import import_extra
+from gputune.errors import InputError, import_extra
 from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.views.axes import parallel_axes
-from gputune.views.descents import descended, descent_paths
 from gputune.views.importance import importance
-from gputune.views.parameters import Parameter, parameters, varied_parameters
+from gputune.views.parameters import Parameter, descended, descent_paths, parameters, varied_parameters
 from gputune.views.scores import BEST, Scores, score_range, shown_curves, shown_scores
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gputune.memory import is_out_of_memory
 from gputune.modules import recorder
 from gputune.modules.recorder import RECORDERS, CudaRecorder, Replays
-from gputune.out_of_memory import is_out_of_memory
 
 
 class Stream:

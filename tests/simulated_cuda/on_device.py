@@ -20,9 +20,9 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
 from gputune.errors import InputError
+from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
-from gputune.out_of_memory import free_of_gpu
 from gputune.scoring.validation import Validation
 from gputune.tuning.context import Context
 from problems import (

@@ -15,7 +15,7 @@ from gputune.engine.job import Job
 from gputune.engine.stacked import StackedChunk
 from gputune.errors import SearchFailedError
 from gputune.executors.processes import packed
-from gputune.out_of_memory import is_out_of_memory
+from gputune.memory import is_out_of_memory
 from gputune.population.population import Population
 from gputune.sklearn import MLPClassifier, RandomizedSearchCV
 from gputune.study.store import Store

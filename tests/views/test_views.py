@@ -7,9 +7,8 @@ import pytest
 
 from gputune.errors import InputError
 from gputune.text import measure_of
-from gputune.views.descents import descended, descent_paths
 from gputune.views.importance import MOST, importance
-from gputune.views.parameters import is_log, parameters, varied_parameters
+from gputune.views.parameters import descended, descent_paths, is_log, parameters, varied_parameters
 from gputune.views.scores import score_range, shown_curves, shown_scores
 from made_studies import made_descent, made_study, study_of
 
