@@ -7,20 +7,19 @@ from typing import Literal
 
 from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
+from gputune.data.encode import Columns, Numbers
 from gputune.data.source import read_source
-from gputune.data.target import TaskWord
+from gputune.data.target import ClassWeight, TaskWord
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.scoring.scoring import Scorer
-from gputune.search.descent import Hypergradient
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.stopping import Halving, Median
 from gputune.tuning.interrupt import is_interactive
-from gputune.tuning.options import Options
+from gputune.tuning.method import Method
+from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import Progress, reading_bar
-from gputune.types import ScheduleWord
+from gputune.types import BackendWord, Precision, ScheduleWord
 
 
 def tune(
@@ -32,11 +31,7 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
     include_default: bool = True,
-    method: Literal["random", "halving", "median", "hypergradient"]
-    | Halving
-    | Median
-    | Hypergradient
-    | OptunaSampler = "random",
+    method: Method | Literal["halving", "median", "hypergradient"] = "random",
     cv: object = 5,
     groups: object = None,
     scoring: str | Scorer | None = None,
@@ -45,10 +40,10 @@ def tune(
     loss: str | Callable[..., object] | None = None,
     training_step: Callable[..., object] | None = None,
     augment: Callable[..., object] | None = None,
-    class_weight: Literal["balanced"] | Mapping[object, float] | None = None,
+    class_weight: ClassWeight = None,
     sample_weight: object = None,
-    columns: Literal["auto", "keep", "drop-constant"] = "auto",
-    numbers: Literal["auto", "standard", "robust", "quantile", "none"] = "auto",
+    columns: Columns | Literal["auto"] = "auto",
+    numbers: Numbers | Literal["auto"] = "auto",
     optimizer: str | None = None,
     schedule: ScheduleWord = "constant",
     max_epochs: int = 50,
@@ -57,10 +52,10 @@ def tune(
     study: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
-    backend: Literal["auto", "eager", "compiled", "graph", "stacked", "loop"] = "auto",
+    backend: BackendWord = "auto",
     dtype: Literal["float32", "float64"] = "float32",
     tf32: bool = False,
-    precision: Literal["full", "bf16"] = "full",
+    precision: Precision = "full",
     memory: int | str | None = None,
     workers: int | Literal["auto", "ray"] | Ray = "auto",
     random_state: object = 0,
@@ -143,15 +138,8 @@ def tune(
     Raises InputError (a ValueError) for bad input, SearchFailedError where every trial failed, SearchInterrupted (a
     KeyboardInterrupt with the ``study`` so far) on Ctrl-C; in a notebook or at a prompt Ctrl-C returns that study.
     """
-    options = Options(
-        space=space, n_trials=n_trials, include=include, include_default=include_default, method=method,
-        cv=cv, scoring=scoring, positive=positive, task=task, loss=loss, training_step=training_step, augment=augment,
-        class_weight=class_weight, sample_weight=sample_weight,
-        columns=columns, numbers=numbers, schedule=schedule, max_epochs=max_epochs, epoch=epoch, timeout=timeout,
-        study=study, checkpoint_seconds=checkpoint_seconds,
-        device=device, backend=backend, dtype=dtype, tf32=tf32, precision=precision, memory=memory, workers=workers,
-        random_state=random_state, callbacks=callbacks, verbose=verbose,
-    )  # fmt: skip
+    arguments = locals()
+    options = Options(**{name: arguments[name] for name in RULES})
     choice = choose_model(model, optimizer)
     try:
         bar = partial(reading_bar, verbose=options.verbose)

@@ -62,7 +62,7 @@ def tune(arguments: argparse.Namespace) -> str:
     )
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
-    with _folder(options.study.parent):
+    with _folder(out.absolute()):
         return _finish(arguments, RecordedSearch(choice, rest, test, options), out / STUDY, begin, profile)
 
 
@@ -89,6 +89,7 @@ def _finish(
     ``shown`` is the study file as it was typed; a module of the user's may change the working folder.
     """
     rest, options = recorded.source, recorded.options
+    place = shown.absolute()  # wherever a module of the user's goes meanwhile
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     keeps_model = "test_size" in (rest.origin or {})
     width = shutil.get_terminal_size().columns
@@ -99,7 +100,7 @@ def _finish(
         return Ending(file, study, rest, held_out, shown, model, time.perf_counter() - begin, ensemble)
 
     held_out, ensemble = None, ""
-    with _explaining_interrupts(options.study):
+    with _explaining_interrupts(place):
         try:
             study = search(
                 recorded.choice,
@@ -117,7 +118,7 @@ def _finish(
         if keeps_model:
             with profile.clock("training the best on all rows"):
                 model, held_out = _scored(study.best_model(), recorded, study)
-            model.save(model_folder(options.study))
+            model.save(model_folder(place))
             if arguments.ensemble:
                 with profile.clock("an ensemble"):
                     held_out, ensemble = _ensemble(study, recorded, held_out, arguments.verbose)

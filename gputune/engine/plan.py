@@ -201,7 +201,7 @@ def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> 
     return min(_CACHE_BYTES, memory or _CACHE_BYTES)
 
 
-def parse_memory(memory: int | str | None) -> int | None:
+def parse_memory(memory: object) -> int | None:
     """Return bytes of an int or of text such as "8GB", "500MB", "2GiB"."""
     if memory is None:
         return None

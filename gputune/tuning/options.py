@@ -9,13 +9,20 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gputune.errors import InputError
-from gputune.types import SCHEDULES
+from gputune.types import SCHEDULES, BackendWord, Precision
 
 if TYPE_CHECKING:
     import torch
+
+    from gputune.callbacks.callback import Callback
+    from gputune.data.encode import Columns, Numbers
+    from gputune.data.target import ClassWeight, TaskWord
+    from gputune.executors.ray_connection import Ray
+    from gputune.scoring.scoring import Scorer
+    from gputune.tuning.method import Method
 
 Takes = Literal["text", "number", "0..", "1..", "names", "specs", "workers"]
 
@@ -36,7 +43,7 @@ class Rule:
     help: str = ""
     takes: Takes = "text"
     choices: Sequence[str] | None = None
-    check: Callable[[str, Any], Any] | None = None
+    check: Callable[[str, object], object] | None = None
     kept: bool = False
     resume: bool | str = False
     group: str = ""
@@ -51,8 +58,8 @@ def _option(default: object, *rule: Any, **more: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(*rule, **more)})
 
 
-def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
-    def check(name: str, value: object) -> Any:
+def _one_of(*allowed: str) -> Callable[[str, object], object]:
+    def check(name: str, value: object) -> object:
         if value not in allowed:
             raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
         return value
@@ -60,13 +67,13 @@ def _one_of(*allowed: str) -> Callable[[str, Any], Any]:
     return check
 
 
-def _whole(name: str, value: object) -> Any:
+def _whole(name: str, value: object) -> object:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
     return value
 
 
-def _seconds(name: str, value: object, none: str = "") -> Any:
+def _seconds(name: str, value: object, none: str = "") -> object:
     if none and value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
@@ -74,7 +81,7 @@ def _seconds(name: str, value: object, none: str = "") -> Any:
     return value
 
 
-def _path(name: str, value: object) -> Any:
+def _path(name: str, value: object) -> Path | None:
     if not (value is None or isinstance(value, str | os.PathLike)):
         raise InputError(
             f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
@@ -82,20 +89,20 @@ def _path(name: str, value: object) -> Any:
     return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
 
 
-def _method(name: str, value: object) -> Any:
+def _method(name: str, value: object) -> "Method":
     from gputune.tuning.method import check_method
 
     return check_method(value)
 
 
-def _memory(name: str, value: Any) -> Any:
+def _memory(name: str, value: object) -> object:
     from gputune.engine.plan import parse_memory
 
     parse_memory(value)
     return value
 
 
-def _workers(name: str, value: object) -> Any:
+def _workers(name: str, value: object) -> object:
     """Return a number, "auto" or a cluster."""
     from gputune.executors.ray_connection import Ray
 
@@ -108,7 +115,7 @@ def _workers(name: str, value: object) -> Any:
     return value if isinstance(value, Ray) or value == "auto" else _whole(name, value)
 
 
-def _callbacks(name: str, value: object) -> Any:
+def _callbacks(name: str, value: object) -> "tuple[Callback, ...]":
     from gputune.callbacks.callback import check_callbacks
 
     return check_callbacks(value)
@@ -133,7 +140,7 @@ def _seed(name: str, random_state: object) -> int:
     )
 
 
-_BACKENDS = ("auto", "eager", "compiled", "graph", "stacked", "loop")
+_BACKENDS = get_args(BackendWord)
 
 SEARCH, ROWS, MACHINE = "the search", "the rows", "the machine, and what is written"
 _search, _rows, _machine = (partial(_option, group=group) for group in (SEARCH, ROWS, MACHINE))
@@ -149,7 +156,7 @@ class Options:
         "points for each)",
         takes="0..", kept=True, resume="configurations in all, where there are to be more",
     )  # fmt: skip
-    include: Sequence[Mapping[str, Any]] = ()
+    include: Sequence[Mapping[str, object]] = ()
     include_default: bool = _search(
         True, "--no-default",
         "do not run the default configuration (trial 0, held to --space wherever that names a key)",
@@ -161,22 +168,22 @@ class Options:
         "training favours small rates",
         takes="1..", check=_whole, kept=True,
     )  # fmt: skip
-    epoch: Any = _option("best", check=_one_of("best", "last"))
-    method: Any = _search(
+    epoch: Literal["best", "last"] = _option("best", check=_one_of("best", "last"))
+    method: "Method" = _search(
         "random", "--method",
         "halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "
         "drawn configuration descends on its validation loss (random)",
         choices=("random", "halving", "median", "hypergradient"), check=_method,
     )  # fmt: skip
-    scoring: Any = _search(
+    scoring: "str | Scorer | None" = _search(
         None, "--scoring NAME",
         "a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended)",
         kept=True,
     )  # fmt: skip
-    positive: Any = _search(
+    positive: object = _search(
         None, "--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"
     )
-    space: Any = _search(
+    space: object = _search(
         None, "--space KEY=SPEC",
         "what to search: width=32,64 is a list, width=16..256 all integers between, lr=1e-4..1e-1:log is "
         "log-uniform, dropout=0..0.5 uniform, depth=3 fixed",
@@ -188,32 +195,34 @@ class Options:
         f"constant (default), {', '.join(SCHEDULES[1:])}",
         check=_one_of(*SCHEDULES),
     )
-    random_state: Any = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=_seed)
+    random_state: int = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=_seed)
     timeout: float | None = _search(
         None, "--timeout SEC", "stop training after so many seconds",
         takes="number", check=partial(_seconds, none=", or None"), resume=True,
     )  # fmt: skip
 
-    task: Any = _rows(None, "--task T", "classification or regression, where the guess is wrong")
-    cv: Any = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
-    loss: Any = _option(
+    task: "TaskWord | None" = _rows(
+        None, "--task T", "classification or regression, where the guess is wrong"
+    )
+    cv: object = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
+    loss: str | Callable[..., object] | None = _option(
         None,
         "--loss NAME",
         "of a module: cross_entropy, mse, mae, huber, quantile, bce",
         group=ROWS,
         kept=True,
     )
-    training_step: Any = None
-    augment: Any = None
-    class_weight: Any = _option(None, kept=True)
-    sample_weight: Any = None
-    columns: Any = _rows(
+    training_step: Callable[..., object] | None = None
+    augment: Callable[..., object] | None = None
+    class_weight: "ClassWeight" = _option(None, kept=True)
+    sample_weight: object = None
+    columns: "Columns | Literal['auto']" = _rows(
         "auto", "--columns HOW",
         "keep: each column of numbers is one feature; drop-constant: constant ones are left out, and features say "
         "where values are missing; auto (default): keep for a class of your own",
         check=_one_of("auto", "keep", "drop-constant"),
     )  # fmt: skip
-    numbers: Any = _rows(
+    numbers: "Numbers | Literal['auto']" = _rows(
         "auto", "--numbers HOW",
         "scaling: standard, robust (median, quartiles, a smooth clip), quantile or none; auto (default): standard for "
         "tables, none for images and sequences",
@@ -224,7 +233,7 @@ class Options:
         "auto", "--device D", "auto (default), cpu, cuda or cuda:1",
         kept=True, resume="another device; results are then equal up to rounding",
     )  # fmt: skip
-    backend: Literal["auto", "eager", "compiled", "graph", "stacked", "loop"] = _machine(
+    backend: BackendWord = _machine(
         "auto", "--backend",
         "how members train: compiled on a CPU with a C compiler, as recorded steps (graph), as operations on stacked "
         "tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
@@ -236,7 +245,7 @@ class Options:
     tf32: bool = _machine(
         False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True
     )
-    precision: Any = _machine(
+    precision: Precision = _machine(
         "full", "--precision P",
         "of what a module computes while it trains: full, or bf16 for matrix products and convolutions (full)",
         choices=("full", "bf16"), check=_one_of("full", "bf16"), kept=True,
@@ -245,7 +254,7 @@ class Options:
         None, "--memory 8GB", "what trials that train together may take on the device",
         check=_memory, kept=True, resume="what new chunks of trials may take on the device",
     )  # fmt: skip
-    workers: Any = _machine(
+    workers: "int | Literal['auto'] | Ray" = _machine(
         "auto",
         "--workers N",
         "processes on a CPU (auto)",
@@ -254,13 +263,13 @@ class Options:
         kept=True,
         resume=True,
     )
-    study: Any = _option(None, check=_path)
+    study: Path | None = _option(None, check=_path)
     checkpoint_seconds: float = _machine(
         60, "--checkpoint-seconds SEC",
         "what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
         takes="number", check=_seconds, kept=True, resume=True,
     )  # fmt: skip
-    callbacks: Any = _option((), check=_callbacks)
+    callbacks: "tuple[Callback, ...]" = _option((), check=_callbacks)
     verbose: int = 1
 
     def __post_init__(self) -> None:
