@@ -32,6 +32,7 @@ from gputune.population.network import call_module, two_logits
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, Place, fit_members
 from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed
+from gputune.types import Config
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """Whether X may be what is no table, and y have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
     """The parameters that a descent may move, the usual one first -> what the engine calls them."""
-    _fit_recipes: ClassVar[Callable[..., Mapping[Place, Any]]]
+    _fit_recipes: ClassVar[Callable[..., Mapping[Place, object]]]
     """Of recipes, rows, folds, workers=, deadline=: for each (fold, trial) what ``_set_fitted`` takes, or an error."""
 
     def __new__(cls, *args: object, **params: object) -> Self:
@@ -105,9 +106,9 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         super().set_params(**params)
         return self
 
-    def _checked_params(self) -> dict[str, Any]:
+    def _checked_params(self) -> Config:
         """Return all parameters; raises InputError for a value that has no counterpart here."""
-        params: dict[str, Any] = self.get_params(deep=False)
+        params: Config = self.get_params(deep=False)
         self._foreign.check_values(params, type(self).__name__)
         return params
 
@@ -148,7 +149,7 @@ class FitHook(Protocol):
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Do what ``fit`` would do and return True, or leave it to ``fit``."""
 
-    def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> Any:
+    def transform(self, function: Callable[..., object], *args: Any, **options: Any) -> object:
         """Return what ``function`` does, which fits a transformer of a pipeline and transforms with it."""
 
 
@@ -165,7 +166,7 @@ def using_hook(hook: FitHook | None) -> Iterator[None]:
         fit_hook.reset(token)
 
 
-def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: object = None) -> Rows:
+def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: object = None) -> Rows:
     """Return the rows of a fit as scikit-learn checks them for ``estimator``, which takes its feature names over.
 
     Inputs that are no table, and targets of several columns, are for an estimator that takes them. Raises InputError or
@@ -179,10 +180,10 @@ def check_rows(estimator: FusedEstimator, X: Any, y: Any, sample_weight: object 
         y = _check_y(y, multi_output=several, y_numeric=numeric, estimator=estimator)
         check_consistent_length(arrays.parts[0], y)
     else:
-        X, y = validate_data(
+        table, y = validate_data(
             estimator, X, y, dtype=FLOATS, order="C", y_numeric=numeric, multi_output=several
         )
-        arrays, names = Arrays((as_tensor(X),)), getattr(estimator, "feature_names_in_", None)
+        arrays, names = Arrays((as_tensor(table),)), getattr(estimator, "feature_names_in_", None)
     weights = None
     if sample_weight is not None:
         weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
@@ -230,7 +231,7 @@ def fit_together(
     workers: int | None = 1,
     deadline: float | None = None,
     states: Sequence[RungState] | None = None,
-) -> dict[Place, Any]:
+) -> dict[Place, object]:
     """Fit all candidates, of one class, on the training rows of all folds at once.
 
     Returns for each (fold, candidate) what ``_become`` takes. ``random_state=None`` is one fresh draw for all of them.
@@ -239,7 +240,7 @@ def fit_together(
     then fail with TimeoutError. ``states`` say for each candidate where its training goes on from.
     """
     draw = functools.cache(fresh_seed)
-    results: dict[Place, Any] = {}
+    results: dict[Place, object] = {}
     recipes = {}
     for i, candidate in enumerate(candidates):
         try:
@@ -263,7 +264,7 @@ def fit_together(
     return results
 
 
-def last_step(estimator: object) -> tuple[str, Any]:
+def last_step(estimator: object) -> tuple[str, BaseEstimator]:
     """Return the prefix of the parameters of what is trained, and that itself: a pipeline's last step, or all of it."""
     if isinstance(estimator, Pipeline) and estimator.steps:
         name, last = estimator.steps[-1]
@@ -319,14 +320,14 @@ class TrainedEstimator(FusedEstimator):
 class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc]
     """A classifier whose module returns a logit for each class, or for each label."""
 
-    classes_: NDArray[Any] | list[NDArray[Any]]
+    classes_: np.ndarray | list[np.ndarray]
 
-    def predict(self, X: object) -> NDArray[Any]:
+    def predict(self, X: object) -> np.ndarray:
         """Return the most probable class of each row, (n,); of labels (n, K) those more probable than not."""
         outputs = self._logits(X)  # says first whether the estimator is fitted
         if isinstance(self.classes_, list):
             return (outputs > 0).numpy().astype(np.int64)
-        labels: NDArray[Any] = self.classes_[outputs.argmax(1).numpy()]
+        labels: np.ndarray = self.classes_[outputs.argmax(1).numpy()]
         return labels
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 from sklearn import model_selection
-from sklearn.base import is_regressor
+from sklearn.base import BaseEstimator, is_regressor
 from sklearn.metrics import log_loss
 from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -24,10 +24,11 @@ from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
 from gputune.sklearn.search import CONSTRAINTS, FusedSearch, current_run
 from gputune.sklearn.slopes import SlopeRequest, check_held_out, descended_parameters, slopes_of, start_values
-from gputune.tuning.descent import run_descent
+from gputune.tuning.descent import SlopeMode, run_descent
+from gputune.types import Config
 
 
-def neg_log_loss(estimator: Any, X: object, y: object, sample_weight: object = None) -> float:
+def neg_log_loss(estimator: BaseEstimator, X: object, y: object, sample_weight: object = None) -> float:
     """Return minus the log loss of a fitted classifier on rows X (m, D) with labels y (m,), in (-inf, 0].
 
     Unlike scikit-learn's score of this name it also holds for rows that lack some of the classes. scikit-learn keeps
@@ -45,13 +46,13 @@ class DescentRun(SearchRun):
     ``origins`` has the start and the outer step of each point, ``fits`` those of the point where each start stands.
     """
 
-    X: Any = None
-    y: Any = None
+    X: object = None
+    y: object = None
     parameters: Mapping[str, str] = field(default_factory=dict)
     outer_steps: int = 0
     recorder: Recorder = field(default_factory=lambda: Recorder(held_out=True))
     splits: Splits = ()
-    points: list[Mapping[str, Any]] = field(default_factory=list)
+    points: list[Config] = field(default_factory=list)
     origins: list[tuple[int, int]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     fits: dict[int, list[Fit]] = field(default_factory=dict)
@@ -122,7 +123,7 @@ class DescentRun(SearchRun):
         return slopes
 
     def _slopes(
-        self, fits: Mapping[int, list[Fit]], starts: Mapping[int, Descent], mode: Any
+        self, fits: Mapping[int, list[Fit]], starts: Mapping[int, Descent], mode: SlopeMode
     ) -> dict[int, Slope]:
         if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
             return {}
@@ -186,7 +187,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
 
     _space_name = "param_distributions"
     pre_dispatch = "2*n_jobs"
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **model_selection.RandomizedSearchCV._parameter_constraints,
         "outer_steps": [Interval(Integral, 1, None, closed="left")],
         "hyperparameters": [str, tuple, list, None],
@@ -221,18 +222,18 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     ) -> None:
         keep_parameters(self, locals())
 
-    def score(self, X: object, y: object = None, **params: object) -> Any:
+    def score(self, X: object, y: object = None, **params: object) -> float:
         """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""
-        if self.scoring is None and hasattr(self, "best_estimator_"):
-            return self.best_estimator_.score(X, y, **params)
-        return super().score(X, y, **params)
+        by_estimator = self.scoring is None and hasattr(self, "best_estimator_")
+        score: float = (self.best_estimator_.score if by_estimator else super().score)(X, y, **params)
+        return score
 
-    def _effective_scoring(self) -> Any:
+    def _effective_scoring(self) -> object:
         if self.scoring is not None:
             return self.scoring
         return "neg_mean_squared_error" if is_regressor(self.estimator) else neg_log_loss
 
-    def _overrides(self, *, together: bool) -> dict[str, Any]:
+    def _overrides(self, *, together: bool) -> dict[str, object]:
         return super()._overrides(together=together) | {"scoring": self._effective_scoring()}
 
     def _leave_to_own_loop(self, reason: str) -> None:
@@ -245,12 +246,14 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         run = super()._make_run(trained, X, y)
         return DescentRun(run.estimator, run.cv, run.deadline, X=X, y=y)
 
-    def _run_search(self, evaluate_candidates: Callable[..., object], *, callback_ctx: Any = None) -> None:
+    def _run_search(
+        self, evaluate_candidates: Callable[..., dict[str, np.ndarray]], *, callback_ctx: Any = None
+    ) -> None:
         run = current_run.get()
         assert isinstance(run, DescentRun)
         run.trained = self._descend(run)
         starts, steps = zip(*run.origins)
-        evaluate: dict[str, Any] = {"more_results": {"start": list(starts), "outer_step": list(steps)}}
+        evaluate = {"more_results": {"start": list(starts), "outer_step": list(steps)}}
         if callback_ctx is None:  # before scikit-learn 1.9
             run.evaluate(evaluate_candidates, run.points, **evaluate)
             return

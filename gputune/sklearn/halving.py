@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from sklearn.model_selection import _search_successive_halving as scikit_learns
@@ -74,7 +74,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
     study = None
     timeout = None
     pre_dispatch = "2*n_jobs"
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **scikit_learns.HalvingRandomSearchCV._parameter_constraints,
         "device": [str],
     }
@@ -102,8 +102,8 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
     ) -> None:
         keep_parameters(self, locals())
 
-    def _overrides(self, *, together: bool) -> dict[str, Any]:
-        overrides: dict[str, Any] = super()._overrides(together=together)
+    def _overrides(self, *, together: bool) -> dict[str, object]:
+        overrides = super()._overrides(together=together)
         epochs = self._epochs_parameter()
         if epochs is not None:
             overrides["resource"] = epochs

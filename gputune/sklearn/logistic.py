@@ -17,6 +17,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from gputune.data.target import ClassWeight
 from gputune.engine.backend import choose_device
 from gputune.errors import InputError
 from gputune.search.config import check_value
@@ -117,7 +118,7 @@ def make_problem(penalties: Sequence[Penalty], rows: Rows, group: FoldGroup, x: 
 
 
 def _weights(
-    class_weight: Mapping[object, float] | str | None, rows: Rows, group: FoldGroup, train: NDArray[np.int64]
+    class_weight: Mapping[Any, float] | str | None, rows: Rows, group: FoldGroup, train: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
     assert rows.classes is not None and group.classes is not None
@@ -184,7 +185,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
 
     coef_: NDArray[np.float64]
     intercept_: NDArray[np.float64]
-    classes_: NDArray[Any]
+    classes_: np.ndarray
 
     def __init__(
         self,
@@ -192,7 +193,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         *,
         l1_ratio: float = 0.0,
         penalty: str | None = "auto",
-        class_weight: Mapping[object, float] | str | None = None,
+        class_weight: ClassWeight = None,
         fit_intercept: bool = True,
         tol: float = 1e-10,
         max_iter: int = 100,
@@ -205,18 +206,18 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
     ) -> None:
         keep_parameters(self, locals())
 
-    def decision_function(self, X: Any) -> NDArray[np.float64]:
+    def decision_function(self, X: object) -> NDArray[np.float64]:
         """Return the logit of each class, (n, K); of the second class, (n,), for two classes."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
-        scores: NDArray[np.float64] = X @ self.coef_.T + self.intercept_
+        table = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
+        scores: NDArray[np.float64] = table @ self.coef_.T + self.intercept_
         return scores[:, 0] if scores.shape[1] == 1 else scores
 
-    def predict(self, X: object) -> NDArray[Any]:
+    def predict(self, X: object) -> np.ndarray:
         """Return the most probable class of each row, (n,)."""
         scores = self.decision_function(X)
         places = scores > 0 if scores.ndim == 1 else scores.argmax(1)
-        labels: NDArray[Any] = self.classes_[places.astype(int)]
+        labels: np.ndarray = self.classes_[places.astype(int)]
         return labels
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:

@@ -1,6 +1,5 @@
 """MLPClassifier and MLPRegressor: the multilayer perceptron, in scikit-learn's words."""
 
-from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -131,7 +130,7 @@ class _MLP(TrainedEstimator):
 
 def _layers(sizes: Any) -> tuple[int, int]:
     """Return width and depth of hidden_layer_sizes."""
-    layers: Sequence[Any] = [sizes] if isinstance(sizes, Integral) else sizes
+    layers = [sizes] if isinstance(sizes, Integral) else sizes
     if not isinstance(layers, list | tuple | np.ndarray) or not all(
         isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers
     ):

@@ -5,7 +5,6 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +12,7 @@ from sklearn import get_config
 from sklearn.base import clone, is_classifier
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import check_cv
-from sklearn.utils import indexable
+from sklearn.utils import Bunch, indexable
 from sklearn.utils.metadata_routing import MetadataRouter, MethodMapping, process_routing
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
@@ -24,6 +23,9 @@ from gputune.sklearn.record import Fit, fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together, with_hook
 from gputune.sklearn.slices import as_sliced
+from gputune.types import Config
+
+AnySearch = RandomizedSearchCV | GridSearchCV
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +40,13 @@ class NestedScores:
     """
 
     scores: NDArray[np.float64]
-    best_params: tuple[dict[str, Any], ...]
+    best_params: tuple[Config, ...]
     best_scores: NDArray[np.float64]
-    searches: tuple[Any, ...]
+    searches: tuple[AnySearch, ...]
 
 
 def nested_cv(
-    search: Any,
+    search: AnySearch,
     X: object,
     y: object,
     *,
@@ -98,9 +100,9 @@ def nested_cv(
 class _Metadata:
     """What goes to the outer splitter, to the search's ``fit`` and to its ``score``."""
 
-    split: Mapping[str, Any]
-    fit: Mapping[str, Any]
-    score: Mapping[str, Any]
+    split: Mapping[str, object]
+    fit: Mapping[str, object]
+    score: Mapping[str, object]
 
 
 def _route(search: object, splitter: object, groups: object, params: Mapping[str, object]) -> _Metadata:
@@ -121,7 +123,7 @@ def _route(search: object, splitter: object, groups: object, params: Mapping[str
 
 
 def _check_search(search: object) -> None:
-    if not isinstance(search, RandomizedSearchCV | GridSearchCV):
+    if not isinstance(search, AnySearch):
         raise InputError(
             f"nested_cv(search) must be a RandomizedSearchCV or a GridSearchCV of gputune.sklearn, got {search!r}; for "
             "another one use sklearn.model_selection.cross_validate(search, X, y)."
@@ -138,7 +140,7 @@ def _check_search(search: object) -> None:
 
 
 def _parts(
-    search: Any, X: object, y: object, params: Mapping[str, object], trains: Sequence[object]
+    search: AnySearch, X: object, y: object, params: Mapping[str, object], trains: Sequence[object]
 ) -> list[Part | None]:
     """Return the rows of each outer fold as parts of all rows, None where a fold has to be checked by itself."""
     fit_params = _routed_within(search, X, params).estimator.fit
@@ -146,7 +148,7 @@ def _parts(
     return [None if whole is None else Part(whole.rows, whole.index[np.asarray(train)]) for train in trains]
 
 
-def _routed_within(search: Any, X: object, params: Mapping[str, object]) -> Any:
+def _routed_within(search: AnySearch, X: object, params: Mapping[str, object]) -> Bunch:
     """Return what the search sends on of its ``fit``'s params; its ``fit`` says what there is to warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -154,7 +156,7 @@ def _routed_within(search: Any, X: object, params: Mapping[str, object]) -> Any:
 
 
 def _train(
-    searches: Sequence[Any],
+    searches: Sequence[AnySearch],
     rows: Sequence[tuple[object, object, Mapping[str, object]]],
     parts: Sequence[Part | None],
 ) -> list[TrainedCandidates]:
@@ -171,7 +173,7 @@ def _train(
 
 
 def _record(
-    search: Any, rows: tuple[object, object, Mapping[str, object]], within: Part | None
+    search: AnySearch, rows: tuple[object, object, Mapping[str, object]], within: Part | None
 ) -> TrainedCandidates:
     """Return the candidates of one search, not trained yet."""
     X, y, params = rows

@@ -1,10 +1,11 @@
 """NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Self
 
 import torch
+from sklearn.utils import Tags
 from torch import nn
 
 from gputune.errors import InputError
@@ -20,7 +21,7 @@ from gputune.sklearn.base import (
 )
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
 from gputune.study.module_source import is_builder
-from gputune.types import OPTIMIZERS
+from gputune.types import OPTIMIZERS, Config
 
 _PREFIXES = {"module__": "module__", "criterion__": LOSS_PREFIX}
 """Of arguments: as the estimator writes them -> as the engine does."""
@@ -86,10 +87,10 @@ class _NeuralNet(TrainedEstimator):
         self._arguments = parameters.pop("arguments")
         keep_parameters(self, parameters)
 
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
+    def get_params(self, deep: bool = True) -> Config:
         """Return all parameters, the ``module__*`` and ``criterion__*`` that were given among them."""
-        params: dict[str, Any] = super().get_params(deep)
-        arguments: dict[str, Any] = self._arguments
+        params: Config = super().get_params(deep)
+        arguments: Config = self._arguments
         return params | arguments
 
     def set_params(self, **params: object) -> Self:
@@ -106,7 +107,7 @@ class _NeuralNet(TrainedEstimator):
         super().set_params(**rest)
         return self
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.target_tags.multi_output = True
@@ -147,9 +148,9 @@ class _NeuralNet(TrainedEstimator):
             loss=self._loss(),
         )
 
-    def _loss(self) -> Any:
+    def _loss(self) -> str | Callable[..., object] | None:
         """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""
-        criterion = self.criterion
+        criterion: str | Callable[..., object] | None = self.criterion
         own = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
             if (criterion is loss and own <= _NUMBERS) or (not own and _is_default(criterion, loss)):
@@ -196,7 +197,7 @@ def _is_default(criterion: object, loss: type[nn.Module]) -> bool:
     return type(criterion) is loss and _settings(criterion) == _settings(loss())
 
 
-def _settings(criterion: nn.Module) -> dict[str, Any]:
+def _settings(criterion: nn.Module) -> Config:
     """Return what a loss was built with; a tensor of weights as a list."""
     own = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
     own |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
@@ -244,7 +245,7 @@ class NeuralNetClassifier(TrainedClassifier, _NeuralNet):
 
     _own_losses: ClassVar = {nn.CrossEntropyLoss: "cross_entropy", nn.BCEWithLogitsLoss: "bce"}
 
-    def __sklearn_tags__(self) -> Any:
+    def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
         tags.classifier_tags.multi_label = True
         return tags

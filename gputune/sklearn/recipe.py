@@ -60,7 +60,7 @@ class Recipe:
     seed: int
     device: str
     module: Builder | None = None
-    loss: str | Callable[..., Tensor] | None = None
+    loss: str | Callable[..., object] | None = None
     state: RungState | None = None
 
     @property

@@ -4,11 +4,11 @@ import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
-from sklearn.base import clone
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, clone
 from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params, _num_samples
 
@@ -17,7 +17,7 @@ from gputune.sklearn.base import FusedEstimator, check_rows, last_step, using_ho
 from gputune.sklearn.dataset import Part, Rows, form
 from gputune.sklearn.recipe import content
 
-Splits = Sequence[tuple[Any, Any]]
+Splits = Sequence[tuple[ArrayLike, ArrayLike]]
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class Fit:
     n_rows: int
     train: Part | Exception
     valid: Part | Exception | None = None
-    fitted: Any = None
+    fitted: object = None
     """What training gave, or an exception; None before."""
     rows: Rows | None = None
     """Those of all fits that were made together."""
@@ -62,9 +62,9 @@ class Fit:
 class Transformation:
     """What fitting a transformer gave and transformed, or the exception that it raised."""
 
-    result: Any
+    result: object
 
-    def take(self) -> Any:
+    def take(self) -> object:
         """Return what it gave, or raise its exception."""
         if isinstance(self.result, Exception):
             raise self.result.with_traceback(None)
@@ -72,6 +72,11 @@ class Transformation:
 
 
 Event = Fit | Transformation
+
+FitArguments = tuple[object, object, Mapping[str, object]]
+"""X, y and the parameters of ``fit``."""
+
+Returned = TypeVar("Returned")
 
 
 def _plain_params(estimator: FusedEstimator) -> dict[str, str]:
@@ -107,14 +112,14 @@ class Recorder:
         self.events: list[Event] = []
         self.place = (0, 0)  # trial and fold
         # Each beside what its key has the ids of, so that nothing else gets them.
-        self._parts: dict[Hashable, tuple[Part | Exception, Any]] = {}
-        self._transformed: dict[Hashable, tuple[Transformation, Any]] = {}
-        self._folds: dict[Hashable, tuple[tuple[Any, Any, dict[str, Any]], Any]] = {}
+        self._parts: dict[Hashable, tuple[Part | Exception, object]] = {}
+        self._transformed: dict[Hashable, tuple[Transformation, object]] = {}
+        self._folds: dict[Hashable, tuple[FitArguments, object]] = {}
         self._valid: dict[Hashable, Part | Exception] = {}
 
     def record(
         self,
-        candidates: Sequence[object],
+        candidates: Sequence[BaseEstimator],
         X: object,
         y: object,
         splits: Splits,
@@ -141,7 +146,7 @@ class Recorder:
                         self._hold_out(fitted, X, y, train, test)
         return self.events
 
-    def _of_parts(self, candidates: Sequence[Any], splits: Splits, within: Part) -> list[Event]:
+    def _of_parts(self, candidates: Sequence[BaseEstimator], splits: Splits, within: Part) -> list[Event]:
         trains, valids = (
             [Part(within.rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
         )
@@ -172,7 +177,7 @@ class Recorder:
         y: object,
         *args: object,
         **options: Any,
-    ) -> Any:
+    ) -> object:
         """Fit a transformer and return what ``function`` does, once for equal transformers on the same rows."""
         metadata = [value for routed in (options.get("params") or {}).values() for value in routed.values()]
         key = (content(transformer), id(X), id(y), *map(id, metadata))
@@ -197,17 +202,16 @@ class Recorder:
 
     def _rows(
         self, estimator: object, X: object, y: object, train: object, fit_params: Mapping[str, object]
-    ) -> Any:
+    ) -> FitArguments:
         """Return X, y and parameters of ``fit`` for some rows: the same objects whenever they are the same."""
         key = (id(X), id(y), np.asarray(train).tobytes(), *map(id, fit_params.values()))
         if key not in self._folds:
             params = _check_method_params(X, params=fit_params, indices=train)
-            rows = (*_safe_split(estimator, X, y, train), params)
-            self._folds[key] = (rows, (X, y, fit_params))
+            self._folds[key] = (*_safe_split(estimator, X, y, train), params), (X, y, fit_params)
         return self._folds[key][0]
 
 
-def held_out_part(fitted: Any, train: Part, X: object, y: object) -> Part:
+def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> Part:
     """Return rows X (m, D) and y (m,) as validation rows beside ``train``, on which ``fitted`` was fitted.
 
     ``fitted`` is an estimator, or a Pipeline whose transformers are fitted. The rows weigh one each. Raises what the
@@ -239,7 +243,7 @@ def _as_rows(mask_or_rows: object) -> NDArray[np.int64]:
     return np.flatnonzero(array) if array.dtype == bool else array.astype(np.int64)
 
 
-def _fit(estimator: Any, X: object, y: object, params: Mapping[str, object]) -> None:
+def _fit(estimator: BaseEstimator, X: object, y: object, params: Mapping[str, object]) -> None:
     """Call ``fit`` as scikit-learn's loop does."""
     if y is None:
         estimator.fit(X, **params)
@@ -247,7 +251,7 @@ def _fit(estimator: Any, X: object, y: object, params: Mapping[str, object]) -> 
         estimator.fit(X, y, **params)
 
 
-def _silent(estimator: object) -> Any:
+def _silent(estimator: BaseEstimator) -> BaseEstimator:
     """Return the estimator without callbacks, which hear of the fits of scikit-learn's loop."""
     return estimator.set_callbacks() if hasattr(estimator, "set_callbacks") else estimator
 
@@ -257,7 +261,7 @@ def _check(estimator: FusedEstimator, X: object, y: object, sample_weight: objec
     return rows if isinstance(rows, Exception) else Part(rows, np.arange(len(rows.X)))
 
 
-def _result(call: Callable[[], object]) -> Any:
+def _result(call: Callable[[], Returned]) -> Returned | Exception:
     try:
         return call()
     except Exception as error:

@@ -8,18 +8,19 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
+import numpy as np
 from joblib.parallel import get_active_backend
-from sklearn.base import clone, is_classifier
+from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.model_selection import check_cv
 
 from gputune.sklearn.base import FusedEstimator, fit_together, using_hook
 from gputune.sklearn.dataset import Part, lay_out
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of
+from gputune.types import Config
 
-Candidates = Sequence[Mapping[str, Any]]
+Candidates = Sequence[Config]
 
 
 def train(
@@ -87,7 +88,7 @@ class Replay:
         event.finish(estimator)
         return True
 
-    def transform(self, function: Callable[..., object], *args: object, **options: object) -> Any:
+    def transform(self, function: Callable[..., object], *args: object, **options: object) -> object:
         """Return what fitting a transformer gave where it is its turn, else fit it."""
         event = self.events[0] if self.events else None
         if not isinstance(event, Transformation):
@@ -123,12 +124,12 @@ class TrainedCandidates:
 class SearchRun:
     """One call of a search's ``fit``. ``trained`` are candidates that were trained before, with other searches."""
 
-    estimator: Any
-    cv: Any
+    estimator: BaseEstimator
+    cv: object
     deadline: float | None = None
     trained: TrainedCandidates | None = None
-    fit_params: Mapping[str, Any] = field(default_factory=dict)
-    split_params: Mapping[str, Any] = field(default_factory=dict)
+    fit_params: Mapping[str, object] = field(default_factory=dict)
+    split_params: Mapping[str, object] = field(default_factory=dict)
     recorder: Recorder = field(default_factory=Recorder)
     seconds: list[float] = field(default_factory=list)
     epochs: list[int] = field(default_factory=list)
@@ -136,12 +137,12 @@ class SearchRun:
 
     def evaluate(
         self,
-        evaluate_candidates: Callable[..., Any],
-        candidate_params: Iterable[Any],
+        evaluate_candidates: Callable[..., dict[str, np.ndarray]],
+        candidate_params: Iterable[Config],
         cv: object = None,
         more_results: object = None,
         **context: object,
-    ) -> dict[str, Any]:
+    ) -> dict[str, np.ndarray]:
         """Do what scikit-learn's ``evaluate_candidates`` does, with fits that are made together."""
         candidates = list(candidate_params) if self.trained is None else self.trained.candidates
         replay = Replay()
@@ -153,9 +154,7 @@ class SearchRun:
             return trained.splits
 
         with using_hook(replay):
-            results: dict[str, Any] = evaluate_candidates(
-                candidates, _Splitter(split), more_results=more_results, **context
-            )
+            results = evaluate_candidates(candidates, _Splitter(split), more_results=more_results, **context)
         replay.check_end()
         results["mean_fit_time"][:] = self.seconds
         results["std_fit_time"][:] = 0.0
@@ -200,7 +199,7 @@ class SearchRun:
 class _Splitter:
     """What scikit-learn takes for a splitter: it splits once, and training comes before the splits are returned."""
 
-    once: Callable[[Any, Any, Mapping[str, Any]], Splits]
+    once: Callable[[object, object, Mapping[str, object]], Splits]
 
     def split(self, X: object, y: object = None, **params: object) -> Splits:
         """Return the splits."""

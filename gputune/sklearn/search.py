@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral, Real
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import numpy as np
 from sklearn import model_selection
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
+from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
+from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_memory
 
@@ -23,11 +25,12 @@ from gputune.sklearn.base import FusedEstimator, fit_hook, keep_parameters, last
 from gputune.sklearn.replay import SearchRun, TrainedCandidates
 from gputune.sklearn.slices import as_sliced
 from gputune.sklearn.study_file import check_new, write_search
+from gputune.types import Config
 
 current_run: ContextVar[SearchRun | None] = ContextVar("current_run", default=None)
 
 
-def why_not_together(estimator: Any, space: object) -> str | None:
+def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
     """Return the reason why the candidates of a space cannot be trained together, None where they can."""
     prefix, last = last_step(estimator)
     name = type(last).__name__
@@ -54,19 +57,19 @@ class HookedMemory:
     def __repr__(self) -> str:
         return repr(self.memory)
 
-    def cache(self, function: Callable[..., object], **options: object) -> Callable[..., Any]:
+    def cache(self, function: Callable[..., object], **options: object) -> Callable[..., object]:
         """Return the function that fits a transformer, through the hook where there is one."""
         hook = fit_hook.get()
         if hook is not None:
             return functools.partial(hook.transform, function)
-        cached: Callable[..., Any] = check_memory(self.memory).cache(function, **options)
+        cached: Callable[..., object] = check_memory(self.memory).cache(function, **options)
         return cached
 
     def __sklearn_clone__(self) -> Self:
         return self
 
 
-def with_hook(estimator: Any, device: str) -> Any:
+def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
     """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it is."""
     copied = estimator
     if isinstance(estimator, Pipeline):
@@ -89,13 +92,13 @@ def without_hook(estimator: object) -> None:
         estimator.memory = estimator.memory.memory
 
 
-class FusedSearch:
+class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
     """What makes a search of scikit-learn train together; it comes before scikit-learn's class among the bases."""
 
     _space_name: ClassVar[str]
     """The parameter that holds the space."""
 
-    def fit(self: Any, X: object, y: object = None, **params: object) -> Any:
+    def fit(self, X: object, y: object = None, **params: object) -> Self:
         """Run the search on rows X with targets y, as the estimator takes them, and refit the best candidate on all.
 
         ``params`` are those of scikit-learn's search: ``sample_weight``, ``groups`` and whatever is routed. Returns
@@ -104,8 +107,8 @@ class FusedSearch:
         return self._fit_trained(None, X, y, params)
 
     def _fit_trained(
-        self: Any, trained: TrainedCandidates | None, X: object, y: object, params: Mapping[str, object]
-    ) -> Any:
+        self, trained: TrainedCandidates | None, X: object, y: object, params: Mapping[str, object]
+    ) -> Self:
         """Fit; candidates that were ``trained`` are evaluated in place of those that the search would draw."""
         X = as_sliced(X)
         if isinstance(self.study, str | os.PathLike):  # what else it may be, scikit-learn refuses
@@ -116,21 +119,21 @@ class FusedSearch:
         with _overriding(self, self._overrides(together=reason is None)):
             run = self._make_run(trained, X, y) if reason is None else None
             with _running(run):
-                super().fit(X, y, **params)  # type: ignore[misc]  # scikit-learn's
+                super().fit(X, y, **params)
         if hasattr(self, "best_estimator_"):
             without_hook(self.best_estimator_)
         if self.study is not None:
             write_search(self.study, self, None if run is None else run.epochs)
         return self
 
-    def _make_run(self: Any, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
+    def _make_run(self, trained: TrainedCandidates | None, X: object, y: object) -> SearchRun:
         """Return the run of one fit on X and y, which are not checked yet."""
         del X, y
         timeout = self.timeout if isinstance(self.timeout, Real) else None
         deadline = None if timeout is None else time.monotonic() + float(timeout)
         return SearchRun(self.estimator, self.cv, deadline, trained)
 
-    def _overrides(self: Any, *, together: bool) -> dict[str, Any]:
+    def _overrides(self, *, together: bool) -> dict[str, object]:
         """Return what scikit-learn gets to see in place of the user's parameters while it searches."""
         overrides = {self._space_name: translated(getattr(self, self._space_name))}
         if getattr(self, "pre_dispatch", "") is None:
@@ -142,11 +145,11 @@ class FusedSearch:
                 overrides["cv"] = list(self.cv)  # it may be a generator, and is looked at more than once
         return overrides
 
-    def _effective_scoring(self: Any) -> Any:
+    def _effective_scoring(self) -> object:
         """Return what candidates are scored by."""
         return self.scoring
 
-    def _leave_to_own_loop(self: Any, reason: str) -> None:
+    def _leave_to_own_loop(self, reason: str) -> None:
         """Warn that scikit-learn's loop takes over."""
         idle = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
         without = f", and {' and '.join(idle)} have no effect" if idle else ""
@@ -157,20 +160,20 @@ class FusedSearch:
             stacklevel=4,
         )
 
-    def _get_routed_params_for_fit(self: Any, params: object) -> Any:
-        routed = super()._get_routed_params_for_fit(params)  # type: ignore[misc]  # scikit-learn's
+    def _get_routed_params_for_fit(self, params: object) -> Bunch:
+        routed = super()._get_routed_params_for_fit(params)
         if (run := current_run.get()) is not None:
             run.fit_params, run.split_params = routed.estimator.fit, routed.splitter.split
         return routed
 
     def _run_search(
-        self: Any, evaluate_candidates: Callable[..., object], *, callback_ctx: object = None
+        self, evaluate_candidates: Callable[..., dict[str, np.ndarray]], *, callback_ctx: object = None
     ) -> None:
         run = current_run.get()
         if run is not None:
             evaluate_candidates = functools.partial(run.evaluate, evaluate_candidates)
         context = {} if callback_ctx is None else {"callback_ctx": callback_ctx}  # since scikit-learn 1.9
-        super()._run_search(evaluate_candidates, **context)  # type: ignore[misc]  # scikit-learn's
+        super()._run_search(evaluate_candidates, **context)
 
 
 @contextmanager
@@ -193,7 +196,7 @@ def _running(run: SearchRun | None) -> Iterator[None]:
         current_run.reset(token)
 
 
-CONSTRAINTS: dict[str, Any] = {
+CONSTRAINTS: dict[str, list[object]] = {
     "device": [str],
     "study": [str, os.PathLike, None],
     "timeout": [Interval(Real, 0, None, closed="neither"), None],
@@ -225,7 +228,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     """
 
     _space_name = "param_distributions"
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **model_selection.RandomizedSearchCV._parameter_constraints,
         **CONSTRAINTS,
         "pre_dispatch": [Integral, str, None],
@@ -252,7 +255,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     ) -> None:
         keep_parameters(self, locals())
 
-    def _drawn(self) -> list[dict[str, Any]]:
+    def _drawn(self) -> list[Config]:
         """Return the candidates that the search draws."""
         space = translated(self.param_distributions)
         return list(model_selection.ParameterSampler(space, self.n_iter, random_state=self.random_state))
@@ -262,7 +265,7 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     __doc__ = f"""scikit-learn's GridSearchCV, with its candidates trained together.{_TOGETHER}"""
 
     _space_name = "param_grid"
-    _parameter_constraints: ClassVar[dict[str, Any]] = {
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **model_selection.GridSearchCV._parameter_constraints,
         **CONSTRAINTS,
         "pre_dispatch": [Integral, str, None],
@@ -287,6 +290,6 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     ) -> None:
         keep_parameters(self, locals())
 
-    def _drawn(self) -> list[dict[str, Any]]:
+    def _drawn(self) -> list[Config]:
         """Return all candidates of the grid."""
         return list(model_selection.ParameterGrid(self.param_grid))

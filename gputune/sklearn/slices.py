@@ -46,7 +46,7 @@ class SliceDict(dict[str, Any]):
         return SliceDict({name: value[key] for name, value in self.items()})
 
 
-def as_sliced(X: object) -> Any:
+def as_sliced(X: object) -> object:
     """Return a dict of inputs as a SliceDict, anything else as it is. Raises InputError for a tuple of inputs."""
     if isinstance(X, tuple) and X and all(isinstance(value, np.ndarray | Tensor) for value in X):
         raise InputError(

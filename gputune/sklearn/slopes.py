@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import check_classes
 from gputune.sklearn.base import last_step
 from gputune.sklearn.dataset import FoldGroup, Layout, Part, as_tensor, lay_out, shared_x
-from gputune.sklearn.fit import Batch, Place, batches, in_skorchs_words
+from gputune.sklearn.fit import Batch, Member, Place, batches, in_skorchs_words
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
 from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Fit
@@ -98,7 +98,8 @@ def _trained(
 
 def _recipe(fit: Fit) -> Recipe:
     """Return what the fit was trained with, with the seed that it was trained with."""
-    seed: int = fit.fitted.seed
+    assert isinstance(fit.fitted, Member)
+    seed = fit.fitted.seed
     recipe: Recipe = fit.estimator._recipe(lambda: seed)
     return replace(recipe, seed=seed)  # a RandomState has drawn another one
 
@@ -171,7 +172,7 @@ def _classes(part: Part, *, weighing: bool) -> set[object]:
     return set(rows.classes[np.unique(rows.y[index])].tolist())
 
 
-def descended_parameters(hyperparameters: Any, estimator: object) -> dict[str, str]:
+def descended_parameters(hyperparameters: str | Sequence[str] | None, estimator: object) -> dict[str, str]:
     """Return what is descended on, in the engine's words -> the parameter of the estimator that holds it.
 
     None is the usual one. Raises InputError for one that the estimator has not, and for one named twice.

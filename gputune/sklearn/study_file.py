@@ -4,16 +4,17 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sklearn
+from sklearn.model_selection._search import BaseSearchCV
 
 from gputune.errors import InputError
 from gputune.sklearn.base import last_step
 from gputune.study.rows import State, to_json
 from gputune.study.store import Candidate, Result, Store
 from gputune.tuning.record import versions
+from gputune.types import Json
 
 Place = str | os.PathLike[str]
 
@@ -29,7 +30,7 @@ def check_new(path: Place) -> None:
         raise InputError(f"study={str(path)!r}: the folder does not exist; make it first.")
 
 
-def write_search(path: Place, search: Any, epochs: Sequence[int] | None) -> None:
+def write_search(path: Place, search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
     """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
     results = search.cv_results_
     candidates = [
@@ -45,7 +46,7 @@ def write_search(path: Place, search: Any, epochs: Sequence[int] | None) -> None
         store.finish(_result(number, *row) for number, row in enumerate(rows))
 
 
-def _origins(results: Mapping[str, Any]) -> list[str | tuple[int, int]]:
+def _origins(results: Json) -> list[str | tuple[int, int]]:
     """Return where each candidate comes from: a point of a descent from its start and outer step."""
     if "outer_step" not in results:
         return ["random"] * len(results["params"])
@@ -53,7 +54,7 @@ def _origins(results: Mapping[str, Any]) -> list[str | tuple[int, int]]:
     return [(start, step) if step else "random" for start, step in places]
 
 
-def _meta(search: Any) -> dict[str, Any]:
+def _meta(search: BaseSearchCV) -> Json:
     return {
         "face": "sklearn",
         "model": type(last_step(search.estimator)[1]).__name__,
@@ -72,7 +73,7 @@ def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Res
     return Result(number, state, float(scores.mean()), tuple(scores.tolist()), epochs, seconds, curve)
 
 
-def _metric(search: Any, results: Mapping[str, object]) -> str:
+def _metric(search: BaseSearchCV, results: Mapping[str, object]) -> str:
     """Return the metric that chooses: the one of ``refit``, or the first of many."""
     if "mean_test_score" in results:
         return "score"
@@ -81,7 +82,7 @@ def _metric(search: Any, results: Mapping[str, object]) -> str:
     return next(name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_"))
 
 
-def _score_name(search: Any) -> str:
+def _score_name(search: BaseSearchCV) -> str:
     """Return what the scores are, for a reader."""
     if isinstance(search.refit, str):
         return search.refit
@@ -95,7 +96,7 @@ def _score_name(search: Any) -> str:
     return str(next(iter(scoring)))
 
 
-def _storable(value: object) -> Any:
+def _storable(value: object) -> object:
     """Return a value of a configuration as a file can hold it: as text where it can in no other way."""
     with suppress(InputError):
         to_json(value)
