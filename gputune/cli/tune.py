@@ -62,7 +62,7 @@ def tune(arguments: argparse.Namespace) -> str:
     )
     if options.task is None and rest.origin is not None:
         options = replace(options, task=rest.origin["task"])
-    with _folder(out.absolute()):
+    with _folder((options.study or out / STUDY).parent):
         return _finish(arguments, RecordedSearch(choice, rest, test, options), out / STUDY, begin, profile)
 
 
@@ -89,7 +89,7 @@ def _finish(
     ``shown`` is the study file as it was typed; a module of the user's may change the working folder.
     """
     rest, options = recorded.source, recorded.options
-    place = shown.absolute()  # wherever a module of the user's goes meanwhile
+    place = options.study or shown
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     keeps_model = "test_size" in (rest.origin or {})
     width = shutil.get_terminal_size().columns
@@ -118,10 +118,11 @@ def _finish(
         if keeps_model:
             with profile.clock("training the best on all rows"):
                 model, held_out = _scored(study.best_model(), recorded, study)
-            model.save(model_folder(place))
+            folder = model_folder(place)
+            model.save(folder)
             if arguments.ensemble:
                 with profile.clock("an ensemble"):
-                    held_out, ensemble = _ensemble(study, recorded, held_out, arguments.verbose)
+                    held_out, ensemble = _ensemble(study, recorded, held_out, folder, arguments.verbose)
     text = closing_text(ending(study, held_out, ensemble), width=width)
     if not arguments.profile:
         return text
@@ -140,9 +141,9 @@ def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[
 
 
 def _ensemble(
-    study: Study, recorded: RecordedSearch, best: HeldOut | None, verbose: int
+    study: Study, recorded: RecordedSearch, best: HeldOut | None, folder: Path, verbose: int
 ) -> tuple[HeldOut | None, str]:
-    """Save an ensemble in place of the best trial where it is no worse on the held-out rows, or where there are none.
+    """Save an ensemble in ``folder``, in place of the best trial, where it is no worse on the held-out rows, or where there are none.
 
     Returns the held-out score of the model that is saved, and what is said of the ensemble.
     """
@@ -152,7 +153,7 @@ def _ensemble(
         return best, f"No ensemble: {error}"
     is_saved = held_out is None or best is None or not held_out.score < best.score
     if is_saved:
-        model.save(model_folder(recorded.options.study))
+        model.save(folder)
     return (held_out if is_saved else best), ensemble_words(study, model, held_out, best, is_saved=is_saved)
 
 
