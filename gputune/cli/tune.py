@@ -143,7 +143,7 @@ def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[
 def _ensemble(
     study: Study, recorded: RecordedSearch, best: HeldOut | None, folder: Path, verbose: int
 ) -> tuple[HeldOut | None, str]:
-    """Save an ensemble in ``folder``, in place of the best trial, where it is no worse on the held-out rows, or where there are none.
+    """Save an ensemble in ``folder``, in place of the best trial, where it scores no worse on held-out rows, if any.
 
     Returns the held-out score of the model that is saved, and what is said of the ensemble.
     """
