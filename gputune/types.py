@@ -44,6 +44,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "hypergrad_lr": 0.02,
         "hypergrad_rule": "multiplicative",
         "schedule": "constant",
+        "beta2": 0.999,
+        "weight_decay_schedule": "constant",
+        "dropout_schedule": "constant",
         "clip_norm": math.inf,
         "ema": 0.0,
         "C": 1.0,
@@ -59,8 +62,11 @@ ONLINE_RULES = ("multiplicative", "additive", "normalized")
 """What they do to it, see ``gputune.optim``."""
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree", *ONLINE)
-SCHEDULES = ("constant", "cosine", "linear", "warmup+cosine", "one_cycle")
-ScheduleWord = Literal["constant", "cosine", "linear", "warmup+cosine", "one_cycle"]
+SCHEDULES = ("constant", "cosine", "linear", "warmup+cosine", "one_cycle", "coslog4", "flat_cos")
+ScheduleWord = Literal["constant", "cosine", "linear", "warmup+cosine", "one_cycle", "coslog4", "flat_cos"]
+
+LR_FACTOR, DECAY_FACTOR = "lr_factor__", "weight_decay_factor__"
+"""Keys of a module's parameters: ``lr_factor__bias`` is a factor on the rate of all that have "bias" in their path."""
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
 
 

@@ -34,6 +34,8 @@ class StackedMLP:
 
     exact, alone, least_rows = False, True, 1
 
+    scheduled: tuple[str, ...] = ()  # its rates are in the draws
+
     def __init__(self, kind: ModelKind, configs: Sequence[Config], shape: Shape, *, seed: int) -> None:
         self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
         first = configs[0]

@@ -82,6 +82,7 @@ class StackedChunk:
         """Make what lies over the buffers as they are now."""
         self.grad = torch.zeros_like(self._trained)
         self.params = self._network.blocks.views(self._flat)
+        self.dropout = self.update.update.clock.table(self.configs, "dropout")
         self.grads = self._network.trained.views(self.grad)
         device = self._flat.device
         self.steps: Steps = Direct()
@@ -181,6 +182,9 @@ class StackedChunk:
 
     def _step(self, shape: StepShape, key: tuple[int, int]) -> None:
         """One step of all members, on what lies on the device alone; the counters there go on by one."""
+        for name in self._network.scheduled:
+            clock = self.update.update.clock
+            self.params[name].copy_(self.dropout * clock.factor("dropout_schedule"))
         if sum(part.end - part.begin for part in shape.parts) < len(self.batches.lengths):
             self.grad.zero_()  # folds without a part would keep the last step's gradient, or what became of it
         for run, part in zip(shape.parts, self.batches.parts(shape, key)):

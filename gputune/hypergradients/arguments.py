@@ -15,6 +15,7 @@ from torch import Tensor
 from gputune.errors import InputError
 from gputune.hypergradients.module_training import ModuleTraining
 from gputune.optimizers.rules import BETA1, BETA2
+from gputune.population.population import beyond_adam
 from gputune.types import DEFAULTS, ONLINE_RULES, Config, default_momentum, default_weight_decay
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
@@ -34,6 +35,8 @@ def undifferentiated(config: Config) -> str:
         return f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
     if config["clip_norm"] < math.inf:
         return f"clip_norm={config['clip_norm']:g}; leave it out"
+    if other := [key for key in beyond_adam(config) if key != "beta2"]:
+        return f"{other[0]}={config[other[0]]!r}; leave it out"
     return f"ema={config['ema']:g}; leave it out" if config["ema"] else ""
 
 

@@ -16,14 +16,14 @@ from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.modules.construction import Builder, call_arguments
 from gputune.modules.embeddings import check_ids
-from gputune.modules.module import StackedModule, Traits
+from gputune.modules.module import StackedModule, Traits, dropout_rates
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
 from gputune.population.batches import Batch
 from gputune.population.network import Shape
 from gputune.population.population import arguments_text, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
-from gputune.types import Config
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config
 
 EXAMPLES = 31
 """Rows on which a user's module is tried: a prime number, which a wrong view of their columns does not divide."""
@@ -84,6 +84,22 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset, *, column
     shape = _shape(x, n_outputs=1, names=data.names, dtype=data.dtype)
     trial = ModuleTrial(builder, config, x, shape, columns, None, None)
     return trial.fits(trial.forward(x, training=False), len(x[0]))
+
+
+def check_rates(name: str, config: Config, traits: Traits) -> None:
+    """Raise InputError for a rate in a complete configuration that nothing of the module ``name`` has."""
+    parts = sorted({part for path in traits.named for part in path.split(".")})
+    for key in config:
+        if key.startswith((LR_FACTOR, DECAY_FACTOR)) and key.partition("__")[2] not in parts:
+            raise InputError(
+                f"space: {key} names no parameter of {name}: the parts of their paths are {', '.join(parts)}; choose "
+                "one of these."
+            )
+    if config["dropout"] and not traits.scheduled:
+        raise InputError(
+            f"space: dropout is the rate of gputune.models.Dropout, which {name} does not have; use it in the place of "
+            "nn.Dropout, or give the rate as an argument of the module (module__*)."
+        )
 
 
 def note_slow(builder: Builder, data: Dataset, arguments: str, slow: str) -> None:
@@ -149,6 +165,7 @@ def _traits(trial: ModuleTrial) -> Traits:
     trial.check_trainable(trained)
     after = trial.buffers()
     changing = tuple(name for name, buffer in after.items() if not torch.equal(buffer, before[name]))
+    changing += tuple(name for name in dropout_rates(module) if name not in changing)
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
     trial.warn_of_probabilities(trained)
@@ -163,6 +180,8 @@ def _traits(trial: ModuleTrial) -> Traits:
         draws=draws,
         row_losses=losses.dim() > 0,
         at_start=at_start(trial, alone, losses),
+        named=tuple(name for name, w in module.named_parameters() if w.requires_grad),
+        scheduled=dropout_rates(module),
     )
     counted = _counted(numbers)
     reason = _of_itself(module, counted) or _of_stacking(trial, traits)

@@ -20,13 +20,14 @@ from gputune.modules.precision import autocast
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.row_update import RowUpdate
+from gputune.optimizers.schedules import schedule_factor
 from gputune.optimizers.update import IN_PLACE
 from gputune.population.batches import Batch, Batches, row_order, steps_of
 from gputune.population.population import is_plain
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation
 from gputune.seeding import keyed_draws, stream_seed
-from gputune.types import Config, Params
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
 
@@ -110,7 +111,8 @@ class _Alone(Optimizer):
         self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
     ) -> None:
         sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
-        parts = {k: w.shape for k, w in network.first.items()} if sides else {"trained": theta.shape}
+        whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
+        parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.first.items()}
         blocks = Blocks(
             [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
         )
@@ -131,6 +133,8 @@ class _Member:
             own[name].data = value
         for name, value in network.parts(self.grad).items():
             own[name].grad = value
+        self.rates = [self.module.get_buffer(name) for name in network.scheduled]
+        self.total = steps * horizon
         self.update: RowUpdate | _Alone
         if config["optimizer"] in IN_PLACE and is_plain(config):
             self.update = RowUpdate(config, self.row, steps=steps, horizon=horizon)
@@ -140,6 +144,12 @@ class _Member:
     def kept(self) -> Tensor:
         """Return what training changes beside the parameters, as a row (M,)."""
         return self.network.as_row(kept_of(self.module, tuple(self.network.kept)))
+
+    def dropouts(self, epoch: int, steps: int) -> list[float]:
+        """Return the rates of dropout in the steps of an epoch."""
+        done = np.arange(epoch * steps, (epoch + 1) * steps)
+        factors = schedule_factor(self.config["dropout_schedule"], done, np.full(steps, self.total))
+        return [float(self.config["dropout"] * factor) for factor in factors]
 
     def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
         """Go on from the tensors of a member and the rows of its moments."""
@@ -244,7 +254,10 @@ class LoopChunk:
         names, draws, objective = self.network.shape.names, self.network.traits.draws, self.network.objective
         absent = None if self.data.present is None else ~self.data.present[fold]
         update.begin(epoch)
+        dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
         for step, (inputs, y, weights) in enumerate(self._gathered(fold, minibatches)):
+            for rate in member.rates:
+                rate.fill_(dropouts[step])
             if draws:
                 self._reseed(epoch, step)
             if objective.augment is not None:

@@ -14,6 +14,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gputune.errors import InputError
+from gputune.models import Dropout
 from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.draws import ModuleDraws, draws_of, given_draws
 from gputune.modules.precision import rounded
@@ -44,6 +45,8 @@ class Traits:
     draws        whether a forward in training draws random numbers
     row_losses   whether the loss gives a number a row, rather than their mean
     at_start     what is not finite before anything has trained, in words, "" where all is
+    named        paths of the parameters that are trained
+    scheduled    names of the buffers that hold a rate of ``gputune.models.Dropout``
     unstackable  why its members cannot be stacked, "" where they can
     slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
     """
@@ -56,6 +59,8 @@ class Traits:
     draws: bool = True
     row_losses: bool = True
     at_start: str = ""
+    named: tuple[str, ...] = ()
+    scheduled: tuple[str, ...] = ()
     unstackable: str = ""
     slow: str = ""
 
@@ -87,6 +92,7 @@ class ModuleNetwork:
         self.template = self.plain(shape.device)
         self._prepare(self.template)
         self.stateless = Stateless(self.template)
+        self.scheduled = dropout_rates(self.template)
         own = dict(self.template.named_parameters())
         self.first = {k: w.detach() for k, w in own.items() if w.requires_grad}
         self.kept = kept_of(self.template, traits.changing)
@@ -359,6 +365,12 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     for running, own in ((mean, own_mean), (var, own_var)):
         running.add_((own - running) / count)  # lerp_ is not mapped
     return outputs
+
+
+def dropout_rates(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a module."""
+    parts = module.named_modules()
+    return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
 
 
 def layers_of(module: nn.Module) -> list[str]:

@@ -124,7 +124,7 @@ static real held(double value) {
     return (real)(value > largest ? largest : value < -largest ? -largest : value);
 }
 
-enum { CONSTANT, COSINE, LINEAR, WARMUP_COSINE, ONE_CYCLE };
+enum { CONSTANT, COSINE, LINEAR, WARMUP_COSINE, ONE_CYCLE, COSLOG4, FLAT_COS };
 
 static double half_cosine(double done, double total) {
     return 0.5 * (1 + cos(3.14159265358979323846 * done / total));
@@ -141,6 +141,8 @@ static double factor(int64_t schedule, double done, double total) {
     case ONE_CYCLE:
         if (done <= top) return 1 - 24.0 / 25 * half_cosine(done, top);
         return 1e-4 / 25 + (1 - 1e-4 / 25) * half_cosine(done - top, total - 1 - top);
+    case COSLOG4: return 0.5 - cos(log2(1 + 15 * done / total) * (2 * 3.14159265358979323846)) / 2;
+    case FLAT_COS: return 2 * done < total ? 1 : half_cosine(2 * done - total, total);
     default: return 1;
     }
 }

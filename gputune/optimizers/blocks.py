@@ -6,7 +6,7 @@ flat buffer in one pass and never asks.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,10 +78,17 @@ class Blocks:
             sums.append(view.sum(inner) if inner else view)  # to sum over no axis means all of them in torch
         return torch.stack(sums).sum(0)
 
-    def add_product_(self, total: Tensor, flat: Tensor, values: Tensor) -> None:
-        """total += value * flat in place, with each member's own value, of values (F, C)."""
-        for value, a, b in self.by_block(values, total, flat):
-            a.addcmul_(b, value)
+    def add_product_(
+        self, total: Tensor, flat: Tensor, values: Tensor, factors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """total += value * flat in place, with each member's own value, of values (F, C).
+
+        ``factors`` (F, C) are on the values, in the blocks that have some.
+        """
+        factors = factors or {}
+        for block, a, b in zip(self.blocks, self.views(total).values(), self.views(flat).values()):
+            own = values * factors[block.name] if block.name in factors else values
+            a.addcmul_(b, with_axes_of(block, own))
 
     def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
         """Move ``flat`` towards ``end`` in place, each member by its own part of the way, of values (F, C)."""

@@ -109,14 +109,15 @@ def schedulefree(params: Params, grads: Params, moments: Moments, rates: Rates) 
     What is scored is the average: ``schedule_free_average``. Source: Defazio et al. (2024), arXiv:2405.15682,
     algorithm 1, without a warm-up. Departure: a schedule scales the steps, and not the weights of the average.
     """
-    corrected = 1 - BETA2**rates.count
-    weights = rates.count - BETA2 * corrected / (1 - BETA2)  # the sum of all ``corrected`` so far
+    corrected = 1 - rates.beta2**rates.count
+    weights = rates.count - rates.beta2 * corrected / (1 - rates.beta2)  # the sum of all ``corrected`` so far
     new, z, v = {}, {}, {}
     for k, g in grads.items():
         y, share = params[k], _per_member(corrected / weights, g)
         rate = _per_member(rates.lr * corrected.sqrt(), g)
         z[k] = torch.where(_per_member(rates.count, g) == 1, y, moments["z"][k])
-        v[k] = BETA2 * moments["v"][k] + (1 - BETA2) * g * g
+        b2 = rates.beta2 if isinstance(rates.beta2, float) else _per_member(rates.beta2, g)
+        v[k] = b2 * moments["v"][k] + (1 - b2) * g * g
         step = rate * (g / (_root(v[k]) + rates.eps) + _per_member(rates.weight_decay, g) * y)
         new[k] = y + share * (z[k] - y) + (BETA1 * (1 - share) - 1) * step
         z[k] = z[k] - step

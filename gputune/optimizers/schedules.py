@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: the factor on it, from the steps done and the steps in all, as PyTorch has it."""
+"""Schedules of a rate: the factor on it, from the steps done and the steps in all, as PyTorch has it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -50,6 +50,19 @@ def one_cycle(done: Tensor, total: Tensor) -> Tensor:
     return torch.where(done <= top, 1 - (1 - _FIRST) * cosine(done, top), falling)
 
 
+def coslog4(done: Tensor, total: Tensor) -> Tensor:
+    """Four waves from 0 to 1 and back, each twice as long as the one before.
+
+    Source: Holzmueller et al. (2024), arXiv:2407.04491, section 3.
+    """
+    return 0.5 - torch.cos(torch.log2(1 + 15 * done / total) * (2 * math.pi)) / 2
+
+
+def flat_cos(done: Tensor, total: Tensor) -> Tensor:
+    """1 over the first half of the steps, then half a cosine to 0. Source: that of ``coslog4``."""
+    return torch.where(2 * done < total, 1.0, cosine(2 * done - total, total))
+
+
 SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
     {
         "constant": constant,
@@ -57,6 +70,8 @@ SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
         "linear": linear,
         "warmup+cosine": warmup_cosine,
         "one_cycle": one_cycle,
+        "coslog4": coslog4,
+        "flat_cos": flat_cos,
     }
 )
 

@@ -5,16 +5,17 @@ the step itself, on the device and in double precision: a recorded step cannot b
 now (``active`` false) keep their parameters and their moments.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gputune.optimizers.blocks import Blocks, with_axes_of
-from gputune.optimizers.rules import BETA1, BETA2, EPS, MOMENTS, RULES, Rates, n_moments
-from gputune.optimizers.schedules import SCHEDULES
-from gputune.types import Config
+from gputune.optimizers.rules import BETA1, EPS, MOMENTS, RULES, Rates, n_moments
+from gputune.optimizers.schedules import SCHEDULES, Schedule
+from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, Config
 
 Amount = float | Tensor
 """One value of all members, or each member's own, (F, C)."""
@@ -24,6 +25,17 @@ IN_PLACE = ("sgd", "nesterov", "adam", "adamw")
 """Rules that are written here once more, in a few passes; the others are taken as ``rules.py`` has them."""
 
 
+def number_of(config: Config, key: str) -> float:
+    """Return a hyperparameter, its default where the configuration is silent."""
+    return float(config[key] if key in config else DEFAULTS[key])
+
+
+def factor_of(config: Config, prefixes: Sequence[str], parameter: str) -> float:
+    """Return the product of all keys with these prefixes whose name is a part of the parameter's path."""
+    keys = {prefix + part for prefix in prefixes for part in parameter.split(".")}
+    return math.prod(float(config[key]) for key in keys & config.keys())
+
+
 class Clock:
     """Where the members of a chunk stand: ``done`` (F, C) steps of ``horizon`` epochs of ``steps`` (F, C) each."""
 
@@ -31,9 +43,15 @@ class Clock:
         self.steps = steps
         self.done = torch.zeros_like(steps, dtype=torch.float64)
         self.total = (steps * horizon).double()
-        words = [config["schedule"] for config in configs]
         self.schedules = {
-            SCHEDULES[name]: torch.tensor([word == name for word in words], device=steps.device)
+            key: self._scheduled([config.get(key, "constant") for config in configs])
+            for key in ("schedule", "weight_decay_schedule", "dropout_schedule")
+        }
+
+    def _scheduled(self, words: Sequence[str]) -> dict[Schedule, Tensor]:
+        """Return which members have which schedule, but for the constant one."""
+        return {
+            SCHEDULES[name]: torch.tensor([word == name for word in words], device=self.steps.device)
             for name in sorted(set(words) - {"constant"})
         }
 
@@ -41,10 +59,10 @@ class Clock:
         """Count from the first step of an epoch."""
         torch.mul(self.steps, epoch, out=self.done)
 
-    def factor(self) -> Tensor:
-        """Return the factor of each member's schedule on its rate, (F, C)."""
+    def factor(self, key: str = "schedule") -> Tensor:
+        """Return the factor of each member's schedule, (F, C): of its rate, or what else ``key`` says."""
         factor = torch.ones_like(self.done)
-        for schedule, members in self.schedules.items():
+        for schedule, members in self.schedules[key].items():
             factor = torch.where(members, schedule(self.done, self.total), factor)
         return factor
 
@@ -54,7 +72,11 @@ class Clock:
 
     def table(self, configs: Sequence[Config], key: str) -> Tensor:
         """Return a hyperparameter of all members, (F, C), in double precision."""
-        values = torch.tensor([float(config[key]) for config in configs], dtype=torch.float64)
+        return self.per_trial([number_of(config, key) for config in configs])
+
+    def per_trial(self, numbers: Sequence[float]) -> Tensor:
+        """Return a number of each trial for all members, (F, C), in double precision."""
+        values = torch.tensor(numbers, dtype=torch.float64)
         return values.expand(self.steps.shape).contiguous().to(self.steps.device)
 
 
@@ -90,13 +112,23 @@ class Update:
             for block in blocks.blocks
             if block.sides is not None
         }
+        self.lr_factors = self._factors(configs, LR_FACTOR)
+        self.decay_factors = self._factors(configs, DECAY_FACTOR)
+        self.shrink_factors = self._factors(configs, LR_FACTOR, DECAY_FACTOR)
+        self.beta2 = self._amount(configs, "beta2", torch.float64)
         self.mu = self.clock.table(configs, "momentum")
         self.momentum = 0.0 if self.adaptive else self._amount(configs, "momentum")
 
-    def _amount(self, configs: Sequence[Config], key: str) -> Amount:
-        values = {float(config[key]) for config in configs}
+    def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
+        """Return each member's factor (F, C) on a rate, of the blocks that have one."""
+        names = [block.name for block in self.blocks.blocks]
+        found = {name: [factor_of(config, prefixes, name) for config in configs] for name in names}
+        return {k: self.clock.per_trial(own).to(self.dtype) for k, own in found.items() if set(own) != {1.0}}
+
+    def _amount(self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None) -> Amount:
+        values = {number_of(config, key) for config in configs}
         if len(values) > 1:
-            return self.clock.table(configs, key).to(self.dtype)
+            return self.clock.table(configs, key).to(dtype or self.dtype)
         # Held to what the dtype can say: a larger one makes members diverge all the same.
         return min(values.pop(), torch.finfo(self.dtype).max)
 
@@ -128,7 +160,7 @@ class Update:
         keep = None if active is None else active.double()
         factor = self.clock.factor() if keep is None else self.clock.factor() * keep
         if self.optimizer in IN_PLACE:
-            self._add(grad, theta, self.l2)
+            self._add(grad, theta, self._scheduled(self.l2), self.decay_factors)
         if self.adaptive:
             self._adam(theta, grad, factor, keep)
         elif self.optimizer in ("sgd", "nesterov"):
@@ -142,20 +174,25 @@ class Update:
         assert scratch is not None
         if keep is None:
             m.lerp_(grad, 1 - BETA1)
-            v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
         else:
             self.blocks.lerp_(m, grad, (keep * (1 - BETA1)).to(self.dtype))
-            self.blocks.lerp_(v, grad.mul_(grad), (keep * (1 - BETA2)).to(self.dtype))
+        if keep is None and isinstance(self.beta2, float):
+            v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        else:
+            share = (1 - self.beta2) * (torch.ones_like(factor) if keep is None else keep)
+            self.blocks.lerp_(v, grad.mul_(grad), share.to(self.dtype))
         # lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to the members
         count = self.clock.done + 1
-        root = (1 - BETA2**count).sqrt()
+        root = (1 - self.beta2**count).sqrt()
         torch.sqrt(v, out=scratch)
         for eps, part in self.blocks.by_block((EPS * root).to(self.dtype), scratch):
             part.add_(eps)
         torch.div(m, scratch, out=scratch)
         if self.shrink is not None:
-            self._add(theta, theta, -(self.shrink * factor).to(self.dtype))
-        self._add(theta, scratch, -(self.lr * factor * root / (1 - BETA1**count)).to(self.dtype))
+            shrink = self.shrink * factor * self.clock.factor("weight_decay_schedule")
+            self._add(theta, theta, -shrink.to(self.dtype), self.shrink_factors)
+        rate = self.lr * factor * root / (1 - BETA1**count)
+        self._add(theta, scratch, -rate.to(self.dtype), self.lr_factors)
 
     def _sgd(self, theta: Tensor, grad: Tensor, factor: Tensor, keep: Tensor | None) -> None:
         direction = grad
@@ -172,17 +209,21 @@ class Update:
             if self.optimizer == "nesterov":
                 direction = grad
                 self._add(direction, buffer, self.momentum)
-        self._add(theta, direction, -(self.lr * factor).to(self.dtype))
+        self._add(theta, direction, -(self.lr * factor).to(self.dtype), self.lr_factors)
 
     def _by_rule(self, theta: Tensor, grad: Tensor, active: Tensor | None) -> None:
         """Take a step of the pure rule, block by block."""
         names = MOMENTS[self.optimizer]
         lr, count = self.lr * self.clock.factor(), self.clock.done + 1
+        decay = self.decay * self.clock.factor("weight_decay_schedule")
         views = [self.blocks.views(flat) for flat in (theta, grad, *self.moments)]
         for block in self.blocks.blocks:
             w, g, *moments = (view[block.name] for view in views)
-            own = [with_axes_of(block, table) for table in (lr, self.decay, self.mu, count)]
-            rates = Rates(own[0], own[1], own[2], own[3])
+            factors = [of.get(block.name, 1.0) for of in (self.lr_factors, self.decay_factors)]
+            tables = (lr * factors[0], decay * factors[1], self.mu, count)
+            own = [with_axes_of(block, table) for table in tables]
+            beta2 = self.beta2 if isinstance(self.beta2, float) else with_axes_of(block, self.beta2)
+            rates = Rates(own[0], own[1], own[2], own[3], beta2=beta2)
             if (sides := self.sides.get(block.name)) is not None:
                 rates = replace(rates, sides={"w": with_axes_of(block, sides)})
             before = {name: {"w": moment} for name, moment in zip(names, moments)}
@@ -190,10 +231,18 @@ class Update:
             for old, value in zip([w, *moments], [new["w"], *(after[name]["w"] for name in names)]):
                 old.copy_(value if active is None else torch.where(with_axes_of(block, active), value, old))
 
-    def _add(self, total: Tensor, tensor: Tensor, amount: Amount) -> None:
-        """total += amount * tensor."""
+    def _scheduled(self, amount: Amount) -> Amount:
+        """Return a weight decay as its schedule and its factors want it: of each member, where they have any."""
+        if not self.clock.schedules["weight_decay_schedule"] and not self.decay_factors:
+            return amount
+        return (amount * self.clock.factor("weight_decay_schedule")).to(self.dtype)
+
+    def _add(
+        self, total: Tensor, tensor: Tensor, amount: Amount, factors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """total += amount * tensor, with ``factors`` on the amount in some blocks."""
         if isinstance(amount, Tensor):
-            self.blocks.add_product_(total, tensor, amount)
+            self.blocks.add_product_(total, tensor, amount, factors)
         elif amount != 0.0:
             total.add_(tensor, alpha=amount)
 

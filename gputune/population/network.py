@@ -61,6 +61,8 @@ class Network(Protocol):
     """Whether an output in evaluation mode depends on its own row alone."""
     widest: int
     """Most numbers that a row has in a layer of one member."""
+    scheduled: tuple[str, ...]
+    """Buffers that hold each member's rate of a dropout, (F, C), which is written before every step."""
 
     def start(self) -> Tensor:
         """Return the flat buffer of the members' start."""

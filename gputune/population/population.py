@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gputune.types import DEFAULTS, ONLINE, Config, default_momentum, default_weight_decay
+from gputune.errors import InputError
+from gputune.types import (
+    DECAY_FACTOR,
+    DEFAULTS,
+    LR_FACTOR,
+    ONLINE,
+    Config,
+    default_momentum,
+    default_weight_decay,
+)
 
 ModelKind = Literal["mlp", "linear", "module"]
 
@@ -24,12 +33,26 @@ def padded_width(width: int) -> int:
 
 
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
-    """Return a configuration with every key that training reads, defaults where it is silent."""
+    """Return a configuration with every key that training reads, defaults where it is silent.
+
+    Raises InputError for what an optimizer that adapts its rate does not know.
+    """
     full = {**DEFAULTS, "optimizer": optimizer, "schedule": schedule, **config}
     full.setdefault("weight_decay", default_weight_decay(full["optimizer"]))
     if "momentum" not in config:
         full["momentum"] = default_momentum(full["optimizer"])
+    if full["optimizer"] in ONLINE and (unknown := beyond_adam(full)):
+        raise InputError(
+            f"optimizer={full['optimizer']!r} adapts its rate, and does not know {unknown[0]!r}: leave it out, or "
+            "choose another optimizer."
+        )
     return full
+
+
+def beyond_adam(config: Config) -> list[str]:
+    """Return the keys of a complete configuration that change the steps of Adam and its kin."""
+    changed = [key for key in ("beta2", "weight_decay_schedule") if config[key] != DEFAULTS[key]]
+    return changed + sorted(key for key in config if key.startswith((LR_FACTOR, DECAY_FACTOR)))
 
 
 @dataclass(frozen=True)
@@ -79,8 +102,8 @@ def populations(
 
 
 def is_plain(config: Config) -> bool:
-    """Whether nothing lies around the steps of the optimizer: no clipping, no averaging."""
-    return config["clip_norm"] == math.inf and not config["ema"]
+    """Whether the steps are the optimizer's own: no clipping, no averaging, no other betas or rates of parameters."""
+    return config["clip_norm"] == math.inf and not config["ema"] and not beyond_adam(config)
 
 
 def module_arguments(config: Config) -> Config:

@@ -15,7 +15,16 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.types import ACTIVATIONS, ONLINE, ONLINE_RULES, OPTIMIZERS, SCHEDULES, Config
+from gputune.types import (
+    ACTIVATIONS,
+    DECAY_FACTOR,
+    LR_FACTOR,
+    ONLINE,
+    ONLINE_RULES,
+    OPTIMIZERS,
+    SCHEDULES,
+    Config,
+)
 
 
 class Range(NamedTuple):
@@ -44,6 +53,7 @@ RANGES: Mapping[str, Range] = {
     "dropout": Range("a number in [0, 1)", "0.1", 0, 1),
     "weight_decay": Range("a finite number >= 0", "0.01", 0),
     "momentum": Range("a number in [0, 1)", "0.9", 0, 1),
+    "beta2": Range("a number in [0, 1)", "0.95", 0, 1),
     "clip_norm": Range("a number > 0, inf for no clipping", "1.0", 0, low_counts=False, high_counts=True),
     "ema": Range("a number in [0, 1), 0 for no average", "0.999", 0, 1),
     "C": Range("a number > 0, inf for no penalty", "1.0", 0, low_counts=False, high_counts=True),
@@ -54,6 +64,8 @@ WORDS: Mapping[str, tuple[str, ...]] = {
     "activation": ACTIVATIONS,
     "optimizer": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "weight_decay_schedule": SCHEDULES,
+    "dropout_schedule": SCHEDULES,
     "hypergrad_rule": ONLINE_RULES,
     "penalty": ("l2", "l1", "none"),
 }
@@ -62,8 +74,10 @@ KEYS = (*RANGES, *WORDS)
 """Every key of every kind of model, but for ``module__*``."""
 
 MODULE_PREFIX = "module__"
-PREFIXES = (MODULE_PREFIX, "loss__")
-"""Of the arguments of a module, and of its loss."""
+PREFIXES = (MODULE_PREFIX, "loss__", LR_FACTOR, DECAY_FACTOR)
+"""Of the arguments of a module, and of its loss; of factors on the rates of some of its parameters."""
+
+_FACTOR = Range("a finite number >= 0", "0.1", 0)
 
 INTEGER_REMEDY = "Use a list, scipy.stats.randint(low, high + 1) or gputune.log_int(low, high)."
 
@@ -88,10 +102,12 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
     """
     if model == "logistic" and optimizer == "exact":
         return ("C", "l1_ratio", "penalty")
-    trained = ["lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule", "clip_norm", "ema"]
+    trained = ["lr", "batch_size", "weight_decay", "weight_decay_schedule", "momentum", "beta2", "optimizer"]
+    trained += ["schedule", "clip_norm", "ema"]
     if optimizer in ONLINE:
         trained += ["hypergrad_lr", "hypergrad_rule"]
-    return (*trained, "width", "depth", "activation", "dropout") if model == "mlp" else tuple(trained)
+    own = {"mlp": ("width", "depth", "activation", "dropout"), "module": ("dropout", "dropout_schedule")}
+    return (*trained, *own.get(model, ()))
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
@@ -105,8 +121,8 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
         if module:
             return
         raise InputError(
-            f"{name} has the key {key!r}, but {MODULE_PREFIX}* and loss__* keys need an nn.Module class as the model. "
-            "Leave it out."
+            f"{name} has the key {key!r}, but {'*, '.join(PREFIXES)}* keys need an nn.Module class as the model. Leave "
+            "it out."
         )
     legal = sorted(keys) + [f"{prefix}*" for prefix in PREFIXES if module]
     raise InputError(
@@ -178,6 +194,8 @@ def check_value(key: str, value: object, name: str) -> Any:
         value = value.item()
     if key in RANGES:
         return _check_number(RANGES[key], value, name)
+    if key.startswith((LR_FACTOR, DECAY_FACTOR)):
+        return _check_number(_FACTOR, value, name)
     if key in WORDS:
         return _check_word(key, "none" if key == "penalty" and value is None else value, name)
     return value  # of module__*, which is the module's own business

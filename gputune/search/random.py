@@ -21,6 +21,7 @@ Origin = Literal["default", "include", "random"]
 
 _TAKERS: Mapping[str, tuple[str, ...]] = {
     "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
+    "beta2": ("adam", "adamw", "muon", "schedulefree"),
     "hypergrad_lr": ONLINE,
     "hypergrad_rule": ONLINE,
 }

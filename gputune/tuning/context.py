@@ -19,7 +19,7 @@ from gputune.engine.plan import Plan
 from gputune.engine.timing import slower_stacked
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
-from gputune.modules.inspection import known_traits, note_slow, traits_of
+from gputune.modules.inspection import check_rates, known_traits, note_slow, traits_of
 from gputune.population.population import Population, complete, shape_of
 from gputune.scoring.scoring import Scoring
 from gputune.study.ledger import Ledger
@@ -262,10 +262,12 @@ class Context:
         return traits.parameters
 
     def _check_rows(self, groups: Sequence[Population]) -> None:
-        """Raise InputError for minibatches with fewer rows than the user's module can train on."""
+        """Raise InputError for rates that the user's module has not, and minibatches with fewer rows than it takes."""
         known = known_traits(self.choice.module_class, self.data)
         smallest = min(len(fold.train) for fold in self.data.folds)
         for group in groups:
+            for config in group.configs:
+                check_rates(self.choice.name, config, known[group.arguments])
             least = known[group.arguments].least_rows
             rows = min(smallest, *(config["batch_size"] for config in group.configs))
             if rows < least:

@@ -1,5 +1,7 @@
 """The in-place updates equal the pure rules, and the pure rules equal torch.optim."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ def of_members(configs, key):
 @pytest.mark.parametrize("alike", [True, False])
 @pytest.mark.parametrize(
     "schedules",
-    [("constant",) * 3, ("cosine", "constant", "cosine"), ("linear", "warmup+cosine", "one_cycle")],
+    [("constant",) * 3, ("cosine", "constant", "cosine"), ("coslog4", "warmup+cosine", "flat_cos")],
 )
 def test_in_place_equals_the_pure_rule(name, alike, schedules):
     g = torch.Generator().manual_seed(0)
@@ -136,6 +138,14 @@ def _torch_schedule(word, optimizer, total):
             lr_scheduler.CosineAnnealingLR(optimizer, total - warmup),
         ]
         return lr_scheduler.SequentialLR(optimizer, parts, [warmup])
+    if word == "coslog4":
+        return lr_scheduler.LambdaLR(
+            optimizer, lambda step: (1 - math.cos(2 * math.pi * math.log2(1 + 15 * step / total))) / 2
+        )
+    if word == "flat_cos":
+        return lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / total - 1)))
+        )
     if word == "constant":
         return lr_scheduler.ConstantLR(optimizer, 1.0)
     return lr_scheduler.CosineAnnealingLR(optimizer, total)

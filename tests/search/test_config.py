@@ -30,7 +30,8 @@ LEGAL = {
     "l1_ratio": (0, 0.5, 1),
     "activation": ACTIVATIONS,
     "optimizer": OPTIMIZERS,
-    "schedule": SCHEDULES,
+    "beta2": (0, 0.95),
+    **dict.fromkeys(("schedule", "weight_decay_schedule", "dropout_schedule"), SCHEDULES),
     "hypergrad_rule": ("multiplicative",),
 }
 ILLEGAL = {
@@ -48,7 +49,8 @@ ILLEGAL = {
     "l1_ratio": (-0.1, 1.1),
     "activation": ("swish", None, 1),
     "optimizer": ("exact", "lbfgs"),
-    "schedule": ("step",),
+    "beta2": (-0.1, 1),
+    **dict.fromkeys(("schedule", "weight_decay_schedule", "dropout_schedule"), ("step",)),
     "hypergrad_rule": ("adam",),
 }
 CASES = [(key, value) for key, values in LEGAL.items() for value in values]
@@ -57,10 +59,12 @@ BAD_CASES = [(key, value) for key, values in ILLEGAL.items() for value in values
 
 def test_the_keys_of_each_kind_of_model():
     trained = {"lr", "batch_size", "weight_decay", "momentum", "optimizer", "schedule", "clip_norm", "ema"}
-    assert set(legal_keys("logistic", "sgd")) == set(legal_keys("module", "adamw")) == trained
+    trained |= {"beta2", "weight_decay_schedule"}
+    assert set(legal_keys("logistic", "sgd")) == trained
+    assert set(legal_keys("module", "adamw")) == trained | {"dropout", "dropout_schedule"}
     assert set(MLP) == trained | {"width", "depth", "activation", "dropout"}
     assert set(EXACT) == {"C", "l1_ratio", "penalty"}
-    assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr", "hypergrad_rule"}
+    assert set(KEYS) == set(MLP) | set(EXACT) | {"hypergrad_lr", "hypergrad_rule", "dropout_schedule"}
     assert set(LEGAL) == set(ILLEGAL) == set(KEYS) - {"penalty"}  # no key escapes the tests below
 
 
@@ -166,5 +170,5 @@ def test_an_unknown_key_is_an_error_that_says_what_to_do(key, keys, module, reme
 
 def test_module_keys_need_a_module():
     check_key("module__hidden", keys=(), module=True, name="space")
-    with refused(r"space has the key 'module__hidden', but module__\* and loss__\* keys need an nn.Module"):
+    with refused(r"space has the key 'module__hidden', but module__\*, loss__\*, .* keys need an nn.Module"):
         check_key("module__hidden", keys=MLP, module=False, name="space")

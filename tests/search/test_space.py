@@ -87,7 +87,7 @@ def test_an_empty_list_is_refused(choices):
     [
         ({"widht": [8]}, "^space must have only the keys .*got 'widht'. Did you mean 'width'?"),
         ([{"lr": [1]}, {"lrr": [1]}], r"^space\[1\] must have only the keys .*Did you mean 'lr'?"),
-        ({"module__k": [8]}, r"^space has the key 'module__k', but module__\* and loss__\* keys need"),
+        ({"module__k": [8]}, r"^space has the key 'module__k', but module__"),
         ({"lr": [0.1, 0]}, r"^space\['lr'\] must be a finite number > 0, got 0"),
         ([{"lr": 1}, {"lr": -1}], r"^space\[1\]\['lr'\] must be a finite number > 0, got -1"),
         ({"lr": {0.1, 0.2}}, r"^space\['lr'\] must be .*Give a number, for example 0.001, a list, or"),

@@ -1,0 +1,25 @@
+"""Dropout whose rate is a tensor, so that it may change while a network trains."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Dropout(nn.Module):
+    """``nn.Dropout`` with its rate in a buffer ``rate``, in [0, 1).
+
+    A search sets it before every step: the key ``dropout`` is each member's own rate, by ``dropout_schedule``, and 0
+    where it is not named. Shape: any -> the same.
+    """
+
+    rate: Tensor
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout is a probability in [0, 1), got {p=}.")
+        self.register_buffer("rate", torch.tensor(float(p)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return torch.where(torch.rand_like(x) < self.rate, 0.0, x / (1 - self.rate))
