@@ -275,8 +275,15 @@ def _scores(ending: Ending, width: int) -> str:
         )
     if held is not None and held.unseen:
         text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
-    words = f"{text} {_optimistic(ending.study)}{_unfinished(ending.study)}"
+    words = f"{text} {_optimistic(ending.study)}{_without_model(ending.study)}{_unfinished(ending.study)}"
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
+
+
+def _without_model(study: Study) -> str:
+    found = study.record.baseline
+    if found is None:
+        return ""
+    return f" Without a model, {clean(found['answer'])} scores {study_measure(study).text(found['score'])} there."
 
 
 def _unfinished(study: Study) -> str:

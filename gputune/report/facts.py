@@ -50,6 +50,8 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
         score = Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
         tried = sum(math.isfinite(trial.score) for trial in study.trials)
         rows += [score, _held_out(model, measure, tried)]
+        if (found := record.baseline) is not None:
+            rows.append(Fact("without a model", measure.text(found["score"]), clean(found["answer"])))
     rows.append(Fact("trials", str(len(study.trials)), states_text(study)))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
@@ -85,11 +87,10 @@ def is_its_model(study: Study, model: Mapping[str, object]) -> bool:
     """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
     best, rows = best_trial(study), study.record.fingerprint
     # Models of earlier versions do not say which rows they were trained on.
-    return (
-        best is not None
-        and (model.get("params"), model.get("score")) == (best.params, best.score)
-        and model.get("fingerprint", rows) == rows
+    same = "ensemble" in model or (
+        best is not None and (model.get("params"), model.get("score")) == (best.params, best.score)
     )
+    return best is not None and same and model.get("fingerprint", rows) == rows
 
 
 def states_text(study: Study) -> str:

@@ -100,6 +100,7 @@ class SearchRecord:
     cv, folds       the number or the class of the splitter, how many folds it made, and the digest of their rows
     objective       the loss, the training step and what changes minibatches; "" for the loss of the task alone
     positive        the class that ``scoring`` is of; None: of none
+    baseline        the "answer" that needs no model, in words, and its "score"; None for a scorer of the user's own
     max_epochs      1 for a model that is solved
     device          where it trained first; it may go on elsewhere
     """
@@ -131,6 +132,7 @@ class SearchRecord:
     positive: str | bool | float | None = _argument(
         None, "positive", form=(str, bool, float, None), logged=True
     )
+    baseline: Json | None = _part(None, form=({"answer": str, "score": float}, None))
     epoch: str = _argument("", "epoch", training=False)
     max_epochs: int = _argument(0, "max_epochs", logged=True)
     seed: int | None = _argument(None, "random_state", form=int, logged=True)

@@ -23,6 +23,7 @@ from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.population.population import complete
+from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.search.config import legal_keys
@@ -93,6 +94,7 @@ def search(
     scoring = _scoring(options, problem)
     progress.scoring = scoring.name
     check_folds(scoring, data)
+    without_model = baseline(data, scoring, problem.target.classes)
     _check_objective(problem, trials)
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
@@ -107,8 +109,9 @@ def search(
             *notes_on(trials, space, choice, options),
             *context.remarks,
             *remarks_on_loss(problem, choice),
+            *remark_on_accuracy(without_model, scoring),
         )
-        record = search_record(context, problem, space, folds, notes)
+        record = search_record(context, problem, space, folds, notes, without_model)
         _say_what_was_understood(problem, choice, progress, record.notes if say_notes else ())
         context = replace(context, checkpoints=checkpoint_folder(options.study, record))
         make_study = partial(study_type.from_rows, record.to_json())

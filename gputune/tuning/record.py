@@ -26,11 +26,17 @@ from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json, method_to_json
 from gputune.tuning.options import KEPT, RULES, Options
 from gputune.tuning.problem import ModelChoice, Problem, recorded_model
+from gputune.types import Json
 from gputune.version import __version__
 
 
 def search_record(
-    context: Context, problem: Problem, space: Space, folds: list[Rows], notes: Sequence[str]
+    context: Context,
+    problem: Problem,
+    space: Space,
+    folds: list[Rows],
+    notes: Sequence[str],
+    baseline: Json | None,
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
     choice, options, data, scoring = context.choice, context.options, context.data, context.scoring
@@ -63,6 +69,7 @@ def search_record(
         else problem.objective.name_unless_default(problem.target.task),
         scoring=scoring.name,
         positive=None if classes is None or scoring.positive is None else classes[scoring.positive],
+        baseline=baseline,
         epoch=options.epoch,
         max_epochs=1 if choice.solved else options.max_epochs,
         seed=options.random_state,

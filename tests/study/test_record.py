@@ -11,7 +11,8 @@ def test_a_record_gives_its_options_back():
     record = SearchRecord.from_json({**META, "of_a_later_version": 1})
     assert record.to_json() == META and record.scoring == "accuracy"
     assert (
-        record.absent == {"face", "distributions", "positive", "objective", "arguments"} and not record.lost
+        record.absent == {"face", "distributions", "positive", "objective", "arguments", "baseline"}
+        and not record.lost
     )
 
 

@@ -1,0 +1,59 @@
+"""The score of the answer that needs no model: what any search has to beat."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset
+from gputune.scoring.scores import accuracy
+from gputune.scoring.scoring import Scoring
+
+_SMALLEST = 1e-300
+"""Share in place of 0, whose logarithm would be taken for a divergence."""
+
+
+_LOPSIDED = 0.8
+"""Share of one class from which on an accuracy says little."""
+
+
+def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Mapping[str, str | float] | None:
+    """Return the ``answer`` in words and its mean ``score`` over the folds; None for a scorer of the user's own.
+
+    The answer is the share of each class, or the mean of the target, among the training rows of a fold; an accuracy
+    sees of it the most frequent class alone. ``classes`` are the labels.
+    """
+    if ":" in scoring.name or scoring.of_outputs is not None:
+        return None
+    scores = []
+    for f, fold in enumerate(data.folds):
+        target = data.target[fold.train]
+        if data.task == "regression":
+            answer = (target.view(len(target), -1).mean(0) - data.center[f]) / data.scale[f]
+        elif data.task == "multilabel":
+            answer = target.double().mean(0).logit(_SMALLEST)
+        else:
+            counts = torch.bincount(target, minlength=max(2, data.n_outputs))
+            answer = (counts.double() / len(target)).clamp_min(_SMALLEST).log()
+        scores.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
+    score = float(torch.stack(scores).mean())
+    return {"answer": _words(data, scoring, classes), "score": score} if math.isfinite(score) else None
+
+
+def _words(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> str:
+    if data.task == "regression":
+        return "the mean of the training rows"
+    if classes is None or data.task == "multilabel" or scoring.score is not accuracy:
+        return "the share of each class in the training rows"
+    return f"always {classes[int(torch.bincount(data.target).argmax())].item()!r}"
+
+
+def remark_on_accuracy(found: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:
+    """Return what to know of an accuracy that one class makes high."""
+    if found is None or scoring.score is not accuracy or float(found["score"]) < _LOPSIDED:
+        return ()
+    return (
+        f"{found['answer']} has an accuracy of {found['score']:.4f} already: balanced_accuracy, roc_auc, "
+        "average_precision or neg_log_loss as scoring tell more",
+    )

@@ -1,0 +1,51 @@
+"""What needs no model is scored as scikit-learn's dummies are, and an accuracy that it makes high is remarked."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
+
+import gputune
+
+HOW = {"n_trials": 1, "max_epochs": 1, "verbose": 0}
+MOST, PRIOR = DummyClassifier(strategy="most_frequent"), DummyClassifier(strategy="prior")
+
+
+@pytest.mark.parametrize(
+    ("load", "scoring", "dummy", "answer"),
+    [
+        (load_breast_cancer, None, MOST, "always 1"),
+        (load_breast_cancer, "roc_auc", PRIOR, "the share of each class in the training rows"),
+        (load_iris, "neg_log_loss", PRIOR, "the share of each class in the training rows"),
+        (load_iris, "f1_macro", MOST, "the share of each class in the training rows"),
+        (load_diabetes, None, DummyRegressor(), "the mean of the training rows"),
+        (load_diabetes, "neg_mean_absolute_error", DummyRegressor(), "the mean of the training rows"),
+    ],
+)
+def test_it_is_what_a_dummy_scores(load, scoring, dummy, answer):
+    X, y = load(return_X_y=True)
+    folds = KFold if load is load_diabetes else StratifiedKFold
+    cv = list(folds(3, shuffle=True, random_state=0).split(X, y))
+    study = gputune.tune("mlp", X, y, cv=cv, scoring=scoring, **HOW)
+    expected = cross_val_score(dummy, X, y, cv=cv, scoring=scoring).mean()
+    assert study.record.baseline == {"answer": answer, "score": pytest.approx(expected, rel=1e-12)}
+
+
+def test_a_high_accuracy_of_one_class_is_remarked():
+    X, y = np.random.default_rng(0).normal(size=(60, 2)), np.array(["stayed"] * 54 + ["left"] * 6)
+    notes = gputune.tune("mlp", X, y, cv=3, **HOW).record.notes
+    assert notes[-1].startswith(
+        "always 'stayed' has an accuracy of 0.9000 already: balanced_accuracy, roc_auc"
+    )
+    assert not any(
+        "already" in note for note in gputune.tune("mlp", X, y, cv=3, scoring="roc_auc", **HOW).record.notes
+    )
+
+
+def own(estimator, X, y):
+    return 0.5
+
+
+def test_a_scorer_of_the_users_own_has_none():
+    assert gputune.tune("mlp", *load_iris(return_X_y=True), scoring=own, **HOW).record.baseline is None
