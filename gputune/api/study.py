@@ -25,20 +25,26 @@ class Study(data.Study):
     """
 
     def best_model(
-        self, X: object = None, y: object = None, *, check: bool = True, trust_code: bool = False
+        self,
+        X: object = None,
+        y: object = None,
+        *,
+        trial: int | None = None,
+        check: bool = True,
+        trust_code: bool = False,
     ) -> "TunedModel":
-        """The best configuration, trained again on all rows.
+        """The best configuration, or that of the ``trial`` of a number, trained again on all rows.
 
         ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again; they must
         be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
         runs the code of a class that a study names, also where this user has not trained it on this machine.
 
-        Raises InputError for other rows, saying what differs, for a class that is not trusted, and where rows or
-        options are in no file.
+        Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
+        trusted, and where rows or options are in no file.
         """
         from gputune.tuning.refit import refit
 
-        return refit(self, X, y, check=check, trust_code=trust_code)
+        return refit(self, X, y, trial=trial, check=check, trust_code=trust_code)
 
     def ensemble(
         self,

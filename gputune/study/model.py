@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ ROWS, NUMBERS = 8192, 2**23
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TunedModel(ModelContent):
-    """A trained module with all that is needed to predict from raw rows.
+    """A trained module with all that is needed to predict from raw rows: for scikit-learn, an estimator that is fitted.
 
     module    plain ``nn.Module``, returning logits (n, K), of two classes also one, (n, 1) or (n,), or values (n, 1)
               or (n,) of a standardised target
@@ -75,6 +75,42 @@ class TunedModel(ModelContent):
         if self.classes is None:
             raise InputError("predict_proba needs a model of classes, and this is a regression; use predict.")
         return self._outputs(X).softmax(1).numpy()
+
+    def score(self, X: object, y: object, sample_weight: object = None) -> float:
+        """Return the accuracy of the labels y, or R2 of numbers, as estimators of scikit-learn do."""
+        from sklearn.metrics import accuracy_score, r2_score
+
+        metric = r2_score if self.task == "regression" else accuracy_score
+        return float(metric(y, self.predict(X), sample_weight=sample_weight))
+
+    def fit(self, X: object, y: object = None) -> Self:
+        """Raise InputError: scikit-learn asks of an estimator that it has a fit, and this one is fitted."""
+        raise InputError(
+            "a TunedModel is fitted already: wrap it in sklearn.frozen.FrozenEstimator where scikit-learn would fit it "
+            "again, or search anew with gputune.tune."
+        )
+
+    @property
+    def classes_(self) -> NDArray[Any]:
+        """``classes``, as scikit-learn calls them; AttributeError where there are none."""
+        if self.classes is None:
+            raise AttributeError("classes_: the model is none of classes")
+        return self.classes
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> object:
+        from sklearn.utils import ClassifierTags, RegressorTags, Tags, TargetTags
+
+        several = self.task == "multilabel" or not isinstance(self.center, float)
+        classes = self.task in ("binary", "multiclass", "multilabel")
+        return Tags(
+            estimator_type="classifier" if classes else "regressor",
+            target_tags=TargetTags(required=True, multi_output=several),
+            classifier_tags=ClassifierTags(multi_label=self.task == "multilabel") if classes else None,
+            regressor_tags=None if classes else RegressorTags(),
+        )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``model.json`` into ``folder``, which is made where it is missing.

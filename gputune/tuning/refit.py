@@ -1,5 +1,6 @@
 """From a study to its tuned model: the best configuration trained again on all rows of the study."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -171,27 +172,43 @@ def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: boo
 
 @entry
 def refit(
-    study: Study, X: object = None, y: object = None, *, check: bool = True, trust_code: bool = False
+    study: Study,
+    X: object = None,
+    y: object = None,
+    *,
+    trial: int | None = None,
+    check: bool = True,
+    trust_code: bool = False,
 ) -> TunedModel:
-    """Train the best trial of a study on all its rows, for as many epochs as its best score took.
+    """Train the best trial of a study, or one of a number, on all its rows, for as many epochs as its best score took.
 
-    Raises what ``recalled`` does; DivergedError where it diverges.
+    Raises InputError for a number of no scored trial, what ``recalled`` does; DivergedError where it diverges.
     """
-    trial = study.best_trial
+    one = study.best_trial if trial is None else _numbered(study, trial)
     search = recalled(study, X, y, check=check, trust_code=trust_code)
     data, statistics = search.all_rows()
-    ((module,),) = search.train(data, [trial], seed=search.options.random_state)
+    ((module,),) = search.train(data, [one], seed=search.options.random_state)
     return search.model(
         module,
         data,
         statistics,
-        spec={"kwargs": search.arguments(search.config(trial), data)},
+        spec={"kwargs": search.arguments(search.config(one), data)},
         info={
-            "params": trial.params,
-            "epochs": trial.best_epoch,
-            **search.score(trial.score, trial.std_error),
+            "params": one.params,
+            "epochs": one.best_epoch,
+            **search.score(one.score, one.std_error),
         },
     )
+
+
+def _numbered(study: Study, number: object) -> Trial:
+    scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
+    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
+        raise InputError(
+            f"best_model(trial={number!r}) must be the number of a trial that has a score, for example "
+            f"{study.best_trial.number}; study.trials lists them."
+        )
+    return scored[int(number)]
 
 
 def _plain(value: Tensor) -> float | np.ndarray:
