@@ -24,9 +24,8 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """Return the backend of a word, and why "auto" is not compiled on a CPU ("" where it may be).
 
-    "auto" is "graph" on a CPU without a compiler and for a user's module, and never on a GPU: a way to train that none
-    has run yet has to be asked for. Raises InputError where compiled training, or recorded steps, are asked for and
-    cannot be had.
+    "auto" is "graph" on a GPU, for a user's module, and on a CPU without a compiler. Raises InputError where compiled
+    training, or recorded steps, are asked for and cannot be had.
     """
     if word == "graph" and device.type not in RECORDERS:
         raise InputError(
@@ -38,7 +37,7 @@ def choose_backend(
     if word == "stacked" and kind != "module":
         return "eager", ""
     if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
-        return ("graph" if device.type == "cpu" else "eager"), ""
+        return ("graph" if device.type in RECORDERS else "eager"), ""
     if device.type != "cpu":
         raise InputError(
             f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose device='cpu', or "

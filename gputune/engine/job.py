@@ -170,7 +170,7 @@ class Job:
 class Outcome:
     """What training a chunk gave: ``index`` of its trials, ``curves`` (C, epochs, F), epochs done, seconds.
 
-    ``spent`` is what they were spent on, where that is known.
+    ``spent`` is what they were spent on, where that is known; ``fault`` says what went wrong and did no harm.
     """
 
     index: tuple[int, ...]
@@ -178,6 +178,7 @@ class Outcome:
     epochs: int
     seconds: float
     spent: Spent = field(default=Spent(), kw_only=True)
+    fault: str = field(default="", kw_only=True)
 
 
 def train_chunk(

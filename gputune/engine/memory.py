@@ -17,6 +17,7 @@ from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.errors import TOO_BIG
 from gputune.memory import empty_cache, is_out_of_memory
+from gputune.modules.recorder import CudaRecorder
 from gputune.population.population import Population
 
 
@@ -55,7 +56,8 @@ def run_in_parts(
             continue
         outcome = _attempt(job, data, part, progress)
         if not isinstance(outcome, str):
-            done.append(outcome)
+            is_eager = job.backend == "graph" and data.device.type == "cuda"
+            done.append(replace(outcome, fault=CudaRecorder.failure if is_eager else ""))
             continue
         # Only here, where the error and the frames that it holds are gone, is there anything to free.
         gc.collect()

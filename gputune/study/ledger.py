@@ -59,6 +59,11 @@ class Ledger:
             self.store.add_trials(new)
         self.candidates += new
 
+    def note(self, notes: Sequence[str]) -> None:
+        """Add notes to those of the file, where there is one."""
+        if self.store is not None:
+            self.store.note(notes)
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Let no other process add candidates or chunks inside; what others have added is known then."""

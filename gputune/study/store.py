@@ -97,6 +97,14 @@ class Store:
             options.setdefault("columns", "drop-constant")
         return options
 
+    def note(self, notes: Iterable[str]) -> None:
+        """Add notes, those that are not there yet, to the option of that name."""
+        key, value = Option("notes", list(dict.fromkeys([*self.meta["notes"], *notes]))).to_row()
+        self._check_place()
+        with transaction(self._connection, self.path):
+            change = "UPDATE meta SET value = ?, checksum = ? WHERE key = ?"
+            self._connection.execute(change, (value, checksum(key, value), key))
+
     def add_trials(self, candidates: Iterable[Candidate]) -> None:
         """Write candidates, all or none. Raises InputError for a number that is taken."""
         self._insert("trials", [candidate.to_row() for candidate in candidates])

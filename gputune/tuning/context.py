@@ -69,6 +69,8 @@ class Context:
     """What shapes were measured to take of the device's memory."""
     timed: set[str] = field(default_factory=set)
     """The module__* values, as text, whose ways of training were timed."""
+    faults: dict[str, None] = field(default_factory=dict)
+    """What went wrong while chunks trained and did no harm, a sentence each."""
 
     def is_over(self) -> bool:
         """Whether training ends now: the deadline has passed, or someone asks for it."""
@@ -188,7 +190,11 @@ class Context:
         self, job: Job, plan: Plan, *, claim: Claim = lambda chunk: True
     ) -> Iterator[Outcome | GivenUp]:
         """Train the chunks of a plan, show how far they are, and yield what came of them."""
-        return self.trainer.train(job, plan, progress=self.progress.advance, claim=claim)
+        for outcome in self.trainer.train(job, plan, progress=self.progress.advance, claim=claim):
+            if isinstance(outcome, Outcome) and outcome.fault:
+                self.faults[outcome.fault] = None
+                self.progress.say(f"note: {outcome.fault}", once=True)
+            yield outcome
 
     def _need(self, population: Population, most: int) -> Need | None:
         shape = shape_of(population)

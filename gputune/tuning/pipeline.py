@@ -119,6 +119,10 @@ def search(
             _add_trials(ledger, trials, space, context)
             signal_number = _train(ledger, space, context, callbacks, make_study, signals)
             context.tidy(ledger)
+            if context.faults:
+                record = replace(record, notes=[*record.notes, *context.faults])
+                ledger.note(list(context.faults))
+                make_study = partial(study_type.from_rows, record.to_json())
     refitted = replace(options, callbacks=())  # a refit calls none
     data_of_refit = choice, replace(source, original=None), refitted
     return _checked(make_study(ledger.rows(), data=data_of_refit, file=options.study), signal_number)

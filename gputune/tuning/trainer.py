@@ -22,6 +22,7 @@ from gputune.executors.ray_cluster import RayCluster
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import known_traits
+from gputune.modules.recorder import CudaRecorder
 from gputune.population.population import ModelKind, Population, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
@@ -99,7 +100,9 @@ class Trainer:
             parameters=parameters,
             free=None if self.cluster is None else self.cluster.free,
             measure=measure if is_gpu_here else None,
-            backend=self.backend,
+            backend="eager"
+            if is_gpu_here and CudaRecorder.failure and self.backend == "graph"
+            else self.backend,
             unstackable={k: t.alone_because for k, t in known_traits(self.module_class, self.data).items()},
             widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
         )

@@ -282,7 +282,8 @@ def test_graphs_are_dropped_before_a_chunk_is_halved(monkeypatch):
 
 def test_who_trains_as_a_graph():
     cuda = torch.device("cuda", 1)
-    assert choose_backend("auto", cuda, torch.float32) == ("eager", "")
+    assert choose_backend("auto", cuda, torch.float32) == ("graph", "")
+    assert choose_backend("stacked", cuda, torch.float32, "module") == ("graph", "")
     assert choose_backend("graph", cuda, torch.float32) == ("graph", "")
     assert choose_backend("eager", cuda, torch.float32) == ("eager", "")
     assert choose_backend("auto", torch.device("meta"), torch.float32) == ("eager", "")
