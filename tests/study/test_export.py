@@ -231,18 +231,25 @@ LABELS = np.stack([np.arange(40) % 2, np.arange(40) // 2 % 2], 1)
 TOKENS = {"lr": [0.01], "module__n_tokens": [5]}
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+CASES = [
+    ("cnn", IMAGES, LABELS[:, 0], ["X"], {"numbers": "standard"}),
+    ("gru", IDS, LABELS[:, 0], ["X"], {"space": TOKENS}),
+    ("gru", STEPS, META, ["X"], {"numbers": "standard"}),
+    (Two, {"image": IMAGES, "meta": META}, LABELS, ["image", "meta"], {}),
+    (Two, (IMAGES, META), META[:, 0], ["X0", "X1"], {"numbers": "standard"}),
+]
+
+
 @pytest.mark.parametrize(
-    ("module", "X", "y", "names", "options"),
+    ("case", "suffix"),
     [
-        ("cnn", IMAGES, LABELS[:, 0], ["X"], {"numbers": "standard"}),
-        ("gru", IDS, LABELS[:, 0], ["X"], {"space": TOKENS}),
-        ("gru", STEPS, META, ["X"], {"numbers": "standard"}),
-        (Two, {"image": IMAGES, "meta": META}, LABELS, ["image", "meta"], {}),
-        (Two, (IMAGES, META), META[:, 0], ["X0", "X1"], {"numbers": "standard"}),
+        pytest.param(case, suffix, marks=pytest.mark.long if (n + m) % 2 else ())
+        for n, case in enumerate(CASES)
+        for m, suffix in enumerate((".onnx", ".pt2"))  # every second one is enough
     ],
 )
-def test_images_and_sequences(module, X, y, names, options, suffix, tmp_path):
+def test_images_and_sequences(case, suffix, tmp_path):
+    module, X, y, names, options = case
     path = tmp_path / f"model{suffix}"
     model = gputune.tune(
         module, X, y, n_trials=1, cv=2, max_epochs=1, verbose=0, workers=1, **options

@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import types
 import warnings
@@ -100,24 +99,6 @@ def test_object_labels_come_back_as_they_are(frame, folder):
     model = make_model(frame, classes=np.array(["no", "yes"], dtype=object))
     model.save(folder)
     assert load_model(folder).predict(frame).dtype == object
-
-
-def test_a_saved_model_predicts_in_a_new_process(frame, folder, net, tmp_path):
-    model = save_net(frame, net, folder)
-    frame.to_parquet(tmp_path / "rows.parquet")
-    code = f"""
-import numpy
-from gputune.study.model import load_model
-model = load_model({str(folder)!r})
-numpy.save({str(tmp_path / "out.npy")!r}, model.predict_proba({str(tmp_path / "rows.parquet")!r}))
-print(type(model.module).__name__, model.predict({str(tmp_path / "rows.parquet")!r}).dtype.kind)
-"""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True, cwd="/"
-    )
-    assert done.stdout.split() == ["Net", "U"]
-    # Another process may add in another order, so the last bit is not asked for.
-    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), model.predict_proba(frame), rtol=1e-6)
 
 
 def test_the_sizes_of_the_module_follow_from_layout_and_classes(frame, folder):

@@ -127,4 +127,4 @@ class StoreStates(RuleBasedStateMachine):
 
 
 TestStoreStates = StoreStates.TestCase
-TestStoreStates.settings = settings(max_examples=settings.default.max_examples // 3, stateful_step_count=25)
+TestStoreStates.settings = settings(max_examples=settings.default.max_examples // 5, stateful_step_count=25)

@@ -276,7 +276,7 @@ def test_a_search_where_all_fail_says_why(iris):
 def test_processes_give_what_one_process_gives(iris, capfd):
     arguments = dict(n_trials=8, **{**FAST, "max_epochs": 4})
     alone = gputune.tune("mlp", *iris, **{**arguments, "workers": 1})
-    together = gputune.tune("mlp", *iris, **{**arguments, "workers": 3})
+    together = gputune.tune("mlp", *iris, **{**arguments, "workers": 2})
     np.testing.assert_allclose(together.curves, alone.curves, atol=1e-6)
     module = gputune.tune(
         Net, *iris, space={"module__hidden": [4, 8, 12], "lr": [1e-3, 1e-2]}, **{**arguments, "workers": 2}

@@ -148,7 +148,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
         total = Dies(patch)
         gputune.tune("mlp", *iris, **call)
     repeated = []
-    for at in range(1, total.epochs, 19 if method == "random" else 11):
+    for at in range(1, total.epochs, 41 if method == "random" else 23):
         epochs = 0
         for death in (at, None):
             with monkeypatch.context() as patch:
