@@ -22,9 +22,11 @@ from problems import make_data
 from ray_searches import Net
 from refused import refused
 from study_processes import done, table
+from test_docs import ROOT, run_blocks
 
 ray = pytest.importorskip("ray", reason='Ray is not installed: pip install "gputune[ray]"')
 
+PAGE = ROOT / "docs" / "cluster.md"
 LR = {"lr": loguniform(1e-3, 0.1)}
 FAST = {"max_epochs": 4, "cv": 3, "verbose": 0, "n_trials": 6}
 SAMPLER = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0), batch=3)
@@ -71,6 +73,11 @@ def test_a_module_and_a_scorer_travel_as_code(cluster, iris):
     there = gputune.tune(Net, *iris, workers="ray", **given)
     assert rows(there) == rows(here)
     assert there.best_model().predict(iris[0]).shape == (150,)
+
+
+def test_the_page_of_the_cluster(cluster, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run_blocks(PAGE, capsys)
 
 
 def test_the_data_goes_to_the_store_once_and_threads_are_the_cpus(cluster, iris, monkeypatch, capsys):
