@@ -40,6 +40,10 @@ def make_optimizer(module, config):
         more = {} if kind is not SGDHD else {"momentum": momentum, "nesterov": name == "nesterovhd"}
         more["rule"] = config.get("hypergrad_rule", "multiplicative")
         return kind(parameters, lr, hypergrad_lr=config["hypergrad_lr"], weight_decay=decay, **more)
+    if hasattr(torch.optim, name):
+        words = {k.removeprefix("optimizer__"): v for k, v in config.items() if k.startswith("optimizer__")}
+        words |= {} if name == "Rprop" else {"weight_decay": decay}
+        return getattr(torch.optim, name)(parameters, lr=lr, **words)
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay)
     if name == "nesterov":
