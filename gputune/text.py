@@ -3,9 +3,11 @@
 import math
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from html import escape
+from types import MappingProxyType
 
 GAP = "  "
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -35,6 +37,32 @@ def short(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(map(short, value))}]"
     return clean(getattr(value, "__name__", value))
+
+
+def nearest(
+    word: object,
+    known: Iterable[object],
+    *,
+    others: Mapping[str, str] = MappingProxyType({}),
+    cutoff: float = 0.6,
+) -> str | None:
+    """Return the known word that was meant by another one, whatever its case; None where none is near.
+
+    ``others`` are what people from elsewhere call some of the known: too far for a spell checker.
+    """
+    by_case = {str(name).lower(): str(name) for name in known}
+    if (other := others.get(str(word))) in by_case.values():
+        return other
+    near = get_close_matches(str(word).lower(), by_case, 1, cutoff)
+    return by_case[near[0]] if near else None
+
+
+def did_you_mean(
+    word: object, known: Iterable[object], *, others: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """Return the sentence that suggests a known word in place of an unknown one, behind a blank; "" for none."""
+    near = nearest(word, known, others=others)
+    return f" Did you mean {near!r}?" if near else ""
 
 
 def is_formula(cell: object) -> bool:

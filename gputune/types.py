@@ -40,7 +40,6 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "activation": "relu",
         "dropout": 0.0,
         "batch_size": 32,
-        "lr": 1e-3,
         "hypergrad_lr": 0.02,
         "hypergrad_rule": "multiplicative",
         "schedule": "constant",
@@ -53,7 +52,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "l1_ratio": 0.0,
     }
 )
-"""What a trial uses where its configuration is silent (``weight_decay`` and ``momentum`` depend on the optimizer)."""
+"""What a trial uses where its configuration is silent; lr, weight decay and momentum depend on the optimizer."""
+
+DEFAULT_LR = 1e-3
 
 ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
 """Optimizers that adapt each member's learning rate while it trains; ``lr`` is where it begins."""

@@ -1,9 +1,12 @@
 """tune(): the search that a user calls."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
-from typing import Literal
+from typing import Literal, ParamSpec, TypeVar
+
+import torch
 
 from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
@@ -13,6 +16,7 @@ from gputune.data.target import ClassWeight, TaskWord
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.scoring.scoring import Scorer
+from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.method import Method
 from gputune.tuning.options import RULES, Options
@@ -21,7 +25,39 @@ from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import Progress, reading_bar
 from gputune.types import BackendWord, Precision, ScheduleWord
 
+Given = ParamSpec("Given")
+Value = TypeVar("Value")
 
+_OTHER_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("epochs", "n_epochs", "num_epochs", "max_iter"), "max_epochs"),
+    **dict.fromkeys(("trials", "n_iter", "num_trials"), "n_trials"),
+    **dict.fromkeys(("param_distributions", "param_grid", "search_space"), "space"),
+    **dict.fromkeys(("metric", "score"), "scoring"),
+    "folds": "cv",
+    "seed": "random_state",
+    "criterion": "loss",
+    "n_jobs": "workers",
+    "scheduler": "schedule",
+}
+"""What other libraries call our arguments: too far for a spell checker."""
+
+
+def _with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]:
+    """Let the TypeError of an argument that a function has not name the one that was meant, as Python 3.13 does."""
+    known = signature(function).parameters
+
+    @wraps(function)
+    def called(*given: Given.args, **more: Given.kwargs) -> Value:
+        for name in more:
+            if name not in known:
+                hint = did_you_mean(name, known, others=_OTHER_WORDS)
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}")
+        return function(*given, **more)
+
+    return called
+
+
+@_with_near_words
 def tune(
     model: object,
     X: object,
@@ -44,7 +80,7 @@ def tune(
     sample_weight: object = None,
     columns: Columns | Literal["auto"] = "auto",
     numbers: Numbers | Literal["auto"] = "auto",
-    optimizer: str | None = None,
+    optimizer: str | type[torch.optim.Optimizer] | None = None,
     schedule: ScheduleWord = "constant",
     max_epochs: int = 50,
     epoch: Literal["best", "last"] = "best",
@@ -110,7 +146,8 @@ def tune(
     optimizer    "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon" (hidden matrices, the rest by adamw),
                  "schedulefree" (AdamW, scored and saved as its average), or one that adapts its rate as it trains
                  (``gputune.optim``): "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence
-                 ("exact") by default
+                 ("exact") by default. Of a module also a class of torch.optim or its name, "RAdam": its members train
+                 one by one, and its arguments can be searched: ``optimizer__betas``, ``optimizer__eps``
     schedule     of the learning rate over ``max_epochs``, per step: "constant", "cosine", "linear", "warmup+cosine" or
                  "one_cycle"
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one

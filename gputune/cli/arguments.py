@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gputune.text import did_you_mean
 from gputune.tuning.options import MACHINE, ROWS, RULES, SEARCH, Rule, Takes
 from gputune.version import __version__
 
@@ -35,7 +36,22 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"gputune: error: {message}\nTry '{self.prog} --help'.\n")
+        self.exit(2, f"gputune: error: {message}{_remedy(message)}\nTry '{self.prog} --help'.\n")
+
+
+def _remedy(message: str) -> str:
+    """Return what was meant by a word or a flag that argparse does not know, behind a full stop; "" for nothing."""
+    if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
+        unknown, known = choice[1][1:-1], re.findall(r"'([^']*)'", choice[2])
+    elif flag := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+        unknown, known = flag[1], [rule.name for _, rules in option_groups() for rule in rules.values()]
+    else:
+        return ""
+    hint = did_you_mean(unknown, known, others=_OTHER_FLAGS)
+    return f".{hint}" if hint else ""
+
+
+_OTHER_FLAGS: Mapping[str, str] = {"--epoch": "--epochs", "--lr": "--space", "--random-state": "--seed"}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Data frames, arrays and lists become a table: named columns, each with a kind (kinds.py)."""
 
-import difflib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from gputune.data.kinds import Kind, from_column, from_series
 from gputune.errors import InputError
+from gputune.text import nearest
 
 FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
 
@@ -150,8 +150,8 @@ def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:
     (NaN where missing). Raises InputError for an unknown column, a date, or a table with no other column.
     """
     if target not in table.names:
-        close = difflib.get_close_matches(str(target), table.names, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}? The" if close else "the"
+        near = nearest(target, table.names, cutoff=0.5)
+        hint = f"did you mean {near!r}? The" if near else "the"
         raise InputError(
             f"target={target!r} is not a column of the table; {hint} columns are {quoted(table.names)}."
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gputune.data.kinds import from_values, is_missing
 from gputune.errors import InputError, InputWarning
+from gputune.text import did_you_mean
 from gputune.types import Task
 
 ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
@@ -99,7 +100,9 @@ def check_target(
     more than one column, missing or infinite values, dates, fewer than two classes, and a task that does not fit.
     """
     if task is not None and task not in TASKS:
-        raise InputError(f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.")
+        raise InputError(
+            f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.{did_you_mean(task, TASKS)}"
+        )
     values = _values(y, name)
     if task is None and values.ndim > 1:
         task = _task_of_columns(values, name)
@@ -259,7 +262,7 @@ def _are_classes(values: np.ndarray, name: str) -> bool:
             "taken for classes: it is a number to be predicted. If they are classes, say task='classification', and if "
             "not, task='regression'.",
             InputWarning,
-            stacklevel=7,  # the caller of tune()
+            stacklevel=8,  # the caller of tune()
         )
     return distinct <= MAX_CLASSES and distinct < len(values)
 

@@ -12,6 +12,7 @@ import torch
 from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
+from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, is_plain
 from gputune.types import Backend, BackendWord, Config
@@ -74,11 +75,11 @@ def choose_device(device: str) -> torch.device:
 def trains_as(backend: Backend, kind: ModelKind, config: Config, unstackable: str = "") -> Backend:
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 
-    ``unstackable`` says why members of a user's module cannot be stacked. Of one that can be, whose inside is unknown,
-    no code is compiled; its steps are recorded in place of that, as are those of optimizers, clipping and averages
-    that the compiled code does not know.
+    ``unstackable`` says why members of a user's module cannot be stacked; a class of torch.optim trains each alone. Of
+    a module that can be stacked, whose inside is unknown, no code is compiled; its steps are recorded in place of that,
+    as are those of optimizers, clipping and averages that the compiled code does not know.
     """
-    if kind == "module" and (unstackable or backend == "loop"):
+    if kind == "module" and (unstackable or backend == "loop" or class_of(config)):
         return "loop"
     if kind == "module" and backend == "compiled":
         backend = "graph"

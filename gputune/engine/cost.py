@@ -11,12 +11,15 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
+from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
 from gputune.population.population import ModelKind, Population, padded_width
 from gputune.types import ONLINE, Backend, Config
 
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
 _BUFFERS = 11
+
+_CLASS_MOMENTS = 3  # of a class of torch.optim, whose state only a step tells: most keep two, and a count
 
 _WIDE_LAYERS = 4  # of a user's module that are as wide as its widest
 
@@ -81,7 +84,10 @@ def trial_cost(
 def _kept_buffers(population: Population) -> int:
     """How many numbers a parameter needs while its training waits: itself, its moments, what adapts its rate."""
     optimizer = population.configs[0]["optimizer"]
-    moments = n_moments(optimizer, (config["momentum"] for config in population.configs))
+    if class_of(population.configs[0]):
+        moments = _CLASS_MOMENTS
+    else:
+        moments = n_moments(optimizer, (config["momentum"] for config in population.configs))
     return 1 + moments + 3 * (optimizer in ONLINE) + bool(population.configs[0]["ema"])
 
 

@@ -14,9 +14,17 @@ from torch import Tensor
 
 from gputune.errors import InputError
 from gputune.hypergradients.module_training import ModuleTraining
+from gputune.optimizers.classes import OPTIMIZER_PREFIX
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import beyond_adam
-from gputune.types import DEFAULTS, ONLINE_RULES, Config, default_momentum, default_weight_decay
+from gputune.types import (
+    DEFAULT_LR,
+    DEFAULTS,
+    ONLINE_RULES,
+    Config,
+    default_momentum,
+    default_weight_decay,
+)
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 
@@ -33,6 +41,8 @@ def undifferentiated(config: Config) -> str:
     optimizer = config["optimizer"]
     if optimizer not in HYPERPARAMETERS_OF:
         return f"optimizer={optimizer!r}; choose one of {', '.join(HYPERPARAMETERS_OF)}"
+    if given := [key for key in config if key.startswith(OPTIMIZER_PREFIX)]:
+        return f"{given[0]}={config[given[0]]!r}, which torch.optim's own class takes; leave it out"
     if config["clip_norm"] < math.inf:
         return f"clip_norm={config['clip_norm']:g}; leave it out"
     if other := [key for key in beyond_adam(config) if key != "beta2"]:
@@ -55,7 +65,7 @@ def check_optimizer(optimizer: object) -> tuple[str, float]:
 def default_tables(optimizer: str, momentum: float, like: Tensor) -> dict[str, Tensor]:
     """Return a (1, 1, 1) table for each hyperparameter, with its default value."""
     values = {
-        "lr": float(DEFAULTS["lr"]),
+        "lr": DEFAULT_LR,
         "momentum": momentum,
         "weight_decay": default_weight_decay(optimizer),
         "beta1": BETA1,

@@ -5,7 +5,7 @@ update is the same few passes over one tensor as for stacked members. Rows of an
 theirs too. A parameter that a step does not use has a gradient of zero there (``zero_grad(set_to_none=False)``).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -18,16 +18,17 @@ from gputune.modules.construction import name_of
 from gputune.modules.module import ModuleNetwork, hidden_sides, kept_of, put_numbers
 from gputune.modules.precision import autocast
 from gputune.optimizers.blocks import Block, Blocks
+from gputune.optimizers.class_rule import ClassRule
+from gputune.optimizers.classes import alone_because, class_of
 from gputune.optimizers.optimizer import Optimizer
-from gputune.optimizers.row_update import RowUpdate
+from gputune.optimizers.row_update import InPlaceRule, Matrix, RowRule, RowUpdate
 from gputune.optimizers.schedules import schedule_factor
-from gputune.optimizers.update import IN_PLACE
 from gputune.population.batches import Batch, Batches, row_order, steps_of
-from gputune.population.population import is_plain
+from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation
 from gputune.seeding import keyed_draws, stream_seed
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
+from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config, Params
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
 
@@ -39,8 +40,8 @@ class LoopedModule(ModuleNetwork):
     """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training changes more."""
 
     def _lay_out(self) -> None:
-        traits = self.traits
-        self.reason = f"since {traits.unstackable}" if traits.unstackable else "as asked for"
+        why = self.traits.unstackable or alone_because(self.configs[0])
+        self.reason = f"since {why}" if why else "as asked for"
         self.sizes = [w.numel() for w in self.first.values()]
         self.kept_sizes = [w.numel() for w in self.kept.values()]
         rows = [Block("trained", (*self.members, sum(self.sizes)), 1)]
@@ -71,6 +72,16 @@ class LoopedModule(ModuleNetwork):
         """Return the parameters that lie in a row (N,)."""
         parts = torch.split(row, self.sizes)
         return {k: part.view(w.shape) for (k, w), part in zip(self.first.items(), parts)}
+
+    def matrices(self) -> list[Matrix]:
+        """Return where the hidden matrices lie in a row (N,)."""
+        sides = hidden_sides(self.template, self.first)
+        begins = dict(zip(self.first, np.cumsum([0, *self.sizes]).tolist()))
+        return [
+            Matrix(slice(begins[k], begins[k] + w.numel()), len(w), sides[k])
+            for k, w in self.first.items()
+            if k in sides
+        ]
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         found = []
@@ -105,7 +116,7 @@ class LoopedModule(ModuleNetwork):
 
 
 class _Alone(Optimizer):
-    """The optimizer of one member whose rule, clipping or averaging ``RowUpdate`` does not know."""
+    """The optimizer of one member that adapts its own rate, or has betas or rates that no ``RowRule`` knows."""
 
     def __init__(
         self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
@@ -136,10 +147,16 @@ class _Member:
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
         self.update: RowUpdate | _Alone
-        if config["optimizer"] in IN_PLACE and is_plain(config):
-            self.update = RowUpdate(config, self.row, steps=steps, horizon=horizon)
-        else:
+        if config["optimizer"] in ONLINE or beyond_adam(config):
             self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
+        else:
+            self.update = RowUpdate(config, self.row, self._rule(own), steps=steps, horizon=horizon)
+
+    def _rule(self, own: Mapping[str, Tensor]) -> RowRule:
+        if class_of(self.config):
+            return ClassRule(self.config, [own[name] for name in self.network.first])
+        matrices = self.network.matrices() if self.config["optimizer"] == "muon" else []
+        return InPlaceRule(self.config, self.row, matrices)
 
     def kept(self) -> Tensor:
         """Return what training changes beside the parameters, as a row (M,)."""

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.online import OnlineUpdate
+from gputune.optimizers.row_update import NORM_EPS
 from gputune.optimizers.rules import schedule_free_average
 from gputune.optimizers.update import Update
 from gputune.types import ONLINE, Config
-
-_NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
 
 class Optimizer:
@@ -74,7 +73,7 @@ class Optimizer:
         if self.clip_norm is None or self.squares is None:
             return
         norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()
-        scale = (self.clip_norm / (norm + _NORM_EPS)).clamp(max=1.0)
+        scale = (self.clip_norm / (norm + NORM_EPS)).clamp(max=1.0)
         scale = scale.masked_fill(self.clip_norm.isinf(), 1.0).to(self.dtype)
         for value, part in self.blocks.by_block(scale, grad):
             part.mul_(value)

@@ -22,7 +22,7 @@ RMSPROP_ALPHA, LION_BETA2 = 0.99, 0.99
 
 _NEWTON_SCHULZ = (3.4445, -4.775, 2.0315)  # as torch.optim.Muon has them, as the number of its steps
 _NEWTON_SCHULZ_STEPS, _LEAST_NORM = 5, 1e-7
-_MUON_SCALE = 0.2  # its steps are then as long as AdamW's, so that one rate serves both
+MUON_SCALE = 0.2  # its steps are then as long as AdamW's, so that one rate serves both
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def muon(params: Params, grads: Params, moments: Moments, rates: Rates) -> tuple
         g, mu = grads[k], _per_member(rates.momentum, grads[k])
         m = torch.lerp(moments["m"][k], g, 1 - mu)
         axes = 1 if side.dim() == 1 else 2  # of members
-        step = _orthogonal(torch.lerp(g, m, mu).flatten(axes + 1)).view_as(g)
-        scale = _per_member(rates.lr, g) * _MUON_SCALE * _per_member(side, g).sqrt()
+        step = orthogonal(torch.lerp(g, m, mu).flatten(axes + 1)).view_as(g)
+        scale = _per_member(rates.lr, g) * MUON_SCALE * _per_member(side, g).sqrt()
         new[k], after["m"][k], after["v"][k] = shrunk[k] - scale * step, m, moments["v"][k]
     return new, after
 
@@ -181,7 +181,7 @@ def _shrunk(params: Params, rates: Rates) -> Params:
     return {k: w * _per_member(shrink, w) for k, w in params.items()}
 
 
-def _orthogonal(x: Tensor) -> Tensor:
+def orthogonal(x: Tensor) -> Tensor:
     """Return matrices (..., A, B) with singular values near 1 in place of their own: a Newton-Schulz iteration.
 
     Rows and columns of zeros stay zero, so padding changes nothing.

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gputune.errors import InputError
-from gputune.types import (
-    DECAY_FACTOR,
-    DEFAULTS,
-    LR_FACTOR,
-    ONLINE,
-    Config,
-    default_momentum,
-    default_weight_decay,
-)
+from gputune.optimizers.classes import class_of, optimizer_arguments, optimizer_defaults
+from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, ONLINE, Config
 
 ModelKind = Literal["mlp", "linear", "module"]
 
@@ -35,16 +28,14 @@ def padded_width(width: int) -> int:
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     """Return a configuration with every key that training reads, defaults where it is silent.
 
-    Raises InputError for what an optimizer that adapts its rate does not know.
+    Raises InputError for what an optimizer that adapts its rate, or a class of torch.optim, does not know.
     """
-    full = {**DEFAULTS, "optimizer": optimizer, "schedule": schedule, **config}
-    full.setdefault("weight_decay", default_weight_decay(full["optimizer"]))
-    if "momentum" not in config:
-        full["momentum"] = default_momentum(full["optimizer"])
-    if full["optimizer"] in ONLINE and (unknown := beyond_adam(full)):
+    word = config.get("optimizer", optimizer)
+    full = {**DEFAULTS, **optimizer_defaults(word), "optimizer": word, "schedule": schedule, **config}
+    if (word in ONLINE or class_of(full)) and (unknown := beyond_adam(full)):
+        kind = "adapts its rate" if word in ONLINE else "is a class of torch.optim here"
         raise InputError(
-            f"optimizer={full['optimizer']!r} adapts its rate, and does not know {unknown[0]!r}: leave it out, or "
-            "choose another optimizer."
+            f"optimizer={word!r} {kind}, and does not know {unknown[0]!r}: leave it out, or choose another optimizer."
         )
     return full
 
@@ -126,7 +117,8 @@ def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # Which buffers a trial has depends on itself alone, so that its state goes on in whatever company.
     buffers = (config["momentum"] > 0, config["clip_norm"] < math.inf, config["ema"] > 0)
-    optimizer = (config["optimizer"], rule, *buffers)
+    options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
+    optimizer = (config["optimizer"], rule, *buffers, *options)
     if kind == "module":
         return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
     if kind == "linear":

@@ -23,6 +23,7 @@ from gputune.errors import InputError
 from gputune.population.network import call_module, first_output
 from gputune.scoring.losses import row_losses
 from gputune.seeding import stream_seed
+from gputune.text import did_you_mean
 from gputune.types import Config, Task
 
 LOSS_PREFIX = "loss__"
@@ -360,6 +361,7 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
     if loss not in _LOSSES:
         raise InputError(
             f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
+            f"{did_you_mean(loss, _LOSSES)}"
         )
     if task not in _LOSSES[loss].tasks:
         fitting = ", ".join(repr(name) for name, of in _LOSSES.items() if task in of.tasks)

@@ -1,7 +1,6 @@
 """A scoring argument, checked once: a score on the device, or any scikit-learn scorer on its predictions."""
 
 import copy
-import difflib
 import inspect
 import math
 import warnings
@@ -23,6 +22,7 @@ from gputune.population.network import call_module, two_logits
 from gputune.scoring import scores
 from gputune.scoring.estimators import fitted
 from gputune.scoring.objective import Objective, qualified_name
+from gputune.text import did_you_mean
 from gputune.types import Task
 
 Scorer = Callable[[Any, Any, Any], float]
@@ -261,10 +261,9 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
 
 def _check_fits_task(scoring: str, task: Task) -> None:
     if scoring not in get_scorer_names():
-        near = difflib.get_close_matches(scoring, get_scorer_names(), n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise InputError(
-            f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}.{hint}"
+            f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}."
+            f"{did_you_mean(scoring, get_scorer_names())}"
         )
     if task == "custom":
         raise InputError(

@@ -8,13 +8,14 @@ check_config(...)  one configuration, drawn or written -> the same, ``penalty`` 
 
 import math
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from gputune.errors import InputError
+from gputune.optimizers.classes import OPTIMIZER_PREFIX, optimizer_word
+from gputune.text import did_you_mean, nearest
 from gputune.types import (
     ACTIVATIONS,
     DECAY_FACTOR,
@@ -74,8 +75,9 @@ KEYS = (*RANGES, *WORDS)
 """Every key of every kind of model, but for ``module__*``."""
 
 MODULE_PREFIX = "module__"
-PREFIXES = (MODULE_PREFIX, "loss__", LR_FACTOR, DECAY_FACTOR)
-"""Of the arguments of a module, and of its loss; of factors on the rates of some of its parameters."""
+PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
+"""Of the arguments of a module, of its loss, and of a class of torch.optim; of factors on the rates of some of a
+module's parameters."""
 
 _FACTOR = Range("a finite number >= 0", "0.1", 0)
 
@@ -133,10 +135,8 @@ def check_key(key: object, *, keys: Collection[str], module: bool, name: str) ->
 def _key_remedy(key: str, keys: Collection[str], module: bool) -> str:
     if key in ("hypergrad_lr", "hypergrad_rule"):
         return f"Only the optimizers {', '.join(ONLINE)} have it, for example optimizer='adamwhd'."
-    other = _OTHER_NAMES.get(key)
-    near = [other] if other in keys else get_close_matches(key, sorted(keys), 1)
-    if near:
-        return f"Did you mean {near[0]!r}?"
+    if near := nearest(key, sorted(keys), others=_OTHER_NAMES):
+        return f"Did you mean {near!r}?"
     if module:
         return f"An argument of the module is written '{MODULE_PREFIX}{key}'."
     if "lr" not in keys and key in legal_keys("logistic", "adamw"):
@@ -196,9 +196,11 @@ def check_value(key: str, value: object, name: str) -> Any:
         return _check_number(RANGES[key], value, name)
     if key.startswith((LR_FACTOR, DECAY_FACTOR)):
         return _check_number(_FACTOR, value, name)
+    if key == "optimizer":
+        return optimizer_word(value, name)
     if key in WORDS:
         return _check_word(key, "none" if key == "penalty" and value is None else value, name)
-    return value  # of module__*, which is the module's own business
+    return value  # of module__* and its like, which is the module's own business
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:
@@ -226,11 +228,8 @@ def _check_word(key: str, value: object, name: str) -> str:
     words = WORDS[key]
     if isinstance(value, str) and value in words:
         return value
-    near = get_close_matches(value.lower(), words, 1) if isinstance(value, str) else []
-    if near:
-        remedy = f"Did you mean {near[0]!r}?"
-    elif key == "penalty":
-        remedy = "For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
-    else:
-        remedy = f"For example {words[0]!r}."
-    raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}. {remedy}")
+    remedy = did_you_mean(value, words) if isinstance(value, str) else ""
+    if not remedy and key == "penalty":
+        remedy = " For elastic net leave 'penalty' out and give 'l1_ratio' between 0 and 1."
+    remedy = remedy or f" For example {words[0]!r}."
+    raise InputError(f"{name} must be one of {', '.join(words)}, got {value!r}.{remedy}")

@@ -10,16 +10,18 @@ from torch import nn
 
 from gputune.errors import InputError
 from gputune.models import CNN, GRU
+from gputune.optimizers.classes import CLASSES, has_weight_decay, optimizer_defaults
 from gputune.search.config import KEYS, check_config
 from gputune.search.distributions import Choices, OwnDistribution, Steps
 from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
 from gputune.text import count
-from gputune.types import ONLINE, Config, default_momentum, default_weight_decay
+from gputune.types import ONLINE, OPTIMIZERS, Config
 
 Origin = Literal["default", "include", "random"]
 
 _TAKERS: Mapping[str, tuple[str, ...]] = {
+    "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
     "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
     "beta2": ("adam", "adamw", "muon", "schedulefree"),
     "hypergrad_lr": ONLINE,
@@ -41,18 +43,20 @@ def default_space(
     """Return the space of a search that was given none; ``builder`` is what makes the modules, if any.
 
     The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants one or two
-    powers of ten more. Batch size and width come from short lists of powers of two, so that many trials share one
-    tensor shape and train as one population. Depth, activation and dropout stay at their defaults: each splits
-    populations or adds little on tables. The solved logistic regression has its penalty only.
+    powers of ten more, and that of a class of torch.optim lies around its own default. Batch size and width come from
+    short lists of powers of two, so that many trials share one tensor shape and train as one population. Depth,
+    activation and dropout stay at their defaults: each splits populations or adds little on tables. The solved logistic
+    regression has its penalty only.
     """
     if model == "logistic" and optimizer == "exact":
         return {"C": stats.loguniform(1e-3, 1e3), "l1_ratio": [0.0, 0.5, 1.0]}
-    plain = optimizer.removesuffix("hd") in ("sgd", "nesterov")
+    plain, lr = optimizer.removesuffix("hd") in ("sgd", "nesterov"), optimizer_defaults(optimizer)["lr"]
     space: dict[str, Choices] = {
-        "lr": stats.loguniform(1e-3, 1.0) if plain else stats.loguniform(1e-4, 3e-2),
+        "lr": stats.loguniform(lr, 1e3 * lr) if plain else stats.loguniform(lr / 10, 30 * lr),
         "batch_size": [32, 64, 128, 256],
-        "weight_decay": stats.loguniform(1e-5, 1e-1),
     }
+    if optimizer in _TAKERS["weight_decay"]:
+        space["weight_decay"] = stats.loguniform(1e-5, 1e-1)
     if optimizer in ONLINE:
         space["hypergrad_lr"] = stats.loguniform(1e-3, 1e-1)
     if model == "mlp":
@@ -86,8 +90,8 @@ def first_candidates(
     earlier one (same keys, same values) is dropped.
 
     space: checked. include: may have keys that the space lacks; ``check_include`` refuses those of other models.
-    defaults: a value for each key of the space, with ``optimizer``, which ``weight_decay`` and ``momentum`` follow
-    where they are left out. Where another one is missing, as that of a module's required argument, no default
+    defaults: a value for each key of the space, with ``optimizer``, which ``lr``, ``weight_decay`` and ``momentum``
+    follow where they are left out. Where another one is missing, as that of a module's required argument, no default
     configuration is run (``notes`` says so). Raises InputError, also where nothing is left to run.
     """
     _check_n_trials(n_trials)
@@ -251,7 +255,7 @@ def _held(config: Config, space: Space, defaults: Mapping[str, object]) -> Confi
     plain = _complete(config, defaults)
     part = min(space, key=lambda part: sum(not _holds(part[key], plain[key]) for key in part if key in plain))
     values: Config = {}
-    # weight_decay and momentum follow the optimizer.
+    # lr, weight_decay and momentum follow the optimizer.
     for key in sorted(part, key=lambda key: key != "optimizer"):
         full = {"penalty": "l2", **_complete({**config, **values}, defaults)}
         known = key in config or (key == "penalty" and "l1_ratio" in config)
@@ -292,11 +296,8 @@ def _nearest(key: str, choices: Choices, value: object) -> object:
 
 
 def _complete(config: Config, defaults: Mapping[str, object]) -> Config:
-    full = {**defaults, **config}
-    if "optimizer" in full:
-        full.setdefault("weight_decay", default_weight_decay(full["optimizer"]))
-        full.setdefault("momentum", default_momentum(full["optimizer"]))
-    return full
+    word = config.get("optimizer", defaults.get("optimizer"))
+    return {**({} if word is None else optimizer_defaults(str(word))), **defaults, **config}
 
 
 def _identity(config: Mapping[str, object]) -> frozenset[tuple[str, Hashable]]:

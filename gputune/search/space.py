@@ -243,7 +243,8 @@ def parse_spec(text: str) -> tuple[str, object]:
 
     ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
     ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a number, as
-    true or false, else as a word; its range is of integers when both ends are written so. Raises InputError.
+    true or false, else as a word; its range is of integers when both ends are written so. ``(a,b)`` is one value, a
+    tuple. Raises InputError.
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
@@ -251,8 +252,8 @@ def parse_spec(text: str) -> tuple[str, object]:
     ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
     if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
         return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)
-    values = [_parse_value(key, part.strip(), text) for part in spec.split(",")]
-    return key, values if len(values) > 1 else values[0]
+    values = [_parse_value(key, part.strip(), text) for part in re.split(r",(?![^()]*\))", spec)]
+    return key, values if len(values) > 1 or isinstance(values[0], tuple) else values[0]
 
 
 def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str) -> object:
@@ -283,6 +284,8 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool:
         raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
     if key in WORDS:
         return text
+    if key not in RANGES and text[0] == "(" and text[-1] == ")":
+        return tuple(_parse_value(key, part.strip(), spec) for part in text[1:-1].split(","))
     number = _number(text)
     if number is not None:
         return number

@@ -1,6 +1,5 @@
 """The base of every estimator: ``fit`` is the case of one configuration and one fold of fitting all at once."""
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from gputune.population.network import call_module, two_logits
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, Place, fit_members
 from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed
+from gputune.text import did_you_mean
 from gputune.types import Config
 
 
@@ -64,8 +64,7 @@ class Foreign:
         unknown = [name for name in names if name not in parameters]
         self.check_names(owner, unknown)
         if unknown and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            near = difflib.get_close_matches(unknown[0], [name for name in parameters if name != "self"], 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(unknown[0], [name for name in parameters if name != "self"])
             raise TypeError(f"{owner.__name__} has no parameter {unknown[0]!r}.{hint}")
 
 

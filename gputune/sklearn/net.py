@@ -4,12 +4,12 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
 
-import torch
 from sklearn.utils import Tags
 from torch import nn
 
 from gputune.errors import InputError
 from gputune.modules.construction import Builder
+from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
 from gputune.scoring.objective import LOSS_PREFIX
 from gputune.search.config import check_value
 from gputune.sklearn.base import (
@@ -21,19 +21,19 @@ from gputune.sklearn.base import (
 )
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
 from gputune.study.module_source import is_builder
-from gputune.types import OPTIMIZERS, Config
+from gputune.types import Config
 
-_PREFIXES = {"module__": "module__", "criterion__": LOSS_PREFIX}
+_PREFIXES = {"module__": "module__", "criterion__": LOSS_PREFIX, OPTIMIZER_PREFIX: OPTIMIZER_PREFIX}
 """Of arguments: as the estimator writes them -> as the engine does."""
 
 _NUMBERS = {"criterion__label_smoothing"}
 """Arguments of a class of torch.nn that its loss by name takes too."""
 
-_OPTIMIZERS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw"}
-
 
 class _NeuralNet(TrainedEstimator):
-    """Parameters of both: those of the constructor, ``module__*`` for the arguments of the module, ``criterion__*``."""
+    """Parameters of both: those of the constructor, ``module__*`` for the arguments of the module, ``criterion__*`` and
+    ``optimizer__*``.
+    """
 
     _own_losses: ClassVar[Mapping[type[nn.Module], str]]
     """The losses that train as the engine's of that name, and may be written as classes of torch.nn."""
@@ -88,20 +88,20 @@ class _NeuralNet(TrainedEstimator):
         keep_parameters(self, parameters)
 
     def get_params(self, deep: bool = True) -> Config:
-        """Return all parameters, the ``module__*`` and ``criterion__*`` that were given among them."""
+        """Return all parameters, the ``module__*``, ``criterion__*`` and ``optimizer__*`` given among them."""
         params: Config = super().get_params(deep)
         arguments: Config = self._arguments
         return params | arguments
 
     def set_params(self, **params: object) -> Self:
-        """Set parameters, any ``module__*`` and ``criterion__*`` among them, and return the estimator."""
+        """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them; return the estimator."""
         own = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
-            if name.startswith(tuple(_PREFIXES)) or name in self._arguments:
-                self._arguments = self._arguments | {name: value}
-            elif "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
+            if "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
                 setattr(self, name, value)
+            elif name.startswith(tuple(_PREFIXES)) or name in self._arguments:
+                self._arguments = self._arguments | {name: value}
             else:
                 rest[name] = value
         super().set_params(**rest)
@@ -121,25 +121,30 @@ class _NeuralNet(TrainedEstimator):
                 f"{type(self).__name__} has no parameter {unknown[0]!r}; arguments of the module are written module__*."
             )
         self._checked_params()
-        optimizer, momentum = _optimizer(self.optimizer), self.optimizer__momentum
+        optimizer, momentum = optimizer_word(self.optimizer, "optimizer"), self.optimizer__momentum
         if momentum is not None and optimizer not in MOMENTUM:
             raise InputError(
                 f"optimizer__momentum={momentum!r} is for {', '.join(MOMENTUM)}, and {optimizer!r} has none; "
                 "leave it out."
             )
+        decay = self.optimizer__weight_decay
+        if decay is not None and not has_weight_decay(optimizer):
+            raise InputError(f"optimizer__weight_decay={decay!r}: {optimizer!r} has none; leave it out.")
         values = {
             "lr": ("lr", self.lr),
             "batch_size": ("batch_size", self.batch_size),
             "optimizer": ("optimizer", optimizer),
-            "weight_decay": ("optimizer__weight_decay", self.optimizer__weight_decay),
+            "weight_decay": ("optimizer__weight_decay", decay),
             "momentum": ("optimizer__momentum", momentum),
         }
         arguments = {
             _in_engines_words(name): check_value(name, value, name) for name, value in self._arguments.items()
         }
+        config = engine_config(values, optimizer=optimizer) | arguments
+        check_optimizer(config, "module")
         return Recipe(
             kind="module",
-            config=engine_config(values, optimizer=optimizer) | arguments,
+            config=config,
             alpha=None,
             epochs=whole_number("max_epochs", self.max_epochs),
             seed=draw_seed(self.random_state, draw),
@@ -179,19 +184,6 @@ def _builder(module: object) -> Builder:
     return builder
 
 
-def _optimizer(optimizer: object) -> str:
-    """Return the engine's word of a word or of a class of torch.optim."""
-    if isinstance(optimizer, type) and optimizer in _OPTIMIZERS:
-        return _OPTIMIZERS[optimizer]
-    if isinstance(optimizer, str) and optimizer in OPTIMIZERS:
-        return optimizer
-    name = optimizer.__name__ if isinstance(optimizer, type) else repr(optimizer)
-    raise InputError(
-        f"optimizer must be torch.optim.SGD, Adam or AdamW, or one of the words {', '.join(OPTIMIZERS)}, got {name}: "
-        "the update of all members at once is written for these."
-    )
-
-
 def _is_default(criterion: object, loss: type[nn.Module]) -> bool:
     """Whether the criterion is an instance of the loss with default settings."""
     return type(criterion) is loss and _settings(criterion) == _settings(loss())
@@ -219,8 +211,11 @@ _PARAMETERS = """
                          standardised. Or one of the names of ``gputune.tune(loss=...)``; a loss of torch.nn, as a
                          class or an instance; or callable(outputs, y), which returns row losses or their mean
     criterion__*         what that loss takes: criterion__delta=2.0 of "huber", criterion__beta=0.5 of nn.SmoothL1Loss
-    optimizer            torch.optim.SGD, Adam or AdamW, or a word: "sgd", "nesterov", "adam", "adamw", and
-                         those that adapt their rate: "sgdhd", "nesterovhd", "adamhd", "adamwhd"
+    optimizer            a class of torch.optim or its name, or a word: "sgd", "nesterov", "adam", "adamw", "rmsprop",
+                         "lion", "muon", "schedulefree", and those that adapt their rate: "sgdhd", "nesterovhd",
+                         "adamhd", "adamwhd". SGD, Adam, AdamW, RMSprop and Muon are the words; members of other
+                         classes train one by one
+    optimizer__*         what such a class takes: optimizer__betas=(0.8, 0.9); members then train one by one
     lr                   the learning rate
     optimizer__weight_decay, optimizer__momentum   as in torch.optim; None is the optimizer's default
     batch_size           rows of a minibatch; "auto" is min(200, n)

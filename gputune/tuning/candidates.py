@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gputune.optimizers.classes import argument_defaults
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.random import first_candidates, notes, remarks, top_up
 from gputune.search.space import Space
@@ -74,7 +75,8 @@ def _draws_at_once(options: Options) -> bool:
 
 def _defaults(choice: ModelChoice, options: Options) -> Config:
     defaults = {**DEFAULTS, "optimizer": choice.optimizer, "schedule": options.schedule}
-    if choice.module_class is not None:  # what its own signature says
+    if choice.module_class is not None:  # what signatures say
+        defaults |= argument_defaults(choice.optimizer)
         for name, parameter in inspect.signature(choice.module_class).parameters.items():
             if parameter.default is not parameter.empty:
                 defaults[f"module__{name}"] = parameter.default

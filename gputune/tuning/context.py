@@ -20,6 +20,7 @@ from gputune.engine.timing import slower_stacked
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_slow, traits_of
+from gputune.optimizers.classes import alone_because
 from gputune.population.population import Population, complete, shape_of
 from gputune.scoring.scoring import Scoring
 from gputune.study.ledger import Ledger
@@ -104,7 +105,7 @@ class Context:
             for config in {group.arguments: group.configs[0] for group in groups}.values():
                 parameters = max(parameters, self.check_module(config))
             self._check_rows(groups)
-        for remark in self.remarks:
+        for remark in (*self.remarks, *self.remarks_on(configs)):
             self.progress.say(f"note: {remark}", once=True)
         with self.profile.clock("planning"):
             make = partial(
@@ -281,6 +282,11 @@ class Context:
                     f"model: {self.choice.name} cannot train on a minibatch of one row, as BatchNorm cannot, and "
                     f"batch_size={rows} gives no other; use minibatches of {least} rows or more."
                 )
+
+    def remarks_on(self, configs: Sequence[Config]) -> tuple[str, ...]:
+        """Return what the user should know of the optimizers of complete configurations, a sentence each."""
+        reasons = {} if self.options.backend == "loop" else dict.fromkeys(map(alone_because, configs))
+        return tuple(f"trials train one by one, since {reason}" for reason in reasons if reason)
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from gputune.errors import InputError
 from gputune.search.descent import Hypergradient
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.stopping import Halving, Median
+from gputune.text import did_you_mean
 from gputune.types import Json
 
 Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
@@ -31,6 +32,7 @@ def check_method(method: object) -> Method:
     raise InputError(
         "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...), "
         f"gputune.Hypergradient(...) or gputune.OptunaSampler(...), got {method!r}."
+        f"{did_you_mean(method, ('random', *METHODS)) if isinstance(method, str) else ''}"
     )
 
 

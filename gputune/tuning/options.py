@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gputune.errors import InputError
+from gputune.text import did_you_mean
 from gputune.types import SCHEDULES, BackendWord, Precision
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def _option(default: object, *rule: Any, **more: Any) -> Any:
 def _one_of(*allowed: str) -> Callable[[str, object], object]:
     def check(name: str, value: object) -> object:
         if value not in allowed:
-            raise InputError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+            raise InputError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
+            )
         return value
 
     return check

@@ -22,6 +22,7 @@ from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
+from gputune.optimizers.classes import check_optimizer
 from gputune.population.population import complete
 from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.objective import make_objective
@@ -52,7 +53,7 @@ from gputune.tuning.record import checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, halve, stop_below_median
 from gputune.tuning.sampler import check_sampling, sample
 from gputune.tuning.trainer import Trainer
-from gputune.types import Backend
+from gputune.types import Backend, Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
@@ -96,10 +97,13 @@ def search(
     check_folds(scoring, data)
     without_model = baseline(data, scoring, problem.target.classes)
     _check_objective(problem, trials)
+    configs = [complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in trials]
+    for config in configs:
+        check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
     with _cluster(options, choice) as cluster:
         with profile.clock("compiling"):
             trainer = _trainer(data, scoring, choice, options, stop, cluster)
-            backend = _backend(trainer, options, choice, trials, progress)
+            backend = _backend(trainer, options, choice, configs, progress)
             trainer = replace(trainer, backend=backend, objective=problem.objective)
         context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
         context.check_module(first, first=True)
@@ -108,6 +112,7 @@ def search(
         notes = (
             *notes_on(trials, space, choice, options),
             *context.remarks,
+            *context.remarks_on(configs),
             *remarks_on_loss(problem, choice),
             *remark_on_accuracy(without_model, scoring),
         )
@@ -218,7 +223,7 @@ def _cluster(options: Options, choice: ModelChoice) -> AbstractContextManager[Ra
 
 
 def _backend(
-    trainer: Trainer, options: Options, choice: ModelChoice, trials: Sequence[Candidate], progress: Progress
+    trainer: Trainer, options: Options, choice: ModelChoice, configs: Sequence[Config], progress: Progress
 ) -> Backend:
     """Return how chunks train, and say where it is slower than it could be, or not what was asked for."""
     if options.backend == "loop" and choice.kind != "module":
@@ -232,11 +237,11 @@ def _backend(
     backend, why = choose_backend(options.backend, device, trainer.data.dtype, choice.kind)
     module, word = choice.kind == "module", options.backend
     fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
-    configs = (complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in trials)
-    some_fast = not trials or any(trains_as(fast, choice.kind, config) == fast for config in configs)
+    ways = {trains_as(fast, choice.kind, config) for config in configs}
+    some_fast = not ways or fast in ways
     if why and some_fast:
         progress.say(f"note: trials train in recorded steps, slower than compiled ones: {why}")
-    if word in ("compiled", "graph") and not some_fast:
+    if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
         how = "in recorded steps" if module and word == "compiled" else "eagerly"
         models = "MLPs and linear models with " if word == "compiled" else ""
         progress.say(

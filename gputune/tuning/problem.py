@@ -21,9 +21,11 @@ from gputune.errors import InputError
 from gputune.models import CNN, GRU
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.inspection import returns_one_logit
-from gputune.population.population import ModelKind
+from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
+from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
+from gputune.text import did_you_mean
 from gputune.tuning.options import Options
 from gputune.types import OPTIMIZERS, Config, Json
 
@@ -68,20 +70,19 @@ class ModelChoice:
         return self.searched if self.module_class is None else name_of(self.module_class)
 
 
-def choose_model(model: object, optimizer: str | None) -> ModelChoice:
+def choose_model(model: object, optimizer: object) -> ModelChoice:
     """Check ``model`` and ``optimizer`` and return the choice.
 
     Raises InputError for another model, a file or class that cannot be imported, an optimizer that does not fit.
     """
     searched, module_class = _resolve(model)
-    allowed = (*OPTIMIZERS, "exact") if searched == "logistic" else OPTIMIZERS
-    optimizer = optimizer or ("exact" if searched == "logistic" else "adamw")
-    if optimizer not in allowed:
-        name = model if isinstance(model, str) else searched
-        raise InputError(
-            f"optimizer for model={name!r} must be one of {', '.join(allowed)}, got {optimizer!r}."
-        )
-    return ModelChoice(searched, optimizer, module_class)
+    if optimizer is None:
+        return ModelChoice(searched, "exact" if searched == "logistic" else "adamw", module_class)
+    more = ("exact",) if searched == "logistic" else ()
+    name = f"optimizer for model={model!r}" if isinstance(model, str) else "optimizer"
+    word = optimizer_word(optimizer, name, more=more)
+    check_optimizer(complete({}, optimizer=word, schedule="constant"), searched)
+    return ModelChoice(searched, word, module_class)
 
 
 def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoice:
@@ -90,7 +91,7 @@ def recorded_model(spec: Json, optimizer: str, *, trust_code: bool) -> ModelChoi
     Raises InputError where a user's class is gone or has changed, or for an optimizer that there is not;
     UntrustedCodeError where code is not trusted.
     """
-    if optimizer not in (*OPTIMIZERS, "exact"):
+    if optimizer not in (*OPTIMIZERS, *CLASSES, "exact"):
         raise InputError(
             f"the study was searched with optimizer={optimizer!r}, which this gputune does not have; open it with the "
             "version that wrote it."
@@ -117,6 +118,7 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     raise InputError(
         f"model must be {', '.join(map(repr, (*BUILT_IN, *NAMED)))}, a torch.nn.Module class, a function that makes "
         f"modules, or 'FILE.py:NAME', got {model!r}."
+        f"{did_you_mean(model, (*BUILT_IN, *NAMED)) if isinstance(model, str) else ''}"
     )
 
 

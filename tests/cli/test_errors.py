@@ -90,13 +90,36 @@ def test_infinite_features(bugs):
         ("width=8.5", ["width", "integer", "8.5"]),
         ("width", ["KEY=SPEC", "'width'", "Examples: "]),
         ("dropout=1", ["dropout", "[0, 1)", "got 1"]),
-        ("activation=relo", ["activation", "'relo'", "relu"]),
+        ("activation=relo", ["--space activation must", "Did you mean 'relu'?"]),
+        ("optimizer=adaam", ["--space optimizer must", "Did you mean 'adam'?"]),
         ("module__hidden=8", ["module__hidden", "nn.Module class", "Leave it out"]),
     ],
 )
 def test_bad_space(bugs, spec, words):
     refused_tune(bugs, "--space", spec, words=words)
     assert not bugs.with_name("gputune-out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "meant", "lines"),
+    [
+        ("--optimizer", "adamm", "adam", 1),
+        ("--model", "mlpp", "mlp", 1),
+        ("--scoring", "acuracy", "accuracy", 1),
+        ("--schedule", "cosin", "cosine", 1),
+        ("--loss", "crossentropy", "cross_entropy", 1),
+        ("--method", "halvng", "halving", 2),
+        ("--backend", "eagr", "eager", 2),
+        ("--epoch", "3", "--epochs", 2),
+    ],
+)
+def test_a_word_that_there_is_not_is_named_with_the_near_one(bugs, flag, value, meant, lines):
+    more = ["--model", "cnn"] if flag == "--loss" else []
+    refused_tune(bugs, flag, value, *more, words=[flag, value, f". Did you mean {meant!r}?"], lines=lines)
+
+
+def test_a_command_that_there_is_not(bugs):
+    refused("tun", bugs, words=["invalid choice: 'tun'", "Did you mean 'tune'?"], lines=2)
 
 
 def test_a_key_given_twice(bugs):

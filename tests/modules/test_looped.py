@@ -115,7 +115,7 @@ def looped(build, configs, data):
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adamhd"])
+@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adamhd", "NAdam"])
 def test_a_member_equals_its_plain_loop(name, optimizer):
     build, reason = MODULES[name]
     data = make_data(weights=True)
@@ -158,7 +158,7 @@ def test_looped_equals_stacked(schedule):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgdhd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgdhd", "RAdam", "Adafactor"])
 def test_halving_and_a_resume_change_nothing(optimizer):
     data = make_data()
     configs = fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2, 1e-1)))
@@ -187,8 +187,12 @@ def test_a_member_that_diverges_leaves_the_others_as_they_are():
     np.testing.assert_array_equal(both.curves[0], alone.curves[0])
 
 
+def rows():
+    return torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+
+
 def search(model, **words):
-    X, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+    X, y = rows()
     space = {"lr": [1e-3, 1e-2], "batch_size": [16]}
     options = {
         "space": space,
@@ -232,6 +236,44 @@ def test_what_cannot_be_had_is_refused():
         search("mlp", backend="loop")
     with pytest.raises(InputError, match="Gated trains one by one, since.*Hypergradients need members"):
         search(Gated, method="hypergradient", space={"lr": loguniform(1e-3, 1e-1)})
+    with pytest.raises(
+        InputError, match="backend='stacked': torch.optim.RAdam takes the steps of one member"
+    ):
+        search(Free, backend="stacked", optimizer="RAdam")
+    with pytest.raises(InputError, match="cannot differentiate what trial 0 has: optimizer='RAdam'"):
+        search(Free, method="hypergradient", optimizer="RAdam")
+    with pytest.raises(InputError, match="trial 0 has: optimizer__eps=1e-06, which torch.optim's own class"):
+        search(Free, method="hypergradient", space={"optimizer__eps": [1e-6], "lr": [1e-3]})
+    with pytest.raises(
+        InputError, match="torch.optim.RAdam takes the steps .*model='mlp' trains all members"
+    ):
+        search("mlp", space={"optimizer": ["adam", "RAdam"]})
+
+
+def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
+    """By type and by name, its arguments searched, with halving, a study, a resume, a refit and a page."""
+    space = {
+        "optimizer": [torch.optim.RAdam, "adam"],
+        "optimizer__betas": [(0.9, 0.999), (0.8, 0.99)],
+        "lr": [1e-3, 1e-1],
+    }
+    words = {"space": space, "n_trials": 8, "method": "halving", "study": tmp_path / "study.db", "verbose": 1}
+    study = search(Free, **words)
+    said = capsys.readouterr().err
+    for name in ("RAdam", "Adam"):
+        sentence = (
+            f"trials train one by one, since torch.optim.{name} takes the steps of one member at a time"
+        )
+        assert said.count(sentence) == 1 and any(sentence in note for note in study.record.notes)
+    assert "8 trials in 8 chunks of 1" in said and ", one by one" in said
+    again = gputune.Study.open(tmp_path / "study.db")
+    assert [t.params for t in again.trials] == [t.params for t in study.trials]
+    assert search(Free, **words, include=[{"optimizer": "RAdam", "lr": 3e-3}]).best_score >= study.best_score
+    model = again.best_model(*rows())
+    alone = next(t for t in study.trials if t.params["optimizer"] == "RAdam")
+    assert isinstance(model.module, Free) and alone.params["optimizer__betas"] in space["optimizer__betas"]
+    again.report(tmp_path / "page.html")
+    assert "optimizer__betas" in (tmp_path / "page.html").read_text()
 
 
 def test_processes_and_halving_give_the_same_scores():

@@ -14,6 +14,7 @@ from gputune.engine.train import train
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, hidden_sides
+from gputune.optimizers.classes import CLASSES
 from gputune.population.population import is_plain, populations
 from gputune.seeding import stream, stream_seed
 from problems import fill, largest_difference, make_data, rows_of, scoring_of, shape_of, train_together
@@ -181,11 +182,19 @@ class Net(nn.Module):
         return self.last(torch.tanh(self.third(torch.tanh(self.second(x)).mean(-1))))
 
 
-@pytest.mark.parametrize("kind", [StackedModule, LoopedModule])
-@pytest.mark.parametrize("optimizer", [*NEW, "adamw", "adam"])
-def test_members_of_a_module_equal_a_plain_loop(kind, optimizer):
+ONE_BY_ONE = [(LoopedModule, name, {}) for name in CLASSES] + [
+    (LoopedModule, "Adagrad", {"optimizer__initial_accumulator_value": 0.1}),
+    (LoopedModule, "RAdam", {"optimizer__betas": [0.8, 0.99], "optimizer__decoupled_weight_decay": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "more"),
+    [*itertools.product([StackedModule, LoopedModule], [*NEW, "adamw", "adam"], [{}]), *ONE_BY_ONE],
+)
+def test_members_of_a_module_equal_a_plain_loop(kind, optimizer, more):
     data = make_data(n=40, folds=2)
-    configs = [c | {"ema": 0.0} if optimizer == "schedulefree" else c for c in unlike(optimizer)]
+    configs = [c | {"ema": 0.0} if optimizer == "schedulefree" else c for c in unlike(optimizer, more)]
     traits = traits_of(Net, configs[0], data)
     for population in populations(configs, "module", rows=20):
         members = list(population.configs)
@@ -220,7 +229,7 @@ def test_the_steps_of_muon_are_those_of_torch_but_for_its_rounding():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("optimizer", [*NEW, "adamw", "sgdhd"])
+@pytest.mark.parametrize("optimizer", [*NEW, "adamw", "sgdhd", *CLASSES])
 def test_an_average_and_moments_go_on_from_a_state(optimizer):
     data = make_data()
     rows = [{"lr": lr, "ema": 0.7, "clip_norm": 0.5, "batch_size": 16} for lr in (1e-3, 3e-3, 1e30)]
@@ -237,7 +246,8 @@ def test_an_average_and_moments_go_on_from_a_state(optimizer):
         network = kind(Small, configs, shape_of(data), seed=0)
         return train(network, data, population.configs, **(words | more))
 
-    for kind, backend in itertools.product((StackedModule, LoopedModule), ("eager", "graph")):
+    kinds = (LoopedModule,) if optimizer in CLASSES else (StackedModule, LoopedModule)
+    for kind, backend in itertools.product(kinds, ("eager", "graph")):
         whole = run(kind, epochs=6, backend=backend)
         half = run(kind, epochs=3, backend=backend)
         rest = run(kind, epochs=6, backend=backend, begin=half.state, alive=half.alive)

@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import nn
 
-from gputune.text import clean, measure_of, paragraph, short, table
+from gputune.text import clean, did_you_mean, measure_of, paragraph, short, table
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,20 @@ from gputune.text import clean, measure_of, paragraph, short, table
 )
 def test_clean_drops_what_steers_a_terminal(value, shown):
     assert clean(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("SIGMOID", " Did you mean 'sigmoid'?"),
+        ("radam", " Did you mean 'RAdam'?"),
+        ("alpha", " Did you mean 'sigmoid'?"),
+        ("cube", ""),
+        (None, ""),
+    ],
+)
+def test_a_near_word_is_suggested(word, sentence):
+    assert did_you_mean(word, ("sigmoid", "RAdam"), others={"alpha": "sigmoid"}) == sentence
 
 
 def test_clean_keeps_what_it_is_told_to():

@@ -48,7 +48,7 @@ ILLEGAL = {
     "C": (0, -1, math.nan),
     "l1_ratio": (-0.1, 1.1),
     "activation": ("swish", None, 1),
-    "optimizer": ("exact", "lbfgs"),
+    "optimizer": ("exact", "adaam", 3),
     "beta2": (-0.1, 1),
     **dict.fromkeys(("schedule", "weight_decay_schedule", "dropout_schedule"), ("step",)),
     "hypergrad_rule": ("adam",),

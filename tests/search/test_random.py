@@ -113,15 +113,17 @@ def test_n_trials_is_a_count(n_trials):
 
 
 @pytest.mark.parametrize("model", ["mlp", "module", "logistic"])
-@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "RAdam", "Rprop", "Adadelta"])
 def test_default_spaces_are_legal_and_hold_the_default(model, optimizer):
     space = default_space(model, optimizer)
     (same,) = check_space(space, keys=legal_keys(model, optimizer), module=False)
     assert same == space
-    assert set(space) == {"lr", "batch_size", "weight_decay"} | ({"width"} if model == "mlp" else set())
+    keys = {"lr", "batch_size"} | ({"width"} if model == "mlp" else set())
+    assert set(space) == keys | ({"weight_decay"} if optimizer != "Rprop" else set())
     low, high = space["lr"].support()
-    assert (low, high) == ((1e-3, 1.0) if optimizer in ("sgd", "nesterov") else (1e-4, 3e-2))
-    assert low <= DEFAULTS["lr"] <= high and DEFAULTS["batch_size"] in space["batch_size"]
+    plain, lr = optimizer in ("sgd", "nesterov"), {"Rprop": 1e-2, "Adadelta": 1.0}.get(optimizer, 1e-3)
+    assert (low, high) == ((1e-3, 1.0) if plain else (lr / 10, 30 * lr))
+    assert low <= lr <= high and DEFAULTS["batch_size"] in space["batch_size"]
 
 
 def test_default_space_of_the_solved_logistic_regression():

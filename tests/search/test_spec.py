@@ -26,6 +26,10 @@ from refused import refused
         ("module__mode=fast,2,0.5", ["fast", 2, 0.5]),
         ("module__path=../here", "../here"),
         ("module__text=a=b", "a=b"),
+        ("optimizer__betas=(0.9,0.99),( .8, 0.9 )", [(0.9, 0.99), (0.8, 0.9)]),
+        ("optimizer__betas=(0.9,0.99)", [(0.9, 0.99)]),
+        ("module__kernel=(3,5),7", [(3, 5), 7]),
+        ("module__text=f(a,b)", "f(a,b)"),
     ],
 )
 def test_lists_and_single_values(text, expected):

@@ -53,6 +53,8 @@ def test_the_defaults_are_skorchs():
         (torch.optim.Adam, "adam", 0),
         (torch.optim.AdamW, "adamw", 0.01),
         ("nesterov", "nesterov", 0),
+        (torch.optim.RAdam, "RAdam", 0),
+        ("NAdam", "NAdam", 0),
     ],
 )
 def test_an_optimizer_is_a_word_or_a_class(optimizer, word, decay):
@@ -120,7 +122,12 @@ REFUSED = [
     ({"module": PlainNet, "module__inputs": 5}, "module: the forward of PlainNet.*raised"),
     ({"module__width": 5}, r"module__width is no argument of Net\(n_features, n_outputs, hidden=16"),
     ({"module__n_features": 5}, "module__n_features is given by the data"),
-    ({"optimizer": torch.optim.LBFGS}, "optimizer must be torch.optim.SGD, Adam or AdamW.*got LBFGS"),
+    ({"optimizer": torch.optim.LBFGS}, "optimizer cannot be torch.optim.LBFGS"),
+    ({"optimizer": "Rprop", "optimizer__weight_decay": 0.1}, "optimizer__weight_decay=0.1: 'Rprop' has none"),
+    (
+        {"optimizer": "RAdam", "optimizer__beta": 0.1},
+        "^optimizer__beta is no hyperparameter .*optimizer__betas",
+    ),
     ({"optimizer": "lamb"}, "got 'lamb'"),
     ({"optimizer": "adam", "optimizer__momentum": 0.9}, "'adam' has none"),
     ({"criterion": nn.NLLLoss, "module": Probabilities}, "leave out the softmax"),
@@ -166,6 +173,16 @@ def test_module_arguments_reach_the_engine_in_a_search_of_unlike_ones():
     ]
     assert torch.equal(weights[0], weights[1]) and weights[2].shape == (4, 4)
     assert np.isfinite(weights[2].detach().numpy()).all()
+
+
+def test_a_class_of_torch_optim_is_fitted_and_searched_with_its_arguments():
+    net = NeuralNetClassifier(Net, optimizer=torch.optim.RAdam, lr=0.05, max_epochs=2, random_state=0)
+    space = {"optimizer": [torch.optim.RAdam, "NAdam"], "optimizer__betas": [(0.8, 0.9), (0.9, 0.999)]}
+    search = GridSearchCV(net, space, cv=2).fit(*IRIS)
+    again = clone(net).set_params(**search.best_params_).fit(*IRIS)
+    torch.testing.assert_close(again.module_.first.weight, search.best_estimator_.module_.first.weight)
+    assert not torch.equal(again.module_.first.weight, clone(net).fit(*IRIS).module_.first.weight)
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
 
 
 def test_a_search_over_a_pipeline_reaches_the_modules_arguments():

@@ -449,15 +449,23 @@ def test_a_random_state_object_is_used_once(iris):
     [
         (
             {"model": "mpl"},
-            "model must be 'mlp', 'logistic', 'cnn', 'gru', a torch.nn.Module class",
+            "model must be 'mlp', 'logistic', 'cnn', 'gru', a torch.nn.Module class.*Did you mean 'mlp'",
         ),
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
         (
             {"optimizer": "adagrad"},
             "optimizer for model='mlp' must be one of sgd, nesterov, adam, adamw, rmsprop, lion, muon, schedulefree, "
-            "sgdhd, nesterovhd, adamhd, adamwhd, "
-            "got 'adagrad'",
+            "sgdhd, nesterovhd, adamhd, adamwhd, or a class of torch.optim, such as RAdam, got 'adagrad'. Did you mean "
+            "'Adagrad'",
         ),
+        (
+            {"optimizer": "Adagrad"},
+            "torch.optim.Adagrad takes the steps .*model='mlp' trains all .*models.MLP",
+        ),
+        ({"method": "halvng"}, "method must be .*got 'halvng'. Did you mean 'halving'"),
+        ({"loss": "hubber", "model": Net}, "loss must be .*got 'hubber'. Did you mean 'huber'"),
+        ({"task": "clasification"}, "task must be one of .*Did you mean 'classification'"),
+        ({"schedule": "one-cycle"}, "schedule must be one of .*Did you mean 'one_cycle'"),
         ({"schedule": "step"}, "schedule must be one of 'constant', 'cosine', 'linear', 'warmup"),
         ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),
         (
@@ -496,6 +504,21 @@ def test_bad_arguments_are_named(iris, arguments, message):
     with warnings.catch_warnings(), refused(message):
         warnings.simplefilter("ignore")
         gputune.tune(given.pop("model"), given.pop("X"), given.pop("y"), **given)
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("epochs", " Did you mean 'max_epochs'?"),
+        ("scorin", " Did you mean 'scoring'?"),
+        ("n_iter", " Did you mean 'n_trials'?"),
+        ("zzz", ""),
+    ],
+)
+def test_an_argument_that_there_is_not_is_a_type_error(word, meant):
+    with pytest.raises(TypeError) as error:
+        gputune.tune("mlp", [[0.0]], [0], **{word: 10})
+    assert str(error.value) == f"tune() got an unexpected keyword argument {word!r}.{meant}"
 
 
 def test_more_bad_input(tmp_path, iris):

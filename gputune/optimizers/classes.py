@@ -1,0 +1,215 @@
+"""The classes of torch.optim: which rule here is one of them, and what a configuration makes of one.
+
+optimizer_word(...)      a word or a class, as the user gave it -> the word of a configuration
+class_of(...)            the class whose steps a configuration takes, where no rule here takes them
+optimizer_defaults(...)  learning rate, weight decay and momentum where a configuration is silent
+check_optimizer(...)     what a configuration or a model cannot have, refused
+make_optimizer(...)      an instance for the parameters of one member
+"""
+
+import inspect
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gputune.errors import InputError
+from gputune.text import did_you_mean
+from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, default_weight_decay
+
+OPTIMIZER_PREFIX = "optimizer__"
+
+_RULES: Mapping[str, str] = {
+    "SGD": "sgd",
+    "Adam": "adam",
+    "AdamW": "adamw",
+    "RMSprop": "rmsprop",
+    "Muon": "muon",
+}
+"""Classes that are a rule here, of all members at once."""
+
+_REFUSED: Mapping[str, str] = {
+    "LBFGS": "evaluates its loss several times a step, by a closure, and a minibatch here is gone after one",
+    "SparseAdam": "takes sparse gradients alone, and gradients here are dense",
+}
+
+_OWN_KEYS = ("lr", "weight_decay", "momentum")
+"""Arguments that are keys of a space without a prefix."""
+
+_MACHINERY = ("params", "maximize", "foreach", "capturable", "differentiable", "fused")
+"""Arguments that say how torch computes a step, or what a user would not tune."""
+
+Class = type[torch.optim.Optimizer]
+
+
+def _classes() -> dict[str, Class]:
+    found = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    return {
+        name: kind
+        for name, kind in sorted(found.items())
+        if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+
+
+CLASSES: Mapping[str, Class] = {
+    name: kind for name, kind in _classes().items() if name not in _RULES and name not in _REFUSED
+}
+"""Classes that train members one by one, by the word of a configuration, which is their name."""
+
+_CLASS_OF_RULE = {word: _classes()[name] for name, word in _RULES.items() if word != "muon"}
+_CLASS_OF_RULE["nesterov"] = torch.optim.SGD
+
+
+def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> str:
+    """Return the word of an optimizer: one of ``OPTIMIZERS`` or ``more``, or the name of a class that is none of them.
+
+    ``name`` is how an error calls it. Raises InputError for what is neither a word nor a class of torch.optim, and for
+    a class that cannot train members.
+    """
+    text = value
+    if isinstance(value, type):
+        text = value.__name__ if value in _classes().values() else f"{value.__module__}.{value.__qualname__}"
+    if isinstance(text, str):
+        short = text.removeprefix("torch.optim.")
+        short = next((name for name in _REFUSED if name.lower() == short.lower()), short)
+        if text in (*OPTIMIZERS, *more):
+            return text
+        if short in _REFUSED:
+            raise InputError(
+                f"{name} cannot be torch.optim.{short}, which {_REFUSED[short]}; choose another."
+            )
+        if short in CLASSES or short in _RULES:
+            return _RULES.get(short, short)
+    shown = text if isinstance(value, type) else repr(value)
+    hint = did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES)) if isinstance(value, str) else ""
+    hint = hint or " For example 'adamw'."
+    raise InputError(
+        f"{name} must be one of {', '.join((*OPTIMIZERS, *more))}, or a class of torch.optim, such as RAdam, got "
+        f"{shown}.{hint}"
+    )
+
+
+def optimizer_arguments(config: Config) -> Config:
+    """Return the ``optimizer__*`` values of a configuration under the names that the class knows."""
+    return {k.removeprefix(OPTIMIZER_PREFIX): v for k, v in config.items() if k.startswith(OPTIMIZER_PREFIX)}
+
+
+def class_of(config: Config) -> Class | None:
+    """Return the class of torch.optim that trains each member by itself, None where a rule trains all at once.
+
+    A rule with ``optimizer__*`` values is the class that it stands for. Raises InputError where there is none.
+    """
+    word = config["optimizer"]
+    if word in CLASSES:
+        return CLASSES[word]
+    given = optimizer_arguments(config)
+    if not given:
+        return None
+    if word not in _CLASS_OF_RULE:
+        raise InputError(
+            f"{OPTIMIZER_PREFIX}{next(iter(given))} is for classes of torch.optim, and optimizer={word!r} is "
+            f"none; leave it out, or choose one of {', '.join((*_CLASS_OF_RULE, *CLASSES))}."
+        )
+    return _CLASS_OF_RULE[word]
+
+
+def alone_because(config: Config) -> str:
+    """Return why an optimizer trains each member by itself, "" where it trains all at once."""
+    kind = class_of(config)
+    return f"torch.optim.{kind.__name__} takes the steps of one member at a time" if kind else ""
+
+
+def optimizer_defaults(word: str) -> Config:
+    """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim, its own."""
+    if word not in CLASSES:
+        return {
+            "lr": DEFAULT_LR,
+            "weight_decay": default_weight_decay(word),
+            "momentum": default_momentum(word),
+        }
+    given = {name: parameter.default for name, parameter in _arguments(CLASSES[word]).items()}
+    return {name: float(given.get(name, 0.0)) for name in _OWN_KEYS}
+
+
+def has_weight_decay(word: str) -> bool:
+    """Whether an optimizer has a weight decay: all but a few classes of torch.optim."""
+    return word not in CLASSES or "weight_decay" in _arguments(CLASSES[word])
+
+
+def argument_defaults(word: str) -> Config:
+    """Return the defaults of what ``optimizer__*`` keys set of an optimizer, under these keys."""
+    kind = CLASSES.get(word, _CLASS_OF_RULE.get(word))
+    return {
+        f"{OPTIMIZER_PREFIX}{name}": parameter.default
+        for name, parameter in ({} if kind is None else _arguments(kind)).items()
+        if name not in (*_MACHINERY, *_OWN_KEYS)
+    }
+
+
+def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """Return the optimizer of a complete configuration for the parameters of one member.
+
+    Raises InputError for arguments that its class has not, or refuses.
+    """
+    kind = class_of(config)
+    assert kind is not None
+    known, given = _arguments(kind), optimizer_arguments(config)
+    for name in given:
+        _check_argument(kind, name, known)
+    words = {key: config[key] for key in _OWN_KEYS if key in known}
+    words |= {"nesterov": True} if config["optimizer"] == "nesterov" else {}
+    words |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    try:
+        return kind(list(parameters), **words)
+    except Exception as error:
+        shown = ", ".join(f"{name}={value!r}" for name, value in words.items())
+        lone = [
+            name
+            for name, value in given.items()
+            if isinstance(known[name].default, tuple) > isinstance(value, tuple)
+        ]
+        remedy = (
+            f" Several numbers are one value as a tuple in a list, [{known[lone[0]].default}]."
+            if lone
+            else ""
+        )
+        raise InputError(
+            f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}. Mend the "
+            f"values.{remedy}"
+        ) from error
+
+
+def _check_argument(kind: Class, name: str, known: Mapping[str, inspect.Parameter]) -> None:
+    if name in _OWN_KEYS:
+        raise InputError(f"{OPTIMIZER_PREFIX}{name} is written {name!r}; leave the prefix out.")
+    if name in _MACHINERY or name not in known:
+        own = [f"{OPTIMIZER_PREFIX}{key}" for key in known if key not in (*_MACHINERY, *_OWN_KEYS)]
+        raise InputError(
+            f"{OPTIMIZER_PREFIX}{name} is no hyperparameter of torch.optim.{kind.__name__}, which has "
+            f"{', '.join(own)}.{did_you_mean(OPTIMIZER_PREFIX + name, own)}"
+        )
+
+
+def _arguments(kind: Class) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind).parameters
+
+
+def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> None:
+    """Raise InputError where a complete configuration's optimizer cannot train a ``model``, "module" for a user's own.
+
+    ``stacked`` is whether members have to be stacked.
+    """
+    words = alone_because(config)
+    if not words:
+        return
+    if model != "module":
+        raise InputError(
+            f"optimizer: {words}, and model={model!r} trains all members at once: pass a module, for example "
+            f"model=gputune.models.MLP, or choose one of {', '.join(OPTIMIZERS)}."
+        )
+    if stacked:
+        raise InputError(
+            f"backend='stacked': {words}. Choose one of {', '.join(OPTIMIZERS)}, or let backend='auto' train them one "
+            "by one."
+        )
+    make_optimizer(config, [torch.zeros(2, 2)])

@@ -1,0 +1,155 @@
+"""Classes of torch.optim: by name and by type, which rule is one of them, what is refused, what their state is."""
+
+import pytest
+import torch
+
+import reference
+from gputune.optimizers.class_rule import ClassRule
+from gputune.optimizers.classes import (
+    CLASSES,
+    check_optimizer,
+    class_of,
+    make_optimizer,
+    optimizer_defaults,
+    optimizer_word,
+)
+from problems import fill
+from refused import refused
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        ("RAdam", "RAdam"),
+        ("torch.optim.NAdam", "NAdam"),
+        (torch.optim.Rprop, "Rprop"),
+        (torch.optim.Adam, "adam"),
+        ("torch.optim.SGD", "sgd"),
+        ("RMSprop", "rmsprop"),
+        (torch.optim.Muon, "muon"),
+        ("nesterov", "nesterov"),
+        ("exact", "exact"),
+    ],
+)
+def test_the_word_of_an_optimizer(given, word):
+    assert optimizer_word(given, "optimizer", more=("exact",)) == word
+
+
+class Mine(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            "Radam",
+            "^optimizer must be one of sgd, .*or a class of torch.optim.*'Radam'. Did you mean 'RAdam'",
+        ),
+        ("adamm", "Did you mean 'adam'"),
+        (3, "got 3. For example .adamw"),
+        (Mine, "got .*test_classes.Mine. For"),
+        (
+            "LBFGS",
+            "^optimizer cannot be torch.optim.LBFGS, which evaluates its loss several times .*choose another",
+        ),
+        (torch.optim.SparseAdam, "cannot be torch.optim.SparseAdam, which takes sparse gradients alone"),
+        ("Optimizer", "got 'Optimizer'"),
+    ],
+)
+def test_what_is_no_optimizer_is_refused(given, words):
+    with refused(words):
+        optimizer_word(given, "optimizer")
+
+
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        ({"optimizer": "adam"}, None),
+        ({"optimizer": "adam", "optimizer__amsgrad": True}, torch.optim.Adam),
+        ({"optimizer": "nesterov", "optimizer__dampening": 0.0}, torch.optim.SGD),
+        ({"optimizer": "Adamax"}, torch.optim.Adamax),
+    ],
+)
+def test_a_rule_with_arguments_is_its_class(config, kind):
+    assert class_of(config) is kind
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"optimizer": "lion", "optimizer__betas": (0.9, 0.99)}, "optimizer__betas is for classes .*'lion' is none"),
+        ({"optimizer": "RAdam", "optimizer__beta": 1}, "no hyperparameter of torch.optim.RAdam.*mean .optimizer__bet"),
+        ({"optimizer": "RAdam", "optimizer__foreach": True}, "optimizer__foreach is no hyperparameter"),
+        ({"optimizer": "RAdam", "optimizer__lr": 1}, "^optimizer__lr is written 'lr'; leave the prefix out"),
+        ({"optimizer": "RAdam", "optimizer__betas": 0.9}, r"raised TypeError.* as a tuple in a list, \[\(0.9,"),
+        ({"optimizer": "RAdam", "optimizer__betas": (0.9, 2)}, "raised ValueError: Invalid beta .*Mend the values"),
+    ],
+)  # fmt: skip
+def test_arguments_that_a_class_has_not_are_refused(config, words):
+    (config,) = fill(config)
+    with refused(words):
+        check_optimizer(config, "module")
+
+
+def test_built_in_models_and_stacked_members_have_no_such_class():
+    (config,) = fill({"optimizer": "RAdam"})
+    with refused("torch.optim.RAdam takes the steps of one member at a time, and model='mlp' .*models.MLP"):
+        check_optimizer(config, "mlp")
+    with refused("backend='stacked': torch.optim.RAdam takes .*backend='auto' train them one by one"):
+        check_optimizer(config, "module", stacked=True)
+
+
+def test_defaults_are_those_of_the_class():
+    assert optimizer_defaults("NAdam") == {"lr": 2e-3, "weight_decay": 0.0, "momentum": 0.0}
+    assert optimizer_defaults("adamw") == {"lr": 1e-3, "weight_decay": 0.01, "momentum": 0.0}
+    assert optimizer_defaults("Adadelta")["lr"] == 1.0
+
+
+def steps(rule, parameters, numbers, begin=0):
+    for count, scale in enumerate(numbers, begin + 1):
+        for w in parameters:
+            w.grad = (w.detach() - 1) * scale
+        rule.step(torch.empty(0), torch.empty(0), 0.01, count)
+
+
+@pytest.mark.parametrize("name", [*CLASSES, "sgd", "adam", "rmsprop"])
+def test_a_state_goes_on_bit_for_bit(name):
+    more = {
+        "adam": {"optimizer__amsgrad": True},
+        "rmsprop": {"optimizer__centered": True},
+        "sgd": {"optimizer__dampening": 0.1},
+    }
+    (config,) = fill({"optimizer": name, "lr": 0.01, "momentum": 0.5, **more.get(name, {})})
+    one, other = (
+        [torch.linspace(-1, 2, 12).view(3, 4).requires_grad_(), torch.ones(3).requires_grad_()]
+        for _ in range(2)
+    )
+    rule = ClassRule(config, one)
+    steps(rule, one, [1.0, -0.5, 2.0])
+    for w, value in zip(other, one):
+        w.data.copy_(value)
+    resumed = ClassRule(config, other)
+    resumed.resume(rule.state())
+    for way, parameters in ((rule, one), (resumed, other)):
+        steps(way, parameters, [0.3, -1.0], begin=3)
+    assert all(len(row) == 15 for row in rule.state())
+    for a, b in zip([*one, *rule.state()], [*other, *resumed.state()], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_state_that_is_longer_than_its_parameter_is_refused(monkeypatch):
+    (config,) = fill({"optimizer": "RAdam"})
+    w = torch.ones(2, requires_grad=True)
+    rule = ClassRule(config, [w])
+    steps(rule, [w], [1.0])
+    rule.optimizer.state[w]["history"] = torch.zeros(5)
+    with refused("torch.optim.RAdam keeps more numbers than a parameter of shape \\(2,\\) has"):
+        rule.state()
+
+
+def test_the_oracle_makes_the_same_optimizer():
+    (config,) = fill({"optimizer": "NAdam", "optimizer__momentum_decay": 0.01, "weight_decay": 0.1})
+    module = torch.nn.Linear(2, 1)
+    one, other = make_optimizer(config, list(module.parameters())), reference.make_optimizer(module, config)
+    assert type(one) is type(other) and one.defaults == other.defaults
