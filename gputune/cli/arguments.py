@@ -305,7 +305,7 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
         "optimizer": Rule(
             "--optimizer O",
             "adamw (default), adam, sgd, nesterov, each with hd at its end to adapt its rate online; rmsprop, "
-            "lion, muon, schedulefree; logistic: exact",
+            "lion, muon, schedulefree; of a module also a class of torch.optim, such as RAdam; logistic: exact",
         ),
     },
     SEARCH: {name: rule for group in METHOD_RULES.values() for name, rule in group.items()},

@@ -279,7 +279,7 @@ def _parse_range(key: str, low_text: str, high_text: str, scale: str, text: str)
     return stats.loguniform(low, high) if scale else stats.uniform(low, high - low)
 
 
-def _parse_value(key: str, text: str, spec: str) -> str | float | bool:
+def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[object, ...]:
     if not text:
         raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
     if key in WORDS:

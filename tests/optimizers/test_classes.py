@@ -87,9 +87,8 @@ def test_a_rule_with_arguments_is_its_class(config, kind):
     ],
 )  # fmt: skip
 def test_arguments_that_a_class_has_not_are_refused(config, words):
-    (config,) = fill(config)
     with refused(words):
-        check_optimizer(config, "module")
+        check_optimizer(*fill(config), "module")
 
 
 def test_built_in_models_and_stacked_members_have_no_such_class():
@@ -98,6 +97,13 @@ def test_built_in_models_and_stacked_members_have_no_such_class():
         check_optimizer(config, "mlp")
     with refused("backend='stacked': torch.optim.RAdam takes .*backend='auto' train them one by one"):
         check_optimizer(config, "module", stacked=True)
+
+
+def test_rates_that_a_class_does_not_know_are_refused():
+    with refused("optimizer='RAdam' is a class of torch.optim here, and does not know 'beta2': leave it out"):
+        fill({"optimizer": "RAdam", "beta2": 0.9})
+    with refused("optimizer='adam' is a class .*does not know 'lr_factor__bias'"):
+        fill({"optimizer": "adam", "optimizer__eps": 1e-6, "lr_factor__bias": 2.0})
 
 
 def test_defaults_are_those_of_the_class():
