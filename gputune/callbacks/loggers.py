@@ -71,7 +71,7 @@ class MLflow(Callback):
     def _client(self) -> Any:
         return self.mlflow.MlflowClient(tracking_uri=self.tracking_uri)
 
-    def _params(self, values: Mapping[str, object]) -> list[Any]:
+    def _params(self, values: Mapping[str, object]) -> list[object]:
         return [self.mlflow.entities.Param(key, str(value)[:_LONGEST]) for key, value in values.items()]
 
 

@@ -114,7 +114,7 @@ def _add_flags(command: argparse.ArgumentParser, flags: Sequence[_Flag]) -> None
 def _add_flag(group: Any, name: str, rule: Rule, **more: Any) -> None:
     """Let a flag be typed; what is not said is None, and an option then has its own default."""
     metavar = rule.flag.partition(" ")[2]
-    how: dict[str, Any] = {"type": _READERS[rule.takes], "metavar": metavar}
+    how: dict[str, object] = {"type": _READERS[rule.takes], "metavar": metavar}
     if rule.choices is not None:
         how = {"choices": rule.choices}
     elif not metavar:
@@ -245,7 +245,7 @@ def _workers(text: str) -> int | str:
         raise argparse.ArgumentTypeError(f"{error}, or 'auto'") from None
 
 
-_READERS: dict[Takes, Callable[[str], Any]] = {
+_READERS: dict[Takes, Callable[[str], object]] = {
     "text": str,
     "specs": str,
     "number": _number,

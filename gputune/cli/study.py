@@ -11,7 +11,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gputune.cli.arguments import model_folder, study_file
 from gputune.report.facts import best_trial, is_its_model, seconds_text, states_text
@@ -168,7 +167,7 @@ def _score_and_error(trial: Trial, measure: Measure) -> str:
     return measure.text(trial.score) + error
 
 
-def _plain(trial: Trial) -> dict[str, Any]:
+def _plain(trial: Trial) -> dict[str, object]:
     """A trial as values that JSON has."""
     row = {field: getattr(trial, field) for field in FIELDS}
     row["params"] = {key: _parameter(value) for key, value in trial.params.items()}

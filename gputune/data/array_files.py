@@ -25,7 +25,7 @@ Bar = Callable[[Sequence[int]], Iterable[int]]
 """Goes through numbers, and shows how far it is."""
 
 
-def read_array_file(path: Path) -> dict[str, Any]:
+def read_array_file(path: Path) -> dict[str, object]:
     """Return the arrays of a file by their names: of .npz, of a .pt that holds a dict of tensors; of .npy one, "".
 
     That of .npy is mapped, so that its rows are read where they are gathered. Raises InputError for other contents,
@@ -57,7 +57,7 @@ def read_array_file(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in found.items()}
 
 
-def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[Any, Any, Any]:
+def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
     """Return X, y and groups of a file; ``y`` and ``groups`` name arrays in it, or beside a .npy are files of it.
 
     X is a dict where more than one array is left. Raises InputError for other names, and where nothing is left.
@@ -95,7 +95,7 @@ def _beside(path: Path, option: str, name: object) -> Any:
     return np.array(read_array_file(Path(name))[""])
 
 
-def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tuple[Any, Any]:
+def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tuple[object, object]:
     """Return X and y of a map-style dataset of torch's, whose items are (inputs, target), read once.
 
     With ``y`` given, or None and items that are no pair, all of an item is inputs. A TensorDataset gives its tensors as
@@ -130,7 +130,7 @@ def refuse_loader(X: object) -> None:
         )
 
 
-def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> Any:
+def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:
     """Return an item. Raises InputError where it cannot be read, or holds an image that is no tensor."""
     try:
         item = dataset[place]
@@ -147,7 +147,7 @@ def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> Any:
     return item
 
 
-def _split(found: object, y: object, name: str) -> tuple[Any, Any]:
+def _split(found: object, y: object, name: str) -> tuple[object, object]:
     """Return inputs and target of what the items are when they are stacked."""
     if y is not None:
         return _as_inputs(found), y
@@ -156,7 +156,7 @@ def _split(found: object, y: object, name: str) -> tuple[Any, Any]:
     return _as_inputs(found[0]), found[1]
 
 
-def _as_inputs(found: object) -> Any:
+def _as_inputs(found: object) -> object:
     """Return the only one of several inputs alone, several as a tuple."""
     if not isinstance(found, list):
         return found

@@ -47,7 +47,7 @@ class Arrays:
         positions = torch.as_tensor(np.asarray(rows, dtype=np.int64))
         return Arrays(tuple(x[positions.to(x.device)] for x in self.parts), self.names)
 
-    def as_given(self) -> Any:
+    def as_given(self) -> object:
         """Return the rows as a scorer sees them: an array, a tuple, or a dict of arrays."""
         arrays = tuple(x.cpu().numpy() for x in self.parts)
         if self.names is not None:

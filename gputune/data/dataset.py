@@ -35,11 +35,11 @@ class Fold:
 class ScorerRows:
     """What a scorer of the user's own reads: the rows X as ``Source.original_rows`` returns them, or as features."""
 
-    X: Any
+    X: object
     layout: Layout | ArrayLayout
     statistics: tuple[Statistics, ...] | tuple[ArrayStatistics, ...]  # of each fold
 
-    def rows(self, fold: Fold) -> Any:
+    def rows(self, fold: Fold) -> object:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
         positions = fold.valid.cpu().numpy()
         if isinstance(self.X, Arrays):

@@ -32,7 +32,7 @@ from gputune.seeding import stream_seed
 class Splitter(Protocol):
     """What scikit-learn calls a CV splitter."""
 
-    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[Any, Any]]:
+    def split(self, X: object, y: object = None, groups: object = None) -> Iterable[tuple[object, object]]:
         """Yield training and validation rows, one pair a fold."""
         ...
 
@@ -74,7 +74,7 @@ def make_folds(
 
 def _refuse_split_groups(folds: list[Rows], groups: np.ndarray, cv: object) -> None:
     """Raise InputError where a group has rows on both sides of a fold: splitters of rows, and pairs, ignore groups."""
-    known: dict[Any, int] = {}
+    known: dict[object, int] = {}
     codes = np.array([known.setdefault(group, len(known)) for group in groups.tolist()])
     names = list(known)
     for f, (train, valid) in enumerate(folds):
@@ -142,7 +142,9 @@ def _shuffled(cv: int, target: Target, n_rows: int, groups: np.ndarray | None, s
     return splitter
 
 
-def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | None) -> list[tuple[Any, Any]]:
+def _split(
+    splitter: Splitter, target: Target, X: object, groups: np.ndarray | None
+) -> list[tuple[object, object]]:
     rows = np.zeros((len(target), 1)) if X is None else X
     try:
         with warnings.catch_warnings():
@@ -159,7 +161,7 @@ def _split(splitter: Splitter, target: Target, X: object, groups: np.ndarray | N
     return pairs
 
 
-def _pairs(cv: Iterable[Any]) -> list[tuple[Any, Any]]:
+def _pairs(cv: Iterable[Any]) -> list[tuple[object, object]]:
     pairs = list(cv)
     for f, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2:

@@ -22,7 +22,7 @@ from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 
 
-def fingerprint(X: Table | Tensor | Arrays, y: Target | np.ndarray) -> dict[str, Any]:
+def fingerprint(X: Table | Tensor | Arrays, y: Target | np.ndarray) -> dict[str, object]:
     """Return ``rows``, ``columns`` and ``sha256``, the hex digest of X's names, kinds and values and of y's.
 
     Equal values in an array, a frame or a file of the same names and kinds give the same digest; a tensor has
@@ -96,11 +96,11 @@ class Source:
     X: Table | Tensor | Arrays
     y: Any
     target: str
-    groups: Any
+    groups: object
     origin: Origin | None
-    original: Any = None
+    original: object = None
 
-    def original_rows(self) -> Any:
+    def original_rows(self) -> object:
         """Return the rows of X as the user knows them: the frame or array that was given, a polars frame of a file.
 
         Without the columns of target and groups; a list and a tensor are an array.

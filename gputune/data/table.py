@@ -59,7 +59,7 @@ class Table:
             tuple(self.columns[i] for i in kept),
         )
 
-    def frame(self) -> Any:
+    def frame(self) -> object:
         """Return the table as a polars frame: dates as Datetime, null where a value is missing."""
         import polars as pl
 
@@ -99,7 +99,7 @@ def as_table(X: object) -> Table:
     return _from_array(X)
 
 
-def as_rows(X: object, names: Collection[str]) -> Any:
+def as_rows(X: object, names: Collection[str]) -> object:
     """Return what ``as_table`` takes as the user knows it: a frame of the columns ``names``, or an array of all."""
     frame = nw.from_native(X, pass_through=True)
     if not isinstance(frame, nw.DataFrame):
@@ -108,7 +108,7 @@ def as_rows(X: object, names: Collection[str]) -> Any:
     return X if len(kept) == len(frame.columns) else frame[:, kept].to_native()
 
 
-def select_rows(X: Any, rows: np.ndarray) -> Any:
+def select_rows(X: Any, rows: np.ndarray) -> object:
     """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its own."""
     frame = nw.from_native(X, pass_through=True)
     return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]

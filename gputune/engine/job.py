@@ -40,7 +40,7 @@ class Fits:
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)
-        self.trials: dict[Any, int] = {}
+        self.trials: dict[object, int] = {}
         self.reuse = Reuse()
 
     def most(self, chunk: Population) -> int:
@@ -52,7 +52,7 @@ class Fits:
         self.reuse = Reuse()
         self.trials[shape_of(chunk)] = -(-len(chunk.index) // 2)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return _here, (self.token, self.trials)
 
 

@@ -135,7 +135,7 @@ def _streams_that_flush() -> Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
-def _that_flushes(stream: Any) -> Any:
+def _that_flushes(stream: Any) -> object:
     try:
         stream.flush()
     except (AttributeError, OSError, ValueError):

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from gputune.errors import InputError
 from gputune.optimizers.classes import class_of, optimizer_arguments, optimizer_defaults
@@ -79,7 +79,7 @@ def populations(
     A user's module is never padded: its groups have one batch size and one set of ``module__*`` values, with a loss
     of the user's own (``own_loss``) one set of ``loss__*`` values too.
     """
-    shapes: dict[Any, list[int]] = defaultdict(list)
+    shapes: dict[object, list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
         of_loss = sorted((k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__"))
         shapes[_shape(config, kind), *of_loss].append(i)
@@ -107,13 +107,13 @@ def arguments_text(config: Config) -> str:
     return repr(sorted(module_arguments(config).items()))
 
 
-def shape_of(population: Population) -> tuple[Any, ...]:
+def shape_of(population: Population) -> tuple[object, ...]:
     """Return what the memory that a trial of a population takes depends on, within one dataset."""
     rows = max(config["batch_size"] for config in population.configs)
     return (*_shape(population.configs[0], population.kind), (rows - 1).bit_length())
 
 
-def _shape(config: Config, kind: ModelKind) -> tuple[Any, ...]:
+def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # Which buffers a trial has depends on itself alone, so that its state goes on in whatever company.
     buffers = (config["momentum"] > 0, config["clip_norm"] < math.inf, config["ema"] > 0)
@@ -133,7 +133,7 @@ def _by_batch_size(
     by_size: dict[int, list[int]] = defaultdict(list)
     for i in members:
         by_size[min(configs[i]["batch_size"], rows)].append(i)
-    buckets: dict[Any, list[int]] = defaultdict(list)
+    buckets: dict[object, list[int]] = defaultdict(list)
     for size, group in by_size.items():
         own = exact or len(group) >= _OWN_GROUP
         buckets[(size, "own") if own else (size - 1).bit_length()].extend(group)

@@ -295,7 +295,7 @@ class Objective:
         return lambda outputs, y: loss(outputs, y, **values)
 
 
-def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> Any:
+def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
     """Return inputs as a user's function gets them: one alone, a tuple of several, a dict of those with names."""
     if names is not None:
         return dict(zip(names, inputs, strict=True))
@@ -371,7 +371,7 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
     return Objective(loss, step, augment, binary=binary)
 
 
-def _with_logits(loss: Any) -> Any:
+def _with_logits(loss: Any) -> object:
     """Return the name of torch's binary cross-entropy, any other loss as it is. Raises InputError for nn.BCELoss."""
     if loss is nn.BCELoss or isinstance(loss, nn.BCELoss):
         raise InputError(

@@ -22,7 +22,7 @@ _FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} trial-epochs [{elapsed}, {remaining
 class _Screen:
     """Standard error, as it is at each call. What it does not take is lost: a bar must not end a search."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(sys.stderr, name)
 
     def write(self, text: str) -> None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -265,7 +264,7 @@ def _machine(record: SearchRecord) -> Config:
     return {"device": device, "backend": backend, "tf32": tf32, "workers": 1}
 
 
-def _class_weight(record: SearchRecord) -> Any:
+def _class_weight(record: SearchRecord) -> object:
     """Return the class weights of a study: its record has them as text, its arguments as they were given."""
     kept = record.arguments.kept
     if record.class_weight in (None, "'balanced'"):
