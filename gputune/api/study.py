@@ -6,13 +6,15 @@ Opening a study to look at its trials must not wait for torch.
 import math
 import os
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gputune.study import study as data
 from gputune.text import card, count, short
 
 if TYPE_CHECKING:
+    import numpy as np
     import optuna
+    from matplotlib.axes import Axes
 
     from gputune.study.model import TunedModel
 
@@ -113,43 +115,43 @@ class Study(data.Study):
 
         write_page(self, path, model=None if model is None else model.info)
 
-    def plot_history(self, *, ax: Any = None) -> Any:
+    def plot_history(self, *, ax: "Axes | None" = None) -> "Axes":
         """Score of each trial in the order of their numbers, and the best so far."""
         from gputune.views.plots import plot_history
 
         return plot_history(self, ax)
 
-    def plot_curves(self, *, best: int = 5, ax: Any = None) -> Any:
+    def plot_curves(self, *, best: int = 5, ax: "Axes | None" = None) -> "Axes":
         """Learning curves: the ``best`` trials with one standard deviation over the folds, the others behind."""
         from gputune.views.plots import plot_curves
 
         return plot_curves(self, ax, best=best)
 
-    def plot_slice(self, parameter: str | None = None, *, ax: Any = None) -> Any:
+    def plot_slice(self, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes | np.ndarray":
         """Score against one hyperparameter; without a name an array of Axes, one for each that varied (no ``ax``)."""
         from gputune.views.plots import plot_slice
 
         return plot_slice(self, parameter, ax)
 
-    def plot_parallel(self, *, ax: Any = None) -> Any:
+    def plot_parallel(self, *, ax: "Axes | None" = None) -> "Axes":
         """Parallel coordinates: a line a trial through all hyperparameters that varied, its colour the score."""
         from gputune.views.plots import plot_parallel
 
         return plot_parallel(self, ax)
 
-    def plot_importance(self, *, seed: int = 0, ax: Any = None) -> Any:
+    def plot_importance(self, *, seed: int = 0, ax: "Axes | None" = None) -> "Axes":
         """Permutation importance of the hyperparameters, by a random forest on the trials."""
         from gputune.views.plots import plot_importance
 
         return plot_importance(self, ax, seed=seed)
 
-    def plot_contour(self, x: str | None = None, y: str | None = None, *, ax: Any = None) -> Any:
+    def plot_contour(self, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
         """Score over two hyperparameters, the two most important ones without names."""
         from gputune.views.plots import plot_contour
 
         return plot_contour(self, x, y, ax)
 
-    def plot_path(self, parameter: str | None = None, *, ax: Any = None) -> Any:
+    def plot_path(self, parameter: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
         """Paths of a search by hypergradients: a hyperparameter from outer step to outer step, a line a start."""
         from gputune.views.plots import plot_path
 

@@ -12,7 +12,8 @@ from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
 from gputune.data.encode import Columns, Numbers
 from gputune.data.source import read_source
-from gputune.data.target import ClassWeight, TaskWord
+from gputune.data.target import TaskWord
+from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.scoring.scoring import Scorer

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
-from gputune.data.arrays import is_image
+from gputune.data.containers import is_image
 from gputune.data.table import quoted
 from gputune.errors import InputError
 
@@ -119,15 +119,6 @@ def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tu
             f"the items of X, a {name}, cannot be stacked: {_in_short(error)}. All must have one shape; pad them, or "
             "let the dataset give tensors."
         ) from error
-
-
-def refuse_loader(X: object) -> None:
-    """Raise InputError for what draws minibatches itself."""
-    if isinstance(X, DataLoader):
-        raise InputError(
-            "X is a DataLoader, and minibatches are drawn here (batch_size is a key of space): pass its dataset, "
-            "loader.dataset, or all rows as tensors X and y."
-        )
 
 
 def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:

@@ -14,8 +14,9 @@ from torch import Tensor
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
-from gputune.data.target import Target, Weights
+from gputune.data.target import Target
 from gputune.data.tensors import checked_tensor, first_equal
+from gputune.data.weights import Weights
 from gputune.memory import free_of_gpu
 from gputune.types import Task
 

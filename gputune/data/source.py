@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from gputune.data.array_files import ARRAY_SUFFIXES, Bar, pick_arrays, read_dataset, refuse_loader
-from gputune.data.arrays import Arrays, as_arrays, refuse_lists
+from gputune.data.array_files import ARRAY_SUFFIXES, Bar, pick_arrays, read_dataset
+from gputune.data.arrays import Arrays, as_arrays
+from gputune.data.containers import refuse_lists, refuse_loader
 from gputune.data.files import read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.table import Table, as_rows, as_table, quoted, split_target

@@ -1,7 +1,7 @@
 """Data frames, arrays and lists become a table: named columns, each with a kind (kinds.py)."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 import narwhals as nw
 import numpy as np
 from scipy.sparse import issparse
-from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from gputune.data.containers import refuse_containers
 from gputune.data.kinds import Kind, from_column, from_series
 from gputune.errors import InputError
 from gputune.text import nearest
@@ -83,7 +83,7 @@ def as_table(X: object) -> Table:
     """
     if isinstance(X, Table):
         return X
-    _refuse_containers(X)
+    refuse_containers(X)
     if issparse(X):
         raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")
     if np.ma.isMaskedArray(X):
@@ -112,35 +112,6 @@ def select_rows(X: Any, rows: np.ndarray) -> object:
     """Return rows (positions) of what ``as_rows`` returned, of the same kind; an array of its own."""
     frame = nw.from_native(X, pass_through=True)
     return frame[rows].to_native() if isinstance(frame, nw.DataFrame) else X[rows]
-
-
-_CONTAINERS = (
-    (TensorDataset, "; pass its tensors: X, y = dataset.tensors"),
-    (
-        DataLoader,
-        "; pass all rows as arrays or tensors X and y, since minibatches are drawn here: batch_size is a key of space",
-    ),
-    (Dataset, ", a torch Dataset; pass all its rows as arrays or tensors X and y"),
-    (
-        Mapping,
-        "; pass one table of its columns, pandas.DataFrame(X), or of its inputs, numpy.hstack(list(X.values())), "
-        "which the forward of a module takes apart",
-    ),
-)
-
-
-def _refuse_containers(X: object) -> None:
-    """Raise InputError for what holds several inputs, or rows in a form of torch's that is no table."""
-    name = type(X).__name__
-    for container, remedy in _CONTAINERS:
-        if isinstance(X, container):
-            raise InputError(f"X is a {name}{remedy}.")
-    shapes = [tuple(getattr(part, "shape", ())) for part in X] if isinstance(X, list | tuple) else []
-    if any(len(shape) > 1 for shape in shapes):
-        raise InputError(
-            f"X is a {name} of {len(shapes)} inputs, of shapes {', '.join(map(str, shapes[:4]))}; pass one table, "
-            "numpy.hstack(X), which the forward of a module takes apart."
-        )
 
 
 def split_target(table: Table, target: str) -> tuple[Table, np.ndarray]:

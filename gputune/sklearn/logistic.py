@@ -17,7 +17,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from gputune.data.target import ClassWeight
+from gputune.data.weights import ClassWeight
 from gputune.engine.backend import choose_device
 from gputune.errors import InputError
 from gputune.search.config import check_value

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from gputune.callbacks.callback import Callback
     from gputune.data.encode import Columns, Numbers
-    from gputune.data.target import ClassWeight, TaskWord
+    from gputune.data.target import TaskWord
+    from gputune.data.weights import ClassWeight
     from gputune.executors.ray_connection import Ray
     from gputune.scoring.scoring import Scorer
     from gputune.tuning.method import Method

@@ -57,6 +57,9 @@ from gputune.types import Backend, Config
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
+Training = Callable[[Ledger, Context], None]
+"""Trains the trials of a ledger as a method has it."""
+
 
 @entry
 def search(
@@ -108,7 +111,8 @@ def search(
         context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
         context.check_module(first, first=True)
         _remember_what_runs(choice, options)
-        _check_method(trials, space, context, problem.target.classes)
+        check, training = _procedure(trials, space, context, problem.target.classes)
+        check()  # before a study file is made
         notes = (
             *notes_on(trials, space, choice, options),
             *context.remarks,
@@ -122,7 +126,7 @@ def search(
         make_study = partial(study_type.from_rows, record.to_json())
         with open_ledger(options.study, record) as ledger:
             _add_trials(ledger, trials, space, context)
-            signal_number = _train(ledger, space, context, callbacks, make_study, signals)
+            signal_number = _train(ledger, training, context, callbacks, make_study, signals)
             context.tidy(ledger)
             if context.faults:
                 record = replace(record, notes=[*record.notes, *context.faults])
@@ -166,7 +170,7 @@ def _add_trials(ledger: Ledger, trials: Sequence[Candidate], space: Space, conte
 
 def _train(
     ledger: Ledger,
-    space: Space,
+    training: Training,
     context: Context,
     callbacks: Callbacks,
     make_study: Callable[..., Study],
@@ -178,7 +182,7 @@ def _train(
     callbacks.tell("on_study_start", make_study(ledger.rows(), file=options.study))
     try:
         with context.profile.clock("training"), matrix_products(tf32=options.tf32):
-            run = partial(_run_method, ledger, space, context)
+            run = partial(training, ledger, context)
             return run_until_signal(run, context.trainer.stop, signals, context.progress.say)
     finally:
         callbacks.tell("on_study_end", make_study(ledger.rows(), file=options.study))
@@ -274,32 +278,24 @@ def _trainer(
     )
 
 
-def _check_method(
+def _procedure(
     trials: Sequence[Candidate], space: Space, context: Context, labels: np.ndarray | None
-) -> None:
-    """Refuse what the method cannot do before a study file is made."""
+) -> tuple[Callable[[], None], Training]:
+    """Return what refuses a search that its method cannot make, and what trains trials by the method."""
     match context.options.method:
-        case Hypergradient() as method:
-            check_descent(method, trials, context, labels)
-        case Halving() | Median() as method:
-            check_rungs(method, context)
-        case OptunaSampler() as method:
-            check_sampling(method, space, context)
-
-
-def _run_method(ledger: Ledger, space: Space, context: Context) -> None:
-    """Train the trials of the ledger as the method has it."""
-    match context.options.method:
-        case Hypergradient() as method:
-            descend(ledger, space, method, context)
-        case Halving() as method:
-            halve(ledger, ledger.candidates, method, context)
-        case Median() as method:
-            stop_below_median(ledger, method, context)
-        case OptunaSampler() as method:
-            sample(ledger, space, method, context)
-        case _:
-            train_fully(ledger, context)
+        case Hypergradient() as descent:
+            check = partial(check_descent, descent, trials, context, labels)
+            return check, lambda ledger, context: descend(ledger, space, descent, context)
+        case Halving() as halving:
+            check = partial(check_rungs, halving, context)
+            return check, lambda ledger, context: halve(ledger, ledger.candidates, halving, context)
+        case Median() as median:
+            check = partial(check_rungs, median, context)
+            return check, lambda ledger, context: stop_below_median(ledger, median, context)
+        case OptunaSampler() as sampler:
+            check = partial(check_sampling, sampler, space, context)
+            return check, lambda ledger, context: sample(ledger, space, sampler, context)
+    return lambda: None, train_fully
 
 
 def _scoring(options: Options, problem: Problem) -> Scoring:

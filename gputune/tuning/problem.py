@@ -16,7 +16,8 @@ from gputune.data.dataset import Dataset, Rows, make_dataset
 from gputune.data.encode import Columns, Layout, Numbers, Statistics, fit_layout, fit_statistics
 from gputune.data.source import Source
 from gputune.data.table import quoted
-from gputune.data.target import Target, check_target, check_weights
+from gputune.data.target import Target, check_target
+from gputune.data.weights import check_weights
 from gputune.errors import InputError
 from gputune.models import CNN, GRU
 from gputune.modules.construction import Builder, name_of

@@ -1,7 +1,8 @@
 """The plots of a study with matplotlib, which is imported by the one who asks for a plot."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ _COLUMNS = 3  # of the grid of slices
 _LEVELS = 12  # of a contour
 
 
-def _pyplot(plot: str) -> Any:
+def _pyplot(plot: str) -> ModuleType:
     """Return matplotlib.pyplot; MissingExtraError, naming the plot and the extra, where it is not installed."""
     return import_extra("matplotlib.pyplot", extra="report", used_by=f"study.{plot}()")
 
@@ -86,7 +87,7 @@ def plot_curves(study: Study, ax: "Axes | None" = None, *, best: int = BEST) -> 
     return ax
 
 
-def plot_slice(study: Study, parameter: str | None = None, ax: "Axes | None" = None) -> Any:
+def plot_slice(study: Study, parameter: str | None = None, ax: "Axes | None" = None) -> "Axes | np.ndarray":
     """Draw the score against one hyperparameter; without ``parameter``, an array of Axes, one for each that varied.
 
     Raises InputError for an unknown hyperparameter, for ``ax`` without ``parameter``, and where none varied.
@@ -106,7 +107,7 @@ def plot_slice(study: Study, parameter: str | None = None, ax: "Axes | None" = N
     rows = math.ceil(len(varied) / columns)
     size = (3.6 * columns, 3 * rows)
     _, grid = _pyplot("plot_slice").subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    cells = grid.ravel()
+    cells: np.ndarray = grid.ravel()
     for cell, column in zip(cells, varied):
         _draw_slice(cell, column, shown)
     for cell in cells[len(varied) :]:

@@ -10,8 +10,9 @@ from gputune.data.dataset import make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import make_folds
 from gputune.data.table import as_table
-from gputune.data.target import check_target, check_weights
+from gputune.data.target import check_target
 from gputune.data.tensors import first_equal
+from gputune.data.weights import check_weights
 
 N = 60
 

@@ -169,7 +169,7 @@ def test_select_and_drop():
         (TensorDataset(torch.zeros(3, 2)), "X is a TensorDataset; pass its tensors: X, y = dataset.tensors"),
         (
             DataLoader(TensorDataset(torch.zeros(3, 2))),
-            "X is a DataLoader; pass all rows .* batch_size is a key",
+            "X is a DataLoader, .*batch_size is a key",
         ),
         (Subset(TensorDataset(torch.zeros(3, 2)), [0]), "X is a Subset, a torch Dataset; pass all its rows"),
         ([[10**400], [1]], "column 'x0' holds an integer that is larger than any float"),

@@ -8,7 +8,8 @@ import torch
 from scipy.sparse import csr_matrix
 from sklearn.utils.class_weight import compute_sample_weight
 
-from gputune.data.target import check_target, check_weights
+from gputune.data.target import check_target
+from gputune.data.weights import check_weights
 from gputune.errors import InputError, InputWarning
 
 

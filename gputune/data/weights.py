@@ -1,0 +1,111 @@
+"""What each row weighs in the training loss: its sample weight times the weight of its class."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from gputune.data.target import Target
+from gputune.errors import InputError
+
+ClassWeight = Literal["balanced"] | Mapping[Any, float] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Checked weights: ``rows`` (n,) and ``classes`` (K,) float64, each None where all are one.
+
+    ``classes="balanced"``: each class weighs as much as another among the training rows of the fold.
+    """
+
+    rows: np.ndarray | None
+    classes: np.ndarray | Literal["balanced"] | None
+
+    def for_fold(self, target: Target, train: np.ndarray) -> np.ndarray | None:
+        """Return (n,) float64 for all rows, those outside ``train`` too; None where all are one."""
+        per_class = _balanced(target, train, self.rows) if isinstance(self.classes, str) else self.classes
+        weights = self.rows
+        if per_class is not None:
+            weights = per_class[target.values] * (1.0 if weights is None else weights)
+        if weights is None or (weights == 1.0).all():
+            return None
+        if weights[train].sum() <= 0:
+            raise InputError(
+                "the weights of a fold's training rows add up to 0; give some of them a positive weight."
+            )
+        return weights
+
+
+def check_weights(sample_weight: object, class_weight: ClassWeight, target: Target) -> Weights:
+    """Check weights as a user gives them; classes that ``class_weight`` does not name weigh 1.
+
+    Raises InputError for a wrong length, weights that are negative or not finite, classes that ``target`` does
+    not have, and class weights for a regression.
+    """
+    return Weights(_check_rows(sample_weight, target), _check_classes(class_weight, target))
+
+
+def _check_rows(sample_weight: object, target: Target) -> np.ndarray | None:
+    if sample_weight is None:
+        return None
+    if isinstance(sample_weight, Tensor):
+        sample_weight = sample_weight.detach().cpu().double().numpy()
+    try:
+        weights = np.array(sample_weight, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"sample_weight must hold one number a row, got {sample_weight!r:.60}.") from error
+    if weights.shape != (len(target),):
+        raise InputError(
+            f"sample_weight must have one number a row, shape ({len(target)},), got shape {weights.shape}."
+        )
+    bad = ~(np.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        raise InputError(
+            f"sample_weight must be finite and not negative, got {weights[bad][0]} in row {int(bad.argmax())}; "
+            "weight 0 takes a row out of the loss (leave it out of the data to ignore it in all else)."
+        )
+    return weights
+
+
+def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Literal["balanced"] | None:
+    if class_weight is None:
+        return None
+    if target.classes is None:
+        raise InputError(
+            f"class_weight needs classes, got class_weight={class_weight!r} for a regression; leave it out."
+        )
+    if class_weight == "balanced":
+        return "balanced"
+    if not isinstance(class_weight, Mapping):
+        raise InputError(
+            f"class_weight must be None, 'balanced' or a dict from class to weight, got {class_weight!r}."
+        )
+    classes = target.classes.tolist()
+    weights = np.ones(len(classes))
+    for label, weight in class_weight.items():
+        if label not in classes:
+            known = ", ".join(map(repr, classes[:8]))
+            raise InputError(f"class_weight has the class {label!r}, which {target.name} has not: {known}.")
+        if not isinstance(weight, int | float | np.number) or not (np.isfinite(weight) and weight >= 0):
+            raise InputError(
+                f"class_weight must be finite and not negative, got {weight!r} for the class {label!r}."
+            )
+        weights[classes.index(label)] = weight
+    return weights
+
+
+def _balanced(target: Target, train: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    """Return n / (classes present * rows of the class), (K,), rows counted with their sample weight.
+
+    A class without a training row in the fold weighs 1 (it takes no part). Source: scikit-learn's
+    compute_class_weight.
+    """
+    counts = np.bincount(
+        target.values[train], weights=None if rows is None else rows[train], minlength=target.n_outputs
+    )
+    present = counts > 0
+    weights = np.ones(target.n_outputs)
+    weights[present] = counts.sum() / (present.sum() * counts[present])
+    return weights
