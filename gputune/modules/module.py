@@ -17,6 +17,7 @@ from gputune.errors import InputError
 from gputune.models import Dropout
 from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.draws import ModuleDraws, draws_of, given_draws
+from gputune.modules.mapped import Mapped
 from gputune.modules.precision import rounded
 from gputune.modules.recurrent import KINDS, run_recurrent
 from gputune.modules.stateless import Stateless
@@ -203,7 +204,8 @@ class StackedModule(ModuleNetwork):
         """
         values = self.first | {k: w.clone() for k, w in self.kept.items()} | self.fixed
         inputs, names = [x[0] for x in batch.inputs], self.shape.names
-        with self.stateless.holding(values) as module:
+        # Substitutes, as when it is mapped: a fused attention counts as one that draws.
+        with self.stateless.holding(values) as module, Substitutes():
             return self.objective.losses(module.train(), inputs, batch.y[0], self.configs[0], names=names)
 
     def gradient(self, params: Params, batch: Batch, grads: Params) -> None:
@@ -300,7 +302,7 @@ class StackedModule(ModuleNetwork):
                 return result, self.stateless.held(self.kept)
 
         try:
-            with rounded(self.shape.precision if training else "full"), Substitutes():
+            with Mapped(), rounded(self.shape.precision if training else "full"), Substitutes():
                 result, after = vmap(of_member, randomness="same")(members, *tensors)
         except IndexError as error:
             raise InputError(

@@ -107,7 +107,11 @@ def _empty_at(place: Place) -> Tensor:
 
 def _with_out(op: Operation) -> Operation:
     """Let an operation write its result into memory that it is given, where it has a kernel that does."""
-    if op.function is aten.max_pool2d_with_indices.default and op.args[0].shape[-3] >= _CHANNELS:
+    if (
+        op.function is aten.max_pool2d_with_indices.default
+        and op.args[0].shape[-3] >= _CHANNELS
+        and op.args[0].stride[-3] > 1
+    ):
         return replace(op, function=_max_pool)
     if len(op.results) != 1 or op.writes:
         return op

@@ -155,10 +155,28 @@ class DrawingByChances(Small):
         return super().forward(x * torch.bernoulli(torch.linspace(0.1, 0.9, x.shape[1], dtype=x.dtype)))
 
 
+class Attending(Small):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.attend = nn.MultiheadAttention(n_features, 1, batch_first=True)
+
+    def forward(self, x):
+        x = x[:, None].expand(-1, 3, -1)
+        return super().forward(self.attend(x, x, x, need_weights=False)[0].mean(1))
+
+
 def chunk_of(data, configs, *, recorded, module=Small):
     network = StackedModule(module, configs, shape_of(data), seed=0)
     scoring = make_scoring(None, data.task, np.arange(3))
     return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring, recorded=recorded)
+
+
+def test_attention_is_recorded():
+    data = make_data()
+    with torch.no_grad():
+        chunk = chunk_of(data, fill({"batch_size": 9}), recorded=True, module=Attending)
+        chunk.advance(0)
+    assert chunk.steps.recorded
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw"])

@@ -1,0 +1,196 @@
+"""Layers mapped over members in fewer operations than torch's own rules take: the same numbers and derivatives.
+
+torch multiplies each bias of a linear layer by one and turns each gradient of a weight, and scales and shifts what a
+batch norm or a convolution gives in passes of their own. Images lie as (B, P*C, ...) from one layer to the next, so
+that nothing copies them between.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Axes = tuple[int | None, ...]
+"""The axis of the members in each argument, None: it has none."""
+
+
+class Mapped(TorchFunctionMode):
+    """Maps the layers of this file by its own rules, here and in this thread alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _LAYERS.get(func, func)(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _is_mapped(weight):
+        return functional.linear(input, weight, bias)
+    return _called(_LinearRule, input, weight, bias)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not _is_mapped(input):
+        return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _called(_BatchNormRule, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def convolve(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        options = stride, padding, dilation, groups
+        if not _is_mapped(weight) or input.dim() < weight.dim():  # one image, without an axis of rows
+            return function(input, weight, bias, *options)
+        return _called(_ConvolutionRule, function, input, weight, bias, *options)
+
+    return convolve
+
+
+def _pool(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def pool(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        gives_indices = kwargs.get("return_indices") or len(args) > 5
+        if not _is_mapped(input) or input.dim() < 4 or gives_indices:
+            return function(input, *args, **kwargs)
+        return _called(_PoolRule, function, input, args, kwargs)
+
+    return pool
+
+
+_LAYERS: dict[Any, Callable[..., Any]] = {
+    functional.linear: _linear,
+    functional.batch_norm: _batch_norm,
+    torch.conv1d: _convolution(torch.conv1d),
+    torch.conv2d: _convolution(torch.conv2d),
+    torch.conv3d: _convolution(torch.conv3d),
+    **{f: _pool(f) for f in (functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d)},
+}
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_batchedtensor(tensor))
+
+
+def _called(rule: "type[_Rule]", *args: Any) -> Tensor:
+    result: Tensor = rule.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Rule(torch.autograd.Function):
+    """How vmap computes a layer of members: in operations of theirs, which autograd sees. It computes nothing else."""
+
+    @staticmethod
+    def forward(*_: Any) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        raise NotImplementedError
+
+
+class _LinearRule(_Rule):
+    @staticmethod
+    def vmap(info: Any, axes: Axes, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, int]:
+        first = [_first(t, axis, info.batch_size) for t, axis in zip((x, weight, bias), axes)]
+        members, rows = first[0].shape[:-1], first[0].flatten(1, -2) if x.dim() > 2 else first[0][:, None]
+        result: Tensor = _Linear.apply(rows, *first[1:])  # type: ignore[no-untyped-call]
+        return result.view(*members, -1), 0
+
+
+class _Linear(torch.autograd.Function):
+    """Rows (P, N, I), weights (P, O, I), biases (P, O) or None -> (P, N, O), with gradients that lie as the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x.bmm(weight.mT) if bias is None else torch.baddbmm(bias[:, None], x, weight.mT)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        return (
+            slope.bmm(weight) if wanted[0] else None,
+            slope.mT.bmm(x) if wanted[1] else None,
+            slope.sum(1) if wanted[2] else None,
+        )
+
+
+class _BatchNormRule(_Rule):
+    @staticmethod
+    def vmap(info: Any, axes: Axes, x: Tensor, *given: Any) -> tuple[Tensor, int]:
+        n = info.batch_size
+        rows = _by_channels(x, axes[0], n)
+        tables: list[Any] = [
+            t if t is None else _first(t, axis, n).reshape(-1) for t, axis in zip(given[:4], axes[1:])
+        ]
+        outputs = functional.batch_norm(rows, *tables, *given[4:])
+        for before, after, axis in zip(given[:2], tables, axes[1:]):  # running statistics
+            if axis is not None and before.data_ptr() != after.data_ptr():
+                before.copy_(after.view(n, -1).movedim(0, axis))
+        return _by_members(outputs, n), 1
+
+
+class _ConvolutionRule(_Rule):
+    @staticmethod
+    def vmap(
+        info: Any, axes: Axes, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any
+    ) -> tuple[Tensor, int]:
+        n, groups = info.batch_size, options[-1]
+        rows, weight = _by_channels(x, axes[1], n), _first(weight, axes[2], n).flatten(0, 1)
+        if (
+            rows.dim() == 4 and rows.device.type == "cpu"
+        ):  # two to four times as fast in groups of few channels
+            rows = rows.contiguous(memory_format=torch.channels_last)
+        outputs = function(rows, weight, None, *options[:-1], groups * n)
+        if bias is not None:  # apart, since the kernel for its gradient is slow
+            outputs.add_(_first(bias, axes[3], n).flatten().view(-1, *[1] * (rows.dim() - 2)))
+        return _by_members(outputs, n), 1
+
+
+class _PoolRule(_Rule):
+    @staticmethod
+    def vmap(info: Any, axes: Axes, function: Any, x: Tensor, args: Any, kwargs: Any) -> tuple[Tensor, int]:
+        rows = _by_channels(x, axes[1], info.batch_size)
+        outputs = function(rows, *args, **kwargs)
+        if outputs.requires_grad and rows.is_contiguous(memory_format=torch.channels_last):
+            outputs.register_hook(_with_channels_last)  # a slope that lies otherwise costs six times as much
+        return _by_members(outputs, info.batch_size), 1
+
+
+def _first(tensor: Any, axis: int | None, members: int) -> Any:
+    """Return a tensor with the members' axis first."""
+    if tensor is None:
+        return None
+    return tensor.expand(members, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+
+
+def _by_channels(x: Tensor, axis: int | None, members: int) -> Tensor:
+    """Return rows (B, C, ...) of members as (B, P*C, ...)."""
+    rows: Tensor = _first(x, axis, members)
+    return rows.movedim(0, 1).flatten(1, 2)
+
+
+def _by_members(rows: Tensor, members: int) -> Tensor:
+    """Return rows (B, P*C, ...) as (B, P, C, ...)."""
+    return rows.view(len(rows), members, -1, *rows.shape[2:])
+
+
+def _with_channels_last(slope: Tensor) -> Tensor:
+    return slope.contiguous(memory_format=torch.channels_last)
