@@ -111,7 +111,7 @@ def test_a_scorer_of_ones_own_sees_the_arrays():
 @pytest.mark.parametrize(
     ("model", "X", "message"),
     [
-        ("mlp", IMAGES, "X must be two-dimensional"),
+        ("mlp", IMAGES, "the model takes tables, of two axes: choose model='cnn' for images"),
         ("logistic", (IDS, IDS), "X is a tuple of 2 inputs"),
         (Images, IMAGES.expand(-1, 3, -1, -1), "submodule 'body.0'.* raised RuntimeError"),
         (Images, IMAGES[:40], "y must have one value a row of X, got 48 values and 40 rows"),

@@ -8,6 +8,14 @@ from pathlib import Path
 from gputune.cli.arguments import option_groups
 
 _PHRASES = {
+    **{
+        f"{before} pass X{end}": f"{before} write the file again with X{end}"
+        for before, end in (
+            ("after the rows:", "[:, None]"),
+            ("want them first:", "."),
+            ("; or", ".reshape("),
+        )
+    },
     "Give this search a path of its own": "Give this search a folder of its own, --out OTHER",
     "give this search a path of its own": "give this search a folder of its own, --out OTHER",
     "repeat the first call's arguments": "repeat the first command's options",

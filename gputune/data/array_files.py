@@ -44,10 +44,15 @@ def read_array_file(path: Path) -> dict[str, object]:
         raise InputError(
             f"{str(path)!r} holds more than tensors, which is not unpickled since that may run code; {_WRITE}."
         ) from error
-    except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        if reason.startswith("Object arrays"):
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (ValueError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        writer = "torch.save" if path.suffix in (".pt", ".pth") else "NumPy"
+        reason = f"it is damaged, or was not written by {writer}"
+        if str(error).startswith("Object arrays"):
             reason = "it holds Python objects, such as rows of unlike shapes, which are not unpickled"
+        elif path.stat().st_size == 0:
+            reason = "it is empty"
         raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}; {_WRITE}.") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(

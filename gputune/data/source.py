@@ -140,6 +140,8 @@ def read_source(
         y = "target"
     if y is None and not from_file:
         raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
+    if not module:
+        _refuse_arrays(X)
     arrays = as_arrays(X) if module else None
     if arrays is not None or isinstance(X, Tensor):
         if isinstance(y, str) or isinstance(groups, str):
@@ -169,6 +171,16 @@ def read_source(
     if isinstance(y, str):
         table, y = split_target(table, y)
     return Source(table, y, name, groups, origin, None if from_file or isinstance(X, Table) else X)
+
+
+def _refuse_arrays(X: Any) -> None:
+    """Raise InputError for rows of several axes, which a model of tables does not take."""
+    shape = tuple(X.shape) if isinstance(X, np.ndarray | Tensor) else ()
+    if len(shape) > 2:
+        raise InputError(
+            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' "
+            "for images, model='gru' for sequences, or a module of your own; or pass X.reshape(len(X), -1)."
+        )
 
 
 def _read_arrays(path: Path, y: Any, groups: Any, *, module: bool) -> Source:

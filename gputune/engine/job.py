@@ -19,7 +19,7 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import Reuse
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
-from gputune.modules.construction import Builder
+from gputune.modules.construction import Builder, kinds_of
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, Traits
@@ -142,6 +142,7 @@ class Job:
             regression=data.task == "regression",
             present=data.present,
             input_shape=tuple(data.inputs[0].shape[2:]),
+            inputs=kinds_of(data),
             names=data.names,
             precision=self.precision,
         )

@@ -1,7 +1,7 @@
 """A user's module made: from a class, a function or a partial, under a stream of its own, with what it asks for."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from gputune.data.dataset import Dataset
 from gputune.errors import InputError
+from gputune.modules.hints import hint
+from gputune.population.network import InputKind, call_module
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
@@ -30,12 +33,15 @@ def build_module(
     n_features: int,
     n_outputs: int,
     input_shape: tuple[int, ...] | None = None,
+    inputs: Sequence[InputKind] = (),
+    names: Sequence[str] | None = None,
     seed: int,
     columns: str = "",
 ) -> nn.Module:
     """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails.
 
-    ``input_shape`` is that of one row, None: (n_features,).
+    ``input_shape`` is that of one row, None: (n_features,); ``inputs`` are the kinds of all, where they are no table,
+    and ``names`` those of keyword inputs.
     """
     shape = (n_features,) if input_shape is None else input_shape
     sizes = {"n_features": n_features, "n_outputs": n_outputs, "input_shape": shape}
@@ -43,14 +49,21 @@ def build_module(
     with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
         try:
             module = builder(**words)
-            if isinstance(module, nn.Module):
-                materialise(module, shape)
-                return module
         except Exception as error:
             raise InputError(
                 f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
                 f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
             ) from error
+        if isinstance(module, nn.Module):
+            inputs = inputs or ((shape, torch.float32),)
+            try:
+                materialise(module, inputs, names)
+            except Exception as error:
+                raise InputError(
+                    f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two rows of zeros, "
+                    f"which give its lazy layers their sizes: {error}.{hint(str(error), _zeros(inputs))}{columns}"
+                ) from error
+            return module
     raise InputError(
         f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
     )
@@ -111,10 +124,26 @@ def _single_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def materialise(module: nn.Module, input_shape: tuple[int, ...]) -> None:
+def kinds_of(data: Dataset) -> tuple[InputKind, ...]:
+    """Return the kinds of the inputs as a module gets them, scaled bytes as floats."""
+    return tuple(
+        (tuple(x.shape[2:]), x.dtype if scaling is None else data.dtype)
+        for x, scaling in zip(data.inputs, data.scaling, strict=True)
+    )
+
+
+def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None) -> None:
     """Give lazy submodules, such as ``nn.LazyLinear``, the parameters that a first batch would give them."""
     tensors: tuple[Tensor, ...] = (*module.parameters(), *module.buffers())
     if any(is_lazy(tensor) for tensor in tensors):
         with torch.no_grad():
-            module.eval()(torch.zeros(1, *input_shape))
+            call_module(module.eval(), _zeros(inputs), names)
         module.train()
+
+
+def _zeros(inputs: Sequence[InputKind]) -> list[Tensor]:
+    """Return two rows of zeros of each input, floats in single precision, in which modules are constructed."""
+    return [
+        torch.zeros(2, *shape, dtype=torch.float32 if dtype.is_floating_point else dtype)
+        for shape, dtype in inputs
+    ]

@@ -1,5 +1,6 @@
 """What usually lies behind an error of torch's in the forward of a module, by its words and the inputs."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -23,9 +24,22 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
             else ", or numbers='standard' makes floats of bytes"
         )
         return f" Bytes and booleans come as they are: begin the forward with x.float(){scaled}."
-    if "channels, but got" in error and any(x.dim() == 4 and x.shape[-1] in (1, 3, 4) for x in inputs):
-        return (
-            " The channels of X seem to come last, and torch's layers want them first: pass X.transpose(0, 3, 1, 2) of "
-            "an array, X.permute(0, 3, 1, 2) of a tensor."
-        )
-    return ""
+    return _of_channels(error, inputs)
+
+
+def _of_channels(error: str, inputs: Sequence[Tensor]) -> str:
+    """Return the remedy for channels that are not the axis after the rows, as torch's layers want them."""
+    lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
+    if lacking or f"expected input[1, {len(inputs[0])}, " in error:
+        return " X lacks the axis of the channels, which torch's layers want after the rows: pass X[:, None]."
+    wanted = re.search(r"to have (\d+) channels, but got", error)
+    last = next(
+        (x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}), None
+    )
+    if last is None:
+        return ""
+    order = (0, last.dim() - 1, *range(1, last.dim() - 1))
+    return (
+        f" The channels of X seem to come last, and torch's layers want them first: pass X.transpose{order} of an "
+        f"array, X.permute{order} of a tensor."
+    )

@@ -72,18 +72,21 @@ def traits_of(
     return traits
 
 
-def returns_one_logit(builder: Builder, config: Config, data: Dataset, *, columns: str = "") -> bool:
+def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
     """Whether a module that asks for no number of outputs returns one a row, (n,) or (n, 1), where y is two classes.
 
-    Raises InputError, ending in ``columns``, for a module that cannot be made, or fails.
+    False also for a module that cannot be made, or fails, of which its inspection knows more to say.
     """
     sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
     if data.task != "binary" or "n_outputs" in call_arguments(builder, sizes, module_arguments(config)):
         return False
     x = tuple(part.cpu() for part in data.example(EXAMPLES))
     shape = _shape(x, n_outputs=1, names=data.names, dtype=data.dtype)
-    trial = ModuleTrial(builder, config, x, shape, columns, None, None)
-    return trial.fits(trial.forward(x, training=False), len(x[0]))
+    try:
+        trial = ModuleTrial(builder, config, x, shape, "", None, None)
+        return trial.fits(trial.forward(x, training=False), len(x[0]))
+    except InputError:
+        return False
 
 
 def check_rates(name: str, config: Config, traits: Traits) -> None:
@@ -149,6 +152,7 @@ def _shape(
         regression=False,
         present=None,
         input_shape=tuple(x[0].shape[1:]),
+        inputs=tuple((tuple(part.shape[1:]), part.dtype) for part in x),
         names=names,
     )
 

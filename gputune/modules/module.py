@@ -121,6 +121,8 @@ class ModuleNetwork:
             n_features=self.shape.n_features,
             n_outputs=self.shape.n_outputs,
             input_shape=self.shape.input_shape,
+            inputs=self.shape.inputs,
+            names=self.shape.names,
             seed=self.seed,
         ).to(dtype=self.shape.dtype, device=device)
 

@@ -42,6 +42,8 @@ class ModuleTrial:
             n_features=shape.n_features,
             n_outputs=shape.n_outputs,
             input_shape=shape.input_shape,
+            inputs=shape.inputs,
+            names=shape.names,
             seed=0,
             columns=columns,
         ).to(shape.dtype)

@@ -12,6 +12,9 @@ from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind
 from gputune.types import Config, Params, Precision
 
+InputKind = tuple[tuple[int, ...], torch.dtype]
+"""The shape of a row of an input, and its dtype."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -27,6 +30,8 @@ class Shape:
     """(F, K) bool: classes that take part in a fold, None when all do."""
     input_shape: tuple[int, ...] | None = None
     """Of a row of the first input, None: (n_features,)."""
+    inputs: tuple[InputKind, ...] = ()
+    """Of all inputs; (): of a table."""
     names: tuple[str, ...] | None = None
     """Of the inputs, where they are passed as keywords."""
     precision: Precision = "full"

@@ -1,6 +1,7 @@
 """The score of the answer that needs no model: what any search has to beat."""
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,7 +37,10 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
         else:
             counts = torch.bincount(target, minlength=max(2, data.n_outputs))
             answer = (counts.double() / len(target)).clamp_min(_SMALLEST).log()
-        scores.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # of scores that one answer for all rows leaves undefined
+            scores.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
     score = float(torch.stack(scores).mean())
     return {"answer": _words(data, scoring, classes), "score": score} if math.isfinite(score) else None
 

@@ -20,7 +20,7 @@ from gputune.engine.memory import GivenUp
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
-from gputune.modules.construction import build_module, name_of
+from gputune.modules.construction import build_module, kinds_of, name_of
 from gputune.modules.inspection import EXAMPLES, returns_one_logit, traits_of
 from gputune.population.network import Network, call_module
 from gputune.population.population import Population, module_arguments
@@ -243,6 +243,8 @@ def _check_module(trainer: Trainer, population: Population) -> int:
             n_features=data.n_features,
             n_outputs=data.n_outputs,
             input_shape=tuple(data.inputs[0].shape[2:]),
+            inputs=kinds_of(data),
+            names=data.names,
             seed=trainer.seed,
         ).to(data.device, data.dtype)
         with torch.no_grad():

@@ -23,6 +23,7 @@ from gputune.data.encode import Layout, Statistics
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.construction import Builder, call_arguments, materialise, name_of
+from gputune.population.network import InputKind
 from gputune.scratch import write_files
 from gputune.seeding import keyed_draws
 from gputune.study.ensemble import Ensemble
@@ -115,6 +116,8 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         n_outputs = 1 if classes is None else len(classes)
         shape = layout.shapes[0] if isinstance(layout, ArrayLayout) else (layout.n_features,)
         sizes = {"n_features": layout.n_features, "n_outputs": n_outputs, "input_shape": shape}
+        inputs = _kinds(layout, statistics)
+        names = layout.names if isinstance(layout, ArrayLayout) else None
         sizes |= {name: value for name, value in kwargs.items() if name in sizes}
         members = [
             {name: value for name, value in dict(member).items() if name not in sizes}
@@ -125,7 +128,9 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
     task = body["task"] if "ensemble" in spec else None
-    network = _filled(module_class, sizes, members, task, dtype, state, folder, changed=changed)
+    network = _filled(
+        module_class, sizes, members, inputs, names, task, dtype, state, folder, changed=changed
+    )
     with blaming(folder / DESCRIPTION):
         return ModelContent(
             module=network.eval(),
@@ -229,6 +234,15 @@ def _preprocessing(
     return Layout.from_json(layout), Statistics.from_json(statistics)
 
 
+def _kinds(layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics) -> list[InputKind]:
+    """Return the kinds of the inputs as the module gets them."""
+    if isinstance(layout, Layout):
+        return [((layout.n_features,), torch.float32)]
+    assert isinstance(statistics, ArrayStatistics)
+    parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
+    return [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
+
+
 def _check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -> None:
     """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
     words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
@@ -273,6 +287,8 @@ def _filled(
     module_class: Builder,
     sizes: Config,
     members: Sequence[Config],
+    inputs: Sequence[InputKind],
+    names: Sequence[str] | None,
     task: Task | None,
     dtype: torch.dtype,
     state: dict[str, Tensor],
@@ -292,7 +308,7 @@ def _filled(
         with keyed_draws(torch.device("cpu"), 0, "load"):
             modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
             for module in modules:
-                materialise(module, sizes["input_shape"])
+                materialise(module, inputs, names)
                 module.to(dtype)
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(

@@ -92,7 +92,7 @@ def search(
         data = _dataset(problem, folds, options, choice)
     trials = first_trials(space, choice, options)
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
-    if loss := default_loss(problem, data, choice, options, first):
+    if loss := default_loss(data, choice, options, first):
         options, data = replace(options, loss=loss), data.with_one_logit()
         problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
     scoring = _scoring(options, problem)

@@ -248,14 +248,11 @@ def _objective(target: Target, choice: ModelChoice, options: Options) -> Objecti
     return None
 
 
-def default_loss(
-    problem: Problem, data: Dataset, choice: ModelChoice, options: Options, params: Config
-) -> str:
+def default_loss(data: Dataset, choice: ModelChoice, options: Options, params: Config) -> str:
     """Return "bce" where no loss is given and the module returns one logit a row of two classes, else ""."""
     if choice.module_class is None or options.loss is not None or options.training_step is not None:
         return ""
-    columns = problem.columns_in_words()
-    return "bce" if returns_one_logit(choice.module_class, params, data, columns=columns) else ""
+    return "bce" if returns_one_logit(choice.module_class, params, data) else ""
 
 
 def remarks_on_loss(problem: Problem, choice: ModelChoice) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import sqlite3
 from html import unescape
 
@@ -501,6 +502,30 @@ def test_a_regression_is_predicted_in_full_precision(tmp_path):
     assert all(math.isfinite(v) for v in values)
     code, _, err = run("predict", tmp_path / "o" / "model", table, "--proba")
     assert code == 2 and "--proba needs a model of classes" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("net.py:Net", "after the rows: write the file again with X[:, None]"),
+        ("net.py:Last", "want them first: write the file again with X.transpose("),
+        (
+            "mlp",
+            "choose --model cnn for images, --model gru for sequences, .* write the file again with X.reshape(",
+        ),
+    ],
+)
+def test_images_that_a_model_does_not_take_are_written_again(tmp_path, monkeypatch, model, message):
+    monkeypatch.chdir(tmp_path)
+    np.savez(
+        "digits.npz", image=np.random.default_rng(0).random((40, 8, 7), np.float32), kind=np.arange(40) % 2
+    )
+    head = "def __init__(self, n_outputs):\n        super().__init__(nn.{}, nn.Flatten(), nn.Linear(2, n_outputs))\n"
+    layers = {"Net": "Conv2d(1, 2, 3)", "Last": "Conv1d(7, 2, 3)"}
+    bodies = [f"class {name}(nn.Sequential):\n    {head.format(layer)}" for name, layer in layers.items()]
+    (tmp_path / "net.py").write_text("from torch import nn\n" + "\n".join(bodies))
+    code, _, err = run("tune", "digits.npz", "--target", "kind", "--model", model, *FAST)
+    assert code == 2 and re.search(message.replace("(", r"\(").replace("[", r"\["), err)
 
 
 def test_one_logit_of_two_classes(tmp_path):

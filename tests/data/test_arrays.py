@@ -159,9 +159,15 @@ class TestFiles:
         torch.save([1, 2], tmp_path / "d.pt")
         torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pt")
         (tmp_path / "e.pt").write_bytes(b"PK nothing")
+        (tmp_path / "half.pt").write_bytes((tmp_path / "m.pt").read_bytes()[:700])
+        for name in ("n.npz", "n.npy", "n.pt"):
+            (tmp_path / name).write_bytes(b"nothing" * (name != "n.pt"))
         (tmp_path / "f.npz").mkdir()
         for name, message in [
-            ("d.npz", "holds Python objects"), ("d.pt", "a dict of tensors, got list"), ("e.pt", "cannot be read"),
+            ("d.npz", "holds Python objects"), ("d.pt", "a dict of tensors, got list"),
+            ("e.pt", "it is damaged, or was not written by torch.save"),
+            ("n.npz", "it is damaged, or was not written by NumPy"), ("n.npy", "or was not written by NumPy"),
+            ("n.pt", "it is empty"), ("half.pt", "it is damaged"),
             ("m.pt", "holds more than tensors, which is not unpickled"), ("f.npz", "is a folder; give the file"),
         ]:  # fmt: skip
             with pytest.raises(InputError, match=message):

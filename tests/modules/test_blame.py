@@ -1,5 +1,7 @@
 """What a user's module fails on is named before anything trains where it can be known: ids, shapes, rows, numbers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -202,6 +204,7 @@ class Image(nn.Module):
     ("X", "message"),
     [
         (IMAGES, r"channels of X seem to come last, .* X.transpose\(0, 3, 1, 2\)"),
+        (IMAGES[..., 0], r"X lacks the axis of the channels, .* after the rows: pass X\[:, None\]"),
         (
             IMAGES.permute(0, 3, 1, 2).mul(255).byte(),
             r"x.float\(\), or numbers='standard' makes floats of bytes",
@@ -213,6 +216,46 @@ class Image(nn.Module):
 def test_what_a_convolution_does_not_take_comes_with_a_remedy(X, message):
     with pytest.raises(InputError, match=message):
         tune(Image, X)
+
+
+class Lazy(nn.Module):
+    """Layers whose sizes the first rows give, of several inputs."""
+
+    def __init__(self, n_outputs, first=nn.Identity):
+        super().__init__()
+        self.first, self.conv, self.last = first(), nn.LazyConv2d(2, 3), nn.LazyLinear(n_outputs)
+
+    def forward(self, image, ids):
+        return self.last(torch.cat([self.conv(self.first(image)).mean((2, 3)), ids.float()], 1))
+
+
+@pytest.mark.parametrize("numbers", ["none", "standard"])
+def test_lazy_layers_of_several_inputs_get_their_sizes(numbers, tmp_path):
+    image = IMAGES.permute(0, 3, 1, 2)
+    X = {"image": image if numbers == "none" else image.mul(255).byte(), "ids": IDS}
+    model = tune(Lazy, X, numbers=numbers).best_model()
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model", module=Lazy)
+    np.testing.assert_array_equal(loaded.predict_proba(X), model.predict_proba(X))
+
+
+def norm():
+    return nn.BatchNorm2d(1)
+
+
+def test_what_lazy_layers_do_not_take_comes_with_a_remedy():
+    with pytest.raises(
+        InputError, match=r"Lazy raised ValueError on two rows of zeros, .*4D .*pass X\[:, None\]"
+    ):
+        tune(partial(Lazy, first=norm), {"image": IMAGES[..., 0], "ids": IDS})
+
+
+def test_sequences_with_their_channels_last_come_with_a_remedy():
+    with pytest.raises(InputError, match=r"come last, .* X.transpose\(0, 2, 1\) of an array, X.permute"):
+        tune(
+            lambda n_outputs: nn.Sequential(nn.Conv1d(3, 2, 3), nn.Flatten()),
+            IMAGES[:, 0].contiguous().repeat(1, 3, 1),
+        )
 
 
 def test_narrow_ids_come_with_a_remedy():
