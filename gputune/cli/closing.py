@@ -1,7 +1,4 @@
-"""The score of a tuned model on rows that were kept apart, as the study scored its folds.
-
-What is printed when a search has ended: what was understood, the best trials, the honest score, what to do next.
-"""
+"""What is printed when a search has ended: what was understood, the best trials, the honest score, what to do next."""
 
 import math
 import shlex
@@ -10,83 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.nn import functional
-
+from gputune.cli.held_out import HeldOut
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.report.facts import seconds_text, states_words
-from gputune.scoring.estimators import fitted
-from gputune.scoring.scoring import Scoring, make_scoring
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
-from gputune.text import clean, count, paragraph
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A held-out score in scikit-learn's sign, on so many rows.
-
-    ``score`` is NaN where there is none, and ``why`` says why. ``unseen`` rows have a class that no row of the
-    search has: they count as rows that the model gets wrong.
-    """
-
-    score: float
-    rows: int
-    unseen: int = 0
-    why: str = ""
-
-
-def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: object = None) -> HeldOut:
-    """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
-
-    ``positive`` is the class that the score is of, None where it is of none.
-    """
-    rows = len(test.X)
-    classes, y = _labels(model, test)
-    unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
-    try:
-        how = make_scoring(scoring, model.task, classes, positive, n_labels=y.shape[-1])
-        score = _score(model, how, test, classes, y)
-    except ValueError as error:  # what scikit-learn raises where a metric is undefined
-        return HeldOut(math.nan, rows, unseen, str(error))
-    why = "" if math.isfinite(score) else "it is undefined on these rows"
-    return HeldOut(score if math.isfinite(score) else math.nan, rows, unseen, why)
-
-
-def _score(model: TunedModel, how: Scoring, test: Source, classes: np.ndarray | None, y: np.ndarray) -> float:
-    if model.task == "multilabel":
-        outputs = model._outputs(test.X)
-    elif classes is None:
-        predicted = torch.from_numpy(model.predict(test.X))
-        outputs = predicted if predicted.dim() > 1 else predicted[:, None]
-    else:
-        # A class that the model has never seen has no probability. The rest are the model's own logits, since those
-        # of rounded probabilities would tie, and break ties, otherwise.
-        known = model._outputs(test.X)
-        outputs = functional.pad(known, (0, len(classes) - known.shape[1]), value=-torch.inf)
-    if how.score is not None:
-        return float(how.score(outputs[None], torch.from_numpy(y)))
-    assert how.scorer is not None  # a Scoring has one of the two
-    outputs, codes = how.positive_last(outputs, torch.from_numpy(y))
-    X = np.zeros((len(y), 1))  # of which a scorer that has a name reads nothing
-    return float(how.scorer(fitted(outputs, how.classes, X, X), X, codes.numpy()))
-
-
-def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
-    if model.classes is None:
-        return None, np.asarray(test.y, dtype=np.float64)
-    labels = np.asarray(test.y)
-    if model.classes.dtype.kind == "U":
-        labels = labels.astype(str)
-    classes = [*model.classes.tolist(), *np.setdiff1d(labels, model.classes).tolist()]
-    position = {label: code for code, label in enumerate(classes)}
-    return np.array(classes), np.array([position[label] for label in labels.tolist()], dtype=np.int64)
-
+from gputune.text import Measure, clean, count, paragraph
 
 BEST = 5
 """Trials in the table."""
@@ -271,12 +200,19 @@ def _scores(ending: Ending, width: int) -> str:
     else:
         text = (
             f"Held-out {measure.title}: {measure.text(held.score)}, the saved model's own score on "
-            f"{count(held.rows, 'row')} that nothing was fitted on."
+            f"{count(held.rows, 'row')} that nothing was fitted on{_bounds(held, measure)}."
         )
     if held is not None and held.unseen:
         text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
     words = f"{text} {_optimistic(ending.study)}{_without_model(ending.study)}{_unfinished(ending.study)}"
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
+
+
+def _bounds(held: HeldOut, measure: Measure) -> str:
+    if held.interval is None:
+        return ""
+    low, high = sorted(map(measure.text, held.interval), key=float)
+    return f" (95 % of bootstrap samples: {low} to {high})"
 
 
 def _without_model(study: Study) -> str:

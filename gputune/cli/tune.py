@@ -13,7 +13,8 @@ import torch
 
 from gputune.api.study import Study
 from gputune.cli.arguments import METHOD_RULES, MODEL, STUDY, model_folder, study_file
-from gputune.cli.closing import Ending, HeldOut, closing_text, ensemble_words, held_out_score, stopped_text
+from gputune.cli.closing import Ending, closing_text, ensemble_words, stopped_text
+from gputune.cli.held_out import HeldOut, held_out_score
 from gputune.cli.wording import in_flags
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart

@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import get_scorer, log_loss, roc_auc_score
 
-from gputune.cli.closing import held_out_score
+from gputune.cli.held_out import held_out_score
 from gputune.data.source import read_source
 from study_models import make_model
 
@@ -106,3 +106,24 @@ def test_an_undefined_score_is_nan_with_the_reason():
     tested[0] = "cat"
     held = held_out_score(model, "f1", read_source(X[40:], tested), positive="ant")
     assert math.isnan(held.score) and "multiclass" in held.why
+
+
+def test_an_interval_holds_the_scores_of_bootstrap_samples():
+    """A binomial share: of an accuracy a over n rows 95 % lie within about 1.96 sqrt(a (1 - a) / n)."""
+    rng = np.random.default_rng(1)
+    for rows in (400, 60_000):  # of many rows smaller samples are drawn, and their spread is scaled
+        y, right = np.repeat([0, 1], rows // 2), rng.random(rows) < 0.8
+        outputs = torch.from_numpy(np.eye(2)[np.where(right, y, 1 - y)])
+        model = SimpleNamespace(classes=np.array([0, 1]), task="binary", _outputs=lambda X, o=outputs: o)
+        held = held_out_score(model, "accuracy", read_source(np.zeros((rows, 1)), y))
+        width = 1.96 * math.sqrt(held.score * (1 - held.score) / rows)
+        np.testing.assert_allclose(np.array(held.interval) - held.score, [-width, width], rtol=0.2)
+
+
+def test_there_is_no_interval_where_few_samples_have_a_score():
+    outputs = torch.zeros(8, 2, dtype=torch.float64)
+    model = SimpleNamespace(classes=np.array([0, 1]), task="binary", _outputs=lambda X: outputs)
+    y = np.array([1, *[0] * 7])
+    assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is not None
+    y = np.zeros(8, dtype=int)
+    assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is None

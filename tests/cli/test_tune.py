@@ -111,6 +111,7 @@ def test_tune_ends_with_the_saved_models_own_honest_score(tuned):
     assert model.info["held_out_rows"] == 12
     said = " ".join(out.split())
     assert f"Held-out accuracy: {score:.4f}, the saved model's own score on 12 rows" in said
+    assert "that nothing was fitted on (95 % of bootstrap samples: " in said
     assert (
         f"The best cross-validated accuracy, {study.best_score:.4f}, is optimistic: it is the best of 3"
         in said
