@@ -7,6 +7,7 @@ import math
 import re
 import sqlite3
 from html import unescape
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +16,12 @@ from sklearn.metrics import f1_score
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.cli import tune
+from gputune.cli.closing import Ending, closing_text
 from gputune.data.folds import hold_out
-from gputune.data.source import read_again, read_apart
+from gputune.data.source import Source, read_again, read_apart, read_source
 from gputune.data.target import check_target
+from gputune.search.stopping import Halving
+from made_studies import made_batches
 
 NET = """
 from torch import nn
@@ -571,3 +575,29 @@ def test_a_module_that_changes_the_folder_leaves_study_and_model_where_they_were
     assert study.file == tmp_path / "my.db" and len(gputune.Study.open(tmp_path / "my.db").trials) == 1
     assert sorted(path.name for path in (tmp_path / "found").iterdir()) == ["model", "study.db"]
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def closing(study):
+    rest: Source = read_source(np.zeros((4, 2)), np.array([0, 1, 0, 1]))
+    ending = Ending("houses.csv", study, rest, None, Path("out/study.db"), None, 3.0)
+    return " ".join(closing_text(ending, width=90).split())
+
+
+@pytest.mark.parametrize(
+    ("trials", "words"), [(21, "proposed 20 trials in 3 batches"), (2, "proposed 1 trial in 1 batch")]
+)
+def test_a_sampler_is_told_with_its_batches(trials, words):
+    text = closing(made_batches(trials))
+    assert f"Sampler Optuna's TPESampler {words} " in text
+    assert "Descent" not in text and "outer step" not in text and "sent away" not in text
+
+
+def test_a_sampler_whose_batches_are_halved():
+    study = made_batches(40, halving=Halving(min_epochs=3))
+    text = closing(study)
+    assert any(trial.state == "pruned" for trial in study.trials)
+    assert (
+        "Sampler Optuna's TPESampler proposed 39 trials in 5 batches Halving of 40 trials these were sent"
+        in text
+    )
+    assert "after epoch 3" in text and "Descent" not in text
