@@ -199,8 +199,8 @@ def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
     module.refit = lambda *arguments, **how: (*arguments, how)
     monkeypatch.setitem(sys.modules, "gputune.tuning.refit", module)
     found = study(trial(0, 1.0))
-    assert found.best_model() == (found, None, None, {"check": True, "trust_code": False})
-    how = {"check": False, "trust_code": True}
+    assert found.best_model() == (found, None, None, {"trial": None, "check": True, "trust_code": False})
+    how = {"trial": 3, "check": False, "trust_code": True}
     assert found.best_model("X", y="y", **how) == (found, "X", "y", how)
 
 
