@@ -1,6 +1,7 @@
 """Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
 
 import math
+from inspect import signature
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _fused = functional.scaled_dot_product_attention
+
+
+_ATTENDS = signature(functional.multi_head_attention_forward)
 
 
 class Substitutes(TorchFunctionMode):
@@ -22,12 +26,33 @@ class Substitutes(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True):
-            return func(*args, **{**kwargs, "need_weights": True})[
-                0
-            ], None  # the mode does not reach what it calls
+            given = _ATTENDS.bind(*args, **kwargs).arguments
+            if _is_plain(given):
+                return _self_attention(given), None
+            # The mode does not reach what it calls.
+            return func(*args, **{**kwargs, "need_weights": True})[0], None
         if func is _fused and args[0].device.type == "cpu":
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_plain(given: dict[str, Any]) -> bool:
+    """Whether rows (T, B, E) attend to themselves, unmasked, by one matrix of weights."""
+    unusual = ("bias_k", "bias_v", "add_zero_attn", "key_padding_mask", "attn_mask", "is_causal")
+    x = given["query"]
+    itself = x is given["key"] and x is given["value"] and x.dim() == 3
+    shared = given["in_proj_weight"] is not None and not given.get("use_separate_proj_weight")
+    return itself and shared and all(given.get(name) in (None, False) for name in unusual)
+
+
+def _self_attention(given: dict[str, Any]) -> Tensor:
+    """Return what each row (T, B, E) gets. Rows are read as ``batch_first`` gives them, so that none is copied."""
+    rows, dropout = given["query"].transpose(0, 1), given["dropout_p"] if given.get("training", True) else 0.0
+    parts = functional.linear(rows, given["in_proj_weight"], given["in_proj_bias"]).chunk(3, -1)
+    query, key, value = (p.view(*p.shape[:2], given["num_heads"], -1).transpose(1, 2) for p in parts)
+    found = _attention(query, key, value, dropout_p=dropout).permute(2, 0, 1, 3).flatten(2)
+    # The result lies as torch's does, (T, B, E): a dropout after it draws in the order of memory.
+    return functional.linear(found, given["out_proj_weight"], given["out_proj_bias"])
 
 
 def _attention(
