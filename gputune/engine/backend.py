@@ -72,6 +72,16 @@ def choose_device(device: str) -> torch.device:
     raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
 
 
+def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
+    """Return the GPUs that train beside a device: all others that are visible, for "auto" and "cuda"; else none."""
+    if device.type != "cuda" or word not in ("auto", "cuda"):
+        return ()
+    current = torch.cuda.current_device()
+    if device.index not in (None, current):  # where the rows lie already
+        return ()
+    return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != current)
+
+
 def trains_as(backend: Backend, kind: ModelKind, config: Config, unstackable: str = "") -> Backend:
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 

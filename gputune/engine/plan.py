@@ -29,6 +29,9 @@ _COMPILED_BYTES = (
 _FREE_SHARE = 0.8  # of the GPU memory that is free
 _MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
+_GPUS_PAY = (
+    600.0  # and a second GPU: its process takes some 10 s to start, and a core is far slower than a GPU
+)
 _THREADS_PAY = 10.0  # and from which a second thread is worth its waiting, where nothing can be cut
 
 
@@ -50,6 +53,8 @@ class Plan:
     state_bytes: int = 0
     cache_bytes: int | None = None
     ways: tuple[Backend, ...] = ()
+    gpus: bool = False
+    """Whether each worker has a GPU."""
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]
@@ -57,6 +62,8 @@ class Plan:
         place = "in this process" if self.workers == 1 else f"in {self.workers} processes"
         if self.threads > 1:
             place += f" on {self.threads} threads"
+        if self.gpus and self.workers > 1:
+            place = f"on {self.workers} GPUs"
         if self.cluster:
             place = f"on {count(self.workers, 'Ray worker')}"
         return (
@@ -89,6 +96,7 @@ def make_plan(
     epochs: int,
     memory: int | None,
     workers: int | None,
+    gpus: int = 1,
     parameters: int = 0,
     free: int | None = None,
     cost_of: Callable[[Population, Cost], Cost] | None = None,
@@ -99,12 +107,12 @@ def make_plan(
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
 
-    ``workers`` None lets the estimate decide; ``parameters`` is the size of a user's module; ``free`` are the bytes of
-    a GPU that is not in this machine. ``cost_of`` turns what a trial costs in plain training into what it costs here;
-    ``memory`` is then the only limit. ``measure`` finds what a population takes of a device's memory, by at most so
-    many of its trials; asked where the estimate is near the limit, and for a user's module, whose inside is unknown.
-    ``widest`` says of module__* values, as text, how many numbers a row has in their widest layer, ``unstackable`` why
-    their members train one by one.
+    ``workers`` None lets the estimate decide, between one and the ``gpus`` where the data is on one; ``parameters`` is
+    the size of a user's module; ``free`` are the bytes of a GPU that is not in this machine. ``cost_of`` turns what a
+    trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
+    population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
+    and for a user's module, whose inside is unknown. ``widest`` says of module__* values, as text, how many numbers a
+    row has in their widest layer, ``unstackable`` why their members train one by one.
     """
     pieces: list[_Piece] = []
     for population in populations:
@@ -133,9 +141,11 @@ def make_plan(
     all_compiled = cost_of is None and all(piece.way == "compiled" for piece in pieces)
     if all_compiled and workers in (None, 1):  # threads share the members of a chunk, and need no start
         return _plan(pieces, data, workers=1, threads=cores())
+    on_gpu = data.device.type == "cuda"
     if workers is None:
-        workers = cores() if data.device.type == "cpu" and total > _WORKERS_PAY else 1
-    pieces = _balanced(pieces, workers)
+        most, pays = (gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)
+        workers = most if total > pays else 1
+    pieces = _shared(pieces, workers) if on_gpu else _balanced(pieces, workers)
     workers = min(workers, len(pieces))
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
     threads = cores() if workers == 1 and total > _THREADS_PAY else 1
@@ -155,6 +165,7 @@ def _plan(pieces: "Sequence[_Piece]", data: Dataset, *, workers: int, threads: i
         chunk_bytes=max(len(piece.chunk.index) * piece.cost.trial_bytes for piece in pieces),
         data_bytes=data.input_bytes,
         ways=tuple(piece.way for piece in pieces),
+        gpus=data.device.type == "cuda",
         state_bytes=sum(len(piece.chunk.index) * piece.cost.state_bytes for piece in pieces),
     )
 
@@ -190,6 +201,12 @@ def _balanced(pieces: list[_Piece], workers: int) -> list[_Piece]:
         else:
             done.append(piece)
     return done
+
+
+def _shared(pieces: list[_Piece], workers: int) -> list[_Piece]:
+    """Return the pieces with a part for each GPU of those that are long, and no more: a short chunk is no faster."""
+    share = sum(piece.seconds for piece in pieces) / (2 * workers)
+    return [part for piece in pieces for part in piece.cut(workers if piece.seconds > share else 1)]
 
 
 def memory_limit(data: Dataset, memory: int | None, free: int | None = None) -> int:

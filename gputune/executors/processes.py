@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.machinery import PathFinder
 from multiprocessing import resource_tracker
@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import cloudpickle
 import joblib
+import torch
 from joblib.externals.loky.process_executor import (
     BrokenProcessPool,
     ProcessPoolExecutor,
@@ -31,7 +32,7 @@ from gputune.engine.backend import computing
 from gputune.engine.job import Job
 from gputune.engine.memory import GivenUp, run_in_parts
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
-from gputune.executors.sharing import to_arrays, to_tensors
+from gputune.executors.sharing import moved, to_arrays, to_tensors
 from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count
@@ -99,7 +100,7 @@ def one_worker() -> ProcessPoolExecutor:
         return idle.pop()
     except IndexError:
         return ProcessPoolExecutor(
-            max_workers=1, timeout=IDLE_SECONDS, initializer=_begin_worker, initargs=(os.getpid(),)
+            max_workers=1, timeout=IDLE_SECONDS, initializer=begin_worker, initargs=(os.getpid(),)
         )
 
 
@@ -147,7 +148,7 @@ training = threading.Lock()
 """Held while this worker trains. One that has lost its parent keeps the state of what it trains before it ends."""
 
 
-def _begin_worker(parent: int) -> None:
+def begin_worker(parent: int) -> None:
     """Let this worker end soon after its parent has, and find a standard error where it has inherited none."""
 
     def watch() -> None:
@@ -175,7 +176,7 @@ def _why_lost(error: TerminatedWorkerError) -> str:
 
 
 class Processes(Executor):
-    """Worker processes of one thread each, beside this process, which trains too.
+    """Worker processes of one thread each, each for a device, beside this process, which trains too.
 
     The data is written once and mapped into every worker, so that it is held in memory once. A worker starts up while
     this process is already training.
@@ -183,11 +184,12 @@ class Processes(Executor):
 
     worker = "a worker process"
 
-    def __init__(self, job: Job, path: Path, workers: int) -> None:
-        self.packed, self.path, self.workers = packed(job), str(path), workers
+    def __init__(self, job: Job, path: Path, devices: Sequence[torch.device]) -> None:
+        self.packed, self.path, self.workers = packed(job), str(path), len(devices)
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
-        self.idle = [one_worker() for _ in range(workers)]
+        self.idle = [one_worker() for _ in devices]
+        self.devices = dict(zip(self.idle, devices))
         self.busy: dict[Future[Outcomes], ProcessPoolExecutor] = {}
         self.news = threading.Event()
 
@@ -201,9 +203,9 @@ class Processes(Executor):
         while True:
             pool = self.idle.pop()
             try:
-                future = submit(pool, _run_in_worker, self.packed, self.path, chunk)
+                future = submit(pool, _run_in_worker, self.packed, self.path, chunk, self.devices[pool])
             except BrokenProcessPool:  # its worker was killed while it was idle
-                self.idle.append(one_worker())
+                self.idle.append(self._instead_of(pool))
             except RuntimeError:
                 self.idle.append(pool)
                 return False
@@ -215,7 +217,8 @@ class Processes(Executor):
     def _collect(self, chunk: Population, ended: Ended, future: "Future[Outcomes]") -> None:
         error = future.exception()
         # Idle before it is busy no more: whoever stops all workers meanwhile finds it.
-        self.idle.append(one_worker() if isinstance(error, BrokenProcessPool) else self.busy[future])
+        pool = self.busy[future]
+        self.idle.append(self._instead_of(pool) if isinstance(error, BrokenProcessPool) else pool)
         del self.busy[future]
         if isinstance(error, TerminatedWorkerError):
             error = LostWorkerError(_why_lost(error))
@@ -223,6 +226,12 @@ class Processes(Executor):
             ended(chunk, future.result() if error is None else cast(Exception, error))
         finally:
             self.news.set()
+
+    def _instead_of(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
+        """Return a new worker for the device of one that is lost."""
+        pool = one_worker()
+        self.devices[pool] = self.devices.pop(lost)
+        return pool
 
     def wait(self) -> None:
         """Return when a worker has ended a chunk, or after a second."""
@@ -247,13 +256,13 @@ class Processes(Executor):
 
 
 @contextmanager
-def worker_processes(job: Job, data: Dataset, workers: int) -> Iterator[Processes]:
-    """Have so many workers inside, with the data at hand; those that are idle at the end wait for the next search."""
+def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -> Iterator[Processes]:
+    """Have a worker for each device inside, with the data at hand; those idle at the end wait for the next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
-        joblib.dump(to_arrays(data, here=True), path)
+        joblib.dump(to_arrays(moved(data, torch.device("cpu")), here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
-            processes = Processes(job, path, workers)
+            processes = Processes(job, path, devices)
             yield processes
             if job.is_over():
                 processes.stop()  # idle workers, for whose end this process would wait when it ends
@@ -261,15 +270,17 @@ def worker_processes(job: Job, data: Dataset, workers: int) -> Iterator[Processe
                 idle.extend(processes.idle)
 
 
-def _run_in_worker(packed: bytes, path: str, chunk: Population) -> Outcomes:
-    """Train one chunk; nothing comes of it where it is over before it has begun."""
+def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
+    """Train one chunk on a device; nothing comes of it where it is over before it has begun."""
     with training:
         job: Job = pickle.loads(packed)
         if job.is_over():
             return []
         try:
-            with computing(1):
-                return run_in_parts(job, _load(path), chunk)
+            # What has no device by name would open a context on the first GPU.
+            gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+            with computing(1), gpu:
+                return run_in_parts(job, _load(path, device), chunk)
         except Exception as error:
             if not _travels(error):
                 name = type(error).__qualname__
@@ -289,6 +300,6 @@ def _travels(error: Exception) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def _load(path: str) -> Dataset:
+def _load(path: str, device: torch.device) -> Dataset:
     # copy-on-write: torch wants arrays that could be written, and nobody writes to them
-    return to_tensors(joblib.load(path, mmap_mode="c"))
+    return moved(to_tensors(joblib.load(path, mmap_mode="c")), device)

@@ -25,7 +25,7 @@ from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
 from gputune.executors.executor import Ended, Executor, LostWorkerError, Outcomes
 from gputune.executors.processes import packed
-from gputune.executors.sharing import map_tensors, to_arrays, to_tensors
+from gputune.executors.sharing import moved, to_arrays, to_tensors
 from gputune.population.population import Population
 from gputune.version import __version__
 
@@ -80,12 +80,6 @@ def _dataset(reference: Any, device: str) -> Dataset:
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         data = to_tensors(ray.get(reference))
         return moved(data, torch.device(device))
-
-
-def moved(data: Dataset, device: torch.device) -> Dataset:
-    """Return a dataset with its tensors on a device."""
-    on_device: Dataset = map_tensors(data, lambda tensor: tensor.to(device))
-    return on_device
 
 
 def free_bytes() -> int:

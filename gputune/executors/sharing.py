@@ -88,6 +88,12 @@ def to_tensors(data: Dataset) -> Dataset:
     return tensors
 
 
+def moved(data: Dataset, device: torch.device) -> Dataset:
+    """Return a dataset with its tensors on a device, but for inputs that stay in main memory."""
+    on_device: Dataset = map_tensors(data, lambda tensor: tensor.to(device))
+    return replace(on_device, inputs=data.inputs) if data.on_host else on_device
+
+
 def mapped_file(tensor: Tensor) -> MappedFile | None:
     """Return where a tensor lies in a file that this process has mapped, None where it does not, or may be written to.
 

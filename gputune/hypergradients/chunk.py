@@ -309,6 +309,7 @@ def plan_chunks(
     *,
     memory: int | None,
     workers: int | None,
+    gpus: int = 1,
     bytes_of_a_task: int | None = None,
 ) -> tuple[Plan, HypergradientJob]:
     """Return the plan, and the job with its budget of bytes for each process.
@@ -317,7 +318,7 @@ def plan_chunks(
 
     Raises InputError where one trial alone, with all its folds, does not fit.
     """
-    processes = workers or (cores() if data.device.type == "cpu" else 1)
+    processes = (workers or cores()) if data.device.type == "cpu" else 1  # one has a GPU of its own
     if bytes_of_a_task is None:
         budget = (memory or free_bytes(data.device)) // processes
     else:
@@ -345,6 +346,13 @@ def plan_chunks(
         return replace(plain, trial_bytes=sizes[mode], trial_seconds=_SLOWER * plain.trial_seconds)
 
     plan = make_plan(
-        groups, data, epochs=job.epochs, memory=budget, workers=workers, parameters=0, cost_of=cost_of
+        groups,
+        data,
+        epochs=job.epochs,
+        memory=budget,
+        workers=workers,
+        gpus=gpus,
+        parameters=0,
+        cost_of=cost_of,
     )
     return plan, sized

@@ -15,7 +15,7 @@ from gputune.callbacks.callback import Callbacks
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.data.folds import Splitter, make_folds
 from gputune.data.source import Source
-from gputune.engine.backend import choose_backend, matrix_products, trains_as
+from gputune.engine.backend import choose_backend, matrix_products, other_gpus, trains_as
 from gputune.engine.entry import entry
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import Stop
@@ -273,6 +273,8 @@ def _trainer(
         memory=parse_memory(options.memory),
         precision=options.precision,
         workers=workers if cluster is None else cluster.tasks,
+        # TF32 is set in this process alone.
+        others=() if options.tf32 or cluster is not None else other_gpus(options.device, data.device),
         cluster=cluster,
         stop=stop,
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch import nn
 
 from gputune.data.dataset import Dataset
@@ -27,6 +28,7 @@ from gputune.population.population import ModelKind, Population, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
 from gputune.search.descent import Hypergradient
+from gputune.text import count
 from gputune.types import Backend, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -43,6 +45,7 @@ class Trainer:
     horizon   epochs of a whole training, which schedules are laid over
     memory    bytes that the user allows, None: what the device suggests
     workers   processes, or tasks of a ``cluster`` at once; None: an estimate decides
+    others    GPUs beside that of the data, each for a process of its own
     """
 
     data: Dataset
@@ -56,16 +59,18 @@ class Trainer:
     precision: Precision = "full"
     memory: int | None = None
     workers: int | None = 1
+    others: tuple[torch.device, ...] = ()
     cluster: RayCluster | None = None
     stop: Stop = field(default_factory=Stop)
     fits: Fits = field(default_factory=Fits)
 
     def __post_init__(self) -> None:
-        device = self.data.device
-        if device.type == "cuda" and self.cluster is None and self.workers not in (None, 1):
+        device, gpus = self.data.device, 1 + len(self.others)
+        if device.type == "cuda" and self.cluster is None and (self.workers or 1) > gpus:
+            has = f"{count(gpus, 'GPU')}, {', '.join(map(str, (device, *self.others)))}"
             raise InputError(
-                f"workers={self.workers} are processes on a CPU, and one process drives {str(device)!r}; leave workers "
-                "out, or choose device='cpu'."
+                f"workers={self.workers}: one process drives each GPU, and this search has {has}; leave workers out, "
+                "or choose device='cpu'."
             )
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
@@ -97,6 +102,7 @@ class Trainer:
             epochs=epochs,
             memory=self.memory,
             workers=self.workers,
+            gpus=1 + len(self.others),
             parameters=parameters,
             free=None if self.cluster is None else self.cluster.free,
             measure=measure if is_gpu_here else None,
@@ -122,6 +128,7 @@ class Trainer:
             job,
             memory=self.memory,
             workers=self.workers,
+            gpus=1 + len(self.others),
             bytes_of_a_task=room,
         )
         return self._placed(plan), job
@@ -167,11 +174,16 @@ class Trainer:
         def train(chunk: Population) -> Outcomes:
             return run_in_parts(job, data, chunk, progress)
 
-        with computing(plan.threads), _here(job, data, plan) as place:
+        with computing(plan.threads), self._here(job, plan) as place:
             for outcome in hand_out(plan.chunks, place, train, job.stop, progress=progress, claim=claim):
                 if isinstance(outcome, Outcome):
                     _expect(job, outcome.index)
                 yield outcome
+
+    def _here(self, job: Job, plan: Plan) -> AbstractContextManager[Executor]:
+        """Return the workers that a plan has on this machine beside this process."""
+        devices = (self.others or (self.data.device,) * plan.workers)[: plan.workers - 1]
+        return worker_processes(job, self.data, devices) if devices else nullcontext(Executor())
 
     def train_members(
         self, configs: Sequence[Config], epochs: Sequence[int], progress: Progress = unseen
@@ -204,11 +216,6 @@ class Trainer:
             per_layer=descent.per_layer,
         )
         return train_scheduled(job, self.data, chunk)
-
-
-def _here(job: Job, data: Dataset, plan: Plan) -> AbstractContextManager[Executor]:
-    """Return the workers that a plan has on this machine beside this process."""
-    return nullcontext(Executor()) if plan.workers == 1 else worker_processes(job, data, plan.workers - 1)
 
 
 def _expect(job: Job, index: tuple[int, ...]) -> None:

@@ -1,8 +1,10 @@
 """What gputune does on the simulated devices; ``test_simulated_cuda.py`` runs this in a process that has them."""
 
 import dataclasses
+import os
 import re
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +18,12 @@ from gputune.check import check
 from gputune.check.check import checks_of
 from gputune.check.laws import LAWS
 from gputune.data import dataset
-from gputune.engine import findings, speed
+from gputune.engine import findings, plan, speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
 from gputune.errors import InputError
+from gputune.executors import processes
 from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
@@ -174,7 +177,10 @@ def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
 
 
 def test_several_processes_are_refused(device, iris, tmp_path):
-    with pytest.raises(InputError, match=f"workers=2 .* one process drives '{device}'; leave workers out"):
+    with pytest.raises(
+        InputError,
+        match=f"workers=2: one process drives each GPU, and this search has 1 GPU, {device}; leave",
+    ):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 2}, device=device, study=tmp_path / "study.db")
     assert not list(tmp_path.iterdir())
 
@@ -353,3 +359,42 @@ def test_recordings_outlive_their_chunk(model, device, iris, monkeypatch):
     assert cuda.counts("capture") == {"": 1}
     # 3 rungs of 3 epochs of 4 steps, of which 3 warm up and one is taken both ways
     assert cuda.counts("replay") == {"": 9 * 4 - 3}
+
+
+class Seen(Net):
+    """A module that notes on which device it trains."""
+
+    def forward(self, x):
+        (Path(os.environ["SEEN"]) / str(x.device)).touch()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "method"), [(Seen, "random"), ("mlp", "halving"), ("mlp", "hypergradient")]
+)
+def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("SEEN", str(tmp_path))
+    monkeypatch.setattr(processes, "begin_worker", cuda.begin_worker)
+    monkeypatch.setattr(plan, "_GPUS_PAY", 0)
+    options = {
+        **FAST,
+        "workers": "auto",
+        "verbose": 1,
+        "method": method,
+        "space": {"lr": [1e-3, 2e-3, 4e-3, 8e-3]},
+    }
+    options |= {"scoring": "neg_log_loss", "n_trials": 2 if method == "hypergradient" else 4}
+    study = gputune.tune(model, *iris, **options, device="cuda")
+    assert "on 2 GPUs" in capsys.readouterr().err
+    if model is Seen:
+        assert {path.name for path in tmp_path.iterdir()} >= {"cuda:0", "cuda:1"}
+    one = gputune.tune(model, *iris, **options, device="cuda:0")
+    assert "GPUs" not in capsys.readouterr().err
+    np.testing.assert_allclose(study.curves, one.curves, rtol=1e-9, atol=1e-12)
+
+
+def test_a_second_gpu_is_for_what_is_long(iris, capsys):
+    gputune.tune("mlp", *iris, **{**FAST, "workers": "auto", "verbose": 1})
+    assert "GPUs" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
+        gputune.tune("mlp", *iris, **{**FAST, "workers": 3})

@@ -42,6 +42,13 @@ def counts(kind: str) -> dict[str, int]:
     return {what.removeprefix(kind).strip(): int(times) for times, what in lines if what.startswith(kind)}
 
 
+def begin_worker(parent: int) -> None:
+    """What a worker process begins with, who has loaded the simulated device by then."""
+    from gputune.executors.processes import begin_worker
+
+    begin_worker(parent)
+
+
 def forget() -> None:
     """Count anew."""
     _device.simulated_forget()
