@@ -12,110 +12,19 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gputune.errors import InputError
 from gputune.population.network import call_module, first_output
-from gputune.scoring.losses import row_losses
+from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
 from gputune.seeding import stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task
 
 LOSS_PREFIX = "loss__"
-
-
-class _Argument(NamedTuple):
-    """A number that a loss takes: its default, and the open interval that it lies in (``low`` counts if closed)."""
-
-    default: float
-    low: float
-    high: float
-    closed: bool = False
-
-    def rule(self) -> str:
-        return f"a number in {'[' if self.closed else '('}{self.low:g}, {self.high:g})"
-
-    def holds(self, value: object) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Real):
-            return False
-        number = float(value)
-        return (self.low <= number if self.closed else self.low < number) and number < self.high
-
-
-def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None = None) -> Tensor:
-    """(1 - s) * -log p(label) + s * the mean of -log p over the classes that take part (the others are at -inf).
-
-    Source: Szegedy et al. (2016), section 7, as ``torch.nn.functional.cross_entropy`` has it.
-    """
-    own = row_losses(outputs, y)
-    if label_smoothing is None:
-        return own
-    log_p = outputs.log_softmax(-1)
-    absent = outputs == -torch.inf
-    others = -log_p.masked_fill(absent, 0).sum(-1) / (~absent).sum(-1)
-    return (1 - label_smoothing) * own + label_smoothing * others
-
-
-def _gap(outputs: Tensor, y: Tensor) -> Tensor:
-    """Return y - outputs, (..., B, K)."""
-    return (y if y.dim() == outputs.dim() else y[..., None]) - outputs
-
-
-def _mse(outputs: Tensor, y: Tensor) -> Tensor:
-    return _gap(outputs, y).square().mean(-1)
-
-
-def _mae(outputs: Tensor, y: Tensor) -> Tensor:
-    return _gap(outputs, y).abs().mean(-1)
-
-
-def _huber(outputs: Tensor, y: Tensor, *, delta: Tensor) -> Tensor:
-    """Half the squared gap up to ``delta`` (in standard deviations of y), linear beyond. Source: Huber (1964)."""
-    gap, delta = _gap(outputs, y).abs(), delta[..., None]
-    return torch.where(gap <= delta, gap.square() / 2, delta * (gap - delta / 2)).mean(-1)
-
-
-def _quantile(outputs: Tensor, y: Tensor, *, q: Tensor) -> Tensor:
-    """The gap times q above the output, times q - 1 below. Source: Koenker and Bassett (1978)."""
-    gap, q = _gap(outputs, y), q[..., None]
-    return torch.maximum(q * gap, (q - 1) * gap).mean(-1)
-
-
-def _bce(outputs: Tensor, y: Tensor) -> Tensor:
-    y = y if y.dim() == outputs.dim() else y[..., None]
-    y = y.to(outputs.dtype).expand(outputs.shape)
-    return functional.binary_cross_entropy_with_logits(outputs, y, reduction="none").mean(-1)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A loss that has a name: row losses of outputs (..., B, K), the tasks it is for, and the numbers it takes."""
-
-    rows: Callable[..., Tensor]
-    tasks: tuple[Task, ...]
-    arguments: Mapping[str, _Argument]
-
-
-_CLASSES: tuple[Task, ...] = ("binary", "multiclass")
-_LOSSES: Mapping[str, _Named] = {
-    "cross_entropy": _Named(_cross_entropy, _CLASSES, {"label_smoothing": _Argument(0.0, 0, 1, closed=True)}),
-    "mse": _Named(_mse, ("regression",), {}),
-    "mae": _Named(_mae, ("regression",), {}),
-    "huber": _Named(_huber, ("regression",), {"delta": _Argument(1.0, 0, torch.inf)}),
-    "quantile": _Named(_quantile, ("regression",), {"q": _Argument(0.5, 0, 1)}),
-    "bce": _Named(_bce, ("multilabel", "binary"), {}),
-}
-_OF_TASK: Mapping[Task, str] = {
-    "binary": "cross_entropy",
-    "multiclass": "cross_entropy",
-    "regression": "mse",
-    "multilabel": "bce",
-}
 
 
 @dataclass(frozen=True)
@@ -149,7 +58,7 @@ class Objective:
 
     def name_unless_default(self, task: Task) -> str:
         """Return its name, "" where it is the task's own loss and nothing else."""
-        return "" if self == Objective(_OF_TASK.get(task, ""), binary=task == "binary") else self.name
+        return "" if self == Objective(LOSS_OF_TASK.get(task, ""), binary=task == "binary") else self.name
 
     @property
     def one_logit(self) -> bool:
@@ -178,7 +87,7 @@ class Objective:
                 f"space: {LOSS_PREFIX}{name} has no loss to go to beside training_step; leave it out."
             )
         if isinstance(self.loss, str):
-            arguments = _LOSSES[self.loss].arguments
+            arguments = LOSSES[self.loss].arguments
             if name not in arguments:
                 takes = f"takes {', '.join(arguments)}" if arguments else "takes no numbers"
                 raise InputError(f"space: {LOSS_PREFIX}{name} is none of loss={self.loss!r}, which {takes}.")
@@ -205,14 +114,14 @@ class Objective:
             return {}
         table = {
             name: [float(config.get(LOSS_PREFIX + name, of.default)) for config in configs]
-            for name, of in _LOSSES[self.loss].arguments.items()
+            for name, of in LOSSES[self.loss].arguments.items()
         }
         return {name: like.new_tensor(row)[:, None] for name, row in table.items() if any(row)}
 
     def rows(self, outputs: Tensor, y: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Return the row losses (..., C, B) of outputs (..., C, B, K), by a loss that has a name."""
         assert isinstance(self.loss, str)
-        return _LOSSES[self.loss].rows(outputs, y, **values)
+        return LOSSES[self.loss].rows(outputs, y, **values)
 
     def outputs(self, module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str] | None) -> Tensor:
         """Return what a module predicts of its inputs: of several heads, for a step of the user's own, the first."""
@@ -351,20 +260,20 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             "batch)."
         )
     if loss is None:
-        return Objective(_OF_TASK.get(task, ""), step, augment, task == "custom", binary)
+        return Objective(LOSS_OF_TASK.get(task, ""), step, augment, task == "custom", binary)
     if not isinstance(loss, str):
         if not callable(loss):
             raise InputError(
                 f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
             )
         return Objective(loss, step, augment, task == "custom", binary)
-    if loss not in _LOSSES:
+    if loss not in LOSSES:
         raise InputError(
             f"loss must be one of {_names()}, a torch.nn loss, or callable(outputs, y), got {loss!r}."
-            f"{did_you_mean(loss, _LOSSES)}"
+            f"{did_you_mean(loss, LOSSES)}"
         )
-    if task not in _LOSSES[loss].tasks:
-        fitting = ", ".join(repr(name) for name, of in _LOSSES.items() if task in of.tasks)
+    if task not in LOSSES[loss].tasks:
+        fitting = ", ".join(repr(name) for name, of in LOSSES.items() if task in of.tasks)
         raise InputError(
             f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}."
         )
@@ -391,4 +300,4 @@ def _with_logits(loss: Any) -> object:
 
 
 def _names() -> str:
-    return ", ".join(map(repr, _LOSSES))
+    return ", ".join(map(repr, LOSSES))
