@@ -23,6 +23,7 @@ from gputune.seeding import stream_seed
 from gputune.study.ensemble import Ensemble
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial
+from gputune.text import count
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Search, recalled
 
@@ -57,6 +58,7 @@ def ensemble(
     data, _ = search.problem.dataset(folds, search.options, search.choice)
     epochs = max(trial.best_epoch for trial in trials)
     whole, statistics = search.all_rows()
+    progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
     with progress.bar_over(len(trials), epochs) if not search.choice.solved else nullcontext():
         members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
     predictions = Predictions.of(members, data, scoring)
