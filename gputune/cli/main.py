@@ -96,7 +96,7 @@ def _let_go_of_streams() -> None:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
+def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     try:
         command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
         return _write(command(arguments))
@@ -112,10 +112,10 @@ def _run(arguments: argparse.Namespace, words: Callable[[str], str]) -> int:
         _say(f"error: {error.code} If you trust it, add --trust-code.")
         return BAD_INPUT
     except (InputError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        _say(f"error: {words(_in_words(error))}")
+        _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
         return BAD_INPUT
     except (SearchFailedError, ClusterError, DivergedError, OSError) as error:
-        _say(f"error: {words(_in_words(error))}")
+        _say(f"error: {words(_in_words(error), foreign=_causes(error))}")
         return FAILED
     except Exception:  # a bug: whoever reports it needs the traceback
         with suppress(OSError, ValueError):
@@ -144,6 +144,16 @@ def _say(text: str) -> None:
 
     with suppress(OSError, ValueError):  # whether it can be said or not, the exit code tells
         print(f"gputune: {clean(text)}", file=sys.stderr)
+
+
+def _causes(error: BaseException) -> list[str]:
+    """Return what other libraries and the user's own code said, of which an error tells."""
+    found = []
+    while error.__cause__ is not None:
+        error = error.__cause__
+        if not isinstance(error, InputError):
+            found.append(str(error).rstrip("."))
+    return found
 
 
 def _in_words(error: Exception) -> str:

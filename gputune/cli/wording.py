@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from gputune.cli.arguments import option_groups
@@ -23,7 +23,27 @@ _PHRASES = {
     "the same call goes on from there where study= names a file": "the same command goes on from there",
     "folds (cv, groups)": "folds (--cv, --groups)",
     "with gputune.Study.open": "with gputune trials",
+    "pass a module, for example model=gputune.models.MLP": "give a module, --model FILE.py:NAME",
+    "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'": "or FILE.py:NAME",
+    ", a torch.nn loss, or callable(outputs, y), got": ", got",
+    "scorer names or a callable, got": "scorer names, got",
+    "give loss=callable(outputs, y), or training_step=callable(module, batch)": "tune it from Python",
+    "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
+    "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
+    "give token ids as an integer tensor, torch.from_numpy(X)": "give token ids as a tensor of integers in a .pt file",
 }
+"""Advice that is Python's, and what it is here."""
+
+_PATTERNS = {
+    r", give it a default, or pass functools\.partial\(.*?=\.\.\.\)": ", or give it a default",
+    r"put '(\w+)' into the space": r"put \1=... into --space",
+    r"as a tuple in a list, \[\(([^()]*)\)\]": r"in parentheses, '(\1)'",
+    r"X is a dict; pass one table of .* takes apart": "FILE holds several inputs, which a module alone takes: give "
+    "--model FILE.py:NAME",
+}
+
+_FOREIGN = re.compile(r"[\w.]+\([^\n]*?\)(?= raised )|(?<= says: ).+?(?=\. Control flow and)")
+"""What torch says, and how a user's class was called, where an error stands in a sentence of ours."""
 
 
 def flags() -> dict[str, str]:
@@ -32,8 +52,19 @@ def flags() -> dict[str, str]:
     return {**known, "verbose": "--quiet"}
 
 
-def in_flags(text: str, *, kept: Collection[str] = ()) -> str:
-    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options."""
+def in_flags(text: str, *, kept: Collection[str] = (), foreign: Sequence[str] = ()) -> str:
+    """Return what ``gputune.tune`` says in the words of the command line: arguments, but those ``kept``, as options.
+
+    What others say within it, the ``foreign`` texts and what is known to be theirs, stays as it is.
+    """
+    theirs = [part for part in (*foreign, *_FOREIGN.findall(text)) if part]
+    for number, part in enumerate(theirs):
+        text = text.replace(part, f"\0{number}\0")
+    text = _in_flags(text, kept)
+    return re.sub(r"\0(\d+)\0", lambda match: theirs[int(match[1])], text)
+
+
+def _in_flags(text: str, kept: Collection[str]) -> str:
     known = flags()
     names = "|".join(name for name in known if name not in kept)
     before, change, after = text.partition("differs from this call in: ")
@@ -43,11 +74,14 @@ def in_flags(text: str, *, kept: Collection[str] = ()) -> str:
         text = f"{before}{change}{differing}{end}{remedy}"
     for phrase, other in _PHRASES.items():
         text = text.replace(phrase, other)
+    for pattern, other in _PATTERNS.items():
+        text = re.sub(pattern, other, text)
     text = re.sub(
         r"\b(?:Halving|Median|Hypergradient)\((\w+)=\.\.\.\)",
         lambda match: known.get(match[1], match[0]),
         text,
     )
+    text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
     text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)

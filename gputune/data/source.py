@@ -23,7 +23,7 @@ from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 
 
-def fingerprint(X: Table | Tensor | Arrays, y: Target | np.ndarray) -> dict[str, object]:
+def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
     """Return ``rows``, ``columns`` and ``sha256``, the hex digest of X's names, kinds and values and of y's.
 
     Equal values in an array, a frame or a file of the same names and kinds give the same digest; a tensor has
@@ -47,7 +47,7 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | np.ndarray) -> dict[str,
         for column in X.columns:
             _add(digest, column)
         rows, columns = len(X), len(X.names)
-    _add(digest, y.labels if isinstance(y, Target) else y)
+    _add(digest, y.labels if isinstance(y, Target) else y.numpy(force=True) if isinstance(y, Tensor) else y)
     return {"rows": rows, "columns": columns, "sha256": digest.hexdigest()}
 
 

@@ -132,7 +132,8 @@ class Scoring:
                 else "Choose a scoring that fits the task, for example accuracy or r2."
             )
             raise InputError(
-                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: {error}. {remedy}"
+                f"scoring={self.name!r} raised {type(error).__name__} on fold {fold}: "
+                f"{str(error).rstrip('.')}. {remedy}"
             ) from error
         return torch.from_numpy(result).to(outputs.device)
 

@@ -80,7 +80,34 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("the model folder has no groups", "the model folder has no groups"),
         ("A space is KEY=SPEC, got 'optimizer=a'.", "A space is KEY=SPEC, got 'optimizer=a'."),
         ("'/my/max_epochs/n_trials.csv' is gone", "'/my/max_epochs/n_trials.csv' is gone"),
+        ("got device='cpu'; leave tf32 out.", "got --device cpu; leave --tf32 out."),
+        ("model: Net(groups=1, cv=2) raised E: x", "--model: Net(groups=1, cv=2) raised E: x"),
+        (
+            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let backend='auto'",
+            "its forward says: vmap: groups=1 and cv=2. Control flow and so on, or let --backend auto",
+        ),
+        (
+            "loss is for a module of your own: pass a module, for example model=gputune.models.MLP, or leave it out",
+            "--loss is for a module of your own: give a module, --model FILE.py:NAME, or leave it out",
+        ),
+        ("'mse', a torch.nn loss, or callable(outputs, y), got 'l1'", "'mse', got 'l1'"),
+        ("scorer names or a callable, got 'x'", "scorer names, got 'x'"),
+        (
+            "put 'module__k' into the space (one), give it a default, or pass functools.partial(Net, k=...).",
+            "put module__k=... into --space (one), or give it a default.",
+        ),
+        ("one value as a tuple in a list, [(0.9, 0.99)].", "one value in parentheses, '(0.9, 0.99)'."),
+        (
+            "X is a dict; pass one table of its columns, which the forward of a module takes apart.",
+            "FILE holds several inputs, which a module alone takes: give --model FILE.py:NAME.",
+        ),
     ],
 )
 def test_sentences(said, typed):
     assert in_flags(said) == typed
+
+
+def test_what_others_say_stays_as_it_is():
+    said = "model: the forward raised ValueError: got groups=1, max_epochs=2. Choose max_epochs=3."
+    typed = "--model: the forward raised ValueError: got groups=1, max_epochs=2. Choose --epochs 3."
+    assert in_flags(said, foreign=["got groups=1, max_epochs=2"]) == typed

@@ -118,6 +118,18 @@ def test_a_word_that_there_is_not_is_named_with_the_near_one(bugs, flag, value, 
     refused_tune(bugs, flag, value, *more, words=[flag, value, f". Did you mean {meant!r}?"], lines=lines)
 
 
+def test_what_a_module_says_is_not_written_in_flags(bugs):
+    bugs.with_name("net.py").write_text(
+        "from torch import nn\nclass Net(nn.Linear):\n"
+        "    def __init__(self, n_features, n_outputs): super().__init__(n_features, n_outputs)\n"
+        "    def forward(self, x): raise RuntimeError('given groups=1, study=2 and max_epochs=3')\n"
+    )
+    words = [
+        "--model: the forward of Net raised RuntimeError: given groups=1, study=2 and max_epochs=3. It must"
+    ]
+    refused_tune(bugs, "--model", "net.py:Net", words=words)
+
+
 def test_a_command_that_there_is_not(bugs):
     refused("tun", bugs, words=["invalid choice: 'tun'", "Did you mean 'tune'?"], lines=2)
 

@@ -115,6 +115,9 @@ def test_a_digest_tells_inputs_apart():
         for X in (IMAGES, IMAGES.double(), IMAGES + 1, (IMAGES, IDS), {"a": IMAGES, "b": IDS})
     }
     assert len(digests) == 5
+    arrays = as_arrays(IMAGES)
+    y = torch.arange(6) % 2
+    assert fingerprint(arrays, y) == fingerprint(arrays, y.numpy())  # the target of a .pt file
 
 
 class TestFiles:
