@@ -65,7 +65,7 @@ def encode(
         assert isinstance(statistics, Statistics)
         return (torch.from_numpy(transform(layout.raw(X), statistics)).to(dtype),)
     assert isinstance(statistics, ArrayStatistics)
-    scaling = _scaling([statistics], torch.empty(0, dtype=dtype))
+    scaling = scaling_of([statistics], torch.empty(0, dtype=dtype))
     return tuple(
         x.to(dtype if x.is_floating_point() else x.dtype)
         if scale is None
@@ -84,6 +84,10 @@ class Scaling:
 
     center: Tensor
     scale: Tensor
+
+    def of_fold(self, fold: int) -> "Scaling":
+        """Return the scaling of one fold alone, on the CPU."""
+        return Scaling(self.center[fold : fold + 1].cpu(), self.scale[fold : fold + 1].cpu())
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
         """Return rows (F, ..., *row) of some folds, scaled."""
@@ -224,7 +228,7 @@ def make_dataset(
     of a fold's training rows add up to 0.
     """
     device = like.device
-    names, scaling, on_host = None, _scaling(statistics, like), False
+    names, scaling, on_host = None, scaling_of(statistics, like), False
     if isinstance(raw, Arrays):
         on_host = _stays_on_host(raw, device)
         inputs = tuple((x if on_host else x.to(device))[None] for x in raw.parts)
@@ -281,7 +285,7 @@ def _table_inputs(
     return (x,), copies
 
 
-def _scaling(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
+def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
     """Return how each input is scaled in each fold; a table's copies are scaled already."""
     if not isinstance(statistics[0], ArrayStatistics):
         return (None,)

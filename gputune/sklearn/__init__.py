@@ -5,7 +5,7 @@ from gputune.sklearn.halving import HalvingRandomSearchCV
 from gputune.sklearn.logistic import LogisticRegression
 from gputune.sklearn.mlp import MLPClassifier, MLPRegressor
 from gputune.sklearn.nested import NestedScores, nested_cv
-from gputune.sklearn.net import NeuralNetClassifier, NeuralNetRegressor
+from gputune.sklearn.net import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
 from gputune.sklearn.slices import SliceDict
 
@@ -17,6 +17,7 @@ __all__ = [
     "MLPClassifier",
     "MLPRegressor",
     "NestedScores",
+    "NeuralNet",
     "NeuralNetClassifier",
     "NeuralNetRegressor",
     "RandomizedSearchCV",

@@ -23,6 +23,7 @@ from sklearn.utils.validation import (
 from torch import Tensor
 
 from gputune.data.arrays import Arrays, as_arrays
+from gputune.data.target import check_target
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Place
@@ -81,6 +82,8 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
     """
 
     _foreign: ClassVar[Foreign] = Foreign()
+    _takes_any_target: ClassVar[bool] = False
+    """Whether y is taken as it is, numbers (n, ...)."""
     _takes_arrays: ClassVar[bool] = False
     """Whether X may be what is no table, and y have several columns."""
     _differentiable: ClassVar[Mapping[str, str]] = {}
@@ -175,7 +178,13 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
     several = estimator._takes_arrays and _has_columns(y)
     arrays, names = _inputs(X) if estimator._takes_arrays else None, None
-    if arrays is not None:
+    if estimator._takes_any_target:
+        y = check_target(y, task="custom", n_rows=len(y) if arrays is None else len(arrays)).values
+        if arrays is None:
+            arrays = Arrays((as_tensor(validate_data(estimator, X, dtype=FLOATS, order="C")),))
+            names = getattr(estimator, "feature_names_in_", None)
+            check_consistent_length(arrays.parts[0], y)
+    elif arrays is not None:
         y = _check_y(y, multi_output=several, y_numeric=numeric, estimator=estimator)
         check_consistent_length(arrays.parts[0], y)
     else:
@@ -186,9 +195,11 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     weights = None
     if sample_weight is not None:
         weights = _check_sample_weight(sample_weight, y, dtype=np.float64, ensure_non_negative=True)
+    if estimator._takes_any_target:
+        return Rows(arrays, y, weights, None, names, "custom")
     if several:
         y = _columns(estimator, y)
-        return Rows(arrays, y, weights, None, names, is_labels=not numeric)
+        return Rows(arrays, y, weights, None, names, "regression" if numeric else "multilabel")
     if numeric:
         return Rows(arrays, np.asarray(y, dtype=np.float64), weights, None, names)
     check_classification_targets(y)

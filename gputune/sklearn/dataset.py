@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gputune.data.arrays import ArrayLayout, Arrays
-from gputune.data.dataset import Dataset, Fold
+from gputune.data.arrays import ArrayLayout, Arrays, fit_channels
+from gputune.data.dataset import Dataset, Fold, scaling_of
 from gputune.types import Task
 
 
@@ -24,7 +24,7 @@ class Rows:
     weights    (n,) float64, None where all are one
     classes    those of y, None for numbers and labels
     names      (D,) of a table's features, None where X had none
-    is_labels  whether y are labels
+    taken_as   the task of a target that is no classes
     """
 
     X: Arrays
@@ -32,7 +32,7 @@ class Rows:
     weights: NDArray[np.float64] | None
     classes: NDArray[np.generic] | None
     names: NDArray[np.object_] | None
-    is_labels: bool = False
+    taken_as: Task = "regression"
 
     @property
     def is_table(self) -> bool:
@@ -45,7 +45,7 @@ class Rows:
         """What is predicted."""
         if self.classes is not None:
             return "binary" if len(self.classes) == 2 else "multiclass"
-        return "multilabel" if self.is_labels else "regression"
+        return self.taken_as
 
     def weight(self, rows: NDArray[np.int64]) -> float:
         """Return the sum of the weights of some rows."""
@@ -118,10 +118,13 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def make_dataset(rows: Rows, group: FoldGroup, x: Sequence[Tensor], *, standardise: bool = True) -> Dataset:
+def make_dataset(
+    rows: Rows, group: FoldGroup, x: Sequence[Tensor], *, standardise: bool = True, numbers: str = "none"
+) -> Dataset:
     """Return the engine's dataset of a group of folds on inputs (n, ...): X as it came, no validation rows.
 
-    Numbers to be predicted are standardised by the training rows of each fold, unless told not to.
+    Numbers to be predicted are standardised by the training rows of each fold, unless told not to; ``numbers`` says
+    whether inputs are.
     """
     device = x[0].device
     folds = tuple(
@@ -136,13 +139,14 @@ def make_dataset(rows: Rows, group: FoldGroup, x: Sequence[Tensor], *, standardi
     classes = group.classes
     # Half a number is too little to train in; a module of integers alone has parameters of single precision.
     dtype = torch.float64 if any(part.dtype == torch.float64 for part in x) else torch.float32
+    statistics = fit_channels(Arrays(tuple(x), rows.X.names), group.trains, numbers)
     return Dataset(
         inputs=tuple(part[None] for part in x),
         names=rows.X.names,
-        scaling=(None,) * len(x),
+        scaling=scaling_of(statistics, torch.empty(0, dtype=dtype, device=device)),
         dtype=dtype,
         copies=(0,) * len(folds),
-        y=codes if classes is not None else codes.to(dtype),
+        y=codes.to(dtype) if codes.is_floating_point() else codes.long(),
         weights=weights,
         folds=folds,
         present=_present(rows, group, y, device),
@@ -166,7 +170,7 @@ def _targets(rows: Rows, group: FoldGroup, standardise: bool) -> tuple[np.ndarra
         place = np.zeros(len(rows.classes), dtype=np.int64)
         place[group.classes] = np.arange(len(group.classes))
         return place[rows.y], np.zeros(folds), np.ones(folds)
-    if rows.is_labels or not standardise:
+    if rows.taken_as != "regression" or not standardise:
         ones = np.ones((folds, *rows.y.shape[1:]))
         return rows.y[None], 0 * ones, ones
     stats = [_center_and_scale(rows, train) for train in group.trains]
@@ -242,7 +246,7 @@ def _joined(blocks: Sequence[Rows]) -> Rows:
     weights = np.concatenate(weighted) if weighted else None
     if first.classes is None:
         y = np.concatenate([rows.y for rows in blocks])
-        return Rows(X, y, weights, None, first.names, first.is_labels)
+        return Rows(X, y, weights, None, first.names, first.taken_as)
     labels = np.concatenate([rows.classes[rows.y] for rows in blocks if rows.classes is not None])
     classes, codes = np.unique(labels, return_inverse=True)
     return Rows(X, codes.astype(np.int64), weights, classes, first.names)

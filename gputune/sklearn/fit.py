@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset
+from gputune.data.dataset import Dataset, Scaling
 from gputune.engine.backend import choose_backend, choose_device
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
@@ -22,7 +22,7 @@ from gputune.engine.train import State
 from gputune.errors import DivergedError, InputError
 from gputune.modules.construction import build_module, kinds_of, name_of
 from gputune.modules.inspection import EXAMPLES, returns_one_logit, traits_of
-from gputune.population.network import Network, call_module
+from gputune.population.network import Network, call_module, first_output
 from gputune.population.population import Population, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
@@ -41,6 +41,7 @@ class Member:
     classes   positions of its outputs' classes among all classes, None for a regression
     present   (K,) which of them take part, None where all do
     center, scale   a regression's target is ``output * scale + center``, numbers or (K,)
+    scaling   what an input becomes before it is given to the module, None: what it is
     epochs, seed    how long it has trained, and what its random numbers come from
     buffers   the engine's buffers of this member where it may train on, None where its training is over
     """
@@ -52,6 +53,7 @@ class Member:
     present: NDArray[np.bool_] | None
     center: NDArray[np.float64]
     scale: NDArray[np.float64]
+    scaling: tuple[Scaling | None, ...]
     epochs: int
     seed: int
     buffers: tuple[Tensor, ...] | None
@@ -104,7 +106,7 @@ def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[n
         x = shared_x(rows, choose_device(alike[0].device))
         for group in group_folds(rows, folds, partial(_decays, alike, rows)):
             configs = _configs(alike, rows, group.trains[0])
-            data = make_dataset(rows, group, x, standardise=alike[0].standardises)
+            data = make_dataset(rows, group, x, standardise=alike[0].standardises, numbers=alike[0].numbers)
             objective = _objective(alike[0], configs[0], data)
             if objective is not None and objective.one_logit:
                 data = data.with_one_logit()
@@ -120,7 +122,7 @@ def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | Non
     if builder is None:
         return None
     with suppress(InputError):  # which the check of the module raises again, for each configuration its own
-        if recipe.loss is None and returns_one_logit(builder, config, data):
+        if recipe.loss is None and recipe.step is None and returns_one_logit(builder, config, data):
             recipe = replace(recipe, loss="bce")
     return recipe.objective(data.task)
 
@@ -248,7 +250,7 @@ def _check_module(trainer: Trainer, population: Population) -> int:
             seed=trainer.seed,
         ).to(data.device, data.dtype)
         with torch.no_grad():
-            outputs = call_module(module.eval(), data.example(EXAMPLES), data.names)
+            outputs = first_output(call_module(module.eval(), data.example(EXAMPLES), data.names))
         _refuse_probabilities(name_of(builder), outputs)
     return number
 
@@ -306,10 +308,11 @@ def _members(
     present = None if data.present is None else data.present.cpu().numpy()
     members: Members = {}
     for f in range(data.n_folds):
+        scaling = tuple(None if of is None else of.of_fold(f) for of in data.scaling)
         takes_part = None if present is None or present[f].all() else present[f]
         for c, i in enumerate(chunk.index):
             buffers = None if weights.buffers is None else tuple(b[c, f] for b in weights.buffers)
-            facts = (classes, takes_part, center[f], scale[f], weights.epochs, job.seed, buffers)
+            facts = (classes, takes_part, center[f], scale[f], scaling, weights.epochs, job.seed, buffers)
             members[f, i] = (
                 Member(network, params, (f, c), *facts) if finite[f][c] else _diverged(chunk.configs[c])
             )

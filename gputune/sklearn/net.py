@@ -1,9 +1,11 @@
-"""NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
+"""NeuralNet, NeuralNetClassifier and NeuralNetRegressor: a user's nn.Module as an estimator, in skorch's words."""
 
 import inspect
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.utils import Tags
 from torch import nn
 
@@ -74,6 +76,9 @@ class _NeuralNet(TrainedEstimator):
         max_epochs: int = 10,
         random_state: object = None,
         device: str = "auto",
+        training_step: object = None,
+        augment: object = None,
+        numbers: str = "none",
         train_split: object = None,
         verbose: int = 0,
         **arguments: object,
@@ -146,7 +151,15 @@ class _NeuralNet(TrainedEstimator):
             device=self.device,
             module=_builder(self.module),
             loss=self._loss(),
+            step=self.training_step,
+            augment=self.augment,
+            numbers=self._numbers(),
         )
+
+    def _numbers(self) -> str:
+        if self.numbers not in ("none", "standard"):
+            raise InputError(f"numbers must be 'none' or 'standard', got {self.numbers!r}.")
+        return str(self.numbers)
 
     def _loss(self) -> str | Callable[..., object] | None:
         """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""
@@ -217,12 +230,34 @@ _PARAMETERS = """
     max_epochs           epochs, always to the last one
     random_state         an integer gives the same numbers again, alone as in a search
     device               "auto", "cpu", "cuda", "cuda:1"
+    training_step        callable(module, (x, y)) in place of the criterion; it returns row losses or their mean
+                         (skorch: a method, ``train_step_single``)
+    augment              callable(x, generator) for the minibatches of training: inputs of the same shape
+    numbers              "standard" scales the channels of floats and bytes, of a table the columns, by the training
+                         rows; "none" leaves them
     train_split          None: no row is held out, and nothing else is taken
     verbose              taken, and without effect
 
     Members of a search train stacked where the module can be, and one by one where not. Departures from skorch: every
     row is trained on, none is held out, and floats have X's precision on a CPU (skorch: single).
 """
+
+
+class NeuralNet(_NeuralNet):
+    __doc__ = f"""A user's nn.Module on any target, numbers (n, ...) as they are; it needs a criterion.{_PARAMETERS}
+    ``predict`` returns the outputs of the module. A search needs ``scoring``, as it is in skorch.
+
+    After ``fit``: ``module_`` (a plain module of the user's class, on the CPU), ``n_iter_`` (epochs), and of a table
+    ``n_features_in_`` and ``feature_names_in_``.
+    """
+
+    _takes_any_target = True
+    _own_losses: ClassVar = {}
+
+    def predict(self, X: object) -> NDArray[np.float64]:
+        """Return the outputs of the module, (n, ...)."""
+        outputs: NDArray[np.float64] = self._outputs(X).numpy()
+        return outputs
 
 
 class NeuralNetClassifier(TrainedClassifier, _NeuralNet):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from gputune.data.arrays import ArrayLayout, Arrays
-from gputune.population.network import call_module, two_logits
+from gputune.population.network import call_module, first_output, two_logits
 from gputune.sklearn.base import FLOATS, FusedEstimator
 from gputune.sklearn.dataset import Rows, as_tensor
 from gputune.sklearn.fit import Member, fit_members
@@ -37,6 +37,7 @@ class TrainedEstimator(FusedEstimator):
         self.module_ = fitted.module()
         self.n_iter_ = fitted.epochs
         self._layout = None if rows.is_table else ArrayLayout.of(rows.X)
+        self._scaling = fitted.scaling
 
     def _outputs(self, X: object) -> Tensor:
         """Return the module's outputs (n, K), float64, on the CPU."""
@@ -51,12 +52,13 @@ class TrainedEstimator(FusedEstimator):
         with torch.inference_mode():
             blocks = zip(*(torch.split(part, rows) for part in arrays.parts))
             outputs = torch.cat([self._forward(block, weight, arrays.names) for block in blocks])
-        return outputs if outputs.dim() == 2 else outputs[:, None]
+        return outputs if outputs.dim() > 1 else outputs[:, None]
 
     def _forward(self, inputs: Sequence[Tensor], weight: Tensor, names: Sequence[str] | None) -> Tensor:
         """Return the outputs of some rows; floats are given in the precision of the module's weights."""
-        on_device = [x.to(weight.device, weight.dtype if x.is_floating_point() else None) for x in inputs]
-        return call_module(self.module_, on_device, names).double().cpu()
+        scaled = [x if of is None else of(x[None], slice(0, 1))[0] for x, of in zip(inputs, self._scaling)]
+        on_device = [x.to(weight.device, weight.dtype if x.is_floating_point() else None) for x in scaled]
+        return first_output(call_module(self.module_, on_device, names)).double().cpu()
 
 
 class TrainedClassifier(ClassifierMixin, TrainedEstimator):  # type: ignore[misc]

@@ -50,6 +50,8 @@ class Recipe:
     device   as the user wrote it
     module   what makes a module of the user's, for kind "module"
     loss     the name of a loss or the user's own, None for that of the task
+    step, augment  functions of the user's for a minibatch, as ``Objective`` has them
+    numbers  "standard" scales the channels of each input by the training rows, "none" leaves them
     state    where a training that stops at rungs is; None for one that goes to its end at once
     """
 
@@ -61,24 +63,28 @@ class Recipe:
     device: str
     module: Builder | None = None
     loss: str | Callable[..., object] | None = None
+    step: Callable[..., object] | None = None
+    augment: Callable[..., object] | None = None
+    numbers: str = "none"
     state: RungState | None = None
 
     @property
     def family(self) -> Hashable:
         """What recipes have in common that train together, on one device and for as long."""
         length = (self.begin, self.epochs, self.horizon, self.state is None)
-        return self.device, self.kind, content(self.module), content(self.loss), self.seed, length
+        functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
+        return self.device, self.kind, functions, self.numbers, self.seed, length
 
     @property
     def standardises(self) -> bool:
         """Whether numbers to be predicted are standardised: a loss of the user's own takes them as they are."""
-        return self.loss is None or isinstance(self.loss, str)
+        return self.step is None and (self.loss is None or isinstance(self.loss, str))
 
     def objective(self, task: Task) -> Objective | None:
         """Return what a module is trained on, None for a built-in model; InputError for what does not fit the task."""
         if self.kind != "module":
             return None
-        objective = make_objective(self.loss, None, None, task)
+        objective = make_objective(self.loss, self.step, self.augment, task)
         objective.check(self.config)
         return objective
 

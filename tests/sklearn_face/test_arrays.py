@@ -13,13 +13,14 @@ from sklearn.experimental import enable_halving_search_cv  # noqa: F401
 from sklearn.metrics import r2_score
 from torch import nn
 
-from face_modules import Conv, GatedConv, Recurrent, TwoInputs, make_conv, weighed_squares
+from face_modules import Conv, GatedConv, OneNumber, Recurrent, TwoInputs, make_conv, weighed_squares
 from gputune.errors import InputError
 from gputune.sklearn import (
     GridSearchCV,
     HalvingRandomSearchCV,
     HypergradientSearchCV,
     MLPClassifier,
+    NeuralNet,
     NeuralNetClassifier,
     NeuralNetRegressor,
     RandomizedSearchCV,
@@ -40,12 +41,71 @@ CONV = NeuralNetClassifier(Conv, **TRAINING)
 GRID = {"lr": [0.03, 0.3], "module__channels": [2, 4]}
 
 
+def cross_entropy(module, batch):
+    x, y = batch
+    return nn.functional.cross_entropy(module(x), y)
+
+
+def noise(x, generator):
+    return x + 0.1 * torch.randn(x.shape, generator=generator)
+
+
+def squares_of_maps(outputs, y):
+    return (outputs - y).square().flatten(1).mean(1)
+
+
+def minus_squares(estimator, X, y):
+    return -float(np.square(estimator.predict(X) - y).mean())
+
+
 def both_grids(estimator, grid, X, y, **options):
     ours, _, theirs, _ = both(
         GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=3, **options
     )
     assert_same_results(ours, theirs, tolerance=1e-7)
     return ours, theirs
+
+
+@pytest.mark.parametrize(
+    "part", [{"training_step": cross_entropy}, {"augment": noise}, {"numbers": "standard"}]
+)
+def test_a_step_of_ones_own_augmentation_and_scaling_are_the_fits(part):
+    net = clone(CONV).set_params(**part)
+    images = (np.clip(IMAGES, -1, 1) * 127 + 127).astype(np.uint8) if "numbers" in part else IMAGES
+    ours, _ = both_grids(net, GRID, images, CLASSES, scoring="neg_log_loss")
+    plain = clone(CONV).set_params(**ours.best_params_).fit(IMAGES, CLASSES).predict_proba(IMAGES)
+    same = np.allclose(plain, ours.predict_proba(images), rtol=1e-6)
+    assert same == ("training_step" in part)
+
+
+def test_scaling_is_that_of_a_scaler_in_front():
+    scaled = (AGES - AGES.mean(0)) / AGES.std(0)
+    net = NeuralNetRegressor(OneNumber, **TRAINING)
+    expected = net.fit(scaled, NUMBERS[:, 0]).predict(scaled)
+    found = clone(net).set_params(numbers="standard").fit(AGES, NUMBERS[:, 0]).predict(AGES)
+    np.testing.assert_allclose(found, expected, rtol=1e-8)
+    with pytest.raises(InputError, match="numbers must be 'none' or 'standard', got 'quantile'"):
+        clone(net).set_params(numbers="quantile").fit(AGES, NUMBERS[:, 0])
+
+
+def test_a_target_of_any_shape_with_a_criterion():
+    net = NeuralNet(
+        nn.Conv2d, module__in_channels=1, module__out_channels=1, module__kernel_size=3, **TRAINING
+    )
+    maps = IMAGES[:, :, 1:-1, 1:-1] * 2
+    with pytest.raises(InputError, match=r"a custom target has no loss of its own; give criterion=callable"):
+        net.fit(IMAGES, maps)
+    net.set_params(criterion=squares_of_maps)
+    ours, _ = both_grids(net, {"lr": [0.01, 0.1]}, IMAGES, maps, scoring=lambda: minus_squares)
+    assert ours.predict(IMAGES).shape == maps.shape and -ours.best_score_ < np.square(maps).mean()
+
+
+@pytest.mark.parametrize(
+    "net", [CONV, NeuralNetClassifier(GatedConv, **TRAINING)], ids=["stacked", "one by one"]
+)
+def test_scikit_learns_cross_validate_takes_images(net):
+    scores = model_selection.cross_validate(net, IMAGES, CLASSES, cv=3, return_train_score=True)
+    assert len(scores["test_score"]) == 3 and np.isfinite(scores["train_score"]).all()
 
 
 @pytest.mark.parametrize("X", [IMAGES, torch.from_numpy(IMAGES)], ids=["array", "tensor"])

@@ -47,7 +47,7 @@ def data_for(estimator):
 def test_the_public_names():
     assert face.__all__ == sorted(face.__all__)
     searches = {"GridSearchCV", "HalvingRandomSearchCV", "HypergradientSearchCV", "RandomizedSearchCV"}
-    searches |= {"NestedScores", "SliceDict", "nested_cv"}
+    searches |= {"NestedScores", "NeuralNet", "SliceDict", "nested_cv"}
     assert {type(e).__name__ for e in CLASSIFIERS + REGRESSORS} | searches == set(face.__all__)
 
 
