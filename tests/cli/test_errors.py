@@ -1,7 +1,6 @@
 """Bad input ends with exit code 2 and one line that names the argument, the value and the remedy."""
 
 import pytest
-import torch
 
 from command_line import FAST, kinds, run, write_table
 
@@ -181,11 +180,6 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
 def test_bad_options(bugs, option, value, words):
     refused_tune(bugs, option, value, words=[option, *words])
     assert not bugs.with_name("gputune-out").exists()
-
-
-def test_a_device_that_is_not_there(bugs):
-    there = torch.cuda.device_count()
-    refused_tune(bugs, "--device", f"cuda:{there}", words=[f"'cuda:{there}'", "cpu"])
 
 
 @pytest.mark.parametrize(

@@ -94,22 +94,3 @@ def test_a_loss_is_shown_in_its_own_sign_and_no_name_steers_the_terminal(tmp_pat
         store.finish([result(0, score=-0.25)])
     assert "log_loss (lower is better) 0.2500 in trial 0" in status(path)
     assert "\x1b" not in status(path)
-
-
-def test_no_study_is_bad_input(tmp_path):
-    code, out, err = run("status", tmp_path / "none.db")
-    assert (code, out) == (2, "") and "there is no study file; check the path" in err
-    (tmp_path / "text.db").write_text("no study")
-    code, out, err = run("status", tmp_path / "text.db")
-    assert (code, out) == (2, "") and "is not a gputune study" in err
-
-
-def test_a_search_by_a_sampler_waits_for_its_next_batch(tmp_path):
-    path = tmp_path / "study.db"
-    method = {"name": "optuna", "sampler": "TPESampler", "halving": None}
-    with Store.create(path, {**META, "method": method}) as store:
-        store.add_trials([replace(c, origin=f"batch {1 + c.number // 2}") for c in candidates(range(4))])
-        store.finish([result(n, score=0.5 + n / 10) for n in range(2)])
-    text = status(path)
-    assert "Trials   2 of 4 trials finished: 2 trained to the end, 2 without a result yet" in text
-    assert "Best     accuracy 0.6000 in trial 1" in text

@@ -500,16 +500,11 @@ def test_x_may_be_anything_that_the_module_takes():
 def test_truncated(checkpoint):
     values = {"lr": [0.1, 0.2, 0.3]}
     whole = run(network(), given=data(9), hyperparameters=values, mode="reverse")
-    for steps in (9, 10, 10**6):
-        found = run(network(), given=data(9), hyperparameters=values, truncate=steps, checkpoint=checkpoint)
-        assert_close(found.gradient, whole.gradient)
     last = run(network(), given=data(9), hyperparameters=values, truncate=3, checkpoint=checkpoint)
     assert last.mode == "reverse" and last.value == pytest.approx(whole.value, rel=1e-13)
     assert (last.gradient["lr"][:2] == 0).all()
     # The last segment is the last three steps: before it, its rate has no effect.
     assert_close({"lr": last.gradient["lr"][2:]}, {"lr": whole.gradient["lr"][2:]})
-    one = run(network(), given=data(9), truncate=1, checkpoint=checkpoint)
-    assert 0 < abs(one.gradient["lr"]) < abs(run(network(), given=data(9)).gradient["lr"])
 
 
 def test_auto_takes_the_fastest_mode_that_fits():

@@ -19,9 +19,8 @@ def peak_of(mode, training, optimizer, wanted):
     return peak_bytes(lambda: mode(InnerProblem(training, rule_of(optimizer), tables), wanted))
 
 
-@pytest.mark.parametrize("optimizer", ("sgd", "adam"))
-def test_forward_mode_needs_no_more_for_more_steps(optimizer):
-    short, long = (peak_of(forward, StackedNets(steps), optimizer, ("lr",)) for steps in (30, 150))
+def test_forward_mode_needs_no_more_for_more_steps():
+    short, long = (peak_of(forward, StackedNets(steps), "adam", ("lr",)) for steps in (20, 60))
     assert long <= 1.1 * short  # and the count does see what grows: reverse mode below
 
 
@@ -42,22 +41,19 @@ def test_training_without_derivatives_keeps_nothing():
     assert many == few
 
 
-@pytest.mark.parametrize(
-    "shape", ({"widths": (6,)}, {"widths": (64,)}, {"widths": (16, 8), "sizes": (60, 100)})
-)
-@pytest.mark.parametrize("optimizer", ("adam",))
-def test_the_estimate_is_within_a_factor_of_two(optimizer, shape):
-    training = StackedNets(20, **shape)
-    tables = tables_of(optimizer, training.members)
-    need = measure(InnerProblem(training, optimizer, tables))
-    for wanted in (("lr",), OF[optimizer]):
-        sizes = need.of_modes(20, sum(tables[name][0].numel() for name in wanted))
+@pytest.mark.parametrize("shape", ({"widths": (64,)}, {"widths": (16, 8), "sizes": (60, 100)}))
+def test_the_estimate_is_within_a_factor_of_two(shape):
+    training = StackedNets(12, **shape)
+    tables = tables_of("adam", training.members)
+    need = measure(InnerProblem(training, "adam", tables))
+    for wanted in (("lr",), OF["adam"]):
+        sizes = need.of_modes(12, sum(tables[name][0].numel() for name in wanted))
         for mode, estimate in (
             (reverse, sizes["reverse"]),
             (checkpointed, sizes["checkpointed"]),
             (forward, sizes["forward"]),
         ):
-            assert 0.5 < estimate / peak_of(mode, training, optimizer, wanted) < 2, mode
+            assert 0.5 < estimate / peak_of(mode, training, "adam", wanted) < 2, mode
 
 
 def test_measuring_leaves_nothing_behind():
