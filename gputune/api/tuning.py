@@ -48,12 +48,12 @@ def _with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]
     known = signature(function).parameters
 
     @wraps(function)
-    def called(*given: Given.args, **more: Given.kwargs) -> Value:
+    def called(*args: Given.args, **more: Given.kwargs) -> Value:
         for name in more:
             if name not in known:
                 hint = did_you_mean(name, known, others=_OTHER_WORDS)
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}")
-        return function(*given, **more)
+        return function(*args, **more)
 
     return called
 

@@ -134,8 +134,8 @@ def _add_quiet(group: Any) -> None:
 def option_groups() -> list[tuple[str, dict[str, Rule]]]:
     """Return the title and the flags of each group of ``gputune tune --help``, those of the command itself last."""
     return [
-        (title, {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | own)
-        for title, own in _MORE_RULES.items()
+        (title, {name: rule for name, rule in RULES.items() if rule.flag and rule.group == title} | rules)
+        for title, rules in _MORE_RULES.items()
     ]
 
 

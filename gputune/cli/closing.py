@@ -192,34 +192,34 @@ def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _scores(ending: Ending, width: int) -> str:
-    measure, held = study_measure(ending.study), ending.held_out
-    if held is None:
+    measure, score = study_measure(ending.study), ending.held_out
+    if score is None:
         text = "All rows were used, so no honest score is left; gputune tune --test-size keeps rows apart for one."
-    elif held.why:
-        text = f"There is no held-out {measure.name}: {clean(held.why)}."
+    elif score.why:
+        text = f"There is no held-out {measure.name}: {clean(score.why)}."
     else:
         text = (
-            f"Held-out {measure.title}: {measure.text(held.score)}, the saved model's own score on "
-            f"{count(held.rows, 'row')} that nothing was fitted on{_bounds(held, measure)}."
+            f"Held-out {measure.title}: {measure.text(score.score)}, the saved model's own score on "
+            f"{count(score.rows, 'row')} that nothing was fitted on{_bounds(score, measure)}."
         )
-    if held is not None and held.unseen:
-        text += f" {count(held.unseen, 'row')} of a class that no row of the search has counted as wrong."
+    if score is not None and score.unseen:
+        text += f" {count(score.unseen, 'row')} of a class that no row of the search has counted as wrong."
     words = f"{text} {_optimistic(ending.study)}{_without_model(ending.study)}{_unfinished(ending.study)}"
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
 
 
-def _bounds(held: HeldOut, measure: Measure) -> str:
-    if held.interval is None:
+def _bounds(score: HeldOut, measure: Measure) -> str:
+    if score.interval is None:
         return ""
-    low, high = sorted(map(measure.text, held.interval), key=float)
+    low, high = sorted(map(measure.text, score.interval), key=float)
     return f" (95 % of bootstrap samples: {low} to {high})"
 
 
 def _without_model(study: Study) -> str:
-    found = study.record.baseline
-    if found is None:
+    baseline = study.record.baseline
+    if baseline is None:
         return ""
-    return f" Without a model, {clean(found['answer'])} scores {study_measure(study).text(found['score'])} there."
+    return f" Without a model, {clean(baseline['answer'])} scores {study_measure(study).text(baseline['score'])} there."
 
 
 def _unfinished(study: Study) -> str:

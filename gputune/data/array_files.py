@@ -37,9 +37,9 @@ def read_array_file(path: Path) -> dict[str, object]:
         if path.suffix == ".npy":
             return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as found:
-                return dict(found)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        arrays = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{str(path)!r} holds more than tensors, which is not unpickled since that may run code; {_WRITE}."
@@ -54,12 +54,12 @@ def read_array_file(path: Path) -> dict[str, object]:
         elif path.stat().st_size == 0:
             reason = "it is empty"
         raise InputError(f"{str(path)!r} cannot be read as arrays: {reason}; {_WRITE}.") from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(arrays, dict) or not all(isinstance(value, Tensor) for value in arrays.values()):
         raise InputError(
-            f"{str(path)!r} must hold a dict of tensors, got {type(found).__name__}; save one, for example "
+            f"{str(path)!r} must hold a dict of tensors, got {type(arrays).__name__}; save one, for example "
             "torch.save({'image': X, 'label': y}, path)."
         )
-    return {str(name): value for name, value in found.items()}
+    return {str(name): value for name, value in arrays.items()}
 
 
 def pick_arrays(path: Path, y: Any, groups: Any) -> tuple[object, object, object]:
@@ -143,20 +143,20 @@ def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:
     return item
 
 
-def _split(found: object, y: object, name: str) -> tuple[object, object]:
+def _split(item: object, y: object, name: str) -> tuple[object, object]:
     """Return inputs and target of what the items are when they are stacked."""
     if y is not None:
-        return _as_inputs(found), y
-    if not isinstance(found, list | tuple) or len(found) != 2:
+        return _as_inputs(item), y
+    if not isinstance(item, list | tuple) or len(item) != 2:
         raise InputError(f"y is missing: the items of X, a {name}, are no pairs (inputs, target); pass y.")
-    return _as_inputs(found[0]), found[1]
+    return _as_inputs(item[0]), item[1]
 
 
-def _as_inputs(found: object) -> object:
+def _as_inputs(item: object) -> object:
     """Return the only one of several inputs alone, several as a tuple."""
-    if not isinstance(found, list):
-        return found
-    return tuple(found) if len(found) > 1 else found[0]
+    if not isinstance(item, list):
+        return item
+    return tuple(item) if len(item) > 1 else item[0]
 
 
 def _in_short(error: Exception) -> str:

@@ -152,10 +152,10 @@ def _remedy(array: np.ndarray) -> str:
 
 def _shared(array: np.ndarray) -> Tensor:
     """Return a tensor over the memory of an array, which may be a file's that cannot be written; nothing writes."""
-    own = (
+    dtype = (
         np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     )  # torch has no long double
-    native = array.astype(own, copy=False)
+    native = array.astype(dtype, copy=False)
     if any(stride < 0 for stride in native.strides):
         native = np.ascontiguousarray(native)
     # torch warns of memory that must not be written, and cannot be told that it will not be.
@@ -200,11 +200,11 @@ class ArrayLayout:
             arrays = _checked((X if isinstance(X, Tensor) else np.asarray(X),), None)
         if self.names is not None and arrays.names is not None:
             arrays = self._by_name(arrays, self.names)
-        found = ArrayLayout.of(arrays)
+        layout = ArrayLayout.of(arrays)
         kinds = [torch.empty(0, dtype=getattr(torch, dtype)).is_floating_point() for dtype in self.dtypes]
         same = kinds == [x.is_floating_point() for x in arrays.parts]
-        if found.shapes != self.shapes or found.names != self.names or not same:
-            raise InputError(f"X must be what was seen in training, {self}, got {found}.")
+        if layout.shapes != self.shapes or layout.names != self.names or not same:
+            raise InputError(f"X must be what was seen in training, {self}, got {layout}.")
         return arrays
 
     def _by_name(self, arrays: Arrays, names: tuple[str, ...]) -> Arrays:

@@ -91,9 +91,9 @@ class Scaling:
 
     def __call__(self, rows: Tensor, folds: slice) -> Tensor:
         """Return rows (F, ..., *row) of some folds, scaled."""
-        own = self.center[folds]
-        shape = (len(own), *[1] * (rows.dim() - own.dim()), *own.shape[1:])
-        return (rows.to(own.dtype) - own.view(shape)) / self.scale[folds].view(shape)
+        center = self.center[folds]
+        shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
+        return (rows.to(center.dtype) - center.view(shape)) / self.scale[folds].view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,9 +162,9 @@ class Dataset:
 
     def rows(self, fold: int, positions: Tensor) -> tuple[Tensor, ...]:
         """Return rows of all inputs as a fold reads them, each (m, ...)."""
-        copy, own = self.copies[fold], slice(fold, fold + 1)
+        copy, folds = self.copies[fold], slice(fold, fold + 1)
         return tuple(
-            self.read(number, self._taken(x[copy], positions)[None], own)[0]
+            self.read(number, self._taken(x[copy], positions)[None], folds)[0]
             for number, x in enumerate(self.inputs)
         )
 

@@ -92,14 +92,14 @@ class Layout:
 
     def _positions(self, names: tuple[str, ...]) -> dict[str, int]:
         """Return where each column stands among ``names``."""
-        given = set(names)
-        missing = [column.name for column in self.columns if column.name not in given]
+        present = set(names)
+        missing = [column.name for column in self.columns if column.name not in present]
         if missing:
             raise InputError(
                 f"X has no column {quoted(missing)}; the columns seen in training are {quoted(self.inputs)}, "
                 f"got {quoted(names)}."
             )
-        extra = sorted(given - set(self.inputs))
+        extra = sorted(present - set(self.inputs))
         if extra:
             message = f"X has columns that were not there in training and are ignored: {quoted(extra)}."
             warnings.warn(message, UserWarning, stacklevel=4)

@@ -51,15 +51,15 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
     return {"rows": rows, "columns": columns, "sha256": digest.hexdigest()}
 
 
-def table_size(found: Mapping[str, Any], origin: Mapping[str, Any] | None) -> dict[str, int]:
+def table_size(sizes: Mapping[str, Any], origin: Mapping[str, Any] | None) -> dict[str, int]:
     """Return the rows and columns of a fingerprint; of a table that was cut, the rows that are held out count too."""
-    return {"rows": (origin or {}).get("rows", found["rows"]), "columns": found["columns"]}
+    return {"rows": (origin or {}).get("rows", sizes["rows"]), "columns": sizes["columns"]}
 
 
-def rows_difference(held: Mapping[str, object], found: Mapping[str, object]) -> str:
+def rows_difference(before: Mapping[str, object], now: Mapping[str, object]) -> str:
     """Return what differs between the rows of a study and those that were ``found``, by their numbers."""
-    counts = [f"{held[n]} {n} then, {found[n]} now" for n in ("rows", "columns") if held[n] != found[n]]
-    return "; ".join(counts) or f"{held['rows']} rows then and now, of other names or values"
+    counts = [f"{before[n]} {n} then, {now[n]} now" for n in ("rows", "columns") if before[n] != now[n]]
+    return "; ".join(counts) or f"{before['rows']} rows then and now, of other names or values"
 
 
 def _add(digest: "hashlib._Hash", values: np.ndarray) -> None:

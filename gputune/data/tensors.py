@@ -86,9 +86,9 @@ def first_equal(rows: Tensor) -> Tensor | None:
         key = (key ^ (column + 0.0).view(bits)) * _ODD  # + 0.0 makes 0.0 of -0.0, which is equal to it
         key = key ^ (key >> 29)
     group = torch.unique(key, return_inverse=True)[1]
-    own = torch.arange(len(rows), device=rows.device)
-    first = torch.full_like(own, len(rows)).scatter_reduce(0, group, own, "amin")[group]
-    later = (first != own).nonzero().flatten()
+    number = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(number, len(rows)).scatter_reduce(0, group, number, "amin")[group]
+    later = (first != number).nonzero().flatten()
     unlike = later[(rows[later] != rows[first[later]]).any(1)]  # with one key by chance
     first[unlike] = unlike
     return None if len(later) == len(unlike) else first

@@ -105,7 +105,7 @@ class CheckpointFolder:
 
         A file that is damaged, or of another search, is left out with one warning for all.
         """
-        found, ignored = [], []
+        checkpoints, ignored = [], []
         for path in sorted(self.folder.glob("*.safetensors")):
             if not (_NAME.fullmatch(path.name) and path.is_file()):
                 continue
@@ -115,14 +115,14 @@ class CheckpointFolder:
                 ignored.append(f"{path.name!r} {error if type(error) is ValueError else 'is damaged'}")
                 continue
             self.path(checkpoint.trials)
-            found.append(checkpoint)
+            checkpoints.append(checkpoint)
         if ignored:
             warnings.warn(
                 f"{len(ignored)} of the checkpoints in {str(self.folder)!r} cannot be used ({ignored[0]}); what they "
                 "are of is trained from its start.",
                 stacklevel=2,
             )
-        return found
+        return checkpoints
 
     def _read(self, path: Path, configs: Mapping[int, Config]) -> Checkpoint:
         with safe_open(path, framework="pt") as file:

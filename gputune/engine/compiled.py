@@ -118,8 +118,8 @@ class CompiledChunk:
 
     def resume(self, buffers: Sequence[Tensor]) -> None:
         """Go on from flat buffers: of the parameters, then of the moments."""
-        for own, kept in zip([self.flat, *self._moments], buffers, strict=True):
-            own.copy_(kept)
+        for buffer, value in zip([self.flat, *self._moments], buffers, strict=True):
+            buffer.copy_(value)
 
     @property
     def scoring_share(self) -> float:

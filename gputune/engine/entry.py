@@ -28,12 +28,12 @@ def entry(function: Callable[Given, Value]) -> Callable[Given, Value]:
     """
 
     @functools.wraps(function)
-    def entered(*given: Given.args, **more: Given.kwargs) -> Value:
+    def entered(*args: Given.args, **more: Given.kwargs) -> Value:
         default = torch.get_default_device()
         # A mode costs something in every call of torch, so only where there is another one to be left.
         on_cpu = nullcontext() if default.type == "cpu" else torch.device("cpu")
         with waited_for(), torch.inference_mode(False), on_cpu:
-            return function(*given, **more)
+            return function(*args, **more)
 
     return entered
 

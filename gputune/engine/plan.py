@@ -83,8 +83,8 @@ class Plan:
         """Where the states lie that wait for their next rung, in words."""
         if self.cache_bytes is None:
             return ""
-        held = min(self.state_bytes, self.cache_bytes)
-        places = [(held, "main memory"), (self.state_bytes - held, "files")]
+        in_memory = min(self.state_bytes, self.cache_bytes)
+        places = [(in_memory, "main memory"), (self.state_bytes - in_memory, "files")]
         words = " and ".join(f"{size_words(size)} in {place}" for size, place in places if size)
         return f"; states that wait for a rung take up to {words}"
 

@@ -99,8 +99,10 @@ def _constants(network: Network) -> object:
     if not isinstance(network, ModuleNetwork):
         return None
     config = network.configs[0]
-    own = not network.objective.is_named
-    return arguments_text(config), [(k, repr(v)) for k, v in config.items() if own and k.startswith("loss__")]
+    takes_numbers = not network.objective.is_named
+    return arguments_text(config), [
+        (k, repr(v)) for k, v in config.items() if takes_numbers and k.startswith("loss__")
+    ]
 
 
 def _pairs(mine: Any, theirs: Any) -> Iterator[tuple[Any, Any]]:

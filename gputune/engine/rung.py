@@ -45,7 +45,7 @@ class StateCache:
     """Where the states of trials wait for their next rung: in memory up to a limit, then in files that go with it."""
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.held = limit, 0
+        self.limit, self.size = limit, 0
         self.states: dict[int, State | Path] = {}
         self.folder: Path | None = None
         self.end = ExitStack()
@@ -53,8 +53,8 @@ class StateCache:
     def park(self, trial: int, state: State) -> None:
         """Keep the state (one row) of a trial."""
         size = sum(buffer.nbytes for buffer in state.buffers)
-        if self.held + size <= self.limit:
-            self.held += size
+        if self.size + size <= self.limit:
+            self.size += size
             # A copy of its own: a row of a chunk would keep the whole chunk alive.
             self.states[trial] = State(state.epoch, tuple(buffer.clone() for buffer in state.buffers))
             return
@@ -93,7 +93,7 @@ class StateCache:
         """Forget the state of a trial that has left."""
         state = self.states.pop(trial, None)
         if isinstance(state, State):
-            self.held -= sum(buffer.nbytes for buffer in state.buffers)
+            self.size -= sum(buffer.nbytes for buffer in state.buffers)
         elif state is not None:
             state.unlink()
 

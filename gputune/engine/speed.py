@@ -41,9 +41,9 @@ def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int) -
     Both of its parts go with the number of parameters: the update, once, and the products, for each row. One row costs
     a tenth of the update, in compiled code on an EPYC core.
     """
-    own: float = _parameters(n_features, config["width"], config["depth"], n_outputs)
+    parameters: float = _parameters(n_features, config["width"], config["depth"], n_outputs)
     batch = min(int(config["batch_size"]), rows)
-    return own * (10 + batch) / (_TIMED * (10 + BATCH))
+    return parameters * (10 + batch) / (_TIMED * (10 + BATCH))
 
 
 def _parameters(inputs: int, width: int, depth: int, outputs: int) -> int:

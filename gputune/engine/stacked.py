@@ -168,8 +168,8 @@ class StackedChunk:
             self.update.resume(buffers[1:])
             return
         blocks = self._network.blocks, *[self._network.trained] * (len(buffers) - 1)
-        for block, own, kept in zip(blocks, [self._flat, *self.update.state()], buffers, strict=True):
-            block.put(own, self._places, kept)
+        for block, tensor, values in zip(blocks, [self._flat, *self.update.state()], buffers, strict=True):
+            block.put(tensor, self._places, values)
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""

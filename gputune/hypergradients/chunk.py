@@ -101,10 +101,10 @@ class PopulationTraining:
     def _part(self, params: Params, batch: Batch) -> Tensor:
         """Return the losses (F, C) of the folds of one part of a step."""
         whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
-        own = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
+        weights = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
         shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
         inputs = [for_members(x, self.trials) if shared else x for x in batch.inputs]
-        outputs = self.network.differentiable(own, inputs, batch.key)
+        outputs = self.network.differentiable(weights, inputs, batch.key)
         outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
         y = batch.y.view(len(outputs), -1, *batch.y.shape[1:])  # (F, 1 or C, B, ...)
         share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
@@ -133,9 +133,9 @@ class PopulationTraining:
 
     def _valid(self, params: Params, fold: int, *, masked: bool = True) -> Tensor:
         rows = self.data.rows(fold, self.data.folds[fold].valid)
-        own = {name: w[fold] for name, w in params.items()}
+        weights = {name: w[fold] for name, w in params.items()}
         inputs = [x.expand(self.trials, *x.shape) for x in rows]
-        outputs = self.network.differentiable(own, inputs, None)
+        outputs = self.network.differentiable(weights, inputs, None)
         return self._masked(outputs[None], slice(fold, fold + 1))[0] if masked else outputs
 
     def _masked(self, outputs: Tensor, folds: slice) -> Tensor:

@@ -87,8 +87,8 @@ class Blocks:
         """
         factors = factors or {}
         for block, a, b in zip(self.blocks, self.views(total).values(), self.views(flat).values()):
-            own = values * factors[block.name] if block.name in factors else values
-            a.addcmul_(b, with_axes_of(block, own))
+            scaled = values * factors[block.name] if block.name in factors else values
+            a.addcmul_(b, with_axes_of(block, scaled))
 
     def lerp_(self, flat: Tensor, end: Tensor, values: Tensor) -> None:
         """Move ``flat`` towards ``end`` in place, each member by its own part of the way, of values (F, C)."""

@@ -122,8 +122,12 @@ class Update:
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
         """Return each member's factor (F, C) on a rate, of the blocks that have one."""
         names = [block.name for block in self.blocks.blocks]
-        found = {name: [factor_of(config, prefixes, name) for config in configs] for name in names}
-        return {k: self.clock.per_trial(own).to(self.dtype) for k, own in found.items() if set(own) != {1.0}}
+        factors = {name: [factor_of(config, prefixes, name) for config in configs] for name in names}
+        return {
+            k: self.clock.per_trial(numbers).to(self.dtype)
+            for k, numbers in factors.items()
+            if set(numbers) != {1.0}
+        }
 
     def _amount(self, configs: Sequence[Config], key: str, dtype: torch.dtype | None = None) -> Amount:
         values = {number_of(config, key) for config in configs}

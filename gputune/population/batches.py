@@ -88,8 +88,8 @@ class Batches:
         self.target = target.flatten(0, 1)
         self.lengths = np.array([[len(fold.train)] for fold in data.folds])  # (F, 1)
         longest = int(self.lengths.max())
-        held = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
-        self.shared = bool((held == held[0]).all())
+        capped = np.array([min(size, longest) for size in sizes])  # first: a size may be larger than an int64
+        self.shared = bool((capped == capped[0]).all())
         n, device = data.n_rows, data.device
         x_start = [copy * n for copy in data.copies]
         y_start = [(f % len(target)) * n for f in range(data.n_folds)]
@@ -101,7 +101,7 @@ class Batches:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch: int | None = None
         self.host = HostRows(self.inputs, device) if data.on_host else None
-        self._set_sizes(np.minimum(held, self.lengths))
+        self._set_sizes(np.minimum(capped, self.lengths))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
         """Take the members' batch sizes (F, C), held to their rows, and move to the device what follows."""
@@ -160,24 +160,24 @@ class Batches:
         positions = self.positions[: part.rows]
         asked = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
         rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
-        own, of_x, of_y = rows
+        places, of_x, of_y = rows
         members = of_x.shape[0] * of_x.shape[1]
         if self.host is not None:
             last = key[1] + 1 == len(self.shapes)
-            found = self.host.take(folds, key[1], part.rows, self.host_taken, last=last)
+            gathered = self.host.take(folds, key[1], part.rows, self.host_taken, last=last)
         else:
-            found = [x.index_select(0, of_x.flatten()) for x in self.inputs]
-        inputs = tuple(self._read(i, x, of_x, folds) for i, x in enumerate(found))
+            gathered = [x.index_select(0, of_x.flatten()) for x in self.inputs]
+        inputs = tuple(self._read(i, x, of_x, folds) for i, x in enumerate(gathered))
         y = self.target.index_select(0, of_y.flatten())
         y = y.view(members, part.rows, *y.shape[1:])
-        return Batch(inputs, y, self._share(own, begin, part), folds, key)
+        return Batch(inputs, y, self._share(places, begin, part), folds, key)
 
-    def _read(self, number: int, found: Tensor, rows: Tensor, folds: slice) -> Tensor:
+    def _read(self, number: int, gathered: Tensor, rows: Tensor, folds: slice) -> Tensor:
         """Return the rows (F, 1 or C, B) of an input that were found as their folds read them, (F or P, B, ...)."""
-        found = found.view(*rows.shape, *found.shape[1:])
-        return self.data.read(number, found, folds).flatten(0, 1)
+        gathered = gathered.view(*rows.shape, *gathered.shape[1:])
+        return self.data.read(number, gathered, folds).flatten(0, 1)
 
-    def _share(self, own: Tensor, begin: Tensor, part: Part) -> Tensor | float:
+    def _share(self, places: Tensor, begin: Tensor, part: Part) -> Tensor | float:
         """Each row's weight over the minibatch's sum of weights."""
         if self.weights is None and part.full:
             return 1 / part.rows
@@ -186,7 +186,7 @@ class Batches:
         # In double precision: sums of weights may leave the range of single precision, their shares do not.
         weights = (self.positions[: part.rows] < counts).double()
         if self.weights is not None:
-            weights = weights * self.weights[folds, None].expand(-1, own.shape[1], -1).gather(2, own)
+            weights = weights * self.weights[folds, None].expand(-1, places.shape[1], -1).gather(2, places)
         # A minibatch whose weights are all zero has no slope rather than 0/0.
         total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return (weights / total).to(self.data.dtype)[..., None]

@@ -33,8 +33,8 @@ class HostRows:
 
         The step after this one is taken to have as many rows; where it has not, it is gathered when it is asked for.
         """
-        found = self.ahead.pop((folds.start, step, rows), None)
-        result = self._gather(folds, step, rows, taken) if found is None else found.result()
+        future = self.ahead.pop((folds.start, step, rows), None)
+        result = self._gather(folds, step, rows, taken) if future is None else future.result()
         if not last:
             future = _thread().submit(self._gather, folds, step + 1, rows, taken)
             self.ahead[folds.start, step + 1, rows] = future

@@ -135,6 +135,6 @@ def _by_batch_size(
         by_size[min(configs[i]["batch_size"], rows)].append(i)
     buckets: dict[object, list[int]] = defaultdict(list)
     for size, group in by_size.items():
-        own = exact or len(group) >= _OWN_GROUP
-        buckets[(size, "own") if own else (size - 1).bit_length()].extend(group)
+        alone = exact or len(group) >= _OWN_GROUP
+        buckets[(size, "own") if alone else (size - 1).bit_length()].extend(group)
     return list(buckets.values())

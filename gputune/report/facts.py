@@ -50,8 +50,8 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
         score = Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
         tried = sum(math.isfinite(trial.score) for trial in study.trials)
         rows += [score, _held_out(model, measure, tried)]
-        if (found := record.baseline) is not None:
-            rows.append(Fact("without a model", measure.text(found["score"]), clean(found["answer"])))
+        if (baseline := record.baseline) is not None:
+            rows.append(Fact("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
     rows.append(Fact("trials", str(len(study.trials)), states_text(study)))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent

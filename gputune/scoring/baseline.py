@@ -53,11 +53,11 @@ def _words(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> str:
     return f"always {classes[int(torch.bincount(data.target).argmax())].item()!r}"
 
 
-def remark_on_accuracy(found: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:
+def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:
     """Return what to know of an accuracy that one class makes high."""
-    if found is None or scoring.score is not accuracy or float(found["score"]) < _LOPSIDED:
+    if baseline is None or scoring.score is not accuracy or float(baseline["score"]) < _LOPSIDED:
         return ()
     return (
-        f"{found['answer']} has an accuracy of {found['score']:.4f} already: balanced_accuracy, roc_auc, "
+        f"{baseline['answer']} has an accuracy of {baseline['score']:.4f} already: balanced_accuracy, roc_auc, "
         "average_precision or neg_log_loss as scoring tell more",
     )

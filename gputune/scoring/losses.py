@@ -83,13 +83,13 @@ def _cross_entropy(outputs: Tensor, y: Tensor, *, label_smoothing: Tensor | None
 
     Source: Szegedy et al. (2016), section 7, as ``torch.nn.functional.cross_entropy`` has it.
     """
-    own = row_losses(outputs, y)
+    of_label = row_losses(outputs, y)
     if label_smoothing is None:
-        return own
+        return of_label
     log_p = outputs.log_softmax(-1)
     absent = outputs == -torch.inf
     others = -log_p.masked_fill(absent, 0).sum(-1) / (~absent).sum(-1)
-    return (1 - label_smoothing) * own + label_smoothing * others
+    return (1 - label_smoothing) * of_label + label_smoothing * others
 
 
 def _gap(outputs: Tensor, y: Tensor) -> Tensor:

@@ -165,33 +165,33 @@ class Objective:
             return inputs
         folds = []
         for fold in range(len(inputs[0])):
-            own = [x[fold] for x in inputs]
+            minibatch = [x[fold] for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
-            found = self.augment(_given(own, names), generator)
-            found = (
-                list(found.values())
-                if isinstance(found, Mapping)
-                else list(found)
-                if len(own) > 1
-                else [found]
+            augmented = self.augment(_given(minibatch, names), generator)
+            augmented = (
+                list(augmented.values())
+                if isinstance(augmented, Mapping)
+                else list(augmented)
+                if len(minibatch) > 1
+                else [augmented]
             )
-            shapes = [tuple(getattr(x, "shape", ())) for x in found]
-            if shapes != [tuple(x.shape) for x in own]:
+            shapes = [tuple(getattr(x, "shape", ())) for x in augmented]
+            if shapes != [tuple(x.shape) for x in minibatch]:
                 raise InputError(
                     f"augment: {qualified_name(self.augment)} must return inputs of the shapes that it is given, "
-                    f"{[tuple(x.shape) for x in own]}, got {shapes}."
+                    f"{[tuple(x.shape) for x in minibatch]}, got {shapes}."
                 )
-            folds.append(found)
+            folds.append(augmented)
         return [torch.stack(parts) for parts in zip(*folds)]
 
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
         """Return minus the mean loss of one member's outputs, with the numbers that the loss takes by default."""
-        found = (
+        losses = (
             self.rows(outputs[None, None], y[None, None], self.values([{}], outputs))
             if self.is_named
             else self.member_loss({})(outputs, y)
         )
-        return -float(found.double().mean())
+        return -float(losses.double().mean())
 
     def member_loss(self, config: Config) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the user's loss of one member's outputs, with a configuration's values: row losses or a mean."""

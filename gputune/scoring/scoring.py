@@ -125,10 +125,10 @@ class Scoring:
                 result[trial] = float(self.scorer(estimator, X, y))
                 estimator.close()
         except Exception as error:
-            own = ":" in self.name  # no name of scikit-learn's
+            of_user = ":" in self.name  # no name of scikit-learn's
             remedy = (
                 "It is called as scorer(estimator, X, y), with X as you gave it."
-                if own
+                if of_user
                 else "Choose a scoring that fits the task, for example accuracy or r2."
             )
             raise InputError(

@@ -108,8 +108,8 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
     trained += ["schedule", "clip_norm", "ema"]
     if optimizer in ONLINE:
         trained += ["hypergrad_lr", "hypergrad_rule"]
-    own = {"mlp": ("width", "depth", "activation", "dropout"), "module": ("dropout", "dropout_schedule")}
-    return (*trained, *own.get(model, ()))
+    shaping = {"mlp": ("width", "depth", "activation", "dropout"), "module": ("dropout", "dropout_schedule")}
+    return (*trained, *shaping.get(model, ()))
 
 
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:

@@ -128,12 +128,12 @@ class DescentRun(SearchRun):
         if not fits or (self.deadline is not None and time.monotonic() > self.deadline):
             return {}
         request = SlopeRequest(tuple(self.parameters), mode, workers(), self.deadline)
-        by_point = slopes_of([fit for own in fits.values() for fit in own], request)
+        by_point = slopes_of([fit for members in fits.values() for fit in members], request)
         slopes = {}
-        for number, own in fits.items():
-            if (found := by_point.get(own[0].trial)) is not None:
+        for number, members in fits.items():
+            if (slope := by_point.get(members[0].trial)) is not None:
                 config = starts[number].config
-                slopes[number] = slope_at(config, found.losses, found.slopes, found.ratios, mode)
+                slopes[number] = slope_at(config, slope.losses, slope.slopes, slope.ratios, mode)
         return slopes
 
 

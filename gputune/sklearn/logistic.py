@@ -122,16 +122,16 @@ def _weights(
 ) -> NDArray[np.float64]:
     """Return each row's weight in a fold, (n,), 0 outside of its training rows: sample weight times class weight."""
     assert rows.classes is not None and group.classes is not None
-    own = np.ones(len(train)) if rows.weights is None else rows.weights[train]
+    of_rows = np.ones(len(train)) if rows.weights is None else rows.weights[train]
     codes = np.searchsorted(group.classes, rows.y[train])
     if class_weight == "balanced":
-        counts = np.bincount(codes, own, minlength=len(group.classes))
+        counts = np.bincount(codes, of_rows, minlength=len(group.classes))
         per_class = counts.sum() / (len(counts) * np.where(counts > 0, counts, 1.0))
     else:
         labels = rows.classes[group.classes]
         per_class = compute_class_weight(class_weight, classes=labels, y=labels[codes])
     weights = np.zeros(len(rows.y))
-    weights[train] = own * per_class[codes]
+    weights[train] = of_rows * per_class[codes]
     if not ((weights >= 0).all() and weights.any()):
         raise ValueError(
             f"class_weight={class_weight!r} must leave weights >= 0, and one training row above 0."

@@ -95,10 +95,12 @@ class _NeuralNet(TrainedEstimator):
 
     def set_params(self, **params: object) -> Self:
         """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them; return the estimator."""
-        own = inspect.signature(type(self)).parameters
+        parameters = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
-            if "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
+            if (
+                "__" in name and name in parameters
+            ):  # scikit-learn would look for the parameters of an optimizer
                 setattr(self, name, value)
             elif name.startswith(tuple(_PREFIXES)) or name in self._arguments:
                 self._arguments = self._arguments | {name: value}
@@ -164,9 +166,9 @@ class _NeuralNet(TrainedEstimator):
     def _loss(self) -> str | Callable[..., object] | None:
         """Return the criterion as the engine's loss: the name of one, or the user's own; None for the task's."""
         criterion: str | Callable[..., object] | None = self.criterion
-        own = {name for name in self._arguments if name.startswith("criterion__")}
+        words = {name for name in self._arguments if name.startswith("criterion__")}
         for loss, name in self._own_losses.items():
-            if (criterion is loss and own <= _NUMBERS) or (not own and _is_default(criterion, loss)):
+            if (criterion is loss and words <= _NUMBERS) or (not words and _is_default(criterion, loss)):
                 return name
         return criterion
 
@@ -199,10 +201,10 @@ def _is_default(criterion: object, loss: type[nn.Module]) -> bool:
 
 def _settings(criterion: nn.Module) -> Config:
     """Return what a loss was built with; a tensor of weights as a list."""
-    own = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
-    own |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
-    own.pop("training")
-    return own
+    settings = {name: value for name, value in vars(criterion).items() if not name.startswith("_")}
+    settings |= {name: buffer.tolist() for name, buffer in criterion.named_buffers()}
+    settings.pop("training")
+    return settings
 
 
 _PARAMETERS = """

@@ -226,7 +226,7 @@ def held_out_part(fitted: BaseEstimator, train: Part, X: object, y: object) -> P
     if len(rows.X.parts) == len(
         train.rows.X.parts
     ):  # a transformer may give other precisions than in training
-        parts = tuple(x.to(own.dtype) for x, own in zip(rows.X.parts, train.rows.X.parts))
+        parts = tuple(x.to(part.dtype) for x, part in zip(rows.X.parts, train.rows.X.parts))
         rows = replace(rows, X=Arrays(parts, rows.X.names))
     rows = replace(rows, weights=weights)
     if form(rows) != form(train.rows):

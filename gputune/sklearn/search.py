@@ -179,12 +179,12 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
 @contextmanager
 def _overriding(search: object, overrides: Mapping[str, object]) -> Iterator[None]:
     """Let a search have other parameters inside."""
-    own = {name: getattr(search, name) for name in overrides}
+    before = {name: getattr(search, name) for name in overrides}
     vars(search).update(overrides)
     try:
         yield
     finally:
-        vars(search).update(own)
+        vars(search).update(before)
 
 
 @contextmanager

@@ -242,10 +242,10 @@ def _calm(old: Point, new: Point) -> Tensor:
     Where classes can be separated and no penalty holds the weights, the gradient vanishes too, but the weights
     grow for ever.
     """
-    held = ((new.ridge + new.lasso) > 0).flatten(1).any(1)
-    if held.all():
-        return held
-    return held | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
+    is_bounded = ((new.ridge + new.lasso) > 0).flatten(1).any(1)
+    if is_bounded.all():
+        return is_bounded
+    return is_bounded | ((new.logits - old.logits).abs().amax((1, 2)) < SETTLED)
 
 
 def solve_chunk(data: Dataset, configs: Sequence[Config], index: Sequence[int], scoring: Scoring) -> Outcome:

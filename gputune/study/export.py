@@ -125,8 +125,8 @@ class WholeModel(nn.Module):
             assert isinstance(model.statistics, ArrayStatistics)
             self.inputs = ArrayInputs(model.statistics)
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-        inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in self.inputs(*given)]
+    def forward(self, *rows: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+        inputs = [x.to(self.dtype) if x.is_floating_point() else x for x in self.inputs(*rows)]
         # torch.export refuses a forward that keeps activations in its module.
         with Stateless(self.network).holding({}) as network:
             output = first_output(call_module(network, inputs, self.names)).double()
@@ -309,4 +309,4 @@ def _write_program(whole: WholeModel, examples: tuple[Tensor, ...], text: str, d
 
 def _any_rows(examples: tuple[Tensor, ...]) -> tuple[object]:
     rows = torch.export.Dim("rows")
-    return (tuple({0: rows} for _ in examples),)  # forward takes them as *given
+    return (tuple({0: rows} for _ in examples),)  # forward takes them as *rows

@@ -69,22 +69,22 @@ def _unwrapped(builder: Builder) -> Builder:
 
 def _place(builder: Builder) -> tuple[str, str]:
     """Return the module and the name under which a class, a function or a partial stands there."""
-    own = _unwrapped(builder)
-    if own is not builder:
-        for module in (own.__module__, MAIN):
+    inner = _unwrapped(builder)
+    if inner is not builder:
+        for module in (inner.__module__, MAIN):
             for name, value in vars(sys.modules.get(module, object)).items():
                 if value is builder:
                     return module, name
-    return own.__module__, own.__qualname__
+    return inner.__module__, inner.__qualname__
 
 
 def _made(builder: Builder) -> Json:
     """Return what is written of a builder beside its place."""
-    own = _unwrapped(builder)
-    if own is builder:
-        return {"made": "function"} if inspect.isfunction(own) else {}
+    inner = _unwrapped(builder)
+    if inner is builder:
+        return {"made": "function"} if inspect.isfunction(inner) else {}
     assert isinstance(builder, functools.partial)
-    if _place(builder) != (own.__module__, own.__qualname__):
+    if _place(builder) != (inner.__module__, inner.__qualname__):
         return {"made": "function"}
     try:
         if builder.args:
@@ -92,8 +92,8 @@ def _made(builder: Builder) -> Json:
         json.dumps(builder.keywords)
     except TypeError as error:
         raise InputError(
-            f"model: the partial of {own.__name__} cannot be written down ({error}); give it a name at the top of the "
-            "file of its function, or make it with numbers and texts as keywords."
+            f"model: the partial of {inner.__name__} cannot be written down ({error}); give it a name at the top of "
+            "the file of its function, or make it with numbers and texts as keywords."
         ) from error
     return {"made": "function", "keywords": dict(builder.keywords)}
 

@@ -133,7 +133,7 @@ class Context:
             or self.trainer.cluster
         ):
             return False
-        found = False
+        has_news = False
         stacked = [chunk for chunk, way in zip(plan.chunks, plan.ways) if way != "loop"]
         for arguments, chunk in {chunk.arguments: chunk for chunk in reversed(stacked)}.items():
             if arguments in self.timed:
@@ -146,8 +146,8 @@ class Context:
             if slow := slower_stacked(job, data, chunk, member_steps=steps):
                 note_slow(builder, data, arguments, slow)
                 self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
-                found = True
-        return found
+                has_news = True
+        return has_news
 
     def recorded_plans(
         self,
@@ -293,8 +293,8 @@ class Context:
         """What the user should know of the modules that were tried so far, a sentence each."""
         if self.options.backend == "loop":
             return ()
-        found = known_traits(self.choice.module_class, self.data).values()
-        reasons = dict.fromkeys(traits.unstackable for traits in found if traits.unstackable)
+        traits_of_class = known_traits(self.choice.module_class, self.data).values()
+        reasons = dict.fromkeys(traits.unstackable for traits in traits_of_class if traits.unstackable)
         name = self.choice.name
         return tuple(
             f"{name} trains one by one, since its members cannot be stacked: {reason}" for reason in reasons

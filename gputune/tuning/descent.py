@@ -240,9 +240,11 @@ def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:
     """Solve all points in all folds at once, and differentiate the solutions."""
     begin, data = time.monotonic(), context.data
     configs = [_complete(point.params, context) for point in points]
-    solution, found = implicit_chunk(data, configs, memory=context.trainer.memory)
+    solution, derivative = implicit_chunk(data, configs, memory=context.trainer.memory)
     curves = score_solution(data, len(points), solution, context.scoring)
-    losses, slopes = (t.view(data.n_folds, -1).T.cpu().numpy() for t in (found.value, found.gradient))
+    losses, slopes = (
+        t.view(data.n_folds, -1).T.cpu().numpy() for t in (derivative.value, derivative.gradient)
+    )
     outcome = Slopes(
         tuple(range(len(points))),
         curves,

@@ -183,8 +183,8 @@ class Problem:
         used = {column.name: len(column.feature_names) for column in self.layout.columns}
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
-        given = self.source.original
-        if isinstance(given, np.ndarray) and given.dtype.kind in "iu":
+        original = self.source.original
+        if isinstance(original, np.ndarray) and original.dtype.kind in "iu":
             return (
                 " X is a table, an array of two axes, whose numbers are scaled; give token ids as an integer tensor, "
                 "torch.from_numpy(X)."

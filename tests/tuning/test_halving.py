@@ -140,7 +140,7 @@ def test_waiting_states_may_lie_in_files(iris, both, monkeypatch):
     monkeypatch.setattr(rungs, "StateCache", Small)
     study = gputune.tune("mlp", *iris, space=SPACE, n_trials=27, method=gputune.Halving(min_epochs=1), **FAST)
     np.testing.assert_allclose(study.curves, both[1].curves, atol=2e-6)
-    assert parked[0].held == 0
+    assert parked[0].size == 0
 
 
 def test_a_full_disk_where_states_wait_is_named(iris, monkeypatch):
