@@ -24,6 +24,9 @@ Params = dict[str, "Tensor"]
 
 Task = Literal["binary", "multiclass", "regression", "multilabel", "custom"]
 
+Goal = Literal["classes", "numbers", ""]
+"""What a model predicts, where that decides its defaults: classes by their cross-entropy, numbers, or neither."""
+
 Precision = Literal["full", "bf16"]
 """Of what a module computes while it trains; bf16: torch.autocast to bfloat16."""
 

@@ -5,5 +5,6 @@ from .dropout import Dropout
 from .gru import GRU
 from .logistic_regression import LogisticRegression
 from .mlp import MLP
+from .realmlp import RealMLP
 
-__all__ = ["CNN", "GRU", "MLP", "Dropout", "LogisticRegression"]
+__all__ = ["CNN", "GRU", "MLP", "Dropout", "LogisticRegression", "RealMLP"]

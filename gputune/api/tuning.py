@@ -101,15 +101,17 @@ def tune(
 ) -> Study:
     """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
 
-    model        "mlp", "logistic", "cnn" for images, "gru" for sequences, a ``torch.nn.Module`` class, a function or a
-                 partial that makes one, called with the trial's ``module__*`` values and what it has of
-                 ``n_features``, ``n_outputs``, ``input_shape``; or "FILE.py:NAME"
+    model        "mlp", "logistic", "realmlp" (the strongest for tables), "cnn" for images, "gru" for sequences, a
+                 ``torch.nn.Module`` class, a function or a partial that makes one, called with the trial's
+                 ``module__*`` values and what it has of ``n_features``, ``n_outputs``, ``input_shape`` and
+                 ``feature_groups``; or "FILE.py:NAME"
     X, y         arrays, tensors, pandas or polars frames; or a file and the name of its target column. For a module
                  also arrays and tensors (n, ...) of any shape, integer tensors (n, T) of token ids, a tuple of several
                  or a dict of keyword inputs, a map-style Dataset of torch's, a .npz or .pt file, or .npy
                  files of X and of y
     space        a dict, or a list of dicts, of hyperparameter -> list, scipy.stats distribution,
-                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; None: a default for the model
+                 ``gputune.log_int(a, b)``, a distribution of Optuna's or one fixed value; or a space by its name,
+                 "realmlp" or "realmlp-tabarena"; None: a default for the model
     n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
                  a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
                  default, held to the space too) comes on top

@@ -300,7 +300,8 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
     "the target and the model": {
         "target": Rule("--target COL", "the column to predict (sklearn:NAME has 'target')"),
         "model": Rule(
-            "--model M", "mlp (default), logistic, cnn for images, gru for sequences, or PATH.py:NAME"
+            "--model M",
+            "mlp (default), logistic, realmlp, cnn for images, gru for sequences, or PATH.py:NAME",
         ),
         "optimizer": Rule(
             "--optimizer O",

@@ -161,7 +161,9 @@ def _ensemble(
 def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
     typed = _typed_options(arguments)
     if "space" in typed:
-        typed["space"] = parse_specs(typed["space"]) or None
+        texts = typed["space"]
+        named = len(texts) == 1 and "=" not in texts[0]
+        typed["space"] = texts[0] if named else parse_specs(texts) or None
     if "cv" in typed:
         typed["cv"] = parse_cv(typed["cv"])
     method = _method(arguments.method or "random", arguments)

@@ -120,6 +120,9 @@ class Dataset:
     names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
     scaling: tuple[Scaling | None, ...] = (None,)  # of each input
     dtype: torch.dtype = torch.float32  # of float inputs and of a regression's y; weights are float64
+    feature_groups: tuple[int, ...] | None = (
+        None  # (D,) of a table: ``Layout.feature_groups``; None: all numbers
+    )
     on_host: bool = (
         False  # whether inputs lie in main memory, and rows are sent to the device as they are gathered
     )
@@ -167,6 +170,12 @@ class Dataset:
             self.read(number, self._taken(x[copy], positions)[None], folds)[0]
             for number, x in enumerate(self.inputs)
         )
+
+    def training_rows(self, fold: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return the training rows of all inputs as a fold reads them, and their training targets, each (n_f, ...)."""
+        train = self.folds[fold].train
+        y = self.y if self.task in ("binary", "multiclass") else self.y[fold % len(self.y)]
+        return self.rows(fold, train), y[train]
 
     def _taken(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return rows of an input (n, ...) on the device."""

@@ -56,6 +56,16 @@ class Layout:
         """(D,) bool: features that are centred and scaled; indicators, booleans and levels are not."""
         return np.array([flag for column in self.columns for flag in column.numeric], dtype=bool)
 
+    @cached_property
+    def feature_groups(self) -> tuple[int, ...]:
+        """Of each feature 0 where it is a number, else, from 1, of which category or flag it is a level: (D,)."""
+        groups: list[int] = []
+        for column in self.columns:
+            for j, numeric in enumerate(column.numeric):
+                first = j == 0 or column.kind != "category"
+                groups.append(0 if numeric else max(groups, default=0) + first)
+        return tuple(groups)
+
     @property
     def n_features(self) -> int:
         """What a module is built with: D."""

@@ -145,6 +145,8 @@ class Job:
             inputs=kinds_of(data),
             names=data.names,
             precision=self.precision,
+            feature_groups=data.feature_groups,
+            rows=data.training_rows,
         )
         if chunk.kind != "module":
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
+from gputune.models import Dropout
 from gputune.modules.hints import hint
 from gputune.population.network import InputKind, call_module
 from gputune.seeding import keyed_draws
@@ -36,15 +37,19 @@ def build_module(
     inputs: Sequence[InputKind] = (),
     names: Sequence[str] | None = None,
     seed: int,
+    feature_groups: tuple[int, ...] | None = None,
     columns: str = "",
 ) -> nn.Module:
     """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails.
 
     ``input_shape`` is that of one row, None: (n_features,); ``inputs`` are the kinds of all, where they are no table,
-    and ``names`` those of keyword inputs.
+    and ``names`` those of keyword inputs; ``feature_groups`` are those of
+    ``Layout``.
     """
     shape = (n_features,) if input_shape is None else input_shape
-    sizes = {"n_features": n_features, "n_outputs": n_outputs, "input_shape": shape}
+    sizes = {
+        "n_features": n_features, "n_outputs": n_outputs, "input_shape": shape, "feature_groups": feature_groups
+    }  # fmt: skip
     words = call_arguments(builder, sizes, arguments)
     with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
         try:
@@ -67,6 +72,30 @@ def build_module(
     raise InputError(
         f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
     )
+
+
+def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
+    """Let a module that has a method ``start_from(*inputs, y)`` begin from training rows, under a stream of its own.
+
+    Raises InputError where that fails.
+    """
+    begin = getattr(module, "start_from", None)
+    if begin is None:
+        return
+    with keyed_draws(y.device, seed, "start_from"), torch.no_grad():
+        try:
+            begin(*inputs, y)
+        except Exception as error:
+            raise InputError(
+                f"model: {type(module).__name__}.start_from(rows, y) raised {type(error).__name__}: {error}. Mend it, "
+                "or leave it out."
+            ) from error
+
+
+def dropout_rates(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a module."""
+    parts = module.named_modules()
+    return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:

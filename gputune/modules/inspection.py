@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.construction import Builder, call_arguments
+from gputune.modules.construction import Builder, call_arguments, dropout_rates
 from gputune.modules.embeddings import check_ids
-from gputune.modules.module import StackedModule, Traits, dropout_rates
+from gputune.modules.module import StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
 from gputune.population.batches import Batch
 from gputune.population.network import Shape
@@ -89,10 +89,13 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
         return False
 
 
-def check_rates(name: str, config: Config, traits: Traits) -> None:
-    """Raise InputError for a rate in a complete configuration that nothing of the module ``name`` has."""
+def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> None:
+    """Raise InputError for a rate in a complete configuration that nothing of the module ``name`` has.
+
+    Keys that its trials have as a rule, ``usual``, need not be for every one of them.
+    """
     parts = sorted({part for path in traits.named for part in path.split(".")})
-    for key in config:
+    for key in config.keys() - usual.keys():
         if key.startswith((LR_FACTOR, DECAY_FACTOR)) and key.partition("__")[2] not in parts:
             raise InputError(
                 f"space: {key} names no parameter of {name}: the parts of their paths are {', '.join(parts)}; choose "
@@ -133,6 +136,7 @@ def inspect_module(
     """
     x = tuple(part.cpu() for part in inputs)
     shape = _shape(x, n_outputs=n_outputs, names=names, dtype=dtype or x[0].dtype)
+    shape = replace(shape, feature_groups=None if data is None else data.feature_groups)
     trial = ModuleTrial(builder, config, x, shape, columns, objective, y)
     if data is not None:
         check_ids(trial.module, data, trial.name)

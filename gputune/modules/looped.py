@@ -52,8 +52,9 @@ class LoopedModule(ModuleNetwork):
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
-        for view, tensors in zip(self.blocks.views(flat).values(), (self.first, self.kept)):
-            view.copy_(self.as_row(tensors))
+        for fold, start in enumerate(self.starts()):
+            for view, names in zip(self.blocks.views(flat).values(), (self.first, self.kept)):
+                view[fold].copy_(self.as_row({name: start[name] for name in names}))
         return flat
 
     def as_row(self, tensors: Params) -> Tensor:
@@ -134,10 +135,15 @@ class _Alone(Optimizer):
 class _Member:
     """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
 
-    def __init__(self, network: LoopedModule, config: Config, steps: int, horizon: int) -> None:
+    def __init__(
+        self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
+    ) -> None:
         self.network, self.config = network, config
         self.module = network.plain(network.shape.device)
-        self.row = network.as_row(network.first)
+        self.row = network.as_row({name: start[name] for name in network.first})
+        for name, buffer in self.module.named_buffers():
+            if name in network.kept:
+                buffer.copy_(start[name])
         self.grad = torch.zeros_like(self.row)
         own = dict(self.module.named_parameters())
         for name, value in network.parts(self.row).items():
@@ -203,8 +209,8 @@ class LoopChunk:
         )  # (F, C)
         self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
         self.members = [
-            [_Member(network, config, int(steps), horizon) for config, steps in zip(configs, row)]
-            for row in self.steps
+            [_Member(network, c, start, steps=int(steps), horizon=horizon) for c, steps in zip(configs, row)]
+            for start, row in zip(network.starts(), self.steps)
         ]
 
     @property

@@ -14,8 +14,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gputune.errors import InputError
-from gputune.models import Dropout
-from gputune.modules.construction import Builder, build_module, name_of
+from gputune.modules.construction import Builder, build_module, dropout_rates, name_of, start_from
 from gputune.modules.draws import ModuleDraws, draws_of, given_draws
 from gputune.modules.mapped import Mapped
 from gputune.modules.precision import rounded
@@ -96,7 +95,12 @@ class ModuleNetwork:
         self.scheduled = dropout_rates(self.template)
         own = dict(self.template.named_parameters())
         self.first = {k: w.detach() for k, w in own.items() if w.requires_grad}
-        self.kept = kept_of(self.template, traits.changing)
+        changing = dict.fromkeys(traits.changing)
+        if hasattr(self.template, "start_from"):  # which may set any buffer
+            changing |= dict.fromkeys(
+                k for k, _ in self.template.named_buffers() if k in self.template.state_dict()
+            )
+        self.kept = kept_of(self.template, tuple(changing))
         self.fixed = {k: w.detach() for k, w in own.items() if not w.requires_grad}
         self.fixed |= {k: b.detach() for k, b in self.template.named_buffers() if k not in self.kept}
         self.members = (shape.folds, len(configs))
@@ -124,7 +128,21 @@ class ModuleNetwork:
             inputs=self.shape.inputs,
             names=self.shape.names,
             seed=self.seed,
+            feature_groups=self.shape.feature_groups,
         ).to(dtype=self.shape.dtype, device=device)
+
+    def starts(self) -> list[Params]:
+        """Return the tensors that the members of each fold begin with, fitted to its rows where the module wants it."""
+        common = self.first | self.kept
+        if self.shape.rows is None or not hasattr(self.template, "start_from"):
+            return [common] * self.shape.folds
+        found = []
+        for fold in range(self.shape.folds):
+            module = self.plain(self.shape.device)
+            start_from(module, *self.shape.rows(fold), seed=self.seed)
+            fitted = dict(module.named_parameters()) | dict(module.named_buffers())
+            found.append(common | {k: w.detach() for k, w in fitted.items() if k in common})
+        return found
 
     def targets(self, y: Tensor) -> Tensor:
         y = y.to(self.shape.dtype) if y.is_floating_point() else y
@@ -188,8 +206,10 @@ class StackedModule(ModuleNetwork):
 
     def start(self) -> Tensor:
         flat = torch.empty(self.blocks.size, dtype=self.shape.dtype, device=self.shape.device)
-        for name, view in self.blocks.views(flat).items():
-            view.copy_(self.first[name] if name in self.first else self.kept[name])
+        views = self.blocks.views(flat)
+        for fold, start in enumerate(self.starts()):
+            for name, view in views.items():
+                view[fold].copy_(start[name])
         return flat
 
     def draws(self, batches: Batches, *, ahead: bool) -> ModuleDraws | None:
@@ -369,12 +389,6 @@ def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     for running, own in ((mean, own_mean), (var, own_var)):
         running.add_((own - running) / count)  # lerp_ is not mapped
     return outputs
-
-
-def dropout_rates(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a module."""
-    parts = module.named_modules()
-    return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
 
 
 def layers_of(module: nn.Module) -> list[str]:

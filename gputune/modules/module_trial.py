@@ -45,6 +45,7 @@ class ModuleTrial:
             inputs=shape.inputs,
             names=shape.names,
             seed=0,
+            feature_groups=shape.feature_groups,
             columns=columns,
         ).to(shape.dtype)
         self.trail = Trail(self.module)

@@ -1,6 +1,6 @@
 """What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,6 +36,10 @@ class Shape:
     """Of the inputs, where they are passed as keywords."""
     precision: Precision = "full"
     """Of what a module computes while it trains; its parameters, buffers and updates are always of ``dtype``."""
+    feature_groups: tuple[int, ...] | None = None
+    """Of a table's features, (D,): ``Layout.feature_groups``."""
+    rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None
+    """The training rows of a fold and their targets, for a module that begins from them."""
 
 
 class Draws(Protocol):

@@ -118,6 +118,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         sizes = {"n_features": layout.n_features, "n_outputs": n_outputs, "input_shape": shape}
         inputs = _kinds(layout, statistics)
         names = layout.names if isinstance(layout, ArrayLayout) else None
+        sizes["feature_groups"] = None if isinstance(layout, ArrayLayout) else layout.feature_groups
         sizes |= {name: value for name, value in kwargs.items() if name in sizes}
         members = [
             {name: value for name, value in dict(member).items() if name not in sizes}

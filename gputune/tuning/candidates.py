@@ -74,10 +74,10 @@ def _draws_at_once(options: Options) -> bool:
 
 
 def _defaults(choice: ModelChoice, options: Options) -> Config:
-    defaults = {**DEFAULTS, "optimizer": choice.optimizer, "schedule": options.schedule}
+    defaults = dict(DEFAULTS)
     if choice.module_class is not None:  # what signatures say
         defaults |= argument_defaults(choice.optimizer)
         for name, parameter in inspect.signature(choice.module_class).parameters.items():
             if parameter.default is not parameter.empty:
                 defaults[f"module__{name}"] = parameter.default
-    return defaults
+    return defaults | choice.defaults(options.schedule)

@@ -21,7 +21,7 @@ from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_slow, traits_of
 from gputune.optimizers.classes import alone_because
-from gputune.population.population import Population, complete, shape_of
+from gputune.population.population import Population, shape_of
 from gputune.scoring.scoring import Scoring
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -95,7 +95,7 @@ class Context:
 
     def complete(self, params: Config) -> Config:
         """Return a trial's parameters with every key that training reads."""
-        return complete(params, optimizer=self.choice.optimizer, schedule=self.options.schedule)
+        return self.choice.complete(params, self.options.schedule)
 
     def plan(self, configs: Sequence[Config], *, epochs: int) -> Plan:
         """Return the chunks in which configurations train for so many epochs. Raises InputError for a bad module."""
@@ -274,7 +274,7 @@ class Context:
         smallest = min(len(fold.train) for fold in self.data.folds)
         for group in groups:
             for config in group.configs:
-                check_rates(self.choice.name, config, known[group.arguments])
+                check_rates(self.choice.name, config, known[group.arguments], usual=self.choice.recipe)
             least = known[group.arguments].least_rows
             rows = min(smallest, *(config["batch_size"] for config in group.configs))
             if rows < least:

@@ -23,7 +23,6 @@ from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.optimizers.classes import check_optimizer
-from gputune.population.population import complete
 from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
@@ -31,6 +30,7 @@ from gputune.search.config import legal_keys
 from gputune.search.descent import Hypergradient
 from gputune.search.optuna_sampler import OptunaSampler
 from gputune.search.random import default_space, draw
+from gputune.search.recipes import named_space
 from gputune.search.space import Space, check_include, check_space, translated
 from gputune.search.stopping import Halving, Median
 from gputune.study.ledger import Ledger, open_ledger
@@ -87,6 +87,8 @@ def search(
     profile = Profile() if profile is None else profile
     with profile.clock(PREPARING):
         problem = make_problem(source, options.task, choice, options)
+    choice = choice.of(problem)
+    space = _checked_space(choice, options)  # again: what is predicted decides some
     folds = _folds(problem, options)
     with profile.clock(PREPARING):
         data = _dataset(problem, folds, options, choice)
@@ -335,7 +337,11 @@ def _checked_space(choice: ModelChoice, options: Options) -> Space:
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = options.space
-    if space is None:
+    if isinstance(space, str):
+        space = named_space(space, choice.goal)
+    elif space is None and choice.recipe:
+        space = named_space("realmlp", choice.goal)
+    elif space is None:
         space = default_space(choice.searched, choice.optimizer, choice.module_class)
     return check_space(translated(space), keys=keys, module=module)
 

@@ -4,7 +4,7 @@ A source made ready to train on: target, column layout, encoded rows, folds, and
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,20 +19,21 @@ from gputune.data.table import quoted
 from gputune.data.target import Target, check_target
 from gputune.data.weights import check_weights
 from gputune.errors import InputError
-from gputune.models import CNN, GRU
+from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
+from gputune.search.recipes import recipe_of
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
 from gputune.tuning.options import Options
-from gputune.types import OPTIMIZERS, Config, Json
+from gputune.types import OPTIMIZERS, Config, Goal, Json
 
 SearchedModel = Literal["mlp", "logistic", "module"]
 
-NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU}
+NAMED: dict[str, Builder] = {"cnn": CNN, "gru": GRU, "realmlp": RealMLP}
 """Modules of ``gputune.models`` that have a name; they are searched as any module is."""
 
 BUILT_IN = ("mlp", "logistic")
@@ -47,6 +48,31 @@ class ModelChoice:
     searched: SearchedModel
     optimizer: str
     module_class: Builder | None
+    goal: Goal = ""
+    """What it predicts, once that is known."""
+
+    def of(self, problem: "Problem") -> "ModelChoice":
+        """Return the choice for a problem, whose target decides some defaults."""
+        objective = problem.objective
+        classes = objective is not None and objective.is_named and objective.loss == "cross_entropy"
+        goal: Goal = "classes" if classes else "numbers" if problem.target.task == "regression" else ""
+        return replace(self, goal=goal)
+
+    @property
+    def recipe(self) -> Config:
+        """Return what its trials take in the place of the common defaults."""
+        return recipe_of(self.module_class, self.goal)
+
+    def defaults(self, schedule: str) -> Config:
+        """Return its recipe, with the optimizer, and a ``schedule`` where that is not the constant one."""
+        recipe = self.recipe
+        if schedule != "constant" or "schedule" not in recipe:
+            recipe["schedule"] = schedule
+        return {**recipe, "optimizer": self.optimizer}
+
+    def complete(self, params: Config, schedule: str) -> Config:
+        """Return a trial's parameters with every key that training reads."""
+        return complete({**self.defaults(schedule), **params}, optimizer=self.optimizer, schedule=schedule)
 
     @property
     def solved(self) -> bool:
@@ -158,6 +184,8 @@ class Problem:
             like=like,
             standardise=objective is None or objective.is_named,
         )
+        if isinstance(self.layout, Layout):
+            data = replace(data, feature_groups=self.layout.feature_groups)
         one_logit = objective is not None and objective.one_logit
         return data.with_one_logit() if one_logit else data, statistics
 
@@ -215,13 +243,14 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     objective = _objective(target, choice, options)
     columns, asked = options.columns, options.numbers
-    kept = columns == "keep" or (columns == "auto" and choice.kind == "module")
+    kept = columns == "keep" or (columns == "auto" and choice.kind == "module" and not choice.recipe)
     how: Columns = "keep" if kept else "drop-constant"
     if isinstance(source.X, Arrays):
         numbers: Numbers = "none" if asked == "auto" else asked
         return Problem(source, target, ArrayLayout.of(source.X), source.X, how, numbers, objective)
     layout = fit_layout(source.X, columns=how)
-    numbers = "standard" if asked == "auto" else asked
+    own: Numbers = "robust" if choice.recipe and not isinstance(source.X, Tensor) else "standard"
+    numbers = own if asked == "auto" else asked
     return Problem(source, target, layout, layout.raw(source.X), how, numbers, objective)
 
 

@@ -18,7 +18,7 @@ from gputune.engine.backend import choose_backend, choose_device, matrix_product
 from gputune.engine.entry import entry
 from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
-from gputune.population.population import complete, module_arguments
+from gputune.population.population import module_arguments
 from gputune.search.descent import Hypergradient
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
@@ -48,7 +48,7 @@ class Search:
 
     def config(self, trial: Trial) -> Config:
         """Return the complete configuration of a trial."""
-        return complete(trial.params, optimizer=self.choice.optimizer, schedule=self.options.schedule)
+        return self.choice.complete(trial.params, self.options.schedule)
 
     def train(
         self, data: Dataset, trials: Sequence[Trial], *, seed: int, progress: Progress = unseen
@@ -166,7 +166,7 @@ def recalled(study: Study, X: object, y: object, *, check: bool, trust_code: boo
     rows = dict(study.record.fingerprint) if is_kept else fingerprint(source.X, problem.target)
     if check and rows != study.record.fingerprint:
         raise InputError(_other_rows(study, problem, rows, are_given=X is not None))
-    return Search(study, choice, options, problem, rows)
+    return Search(study, choice.of(problem), options, problem, rows)
 
 
 @entry

@@ -449,7 +449,7 @@ def test_a_random_state_object_is_used_once(iris):
     [
         (
             {"model": "mpl"},
-            "model must be 'mlp', 'logistic', 'cnn', 'gru', a torch.nn.Module class.*Did you mean 'mlp'",
+            "model must be 'mlp', 'logistic', 'cnn', 'gru', 'realmlp', a torch.nn.Module class.*Did you mean 'mlp'",
         ),
         ({"model": Net(4, 3)}, "must be the class, not an instance.*pass Net"),
         (

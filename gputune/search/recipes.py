@@ -1,0 +1,92 @@
+"""How a named model trains where nobody says otherwise, and the published spaces that have a name."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from scipy import stats
+
+from gputune.errors import InputError
+from gputune.models import RealMLP
+from gputune.search.distributions import Choices
+from gputune.types import Config, Goal
+
+_REALMLP: Mapping[str, float | str] = MappingProxyType(
+    {
+        "batch_size": 256, "beta2": 0.95, "schedule": "coslog4",
+        "dropout": 0.15, "dropout_schedule": "flat_cos",
+        "weight_decay": 0.02, "weight_decay_schedule": "flat_cos",
+        "lr_factor__scale": 6.0, "lr_factor__bias": 0.1, "lr_factor__embedding": 0.1, "lr_factor__slopes": 0.1,
+        # Of all but the biases by the square of its factor on the rate, as its authors' package has it.
+        "weight_decay_factor__scale": 6.0, "weight_decay_factor__bias": 0.0,
+        "weight_decay_factor__embedding": 0.1, "weight_decay_factor__slopes": 0.1,
+    }
+)  # fmt: skip
+"""RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1; pytabkit, default_params.py."""
+
+
+def recipe_of(builder: object, goal: Goal) -> Config:
+    """Return what a trial of a model takes in the place of the common defaults, for classes, numbers, or neither."""
+    if builder is not RealMLP:
+        return {}
+    if goal == "classes":
+        return {**_REALMLP, "lr": 0.04, "module__activation": "selu", "loss__label_smoothing": 0.1}
+    return {**_REALMLP, "lr": 0.2, "module__activation": "mish"}
+
+
+def _realmlp(goal: Goal) -> list[dict[str, Choices]]:
+    """RealMLP-HPO. Source: that paper, table C.2; values that are more likely stand several times."""
+    common: dict[str, Choices] = {
+        "module__embedding": ["none", "pbld", "pl", "plr"],
+        "module__scaling": [True, True, True, False, False],
+        "module__sigma": stats.loguniform(0.05, 0.5),
+        "module__activation": ["relu", "selu", "mish"],
+        "lr": stats.loguniform(0.02, 0.3),
+        "dropout": [0.0, 0.0, 0.0, 0.15, 0.15, 0.15, 0.15, 0.15, 0.3, 0.3],
+        "weight_decay": [0.0, 0.02],
+    }
+    if goal == "classes":
+        common["loss__label_smoothing"] = [0.0, 0.0, 0.0, *[0.1] * 7]
+    sizes = [(256, 3), (256, 3), (256, 3), (64, 5), (512, 1)]
+    return [common | {"module__width": [width], "module__depth": [depth]} for width, depth in sizes]
+
+
+def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
+    """The space of TabArena for RealMLP. Source: pytabkit, "tabarena-new".
+
+    Departures: one network a trial and not 8, as many epochs for all and no early end, label smoothing without a
+    schedule, beta2 from a list, and at most 32 levels a category.
+    """
+    common: dict[str, Choices] = {
+        "module__depth": [2, 3, 4],
+        "module__width": [256, 384, 512],
+        "module__activation": ["mish"],
+        "module__sigma": stats.loguniform(0.01, 50),
+        "module__one_hot": [4, 6, 9, 14, 21, 32],
+        "module__category_size": [4, 8, 16],
+        "lr": stats.loguniform(0.02, 0.3),
+        "beta2": [0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995],
+        "dropout": stats.uniform(0, 0.5),
+        "weight_decay": stats.loguniform(0.001, 0.05),
+        "lr_factor__embedding": stats.loguniform(0.05, 0.3),
+        "lr_factor__scale": stats.loguniform(2, 10),
+        "lr_factor__first": stats.loguniform(0.3, 1.5),
+    }
+    if goal == "classes":
+        common["loss__label_smoothing"] = [0.0, 0.0, 0.0, 0.0, 0.005, 0.01, 0.03, 0.1]
+    sizes = [8, 16, 32, 64]
+    large: dict[str, Choices] = {"module__waves": [*sizes], "module__size": [*sizes]}
+    return [common | {"module__waves": [16], "module__size": [4]}, common | large]
+
+
+SPACES: Mapping[str, Callable[[Goal], list[dict[str, Choices]]]] = MappingProxyType(
+    {"realmlp": _realmlp, "realmlp-tabarena": _realmlp_tabarena}
+)
+
+
+def named_space(name: str, goal: Goal) -> list[dict[str, Choices]]:
+    """Return the space of a name. Raises InputError for a name that there is not."""
+    if name not in SPACES:
+        raise InputError(
+            f"space must be a dict, a list of dicts, or one of {', '.join(SPACES)}, got {name!r}."
+        )
+    return SPACES[name](goal)
