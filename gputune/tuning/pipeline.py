@@ -102,7 +102,7 @@ def search(
     check_folds(scoring, data)
     without_model = baseline(data, scoring, problem.target.classes)
     _check_objective(problem, trials)
-    configs = [complete(t.params, optimizer=choice.optimizer, schedule=options.schedule) for t in trials]
+    configs = [choice.complete(t.params, options.schedule) for t in trials]
     for config in configs:
         check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
     with _cluster(options, choice) as cluster:
