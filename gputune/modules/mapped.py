@@ -15,6 +15,8 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+_norm_backward = torch.ops.aten.native_layer_norm_backward.default
+
 Axes = Sequence[int | None]
 """The axis of the members in each argument, None: it has none."""
 
@@ -45,6 +47,18 @@ def _batch_norm(
     if not _is_mapped(input):
         return functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return _called(_map_batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not _is_mapped(input):
+        return functional.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _called(_map_layer_norm, input, weight, bias, normalized_shape, eps)
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -78,6 +92,7 @@ def _pool(function: Callable[..., Tensor]) -> Callable[..., Any]:
 _LAYERS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     functional.batch_norm: _batch_norm,
+    functional.layer_norm: _layer_norm,
     torch.conv1d: _convolution(torch.conv1d),
     torch.conv2d: _convolution(torch.conv2d),
     torch.conv3d: _convolution(torch.conv3d),
@@ -134,6 +149,40 @@ class _Linear(torch.autograd.Function):
             slope.mT.bmm(x) if wanted[1] else None,
             slope.sum(1) if wanted[2] else None,
         )
+
+
+def _map_layer_norm(
+    members: int, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Any, eps: float
+) -> tuple[Tensor, int]:
+    x = _first(x, axes[0], members)
+    outputs: Tensor = _LayerNorm.apply(x, list(shape), eps)  # type: ignore[no-untyped-call]
+    between = [1] * (x.dim() - 1 - len(shape))
+    if weight is not None:
+        outputs = outputs * _first(weight, axes[1], members).view(members, *between, *shape)
+    if bias is not None:
+        outputs = outputs + _first(bias, axes[2], members).view(members, *between, *shape)
+    return outputs, 0
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Numbers with mean 0 and variance 1 over the last axes, in passes that a CPU does in vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: list[int], eps: float) -> Tensor:
+        axes = tuple(range(-len(shape), 0))
+        mean = x.mean(axes, keepdim=True)
+        centred = x - mean
+        scale = centred.square().mean(axes, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, mean, scale)
+        ctx.shape = shape
+        return centred.mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:
+        x, mean, scale = ctx.saved_tensors
+        wanted = [True, False, False]
+        found = _norm_backward(slope, x, ctx.shape, mean, scale, None, None, wanted)
+        return found[0], None, None
 
 
 def _map_batch_norm(members: int, axes: Axes, x: Tensor, *given: Any) -> tuple[Tensor, int]:

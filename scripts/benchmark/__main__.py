@@ -13,7 +13,8 @@
     python scripts/benchmark --halving [--adult adult.data.gz]   halving beside the full search, over seeds
     python scripts/benchmark --logistic          the solved logistic regression beside scikit-learn's
     python scripts/benchmark --profile           share of the matrix-product peak, and a trial's cost beside training
-    python scripts/benchmark --modules           modules of a user's own beside a plain loop on all cores
+    python scripts/benchmark --modules [--rows GRU LSTM]
+                                                 modules of a user's own beside a plain loop on all cores and Optuna
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
 
 The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
@@ -43,7 +44,7 @@ STUDIES = {
     "logistic": "60 values of C with each penalty, on digits",
     "profile": "32 trials of width 256, of 128; 10,000 of 16",
     "optuna": "a search of 160 trials for each of 10 seeds",
-    "modules": "six modules of a user's own beside a plain loop",
+    "modules": "nine modules of a user's own beside a plain loop and Optuna",
 }
 """What else is measured, each by the module of that name: what the option says of it."""
 
@@ -79,6 +80,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     add("--out", type=Path, default=HERE / "results", help="folder of the two files")
     add("--adult", type=Path, metavar="FILE", help="with --halving, --quality: UCI's adult.data, also .gz")
+    add(
+        "--rows", nargs="+", metavar="WORDS", help="with --modules: only rows with one of these in their name"
+    )
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
     return parser.parse_args(arguments)

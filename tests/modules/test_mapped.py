@@ -15,6 +15,8 @@ LAYERS = {
     "rows": (nn.Linear(4, 3, bias=False), (5, 4)),
     "sequences": (nn.Linear(4, 3), (2, 5, 4)),
     "sequences, turned": (nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 3)), (5, 8)),
+    "layer norm": (nn.LayerNorm((2, 4)), (5, 3, 2, 4)),
+    "layer norm of a vector": (nn.LayerNorm(4, elementwise_affine=False), (4,)),
     "conv1d": (nn.Conv1d(4, 6, 3, groups=2, stride=2), (5, 4, 9)),
     "conv2d": (nn.Conv2d(2, 4, 3, padding="same", padding_mode="zeros"), (5, 2, 6, 7)),
     "conv2d of one image": (nn.Conv2d(2, 4, 3, bias=False), (2, 6, 7)),

@@ -51,6 +51,36 @@ class WithBatchNorm(Residual):
     norm = nn.BatchNorm1d
 
 
+class Branching(Residual):
+    """The same with control flow on data, which cannot be stacked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() < 1e9 else -x)
+
+
+class Recurrent(nn.Module):
+    """A GRU on sequences of 20 steps of 8 numbers."""
+
+    kind: type[nn.RNNBase] = nn.GRU
+
+    def __init__(self, n_features: int, n_outputs: int, width: int = 32) -> None:
+        super().__init__()
+        self.body, self.leave = (
+            self.kind(n_features // 20, width, batch_first=True),
+            nn.Linear(width, n_outputs),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.leave(self.body(x.unflatten(1, (20, -1)))[0][:, -1])
+        return result
+
+
+class WithLSTM(Recurrent):
+    """The same with an LSTM."""
+
+    kind = nn.LSTM
+
+
 class Encoder(nn.Module):
     """A transformer encoder on sequences of 16: the rows of an image in halves."""
 

@@ -18,6 +18,7 @@ from benchmark.work import (
     BATCH_SIZES,
     LEARNING_RATES,
     Event,
+    Fit,
     Outcome,
     Trial,
     Work,
@@ -35,11 +36,11 @@ Objective = Callable[[optuna.Trial, Trial], float]
 """Optuna's trial and its parameters -> its score; it raises ``TrialPruned`` to end early."""
 
 
-def train(work: Work, cores: int) -> Outcome:
-    """Train the work: the processes take trials from the study's list, longest first."""
+def train(work: Work, cores: int, fit: Fit = fit) -> Outcome:
+    """Train the work by a loop: the processes take trials from the study's list, longest first."""
     begin, scores = time.monotonic(), work.no_scores()
     with tempfile.TemporaryDirectory() as folder:
-        objective = functools.partial(_train_all_folds, write_folds(work, folder), work.epochs)
+        objective = functools.partial(_train_all_folds, fit, write_folds(work, folder), work.epochs)
         order = longest_first(work.trials)
         study, began = share(work, order, objective, None, processes(work, cores), folder)
         for trial in study.trials[: len(work.trials)]:
@@ -47,7 +48,7 @@ def train(work: Work, cores: int) -> Outcome:
     return Outcome(scores, began - begin)
 
 
-def _train_all_folds(path: str, epochs: int, trial: optuna.Trial, params: Trial) -> float:
+def _train_all_folds(fit: Fit, path: str, epochs: int, trial: optuna.Trial, params: Trial) -> float:
     """Train one trial on one fold after the other."""
     scores = [fit(fold, params, epochs) for fold in read_folds(path)]
     trial.set_user_attr("scores", scores)

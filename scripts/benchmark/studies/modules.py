@@ -1,31 +1,41 @@
-"""Modules of a user's own, tuned by gputune and by the same module in a plain PyTorch loop, one process a core.
+"""Modules of a user's own, tuned by gputune, by a plain PyTorch loop, and by Optuna with that loop, one process a core.
 
 Adam without decay, float32, batches of 32 unless the row says otherwise, learning rates of the shared list; all that a
-user waits for is counted. The loop scores every epoch too, as gputune does. It trains the first trials alone, and its
-time without the start of its processes is scaled to all. The two take turns; times are medians. Rows in which gputune
-is the slower one are in the table too. The mean accuracy of the trials that both trained must be the same, to 0.02.
+user waits for is counted. The loops score every epoch too, as gputune does. They train the first trials alone, and
+their time without the start of their processes is scaled to all. All take turns; times are medians. Rows in which
+gputune is slower than was asked are in bold. The mean accuracy of the trials that both trained must be the same, to
+0.03. "Load" is what else the machine did before a row, in processes that wait for a core (0 on a quiet one).
 """
 
+import json
+import os
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
 
 import gputune
 from benchmark.engines import modules
-from benchmark.report import describe_machine, page, publish, table
-from benchmark.work import Work, digits_work, over_cores, stop_workers
+from benchmark.engines import optuna as with_optuna
+from benchmark.report import describe_machine, file_stem, page, publish, table
+from benchmark.work import Outcome, Work, digits_work, over_cores, stop_workers
 
-AGREEMENT = 0.02
+AGREEMENT = 0.03
+
+
+ENGINES = ("gputune", "loop", "optuna")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A module, how much of it is trained, by the loop on the first ``looped`` trials, and what is asked of gputune."""
+    """A module, how much of it is trained, by a loop on the first ``looped`` trials, and what is asked of gputune."""
 
     name: str
     module_class: type
@@ -34,81 +44,102 @@ class Case:
     looped: int
     asked: float
     batch_size: int = 32
-    images: bool = False
+    features: str = "digits"
 
 
 CASES = (
-    Case("residual net, LayerNorm", modules.Residual, 64, 10, 16, 10.0),
+    Case("residual net, LayerNorm, batches of 32", modules.Residual, 64, 10, 16, 10.0),
     Case("residual net, LayerNorm, batches of 128", modules.Residual, 64, 10, 16, 10.0, batch_size=128),
     Case("residual net, dropout", modules.WithDropout, 64, 10, 16, 8.0),
     Case("residual net, BatchNorm", modules.WithBatchNorm, 64, 10, 16, 8.0),
-    Case("transformer encoder", modules.Encoder, 16, 3, 4, 3.0),
-    Case("convolutional net, BatchNorm", modules.Convolutional, 8, 3, 4, 1.5, images=True),
+    Case("transformer encoder", modules.Encoder, 16, 3, 8, 3.0),
+    Case("GRU", modules.Recurrent, 16, 3, 8, 3.0, features="sequences"),
+    Case("LSTM", modules.WithLSTM, 16, 3, 8, 3.0, features="sequences"),
+    Case("convolutional net, BatchNorm", modules.Convolutional, 16, 3, 8, 1.5, features="images"),
+    Case("residual net with control flow on data", modules.Branching, 16, 5, 16, 0.95),
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case: seconds of both in each repeat, mean accuracies of the trials that both trained."""
+    """What was measured of a case: seconds of each engine in each repeat, mean accuracies of what all trained."""
 
     name: str
     work: str
     asked: float
-    gputune_seconds: Sequence[float]
-    loop_seconds: Sequence[float]
-    gputune_accuracy: float
-    loop_accuracy: float
+    date: str
+    load: float
+    seconds: dict[str, Sequence[float]]
+    accuracies: dict[str, float]
 
-    @property
-    def ratio(self) -> float:
-        """How many times as fast gputune is."""
-        return float(np.median(self.loop_seconds) / np.median(self.gputune_seconds))
+    def ratio(self, engine: str) -> float:
+        """How many times as fast as an engine gputune is."""
+        return float(np.median(self.seconds[engine]) / np.median(self.seconds["gputune"]))
 
 
 def run(options: Namespace) -> int:
-    """Measure, print and write; return 1 where the accuracies differ."""
-    machine, rows = describe_machine(with_card=False), []
+    """Measure the chosen rows, print and write them beside those of before; return 1 where the accuracies differ."""
+    machine = describe_machine(with_card=False)
+    rows = _written(options.out / f"{file_stem(machine, 'modules')}.json")
     for case in CASES:
-        rows.append(compare(case, options.repeats or 3))
-        print(f"{rows[-1].name}: {rows[-1].ratio:.2f}x", flush=True)
-    apart = [row for row in rows if not abs(row.gputune_accuracy - row.loop_accuracy) <= AGREEMENT]
-    if apart:
-        print(f"NO SPEED: mean accuracies differ by more than {AGREEMENT}: {apart}")
-        return 1
-    numbers = [{**asdict(row), "ratio": row.ratio} for row in rows]
-    return publish(options.out, "modules", machine, markdown(machine, rows), rows=numbers)
+        if options.rows and not any(word in case.name for word in options.rows):
+            continue
+        row = rows[case.name] = compare(case, options.repeats or 3)
+        print(f"{row.name}: {row.ratio('loop'):.2f}x, {row.ratio('optuna'):.2f}x", flush=True)
+        if max(row.accuracies.values()) - min(row.accuracies.values()) > AGREEMENT:
+            print(f"NO SPEED: mean accuracies differ by more than {AGREEMENT}: {row.accuracies}")
+            return 1
+    found = [rows[case.name] for case in CASES if case.name in rows]
+    ratios = {engine: {row.name: row.ratio(engine) for row in found} for engine in ENGINES[1:]}
+    numbers = [asdict(row) for row in found]
+    return publish(options.out, "modules", machine, markdown(machine, found), rows=numbers, ratios=ratios)
+
+
+def _written(path: Path) -> dict[str, Row]:
+    """Return the rows that a file holds, by their names."""
+    if not path.exists():
+        return {}
+    return {row["name"]: Row(**row) for row in json.loads(path.read_text())["rows"]}
 
 
 def compare(case: Case, repeats: int) -> Row:
-    """Measure one case; both begin once."""
-    work = case_work(case)
-    own, loop = [], []
+    """Measure one case; each engine begins in its turn."""
+    work, load = case_work(case), os.getloadavg()[0]
+    found: dict[str, list[tuple[float, np.ndarray]]] = {engine: [] for engine in ENGINES}
     for repeat in range(repeats):
-        for engine in sorted((own, loop), key=lambda times: (times is own) == repeat % 2):
+        for place in range(len(ENGINES)):
+            engine = ENGINES[(place + repeat) % len(ENGINES)]
             stop_workers()
-            if engine is own:
-                own.append(_tuned(case, work))
-            else:
-                loop.append(_looped(case, work))
-    size = f"{case.trials} x {len(work.folds)} x {case.epochs}"
-    accuracies = [float(np.mean([scores[: case.looped] for _, scores in times])) for times in (own, loop)]
-    return Row(case.name, size, case.asked, [s for s, _ in own], [s for s, _ in loop], *accuracies)
+            found[engine].append(_tuned(case, work) if engine == "gputune" else _looped(engine, case, work))
+    return Row(
+        case.name,
+        f"{case.trials} x {len(work.folds)} x {case.epochs}",
+        case.asked,
+        datetime.now(UTC).date().isoformat(),
+        round(load, 1),
+        {engine: [round(seconds, 2) for seconds, _ in times] for engine, times in found.items()},
+        {e: float(np.mean([scores[: case.looped] for _, scores in times])) for e, times in found.items()},
+    )
 
 
 def case_work(case: Case) -> Work:
-    """Return digits with the trials of a case, as images of 28 x 28 where it asks for them."""
+    """Return digits with the trials of a case, as images of 28 x 28 or sequences of 20 where it asks for them."""
     work = digits_work("narrow", n_trials=case.trials, epochs=case.epochs)
     trials = [{**trial, "batch_size": case.batch_size} for trial in work.trials]
     X = work.X
-    if case.images:
+    if case.features == "images":
         large = np.kron(X.reshape(-1, 8, 8), np.ones((1, 3, 3), np.float32))
         X = np.pad(large, ((0, 0), (2, 2), (2, 2))).reshape(len(X), -1)
+    if case.features == "sequences":
+        X = np.tile(X, 3)[:, :160]
     return replace(work, name=case.name, X=X, trials=trials)
 
 
 def _tuned(case: Case, work: Work) -> tuple[float, np.ndarray]:
     begin = time.perf_counter()
-    include = [{key: trial[key] for key in ("lr", "batch_size")} for trial in work.trials]
+    include: list[dict[str, Any]] = [
+        {"lr": trial["lr"], "batch_size": trial["batch_size"], "weight_decay": 0.0} for trial in work.trials
+    ]
     study = gputune.tune(
         case.module_class, work.X, work.y, n_trials=0, include=include, include_default=False, cv=work.folds,
         optimizer="adam", max_epochs=work.epochs, epoch="last", device="cpu", verbose=0,
@@ -116,10 +147,11 @@ def _tuned(case: Case, work: Work) -> tuple[float, np.ndarray]:
     return time.perf_counter() - begin, study.curves[:, -1]
 
 
-def _looped(case: Case, work: Work) -> tuple[float, np.ndarray]:
+def _looped(engine: str, case: Case, work: Work) -> tuple[float, np.ndarray]:
     begin = time.perf_counter()
     few = replace(work, trials=work.trials[: case.looped])
-    outcome = over_cores(partial(modules.fit, case.module_class), few, joblib.cpu_count())
+    fit, cores = partial(modules.fit, case.module_class), joblib.cpu_count()
+    outcome: Outcome = over_cores(fit, few, cores) if engine == "loop" else with_optuna.train(few, cores, fit)
     spent = time.perf_counter() - begin - outcome.start
     return outcome.start + spent * case.trials / case.looped, outcome.scores
 
@@ -127,13 +159,15 @@ def _looped(case: Case, work: Work) -> tuple[float, np.ndarray]:
 def markdown(machine: dict[str, object], rows: Sequence[Row]) -> str:
     """Return the report as a page."""
     head = [
-        "module", "trials x folds x epochs", "gputune, s", "loop on all cores, s", "times as fast", "asked for",
-        "accuracy: gputune, loop",
+        "module", "trials x folds x epochs", "gputune, s", "loop on all cores, s", "Optuna with the loop, s",
+        "times as fast as the loop", "asked for", "as Optuna", "accuracy: gputune, loop, Optuna", "date, load",
     ]  # fmt: skip
-    lines = [
-        (r.name, r.work, *(f"{np.median(times):.1f}" for times in (r.gputune_seconds, r.loop_seconds)),
-         f"**{r.ratio:.2f}**" if r.ratio < r.asked else f"{r.ratio:.2f}", r.asked,
-         f"{r.gputune_accuracy:.3f}, {r.loop_accuracy:.3f}")
-        for r in rows
-    ]  # fmt: skip
+    lines = []
+    for r in rows:
+        ratio = r.ratio("loop")
+        lines.append((
+            r.name, r.work, *(f"{np.median(r.seconds[engine]):.1f}" for engine in ENGINES),
+            f"**{ratio:.2f}**" if ratio < r.asked else f"{ratio:.2f}", r.asked, f"{r.ratio('optuna'):.2f}",
+            ", ".join(f"{r.accuracies[engine]:.3f}" for engine in ENGINES), f"{r.date}, {r.load}",
+        ))  # fmt: skip
     return page("Modules of a user's own", machine, __doc__ or "", table(head, lines))
