@@ -192,11 +192,10 @@ def endings(study: Study) -> Endings:
             (s, words, counts[s], 100 * counts[s] / len(trials)) for s, words in STATES.items() if counts[s]
         ),
         rungs=tuple((epoch, n, int((trained > epoch).sum())) for epoch, n in sorted(pruned.items())),
-        diverged=tuple((t.number, t.best_epoch + 1, _params_text(t)) for t in failed[:DIVERGED]),
+        diverged=tuple(
+            (t.number, t.best_epoch + 1, ", ".join(f"{clean(k)} = {short(v)}" for k, v in t.params.items()))
+            for t in failed[:DIVERGED]
+        ),
         failed=len(failed),
         spent=study.spent,
     )
-
-
-def _params_text(trial: Trial) -> str:
-    return ", ".join(f"{clean(key)} = {short(value)}" for key, value in trial.params.items())

@@ -84,14 +84,11 @@ def again_code(study: Study) -> str:
         return script.text(f"model = clone(estimator).set_params(**{script.literal(best.params)}).fit(X, y)")
     if record.lost:
         return ""
-    if best.state == "stopped" or (record.descends and _is_scheduled(best)):
+    # Values that only a descent trains with.
+    is_scheduled = any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
+    if best.state == "stopped" or (record.descends and is_scheduled):
         return _from_file(script, study)
     return _tune(script, record, best)
-
-
-def _is_scheduled(best: Trial) -> bool:
-    """Whether a trial of a descent has values that only a descent trains with."""
-    return any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
 
 
 def _from_file(script: _Script, study: Study) -> str:

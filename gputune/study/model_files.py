@@ -269,9 +269,9 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
 
 def _full_spec(model: ModelContent) -> Json:
     """Return how the module is built again; of a user's class with the file where it lies now."""
-    if model.spec["kind"] != "module":
-        return model.spec
-    if "made" in model.spec:  # by a function, of which the module knows nothing
+    if (
+        model.spec["kind"] != "module" or "made" in model.spec
+    ):  # by a function, of which the module knows nothing
         return model.spec
     source, file = class_source(_module_type(model)), source_file(_module_type(model))
     beside = {"file": file} if file is not None and "import" in source else {}
