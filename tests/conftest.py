@@ -22,6 +22,10 @@ def own_state(tmp_path_factory):
     """What the tests train is remembered here, also by the processes that they start, and not for this user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        found = tmp_path_factory.mktemp("found")
+        patch.setattr(
+            "gputune.engine.findings.cache_folder", lambda: found
+        )  # not what the user's check found
         yield
 
 

@@ -159,7 +159,9 @@ def tune(
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
                  again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most
-    device, dtype  "auto" takes a GPU where there is one; "float32" or "float64"
+    device       "auto" takes the GPU where there is one and X is a tensor on it, or a module trains, or the training
+                 is long; else the CPU, whose compiled code has a small MLP trained before a GPU has begun
+    dtype        "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
                  CPU with a C compiler; "graph" records a step of all members once and replays it; "eager" takes it as
                  operations on stacked tensors. Members of a user's module are "stacked", which is an error where they

@@ -128,7 +128,7 @@ def _finish(
     if not arguments.profile:
         return text
     dtype = getattr(torch, options.dtype)
-    return f"{text}\n\n{profile.report(dtype=dtype, device=options.device_here())}"
+    return f"{text}\n\n{profile.report(dtype=dtype, device=profile.device)}"
 
 
 def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[TunedModel, HeldOut | None]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
+from gputune.engine.findings import Findings, read_findings
 from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
@@ -17,15 +18,17 @@ from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, is_plain
 from gputune.types import Backend, BackendWord, Config
 
+_FEW = 20  # members, of which a step is all launches
 _DEEPEST = 63  # hidden layers that the compiled code has room for
 
 
 def choose_backend(
     word: BackendWord, device: torch.device, dtype: torch.dtype, kind: ModelKind = "mlp"
 ) -> tuple[Backend, str]:
-    """Return the backend of a word, and why "auto" is not compiled on a CPU ("" where it may be).
+    """Return the backend of a word, and why "auto" is not the fast one ("" where it is).
 
-    "auto" is "graph" on a GPU, for a user's module, and on a CPU without a compiler. Raises InputError where compiled
+    "auto" is "graph" on a GPU, for a user's module, and on a CPU without a compiler; "eager" on a GPU where
+    ``gputune check`` has found recorded steps wrong, or the slower ones. Raises InputError where compiled
     training, or recorded steps, are asked for and cannot be had.
     """
     if word == "graph" and device.type not in RECORDERS:
@@ -37,6 +40,8 @@ def choose_backend(
         return word, ""
     if word == "stacked" and kind != "module":
         return "eager", ""
+    if word == "auto" and device.type == "cuda":
+        return _on_gpu(read_findings(device))
     if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
         return ("graph" if device.type in RECORDERS else "eager"), ""
     if device.type != "cpu":
@@ -44,6 +49,8 @@ def choose_backend(
             f"backend='compiled' trains on the CPU, and the device is {str(device)!r}; choose device='cpu', or "
             "backend='auto'."
         )
+    if word == "auto" and (why := read_findings(device).why_not("compiled")):
+        return "graph", why
     try:
         library(dtype)
     except NotBuiltError as error:
@@ -54,6 +61,14 @@ def choose_backend(
             "which records steps without it."
         ) from error
     return "compiled", ""
+
+
+def _on_gpu(found: Findings) -> tuple[Backend, str]:
+    """Return how stacked members train on a GPU, by what was found of it, and why not in recorded steps."""
+    if why := found.why_not("graph"):
+        return "eager", why
+    speeds = [found.speeds[way].of(_FEW) for way in ("graph", "eager") if way in found.speeds]
+    return ("eager" if len(speeds) == 2 and speeds[1] < speeds[0] else "graph"), ""
 
 
 def choose_device(device: str) -> torch.device:

@@ -77,6 +77,8 @@ def keep_findings(device: torch.device, found: Findings) -> Path | None:
 
 
 def _path(device: torch.device) -> Path | None:
+    if device.type == "cuda" and not torch.cuda.is_available():  # a GPU of a cluster's
+        return None
     folder = cache_folder()
     words = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
     return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', words.lower())}.json"

@@ -15,7 +15,7 @@ from gputune.engine.backend import computing
 from gputune.engine.findings import Speed
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import cores
-from gputune.population.population import Population, complete
+from gputune.population.population import ModelKind, Population, complete
 from gputune.types import Backend, Config
 
 FOLDS, FEATURES, CLASSES, WIDTH, BATCH = 5, 64, 10, 64, 32
@@ -35,13 +35,14 @@ def measure_speed(device: torch.device, backend: Backend) -> Speed:
     return Speed(max(0.0, few - FOLDS * FEW * member), member)
 
 
-def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int) -> float:
-    """Return what one step of a member of an MLP costs, as a multiple of those that are timed here.
+def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind) -> float:
+    """Return what one step of a member costs, as a multiple of those that are timed here.
 
     Both of its parts go with the number of parameters: the update, once, and the products, for each row. One row costs
     a tenth of the update, in compiled code on an EPYC core.
     """
-    parameters: float = _parameters(n_features, config["width"], config["depth"], n_outputs)
+    depth = config["depth"] if kind == "mlp" else 0
+    parameters: float = _parameters(n_features, config["width"], depth, n_outputs)
     batch = min(int(config["batch_size"]), rows)
     return parameters * (10 + batch) / (_TIMED * (10 + BATCH))
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset, Scaling
-from gputune.engine.backend import choose_backend, choose_device
+from gputune.engine.backend import choose_backend
+from gputune.engine.device import DeviceChoice, Work, device_for
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp
@@ -103,7 +104,7 @@ def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[n
         groups[recipe.family].append(i)
     for index in groups.values():
         alike = [recipes[i] for i in index]
-        x = shared_x(rows, choose_device(alike[0].device))
+        x = shared_x(rows, _device(alike, rows, folds).device)
         for group in group_folds(rows, folds, partial(_decays, alike, rows)):
             configs = _configs(alike, rows, group.trains[0])
             data = make_dataset(rows, group, x, standardise=alike[0].standardises, numbers=alike[0].numbers)
@@ -111,6 +112,23 @@ def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[n
             if objective is not None and objective.one_logit:
                 data = data.with_one_logit()
             yield Batch(index, alike, configs, group, data, objective)
+
+
+def _device(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[np.int64]]) -> DeviceChoice:
+    """Return the device on which recipes that train together do so."""
+    first = recipes[0]
+    x = rows.X.parts[0]
+    work = Work(
+        kind=first.kind,
+        configs=_configs(recipes, rows, next(iter(folds.values()))),
+        rows=[len(train) for train in folds.values()],
+        n_features=x[0].numel(),
+        n_outputs=1 if rows.classes is None else len(rows.classes),
+        # A training that stops at rungs stays where it was begun, however little is left of it: on the CPU.
+        epochs=first.epochs if first.state is None else 0,
+        dtype=x.dtype,
+    )
+    return device_for(first.device, work)
 
 
 def _objective(recipe: Recipe, config: Config, data: Dataset) -> Objective | None:

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from gputune.data.weights import ClassWeight
-from gputune.engine.backend import choose_device
+from gputune.engine.device import device_for_solver
 from gputune.errors import InputError
 from gputune.search.config import check_value
 from gputune.sklearn.base import Foreign, FusedEstimator, keep_parameters
@@ -82,7 +82,7 @@ def solve_members(
     members: dict[Place, Solved | Exception] = {}
     for index, group in solve_groups(penalties, rows, folds):
         places = [(fold, i) for fold in group.places for i in index]
-        (x,) = shared_x(rows, choose_device(penalties[index[0]].device), torch.float64)
+        (x,) = shared_x(rows, device_for_solver(penalties[index[0]].device).device, torch.float64)
         try:
             problem = make_problem([penalties[i] for i in index], rows, group, x)
         except ValueError as error:
@@ -155,7 +155,7 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
     max_iter         Newton steps at most; a ConvergenceWarning where they were not enough
     random_state, solver, warm_start, n_jobs, verbose   take no part: the solution is unique; "liblinear" alone, which
                      penalises the intercept too, is refused
-    device           "auto", "cpu", "cuda", "cuda:1"
+    device           "auto" (the CPU), "cpu", "cuda", "cuda:1"
 
     After ``fit``: ``coef_`` (K, D) and ``intercept_`` (K,), with K = 1 for two classes, ``classes_``, ``n_iter_`` (1,)
     Newton steps, ``n_features_in_``, ``feature_names_in_``.

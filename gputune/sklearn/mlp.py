@@ -193,7 +193,7 @@ _PARAMETERS = """
     max_iter             epochs
     momentum, nesterovs_momentum   of sgd and sgdhd; the others have none
     random_state         an integer gives the same numbers again, alone as in a search
-    device               "auto", "cpu", "cuda", "cuda:1"
+    device               "auto" (a GPU only for what is long), "cpu", "cuda", "cuda:1"
 
     ``verbose``, ``shuffle=True``, ``early_stopping=False`` and ``warm_start=False`` are taken as scikit-learn's scripts
     have them, without effect; other values are refused, and so are ``tol``, ``n_iter_no_change`` and

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from gputune.data.dataset import Fold
-from gputune.engine.backend import choose_device
+from gputune.engine.device import device_for_solver
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
 from gputune.errors import InputError
@@ -134,7 +134,7 @@ def _solved(members: Sequence[Sequence[Fit]], layout: Layout) -> Iterator[tuple[
     """Differentiate trials (C) that are solved in the folds, at their minimum."""
     penalties: list[Penalty] = [trial[0].estimator._recipe(lambda: 0) for trial in members]
     for index, group in solve_groups(penalties, layout.rows, dict(enumerate(layout.folds[::2]))):
-        (x,) = shared_x(layout.rows, choose_device(penalties[index[0]].device), torch.float64)
+        (x,) = shared_x(layout.rows, device_for_solver(penalties[index[0]].device).device, torch.float64)
         problem = make_problem([penalties[i] for i in index], layout.rows, group, x)
         implicit = implicit_gradients(problem, solve(problem), _valid_rows(layout, group, x.device))
         losses, slopes = (t.view(len(group.trains), -1) for t in (implicit.value, implicit.gradient))

@@ -55,9 +55,9 @@ def ensemble(
     scoring, progress = _scoring(search), Progress(verbose)
     progress.scoring = scoring.name
     folds = unpack_folds(study.record.arguments.folds)
-    data, _ = search.problem.dataset(folds, search.options, search.choice)
+    data, _ = search.dataset(folds, trials)
     epochs = max(trial.best_epoch for trial in trials)
-    whole, statistics = search.all_rows()
+    whole, statistics = search.all_rows(trials)
     progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
     with progress.bar_over(len(trials), epochs) if not search.choice.solved else nullcontext():
         members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)

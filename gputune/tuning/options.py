@@ -234,7 +234,7 @@ class Options:
     )  # fmt: skip
 
     device: str = _machine(
-        "auto", "--device D", "auto (default), cpu, cuda (all GPUs of the machine) or cuda:1",
+        "auto", "--device D", "auto (default: GPUs for long work), cpu, cuda (all GPUs of the machine) or cuda:1",
         kept=True, resume="another device; results are then equal up to rounding",
     )  # fmt: skip
     backend: BackendWord = _machine(

@@ -89,10 +89,11 @@ def search(
         problem = make_problem(source, options.task, choice, options)
     choice = choice.of(problem)
     space = _checked_space(choice, options)  # again: what is predicted decides some
-    folds = _folds(problem, options)
+    folds, trials = _folds(problem, options), first_trials(space, choice, options)
+    configs = [choice.complete(t.params, options.schedule) for t in trials]
     with profile.clock(PREPARING):
-        data = _dataset(problem, folds, options, choice)
-    trials = first_trials(space, choice, options)
+        data = _dataset(problem, folds, options, choice, configs, progress)
+    profile.device = data.device
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]
     if loss := default_loss(data, choice, options, first):
         options, data = replace(options, loss=loss), data.with_one_logit()
@@ -102,7 +103,6 @@ def search(
     check_folds(scoring, data)
     without_model = baseline(data, scoring, problem.target.classes)
     _check_objective(problem, trials)
-    configs = [choice.complete(t.params, options.schedule) for t in trials]
     for config in configs:
         check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
     with _cluster(options, choice) as cluster:
@@ -198,11 +198,24 @@ def _folds(problem: Problem, options: Options) -> list[Rows]:
     return make_folds(options.cv, problem.target, n_rows=n_rows, X=X, groups=source.groups, seed=seed)
 
 
-def _dataset(problem: Problem, folds: Sequence[Rows], options: Options, choice: ModelChoice) -> Dataset:
+def _dataset(
+    problem: Problem,
+    folds: Sequence[Rows],
+    options: Options,
+    choice: ModelChoice,
+    configs: Sequence[Config],
+    progress: Progress,
+) -> Dataset:
     """Return the data, with the rows as the user gave them where a scorer of the user's own sees them."""
     if isinstance(options.workers, Ray):  # on its way to a cluster the data lies in main memory
         options = replace(options, workers=1, device="cpu")
-    data, statistics = problem.dataset(folds, options, choice)
+    repeats = max(1.0, options.n_trials / max(1, len(configs)))  # of what a sampler draws later
+    chosen = problem.device_choice(folds, options, choice, configs, repeats=repeats)
+    if chosen.why:
+        progress.say(
+            f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {chosen.why}"
+        )
+    data, statistics = problem.dataset(folds, options, choice, chosen.device)
     if not callable(options.scoring):
         return data
     return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout, statistics))
@@ -246,7 +259,9 @@ def _backend(
     ways = {trains_as(fast, choice.kind, config) for config in configs}
     some_fast = not ways or fast in ways
     if why and some_fast:
-        progress.say(f"note: trials train in recorded steps, slower than compiled ones: {why}")
+        how = "eagerly, slower than" if backend == "eager" else "in recorded steps, slower than"
+        than = "in recorded steps" if backend == "eager" else "compiled ones"
+        progress.say(f"note: trials train {how} {than}: {why}")
     if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
         how = "in recorded steps" if module and word == "compiled" else "eagerly"
         models = "MLPs and linear models with " if word == "compiled" else ""

@@ -18,6 +18,7 @@ from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target
 from gputune.data.weights import check_weights
+from gputune.engine.device import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of
@@ -25,6 +26,7 @@ from gputune.modules.inspection import returns_one_logit
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
+from gputune.search.descent import Hypergradient
 from gputune.search.recipes import recipe_of
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
@@ -164,16 +166,46 @@ class Problem:
     numbers: Numbers = "standard"
     objective: Objective | None = None
 
+    def device_choice(
+        self,
+        folds: Sequence[Rows],
+        options: Options,
+        choice: ModelChoice,
+        configs: Sequence[Config],
+        *,
+        repeats: float = 1.0,
+    ) -> DeviceChoice:
+        """Return the device on which configurations train, with X in hand."""
+        if options.tf32 and options.device == "auto":
+            return DeviceChoice(options.device_here())  # TF32 is a GPU's
+        parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
+        held = next((part.device for part in parts if isinstance(part, Tensor)), None)
+        default = choice.complete({}, options.schedule)
+        work = Work(
+            kind=choice.kind,
+            configs=configs or [default],
+            rows=[len(train) for train, _ in folds],
+            n_features=len(self.layout.feature_names) if isinstance(self.layout, Layout) else 1,
+            n_outputs=self.target.n_outputs,
+            epochs=options.max_epochs,
+            repeats=repeats,
+            solved=choice.solved,
+            differentiated=isinstance(options.method, Hypergradient),
+            backend=options.backend,
+            dtype=DTYPES[options.dtype],
+            held_by=held,
+        )
+        return device_for(options.device, work)
+
     def dataset(
-        self, folds: Sequence[Rows], options: Options, choice: ModelChoice
+        self, folds: Sequence[Rows], options: Options, choice: ModelChoice, device: torch.device
     ) -> tuple[Dataset, tuple[Statistics, ...] | tuple[ArrayStatistics, ...]]:
-        """Return the data of some folds on the device, and the statistics of each fold."""
+        """Return the data of some folds on a device, and the statistics of each fold."""
         # The solver's tolerance lies beyond single precision.
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
-        device = self.raw.device if isinstance(self.raw, Tensor) and options.device == "auto" else None
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
         statistics = self._statistics([train for train, _ in folds])
-        like = torch.empty(0, dtype=dtype, device=device or options.device_here())
+        like = torch.empty(0, dtype=dtype, device=device)
         objective = self.objective
         data = make_dataset(
             self.raw,

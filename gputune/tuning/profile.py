@@ -24,6 +24,7 @@ class Profile:
         self.seconds: dict[str, float] = {}
         self.spent = Spent()
         self.plan: Plan | None = None
+        self.device = torch.device("cpu")
         self.begin = time.perf_counter()
 
     @contextmanager

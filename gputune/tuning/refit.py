@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayStatistics
-from gputune.data.dataset import Dataset
+from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
@@ -97,10 +97,17 @@ class Search:
             precision=options.precision,
         )
 
-    def all_rows(self) -> tuple[Dataset, Statistics | ArrayStatistics]:
+    def dataset(
+        self, folds: Sequence[Rows], trials: Sequence[Trial]
+    ) -> tuple[Dataset, tuple[Statistics | ArrayStatistics, ...]]:
+        """Return the data of some folds, on the device on which trials train there, and their statistics."""
+        configs = [self.config(trial) for trial in trials]
+        chosen = self.problem.device_choice(folds, self.options, self.choice, configs)
+        return self.problem.dataset(folds, self.options, self.choice, chosen.device)
+
+    def all_rows(self, trials: Sequence[Trial]) -> tuple[Dataset, Statistics | ArrayStatistics]:
         """Return all rows as the one fold of a refit, and their statistics."""
-        folds = [all_rows(len(self.problem.source.X))]
-        data, (statistics,) = self.problem.dataset(folds, self.options, self.choice)
+        data, (statistics,) = self.dataset([all_rows(len(self.problem.source.X))], trials)
         return data, statistics
 
     def model(
@@ -185,7 +192,7 @@ def refit(
     """
     one = study.best_trial if trial is None else _numbered(study, trial)
     search = recalled(study, X, y, check=check, trust_code=trust_code)
-    data, statistics = search.all_rows()
+    data, statistics = search.all_rows([one])
     ((module,),) = search.train(data, [one], seed=search.options.random_state)
     return search.model(
         module,

@@ -19,6 +19,7 @@ from gputune.check.check import checks_of
 from gputune.check.laws import LAWS
 from gputune.data import dataset
 from gputune.engine import findings, plan, speed
+from gputune.engine.findings import Findings, Speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
@@ -28,6 +29,7 @@ from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
 from gputune.scoring.validation import Validation
+from gputune.sklearn import LogisticRegression, MLPClassifier
 from gputune.tuning.context import Context
 from problems import (
     fill,
@@ -238,10 +240,39 @@ def test_what_pytorch_keeps_of_a_gpu_is_free(device, monkeypatch):
     assert free_of_gpu(torch.device(device)) == before + 1000
 
 
-def test_auto_takes_the_current_gpu(iris):
-    study = gputune.tune("mlp", *iris, **FAST)
+def test_auto_takes_the_current_gpu_for_a_module(iris):
+    study = gputune.tune(Net, *iris, **FAST)
     assert cuda.counts("launch")
-    np.testing.assert_array_equal(study.curves, gputune.tune("mlp", *iris, **FAST, device="cuda:0").curves)
+    np.testing.assert_array_equal(study.curves, gputune.tune(Net, *iris, **FAST, device="cuda:0").curves)
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic"])
+def test_auto_takes_the_cpu_for_what_is_small(model, iris, capsys):
+    gputune.tune(model, *iris, **{**FAST, "verbose": 1})
+    assert not cuda.counts("launch") and not cuda.counts("to device")
+    assert "trials train on the CPU and not on the GPU" in capsys.readouterr().err
+
+
+def test_auto_of_an_estimator_is_the_cpu_for_what_is_small(iris):
+    MLPClassifier(hidden_layer_sizes=(8,), max_iter=3, random_state=0).fit(*iris)
+    LogisticRegression().fit(*iris)
+    assert not cuda.counts("launch")
+
+
+def test_auto_takes_the_gpu_where_it_is_faster(iris, monkeypatch, tmp_path):
+    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr("gputune.engine.device._SOON", 0.0)
+    findings.keep_findings(torch.device("cpu"), Findings(None, {"compiled": Speed(1.0, 1.0)}))
+    findings.keep_findings(torch.device("cuda"), Findings(None, {"graph": Speed(1e-9, 0.0)}))
+    gputune.tune("mlp", *iris, **FAST)
+    assert cuda.counts("launch")
+
+
+@pytest.mark.parametrize("where", DEVICES)
+def test_a_tensor_that_lies_on_a_gpu_trains_there(where, iris):
+    X, y = torch.from_numpy(iris[0]).to(where), iris[1]
+    study = gputune.tune("mlp", X, y, **FAST)
+    np.testing.assert_array_equal(study.curves, gputune.tune("mlp", X, y, **FAST, device=where).curves)
 
 
 def chunk(device, *, module=False):

@@ -1,0 +1,152 @@
+"""Which device "auto" is: nobody has a GPU here, so one is named, and its speeds are given."""
+
+import pytest
+import torch
+
+import gputune
+from gputune.engine import device, findings
+from gputune.engine.backend import choose_backend
+from gputune.engine.device import DeviceChoice, Work, device_for, device_for_solver
+from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
+from gputune.engine.speed import work_of_a_step
+from gputune.native.library import find_compiler
+from problems import fill
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CONFIGS = fill(*({"lr": lr, "width": 64, "batch_size": 32} for lr in (1e-3, 1e-2)))
+WORK = {
+    "kind": "mlp",
+    "configs": CONFIGS,
+    "rows": [320, 320],
+    "n_features": 64,
+    "n_outputs": 10,
+    "epochs": 50,
+}
+
+pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """A machine with a GPU, of which nothing is known; returns the places whose speed was measured."""
+    monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(findings, "device_name", lambda device: f"a {device.type}")
+    monkeypatch.setattr(device, "device_name", lambda device: f"a {device.type}")
+    monkeypatch.setattr(device, "choose_device", lambda word: GPU if word == "auto" else torch.device(word))
+    measured = []
+
+    def measure(device, backend):
+        measured.append((device.type, backend))
+        return SPEEDS[device.type]
+
+    monkeypatch.setattr(device, "measure_speed", measure)
+    return measured
+
+
+SPEEDS = {"cpu": Speed(0.0, 1e-4), "cuda": Speed(1e-3, 1e-6)}
+"""2,000 steps of a member in the work above, in 2 folds x 2 trials; of a chunk 500."""
+
+
+def test_what_is_soon_done_stays_on_the_cpu_and_no_gpu_is_asked(machine):
+    work = Work(**WORK)
+    assert work.seconds(SPEEDS["cpu"], alone=True) == pytest.approx(0.2)
+    assert device_for("auto", work) == DeviceChoice(CPU, "compiled code takes about 0.2 s on the CPU")
+    assert machine == [("cpu", "compiled")]
+
+
+def test_what_is_long_goes_where_it_is_done_first(machine):
+    long = Work(**WORK | {"epochs": 5000})
+    assert long.seconds(SPEEDS["cuda"], alone=False) == pytest.approx(50.2)
+    words = "compiled code takes about 20 s on the CPU, a cuda about 50 s"
+    assert device_for("auto", long) == DeviceChoice(CPU, words)
+    many = Work(**WORK | {"epochs": 5000, "configs": CONFIGS * 50})
+    assert device_for("auto", many) == DeviceChoice(GPU)
+    assert machine == [("cpu", "compiled"), ("cuda", "graph")]  # once on a machine
+
+
+def test_a_speed_that_is_known_is_not_measured(machine):
+    keep_findings(CPU, Findings(None, {"compiled": SPEEDS["cpu"]}))
+    device_for("auto", Work(**WORK))
+    assert machine == []
+
+
+def test_trials_that_a_sampler_will_ask_for_are_counted():
+    assert device_for("auto", Work(**WORK, repeats=100.0)).why.startswith("compiled code takes about 20 s")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "module"},
+        {"backend": "graph"},
+        {"differentiated": True},
+        {"configs": fill({"optimizer": "adamhd"})},
+        {"held_by": GPU},
+    ],
+    ids=str,
+)
+def test_what_no_compiled_code_trains_takes_the_gpu(given, machine):
+    assert device_for("auto", Work(**WORK | given)) == DeviceChoice(GPU)
+    assert machine == []
+
+
+def test_what_is_asked_for_is_taken(machine):
+    assert device_for("auto", Work(**WORK, backend="compiled")) == DeviceChoice(CPU)
+    assert device_for("cuda", Work(**WORK)) == DeviceChoice(GPU)
+    assert device_for("cpu", Work(**WORK)) == DeviceChoice(CPU)
+    assert device_for_solver("cuda") == DeviceChoice(GPU)
+    assert machine == []
+
+
+def test_what_is_solved_stays_on_the_cpu():
+    found = device_for("auto", Work(**WORK, solved=True))
+    assert found == device_for_solver("auto") and found.device == CPU and "wait for each other" in found.why
+
+
+def test_a_gpu_that_failed_its_laws_is_not_taken():
+    keep_findings(GPU, Findings({"eager": "a law", "graph": "another"}, {}))
+    found = device_for("auto", Work(**WORK | {"configs": CONFIGS * 50, "epochs": 5000}))
+    assert found == DeviceChoice(CPU, "gputune check found that 'a law' does not hold for it here")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (Findings(), ("graph", "")),
+        (Findings({}, {"eager": Speed(2e-3, 0), "graph": Speed(1e-3, 0)}), ("graph", "")),
+        (Findings({}, {"eager": Speed(1e-3, 0), "graph": Speed(2e-3, 0)}), ("eager", "")),
+        (Findings({"graph": "a law"}, {}), ("eager", Findings({"graph": "a law"}).why_not("graph"))),
+    ],
+)
+def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
+    keep_findings(GPU, found)
+    assert choose_backend("auto", GPU, torch.float32) == expected
+
+
+def test_compiled_code_that_failed_its_laws_is_not_used(capsys, iris, monkeypatch):
+    keep_findings(CPU, Findings({"compiled": "a law"}, {}))
+    study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2, device="cpu")
+    said = capsys.readouterr().err
+    assert (
+        "note: trials train in recorded steps, slower than compiled ones: gputune check found that 'a law'"
+        in said
+    )
+    assert len(study.trials) == 2
+
+
+def test_the_cost_of_a_step_is_that_of_its_parameters():
+    config = CONFIGS[0]
+    assert work_of_a_step(config, 64, 10, 320, "mlp") == 1.0
+    assert work_of_a_step(config | {"batch_size": 500}, 64, 10, 74, "mlp") == 2.0
+    assert work_of_a_step(config, 64, 10, 320, "linear") == pytest.approx(650 / 8970)
+
+
+def test_a_search_says_where_it_trains_and_why(machine, capsys, iris):
+    """On a machine whose GPU would be taken if it were asked for."""
+    study = gputune.tune("mlp", *iris, n_trials=2, max_epochs=2, cv=2)
+    said = capsys.readouterr().err
+    assert (
+        "note: trials train on the CPU and not on the GPU, which device='cuda' takes: compiled code" in said
+    )
+    assert len(study.trials) == 2 and read_findings(CPU).speeds["compiled"] == SPEEDS["cpu"]
