@@ -126,8 +126,8 @@ def tune(
     groups       one label a row, or the name of a column: folds that split a group are refused
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
                  stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; or
-                 ``callable(outputs, y)`` of a module's outputs (m, ...) on validation rows; None: accuracy or R2, for
-                 hypergradients and custom targets the loss
+                 ``callable(outputs, y)`` of a module's outputs (m, ...) on validation rows; None: accuracy (of labels
+                 the share of rows of which all are right) or R2, for hypergradients and custom targets the loss
     positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
                  left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
     task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that

@@ -102,7 +102,9 @@ def _task(study: Study) -> str:
     classes, target = study.record.classes, clean(study.record.target)
     if study.record.task in ("multilabel", "custom"):
         kind = "several labels" if study.record.task == "multilabel" else "a target as it is"
-        return f"{kind}: predict {target!r}"
+        of_rows = study.record.task == "multilabel" and study.record.scoring == "accuracy"
+        rule = "; accuracy is the share of rows of which all labels are right" if of_rows else ""
+        return f"{kind}: predict {target!r}{rule}"
     if classes is None:
         return f"regression: predict the number {target!r}"
     shown = ", ".join(clean(name) for name in classes[:10])

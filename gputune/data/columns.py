@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from gputune.data.amounts import read_amounts
 from gputune.data.kinds import Kind, parse_text, text_of
 from gputune.errors import InputError
 from gputune.text import is_number
@@ -199,7 +200,7 @@ def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.nd
     read = (lambda value: str(bool(value))) if kind == "boolean" else text_of
     level_of = {level: level for level in levels}
     for level in levels:
-        level_kind, (value,) = parse_text(np.array([level], dtype=object))
+        level_kind, (value,) = _read(np.array([level], dtype=object))
         if level_kind == kind:
             level_of.setdefault(read(value), level)
     texts = [None if np.isnan(value) else read(value) for value in values]
@@ -208,12 +209,19 @@ def _to_levels(values: np.ndarray, kind: Kind, levels: tuple[str, ...]) -> np.nd
 
 def _from_text(values: np.ndarray, column: Column) -> np.ndarray:
     """Return texts read as numbers, booleans or dates."""
-    kind, read = parse_text(values)
+    kind, read = _read(values)
     if kind != "category":
         return convert(read, kind, column)
     texts = [value for value in values if value is not None]
-    odd = (text for text in texts if parse_text(np.array([text], dtype=object))[0] == "category")
+    odd = (text for text in texts if _read(np.array([text], dtype=object))[0] == "category")
     raise _misfit(column, f"text such as {next(odd, texts[0])!r}")
+
+
+def _read(texts: np.ndarray) -> tuple[Kind, np.ndarray]:
+    """Return texts as ``parse_text`` does, amounts as numbers."""
+    kind, values = parse_text(texts)
+    amounts = read_amounts(values) if kind == "category" else None
+    return (kind, values) if amounts is None else ("number", amounts[0])
 
 
 def _misfit(column: Column, got: str) -> InputError:

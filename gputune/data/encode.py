@@ -153,18 +153,23 @@ def fit_layout(
     the rows, where that is less); the others share a feature. Constant text, and text with all values
     distinct, are left out, which ``notes`` say. Raises InputError where no column is left.
     """
-    keep = columns == "keep"
+    keep, amounts = columns == "keep", list[tuple[str, str]]()
     if isinstance(X, Tensor):
         X = checked_tensor(X)
         names = tensor_names(X)
         fitted = fit_tensor_columns(X, keep=keep)
     else:
         names = X.names
+        amounts = [
+            (name, f"text such as {example!r} is read as numbers") for name, example in X.amounts.items()
+        ]
         fitted = [
             fit_column(name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep)
             for name, kind, values in zip(X.names, X.kinds, X.columns)
         ]
-    notes = _sentences([(column.name, reason) for column, reasons in fitted for reason in reasons])
+    notes = _sentences(
+        [*amounts, *[(column.name, reason) for column, reasons in fitted for reason in reasons]]
+    )
     used = tuple(column for column, _ in fitted if column.feature_names)
     if not used:
         raise InputError(f"X has no usable column. {' '.join(notes)}")

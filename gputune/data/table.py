@@ -1,8 +1,8 @@
 """Data frames, arrays and lists become a table: named columns, each with a kind (kinds.py)."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ import narwhals as nw
 import numpy as np
 from scipy.sparse import issparse
 
+from gputune.data.amounts import read_amounts
 from gputune.data.containers import refuse_containers
 from gputune.data.kinds import Kind, from_column, from_series
 from gputune.errors import InputError
@@ -30,6 +31,8 @@ class Table:
     names: tuple[str, ...]
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
+    amounts: Mapping[str, str] = field(default_factory=dict)
+    """A text of each column whose numbers were written as amounts (amounts.py), also of columns that were taken out."""
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -48,7 +51,7 @@ class Table:
 
     def select(self, rows: np.ndarray) -> "Table":
         """Return the given rows (positions or a mask) of all columns."""
-        return Table(self.names, self.kinds, tuple(column[rows] for column in self.columns))
+        return replace(self, columns=tuple(column[rows] for column in self.columns))
 
     def drop(self, name: str) -> "Table":
         """Return the table without one column."""
@@ -57,6 +60,7 @@ class Table:
             tuple(self.names[i] for i in kept),
             tuple(self.kinds[i] for i in kept),
             tuple(self.columns[i] for i in kept),
+            self.amounts,
         )
 
     def frame(self) -> object:
@@ -152,7 +156,9 @@ def quoted(names: Iterable[str], limit: int = 8) -> str:
 
 def _from_frame(frame: "nw.DataFrame[Any]") -> Table:
     names = [str(name) for name in frame.columns]
-    return checked_table(names, [from_series(series) for series in frame.iter_columns()])
+    # A categorical column is no number by its owner's word.
+    typed = [str(s.name) for s in frame.iter_columns() if isinstance(s.dtype, nw.Categorical | nw.Enum)]
+    return checked_table(names, [from_series(series) for series in frame.iter_columns()], typed)
 
 
 def _last_line(error: Exception) -> str:
@@ -180,8 +186,13 @@ def _rows_to_array(X: object) -> np.ndarray:
     return np.array(X, dtype=object)
 
 
-def checked_table(names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]]) -> Table:
-    """Build a table from the outside world: at least one row and column, distinct names, finite values."""
+def checked_table(
+    names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray]], typed: Collection[str] = ()
+) -> Table:
+    """Build a table from the outside world: at least one row and column, distinct names, finite values.
+
+    Text that is all amounts becomes numbers, but in columns that are ``typed`` as categories.
+    """
     if not columns:
         raise InputError("the table has no columns; at least one is needed.")
     if len(columns[0][1]) == 0:
@@ -195,4 +206,14 @@ def checked_table(names: Sequence[str], columns: Sequence[tuple[Kind, np.ndarray
             raise InputError(
                 f"column {name!r} has an infinite value in row {row}; leave it empty (missing) or clip it."
             )
-    return Table(tuple(names), tuple(kind for kind, _ in columns), tuple(values for _, values in columns))
+    read = {
+        name: found
+        for name, (kind, values) in zip(names, columns)
+        if kind == "category" and name not in typed and (found := read_amounts(values)) is not None
+    }
+    return Table(
+        tuple(names),
+        tuple("number" if name in read else kind for name, (kind, _) in zip(names, columns)),
+        tuple(read[name][0] if name in read else values for name, (_, values) in zip(names, columns)),
+        {name: example for name, (_, example) in read.items()},
+    )

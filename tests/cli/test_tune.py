@@ -22,6 +22,7 @@ from gputune.data.source import Source, read_again, read_apart, read_source
 from gputune.data.target import check_target
 from gputune.search.stopping import Halving
 from made_studies import made_batches
+from problems import Net
 
 NET = """
 from torch import nn
@@ -581,6 +582,15 @@ def closing(study):
     rest: Source = read_source(np.zeros((4, 2)), np.array([0, 1, 0, 1]))
     ending = Ending("houses.csv", study, rest, None, Path("out/study.db"), None, 3.0)
     return " ".join(closing_text(ending, width=90).split())
+
+
+def test_an_accuracy_of_labels_is_one_of_rows():
+    X, y = np.random.default_rng(0).normal(size=(30, 2)).astype("float32"), np.arange(60).reshape(30, 2) % 2
+    y[::3] = 1
+    words = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0}
+    rows = "accuracy is the share of rows of which all labels are right"
+    assert rows in closing(gputune.tune(Net, X, y, **words))
+    assert rows not in closing(gputune.tune(Net, X, y, scoring="neg_loss", **words))
 
 
 @pytest.mark.parametrize(
