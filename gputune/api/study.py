@@ -75,14 +75,7 @@ class Study(data.Study):
         from gputune.tuning.ensemble import ensemble
 
         return ensemble(
-            self,
-            X,
-            y,
-            size=size,
-            candidates=candidates,
-            seeds=seeds,
-            trust_code=trust_code,
-            verbose=verbose,
+            self, X, y, size=size, candidates=candidates, seeds=seeds, trust_code=trust_code, verbose=verbose
         )
 
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":

@@ -161,10 +161,7 @@ LAWS: tuple[Law, ...] = (
     Law("the solved logistic regression equals scikit-learn's", _solved, 1e-6, ()),
     Law("hypergradient: reverse equals forward", partial(_hypergradient, "reverse", "forward"), backends=()),
     Law(
-        "hypergradient: reverse equals finite differences",
-        partial(_hypergradient, "reverse", "fd"),
-        1e-5,
-        (),
+        "hypergradient: reverse equals finite differences", partial(_hypergradient, "reverse", "fd"), 1e-5, ()
     ),
     Law("members that leave change nothing", leave),
     Law("memory that runs out halves the chunk", run_out_of_memory),

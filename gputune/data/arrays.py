@@ -152,9 +152,8 @@ def _remedy(array: np.ndarray) -> str:
 
 def _shared(array: np.ndarray) -> Tensor:
     """Return a tensor over the memory of an array, which may be a file's that cannot be written; nothing writes."""
-    dtype = (
-        np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
-    )  # torch has no long double
+    # torch has no long double.
+    dtype = np.float64 if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
     native = array.astype(dtype, copy=False)
     if any(stride < 0 for stride in native.strides):
         native = np.ascontiguousarray(native)

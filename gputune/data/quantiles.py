@@ -11,9 +11,8 @@ from torch import Tensor
 
 MAX_QUANTILES = 1000
 
-_LEAST = (
-    1e-7 - 2.0**-52
-)  # scikit-learn's bound on probabilities, which keeps normal scores away from infinity
+# scikit-learn's bound on probabilities, which keeps normal scores away from infinity.
+_LEAST = 1e-7 - 2.0**-52
 _LARGEST_NORMAL = float(-ndtri(_LEAST))
 
 

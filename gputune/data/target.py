@@ -82,13 +82,7 @@ class Target:
         return Target(self.task, self.values[rows], self.classes, self.name)
 
 
-def check_target(
-    y: object,
-    *,
-    task: TaskWord | None = None,
-    n_rows: int,
-    name: str = "y",
-) -> Target:
+def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: str = "y") -> Target:
     """Return y, (n, ...), as class codes or numbers.
 
     Without ``task``: text, booleans and at most 20 distinct whole numbers of which one repeats, integers or floats, are

@@ -47,11 +47,7 @@ class Cost:
 
 
 def trial_cost(
-    population: Population,
-    data: Dataset,
-    parameters: int = 0,
-    backend: Backend = "eager",
-    widest: int = 0,
+    population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager", widest: int = 0
 ) -> Cost:
     """Estimate what one trial with all its folds costs; ``widest`` numbers has a row in a layer of a user's module."""
     if trains_as(backend, population.kind, population.configs[0]) == "compiled":

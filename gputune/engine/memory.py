@@ -92,10 +92,8 @@ def _attempt(job: Job, data: Dataset, chunk: Population, progress: Progress | No
 
 
 _TRIALS = 16  # of the larger of both sizes
-_BATCHES, _EPOCHS = (
-    2,
-    4,
-)  # where steps are recorded, the fourth of each shape is: of whole minibatches and of the last
+# Where steps are recorded, the fourth of each shape is: of whole minibatches and of the last.
+_BATCHES, _EPOCHS = 2, 4
 
 Peak = Callable[[Callable[[], object]], int]
 """Runs some work and returns the most bytes that it had at any time beyond those that were there before."""

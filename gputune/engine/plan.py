@@ -23,9 +23,7 @@ from gputune.text import count, size_words
 from gputune.types import Backend
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
-_COMPILED_BYTES = (
-    64 << 20
-)  # of compiled members: an epoch of a chunk is then long beside what is done between two
+_COMPILED_BYTES = 64 << 20  # of compiled members: an epoch is then long beside what is done between two
 _FREE_SHARE = 0.8  # of the GPU memory that is free
 _MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start

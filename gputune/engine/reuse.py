@@ -18,9 +18,8 @@ from gputune.population.network import Network
 from gputune.population.population import Population, arguments_text, shape_of
 from gputune.types import Config
 
-_KEPT_BYTES = (
-    32 << 20
-)  # of the parameters of a chunk that is kept; a larger one has long epochs, and memory to give back
+# Of the parameters of a chunk that is kept; a larger one has long epochs, and memory to give back.
+_KEPT_BYTES = 32 << 20
 
 _OF_HOST = frozenset(
     """StackedMLP.configs StackedModule.configs Batches.sizes Batches.steps Batches.host_taken Batches.shapes

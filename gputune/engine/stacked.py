@@ -27,11 +27,7 @@ from gputune.types import Config
 
 _FULL = 0.75  # share of the trials in recorded tensors that must be alive: few numbers of trials are recorded
 
-_TOLERANCES = {
-    ("full", torch.float32): 1e-5,
-    ("full", torch.float64): 1e-10,
-    ("bf16", torch.float32): 1e-2,
-}
+_TOLERANCES = {("full", torch.float32): 1e-5, ("full", torch.float64): 1e-10, ("bf16", torch.float32): 1e-2}
 """What a recorded step may differ by from the step itself."""
 
 

@@ -228,12 +228,7 @@ def _explaining(chunk: Chunk, data: Dataset, epoch: int) -> Iterator[None]:
 
 
 def _make_chunk(
-    backend: Backend,
-    reuse: Reuse,
-    network: Network,
-    data: Dataset,
-    configs: Sequence[Config],
-    **options: Any,
+    backend: Backend, reuse: Reuse, network: Network, data: Dataset, configs: Sequence[Config], **options: Any
 ) -> Chunk:
     if isinstance(network, LoopedModule):
         return LoopChunk(network, data, configs, **options)

@@ -17,14 +17,7 @@ from gputune.hypergradients.module_training import ModuleTraining
 from gputune.optimizers.classes import OPTIMIZER_PREFIX
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.population.population import beyond_adam
-from gputune.types import (
-    DEFAULT_LR,
-    DEFAULTS,
-    ONLINE_RULES,
-    Config,
-    default_momentum,
-    default_weight_decay,
-)
+from gputune.types import DEFAULT_LR, DEFAULTS, ONLINE_RULES, Config, default_momentum, default_weight_decay
 
 HEAVY_BALL = 0.9  # of optimizer="momentum", the usual value
 

@@ -116,9 +116,8 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
         if name in sizes:
             raise InputError(f"module__{name} is given by the data; leave it out.")
     asked = named | ({"n_features", "n_outputs"} if open_ended else set())
-    asked -= (
-        set(builder.keywords) if isinstance(builder, partial) else set()
-    )  # what a partial has set stays so
+    if isinstance(builder, partial):
+        asked -= set(builder.keywords)  # what a partial has set stays so
     given = {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
     for name, parameter in signature.parameters.items():
         if kinds[name] in (_EITHER, _KEYWORD) and parameter.default is parameter.empty and name not in given:

@@ -11,11 +11,8 @@ from torch import Tensor
 Schedule = Callable[[Tensor, Tensor], Tensor]
 """(steps done, steps in all), of one shape, in double precision -> the factor on the rate of the next step."""
 
-_FIRST, _LAST, _RISING = (
-    1 / 25,
-    1e-4 / 25,
-    0.3,
-)  # of one_cycle, as torch.optim.lr_scheduler.OneCycleLR has them
+# Of one_cycle, as torch.optim.lr_scheduler.OneCycleLR has them.
+_FIRST, _LAST, _RISING = 1 / 25, 1e-4 / 25, 0.3
 
 
 def constant(done: Tensor, _total: Tensor) -> Tensor:

@@ -144,10 +144,7 @@ def _axis(x: float, axis: Axis, place: int) -> Markup:
     ]
     for value, words in axis.scale.ticks:
         y = float(_down(axis.scale(value)))
-        parts += [
-            path("mark", f"M{x - 4:.1f} {y:.1f}h4"),
-            text("tick end halo", x - 7, y + 4, cut(words, 9)),
-        ]
+        parts += [path("mark", f"M{x - 4:.1f} {y:.1f}h4"), text("tick end halo", x - 7, y + 4, cut(words, 9))]
     parts += [
         element("rect", class_="brush", x=x - 9, y=top, width=18.0, height=0.0),
         element("rect", class_="reach", x=x - 22, y=top, width=44.0, height=bottom - top),

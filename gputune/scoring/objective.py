@@ -291,11 +291,7 @@ def _with_logits(loss: Any) -> object:
         loss.reduction,
         loss.weight,
         loss.pos_weight,
-    ) == (
-        "mean",
-        None,
-        None,
-    )
+    ) == ("mean", None, None)
     return "bce" if is_default or loss is nn.BCEWithLogitsLoss else loss
 
 

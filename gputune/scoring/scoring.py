@@ -101,13 +101,7 @@ class Scoring:
         return (outputs.flip(-1), 1 - target) if self.positive == 0 else (outputs, target)
 
     def _through_sklearn(
-        self,
-        data: Dataset,
-        fold: int,
-        outputs: Tensor,
-        target: Tensor,
-        finite: Tensor,
-        member: Member | None,
+        self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor, member: Member | None
     ) -> Tensor:
         assert self.scorer is not None
         y = target.cpu().numpy()
@@ -118,9 +112,8 @@ class Scoring:
         try:
             for trial in np.flatnonzero(finite.cpu().numpy()).tolist():
                 others = None if member is None else partial(_predict, data, fold, member, trial)
-                X = (
-                    rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
-                )  # a frame can be written to
+                # A frame can be written to.
+                X = rows if isinstance(rows, np.ndarray | tuple | dict) else copy.deepcopy(rows)
                 estimator = fitted(outputs[trial].cpu(), self.classes, X, rows, others)
                 result[trial] = float(self.scorer(estimator, X, y))
                 estimator.close()

@@ -258,9 +258,7 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
             run.evaluate(evaluate_candidates, run.points, **evaluate)
             return
         searching = callback_ctx.subcontext(
-            task_name="search",
-            max_subtasks=len(starts) * self.n_splits_,
-            sequential_subtasks=False,
+            task_name="search", max_subtasks=len(starts) * self.n_splits_, sequential_subtasks=False
         ).call_on_fit_task_begin(estimator=self)
         run.evaluate(evaluate_candidates, run.points, callback_ctx=searching, **evaluate)
         searching.call_on_fit_task_end(estimator=self)

@@ -200,6 +200,7 @@ CONSTRAINTS: dict[str, list[object]] = {
     "device": [str],
     "study": [str, os.PathLike, None],
     "timeout": [Interval(Real, 0, None, closed="neither"), None],
+    "pre_dispatch": [Integral, str, None],
 }
 
 _TOGETHER = """
@@ -231,7 +232,6 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **model_selection.RandomizedSearchCV._parameter_constraints,
         **CONSTRAINTS,
-        "pre_dispatch": [Integral, str, None],
     }
 
     def __init__(
@@ -268,7 +268,6 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **model_selection.GridSearchCV._parameter_constraints,
         **CONSTRAINTS,
-        "pre_dispatch": [Integral, str, None],
     }
 
     def __init__(

@@ -26,9 +26,7 @@ class Rows:
     truth: Tensor  # (K, n) 1 where the row is of the class; one output: the chance of class 1
     penalised: Tensor  # (E,) how much a weight is when the inputs are in their own units; 0 for the intercept
     unit: Tensor  # (D or D + 1,) weighted root mean square of each input, in which slopes are measured
-    basis: (
-        Tensor | None
-    )  # (E, D or D + 1) the columns' directions among the inputs; None: they are the inputs
+    basis: Tensor | None  # (E, D or D + 1) the columns' directions among the inputs; None: the inputs
     bound: Tensor  # () the mean loss's curvature is nowhere higher
     coarse: Tensor  # (n, E) the design in single precision
 

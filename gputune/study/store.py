@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from gputune.errors import InputError
-from gputune.study.database import (
-    copy_file,
-    create_file,
-    damaged,
-    insert,
-    open_file,
-    transaction,
-    translated,
-)
+from gputune.study.database import copy_file, create_file, damaged, insert, open_file, transaction, translated
 from gputune.study.record import lost_option
 from gputune.study.rows import (
     HOW_MANY,

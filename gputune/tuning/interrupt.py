@@ -26,10 +26,7 @@ GRACE_SECONDS = 2.5
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
-_USUAL: dict[int, Handler] = {
-    CTRL_C: signal.default_int_handler,
-    TERMINATED: signal.SIG_DFL,
-}
+_USUAL: dict[int, Handler] = {CTRL_C: signal.default_int_handler, TERMINATED: signal.SIG_DFL}
 
 
 def take_signals(handle: Callable[[int, FrameType | None], None]) -> None:

@@ -209,12 +209,8 @@ class Options:
         None, "--task T", "classification or regression, where the guess is wrong"
     )
     cv: object = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
-    loss: str | Callable[..., object] | None = _option(
-        None,
-        "--loss NAME",
-        "of a module: cross_entropy, mse, mae, huber, quantile, bce",
-        group=ROWS,
-        kept=True,
+    loss: str | Callable[..., object] | None = _rows(
+        None, "--loss NAME", "of a module: cross_entropy, mse, mae, huber, quantile, bce", kept=True
     )
     training_step: Callable[..., object] | None = None
     augment: Callable[..., object] | None = None
@@ -259,14 +255,9 @@ class Options:
         check=_memory, kept=True, resume="what new chunks of trials may take on the device",
     )  # fmt: skip
     workers: "int | Literal['auto'] | Ray" = _machine(
-        "auto",
-        "--workers N",
-        "processes on a CPU (auto)",
-        takes="workers",
-        check=_workers,
-        kept=True,
-        resume=True,
-    )
+        "auto", "--workers N", "processes on a CPU (auto)",
+        takes="workers", check=_workers, kept=True, resume=True,
+    )  # fmt: skip
     study: Path | None = _option(None, check=_path)
     checkpoint_seconds: float = _machine(
         60, "--checkpoint-seconds SEC",

@@ -199,11 +199,7 @@ def refit(
         data,
         statistics,
         spec={"kwargs": search.arguments(search.config(one), data)},
-        info={
-            "params": one.params,
-            "epochs": one.best_epoch,
-            **search.score(one.score, one.std_error),
-        },
+        info={"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)},
     )
 
 
