@@ -98,6 +98,19 @@ def test_a_study_of_a_file_goes_on(tmp_path):
     np.testing.assert_array_equal(opened.predict(tmp_path / "images.npz"), more.best_model().predict(IMAGES))
 
 
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ("none", "not scaled: X[1]; numbers='standard' scales by channel"),
+        ("standard", "scaled by channel: X[1]; not scaled: X[0]"),
+    ],
+)
+def test_what_is_scaled_is_said(numbers, words, capsys):
+    X = (IDS, torch.rand(48, 1))
+    gputune.tune(IdsAndNumbers, X, LABELS, **SMALL | {"numbers": numbers, "verbose": 1})
+    assert f"note: {words}\n" in capsys.readouterr().err
+
+
 def test_a_scorer_of_ones_own_sees_the_arrays():
     def scorer(estimator, X, y):
         assert X.shape[1:] == (1, 6, 6) and estimator.predict(X[:3]).shape == (3,)

@@ -75,6 +75,13 @@ class Column:
         codes = np.array([position.get(value, unknown) for value in values], dtype=np.int64)
         return np.eye(width + 1)[codes, :width]
 
+    def unseen(self, kind: Kind, values: np.ndarray) -> list[str]:
+        """Return the levels, in order, that were not there at training and that no feature stands for."""
+        if self.kind != "category" or self.other:
+            return []
+        found = {value for value in convert(values, kind, self) if value is not None}
+        return sorted(found - set(self.levels))
+
     def to_json(self) -> Json:
         """Return plain JSON types."""
         return {

@@ -100,6 +100,16 @@ class Layout:
         parts = [column.features(X.kinds[j], X.columns[j]) for column, j in zip(self.columns, chosen)]
         return np.concatenate(parts, axis=1)
 
+    def unseen(self, X: Table) -> dict[str, list[str]]:
+        """Return the levels of each column that were not there at training and that no feature stands for."""
+        there = set(X.names)
+        found = {
+            column.name: column.unseen(X.kind(column.name), X.column(column.name))
+            for column in self.columns
+            if column.name in there
+        }
+        return {name: levels for name, levels in found.items() if levels}
+
     def _positions(self, names: tuple[str, ...]) -> dict[str, int]:
         """Return where each column stands among ``names``."""
         present = set(names)

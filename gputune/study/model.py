@@ -1,6 +1,7 @@
 """A tuned model: a plain module and its preprocessing, from raw rows to predictions."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import encode
 from gputune.data.encode import Layout
 from gputune.data.files import read_table
-from gputune.data.table import Table, as_table
+from gputune.data.table import Table, as_table, quoted
 from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning
 from gputune.modules.construction import Builder
 from gputune.population.network import call_module, first_output, two_logits
 from gputune.study.export import encoded, export
@@ -177,7 +178,15 @@ class TunedModel(ModelContent):
         table = read_table(X) if isinstance(X, str | Path) else as_table(X)
         # A file that still has its target's column is no surprise that a warning must tell.
         answers = self.target in table.names and self.target not in self.layout.inputs
-        return table.drop(self.target) if answers and len(table.names) > 1 else table
+        table = table.drop(self.target) if answers and len(table.names) > 1 else table
+        if unseen := self.layout.unseen(table):
+            words = "; ".join(f"column {name!r}: {quoted(levels)}" for name, levels in unseen.items())
+            warnings.warn(
+                f"X has categories that were not there in training, which no feature stands for: {words}.",
+                InputWarning,
+                stacklevel=4,
+            )
+        return table
 
     def _arrays(self, X: object, layout: ArrayLayout) -> Arrays:
         """Return X, or the arrays of a file without its target, as those that were seen in training."""

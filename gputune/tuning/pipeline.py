@@ -375,5 +375,5 @@ def _say_what_was_understood(
             f"note: {objective.name} sees {target.name} as it is (mean {target.values.mean():.4g}, standard deviation "
             f"{target.values.std():.4g}); a loss that has a name sees it standardised"
         )
-    for note in notes:
+    for note in (*problem.remarks_on_scaling(), *notes):
         progress.say(f"note: {note}")

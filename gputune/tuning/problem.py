@@ -236,6 +236,19 @@ class Problem:
             return f"{len(self.source.X)} rows of {self.layout}"
         return f"{len(self.source.X)} rows, {len(self.layout.feature_names)} features"
 
+    def remarks_on_scaling(self) -> tuple[str, ...]:
+        """Return which inputs that are no table are scaled, and which are taken as they are, a sentence."""
+        if not isinstance(self.raw, Arrays):
+            return ()
+        parts = dict(zip(self.raw.labels, self.raw.parts, strict=True))
+        can = [label for label, x in parts.items() if x.is_floating_point() or x.dtype == torch.uint8]
+        if not can:
+            return ()
+        if self.numbers == "none":
+            return (f"not scaled: {', '.join(can)}; numbers='standard' scales by channel",)
+        rest = ", ".join(label for label in parts if label not in can)
+        return (f"scaled by channel: {', '.join(can)}{f'; not scaled: {rest}' if rest else ''}",)
+
     def columns_in_words(self) -> str:
         """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
         if isinstance(self.layout, ArrayLayout):

@@ -134,6 +134,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
         pytest.param(NUMBERS, {"numbers": "quantile", "classes": None}, ".pt2", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.filterwarnings("ignore:X has categories that were not there")
 def test_predictions_are_the_models_own(frame, options, suffix, tmp_path):
     model = make_model(frame, **options)
     known = check(model, tmp_path / f"model{suffix}", OTHERS[list(frame.columns[::-1])])
@@ -160,6 +161,7 @@ def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == ["benign", "malignant"]
 
 
+@pytest.mark.filterwarnings("ignore:X has categories that were not there")
 def test_encoded_rows_are_columns_or_features():
     numbers = make_model(NUMBERS)
     others = OTHERS.drop(columns="city")

@@ -9,6 +9,7 @@ from torch import nn
 
 from gputune.data.encode import transform
 from gputune.data.table import as_table
+from gputune.errors import InputWarning
 from gputune.study import model as model_file
 from refused import refused
 from study_models import make_model, rows
@@ -101,8 +102,10 @@ def test_a_tensor_is_predicted_as_the_array_that_it_holds(numbers):
 def test_unknown_levels_and_missing_values_are_predicted(frame):
     model = make_model(frame)
     odd = frame.head(4).assign(city=["Ur", None, "Oslo", ""], age=[np.nan, 1e6, 30.0, 40.0])
-    got = model.predict_proba(odd)
-    assert np.isfinite(got).all()
+    said = "X has categories that were not there in training, .*: column 'city': '', 'Ur'"
+    with pytest.warns(InputWarning, match=said) as warned:
+        got = model.predict_proba(odd)
+    assert len(warned) == 1 and warned[0].filename == __file__ and np.isfinite(got).all()
     np.testing.assert_allclose(got[2], model.predict_proba(odd.iloc[[2]])[0], rtol=1e-6)
 
 

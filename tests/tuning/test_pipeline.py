@@ -199,7 +199,10 @@ def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
     assert any("id" in note for note in study.meta["notes"])
     model = study.best_model()
     fresh = frame.head(3).assign(color=["red", "violet", None], extra=1)
-    with pytest.warns(UserWarning, match="extra"):
+    with (
+        pytest.warns(UserWarning, match="extra"),
+        pytest.warns(gputune.InputWarning, match="column 'color': 'violet'"),
+    ):
         assert model.predict(fresh)[0] == "yes"
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
