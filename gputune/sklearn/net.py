@@ -95,12 +95,11 @@ class _NeuralNet(TrainedEstimator):
 
     def set_params(self, **params: object) -> Self:
         """Set parameters, any ``module__*``, ``criterion__*`` and ``optimizer__*`` among them; return the estimator."""
-        parameters = inspect.signature(type(self)).parameters
+        self._foreign.check_names(type(self), params)
+        own = inspect.signature(type(self)).parameters
         rest = {}
         for name, value in params.items():
-            if (
-                "__" in name and name in parameters
-            ):  # scikit-learn would look for the parameters of an optimizer
+            if "__" in name and name in own:  # scikit-learn would look for the parameters of an optimizer
                 setattr(self, name, value)
             elif name.startswith(tuple(_PREFIXES)) or name in self._arguments:
                 self._arguments = self._arguments | {name: value}
