@@ -117,7 +117,7 @@ class LoopedModule(ModuleNetwork):
 
 
 class _Alone(Optimizer):
-    """The optimizer of one member that adapts its own rate, or has betas or rates that no ``RowRule`` knows."""
+    """The optimizer of one member that adapts its own rate, or has rates that no ``RowRule`` knows."""
 
     def __init__(
         self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
@@ -153,7 +153,7 @@ class _Member:
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
         self.update: RowUpdate | _Alone
-        if config["optimizer"] in ONLINE or beyond_adam(config):
+        if config["optimizer"] in ONLINE or set(beyond_adam(config)) - {"beta2"}:
             self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
         else:
             self.update = RowUpdate(config, self.row, self._rule(own), steps=steps, horizon=horizon)

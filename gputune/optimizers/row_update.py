@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gputune.optimizers.rules import (
     BETA1,
-    BETA2,
     EPS,
     LION_BETA2,
     MUON_SCALE,
@@ -105,7 +104,8 @@ class InPlaceRule:
     """The rules of ``rules.py`` in place over a row (N,), of which ``matrices`` are those that muon is for."""
 
     def __init__(self, config: Config, theta: Tensor, matrices: Sequence[Matrix] = ()) -> None:
-        self.optimizer, self.momentum = config["optimizer"], float(config["momentum"])
+        self.optimizer = config["optimizer"]
+        self.momentum, self.beta2 = float(config["momentum"]), float(config["beta2"])
         self.decay = min(float(config["weight_decay"]), torch.finfo(theta.dtype).max)
         self.moments = [torch.zeros_like(theta) for _ in range(n_moments(self.optimizer, [self.momentum]))]
         self.scratch = torch.empty_like(theta)
@@ -156,11 +156,11 @@ class InPlaceRule:
         else:
             self._shrink(theta, rate)
         # rate / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to numbers
-        root = math.sqrt(1 - BETA2**count)
+        root = math.sqrt(1 - self.beta2**count)
         for place in self.rest:
             (m, v), g = (moment[place] for moment in self.moments), grad[place]
             m.lerp_(g, 1 - BETA1)
-            v.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
+            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
             scratch = torch.sqrt(v, out=self.scratch[place]).add_(EPS * root)
             theta[place].addcdiv_(m, scratch, value=-rate * root / (1 - BETA1**count))
         for matrix in self.matrices:
@@ -176,11 +176,11 @@ class InPlaceRule:
         m.lerp_(grad, 1 - LION_BETA2)
 
     def _schedulefree(self, theta: Tensor, grad: Tensor, rate: float, count: int) -> None:
-        (z, v), corrected = self.moments, 1 - BETA2**count
-        share = corrected / (count - BETA2 * corrected / (1 - BETA2))
+        (z, v), corrected = self.moments, 1 - self.beta2**count
+        share = corrected / (count - self.beta2 * corrected / (1 - self.beta2))
         if count == 1:
             z.copy_(theta)
-        v.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+        v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
         step = grad.div_(torch.sqrt(v, out=self.scratch).add_(EPS))
         if self.decay:
             step.add_(theta, alpha=self.decay)

@@ -1,5 +1,6 @@
 """Rates of some parameters and of dropout, their schedules and beta2: each member equals a plain PyTorch loop."""
 
+import itertools
 import math
 
 import pytest
@@ -98,10 +99,10 @@ def test_factors_of_all_parameters_are_those_of_the_rates(optimizer):
         {**values, "lr": 0.02, "weight_decay": 0.1, **halves[0], **halves[1]}, optimizer=optimizer
     )
     members = []
-    for each in (config, other):
-        network = StackedModule(Net, [each], shape_of(data), seed=0, traits=traits_of(Net, each, data))
+    for kind, each in itertools.product((StackedModule, LoopedModule), (config, other)):
+        network = kind(Net, [each], shape_of(data), seed=0, traits=traits_of(Net, each, data))
         members.append(train(network, data, [each], seed=0, epochs=4, horizon=4).member(0, 0))
-    assert largest_difference(*members) <= 1e-10
+    assert all(largest_difference(member, members[0]) <= 1e-10 for member in members[1:])
 
 
 def test_a_factor_is_the_product_of_those_that_are_named():
