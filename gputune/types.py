@@ -8,7 +8,7 @@ H width, K outputs, T steps, L layers. The member axis comes first; inside a chu
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # the command line reads this file, and must not wait for torch
     from torch import Tensor
@@ -66,8 +66,8 @@ ONLINE_RULES = ("multiplicative", "additive", "normalized")
 """What they do to it, see ``gputune.optim``."""
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree", *ONLINE)
-SCHEDULES = ("constant", "cosine", "linear", "warmup+cosine", "one_cycle", "coslog4", "flat_cos")
 ScheduleWord = Literal["constant", "cosine", "linear", "warmup+cosine", "one_cycle", "coslog4", "flat_cos"]
+SCHEDULES = get_args(ScheduleWord)
 
 LR_FACTOR, DECAY_FACTOR = "lr_factor__", "weight_decay_factor__"
 """Keys of a module's parameters: ``lr_factor__bias`` is a factor on the rate of all that have "bias" in their path."""

@@ -11,7 +11,7 @@ Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, w
 import warnings
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Literal, TypeVar, overload
+from typing import Literal, TypeVar, get_args, overload
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from gputune.text import count
 from gputune.types import Json
 
 Numbers = Literal["standard", "robust", "quantile", "none"]
-NUMBERS = ("standard", "robust", "quantile", "none")
+NUMBERS = get_args(Numbers)
 Columns = Literal["keep", "drop-constant"]
 
 Array = TypeVar("Array", np.ndarray, Tensor, np.ndarray | Tensor)

@@ -108,8 +108,7 @@ class PopulationTraining:
         outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
         y = batch.y.view(len(outputs), -1, *batch.y.shape[1:])  # (F, 1 or C, B, ...)
         share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
-        losses: Tensor = (self.network.row_losses(outputs, y) * share).sum(-1)
-        return losses
+        return (self.network.row_losses(outputs, y) * share).sum(-1)
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the loss (P,) on the validation rows: cross-entropy, or squared error in the target's own units."""

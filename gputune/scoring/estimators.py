@@ -65,8 +65,7 @@ class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
         return self.classes
 
     def predict_proba(self, X: object) -> np.ndarray:
-        probabilities: np.ndarray = self.outputs(X).softmax(-1).numpy()
-        return probabilities
+        return self.outputs(X).softmax(-1).numpy()
 
     def predict(self, X: object) -> np.ndarray:
         labels: np.ndarray = self.classes_[self.outputs(X).argmax(-1).numpy()]
@@ -77,16 +76,13 @@ class _Labeller(_Classifier):
     """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them for labels."""
 
     def predict_proba(self, X: object) -> np.ndarray:
-        probabilities: np.ndarray = self.outputs(X).sigmoid().numpy()
-        return probabilities
+        return self.outputs(X).sigmoid().numpy()
 
     def predict(self, X: object) -> np.ndarray:
-        labels: np.ndarray = (self.outputs(X) > 0).numpy().astype(np.int64)
-        return labels
+        return (self.outputs(X) > 0).numpy().astype(np.int64)
 
 
 class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
     def predict(self, X: object) -> np.ndarray:
         outputs = self.outputs(X)
-        values: np.ndarray = (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()
-        return values
+        return (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()

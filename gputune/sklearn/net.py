@@ -189,8 +189,7 @@ def _builder(module: object) -> Builder:
             f"module must be a torch.nn.Module class, or a function or functools.partial that returns one, got "
             f"{module!r}."
         )
-    builder: Builder = module
-    return builder
+    return module
 
 
 def _is_default(criterion: object, loss: type[nn.Module]) -> bool:
@@ -257,8 +256,7 @@ class NeuralNet(_NeuralNet):
 
     def predict(self, X: object) -> NDArray[np.float64]:
         """Return the outputs of the module, (n, ...)."""
-        outputs: NDArray[np.float64] = self._outputs(X).numpy()
-        return outputs
+        return self._outputs(X).numpy()
 
 
 class NeuralNetClassifier(TrainedClassifier, _NeuralNet):

@@ -266,8 +266,7 @@ def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scor
         x = data.x[data.copies[f], fold.valid]
         outputs = torch.baddbmm(intercept[members, None], x.expand(trials, -1, -1), coef[members].mT)
         scores.append(scoring(data, f, outputs, partial(_member, solution, f * trials)))
-    curves: np.ndarray = torch.stack(scores, 1).cpu().numpy()[:, None]
-    return curves
+    return torch.stack(scores, 1).cpu().numpy()[:, None]
 
 
 def _member(solution: Solution, first: int, trial: int) -> LogisticRegression:

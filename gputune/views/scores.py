@@ -47,8 +47,7 @@ class Scores:
     def best_so_far(self) -> NDArray[np.float64]:
         """(C,): the best of the values up to each trial, in order of the trials; NaN before the first one."""
         better = np.fmin if self.measure.lower_is_better else np.fmax
-        best: NDArray[np.float64] = better.accumulate(self.values)
-        return best
+        return better.accumulate(self.values)
 
     @property
     def notes(self) -> tuple[str, ...]:
