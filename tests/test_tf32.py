@@ -65,12 +65,24 @@ def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
 )  # fmt: skip
 def test_where_it_means_nothing_it_is_refused(given, device, message, monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: torch.device(device))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(gputune.InputError, match=re.escape(message)):
         Options(**{"tf32": True, **given})
 
 
+def test_a_gpu_before_ampere_has_none(monkeypatch):
+    monkeypatch.setattr(Options, "device_here", lambda options: CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(
+        gputune.InputError, match="needs .* 8.0 .* and Tesla T4 has 7.5, where it would do nothing"
+    ):
+        Options(tf32=True)
+
+
 def test_a_gpu_has_it(monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert Options(tf32=True).tf32 and check_tf32(Options(tf32=True), CUDA) is None
 
 

@@ -4,6 +4,7 @@ How exactly a GPU multiplies matrices of single precision: as written, or with T
 many threads a CPU computes.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -81,10 +82,29 @@ def choose_device(device: str) -> torch.device:
     count = torch.cuda.device_count()
     if chosen is not None and chosen.type == "cpu":
         return chosen
-    if chosen is not None and chosen.type == "cuda" and (chosen.index or 0) < count:
+    asks_gpu = chosen is not None and chosen.type == "cuda"
+    if chosen is not None and asks_gpu and (chosen.index or 0) < count and torch.cuda.is_available():
         return chosen
-    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
-    raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.")
+    why = f" {_why_no_gpu()}" if asks_gpu and not torch.cuda.is_available() else ""
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count) if not why)])
+    raise InputError(f"device must be 'auto' or one that this machine has ({there}), got {device!r}.{why}")
+
+
+def _why_no_gpu() -> str:
+    """Return why torch can use no GPU, and what to do about it."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is built without CUDA: install a build with it, see "
+            "https://pytorch.org/get-started/locally."
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None and not hidden.strip("-1 "):
+        return f"CUDA_VISIBLE_DEVICES={hidden!r} hides every GPU: unset it."
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # says what is wrong with the driver
+    except (RuntimeError, AssertionError) as error:
+        return f"torch says: {str(error).splitlines()[0]}"
+    return "torch finds none: look at what nvidia-smi shows."
 
 
 def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:

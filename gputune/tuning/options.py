@@ -301,12 +301,20 @@ KEPT = tuple(name for name, rule in RULES.items() if rule.kept)
 
 def check_tf32(options: Options, device: "torch.device") -> None:
     """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
+    import torch
+
     if not isinstance(options.tf32, bool):
         raise InputError(f"tf32 must be True or False, got {options.tf32!r}.")
     if device.type != "cuda" or options.dtype != "float32":
         raise InputError(
             "tf32=True is for matrix products of single precision on a GPU, got "
             f"device={str(device)!r}, dtype={options.dtype!r}; leave tf32 out."
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise InputError(
+            "tf32=True needs a GPU of compute capability 8.0 (Ampere) or newer, and "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}, where it would do nothing; leave tf32 out."
         )
     if options.workers not in ("auto", 1):
         raise InputError(

@@ -5,7 +5,7 @@ import torch
 
 import gputune
 from gputune.engine import device, findings
-from gputune.engine.backend import choose_backend
+from gputune.engine.backend import choose_backend, choose_device
 from gputune.engine.device import DeviceChoice, Work, device_for, device_for_solver
 from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
 from gputune.engine.speed import work_of_a_step
@@ -150,3 +150,34 @@ def test_a_search_says_where_it_trains_and_why(machine, capsys, iris):
         "note: trials train on the CPU and not on the GPU, which device='cuda' takes: compiled code" in said
     )
     assert len(study.trials) == 2 and read_findings(CPU).speeds["compiled"] == SPEEDS["cpu"]
+
+
+OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
+
+
+@pytest.mark.parametrize(
+    ("built", "hidden", "driver", "said"),
+    [
+        (None, None, None, r"torch .* is built without CUDA: install a build with it"),
+        ("13.0", "", None, "CUDA_VISIBLE_DEVICES='' hides every GPU: unset it"),
+        ("13.0", "-1", None, "CUDA_VISIBLE_DEVICES='-1' hides every GPU"),
+        ("13.0", None, OLD, "torch says: The NVIDIA driver on your system is too old"),
+        ("13.0", None, "Found no NVIDIA driver on your system.", "torch says: Found no NVIDIA driver"),
+        ("13.0", None, None, "torch finds none: look at what nvidia-smi shows"),
+    ],
+)
+def test_a_gpu_that_is_not_there(built, hidden, driver, said, monkeypatch):
+    def init():
+        if driver:
+            raise RuntimeError(f"{driver}\nMore words.")
+
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if driver == OLD else 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    for word in ("cuda", "cuda:3"):
+        with pytest.raises(gputune.InputError, match=rf"this machine has \(cpu\), got '{word}'. {said}"):
+            choose_device(word)
