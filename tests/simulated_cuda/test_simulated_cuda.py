@@ -1,5 +1,6 @@
 """gputune on two CUDA devices that are not there: ``on_device.py``, in a process that loads them before torch."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -57,3 +58,22 @@ def test_all_other_tests_see_no_gpu():
 def test_gputune_on_a_gpu(device):
     code, said = run(device, "--tb=short")
     assert code == 0, said
+
+
+@pytest.mark.long
+def test_the_script_for_a_card(device, tmp_path):
+    """All of it that a simulated device can run; none of its speeds is a GPU's."""
+    (tmp_path / "sitecustomize.py").write_text("from simulated_cuda import torch_cuda\n")
+    path = os.pathsep.join([str(tmp_path), str(HERE.parent)])
+    environment = {
+        **os.environ,
+        "SIMULATED_CUDA": str(device),
+        "PYTHONPATH": path,
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    script = HERE.parents[1] / "scripts/on_gpu"
+    command = [sys.executable, script, "--device", "cuda:1", "--tiny", "--out", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = json.loads((tmp_path / "on-a-gpu-that-is-not-there/summary.json").read_text())["steps"]
+    assert [step["step"] for step in steps if step.get("exit code") == 0] == ["check", "tests", "rivals"]

@@ -1,0 +1,168 @@
+"""Member-steps a second on one device: gputune, a plain loop, the same in CUDA graphs, and JAX's vmap where it is.
+
+    python scripts/gpu_rivals.py [--device cuda] [--trials 1000] [--epochs 20]
+
+An MLP of two hidden layers of 64 for 64 inputs and 10 classes, AdamW, minibatches of 32, 5 folds of 1,000 rows. The
+loops train one network for some seconds, gputune all trials in all folds with their scores. Prints one JSON object.
+"""
+
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+SECONDS, WARM = 5.0, 11
+WIDTH, INPUTS, CLASSES, BATCH, ROWS, FOLDS = 64, 64, 10, 32, 1000, 5
+
+
+def data():
+    """Return X and y of numpy."""
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(ROWS, INPUTS)).astype(np.float32), rng.integers(CLASSES, size=ROWS)
+
+
+def steps_a_second(step, wait):
+    """Take a step again and again and return how many there were in a second."""
+    for _ in range(WARM):
+        step()
+    wait()
+    begin, taken = time.perf_counter(), 0
+    while time.perf_counter() - begin < SECONDS:
+        for _ in range(20):
+            step()
+        wait()
+        taken += 20
+    return taken / (time.perf_counter() - begin)
+
+
+def loop(device, *, graphed=False):
+    """A network, one minibatch after another."""
+    X, y = (torch.from_numpy(array).to(device) for array in data())
+    layers = (
+        nn.Linear(INPUTS, WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, WIDTH),
+        nn.ReLU(),
+        nn.Linear(WIDTH, CLASSES),
+    )
+    module = nn.Sequential(*layers).to(device)
+    optimizer = torch.optim.AdamW(module.parameters(), 1e-3, capturable=graphed)
+    rows = torch.arange(BATCH, device=device)
+
+    def step():
+        rows.add_(BATCH).remainder_(ROWS)
+        loss = functional.cross_entropy(module(X[rows]), y[rows])
+        optimizer.zero_grad(set_to_none=not graphed)
+        loss.backward()
+        optimizer.step()
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    if not graphed:
+        return steps_a_second(step, wait)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return steps_a_second(graph.replay, wait)
+
+
+def gputune_search(device, trials, epochs, backend):
+    """All trials in all folds, from the arrays to their scores."""
+    import gputune
+
+    X, y = data()
+    space = {"lr": np.geomspace(1e-4, 1e-2, trials).tolist()}
+    fixed = {"width": [WIDTH], "batch_size": [BATCH], "depth": [2]}
+    options = {"n_trials": trials, "include_default": False, "cv": FOLDS, "verbose": 0}
+    run = {"max_epochs": epochs, "device": str(device), "backend": backend}
+    begin = time.perf_counter()
+    gputune.tune("mlp", X, y, space=space | fixed, **options, **run)
+    steps = -(-(ROWS - ROWS // FOLDS) // BATCH)
+    return trials * FOLDS * steps * epochs / (time.perf_counter() - begin)
+
+
+def jax_vmap(members):
+    """Members of one shape as one program of JAX's; steps of all of them."""
+    import jax
+    import jax.numpy as jnp
+
+    X, y = map(jnp.asarray, data())
+    sizes = [INPUTS, WIDTH, WIDTH, CLASSES]
+    keys = jax.random.split(jax.random.key(0), members)
+
+    def start(key):
+        return [(jax.random.normal(key, (a, b)) / a**0.5, jnp.zeros(b)) for a, b in zip(sizes, sizes[1:])]
+
+    def loss(params, x, target):
+        for w, b in params[:-1]:
+            x = jax.nn.relu(x @ w + b)
+        logits = x @ params[-1][0] + params[-1][1]
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), target[:, None], 1).mean()
+
+    def member(state, rate, rows):
+        params, first, second, count = state
+        grads = jax.grad(loss)(params, X[rows], y[rows])
+        tree, count = jax.tree.map, count + 1
+        first = tree(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
+        second = tree(lambda v, g: 0.999 * v + 0.001 * g * g, second, grads)
+
+        def update(p, m, v):
+            size = jnp.sqrt(v / (1 - 0.999**count)) + 1e-8
+            return p * (1 - rate * 0.01) - rate * m / (1 - 0.9**count) / size
+
+        return tree(update, params, first, second), first, second, count
+
+    together = jax.jit(jax.vmap(member, (0, 0, None)), donate_argnums=0)
+    params = jax.vmap(start)(keys)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    box = [(params, zeros, jax.tree.map(jnp.zeros_like, params), jnp.zeros(members))]
+    rates, rows = jnp.geomspace(1e-4, 1e-2, members), jnp.arange(BATCH)
+
+    def step():
+        box[0] = together(box[0], rates, rows)
+
+    return members * steps_a_second(step, lambda: jax.block_until_ready(box[0]))
+
+
+def main():
+    """Print what was measured; what raised an error says so."""
+    global SECONDS
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--epochs", type=int, default=20)
+    options = parser.parse_args()
+    device, size = options.device, (options.trials, options.epochs)
+    SECONDS = min(SECONDS, options.trials / 10)
+    ways = {
+        "plain loop": lambda: loop(device),
+        "plain loop in CUDA graphs": lambda: loop(device, graphed=True),
+        "JAX vmap": lambda: jax_vmap(options.trials * FOLDS),
+        "gputune, eager": lambda: gputune_search(device, *size, "eager"),
+        "gputune, recorded": lambda: gputune_search(device, *size, "graph"),
+    }
+    if device.type != "cuda":
+        del ways["plain loop in CUDA graphs"]
+    found = {}
+    for name, measure in ways.items():
+        try:
+            found[name] = measure()
+        except Exception as error:  # the other ways are measured all the same
+            found[name] = f"{type(error).__name__}: {error}"
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    print(json.dumps({"device": card, "trials": options.trials, "member-steps a second": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
