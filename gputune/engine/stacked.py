@@ -108,7 +108,12 @@ class StackedChunk:
 
     def made_with(self, data: Dataset, **options: object) -> bool:
         """Whether it was made with these arguments, the trials and their network apart."""
-        return self._options == {"data": data, **options}
+        given = {"data": data, **options}
+        # Objects are the same one, since some hold arrays, which know no equality.
+        return given.keys() == self._options.keys() and all(
+            held is value or (isinstance(value, int) and held == value)
+            for held, value in ((self._options[key], value) for key, value in given.items())
+        )
 
     def holds(self, trials: int) -> bool:
         """Whether so many trials are enough for its tensors: what is empty in them costs little."""

@@ -273,7 +273,7 @@ def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -
 def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.device) -> Outcomes:
     """Train one chunk on a device; nothing comes of it where it is over before it has begun."""
     with training:
-        job: Job = pickle.loads(packed)
+        job = _unpacked(packed)
         if job.is_over():
             return []
         try:
@@ -288,6 +288,13 @@ def _run_in_worker(packed: bytes, path: str, chunk: Population, device: torch.de
                     f"{name} (which cannot be pickled) in a worker process: {error}"
                 ) from error
             raise
+
+
+@functools.lru_cache(maxsize=1)
+def _unpacked(packed: bytes) -> Job:
+    """Return a job: one object for all chunks of a search, so that steps that were recorded for one serve the next."""
+    job: Job = pickle.loads(packed)
+    return job
 
 
 def _travels(error: Exception) -> bool:

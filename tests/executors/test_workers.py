@@ -9,6 +9,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import joblib
+import numpy as np
 import pytest
 import torch
 from joblib import Parallel, delayed
@@ -18,10 +20,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 
 import gputune
+from gputune.engine.job import Job
 from gputune.engine.memory import GivenUp
 from gputune.executors import executor, processes
+from gputune.executors.sharing import to_arrays
+from gputune.modules.recorder import CpuRecorder
+from gputune.population.population import Population
 from gputune.report.facts import states_text
+from gputune.scoring.scoring import make_scoring
 from gputune.scratch import scratch_folder
+from problems import fill, make_data
 
 HERE = os.getpid()
 ORDERS = {"folder": ""}  # travels with the code: files there say what a worker shall do
@@ -188,3 +196,21 @@ def test_a_search_needs_no_standard_output_or_error(tmp_path):
     words = [sys.executable, "-P", str(script), str(tmp_path / "states")]
     subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *words], timeout=300, check=True)
     assert (tmp_path / "states").read_text() == "complete complete"
+
+
+def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getppid", os.getpid)  # this process is the worker
+    monkeypatch.setattr(CpuRecorder, "repays", 1)
+    recorded, capture = [], CpuRecorder.capture
+    monkeypatch.setattr(CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step))
+    data, path, numbers = make_data(), str(tmp_path / "data"), []
+    scoring = make_scoring(None, data.task, np.arange(3))
+    job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="graph")
+    joblib.dump(to_arrays(data), path)
+    sent = processes.packed(job)
+    for rate in (1e-3, 1e-2):
+        chunk, before = Population("module", (0,), tuple(fill({"batch_size": 9, "lr": rate}))), len(recorded)
+        (outcome,) = processes._run_in_worker(sent, path, chunk, torch.device("cpu"))
+        numbers.append(len(recorded) - before)
+        assert np.array_equal(outcome.curves, job.run(data, chunk).curves)
+    assert numbers[0] > 0 and numbers[1] == 0

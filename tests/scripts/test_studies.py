@@ -182,3 +182,27 @@ def test_quality(script, study):
     assert "## digits, 2 seeds" in text and "| C: not installed |" in text
     rows = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 5 and len(set(rows)) == 1
+
+
+def test_modules_are_measured_row_by_row(script, study):
+    modules = script("benchmark.studies.modules")
+
+    def compare(case, repeats, apart=0.0):
+        seconds = dict(zip(modules.ENGINES, ([1.0], [2.0] * repeats, [4.0])))
+        accuracies = dict(zip(modules.ENGINES, (0.9, 0.9, 0.9 - apart)))
+        return modules.Row(case.name, "1 x 5 x 1", case.asked, "2026-01-01", 0.0, seconds, accuracies)
+
+    rows = ("modules", "--rows", "GRU")
+    assert study(*rows, compare=lambda case, repeats: compare(case, repeats, apart=0.1))[0] == 1
+    study(*rows, compare=compare)
+    _, whole, text = study("modules", "--rows", "convolutional", compare=compare)
+    assert whole["ratios"]["loop"] == {"GRU": 2.0, "convolutional net, BatchNorm": 2.0}
+    assert "| **2.00** | 3.0 | 4.00 |" in text and "| 2.00 | 1.5 | 4.00 |" in text
+
+
+def test_a_module_is_trained_by_all_engines(script):
+    modules = script("benchmark.studies.modules")
+    case = modules.Case("small", modules.modules.Recurrent, 2, 1, 2, 1.0, 256, "sequences")
+    row = modules.compare(case, 1)
+    assert row.work == "2 x 5 x 1" and list(row.seconds) == list(row.accuracies) == list(modules.ENGINES)
+    assert all(0 < score < 1 for score in row.accuracies.values()) and row.ratio("loop") > 0
