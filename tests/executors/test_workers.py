@@ -202,7 +202,9 @@ def test_a_worker_records_the_steps_of_like_chunks_once(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getppid", os.getpid)  # this process is the worker
     monkeypatch.setattr(CpuRecorder, "repays", 1)
     recorded, capture = [], CpuRecorder.capture
-    monkeypatch.setattr(CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step))
+    monkeypatch.setattr(
+        CpuRecorder, "capture", lambda self, *step: recorded.append(self) or capture(self, *step)
+    )
     data, path, numbers = make_data(), str(tmp_path / "data"), []
     scoring = make_scoring(None, data.task, np.arange(3))
     job = Job(seed=0, epochs=2, horizon=2, scoring=scoring, module_class=Net, backend="graph")
