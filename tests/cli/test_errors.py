@@ -25,20 +25,17 @@ def refused_tune(table, *options, words, lines=1):
     refused("tune", table, "--target", "kind", *FAST, *options, words=words, lines=lines)
 
 
-def test_missing_file(bugs):
-    refused_tune("bug.csv", words=["'bug.csv'", "CSV"])
-
-
-def test_missing_target(bugs):
-    refused("tune", "bugs.csv", *FAST, words=["--target is missing", "'bugs.csv'", "--target price"])
-
-
-def test_unknown_target(bugs):
-    refused("tune", bugs, "--target", "knd", *FAST, words=["--target knd", "did you mean 'kind'?"])
-
-
-def test_unknown_groups(bugs):
-    refused_tune(bugs, "--groups", "site", words=["--groups site", "'a', 'b'"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bug.csv", "--target", "kind"], ["'bug.csv'", "CSV"]),
+        (["bugs.csv"], ["--target is missing", "'bugs.csv'", "--target price"]),
+        (["bugs.csv", "--target", "knd"], ["--target knd", "did you mean 'kind'?"]),
+        (["bugs.csv", "--target", "kind", "--groups", "site"], ["--groups site", "'a', 'b'"]),
+    ],
+)
+def test_a_file_or_a_column_that_there_is_not(bugs, arguments, words):
+    refused("tune", *arguments, *FAST, words=words)
 
 
 @pytest.mark.parametrize(
@@ -53,24 +50,22 @@ def test_unknown_format(bugs):
     refused_tune(bugs.rename("bugs.xls"), words=["bugs.xls", ".csv", "convert it"])
 
 
-def test_one_class(bugs):
-    write_table(bugs, kind=["ant"] * 40)
-    refused_tune(bugs, words=["kind", "at least two classes", "'ant'", "check"])
-
-
-def test_missing_values_in_the_target(bugs):
-    write_table(bugs, kind=[*kinds(38), "", "NA"])
-    refused_tune(bugs, words=["kind has 2 missing values", "row 38", "leave those rows out"])
-
-
-def test_more_folds_than_rows(bugs):
-    write_table(bugs, 20, kind=kinds(20))
-    refused_tune(bugs, "--cv", "17", words=["--cv 17", "got 16", "use fewer"])
-
-
-def test_infinite_features(bugs):
-    write_table(bugs, kind=kinds(), d=[*range(38), "inf", "-inf"])
-    refused_tune(bugs, words=["'d'", "infinite", "row 38", "clip it"])
+@pytest.mark.parametrize(
+    ("columns", "options", "words"),
+    [
+        ({"kind": ["ant"] * 40}, [], ["kind", "at least two classes", "'ant'", "check"]),
+        (
+            {"kind": [*kinds(38), "", "NA"]},
+            [],
+            ["kind has 2 missing values", "row 38", "leave those rows out"],
+        ),
+        ({"kind": kinds(20)}, ["--cv", "17"], ["--cv 17", "got 16", "use fewer"]),
+        ({"kind": kinds(), "d": [*range(38), "inf", "-inf"]}, [], ["'d'", "infinite", "row 38", "clip it"]),
+    ],
+)
+def test_a_table_that_cannot_be_searched(bugs, columns, options, words):
+    write_table(bugs, len(columns["kind"]), **columns)
+    refused_tune(bugs, *options, words=words)
 
 
 @pytest.mark.parametrize(
@@ -127,10 +122,6 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
         "--model: the forward of Net raised RuntimeError: given groups=1, study=2 and max_epochs=3. It must"
     ]
     refused_tune(bugs, "--model", "net.py:Net", words=words)
-
-
-def test_a_command_that_there_is_not(bugs):
-    refused("tun", bugs, words=["invalid choice: 'tun'", "Did you mean 'tune'?"], lines=2)
 
 
 def test_a_key_given_twice(bugs):
@@ -223,14 +214,16 @@ def model(tmp_path_factory):
     return folder / "out" / "model"
 
 
-def test_predict_with_missing_columns(bugs, model):
-    bugs.write_text("b,c\n1,red\n")
-    refused("predict", model, bugs, words=["no column 'a'", "'a', 'b', 'c'", "got 'b', 'c'"])
-
-
-def test_predict_with_text_in_a_number_column(bugs, model):
-    bugs.write_text("a,b,c\n1,many,red\n")
-    refused("predict", model, bugs, words=["'b'", "must be a number", "'many'", "convert it"])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("b,c\n1,red\n", ["no column 'a'", "'a', 'b', 'c'", "got 'b', 'c'"]),
+        ("a,b,c\n1,many,red\n", ["'b'", "must be a number", "'many'", "convert it"]),
+    ],
+)
+def test_predict_on_other_columns(bugs, model, text, words):
+    bugs.write_text(text)
+    refused("predict", model, bugs, words=words)
 
 
 def test_predict_without_a_file_or_a_model(bugs, model):
@@ -269,6 +262,7 @@ def test_no_study(bugs, command):
     ("arguments", "words"),
     [
         ([], "COMMAND"),
+        (["tun"], "Did you mean 'tune'?"),
         (["tune"], "FILE"),
         (["tune", "a.csv", "--targte", "x"], "--targte"),
         (["tune", "a.csv", "--tar", "x"], "--tar"),

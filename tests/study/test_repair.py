@@ -196,19 +196,18 @@ def test_the_command_that_the_error_names_repairs_and_the_search_goes_on(folder)
 
 
 @pytest.mark.parametrize("key", ["arguments", "task", ""])
-def test_a_lost_option_is_counted_and_no_command_shows_a_traceback(folder, key):
+def test_a_lost_option_is_counted_and_said_where_the_search_would_go_on(folder, key):
     change(folder / "gputune-out" / "study.db", "DELETE FROM meta WHERE key = ?", (key,))
     code, out, _ = run("repair", "gputune-out", "--out", "new.db")
     assert code == 0 and ("Options are lost" in out) == (key != "") == ("Go on" not in out)
     assert len(gputune.Study.open("new.db").trials) == 3
-    for command in (["resume"], ["report"], ["trials"], ["best"], ["status"]):
-        code, _, err = run(*command, "new.db")
-        assert code == 0 or (code == 2 and "has lost" in err and "Traceback" not in err), (command, err)
+    code, _, err = run("resume", "new.db")
+    assert code == 0 or (code == 2 and "has lost" in err and "Traceback" not in err)
 
 
 def test_every_option_can_be_lost_without_a_traceback(folder):
     path = folder / "gputune-out" / "study.db"
-    for key in gputune.Study.open(path).meta:
+    for key in ["", *gputune.Study.open(path).meta]:
         shutil.copy(path, "lost.db")
         change("lost.db", "DELETE FROM meta WHERE key = ?", (key,))
         for command in ("report", "trials", "best", "status"):
