@@ -27,6 +27,7 @@ _PHRASES = {
     "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'": "or FILE.py:NAME",
     ", a torch.nn loss, or callable(outputs, y), got": ", got",
     "scorer names or a callable, got": "scorer names, got",
+    "must be a dict, a list of dicts, or one of": "must be KEY=SPEC, or one of",
     "give loss=callable(outputs, y), or training_step=callable(module, batch)": "tune it from Python",
     "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
