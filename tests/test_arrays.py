@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 import gputune
 from command_line import FAST, run
@@ -133,6 +134,36 @@ def test_a_scorer_of_ones_own_sees_the_arrays():
 def test_what_does_not_fit_is_refused_before_anything_trains(model, X, message):
     with pytest.raises(InputError, match=message):
         gputune.tune(model, X, LABELS, **SMALL)
+
+
+class Pairs(Dataset):
+    """Items (inputs, target), the inputs a tuple."""
+
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __len__(self):
+        return len(self.y)
+
+    def __getitem__(self, i):
+        return tuple(x[i] for x in self.X), self.y[i]
+
+
+def test_a_dataset_is_predicted_as_its_tensors_are():
+    model = gputune.tune(Images, IMAGES, LABELS, **SMALL).best_model()
+    two = (IDS, torch.rand(48, 1))
+    several = gputune.tune(IdsAndNumbers, two, LABELS, **SMALL).best_model()
+    for of, X, dataset in (
+        (model, IMAGES, TensorDataset(IMAGES)),
+        (model, IMAGES, TensorDataset(IMAGES, torch.as_tensor(LABELS))),
+        (several, two, TensorDataset(*two)),
+        (several, two, Pairs(two, LABELS)),
+    ):
+        np.testing.assert_array_equal(of.predict_proba(dataset), of.predict_proba(X))
+    with pytest.raises(
+        InputError, match="X must be what was seen in training, .* got a list; pass such arrays"
+    ):
+        model.predict([[[1, 2], [3]]])
 
 
 def test_ids_that_a_saved_embedding_has_no_place_for_are_named():

@@ -126,6 +126,14 @@ def read_dataset(dataset: "TorchDataset[Any]", y: object, bar: Bar = iter) -> tu
         ) from error
 
 
+def read_inputs(dataset: "TorchDataset[Any]", number: int) -> Any:
+    """Return the ``number`` of inputs of a dataset whose items are inputs, or pairs (inputs, target); see above."""
+    found, _ = read_dataset(dataset, ())
+    if isinstance(found, tuple) and len(found) == 2 and (number == 1 or not isinstance(found[0], Tensor)):
+        found = found[0]
+    return tuple(found) if isinstance(found, list) else found
+
+
 def _item(dataset: "TorchDataset[Any]", place: int, name: str) -> object:
     """Return an item. Raises InputError where it cannot be read, or holds an image that is no tensor."""
     try:

@@ -196,7 +196,13 @@ class ArrayLayout:
         """Return X as the arrays that were seen in training; InputError for other names, shapes or kinds."""
         arrays = X if isinstance(X, Arrays) else as_arrays(X)
         if arrays is None:
-            arrays = _checked((X if isinstance(X, Tensor) else np.asarray(X),), None)
+            try:
+                array = X if isinstance(X, Tensor) else np.asarray(X)
+            except ValueError as error:
+                raise InputError(
+                    f"X must be what was seen in training, {self}, got a {type(X).__name__}; pass such arrays."
+                ) from error
+            arrays = _checked((array,), None)
         if self.names is not None and arrays.names is not None:
             arrays = self._by_name(arrays, self.names)
         layout = ArrayLayout.of(arrays)

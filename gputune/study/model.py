@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from gputune.data.array_files import read_array_file
+from gputune.data.array_files import read_array_file, read_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.dataset import encode
 from gputune.data.encode import Layout
@@ -52,7 +53,8 @@ class TunedModel(ModelContent):
         Of several labels 0 or 1 each, (n, K); for a custom target the outputs of the module, (n, ...).
 
         ``X`` is a file, a data frame, an array or a tensor with the columns of the training data; more columns
-        are ignored. Where the training data were arrays of other shapes, it is such arrays. Raises InputError for
+        are ignored. Where the training data were arrays of other shapes, it is such arrays, or a Dataset of torch's
+        with them, whose targets are left out. Raises InputError for
         missing columns, other shapes, and for what is no table.
         """
         outputs = self._outputs(X)
@@ -194,6 +196,8 @@ class TunedModel(ModelContent):
             values = read_array_file(Path(X))
             values.pop(self.target, None)
             X = values if layout.names is not None else next(iter(values.values()), None)
+        if isinstance(X, Dataset):
+            X = read_inputs(X, len(layout.shapes))
         return layout.raw(X)
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
