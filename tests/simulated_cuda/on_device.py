@@ -41,6 +41,7 @@ from problems import (
     train_together,
 )
 from simulated_cuda import torch_cuda as cuda
+from simulated_cuda.mutations import MUTATIONS
 
 pytestmark = pytest.mark.gpu
 
@@ -429,3 +430,23 @@ def test_a_second_gpu_is_for_what_is_long(iris, capsys):
     assert "GPUs" not in capsys.readouterr().err
     with pytest.raises(InputError, match="workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
         gputune.tune("mlp", *iris, **{**FAST, "workers": 3})
+
+
+def one_search(iris, device, seen={}):  # noqa: B006
+    """A search that exercises what the mutations change, whose curves are those of the CPU."""
+    space = {"lr": [1e-3, 1e-2], "batch_size": [16, 25], "dropout": [0.2]}
+    options = {**FAST, "space": space, "include_default": False}
+    if "curves" not in seen:
+        seen["curves"] = gputune.tune("mlp", *iris, **options, device="cpu", backend="eager").curves
+    curves = gputune.tune("mlp", *iris, **options, device=device, backend="graph").curves
+    np.testing.assert_allclose(curves, seen["curves"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [None, *MUTATIONS])
+def test_an_error_is_found(name, iris, monkeypatch):
+    if name is None:
+        one_search(iris, "cuda:1")
+        return
+    monkeypatch.setattr(*MUTATIONS[name])
+    with pytest.raises((RuntimeError, RuntimeWarning, AssertionError)):
+        one_search(iris, "cuda:1")
