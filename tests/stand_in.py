@@ -86,7 +86,7 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class _Operation:
+class Operation:
     function: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -99,7 +99,7 @@ class Tape:
 
     slots: int
     places: tuple[tuple[int, _Place], ...]
-    operations: tuple[_Operation, ...]
+    operations: tuple[Operation, ...]
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -131,7 +131,7 @@ class Recording(DispatchMode):
     def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.operations: list[_Operation] = []
+        self.operations: list[Operation] = []
         self.slots = 0
         self.places: dict[_Place, int] = {}  # what was there before the step -> its slot
         self.made: dict[int, int] = {}  # id of a tensor that the step made -> its slot
@@ -154,7 +154,7 @@ class Recording(DispatchMode):
         self.fresh.update((_key(tensor), str(func)) for tensor in results if _key(tensor) not in known)
         if not func.is_view or any(_key(tensor) in self.fresh for tensor in results):
             encoded = tuple(map(self._encode, args)), {key: self._encode(v) for key, v in kwargs.items()}
-            self.operations.append(_Operation(func, *encoded, tuple(map(self._slot, results))))
+            self.operations.append(Operation(func, *encoded, tuple(map(self._slot, results))))
         return result
 
     def _check(self, func: Any, inputs: Sequence[Tensor], kwargs: dict[str, Any]) -> None:

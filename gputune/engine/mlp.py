@@ -181,9 +181,13 @@ class StackedMLP:
             z = space.by_trial
         else:
             z = space.linear[0]
-            x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
-            for f in range(self.shape.folds):
-                torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
+            if z.is_cuda:  # a copy of the weights costs less than launching an operation for each fold
+                copy = weight.movedim(2, 1).flatten(0, 1)
+                torch.baddbmm(bias.flatten(0, 1)[:, None], batch.x, copy, out=z.flatten(0, 1))
+            else:
+                x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
+                for f in range(self.shape.folds):
+                    torch.baddbmm(bias[f][:, None], x[f], weight[f].movedim(1, 0), out=z[f])
         if self.depth == 0:
             return space.out.copy_(z)
         return z
@@ -223,9 +227,13 @@ class StackedMLP:
             torch.bmm(batch.x.mT, space.wide, out=grads["weight0"].flatten(2))
             torch.sum(space.wide, 1, out=grads["bias0"].flatten(1))
             return
-        x = batch.x.view(self.shape.folds, len(self.configs), *batch.x.shape[1:])
-        for f in range(self.shape.folds):
-            grads["weight0"][f].copy_(torch.bmm(x[f].mT, slope[f]).movedim(0, 1))
+        x = batch.x.view(*slope.shape[:2], *batch.x.shape[1:])
+        if slope.is_cuda:
+            product = torch.bmm(batch.x.mT, slope.flatten(0, 1)).view(*slope.shape[:2], x.shape[-1], -1)
+            grads["weight0"].copy_(product.movedim(1, 2))
+        else:
+            for f in range(self.shape.folds):
+                grads["weight0"][f].copy_(torch.bmm(x[f].mT, slope[f]).movedim(0, 1))
         torch.sum(slope, 2, out=grads["bias0"])
 
 

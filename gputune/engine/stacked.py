@@ -83,6 +83,7 @@ class StackedChunk:
         device = self._flat.device
         self.steps: Steps = Direct()
         if self.recorded:
+            self.update.prepare()
             recorder = RECORDERS[device.type](device)
             tolerance = _TOLERANCES[self._network.shape.precision, self._flat.dtype]
             self.steps = Replays(recorder, self._expected(), self._state, tolerance)

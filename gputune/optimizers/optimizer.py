@@ -55,6 +55,11 @@ class Optimizer:
         self.update.select(configs, blocks, keep, flat, steps=steps)
         self._set_trials(configs, blocks, flat)
 
+    def prepare(self) -> None:
+        """Make ready for steps that are recorded."""
+        if isinstance(self.update, Update):
+            self.update.prepare()
+
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
         self.update.begin(epoch)

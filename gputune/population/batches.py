@@ -96,7 +96,7 @@ class Batches:
         # Where a fold's rows begin in data rows, in x and in the target: (3, F, 1)
         self.start = torch.tensor([[0] * data.n_folds, x_start, y_start], device=device)[..., None]
         self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
-        self.counted = torch.as_tensor(self.lengths).to(device)
+        self.counted = torch.as_tensor(self.lengths).to(device, torch.float64)
         self.weights = None if data.weights is None else data.weights.double()
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch: int | None = None
@@ -182,13 +182,14 @@ class Batches:
         if self.weights is None and part.full:
             return 1 / part.rows
         folds = slice(part.begin, part.end)
-        counts = (self.counted[folds] - begin).clamp_min(0).minimum(self.taken[folds])[..., None]
         # In double precision: sums of weights may leave the range of single precision, their shares do not.
-        weights = (self.positions[: part.rows] < counts).double()
+        counts = (self.counted[folds] - begin).clamp_min(0).minimum(self.taken[folds])[..., None]
+        weights, total = self.positions[: part.rows] < counts, counts
         if self.weights is not None:
             weights = weights * self.weights[folds, None].expand(-1, places.shape[1], -1).gather(2, places)
+            total = weights.sum(2, keepdim=True)
         # A minibatch whose weights are all zero has no slope rather than 0/0.
-        total = weights.sum(2, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        total = total.clamp_min(torch.finfo(total.dtype).tiny)
         return (weights / total).to(self.data.dtype)[..., None]
 
 

@@ -203,7 +203,7 @@ def test_words_for_the_backend():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert choose_backend("auto", cpu, torch.float32) == ("compiled", "")
     assert choose_backend("eager", cpu, torch.float32) == ("eager", "")
-    assert choose_backend("auto", gpu, torch.float32) == ("eager", "")
+    assert choose_backend("auto", gpu, torch.float32) == ("graph", "")
     with pytest.raises(
         InputError, match="trains on the CPU, and the device is 'cuda:0'; choose device='cpu'"
     ):

@@ -28,6 +28,7 @@ from gputune.executors import processes
 from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
+from gputune.optimizers import adam_kernel
 from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier
 from gputune.tuning.context import Context
@@ -174,8 +175,9 @@ def test_a_capture_that_fails_leaves_a_search_as_it_was(device, iris, tmp_path, 
 
 def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    options = {"n_trials": 16, "space": {"lr": [0.01, 0.02], "width": [64]}, "backend": "eager"}
     with cuda.memory_limit(1 << 20):
-        same_search(*iris, "mlp", {"n_trials": 16, "space": {"lr": [0.01, 0.02], "width": [64]}}, device)
+        same_search(*iris, "mlp", options, device)
     assert cuda.counts("out of memory")
 
 
@@ -276,16 +278,65 @@ def test_a_tensor_that_lies_on_a_gpu_trains_there(where, iris):
     np.testing.assert_array_equal(study.curves, gputune.tune("mlp", X, y, **FAST, device=where).curves)
 
 
-def chunk(device, *, module=False):
-    """Members of one batch size in recorded tensors."""
-    data = moved(make_data(), device)
-    configs = fill(*({"lr": lr, "batch_size": 10, "width": 8} for lr in (0.01, 0.02, 0.03)))
+def chunk(device, *, module=False, sizes=(10, 10, 10), recorded=True, **shared):
+    """Members in stacked tensors, by default of one batch size and recorded."""
+    data = moved(make_data(folds=5, dtype=torch.float32), device)
+    configs = fill(
+        *({"lr": 0.01 * (i + 1), "batch_size": size, "width": 8, **shared} for i, size in enumerate(sizes))
+    )
     shape = shape_of(data)
     if module:
         network = StackedModule(partial(Net, norm=False), configs, shape, seed=0)
     else:
         network = StackedMLP("mlp", configs, shape, seed=0)
-    return StackedChunk(network, data, configs, seed=0, horizon=9, scoring=scoring_of(data), recorded=True)
+    options = {"seed": 0, "horizon": 9, "scoring": scoring_of(data), "recorded": recorded}
+    return StackedChunk(network, data, configs, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 40),
+        ({"sizes": (9, 10, 13)}, 40),
+        ({"schedule": "cosine"}, 48),
+        ({"sizes": (9, 10, 13), "dropout": 0.1}, 54),
+    ],
+)
+def test_a_step_takes_few_launches(options, most, device):
+    """A product that adds a bias copies it first, which makes two."""
+    members = chunk(device, **options)
+    for epoch in range(5):
+        members.advance(epoch)
+    for shape in set(members.batches.shapes):
+        cuda.forget()
+        members.steps.take(shape, lambda: pytest.fail("a step was not recorded"))
+        launches = cuda.counts("launch")
+        assert launches["kernel"] == 2
+        assert sum(launches.values()) + launches["baddbmm.out"] <= most
+
+
+def test_a_step_as_it_is_copies_nothing_to_the_gpu(device):
+    members = chunk(device, sizes=(9, 10, 13), recorded=False)
+    members.advance(0)
+    members.batches.begin(1)
+    cuda.forget()
+    for step, shape in enumerate(members.batches.shapes):
+        members._step(shape, (1, step))
+    assert not cuda.counts("to device") and not cuda.counts("wait")
+
+
+def test_a_kernel_that_is_not_compiled_is_said(iris, device, monkeypatch):
+    def fail(source, name):
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
+    adam_kernel.kernels.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match=f"adamw cannot be compiled for {device}, .*: libnvrtc.so.13: cannot"
+    ):
+        same_search(*iris, "mlp", {"backend": "graph"}, device)
+    adam_kernel.kernels.cache_clear()
+    assert cuda.counts("replay")
 
 
 @pytest.mark.parametrize("module", [False, True])
@@ -349,7 +400,10 @@ def test_a_replay_that_is_not_the_step_is_the_last_one(device, iris, monkeypatch
     def wrong(graph):
         replay(graph)
         flats = [place for _, place in graph.tape.places if len(place.shape) == 1]
-        max(flats, key=lambda place: place.shape[0]).tensor()[12] += 1
+        size = max(place.shape for place in flats)
+        for place in flats:
+            if place.shape == size:  # parameters, gradient and moments
+                place.tensor()[12] += 1
 
     monkeypatch.setattr(cuda.Graph, "replay", wrong)
     options = {"backend": "graph", "space": {"lr": [1e-3, 1e-2]}, "n_trials": 3}

@@ -8,7 +8,10 @@ that is read before it is written, and what a graph cannot record; not races bet
 import ctypes
 import importlib.util
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +29,9 @@ for _name in ("allocated", "peak", "limit"):
 _device.simulated_set_limit.argtypes = [ctypes.c_int64]
 
 import torch  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
-from stand_in import NoReading, Recording, Tape  # noqa: E402
+from stand_in import NoReading, Operation, Recording, Tape  # noqa: E402
 
 fail_next_capture: RuntimeError | None = None
 """How the next capture ends."""
@@ -151,13 +155,13 @@ def _graph(
     graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
 ) -> Iterator[None]:
     """``torch.cuda.graph``. A capture that fails leaves the side stream current, as PyTorch's does."""
-    global fail_next_capture, underway
+    global fail_next_capture, underway, _recording
     _synchronize()
     _empty_cache()
     assert not stream.default, "graphs are captured on a side stream"
     before = _current[stream.device.index]
     _set_stream(stream)
-    recording = Recording(stream.device)
+    _recording = recording = Recording(stream.device)
     _device.simulated_set_capturing(1)
     try:
         with recording.undone(), NoReading(), recording:
@@ -170,10 +174,51 @@ def _graph(
         underway = True
         raise
     finally:
-        fail_next_capture = None
+        fail_next_capture = _recording = None
         _device.simulated_set_capturing(0)
         if not underway:
             _current[stream.device.index] = before
+
+
+_recording: Recording | None = None
+"""What is being recorded."""
+
+_HOST = """#include <cmath>
+struct Index { unsigned x; };
+static Index blockIdx, threadIdx, blockDim, gridDim;
+extern "C" void place(unsigned b, unsigned t) { blockIdx = {b}; threadIdx = {t}; gridDim = {2}; blockDim = {2}; }
+using namespace std;
+#define __global__
+"""
+
+
+class Kernel:
+    """A kernel of CUDA C++, compiled for the CPU: two blocks of two threads take its work, one after the other."""
+
+    def __init__(self, source: str, name: str) -> None:
+        folder = tempfile.mkdtemp()
+        code, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        code.write_text(_HOST + source)
+        subprocess.run(["g++", "-O1", "-shared", "-fPIC", str(code), "-o", str(library)], check=True)
+        shutil.copy(library, library.with_name(f"{name}.so"))
+        self.library = ctypes.CDLL(str(library.with_name(f"{name}.so")))
+        self.function = getattr(self.library, name)
+
+    def __call__(self, grid: Any, block: Any, args: list[torch.Tensor]) -> None:
+        assert len({tensor.device for tensor in args}) == 1 and args[0].is_cuda
+        if _recording is not None:
+            with _disable_current_modes():  # among them the recording
+                for tensor in args:
+                    _recording._remember(tensor)
+                encoded = tuple(map(_recording._encode, args))
+            _recording.operations.append(Operation(self.run, encoded, {}, ()))
+        self.run(*args)
+
+    def run(self, *args: torch.Tensor) -> None:
+        _device.simulated_count(b"launch kernel")
+        for place in range(4):
+            self.library.place(place // 2, place % 2)
+            self.function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in args))
 
 
 def _refuse_in_capture() -> None:
@@ -213,6 +258,8 @@ _FUNCTIONS: dict[str, Any] = {
     "set_stream": _set_stream,
     "current_stream": lambda device=None: _current[_index(device)],
     "Event": Event,
+    "_compile_kernel": Kernel,
+    "is_current_stream_capturing": lambda: bool(_device.simulated_capturing()),
     "CUDAGraph": Graph,
     "graph": _graph,
     "graph_pool_handle": lambda: (0, 1),
