@@ -206,6 +206,15 @@ def test_a_loss_that_is_chosen_by_its_one_logit_is_said_and_kept(tmp_path, capsy
     assert "bce" in str(loaded.info["loss"])
 
 
+@pytest.mark.parametrize("model", [OneLogit, FLAT], ids=["column", "flat"])
+def test_one_logit_is_exported_as_two_classes(model, tmp_path):
+    tuned = gputune.tune(model, X, TWO, **ONE).best_model()
+    tuned.export(tmp_path / "model.pt2")
+    label, p = torch.export.load(tmp_path / "model.pt2").module()(X[:7].double())
+    np.testing.assert_allclose(p.detach(), tuned.predict_proba(X[:7]), atol=1e-6)
+    np.testing.assert_array_equal(tuned.classes[label], tuned.predict(X[:7]))
+
+
 def test_a_class_without_training_rows_does_not_stop_one_logit():
     cut = [(20 + np.flatnonzero(TWO[20:] == "yes"), np.arange(20))]
     assert score(TWO, model=OneLogit, cv=cut, scoring="neg_log_loss") < 0
