@@ -16,6 +16,7 @@
     python scripts/benchmark --modules [--rows GRU LSTM]
                                                  modules of a user's own beside a plain loop on all cores and Optuna
     python scripts/benchmark --optuna            Optuna's TPE beside random search, and what asking costs
+    python scripts/benchmark --tables --data FILE.py   RealMLP, an MLP and boosted trees on tables of your own
 
 The engines are sklearn, torch (a plain loop), compile (its step through torch.compile), optuna, ray, skorch, jax and
 gputune. One whose package is missing is named in the report and left out: pip install optuna "ray[tune]" skorch jax.
@@ -45,6 +46,7 @@ STUDIES = {
     "profile": "32 trials of width 256, of 128; 10,000 of 16",
     "optuna": "a search of 160 trials for each of 10 seeds",
     "modules": "nine modules of a user's own beside a plain loop and Optuna",
+    "tables": "RealMLP, an MLP and boosted trees; 8 trials, 32 epochs",
 }
 """What else is measured, each by the module of that name: what the option says of it."""
 
@@ -83,6 +85,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add(
         "--rows", nargs="+", metavar="WORDS", help="with --modules: only rows with one of these in their name"
     )
+    add("--data", type=Path, metavar="FILE.py", help="with --tables: has load(name) -> X, y, task")
     for name, says in STUDIES.items():
         add(f"--{name}", action="store_true", help=says)
     return parser.parse_args(arguments)

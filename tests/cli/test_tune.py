@@ -51,6 +51,25 @@ def read_csv(text):
     return list(csv.reader(io.StringIO(text)))
 
 
+def test_a_space_by_its_name(tmp_path):
+    file, study = write_table(tmp_path / "t.csv", y=kinds()), tmp_path / "out"
+    words = [
+        "--model",
+        "realmlp",
+        "--space",
+        "realmlp",
+        "--trials",
+        "1",
+        "--epochs",
+        "1",
+        "--cv",
+        "2",
+        "--quiet",
+    ]
+    assert run("tune", file, "--target", "y", "--out", study, *words)[0] == 0
+    assert gputune.Study.open(study / "study.db").best_params["module__embedding"] == "pbld"
+
+
 def test_tune_says_what_it_understood(tuned):
     folder, out = tuned
     lines = out.split("\n")

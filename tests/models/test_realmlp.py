@@ -17,6 +17,7 @@ from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.seeding import stream_seed
+from gputune.study.export import encoded
 from problems import fill, largest_difference, make_data, shape_of
 from refused import refused
 
@@ -129,6 +130,17 @@ def test_a_search_by_name_from_its_recipe_to_a_loaded_model(tmp_path):
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict(TABLE), model.predict(TABLE))
+
+
+@pytest.mark.long
+def test_it_is_exported(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    study = gputune.tune("realmlp", TABLE, PRICE, n_trials=1, space=SMALL, **SEARCH)
+    model = study.best_model()
+    model.export(tmp_path / "model.onnx")
+    rows = encoded(model, as_table(TABLE))
+    (found,) = runtime.InferenceSession(tmp_path / "model.onnx").run(None, {"X": rows})
+    np.testing.assert_allclose(found.ravel(), model.predict(TABLE), rtol=1e-5, atol=1e-5)
 
 
 def test_its_recipe_is_that_of_the_paper():

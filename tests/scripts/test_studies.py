@@ -49,6 +49,24 @@ def test_the_grid(script, study, monkeypatch):
     assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
 
 
+@pytest.mark.long
+def test_tables(study, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data") / "data.py"
+    data.write_text(
+        "from sklearn.datasets import load_iris\n"
+        "def load(name):\n"
+        "    X, y = load_iris(return_X_y=True, as_frame=True)\n"
+        "    X['kind'] = y.map(lambda code: f'kind {code % 2}')\n"
+        "    return X, y, 'multiclass'\n"
+    )
+    small = {"NAMES": ("iris",), "EPOCHS": 1, "LONG": 1, "TRIALS": 1, "ROWS": 100, "MOST": 1}
+    _, whole, text = study("tables", "--data", str(data), **small)
+    assert [one["trials"] for one in whole["results"]] == [1] * 5
+    assert "| table | boosting | mlp | realmlp, default | realmlp | mlp, as long |" in text
+    with pytest.raises(SystemExit, match="--tables needs --data FILE.py"):
+        study("tables")
+
+
 HALVING = ("--epochs", "4", "--repeats", "2")
 IRIS = {"TRIALS": 9, "tables": lambda adult: {"iris": load_iris(return_X_y=True)}}
 
