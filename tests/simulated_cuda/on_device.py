@@ -176,7 +176,7 @@ def test_a_capture_that_fails_leaves_a_search_as_it_was(device, iris, tmp_path, 
 def test_a_chunk_that_does_not_fit_is_halved(device, iris, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
     options = {"n_trials": 16, "space": {"lr": [0.01, 0.02], "width": [64]}, "backend": "eager"}
-    with cuda.memory_limit(1 << 20):
+    with cuda.memory_limit(1 << 20, device):
         same_search(*iris, "mlp", options, device)
     assert cuda.counts("out of memory")
 
@@ -378,7 +378,7 @@ def test_an_epoch_of_scores_takes_few_launches(device, monkeypatch):
     assert sum(cuda.counts("launch").values()) <= 300
     assert list(validation.kept) == [(fold, 262) for fold in range(5)]
     np.testing.assert_allclose(scores, validation.scores(network, params, trials=2))
-    with cuda.memory_limit(300 << 20):  # 256 MiB would be nearly all
+    with cuda.memory_limit(300 << 20, device):  # 256 MiB would be nearly all
         assert Validation(data, None).block_bytes == 8 << 20
 
 
@@ -480,10 +480,10 @@ def test_all_gpus_of_a_machine_train(model, method, iris, monkeypatch, tmp_path,
 
 
 def test_a_second_gpu_is_for_what_is_long(iris, capsys):
-    gputune.tune("mlp", *iris, **{**FAST, "workers": "auto", "verbose": 1})
+    gputune.tune("mlp", *iris, **{**FAST, "workers": "auto", "verbose": 1}, device="cuda")
     assert "GPUs" not in capsys.readouterr().err
     with pytest.raises(InputError, match="workers=3: .* this search has 2 GPUs, cuda:0, cuda:1; leave"):
-        gputune.tune("mlp", *iris, **{**FAST, "workers": 3})
+        gputune.tune("mlp", *iris, **{**FAST, "workers": 3}, device="cuda")
 
 
 def one_search(iris, device, seen={}):  # noqa: B006

@@ -6,6 +6,7 @@ that is read before it is written, and what a graph cannot record; not races bet
 """
 
 import ctypes
+import gc
 import importlib.util
 import os
 import shutil
@@ -59,10 +60,11 @@ def forget() -> None:
 
 
 @contextmanager
-def memory_limit(size: int) -> Iterator[None]:
-    """Let each device have so many bytes inside, beyond what is taken."""
+def memory_limit(size: int, device: Any = "cuda") -> Iterator[None]:
+    """Let a device have so many bytes inside, beyond what is taken."""
+    gc.collect()
     before = _device.simulated_limit()
-    _device.simulated_set_limit(max(map(_device.simulated_allocated, range(_devices()))) + size)
+    _device.simulated_set_limit(_device.simulated_allocated(_index(device)) + size)
     try:
         yield
     finally:
