@@ -8,6 +8,7 @@ from scipy import stats
 from gputune.errors import InputError
 from gputune.models import RealMLP
 from gputune.search.distributions import Choices
+from gputune.text import did_you_mean
 from gputune.types import Config, Goal
 
 _REALMLP: Mapping[str, float | str] = MappingProxyType(
@@ -88,5 +89,6 @@ def named_space(name: str, goal: Goal) -> list[dict[str, Choices]]:
     if name not in SPACES:
         raise InputError(
             f"space must be a dict, a list of dicts, or one of {', '.join(SPACES)}, got {name!r}."
+            f"{did_you_mean(name, SPACES)}"
         )
     return SPACES[name](goal)
