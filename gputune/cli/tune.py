@@ -21,7 +21,6 @@ from gputune.data.source import read_source, set_apart
 from gputune.errors import InputError, SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.search.descent import Hypergradient
-from gputune.search.recipes import SPACES
 from gputune.search.space import parse_specs
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
@@ -163,7 +162,7 @@ def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
     typed = _typed_options(arguments)
     if "space" in typed:
         texts = typed["space"]
-        named = len(texts) == 1 and texts[0] in SPACES
+        named = len(texts) == 1 and "=" not in texts[0]
         typed["space"] = texts[0] if named else parse_specs(texts) or None
     if "cv" in typed:
         typed["cv"] = parse_cv(typed["cv"])

@@ -38,7 +38,6 @@ from gputune.search.distributions import (
     is_distribution,
     log_int,
 )
-from gputune.search.recipes import SPACES
 from gputune.study.rows import to_json
 from gputune.types import ONLINE, Config, Json
 
@@ -249,9 +248,7 @@ def parse_spec(text: str) -> tuple[str, object]:
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
-        raise InputError(
-            f"A space is written KEY=SPEC, or is one of {', '.join(SPACES)}, got {text!r}. {_EXAMPLES}"
-        )
+        raise InputError(f"A space is written KEY=SPEC, got {text!r}. {_EXAMPLES}")
     ends = re.fullmatch(r"([^,]*?)\.\.([^:,]*)(:.*)?", spec)
     if ends and (key in RANGES or None not in (_number(ends[1]), _number(ends[2]))):
         return key, _parse_range(key, ends[1], ends[2], (ends[3] or "").strip(), text)

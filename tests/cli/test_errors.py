@@ -124,12 +124,6 @@ def test_what_a_module_says_is_not_written_in_flags(bugs):
     refused_tune(bugs, "--model", "net.py:Net", words=words)
 
 
-def test_a_space_that_has_no_name_here(bugs):
-    refused_tune(
-        bugs, "--space", "realmpl", words=["KEY=SPEC, or is one of realmlp, realmlp-tabarena, got 'realmpl'"]
-    )
-
-
 def test_a_key_given_twice(bugs):
     refused_tune(bugs, "--space", "lr=1", "--space", "lr=2", words=["'lr' twice", "Join"])
 

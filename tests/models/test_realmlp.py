@@ -16,6 +16,11 @@ from gputune.models import RealMLP
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
+from gputune.population.population import module_arguments
+from gputune.search.config import legal_keys
+from gputune.search.random import draw
+from gputune.search.recipes import named_space
+from gputune.search.space import check_space
 from gputune.seeding import stream_seed
 from gputune.study.export import encoded
 from problems import fill, largest_difference, make_data, shape_of
@@ -154,12 +159,13 @@ def test_its_recipe_is_that_of_the_paper():
 
 
 @pytest.mark.parametrize("name", ["realmlp", "realmlp-tabarena"])
-@pytest.mark.parametrize("y", [PRICE, np.arange(60) % 2])
-def test_a_space_has_a_name(name, y):
-    small = {**SEARCH, "include": [], "timeout": 1e-9}
-    study = gputune.tune("realmlp", TABLE, y, space=name, n_trials=5, **small)
-    assert len(study.trials) == 5
-    assert ("loss__label_smoothing" in study.trials[-1].params) == (y is not PRICE)
+@pytest.mark.parametrize("goal", ["numbers", "classes"])
+def test_a_space_has_a_name(name, goal):
+    keys = legal_keys("module", "adamw")
+    drawn = draw(check_space(named_space(name, goal), keys=keys, module=True), 20, 0)
+    assert all(("loss__label_smoothing" in config) == (goal == "classes") for config in drawn)
+    for config in drawn:
+        RealMLP(3, 1, **module_arguments(config))
 
 
 def test_a_space_that_has_no_name_here():
