@@ -161,7 +161,9 @@ def one_logit():
 
 @pytest.mark.parametrize("model", [OneLogit, FLAT], ids=["column", "flat"])
 @pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
-@pytest.mark.parametrize("loss", [None, "bce", nn.BCEWithLogitsLoss(), own_bce], ids=["none", "bce", "torch", "own"])
+@pytest.mark.parametrize(
+    "loss", [None, "bce", nn.BCEWithLogitsLoss(), own_bce], ids=["none", "bce", "torch", "own"]
+)
 def test_one_logit_of_two_classes_is_what_a_plain_loop_makes(model, backend, loss, one_logit):
     study = gputune.tune(model, X, TWO, scoring="neg_log_loss", loss=loss, **ONE | {"backend": backend})
     found = study.best_model() if loss is None else None

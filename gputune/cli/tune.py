@@ -24,6 +24,7 @@ from gputune.search.descent import Hypergradient
 from gputune.search.space import parse_specs
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
+from gputune.study.model_files import is_ensemble
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.method import METHODS, Method
 from gputune.tuning.options import RULES, Options
@@ -120,8 +121,9 @@ def _finish(
             with profile.clock("training the best on all rows"):
                 model, held_out = _scored(study.best_model(), recorded, study)
             folder = model_folder(place)
+            wanted = arguments.ensemble or (arguments.command == "resume" and is_ensemble(folder))
             model.save(folder)
-            if arguments.ensemble:
+            if wanted:
                 with profile.clock("an ensemble"):
                     held_out, ensemble = _ensemble(study, recorded, held_out, folder, arguments.verbose)
     text = closing_text(ending(study, held_out, ensemble), width=width)

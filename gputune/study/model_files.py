@@ -174,6 +174,14 @@ def read_description(path: Path) -> Json:
         return dict(from_json(text))
 
 
+def is_ensemble(folder: Path) -> bool:
+    """Whether a folder holds the model of an ensemble; False where it holds none that can be read."""
+    try:
+        return "ensemble" in read_description(folder / DESCRIPTION)["spec"]
+    except InputError:
+        return False
+
+
 @contextmanager
 def blaming(path: Path) -> Iterator[None]:
     """Turn what reading an odd file raises into an error that names the file."""

@@ -4,6 +4,7 @@ Source: Caruana et al. (2004), Ensemble selection from libraries of models: with
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -51,7 +52,13 @@ def ensemble(
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
             raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
     trials = _candidates(study, candidates)
-    search = recalled(study, X, y, check=True, trust_code=trust_code)
+    try:
+        search = recalled(study, X, y, check=True, trust_code=trust_code)
+    except InputError as error:  # in the words of a refit, which can go without a check
+        if type(error) is not InputError:
+            raise
+        words = re.sub(r"(; check=False|, or add check=False).*$", ".", str(error))
+        raise InputError(words.replace("best_model(", "ensemble(")) from error
     scoring, progress = _scoring(search), Progress(verbose)
     progress.scoring = scoring.name
     folds = unpack_folds(study.record.arguments.folds)

@@ -155,6 +155,18 @@ def test_from_a_file_it_is_the_same(study):
     assert first.info == second.info
 
 
+def test_rows_that_are_not_the_studys_are_refused_in_its_words(study):
+    opened = gputune.Study.open(study.file)
+    with pytest.raises(
+        gputune.InputError, match=r"^ensemble\(\) needs X and y: the study was searched on data in"
+    ):
+        opened.ensemble()
+    with pytest.raises(
+        gputune.InputError, match=r"^ensemble\(X, y\): these are not the rows.* Pass those\.$"
+    ):
+        opened.ensemble(IRIS[0][:100], IRIS[1][:100])
+
+
 @pytest.mark.parametrize(
     ("how", "asked", "message"),
     [
@@ -222,3 +234,5 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     assert words in text and "Without a model, always" in text
     is_ensemble = isinstance(gputune.load_model(Path(out) / "model").module, Ensemble)
     assert is_ensemble == ("the ensemble is saved" in text or "is the model that is saved" in text)
+    assert main(["resume", str(out), "-q"]) == 0  # what was saved as an ensemble is one again
+    assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble
