@@ -39,12 +39,16 @@ def short(value: object) -> str:
     return clean(getattr(value, "__name__", value))
 
 
+_PREFIX = 3
+"""Letters from which on the beginning of a word says which is meant."""
+
+
 def nearest(
     word: object,
     known: Iterable[object],
     *,
     others: Mapping[str, str] = MappingProxyType({}),
-    cutoff: float = 0.6,
+    cutoff: float = 0.65,
 ) -> str | None:
     """Return the known word that was meant by another one, whatever its case; None where none is near.
 
@@ -53,7 +57,9 @@ def nearest(
     by_case = {str(name).lower(): str(name) for name in known}
     if (other := others.get(str(word))) in by_case.values():
         return other
-    near = get_close_matches(str(word).lower(), by_case, 1, cutoff)
+    text = str(word).lower()
+    near = get_close_matches(text, by_case, 1, cutoff)
+    near = near or [name for name in by_case if len(text) >= _PREFIX and name.startswith(text)]
     return by_case[near[0]] if near else None
 
 

@@ -17,6 +17,7 @@ from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.scoring.scoring import Scorer
+from gputune.search.config import key_of
 from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.method import Method
@@ -33,7 +34,7 @@ _OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("epochs", "n_epochs", "num_epochs", "max_iter"), "max_epochs"),
     **dict.fromkeys(("trials", "n_iter", "num_trials"), "n_trials"),
     **dict.fromkeys(("param_distributions", "param_grid", "search_space"), "space"),
-    **dict.fromkeys(("metric", "score"), "scoring"),
+    **dict.fromkeys(("metric", "score", "scorer"), "scoring"),
     "folds": "cv",
     "seed": "random_state",
     "criterion": "loss",
@@ -51,7 +52,9 @@ def _with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]
     def called(*args: Given.args, **more: Given.kwargs) -> Value:
         for name in more:
             if name not in known:
-                hint = did_you_mean(name, known, others=_OTHER_WORDS)
+                key = key_of(name) if "space" in known else None
+                meant = f' Hyperparameters belong in the space: space={{"{key}": [...]}}.'
+                hint = meant if key else did_you_mean(name, known, others=_OTHER_WORDS)
                 raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}.{hint}")
         return function(*args, **more)
 

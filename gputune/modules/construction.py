@@ -59,19 +59,28 @@ def build_module(
                 f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
                 f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
             ) from error
-        if isinstance(module, nn.Module):
-            inputs = inputs or ((shape, torch.float32),)
-            try:
-                materialise(module, inputs, names)
-            except Exception as error:
-                raise InputError(
-                    f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two rows of zeros, "
-                    f"which give its lazy layers their sizes: {error}.{hint(str(error), _zeros(inputs))}{columns}"
-                ) from error
-            return module
-    raise InputError(
-        f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
-    )
+        _check_made(module, builder)
+        inputs = inputs or ((shape, torch.float32),)
+        try:
+            materialise(module, inputs, names)
+        except Exception as error:
+            raise InputError(
+                f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two rows of zeros, "
+                f"which give its lazy layers their sizes: {error}.{hint(str(error), _zeros(inputs))}{columns}"
+            ) from error
+        return module
+
+
+def _check_made(module: object, builder: Builder) -> None:
+    """Raise InputError for what a builder returned where it is no module, or one that torch has not begun."""
+    if not isinstance(module, nn.Module):
+        raise InputError(
+            f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
+        )
+    if "_parameters" not in vars(module):
+        raise InputError(
+            f"model: the __init__ of {type(module).__name__} does not call super().__init__(); let it do so first."
+        )
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:
@@ -106,7 +115,10 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     """
     signature = inspect.signature(builder)
     kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
-    open_ended = any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
+    inner = builder.func if isinstance(builder, partial) else builder
+    # torch's own takes any keyword in its signature, and refuses them all.
+    own = getattr(inner, "__init__", None) is not nn.Module.__init__
+    open_ended = own and any(kind is inspect.Parameter.VAR_KEYWORD for kind in kinds.values())
     named = {k for k, kind in kinds.items() if kind in (_EITHER, _KEYWORD)}
     for name in arguments:
         if name not in named and not open_ended:

@@ -48,11 +48,17 @@ def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
 
 
 def _misplaced(ids: object, size: int) -> tuple[int, int] | None:
-    """Return the first of some ids (B, ...) that is none of 0..size-1, and its place in B; None where all fit."""
+    """Return the largest of some ids (B, ...) where it is above size - 1, else the smallest where it is negative.
+
+    Beside it its place in B; None where all fit.
+    """
     if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0:
         return None  # which the embedding says itself
-    bad = (ids < 0) | (ids >= size)
-    return (int(ids[bad][0]), int(bad.nonzero()[0, 0])) if bad.any() else None
+    if ids.numel() == 0:
+        return None
+    least, most = int(ids.min()), int(ids.max())
+    number = most if most >= size else least
+    return (number, int((ids == number).nonzero()[0, 0])) if most >= size or least < 0 else None
 
 
 def _outermost(x: Tensor) -> list[int]:

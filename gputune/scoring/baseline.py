@@ -23,10 +23,27 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
     """Return the ``answer`` in words and its mean ``score`` over the folds; None for a scorer of the user's own.
 
     The answer is the share of each class, or the mean of the target, among the training rows of a fold; an accuracy
-    sees of it the most frequent class alone. ``classes`` are the labels.
+    sees of it the most frequent class alone. For a score of one class it is one class for all rows where that scores
+    more. ``classes`` are the labels.
     """
     if ":" in scoring.name or scoring.of_outputs is not None:
         return None
+    answer, score = _words(data, scoring, classes), _mean_score(data, scoring)
+    if scoring.positive is not None and classes is not None:
+        # The best f1 without a model is that of the positive class for all rows.
+        of_class = {
+            f"always {label!r}": _mean_score(data, scoring, code)
+            for code, label in enumerate(classes.tolist())
+        }
+        best = max(of_class, key=of_class.__getitem__)
+        ranks = len({*of_class.values()}) == 1  # no matter which class: a score of ranks
+        if of_class[best] >= score and not ranks:
+            answer, score = best, of_class[best]
+    return {"answer": answer, "score": score} if math.isfinite(score) else None
+
+
+def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> float:
+    """Return the mean score over the folds of one answer for all rows; ``always`` is the code of a class."""
     scores = []
     for f, fold in enumerate(data.folds):
         target = data.target[fold.train]
@@ -36,13 +53,15 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
             answer = target.double().mean(0).logit(_SMALLEST)
         else:
             counts = torch.bincount(target, minlength=max(2, data.n_outputs))
-            answer = (counts.double() / len(target)).clamp_min(_SMALLEST).log()
+            share = counts.double() / len(target)
+            if always is not None:
+                share = torch.zeros_like(share).index_fill_(0, torch.tensor(always, device=share.device), 1.0)
+            answer = share.clamp_min(_SMALLEST).log()
         with warnings.catch_warnings(
             action="ignore"
         ):  # of scores that one answer for all rows leaves undefined
             scores.append(scoring(data, f, answer.expand(1, len(fold.valid), -1))[0])
-    score = float(torch.stack(scores).mean())
-    return {"answer": _words(data, scoring, classes), "score": score} if math.isfinite(score) else None
+    return float(torch.stack(scores).mean())
 
 
 def _words(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> str:

@@ -112,6 +112,13 @@ def legal_keys(model: Literal["mlp", "logistic", "module"], optimizer: str) -> t
     return (*trained, *shaping.get(model, ()))
 
 
+def key_of(word: str) -> str | None:
+    """Return the key of some space that a word is or is called elsewhere; None where it is none."""
+    keys = {*legal_keys("mlp", ONLINE[0]), *legal_keys("module", ONLINE[0]), *legal_keys("logistic", "exact")}
+    key = _OTHER_NAMES.get(word, word)
+    return key if key in keys or key.startswith(PREFIXES) else None
+
+
 def check_key(key: object, *, keys: Collection[str], module: bool, name: str) -> None:
     """Raise InputError, with the nearest legal key, unless ``key`` is one of ``keys`` (or ``module__*``).
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError
+from gputune.modules.construction import call_arguments
 from gputune.modules.hints import hint
 
 SMALL = {"n_trials": 2, "cv": [(np.arange(20), np.arange(20, 30))] * 2, "max_epochs": 2, "verbose": 0}
@@ -66,6 +67,11 @@ class Columns(nn.Module):
             r"X has the id -1 in row 27, .* for ids 0 to 8; give such ids other numbers",
         ),
         (Words, (changed(IDS, 3, 20), ROWS), r"X\[0\] has the id 20 in row 3, .* give it num_embeddings=21"),
+        (
+            Words,
+            changed(changed(IDS, 3, 12), 27, 20),
+            "has the id 20 in row 27, .* num_embeddings=21 or more",
+        ),
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
         (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
@@ -158,6 +164,28 @@ def test_an_argument_that_nothing_gives_is_named_with_its_remedies():
     with pytest.raises(InputError, match=message):
         tune(Asks, ROWS)
     assert tune(Asks, ROWS, space={"module__vocabulary": [7]}).best_trial.score > 0
+
+
+class Unbegun(nn.Module):
+    def __init__(self, n_features):
+        self.size = n_features
+
+
+class Bare(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_a_module_that_torch_has_not_begun_is_named():
+    with pytest.raises(InputError, match=r"the __init__ of Unbegun does not call super\(\).__init__\(\)"):
+        tune(Unbegun, ROWS)
+
+
+def test_a_module_without_an_init_of_its_own_gets_no_arguments():
+    assert call_arguments(Bare, {"n_features": 3, "n_outputs": 2}, {}) == {}
+    assert call_arguments(lambda **sizes: Bare(), {"n_features": 3}, {}) == {"n_features": 3}
+    with pytest.raises(InputError, match="module__size is no argument of Bare"):
+        call_arguments(Bare, {}, {"size": 3})
 
 
 class Outputs(nn.Module):

@@ -18,6 +18,8 @@ MOST, PRIOR = DummyClassifier(strategy="most_frequent"), DummyClassifier(strateg
         (load_breast_cancer, None, MOST, "always 1"),
         (load_breast_cancer, "roc_auc", PRIOR, "the share of each class in the training rows"),
         (load_iris, "neg_log_loss", PRIOR, "the share of each class in the training rows"),
+        (load_breast_cancer, "f1", DummyClassifier(strategy="constant", constant=1), "always 1"),
+        (load_breast_cancer, "average_precision", PRIOR, "the share of each class in the training rows"),
         (load_iris, "f1_macro", MOST, "the share of each class in the training rows"),
         (load_diabetes, None, DummyRegressor(), "the mean of the training rows"),
         (load_diabetes, "neg_mean_absolute_error", DummyRegressor(), "the mean of the training rows"),
@@ -41,6 +43,12 @@ def test_a_high_accuracy_of_one_class_is_remarked():
     assert not any(
         "already" in note for note in gputune.tune("mlp", X, y, cv=3, scoring="roc_auc", **HOW).record.notes
     )
+
+
+def test_a_rare_positive_class_for_all_rows_is_the_answer_of_f1():
+    X, y = np.random.default_rng(0).normal(size=(60, 2)), np.array(["stayed"] * 54 + ["left"] * 6)
+    found = gputune.tune("mlp", X, y, cv=3, scoring="f1", positive="left", **HOW).record.baseline
+    assert found == {"answer": "always 'left'", "score": pytest.approx(2 * 0.1 / 1.1)}
 
 
 def own(estimator, X, y):

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -264,6 +265,22 @@ def test_outputs_that_are_not_finite_score_nan():
 def test_bad_scoring_is_named(scoring, task, message):
     with refused(message):
         make_scoring(scoring, task, np.array([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("metric", "remedy"),
+    [
+        (metrics.mean_squared_error, "'neg_mean_squared_error'"),
+        (metrics.r2_score, "'r2'"),
+        (metrics.accuracy_score, "'accuracy'"),
+        (metrics.f1_score, "'f1'"),
+        (metrics.fbeta_score, r"sklearn.metrics.make_scorer\(fbeta_score, "),
+        (partial(metrics.f1_score, average="macro"), r"sklearn.metrics.make_scorer\(f1_score, "),
+    ],
+)
+def test_a_function_of_sklearn_metrics_is_no_scorer(metric, remedy):
+    with refused(rf"of \(y_true, y_pred\) and no scorer; give scoring={remedy}"):
+        make_scoring(metric, "binary", np.array([0, 1]))
 
 
 def test_the_default_scoring():

@@ -515,6 +515,10 @@ def test_bad_arguments_are_named(iris, arguments, message):
         ("epochs", " Did you mean 'max_epochs'?"),
         ("scorin", " Did you mean 'scoring'?"),
         ("n_iter", " Did you mean 'n_trials'?"),
+        ("learning_rate", ' Hyperparameters belong in the space: space={"lr": [...]}.'),
+        ("batch_size", ' Hyperparameters belong in the space: space={"batch_size": [...]}.'),
+        ("module__size", ' Hyperparameters belong in the space: space={"module__size": [...]}.'),
+        ("scorer", " Did you mean 'scoring'?"),
         ("zzz", ""),
     ],
 )
