@@ -55,6 +55,8 @@ def build_module(
         try:
             module = builder(**words)
         except Exception as error:
+            if "before Module.__init__() call" in str(error):
+                raise _unbegun(builder) from error
             raise InputError(
                 f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
                 f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
@@ -78,9 +80,13 @@ def _check_made(module: object, builder: Builder) -> None:
             f"model: {name_of(builder)} must return a torch.nn.Module, got {type(module).__name__}; return the module."
         )
     if "_parameters" not in vars(module):
-        raise InputError(
-            f"model: the __init__ of {type(module).__name__} does not call super().__init__(); let it do so first."
-        )
+        raise _unbegun(builder)
+
+
+def _unbegun(builder: Builder) -> InputError:
+    return InputError(
+        f"model: an __init__ of {name_of(builder)} does not call super().__init__(); let it do so first."
+    )
 
 
 def start_from(module: nn.Module, inputs: Sequence[Tensor], y: Tensor, *, seed: int) -> None:

@@ -171,14 +171,21 @@ class Unbegun(nn.Module):
         self.size = n_features
 
 
+class Early(nn.Module):
+    def __init__(self, n_features):
+        self.head = nn.Linear(n_features, 2)
+
+
 class Bare(nn.Module):
     def forward(self, x):
         return x
 
 
-def test_a_module_that_torch_has_not_begun_is_named():
-    with pytest.raises(InputError, match=r"the __init__ of Unbegun does not call super\(\).__init__\(\)"):
-        tune(Unbegun, ROWS)
+@pytest.mark.parametrize("module", [Unbegun, Early])
+def test_a_module_that_torch_has_not_begun_is_named(module):
+    message = rf"an __init__ of {module.__name__} does not call super\(\).__init__\(\); let it do so first"
+    with pytest.raises(InputError, match=message):
+        tune(module, ROWS)
 
 
 def test_a_module_without_an_init_of_its_own_gets_no_arguments():
