@@ -57,7 +57,10 @@ def ensemble_words(
     if held_out is None or best is None or held_out.why or best.why:
         return f"{text} and is the model that is saved."
     scores = f"{measure.text(held_out.score)} on the held-out rows, the best trial alone {measure.text(best.score)}"
-    return f"{text}, and {scores}; the {'ensemble' if is_saved else 'best trial'} is saved."
+    saved = "ensemble" if is_saved else "best trial"
+    return (
+        f"{text}, and {scores}; the {saved} is saved, by these rows: its score there is a little optimistic."
+    )
 
 
 def closing_text(ending: Ending, *, width: int) -> str:
@@ -206,7 +209,8 @@ def _scores(ending: Ending, width: int) -> str:
         )
     if score is not None and score.unseen:
         text += f" {count(score.unseen, 'row')} of a class that no row of the search has counted as wrong."
-    words = f"{text} {_optimistic(ending.study)}{_without_model(ending.study)}{_unfinished(ending.study)}"
+    sentences = (text, _optimistic(ending.study), _without_model(ending.study), _unfinished(ending.study))
+    words = " ".join(sentence for sentence in sentences if sentence)
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
 
 
@@ -221,13 +225,14 @@ def _without_model(study: Study) -> str:
     baseline = study.record.baseline
     if baseline is None:
         return ""
-    return f" Without a model, {clean(baseline['answer'])} scores {study_measure(study).text(baseline['score'])} there."
+    score = study_measure(study).text(baseline["score"])
+    return f"On the same folds {clean(baseline['answer'])} scores {score} without a model."
 
 
 def _unfinished(study: Study) -> str:
     epochs = study.record.max_epochs
     if not study.record.descends and study.best_trial.best_epoch == epochs > 1:
-        return f" It was best after the last of {epochs} epochs: more of them may be better."
+        return f"It was best after the last of {epochs} epochs: more of them may be better."
     return ""
 
 

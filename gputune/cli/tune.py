@@ -146,7 +146,7 @@ def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[
 def _ensemble(
     study: Study, recorded: RecordedSearch, best: HeldOut | None, folder: Path, verbose: int
 ) -> tuple[HeldOut | None, str]:
-    """Save an ensemble in ``folder``, in place of the best trial, where it scores no worse on held-out rows, if any.
+    """Save an ensemble in ``folder``, in place of the best trial, where it scores better on held-out rows, if any.
 
     Returns the held-out score of the model that is saved, and what is said of the ensemble.
     """
@@ -154,7 +154,7 @@ def _ensemble(
         model, held_out = _scored(study.ensemble(verbose=verbose), recorded, study)
     except InputError as error:
         return best, f"No ensemble: {error}"
-    is_saved = held_out is None or best is None or not held_out.score < best.score
+    is_saved = held_out is None or best is None or held_out.score > best.score
     if is_saved:
         model.save(folder)
     return (held_out if is_saved else best), ensemble_words(study, model, held_out, best, is_saved=is_saved)

@@ -70,8 +70,13 @@ def _held_out(model: Json | None, measure: Measure, tried: int) -> Fact:
     score = None if model is None else model.get("held_out_score")
     if model is None or score is None or not math.isfinite(score):
         return Fact(name, "–", f"not known here; {optimistic}")
-    rows = count(model["held_out_rows"], "row")
-    return Fact(name, measure.text(score), f"the model on {rows} nothing was fitted on; {optimistic}")
+    rows, members = count(model["held_out_rows"], "row"), model.get("ensemble")
+    what = (
+        "the model"
+        if members is None
+        else f"an ensemble of {count(len(members), 'trial')}, which is the model,"
+    )
+    return Fact(name, measure.text(score), f"{what} on {rows} nothing was fitted on; {optimistic}")
 
 
 def check_model(study: Study, model: Mapping[str, object]) -> None:

@@ -231,8 +231,10 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     ]
     assert main(command) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert words in text and "Without a model, always" in text
+    assert words in text and "On the same folds always" in text
     is_ensemble = isinstance(gputune.load_model(Path(out) / "model").module, Ensemble)
-    assert is_ensemble == ("the ensemble is saved" in text or "is the model that is saved" in text)
+    assert is_ensemble == (
+        "the ensemble is saved, by these rows" in text or "is the model that is saved" in text
+    )
     assert main(["resume", str(out), "-q"]) == 0  # what was saved as an ensemble is one again
     assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble
