@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import gputune
 from gputune.seeding import stream, stream_seed
+from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from refused import refused
 
 G = torch.Generator().manual_seed(0)
@@ -288,16 +289,73 @@ def test_a_custom_target_is_scored_by_its_loss():
     assert study.best_model().predict(X).shape == (60, 5)
 
 
-def test_a_broadcast_of_outputs_and_target_is_said():
-    y = X[:, 0] * 3
-    options = {**ONE, "task": "regression"}
-    with pytest.warns(
-        gputune.InputWarning, match=r"outputs have shape \(31, 1\) and y \(31,\), .* 31 x 31 numbers"
+class ZeroStart(OneLogit):
+    def __init__(self, n_features):
+        super().__init__(n_features)
+        nn.init.zeros_(self.body[-1].weight)
+
+
+FAR = X[:, 0] * 3 + 1000
+BINARY = (X[:, 0] > 0).long()
+
+
+def mean_square(outputs, y):
+    return (outputs - y).square().mean()
+
+
+def brier(outputs, y):
+    return (outputs.sigmoid() - y).square().mean()
+
+
+BROADCASTS = [
+    (mean_square, FAR), (mean_square, FAR[:, None]), (functional.mse_loss, FAR), (brier, BINARY),
+    (lambda o, t: (o - t).square().mean(1), FAR), (lambda o, t: (o - t).square().mean(0), FAR),
+    (mean_square, torch.arange(60) // 40),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error:Using a target size")
+@pytest.mark.parametrize(("loss", "y"), BROADCASTS)
+@pytest.mark.parametrize("face", ["tune", "net"])
+def test_a_loss_that_broadcasts_outputs_and_target_is_refused(loss, y, face):
+    with refused(
+        r"shape \((\d+), 1\) and y \(\1,\), .* torch broadcasts to \(\1, \1\). Take outputs\[:, 0\] or y\[:, None\]"
     ):
-        gputune.tune(Net, X, y, loss=lambda o, t: (o - t).square().mean(), **options)
-    fine = gputune.tune(Net, X, y, loss=nn.MSELoss(), **options)
-    same = gputune.tune(Net, X, y, loss=lambda o, t: (o[:, 0] - t).square().mean(), **options)
-    assert fine.trials[0].score == pytest.approx(same.trials[0].score, abs=1e-10)
+        if face == "tune":
+            gputune.tune(ZeroStart if y is FAR else OneLogit, X, y, loss=loss, **ONE)
+        else:
+            net = NeuralNetRegressor if y.is_floating_point() else NeuralNetClassifier
+            net(OneLogit, criterion=loss, max_epochs=1).fit(X.numpy(), y.numpy().ravel())
+
+
+@pytest.mark.filterwarnings("error:Using a target size")
+@pytest.mark.parametrize("y", [FAR, BINARY])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: (o[:, 0] - t).square().mean(),
+        lambda o, t: (o - t[:, None]).square().mean(),
+        lambda o, t: 1 - torch.corrcoef(torch.stack([o[:, 0], t.to(o)]))[0, 1],
+        lambda o, t: o.square().mean(),
+    ],
+)
+def test_a_loss_that_does_not_broadcast_is_taken(loss, y):
+    assert gputune.tune(OneLogit, X, y, loss=loss, **ONE).trials[0].score is not None
+
+
+@pytest.mark.filterwarnings("error:Using a target size")
+@pytest.mark.parametrize("y", [FAR, BINARY])
+def test_a_loss_of_torch_fits_one_output_to_the_target(y):
+    scores = [
+        gputune.tune(OneLogit, X, y, loss=loss, scoring=lambda o, t: float(o.sum()), **ONE).trials[0].score
+        for loss in (nn.MSELoss(), lambda o, t: (o[:, 0] - t).square().mean())
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-10)
+
+
+def test_a_cross_entropy_of_torch_refuses_one_logit():
+    with refused(r"CrossEntropyLoss raised .* One logit a row of two classes takes loss='bce'"):
+        gputune.tune(OneLogit, X, BINARY, loss=nn.CrossEntropyLoss(), **ONE)
 
 
 def test_a_softmax_before_the_cross_entropy_is_said():

@@ -1,7 +1,8 @@
 """A user's module with the rows on which it is tried, and the words of what is wrong with it."""
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gputune.types import Config
 
 _CPU = torch.device("cpu")
 _SEVERAL = ("tuple", "list", "dict")
+_TORCH_BROADCASTS = r"Using a target size .* that is different to the input size"
 
 
 class ModuleTrial:
@@ -99,7 +101,8 @@ class ModuleTrial:
             return torch.zeros(len(self.inputs[0]))
         name = self.objective.name
         try:
-            with torch.no_grad(), keyed_draws(_CPU, 0, "check"):
+            with torch.no_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", _TORCH_BROADCASTS)  # refused below, if it is one
                 losses = self.objective.losses(
                     self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
                 )
@@ -123,27 +126,29 @@ class ModuleTrial:
             raise InputError(
                 f"the loss {name} is not finite on the first rows; check its inputs and its formula."
             )
-        self._warn_of_a_broadcast(losses)
+        self._refuse_a_broadcast()
         return losses
 
-    def _warn_of_a_broadcast(self, losses: Tensor) -> None:
-        """Warn where a mean of the user's own is not the mean over rows: outputs (B, 1) less y (B,) are (B, B)."""
+    def _refuse_a_broadcast(self) -> None:
+        """Raise InputError for a loss of the user's own in which outputs (B, 1) and y (B,) become (B, B).
+
+        Such a loss does not change with the order of y, and is another one of outputs and y of the same shape.
+        """
         objective, y = self.objective, self.y
-        if objective is None or y is None or objective.is_named or objective.step is not None or losses.dim():
+        if objective is None or y is None or objective.is_named or objective.step is not None:
             return
-        outputs = self.forward(self.inputs, training=False)
-        if outputs.shape != (len(y), 1) or y.dim() != 1:
+        outputs, n = self.forward(self.inputs, training=False), len(y)
+        if n < 2 or outputs.shape != (n, 1) or y.dim() != 1:
             return
         loss = objective.member_loss(self.config)
-        whole, rows = loss(outputs, y), [loss(outputs[[i]], y[[i]]) for i in range(len(y))]
-        if not torch.allclose(whole, torch.stack(rows).mean(), rtol=1e-3, atol=1e-6):
-            warnings.warn(
-                f"the loss {objective.name} of {len(y)} rows is not the mean of the rows' losses: outputs have shape "
-                f"{tuple(outputs.shape)} and y {tuple(y.shape)}, and their difference has {len(y)} x {len(y)} numbers. "
-                "Take outputs[:, 0] in the loss, or return (rows,) from the module.",
-                InputWarning,
-                stacklevel=2,
-            )
+        if not _is_broadcast(loss, *_unequal(outputs, y)):
+            return
+        raise InputError(
+            f"the loss {objective.name} compares each output with the targets of all rows: the outputs of {self.name} "
+            f"have shape {tuple(outputs.shape)} and y {tuple(y.shape)}, as every y of one column, which torch "
+            f"broadcasts to ({n}, {n}). Take outputs[:, 0] or y[:, None] in the loss, or return "
+            "(rows,) from the module."
+        )
 
     def warn_of_probabilities(self, outputs: Tensor) -> None:
         """Warn where outputs, computed in training, end in a softmax or a sigmoid, and the loss has one of its own."""
@@ -196,6 +201,40 @@ class ModuleTrial:
             return self.fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
         except InputError:
             return False
+
+
+def _unequal(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return outputs and y in double precision, with unequal rows where all are equal, which no order would change."""
+    steps = torch.arange(len(y)) % 2
+    if bool((outputs == outputs[:1]).all()):
+        outputs = outputs + 0.01 * steps.view(outputs.shape)
+    if bool((y == y[:1]).all()):
+        y = steps.view(y.shape).to(y.dtype)
+    return outputs.double(), y.double() if y.is_floating_point() else y
+
+
+def _is_broadcast(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor) -> bool:
+    """Whether a loss pairs all outputs (B, 1) with all of y (B,)."""
+
+    def mean(outputs: Tensor, y: Tensor) -> Tensor | None:
+        with (
+            contextlib.suppress(Exception),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            keyed_draws(_CPU, 0, "check"),
+        ):
+            warnings.simplefilter("ignore")
+            return loss(outputs, y).double().mean()
+        return None  # a loss that takes no such shapes
+
+    def same(other: Tensor | None) -> bool:
+        return (
+            whole is not None and other is not None and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
+        )
+
+    whole, n = mean(outputs, y), len(y)
+    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
+    return same(mean(outputs, y.roll(1, 0))) and not any(map(same, aligned))
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:

@@ -220,7 +220,7 @@ def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
 
     def of_rows(outputs: Tensor, y: Tensor) -> Tensor:
         y = y.to(outputs.dtype) if isinstance(loss, nn.BCEWithLogitsLoss) else y
-        if y.is_floating_point() and y.shape != outputs.shape and y.numel() == outputs.numel():
+        if y.shape != outputs.shape and y.numel() == outputs.numel():
             y = y.view(outputs.shape)  # (B,) and (B, 1) would be broadcast to (B, B)
         losses: Tensor = rows(outputs, y)
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
