@@ -52,26 +52,12 @@ def ensemble(
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
             raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
     trials = _candidates(study, candidates)
-    try:
-        search = recalled(study, X, y, check=True, trust_code=trust_code)
-    except InputError as error:  # in the words of a refit, which can go without a check
-        if type(error) is not InputError:
-            raise
-        words = re.sub(r"(; check=False|, or add check=False).*$", ".", str(error))
-        raise InputError(words.replace("best_model(", "ensemble(")) from error
-    scoring, progress = _scoring(search), Progress(verbose)
-    progress.scoring = scoring.name
-    folds = unpack_folds(study.record.arguments.folds)
-    data, _ = search.dataset(folds, trials)
-    epochs = max(trial.best_epoch for trial in trials)
-    whole, statistics = search.all_rows(trials)
-    progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
-    with progress.bar_over(len(trials), epochs) if not search.choice.solved else nullcontext():
-        members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
-    predictions = Predictions.of(members, data, scoring)
+    search = _recalled(study, X, y, trust_code)
+    predictions = _predictions(search, trials, verbose)
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     kept = [trials[place] for place in sorted(chosen)]
     weights = [chosen[place] / chosen.total() for place in sorted(chosen)]
+    whole, statistics = search.all_rows(trials)
     modules: list[nn.Module] = []
     for number in range(seeds):
         seed = search.options.random_state
@@ -90,6 +76,29 @@ def ensemble(
             **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
         },
     )
+
+
+def _recalled(study: Study, X: object, y: object, trust_code: bool) -> Search:
+    """Return the search of a study; what a refit refuses is refused in the words of an ensemble, which has no check."""
+    try:
+        return recalled(study, X, y, check=True, trust_code=trust_code)
+    except InputError as error:
+        if type(error) is not InputError:
+            raise
+        words = re.sub(r"(; check=False|, or add check=False).*$", ".", str(error))
+        raise InputError(words.replace("best_model(", "ensemble(")) from error
+
+
+def _predictions(search: Search, trials: Sequence[Trial], verbose: int) -> "Predictions":
+    """Train the candidates on the folds of the search again, and return what they predict there."""
+    scoring, progress = _scoring(search), Progress(verbose)
+    progress.scoring = scoring.name
+    data, _ = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
+    progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
+    epochs = max(trial.best_epoch for trial in trials)
+    with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
+        members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
+    return Predictions.of(members, data, scoring)
 
 
 def _candidates(study: Study, most: int) -> list[Trial]:
