@@ -28,6 +28,11 @@ class DeviceChoice:
     why: str = ""
 
 
+_SOLVED = DeviceChoice(
+    CPU, "the logistic regression is solved in many small products, which wait for each other"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What is to be trained: complete configurations, on so many training ``rows`` of each fold, for ``epochs``.
@@ -76,19 +81,13 @@ def device_for(word: str, work: Work) -> DeviceChoice:
     if gpu == CPU or work.backend == "compiled":
         return DeviceChoice(CPU)
     if work.solved:
-        return DeviceChoice(
-            CPU, "the logistic regression is solved in many small products, which wait for each other"
-        )
+        return _SOLVED
     return _by_speed(gpu, work) if _compiles(work) else DeviceChoice(gpu)
 
 
 def device_for_solver(word: str) -> DeviceChoice:
     """Return the device on which the logistic regression is solved, whose X is in main memory."""
-    if word != "auto":
-        return DeviceChoice(choose_device(word))
-    return DeviceChoice(
-        CPU, "the logistic regression is solved in many small products, which wait for each other"
-    )
+    return _SOLVED if word == "auto" else DeviceChoice(choose_device(word))
 
 
 def _compiles(work: Work) -> bool:

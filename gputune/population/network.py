@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gputune.optimizers.blocks import Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind
-from gputune.types import Config, Params, Precision
+from gputune.types import Config, Params, Precision, Task
 
 InputKind = tuple[tuple[int, ...], torch.dtype]
 """The shape of a row of an input, and its dtype."""
@@ -128,6 +128,20 @@ def two_logits(outputs: Tensor) -> Tensor:
     Their softmax is the sigmoid of -z and of z, and their cross-entropy is the binary one of z.
     """
     return torch.cat([torch.zeros_like(outputs), outputs], -1)
+
+
+def is_one_logit(outputs: Tensor, task: Task, axes: int) -> bool:
+    """Whether outputs are one logit a row of two classes, behind so many ``axes``, with an axis of its own or none."""
+    return task == "binary" and (outputs.dim() == axes or outputs.shape[-1] == 1)
+
+
+def class_logits(outputs: Tensor, task: Task, axes: int) -> Tensor:
+    """Return outputs with two logits a row where they are one of two classes, other outputs as they are."""
+    return (
+        two_logits(outputs.reshape(*outputs.shape[:axes], 1))
+        if is_one_logit(outputs, task, axes)
+        else outputs
+    )
 
 
 def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:

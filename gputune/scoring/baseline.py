@@ -9,11 +9,7 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.scoring.scores import accuracy
-from gputune.scoring.scoring import Scoring
-
-_SMALLEST = 1e-300
-"""Share in place of 0, whose logarithm would be taken for a divergence."""
-
+from gputune.scoring.scoring import Scoring, outputs_of
 
 _LOPSIDED = 0.8
 """Share of one class from which on an accuracy says little."""
@@ -50,13 +46,13 @@ def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> f
         if data.task == "regression":
             answer = (target.view(len(target), -1).mean(0) - data.center[f]) / data.scale[f]
         elif data.task == "multilabel":
-            answer = target.double().mean(0).logit(_SMALLEST)
+            answer = outputs_of(target.double().mean(0), data.task)
         else:
             counts = torch.bincount(target, minlength=max(2, data.n_outputs))
             share = counts.double() / len(target)
             if always is not None:
                 share = torch.zeros_like(share).index_fill_(0, torch.tensor(always, device=share.device), 1.0)
-            answer = share.clamp_min(_SMALLEST).log()
+            answer = outputs_of(share, data.task)
         with warnings.catch_warnings(
             action="ignore"
         ):  # of scores that one answer for all rows leaves undefined

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.data.kinds import text_of
 from gputune.errors import InputError
-from gputune.population.network import call_module, two_logits
+from gputune.population.network import call_module, class_logits, is_one_logit
 from gputune.scoring import scores
 from gputune.scoring.estimators import fitted
 from gputune.scoring.objective import Objective, qualified_name
@@ -26,6 +26,9 @@ from gputune.text import did_you_mean
 from gputune.types import Task
 
 Scorer = Callable[[Any, Any, Any], float]
+
+_SMALLEST = 1e-300
+"""Probability in place of 0, whose logarithm would be taken for a divergence."""
 
 Member = Callable[[int], nn.Module]
 """Returns the model of one trial, by its place among the outputs: a plain module on the CPU, in evaluation mode."""
@@ -55,7 +58,7 @@ class Scoring:
         They are scored in double precision, in which a tuned model predicts. A scorer of the user's own may ask for
         predictions of other rows, which a ``member`` then makes.
         """
-        absent = None if data.present is None or _is_one_logit(data, outputs) else ~data.present[fold]
+        absent = None if data.present is None or is_one_logit(outputs, data.task, 2) else ~data.present[fold]
         # A class that takes no part may have the logit -inf; that is no divergence.
         known = outputs if absent is None else outputs.masked_fill(absent, 0)
         finite = known.isfinite().flatten(1).all(-1)
@@ -80,7 +83,7 @@ class Scoring:
         if self.is_loss:
             y = data.y if data.y.dim() == 1 and not data.y.is_floating_point() else data.y[fold % len(data.y)]
             target = y[data.folds[fold].valid]
-        elif _is_one_logit(data, outputs):
+        elif is_one_logit(outputs, data.task, 2):
             outputs = outputs.double().view(*outputs.shape[:2], 1)
         else:
             outputs = _as_answers(data, fold, outputs)
@@ -131,21 +134,23 @@ class Scoring:
         return torch.from_numpy(result).to(outputs.device)
 
 
-def _is_one_logit(data: Dataset, outputs: Tensor) -> bool:
-    """Whether outputs (C, m) or (C, m, K) are one logit a row of two classes."""
-    return data.task == "binary" and (outputs.dim() == 2 or outputs.shape[-1] == 1)
-
-
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     """Return outputs (C, m, K), float64: in the target's own units, or without the classes that take no part."""
     outputs = outputs.double()
-    if _is_one_logit(data, outputs):
-        return two_logits(outputs.view(*outputs.shape[:2], 1))
+    if is_one_logit(outputs, data.task, 2):
+        return class_logits(outputs, data.task, 2)
     if outputs.dim() == 2 and data.task != "custom":
         outputs = outputs[..., None]  # one number a row
     if data.task == "regression":
         return outputs * data.scale[fold] + data.center[fold]
     return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
+
+
+def outputs_of(probabilities: Tensor, task: Task) -> Tensor:
+    """Return the outputs of which classes (..., K), or labels (..., K), have these probabilities."""
+    if task == "multilabel":
+        return probabilities.logit(_SMALLEST)
+    return probabilities.clamp_min(_SMALLEST).log()
 
 
 def _predict(data: Dataset, fold: int, member: Member, trial: int, X: object) -> Tensor:

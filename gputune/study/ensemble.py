@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gputune.population.network import first_output, two_logits
+from gputune.population.network import class_logits, first_output
 from gputune.types import Task
 
 
@@ -26,8 +26,7 @@ class Ensemble(nn.Module):
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         outputs = torch.stack([first_output(member(*inputs, **named)) for member in self.members])
-        if self.task == "binary" and (outputs.dim() == 2 or outputs.shape[-1] == 1):
-            outputs = two_logits(outputs.reshape(*outputs.shape[:2], 1))
+        outputs = class_logits(outputs, self.task, 2)
         weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
         if self.task == "regression":
             return (weights * outputs).sum(0)

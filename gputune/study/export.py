@@ -23,7 +23,7 @@ from gputune.data.robust import smooth_clip
 from gputune.data.table import Table
 from gputune.errors import InputError, import_extra
 from gputune.modules.stateless import Stateless
-from gputune.population.network import call_module, first_output, two_logits
+from gputune.population.network import call_module, class_logits, first_output
 from gputune.scratch import scratch_folder
 from gputune.study.model_files import ModelContent
 from gputune.types import Json
@@ -137,9 +137,8 @@ class WholeModel(nn.Module):
         if self.task == "regression":
             output = output if self.several else output.reshape(-1)
             return output * self.target_scale + self.target_center
-        if self.task == "binary" and (output.dim() == 1 or output.shape[1] == 1):
-            output = two_logits(output.reshape(-1, 1))
-        return output.argmax(1), output.softmax(1)
+        logits = class_logits(output, self.task, 1)
+        return logits.argmax(1), logits.softmax(1)
 
 
 def _copy(module: nn.Module) -> nn.Module:

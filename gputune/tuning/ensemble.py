@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset, unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
-from gputune.population.network import call_module, first_output, two_logits
+from gputune.population.network import call_module, class_logits, first_output
 from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.scoring import Scoring, make_scoring
+from gputune.scoring.scoring import Scoring, make_scoring, outputs_of
 from gputune.seeding import stream_seed
 from gputune.study.ensemble import Ensemble
 from gputune.study.model import TunedModel
@@ -30,9 +30,6 @@ from gputune.tuning.refit import Search, recalled
 
 _BLOCK = 2**13
 """Rows of which a member's outputs are made at a time."""
-
-_SMALLEST = 1e-300
-"""Probability in place of 0, whose logarithm would be taken for a divergence."""
 
 
 @entry
@@ -183,8 +180,7 @@ class Predictions:
     def _scores(self, fold: int, values: Tensor) -> np.ndarray:
         """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log losses: (2, M)."""
         task = self.data.task
-        outputs = values.clamp_min(_SMALLEST).log() if task in ("binary", "multiclass") else values
-        outputs = values.logit(_SMALLEST) if task == "multilabel" else outputs
+        outputs = values if task == "regression" else outputs_of(values, task)
         score = self.scoring(self.data, fold, outputs)
         target = self.data.target[self.data.folds[fold].valid]
         second = neg_cross_entropy(outputs, target) if task in ("binary", "multiclass") else score
@@ -202,6 +198,4 @@ def _predicted(module: nn.Module, data: Dataset, fold: int) -> Tensor:
     outputs = torch.cat(parts)
     if data.task == "regression":
         return outputs
-    if data.task == "binary" and outputs.shape[1] == 1:
-        outputs = two_logits(outputs)
-    return outputs.sigmoid() if data.task == "multilabel" else outputs.softmax(-1)
+    return outputs.sigmoid() if data.task == "multilabel" else class_logits(outputs, data.task, 1).softmax(-1)
