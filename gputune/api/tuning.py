@@ -104,7 +104,7 @@ def tune(
 ) -> Study:
     """Search hyperparameters by training every configuration x fold as one tensor program; return the Study.
 
-    model        "mlp", "logistic", "realmlp" (the strongest for tables), "cnn" for images, "gru" for sequences, a
+    model        "mlp", "logistic", "realmlp" (RealMLP, for tables), "cnn" for images, "gru" for sequences, a
                  ``torch.nn.Module`` class, a function or a partial that makes one, called with the trial's
                  ``module__*`` values and what it has of ``n_features``, ``n_outputs``, ``input_shape`` and
                  ``feature_groups``; or "FILE.py:NAME"
