@@ -80,6 +80,13 @@ def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     assert not law.measure(CPU, "eager") <= law.allowed
 
 
+def test_memory_must_have_run_out(monkeypatch):
+    monkeypatch.setattr("gputune.check.drills._SINGLE", 100)
+    (law,) = [law for law in LAWS if law.name == "memory that runs out halves the chunk"]
+    with pytest.raises(RuntimeError, match="memory did not run out"):
+        law.measure(CPU, "eager")
+
+
 def test_members_that_leave_must_have_left(monkeypatch):
     monkeypatch.setattr("gputune.check.drills._WILD", 0.1)
     (law,) = (law for law in LAWS if law.name == "members that leave change nothing")
