@@ -1,15 +1,20 @@
 """The protocol of ``tune(callbacks=...)``: four moments of a search, none of which can lose what is finished.
 
-A trial, a search and its best score in the plain numbers and words that loggers take.
+The loggers that use it, for MLflow, TensorBoard and Weights & Biases: a run for the search, and what it says of each
+trial, in plain numbers and words.
 """
 
 import math
+import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from gputune.errors import InputError
+from gputune.errors import InputError, import_extra
 from gputune.search.distributions import label
 from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
@@ -98,3 +103,168 @@ def study_options(study: Study) -> Json:
         if part.logged and name not in record.absent
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+_MOST = 1000  # metrics that a server takes in one log_batch
+_LONGEST = 500  # characters of a parameter
+
+
+class MLflow(Callback):
+    """Logs a search as one run of an MLflow experiment.
+
+    The run's parameters are the options of the search and, at its end, "best/..." of the best trial. Its metrics have
+    the trial's number as step: score, std_error, best_epoch, seconds, "params/..."; and, with the number of finished
+    trials as step, best_score, the best so far.
+    Every batch of trials is one ``log_batch`` (of at most 1000 metrics), however many trials it has.
+
+    tracking_uri: None takes MLflow's own (its environment variable, or the default). Raises MissingExtraError
+    without MLflow.
+    """
+
+    def __init__(
+        self, experiment: str = "gputune", *, tracking_uri: str | None = None, run_name: str | None = None
+    ) -> None:
+        self.mlflow = import_extra("mlflow", extra="mlflow", used_by="MLflow")
+        self.experiment, self.tracking_uri, self.run_name = experiment, tracking_uri, run_name
+        self.run_id: str | None = None
+        self.best, self.done = -math.inf, 0
+
+    def on_study_start(self, study: Study) -> None:
+        client = self._client()
+        experiment = client.get_experiment_by_name(self.experiment)
+        number = client.create_experiment(self.experiment) if experiment is None else experiment.experiment_id
+        self.run_id = client.create_run(number, run_name=self.run_name).info.run_id
+        self.best, self.done = best_score(study), sum(t.state != "waiting" for t in study.trials)
+        client.log_batch(self.run_id, params=self._params(study_options(study)))
+
+    def on_trials_end(self, trials: Study) -> None:
+        now = int(time.time() * 1000)
+        values = [
+            (key, v, trial.number) for trial in trials.trials for key, v in trial_numbers(trial).items()
+        ]
+        self.best, self.done = max(self.best, best_score(trials)), self.done + len(trials.trials)
+        if math.isfinite(self.best):
+            values.append(("best_score", self.best, self.done))
+        metrics = [self.mlflow.entities.Metric(key, value, now, step) for key, value, step in values]
+        for begin in range(0, len(metrics), _MOST):
+            self._client().log_batch(self.run_id, metrics=metrics[begin : begin + _MOST])
+
+    def on_study_end(self, study: Study) -> None:
+        client = self._client()
+        if math.isfinite(self.best):
+            best = study.best_trial
+            known = {"trial": best.number, **plain_params(best.params)}
+            client.log_batch(
+                self.run_id, params=self._params({f"best/{key}": value for key, value in known.items()})
+            )
+        unfinished = any(trial.state in ("waiting", "stopped") for trial in study.trials)
+        client.set_terminated(self.run_id, "KILLED" if unfinished else "FINISHED")
+
+    def _client(self) -> Any:
+        return self.mlflow.MlflowClient(tracking_uri=self.tracking_uri)
+
+    def _params(self, values: Mapping[str, object]) -> list[object]:
+        return [self.mlflow.entities.Param(key, str(value)[:_LONGEST]) for key, value in values.items()]
+
+
+class TensorBoard(Callback):
+    """Writes event files below ``folder``: "search" for the whole, "trial-00007" for a trial.
+
+    The search has the scalar "best score" by trial-epochs trained. A trial has "score", the fold mean, and "std_error"
+    by epoch, and its hyperparameters for the HPARAMS page beside its "final score". Raises MissingExtraError without
+    tensorboard.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        import_extra("tensorboard", extra="tensorboard", used_by="TensorBoard")
+        self.folder = Path(folder)
+        self.trial_epochs, self.best = 0, -math.inf
+
+    def on_study_start(self, study: Study) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.trial_epochs, self.best = 0, -math.inf
+        self.search = SummaryWriter(self.folder / "search")
+        known = study_options(study)
+        described = [
+            f"{key}: {known[key]}" for key in ("model", "scoring", "positive", "space") if key in known
+        ]
+        self.search.add_text("study", "  \n".join(described))
+
+    def on_epoch(self, curves: np.ndarray) -> None:
+        means = curves.mean(2)
+        self.trial_epochs += means.size
+        if np.isfinite(means).any():
+            self.best = max(self.best, float(np.nanmax(np.where(np.isfinite(means), means, np.nan))))
+            self.search.add_scalar("best score", self.best, self.trial_epochs)
+
+    def on_trials_end(self, trials: Study) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        for trial, curve in zip(trials.trials, trials.curves):
+            with SummaryWriter(self.folder / f"trial-{trial.number:05d}") as run:
+                errors = curve.std(1, ddof=1) / math.sqrt(curve.shape[1]) if curve.shape[1] > 1 else None
+                for epoch, score in enumerate(curve.mean(1), 1):
+                    if math.isfinite(score):
+                        run.add_scalar("score", score, epoch)
+                        if errors is not None:
+                            run.add_scalar("std_error", errors[epoch - 1], epoch)
+                # add_hparams would open a second file in a folder of its own for every trial.
+                metrics = {"final score": trial.score}
+                for part in hparams(plain_params(trial.params), metrics):  # type: ignore[no-untyped-call]
+                    run._get_file_writer().add_summary(part)
+                run.add_scalar("final score", trial.score)
+        self.search.flush()
+
+    def on_study_end(self, study: Study) -> None:
+        self.search.close()
+
+
+class WandB(Callback):
+    """Logs a search as one run: the options as its config, a row of its history for each trial, the best as summary.
+
+    mode     "offline" writes into ``folder`` only (``wandb sync`` sends it later), "online" sends it as it comes
+    folder   where "wandb/" is made; None: the current folder
+
+    Rows are written to a file and sent by a process of W&B's own, so no trial waits for the network. Raises
+    MissingExtraError without wandb.
+    """
+
+    def __init__(
+        self,
+        project: str = "gputune",
+        *,
+        name: str | None = None,
+        mode: Literal["offline", "online"] = "offline",
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.wandb = import_extra("wandb", extra="wandb", used_by="WandB")
+        self.project, self.name, self.mode, self.folder = project, name, mode, folder
+        self.run: Any = None
+        self.best = -math.inf
+
+    def on_study_start(self, study: Study) -> None:
+        self.best = best_score(study)
+        self.run = self.wandb.init(
+            project=self.project,
+            name=self.name,
+            mode=self.mode,
+            dir=None if self.folder is None else os.fspath(self.folder),
+            config=study_options(study),
+            settings=self.wandb.Settings(silent=True, console="off"),
+        )
+
+    def on_trials_end(self, trials: Study) -> None:
+        self.best = max(self.best, best_score(trials))
+        for trial in trials.trials:
+            numbers = trial_numbers(trial)
+            words = {f"params/{key}": value for key, value in plain_params(trial.params).items()}
+            row = {"trial": trial.number, "state": trial.state, **words, **numbers}
+            self.run.log(row | ({"best_score": self.best} if math.isfinite(self.best) else {}))
+
+    def on_study_end(self, study: Study) -> None:
+        if math.isfinite(self.best):
+            best = study.best_trial
+            self.run.summary.update({"best_trial": best.number, "best_params": plain_params(best.params)})
+        self.run.finish()

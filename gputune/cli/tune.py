@@ -30,8 +30,7 @@ from gputune.tuning.method import METHODS, Method
 from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
-from gputune.tuning.profile import PREPARING, Profile
-from gputune.tuning.progress import Progress
+from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
 from gputune.types import Config
 

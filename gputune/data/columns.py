@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from gputune.data.amounts import read_amounts
-from gputune.data.kinds import Kind, parse_text, text_of
+from gputune.data.kinds import Kind, parse_text, read_amounts, text_of
 from gputune.errors import InputError
 from gputune.text import is_number
 from gputune.types import Json

@@ -19,8 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from gputune.data.columns import Column, fit_column
-from gputune.data.quantiles import fit_quantiles, normal_scores
-from gputune.data.robust import median_and_spread, smooth_clip
+from gputune.data.quantiles import fit_quantiles, median_and_spread, normal_scores, smooth_clip
 from gputune.data.table import Table, quoted
 from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
 from gputune.errors import InputError
@@ -238,7 +237,7 @@ def fit_statistics(
     normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
     only centred. "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
 
-    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``robust.py``.
+    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``.
     """
     if numbers not in NUMBERS:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")

@@ -10,9 +10,8 @@ import narwhals as nw
 import numpy as np
 from scipy.sparse import issparse
 
-from gputune.data.amounts import read_amounts
 from gputune.data.containers import refuse_containers
-from gputune.data.kinds import Kind, from_column, from_series
+from gputune.data.kinds import Kind, from_column, from_series, read_amounts
 from gputune.errors import InputError
 from gputune.text import nearest
 
@@ -32,7 +31,7 @@ class Table:
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
-    """A text of each column whose numbers were written as amounts (amounts.py), also of columns that were taken out."""
+    """A text of each column whose numbers were written as amounts (kinds.py), also of columns that were taken out."""
 
     def __len__(self) -> int:
         return len(self.columns[0])

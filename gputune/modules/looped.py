@@ -18,8 +18,7 @@ from gputune.modules.construction import name_of
 from gputune.modules.module import ModuleNetwork, hidden_sides, kept_of, put_numbers
 from gputune.modules.precision import autocast
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.class_rule import ClassRule
-from gputune.optimizers.classes import alone_because, class_of
+from gputune.optimizers.classes import ClassRule, alone_because, class_of
 from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.row_update import InPlaceRule, Matrix, RowRule, RowUpdate
 from gputune.optimizers.schedules import schedule_factor

@@ -1,4 +1,7 @@
-"""What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back."""
+"""What the engine asks of a model: the stacked start, one gradient, the outputs of one fold, one member back.
+
+And several modules of one study as one, an ensemble: the weighted mean of what they predict.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from gputune.optimizers.blocks import Blocks
 from gputune.population.batches import Batch, Batches
@@ -149,3 +153,32 @@ def by_copy(y: Tensor, n_outputs: int, dtype: torch.dtype) -> Tensor:
     if y.is_floating_point():
         return y[..., None].to(dtype)
     return torch.nn.functional.one_hot(y, n_outputs).to(dtype)[None]
+
+
+class Ensemble(nn.Module):
+    """The weighted mean of the probabilities of its members, as logits; of a regression that of their values.
+
+    ``weights`` (M,) add up to 1. Shape: as each member, inputs -> (B, K).
+    """
+
+    weights: Tensor
+
+    def __init__(self, members: Sequence[nn.Module], weights: Sequence[float], task: Task) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        self.register_buffer("weights", torch.tensor(weights, dtype=torch.float64))
+        self.task = task
+
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        outputs = torch.stack([first_output(member(*inputs, **named)) for member in self.members])
+        outputs = class_logits(outputs, self.task, 2)
+        weights = self.weights.to(outputs.dtype).view(-1, *[1] * (outputs.dim() - 1))
+        if self.task == "regression":
+            return (weights * outputs).sum(0)
+        if self.task == "multilabel":
+            # log p - log (1 - p) of the mean probability p, both as sums in logarithms
+            yes, no = (
+                (weights.log() + functional.logsigmoid(sign * outputs)).logsumexp(0) for sign in (1, -1)
+            )
+            return yes - no
+        return (weights.log() + outputs.log_softmax(-1)).logsumexp(0)

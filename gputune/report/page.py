@@ -26,7 +26,7 @@ from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
-from gputune.views.importance import importance
+from gputune.views.parameters import importance
 from gputune.views.scores import shown_scores
 
 BUDGET = 1_100_000

@@ -11,7 +11,7 @@ from gputune.report.charts import FEW
 from gputune.report.svg import Chart, beside, cut, drawing, element, line_path, path, spread_over, text
 from gputune.study.study import Study
 from gputune.views.axes import Axis, linear_scale, parallel_axes
-from gputune.views.importance import Importance
+from gputune.views.parameters import Importance
 from gputune.views.scores import ranked_rows, shown_scores
 
 WEAK = 0.2

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics
 from gputune.data.columns import convert
 from gputune.data.encode import Layout, Statistics
-from gputune.data.quantiles import normal_scores_of
-from gputune.data.robust import smooth_clip
+from gputune.data.quantiles import normal_scores_of, smooth_clip
 from gputune.data.table import Table
 from gputune.errors import InputError, import_extra
 from gputune.modules.stateless import Stateless

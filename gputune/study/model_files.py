@@ -23,10 +23,9 @@ from gputune.data.encode import Layout, Statistics
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.construction import Builder, call_arguments, materialise, name_of
-from gputune.population.network import InputKind
+from gputune.population.network import Ensemble, InputKind
 from gputune.scratch import write_files
 from gputune.seeding import keyed_draws
-from gputune.study.ensemble import Ensemble
 from gputune.study.module_source import (
     class_source,
     find_class,

@@ -28,8 +28,7 @@ from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice
-from gputune.tuning.profile import Profile
-from gputune.tuning.progress import Progress
+from gputune.tuning.progress import Profile, Progress
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config
 

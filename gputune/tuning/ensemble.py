@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset, unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
-from gputune.population.network import call_module, class_logits, first_output
+from gputune.population.network import Ensemble, call_module, class_logits, first_output
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, make_scoring, outputs_of
 from gputune.seeding import stream_seed
-from gputune.study.ensemble import Ensemble
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial
 from gputune.text import count

@@ -23,9 +23,9 @@ from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.optimizers.classes import check_optimizer
-from gputune.scoring.baseline import baseline, remark_on_accuracy
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
+from gputune.scoring.validation import baseline, remark_on_accuracy
 from gputune.search.config import legal_keys
 from gputune.search.descent import Hypergradient
 from gputune.search.optuna_sampler import OptunaSampler
@@ -46,12 +46,10 @@ from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_signal
 from gputune.tuning.method import method_name
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, Problem, default_loss, make_problem, remarks_on_loss
-from gputune.tuning.profile import PREPARING, Profile
-from gputune.tuning.progress import Progress
-from gputune.tuning.random import train_fully
+from gputune.tuning.progress import PREPARING, Profile, Progress
+from gputune.tuning.random import check_sampling, sample, train_fully
 from gputune.tuning.record import checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, halve, stop_below_median
-from gputune.tuning.sampler import check_sampling, sample
 from gputune.tuning.trainer import Trainer
 from gputune.types import Backend, Config
 

@@ -11,8 +11,14 @@ from gputune.errors import InputError, import_extra
 from gputune.study.study import Study
 from gputune.text import clean, short
 from gputune.views.axes import parallel_axes
-from gputune.views.importance import importance
-from gputune.views.parameters import Parameter, descended, descent_paths, parameters, varied_parameters
+from gputune.views.parameters import (
+    Parameter,
+    descended,
+    descent_paths,
+    importance,
+    parameters,
+    varied_parameters,
+)
 from gputune.views.scores import BEST, Scores, score_range, shown_curves, shown_scores
 
 if TYPE_CHECKING:
@@ -159,7 +165,7 @@ def _colour_map(shown: Scores) -> str:
 
 
 def plot_importance(study: Study, ax: "Axes | None" = None, *, seed: int = 0) -> "Axes":
-    """Draw the importance as bars; see ``gputune.views.importance`` for what it is. InputError for a small study."""
+    """Draw the importance as bars; see ``gputune.views.parameters`` for what it is. InputError for a small study."""
     shown = importance(study, seed=seed)
     ax = _axes("plot_importance", ax, (6.0, 1.2 + 0.4 * len(shown.names)))
     places = range(len(shown.names))

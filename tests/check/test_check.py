@@ -76,19 +76,19 @@ def test_a_step_that_is_wrong_is_found(law, monkeypatch):
     monkeypatch.setattr(members, "train_chunk", train)
     if "that leave" in law.name:  # which compares two trainings
         monkeypatch.setattr(members, "difference", lambda found, expected: math.nan)
-        monkeypatch.setattr("gputune.check.drills.difference", lambda found, expected: math.nan)
+        monkeypatch.setattr("gputune.check.laws.difference", lambda found, expected: math.nan)
     assert not law.measure(CPU, "eager") <= law.allowed
 
 
 def test_memory_must_have_run_out(monkeypatch):
-    monkeypatch.setattr("gputune.check.drills._SINGLE", 100)
+    monkeypatch.setattr("gputune.check.laws._SINGLE", 100)
     (law,) = [law for law in LAWS if law.name == "memory that runs out halves the chunk"]
     with pytest.raises(RuntimeError, match="memory did not run out"):
         law.measure(CPU, "eager")
 
 
 def test_members_that_leave_must_have_left(monkeypatch):
-    monkeypatch.setattr("gputune.check.drills._WILD", 0.1)
+    monkeypatch.setattr("gputune.check.laws._WILD", 0.1)
     (law,) = (law for law in LAWS if law.name == "members that leave change nothing")
     with pytest.raises(RuntimeError, match=r"trials \(1, 2, 3\) should stay, but \(0, 1, 2, 3, 4\) did"):
         law.measure(CPU, "eager")

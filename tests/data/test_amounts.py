@@ -5,10 +5,10 @@ import pandas as pd
 import polars as pl
 import pytest
 
-from gputune.data.amounts import read_amounts
 from gputune.data.columns import Column, convert
 from gputune.data.encode import fit_layout
 from gputune.data.files import read_table
+from gputune.data.kinds import read_amounts
 from gputune.data.table import as_table, split_target
 from refused import refused
 

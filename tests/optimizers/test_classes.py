@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import reference
-from gputune.optimizers.class_rule import ClassRule
 from gputune.optimizers.classes import (
     CLASSES,
+    ClassRule,
     check_optimizer,
     class_of,
     make_optimizer,

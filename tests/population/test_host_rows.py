@@ -9,8 +9,7 @@ from torch import nn
 import gputune
 from gputune.data import dataset
 from gputune.data.arrays import as_arrays
-from gputune.population.batches import Batches
-from gputune.population.host_rows import HostRows
+from gputune.population.batches import Batches, HostRows
 from problems import make_data
 
 

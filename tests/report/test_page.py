@@ -16,7 +16,7 @@ from gputune.errors import InputError
 from gputune.report.page import BUDGET, as_json, page, table_columns
 from gputune.report.snippet import again_code
 from gputune.report.svg import band_path, cut, dots_path, element, line_path, spread_over
-from gputune.views.importance import importance
+from gputune.views.parameters import importance
 from made_studies import HOSTILE, hostile_study, made_batches, made_descent, made_study, study_of
 
 

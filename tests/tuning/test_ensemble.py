@@ -12,7 +12,7 @@ from torch import nn
 
 import gputune
 from gputune.cli.main import main
-from gputune.study.ensemble import Ensemble
+from gputune.population.network import Ensemble
 from gputune.tuning.ensemble import Predictions, ensemble
 
 HOW = {"n_trials": 6, "max_epochs": 4, "cv": 3, "verbose": 0, "workers": 1}

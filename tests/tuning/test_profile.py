@@ -11,7 +11,7 @@ import reference
 from command_line import run
 from gputune.engine.cost import operations
 from gputune.engine.train import Spent
-from gputune.tuning.profile import Profile, product_speed
+from gputune.tuning.progress import Profile, product_speed
 from problems import fill, make_data, rows_of
 
 
@@ -19,7 +19,7 @@ from problems import fill, make_data, rows_of
 def passes(monkeypatch):
     """Return a function that lets so many seconds pass on the profile's clock, on which none pass otherwise."""
     now = [100.0]
-    monkeypatch.setattr("gputune.tuning.profile.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("gputune.tuning.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda seconds: now.append(now.pop() + seconds)
 
 
@@ -48,7 +48,7 @@ def test_operations_are_those_that_torch_counts(kind, depth):
 
 
 def test_the_table(passes, monkeypatch):
-    monkeypatch.setattr("gputune.tuning.profile.product_speed", lambda *arguments: 2e11)
+    monkeypatch.setattr("gputune.tuning.progress.product_speed", lambda *arguments: 2e11)
     profile = Profile()
     with profile.clock("training"):
         passes(0.05)

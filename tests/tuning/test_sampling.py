@@ -17,7 +17,7 @@ from gputune.errors import InputError, MissingExtraError
 from gputune.search.optuna_sampler import OptunaStudy
 from gputune.study.claims import Claims
 from gputune.study.store import Store
-from gputune.tuning import sampler
+from gputune.tuning import random as sampler
 from moments import time_is_over
 
 FAST = {"max_epochs": 3, "cv": 3, "verbose": 0, "workers": 1}

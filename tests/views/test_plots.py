@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from gputune.errors import InputError, MissingExtraError
-from gputune.views.importance import importance
+from gputune.views.parameters import importance
 from made_studies import made_descent, made_study, study_of
 
 

@@ -7,8 +7,15 @@ import pytest
 
 from gputune.errors import InputError
 from gputune.text import measure_of
-from gputune.views.importance import MOST, importance
-from gputune.views.parameters import descended, descent_paths, is_log, parameters, varied_parameters
+from gputune.views.parameters import (
+    MOST,
+    descended,
+    descent_paths,
+    importance,
+    is_log,
+    parameters,
+    varied_parameters,
+)
 from gputune.views.scores import score_range, shown_curves, shown_scores
 from made_studies import made_descent, made_study, study_of
 
