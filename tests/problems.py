@@ -4,18 +4,24 @@ import gc
 import math
 
 import numpy as np
+import pytest
 import torch
 
 import reference
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
+from gputune.native.library import FOLDER
 from gputune.population.network import Shape
 from gputune.population.population import complete, populations
 from gputune.scoring.scoring import make_scoring
 
 BACKEND = "eager"  # that of train_together; a test of all of them sets it
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+needs_compiled_code = pytest.mark.skipif(
+    not any(FOLDER.glob("_float1.*")), reason="gputune was installed without a C compiler"
+)
 
 
 class Net(torch.nn.Module):

@@ -10,7 +10,6 @@ import torch
 import problems
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
-from gputune.native.library import find_compiler
 from gputune.population.population import populations
 from gputune.types import ONLINE
 from problems import (
@@ -18,6 +17,7 @@ from problems import (
     fill,
     largest_difference,
     make_data,
+    needs_compiled_code,
     scoring_of,
     shape_of,
     train_together,
@@ -41,8 +41,7 @@ ADAPTIVE = [
 ]
 SIZES = [(8, 16), (8, 7), (19, 33), (48, 500)]  # width, batch size
 # A recorded step is the eager one: it is taken through the grid once, in double precision.
-needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
-BACKENDS = ["eager", pytest.param("compiled", marks=needs_compiler), "graph"]
+BACKENDS = ["eager", pytest.param("compiled", marks=needs_compiled_code), "graph"]
 
 
 @pytest.fixture(autouse=True, params=BACKENDS)

@@ -114,7 +114,8 @@ def test_public_names():
 def test_a_public_name_stays_itself_whatever_is_imported():
     before = {name: getattr(gputune, name) for name in gputune.__all__}
     for module in pkgutil.walk_packages(gputune.__path__, "gputune."):
-        importlib.import_module(module.name)
+        if ".native._" not in module.name:  # a library without Python in it
+            importlib.import_module(module.name)
     assert {name: getattr(gputune, name) for name in gputune.__all__} == before
     assert callable(gputune.tune)
 

@@ -166,7 +166,7 @@ def tune(
                  is long; else the CPU, whose compiled code has a small MLP trained before a GPU has begun
     dtype        "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
-                 CPU with a C compiler; "graph" records a step of all members once and replays it; "eager" takes it as
+                 CPU; "graph" records a step of all members once and replays it; "eager" takes it as
                  operations on stacked tensors. Members of a user's module are "stacked", which is an error where they
                  cannot be, or train one by one ("loop"). "auto" chooses; numbers are the same to rounding
     tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it

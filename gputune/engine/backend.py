@@ -1,4 +1,4 @@
-"""Where and how chunks train here: compiled on a CPU with a C compiler, as recorded steps, or eagerly.
+"""Where and how chunks train here: in compiled code on a CPU, as recorded steps, or eagerly.
 
 How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for. On how
 many threads a CPU computes.
@@ -28,7 +28,7 @@ def choose_backend(
 ) -> tuple[Backend, str]:
     """Return the backend of a word, and why "auto" is not the fast one ("" where it is).
 
-    "auto" is "graph" on a GPU, for a user's module, and on a CPU without a compiler; "eager" on a GPU where
+    "auto" is "graph" on a GPU, for a user's module, and where gputune has no compiled code; "eager" on a GPU where
     ``gputune check`` has found recorded steps wrong, or the slower ones. Raises InputError where compiled
     training, or recorded steps, are asked for and cannot be had.
     """
@@ -58,8 +58,8 @@ def choose_backend(
         if word == "auto":
             return "graph", str(error)
         raise InputError(
-            f"backend='compiled' needs a C compiler that works, and {error}. Install or repair one, or choose 'auto', "
-            "which records steps without it."
+            f"backend='compiled' needs gputune's compiled code, and {error}. Or choose 'auto', which records steps "
+            "without it."
         ) from error
     return "compiled", ""
 

@@ -1,10 +1,11 @@
 """What was found of a device on this machine: which backends fail their laws there, and how fast they are.
 
-It is kept beside the compiled code, for one device, one version of torch and one of gputune. ``gputune check`` finds
+It is kept in the user's cache, for one device, one version of torch and one of gputune. ``gputune check`` finds
 it; what is chosen for "auto" is chosen by it.
 """
 
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from gputune.native.library import cache_folder, processor_name
 from gputune.scratch import write_text
 from gputune.types import Backend
 from gputune.version import __version__
@@ -49,7 +49,11 @@ def device_name(device: torch.device) -> str:
     """Return what a person calls a device: the name of the card, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return processor_name() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def read_findings(device: torch.device) -> Findings:
@@ -82,3 +86,14 @@ def _path(device: torch.device) -> Path | None:
     folder = cache_folder()
     words = f"{device_name(device)} torch {torch.__version__} gputune {__version__}"
     return folder and folder / f"check-{re.sub(r'[^a-z0-9.+]+', '-', words.lower())}.json"
+
+
+def cache_folder() -> Path | None:
+    """Return the folder ``gputune`` in the user's cache, made where it is missing; None where there is no place."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    with suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
+        if not base.is_absolute():  # which the XDG rule has ignored
+            base = Path.home() / ".cache"
+        (base / "gputune").mkdir(mode=0o700, parents=True, exist_ok=True)
+        return base / "gputune"
+    return None

@@ -102,3 +102,15 @@ int train_members(const Work *w, int64_t *next, const int32_t *stop) {
     free(memory);
     return 0;
 }
+
+/* The level of x86-64 whose instructions this processor has: 4 (AVX-512), 3 (AVX2 with FMA) or 1, as all others. */
+int processor_level(void) {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return 4;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return 3;
+#endif
+    return 1;
+}

@@ -235,7 +235,7 @@ class Options:
     )  # fmt: skip
     backend: BackendWord = _machine(
         "auto", "--backend",
-        "how members train: compiled on a CPU with a C compiler, as recorded steps (graph), as operations on stacked "
+        "how members train: in compiled code on a CPU, as recorded steps (graph), as operations on stacked "
         "tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
         choices=_BACKENDS, check=_one_of(*_BACKENDS), kept=True, resume=True,
     )  # fmt: skip

@@ -104,10 +104,9 @@ def search(
     for config in configs:
         check_optimizer(config, choice.searched, stacked=options.backend == "stacked")
     with _cluster(options, choice) as cluster:
-        with profile.clock("compiling"):
-            trainer = _trainer(data, scoring, choice, options, stop, cluster)
-            backend = _backend(trainer, options, choice, configs, progress)
-            trainer = replace(trainer, backend=backend, objective=problem.objective)
+        trainer = _trainer(data, scoring, choice, options, stop, cluster)
+        backend = _backend(trainer, options, choice, configs, progress)
+        trainer = replace(trainer, backend=backend, objective=problem.objective)
         context = Context(trainer, choice, options, progress, None, profile, problem.columns_in_words())
         context.check_module(first, first=True)
         _remember_what_runs(choice, options)

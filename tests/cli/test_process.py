@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from command_line import FAST, kinds, write_table
 from forked import Fork
 from gputune.api.study import Study
 from gputune.cli.main import main
-from gputune.native.library import library
 from gputune.study.store import Store
 from study_rows import candidates
 
@@ -155,28 +153,6 @@ def test_sigterm_while_the_best_is_trained_again_ends_in_words(tmp_path, monkeyp
     with pytest.raises(SystemExit):  # from here on nothing is left to be done
         signal.raise_signal(signal.SIGINT)
     assert own_process == [130]
-
-
-def test_sigterm_while_the_code_is_built_ends_the_compiler_too(tmp_path, monkeypatch, capsys, own_process):
-    pipe, compiler = tmp_path / "pipe", tmp_path / "cc"
-    os.mkfifo(pipe)
-    # What the compiler has started holds the pipe for as long as it lives.
-    compiler.write_text(f"#!/bin/sh\nexec 3>'{pipe}'\nsleep 300 &\nkill -TERM $PPID\nwait\n")
-    compiler.chmod(0o755)
-    ended = threading.Thread(target=pipe.read_bytes, daemon=True)
-    ended.start()
-    monkeypatch.setenv("CC", str(compiler))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    library.cache_clear()
-    monkeypatch.setattr(
-        sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST]
-    )
-    assert main() == 143
-    library.cache_clear()
-    assert capsys.readouterr().err == "gputune: interrupted before the first trial; nothing was kept.\n"
-    ended.join(timeout=60)
-    assert not ended.is_alive()
-    assert not list((tmp_path / "cache" / "gputune").iterdir())
 
 
 def test_ctrl_c_while_a_library_is_imported_and_at_the_very_end(tmp_path):

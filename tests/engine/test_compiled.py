@@ -17,11 +17,18 @@ from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
 from gputune.errors import InputError
-from gputune.native.library import find_compiler
 from gputune.types import SCHEDULES
-from problems import assert_equals_plain_loop, fill, largest_difference, make_data, scoring_of, shape_of
+from problems import (
+    assert_equals_plain_loop,
+    fill,
+    largest_difference,
+    make_data,
+    needs_compiled_code,
+    scoring_of,
+    shape_of,
+)
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+pytestmark = needs_compiled_code
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,7 @@ from gputune.engine.backend import choose_backend, choose_device
 from gputune.engine.device import DeviceChoice, Work, device_for, device_for_solver
 from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
 from gputune.engine.speed import work_of_a_step
-from gputune.native.library import find_compiler
-from problems import fill
+from problems import fill, needs_compiled_code
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 CONFIGS = fill(*({"lr": lr, "width": 64, "batch_size": 32} for lr in (1e-3, 1e-2)))
@@ -23,7 +22,7 @@ WORK = {
     "epochs": 50,
 }
 
-pytestmark = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+pytestmark = needs_compiled_code
 
 
 @pytest.fixture(autouse=True)

@@ -121,14 +121,14 @@ def test_optuna_alone_proposes_the_same(script, monkeypatch):
 
 
 def test_what_the_profile_says_is_read(script):
-    lines = "  planning   0.80 s   8%\n  compiling   1.00 s   10%\n  training   8.00 s   80%\n    steps   90% of it\n"
+    lines = "  planning   0.80 s   8%\n  storing   1.00 s   10%\n  training   8.00 s   80%\n    steps   90% of it\n"
     said = f"Where the time went:\n\n{lines}    scores   5% of it\n  the rest   0.20 s   2%\n"
     speed = "Steps reached 50.0 GFLOP/s, 25% of the 200.0 that the product reaches here on 2 cores (float32)."
     read = script("benchmark.studies.profile").read
     run = read(f"{said}\n{speed}\n", 16, 4)
     assert run.seconds == pytest.approx(10) and run.share == 0.25
     assert run.parts["steps"] == pytest.approx(7.2) and run.parts["scores"] == pytest.approx(0.4)
-    assert run.beside == pytest.approx((0.8 + 0.4 + 0.2) / 4 * 1e3)
+    assert run.beside == pytest.approx((0.8 + 1.0 + 0.4 + 0.2) / 4 * 1e3)
     assert math.isnan(read(said, 16, 4).share)
 
 

@@ -1,17 +1,10 @@
 """gputune's side of the benchmark: one call of the public ``tune``, on the CPU or on a card."""
 
-import os
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import gputune
 from benchmark.work import Event, Outcome, Work
-from gputune.native import library
 
 
 class Times(gputune.callbacks.Callback):
@@ -34,17 +27,14 @@ class Times(gputune.callbacks.Callback):
 def train(work: Work, cores: int | None = None, *, device: str = "cpu", verbose: int = 0) -> Outcome:
     """Train the work; how many of the cores are used is gputune's own plan."""
     times = Times()
-    with built_again() as compiled:
-        study = _tune(work, times, device=device, verbose=verbose)
-    spent = sum(compiled)
-    return Outcome(study.curves[:, -1], times.began - times.called - spent, spent)
+    study = _tune(work, times, device=device, verbose=verbose)
+    return Outcome(study.curves[:, -1], times.began - times.called)
 
 
 def search(method: str, work: Work, cores: int) -> list[Event]:
     """Search; a candidate is heard of when it has left or ended."""
     times = Times()
-    with built_again():
-        _tune(work, times, method=method, device="cpu", verbose=0)
+    _tune(work, times, method=method, device="cpu", verbose=0)
     return times.events
 
 
@@ -53,31 +43,3 @@ def _tune(work: Work, times: Times, **options: Any) -> gputune.Study:
         "mlp", work.X, work.y, n_trials=0, include=work.trials, include_default=False, cv=work.folds,
         optimizer="adam", max_epochs=work.epochs, epoch="last", callbacks=[times], **options,
     )  # fmt: skip
-
-
-@contextmanager
-def built_again() -> Iterator[list[float]]:
-    """Let gputune's compiled library be built anew in the block, as on a machine that it never ran on.
-
-    Yields the seconds of each build.
-    """
-    spent: list[float] = []
-    build = library._build
-
-    def timed(*arguments: Any, **named: Any) -> Path:
-        begin = time.monotonic()
-        try:
-            return build(*arguments, **named)
-        finally:
-            spent.append(time.monotonic() - begin)
-
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        patch.dict(os.environ, XDG_CACHE_HOME=folder),
-        patch.object(library, "_build", timed),
-    ):
-        library.library.cache_clear()
-        try:
-            yield spent
-        finally:
-            library.library.cache_clear()

@@ -43,8 +43,8 @@ class Run:
 
     @property
     def beside(self) -> float:
-        """Milliseconds a trial of everything but compiling, steps and scores."""
-        without = sum(self.parts[name] for name in ("compiling", *TRAINING))
+        """Milliseconds a trial of everything but steps and scores."""
+        without = sum(self.parts[name] for name in TRAINING)
         return (self.seconds - without) / self.trials * 1e3
 
 
@@ -98,7 +98,7 @@ def markdown(machine: dict[str, Any], found: Sequence[Run]) -> str:
         f"Width {width}: median share {statistics.median(r.share for r in found if r.width == width):.0%}."
         for width in WIDE
     ]
-    beside = f"Beside training is all but {', '.join(('compiling', *TRAINING))}. The seconds of each run:"
+    beside = f"Beside training is all but {' and '.join(TRAINING)}. The seconds of each run:"
     seconds = [[r.width, *(f"{number:.2f}" for number in r.parts.values())] for r in found]
     parts = table(["width", *found[0].parts], seconds)
     what = (__doc__ or "").split("\n", 2)[2]
