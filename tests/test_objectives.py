@@ -463,6 +463,17 @@ def test_a_study_knows_its_loss(tmp_path):
             r"must return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
         ),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
+        (
+            SEVERAL,
+            {"loss": lambda o, y: (o - y).detach().square().mean(1)},
+            "gives no gradient: what it returns",
+        ),
+        (
+            SEVERAL,
+            {"training_step": lambda m: 0},
+            r"raised TypeError: .* called as training_step\(module, \(x, y\)\), x ",
+        ),
+        (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
         (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
         (SEVERAL, {"space": {"loss__q": [0.5]}}, "loss__q is none of loss='mse'"),
         (

@@ -188,7 +188,7 @@ def tune(
     choice = choose_model(model, optimizer)
     try:
         bar = partial(reading_bar, verbose=options.verbose)
-        source = read_source(X, y, groups, module=choice.kind == "module", bar=bar)
+        source = read_source(X, y, groups, module=choice.takes_arrays, bar=bar)
         return search(choice, source, options, study_type=Study)
     except SearchInterrupted as stopped:
         if not is_interactive():

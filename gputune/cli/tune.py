@@ -16,6 +16,7 @@ from gputune.cli.arguments import METHOD_RULES, MODEL, STUDY, model_folder, stud
 from gputune.cli.closing import Ending, closing_text, ensemble_words, stopped_text
 from gputune.cli.held_out import HeldOut, held_out_score
 from gputune.cli.wording import in_flags
+from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
 from gputune.errors import InputError, SearchInterrupted
@@ -51,9 +52,7 @@ def tune(arguments: argparse.Namespace) -> str:
     options = _options(arguments, out / STUDY)
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
     with profile.clock(PREPARING):
-        source = read_source(
-            arguments.file, _target(arguments), arguments.groups, module=choice.kind == "module"
-        )
+        source = read_source(arguments.file, _target(arguments), arguments.groups, module=choice.takes_arrays)
     rest, test = set_apart(
         source,
         test_size=_HELD_OUT if arguments.test_size is None else arguments.test_size,
@@ -200,8 +199,10 @@ def _method(word: str, arguments: argparse.Namespace) -> Method:
 
 def _target(arguments: argparse.Namespace) -> str | None:
     if arguments.target is None and not arguments.file.startswith("sklearn:"):
+        arrays = Path(arguments.file).suffix in ARRAY_SUFFIXES
+        what, example = ("array", "y") if arrays else ("column", "price")
         raise InputError(
-            f"--target is missing: name the column of {arguments.file!r} to predict, for example --target price."
+            f"--target is missing: name the {what} of {arguments.file!r} to predict, for example --target {example}."
         )
     return str(arguments.target) if arguments.target is not None else None
 

@@ -13,6 +13,7 @@ _PHRASES = {
         for before, end in (
             ("after the rows:", "[:, None]"),
             ("want them first:", "."),
+            ("numbers:", ".reshape("),
             ("; or", ".reshape("),
         )
     },
@@ -31,7 +32,6 @@ _PHRASES = {
     "give loss=callable(outputs, y), or training_step=callable(module, batch)": "tune it from Python",
     "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
-    "give token ids as an integer tensor, torch.from_numpy(X)": "give token ids as a tensor of integers in a .pt file",
 }
 """Advice that is Python's, and what it is here."""
 

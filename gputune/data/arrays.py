@@ -77,7 +77,7 @@ def as_arrays(X: object) -> Arrays | None:
     """
     if isinstance(X, Mapping) and all(isinstance(value, Tensor | np.ndarray) for value in X.values()):
         return _checked(tuple(X.values()), tuple(map(str, X)))
-    if isinstance(X, tuple) and X and all(isinstance(value, Tensor | np.ndarray) for value in X):
+    if isinstance(X, tuple) and all(isinstance(value, Tensor | np.ndarray) for value in X):
         return _checked(X, None)
     if isinstance(X, np.ndarray) and not np.ma.isMaskedArray(X) and X.ndim > 2:
         return _checked((X,), None)

@@ -177,9 +177,10 @@ def _refuse_arrays(X: Any) -> None:
     """Raise InputError for rows of several axes, which a model of tables does not take."""
     shape = tuple(X.shape) if isinstance(X, np.ndarray | Tensor) else ()
     if len(shape) > 2:
+        sequences = ", model='gru' for sequences" * (len(shape) == 3)
         raise InputError(
-            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' "
-            "for images, model='gru' for sequences, or a module of your own; or pass X.reshape(len(X), -1)."
+            f"X has rows of shape {shape[1:]}, and the model takes tables, of two axes: choose model='cnn' for images"
+            f"{sequences}, or a module of your own; or pass X.reshape(len(X), -1)."
         )
 
 

@@ -16,14 +16,16 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
                 "table of numbers."
             )
         return " An embedding takes ids as int64 or int32: begin the forward with x.long()."
-    bytes_or_booleans = [x for x in inputs if x.dtype in (torch.uint8, torch.bool)]
-    if bytes_or_booleans and any(word in error for word in ("Input type", "dtype", "Byte", "Bool")):
-        scaled = (
-            ""
-            if all(x.dtype == torch.bool for x in inputs)
-            else ", or numbers='standard' makes floats of bytes"
+    if "positional argument" in error or "unexpected keyword argument" in error:
+        return (
+            " Several inputs are passed in order, those of a dict under their keys; where the items of a Dataset are "
+            "(inputs, target), leave y out."
         )
-        return f" Bytes and booleans come as they are: begin the forward with x.float(){scaled}."
+    whole = any(not x.is_floating_point() for x in inputs)
+    if whole and any(word in error for word in ("Input type", "dtype", "Byte", "Bool", "Long", "Int")):
+        is_bytes = any(x.dtype == torch.uint8 for x in inputs)
+        scaled = ", or numbers='standard' makes floats of bytes" * is_bytes
+        return f" Integers, bytes and booleans come as they are: begin the forward with x.float(){scaled}."
     return _of_channels(error, inputs)
 
 
@@ -32,6 +34,14 @@ def _of_channels(error: str, inputs: Sequence[Tensor]) -> str:
     lacking = any(f"expected {axes}D input (got {axes - 1}D" in error for axes in (4, 5))
     if lacking or f"expected input[1, {len(inputs[0])}, " in error:
         return " X lacks the axis of the channels, which torch's layers want after the rows: pass X[:, None]."
+    if (
+        re.search(r"Expected \dD \(unbatched\) or \dD \(batched\) input to conv[23]d", error)
+        and inputs[0].dim() == 2
+    ):
+        return (
+            f" A convolution takes images, and a row of X is {inputs[0].shape[1]} numbers: pass "
+            "X.reshape(-1, channels, height, width)."
+        )
     wanted = re.search(r"to have (\d+) channels, but got", error)
     last = next(
         (x for x in inputs if wanted and x.dim() > 2 and x.shape[-1] in {1, 3, 4, int(wanted[1])}), None

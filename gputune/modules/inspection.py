@@ -65,9 +65,10 @@ def traits_of(
         )
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
+        loss = objective.in_words if objective else "the loss"
         raise InputError(
-            f"sample_weight and class_weight weigh rows, and {objective.name if objective else 'the loss'} gives no "
-            "number a row but their mean: return row losses of shape (rows,), or leave the weights out."
+            f"sample_weight and class_weight weigh rows, and {loss} gives no number a row but their mean: return row "
+            "losses of shape (rows,), or leave the weights out."
         )
     return traits
 
@@ -249,7 +250,7 @@ def _step_alone(stacked: StackedModule, module: nn.Module, trial: ModuleTrial) -
     with torch.no_grad():
         outputs = objective.outputs(module.eval(), trial.inputs, names)
     y = _targets(outputs) if trial.y is None else trial.y
-    inputs = [x[0] for x in objective.augmented([x[None] for x in trial.inputs], names, 0, _KEY)]
+    inputs = trial.augmented()
     with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
         losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
         losses.mean().backward()  # type: ignore[no-untyped-call]

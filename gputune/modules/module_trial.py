@@ -13,7 +13,7 @@ from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import hint
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
-from gputune.scoring.objective import Objective
+from gputune.scoring.objective import Objective, qualified_name
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
@@ -99,35 +99,63 @@ class ModuleTrial:
         """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
         if self.objective is None or self.y is None:
             return torch.zeros(len(self.inputs[0]))
-        name = self.objective.name
+        name = self.objective.in_words
         try:
-            with torch.no_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
+            with torch.enable_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _TORCH_BROADCASTS)  # refused below, if it is one
                 losses = self.objective.losses(
                     self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
                 )
         except Exception as error:
-            outputs, y = self.forward(self.inputs, training=False), self.y
-            one_logit = self.objective.binary and outputs.numel() == len(y)
-            remedy = " One logit a row of two classes takes loss='bce'." * one_logit
             raise InputError(
-                f"the loss {name} raised {type(error).__name__}: {str(error).rstrip('.')}. The outputs of {self.name} "
-                f"have shape {tuple(outputs.shape)} and type {outputs.dtype}, y {tuple(y.shape)} and {y.dtype}; make "
-                f"them fit.{remedy}"
+                f"{name} raised {type(error).__name__}: {str(error).rstrip('.')}. {self._what_a_loss_gets()}"
             ) from error
         rows = len(self.inputs[0])
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         if found not in ((), (rows,)):
             raise InputError(
-                f"the loss {name} must return row losses of shape (rows,) or their mean, a tensor (), got {found} for "
+                f"{name} must return row losses of shape (rows,) or their mean, a tensor (), got {found} for "
                 f"{rows} rows."
             )
-        if not self.objective.is_named and not bool(losses.isfinite().all()):
+        if not losses.requires_grad:
             raise InputError(
-                f"the loss {name} is not finite on the first rows; check its inputs and its formula."
+                f"{name} gives no gradient: what it returns does not depend on the parameters of {self.name}. Compute "
+                "it of the module's outputs by operations of torch, without detach(), item() or torch.no_grad()."
             )
+        if not self.objective.is_named and not bool(losses.isfinite().all()):
+            raise InputError(f"{name} is not finite on the first rows; check its inputs and its formula.")
         self._refuse_a_broadcast()
-        return losses
+        return losses.detach()
+
+    def _what_a_loss_gets(self) -> str:
+        """Say how the loss was called, for an error that it raised."""
+        assert self.objective is not None and self.y is not None
+        y = f"{tuple(self.y.shape)} and {self.y.dtype}"
+        if self.objective.step is not None:
+            x = " and ".join(map(in_words, self.inputs))
+            return f"It is called as training_step(module, (x, y)), x {x}, y {y}, and returns row losses or a mean."
+        outputs = self.forward(self.inputs, training=False)
+        one_logit = self.objective.binary and outputs.numel() == len(self.y)
+        remedy = " One logit a row of two classes takes loss='bce'." * one_logit
+        return (
+            f"The outputs of {self.name} have shape {tuple(outputs.shape)} and type {outputs.dtype}, y {y}; make them "
+            f"fit.{remedy}"
+        )
+
+    def augmented(self) -> list[Tensor]:
+        """Return the inputs as the user changes minibatches of training. Raises InputError where that fails."""
+        if self.objective is None or self.objective.augment is None:
+            return list(self.inputs)
+        try:
+            of_a_fold = [x[None] for x in self.inputs]
+            return [x[0] for x in self.objective.augmented(of_a_fold, self.shape.names, 0, (0, 0))]
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"augment: {qualified_name(self.objective.augment)} raised {type(error).__name__}: {error}. It is "
+                "called as augment(x, generator), with the inputs of a minibatch, and returns such inputs."
+            ) from error
 
     def _refuse_a_broadcast(self) -> None:
         """Raise InputError for a loss of the user's own in which outputs (B, 1) and y (B,) become (B, B).
@@ -144,7 +172,7 @@ class ModuleTrial:
         if not _is_broadcast(loss, *_unequal(outputs, y)):
             return
         raise InputError(
-            f"the loss {objective.name} compares each output with the targets of all rows: the outputs of {self.name} "
+            f"{objective.in_words} compares each output with the targets of all rows: the outputs of {self.name} "
             f"have shape {tuple(outputs.shape)} and y {tuple(y.shape)}, as every y of one column, which torch "
             f"broadcasts to ({n}, {n}). Take outputs[:, 0] or y[:, None] in the loss, or return "
             "(rows,) from the module."

@@ -81,6 +81,11 @@ def optimizer_word(value: object, name: str, *, more: Collection[str] = ()) -> s
             )
         if short in CLASSES or short in _RULES:
             return _RULES.get(short, short)
+    if isinstance(value, torch.optim.Optimizer):
+        raise InputError(
+            f"{name} must be the class, not an instance, since every member builds its own: pass torch.optim."
+            f"{type(value).__name__}; what it takes is searched, lr and optimizer__*."
+        )
     shown = text if isinstance(value, type) else repr(value)
     hint = did_you_mean(value, (*OPTIMIZERS, *more, *CLASSES)) if isinstance(value, str) else ""
     hint = hint or " For example 'adamw'."

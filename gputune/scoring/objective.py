@@ -47,14 +47,15 @@ class Objective:
     @property
     def name(self) -> str:
         """What a study calls it."""
-        words = [self.loss if isinstance(self.loss, str) else qualified_name(self.loss)]
-        words = [] if self.step is not None else words
-        words += [
-            f"{word}={qualified_name(of)}"
-            for word, of in (("training_step", self.step), ("augment", self.augment))
-            if of
-        ]
-        return ", ".join(words)
+        augment = "" if self.augment is None else f", augment={qualified_name(self.augment)}"
+        return f"{self.in_words.removeprefix('the loss ')}{augment}"
+
+    @property
+    def in_words(self) -> str:
+        """What makes a loss of a minibatch, as errors call it."""
+        if self.step is not None:
+            return f"training_step={qualified_name(self.step)}"
+        return f"the loss {self.loss if isinstance(self.loss, str) else qualified_name(self.loss)}"
 
     def name_unless_default(self, task: Task) -> str:
         """Return its name, "" where it is the task's own loss and nothing else."""
@@ -167,19 +168,12 @@ class Objective:
         for fold in range(len(inputs[0])):
             minibatch = [x[fold] for x in inputs]
             generator = torch.Generator(inputs[0].device).manual_seed(stream_seed(seed, "augment", *key))
-            augmented = self.augment(_given(minibatch, names), generator)
-            augmented = (
-                list(augmented.values())
-                if isinstance(augmented, Mapping)
-                else list(augmented)
-                if len(minibatch) > 1
-                else [augmented]
-            )
-            shapes = [tuple(getattr(x, "shape", ())) for x in augmented]
-            if shapes != [tuple(x.shape) for x in minibatch]:
+            augmented = _taken(self.augment(_given(minibatch, names), generator), names)
+            found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in augmented]
+            if found != [tuple(x.shape) for x in minibatch]:
                 raise InputError(
                     f"augment: {qualified_name(self.augment)} must return inputs of the shapes that it is given, "
-                    f"{[tuple(x.shape) for x in minibatch]}, got {shapes}."
+                    f"{[tuple(x.shape) for x in minibatch]}, got {found}."
                 )
             folds.append(augmented)
         return [torch.stack(parts) for parts in zip(*folds)]
@@ -209,6 +203,13 @@ def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:
     if names is not None:
         return dict(zip(names, inputs, strict=True))
     return inputs[0] if len(inputs) == 1 else tuple(inputs)
+
+
+def _taken(returned: Any, names: Sequence[str] | None) -> list[Any]:
+    """Return the inputs that a user's function returned, in the order of those that it was given."""
+    if isinstance(returned, Mapping):
+        return [returned.get(name) for name in names or returned]
+    return list(returned) if isinstance(returned, tuple | list) else [returned]
 
 
 def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

@@ -87,6 +87,11 @@ class ModelChoice:
         return _KINDS[self.searched]
 
     @property
+    def takes_arrays(self) -> bool:
+        """Whether it takes images, sequences and several inputs, not tables alone."""
+        return self.searched == "module" and self.module_class is not RealMLP
+
+    @property
     def spec(self) -> Json:
         """What a study and a model folder store of it: plain JSON."""
         if self.module_class is None:
@@ -256,12 +261,6 @@ class Problem:
         used = {column.name: len(column.feature_names) for column in self.layout.columns}
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
-        original = self.source.original
-        if isinstance(original, np.ndarray) and original.dtype.kind in "iu":
-            return (
-                " X is a table, an array of two axes, whose numbers are scaled; give token ids as an integer tensor, "
-                "torch.from_numpy(X)."
-            )
         parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(
             wide
         )

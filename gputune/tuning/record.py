@@ -204,7 +204,7 @@ def _reread(record: SearchRecord, choice: ModelChoice) -> tuple[Source, Source |
     assert record.source is not None  # rows in memory are lacking
     origin = record.source
     try:
-        source, test = read_apart(origin, module=choice.kind == "module")
+        source, test = read_apart(origin, module=choice.takes_arrays)
     except FileNotFoundError as error:
         raise InputError(
             f"the search cannot go on: its data {origin['path']!r} is gone; put it back, or repeat the first call with "

@@ -228,7 +228,7 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
             raise InputError(
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
-        return choice, read_source(X, y, module=choice.kind == "module"), options
+        return choice, read_source(X, y, module=choice.takes_arrays), options
     if record.face == "sklearn":
         raise InputError(
             f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
@@ -240,7 +240,7 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
         raise _lost_weights("sample_weight again, which this study used")
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
-    return choice, _reread(study, X, y, module=choice.kind == "module"), options
+    return choice, _reread(study, X, y, module=choice.takes_arrays), options
 
 
 def _lost_weights(what: str) -> InputError:

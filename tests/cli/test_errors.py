@@ -29,7 +29,8 @@ def refused_tune(table, *options, words, lines=1):
     ("arguments", "words"),
     [
         (["bug.csv", "--target", "kind"], ["'bug.csv'", "CSV"]),
-        (["bugs.csv"], ["--target is missing", "'bugs.csv'", "--target price"]),
+        (["bugs.csv"], ["--target is missing", "the column of 'bugs.csv'", "--target price"]),
+        (["bugs.npz"], ["--target is missing", "the array of 'bugs.npz'", "--target y"]),
         (["bugs.csv", "--target", "knd"], ["--target knd", "did you mean 'kind'?"]),
         (["bugs.csv", "--target", "kind", "--groups", "site"], ["--groups site", "'a', 'b'"]),
     ],

@@ -245,6 +245,12 @@ class Image(nn.Module):
             r"x.float\(\), or numbers='standard' makes floats of bytes",
         ),
         (IMAGES.permute(0, 3, 1, 2) > 0.5, r"begin the forward with x.float\(\)\."),
+        (
+            IMAGES.permute(0, 3, 1, 2).long(),
+            r"Integers, .* come as they are: begin the forward with x.float\(\)\.",
+        ),
+        (IMAGES.flatten(1), r"a row of X is 48 numbers: pass X.reshape\(-1, channels, height, width\)"),
+        ((IMAGES, IMAGES), "Several inputs are passed in order, .* leave y out"),
         (IDS.to(torch.uint8)[:, None, None, :3].expand(-1, 3, 3, -1), "numbers='standard'"),
     ],
 )

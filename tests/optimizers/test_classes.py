@@ -48,6 +48,10 @@ class Mine(torch.optim.SGD):
         ),
         ("adamm", "Did you mean 'adam'"),
         (3, "got 3. For example .adamw"),
+        (
+            torch.optim.Adam([torch.zeros(1)]),
+            "^optimizer must be the class, not an instance, .* pass torch.optim.Adam; .* lr and optimizer__",
+        ),
         (Mine, "got .*test_classes.Mine. For"),
         (
             "LBFGS",

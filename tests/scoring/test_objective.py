@@ -141,10 +141,20 @@ def test_a_step_has_no_loss_to_take_numbers():
         make_objective(None, print, None, "regression").check({"loss__q": 0.5})
 
 
-def test_augmentation_of_another_shape_is_refused():
+@pytest.mark.parametrize(("change", "found"), [(lambda x: x[:, :2], r"\(3, 2\)"), (print, "'NoneType'")])
+def test_augmentation_of_another_shape_is_refused(change, found):
     with refused(
-        r"augment: .* must return inputs of the shapes that it is given, \[\(3, 4\)\], got \[\(3, 2\)\]"
+        rf"augment: .* must return inputs of the shapes that it is given, \[\(3, 4\)\], got \[{found}\]"
     ):
-        Objective("mse", augment=lambda x, generator: x[:, :2]).augmented(
+        Objective("mse", augment=lambda x, generator: change(x)).augmented(
             [torch.zeros(2, 3, 4)], None, 0, (0, 0)
         )
+
+
+def test_augmentation_returns_inputs_by_name_in_any_order():
+    def augment(x, generator):
+        return {"b": x["b"] + 1, "a": x["a"]}
+
+    inputs = [torch.zeros(2, 3), torch.zeros(2, 4)]
+    a, b = Objective("mse", augment=augment).augmented(inputs, ("a", "b"), 0, (0, 0))
+    assert a.shape == (2, 3) and (b == 1).all() and b.shape == (2, 4)
