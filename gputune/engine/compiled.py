@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.engine.mlp import StackedMLP, dropout_draw
+from gputune.engine.dropout import dropout_draw
+from gputune.engine.mlp import StackedMLP
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, Work, library, make_work
 from gputune.optimizers.rules import n_moments
 from gputune.optimizers.schedules import SCHEDULES

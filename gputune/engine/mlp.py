@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gputune.engine.dropout import Draws, dropout_draw
 from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
@@ -23,8 +24,6 @@ from gputune.seeding import stream
 from gputune.types import Config, Params
 
 aten = torch.ops.aten
-
-_DRAW_BYTES = 64 << 20  # of dropout's draws that are made ahead; a buffer of them waits for the device once
 
 _DIFFERENTIABLE = {"relu": torch.relu, "gelu": functional.gelu, "silu": functional.silu, "tanh": torch.tanh}
 
@@ -43,7 +42,10 @@ class StackedMLP:
         self.hidden = padded_width(first["width"]) if self.depth else 0
         self.activation = first["activation"]
         rates = [c["dropout"] if self.depth else 0.0 for c in configs]
-        self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device) if any(rates) else None
+        self.rates = None
+        if any(rates):
+            self.rates = torch.tensor(rates, dtype=shape.dtype, device=shape.device)[:, None, None]
+            self.stays = 1 - self.rates
         self.sizes = [shape.n_features, *[self.hidden] * self.depth, shape.n_outputs]
         self.blocks = self.trained = Blocks(self._blocks())
         self.widest = max(self.sizes)
@@ -116,10 +118,12 @@ class StackedMLP:
             h = torch.baddbmm(params[f"bias{layer}"][fold], h, params[f"weight{layer}"][fold])
         return h
 
-    def draws(self, batches: Batches, *, ahead: bool) -> "Draws | None":
+    def draws(self, batches: Batches, *, ahead: bool) -> Draws | None:
         del ahead  # always
         rows = [shape.parts[0].rows for shape in batches.shapes]
-        return None if self.rates is None else Draws(self, rows)
+        if self.rates is None:
+            return None
+        return Draws(rows, layers=self.depth, width=self.hidden, seed=self.seed, device=self.shape.device)
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
         (h,) = inputs
@@ -162,13 +166,13 @@ class StackedMLP:
 
     def _forward(self, params: Params, batch: Batch, space: "_Workspace") -> None:
         z = self._first_layer(params, batch, space)  # (F, C, B, H)
+        if self.rates is not None:
+            assert isinstance(batch.draws, Tensor)
+            self._keep_units(batch.draws[:, None], space.keep)
         for layer in range(1, self.depth + 1):
             h = _activate(self.activation, z, out=space.active[layer - 1])
             if self.rates is not None:
-                keep = space.keep[layer - 1]
-                assert isinstance(batch.draws, Tensor)
-                self._keep_units(batch.draws[layer - 1], keep)
-                h = torch.mul(h, keep, out=space.dropped[layer - 1])
+                h = torch.mul(h, space.keep[layer - 1], out=space.dropped[layer - 1])
             out = space.out if layer == self.depth else space.linear[layer]
             weight, bias = params[f"weight{layer}"].flatten(0, 1), params[f"bias{layer}"].flatten(0, 1)
             torch.baddbmm(bias, h.flatten(0, 1), weight, out=out.flatten(0, 1))
@@ -199,8 +203,7 @@ class StackedMLP:
 
     def _keep_units(self, draw: Tensor, keep: Tensor) -> None:
         assert self.rates is not None
-        rates = self.rates[:, None, None]
-        torch.ge(draw, rates, out=keep).div_(1 - rates)
+        torch.ge(draw, self.rates, out=keep).div_(self.stays)
 
     def _backward(self, params: Params, batch: Batch, space: "_Workspace", grads: Params) -> None:
         slope = space.out  # (F, C, B, width of this layer)
@@ -260,41 +263,9 @@ class _Workspace:
         )
         dropping = net.depth if net.rates is not None else 0
         self.dropped = [members(net.hidden) for _ in range(dropping)]
-        self.keep = [empty(trials, rows, net.hidden) for _ in range(dropping)]
+        self.keep = empty(dropping, trials, rows, net.hidden)
         self.out = members(net.shape.n_outputs)
         self.slopes = members(net.hidden), members(net.hidden)
-
-
-class Draws:
-    """The uniform draws of dropout of some steps ahead, (steps, layers, B, H) on the device; B are the steps' rows."""
-
-    def __init__(self, network: StackedMLP, rows: Sequence[int]) -> None:
-        self.rows, self.seed = rows, network.seed
-        shape = (network.depth, max(rows), network.hidden)
-        self.ahead = max(1, min(len(rows), _DRAW_BYTES // (4 * math.prod(shape))))
-        self.buffer = torch.empty((self.ahead, *shape), dtype=torch.float32, device=network.shape.device)
-
-    def fill(self, epoch: int, step: int) -> None:
-        """Draw for this step and those ahead, where the buffer ends before it."""
-        if step % self.ahead:
-            return
-        _, layers, _, width = self.buffer.shape
-        drawn = torch.zeros(self.buffer.shape)
-        for slot, rows in enumerate(self.rows[step : step + self.ahead]):
-            for layer in range(layers):
-                drawn[slot, layer, :rows] = dropout_draw(self.seed, (epoch, step + slot), layer, rows, width)
-        self.buffer.copy_(drawn)
-
-    def at(self, step: Tensor, rows: int) -> Tensor:
-        """Return the draws (layers, B, H) of the step that a counter on the device says."""
-        slot = torch.remainder(step, self.ahead).view(1)
-        return self.buffer.index_select(0, slot)[0, :, :rows]
-
-
-def dropout_draw(seed: int, key: tuple[int, int], layer: int, rows: int, width: int) -> Tensor:
-    """Return the uniform draw (B, H) of one step and hidden layer, keyed by (epoch, step), on the CPU."""
-    generator = stream(seed, "dropout", *key, layer)
-    return torch.rand((rows, width), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def linear_start(seed: int, layer: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:

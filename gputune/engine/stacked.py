@@ -84,6 +84,7 @@ class StackedChunk:
         self.steps: Steps = Direct()
         if self.recorded:
             self.update.prepare()
+            self.batches.prepare()
             recorder = RECORDERS[device.type](device)
             tolerance = _TOLERANCES[self._network.shape.precision, self._flat.dtype]
             self.steps = Replays(recorder, self._expected(), self._state, tolerance)

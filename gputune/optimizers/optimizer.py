@@ -14,6 +14,7 @@ from gputune.optimizers.online import OnlineUpdate
 from gputune.optimizers.row_update import NORM_EPS
 from gputune.optimizers.rules import schedule_free_average
 from gputune.optimizers.update import Update
+from gputune.optimizers.update_kernel import UpdateKernel, make_kernel
 from gputune.types import ONLINE, Config
 
 
@@ -34,6 +35,7 @@ class Optimizer:
         self.clip_norm = clock.table(configs, "clip_norm") if clips else None
         self.squares = torch.empty_like(flat) if clips else None
         self.ema = clock.table(configs, "ema")
+        self.kernel: UpdateKernel | None = None
 
     def state(self) -> list[Tensor]:
         """Return the flat buffers that a later step depends on, to be filled again by ``resume``."""
@@ -56,16 +58,24 @@ class Optimizer:
         self._set_trials(configs, blocks, flat)
 
     def prepare(self) -> None:
-        """Make ready for steps that are recorded."""
+        """Make ready for steps that are recorded: on a GPU kernels take the place of the operations that are here."""
         if isinstance(self.update, Update):
-            self.update.prepare()
+            ema = None if self.average is None else self.ema
+            self.kernel = make_kernel(self.update, clip_norm=self.clip_norm, ema=ema)
 
     def begin(self, epoch: int) -> None:
         """Count from the first step of an epoch."""
         self.update.begin(epoch)
+        if self.kernel is not None:
+            self.kernel.begin(epoch)
 
     def step(self, theta: Tensor, grad: Tensor, active: Tensor | None = None) -> None:
         """Take one step of the members that are ``active`` (F, C), None: of all. ``grad`` is used up."""
+        # Only where it is recorded: a step as it is then checks the kernels, before the first replay.
+        if self.kernel is not None and torch.cuda.is_current_stream_capturing():
+            assert isinstance(self.update, Update)
+            self.kernel.step(theta, grad, self.update, average=self.average, active=active)
+            return
         self._clip(grad)
         first = None if self.average is None else self.update.clock.done == 0
         self.update.step(theta, grad, active)
@@ -79,7 +89,7 @@ class Optimizer:
             return
         norm = self.blocks.total(torch.mul(grad, grad, out=self.squares)).double().sqrt()
         scale = (self.clip_norm / (norm + NORM_EPS)).clamp(max=1.0)
-        scale = scale.masked_fill(self.clip_norm.isinf(), 1.0).to(self.dtype)
+        scale = scale.masked_fill(self.clip_norm == math.inf, 1.0).to(self.dtype)
         for value, part in self.blocks.by_block(scale, grad):
             part.mul_(value)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gputune.optimizers.adam_kernel import AdamKernel, kernels
 from gputune.optimizers.blocks import Blocks, with_axes_of
 from gputune.optimizers.rules import BETA1, EPS, MOMENTS, RULES, Rates, n_moments
 from gputune.optimizers.schedules import SCHEDULES, Schedule
@@ -119,19 +118,6 @@ class Update:
         self.beta2 = self._amount(configs, "beta2", torch.float64)
         self.mu = self.clock.table(configs, "momentum")
         self.momentum = 0.0 if self.adaptive else self._amount(configs, "momentum")
-        self.kernel: AdamKernel | None = None
-
-    def prepare(self) -> None:
-        """Compile what a recorded step on a GPU takes in place of the operations that are here."""
-        of_blocks = self.lr_factors or self.decay_factors or self.shrink_factors
-        if not self.adaptive or self.lr.device.type != "cuda" or of_blocks:
-            return
-        if (compiled := kernels(self.lr.device, self.dtype)) is not None:
-            none = torch.zeros_like(self.lr)
-            decays = [self.decay, none] if self.optimizer == "adamw" else [none, self.decay]
-            beta2 = torch.zeros_like(self.lr) + self.beta2
-            table = torch.stack([self.lr, *decays, beta2])
-            self.kernel = AdamKernel(compiled, self.blocks, table, self.dtype)
 
     def _factors(self, configs: Sequence[Config], *prefixes: str) -> dict[str, Tensor]:
         """Return each member's factor (F, C) on a rate, of the blocks that have one."""
@@ -175,12 +161,6 @@ class Update:
 
         ``grad`` is used up: what it holds afterwards means nothing.
         """
-        # Only where it is recorded: a step as it is then checks the kernel, before the first replay.
-        if self.kernel is not None and torch.cuda.is_current_stream_capturing():
-            keys = ("schedule", "weight_decay_schedule")
-            factors = [self.clock.factor(key) if self.clock.schedules[key] else None for key in keys]
-            self.kernel.step(theta, grad, self.moments, self.clock.done, factors=factors, active=active)
-            return
         keep = None if active is None else active.double()
         factor = self.clock.factor() if keep is None else self.clock.factor() * keep
         if self.optimizer in IN_PLACE:

@@ -14,13 +14,17 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset, staged
+from gputune.native.cuda import Kernel, kernels, launch
 from gputune.seeding import stream
+
+SOURCE = Path(__file__).with_name("minibatch.cu")
 
 
 class HostRows:
@@ -143,16 +147,17 @@ class Batches:
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch: int | None = None
         self.host = HostRows(self.inputs, device) if data.on_host else None
+        self.kernel: Kernel | None = None
         self._set_sizes(np.minimum(capped, self.lengths))
 
     def _set_sizes(self, sizes: np.ndarray) -> None:
         """Take the members' batch sizes (F, C), held to their rows, and move to the device what follows."""
         self.sizes = sizes
         self.steps = steps_of(self.lengths, sizes, self.least_rows)  # (F, C) steps an epoch
-        self.active_until = torch.as_tensor(self.steps).to(self.data.device)
+        self.active_until = torch.as_tensor(self.steps).contiguous().to(self.data.device)
         taken = np.full_like(self.lengths, sizes.max()) if self.shared else sizes  # (F, 1 or C)
         self.host_taken = taken
-        self.taken = torch.as_tensor(taken).to(self.data.device)
+        self.taken = torch.as_tensor(taken).contiguous().to(self.data.device)
         self.positions = torch.arange(int(sizes.max()), device=self.data.device)
         self.shapes = [self._shape(taken, step) for step in range(int(self.steps.max()))]
 
@@ -168,6 +173,12 @@ class Batches:
             if rows > 0:
                 parts.append(Part(run.start, run.stop, rows, bool((counts[run] == rows).all())))
         return StepShape(tuple(parts), bool((step < self.steps).all()))
+
+    def prepare(self) -> None:
+        """Make ready for steps that are recorded: on a GPU a kernel takes the place of the operations that are here."""
+        if self.data.device.type == "cuda" and self.host is None:
+            compiled = kernels(SOURCE, ("minibatch",), self.data.device, self.data.dtype)
+            self.kernel = None if compiled is None else compiled[0]
 
     def select(self, keep: np.ndarray) -> None:
         """Go on with the trials ``keep`` alone."""
@@ -198,11 +209,12 @@ class Batches:
 
     def _batch(self, part: Part, key: tuple[int, int]) -> Batch:
         folds = slice(part.begin, part.end)
-        begin = self.step * self.taken[folds]  # (F, 1 or C)
-        positions = self.positions[: part.rows]
-        asked = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
-        rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
-        places, of_x, of_y = rows
+        # Only where it is recorded: a step as it is then checks the kernel, before the first replay.
+        if self.kernel is not None and torch.cuda.is_current_stream_capturing():
+            rows, share = self._by_kernel(self.kernel, part)
+        else:
+            rows, share = self._rows(part)
+        _, of_x, of_y = rows
         members = of_x.shape[0] * of_x.shape[1]
         if self.host is not None:
             last = key[1] + 1 == len(self.shapes)
@@ -212,7 +224,29 @@ class Batches:
         inputs = tuple(self._read(i, x, of_x, folds) for i, x in enumerate(gathered))
         y = self.target.index_select(0, of_y.flatten())
         y = y.view(members, part.rows, *y.shape[1:])
-        return Batch(inputs, y, self._share(places, begin, part), folds, key)
+        return Batch(inputs, y, share, folds, key)
+
+    def _rows(self, part: Part) -> tuple[Tensor, Tensor | float]:
+        """Return where the rows of a minibatch are in weights, inputs and target, (3, F, 1 or C, B), and shares."""
+        folds = slice(part.begin, part.end)
+        begin = self.step * self.taken[folds]  # (F, 1 or C)
+        positions = self.positions[: part.rows]
+        asked = (begin[..., None] + positions).clamp_max(self.order.shape[-1] - 1)  # (F, 1 or C, B)
+        rows = self.order[:, folds].gather(2, asked.flatten(1).expand(3, -1, -1)).view(3, *asked.shape)
+        return rows, self._share(rows[0], begin, part)
+
+    def _by_kernel(self, kernel: Kernel, part: Part) -> tuple[Tensor, Tensor | float]:
+        """Return what ``_rows`` does, in one launch."""
+        size = (part.end - part.begin, self.taken.shape[1], part.rows)
+        rows = self.order.new_empty((3, *size))
+        share = self.order.new_empty((*size, 1), dtype=self.data.dtype)
+        weighted, (_, folds, length) = self.weights is not None, self.order.shape
+        shares = weighted or not part.full
+        numbers = [*size, part.begin, folds, length, self.data.n_rows, int(shares), int(weighted)]
+        weights = self.counted if self.weights is None else self.weights
+        tensors = [self.step, self.order, self.taken, self.counted, weights, rows, share]
+        launch(kernel, rows[0].numel(), [*numbers, *tensors])
+        return rows, share if shares else 1 / part.rows
 
     def _read(self, number: int, gathered: Tensor, rows: Tensor, folds: slice) -> Tensor:
         """Return the rows (F, 1 or C, B) of an input that were found as their folds read them, (F or P, B, ...)."""

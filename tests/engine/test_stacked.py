@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gputune
-from gputune.engine import mlp
+from gputune.engine import dropout
 from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.job import Fits, Job
 from gputune.engine.memory import run_in_parts
@@ -217,7 +217,7 @@ def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
 def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
     data, configs = make_data(), configs_of(2, dropout=0.3, width=8)
     whole = make_chunk(data, configs)
-    monkeypatch.setattr(mlp, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
+    monkeypatch.setattr(dropout, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
     parts = make_chunk(data, configs)
     assert (whole.draws.ahead, parts.draws.ahead) == (5, 2)
     for epoch in range(5):

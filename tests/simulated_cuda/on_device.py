@@ -18,7 +18,7 @@ from gputune.check import check
 from gputune.check.check import checks_of
 from gputune.check.laws import LAWS
 from gputune.data import dataset
-from gputune.engine import findings, plan, speed
+from gputune.engine import dropout, findings, plan, speed
 from gputune.engine.findings import Findings, Speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
@@ -28,7 +28,8 @@ from gputune.executors import processes
 from gputune.memory import free_of_gpu
 from gputune.modules.module import StackedModule
 from gputune.modules.recorder import CudaRecorder
-from gputune.optimizers import adam_kernel
+from gputune.native.cuda import kernels
+from gputune.optimizers.rules import RULES
 from gputune.scoring.validation import Validation
 from gputune.sklearn import LogisticRegression, MLPClassifier
 from gputune.tuning.context import Context
@@ -278,11 +279,14 @@ def test_a_tensor_that_lies_on_a_gpu_trains_there(where, iris):
     np.testing.assert_array_equal(study.curves, gputune.tune("mlp", X, y, **FAST, device=where).curves)
 
 
-def chunk(device, *, module=False, sizes=(10, 10, 10), recorded=True, **shared):
+def chunk(device, *, module=False, sizes=(10, 10, 10), trials=({},) * 3, recorded=True, data=None, **shared):
     """Members in stacked tensors, by default of one batch size and recorded."""
-    data = moved(make_data(folds=5, dtype=torch.float32), device)
+    data = moved(data or make_data(folds=5, dtype=torch.float32), device)
     configs = fill(
-        *({"lr": 0.01 * (i + 1), "batch_size": size, "width": 8, **shared} for i, size in enumerate(sizes))
+        *(
+            {"lr": 0.01 * (i + 1), "batch_size": size, "width": 8, **shared, **trial}
+            for i, (size, trial) in enumerate(zip(sizes, trials))
+        )
     )
     shape = shape_of(data)
     if module:
@@ -293,26 +297,79 @@ def chunk(device, *, module=False, sizes=(10, 10, 10), recorded=True, **shared):
     return StackedChunk(network, data, configs, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "most"),
-    [
-        ({}, 40),
-        ({"sizes": (9, 10, 13)}, 40),
-        ({"schedule": "cosine"}, 48),
-        ({"sizes": (9, 10, 13), "dropout": 0.1}, 54),
-    ],
-)
-def test_a_step_takes_few_launches(options, most, device):
-    """A product that adds a bias copies it first, which makes two."""
-    members = chunk(device, **options)
-    for epoch in range(5):
-        members.advance(epoch)
+def launches_of(members):
+    """The most launches that a step of recorded members takes; a product that adds a bias copies it first."""
+    most = 0
     for shape in set(members.batches.shapes):
         cuda.forget()
         members.steps.take(shape, lambda: pytest.fail("a step was not recorded"))
         launches = cuda.counts("launch")
-        assert launches["kernel"] == 2
-        assert sum(launches.values()) + launches["baddbmm.out"] <= most
+        most = max(most, sum(launches.values()) + launches["baddbmm.out"])
+    return most
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        ({}, 27),
+        ({"sizes": (9, 10, 13)}, 30),
+        ({"schedule": "cosine", "clip_norm": 1.0, "ema": 0.9}, 28),
+        ({"sizes": (9, 10, 13), "dropout": 0.1}, 38),
+    ],
+)
+def test_a_step_takes_few_launches(options, most, device):
+    members = chunk(device, **options)
+    for epoch in range(5):
+        members.advance(epoch)
+    assert launches_of(members) == most
+
+
+ALL_OPTIONS = (
+    {"schedule": "cosine", "clip_norm": 0.1, "dropout": 0.2, "momentum": 0.5},
+    {"schedule": "coslog4", "weight_decay_schedule": "flat_cos", "ema": 0.9, "dropout": 0.1, "momentum": 0.9},
+    {"weight_decay": 0.1, "lr_factor__bias0": 3.0, "weight_decay_factor__weight1": 0.0, "momentum": 0.1},
+)
+
+
+@pytest.mark.parametrize("optimizer", [*RULES, "sgd without momentum"])
+def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
+    """Of three members with options of their own, the recorded steps of kernels, the others of PyTorch's operations."""
+    word, _, without = optimizer.partition(" ")
+    trials = [{**trial, **({"momentum": 0.0} if without else {})} for trial in ALL_OPTIONS]
+    data = make_data(weights=True, folds=3)
+    data = dataclasses.replace(data, present=torch.tensor([[True, True, False], *[[True] * 3] * 2]))
+    both = [
+        chunk("cuda:1", sizes=(9, 10, 13), trials=trials, data=data, optimizer=word, recorded=recorded)
+        for recorded in (True, False)
+    ]
+    for epoch in range(5):
+        for members in both:
+            members.advance(epoch)
+    for one, other in zip(both[0]._state(), both[1]._state(), strict=True):
+        torch.testing.assert_close(one.cpu(), other.cpu(), rtol=1e-9, atol=1e-12)
+    assert launches_of(both[0]) <= 40 or word in ("muon", "schedulefree")  # which have no kernel
+
+
+def test_a_gpu_draws_what_the_cpu_draws(device, monkeypatch):
+    drawn = [
+        dropout.Draws([7, 3], layers=2, width=400, seed=1, device=torch.device(where))
+        for where in (device, "cpu")
+    ]
+    cuda.forget()
+    for draws in drawn:
+        draws.fill(2, 0)
+    assert cuda.counts("launch")["kernel"] == 1
+    for step, rows in enumerate((7, 3)):
+        one, other = (draws.at(torch.tensor(step, device=draws.buffer.device), rows) for draws in drawn)
+        assert torch.equal(one.cpu(), other)
+    wrong = Path(dropout.SOURCE).read_text().replace("1812433253u", "1812433254u")
+    monkeypatch.setattr("gputune.native.cuda.source", lambda path, dtype: "typedef float real;\n" + wrong)
+    dropout.uniform_kernel.cache_clear()
+    kernels.cache_clear()
+    with pytest.warns(RuntimeWarning, match=f"what {device} draws for dropout is not what PyTorch draws"):
+        assert dropout.uniform_kernel(torch.device(device)) is None
+    dropout.uniform_kernel.cache_clear()
+    kernels.cache_clear()
 
 
 def test_a_step_as_it_is_copies_nothing_to_the_gpu(device):
@@ -325,18 +382,25 @@ def test_a_step_as_it_is_copies_nothing_to_the_gpu(device):
     assert not cuda.counts("to device") and not cuda.counts("wait")
 
 
-def test_a_kernel_that_is_not_compiled_is_said(iris, device, monkeypatch):
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """NVRTC is not there."""
+
     def fail(source, name):
-        raise OSError("libnvrtc.so.13: cannot open shared object file")
+        raise OSError("Could not find any NVRTC library")
 
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
-    adam_kernel.kernels.cache_clear()
-    with pytest.warns(
-        RuntimeWarning, match=f"adamw cannot be compiled for {device}, .*: libnvrtc.so.13: cannot"
-    ):
-        same_search(*iris, "mlp", {"backend": "graph"}, device)
-    adam_kernel.kernels.cache_clear()
-    assert cuda.counts("replay")
+    for cache in (kernels, dropout.uniform_kernel):
+        cache.cache_clear()
+    yield
+    for cache in (kernels, dropout.uniform_kernel):
+        cache.cache_clear()
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be compiled for:RuntimeWarning")
+def test_steps_are_recorded_without_kernels_too(iris, device, no_kernels):
+    same_search(*iris, "mlp", {"backend": "graph"}, device)
+    assert cuda.counts("replay") and "kernel" not in cuda.counts("launch")
 
 
 @pytest.mark.parametrize("module", [False, True])

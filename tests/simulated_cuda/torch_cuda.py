@@ -6,10 +6,10 @@ that is read before it is written, and what a graph cannot record; not races bet
 """
 
 import ctypes
+import functools
 import gc
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -194,33 +194,39 @@ using namespace std;
 """
 
 
+@functools.cache
+def _compiled(source: str) -> Path:
+    folder = tempfile.mkdtemp()
+    code, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+    code.write_text(_HOST + source)
+    subprocess.run(["g++", "-O1", "-shared", "-fPIC", str(code), "-o", str(library)], check=True)
+    return library
+
+
 class Kernel:
     """A kernel of CUDA C++, compiled for the CPU: two blocks of two threads take its work, one after the other."""
 
     def __init__(self, source: str, name: str) -> None:
-        folder = tempfile.mkdtemp()
-        code, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-        code.write_text(_HOST + source)
-        subprocess.run(["g++", "-O1", "-shared", "-fPIC", str(code), "-o", str(library)], check=True)
-        shutil.copy(library, library.with_name(f"{name}.so"))
-        self.library = ctypes.CDLL(str(library.with_name(f"{name}.so")))
+        self.library = ctypes.CDLL(str(_compiled(source)))
         self.function = getattr(self.library, name)
 
-    def __call__(self, grid: Any, block: Any, args: list[torch.Tensor]) -> None:
-        assert len({tensor.device for tensor in args}) == 1 and args[0].is_cuda
+    def __call__(self, grid: Any, block: Any, args: list[torch.Tensor | int]) -> None:
+        tensors = [arg for arg in args if not isinstance(arg, int)]
+        assert len({tensor.device for tensor in tensors}) == 1 and tensors[0].is_cuda
         if _recording is not None:
             with _disable_current_modes():  # among them the recording
-                for tensor in args:
+                for tensor in tensors:
                     _recording._remember(tensor)
                 encoded = tuple(map(_recording._encode, args))
             _recording.operations.append(Operation(self.run, encoded, {}, ()))
         self.run(*args)
 
-    def run(self, *args: torch.Tensor) -> None:
+    def run(self, *args: torch.Tensor | int) -> None:
         _device.simulated_count(b"launch kernel")
+        given = [ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in args]
         for place in range(4):
             self.library.place(place // 2, place % 2)
-            self.function(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in args))
+            self.function(*given)
 
 
 def _refuse_in_capture() -> None:
