@@ -11,6 +11,7 @@ import torch
 from gputune.api.study import Study
 from gputune.callbacks.callback import Callback
 from gputune.data.encode import Columns, Numbers
+from gputune.data.kinds import Kind
 from gputune.data.source import read_source
 from gputune.data.target import TaskWord
 from gputune.data.weights import ClassWeight
@@ -82,6 +83,8 @@ def tune(
     augment: Callable[..., object] | None = None,
     class_weight: ClassWeight = None,
     sample_weight: object = None,
+    drop: Sequence[str] = (),
+    kinds: Mapping[str, Kind] | None = None,
     columns: Columns | Literal["auto"] = "auto",
     numbers: Numbers | Literal["auto"] = "auto",
     optimizer: str | type[torch.optim.Optimizer] | None = None,
@@ -144,6 +147,8 @@ def tune(
     training_step  ``callable(module, (x, y))`` in its place, for what needs the module; returns row losses or a mean
     augment      ``callable(x, generator)`` on minibatches of training: returns inputs of the same shape
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
+    drop         columns of a table to leave out, such as an id
+    kinds        what columns are read as, in the place of what they look like: {"zip": "category"}; or "number", "date"
     columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
                  else "drop-constant"
@@ -188,7 +193,8 @@ def tune(
     choice = choose_model(model, optimizer)
     try:
         bar = partial(reading_bar, verbose=options.verbose)
-        source = read_source(X, y, groups, module=choice.takes_arrays, bar=bar)
+        module = choice.takes_arrays
+        source = read_source(X, y, groups, module=module, bar=bar, drop=options.drop, kinds=options.kinds)
         return search(choice, source, options, study_type=Study)
     except SearchInterrupted as stopped:
         if not is_interactive():

@@ -121,8 +121,8 @@ def _add_flag(group: Any, name: str, rule: Rule, **more: Any) -> None:
         how = {"action": "store_false" if rule.name.startswith("--no-") else "store_true"}
     elif name == "ray":
         how |= {"nargs": "?", "const": "local"}
-    elif rule.takes == "specs":
-        how |= {"nargs": "+", "action": "extend"}
+    elif rule.takes in ("specs", "config"):
+        how |= {"nargs": "+", "action": "extend" if rule.takes == "specs" else "append"}
     group.add_argument(rule.name, dest=name, help=rule.help, **{"default": None, **how, **more})
 
 
@@ -248,6 +248,7 @@ def _workers(text: str) -> int | str:
 _READERS: dict[Takes, Callable[[str], object]] = {
     "text": str,
     "specs": str,
+    "config": str,
     "number": _number,
     "0..": _whole(0),
     "1..": _whole(1),
@@ -309,7 +310,14 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
             "lion, muon, schedulefree; of a module also a class of torch.optim, such as RAdam; logistic: exact",
         ),
     },
-    SEARCH: {name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
+    SEARCH: {
+        "sampler": Rule(
+            "--sampler",
+            "tpe: Optuna's sampler proposes the configurations, in batches (needs optuna)",
+            choices=("tpe",),
+        ),
+        **{name: rule for group in METHOD_RULES.values() for name, rule in group.items()},
+    },
     ROWS: {
         "groups": Rule("--groups COL", "rows of one group are never split between folds"),
         "test_size": Rule(

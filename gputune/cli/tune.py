@@ -12,31 +12,26 @@ from pathlib import Path
 import torch
 
 from gputune.api.study import Study
-from gputune.cli.arguments import METHOD_RULES, MODEL, STUDY, model_folder, study_file
+from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
 from gputune.cli.closing import Ending, closing_text, ensemble_words, stopped_text
 from gputune.cli.held_out import HeldOut, held_out_score
+from gputune.cli.typed import options_of, typed_options
 from gputune.cli.wording import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
-from gputune.data.folds import parse_cv
 from gputune.data.source import read_source, set_apart
 from gputune.errors import InputError, SearchInterrupted
-from gputune.executors.ray_connection import Ray
-from gputune.search.descent import Hypergradient
-from gputune.search.space import parse_specs
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.model_files import is_ensemble
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
-from gputune.tuning.method import METHODS, Method
-from gputune.tuning.options import RULES, Options
+from gputune.tuning.options import Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
-from gputune.types import Config
 
-DESCENTS, _HELD_OUT = 8, 0.2
-"""Starts of descents, and the share of the rows held out, where the command does not say."""
+_HELD_OUT = 0.2
+"""Share of the rows held out, where the command does not say."""
 
 
 def tune(arguments: argparse.Namespace) -> str:
@@ -49,10 +44,17 @@ def tune(arguments: argparse.Namespace) -> str:
         raise InputError("--out '' is no folder; name one, or leave it out for gputune-out.")
     out = Path(arguments.study or "gputune-out")
     _check_out(out)
-    options = _options(arguments, out / STUDY)
+    options = options_of(arguments, out / STUDY)
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
     with profile.clock(PREPARING):
-        source = read_source(arguments.file, _target(arguments), arguments.groups, module=choice.takes_arrays)
+        source = read_source(
+            arguments.file,
+            _target(arguments),
+            arguments.groups,
+            module=choice.takes_arrays,
+            drop=options.drop,
+            kinds=options.kinds,
+        )
     rest, test = set_apart(
         source,
         test_size=_HELD_OUT if arguments.test_size is None else arguments.test_size,
@@ -70,7 +72,7 @@ def resume(arguments: argparse.Namespace) -> str:
     """Go on with the search of a study file and return its closing text, as ``tune`` does."""
     begin, profile = time.perf_counter(), Profile()
     study = study_file(arguments.study)
-    changes = _typed_options(arguments)
+    changes = typed_options(arguments)
     record = Study.open(study).record
     with profile.clock(PREPARING), blaming_options(study):
         recorded = recorded_search(study, record, changes, trust_code=arguments.trust_code)
@@ -156,45 +158,6 @@ def _ensemble(
     if is_saved:
         model.save(folder)
     return (held_out if is_saved else best), ensemble_words(study, model, held_out, best, is_saved=is_saved)
-
-
-def _options(arguments: argparse.Namespace, study_file: Path) -> Options:
-    typed = _typed_options(arguments)
-    if "space" in typed:
-        texts = typed["space"]
-        named = len(texts) == 1 and "=" not in texts[0]
-        typed["space"] = texts[0] if named else parse_specs(texts) or None
-    if "cv" in typed:
-        typed["cv"] = parse_cv(typed["cv"])
-    method = _method(arguments.method or "random", arguments)
-    if isinstance(method, Hypergradient):
-        typed.setdefault("n_trials", DESCENTS)
-    return Options(**{**typed, "method": method, "study": study_file})
-
-
-def _typed_options(arguments: argparse.Namespace) -> Config:
-    """Return the options of a search that were typed; of processes and a cluster one alone."""
-    names = RULES.keys() - {"study"}
-    typed = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
-    if arguments.ray is not None:
-        if arguments.workers not in (None, "auto"):
-            raise InputError(f"--workers {arguments.workers} and --ray exclude each other: leave one out.")
-        typed["workers"] = Ray(arguments.ray)
-    return typed
-
-
-def _method(word: str, arguments: argparse.Namespace) -> Method:
-    """Return the method of the command, with its own options; those of another one are refused."""
-    legal = METHOD_RULES.get(word, {})
-    for other, rules in METHOD_RULES.items():
-        for name, rule in rules.items():
-            if name not in legal and getattr(arguments, name) is not None:
-                raise InputError(
-                    f"{rule.name} belongs to --method {other}, got --method {word}; leave it out, or choose that "
-                    "method."
-                )
-    options = {name: value for name in legal if (value := getattr(arguments, name)) is not None}
-    return METHODS[word](**options) if word in METHODS else "random"
 
 
 def _target(arguments: argparse.Namespace) -> str | None:

@@ -37,6 +37,7 @@ _PHRASES = {
 
 _PATTERNS = {
     r", give it a default, or pass functools\.partial\(.*?=\.\.\.\)": ", or give it a default",
+    r"\bkinds=\{'([^']*)': '(\w+)'\}": r"--kind \1=\2",
     r"put '(\w+)' into the space": r"put \1=... into --space",
     r"as a tuple in a list, \[\(([^()]*)\)\]": r"in parentheses, '(\1)'",
     r"X is a dict; pass one table of .* takes apart": "FILE holds several inputs, which a module alone takes: give "

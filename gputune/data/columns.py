@@ -12,11 +12,12 @@ and a category gets a level of that name.
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from gputune.data.kinds import Kind, parse_text, read_amounts, text_of
+from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, text_of
 from gputune.errors import InputError
 from gputune.text import is_number
 from gputune.types import Json
@@ -193,6 +194,9 @@ def convert(values: np.ndarray, kind: Kind, column: Column) -> np.ndarray:
         return _from_text(values, column)
     if (column.kind, kind) == ("number", "boolean"):
         return values
+    if (column.kind, kind) == ("date", "number"):  # 20200131 reads as both
+        with suppress(InputError):
+            return read_as("date", kind, values, column.name)
     if (column.kind, kind) == ("boolean", "number") and np.isin(values[known], (0.0, 1.0)).all():
         return values
     raise _misfit(column, f"a {_WORDS[kind]}")

@@ -169,9 +169,7 @@ def fit_layout(
         fitted = fit_tensor_columns(X, keep=keep)
     else:
         names = X.names
-        amounts = [
-            (name, f"text such as {example!r} is read as numbers") for name, example in X.amounts.items()
-        ]
+        amounts = list(X.amounts.items())
         fitted = [
             fit_column(name, kind, values, max_levels=max_levels, min_count=min_count, keep=keep)
             for name, kind, values in zip(X.names, X.kinds, X.columns)

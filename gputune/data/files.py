@@ -3,14 +3,14 @@
 import gzip
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text
+from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
 from gputune.data.table import Table, as_table, checked_table
 from gputune.errors import InputError
 from gputune.memory import free_memory
@@ -24,8 +24,10 @@ _COLUMN_BYTES = 4096  # of a column, however short it is
 _SHORT = 500  # rows up to which Python reads a column sooner than polars
 
 
-def read_table(source: str | Path) -> Table:
+def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     """Read a .csv, .tsv (also .gz) or .parquet file, or one of scikit-learn's sets as ``sklearn:NAME``.
+
+    The columns of a text file that ``kinds`` names stay text, as they are written, for ``Table.read_as``.
 
     A bundled set has its target in the column ``target``: class names for iris, wine and breast_cancer,
     integers for digits, a number for diabetes. Empty fields and the texts of ``MISSING_TEXT`` are missing
@@ -52,7 +54,7 @@ def read_table(source: str | Path) -> Table:
     if name.endswith(".parquet"):
         return _read_parquet(path)
     if name.removesuffix(".gz").endswith((".csv", ".tsv")):
-        return _read_text(path, tabs=name.removesuffix(".gz").endswith(".tsv"))
+        return _read_text(path, kinds, tabs=name.removesuffix(".gz").endswith(".tsv"))
     remedy = _OF_IMAGES if path.suffix.lower() in _IMAGES else "convert it first"
     raise InputError(
         f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}."
@@ -112,8 +114,15 @@ def _read_parquet(path: Path) -> Table:
     return as_table(frame)
 
 
-def _read_text(path: Path, *, tabs: bool) -> Table:
+def _read_text(path: Path, kinds: Collection[str], *, tabs: bool) -> Table:
     """Read a text file with a header line; polars cuts it into fields, kinds.py reads them."""
+    names, rows = _read_fields(path, tabs=tabs)
+    columns = [_field(series, as_text=name in kinds) for name, series in zip(names, rows)]
+    return checked_table(names, columns, typed=kinds)
+
+
+def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
+    """Return the names in the header line, and a polars frame of the fields below it, as text."""
     import polars as pl
 
     rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
@@ -130,7 +139,7 @@ def _read_text(path: Path, *, tabs: bool) -> Table:
         # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
-    return checked_table(names, [_field(series) for series in rows])
+    return names, rows
 
 
 def _open_text(path: Path) -> IO[bytes]:
@@ -163,10 +172,12 @@ def _check_room(path: Path, needed: int, free: int) -> None:
         )
 
 
-def _field(texts: Any) -> tuple[Kind, np.ndarray]:
+def _field(texts: Any, *, as_text: bool) -> tuple[Kind, np.ndarray]:
     """Read a polars series of text as ``parse_text`` does, numbers in a long one 20 times faster."""
     import polars as pl
 
+    if as_text:
+        return "category", texts_of(texts.to_numpy())
     if len(texts) <= _SHORT:
         return parse_text(texts.to_numpy())
     stripped = texts.str.strip_chars()

@@ -3,7 +3,8 @@
 The kind follows the type of the values. Text from a source without types (a CSV file, an array of str or
 object, a list of lists) becomes a number, a boolean or a date where every value reads as one. Text in a data frame or
 a Parquet file stays a category, since there the column's type is its owner's word; but amounts, numbers with a
-currency, a percent sign or commas between thousands as spreadsheets write them, are numbers wherever they stand.
+currency, a percent sign or commas between thousands as spreadsheets write them, are numbers wherever they stand. A
+dash among numbers is a missing one.
 """
 
 import datetime
@@ -20,6 +21,9 @@ import numpy as np
 from gputune.errors import InputError
 
 Kind = Literal["number", "boolean", "category", "date"]
+
+KINDS = ("number", "category", "date")
+"""Kinds that a column can be said to have; booleans are seen."""
 
 MISSING_TEXT = frozenset(
     ["", "?", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "null", "NULL", "None", "NaT"]
@@ -51,8 +55,7 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
     A date is written as ISO 8601 has it (2020-01-31, 2020-01-31 12:30, 20200131T123000Z; slashes will do too);
     other orders of day and month would be a guess.
     """
-    stripped = [None if value is None else value.strip() for value in values]
-    texts = [None if text in MISSING_TEXT else text for text in stripped]
+    texts = texts_of(values)
     present = {text for text in texts if text is not None}
     if present and {text.lower() for text in present} <= {"true", "false"}:
         return "boolean", _each(texts, lambda text: float(text.lower() == "true"))
@@ -65,11 +68,57 @@ def parse_text(values: np.ndarray) -> tuple[Kind, np.ndarray]:
     try:
         return "date", _each(texts, _read_date)
     except ValueError:
-        return "category", np.array(texts, dtype=object)
+        return "category", texts
+
+
+def texts_of(values: np.ndarray) -> np.ndarray:
+    """Return texts without the blanks around them, None for those that stand for a missing value."""
+    stripped = [None if value is None else value.strip() for value in values]
+    return np.array([None if text in MISSING_TEXT else text for text in stripped], dtype=object)
 
 
 def _read_date(text: str) -> float:
     return _epoch_seconds(datetime.datetime.fromisoformat(text.replace("/", "-")))
+
+
+def read_as(wanted: Kind, kind: Kind, values: np.ndarray, name: str) -> np.ndarray:
+    """Return the values of a column read as the kind that its owner wants: number, category or date.
+
+    Raises InputError, with the first value that is none, and for dates, which nothing else is read from.
+    """
+    if kind == wanted or (wanted, kind) == ("number", "boolean"):
+        return values
+    if kind == "date":
+        raise InputError(
+            f"kinds={{{name!r}: {wanted!r}}}: column {name!r} holds dates, which nothing else is read from; convert it."
+        )
+    texts = values if kind == "category" else _texts(values, kind)
+    if wanted == "category":
+        return texts
+    amounts = read_amounts(texts) if wanted == "number" else None
+    read = float if wanted == "number" else _read_date
+    try:
+        return _each(texts, read) if amounts is None else amounts[0]
+    except ValueError:
+        row = next(row for row, text in enumerate(texts) if text is not None and not _reads(read, text))
+        raise InputError(
+            f"kinds={{{name!r}: {wanted!r}}}: column {name!r} has {texts[row]!r} in row {row}; leave that cell empty "
+            "where its value is missing, or choose another kind."
+        ) from None
+
+
+def _texts(values: np.ndarray, kind: Kind) -> np.ndarray:
+    """Return numbers or booleans as texts, None where they are missing."""
+    text = (lambda value: str(bool(value))) if kind == "boolean" else text_of
+    return np.array([None if np.isnan(value) else text(value) for value in values], dtype=object)
+
+
+def _reads(read: Callable[[str], float], text: str) -> bool:
+    try:
+        read(text)
+    except ValueError:
+        return False
+    return True
 
 
 def from_series(series: "nw.Series[Any]") -> tuple[Kind, np.ndarray]:
@@ -172,22 +221,49 @@ _OBJECTS: tuple[tuple[Any, Kind, Callable[[Any], float]], ...] = (
 _AMOUNT = re.compile(
     r"([-+]?)([$€£¥]?) ?([-+]?)(0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(\.[0-9]+)? ?([%$€£¥]?)"
 )
+_PLAIN = re.compile(r"[-+]?(0|[1-9][0-9]*)?(\.[0-9]*)?([eE][-+]?[0-9]+)?")
+_DASHES = ("-", "--", "–", "—")
 _THOUSANDS = 4  # digits from which on a number has a comma, where its column has any
 
 
 def read_amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
-    """Return texts as numbers (n,), NaN for None, and one of them as it is written; None where they are no amounts.
+    """Return texts as numbers (n,), NaN for None, and a remark on what was read; None where they are no amounts.
 
     All are amounts of one form: they have the same currency or a percent sign, and commas between thousands
     everywhere or nowhere. 89.5% is 89.5. Plain numbers are none, and neither are currencies with three decimals
-    throughout, which are thousands in other countries.
+    throughout, which are thousands in other countries. A dash beside amounts or plain numbers is a missing one.
     """
+    texts = [None if text is None else text.strip() for text in texts]
+    dash = next((text for text in texts if text in _DASHES), None)
+    texts = [None if text in _DASHES else text for text in texts]
+    read = _amounts(texts)
+    if read is None and dash is not None and any(texts):
+        try:
+            plain = (math.nan if text is None else _plain(text) for text in texts)
+            return np.fromiter(plain, dtype=np.float64), f"{dash!r} among numbers is read as missing"
+        except ValueError:
+            return None
+    if read is None:
+        return None
+    numbers, example = read
+    missing = "" if dash is None else f", {dash!r} as missing"
+    return numbers, f"text such as {example!r} is read as numbers{missing}"
+
+
+def _plain(text: str) -> float:
+    if not _PLAIN.fullmatch(text):  # 007 and 1_000 are codes
+        raise ValueError(text)
+    return float(text)
+
+
+def _amounts(texts: Iterable[str | None]) -> tuple[np.ndarray, str] | None:
+    """Return amounts as numbers, and one of them as it is written."""
     numbers, signs, decimals, commas, example = [], set(), set(), set(), ""
     for text in texts:
         if text is None:
             numbers.append(math.nan)
             continue
-        match = _AMOUNT.fullmatch(text.strip())
+        match = _AMOUNT.fullmatch(text)
         if match is None or (match[1] and match[3]) or (match[2] and match[6]):
             return None
         minus, currency, other, whole, rest, unit = match.groups(default="")

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +17,12 @@ from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.containers import refuse_lists, refuse_loader
 from gputune.data.files import read_table
 from gputune.data.folds import hold_out, parse_cv
+from gputune.data.kinds import Kind
 from gputune.data.table import Table, as_rows, as_table, quoted, split_target
 from gputune.data.target import Target, TaskWord, check_target
 from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
+from gputune.text import did_you_mean
 
 
 def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> dict[str, object]:
@@ -121,17 +123,25 @@ class Source:
 
 
 def read_source(
-    X: Any, y: Any = None, groups: Any = None, *, module: bool = False, bar: Bar = iter
+    X: Any,
+    y: Any = None,
+    groups: Any = None,
+    *,
+    module: bool = False,
+    bar: Bar = iter,
+    drop: Sequence[str] = (),
+    kinds: Mapping[str, Kind] | None = None,
 ) -> Source:
     """Return the rows of X and y.
 
     X is a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or the name of a column of X;
     ``groups`` likewise. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's, whose items are
-    read behind a ``bar``.
+    read behind a ``bar``. The columns ``drop`` of a table are left out, those of ``kinds`` are read as they say.
     Raises InputError or FileNotFoundError for what cannot be read.
     """
-    from_file = isinstance(X, str | Path)
+    from_file, kinds = isinstance(X, str | Path), kinds or {}
     if from_file and Path(X).suffix in ARRAY_SUFFIXES:
+        _refuse_columns(drop, kinds)
         return _read_arrays(Path(X), y, groups, module=module)
     refuse_loader(X)
     if module and isinstance(X, TorchDataset):
@@ -144,6 +154,7 @@ def read_source(
         _refuse_arrays(X)
     arrays = as_arrays(X) if module else None
     if arrays is not None or isinstance(X, Tensor):
+        _refuse_columns(drop, kinds)
         if isinstance(y, str) or isinstance(groups, str):
             raise InputError(
                 f"y and groups must be arrays when X is a tensor or arrays, got y={y!r}, groups={groups!r:.40}; pass "
@@ -152,13 +163,15 @@ def read_source(
         return Source(checked_tensor(X) if arrays is None else arrays, y, "y", groups, None)
     if module and not from_file:
         refuse_lists(X)
-    table = read_table(X) if from_file else as_table(X)
+    table = read_table(X, kinds) if from_file else as_table(X)
+    table = _choose_columns(table, drop, kinds, kept=[name for name in (y, groups) if isinstance(name, str)])
     origin: Origin | None = None
     if from_file:
         if not isinstance(y, str):
             raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
         path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
         origin = {"path": path, "target": y, "groups": groups if isinstance(groups, str) else None}
+        origin |= ({"drop": list(drop)} if drop else {}) | ({"kinds": dict(kinds)} if kinds else {})
     if isinstance(groups, str):
         if isinstance(y, str) and groups == y:
             raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
@@ -171,6 +184,33 @@ def read_source(
     if isinstance(y, str):
         table, y = split_target(table, y)
     return Source(table, y, name, groups, origin, None if from_file or isinstance(X, Table) else X)
+
+
+def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:
+    for name, value in (("drop", list(drop)), ("kinds", dict(kinds))):
+        if value:
+            raise InputError(
+                f"{name} is for tables, whose columns have names, got {value!r}; leave {name} out."
+            )
+
+
+def _choose_columns(
+    table: Table, drop: Sequence[str], kinds: Mapping[str, Kind], *, kept: Sequence[str]
+) -> Table:
+    """Return a table with columns read as ``kinds`` say, and without those to ``drop``; target and groups stay."""
+    for argument, names in (("drop", drop), ("kinds", kinds)):
+        for name in names:
+            if name not in table.names:
+                raise InputError(
+                    f"{argument} has {name!r}, and the columns of the table are {quoted(table.names)}."
+                    f"{did_you_mean(name, table.names)}"
+                )
+    for name in kept:
+        if name in drop:
+            raise InputError(f"drop has {name!r}, which is the target or the groups; name other columns.")
+    if len({*table.names} - {*drop, *kept}) == 0 and drop:
+        raise InputError(f"drop must leave a column to predict from, got {quoted(drop)}; name fewer columns.")
+    return table.read_as(kinds).drop(*drop)
 
 
 def _refuse_arrays(X: Any) -> None:
@@ -203,7 +243,8 @@ def read_again(origin: Origin, *, module: bool = False) -> Source:
 
 def read_apart(origin: Origin, *, module: bool = False) -> tuple[Source, Source | None]:
     """Return the rows that a study was searched on, and those that it held out, if it did."""
-    source = read_source(origin["path"], origin["target"], origin["groups"], module=module)
+    columns = {name: origin[name] for name in ("drop", "kinds") if name in origin}
+    source = read_source(origin["path"], origin["target"], origin["groups"], module=module, **columns)
     if "test_size" not in origin:
         return source, None
     return set_apart(source, **{k: origin[k] for k in ("test_size", "cv", "seed", "task")})

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import issparse
 
 from gputune.data.containers import refuse_containers
-from gputune.data.kinds import Kind, from_column, from_series, read_amounts
+from gputune.data.kinds import Kind, from_column, from_series, read_amounts, read_as
 from gputune.errors import InputError
 from gputune.text import nearest
 
@@ -31,7 +31,7 @@ class Table:
     kinds: tuple[Kind, ...]
     columns: tuple[np.ndarray, ...]
     amounts: Mapping[str, str] = field(default_factory=dict)
-    """A text of each column whose numbers were written as amounts (kinds.py), also of columns that were taken out."""
+    """A remark on each column whose numbers were written as amounts (kinds.py), also of columns taken out."""
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -52,14 +52,24 @@ class Table:
         """Return the given rows (positions or a mask) of all columns."""
         return replace(self, columns=tuple(column[rows] for column in self.columns))
 
-    def drop(self, name: str) -> "Table":
-        """Return the table without one column."""
-        kept = [i for i, other in enumerate(self.names) if other != name]
+    def drop(self, *names: str) -> "Table":
+        """Return the table without some columns."""
+        kept = [i for i, name in enumerate(self.names) if name not in names]
         return Table(
             tuple(self.names[i] for i in kept),
             tuple(self.kinds[i] for i in kept),
             tuple(self.columns[i] for i in kept),
             self.amounts,
+        )
+
+    def read_as(self, kinds: Mapping[str, Kind]) -> "Table":
+        """Return the table with the columns that ``kinds`` names read as these kinds. Raises InputError."""
+        read = {name: read_as(kinds[name], self.kind(name), self.column(name), name) for name in kinds}
+        return Table(
+            self.names,
+            tuple(kinds.get(name, kind) for name, kind in zip(self.names, self.kinds)),
+            tuple(read.get(name, values) for name, values in zip(self.names, self.columns)),
+            {name: remark for name, remark in self.amounts.items() if name not in kinds},
         )
 
     def frame(self) -> object:
@@ -190,7 +200,7 @@ def checked_table(
 ) -> Table:
     """Build a table from the outside world: at least one row and column, distinct names, finite values.
 
-    Text that is all amounts becomes numbers, but in columns that are ``typed`` as categories.
+    Text that is all amounts becomes numbers, but in columns that are ``typed`` by their owner.
     """
     if not columns:
         raise InputError("the table has no columns; at least one is needed.")
@@ -214,5 +224,5 @@ def checked_table(
         tuple(names),
         tuple("number" if name in read else kind for name, (kind, _) in zip(names, columns)),
         tuple(read[name][0] if name in read else values for name, (_, values) in zip(names, columns)),
-        {name: example for name, (_, example) in read.items()},
+        {name: remark for name, (_, remark) in read.items()},
     )

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from gputune.data.kinds import text_of
 from gputune.data.target import Target
 from gputune.errors import InputError
 
@@ -84,7 +85,9 @@ def _check_classes(class_weight: ClassWeight, target: Target) -> np.ndarray | Li
         )
     classes = target.classes.tolist()
     weights = np.ones(len(classes))
-    for label, weight in class_weight.items():
+    texts = {text_of(one): one for one in classes}  # a command line has nothing else
+    for name, weight in class_weight.items():
+        label = texts.get(name, name) if isinstance(name, str) else name
         if label not in classes:
             known = ", ".join(map(repr, classes[:8]))
             raise InputError(f"class_weight has the class {label!r}, which {target.name} has not: {known}.")

@@ -162,8 +162,8 @@ def _rows(script: _Script, record: SearchRecord) -> tuple[list[str], list[str]]:
         origin = script.lines(source, indent=0)
         lines = ["# the rows of the search, without those that were held out", f"rows = read_again({origin})"]
         return lines, ["rows.X", "rows.y", "groups=rows.groups"]
-    groups = [f"groups={script.literal(source['groups'])}"] if source.get("groups") else []
-    return [], [script.literal(source["path"]), script.literal(source["target"]), *groups]
+    more = [f"{k}={script.literal(source[k])}" for k in ("groups", "drop", "kinds") if source.get(k)]
+    return [], [script.literal(source["path"]), script.literal(source["target"]), *more]
 
 
 def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, str]:

@@ -227,13 +227,14 @@ _EXAMPLES = (
 )
 
 
-def parse_specs(texts: Iterable[str]) -> dict[str, object]:
+def parse_specs(texts: Iterable[str], flag: str = "--space") -> dict[str, object]:
     """Return the space of several ``KEY=SPEC``, for ``check_space``; a key given twice is an InputError."""
     space: dict[str, object] = {}
     for text in texts:
         key, value = parse_spec(text)
         if key in space:
-            raise InputError(f"--space must name a key once, got {key!r} twice. Join them: {key}=A,B.")
+            join = f"Join them: {key}=A,B." if flag == "--space" else "Leave one out."
+            raise InputError(f"{flag} must name a key once, got {key!r} twice. {join}")
         space[key] = value
     return space
 

@@ -177,7 +177,9 @@ class TunedModel(ModelContent):
             return self._arrays(X, self.layout)
         if isinstance(X, Tensor):
             return as_table(checked_tensor(X).cpu().numpy())
-        table = read_table(X) if isinstance(X, str | Path) else as_table(X)
+        # "007" and "7" are two levels, and one number.
+        texts = [column.name for column in self.layout.columns if column.kind == "category"]
+        table = read_table(X, texts) if isinstance(X, str | Path) else as_table(X)
         # A file that still has its target's column is no surprise that a warning must tell.
         answers = self.target in table.names and self.target not in self.layout.inputs
         table = table.drop(self.target) if answers and len(table.names) > 1 else table

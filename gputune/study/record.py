@@ -28,7 +28,7 @@ SPEC = (
 METHOD = (str, {"name": str, "hyperparameters?": ([str], (str,)), "sampler?": str})
 SOURCE = {
     "path": str, "target": str, "groups": TEXT, "rows?": int, "cv?": str, "seed?": int, "test_size?": float,
-    "task?": TEXT, "held_out?": FINGERPRINT,
+    "task?": TEXT, "held_out?": FINGERPRINT, "drop?": [str], "kinds?": {"": str},
 }  # fmt: skip
 ARGUMENTS = {
     "kept": dict, "space": ([dict], None), "folds": [[str]], "lacking": [str], "callbacks": [str],

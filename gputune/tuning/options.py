@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 
     from gputune.callbacks.callback import Callback
     from gputune.data.encode import Columns, Numbers
+    from gputune.data.kinds import Kind
     from gputune.data.target import TaskWord
     from gputune.data.weights import ClassWeight
     from gputune.executors.ray_connection import Ray
     from gputune.scoring.scoring import Scorer
     from gputune.tuning.method import Method
 
-Takes = Literal["text", "number", "0..", "1..", "names", "specs", "workers"]
+Takes = Literal["text", "number", "0..", "1..", "names", "specs", "config", "workers"]
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,29 @@ def _workers(name: str, value: object) -> object:
     return value if isinstance(value, Ray) or value == "auto" else _whole(name, value)
 
 
+def _names(name: str, value: object) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise InputError(f"{name} must be a list of columns, for example ['id'], got {value!r}.")
+    return tuple(names)
+
+
+def _kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
+    from gputune.data.kinds import KINDS
+
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} must be a dict such as {{'zip': 'category'}}, got {value!r}.")
+    for column, kind in value.items():
+        if kind not in KINDS:
+            raise InputError(
+                f"{name} must be one of {', '.join(KINDS)} for each column, got {kind!r} for {column!r}."
+                f"{did_you_mean(kind, KINDS)}"
+            )
+    return dict(value)
+
+
 def _callbacks(name: str, value: object) -> "tuple[Callback, ...]":
     from gputune.callbacks.callback import check_callbacks
 
@@ -160,7 +184,10 @@ class Options:
         "points for each)",
         takes="0..", kept=True, resume="configurations in all, where there are to be more",
     )  # fmt: skip
-    include: Sequence[Mapping[str, object]] = ()
+    include: Sequence[Mapping[str, object]] = _search(
+        (), "--include KEY=VALUE",
+        "a configuration to run beside the drawn ones, filled up with defaults; once for each", takes="config",
+    )  # fmt: skip
     include_default: bool = _search(
         True, "--no-default",
         "do not run the default configuration (trial 0, held to --space wherever that names a key)",
@@ -214,8 +241,19 @@ class Options:
     )
     training_step: Callable[..., object] | None = None
     augment: Callable[..., object] | None = None
-    class_weight: "ClassWeight" = _option(None, kept=True)
+    class_weight: "ClassWeight" = _rows(
+        None, "--class-weight W",
+        "weights in the training loss: balanced, or CLASS=WEIGHT,... (left=5,stayed=1)", kept=True,
+    )  # fmt: skip
     sample_weight: object = None
+    drop: Sequence[str] = _rows(
+        (), "--drop COL,COL", "columns to leave out, such as an id", takes="names", check=_names, kept=True
+    )  # fmt: skip
+    kinds: "Mapping[str, Kind] | None" = _rows(
+        None, "--kind COL=KIND",
+        "what a column is read as: category (a postal code), number or date (20200131)",
+        takes="specs", check=_kinds, kept=True,
+    )  # fmt: skip
     columns: "Columns | Literal['auto']" = _rows(
         "auto", "--columns HOW",
         "keep: each column of numbers is one feature; drop-constant: constant ones are left out, and features say "

@@ -174,9 +174,11 @@ def recorded_search(
         )
     arguments = record.arguments
     if arguments.lacking:
+        of_command = "test_size" in (record.source or {})  # which alone keeps rows apart
+        call = f"call of gputune.tune(..., study={str(path)!r})"
         raise InputError(
-            f"study {str(path)!r} does not hold: {'; '.join(arguments.lacking)}. Repeat the call of "
-            f"gputune.tune(..., study={str(path)!r}), which goes on where it stopped."
+            f"study {str(path)!r} does not hold: {'; '.join(arguments.lacking)}. Repeat the "
+            f"{'command that began it' if of_command else call}, which goes on where it stopped."
         )
     study = path.absolute()  # wherever a module of the user's goes meanwhile
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)

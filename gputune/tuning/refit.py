@@ -228,7 +228,7 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
             raise InputError(
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
-        return choice, read_source(X, y, module=choice.takes_arrays), options
+        return choice, _given(X, y, choice, options), options
     if record.face == "sklearn":
         raise InputError(
             f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
@@ -240,7 +240,12 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
         raise _lost_weights("sample_weight again, which this study used")
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
-    return choice, _reread(study, X, y, module=choice.takes_arrays), options
+    rows = _reread(study, module=choice.takes_arrays) if X is None else _given(X, y, choice, options)
+    return choice, rows, options
+
+
+def _given(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
+    return read_source(X, y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
 
 
 def _lost_weights(what: str) -> InputError:
@@ -277,9 +282,7 @@ def _class_weight(record: SearchRecord) -> object:
     raise _lost_weights(f"class_weight={record.class_weight} again")
 
 
-def _reread(study: Study, X: object, y: object, *, module: bool) -> Source:
-    if X is not None:
-        return read_source(X, y, module=module)
+def _reread(study: Study, *, module: bool) -> Source:
     origin = study.record.source
     if origin is None:
         raise InputError(

@@ -175,6 +175,32 @@ def test_bad_options(bugs, option, value, words):
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--drop", "aa,b"],
+            ["--drop has 'aa'", "columns of the table are 'a', 'b', 'c', 'kind'", "mean 'a'?"],
+        ),
+        (["--drop", "kind"], ["--drop has 'kind', which is the target or the groups; name other columns"]),
+        (["--drop", "a,b,c"], ["--drop must leave a column to predict from, got 'a', 'b', 'c'"]),
+        (["--kind", "d=number"], ["--kind has 'd'"]),
+        (["--kind", "c=number"], ["--kind c=number: column 'c' has '", "in row 0", "choose another kind"]),
+        (["--kind", "c"], ["--kind is written as in --kind zip=category, got 'c'"]),
+        (["--kind", "c=text"], ["--kind must be one of number, category, date for each column, got 'text'"]),
+        (["--class-weight", "ant"], ["--class-weight left=5,stayed=1, or balanced, got 'ant'"]),
+        (["--class-weight", "ant=many"], ["--class-weight has a number for each class", "got 'ant=many'"]),
+        (["--class-weight", "cat=2"], ["--class-weight has the class 'cat', which kind has not"]),
+        (["--include", "lr=1,2"], ["--include takes one value for each key, got 'lr=1,2'; lists and ranges"]),
+        (["--include", "lr=1", "lr=2"], ["--include must name a key once, got 'lr' twice. Leave one out."]),
+        (["--include", "lr=x"], ["lr must be a finite number", "'lr=x'"]),
+        (["--sampler", "tpe", "--method", "median"], ["--sampler tpe goes with --method random or halving"]),
+    ],
+)
+def test_columns_weights_and_configurations(bugs, options, words):
+    refused_tune(bugs, *options, words=words)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("import no_such_package", ["does not run", "no_such_package", "correct it"]),

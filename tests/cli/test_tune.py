@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import f1_score
 
 import gputune
@@ -300,6 +301,62 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
     assert (
         study.meta["numbers"] == "quantile" and study.meta["dtype"] == "float64" and study.meta["seed"] == 3
     )
+
+
+def test_columns_as_they_are_said_to_be(tmp_path):
+    day = [f"2020{1 + i % 12:02}{1 + i % 28:02}" for i in range(40)]
+    table = write_table(tmp_path / "t.csv", id=range(40), zip=["007", "7"] * 20, day=day, kind=kinds())
+    code, _, err = run(
+        "tune", table, "--target", "kind", "--drop", "id,a", "--kind", "zip=category", "day=date",
+        "--class-weight", "ant=3", "--include", "lr=0.5", "width=8", "--include", "width=9", "--out", tmp_path / "o",
+        *FAST, "--trials", "1",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    study, model = (
+        gputune.Study.open(tmp_path / "o" / "study.db"),
+        gputune.load_model(tmp_path / "o" / "model"),
+    )
+    names = ["b", "c=blue", "c=red", "zip=007", "zip=7", "day.days", "day.month", "day.day", "day.weekday"]
+    assert list(model.layout.feature_names) == names
+    assert [(t.params["width"], t.params["lr"]) for t in study.trials] == [(128, 1e-3), (8, 0.5), (9, 1e-3)]
+    assert study.meta["class_weight"] == "{'ant': 3.0}"
+    again = study.best_model()  # which reads the same columns from the file
+    rows = read_source(table, "kind", drop=["id", "a"], kinds={"zip": "category", "day": "date"}).X
+    assert (again.predict(rows) == model.predict(rows.frame())).all()
+    code, out, err = run("predict", tmp_path / "o" / "model", table)
+    assert [label for (label,) in read_csv(out)[1:]] == model.predict(
+        rows
+    ).tolist() and "ignored: 'a', 'id'" in err
+    assert run("resume", tmp_path / "o", "--trials", "2")[0] == 0
+    with pytest.raises(
+        gputune.InputError, match="drop is for tables, whose columns have names, got \\['a'\\]"
+    ):
+        gputune.tune("mlp", torch.zeros(40, 2), np.arange(40) % 2, drop=["a"])
+    for name, value in {
+        "drop": "a list of columns, for example",
+        "kinds": "a dict such as {'zip': 'category'}",
+    }.items():
+        with pytest.raises(gputune.InputError, match=f"{name} must be {value}"):
+            gputune.tune("mlp", np.zeros((40, 2)), np.arange(40) % 2, **{name: 3})
+
+
+def test_a_sampler_by_its_name(tmp_path):
+    command = [
+        "tune",
+        "sklearn:iris",
+        "--sampler",
+        "tpe",
+        "--method",
+        "halving",
+        "--out",
+        tmp_path / "o",
+        *FAST,
+    ]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "") and "Sampler  Optuna's TPESampler proposed 2 trials in 1 batch" in out
+    code, _, err = run("resume", tmp_path / "o", "--trials", "9")
+    assert code == 2 and "Repeat the command that began it, which goes on where it stopped" in err
+    assert run(*command, "--trials", "4")[0] == 0
 
 
 def test_a_time_series_keeps_the_last_rows_apart(tmp_path):

@@ -28,7 +28,21 @@ from refused import refused
 def test_amounts_are_numbers(texts, numbers, example):
     found, shown = read_amounts(texts)
     np.testing.assert_array_equal(found, numbers)
-    assert shown == example
+    assert shown == f"text such as {example!r} is read as numbers"
+
+
+@pytest.mark.parametrize(
+    ("texts", "numbers", "remark"),
+    [
+        (["-", "12", "-0.5", None], [np.nan, 12, -0.5, np.nan], "'-' among numbers is read as missing"),
+        (["1e3", " -- "], [1000, np.nan], "'--' among numbers is read as missing"),
+        (["$1", "–"], [1, np.nan], "text such as '$1' is read as numbers, '–' as missing"),
+    ],
+)
+def test_a_dash_among_numbers_is_missing(texts, numbers, remark):
+    found, said = read_amounts(texts)
+    np.testing.assert_array_equal(found, numbers)
+    assert said == remark
 
 
 @pytest.mark.parametrize(
@@ -46,6 +60,10 @@ def test_amounts_are_numbers(texts, numbers, example):
         ["1.234 €", "12.500 €"],  # thousands, where a point stands between them
         ["$007"],
         ["12", "7"],  # plain numbers, and codes
+        ["-", "007"],
+        ["-", "1_000"],
+        ["-", "red"],
+        ["-", None],
         ["02139"],
         ["$"],
         ["%"],

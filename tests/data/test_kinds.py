@@ -7,7 +7,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gputune.data.kinds import MISSING_TEXT, from_column, from_values, is_missing, parse_text, text_of
+from gputune.data.kinds import (
+    MISSING_TEXT,
+    from_column,
+    from_values,
+    is_missing,
+    parse_text,
+    read_as,
+    text_of,
+)
 from gputune.errors import InputError
 
 NAN = np.nan
@@ -89,3 +97,43 @@ def test_numbers_as_categories():
         "a",
         "nan",
     ]
+
+
+def column(*values):
+    return np.array(values, dtype=object if any(isinstance(v, str) for v in values) else float)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "values", "read"),
+    [
+        ("category", "category", column("007", None), ["007", None]),
+        ("category", "number", column(7, NAN, 1.5), ["7", None, "1.5"]),
+        ("category", "boolean", column(1, NAN), ["True", None]),
+        ("number", "category", column("007", "1e3"), [7, 1000]),
+        ("number", "category", column("$1,234", "-"), [1234, NAN]),
+        ("number", "boolean", column(1, 0), [1, 0]),
+        ("date", "number", column(20200101, NAN), [1577836800, NAN]),
+        ("date", "category", column("2020-01-01", None), [1577836800, NAN]),
+    ],
+)
+def test_a_column_is_read_as_its_owner_says(wanted, kind, values, read):
+    found = read_as(wanted, kind, values, "c")
+    np.testing.assert_array_equal(found, np.array(read, dtype=object if wanted == "category" else float))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kind", "values", "words"),
+    [
+        (
+            "number",
+            "category",
+            column("1", "many"),
+            r"kinds=\{'c': 'number'\}: column 'c' has 'many' in row 1; leave that cell empty",
+        ),
+        ("date", "number", column(7, 20200101), r"kinds=\{'c': 'date'\}: column 'c' has '7' in row 0"),
+        ("number", "date", column(0), "holds dates, which nothing else is read from; convert it"),
+    ],
+)
+def test_a_column_that_cannot_be_read_as_its_owner_says(wanted, kind, values, words):
+    with pytest.raises(InputError, match=words):
+        read_as(wanted, kind, values, "c")

@@ -227,8 +227,9 @@ def test_each_class_weighs_the_same_in_the_balance():
 
 def test_integer_and_boolean_classes_are_found_by_value():
     target = check_target([0, 1, 0], n_rows=3)
-    weights = check_weights(None, {1: 2.0}, target).for_fold(target, np.arange(3))
-    np.testing.assert_array_equal(weights, [1, 2, 1])
+    for weight in ({1: 2.0}, {"1": 2.0}):  # as a command line has it
+        weights = check_weights(None, weight, target).for_fold(target, np.arange(3))
+        np.testing.assert_array_equal(weights, [1, 2, 1])
 
 
 @pytest.mark.parametrize(
