@@ -308,7 +308,7 @@ def brier(outputs, y):
 
 
 BROADCASTS = [
-    (mean_square, FAR), (mean_square, FAR[:, None]), (functional.mse_loss, FAR), (brier, BINARY),
+    (mean_square, FAR), (functional.mse_loss, FAR), (brier, BINARY),
     (lambda o, t: (o - t).square().mean(1), FAR), (lambda o, t: (o - t).square().mean(0), FAR),
     (mean_square, torch.arange(60) // 40),
 ]  # fmt: skip
@@ -326,6 +326,34 @@ def test_a_loss_that_broadcasts_outputs_and_target_is_refused(loss, y, face):
         else:
             net = NeuralNetRegressor if y.is_floating_point() else NeuralNetClassifier
             net(OneLogit, criterion=loss, max_epochs=1).fit(X.numpy(), y.numpy().ravel())
+
+
+@pytest.mark.parametrize("task", [None, "custom"])
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_column_is_seen_as_it_was_given(task, steps):
+    def loss(outputs, y):
+        assert outputs.shape == y.shape
+        return (outputs - y).square().mean()
+
+    def score(outputs, y):
+        return -float(loss(outputs, y))
+
+    how = (
+        {"training_step": lambda module, batch: loss(module(batch[0]), batch[1])} if steps else {"loss": loss}
+    )
+    column, rows = (
+        gputune.tune(model, X, y, task=task, scoring=score, **how, **ONE).trials[0].score
+        for model, y in ((OneLogit, FAR[:, None]), (lambda n_features: Single(n_features, 1), FAR))
+    )
+    assert math.isfinite(column) and math.isfinite(rows)
+    if task is None:
+        named = gputune.tune(OneLogit, X, FAR[:, None], scoring=score, **ONE)
+        assert named.best_model().predict(X).shape == (60,)
+
+
+def test_a_score_that_broadcasts_outputs_and_target_is_refused():
+    with refused(r"compares each output .* shape \(20, 1\) and y \(20,\), .* take outputs\[:, 0\]"):
+        gputune.tune(OneLogit, X, FAR, scoring=lambda o, t: -mean_square(o, t), **ONE)
 
 
 @pytest.mark.filterwarnings("error:Using a target size")

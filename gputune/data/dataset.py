@@ -116,6 +116,7 @@ class Dataset:
     n_outputs: int  # K: number of classes (of two also 1, their one logit), of labels, or of numbers a row
     task: Task
     target: Tensor  # (n,) class codes, or y (n, ...) in its own units (float64)
+    column: bool = False  # whether losses and scores of the user's own see y of one number a row as (n, 1)
     scorer_rows: ScorerRows | None = None  # where there is a scorer of the user's own
     names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
     scaling: tuple[Scaling | None, ...] = (None,)  # of each input
@@ -257,6 +258,7 @@ def make_dataset(
         on_host=on_host,
         copies=copies,
         y=y.to(like.dtype) if y.is_floating_point() else y.long(),
+        column=target.column,
         weights=_stack(row_weights, device),
         folds=tuple(Fold(train, valid) for train, valid in positions),
         present=_present(target, folds, device),
@@ -333,7 +335,8 @@ def _standardise(
     if target.classes is not None:
         return values, np.zeros(len(folds)), np.ones(len(folds))
     if target.task != "regression" or not standardise:
-        return values[None], np.zeros(len(folds)), np.ones(len(folds))
+        as_given = values[:, None] if target.column else values
+        return as_given[None], np.zeros(len(folds)), np.ones(len(folds))
     center, scale = (np.array([of(values[train], 0) for train, _ in folds]) for of in (np.mean, np.std))
     # A constant target has a standard deviation of rounding errors, not of 0.
     constant = np.array([np.ptp(values[train], 0) == 0 for train, _ in folds])

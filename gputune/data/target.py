@@ -1,7 +1,7 @@
 """What is to be predicted: the task, and y as class codes or numbers."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import narwhals as nw
@@ -37,6 +37,8 @@ class Target:
     values: np.ndarray
     classes: np.ndarray | None
     name: str = "y"
+    column: bool = False
+    """Whether numbers (n,) were given as (n, 1), in which shape losses and scores of the user's own see them."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -79,7 +81,7 @@ class Target:
 
     def select(self, rows: np.ndarray) -> "Target":
         """Return the given rows; the classes stay, also those that no row has any more."""
-        return Target(self.task, self.values[rows], self.classes, self.name)
+        return replace(self, values=self.values[rows])
 
 
 def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: str = "y") -> Target:
@@ -94,7 +96,9 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
         raise InputError(
             f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.{did_you_mean(task, TASKS)}"
         )
-    values = _values(y, name)
+    given = _as_array(y, name)
+    column = given.ndim == 2 and given.shape[1] == 1
+    values = _values(given[:, 0] if column else given, name)
     if task is None and values.ndim > 1:
         task = _task_of_columns(values, name)
     if len(values) != n_rows:
@@ -103,21 +107,18 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
             "check that both come from the same rows."
         )
     if task == "custom" or values.ndim > 1:
-        return _several(values, task, name)
+        return _several(values[:, None] if column else values, task, name)
     if task == "multilabel":
         raise InputError(
             f"task='multilabel' needs several columns of 0 and 1 in {name}, got one; leave task out."
         )
     if task == "regression" or (task is None and not _are_classes(values, name)):
-        return Target("regression", _numbers(values, name), None, name)
+        return Target("regression", _numbers(values, name), None, name, column)
     return _classes(values, task, name)
 
 
-def _values(y: object, name: str) -> np.ndarray:
-    """Return an array (n, ...) of bool, integers, floats or text (str or object of str), nothing missing."""
-    values = _as_array(y, name)
-    if values.ndim == 2 and values.shape[1] == 1:
-        values = values[:, 0]
+def _values(values: np.ndarray, name: str) -> np.ndarray:
+    """Return an array (n, ...) as bool, integers, floats or text (str or object of str), nothing missing."""
     if values.ndim == 0 or 0 in values.shape:
         raise InputError(f"{name} must be one value a row, got shape {values.shape}; pass an array of rows.")
     if values.ndim > 1 and values.dtype.kind in "OU":

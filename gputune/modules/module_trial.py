@@ -1,8 +1,7 @@
 """A user's module with the rows on which it is tried, and the words of what is wrong with it."""
 
-import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import hint
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
-from gputune.scoring.objective import Objective, qualified_name
+from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
@@ -158,25 +157,17 @@ class ModuleTrial:
             ) from error
 
     def _refuse_a_broadcast(self) -> None:
-        """Raise InputError for a loss of the user's own in which outputs (B, 1) and y (B,) become (B, B).
-
-        Such a loss does not change with the order of y, and is another one of outputs and y of the same shape.
-        """
+        """Raise InputError for a loss of the user's own in which outputs (B, 1) and y (B,) become (B, B)."""
         objective, y = self.objective, self.y
         if objective is None or y is None or objective.is_named or objective.step is not None:
             return
         outputs, n = self.forward(self.inputs, training=False), len(y)
-        if n < 2 or outputs.shape != (n, 1) or y.dim() != 1:
-            return
-        loss = objective.member_loss(self.config)
-        if not _is_broadcast(loss, *_unequal(outputs, y)):
-            return
-        raise InputError(
-            f"{objective.in_words} compares each output with the targets of all rows: the outputs of {self.name} "
-            f"have shape {tuple(outputs.shape)} and y {tuple(y.shape)}, as every y of one column, which torch "
-            f"broadcasts to ({n}, {n}). Take outputs[:, 0] or y[:, None] in the loss, or return "
-            "(rows,) from the module."
-        )
+        if pairs_all_rows(objective.member_loss(self.config), outputs, y):
+            raise InputError(
+                f"{objective.in_words} compares each output with the targets of all rows: the outputs of {self.name} "
+                f"have shape {tuple(outputs.shape)} and y {tuple(y.shape)}, which torch broadcasts to ({n}, {n}). "
+                "Take outputs[:, 0] or y[:, None] in the loss, or return (rows,) from the module."
+            )
 
     def warn_of_probabilities(self, outputs: Tensor) -> None:
         """Warn where outputs, computed in training, end in a softmax or a sigmoid, and the loss has one of its own."""
@@ -229,40 +220,6 @@ class ModuleTrial:
             return self.fits(self.forward([part[:1] for part in self.inputs], training=True), 1)
         except InputError:
             return False
-
-
-def _unequal(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return outputs and y in double precision, with unequal rows where all are equal, which no order would change."""
-    steps = torch.arange(len(y)) % 2
-    if bool((outputs == outputs[:1]).all()):
-        outputs = outputs + 0.01 * steps.view(outputs.shape)
-    if bool((y == y[:1]).all()):
-        y = steps.view(y.shape).to(y.dtype)
-    return outputs.double(), y.double() if y.is_floating_point() else y
-
-
-def _is_broadcast(loss: Callable[[Tensor, Tensor], Tensor], outputs: Tensor, y: Tensor) -> bool:
-    """Whether a loss pairs all outputs (B, 1) with all of y (B,)."""
-
-    def mean(outputs: Tensor, y: Tensor) -> Tensor | None:
-        with (
-            contextlib.suppress(Exception),
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            keyed_draws(_CPU, 0, "check"),
-        ):
-            warnings.simplefilter("ignore")
-            return loss(outputs, y).double().mean()
-        return None  # a loss that takes no such shapes
-
-    def same(other: Tensor | None) -> bool:
-        return (
-            whole is not None and other is not None and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
-        )
-
-    whole, n = mean(outputs, y), len(y)
-    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
-    return same(mean(outputs, y.roll(1, 0))) and not any(map(same, aligned))
 
 
 def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:

@@ -8,8 +8,10 @@ A loss that has a name is of a standardised target and knows all members at once
 of one member as its forward returns them, and the target in its own units.
 """
 
+import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from gputune.errors import InputError
 from gputune.population.network import call_module, first_output
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
-from gputune.seeding import stream_seed
+from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task
 
@@ -227,6 +229,40 @@ def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
     return of_rows
+
+
+def pairs_all_rows(function: Callable[[Tensor, Tensor], Any], outputs: Tensor, y: Tensor) -> bool:
+    """Whether a loss or score compares each output (B, 1) with all of y (B,), as torch broadcasts them to (B, B).
+
+    It then does not change with the order of y, and is another one of outputs and y of the same shape.
+    """
+    if outputs.shape != (len(y), 1) or y.dim() != 1 or len(y) < 2:
+        return False
+    steps = (
+        torch.arange(len(y), device=y.device) % 2
+    )  # rows that are all equal would not change with any order
+    outputs = outputs.double() + 0.01 * steps[:, None] * bool((outputs == outputs[:1]).all())
+    y = steps.to(y.dtype) if bool((y == y[:1]).all()) else y
+    y = y.double() if y.is_floating_point() else y
+
+    def mean(outputs: Tensor, y: Tensor) -> Tensor | None:
+        with (
+            contextlib.suppress(Exception),
+            torch.no_grad(),
+            warnings.catch_warnings(action="ignore"),
+            keyed_draws(torch.device("cpu"), 0, "check"),
+        ):
+            return torch.as_tensor(function(outputs, y)).double().mean()
+        return None  # it takes no such shapes
+
+    def same(other: Tensor | None) -> bool:
+        return (
+            whole is not None and other is not None and torch.allclose(whole, other, rtol=1e-12, atol=1e-14)
+        )
+
+    whole, n = mean(outputs, y), len(y)
+    aligned = [mean(outputs.view(shape), y.view(shape)) for shape in ((n,), (n, 1))]
+    return same(mean(outputs, y.roll(1, 0))) and not any(map(same, aligned))
 
 
 def loss_arguments(config: Config) -> Config:

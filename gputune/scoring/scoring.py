@@ -21,7 +21,7 @@ from gputune.errors import InputError
 from gputune.population.network import call_module, class_logits, is_one_logit
 from gputune.scoring import scores
 from gputune.scoring.estimators import fitted
-from gputune.scoring.objective import Objective, qualified_name
+from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
 from gputune.text import did_you_mean
 from gputune.types import Task
 
@@ -86,9 +86,16 @@ class Scoring:
         elif is_one_logit(outputs, data.task, 2):
             outputs = outputs.double().view(*outputs.shape[:2], 1)
         else:
-            outputs = _as_answers(data, fold, outputs)
+            outputs = _as_answers(data, fold, outputs).view(outputs.shape)
+            target = target[:, None] if data.column else target
+        trials = finite.nonzero().flatten().tolist()
+        if trials and not self.is_loss and pairs_all_rows(self.of_outputs, outputs[trials[0]], target):
+            raise InputError(
+                f"scoring={self.name!r} compares each output with the targets of all rows: outputs have shape "
+                f"{tuple(outputs[0].shape)} and y {tuple(target.shape)}, which torch broadcasts; take outputs[:, 0]."
+            )
         result = torch.full((len(outputs),), torch.nan, dtype=torch.float64)
-        for trial in finite.nonzero().flatten().tolist():
+        for trial in trials:
             try:
                 result[trial] = float(self.of_outputs(outputs[trial], target))
             except Exception as error:
