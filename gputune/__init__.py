@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from gputune.api.tuning import tune
     from gputune.executors.ray_connection import Ray
     from gputune.hypergradients.hypergradient import hypergradient
-    from gputune.search.descent import Hypergradient
-    from gputune.search.distributions import log_int
-    from gputune.search.optuna_sampler import OptunaSampler
-    from gputune.search.stopping import Halving, Median
+    from gputune.methods.descent import Hypergradient
+    from gputune.methods.distributions import log_int
+    from gputune.methods.optuna_sampler import OptunaSampler
+    from gputune.methods.stopping import Halving, Median
     from gputune.study.model import TunedModel, load_model
     from gputune.study.study import Trial
 
@@ -57,17 +57,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Halving": "gputune.search.stopping",
-    "Hypergradient": "gputune.search.descent",
-    "Median": "gputune.search.stopping",
-    "OptunaSampler": "gputune.search.optuna_sampler",
+    "Halving": "gputune.methods.stopping",
+    "Hypergradient": "gputune.methods.descent",
+    "Median": "gputune.methods.stopping",
+    "OptunaSampler": "gputune.methods.optuna_sampler",
     "Ray": "gputune.executors.ray_connection",
     "Study": "gputune.api.study",
     "Trial": "gputune.study.study",
     "TunedModel": "gputune.study.model",
     "hypergradient": "gputune.hypergradients.hypergradient",
     "load_model": "gputune.study.model",
-    "log_int": "gputune.search.distributions",
+    "log_int": "gputune.methods.distributions",
     "callbacks": "gputune.callbacks",
     "models": "gputune.models",
     "optim": "gputune.optim",

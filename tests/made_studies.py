@@ -6,8 +6,8 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from gputune.api.study import Study
-from gputune.search.descent import Hypergradient
-from gputune.search.stopping import Halving
+from gputune.methods.descent import Hypergradient
+from gputune.methods.stopping import Halving
 from gputune.study.study import Trial
 from gputune.tuning.method import method_to_json
 

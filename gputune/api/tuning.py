@@ -17,8 +17,8 @@ from gputune.data.target import TaskWord
 from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
+from gputune.methods.config import key_of
 from gputune.scoring.scoring import Scorer
-from gputune.search.config import key_of
 from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.method import Method

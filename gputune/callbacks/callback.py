@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gputune.errors import InputError, import_extra
-from gputune.search.distributions import label
+from gputune.methods.distributions import label
 from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
 from gputune.types import Json

@@ -8,10 +8,10 @@ from gputune.cli.arguments import METHOD_RULES
 from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
 from gputune.executors.ray_connection import Ray
-from gputune.search.descent import Hypergradient
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.space import parse_specs
-from gputune.search.stopping import Halving
+from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.space import parse_specs
+from gputune.methods.stopping import Halving
 from gputune.tuning.method import METHODS, Method
 from gputune.tuning.options import RULES, Options
 from gputune.types import Config

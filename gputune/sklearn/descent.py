@@ -16,8 +16,8 @@ from sklearn.utils import indexable
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from gputune.errors import DivergedError, InputError
-from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
-from gputune.search.distributions import range_of
+from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.methods.distributions import range_of
 from gputune.sklearn.base import keep_parameters
 from gputune.sklearn.dataset import Part
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of

@@ -20,7 +20,7 @@ from torch import Tensor
 from gputune.data.weights import ClassWeight
 from gputune.engine.device import device_for_solver
 from gputune.errors import InputError
-from gputune.search.config import check_value
+from gputune.methods.config import check_value
 from gputune.sklearn.base import Foreign, FusedEstimator, keep_parameters
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
 from gputune.sklearn.fit import Place

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.search.config import check_value
+from gputune.methods.config import check_value
 from gputune.sklearn.base import Foreign, keep_parameters
 from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number

@@ -10,10 +10,10 @@ from sklearn.utils import Tags
 from torch import nn
 
 from gputune.errors import InputError
+from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.optimizers.classes import OPTIMIZER_PREFIX, check_optimizer, has_weight_decay, optimizer_word
 from gputune.scoring.objective import LOSS_PREFIX
-from gputune.search.config import check_value
 from gputune.sklearn.base import Foreign, keep_parameters
 from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
 from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number

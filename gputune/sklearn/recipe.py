@@ -10,10 +10,10 @@ from sklearn.utils import check_random_state
 from torch import Tensor
 
 from gputune.errors import InputError
+from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
-from gputune.search.config import check_value
 from gputune.types import Config, Task
 
 DrawSeed = Callable[[], int]

@@ -20,7 +20,7 @@ from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_memory
 
-from gputune.search.space import translated
+from gputune.methods.space import translated
 from gputune.sklearn.base import FusedEstimator, fit_hook, keep_parameters, last_step
 from gputune.sklearn.replay import SearchRun, TrainedCandidates
 from gputune.sklearn.slices import as_sliced

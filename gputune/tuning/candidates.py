@@ -4,10 +4,10 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.random import first_candidates, notes, remarks, top_up
+from gputune.methods.space import Space
 from gputune.optimizers.classes import argument_defaults
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.random import first_candidates, notes, remarks, top_up
-from gputune.search.space import Space
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate
 from gputune.tuning.options import Options

@@ -16,10 +16,10 @@ from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate,
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
 from gputune.hypergradients.result import check_classes
+from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.methods.distributions import range_of
+from gputune.methods.space import Space
 from gputune.optimizers.rules import BETA1, BETA2
-from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
-from gputune.search.distributions import range_of
-from gputune.search.space import Space
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
 from gputune.study.rows import score_curve

@@ -5,9 +5,9 @@ from dataclasses import asdict
 from typing import Literal
 
 from gputune.errors import InputError
-from gputune.search.descent import Hypergradient
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.stopping import Halving, Median
+from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.stopping import Halving, Median
 from gputune.text import did_you_mean
 from gputune.types import Json
 

@@ -364,7 +364,7 @@ def check_precision(options: Options, device: "torch.device") -> None:
     """Raise InputError where bfloat16 is asked for and would mean nothing, or is not to be had."""
     import torch
 
-    from gputune.search.descent import Hypergradient
+    from gputune.methods.descent import Hypergradient
 
     asked = f"precision={options.precision!r}"
     if options.dtype != "float32":

@@ -22,17 +22,17 @@ from gputune.engine.stop import Stop
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
+from gputune.methods.config import legal_keys
+from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.random import default_space, draw
+from gputune.methods.recipes import named_space
+from gputune.methods.space import Space, check_include, check_space, translated
+from gputune.methods.stopping import Halving, Median
 from gputune.optimizers.classes import check_optimizer
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
 from gputune.scoring.validation import baseline, remark_on_accuracy
-from gputune.search.config import legal_keys
-from gputune.search.descent import Hypergradient
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.random import default_space, draw
-from gputune.search.recipes import named_space
-from gputune.search.space import Space, check_include, check_space, translated
-from gputune.search.stopping import Halving, Median
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.store import Candidate

@@ -20,14 +20,14 @@ from gputune.data.target import Target, check_target
 from gputune.data.weights import check_weights
 from gputune.engine.device import DeviceChoice, Work, device_for
 from gputune.errors import InputError
+from gputune.methods.descent import Hypergradient
+from gputune.methods.recipes import recipe_of
 from gputune.models import CNN, GRU, RealMLP
 from gputune.modules.construction import Builder, name_of
 from gputune.modules.inspection import returns_one_logit
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
-from gputune.search.descent import Hypergradient
-from gputune.search.recipes import recipe_of
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
 from gputune.tuning.options import Options

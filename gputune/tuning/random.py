@@ -16,10 +16,10 @@ from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import BegunChunk, Job, Outcome
 from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
+from gputune.methods.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
+from gputune.methods.random import n_counted
+from gputune.methods.space import Space
 from gputune.population.population import Population
-from gputune.search.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
-from gputune.search.random import n_counted
-from gputune.search.space import Space
 from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger
 from gputune.study.rows import score_curve

@@ -16,9 +16,9 @@ from gputune.data.target import TaskWord, check_target
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
-from gputune.search.distributions import Described, described
-from gputune.search.optuna_sampler import OptunaSampler
-from gputune.search.space import Space, space_from_json, space_text, space_to_json
+from gputune.methods.distributions import Described, described
+from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered

@@ -18,8 +18,8 @@ from gputune.engine.backend import choose_backend, choose_device, matrix_product
 from gputune.engine.entry import entry
 from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
+from gputune.methods.descent import Hypergradient
 from gputune.population.population import module_arguments
-from gputune.search.descent import Hypergradient
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel

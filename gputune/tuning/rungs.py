@@ -19,8 +19,8 @@ from gputune.engine.rung import RungJob, RungOutcome, StateCache
 from gputune.engine.train import State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
+from gputune.methods.stopping import Halving, Median, below_the_median, survivors
 from gputune.population.population import Population
-from gputune.search.stopping import Halving, Median, below_the_median, survivors
 from gputune.study.ledger import Ledger
 from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Result

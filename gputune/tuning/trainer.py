@@ -21,13 +21,13 @@ from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
+from gputune.methods.descent import Hypergradient
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import known_traits
 from gputune.modules.recorder import CudaRecorder
 from gputune.population.population import ModelKind, Population, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
-from gputune.search.descent import Hypergradient
 from gputune.text import count
 from gputune.types import Backend, Config, Precision
 

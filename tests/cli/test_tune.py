@@ -21,7 +21,7 @@ from gputune.cli.closing import Ending, closing_text
 from gputune.data.folds import hold_out
 from gputune.data.source import Source, read_again, read_apart, read_source
 from gputune.data.target import check_target
-from gputune.search.stopping import Halving
+from gputune.methods.stopping import Halving
 from made_studies import made_batches
 from problems import Net
 

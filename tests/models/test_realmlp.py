@@ -12,15 +12,15 @@ import gputune
 from gputune.data.encode import fit_layout
 from gputune.data.table import as_table
 from gputune.engine.train import train
+from gputune.methods.config import legal_keys
+from gputune.methods.random import draw
+from gputune.methods.recipes import named_space
+from gputune.methods.space import check_space
 from gputune.models import RealMLP
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.population import module_arguments
-from gputune.search.config import legal_keys
-from gputune.search.random import draw
-from gputune.search.recipes import named_space
-from gputune.search.space import check_space
 from gputune.seeding import stream_seed
 from gputune.study.export import encoded
 from problems import fill, largest_difference, make_data, shape_of

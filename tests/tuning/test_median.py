@@ -7,7 +7,7 @@ from scipy.stats import loguniform
 import gputune
 from command_line import FAST, run
 from gputune.errors import InputError
-from gputune.search.stopping import below_the_median
+from gputune.methods.stopping import below_the_median
 from gputune.tuning.method import method_from_json, method_to_json
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [8, 16, 32], "width": [8, 16, 20]}

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 import gputune
 from benchmark.report import describe_machine, page, publish, table
-from gputune.search.stopping import survivors
+from gputune.methods.stopping import survivors
 
 TRIALS, EPOCHS, SEEDS, FOLDS = 243, 54, 10, 3
 ADULT_ROWS = 10_000

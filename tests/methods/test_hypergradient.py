@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.search.descent import Descent, Hypergradient, Slope, slope_at
+from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from refused import refused
 
 

@@ -8,10 +8,10 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import gputune
-from gputune.search.config import legal_keys
-from gputune.search.distributions import as_optuna, described, label, of_label
-from gputune.search.optuna_sampler import optuna_distributions
-from gputune.search.space import check_space, space_text, translated
+from gputune.methods.config import legal_keys
+from gputune.methods.distributions import as_optuna, described, label, of_label
+from gputune.methods.optuna_sampler import optuna_distributions
+from gputune.methods.space import check_space, space_text, translated
 from refused import refused
 
 KEYS = legal_keys("mlp", "adamw")

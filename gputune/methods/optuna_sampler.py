@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gputune.errors import InputError, import_extra
-from gputune.search.config import check_config, check_count
-from gputune.search.distributions import Choices, as_optuna, described, distribution_text, label, of_label
-from gputune.search.space import Space
-from gputune.search.stopping import Halving
+from gputune.methods.config import check_config, check_count
+from gputune.methods.distributions import Choices, as_optuna, described, distribution_text, label, of_label
+from gputune.methods.space import Space
+from gputune.methods.stopping import Halving
 from gputune.study.store import Result
 from gputune.types import Config
 

@@ -8,10 +8,10 @@ from scipy import stats
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import RandomizedSearchCV
 
-from gputune.search.config import legal_keys
-from gputune.search.distributions import LogIntegers, Steps, log_int
-from gputune.search.random import default_space, draw, first_candidates, notes, remarks, top_up
-from gputune.search.space import check_space
+from gputune.methods.config import legal_keys
+from gputune.methods.distributions import LogIntegers, Steps, log_int
+from gputune.methods.random import default_space, draw, first_candidates, notes, remarks, top_up
+from gputune.methods.space import check_space
 from gputune.study.store import Candidate
 from gputune.types import DEFAULTS
 from refused import refused

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gputune.errors import InputError, import_extra
-from gputune.search.distributions import Described, as_optuna, label, labels
-from gputune.search.optuna_sampler import fold_means, state_of
+from gputune.methods.distributions import Described, as_optuna, label, labels
+from gputune.methods.optuna_sampler import fold_means, state_of
 from gputune.study.study import Study, Trial
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
 from gputune.hypergradients.inner import HYPERPARAMETERS
 from gputune.hypergradients.result import CHAOTIC
-from gputune.search.config import check_count
+from gputune.methods.config import check_count
 from gputune.types import Config, Json
 
 _DIVIDED = 10  # what the length of a normalized step is divided by when the loss rises

@@ -6,8 +6,8 @@ from types import MappingProxyType
 from scipy import stats
 
 from gputune.errors import InputError
+from gputune.methods.distributions import Choices
 from gputune.models import RealMLP
-from gputune.search.distributions import Choices
 from gputune.text import did_you_mean
 from gputune.types import Config, Goal
 

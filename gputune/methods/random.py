@@ -9,11 +9,11 @@ from sklearn.model_selection import ParameterSampler
 from torch import nn
 
 from gputune.errors import InputError
+from gputune.methods.config import KEYS, check_config
+from gputune.methods.distributions import Choices, OwnDistribution, Steps
+from gputune.methods.space import Space, check_include
 from gputune.models import CNN, GRU
 from gputune.optimizers.classes import CLASSES, has_weight_decay, optimizer_defaults
-from gputune.search.config import KEYS, check_config
-from gputune.search.distributions import Choices, OwnDistribution, Steps
-from gputune.search.space import Space, check_include
 from gputune.study.store import Candidate
 from gputune.text import count
 from gputune.types import ONLINE, OPTIMIZERS, Config

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import stats
 
 from gputune.errors import InputError
-from gputune.search.config import (
+from gputune.methods.config import (
     INTEGER_REMEDY,
     RANGES,
     WORDS,
@@ -27,7 +27,7 @@ from gputune.search.config import (
     check_penalty,
     check_value,
 )
-from gputune.search.distributions import (
+from gputune.methods.distributions import (
     Choices,
     OwnDistribution,
     Steps,

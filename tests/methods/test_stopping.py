@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gputune
-from gputune.search.stopping import Halving, below_the_median, survivors
+from gputune.methods.stopping import Halving, below_the_median, survivors
 from refused import refused
 
 

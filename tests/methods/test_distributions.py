@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from gputune.search.distributions import distribution_text, is_distribution, log_int
+from gputune.methods.distributions import distribution_text, is_distribution, log_int
 from refused import refused
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.search.config import check_count
+from gputune.methods.config import check_count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gputune.errors import InputError
-from gputune.search.config import KEYS, WORDS, check_config, check_key, legal_keys
+from gputune.methods.config import KEYS, WORDS, check_config, check_key, legal_keys
 from gputune.types import ACTIVATIONS, OPTIMIZERS, SCHEDULES
 from refused import refused
 

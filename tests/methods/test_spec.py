@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from gputune.search.config import legal_keys
-from gputune.search.distributions import distribution_text, log_int
-from gputune.search.space import check_space, parse_spec, parse_specs
+from gputune.methods.config import legal_keys
+from gputune.methods.distributions import distribution_text, log_int
+from gputune.methods.space import check_space, parse_spec, parse_specs
 from refused import refused
 
 
