@@ -20,6 +20,7 @@ from gputune.errors import (
 from gputune.version import __version__
 
 if TYPE_CHECKING:
+    from gputune.api.search import search
     from gputune.api.study import Study
     from gputune.api.tuning import tune
     from gputune.executors.ray_connection import Ray
@@ -53,6 +54,7 @@ __all__ = [
     "hypergradient",
     "load_model",
     "log_int",
+    "search",
     "tune",
 ]
 
@@ -71,6 +73,7 @@ _HOMES = {
     "callbacks": "gputune.callbacks",
     "models": "gputune.models",
     "optim": "gputune.optim",
+    "search": "gputune.api.search",
     "sklearn": "gputune.sklearn",
     "tune": "gputune.api.tuning",
 }

@@ -45,7 +45,7 @@ _OTHER_WORDS: Mapping[str, str] = {
 """What other libraries call our arguments: too far for a spell checker."""
 
 
-def _with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]:
+def with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]:
     """Let the TypeError of an argument that a function has not name the one that was meant, as Python 3.13 does."""
     known = signature(function).parameters
 
@@ -62,7 +62,7 @@ def _with_near_words(function: Callable[Given, Value]) -> Callable[Given, Value]
     return called
 
 
-@_with_near_words
+@with_near_words
 def tune(
     model: object,
     X: object,
@@ -191,11 +191,20 @@ def tune(
     arguments = locals()
     options = Options(**{name: arguments[name] for name in RULES})
     choice = choose_model(model, optimizer)
-    try:
+
+    def run() -> Study:
         bar = partial(reading_bar, verbose=options.verbose)
         module = choice.takes_arrays
         source = read_source(X, y, groups, module=module, bar=bar, drop=options.drop, kinds=options.kinds)
         return search(choice, source, options, study_type=Study)
+
+    return study_so_far(run, verbose)
+
+
+def study_so_far(run: Callable[[], Study], verbose: int) -> Study:
+    """Return the study of a search; where a person types the calls also that of one that was interrupted."""
+    try:
+        return run()
     except SearchInterrupted as stopped:
         if not is_interactive():
             raise

@@ -9,14 +9,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib.machinery import PathFinder
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import cloudpickle
 import joblib
@@ -37,20 +37,26 @@ from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count
 
+Value = TypeVar("Value")
+
 
 def packed(job: Job, *, here: bool = True) -> bytes:
     """Pickle a job for a worker. A class or function that it could not import (of a file, a test) goes as code.
 
     A worker on another machine (``here`` false) could import what is installed, and nothing else.
     """
-    known = _importable if here else _installed
     scorers = () if job.scoring is None else (job.scoring.scorer, job.scoring.of_outputs)
     functions = (
         () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
     )
-    values = (job.module_class, *scorers, *functions)
+    return dumped(job, (job.module_class, *scorers, *functions), here=here)
+
+
+def dumped(value: object, parts: Iterable[object], *, here: bool = True) -> bytes:
+    """Pickle a value for a worker; ``parts`` are the classes and functions in it that may have to go as code."""
+    known = _importable if here else _installed
     modules = {
-        sys.modules.get(getattr(getattr(value, "func", value), "__module__", None) or "") for value in values
+        sys.modules.get(getattr(getattr(part, "func", part), "__module__", None) or "") for part in parts
     }
     hidden = [m for m in modules if m is not None and m.__name__ != "__main__" and not known(m.__name__)]
     if not here:  # the whole package, which its files import from each other
@@ -58,7 +64,7 @@ def packed(job: Job, *, here: bool = True) -> bytes:
     for module in hidden:
         cloudpickle.register_pickle_by_value(module)
     try:
-        return bytes(cloudpickle.dumps(job))
+        return bytes(cloudpickle.dumps(value))
     finally:
         for module in hidden:
             cloudpickle.unregister_pickle_by_value(module)
@@ -94,20 +100,24 @@ left to joblib: it resizes that, and expects one of its own making."""
 _starting = threading.Lock()  # whoever starts a worker may change this process's streams for a moment
 
 
-def one_worker() -> ProcessPoolExecutor:
-    """Return an executor of one worker: when it is lost, it alone is."""
-    try:
-        return idle.pop()
-    except IndexError:
-        return ProcessPoolExecutor(
-            max_workers=1, timeout=IDLE_SECONDS, initializer=begin_worker, initargs=(os.getpid(),)
-        )
+def one_worker(environment: Mapping[str, str] | None = None) -> ProcessPoolExecutor:
+    """Return an executor of one worker: when it is lost, it alone is. With variables of its own it is a new one."""
+    if environment is None:
+        with suppress(IndexError):
+            return idle.pop()
+    return ProcessPoolExecutor(
+        max_workers=1,
+        timeout=IDLE_SECONDS,
+        initializer=begin_worker,
+        initargs=(os.getpid(),),
+        env=environment,
+    )
 
 
-def submit(executor: ProcessPoolExecutor, *work: object) -> "Future[Outcomes]":
+def submit(executor: ProcessPoolExecutor, work: Callable[..., Value], *arguments: object) -> "Future[Value]":
     """Give a worker something to do; where it is not there any more, a new one is started."""
     with _starting, _signals_held_off(), _streams_that_flush():
-        future: Future[Outcomes] = executor.submit(*work)
+        future: Future[Value] = executor.submit(work, *arguments)
         return future
 
 
@@ -165,7 +175,7 @@ def begin_worker(parent: int) -> None:
 _SIGNAL, _EXIT = re.compile(r"(SIG[A-Z]+)\(-\d+\)"), re.compile(r"EXIT\((\d+)\)")
 
 
-def _why_lost(error: TerminatedWorkerError) -> str:
+def why_lost(error: BrokenProcessPool) -> str:
     """Return how a worker ended, in a sentence."""
     if match := _SIGNAL.search(str(error)):
         by_system = " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
@@ -221,7 +231,7 @@ class Processes(Executor):
         self.idle.append(self._instead_of(pool) if isinstance(error, BrokenProcessPool) else pool)
         del self.busy[future]
         if isinstance(error, TerminatedWorkerError):
-            error = LostWorkerError(_why_lost(error))
+            error = LostWorkerError(why_lost(error))
         try:
             ended(chunk, future.result() if error is None else cast(Exception, error))
         finally:

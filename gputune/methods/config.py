@@ -4,10 +4,11 @@ legal_keys(...)    the keys of a kind of model
 check_key(...)     an unknown key is an error that suggests the nearest
 check_value(...)   one value -> a Python number or word in its range
 check_config(...)  one configuration, drawn or written -> the same, ``penalty`` translated
+plain_config(...)  the same of a user's own loop, where any key and value may stand
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -78,6 +79,9 @@ MODULE_PREFIX = "module__"
 PREFIXES = (MODULE_PREFIX, "loss__", OPTIMIZER_PREFIX, LR_FACTOR, DECAY_FACTOR)
 """Of the arguments of a module, of its loss, and of a class of torch.optim; of factors on the rates of some of a
 module's parameters."""
+
+ConfigCheck = Callable[..., Config]
+"""``check_config``, or ``plain_config`` of a user's own loop."""
 
 _FACTOR = Range("a finite number >= 0", "0.1", 0)
 
@@ -178,6 +182,17 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
     return dict(sorted(checked.items()))
 
 
+def plain_config(config: Mapping[str, object], *, name: str = "") -> Config:
+    """Return one configuration of a user's own loop, whose values are its own business, as ``check_config`` does."""
+    return {key: _plain(config[key]) for key in sorted(config)}
+
+
+def _plain(value: object) -> Any:
+    """Return Python's own number in place of NumPy's."""
+    is_scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if is_scalar else value  # type: ignore[attr-defined]
+
+
 def check_count(value: object, name: str, *, none: bool = False) -> None:
     """Raise InputError unless ``value`` is an integer of at least 1, or None where that is allowed."""
     if none and value is None:
@@ -197,8 +212,7 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 
 def check_value(key: str, value: object, name: str) -> Any:
     """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
-    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
-        value = value.item()
+    value = _plain(value)
     if key in RANGES:
         return _check_number(RANGES[key], value, name)
     if key.startswith((LR_FACTOR, DECAY_FACTOR)):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gputune.errors import InputError, import_extra
-from gputune.methods.config import check_config, check_count
+from gputune.methods.config import ConfigCheck, check_config, check_count
 from gputune.methods.distributions import Choices, as_optuna, described, distribution_text, label, of_label
 from gputune.methods.space import Space
 from gputune.methods.stopping import Halving
@@ -65,7 +65,15 @@ class OptunaSampler:
 class OptunaStudy:
     """A study of Optuna's over one space, whose sampler proposes configurations and is told their scores."""
 
-    def __init__(self, sampler: "optuna.samplers.BaseSampler", space: Space, *, reseed: bool = False) -> None:
+    def __init__(
+        self,
+        sampler: "optuna.samplers.BaseSampler",
+        space: Space,
+        *,
+        reseed: bool = False,
+        check: ConfigCheck = check_config,
+    ) -> None:
+        self.check = check
         self.optuna = import_extra("optuna", extra="optuna", used_by="OptunaSampler")
         self.choices, self.distributions = check_askable(space)
         sampler = copy.deepcopy(sampler)
@@ -83,7 +91,7 @@ class OptunaStudy:
             key: of_label(value, choices) if isinstance(choices := self.choices[key], list) else value
             for key, value in trial.params.items()
         }
-        return trial, check_config(proposed, name="a proposal of the sampler")
+        return trial, self.check(proposed, name="a proposal of the sampler")
 
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
@@ -136,11 +144,6 @@ def check_askable(space: Space) -> tuple[Mapping[str, Choices], dict[str, object
         raise InputError(
             f"space must be one dict for an Optuna sampler, got a list of {len(space)}; search each by itself, or use "
             "method='random'."
-        )
-    if "penalty" in space[0]:
-        raise InputError(
-            "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler: 0 is l2, 1 is "
-            "l1, C=inf is none."
         )
     return space[0], optuna_distributions(space[0])
 

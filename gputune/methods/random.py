@@ -9,7 +9,7 @@ from sklearn.model_selection import ParameterSampler
 from torch import nn
 
 from gputune.errors import InputError
-from gputune.methods.config import KEYS, check_config
+from gputune.methods.config import KEYS, ConfigCheck, check_config
 from gputune.methods.distributions import Choices, OwnDistribution, Steps
 from gputune.methods.space import Space, check_include
 from gputune.models import CNN, GRU
@@ -64,7 +64,7 @@ def default_space(
     return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
 
 
-def draw(space: Space, n_trials: int, seed: int) -> list[Config]:
+def draw(space: Space, n_trials: int, seed: int, check: ConfigCheck = check_config) -> list[Config]:
     """Return ``n_trials`` configurations of a checked space: ParameterSampler's own, so RandomizedSearchCV's too.
 
     A space of lists only is drawn without replacement; where it has too few points, all of them are returned,
@@ -72,7 +72,7 @@ def draw(space: Space, n_trials: int, seed: int) -> list[Config]:
     user's own draws 17.3 for an integer key.
     """
     sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
-    return [check_config(config, name="a draw of space") for config in sampler]
+    return [check(config, name="a draw of space") for config in sampler]
 
 
 def first_candidates(
@@ -94,7 +94,7 @@ def first_candidates(
     follow where they are left out. Where another one is missing, as that of a module's required argument, no default
     configuration is run (``notes`` says so). Raises InputError, also where nothing is left to run.
     """
-    _check_n_trials(n_trials)
+    check_n_trials(n_trials)
     configs: list[tuple[Config, Origin]] = []
     if include_default and n_trials and not _missing({}, space, defaults):
         configs.append((_fill({}, space, defaults), "default"))
@@ -113,7 +113,14 @@ def first_candidates(
     return _number(configs, ())
 
 
-def top_up(old: Sequence[Candidate], space: Space, n_trials: int, seed: int) -> tuple[Candidate, ...]:
+def included(configs: Iterable[Config]) -> tuple[Candidate, ...]:
+    """Return the trials of a user's own loop that are run before any is drawn."""
+    return _number([(config, "include") for config in configs], ())
+
+
+def top_up(
+    old: Sequence[Candidate], space: Space, n_trials: int, seed: int, check: ConfigCheck = check_config
+) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
     ``n_trials`` configurations are drawn anew and those in ``old`` dropped, so that the same seed with a larger
@@ -121,7 +128,7 @@ def top_up(old: Sequence[Candidate], space: Space, n_trials: int, seed: int) -> 
     ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn without replacement,
     give another selection for a larger ``n_trials``.
     """
-    new = _number([(config, "random") for config in draw(space, n_trials, seed)], old)
+    new = _number([(config, "random") for config in draw(space, n_trials, seed, check)], old)
     return new[: max(0, n_trials - n_counted(old))]
 
 
@@ -198,7 +205,8 @@ def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
     return sentences
 
 
-def _check_n_trials(n_trials: object) -> None:
+def check_n_trials(n_trials: object) -> None:
+    """Raise InputError for what is no number of trials."""
     try:
         valid = not isinstance(n_trials, bool) and index(n_trials) >= 0  # type: ignore[arg-type]
     except TypeError:

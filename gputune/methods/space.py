@@ -1,6 +1,7 @@
 """The space of a search: lists, scipy.stats distributions and fixed values, checked before anything trains.
 
 check_space(...)    what the user wrote -> a list of dicts that scikit-learn's ParameterSampler draws from
+check_own_space(...), check_own_include(...)  the same of a user's own loop, whose keys and values are any
 check_include(...)  the configurations that the user wants run -> the same in their ranges
 parse_specs(...)    the command line's KEY=SPEC -> a space
 space_text(...)     a checked space as text that is the same in every process
@@ -19,6 +20,7 @@ from scipy import stats
 from gputune.errors import InputError
 from gputune.methods.config import (
     INTEGER_REMEDY,
+    MODULE_PREFIX,
     RANGES,
     WORDS,
     Range,
@@ -26,6 +28,7 @@ from gputune.methods.config import (
     check_key,
     check_penalty,
     check_value,
+    plain_config,
 )
 from gputune.methods.distributions import (
     Choices,
@@ -55,6 +58,32 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
     ``penalty`` stays a key of the space, so that draws are scikit-learn's; ``check_config`` translates it.
     Raises InputError.
     """
+    named = _named_dicts(space, remedy="Leave it out (space=None) for the default space.")
+    for name, d in named.items():
+        for key in d:
+            check_key(key, keys=keys, module=module, name=name)
+        check_penalty(d, name)
+        _check_online(d, name)
+    return [
+        {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()}
+        for name, d in named.items()
+    ]
+
+
+def check_own_space(space: object) -> Space:
+    """Return the space of a user's own loop as ``check_space`` does; its keys are any words, its values any values."""
+    named = _named_dicts(space, remedy="For example space={'lr': [0.01, 0.001]}.")
+    for name, d in named.items():
+        if odd := [key for key in d if not isinstance(key, str)]:
+            raise InputError(f"{name} must have words as keys, got {odd[0]!r}; write it as text.")
+    return [
+        {key: _check_choices(f"{MODULE_PREFIX}{key}", value, f"{name}[{key!r}]") for key, value in d.items()}
+        for name, d in named.items()
+    ]
+
+
+def _named_dicts(space: object, *, remedy: str) -> dict[str, Mapping[Any, object]]:
+    """Return the dicts of a space by what errors call them."""
     dicts = [space] if isinstance(space, Mapping) else space
     if not isinstance(dicts, list | tuple) or not all(isinstance(d, Mapping) for d in dicts):
         raise InputError(
@@ -62,20 +91,9 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
             "For example space={'lr': [0.01, 0.001]}."
         )
     if not dicts or not all(dicts):
-        raise InputError(
-            f"space must have at least one key, got {space!r}. "
-            "Leave it out (space=None) for the default space."
-        )
+        raise InputError(f"space must have at least one key, got {space!r}. {remedy}")
     names = [f"space[{i}]" for i in range(len(dicts))] if len(dicts) > 1 else ["space"]
-    for d, name in zip(dicts, names):
-        for key in d:
-            check_key(key, keys=keys, module=module, name=name)
-        check_penalty(d, name)
-        _check_online(d, name)
-    return [
-        {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()}
-        for d, name in zip(dicts, names)
-    ]
+    return dict(zip(names, dicts))
 
 
 def _check_online(d: Mapping[str, object], name: str) -> None:
@@ -95,14 +113,32 @@ def check_include(include: object, *, keys: Collection[str], module: bool) -> li
 
     Raises InputError.
     """
+    for i, config in enumerate(_dicts(include)):
+        for key in config:
+            check_key(key, keys=keys, module=module, name=f"include[{i}]")
+    return [check_config(config, name=f"include[{i}]") for i, config in enumerate(_dicts(include))]
+
+
+def check_own_include(include: object, space: Space) -> list[Config]:
+    """Return the configurations that a user's own loop is to run, each with the keys of a dict of the space.
+
+    Raises InputError.
+    """
+    for i, config in enumerate(_dicts(include)):
+        if all(config.keys() != part.keys() for part in space):
+            raise InputError(
+                f"include[{i}] must have a value for each key of the space, {', '.join(space[0])}, and no other, "
+                f"got {dict(config)!r}."
+            )
+    return [plain_config(config) for config in _dicts(include)]
+
+
+def _dicts(include: object) -> Sequence[Mapping[str, object]]:
     if not isinstance(include, list | tuple) or not all(isinstance(config, Mapping) for config in include):
         raise InputError(
             f"include must be a list of dicts, got {include!r}. For example include=[{{'lr': 0.01}}]."
         )
-    for i, config in enumerate(include):
-        for key in config:
-            check_key(key, keys=keys, module=module, name=f"include[{i}]")
-    return [check_config(config, name=f"include[{i}]") for i, config in enumerate(include)]
+    return include
 
 
 def _check_choices(key: str, value: object, name: str) -> Choices:

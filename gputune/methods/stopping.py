@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gputune.errors import InputError
+from gputune.executors.loops import Reports
 from gputune.methods.config import check_count
 
 
@@ -131,6 +132,46 @@ def below_the_median(epoch: int, means: Mapping[int, np.ndarray], least: int) ->
     middle = float(np.median(np.where(np.isfinite(last), last, -np.inf)))
     reached = {number: mean[:epoch] for number, mean in means.items() if len(mean) >= epoch}
     return {number for number, mean in reached.items() if not np.max(mean) >= middle}
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Whether a trial of a user's own loop ends at a report, judged by those that had come as far before it.
+
+    None waits for another: successive halving without rounds, which ends what it would pause (Li et al., 2020,
+    arXiv:1810.05934), and the median rule of Vizier. With several workers the order in which they come decides.
+    """
+
+    method: Halving | Median
+    max_epochs: int
+
+    def check(self) -> None:
+        """Raise InputError where the method leaves no room for a decision."""
+        if isinstance(self.method, Median):
+            self.method.stops(self.max_epochs)
+        else:
+            self.method.rungs(self.max_epochs)
+
+    def __call__(self, number: int, epoch: int, reports: Reports) -> bool:
+        """Return whether trial ``number``, which has reported ``epoch`` values, ends."""
+        if isinstance(self.method, Median):
+            if epoch not in self.method.stops(self.max_epochs):
+                return False
+            reported = reports.read()
+            curves = {n: r.values for n, r in reported.items() if r.ended or len(r.values) >= epoch}
+            return number in below_the_median(epoch, curves, self.method.min_trials)
+        rungs = self.method.rungs(self.max_epochs)
+        if not any(epoch in epochs for epochs in rungs):
+            return False
+        reported = reports.read()
+        bracket_of = self.method.brackets_of(1 + max(reported), self.max_epochs)
+        if epoch not in rungs[bracket_of[number]]:
+            return False
+        arrived = [
+            n for n, r in reported.items() if bracket_of[n] == bracket_of[number] and len(r.values) >= epoch
+        ]
+        means = np.array([reported[n].values[epoch - 1] for n in arrived])
+        return not survivors(means, self.method.factor)[arrived.index(number)]
 
 
 def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:

@@ -125,6 +125,8 @@ def _legend(study: Study, curves: Curves, best: list[int], frame: Frame) -> Mark
 
 def folds_note(study: Study) -> str:
     """Return what line, band and dot are."""
+    if study.record.face == "loop":
+        return "A line is what a trial reported, step by step; the dot is where its score was taken."
     folds = study.curves.shape[2]
     band = ", the band one standard deviation over them on either side" if folds > 1 else ""
     return f"A line is the mean over {count(folds, 'fold')}{band}; the dot is the epoch that the trial is scored at."

@@ -46,10 +46,13 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
         error, added = "", ""
         if math.isfinite(best.std_error):
             error, added = f" ± {measure.size(best.std_error)}", " ± standard error"
-        note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
-        score = Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
-        tried = sum(math.isfinite(trial.score) for trial in study.trials)
-        rows += [score, _held_out(model, measure, tried)]
+        if record.face == "loop":
+            rows.append(Fact(f"best {measure.title}", measure.text(best.score), f"trial {best.number}"))
+        else:
+            note = f"trial {best.number}, mean{added} over {count(len(best.fold_scores), 'fold')}"
+            score = Fact(f"best cross-validated {measure.title}", f"{measure.text(best.score)}{error}", note)
+            tried = sum(math.isfinite(trial.score) for trial in study.trials)
+            rows += [score, _held_out(model, measure, tried)]
         if (baseline := record.baseline) is not None:
             rows.append(Fact("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
     rows.append(Fact("trials", str(len(study.trials)), states_text(study)))
@@ -156,11 +159,13 @@ def _option(value: object) -> str:
 def states_words(study: Study, words: Mapping[TrialState, str]) -> str:
     """Return how many trials there are of each state, in these words; of failed ones, why some were given up."""
     states = Counter(trial.state for trial in study.trials)
+    raised = sum("error" in trial.detail for trial in study.trials)
     reasons = [str(trial.detail["reason"]) for trial in study.trials if "reason" in trial.detail]
     too_big = sum(reason.startswith(TOO_BIG) for reason in reasons)
-    states["failed"] -= len(reasons)
+    states["failed"] -= len(reasons) + raised
     counts = [(states[state], said) for state, said in words.items()]
-    counts += [(too_big, "too big for the memory"), (len(reasons) - too_big, "that lost their workers")]
+    counts += [(raised, "that raised an error"), (too_big, "too big for the memory")]
+    counts += [(len(reasons) - too_big, "that lost their workers")]
     return ", ".join(f"{number} {said}" for number, said in counts if number)
 
 
@@ -189,7 +194,7 @@ class Endings:
 def endings(study: Study) -> Endings:
     """Return how the trials ended."""
     trials, counts = study.trials, Counter(trial.state for trial in study.trials)
-    failed = [trial for trial in trials if trial.state == "failed"]
+    failed = [trial for trial in trials if trial.state == "failed" and "error" not in trial.detail]
     pruned = Counter(t.detail["rung"] for t in trials if t.state == "pruned" and "rung" in t.detail)
     trained = (~np.isnan(study.curves)).any(2).sum(1) if study.curves.size else np.zeros(0, dtype=int)
     return Endings(

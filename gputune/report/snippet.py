@@ -82,6 +82,11 @@ def again_code(study: Study) -> str:
         script.use("from sklearn.base import clone")
         script.argument("estimator, X, y")
         return script.text(f"model = clone(estimator).set_params(**{script.literal(best.params)}).fit(X, y)")
+    if record.face == "loop":
+        script.argument(clean(record.model), "the objective of the search")
+        script.use("import torch")
+        call = f"{clean(record.model)}({script.lines(best.params, indent=0)}, report=lambda value: None)"
+        return script.text(f"torch.manual_seed({record.seed})", f"score = {call}")
     if record.lost:
         return ""
     # Values that only a descent trains with.

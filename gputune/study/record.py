@@ -24,6 +24,7 @@ SPEC = (
     {"kind": "module", "import": str},
     {"kind": "mlp"},
     {"kind": "logistic"},
+    {"kind": "objective", "name": str},
 )
 METHOD = (str, {"name": str, "hyperparameters?": ([str], (str,)), "sampler?": str})
 SOURCE = {
@@ -88,7 +89,8 @@ def _argument(default: object, name: str, **what: object) -> Any:
 class SearchRecord:
     """A search as its study keeps it. What a file lacks is "", 0, None or empty, and its name is in ``absent``.
 
-    face            "sklearn" where a search of scikit-learn's face wrote it, which has few of the others
+    face            "sklearn" where a search of scikit-learn's face wrote it, "loop" where ``gputune.search`` did of a
+                    user's own training loop; both have few of the others
     model, spec     the model's name, and how it is built again (see module_source.py)
     space           as text; ``distributions`` are those of it that an export to Optuna knows, by key
     method          "random", or its "name" with its options

@@ -157,7 +157,7 @@ _STATES = get_args(State)
 _NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
 _DETAIL = {
-    "loss?": float, "ratio?": float, "usable?": bool, "mode?": str, "rung?": int, "reason?": str,
+    "loss?": float, "ratio?": float, "usable?": bool, "mode?": str, "rung?": int, "reason?": str, "error?": str,
     "slope?": {"": (float, _NUMBERS)}, "slope_error?": {"": (float, _NUMBERS)},
 }  # fmt: skip
 

@@ -45,8 +45,9 @@ class Trial:
                  hypergradients (start, outer step), the start being the number of the trial it began with, which is
                  outer step 0
     detail       what the search method keeps of it: for hypergradients "loss", "ratio", "usable", "slope", ...; for
-                 halving "rung", the epoch at which it was sent away; "reason" where it was given up: memory did not
-                 hold it, or it ended every worker process that trained it
+                 halving "rung", the epoch at which it was sent away; "error" where an objective of ``search`` raised
+                 one; "reason" where it was given up: memory did not hold it, or it ended every worker process that
+                 trained it
     """
 
     number: int
@@ -265,6 +266,9 @@ class Study:
         states = Counter(trial.state for trial in self.trials)
         if states["waiting"] == len(self.trials):
             return f"none of the {len(self.trials)} trials has been trained yet; run the search."
+        if errors := [str(t.detail["error"]) for t in self.trials if "error" in t.detail]:
+            raised = f"{len(errors)} of {count(len(self.trials), 'trial')} raised an error"
+            return f"no trial has a finite score: {raised}, the first {errors[0]}."
         reasons = {str(t.detail["reason"]) for t in self.trials if "reason" in t.detail}
         if lost := [reason for reason in reasons if not reason.startswith(TOO_BIG)]:
             return f"no trial has a finite score, and some of {len(self.trials)} were given up: {min(lost)}"

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.optuna_sampler import OptunaSampler
 from gputune.methods.random import first_candidates, notes, remarks, top_up
 from gputune.methods.space import Space
@@ -24,7 +25,7 @@ def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[C
         include_default=options.include_default,
         defaults=_defaults(choice, options),
     )
-    drawn = _draws_at_once(options)
+    drawn = draws_at_once(options)
     return first + top_up(first, space, options.n_trials, options.random_state) if drawn else first
 
 
@@ -36,16 +37,22 @@ def notes_on(
     return notes(trials, space, include_default=options.include_default, defaults=defaults)
 
 
-def add_missing(ledger: Ledger, trials: Sequence[Candidate], space: Space, options: Options) -> None:
+def add_missing(
+    ledger: Ledger,
+    trials: Sequence[Candidate],
+    space: Space,
+    options: Options,
+    check: ConfigCheck = check_config,
+) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
-    if _missing(ledger, trials, space, options):
+    if _missing(ledger, trials, space, options, check):
         with ledger.alone():  # another process may have added them meanwhile
-            ledger.add(_missing(ledger, trials, space, options))
+            ledger.add(_missing(ledger, trials, space, options, check))
 
 
 def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...]:
     """Return how the trials of a ledger are other than what this call asks for, a sentence each."""
-    if not _draws_at_once(options):
+    if not draws_at_once(options):
         return ()
     return remarks(
         ledger.candidates, space, n_trials=options.n_trials, include_default=options.include_default
@@ -53,7 +60,7 @@ def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...
 
 
 def _missing(
-    ledger: Ledger, trials: Sequence[Candidate], space: Space, options: Options
+    ledger: Ledger, trials: Sequence[Candidate], space: Space, options: Options, check: ConfigCheck
 ) -> Sequence[Candidate]:
     if not ledger.candidates:
         return trials
@@ -63,12 +70,13 @@ def _missing(
     new = [c for c in trials if c.origin not in origins and c.params not in known]
     number = 1 + max(candidate.number for candidate in ledger.candidates)
     added = [replace(c, number=number + i) for i, c in enumerate(new)]
-    if not _draws_at_once(options):
+    if not draws_at_once(options):
         return added
-    return [*added, *top_up([*ledger.candidates, *added], space, options.n_trials, options.random_state)]
+    known_now = [*ledger.candidates, *added]
+    return [*added, *top_up(known_now, space, options.n_trials, options.random_state, check)]
 
 
-def _draws_at_once(options: Options) -> bool:
+def draws_at_once(options: Options) -> bool:
     """Whether trials are drawn at once; a sampler of Optuna's proposes its own later."""
     return not isinstance(options.method, OptunaSampler)
 

@@ -99,6 +99,11 @@ def _predictions(search: Search, trials: Sequence[Trial], verbose: int) -> "Pred
 
 def _candidates(study: Study, most: int) -> list[Trial]:
     """Return the best finished trials of a study; raises InputError where no ensemble can be made of them."""
+    if study.record.face == "loop":
+        raise InputError(
+            "ensemble() trains again, and this study is of search(), whose training loop is your own: call your "
+            "objective with the params of study.ranking()[:5]."
+        )
     if isinstance(study.record.method, dict) and study.record.descends:
         raise InputError(
             "ensemble() is of trials, and this study holds the points of descents; search with another method."

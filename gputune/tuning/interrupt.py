@@ -58,7 +58,7 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def run_until_signal(
-    run: Callable[[], None], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
+    run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
 ) -> int | None:
     """Run a training; return the number of the signal that ended it early, None where none came."""
     numbers: list[int] = []

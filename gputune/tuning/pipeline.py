@@ -1,6 +1,5 @@
 """search(): from rows to a study, top to bottom."""
 
-import errno
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +18,7 @@ from gputune.engine.backend import choose_backend, matrix_products, other_gpus, 
 from gputune.engine.entry import entry
 from gputune.engine.plan import parse_memory
 from gputune.engine.stop import Stop
-from gputune.errors import InputError, SearchFailedError, SearchInterrupted
+from gputune.errors import InputError
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.methods.config import legal_keys
@@ -38,18 +37,17 @@ from gputune.study.module_source import remember_code
 from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.study.trusted import remember
-from gputune.text import count
-from gputune.tuning.candidates import add_missing, first_trials, notes_on, remarks_on
+from gputune.tuning.candidates import first_trials, notes_on
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
-from gputune.tuning.interrupt import CTRL_C, interrupted_words, run_until_signal
-from gputune.tuning.method import method_name
+from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, Problem, default_loss, make_problem, remarks_on_loss
 from gputune.tuning.progress import PREPARING, Profile, Progress
-from gputune.tuning.random import check_sampling, sample, train_fully
+from gputune.tuning.random import check_sampling, sample, train_batches, train_fully
 from gputune.tuning.record import checkpoint_folder, search_record
 from gputune.tuning.rungs import check_rungs, halve, stop_below_median
+from gputune.tuning.session import Session, checked
 from gputune.tuning.trainer import Trainer
 from gputune.types import Backend, Config
 
@@ -124,8 +122,11 @@ def search(
         context = replace(context, checkpoints=checkpoint_folder(options.study, record))
         make_study = partial(study_type.from_rows, record.to_json())
         with open_ledger(options.study, record) as ledger:
-            _add_trials(ledger, trials, space, context)
-            signal_number = _train(ledger, training, context, callbacks, make_study, signals)
+            session = Session(ledger, options, progress, stop)
+            session.add(trials, space)
+            with profile.clock("training"), matrix_products(tf32=options.tf32):
+                run = partial(training, ledger, context)
+                signal_number = session.run(run, callbacks, make_study, signals)
             context.tidy(ledger)
             if context.faults:
                 record = replace(record, notes=[*record.notes, *context.faults])
@@ -133,58 +134,7 @@ def search(
                 make_study = partial(study_type.from_rows, record.to_json())
     refitted = replace(options, callbacks=())  # a refit calls none
     data_of_refit = choice, replace(source, original=None), refitted
-    return _checked(make_study(ledger.rows(), data=data_of_refit, file=options.study), signal_number)
-
-
-def _checked(study: AnyStudy, signal_number: int | None) -> AnyStudy:
-    """Return the study of a search that has ended by itself; raise what a caller has to hear of another one."""
-    if signal_number is not None:
-        raise SearchInterrupted(interrupted_words(study, study.file), study=study, signal=signal_number)
-    if all(trial.state == "failed" for trial in study.trials):
-        raise SearchFailedError(study.why_none_is_best())
-    return study
-
-
-def _wait_on(stop: Stop, progress: Progress, words: str) -> None:
-    """Say why this process waits before it has a plan; end that where training would end."""
-    progress.say(words, once=True)
-    if stop.asked:
-        raise KeyboardInterrupt
-    if stop.is_over():
-        raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
-
-
-def _add_trials(ledger: Ledger, trials: Sequence[Candidate], space: Space, context: Context) -> None:
-    """Add the trials that the ledger lacks, and say what is known of it."""
-    options, progress = context.options, context.progress
-    ledger.on_wait = partial(_wait_on, context.trainer.stop, progress)
-    if not isinstance(options.method, str):
-        ledger.decide_alone(method_name(options.method))
-    add_missing(ledger, trials, space, options)
-    if finished := len(ledger.results):
-        progress.say(f"going on: {finished} of {count(len(ledger.candidates), 'trial')} are finished")
-    for sentence in remarks_on(ledger, space, options):
-        progress.say(f"note: {sentence}")
-
-
-def _train(
-    ledger: Ledger,
-    training: Training,
-    context: Context,
-    callbacks: Callbacks,
-    make_study: Callable[..., Study],
-    signals: Sequence[int],
-) -> int | None:
-    """Train what waits, and tell the callbacks; return the number of the signal that ended it early."""
-    options = context.options
-    ledger.on_finish = lambda rows: callbacks.tell("on_trials_end", make_study(rows))
-    callbacks.tell("on_study_start", make_study(ledger.rows(), file=options.study))
-    try:
-        with context.profile.clock("training"), matrix_products(tf32=options.tf32):
-            run = partial(training, ledger, context)
-            return run_until_signal(run, context.trainer.stop, signals, context.progress.say)
-    finally:
-        callbacks.tell("on_study_end", make_study(ledger.rows(), file=options.study))
+    return checked(make_study(ledger.rows(), data=data_of_refit, file=options.study), signal_number)
 
 
 def _folds(problem: Problem, options: Options) -> list[Rows]:
@@ -310,7 +260,13 @@ def _procedure(
             return check, lambda ledger, context: stop_below_median(ledger, median, context)
         case OptunaSampler() as sampler:
             check = partial(check_sampling, sampler, space, context)
-            return check, lambda ledger, context: sample(ledger, space, sampler, context)
+
+            def ask(ledger: Ledger, context: Context) -> None:
+                train = partial(train_batches, ledger, sampler, context)
+                options, progress = context.options, context.progress
+                sample(ledger, space, sampler, options, progress, train=train, epochs=context.epochs)
+
+            return check, ask
     return lambda: None, train_fully
 
 

@@ -19,7 +19,7 @@ _LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
 
 _SHARE = 0.01  # of the work: before it is done the pace says nothing
 
-_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} trial-epochs [{elapsed}, {remaining} left{postfix}]"
+_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]"
 
 
 class _Screen:
@@ -90,7 +90,7 @@ class Progress:
         self.begin = time.monotonic()
         self.best, self.trials_done, self.trials = float("-inf"), 0, 0
         self.said: set[str] = set()
-        self.epochs_done, self.epochs = 0, 0
+        self.epochs_done, self.epochs, self.unit = 0, 0, "trial-epochs"
         self.members, self.processes, self.pruned, self.batches = 0, 1, 0, 0
 
     def say(self, text: str, *, once: bool = False) -> None:
@@ -114,12 +114,14 @@ class Progress:
             return
         if not self.epochs:
             self.begin = time.monotonic()
+        self.unit = "trials" if epochs == 1 else "trial-epochs"
         self.trials, self.epochs = self.trials_done + trials, self.epochs_done + trials * epochs
         self.bar = tqdm(
             total=self.epochs,
             file=self.bar_file,
             initial=self.epochs_done,
             bar_format=_FORMAT,
+            unit=self.unit,
             disable=self.verbose < 1 or self.plain,
             dynamic_ncols=True,
             leave=False,
@@ -165,7 +167,7 @@ class Progress:
             measure = measure_of(self.scoring, self.best)
             best = f"{measure.name} {measure.text(self.best)}"
         words = [f"trials {self.trials_done}/{self.trials}", f"best {best}"]
-        if self.members:
+        if self.members > 1:
             place = "" if self.processes == 1 else f" in each of {self.processes} processes"
             words.append(f"{self.members} members{place}")
         if self.pruned:
@@ -186,7 +188,7 @@ class Progress:
             self.next_line = time.monotonic() + _LINE_SECONDS
             left = self.seconds_left
             ending = "" if left is None else f", {left:.0f} s left"
-            self.say(f"{self.words}, {self.epochs_done}/{self.epochs} trial-epochs{ending}")
+            self.say(f"{self.words}, {self.epochs_done}/{self.epochs} {self.unit}{ending}")
 
 
 PREPARING = "reading and preparing rows"

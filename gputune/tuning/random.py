@@ -3,7 +3,7 @@
 One of Optuna's samplers is asked for a batch, the batch trains together, and the sampler is told what came of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,8 @@ from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import BegunChunk, Job, Outcome
 from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
+from gputune.errors import InputError
+from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
 from gputune.methods.space import Space
@@ -27,6 +29,7 @@ from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.options import Options
+from gputune.tuning.progress import Progress
 from gputune.tuning.rungs import check_rungs, halve
 from gputune.types import Config
 
@@ -46,7 +49,7 @@ def train_fully(ledger: Ledger, context: Context) -> None:
                 return
             ledger.refresh()
             if left:
-                _wait(ledger, left, context)
+                wait_for_others(ledger, left, context.progress, context.is_over)
 
 
 def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
@@ -109,12 +112,14 @@ def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context
     context.finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves])
 
 
-def _wait(ledger: Ledger, chunks: Sequence[Chunk], context: Context) -> None:
+def wait_for_others(
+    ledger: Ledger, chunks: Sequence[Chunk], progress: Progress, is_over: Callable[[], bool]
+) -> None:
     """Wait for what other processes are training."""
     who, remedy = ledger.who_has(chunks)
     trials = count(sum(len(chunk.trials) for chunk in chunks), "trial")
-    context.progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
-    ledger.wait(chunks, context.is_over)
+    progress.say(f"waiting for {trials} of {who}. {remedy}".removesuffix(" "), once=True)
+    ledger.wait(chunks, is_over)
 
 
 def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
@@ -170,35 +175,50 @@ _BATCH = "batch "
 def check_sampling(method: OptunaSampler, space: Space, context: Context) -> None:
     """Raise InputError where the sampler cannot be asked for this space, before anything is kept or trained."""
     check_askable(space)
+    if "penalty" in space[0]:
+        raise InputError(
+            "space must have 'l1_ratio' in the place of its older word 'penalty' for an Optuna sampler: 0 is l2, 1 is "
+            "l1, C=inf is none."
+        )
     if method.halving is not None:
         check_rungs(method.halving, context)
 
 
-def sample(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> None:
+def sample(
+    ledger: Ledger,
+    space: Space,
+    method: OptunaSampler,
+    options: Options,
+    progress: Progress,
+    *,
+    train: Callable[[], bool],
+    epochs: int,
+    check: ConfigCheck = check_config,
+) -> None:
     """Train what waits, tell the sampler all results in order, then ask, train and tell batch by batch.
 
-    This process alone asks and trains: the next batch depends on every result of the last one.
+    This process alone asks and trains: the next batch depends on every result of the last one. ``train`` trains what
+    waits in the ledger, and says whether the search goes on.
     """
-    _train_batches(ledger, method, context)
-    if context.is_over() or not _missing(ledger, context):
+    if not train() or not _missing(ledger, options):
         return
-    study = _study_so_far(ledger, space, method, context)
-    with context.progress.bar_over(_missing(ledger, context), context.epochs):
-        while (count := min(method.batch, _missing(ledger, context))) and not context.is_over():
+    study = _study_so_far(ledger, space, method, progress, check)
+    with progress.bar_over(_missing(ledger, options), epochs):
+        while count := min(method.batch, _missing(ledger, options)):
             proposals = [study.ask() for _ in range(count)]
             number = 1 + max((c.number for c in ledger.candidates), default=-1)
             batch = f"{_BATCH}{1 + max(map(_batch_of, ledger.candidates), default=0)}"
             ledger.add([Candidate(number + i, params, batch) for i, (_, params) in enumerate(proposals)])
-            _train_batches(ledger, method, context)
-            if not context.is_over():
-                for i, (trial, _) in enumerate(proposals):
-                    study.tell(trial, ledger.results[number + i])
+            if not train():
+                return
+            for i, (trial, _) in enumerate(proposals):
+                study.tell(trial, ledger.results[number + i])
 
 
-def _missing(ledger: Ledger, context: Context) -> int:
+def _missing(ledger: Ledger, options: Options) -> int:
     """How many trials are still to be asked for: the default one counts, included ones do not."""
     proposed = sum(_batch_of(c) > 0 for c in ledger.candidates)
-    return max(0, context.options.n_trials - proposed - n_counted(ledger.candidates))
+    return max(0, options.n_trials - proposed - n_counted(ledger.candidates))
 
 
 def _batch_of(candidate: Candidate) -> int:
@@ -207,37 +227,40 @@ def _batch_of(candidate: Candidate) -> int:
     return int(origin.removeprefix(_BATCH)) if isinstance(origin, str) and origin.startswith(_BATCH) else 0
 
 
-def _train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> None:
-    """Train what waits in the ledger together; with halving each batch by itself."""
+def train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> bool:
+    """Train what waits in the ledger together, with halving each batch by itself; False where time is over."""
     if method.halving is None:
         if ledger.waiting():
             train_fully(ledger, context)
-        return
+        return not context.is_over()
     for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
         trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
         halve(ledger, trials, method.halving, context)
+    return not context.is_over()
 
 
-def _study_so_far(ledger: Ledger, space: Space, method: OptunaSampler, context: Context) -> OptunaStudy:
+def _study_so_far(
+    ledger: Ledger, space: Space, method: OptunaSampler, progress: Progress, check: ConfigCheck
+) -> OptunaStudy:
     """Return a study of a fresh copy of the sampler in which all results so far have been told, in order.
 
     The copy is asked again for what it was asked before. A seeded sampler proposes the same again, and then goes on as
     if it had never stopped. Where it proposes something else, a reseeded copy is told what was tried in the place of
     its proposals.
     """
-    study = OptunaStudy(method.sampler, space)
-    if _repeat(study, ledger, context, enqueue=False):
+    study = OptunaStudy(method.sampler, space, check=check)
+    if _repeat(study, ledger, progress, enqueue=False):
         return study
-    context.progress.say(
+    progress.say(
         "note: the sampler does not propose the finished trials again (it has no seed, or is another one); a reseeded "
         "copy of it is told their results."
     )
-    study = OptunaStudy(method.sampler, space, reseed=True)
-    _repeat(study, ledger, context, enqueue=True)
+    study = OptunaStudy(method.sampler, space, reseed=True, check=check)
+    _repeat(study, ledger, progress, enqueue=True)
     return study
 
 
-def _repeat(study: OptunaStudy, ledger: Ledger, context: Context, *, enqueue: bool) -> bool:
+def _repeat(study: OptunaStudy, ledger: Ledger, progress: Progress, *, enqueue: bool) -> bool:
     """Tell the results of the ledger, batch by batch; False where a proposal is another than the first time.
 
     enqueue: put what was proposed in the place of what is proposed now.
@@ -247,7 +270,7 @@ def _repeat(study: OptunaStudy, ledger: Ledger, context: Context, *, enqueue: bo
         if batch == 0:
             for c in candidates:
                 if not study.add(c.params, ledger.results[c.number]):
-                    context.progress.say(
+                    progress.say(
                         f"note: trial {c.number} ({c.origin}) is not in the space, so the sampler is not told."
                     )
             continue

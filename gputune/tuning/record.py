@@ -48,7 +48,7 @@ def search_record(
         optimizer=choice.optimizer,
         schedule=options.schedule,
         space=space_text(space),
-        distributions=_distributions(space),
+        distributions=distributions(space),
         method=method_to_json(options.method),
         task=problem.target.task,
         target=problem.target.name,
@@ -120,7 +120,7 @@ def versions() -> dict[str, str]:
     return {"gputune": __version__, **{name: module.__version__ for name, module in modules.items()}}
 
 
-def _distributions(space: Space) -> dict[str, Described]:
+def distributions(space: Space) -> dict[str, Described]:
     """What an export to Optuna knows of each key: the law it is drawn from, where one law is all and Optuna has it."""
     laws = {key: described(choices) for part in space for key, choices in part.items()}
     many = {key for key in laws if sum(key in part for part in space) > 1}
@@ -166,6 +166,11 @@ def recorded_search(
         raise InputError(
             f"study {str(path)!r} is of {record.method}, which searched scikit-learn's estimators: a search of that "
             "face is not resumed."
+        )
+    if record.face == "loop":
+        raise InputError(
+            f"study {str(path)!r} is of gputune.search, whose training loop is in no file: repeat the call with "
+            f"study={str(path)!r}, which goes on where it stopped."
         )
     if record.lost or {"arguments", "source"} & record.absent:
         raise InputError(

@@ -229,11 +229,7 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
                 "best_model(X, y) cannot weight other rows: the study used sample_weight; leave X and y out."
             )
         return choice, _given(X, y, choice, options), options
-    if record.face == "sklearn":
-        raise InputError(
-            f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
-            "best_estimator_ is the model."
-        )
+    check_refitted(record)
     if lost := [name for name in record.lost if PARTS[name].training or name == "method"]:
         raise lost_option(study.file, lost[0])
     if record.sample_weight is not None:
@@ -246,6 +242,20 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
 
 def _given(X: object, y: object, choice: ModelChoice, options: Options) -> Source:
     return read_source(X, y, module=choice.takes_arrays, drop=options.drop, kinds=options.kinds)
+
+
+def check_refitted(record: SearchRecord) -> None:
+    """Raise InputError where what a study searched is trained by others."""
+    if record.face == "sklearn":
+        raise InputError(
+            f"best_model() cannot refit a study of {record.method}, which searched scikit-learn's estimators; its "
+            "best_estimator_ is the model."
+        )
+    if record.face == "loop":
+        raise InputError(
+            "best_model() cannot refit a study of search(), whose training loop is your own: call your objective with "
+            "study.best_params."
+        )
 
 
 def _lost_weights(what: str) -> InputError:

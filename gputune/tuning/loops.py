@@ -1,0 +1,249 @@
+"""The search of a training loop of the user's own, top to bottom: space, trials, calls of the objective, study."""
+
+import functools
+import inspect
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+
+from gputune.callbacks.callback import Callbacks
+from gputune.engine.entry import entry
+from gputune.engine.stop import Stop
+from gputune.errors import InputError
+from gputune.executors.loops import Ending, Objective, Reports, Task, ThisProcess, Workers, environments
+from gputune.methods.config import plain_config
+from gputune.methods.descent import Hypergradient
+from gputune.methods.optuna_sampler import OptunaSampler, check_askable
+from gputune.methods.random import check_n_trials, included, top_up
+from gputune.methods.space import (
+    Space,
+    check_own_include,
+    check_own_space,
+    space_text,
+    space_to_json,
+    translated,
+)
+from gputune.methods.stopping import Arrivals, Halving, Median
+from gputune.scratch import scratch_folder
+from gputune.study.ledger import Ledger, open_ledger
+from gputune.study.record import Arguments, SearchRecord
+from gputune.study.store import Candidate, Chunk, Result
+from gputune.study.study import Study
+from gputune.tuning.candidates import draws_at_once
+from gputune.tuning.interrupt import CTRL_C
+from gputune.tuning.method import method_name, method_to_json
+from gputune.tuning.options import Options
+from gputune.tuning.progress import Progress
+from gputune.tuning.random import sample, wait_for_others
+from gputune.tuning.record import distributions, versions
+from gputune.tuning.session import Session, checked
+
+AnyStudy = TypeVar("AnyStudy", bound=Study)
+Direction = Literal["maximize", "minimize"]
+
+
+@entry
+def search_loop(
+    objective: Objective,
+    options: Options,
+    *,
+    direction: Direction,
+    max_epochs: int | None,
+    study_type: type[AnyStudy],
+) -> AnyStudy:
+    """Train the trials of an objective; see ``gputune.search``. ``max_epochs`` None: nobody has said it."""
+    stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
+    space = check_own_space(translated(options.space))
+    first = _first_trials(options, space)
+    rule = _pruning_rule(options, max_epochs)
+    record = _record(objective, options, space, direction, max_epochs)
+    callbacks = Callbacks(options.callbacks)
+    progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves))
+    progress.scoring = record.scoring
+    make_study = partial(study_type.from_rows, record.to_json())
+    with open_ledger(options.study, record) as ledger, scratch_folder() as folder:
+        session = Session(ledger, options, progress, stop)
+        session.add(first, space, plain_config)
+        sign = 1.0 if direction == "maximize" else -1.0
+        task = Task(objective, sign, options.random_state, Reports(folder / "reports"), rule, stop)
+        for result in ledger.results.values():
+            task.reports.write(result.number, result.curve[:, 0], ended=True)
+        with _callers(task, options, folder) as callers:
+            run = partial(_Loop(ledger, callers, progress, stop).search, space, options)
+            signal_number = session.run(run, callbacks, make_study, (CTRL_C,))
+    return checked(make_study(ledger.rows(), file=options.study), signal_number)
+
+
+def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
+    """Return the trials of this call that are known before any is trained."""
+    check_n_trials(options.n_trials)
+    first = included(check_own_include(options.include, space))
+    if not first and not options.n_trials:
+        raise InputError(
+            "n_trials must be >= 1 where nothing is included, got n_trials=0. For example n_trials=64."
+        )
+    if isinstance(options.method, OptunaSampler):
+        check_askable(space)
+    if not draws_at_once(options):
+        return first
+    return (*first, *top_up(first, space, options.n_trials, options.random_state, plain_config))
+
+
+def check_objective(objective: object, direction: object) -> None:
+    """Raise InputError for what cannot be called as an objective, or a direction that is none."""
+    if not callable(objective):
+        raise InputError(
+            f"objective must be a function of (params, report) that returns a score, got {objective!r}."
+        )
+    try:
+        inspect.signature(objective).bind({}, None)
+    except TypeError as error:
+        raise InputError(
+            f"objective must take two arguments, (params, report), and {_name(objective)} does not: {error}."
+        ) from None
+    except ValueError:  # a function in C says nothing of its arguments
+        pass
+    if direction not in ("maximize", "minimize"):
+        raise InputError(f"direction must be 'maximize' or 'minimize', got {direction!r}.")
+
+
+def _name(objective: object) -> str:
+    if isinstance(objective, functools.partial):
+        objective = objective.func
+    return str(getattr(objective, "__qualname__", type(objective).__name__))
+
+
+def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
+    """Return what ends trials early, if anything does."""
+    method = options.method
+    if isinstance(method, Hypergradient):
+        raise InputError(
+            "method='hypergradient' differentiates the training of gputune.tune, and search() knows nothing of the "
+            "inside of yours; choose 'random', 'halving', 'median' or gputune.OptunaSampler(...)."
+        )
+    rule = method.halving if isinstance(method, OptunaSampler) else method
+    if not isinstance(rule, Halving | Median):
+        return None
+    if max_epochs is None:
+        raise InputError(
+            f"method={method_name(rule)!r} decides at steps of a training: max_epochs must say how often a whole "
+            "training calls report(value), got None."
+        )
+    arrivals = Arrivals(rule, max_epochs)
+    arrivals.check()
+    return arrivals
+
+
+_ABSENT = """
+target optimizer schedule task classes source fingerprint features columns numbers class_weight sample_weight cv splits
+objective positive baseline dtype device
+""".split()
+"""What a record has of rows and of models, and nothing to say of here."""
+
+
+def _record(
+    objective: object, options: Options, space: Space, direction: Direction, max_epochs: int | None
+) -> SearchRecord:
+    name = _name(objective)
+    return SearchRecord(
+        face="loop",
+        model=name,
+        spec={"kind": "objective", "name": name},
+        space=space_text(space),
+        distributions=distributions(space),
+        method=method_to_json(options.method),
+        folds=1,
+        scoring="objective" if direction == "maximize" else "neg_objective",
+        epoch="last",
+        max_epochs=max_epochs or 0,
+        seed=options.random_state,
+        versions=versions(),
+        arguments=Arguments(
+            kept={"n_trials": options.n_trials},
+            space=space_to_json(space),
+            lacking=["objective, a function"],
+            callbacks=[type(callback).__name__ for callback in options.callbacks],
+        ),
+        absent=frozenset(_ABSENT),
+    )
+
+
+@contextmanager
+def _callers(task: Task, options: Options, folder: Path) -> Iterator[ThisProcess | Workers]:
+    """Have what calls the objective inside: worker processes, this process where one is enough."""
+    workers = options.workers if isinstance(options.workers, int) else None
+    places = environments(workers, max(1, options.n_trials + len(options.include)))
+    with task.stop.heard_by_workers(folder / "stop"):
+        callers = ThisProcess(task) if len(places) == 1 else Workers(task, places, folder)
+        try:
+            yield callers
+        finally:
+            callers.close()
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """The trials of a ledger, and who trains them."""
+
+    ledger: Ledger
+    callers: ThisProcess | Workers
+    progress: Progress
+    stop: Stop
+
+    def search(self, space: Space, options: Options) -> None:
+        """Train what waits, and what Optuna's sampler proposes where one is asked."""
+        if isinstance(options.method, OptunaSampler):
+            method, progress = options.method, self.progress
+            sample(
+                self.ledger, space, method, options, progress, train=self.train, epochs=1, check=plain_config
+            )
+        else:
+            self.train()
+
+    def train(self) -> bool:
+        """Train what waits; say whether there is time for more."""
+        ledger = self.ledger
+        with self.progress.bar_over(len(ledger.waiting()), 1):
+            while (waiting := ledger.waiting()) and not self.stop.is_over():
+                chunks = ledger.chunks(waiting, 0, _one_by_one)
+                of_trial = {chunk.trials[0]: chunk for chunk in chunks}
+                trials, begun = [(trial.number, trial.params) for trial in waiting], False
+                claim = partial(_claimed, ledger, of_trial)
+                for number, ending in self.callers.train(trials, claim):
+                    self._keep(number, ending)
+                    begun = True
+                ledger.refresh()
+                if not begun and not self.stop.is_over():
+                    wait_for_others(ledger, chunks, self.progress, self.stop.is_over)
+        return not self.stop.is_over()
+
+    def _keep(self, number: int, ending: Ending) -> None:
+        values = ending.values or [ending.score]
+        curve = np.array(values, dtype=np.float64)[:, None]
+        if ending.error:
+            self.progress.say(f"note: trial {number} failed: {ending.error}")
+        detail = {"error": ending.error} if ending.error else {}
+        self.progress.advance(1, curve[None])
+        self.progress.finished(1, pruned=int(ending.state == "pruned"))
+        self.ledger.finish(
+            [
+                Result(
+                    number, ending.state, ending.score, (ending.score,), len(ending.values), ending.seconds,
+                    curve, detail,
+                )
+            ]
+        )  # fmt: skip
+
+
+def _claimed(ledger: Ledger, chunk_of: Mapping[int, Chunk], number: int) -> bool:
+    return ledger.claim(chunk_of[number])
+
+
+def _one_by_one(trials: Sequence[Candidate]) -> list[tuple[tuple[int], int]]:
+    return [((place,), 1) for place in range(len(trials))]

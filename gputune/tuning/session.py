@@ -1,0 +1,78 @@
+"""The ledger of a search while this process works on it: trials are added, trained till a signal comes, and checked."""
+
+import errno
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from gputune.callbacks.callback import Callbacks
+from gputune.engine.stop import Stop
+from gputune.errors import SearchFailedError, SearchInterrupted
+from gputune.methods.config import ConfigCheck, check_config
+from gputune.methods.space import Space
+from gputune.study.ledger import Ledger
+from gputune.study.store import Candidate
+from gputune.study.study import Study
+from gputune.text import count
+from gputune.tuning.candidates import add_missing, remarks_on
+from gputune.tuning.interrupt import interrupted_words, run_until_signal
+from gputune.tuning.method import method_name
+from gputune.tuning.options import Options
+from gputune.tuning.progress import Progress
+
+AnyStudy = TypeVar("AnyStudy", bound=Study)
+
+
+@dataclass(frozen=True)
+class Session:
+    """The ledger of a search while this process works on it."""
+
+    ledger: Ledger
+    options: Options
+    progress: Progress
+    stop: Stop
+
+    def add(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config) -> None:
+        """Add the trials that the ledger lacks, and say what is known of it."""
+        self.ledger.on_wait = self._wait
+        if not isinstance(self.options.method, str):
+            self.ledger.decide_alone(method_name(self.options.method))
+        add_missing(self.ledger, trials, space, self.options, check)
+        if finished := len(self.ledger.results):
+            trials_there = count(len(self.ledger.candidates), "trial")
+            self.progress.say(f"going on: {finished} of {trials_there} are finished")
+        for sentence in remarks_on(self.ledger, space, self.options):
+            self.progress.say(f"note: {sentence}")
+
+    def _wait(self, words: str) -> None:
+        """Say why this process waits before it has a plan; end that where training would end."""
+        self.progress.say(words, once=True)
+        if self.stop.asked:
+            raise KeyboardInterrupt
+        if self.stop.is_over():
+            raise TimeoutError(errno.ETIMEDOUT, f"the time is over; {words}")
+
+    def run(
+        self,
+        train: Callable[[], object],
+        callbacks: Callbacks,
+        make_study: Callable[..., Study],
+        signals: Sequence[int],
+    ) -> int | None:
+        """Train what waits, and tell the callbacks; return the number of the signal that ended it early."""
+        ledger, file = self.ledger, self.options.study
+        ledger.on_finish = lambda rows: callbacks.tell("on_trials_end", make_study(rows))
+        callbacks.tell("on_study_start", make_study(ledger.rows(), file=file))
+        try:
+            return run_until_signal(train, self.stop, signals, self.progress.say)
+        finally:
+            callbacks.tell("on_study_end", make_study(ledger.rows(), file=file))
+
+
+def checked(study: AnyStudy, signal_number: int | None) -> AnyStudy:
+    """Return the study of a search that has ended by itself; raise what a caller has to hear of another one."""
+    if signal_number is not None:
+        raise SearchInterrupted(interrupted_words(study, study.file), study=study, signal=signal_number)
+    if all(trial.state == "failed" for trial in study.trials):
+        raise SearchFailedError(study.why_none_is_best())
+    return study
