@@ -8,12 +8,10 @@ from typing import Literal
 from gputune.api.study import Study
 from gputune.api.tuning import study_so_far, with_near_words
 from gputune.callbacks.callback import Callback
-from gputune.errors import InputError
 from gputune.executors.loops import Objective
-from gputune.executors.ray_connection import Ray
-from gputune.tuning.loops import check_objective, search_loop
+from gputune.tuning.loops import search_loop
 from gputune.tuning.method import Method
-from gputune.tuning.options import Options
+from gputune.tuning.options import RULES, Options
 
 
 @with_near_words
@@ -58,24 +56,9 @@ def search(
 
     Raises as ``tune`` does.
     """
-    check_objective(objective, direction)
-    if isinstance(workers, Ray) or workers == "ray":
-        raise InputError(
-            "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes."
-        )
-    options = Options(
-        space=space,
-        n_trials=n_trials,
-        include=include,
-        method=method,
-        max_epochs=1 if max_epochs is None else max_epochs,
-        timeout=timeout,
-        study=study,
-        workers=workers,
-        random_state=random_state,
-        callbacks=callbacks,
-        verbose=verbose,
-    )
+    arguments = locals()
+    given = {name: arguments[name] for name in RULES.keys() & arguments.keys()}
+    options = Options(**{**given, "max_epochs": 1 if max_epochs is None else max_epochs})
     run = partial(
         search_loop, objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
     )

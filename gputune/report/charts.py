@@ -66,7 +66,8 @@ def curves_chart(study: Study) -> Chart | None:
         *(_best_curve(study, curves, row, rank, frame) for rank, row in reversed(list(enumerate(best)))),
         _legend(study, curves, best, frame),
     ]
-    title = f"Learning curves of the best {len(best)} trials, mean and standard deviation over the folds"
+    over = ", mean and standard deviation over the folds" * (study.curves.shape[2] > 1)
+    title = f"Learning curves of the best {len(best)} trials{over}"
     note = (
         f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
         "and the rest evenly by rank."

@@ -59,6 +59,11 @@ def search_loop(
 ) -> AnyStudy:
     """Train the trials of an objective; see ``gputune.search``. ``max_epochs`` None: nobody has said it."""
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
+    _check_objective(objective, direction)
+    if options.is_on_cluster:
+        raise InputError(
+            "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes, or 'auto'."
+        )
     space = check_own_space(translated(options.space))
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
@@ -95,7 +100,7 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
     return (*first, *top_up(first, space, options.n_trials, options.random_state, plain_config))
 
 
-def check_objective(objective: object, direction: object) -> None:
+def _check_objective(objective: object, direction: object) -> None:
     """Raise InputError for what cannot be called as an objective, or a direction that is none."""
     if not callable(objective):
         raise InputError(
@@ -158,7 +163,7 @@ def _record(
         space=space_text(space),
         distributions=distributions(space),
         method=method_to_json(options.method),
-        folds=1,
+        folds=0,
         scoring="objective" if direction == "maximize" else "neg_objective",
         epoch="last",
         max_epochs=max_epochs or 0,

@@ -1,0 +1,249 @@
+"""search(): a training loop of the user's own, its trials, its study, and how it ends and goes on."""
+
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import loguniform
+
+import gputune
+from refused import refused
+
+SPACE = {"lr": loguniform(1e-3, 1.0), "layers": [(32, 16), (8,)]}
+
+LOCK = threading.Lock()
+
+
+def curve(params, epochs=9):
+    return [-params["lr"] - 1 / epoch for epoch in range(1, epochs + 1)]
+
+
+def train(params, report):
+    for value in curve(params):
+        report(value)
+    return value
+
+
+def search(objective=train, space=SPACE, **more):
+    given = {"direction": "maximize", "n_trials": 8, "workers": 1, "verbose": 0, "max_epochs": 9}
+    return gputune.search(objective, space, **{**given, **more})
+
+
+def test_every_trial_is_trained_and_its_curve_kept():
+    study = search(include=[{"lr": 0.5, "layers": (64, 64, 64)}])
+    assert len(study.trials) == 9 and study.curves.shape == (9, 9, 1)
+    assert study.trials[0].params == {"layers": (64, 64, 64), "lr": 0.5}
+    for trial, values in zip(study.trials, study.curves[:, :, 0]):
+        assert values.tolist() == curve(trial.params)
+        assert (trial.score, trial.best_epoch, trial.state) == (values[-1], 9, "complete")
+    assert study.best_params == min(study.trials, key=lambda trial: trial.params["lr"]).params
+    assert repr(study).startswith("Study(train, 9 trials, best objective -0.1")
+
+
+def test_lower_is_better_where_the_search_is_told_so():
+    study = search(lambda params, report: params["lr"], direction="minimize")
+    assert study.best_score == -min(trial.params["lr"] for trial in study.trials)
+    assert (study.record.scoring, study.curves.shape) == ("neg_objective", (8, 1, 1))
+
+
+def test_workers_find_what_this_process_finds():
+    """A function of a test, which no fresh process could import, with what it closes over."""
+    factor = 2.0
+
+    def objective(params, report):
+        report(factor)
+        return params["lr"] * factor + torch.rand(()).item() + np.random.rand() + random.random()
+
+    here, there = search(objective), search(objective, workers=2)
+    assert [t.score for t in here.trials] == [t.score for t in there.trials]
+    before = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].tolist()
+    search(objective, n_trials=1)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == (before[0], before[2])
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("method", ["halving", "median"])
+def test_a_method_prunes_what_is_worse_than_those_before_it(method):
+    lrs = [0.1, 0.5, 0.4, 0.6, 0.7, 0.01]
+    study = search(space={"lr": [1.0]}, n_trials=0, include=[{"lr": lr} for lr in lrs], method=method)
+    states = {
+        "halving": "complete pruned pruned pruned pruned complete",
+        "median": "complete complete complete complete pruned complete",
+    }[method]  # the median waits for five trials
+    assert [trial.state for trial in study.trials] == states.split()
+    assert study.trials[4].score == study.curves[4, 0, 0]
+    assert study.best_params == {"lr": 0.01}
+
+
+def test_a_sampler_of_optunas_proposes_and_hears():
+    optuna = pytest.importorskip("optuna")
+    method = gputune.OptunaSampler(optuna.samplers.TPESampler(seed=0, n_startup_trials=4), batch=4)
+    study = search(method=method, n_trials=12, include=[{"lr": 0.1, "layers": (8,)}])
+    assert [trial.origin for trial in study.trials] == ["include"] + [
+        f"batch {i // 4 + 1}" for i in range(12)
+    ]
+    assert all(1e-3 <= trial.params["lr"] <= 1 and trial.state == "complete" for trial in study.trials)
+
+
+def test_a_failed_trial_keeps_its_error_and_the_search_goes_on(capsys):
+    def objective(params, report):
+        report(1.0)
+        if params["lr"] > 0.05:
+            raise ValueError("too large")
+        return math.nan if params["lr"] > 0.01 else 1.0
+
+    study = search(objective, verbose=1)
+    failed = [trial for trial in study.trials if trial.params["lr"] > 0.05]
+    assert {trial.state for trial in failed} == {"failed"} and 0 < len(failed) < 8
+    assert failed[0].detail["error"].startswith("ValueError: too large (test_loops.py, line ")
+    assert f"note: trial {failed[0].number} failed: ValueError: too large" in capsys.readouterr().err
+    assert {t.state for t in study.trials if 0.01 < t.params["lr"] <= 0.05} <= {"failed"}
+    with pytest.raises(
+        gputune.SearchFailedError, match="8 of 8 trials raised an error, the first TypeError: what the"
+    ):
+        search(lambda params, report: None)
+
+
+def test_a_value_that_is_no_number_ends_the_training():
+    seen = []
+
+    def objective(params, report):
+        report(1.0)
+        seen.append(params)
+        report(math.nan)
+        raise AssertionError
+
+    with pytest.raises(gputune.SearchFailedError, match="8 diverged"):
+        search(objective)
+    assert len(seen) == 8
+
+
+@pytest.mark.long
+def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path):
+    def objective(params, report):
+        with (tmp_path / "calls").open("a") as file:
+            file.write("x")
+        if params["lr"] == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return params["lr"]
+
+    study = search(objective, {"lr": [1, 2, 3]}, workers=2, n_trials=3)
+    assert {t.params["lr"]: t.state for t in study.trials} == {1: "failed", 2: "complete", 3: "complete"}
+    (error,) = [trial.detail["error"] for trial in study.trials if trial.detail]
+    assert error.startswith("it has lost 3 worker processes, the last because SIGKILL")
+    assert (tmp_path / "calls").read_text() == "x" * 5
+
+
+SCRIPT = """
+import sys, time, gputune
+def objective(params, report):
+    print(params["n"], flush=True)
+    if len(sys.argv) < 3 and params["n"] > 3:
+        time.sleep(100)
+    return params["n"]
+study = gputune.search(objective, {"n": list(range(8))}, direction="maximize", n_trials=8, study=sys.argv[1],
+                       workers=WORKERS, verbose=0)
+print(study.best_params)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
+def test_a_killed_search_goes_on_where_it_was(tmp_path, workers):
+    path = tmp_path / "study.db"
+    command = [sys.executable, "-c", SCRIPT.replace("WORKERS", workers), str(path)]
+    place = {"cwd": tmp_path, "text": True}  # the imports of a script begin in its folder
+
+    def finished():
+        trials = gputune.Study.open(path).trials if path.exists() else ()
+        return {trial.params["n"] for trial in trials if trial.state == "complete"}
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **place) as killed:
+        deadline = time.monotonic() + 60
+        while not finished() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        killed.kill()
+        killed.communicate()
+    before = finished()
+    done = subprocess.run([*command, "on"], capture_output=True, check=True, **place)
+    *trained, best = done.stdout.splitlines()
+    assert before and sorted(map(int, trained)) == sorted(set(range(8)) - before)
+    assert best == "{'n': 7}"
+
+
+def test_it_stops_at_a_report_when_time_is_over_and_goes_on_later(tmp_path):
+    def objective(params, report):
+        for _ in range(50):
+            time.sleep(0.02)
+            report(params["lr"])
+        return params["lr"]
+
+    path = tmp_path / "study.db"
+    study = search(objective, n_trials=2, timeout=0.2, study=path)
+    assert [trial.state for trial in study.trials] == ["stopped", "waiting"]
+    assert 1 < study.trials[0].best_epoch < 50
+
+    def faster(params, report):
+        return params["lr"]
+
+    faster.__qualname__ = objective.__qualname__
+    assert [trial.state for trial in search(faster, n_trials=2, study=path).trials] == ["complete"] * 2
+    faster.__code__ = (lambda params, report: 1 / 0).__code__  # which nothing calls
+    assert [trial.state for trial in search(faster, n_trials=2, study=path).trials] == ["complete"] * 2
+    with pytest.raises(gputune.InputError, match="differs from this call in: model"):
+        search(train, n_trials=2, study=path)
+
+
+def test_ctrl_c_keeps_what_is_finished():
+    def objective(params, report):
+        os.kill(os.getpid(), signal.SIGINT)
+        report(1.0)
+
+    with pytest.raises(gputune.SearchInterrupted) as stopped:
+        search(objective, n_trials=2)
+    assert [trial.state for trial in stopped.value.study.trials] == ["stopped", "waiting"]
+
+
+def test_the_study_is_shown_and_what_it_has_not_is_refused(tmp_path):
+    study = search(method="halving", study=tmp_path / "study.db")
+    study.report(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "best objective" in page and "fold" not in page.split("<body")[1].split("<script")[0].lower()
+    assert "score = train({" in page
+    assert len(study.to_pandas()) == 8 and len(study.to_optuna().trials) == 8
+    with refused("best_model.* study.best_params"):
+        gputune.Study.open(tmp_path / "study.db").best_model()
+    with refused("ensemble.* study.ranking"):
+        study.ensemble()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"objective": 3}, ["objective", "(params, report)", "3"]),
+        ({"objective": lambda params: 1.0}, ["objective", "two arguments", "too many positional arguments"]),
+        ({"direction": "up"}, ["direction", "'minimize'", "'up'"]),
+        ({"space": {}}, ["space", "at least one key", "{}"]),
+        ({"space": {3: [1]}}, ["space", "words as keys", "3"]),
+        ({"include": [{"lr": 1.0}]}, ["include[0]", "lr, layers", "{'lr': 1.0}"]),
+        ({"include": {"lr": 1.0}}, ["include", "list of dicts"]),
+        ({"n_trials": 0}, ["n_trials", ">= 1", "n_trials=0"]),
+        ({"n_trials": -1}, ["n_trials", ">= 0", "-1"]),
+        ({"method": "hypergradient"}, ["method", "gputune.tune", "'halving'"]),
+        ({"method": "halving", "max_epochs": None}, ["method='halving'", "max_epochs", "None"]),
+        ({"method": gputune.Halving(min_epochs=9)}, ["min_epochs", "max_epochs=9"]),
+        ({"workers": "ray"}, ["workers", "'ray'", "a number of processes"]),
+        ({"workers": 2, "objective": lambda params, report, lock=LOCK: 1.0}, ["objective", "workers=1"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(given, words):
+    with refused(".*".join(map(re.escape, words))):
+        search(**given)
