@@ -10,7 +10,7 @@ Nothing is copied: memory-mapped arrays are read where their rows are gathered.
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,17 @@ _TAKEN_AS = {torch.uint16: torch.int32, torch.uint32: torch.int64}
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Inputs of a module: ``parts`` (n, ...), passed in order, or as the keywords ``names``."""
+    """Inputs of a module: ``parts`` (N, ...), passed in order, or as the keywords ``names``.
+
+    ``places`` (n,) are the rows that are meant, where these are some alone: nothing is copied until they are gathered.
+    """
 
     parts: tuple[Tensor, ...]
     names: tuple[str, ...] | None = None
+    places: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self.parts[0])
+        return len(self.parts[0] if self.places is None else self.places)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -43,13 +47,22 @@ class Arrays:
         return input_labels(len(self.parts), self.names)
 
     def select(self, rows: np.ndarray) -> "Arrays":
-        """Return the given rows."""
-        positions = torch.as_tensor(np.asarray(rows, dtype=np.int64))
-        return Arrays(tuple(x[positions.to(x.device)] for x in self.parts), self.names)
+        """Return the given rows, not gathered yet."""
+        positions = np.asarray(rows, dtype=np.int64)
+        return replace(self, places=positions if self.places is None else self.places[positions])
+
+    def gathered(self, begin: int = 0, end: int | None = None) -> tuple[Tensor, ...]:
+        """Return rows of all inputs, each (m, ...)."""
+        return tuple(self._rows(x, begin, end) for x in self.parts)
+
+    def _rows(self, x: Tensor, begin: int, end: int | None) -> Tensor:
+        if self.places is None:
+            return x[begin:end]
+        return x.index_select(0, torch.from_numpy(self.places[begin:end]).to(x.device))
 
     def as_given(self) -> object:
         """Return the rows as a scorer sees them: an array, a tuple, or a dict of arrays."""
-        arrays = tuple(x.cpu().numpy() for x in self.parts)
+        arrays = tuple(x.cpu().numpy() for x in self.gathered())
         if self.names is not None:
             return dict(zip(self.names, arrays))
         return arrays if len(arrays) > 1 else arrays[0]
@@ -58,8 +71,8 @@ class Arrays:
         """Return the rows of an input, a block at a time, each with the number of its first row."""
         x = self.parts[part]
         rows = max(1, _BLOCK // max(1, x[0].numel()))
-        for start in range(0, len(x), rows):
-            yield start, x[start : start + rows]
+        for start in range(0, len(self), rows):
+            yield start, self._rows(x, start, start + rows)
 
 
 def input_labels(number: int, names: Sequence[str] | None) -> tuple[str, ...]:
@@ -218,7 +231,8 @@ class ArrayLayout:
             raise InputError(
                 f"X has no input {missing[0]!r}; those seen in training are {', '.join(map(repr, names))}."
             )
-        return Arrays(tuple(arrays.parts[arrays.names.index(name)] for name in names), names)
+        parts = tuple(arrays.parts[arrays.names.index(name)] for name in names)
+        return replace(arrays, parts=parts, names=names)
 
     @property
     def feature_names(self) -> tuple[str, ...]:
@@ -313,7 +327,7 @@ def _fit(
     summed = [axis + 1 for axis, size in enumerate(shape) if size == 1]
     each = x[0].numel() / np.prod(shape, dtype=float)
     shift = next(arrays.blocks(part))[1].double().mean([0, *summed], keepdim=True)  # against cancellation
-    first, second = (np.empty((len(x), *shape)) for _ in range(2))
+    first, second = (np.empty((len(arrays), *shape)) for _ in range(2))
     for start, block in arrays.blocks(part):
         gap = block.double() - shift
         rows = slice(start, start + len(block))

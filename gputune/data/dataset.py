@@ -1,10 +1,8 @@
-"""Checked X and y on one device: what the engine trains on; and the rows of folds as short text, for a study file."""
+"""Checked X and y on one device: what the engine trains on."""
 
-import base64
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from torch import Tensor
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
-from gputune.data.target import Target
+from gputune.data.target import Target, standardised
 from gputune.data.tensors import checked_tensor, first_equal
 from gputune.data.weights import Weights
 from gputune.memory import free_of_gpu
@@ -44,7 +42,7 @@ class ScorerRows:
         """Return the validation rows of a fold, of the kind of X; no write to an array reaches anyone else."""
         positions = fold.valid.cpu().numpy()
         if isinstance(self.X, Arrays):
-            return self.X.select(positions).as_given()
+            return replace(self.X, places=positions).as_given()
         rows = select_rows(self.X, positions)
         if isinstance(rows, np.ndarray):
             rows.flags.writeable = False
@@ -70,7 +68,7 @@ def encode(
         x.to(dtype if x.is_floating_point() else x.dtype)
         if scale is None
         else scale(x[None].cpu(), slice(0, 1))[0]
-        for x, scale in zip(layout.raw(X).parts, scaling)
+        for x, scale in zip(layout.raw(X).gathered(), scaling)
     )
 
 
@@ -121,12 +119,8 @@ class Dataset:
     names: tuple[str, ...] | None = None  # of the inputs, where a module takes them as keywords
     scaling: tuple[Scaling | None, ...] = (None,)  # of each input
     dtype: torch.dtype = torch.float32  # of float inputs and of a regression's y; weights are float64
-    feature_groups: tuple[int, ...] | None = (
-        None  # (D,) of a table: ``Layout.feature_groups``; None: all numbers
-    )
-    on_host: bool = (
-        False  # whether inputs lie in main memory, and rows are sent to the device as they are gathered
-    )
+    feature_groups: tuple[int, ...] | None = None  # (D,) of a table: ``Layout.feature_groups``; None: numbers
+    on_host: bool = False  # whether inputs lie in main memory, of which gathered rows are sent to the device
 
     @property
     def x(self) -> Tensor:
@@ -245,11 +239,17 @@ def make_dataset(
         copies, names = (0,) * len(folds), raw.names
     else:
         inputs, copies = _table_inputs(raw, statistics, like)
-    y, center, scale = (
-        torch.as_tensor(part, device=device) for part in _standardise(target, folds, standardise)
-    )
-    positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=device) for rows in f] for f in folds]
+    y, *moments = standardised(target, folds, standardise)
+    values, present = target.values, _present(target, folds, device)
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
+    if isinstance(raw, Arrays) and raw.places is not None:
+        # The inputs have other rows as well, which no fold has: folds and targets name rows by their places among all.
+        among, places = partial(_among, raw.places, len(raw.parts[0])), raw.places
+        y, values = among(y, axis=0 if target.classes is not None else 1), among(values)
+        row_weights = [None if row is None else among(row) for row in row_weights]
+        folds = [(places[train], places[valid]) for train, valid in folds]
+    positions = [[torch.as_tensor(np.asarray(rows, np.int64), device=device) for rows in f] for f in folds]
+    center, scale = (torch.as_tensor(moment, device=device) for moment in moments)
     return Dataset(
         inputs=inputs,
         names=names,
@@ -257,17 +257,24 @@ def make_dataset(
         dtype=like.dtype,
         on_host=on_host,
         copies=copies,
-        y=y.to(like.dtype) if y.is_floating_point() else y.long(),
+        y=torch.as_tensor(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64, device=device),
         column=target.column,
         weights=_stack(row_weights, device),
         folds=tuple(Fold(train, valid) for train, valid in positions),
-        present=_present(target, folds, device),
+        present=present,
         center=center,
         scale=scale,
         n_outputs=target.n_outputs,
         task=target.task,
-        target=torch.as_tensor(target.values, device=device),
+        target=torch.as_tensor(values, device=device),
     )
+
+
+def _among(places: np.ndarray, size: int, values: np.ndarray, axis: int = 0) -> np.ndarray:
+    """Return the values of some rows, along an axis, in their places among ``size`` rows; 0 elsewhere."""
+    spread = np.zeros((*values.shape[:axis], size, *values.shape[axis + 1 :]), values.dtype)
+    spread[(slice(None),) * axis + (places,)] = values
+    return spread
 
 
 _DEVICE_SHARE = 0.5  # of the memory that is free on a GPU, which inputs may take
@@ -324,26 +331,6 @@ def _distinct(
     return [fitted for _, fitted in distinct.values()], tuple(copies)
 
 
-def _standardise(
-    target: Target, folds: Sequence[Rows], standardise: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return y, center (F, ...) and scale (F, ...).
-
-    y is (n,) class codes, (F, n, ...) standardised numbers, or (1, n, ...) as it is.
-    """
-    values = target.values
-    if target.classes is not None:
-        return values, np.zeros(len(folds)), np.ones(len(folds))
-    if target.task != "regression" or not standardise:
-        as_given = values[:, None] if target.column else values
-        return as_given[None], np.zeros(len(folds)), np.ones(len(folds))
-    center, scale = (np.array([of(values[train], 0) for train, _ in folds]) for of in (np.mean, np.std))
-    # A constant target has a standard deviation of rounding errors, not of 0.
-    constant = np.array([np.ptp(values[train], 0) == 0 for train, _ in folds])
-    scale = np.where(constant | (scale == 0), 1.0, scale)
-    return (values - center[:, None]) / scale[:, None], center, scale
-
-
 def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:
     length = next((len(row) for row in rows if row is not None), None)
     if length is None:
@@ -358,23 +345,3 @@ def _present(target: Target, folds: Sequence[Rows], device: torch.device) -> Ten
     counts = [np.bincount(target.values[train], minlength=target.n_outputs) for train, _ in folds]
     present = np.stack(counts) > 0
     return None if present.all() else torch.as_tensor(present, device=device)
-
-
-def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
-    """Return (train, valid) row positions as pairs of text; sorted ones take a few bits a row."""
-    return [[_pack(train), _pack(valid)] for train, valid in folds]
-
-
-def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
-    """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
-    return [(_unpack(train), _unpack(valid)) for train, valid in packed]
-
-
-def _pack(rows: np.ndarray) -> str:
-    steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0).astype("<i8")
-    return base64.b64encode(zlib.compress(steps.tobytes())).decode()
-
-
-def _unpack(text: str) -> np.ndarray:
-    steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")
-    return np.cumsum(steps, dtype=np.int64)

@@ -1,11 +1,14 @@
 """Any description of a cross-validation becomes training and validation rows, one pair a fold.
 
-``hold_out`` keeps rows apart before anything is fitted, for one honest score at the end.
+``hold_out`` keeps rows apart before anything is fitted, for one honest score at the end; ``pack_folds``
+makes short text of row positions, for a study file.
 """
 
+import base64
 import math
 import warnings
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -290,3 +293,23 @@ def _stratified(target: Target, n_test: int, random_state: int) -> Rows:
             f"{int((counts > 1).sum())} classes in proportion on both sides; use another share, or 0."
         ) from error
     return np.concatenate([pool[rest], np.flatnonzero(single)]), pool[test]
+
+
+def pack_folds(folds: Sequence[Rows]) -> list[list[str]]:
+    """Return (train, valid) row positions as pairs of text; sorted ones take a few bits a row."""
+    return [[_pack(train), _pack(valid)] for train, valid in folds]
+
+
+def unpack_folds(packed: Sequence[Sequence[str]]) -> list[Rows]:
+    """Return the row positions, int64, that ``pack_folds`` packed, in the same order."""
+    return [(_unpack(train), _unpack(valid)) for train, valid in packed]
+
+
+def _pack(rows: np.ndarray) -> str:
+    steps = np.diff(np.asarray(rows, dtype="<i8"), prepend=0).astype("<i8")
+    return base64.b64encode(zlib.compress(steps.tobytes())).decode()
+
+
+def _unpack(text: str) -> np.ndarray:
+    steps = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype="<i8")
+    return np.cumsum(steps, dtype=np.int64)

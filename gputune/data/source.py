@@ -34,7 +34,8 @@ def fingerprint(X: Table | Tensor | Arrays, y: Target | Tensor | np.ndarray) -> 
     digest = hashlib.sha256()
     if isinstance(X, Arrays):
         for part, label in enumerate(X.labels):
-            digest.update(f"{label} {tuple(X.parts[part].shape)} {X.parts[part].dtype}".encode())
+            shape = (len(X), *X.parts[part].shape[1:])
+            digest.update(f"{label} {shape} {X.parts[part].dtype}".encode())
             for _, block in X.blocks(part):
                 digest.update(block.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         rows, columns = len(X), len(X.parts)

@@ -1,6 +1,7 @@
 """What is to be predicted: the task, and y as class codes or numbers."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -115,6 +116,26 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     if task == "regression" or (task is None and not _are_classes(values, name)):
         return Target("regression", _numbers(values, name), None, name, column)
     return _classes(values, task, name)
+
+
+def standardised(
+    target: Target, folds: Sequence[tuple[np.ndarray, np.ndarray]], standardise: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return y, center (F, ...) and scale (F, ...).
+
+    y is (n,) class codes, (F, n, ...) standardised numbers, or (1, n, ...) as it is.
+    """
+    values = target.values
+    if target.classes is not None:
+        return values, np.zeros(len(folds)), np.ones(len(folds))
+    if target.task != "regression" or not standardise:
+        as_given = values[:, None] if target.column else values
+        return as_given[None], np.zeros(len(folds)), np.ones(len(folds))
+    center, scale = (np.array([of(values[train], 0) for train, _ in folds]) for of in (np.mean, np.std))
+    # A constant target has a standard deviation of rounding errors, not of 0.
+    constant = np.array([np.ptp(values[train], 0) == 0 for train, _ in folds])
+    scale = np.where(constant | (scale == 0), 1.0, scale)
+    return (values - center[:, None]) / scale[:, None], center, scale
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:

@@ -159,7 +159,9 @@ def encoded(model: ModelContent, table: Table | Arrays) -> Any:
     layout = model.layout
     if not isinstance(layout, Layout):
         assert isinstance(table, Arrays)
-        parts = tuple(x.to(getattr(torch, dtype)) for x, dtype in zip(layout.raw(table).parts, layout.dtypes))
+        parts = tuple(
+            x.to(getattr(torch, dtype)) for x, dtype in zip(layout.raw(table).gathered(), layout.dtypes)
+        )
         return Arrays(parts, layout.names).as_given()
     assert isinstance(table, Table)
     features = layout.raw(table)  # it checks the columns, also where only some of it is wanted

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset, unpack_folds
+from gputune.data.dataset import Dataset
+from gputune.data.folds import unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.population.network import Ensemble, call_module, class_logits, first_output

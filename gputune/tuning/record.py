@@ -10,7 +10,8 @@ import numpy as np
 import sklearn
 import torch
 
-from gputune.data.dataset import Rows, pack_folds, unpack_folds
+from gputune.data.dataset import Rows
+from gputune.data.folds import pack_folds, unpack_folds
 from gputune.data.source import Source, digest_of, fingerprint, read_apart, rows_difference, table_size
 from gputune.data.target import TaskWord, check_target
 from gputune.engine.checkpoint import CheckpointFolder

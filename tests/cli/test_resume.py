@@ -16,7 +16,7 @@ import gputune
 from command_line import FAST, kinds, run, write_table
 from forked import Fork
 from gputune.cli import tune
-from gputune.data.dataset import pack_folds, unpack_folds
+from gputune.data.folds import pack_folds, unpack_folds
 from gputune.methods.config import legal_keys
 from gputune.methods.space import check_space, space_from_json, space_text, space_to_json, translated
 from gputune.study.store import Store

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from gputune.data.array_files import read_array_file, read_dataset
 from gputune.data.arrays import ArrayLayout, ArrayStatistics, as_arrays, fit_channels
 from gputune.data.dataset import encode
-from gputune.data.source import fingerprint, read_again, read_source
+from gputune.data.source import fingerprint, read_again, read_source, set_apart
 from gputune.errors import InputError
 
 IMAGES = torch.rand(6, 2, 3, 3, generator=torch.Generator().manual_seed(0))
@@ -34,7 +34,7 @@ def _objects(rows):
 def test_arrays_are_taken_as_they_are(X, parts, names):
     arrays = as_arrays(X)
     assert (len(arrays), len(arrays.parts), arrays.names) == (6, parts, names)
-    assert arrays.select(np.array([4, 1])).parts[0].equal(arrays.parts[0][[4, 1]])
+    assert arrays.select(np.array([4, 1])).gathered()[0].equal(arrays.parts[0][[4, 1]])
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,20 @@ def test_a_file_mapped_into_memory_is_not_copied(tmp_path):
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     tensor = as_arrays(mapped).parts[0]
     assert tensor.data_ptr() == mapped.ctypes.data
+
+
+def test_rows_held_out_of_a_mapped_file_are_not_copied(tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES.numpy())
+    np.save(tmp_path / "y.npy", np.arange(6) % 2)
+    source = read_source(tmp_path / "x.npy", tmp_path / "y.npy", module=True)
+    rest, test = set_apart(source, test_size=0.4, cv="2", seed=0)
+    for part in (rest, test):
+        assert part.X.parts[0].data_ptr() == source.X.parts[0].data_ptr()
+        copied = as_arrays(part.X.as_given())
+        assert fingerprint(part.X, part.y) == fingerprint(copied, part.y)
+    assert len(rest.X) + len(test.X) == 6
+    again = test.X.select(np.array([1, 0]))  # of rows that are some alone
+    np.testing.assert_array_equal(again.as_given(), test.X.as_given()[[1, 0]])
 
 
 def test_a_digest_tells_inputs_apart():

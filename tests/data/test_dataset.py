@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.model_selection import KFold
 
-from gputune.data.dataset import make_dataset
+from gputune.data.arrays import as_arrays, fit_channels
+from gputune.data.dataset import ScorerRows, make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import make_folds
 from gputune.data.table import as_table
@@ -196,3 +197,49 @@ def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
     monkeypatch.setattr("gputune.data.tensors._ODD", 0)  # every row has one key
     assert first_equal(torch.eye(5, dtype=dtype)) is None
     assert first_equal(torch.eye(3, dtype=dtype)[[0, 1, 0]]).tolist() == [0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers", "column", "labels"])
+def test_rows_of_arrays_that_are_not_gathered_train_as_their_copies(kind):
+    g = np.random.default_rng(0)
+    y = {
+        "classes": np.arange(N) % 3,
+        "numbers": g.random(N),
+        "column": g.random((N, 1)),
+        "labels": g.random((N, 2)),
+    }[kind]
+    y = (y > 0.5).astype(int) if kind == "labels" else y
+    X, kept = (
+        {"image": g.random((2 * N, 2, 3, 3), np.float32), "ids": np.arange(2 * N)},
+        g.permutation(2 * N)[:N],
+    )
+    target, found = check_target(y, n_rows=N), []
+    weights = check_weights(g.random(N), "balanced" if kind == "classes" else None, target)
+    for arrays in (as_arrays(X).select(kept), as_arrays({name: x[kept] for name, x in X.items()})):
+        statistics = fit_channels(arrays, [train for train, _ in FOLDS], "standard")
+        data = make_dataset(
+            arrays,
+            statistics,
+            target,
+            FOLDS,
+            weights=weights,
+            like=torch.empty(0),
+            standardise=kind != "column",
+        )
+        per_fold = data.y[None] if kind == "classes" else data.y
+        seen = ScorerRows(arrays, None, statistics)
+        for f, fold in enumerate(data.folds):
+            for rows in (fold.train, fold.valid):
+                found.append(
+                    [
+                        *data.rows(f, rows),
+                        per_fold[f % len(per_fold)][rows],
+                        data.target[rows],
+                        data.weights[f, rows],
+                    ]
+                )
+            found[-1] += map(torch.from_numpy, seen.rows(fold).values())
+    lazy, copied = found[: len(found) // 2], found[len(found) // 2 :]
+    assert all(torch.equal(a, b) for x, y in zip(lazy, copied) for a, b in zip(x, y, strict=True))
+    if kind == "column":
+        assert per_fold.shape == (1, N, 1)
