@@ -165,6 +165,19 @@ def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> str:
     )
 
 
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def blocks(values: Sequence[float], *, width: int) -> str:
+    """Return numbers as a curve of block characters, at most ``width`` of them; a blank where one is not finite."""
+    step = max(1, math.ceil(len(values) / width))
+    shown = [float(value) for value in values[::step]]
+    finite = [value for value in shown if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((v - low) * scale)] if math.isfinite(v) else " " for v in shown)
+
+
 def card(title: str, rows: Iterable[tuple[str, str]]) -> str:
     """Return an HTML table with one row for each name and text, all of it escaped: what a notebook shows."""
     lines = "".join(

@@ -2,18 +2,25 @@
 
 import contextlib
 import io
+from unittest import mock
 
 import numpy as np
 
 from gputune.cli.main import main
+from gputune.tuning.progress import Progress
 
-FAST = ["--trials", "3", "--epochs", "2", "--cv", "2", "--workers", "1", "--quiet"]
+FAST = ["--trials", "3", "--epochs", "2", "--cv", "2", "--workers", "1"]
 
 
-def run(*arguments, out=None):
-    """Return exit code, standard output and standard error of a command."""
+def run(*arguments, out=None, loud=False):
+    """Return exit code, standard output and standard error of a command; of its progress only where it is ``loud``."""
     out, err = out or io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    say = Progress.say if loud else lambda progress, text, once=False: None
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(Progress, "say", say),
+    ):
         code = main([str(argument) for argument in arguments])
     return code, out.getvalue(), err.getvalue()
 

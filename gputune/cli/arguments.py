@@ -25,11 +25,13 @@ examples:
   gputune tune houses.csv --target price --trials 100 --epochs 30
   gputune tune houses.csv --target price --space lr=1e-4..1e-1:log width=64,128
   gputune tune houses.csv --target price --model net.py:Net --cv 3
+  gputune train houses.csv --target price --set lr=1e-3 width=64
   gputune resume gputune-out
   gputune status gputune-out
   gputune report gputune-out --out report.html
   gputune trials gputune-out --format csv
   gputune predict gputune-out/model new-houses.csv --out prices.csv
+  gputune evaluate gputune-out/model sold-houses.csv
   gputune check --device cuda
 """
 
@@ -78,8 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=about, allow_abbrev=False)
         for place, (metavar, help) in places.items():
             command.add_argument(place, metavar=metavar, help=help)
-        if name == "tune":
-            _add_options(command)
+        if name in ("tune", "train"):
+            _add_options(command, train=name == "train")
         elif name == "resume":
             _add_changes(command, flags)
         else:
@@ -87,11 +89,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_options(tune: argparse.ArgumentParser) -> None:
+def _add_options(command: argparse.ArgumentParser, *, train: bool) -> None:
+    """Let the options of a search be typed, or those of one training, with ``--set``."""
     for title, rules in option_groups():
-        group = tune.add_argument_group(title)
+        group = command.add_argument_group("the training" if train and title == SEARCH else title)
+        if train and title == SEARCH:
+            rules = {"config": _SET, **{name: rules[name] for name in _OF_TRAINING}}
         for name, rule in rules.items():
-            _add_flag(group, name, rule)
+            if not (train and name in _OF_SEARCH):
+                _add_flag(group, name, rule)
     _add_quiet(group)
 
 
@@ -128,7 +134,7 @@ def _add_flag(group: Any, name: str, rule: Rule, **more: Any) -> None:
 
 def _add_quiet(group: Any) -> None:
     how = {"dest": "verbose", "action": "store_const", "const": 0, "default": 1}
-    group.add_argument("-q", "--quiet", help="no bar and no remarks", **how)
+    group.add_argument("-q", "--quiet", help="print nothing but warnings and errors", **how)
 
 
 def option_groups() -> list[tuple[str, dict[str, Rule]]]:
@@ -139,7 +145,20 @@ def option_groups() -> list[tuple[str, dict[str, Rule]]]:
     ]
 
 
+_SET = Rule(
+    "--set KEY=VALUE",
+    "a hyperparameter, such as lr=1e-3 or width=64; what is not set has its default",
+    takes="specs",
+)
+_OF_TRAINING = ("max_epochs", "scoring", "positive", "schedule", "random_state", "timeout")
+_OF_SEARCH = ("ensemble",)
+"""Options of a search that one training has too, and one of the machine that it has not."""
+
 _STUDY = ("STUDY", "a study.db, or the folder that holds it")
+_TABLE = (
+    "FILE",
+    "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file",
+)
 _MODEL = ("MODEL_DIR", "the folder of a saved model")
 _TRUST = _Flag(
     "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
@@ -148,12 +167,12 @@ _TRUST = _Flag(
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
     "tune": (
         "search hyperparameters on a table, and save the study and the model",
-        {
-            "file": (
-                "FILE",
-                "a .csv, .tsv or .parquet file, sklearn:digits, :iris, ..., or for a module a .npz, .npy or .pt file",
-            )
-        },
+        {"file": _TABLE},
+        (),
+    ),
+    "train": (
+        "train one configuration without a search: its score in every fold, its curve, its model",
+        {"file": _TABLE},
         (),
     ),
     "resume": ("go on with a search where it was stopped, from its study alone", {"study": _STUDY}, [_TRUST]),
@@ -179,8 +198,23 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         {"model": _MODEL, "file": ("FILE", "a table with the columns of the training data")},
         [
             _Flag("--proba", "a column of probabilities for each class"),
+            _Flag(
+                "--keep COL,COL",
+                "columns of the file to write before the predictions, such as an id",
+                "names",
+            ),
             _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
             _Flag("--out FILE", "write there instead of to standard output"),
+            _TRUST,
+        ],
+    ),
+    "evaluate": (
+        "score a saved model on the rows of a file that has the target's column",
+        {"model": _MODEL, "file": ("FILE", "a table with the columns of the training data and the target")},
+        [
+            _Flag("--scoring NAME,NAME", "scikit-learn scorer names (the usual ones of the task)", "names"),
+            _Flag("--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"),
+            _Flag("--format", choices=("text", "json"), default="text"),
             _TRUST,
         ],
     ),
@@ -329,7 +363,8 @@ _MORE_RULES: dict[str, dict[str, Rule]] = {
     MACHINE: {
         "study": Rule(
             "--out DIR",
-            "folder for study.db and model/ (gputune-out); the same command goes on where it was stopped",
+            "folder for study.db and model/ (gputune-out; of train gputune-train); the same command goes on where it "
+            "was stopped",
         ),
         "ray": Rule(
             "--ray ADDRESS",

@@ -15,7 +15,7 @@ from gputune.data.table import Table
 from gputune.report.facts import seconds_text, states_words
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
-from gputune.text import Measure, clean, count, paragraph
+from gputune.text import Measure, blocks, clean, count, paragraph, short
 
 BEST = 5
 """Trials in the table."""
@@ -35,7 +35,7 @@ class Ending:
     """A finished search: its input, its study, the rows it searched on, its held-out score (None: all rows used).
 
     ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
-    whole run, ``ensemble`` what is said of one.
+    whole run, ``ensemble`` what is said of one. ``trial`` is that of ``gputune train``, None after a search.
     """
 
     file: str
@@ -46,6 +46,7 @@ class Ending:
     model_folder: Path | None
     seconds: float
     ensemble: str = ""
+    trial: Trial | None = None
 
 
 def ensemble_words(
@@ -64,8 +65,11 @@ def ensemble_words(
 
 
 def closing_text(ending: Ending, *, width: int) -> str:
-    """Return the lines that end ``gputune tune``."""
-    parts = [_understood(ending, width), _best_trials(ending, width), _scores(ending, width)]
+    """Return the lines that end ``gputune tune`` and ``train``."""
+    trials = (
+        _best_trials(ending, width) if ending.trial is None else _one_trial(ending.study, ending.trial, width)
+    )
+    parts = [_understood(ending, width), trials, _scores(ending, width)]
     return "\n\n".join([*parts, _whereabouts(ending, width)])
 
 
@@ -187,6 +191,27 @@ def _best_trials(ending: Ending, width: int) -> str:
     return f"{paragraph(title, width)}\n\n{rows}"
 
 
+def _one_trial(study: Study, trial: Trial, width: int) -> str:
+    """Return the parameters of a trial, its score in every fold, and its curve."""
+    measure, record = study_measure(study), study.record
+    params = ", ".join(f"{clean(key)}={short(value)}" for key, value in trial.params.items())
+    error = f" ± {measure.size(trial.std_error)}" if math.isfinite(trial.std_error) else ""
+    lines = [
+        (f"Trial {trial.number}", params),
+        (
+            "Score",
+            f"{measure.title} {measure.text(trial.score)}{error}, {mean_words(study, errors=bool(error))}",
+        ),
+        ("Folds", ", ".join(map(measure.text, trial.fold_scores))),
+    ]
+    curve = study.curves[study.trials.index(trial)].mean(1)
+    if record.max_epochs > 1:
+        best = f"best after epoch {trial.best_epoch} of {record.max_epochs}"
+        first, last = (measure.text(float(curve[epoch])) for epoch in (0, -1))
+        lines.append(("Curve", f"{blocks(curve, width=40)} {first} to {last}, {best}"))
+    return _labelled(lines, width)
+
+
 def _first_looks(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials without second looks: a start whose slope is noise is measured again where it stands."""
     seen: dict[str, Trial] = {}
@@ -209,7 +234,8 @@ def _scores(ending: Ending, width: int) -> str:
         )
     if score is not None and score.unseen:
         text += f" {count(score.unseen, 'row')} of a class that no row of the search has counted as wrong."
-    sentences = (text, _optimistic(ending.study), _without_model(ending.study), _unfinished(ending.study))
+    about_best = _unfinished(ending.study) if ending.trial is None else ""
+    sentences = (text, _optimistic(ending), _without_model(ending.study), about_best)
     words = " ".join(sentence for sentence in sentences if sentence)
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
 
@@ -236,8 +262,12 @@ def _unfinished(study: Study) -> str:
     return ""
 
 
-def _optimistic(study: Study) -> str:
-    measure = study_measure(study)
+def _optimistic(ending: Ending) -> str:
+    study, measure = ending.study, study_measure(ending.study)
+    if ending.trial is not None:
+        score = measure.text(ending.trial.score)
+        by_epoch = f"The cross-validated {measure.name}, {score}, is that of the epoch that scored best on these folds."
+        return by_epoch if study.record.max_epochs > 1 else ""
     best = f"The best cross-validated {measure.name}, {measure.text(study.best_score)}, is optimistic:"
     scored = sum(math.isfinite(trial.score) for trial in study.trials)
     if scored > 1:

@@ -41,7 +41,7 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: o
     ``positive`` is the class that the score is of, None where it is of none.
     """
     rows = len(test.X)
-    classes, y = _labels(model, test)
+    classes, y = labels_of(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:
         how = make_scoring(scoring, model.task, classes, positive, n_labels=y.shape[-1])
@@ -71,6 +71,8 @@ def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
     if how.score is not None:
         return float(how.score(outputs[None], y))
     assert how.scorer is not None  # a Scoring has one of the two
+    if how.positive is not None and not (y == how.positive).any():
+        raise ValueError("none of these rows is of the positive class")  # scikit-learn says 0
     outputs, codes = how.positive_last(outputs, y)
     X = np.zeros((len(y), 1))  # of which a scorer that has a name reads nothing
     return float(how.scorer(fitted(outputs, how.classes, X, X), X, codes.numpy()))
@@ -93,7 +95,7 @@ def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[f
     return score + narrower * float(low), score + narrower * float(high)
 
 
-def _labels(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
+def labels_of(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
     """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
     if model.classes is None:
         return None, np.asarray(test.y, dtype=np.float64)

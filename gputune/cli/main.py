@@ -29,9 +29,9 @@ from gputune.errors import (
 from gputune.tuning.interrupt import end_command, end_process, take_signals
 
 _MODULES = {
-    **dict.fromkeys(("tune", "resume"), "tune"),
+    **dict.fromkeys(("tune", "train", "resume"), "tune"),
     **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
-    **dict.fromkeys(("predict", "export"), "model"),
+    **dict.fromkeys(("predict", "evaluate", "export"), "model"),
     "check": "check",
 }
 """Where the function of each command is, which returns what goes to standard output."""
@@ -65,7 +65,10 @@ def _command(typed: list[str]) -> int:
     except SystemExit as ending:
         return int(ending.code or 0)
     # Errors about the target begin with its name, whatever that is; only tune has the option --out for a study.
-    kept = {getattr(arguments, "target", None) or "", "" if arguments.command == "tune" else "study"}
+    kept = {
+        getattr(arguments, "target", None) or "",
+        "" if arguments.command in ("tune", "train") else "study",
+    }
     words = partial(in_flags, kept=kept)
     with _warnings_in_words(words):
         return _run(arguments, words)
@@ -99,9 +102,10 @@ def _let_go_of_streams() -> None:
 def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
     try:
         command = getattr(import_module(f"gputune.cli.{_MODULES[arguments.command]}"), arguments.command)
-        return _write(command(arguments))
+        text, is_quiet = command(arguments), getattr(arguments, "verbose", 1) == 0
+        return _write("" if is_quiet else text)
     except SearchInterrupted as stop:
-        _write(stop.report)
+        _write(stop.report if arguments.verbose else "")
         _say(str(stop))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
     except CheckFailedError as failed:

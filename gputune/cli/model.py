@@ -1,40 +1,38 @@
-"""The commands on a saved model: ``gputune predict`` the rows of a file, ``export`` it to run without gputune."""
+"""The commands on a saved model: ``gputune predict`` the rows of a file, ``evaluate`` on them, ``export`` it."""
 
 import csv
 import io
+import json
+import shutil
 import warnings
 from argparse import Namespace
 from pathlib import Path
 
+from gputune.cli.evaluation import evaluation
+from gputune.data.encode import Layout
+from gputune.data.files import read_columns, read_table
+from gputune.data.source import Source, read_source
 from gputune.errors import InputError
 from gputune.scratch import write_text
 from gputune.study.export import description
-from gputune.study.model import load_model
+from gputune.study.model import TunedModel, load_model
 from gputune.text import count, is_formula
 
 
 def predict(arguments: Namespace) -> str:
     """Return the predictions as CSV, or write them to ``--out``.
 
-    They are one column named as the target, or with ``--proba`` one for each class, named as the class. Unless
-    ``--raw``, text that a spreadsheet takes for a formula has a ' before it, with one warning.
+    They are one column named as the target, or with ``--proba`` one for each class, named as the class, behind the
+    columns of the file that ``--keep`` names. Unless ``--raw``, text that a spreadsheet takes for a formula has a '
+    before it, with one warning.
     """
     model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
-    header: list[object] = [model.target]
-    if not arguments.proba:
-        rows = [value if isinstance(value, list) else [value] for value in model.predict(file).tolist()]
-        if len(rows[0]) > 1:
-            header = [f"{model.target}_{column}" for column in range(len(rows[0]))]
-    elif model.task == "multilabel":
-        rows = model.predict_proba(file).tolist()
-        header = [f"{model.target}_{column}" for column in range(len(rows[0]))]
-    elif model.classes is None:
-        raise InputError(
-            f"--proba needs a model of classes, and {arguments.model!r} is a regression; leave --proba out."
-        )
-    else:
-        header, rows = model.classes.tolist(), model.predict_proba(file).tolist()
-    formulas = {cell for row in [header, *rows] for cell in row if is_formula(cell)}
+    kept = read_columns(file, arguments.keep) if arguments.keep else []
+    header, rows = _predictions(model, arguments)
+    if kept:
+        header = [*arguments.keep, *header]
+        rows = [[*before, *row] for before, row in zip(zip(*kept), rows, strict=True)]
+    formulas = {cell for row in [header, *rows] for cell in row if isinstance(cell, str) and is_formula(cell)}
     if formulas and not arguments.raw:
         warnings.warn(
             f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it "
@@ -49,6 +47,49 @@ def predict(arguments: Namespace) -> str:
         return text.getvalue().rstrip("\n")
     _write(text.getvalue(), arguments.out, source=file)
     return ""
+
+
+def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object], list[list[object]]]:
+    """Return the names of the columns that are predicted, and their rows."""
+    file = arguments.file
+    if arguments.proba and model.classes is None and model.task != "multilabel":
+        raise InputError(
+            f"--proba needs a model of classes, and {arguments.model!r} is a regression; leave --proba out."
+        )
+    values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
+    rows = [value if isinstance(value, list) else [value] for value in values]
+    if arguments.proba and model.classes is not None:
+        return model.classes.tolist(), rows
+    if len(rows[0]) > 1 or arguments.proba:
+        return [f"{model.target}_{column}" for column in range(len(rows[0]))], rows
+    return [model.target], rows
+
+
+def evaluate(arguments: Namespace) -> str:
+    """Return the scores of a model on the rows of a file that has the right answers, as text or JSON."""
+    model = load_model(arguments.model, trust_code=arguments.trust_code)
+    positive = model.info.get("positive") if arguments.positive is None else arguments.positive
+    test = _answered(model, arguments.file)
+    found = evaluation(model, test, arguments.scoring, positive)
+    if arguments.format == "json":
+        return json.dumps(found.to_json(), indent=1, allow_nan=False)
+    return found.text(shutil.get_terminal_size().columns)
+
+
+def _answered(model: TunedModel, file: str) -> Source:
+    """Return the rows of a file with their target."""
+    if not isinstance(model.layout, Layout):
+        return read_source(file, model.target, module=True)
+    texts = [column.name for column in model.layout.columns if column.kind == "category"]
+    # "007" and "7" are two labels, and one number.
+    labels = [model.target] if model.classes is not None and model.classes.dtype.kind == "U" else []
+    table = read_table(file, [*texts, *labels])
+    if model.target not in table.names:
+        raise InputError(
+            f"{file!r} has no column {model.target!r}, with which the model is to be compared; gputune predict needs "
+            "none."
+        )
+    return read_source(table, model.target)
 
 
 def _write(text: str, out: str, *, source: str) -> None:

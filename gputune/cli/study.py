@@ -62,22 +62,21 @@ def trials_json(study: Study) -> str:
 
 
 def trials_csv(study: Study) -> str:
-    """Return the columns ``FIELDS``; empty for NaN.
+    """Return the columns of ``Study.to_pandas``: one for each fold and each parameter; empty for NaN.
 
-    ``params`` and ``fold_scores`` are JSON, and states are words. An origin that a spreadsheet takes for a formula,
-    which no search writes, has a ' before it.
+    Text that a spreadsheet takes for a formula has a ' before it.
     """
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(FIELDS)
-    for trial in study.trials:
-        row = _plain(trial)
-        if is_formula(row["origin"]):
-            row["origin"] = f"'{row['origin']}"
-        writer.writerow(
-            [json.dumps(row[f], default=_name) if f in ("params", "fold_scores") else row[f] for f in FIELDS]
-        )
+    file, columns = io.StringIO(), study.columns()
+    rows = zip(*columns.values())
+    csv.writer(file, lineterminator="\n").writerows([map(clean, columns), *(map(_cell, row) for row in rows)])
     return file.getvalue().rstrip("\n")
+
+
+def _cell(value: object) -> object:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    text = value if isinstance(value, bool | int | float) else clean(_name(value))
+    return f"'{text}" if is_formula(text) else text
 
 
 def best_text(study: Study) -> str:

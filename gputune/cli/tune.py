@@ -1,6 +1,7 @@
 """``gputune tune`` and ``resume``: rows apart, search, refit, held-out score, and everything saved in one folder."""
 
 import argparse
+import math
 import os
 import shutil
 import time
@@ -19,13 +20,15 @@ from gputune.cli.typed import options_of, typed_options
 from gputune.cli.wording import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import read_source, set_apart
-from gputune.errors import InputError, SearchInterrupted
+from gputune.errors import InputError, SearchFailedError, SearchInterrupted, Terminated
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.model_files import is_ensemble
+from gputune.study.study import Trial
+from gputune.tuning.candidates import first_trials
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.options import Options
-from gputune.tuning.pipeline import search
+from gputune.tuning.pipeline import checked_space, search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
@@ -41,8 +44,8 @@ def tune(arguments: argparse.Namespace) -> str:
     """
     begin, profile = time.perf_counter(), Profile()
     if arguments.study == "":
-        raise InputError("--out '' is no folder; name one, or leave it out for gputune-out.")
-    out = Path(arguments.study or "gputune-out")
+        raise InputError(f"--out '' is no folder; name one, or leave it out for {_folder_of(arguments)}.")
+    out = Path(arguments.study or _folder_of(arguments))
     _check_out(out)
     options = options_of(arguments, out / STUDY)
     choice = choose_model(arguments.model or "mlp", arguments.optimizer)
@@ -66,6 +69,14 @@ def tune(arguments: argparse.Namespace) -> str:
         options = replace(options, task=rest.origin["task"])
     with _folder((options.study or out / STUDY).parent):
         return _finish(arguments, RecordedSearch(choice, rest, test, options), out / STUDY, begin, profile)
+
+
+train = tune
+"""The command that trains one configuration, which is an included trial of a search that draws none."""
+
+
+def _folder_of(arguments: argparse.Namespace) -> str:
+    return "gputune-train" if arguments.command == "train" else "gputune-out"
 
 
 def resume(arguments: argparse.Namespace) -> str:
@@ -97,11 +108,12 @@ def _finish(
     width = shutil.get_terminal_size().columns
 
     def ending(study: Study, held_out: HeldOut | None, ensemble: str = "") -> Ending:
-        file = arguments.file if arguments.command == "tune" else (study.record.source or {})["path"]
+        file = getattr(arguments, "file", None) or (study.record.source or {})["path"]
         model = model_folder(shown) if keeps_model else None
-        return Ending(file, study, rest, held_out, shown, model, time.perf_counter() - begin, ensemble)
+        seconds = time.perf_counter() - begin
+        return Ending(file, study, rest, held_out, shown, model, seconds, ensemble, trained)
 
-    held_out, ensemble = None, ""
+    held_out, ensemble, trained = None, "", None
     with _explaining_interrupts(place):
         try:
             study = search(
@@ -119,18 +131,39 @@ def _finish(
             raise
         if keeps_model:
             with profile.clock("training the best on all rows"):
-                model, held_out = _scored(study.best_model(), recorded, study)
+                trained = _trained(study) if arguments.command == "train" else None
+                number = None if trained is None else trained.number
+                model, held_out = _scored(study.best_model(trial=number), recorded, study)
             folder = model_folder(place)
-            wanted = arguments.ensemble or (arguments.command == "resume" and is_ensemble(folder))
+            is_resumed = arguments.command == "resume" and is_ensemble(folder)
             model.save(folder)
-            if wanted:
-                with profile.clock("an ensemble"):
-                    held_out, ensemble = _ensemble(study, recorded, held_out, folder, arguments.verbose)
+            if getattr(arguments, "ensemble", None) or is_resumed:
+                try:
+                    with profile.clock("an ensemble"):
+                        held_out, ensemble = _ensemble(study, recorded, held_out, folder, arguments.verbose)
+                except KeyboardInterrupt as stop:
+                    words = "the ensemble was interrupted; the model of the best trial is saved."
+                    report = closing_text(ending(study, held_out), width=width)
+                    signal = TERMINATED if isinstance(stop, Terminated) else CTRL_C
+                    raise SearchInterrupted(words, study=study, signal=signal, report=report) from None
     text = closing_text(ending(study, held_out, ensemble), width=width)
     if not arguments.profile:
         return text
     dtype = getattr(torch, options.dtype)
     return f"{text}\n\n{profile.report(dtype=dtype, device=profile.device)}"
+
+
+def _trained(study: Study) -> Trial:
+    """Return the trial that the command asked for. Raises SearchFailedError where it diverged."""
+    choice, _, options = study.data
+    params = first_trials(checked_space(choice, options), choice, options)[0].params
+    trial = next(trial for trial in study.trials if trial.params == params)
+    if not math.isfinite(trial.score):
+        raise SearchFailedError(
+            f"trial {trial.number}, which was to be trained, has no finite score: it diverged, or its time was over; "
+            "try a smaller lr, or more time."
+        )
+    return trial
 
 
 def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[TunedModel, HeldOut | None]:

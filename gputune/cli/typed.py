@@ -30,12 +30,18 @@ def options_of(arguments: Namespace, study_file: Path) -> Options:
     if "cv" in typed:
         typed["cv"] = parse_cv(typed["cv"])
     if "include" in typed:
-        typed["include"] = [config_of(texts, "--include") for texts in typed["include"]]
+        typed["include"] = [_config(texts, "--include") for texts in typed["include"]]
     if "kinds" in typed:
         typed["kinds"] = _pairs(typed["kinds"], "--kind", "zip=category")
     if typed.get("class_weight", "balanced") != "balanced":
         typed["class_weight"] = _weights(typed["class_weight"])
-    if arguments.command == "tune":
+    if arguments.command == "train":
+        typed |= {
+            "n_trials": 0,
+            "include_default": False,
+            "include": [_config(arguments.config or (), "--set")],
+        }
+    else:
         typed["method"] = _method(arguments)
         if isinstance(typed["method"], Hypergradient):
             typed.setdefault("n_trials", _DESCENTS)
@@ -53,7 +59,7 @@ def typed_options(arguments: Namespace) -> Config:
     return typed
 
 
-def config_of(texts: Sequence[str], flag: str) -> Config:
+def _config(texts: Sequence[str], flag: str) -> Config:
     """Return the one configuration of several KEY=VALUE. Raises InputError for lists and ranges."""
     config = parse_specs(texts, flag)
     for key, value in config.items():

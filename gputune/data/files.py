@@ -3,7 +3,7 @@
 import gzip
 import io
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -11,10 +11,10 @@ from typing import IO, Any
 import numpy as np
 
 from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, texts_of
-from gputune.data.table import Table, as_table, checked_table
+from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
 from gputune.memory import free_memory
-from gputune.text import size_words
+from gputune.text import did_you_mean, size_words
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
@@ -59,6 +59,29 @@ def read_table(source: str | Path, kinds: Collection[str] = ()) -> Table:
     raise InputError(
         f"a table is read from .csv, .tsv (also .gz) or .parquet, got {str(source)!r}; {remedy}."
     )
+
+
+def read_columns(source: str | Path, names: Sequence[str]) -> list[list[object]]:
+    """Return columns of a file that ``read_table`` reads, text as it is written. Raises InputError for one it lacks."""
+    import polars as pl
+
+    path, suffixes = Path(source), {suffix.lower() for suffix in Path(source).suffixes}
+    if suffixes & {".csv", ".tsv"}:
+        found, rows = _read_fields(path, tabs=".tsv" in suffixes)
+        values = dict(zip(found, rows))
+    elif ".parquet" in suffixes:
+        with path.open("rb") as file:
+            values = pl.read_parquet(file).to_dict()
+    else:
+        table = read_table(source)
+        values = dict(zip(table.names, table.columns))
+    for name in names:
+        if name not in values:
+            raise InputError(
+                f"--keep has {name!r}, and the columns of {str(source)!r} are {quoted(values)}."
+                f"{did_you_mean(name, values)}"
+            )
+    return [["" if value is None else value for value in values[name]] for name in names]
 
 
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp")

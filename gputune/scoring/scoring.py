@@ -303,7 +303,7 @@ def _positive_code(
 ) -> int | None:
     """Return the code of the class that a score is of, None where it is of none."""
     labels = [] if classes is None else classes.tolist()
-    of_a_class = scorer is not None and task == "binary" and _has_positive_class(scorer)
+    of_a_class = scorer is not None and task == "binary" and has_positive_class(scorer)
     if positive is None:
         if of_a_class and set(labels) not in ({0, 1}, {-1, 1}):  # {False, True} is {0, 1}
             raise InputError(
@@ -335,7 +335,7 @@ def _is_meant(label: Any, positive: Any) -> bool:
     return np.ndim(positive) == 0 and bool(label == positive)
 
 
-def _has_positive_class(scorer: Scorer) -> bool:
+def has_positive_class(scorer: Scorer) -> bool:
     """Whether a scorer of two classes gives another score where they change places, tried on a few rows."""
     x, y = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]]), np.array([0, 0, 1, 0, 0, 1, 1])
     with warnings.catch_warnings(action="ignore"):

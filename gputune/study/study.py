@@ -226,7 +226,7 @@ class Study:
         except ImportError as error:
             raise ImportError("to_pandas() needs pandas: pip install pandas, or use to_polars().") from error
         columns = {}
-        for name, values in self._columns().items():
+        for name, values in self.columns().items():
             # pandas would turn integers with a gap into floats.
             dtype = "Int64" if _kinds(values) == {int} and None in values else None
             columns[name] = pandas.Series(values, dtype=dtype)
@@ -236,14 +236,15 @@ class Study:
         """As ``to_pandas``, as a polars frame. Parameters of unlike types are given as text."""
         import polars
 
-        columns = self._columns()
+        columns = self.columns()
         for name, values in columns.items():
             kinds = _kinds(values)
             if not (kinds <= {int, float} or kinds in ({bool}, {str})):
                 columns[name] = [None if value is None else str(value) for value in values]
         return polars.DataFrame([polars.Series(name, v, strict=False) for name, v in columns.items()])
 
-    def _columns(self) -> dict[str, list[object]]:
+    def columns(self) -> dict[str, list[object]]:
+        """Return the columns of ``to_pandas`` as lists; None where a trial does not have a parameter."""
         trials = self.trials
 
         def column(name: str) -> list[object]:

@@ -76,7 +76,7 @@ def search(
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
-    space = _checked_space(choice, options)
+    space = checked_space(choice, options)
     callbacks = Callbacks(options.callbacks)
     # A copy of the curves, since the search goes on with its own.
     progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
@@ -84,7 +84,7 @@ def search(
     with profile.clock(PREPARING):
         problem = make_problem(source, options.task, choice, options)
     choice = choice.of(problem)
-    space = _checked_space(choice, options)  # again: what is predicted decides some
+    space = checked_space(choice, options)  # again: what is predicted decides some
     folds, trials = _folds(problem, options), first_trials(space, choice, options)
     configs = [choice.complete(t.params, options.schedule) for t in trials]
     with profile.clock(PREPARING):
@@ -301,7 +301,8 @@ def _check_objective(problem: Problem, trials: Sequence[Candidate]) -> None:
             problem.objective.check(trial.params)
 
 
-def _checked_space(choice: ModelChoice, options: Options) -> Space:
+def checked_space(choice: ModelChoice, options: Options) -> Space:
+    """Return the space that a search draws from, its own or the default one, checked. Raises InputError."""
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = options.space

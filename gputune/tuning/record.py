@@ -186,6 +186,11 @@ def recorded_search(
             f"study {str(path)!r} does not hold: {'; '.join(arguments.lacking)}. Repeat the "
             f"{'command that began it' if of_command else call}, which goes on where it stopped."
         )
+    if {**arguments.kept, **changed}.get("n_trials") == 0:
+        raise InputError(
+            f"study {str(path)!r} holds configurations that were trained one by one, and no search that could go on; "
+            "repeat the command or call that trained one of them, or search from here with n_trials=8 or more."
+        )
     study = path.absolute()  # wherever a module of the user's goes meanwhile
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     source, test = _reread(record, choice)

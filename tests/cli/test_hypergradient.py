@@ -48,7 +48,7 @@ def test_chaos_is_counted_in_the_closing_text(tmp_path):
     code, text, _ = run(
         "tune", "sklearn:iris", "--method", "hypergradient", "--optimizer", "sgd", "--space", "lr=30",
         "momentum=0.9", "width=8", "depth=1", "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3",
-        "--trials", "1", "--no-default", "--workers", "1", "--quiet", "--out", tmp_path / "out",
+        "--trials", "1", "--no-default", "--workers", "1", "--out", tmp_path / "out",
     )  # fmt: skip
     guarded = gputune.Study.open(tmp_path / "out" / "study.db").guarded
     assert code == 0 and guarded["chaotic"] and guarded["differences"]
@@ -86,7 +86,7 @@ def test_halving_is_told_in_the_closing_text(tmp_path):
         "--trials",
         "9",
     ]
-    rest = ["--cv", "2", "--workers", "1", "--quiet"]
+    rest = ["--cv", "2", "--workers", "1"]
     code, text, _ = run(*common, "--epochs", "9", "--min-epochs", "1", *rest, "--out", tmp_path / "a")
     flat = " ".join(text.split())
     assert code == 0 and "Halving of 9 trials these were sent away: 6 after epoch 1, 2 after epoch 3;" in flat
@@ -98,7 +98,7 @@ def test_halving_is_told_in_the_closing_text(tmp_path):
 def test_a_descent_from_the_command_line_draws_few_starts(tmp_path):
     code, _, _ = run(
         "tune", "sklearn:iris", "--method", "hypergradient", "--space", "lr=0.01..0.1:log", "width=8", "--epochs", "1",
-        "--outer-steps", "1", "--cv", "2", "--workers", "1", "--quiet", "--out", tmp_path / "out",
+        "--outer-steps", "1", "--cv", "2", "--workers", "1", "--out", tmp_path / "out",
     )  # fmt: skip
     study = gputune.Study.open(tmp_path / "out" / "study.db")
     assert code == 0 and len({trial.origin[0] for trial in study.trials}) == 8

@@ -34,7 +34,7 @@ class Net(torch.nn.Linear):
     def __init__(self, n_features, n_outputs, scale=1.0):
         super().__init__(n_features, n_outputs)
 """
-SMALL = ["--trials", "3", "--epochs", "2", "--workers", "1", "--quiet"]
+SMALL = ["--trials", "3", "--epochs", "2", "--workers", "1"]
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_stopped_search_ends_as_one_that_was_never_stopped(bugs, options):
     expected = table(path)
     shutil.rmtree(bugs.parent / "gputune-out" / "model")
     lose_results(path, 1)
-    code, out, err = run("resume", "gputune-out", "--quiet")
+    code, out, err = run("resume", "gputune-out")
     assert (code, err) == (0, "")
     assert without_time(out) == without_time(whole)
     assert table(path) == expected
@@ -99,7 +99,7 @@ def test_what_a_resumed_search_may_change_arrives(bugs, monkeypatch):
     monkeypatch.setattr(tune, "search", spy)
     changed = ["--backend", "eager", "--checkpoint-seconds", "3", "--memory", "1MB", "--workers", "1"]
     code, out, err = run(
-        "resume", "gputune-out", *changed, "--timeout", "600", "--device", "cpu", "--profile"
+        "resume", "gputune-out", *changed, "--timeout", "600", "--device", "cpu", "--profile", loud=True
     )
     assert code == 0 and ", eager" in err and "Where the time went:" in out
     (options,) = seen
@@ -116,7 +116,7 @@ def test_a_killed_command_is_resumed_in_a_new_process(tmp_path, monkeypatch):
     path = tmp_path / "out" / "study.db"
     assert done(path) == 3
     monkeypatch.chdir(tmp_path)
-    assert run("resume", "out/study.db", "-q")[0] == 0
+    assert run("resume", "out/study.db")[0] == 0
     assert run("tune", "sklearn:iris", "--out", "whole", *options)[0] == 0
     assert table(path) == table(tmp_path / "whole" / "study.db")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["model", "study.db"]
@@ -127,7 +127,7 @@ def test_more_trials_and_a_study_from_python(bugs):
     study = gputune.tune(
         "mlp", "bugs.csv", "kind", space=space, n_trials=2, cv=2, max_epochs=2, study="my.db", verbose=0
     )
-    code, out, err = run("resume", "my.db", "--trials", "4", "-q")
+    code, out, err = run("resume", "my.db", "--trials", "4")
     assert (
         (code, err) == (0, "") and "gputune.Study.open('my.db').best_model()" in out and "Model " not in out
     )
@@ -137,7 +137,7 @@ def test_more_trials_and_a_study_from_python(bugs):
 
 
 def refused(*words):
-    code, out, err = run("resume", "my.db", "-q")
+    code, out, err = run("resume", "my.db")
     assert (code, out) == (2, "") and err.startswith("gputune: error: ") and "Traceback" not in err
     for word in words:
         assert word in err, err
@@ -245,13 +245,13 @@ def test_another_target_is_named_and_not_what_follows_from_it(bugs):
 
 
 def test_what_is_known_already_is_said(bugs):
-    common = ["tune", "bugs.csv", "--target", "kind", *(word for word in FAST if word != "--quiet")]
-    assert "going on" not in run(*common)[2]
-    _, _, err = run(*common)
+    common = ["tune", "bugs.csv", "--target", "kind", *FAST]
+    assert "going on" not in run(*common, loud=True)[2]
+    _, _, err = run(*common, loud=True)
     assert "going on: 3 of 3 trials are finished\n" in err
-    _, _, err = run("resume", "gputune-out", "--trials", "1")
+    _, _, err = run("resume", "gputune-out", "--trials", "1", loud=True)
     assert "note: The study holds 3 configurations, more than --trials 1: all stay in it.\n" in err
-    _, _, err = run("resume", "gputune-out", "--trials", "4")
+    _, _, err = run("resume", "gputune-out", "--trials", "4", loud=True)
     assert "going on: 3 of 4 trials are finished\n" in err
 
 
@@ -317,7 +317,7 @@ def test_any_splitter_and_class_weights_go_on(bugs):
     gputune.tune("mlp", "bugs.csv", "kind", **common, **options)
     expected = table("my.db")
     lose_results("my.db", 1)
-    assert run("resume", "my.db", "-q")[0] == 0
+    assert run("resume", "my.db")[0] == 0
     assert table("my.db") == expected
 
 
@@ -336,12 +336,12 @@ def test_a_search_goes_on_without_its_callbacks_and_says_so(bugs):
     gputune.tune("mlp", "bugs.csv", "kind", study="my.db", callbacks=[count], **common)
     expected = table("my.db")
     lose_results("my.db", 1)
-    code, _, err = run("resume", "my.db")
+    code, _, err = run("resume", "my.db", loud=True)
     assert code == 0 and count.heard == 3
     assert "note: Count: callbacks are not held by a study file, so these are not called." in err
     assert table("my.db") == expected
     lose_results("my.db", 1)
-    assert run("resume", "my.db", "-q")[2] == ""
+    assert run("resume", "my.db")[2] == ""
 
 
 def test_folds_come_back_in_order():

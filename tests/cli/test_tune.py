@@ -65,7 +65,6 @@ def test_a_space_by_its_name(tmp_path):
         "1",
         "--cv",
         "2",
-        "--quiet",
     ]
     assert run("tune", file, "--target", "y", "--out", study, *words)[0] == 0
     assert gputune.Study.open(study / "study.db").best_params["module__embedding"] == "pbld"
@@ -102,8 +101,7 @@ def test_where_the_result_cannot_be_written_is_said_before_anything_is_read(tmp_
 
 def test_a_note_is_said_once(tmp_path, capsys):
     table = write_table(tmp_path / "bugs.csv", 40, id=[f"row{i}" for i in range(40)], kind=kinds(40))
-    loud = [word for word in FAST if word != "--quiet"]
-    code, out, err = run("tune", table, "--target", "kind", "--out", tmp_path / "out", *loud)
+    code, out, err = run("tune", table, "--target", "kind", "--out", tmp_path / "out", *FAST, loud=True)
     assert code == 0 and (out + err).count("left out, text with all 32 values distinct") == 1
     gputune.tune("mlp", table, "kind", n_trials=1, max_epochs=1, cv=2, workers=1)  # without a closing text
     assert "note: Column 'id': left out, text with all 40 values distinct" in capsys.readouterr().err
@@ -239,7 +237,7 @@ def test_a_score_of_one_class_says_which(tmp_path):
     score = f1_score(apart.y, model.predict(apart.X), pos_label="ant")
     assert score > 0.5 and f"Held-out f1 of class 'ant': {score:.4f}," in said
     assert "f1 of class 'ant'" in repr(study) and "f1 of class 'ant'" in unescape(model._repr_html_())
-    code, again, _ = run("resume", out, "--trials", "4", "--quiet")
+    code, again, _ = run("resume", out, "--trials", "4")
     assert code == 0 and "Held-out f1 of class 'ant': " in again and "4 trials by f1 of class 'ant'" in again
     assert "f1 of class 'ant'" in run("status", out)[1] and "f1 of class 'ant'" in run("trials", out)[1]
     assert json.loads(run("best", out, "--format", "json")[1])["positive"] == "ant"
@@ -262,7 +260,7 @@ def test_a_guess_of_the_task_that_may_be_wrong_is_a_warning_said_once(tmp_path):
     code, said, err = run(*command)
     assert code == 0 and "Task     regression: predict the number 'code'" in said
     assert err.count("gputune: warning: code has 21 distinct whole numbers in 401 rows") == 1
-    assert run("resume", out, "--trials", "3", "--quiet")[::2] == (0, "")
+    assert run("resume", out, "--trials", "3")[::2] == (0, "")
     command[command.index(out)] = tmp_path / "c"
     code, said, err = run(*command, "--task", "classification")
     assert code == 0 and "distinct" not in err
@@ -289,7 +287,7 @@ def test_a_number_is_a_regression_with_all_options(tmp_path):
         "--schedule", "cosine", "--numbers", "quantile", "--columns", "keep",
         "--test-size", "0.4", "--seed", "3", "--device", "cpu",
         "--dtype", "float64", "--memory", "1GB", "--timeout", "600", "--trials", "3", "--epochs", "2",
-        "--workers", "1", "--scoring", "neg_mean_absolute_error", "--out", tmp_path / "o", "-q",
+        "--workers", "1", "--scoring", "neg_mean_absolute_error", "--out", tmp_path / "o",
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "Task     regression: predict the number 'price'" in out
@@ -357,6 +355,65 @@ def test_a_sampler_by_its_name(tmp_path):
     code, _, err = run("resume", tmp_path / "o", "--trials", "9")
     assert code == 2 and "Repeat the command that began it, which goes on where it stopped" in err
     assert run(*command, "--trials", "4")[0] == 0
+
+
+def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60))
+    command = ["train", table, "--target", "kind", "--epochs", "3", "--cv", "2", "--workers", "1"]
+    assert run(*command, "--set", "lr=0.5")[0] == 0
+    code, out, err = run(*command, "--set", "lr=1e-3", "--set", "width=8")  # another trial of the same study
+    assert (code, err) == (0, "")
+    study = gputune.Study.open("gputune-train/study.db")
+    first, trial = study.trials
+    assert (first.params["lr"], trial.params["lr"], trial.params["width"], trial.origin) == (
+        0.5,
+        1e-3,
+        8,
+        "include",
+    )
+    said, folds = " ".join(out.split()), ", ".join(f"{score:.4f}" for score in trial.fold_scores)
+    assert "Trial 1 batch_size=32, lr=0.001, weight_decay=0.01, width=8 Score accuracy" in said
+    assert f"Folds {folds} Curve " in said and f"best after epoch {trial.best_epoch} of 3" in said
+    assert set(said.split("Curve ")[1].split()[0]) <= set("▁▂▃▄▅▆▇█")
+    assert "is that of the epoch that scored best on these folds" in said and "it is the best of" not in said
+    assert gputune.load_model("gputune-train/model").info["params"] == trial.params
+    code, out, _ = run(*command, "--set", "lr=0.5", "--quiet")
+    assert (code, out) == (0, "")
+    assert gputune.load_model("gputune-train/model").info["params"] == first.params
+    code, _, err = run("resume", "gputune-train")
+    assert (
+        code == 2
+        and "no search that could go on; repeat the command" in err
+        and "with --trials 8 or more" in err
+    )
+    assert run("resume", "gputune-train", "--trials", "2", "-q") == (0, "", "")
+    diverged = ["--optimizer", "sgd", "--set", "lr=1e30", "--out", "o"]
+    code, _, err = run(*command, *diverged)
+    assert code == 1 and "no trial has a finite score" in err
+    monkeypatch.setattr(
+        "gputune.tuning.pipeline._checked", lambda study, number: study
+    )  # as beside a trial that has one
+    code, _, err = run(*command, *diverged)
+    assert code == 1 and "trial 0, which was to be trained, has no finite score: it diverged" in err
+    for words, said in {
+        "lr=1,2": "got 'lr=1,2'; lists and ranges are for",
+        "lr=1..2": "got 'lr=1..2'",
+    }.items():
+        code, _, err = run(*command, "--set", words)
+        assert code == 2 and "--set takes one value for each key" in err and said in err
+    assert run(*command, "--trials", "3")[0] == 2
+
+
+def test_an_interrupted_ensemble_leaves_the_best_trial(tmp_path, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "_ensemble", stopped)
+    code, out, err = run("tune", "sklearn:iris", "--out", tmp_path / "o", "--ensemble", *FAST)
+    assert code == 130 and "The best 3 of 3 trials" in out and "Held-out accuracy" in out
+    assert err == "gputune: the ensemble was interrupted; the model of the best trial is saved.\n"
+    assert gputune.load_model(tmp_path / "o" / "model").info["held_out_rows"] == 30
 
 
 def test_a_time_series_keeps_the_last_rows_apart(tmp_path):
@@ -468,7 +525,7 @@ def test_names_from_a_file_do_not_steer_the_terminal(tmp_path):
         tmp_path / "t.csv", **{f"{evil}col": [f"{evil}{i}" for i in range(40)]},
         **{f"{evil}y": [f"{evil}ant" if i % 2 else f"{evil}bee" for i in range(40)]},
     )  # fmt: skip
-    code, out, err = run("tune", table, "--target", f"{evil}y", "--out", tmp_path / "o", *FAST[:-1])
+    code, out, err = run("tune", table, "--target", f"{evil}y", "--out", tmp_path / "o", *FAST, loud=True)
     assert code == 0
     assert "[2Jevilant" in out and "left out" in out
     assert not set(out + err.replace("\r", "")) & set(map(chr, [*range(10), *range(11, 32), 127]))
@@ -511,8 +568,8 @@ def test_trials_lists_a_study_by_its_file_or_its_folder(tuned):
     assert [row["score"] for row in json.loads(out)] == [trial.score for trial in study.trials]
     code, out, _ = run("trials", folder / "out", "--format", "csv")
     header, *rows = read_csv(out)
-    assert header == ["number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin"]
-    assert [float(row[2]) for row in rows] == [trial.score for trial in study.trials]
+    assert header == list(study.to_pandas())
+    assert [float(row[header.index("score")]) for row in rows] == [trial.score for trial in study.trials]
 
 
 def test_best_shows_the_best_trial(tuned):

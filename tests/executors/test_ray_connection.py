@@ -123,7 +123,7 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
 def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is shared."""
     pytest.importorskip("ray", reason=NO_RAY)
-    options = ["--trials", "11", "--epochs", "20", "--memory", "1KB", "--seed", "3", "-q"]
+    options = ["--trials", "11", "--epochs", "20", "--memory", "1KB", "--seed", "3"]
     told = at_finish(2, "os.kill(os.getpid(), signal.SIGTERM)")
     program = told + "import sys; from gputune.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-P", "-c", program, "tune", "sklearn:iris", *options, "--out", "out", "--ray"]

@@ -91,7 +91,7 @@ def test_the_rows_of_the_command_line_without_those_held_out(tmp_path):
 def test_rows_in_the_order_of_time(tmp_path):
     table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60))
     code, _, err = run("tune", table, "--target", "kind", "--cv", "time:3", "--out", tmp_path / "out", "--trials", "2",
-                       "--epochs", "2", "--workers", "1", "-q")  # fmt: skip
+                       "--epochs", "2", "--workers", "1")  # fmt: skip
     assert code == 0, err
     study = gputune.Study.open(tmp_path / "out/study.db")
     session = executed(study)

@@ -226,7 +226,6 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
         "--out",
         str(out),
         "--ensemble",
-        "-q",
         *typed,
     ]
     assert main(command) == 0
@@ -236,5 +235,5 @@ def test_the_command_line_saves_the_better_one(typed, words, tmp_path, capsys):
     assert is_ensemble == (
         "the ensemble is saved, by these rows" in text or "is the model that is saved" in text
     )
-    assert main(["resume", str(out), "-q"]) == 0  # what was saved as an ensemble is one again
+    assert main(["resume", str(out)]) == 0  # what was saved as an ensemble is one again
     assert isinstance(gputune.load_model(out / "model").module, Ensemble) == is_ensemble

@@ -84,7 +84,6 @@ def test_the_command(tmp_path, more):
         "3",
         "--out",
         str(tmp_path / "out"),
-        "--quiet",
     ]
     code, out, _ = run(*words, "--profile", *more)
     assert code == 0
@@ -99,4 +98,4 @@ def test_the_command(tmp_path, more):
     ):
         assert re.search(rf"^ +{name} +[\d.]+", out, re.M), name
     assert re.search(r"Steps reached [\d.]+ GFLOP/s, \d+% of the", out)
-    assert "Where the time went" not in run(*words[:-2], str(tmp_path / "other"), "--quiet")[1]
+    assert "Where the time went" not in run(*words[:-1], str(tmp_path / "other"))[1]

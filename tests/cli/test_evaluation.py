@@ -1,0 +1,144 @@
+"""A model on a file with the answers: scores as scikit-learn has them, a matrix, classes; predictions beside an id."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from sklearn.metrics import (
+    balanced_accuracy_score,
+    confusion_matrix,
+    f1_score,
+    log_loss,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+)
+
+import gputune
+from command_line import FAST, kinds, run, write_table
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models of two classes and of a number, with their table."""
+    folder = tmp_path_factory.mktemp("models")
+    price = [i * 1.5 + 0.25 for i in range(60)]
+    table = write_table(folder / "t.csv", 60, id=[f"{i:03}" for i in range(60)], kind=kinds(60), price=price)
+    for target in ("kind", "price"):
+        command = ["tune", table, "--target", target, "--drop", "id", "--out", folder / target]
+        assert run(*command, *FAST)[0] == 0
+    return folder
+
+
+def evaluated(folder, target, *options):
+    code, out, err = run(
+        "evaluate", folder / target / "model", folder / "t.csv", "--format", "json", *options
+    )
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_classes_are_scored_as_scikit_learn_does(folder):
+    model, table = gputune.load_model(folder / "kind" / "model"), pl.read_csv(folder / "t.csv").drop("id")
+    y, labels, proba = table["kind"].to_numpy(), model.predict(table), model.predict_proba(table)
+    found = evaluated(folder, "kind", "--positive", "bee")
+    scores = {
+        "accuracy": (y == labels).mean(), "balanced_accuracy": balanced_accuracy_score(y, labels),
+        "roc_auc": roc_auc_score(y == "bee", proba[:, 1]), "neg_log_loss": -log_loss(y, proba),
+        "f1": f1_score(y, labels, pos_label="bee"),
+    }  # fmt: skip
+    assert {name: found["scores"][name]["score"] for name in scores} == pytest.approx(scores)
+    assert (found["rows"], found["classes"]) == (60, ["ant", "bee"])
+    assert found["confusion"] == confusion_matrix(y, labels).tolist()
+    assert [found["scores"][name]["positive"] for name in ("f1", "accuracy")] == ["bee", None]
+    low, high = found["scores"]["accuracy"]["interval"]
+    assert low < scores["accuracy"] < high
+    text = run("evaluate", folder / "kind" / "model", folder / "t.csv", "--positive", "bee")[1]
+    assert f"f1 of class 'bee'           {scores['f1']:.4f}" in text and "true \\ predicted  ant  bee" in text
+    precision = (y == labels)[labels == "ant"].mean()
+    recall = (y == labels)[y == "ant"].mean()
+    assert f"ant      30     {precision:.4f}  {recall:.4f}" in text
+
+
+def test_a_number_is_scored_as_scikit_learn_does(folder):
+    table = pl.read_csv(folder / "t.csv").drop("id")
+    guess = gputune.load_model(folder / "price" / "model").predict(table)
+    found = evaluated(folder, "price")
+    assert "confusion" not in found
+    assert found["scores"]["r2"]["score"] == pytest.approx(r2_score(table["price"], guess))
+    error = mean_absolute_error(table["price"], guess)
+    assert found["scores"]["neg_mean_absolute_error"]["score"] == pytest.approx(-error)
+    assert list(evaluated(folder, "price", "--scoring", "neg_max_error")["scores"]) == ["neg_max_error"]
+
+
+@pytest.mark.parametrize("name", ["f1", "precision", "recall", "average_precision"])
+def test_a_score_of_a_class_without_a_row_is_none(folder, tmp_path, name):
+    rows = pl.read_csv(folder / "t.csv", schema_overrides={"id": str}).filter(pl.col("kind") == "ant")
+    rows.write_csv(tmp_path / "ants.csv")
+    command = [
+        "evaluate",
+        folder / "kind" / "model",
+        tmp_path / "ants.csv",
+        "--scoring",
+        name,
+        "--positive",
+        "bee",
+    ]
+    code, out, _ = run(*command)
+    assert code == 0 and f"No {name}: none of these rows is of the positive class." in out
+    score = json.loads(run(*command, "--format", "json")[1])["scores"][name]
+    assert score == {"score": None, "why": "none of these rows is of the positive class", "positive": "bee"}
+
+
+def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
+    rows = pl.read_csv(folder / "t.csv").with_columns(kind=pl.Series(["cat", *kinds(59)]))
+    rows.write_csv(tmp_path / "cats.csv")
+    code, out, _ = run("evaluate", folder / "kind" / "model", tmp_path / "cats.csv", "--scoring", "accuracy")
+    assert code == 0 and "1 row of a class that the model does not know has counted as wrong." in out
+    assert "cat       1          -  0.0000" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            ["--scoring", "acuracy"],
+            "--scoring must be one of scikit-learn's scorer names, got 'acuracy'. Did you mean",
+        ),
+        (["--scoring", "r2"], "--scoring r2 does not fit a binary task"),
+        (["--scoring", "f1"], "say which of the two it is, --positive ant or --positive bee"),
+        (["--scoring", "f1", "--positive", "cat"], "--positive must be one of the classes 'ant' and 'bee'"),
+    ],
+)
+def test_a_score_that_cannot_be_had(folder, options, words):
+    code, _, err = run("evaluate", folder / "kind" / "model", folder / "t.csv", *options)
+    assert code == 2 and words in err
+
+
+def test_a_file_without_the_answers(folder, tmp_path):
+    pl.read_csv(folder / "t.csv").drop("kind").write_csv(tmp_path / "new.csv")
+    code, _, err = run("evaluate", folder / "kind" / "model", tmp_path / "new.csv")
+    assert code == 2 and "new.csv' has no column 'kind', with which the model is to be compared" in err
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_columns_are_kept_as_they_are_written(folder, tmp_path, suffix):
+    table = pl.read_csv(folder / "t.csv", schema_overrides={"id": str})
+    getattr(table, f"write_{suffix}")(tmp_path / f"t.{suffix}")
+    command = ["predict", folder / "kind" / "model", tmp_path / f"t.{suffix}", "--keep"]
+    code, out, _ = run(*command, "id,a")
+    header, *rows = csv.reader(io.StringIO(out))
+    assert (code, header) == (0, ["id", "a", "kind"])
+    assert [row[0] for row in rows] == table["id"].to_list()
+    np.testing.assert_array_equal([float(row[1]) for row in rows], table["a"])
+    code, _, err = run(*command, "aa")
+    assert code == 2 and "--keep has 'aa', and the columns of" in err and "Did you mean 'a'?" in err
+
+
+def test_columns_of_a_bundled_set_are_kept(tmp_path):
+    assert run("tune", "sklearn:iris", "--out", tmp_path, *FAST)[0] == 0
+    out = run("predict", tmp_path / "model", "sklearn:iris", "--keep", "target")[1]
+    assert out.startswith("target,target\nsetosa,")
