@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 from contextlib import nullcontext
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +18,10 @@ from gputune.study import claims as claims_file
 from gputune.study.claims import Claims
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.store import Chunk, Store
-from gputune.tuning import pipeline
+from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
-from gputune.tuning.random import _wait
+from gputune.tuning.random import wait_for_others
+from gputune.tuning.session import Session
 from moments import at_call, at_finish
 from refused import refused
 from study_processes import done, finish, start, table
@@ -187,7 +187,7 @@ def test_ctrl_c_ends_the_wait_for_a_plan(path, monkeypatch):
     stop = Stop()
     with Store.open(path) as store, Claims(path) as claims:
         ledger = Ledger(store, claims)
-        ledger.on_wait = partial(pipeline._wait_on, stop, Progress(0))
+        ledger.on_wait = Session(ledger, Options(), Progress(0), stop)._wait
         at_call(ledger, "on_wait", 2, stop.ask, patch=monkeypatch.setattr)
         with pytest.raises(KeyboardInterrupt), ledger.alone():
             pass
@@ -221,14 +221,12 @@ def test_who_trains_what_is_waited_for_is_said(path):
             assert ledger.who_has(CHUNKS) == (", ".join(sorted(names)), remedy)
             assert ledger.who_has(CHUNKS[1:])[1] == ""
         said = []
-        context = SimpleNamespace(
-            progress=SimpleNamespace(say=lambda text, once: said.append(text)), is_over=lambda: True
-        )
-        _wait(ledger, CHUNKS, context)
+        progress = SimpleNamespace(say=lambda text, once: said.append(text))
+        wait_for_others(ledger, CHUNKS, progress, lambda: True)
         assert said == [f"waiting for 3 trials of process 7 on 'far'. {remedy}"]
         lock.unlink()
         assert ledger.who_has(CHUNKS) == ("another process", "")
-        _wait(ledger, CHUNKS[1:], context)
+        wait_for_others(ledger, CHUNKS[1:], progress, lambda: True)
         assert said[1:] == ["waiting for 1 trial of another process."]
 
 
