@@ -10,6 +10,7 @@ from torch import nn
 import reference
 from gputune.engine.job import BegunChunk, Job, train_chunk
 from gputune.modules.inspection import traits_of
+from gputune.native import build as built
 from gputune.population.population import Population
 from problems import fill, largest_difference, make_data
 
@@ -95,6 +96,16 @@ CASES = {
     "branching": (Branching, (IMAGES,)),
 }
 CONFIGS = fill(*({"lr": lr, "batch_size": 16} for lr in (1e-3, 3e-3, 1e-2)))
+WHOLE = Population("module", (0, 1, 2), tuple(CONFIGS))
+CODED = ("gru", "encoder", "two inputs", "shared")
+WAYS = [(name, way) for name in CASES for way in ("eager", "graph", "loop")] + [
+    (name, "coded") for name in CODED
+]
+
+
+@pytest.fixture(autouse=True)
+def soon_built(monkeypatch):
+    monkeypatch.setattr(built, "FLAGS", ("-O0", *built.FLAGS[1:]))
 
 
 class Rows:
@@ -126,9 +137,16 @@ def case(name, dtype=torch.float64):
     return build, replace(data, scaling=(None,) * len(inputs))
 
 
-def trained(build, data, backend, configs=CONFIGS, epochs=EPOCHS):
-    job = Job(seed=0, epochs=epochs, horizon=EPOCHS, module_class=build, backend=backend)
-    return train_chunk(job, data, Population("module", tuple(range(len(configs))), tuple(configs)))
+def job_of(build, data, backend, epochs=EPOCHS):
+    """A job whose modules train by a backend; "coded": in compiled code, which recorded steps are written as."""
+    traits = replace(traits_of(build, CONFIGS[0], data), coded=backend == "coded")
+    backend = "graph" if backend == "coded" else backend
+    options = {"module_class": build, "backend": backend, "traits": {WHOLE.arguments: traits}}
+    return Job(seed=0, epochs=epochs, horizon=EPOCHS, **options)
+
+
+def trained(build, data, backend, epochs=EPOCHS):
+    return train_chunk(job_of(build, data, backend, epochs), data, WHOLE)
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +170,7 @@ def alone():
     return of
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
+@pytest.mark.parametrize(("name", "backend"), WAYS)
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
 def test_a_member_is_what_a_plain_loop_makes(name, backend, alone):
     build, data = case(name)
@@ -163,14 +180,13 @@ def test_a_member_is_what_a_plain_loop_makes(name, backend, alone):
         assert largest_difference(members.member(1, trial), alone(name, trial)) <= 1e-8
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["graph", "loop"])
+@pytest.mark.parametrize(("name", "backend"), [way for way in WAYS if way[1] != "eager"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:enable_nested_tensor")
 def test_company_halving_and_a_resume_change_nothing(name, backend, alone):
     """Two of three go on from half the epochs, one of them by itself: both are still the plain loop's."""
     build, data = case(name)
     begun = trained(build, data, backend, epochs=HALF)
-    job = Job(seed=0, epochs=EPOCHS, horizon=EPOCHS, module_class=build, backend=backend)
+    job = job_of(build, data, backend)
     for kept in ([0, 2], [2]):
         configs = tuple(CONFIGS[c] for c in kept)
         chunk = BegunChunk("module", tuple(range(len(kept))), configs, begun.state.select(kept))
@@ -182,5 +198,6 @@ def test_company_halving_and_a_resume_change_nothing(name, backend, alone):
 @pytest.mark.parametrize("name", [name for name in CASES if name != "encoder"])
 def test_single_precision_is_that_of_a_plain_loop(name, alone):
     build, data = case(name, torch.float32)
-    members = trained(build, data, "graph")
-    assert largest_difference(members.member(1, 0), alone(name, 0, torch.float32)) <= 1e-3
+    for backend in ("graph", "coded")[: 1 + (name in CODED)]:
+        members = trained(build, data, backend)
+        assert largest_difference(members.member(1, 0), alone(name, 0, torch.float32)) <= 1e-3

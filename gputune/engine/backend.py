@@ -117,17 +117,21 @@ def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
     return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != current)
 
 
-def trains_as(backend: Backend, kind: ModelKind, config: Config, unstackable: str = "") -> Backend:
+def trains_as(
+    backend: Backend, kind: ModelKind, config: Config, unstackable: str = "", *, coded: bool = False
+) -> Backend:
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 
     ``unstackable`` says why members of a user's module cannot be stacked; a class of torch.optim trains each alone. Of
-    a module that can be stacked, whose inside is unknown, no code is compiled; its steps are recorded in place of that,
-    as are those of optimizers, clipping and averages that the compiled code does not know.
+    a module that can be stacked, whose inside is unknown, no code is compiled, unless it is ``coded``; its steps are
+    recorded in place of that, as are those of optimizers, clipping and averages that the compiled code does not know.
     """
     if kind == "module" and (unstackable or backend == "loop" or class_of(config)):
         return "loop"
     if kind == "module" and backend == "compiled":
         backend = "graph"
+    if kind == "module" and coded and backend == "graph" and config["optimizer"] in RULES:
+        return "compiled"
     if backend == "compiled":
         if config["optimizer"] in OPTIMIZERS and is_plain(config):
             return "compiled" if config["depth"] <= _DEEPEST else "eager"

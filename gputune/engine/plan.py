@@ -6,7 +6,7 @@ and threads of one process share their members. Results do not depend on the cut
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -24,6 +24,9 @@ from gputune.types import Backend
 
 _CACHE_BYTES = 16 << 20  # a chunk's state on the CPU; 8 to 32 MiB measured alike, beyond that slower
 _COMPILED_BYTES = 64 << 20  # of compiled members: an epoch is then long beside what is done between two
+_CODED_BYTES = (
+    256 << 20
+)  # the same of a user's module, whose chunks each take some tenths of a second to begin
 _FREE_SHARE = 0.8  # of the GPU memory that is free
 _MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
@@ -101,6 +104,7 @@ def make_plan(
     measure: Callable[[Population, int], Need | None] | None = None,
     backend: Backend = "eager",
     unstackable: Mapping[str, str] = MappingProxyType({}),
+    coded: Collection[str] = (),
     widest: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Cut populations into chunks within ``memory`` bytes (None: what the device suggests).
@@ -110,17 +114,19 @@ def make_plan(
     trial costs in plain training into what it costs here; ``memory`` is then the only limit. ``measure`` finds what a
     population takes of a device's memory, by at most so many of its trials; asked where the estimate is near the limit,
     and for a user's module, whose inside is unknown. ``widest`` says of module__* values, as text, how many numbers a
-    row has in their widest layer, ``unstackable`` why their members train one by one.
+    row has in their widest layer, ``unstackable`` why their members train one by one, and ``coded`` are those whose
+    members train in compiled code.
     """
     pieces: list[_Piece] = []
     for population in populations:
         reason = unstackable.get(population.arguments, "")
-        way = trains_as(backend, population.kind, population.configs[0], reason)
+        way = trains_as(
+            backend, population.kind, population.configs[0], reason, coded=population.arguments in coded
+        )
         cost = trial_cost(population, data, parameters, way, widest.get(population.arguments, 0))
+        of_compiled = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
         limit = (
-            min(_COMPILED_BYTES, memory or _COMPILED_BYTES)
-            if way == "compiled"
-            else memory_limit(data, memory, free)
+            min(of_compiled, memory or of_compiled) if way == "compiled" else memory_limit(data, memory, free)
         )
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit

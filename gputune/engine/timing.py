@@ -1,24 +1,34 @@
-"""Whether members of a module train faster stacked or one by one: both take a few steps, where much is to be trained.
+"""How members of a module train fastest: stacked, one by one, or in compiled code. Each takes a few steps, where much
+is to be trained.
 
 On a CPU a step of stacked members moves their activations through memory where those of one member stay in a cache:
-wide convolutions lose by it what small layers gain. Which of both a module does is found by trying.
+wide convolutions lose by it what small layers gain. Which of these a module does is found by trying.
 """
 
+import math
 import time
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import torch
 
 from gputune.data.dataset import Dataset, Fold
-from gputune.engine.backend import computing
+from gputune.engine.backend import computing, trains_as
 from gputune.engine.job import Fits, Job, train_chunk
+from gputune.engine.members import MemberChunk
+from gputune.modules.module import StackedModule
+from gputune.modules.trace import TraceError
+from gputune.native.library import NotBuiltError
 from gputune.population.population import Population
 from gputune.types import Backend
 
 _STEPS, _EPOCHS = 3, 4  # of one shape, which is recorded in the first of these epochs
 _WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
+_CODE_SECONDS = (
+    10.0  # of all members the faster way, from which two or three of building code repay themselves
+)
 _TRIALS = 4
 _MARGIN = 1.1  # a difference below this is noise
 _PATIENCE_SECONDS = 2.0  # after which two epochs must be enough
@@ -28,19 +38,40 @@ class _Enough(Exception):
     """The time of a step is known well enough."""
 
 
-def slower_stacked(job: Job, data: Dataset, chunk: Population, *, member_steps: float) -> str:
-    """Return by how much the members of a chunk train faster one by one, in words; "" where they do not, or hardly.
+def fastest_way(job: Job, data: Dataset, chunk: Population, *, member_steps: float) -> tuple[str, bool]:
+    """Return by how much the members of a chunk train faster one by one, in words, "" where they do not, or hardly;
+    and whether they train fastest in compiled code.
 
     ``member_steps`` is how many steps all members of a search take that train as these do.
     """
     few = _with_few_rows(data, chunk.configs[0]["batch_size"])
     alone = _seconds(job, few, chunk.part(0, 1), "loop")
     if alone * member_steps < _WORTH_SECONDS:
-        return ""
+        return "", False
     stacked = _seconds(job, few, chunk.part(0, min(_TRIALS, len(chunk.index))), job.backend)
+    known = min(alone, stacked)
+    if known * member_steps > _CODE_SECONDS and _MARGIN * _coded_seconds(job, data, chunk) < known:
+        return "", True
     if stacked < _MARGIN * alone:
-        return ""
-    return f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
+        return "", False
+    slow = f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
+    return slow, False
+
+
+def _coded_seconds(job: Job, data: Dataset, chunk: Population) -> float:
+    """Return the seconds of one step of one member in compiled code, which is built here; infinity where none is."""
+    network = job.network(data, chunk)
+    if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(
+        network, StackedModule
+    ):
+        return math.inf
+    try:
+        with computing(1), torch.no_grad():
+            return MemberChunk(
+                network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=None
+            ).seconds_of_a_step()
+    except (TraceError, NotBuiltError):
+        return math.inf
 
 
 def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from typing import Any, Protocol
 
@@ -14,9 +14,13 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
+from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Reuse
 from gputune.modules.blame import explained
 from gputune.modules.looped import LoopChunk, LoopedModule
+from gputune.modules.module import StackedModule
+from gputune.modules.trace import TraceError
+from gputune.native.library import NotBuiltError
 from gputune.population.network import Network
 from gputune.scoring.scoring import Scoring
 from gputune.types import Backend, Config
@@ -235,4 +239,7 @@ def _make_chunk(
     word = trains_as(backend, network.kind, configs[0])
     if word == "compiled":
         return CompiledChunk(network, data, configs, **options)
+    if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
+        with suppress(TraceError, NotBuiltError):  # of another optimizer than was tried
+            return MemberChunk(network, data, configs, **options)
     return reuse.take(network, data, configs, recorded=word == "graph", **options)

@@ -109,10 +109,10 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
         )
 
 
-def note_slow(builder: Builder, data: Dataset, arguments: str, slow: str) -> None:
-    """Remember that a module's members train faster one by one, with these module__* values as text."""
+def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, coded: bool) -> None:
+    """Remember how a module's members train fastest, with these module__* values as text."""
     known = _known[data][builder]
-    known[arguments] = replace(known[arguments], slow=slow)
+    known[arguments] = replace(known[arguments], slow=slow, coded=coded)
 
 
 def inspect_module(

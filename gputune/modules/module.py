@@ -49,6 +49,7 @@ class Traits:
     scheduled    names of the buffers that hold a rate of ``gputune.models.Dropout``
     unstackable  why its members cannot be stacked, "" where they can
     slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
+    coded        whether they train fastest in compiled code of their own, as it was measured
     """
 
     changing: tuple[str, ...] = ()
@@ -63,6 +64,7 @@ class Traits:
     scheduled: tuple[str, ...] = ()
     unstackable: str = ""
     slow: str = ""
+    coded: bool = False
 
     @property
     def alone_because(self) -> str:

@@ -72,13 +72,23 @@ def compile_trace(trace: Trace) -> Callable[[], None]:
     return _Source(operations, trace, constants).function()
 
 
+def computing(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
+    """Return what is the same in every step, by its memory, and the operations that compute the rest of it.
+
+    Their results lie where they would be copied to, of those with one result.
+    """
+    constants, operations = _without_constants(trace)
+    given = [op if op.writes or len(op.results) != 1 else replace(op, out="out") for op in operations]
+    return constants, _written_at_once(_needed(given, trace), trace)
+
+
 def _without_constants(trace: Trace) -> tuple[dict[int, Tensor], list[Operation]]:
     """Compute what is the same in every step now; return it by its memory, and the other operations."""
     changed = {place.memory for op in trace.operations for place in op.writes}
     constants: dict[int, Tensor] = {}
     rest = []
     for op in trace.operations:
-        reads = [] if _name(op) in _FACTORIES else op.reads
+        reads = [] if op.name in _FACTORIES else op.reads
         constant = (
             all(place.memory in constants for place in reads) and len(op.results) == 1 and not op.writes
         )
@@ -115,20 +125,20 @@ def _with_out(op: Operation) -> Operation:
         return replace(op, function=_max_pool)
     if len(op.results) != 1 or op.writes:
         return op
-    if _name(op) in _FACTORIES:  # of memory that is written into later
+    if op.name in _FACTORIES:  # of memory that is written into later
         return _made(op)
     if (writer := _WRITERS.get(op.function)) is not None:
         return replace(op, function=writer, out="out")
     found = _out_variant(op.function)
     if found is None:
         return op
-    name = _name(op)
+    name = op.name
     function = getattr(torch, name) if name in _PLAIN and found[1] == "out" else found[0]
     return replace(op, function=function, out=found[1])
 
 
 def _made(op: Operation) -> Operation:
-    name = _name(op)
+    name = op.name
     if "zeros" in name:
         return replace(op, function=_zero, args=[], kwargs={}, out="out")
     if "empty" in name:
@@ -298,7 +308,7 @@ class _Source:
         if op.out is not None and (op.makes or op.out not in op.kwargs):
             words.append(f"{op.out}={self._text((op.makes or op.writes)[0])}")
             return f"{self._name(op.function, 'f')}({', '.join(words)})"
-        method = _name(op)
+        method = op.name
         if not op.results and method.endswith("_") and hasattr(Tensor, method):
             return f"{words[0]}.{method}({', '.join(words[1:])})"
         call = f"{self._name(op.function, 'f')}({', '.join(words)})"
@@ -369,11 +379,6 @@ def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
 
 def _rounded(size: int) -> int:
     return -(-size // _ALIGNED) * _ALIGNED
-
-
-def _name(op: Operation) -> str:
-    packet = getattr(op.function, "overloadpacket", None)
-    return "" if packet is None else str(packet.__name__)
 
 
 def _mapped(value: object, tensor: Callable[[Place], Tensor]) -> Any:

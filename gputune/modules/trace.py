@@ -83,6 +83,12 @@ class Operation:
     out: str | None = None
 
     @property
+    def name(self) -> str:
+        """Its name among torch's operations, "" for a function that is none."""
+        packet = getattr(self.function, "overloadpacket", None)
+        return "" if packet is None else str(packet.__name__)
+
+    @property
     def reads(self) -> list[Place]:
         """The places among its arguments."""
         return list(places((self.args, self.kwargs)))

@@ -86,6 +86,9 @@ class Blocks:
         ``factors`` (F, C) are on the values, in the blocks that have some.
         """
         factors = factors or {}
+        if values.numel() == 1 and not factors:
+            total.addcmul_(flat, values.view(1))
+            return
         for block, a, b in zip(self.blocks, self.views(total).values(), self.views(flat).values()):
             scaled = values * factors[block.name] if block.name in factors else values
             a.addcmul_(b, with_axes_of(block, scaled))
@@ -96,7 +99,13 @@ class Blocks:
             part.lerp_(toward, value)
 
     def by_block(self, values: Tensor, *flats: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield for each block the values (F, C), with axes that meet it, and its part of each flat buffer."""
+        """Yield for each block the values (F, C), with axes that meet it, and its part of each flat buffer.
+
+        The blocks of one member are one.
+        """
+        if values.numel() == 1:
+            yield (values.view(1), *flats)
+            return
         for block, *parts in zip(self.blocks, *(self.views(flat).values() for flat in flats)):
             yield (with_axes_of(block, values), *parts)
 

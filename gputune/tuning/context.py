@@ -16,10 +16,10 @@ from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointin
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
-from gputune.engine.timing import slower_stacked
+from gputune.engine.timing import fastest_way
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
-from gputune.modules.inspection import check_rates, known_traits, note_slow, traits_of
+from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import alone_because
 from gputune.population.population import Population, shape_of
 from gputune.scoring.scoring import Scoring
@@ -123,7 +123,7 @@ class Context:
         return plan
 
     def _time(self, plan: Plan, epochs: int) -> bool:
-        """Time the ways of a user's module where one may be chosen, and return whether any trains faster one by one."""
+        """Time the ways of a user's module where one may be chosen, and return whether any trains in another one."""
         builder, data = self.choice.module_class, self.data
         if (
             builder is None
@@ -142,9 +142,11 @@ class Context:
             rows = sum(len(fold.train) for fold in data.folds)
             steps = trials * epochs * rows / chunk.configs[0]["batch_size"]
             job = self.trainer.job(Job, epochs=epochs)
-            if slow := slower_stacked(job, data, chunk, member_steps=steps):
-                note_slow(builder, data, arguments, slow)
+            slow, coded = fastest_way(job, data, chunk, member_steps=steps)
+            if slow:
                 self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
+            if slow or coded:
+                note_fastest(builder, data, arguments, slow=slow, coded=coded)
                 has_news = True
         return has_news
 

@@ -110,6 +110,7 @@ class Trainer:
             if is_gpu_here and CudaRecorder.failure and self.backend == "graph"
             else self.backend,
             unstackable={k: t.alone_because for k, t in known_traits(self.module_class, self.data).items()},
+            coded=[k for k, t in known_traits(self.module_class, self.data).items() if t.coded],
             widest={k: t.widest for k, t in known_traits(self.module_class, self.data).items()},
         )
         return self._placed(plan)

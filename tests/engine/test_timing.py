@@ -1,4 +1,7 @@
-"""A module trains stacked or one by one, whichever a few steps of both show to be faster, where it is worth trying."""
+"""A module trains stacked, one by one or in compiled code, as a few steps of each show it, where it is worth trying."""
+
+import math
+from dataclasses import replace
 
 import pytest
 from torch import nn
@@ -6,7 +9,7 @@ from torch import nn
 import gputune
 from gputune.engine import timing
 from gputune.engine.job import Job
-from gputune.engine.timing import slower_stacked
+from gputune.engine.timing import fastest_way
 from gputune.population.population import Population
 from problems import fill, make_data
 
@@ -21,31 +24,39 @@ class Net(nn.Linear):
 def found(member_steps):
     job = Job(seed=0, epochs=3, horizon=3, module_class=Net, backend="graph")
     chunk = Population("module", (0, 1), tuple(CONFIGS))
-    return slower_stacked(job, make_data(), chunk, member_steps=member_steps)
+    return fastest_way(job, make_data(), chunk, member_steps=member_steps)
 
 
 @pytest.mark.parametrize(
-    ("stacked", "steps", "words"),
+    ("stacked", "code", "steps", "slow", "coded"),
     [
-        (0.002, 1e9, "a step of a member takes 1 ms so, and 2 ms with its members stacked"),
-        (0.00105, 1e9, ""),
-        (0.0001, 1e9, ""),
-        (0.002, 1e3, ""),
+        (0.002, 0.00095, 1e9, "a step of a member takes 1 ms so, and 2 ms with its members stacked", False),
+        (0.002, 0.0009, 1e9, "", True),
+        (0.00105, 1.0, 1e9, "", False),
+        (0.0001, 0.00008, 1e9, "", True),
+        (0.0001, 0.00008, 0.9e5, "", False),  # compiling would take as long
+        (0.002, 0.0001, 1e3, "", False),
     ],
 )
-def test_the_faster_way_is_kept_where_it_matters(monkeypatch, stacked, steps, words):
+def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, coded):
+    monkeypatch.setattr(timing, "_coded_seconds", lambda job, data, chunk: code)
     monkeypatch.setattr(
         timing, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
-    assert found(steps) == words
+    assert found(steps) == (slow, coded)
 
 
-def test_both_ways_are_timed():
-    assert found(1) == ""
+def test_all_ways_are_timed():
+    assert found(1) == ("", False)
     data, job = make_data(), Job(seed=0, epochs=3, horizon=3, module_class=Net)
     chunk = Population("module", (0, 1), tuple(CONFIGS))
     for backend in ("loop", "graph"):
         assert 0 < timing._seconds(job, data, chunk, backend) < 1
+    job = replace(job, backend="graph")
+    assert 0 < timing._coded_seconds(job, data, chunk) < 1
+    for unknown in ("adamwhd", "torch:Adagrad"):
+        other = Population("module", (0, 1), tuple({**c, "optimizer": unknown} for c in CONFIGS))
+        assert timing._coded_seconds(job, data, other) == math.inf
 
 
 def test_a_search_says_which_way_it_took(monkeypatch, capsys):
@@ -53,11 +64,15 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
     options = {"n_trials": 2, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 1}
     stacked = gputune.tune(Net, X, y, **options)
     assert "one by one" not in capsys.readouterr().err
-    monkeypatch.setattr("gputune.tuning.context.slower_stacked", lambda *args, **more: "2 ms so")
+    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("2 ms so", False))
     alone = gputune.tune(Net, X, y, **options)
     said = capsys.readouterr().err
     assert (
         "note: Net trains one by one, which is faster here: 2 ms so" in said
         and "one by one" in said.split("plan:")[1]
     )
-    assert [t.score for t in alone.trials] == pytest.approx([t.score for t in stacked.trials], rel=1e-5)
+    monkeypatch.setattr("gputune.tuning.context.fastest_way", lambda *args, **more: ("", True))
+    coded = gputune.tune(Net, X, y, **options)
+    assert "compiled" in capsys.readouterr().err.split("plan:")[1]
+    for other in (alone, coded):
+        assert [t.score for t in other.trials] == pytest.approx([t.score for t in stacked.trials], rel=1e-5)

@@ -1,0 +1,135 @@
+"""A chunk of a user's module whose members each take the steps of an epoch in compiled code, one after another.
+
+The step of a member is traced in a chunk of that member alone, and its trace is written as C
+(``modules/member_code.py``): parameters, moments and activations stay in one core's cache from step to step, which
+those of all members together never do. Each thread has memory of its own, into which members come for an epoch.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gputune.data.dataset import Dataset
+from gputune.engine.one_member import OneMember, Space
+from gputune.engine.stacked import StackedChunk
+from gputune.modules.member_code import MemberCode
+from gputune.modules.module import StackedModule
+from gputune.native.build import build
+from gputune.optimizers.blocks import Blocks
+from gputune.scoring.scoring import Scoring
+from gputune.types import Config
+
+_TIMED_STEPS = 8
+
+
+class MemberChunk(StackedChunk):
+    """The trials in flat buffers, as in any stacked chunk; an epoch is a queue of members. Raises TraceError."""
+
+    def __init__(
+        self,
+        network: StackedModule,
+        data: Dataset,
+        configs: Sequence[Config],
+        *,
+        seed: int,
+        horizon: int,
+        scoring: Scoring | None,
+    ) -> None:
+        super().__init__(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
+        lengths = [len(fold.train) for fold in data.folds]
+        ones = {length: OneMember(self, lengths.index(length), seed) for length in dict.fromkeys(lengths)}
+        self.members = [ones[length] for length in lengths]
+        drawing = [one.draws for one in ones.values() if one.draws is not None]
+        self.ahead = min([draws.ahead for draws in drawing], default=len(self.batches.shapes))
+        for draws in drawing:
+            draws.ahead = self.ahead
+        code = MemberCode(data.dtype)
+        for one in ones.values():
+            one.write(code)
+        self.code = build(code.source, data.dtype)
+        self.code.take_steps.restype = None
+
+    def advance(self, epoch: int) -> None:
+        """Train for one epoch."""
+        self.batches.begin(epoch)
+        self.update.begin(epoch)
+        rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
+        last = len(self.batches.shapes)
+        for begin in range(0, last, self.ahead):
+            for one in dict.fromkeys(self.members):
+                if one.draws is not None:
+                    one.draws.fill(epoch, begin)
+            self._take(rows, begin, min(begin + self.ahead, last))
+        for (block, buffer), own in zip(self._buffers(), rows):
+            buffer.copy_(block.from_rows(own))
+
+    def seconds_of_a_step(self) -> float:
+        """Return the seconds that a step of the first member takes; its state stays as it is."""
+        self.batches.begin(0)
+        self.update.begin(0)
+        one = self.members[0]
+        if one.draws is not None:
+            one.draws.fill(0, 0)
+        space, end = Space(one), min(_TIMED_STEPS, self.ahead)
+        space.load(0, 0, [block.to_rows(buffer)[0, 0] for block, buffer in self._buffers()], 0)
+        times = [time.perf_counter()]
+        for _ in range(3):
+            space.take(self.code, 0, end)
+            times.append(time.perf_counter())
+        return min(b - a for a, b in pairwise(times)) / min(end, len(one.steps))
+
+    def _buffers(self) -> list[tuple[Blocks, Tensor]]:
+        """What a step changes in the members, and how it lies."""
+        moments = [(self._network.trained, buffer) for buffer in self.update.state()]
+        return [(self._network.blocks, self._flat), *moments]
+
+    def _take(self, rows: Sequence[Tensor], begin: int, end: int) -> None:
+        """Let as many threads as torch has here take members from one queue, each through some steps."""
+        queue = iter([(f, c) for f in range(self.data.n_folds) for c in range(len(self.configs))])
+        stop = threading.Event()
+
+        def work() -> None:
+            torch.set_flush_denormal(True)  # each thread has its own setting
+            spaces: dict[OneMember, Space] = {}
+            with torch.no_grad():
+                for f, c in _shared(queue):
+                    if stop.is_set():
+                        return
+                    one = self.members[f]
+                    if one not in spaces:
+                        spaces[one] = Space(one)
+                    space = spaces[one]
+                    space.load(f, c, [own[c, f] for own in rows], begin)
+                    space.take(self.code, begin, end)
+                    space.store([own[c, f] for own in rows])
+
+        threads = torch.get_num_threads()
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for running in [pool.submit(work) for _ in range(threads)]:
+                    running.result()
+            finally:
+                stop.set()
+
+    @property
+    def data(self) -> Dataset:
+        """The rows that it trains on."""
+        return self.validation.data
+
+
+_taking = threading.Lock()
+
+
+def _shared(queue: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of a queue that other threads take from too."""
+    while True:
+        with _taking:
+            member = next(queue, None)
+        if member is None:
+            return
+        yield member

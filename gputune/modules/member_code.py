@@ -1,0 +1,131 @@
+"""The steps of one member as C, from their traces: a loop or a call for each operation, on memory known by its number.
+
+An operation that is not known here raises TraceError.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gputune.modules.member_kernels import FORMULAS, Line, Writer, arguments
+from gputune.modules.member_layers import LAYERS
+from gputune.modules.program import computing
+from gputune.modules.trace import Operation, Place, Trace, TraceError
+
+_LARGE, _BLOCK = 4096, 2048  # numbers from which passes over the same memory are taken in blocks of so many
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step: the number of its function, the numbers of the host that it reads, and the bytes that it works in."""
+
+    function: int
+    numbers: tuple[float, ...]
+    room: int
+
+
+class MemberCode:
+    """The code of several steps in one precision, float32 or float64."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.kernels: dict[str, str] = {}
+        self.functions: dict[str, int] = {}
+
+    def add(self, trace: Trace, memories: dict[int, torch.UntypedStorage]) -> Step:
+        """Write a step, and add by their addresses the memories that it finds there. Raises TraceError."""
+        constants, operations = computing(trace)
+        storages = {**trace.outside, **{m: t.untyped_storage() for m, t in constants.items()}}
+        operations = _small_first(operations)
+        writer = Writer(self.dtype, self.kernels, trace, operations, storages, memories)
+        lines = [line for op in operations for line in _lines(writer, op)]
+        body = "\n    ".join(_in_blocks(lines))
+        text = f"(char **M, char *A, const double *S) {{\n    {body}\n}}"
+        number = self.functions.setdefault(text, len(self.functions))
+        return Step(number, tuple(writer.numbers), writer.size + writer.room)
+
+    @property
+    def source(self) -> str:
+        """All of it, with the headers of ``native/`` before and after it."""
+        kernels = [f"static NOINLINE void {name}{text}" for text, name in self.kernels.items()]
+        steps = [f"static void step_{i}{text}" for text, i in self.functions.items()]
+        names = ", ".join(f"step_{i}" for i in self.functions.values())
+        table = f"static const Function STEPS[] = {{{names}}};"
+        double = ["#define DOUBLE"] * (self.dtype == torch.float64)
+        return "\n".join(
+            [*double, '#include "steps.h"', *kernels, *steps, table, '#include "steps_end.h"', ""]
+        )
+
+
+def _lines(writer: Writer, op: Operation) -> Iterator[Line]:
+    """Yield the calls that an operation is made into. Raises TraceError for one that is not known."""
+    base, plain = op.name.removeprefix("new_").removesuffix("_like"), op.name.removesuffix("_")
+    given, out = arguments(op), (op.makes or op.writes)[0]
+    if plain in LAYERS:
+        yield from LAYERS[plain](writer, given, op, out)
+    elif plain in FORMULAS:
+        yield writer.pointwise(plain, given, out)
+    elif plain == "zero" or base in ("zeros", "ones", "full"):
+        yield writer.filled(out, given.get("fill_value", float(base == "ones")))
+    elif not base.startswith("empty"):
+        raise TraceError(f"{op.function} is in no code")
+
+
+def _small_first(operations: Sequence[Operation]) -> list[Operation]:
+    """Take what makes one number before passes over many that do not depend on it, so that these follow each other."""
+    found: list[Operation] = []
+    for op in operations:
+        at = len(found)
+        if all(_count(place) == 1 for place in (*op.makes, *op.reads, *op.writes)):
+            while at and _is_large(found[at - 1]) and not _depend(op, found[at - 1]):
+                at -= 1
+        found.insert(at, op)
+    return found
+
+
+def _count(place: Place) -> int:
+    return torch.Size(place.shape).numel()
+
+
+def _is_large(op: Operation) -> bool:
+    return any(_count(place) >= _LARGE for place in (*op.makes, *op.writes))
+
+
+def _depend(a: Operation, b: Operation) -> bool:
+    """Whether one of two operations writes what the other reads or writes."""
+    into = [{place.memory for place in (*op.makes, *op.writes)} for op in (a, b)]
+    used = [{place.memory for place in op.reads} | own for op, own in zip((a, b), into)]
+    return bool(into[0] & used[1] or into[1] & used[0])
+
+
+def _in_blocks(lines: Sequence[Line]) -> Iterator[str]:
+    """Yield the calls, those over the same large memories a block at a time, which stays in the cache between them."""
+    run: list[Line] = []
+    for line in lines:
+        if run and not _go_together([*run, line]):
+            yield from _taken(run)
+            run = []
+        if _go_together([line]):
+            run.append(line)
+        else:
+            yield line.call()
+    yield from _taken(run)
+
+
+def _go_together(lines: Sequence[Line]) -> bool:
+    """Whether calls pass over the same many numbers of memories that were there, each from one place on."""
+    moved = {p for line in lines for p, step in zip(line.pointers, line.steps) if step}
+    memories = {p.split("M[")[-1].split("]")[0] for p in moved if "M[" in p}
+    return {line.n for line in lines} == {max(_LARGE, lines[0].n)} and len(memories) == len(moved)
+
+
+def _taken(run: Sequence[Line]) -> Iterator[str]:
+    if len(run) < 2:
+        yield from (line.call() for line in run)
+        return
+    n = run[0].n
+    yield f"for (long b = 0, n; b < {n}; b += n) {{"
+    yield f"    n = {n} - b < {_BLOCK} ? {n} - b : {_BLOCK};"
+    yield from (f"    {line.call('b', 'n')}" for line in run)
+    yield "}"

@@ -1,0 +1,236 @@
+"""The kernels of a member's step as C: one for each shape of loops and formula, called on places of memory.
+
+Numbers of the host and addresses are given in the calls, so that operations on other values share a kernel.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gputune.modules.loops import Loops, broadcast, over
+from gputune.modules.program import arrange
+from gputune.modules.trace import Operation, Place, Trace, TraceError
+
+C_TYPES = {
+    torch.float32: "float",
+    torch.float64: "double",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.bool: "uint8_t",
+    torch.uint8: "uint8_t",
+}
+
+_COMPARED = {
+    "gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "logical_and": "&&", "logical_or": "||",
+}  # fmt: skip
+
+FORMULAS = {
+    "add": "{self} + {alpha} * {other}",
+    "sub": "{self} - {alpha} * {other}",
+    "rsub": "{other} - {alpha} * {self}",
+    "mul": "{self} * {other}",
+    "div": "{self} / {other}",
+    "neg": "-{self}",
+    "abs": "fabs({self})",
+    "exp": "EXP({self})",
+    "log": "log({self})",
+    "sqrt": "sqrt({self})",
+    "rsqrt": "1 / sqrt({self})",
+    "reciprocal": "1 / {self}",
+    "sin": "sin({self})",
+    "cos": "cos({self})",
+    "erf": "erf({self})",
+    "tanh": "1 - 2 / (1 + EXP(2 * {self}))",
+    "sigmoid": "1 / (1 + EXP(-{self}))",
+    "relu": "{self} < 0 ? 0 : {self}",
+    "pow": "pow({self}, {exponent})",
+    "addcmul": "{self} + {value} * {tensor1} * {tensor2}",
+    "lerp": "{self} + {weight} * ({end} - {self})",
+    "where": "{condition} ? {self} : {other}",
+    "clamp_min": "{self} < {min} ? {min} : {self}",
+    "clamp_max": "{self} > {max} ? {max} : {self}",
+    "masked_fill": "{mask} ? {value} : {self}",
+    "threshold_backward": "{self} <= {threshold} ? 0 : {grad_output}",
+    "tanh_backward": "{grad_output} * (1 - {output} * {output})",
+    "sigmoid_backward": "{grad_output} * {output} * (1 - {output})",
+    "silu": "{self} / (1 + EXP(-{self}))",
+    "gelu": "{self} * (REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))",
+    "gelu_backward": (
+        "{grad_output} * ((REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))"
+        " + {self} * (REAL)0.39894228040143268 * EXP((REAL)-0.5 * {self} * {self}))"
+    ),
+    "remainder": "({self} % {other} + {other}) % {other}",
+    "fill": "{value}",
+    "copy": "{src}",
+    "clone": "{self}",
+    "_to_copy": "{self}",
+    **dict.fromkeys(("logical_not", "bitwise_not"), "!{self}"),
+    **{f"bitwise_{name}": f"{{self}} {sign} {{other}}" for name, sign in {"and": "&&", "or": "||"}.items()},
+    "isinf": "isinf({self})",
+    "isnan": "{self} != {self}",
+    **dict.fromkeys(("sgn", "sign"), "({self} > 0) - ({self} < 0)"),
+    "maximum": "{self} != {self} || {self} > {other} ? {self} : {other}",
+    "minimum": "{self} != {self} || {self} < {other} ? {self} : {other}",
+    "clamp": "{self} < {min} ? {min} : {self} > {max} ? {max} : {self}",
+    **{name: f"{{self}} {sign} {{other}}" for name, sign in _COMPARED.items()},
+}
+"""What an operation makes of each number; names are those of its arguments."""
+
+_OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
+_POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
+_DEFAULTS: dict[str, object] = {"rounding_mode": None, "approximate": "none"}
+
+
+@dataclass
+class Line:
+    """A call of a kernel. One over numbers that lie in pieces is told how many, ``n``; pointers move by ``steps``."""
+
+    kernel: str
+    pointers: list[str]
+    numbers: list[str]
+    n: int = 0
+    steps: list[int] = field(default_factory=list)
+
+    def call(self, begin: str = "", n: str = "") -> str:
+        """Return the call in C, for ``n`` numbers from ``begin`` on."""
+        moves = self.steps if begin else [0] * len(self.pointers)
+        pointers = [
+            f"(void *)((char *){p} + {begin} * {step})" if step else p
+            for p, step in zip(self.pointers, moves)
+        ]
+        return f"{self.kernel}({', '.join([*pointers, *self.numbers, *[n or str(self.n)] * bool(self.n)])});"
+
+
+class Writer:
+    """Writes one step."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        kernels: dict[str, str],
+        trace: Trace,
+        operations: Sequence[Operation],
+        storages: dict[int, torch.UntypedStorage],
+        memories: dict[int, torch.UntypedStorage],
+    ) -> None:
+        self.dtype, self.kernels, self.real = dtype, kernels, C_TYPES[dtype]
+        self.storages, self.memories = storages, memories
+        self.numbers: list[float] = []
+        made: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for i, op in enumerate(operations):
+            last |= dict.fromkeys((place.memory for place in (*op.makes, *op.reads, *op.writes)), i)
+            for place in op.makes:
+                made.setdefault(place.memory, i)
+        begins, self.size = arrange([(made[m], last[m], trace.sizes[m]) for m in made])
+        self.begin, self.room = dict(zip(made, begins)), 0
+
+    def pointer(self, place: Place | None) -> str:
+        """Return where a place begins; NULL for none."""
+        if place is None:
+            return "0"
+        begin = place.offset * place.dtype.itemsize
+        if place.memory in self.begin:
+            return f"({self.type(place)} *)(A + {self.begin[place.memory] + begin})"
+        storage = self.storages[place.memory]
+        self.memories.setdefault(storage.data_ptr(), storage)
+        return f"({self.type(place)} *)(M[{list(self.memories).index(storage.data_ptr())}] + {begin})"
+
+    def type(self, place: Place | None) -> str:
+        """Return the type of C of a place's numbers."""
+        return self.real if place is None else _c_type(place.dtype)
+
+    def call(
+        self, places: Sequence[Place | None], body: str, numbers: Sequence[float] = (), *, room: int = 0
+    ) -> Line:
+        """Return the call of a kernel that knows places as p0, p1, ..., numbers as s0, s1, ..., and its room as w."""
+        typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(places)]
+        pointers = [self.pointer(place) for place in places]
+        if room:
+            self.room = max(self.room, room * self.dtype.itemsize)
+            typed.append(f"{self.real} *w")
+            pointers.append(f"({self.real} *)(A + {self.size})")
+        typed += [f"double s{i}" for i in range(len(numbers))]
+        return Line(self._kernel(typed, body), pointers, self._numbers(numbers))
+
+    def _kernel(self, parameters: Sequence[str], body: str) -> str:
+        text = f"({', '.join(parameters)}) {{\n{body}\n}}"
+        return self.kernels.setdefault(text, f"k{len(self.kernels)}")
+
+    def _numbers(self, values: Sequence[float]) -> list[str]:
+        self.numbers += map(float, values)
+        return [f"S[{i}]" for i in range(len(self.numbers) - len(values), len(self.numbers))]
+
+    def pointwise(self, name: str, given: dict[str, Any], out: Place) -> Line:
+        """Return the call that makes each number of ``out`` by a formula."""
+        formula = _formula(name, given)
+        names = list(dict.fromkeys(re.findall(r"{(\w+)}", formula)))
+        places = [n for n in names if isinstance(given[n], Place)]
+        numbers = [n for n in names if n not in places]
+        if not all(isinstance(given[n], int | float) for n in numbers):
+            raise TraceError(f"{name} of other arguments than numbers is in no code")
+        dtype = _common([given[n] for n in names]) if name in _OF_INPUTS else out.dtype
+        if name == "remainder" and dtype.is_floating_point:
+            raise TraceError("a remainder of fractions is in no code")
+        if name.startswith("bitwise") and dtype != torch.bool:
+            raise TraceError(f"{name} of {dtype} is in no code")
+        operands: list[Place] = [out, *(given[n] for n in places)]
+        loops = over(out.shape, [out.stride, *(broadcast(place, out.shape) for place in operands[1:])])
+        n, flat = (loops.sizes[0] if loops.is_flat else 0), loops.is_flat
+        if flat:
+            loops = Loops(("n",), loops.strides)
+        real = _c_type(dtype)
+        words = {word: f"(({real})p{i + 1}[{loops.index(i + 1)}])" for i, word in enumerate(places)}
+        words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
+        value = formula.format(**words).replace("REAL", real)
+        value = value.replace("EXP(", "exponential(" if real == self.real else "exp(")
+        body = loops.nest(f"p0[{loops.index(0)}] = {value};")
+        typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(operands)]
+        typed += [*(f"double s{i}" for i in range(len(numbers))), *["long n"] * flat]
+        line = Line(self._kernel(typed, body), [self.pointer(place) for place in operands], [])
+        line.numbers = self._numbers([given[n] for n in numbers])
+        line.n = int(n)
+        line.steps = [own[0] * p.dtype.itemsize for own, p in zip(loops.strides, operands)] if flat else []
+        return line
+
+    def filled(self, out: Place, value: float) -> Line:
+        """Return the call that writes one number everywhere."""
+        return self.pointwise("fill", {"value": value}, out)
+
+    def copied(self, out: Place, source: Place) -> Line:
+        """Return the call that copies."""
+        return self.pointwise("clone", {"self": source}, out)
+
+
+def _c_type(dtype: torch.dtype) -> str:
+    if dtype not in C_TYPES:
+        raise TraceError(f"{dtype} is in no code")
+    return C_TYPES[dtype]
+
+
+def arguments(op: Operation) -> dict[str, Any]:
+    """Return all arguments of an operation by their names in its schema."""
+    function: Any = op.function
+    schema = function._schema.arguments
+    given = {a.name: a.default_value for a in schema if a.has_default_value()}
+    return {**given, **{a.name: value for a, value in zip(schema, op.args)}, **op.kwargs}
+
+
+def _formula(name: str, given: dict[str, Any]) -> str:
+    if any(given.get(key, value) != value for key, value in _DEFAULTS.items()):
+        raise TraceError(f"{name} of another kind is in no code")
+    if name == "clamp" and None in (given["min"], given["max"]):
+        name = "clamp_min" if given["max"] is None else "clamp_max"
+    if name == "pow" and given["exponent"] in _POWERS:
+        return _POWERS[given["exponent"]]
+    # A product with 1 is the number itself.
+    return FORMULAS[name].replace("{alpha} * ", "") if given.get("alpha") == 1 else FORMULAS[name]
+
+
+def _common(values: Sequence[Any]) -> torch.dtype:
+    """Return the type in which numbers are compared."""
+    like = [torch.empty(v.shape, dtype=v.dtype, device="meta") if isinstance(v, Place) else v for v in values]
+    return torch.result_type(like[0], like[-1])

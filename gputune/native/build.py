@@ -1,0 +1,139 @@
+"""Generated C code, built by the compiler that is there, once on each machine, and kept in the user's cache."""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import torch
+
+from gputune.native.library import FOLDER, NotBuiltError
+from gputune.scratch import scratch_folder
+
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+# Clang and older compilers say no to it, and choose well without.
+_WHOLE_VECTORS = "-mprefer-vector-width=512"
+COMPILERS = ("cc", "gcc", "clang")
+
+
+@functools.lru_cache(maxsize=64)
+def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """Return the library of C code for float32 or float64, built where no earlier run has left it.
+
+    The code may include the headers of this folder. Raises NotBuiltError.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
+    name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{_key(compiler, source)}"
+    try:
+        folder = cache_folder()
+        if folder is not None and (kept := _kept(folder, name)) is not None:
+            return kept
+        if folder is not None and os.access(folder, os.W_OK):
+            return ctypes.CDLL(str(_build(compiler, source, folder / name)))
+        # What is loaded needs its file no more; Windows keeps it from being removed.
+        with scratch_folder() as private:
+            return ctypes.CDLL(str(_build(compiler, source, private / name)))
+    except OSError as error:
+        raise NotBuiltError(f"the C code of a step could not be made or loaded: {error}") from error
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C compiler: that of the environment's ``CC``, or one of the usual names."""
+    for name in (os.environ.get("CC", ""), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of built code: ``gputune/code`` in the user's cache.
+
+    None where there is no such folder, or, with a UserWarning, where its code could be another user's.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        if not base.is_absolute():  # which the XDG rule has ignored
+            base = Path.home() / ".cache"
+        folder = base / "gputune" / "code"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
+        safe = _is_own(folder) and _is_own(folder.parent) and base.stat().st_mode & 0o1002 != 0o0002
+    except (OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
+        return None
+    if not safe:
+        warnings.warn(
+            f"{folder} is not used for compiled code, which each process now builds for itself: it and the folder that "
+            "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
+            "to another folder.",
+            stacklevel=3,
+        )
+    return folder if safe else None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder, no link, belongs to this user, and no other may write to it."""
+    if not hasattr(os, "geteuid"):  # Windows, where a user's cache is the user's
+        return True
+    status = path.lstat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022 and not path.is_symlink()
+
+
+def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
+    """Return the library that an earlier run left. One that is not as it was built, or does not load, is removed."""
+    for path in folder.glob(f"{name}-*.so"):
+        with contextlib.suppress(OSError):
+            if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
+                return ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _key(compiler: str, source: str) -> str:
+    """Name a build by all that it depends on; a home folder may be shared by machines of other kinds."""
+    parts = [source.encode(), *(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))]
+    parts += [" ".join(FLAGS).encode(), compiler.encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The processor and what it can do, as far as the system says it."""
+    facts = ("model name", "flags", "Features", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said = sorted({line for line in lines if line.startswith(facts)})
+    return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
+
+
+def _build(compiler: str, source: str, path: Path) -> Path:
+    """Return ``path`` with the SHA-256 of what was built added to its name.
+
+    Built into a file of its own and put in its place at once: another process may be doing the same.
+    """
+    with scratch_folder(path.parent, prefix="build") as folder:
+        built, text = folder / path.name, folder / "source.c"
+        text.write_text(source)
+        words = [*FLAGS, f"-I{FOLDER}", str(text), "-o", str(built), "-lm"]
+        for more in ([_WHOLE_VECTORS], []):
+            done = subprocess.run([compiler, *more, *words], capture_output=True, text=True)
+            if done.returncode == 0:
+                built.chmod(0o600)
+                return built.replace(path.with_name(f"{path.name}-{_digest(built)}.so"))
+    said = done.stderr.strip().splitlines()
+    raise NotBuiltError(
+        f"{compiler} could not build the C code of a step: {said[0] if said else f'exit code {done.returncode}'}"
+    )

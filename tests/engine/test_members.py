@@ -1,0 +1,140 @@
+"""Members that train in compiled code, one after another, are those of stacked tensors."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gputune.engine.members import MemberChunk
+from gputune.engine.stacked import StackedChunk
+from gputune.engine.train import train
+from gputune.modules import draws
+from gputune.modules.module import StackedModule, Traits
+from gputune.native import build as built
+from gputune.scoring.objective import Objective
+from problems import fill, make_data, scoring_of, shape_of
+
+pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
+
+
+class Net(nn.Sequential):
+    def __init__(self, n_features, n_outputs):
+        inside = (
+            nn.Linear(n_features, 7, bias=False),
+            nn.BatchNorm1d(7),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.LayerNorm(7),
+        )
+        super().__init__(*inside, nn.Linear(7, n_outputs))
+
+
+KEPT = ("1.running_mean", "1.running_var", "1.num_batches_tracked")
+TRAITS = Traits(changing=KEPT, least_rows=2)
+
+
+@pytest.fixture(autouse=True)
+def no_grad(monkeypatch):
+    monkeypatch.setattr(built, "FLAGS", ("-O0", *built.FLAGS[1:]))  # soon built
+    with torch.no_grad():
+        yield
+
+
+def both(data, configs, objective=None):
+    """The chunk in compiled code, and the same on stacked tensors."""
+    network = StackedModule(Net, configs, shape_of(data), seed=0, traits=TRAITS, objective=objective)
+    options = {"seed": 0, "horizon": 6, "scoring": scoring_of(data)}
+    return MemberChunk(network, data, configs, **options), StackedChunk(network, data, configs, **options)
+
+
+def assert_alike(chunk, other):
+    for mine, theirs in zip((chunk.flat, *chunk.moments), (other.flat, *other.moments), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+ABSENT = torch.tensor([[True, True, True], [True, False, True], [True, True, True]])
+CASES = {
+    "rates": (make_data(), [{"lr": 0.01}, {"lr": 0.03, "schedule": "cosine"}]),
+    "weights and a target to predict": (make_data("regression", weights=True), [{"lr": 0.01, "weight_decay": 0.1}]),
+    "absent classes": (replace(make_data(copies=False), present=ABSENT), [{"lr": 0.01}]),
+    "what members differ in": (
+        make_data(),
+        [
+            {"lr": 0.01, "beta2": 0.9, "ema": 0.5, "lr_factor:0": 0.5},
+            {"lr": 0.02, "clip_norm": 0.1, "weight_decay": 0.3, "weight_decay_schedule": "linear"},
+        ],
+    ),
+    "momentum": (make_data(), [{"lr": 0.01, "momentum": m, "optimizer": "nesterov"} for m in (0.5, 0.9)]),
+    "another rule": (make_data(), [{"lr": 0.001 * i, "optimizer": "rmsprop"} for i in (1, 2)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_members_are_those_of_stacked_tensors(name):
+    data, configs = CASES[name]
+    data = replace(data, present=None) if data.present is None else data
+    chunk, other = both(data, fill(*({"batch_size": 9, **config} for config in configs)))
+    for epoch in range(2):
+        for one in (chunk, other):
+            one.advance(epoch)
+        assert_alike(chunk, other)
+        assert np.allclose(chunk.scores(), other.scores())
+
+
+def test_members_differ_in_the_numbers_of_their_loss():
+    data = make_data("regression")
+    configs = fill(*({"lr": 0.01, "batch_size": 9, "loss__delta": delta} for delta in (0.1, 2.0)))
+    chunk, other = both(data, configs, Objective("huber"))
+    for one in (chunk, other):
+        one.advance(0)
+    assert_alike(chunk, other)
+
+
+def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):
+    monkeypatch.setattr(draws, "_DRAW_BYTES", 2 * 2 * 9 * 7 * 8)
+    data = make_data()
+    decays = (
+        {"beta2": 0.9, "weight_decay": 0.1},
+        {},
+        {"weight_decay_schedule": "linear", "weight_decay": 0.1},
+        {},
+    )
+    chunk, other = both(data, fill(*({"lr": 0.01, "batch_size": 9, **decay} for decay in decays)))
+    assert chunk.ahead == 2
+    for epoch, stays in enumerate(([1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 0])):
+        for one in (chunk, other):
+            one.keep(np.array(stays[: len(one.alive)], bool))
+            one.advance(epoch)
+        assert_alike(chunk, other)
+
+
+def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
+    data, before = make_data(), torch.get_num_threads()
+    states = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            chunk, _ = both(data, fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.02, 0.03))))
+            chunk.advance(0)
+            states.append(chunk.flat.clone())
+        chunk.code = None
+        with pytest.raises(AttributeError):
+            chunk.advance(1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize(
+    "given", [{"optimizer": "adamwhd"}, {"objective": Objective("mse", augment=lambda x, g: x)}]
+)
+def test_what_is_in_no_code_trains_in_another_way(given):
+    data = make_data("regression")
+    configs = fill({"lr": 0.01, "batch_size": 9}, optimizer=given.pop("optimizer", "adamw"))
+    network = StackedModule(Net, configs, shape_of(data), seed=0, traits=replace(TRAITS, coded=True), **given)
+    trained = train(
+        network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph"
+    )
+    assert np.isfinite(trained.curves).all()

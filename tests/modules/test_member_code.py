@@ -1,0 +1,143 @@
+"""A step that is written as C is the step itself, to rounding; what is in no code is refused."""
+
+import ctypes
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gputune.modules.member_code import MemberCode
+from gputune.modules.trace import TraceError, trace
+from gputune.native import build as built
+
+pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
+X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3
+IDS, FOUR = torch.tensor([[0, 1, 1], [1, 0, 1]]), torch.tensor([3, 0, 0, 1])
+BIG = torch.linspace(0, 1, 5000, dtype=torch.float64)
+
+
+def wide(x, down, across):
+    return torch.cat([torch.cat([x] * across, 1)] * down)
+
+
+def slope(function, *inputs):
+    """The slope of a function's sum, times the numbers of its outputs' places, in its first input."""
+    return torch.func.grad(
+        lambda x: (lambda y: (y * torch.arange(y.numel()).view(y.shape)).sum())(function(x, *inputs[1:]))
+    )(inputs[0])
+
+
+STEPS = {
+    "nothing": lambda t, x: None,
+    "views": lambda t, x: t[:, 1:].copy_((x * 3).view(4, 2).T.reshape(2, 4)[:, 1:]),
+    "a copy of another type": lambda t, x: t.add_((x > t).to(x.dtype)),
+    "arithmetic": lambda t, x: t.copy_(
+        (2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3
+    ),
+    "functions": lambda t, x: t.copy_(
+        x.exp() + (x + 1).log() + (x + 1).sqrt() + (x + 1).rsqrt() + x.sin() + x.cos() + x.erf()
+    ),
+    "activations": lambda t, x: t.copy_(
+        x.tanh() + x.sigmoid() + F.silu(x) + F.gelu(x) + F.relu(x) + x.clamp_min(-0.1) + x.clamp_max(0.1)
+    ),
+    "slopes": lambda t, x: t.copy_(
+        slope(torch.tanh, x) + slope(torch.sigmoid, x) + slope(F.gelu, x) + slope(F.relu, x)
+    ),
+    "conditions": lambda t, x: t.copy_(
+        torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)
+    ),
+    "moments": lambda t, x: t.lerp_(x, 0.1).addcmul_(x, x, value=2.0).lerp_(x, x),
+    "sums": lambda t, x: t.copy_(x.sum(1, keepdim=True) + x.mean(0) + x.sum() + x.mean(-1)[:, None]),
+    "products": lambda t, x: t.copy_(
+        torch.addmm(x[0], x @ x.mT, x) + torch.baddbmm(x[None], x[None] @ x.mT, x[None])[0] + x @ (x.mT @ x)
+    ),
+    "wide products": lambda t, x: t.copy_((wide(x, 5, 9) @ wide(x, 9, 9).mT @ wide(x, 9, 9))[:2, :4]),
+    "softmax": lambda t, x: t.copy_(x.softmax(0) + x.log_softmax(1)),
+    "slopes of softmax": lambda t, x: t.copy_(
+        slope(lambda v: v.softmax(0), x) + slope(lambda v: v.log_softmax(1), x)
+    ),
+    "chosen rows": lambda t, x: t.copy_(
+        x.index_select(1, FOUR) + x.index_select(0, IDS[1, 1:]) + x.gather(1, FOUR.expand(2, 4))
+    ),
+    "an embedding": lambda t, x: t.copy_(
+        F.embedding(IDS, torch.cat([x, x])).sum(1)
+        + slope(lambda w: F.embedding(IDS, w), torch.cat([x, x]))[:2]
+    ),
+    "joined": lambda t, x: t.copy_(torch.cat([x[:, 1:], x[:, :1]], 1) + torch.stack([x[1], x[0]])),
+    "slopes of parts": lambda t, x: t.copy_(slope(lambda v: v[:, 1:4:2], x) + slope(lambda v: v[1], x)),
+    "a loss": lambda t, x: t.copy_(
+        F.cross_entropy(x, IDS[0, :2], reduction="none")[:, None]
+        + slope(lambda v: F.cross_entropy(v, IDS[0, :2], reduction="none"), x)
+    ),
+    "a slope of a norm": lambda t, x: t.copy_(
+        torch.ops.aten.native_layer_norm_backward(
+            x, x * x, [4], x[:, :1] + 0, x[:, 1:2] + 0, None, None, [True, False, False]
+        )[0]
+    ),
+    "a batch norm": lambda t, x: t.copy_(
+        F.batch_norm(x, t[0], t[1], x[0], x[1], True)
+        + slope(lambda v: F.batch_norm(v, None, None, v[0], v[1], True), x)
+    ),
+    "remainders": lambda t, x: t.copy_(x + torch.remainder(IDS[:, :1] * 7 - 5, 3)),
+    "long passes": lambda t, x: BIG.mul_(0.9).add_(x[0, 0]).addcmul_(BIG, BIG).sub_(t.fill_(0.5)[0, 0]),
+}
+
+
+def taken(code, step, memories, library):
+    """Take a step of the code."""
+    storages = list(memories.values())
+    pointers = (ctypes.c_void_p * len(storages))(*(storage.data_ptr() for storage in storages))
+    room, numbers = torch.empty(step.room + 64, dtype=torch.uint8), np.array([*step.numbers, 0.0])
+    which, given = np.array([step.function]), (ctypes.c_void_p * 1)(numbers.ctypes.data)
+    begin = ctypes.c_void_p(-(-room.data_ptr() // 64) * 64)
+    library.take_steps(ctypes.c_int64(1), ctypes.c_void_p(which.ctypes.data), pointers, begin, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_step_is_the_step(dtype, monkeypatch):
+    """All in one program, which is built once."""
+    global BIG
+    BIG = BIG.to(dtype)
+    monkeypatch.setattr(built, "FLAGS", ("-O1", *built.FLAGS[1:]))
+    code, written = MemberCode(dtype), []
+    with torch.no_grad():
+        for name, step in STEPS.items():
+            total, x, memories = torch.zeros(2, 4, dtype=dtype), X.to(dtype, copy=True), {}
+            run = lambda total=total, x=x, step=step: step(total, x)  # noqa: E731
+            written.append((name, run, (total, BIG), code.add(trace(run), memories), memories))
+        library = built.build(code.source, dtype)
+        for name, run, state, step, memories in written:
+            before = [tensor.clone() for tensor in state]
+            taken(code, step, memories, library)
+            found = [tensor.clone() for tensor in state]
+            for tensor, value in zip(state, before):
+                tensor.copy_(value)
+            run()
+            assert any(not torch.equal(a, b) for a, b in zip(before, state)) or name == "nothing", name
+            for a, b in zip(found, state):
+                torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+REFUSED = {
+    "aten.convolution": lambda t, x: t.copy_(F.conv1d(x[None], x[:, None, :1].expand(2, 2, 1))[0]),
+    "gelu of another kind": lambda t, x: t.copy_(F.gelu(x, approximate="tanh")),
+    "div of another kind": lambda t, x: t.copy_(torch.div(x, 0.3, rounding_mode="floor")),
+    "a remainder of fractions": lambda t, x: t.copy_(x % 0.3),
+    "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
+    "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
+    "nll_loss_forward.default of other": lambda t, x: t.copy_(F.cross_entropy(x, IDS[0, :2], x[0])),
+    "native_batch_norm.default of other": lambda t, x: t.copy_(
+        F.batch_norm(x[None], None, None, training=True)[0]
+    ),
+    "embedding_dense_backward.default of other": lambda t, x: t.copy_(
+        torch.ops.aten.embedding_dense_backward(x, IDS[0, :2], 2, 0, False)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_in_no_code_is_refused(what):
+    total, x = torch.zeros(2, 4), X.float()
+    with torch.no_grad(), pytest.raises(TraceError, match=what):
+        MemberCode(torch.float32).add(trace(lambda: REFUSED[what](total, x)), {})

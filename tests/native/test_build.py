@@ -1,0 +1,146 @@
+"""Building generated code: once on a machine, whole or not at all, and with a reason where it cannot be had."""
+
+import stat
+
+import pytest
+import torch
+
+from gputune.native import build as built
+from gputune.native.build import build, cache_folder, find_compiler
+from gputune.native.library import NotBuiltError
+
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
+SOURCE = "int three(void) { return 3; }\n"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    """Return the folder of built code, which is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(built, "FLAGS", ("-O0", *built.FLAGS[1:]))
+    build.cache_clear()
+    yield tmp_path / "cache" / "gputune" / "code"
+    build.cache_clear()
+
+
+def three():
+    build.cache_clear()
+    return build(SOURCE, torch.float32).three()
+
+
+@needs_compiler
+def test_it_is_built_once_for_each_kind_of_processor(monkeypatch, folder):
+    assert three() == 3
+    (path,) = folder.iterdir()
+    assert (stat.S_IMODE(folder.stat().st_mode), stat.S_IMODE(path.stat().st_mode)) == (0o700, 0o600)
+    with monkeypatch.context() as patch:
+        patch.setattr(built, "_build", lambda *a: pytest.fail("built again"))
+        assert three() == 3
+    monkeypatch.setattr(built, "_processor", lambda: "another one")
+    assert three() == 3 and len(list(folder.iterdir())) == 2
+
+
+def test_the_environments_compiler_comes_first_and_none_is_said(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(built.shutil, "which", lambda name: f"/somewhere/{name}")
+        patch.setenv("CC", "my-cc")
+        assert find_compiler() == "/somewhere/my-cc"
+    monkeypatch.setattr(built.shutil, "which", lambda name: None)
+    with pytest.raises(NotBuiltError, match="no C compiler \\(cc, gcc or clang\\)"):
+        build(SOURCE, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "does, says",
+    [
+        ("echo 'it is broken' >&2; exit 3", "could not build the C code of a step: it is broken"),
+        ("exit 3", "could not build the C code of a step: exit code 3"),
+        ("exit 0", "could not be made or loaded: .*steps-float"),
+    ],
+)
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path, does, says):
+    broken = tmp_path / "broken-cc"
+    broken.write_text(f"#!/bin/sh\n{does}\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(NotBuiltError, match=says):
+        build(SOURCE, torch.float32)
+
+
+def foreign(monkeypatch, folder):
+    monkeypatch.setattr(built.os, "geteuid", lambda: folder.stat().st_uid + 1)
+
+
+def open_to_all(monkeypatch, folder):
+    folder.chmod(0o770)
+
+
+def a_link(monkeypatch, folder):
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+def within_a_folder_of_all(monkeypatch, folder):
+    folder.parent.parent.chmod(0o777)
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", [foreign, open_to_all, a_link, within_a_folder_of_all])
+def test_a_cache_that_others_may_write_is_not_used(monkeypatch, folder, spoil):
+    three()
+    spoil(monkeypatch, folder)
+    monkeypatch.setattr(built, "_kept", lambda *a: pytest.fail("looked for a library where others may write"))
+    with pytest.warns(
+        UserWarning, match="gputune/code is not used for compiled code.*chmod 700.*XDG_CACHE_HOME"
+    ):
+        assert three() == 3
+
+
+def no_passwd_entry(monkeypatch, tmp_path):
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+
+
+def no_folder(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+
+
+def read_only(monkeypatch, tmp_path):
+    monkeypatch.setattr(built.os, "access", lambda folder, mode: mode != built.os.W_OK)
+
+
+@needs_compiler
+@pytest.mark.parametrize("lose", [no_passwd_entry, no_folder, read_only])
+def test_without_a_cache_to_write_to_it_is_built_for_this_process(monkeypatch, tmp_path, folder, lose):
+    lose(monkeypatch, tmp_path)
+    assert three() == 3
+    assert not folder.exists() or not list(folder.iterdir())
+
+
+def test_a_relative_cache_home_is_ignored_and_users_are_not_asked_for_where_there_are_none(
+    monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delattr(built.os, "geteuid")
+    (tmp_path / ".cache" / "gputune" / "code").mkdir(parents=True, mode=0o777)
+    assert cache_folder() == tmp_path / ".cache" / "gputune" / "code"
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil, mode", [(lambda content: content[:4096], 0o600), (bytes, 0o660)])
+def test_a_file_that_is_not_as_it_was_built_or_that_others_may_write_is_built_again(folder, spoil, mode):
+    three()
+    (path,) = folder.iterdir()
+    content = path.read_bytes()
+    path.unlink()  # not written over: it is mapped into this process
+    path.write_bytes(spoil(content))
+    path.chmod(mode)
+    assert three() == 3
+    (path,) = folder.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_bytes() == content
