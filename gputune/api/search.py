@@ -8,7 +8,7 @@ from typing import Literal
 from gputune.api.study import Study
 from gputune.api.tuning import study_so_far, with_near_words
 from gputune.callbacks.callback import Callback
-from gputune.executors.loops import Objective
+from gputune.executors.objective import Objective
 from gputune.tuning.loops import search_loop
 from gputune.tuning.method import Method
 from gputune.tuning.options import RULES, Options

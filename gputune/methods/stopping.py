@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gputune.errors import InputError
-from gputune.executors.loops import Reports
+from gputune.executors.objective import Reports
 from gputune.methods.config import check_count
 
 

@@ -16,7 +16,8 @@ from gputune.callbacks.callback import Callbacks
 from gputune.engine.entry import entry
 from gputune.engine.stop import Stop
 from gputune.errors import InputError
-from gputune.executors.loops import Ending, Objective, Reports, Task, ThisProcess, Workers, environments
+from gputune.executors.loops import ThisProcess, Workers, environments
+from gputune.executors.objective import Ending, Objective, Reports, Task
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna_sampler import OptunaSampler, check_askable

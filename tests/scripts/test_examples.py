@@ -68,3 +68,11 @@ def test_the_path_lies_on_the_grids_curve_with_its_slopes_and_is_shown_beside_it
     shown = np.array(re.findall(row, iris.table(regression), re.M), dtype=float)
     np.testing.assert_allclose(shown, np.transpose([regression.values, losses]), rtol=1e-3, atol=1e-4)
     assert f"loss {regression.losses.min():.4f}, the best of 61" in iris.verdict(regression)
+
+
+def test_a_loop_of_ones_own_takes_no_more_lines_than_with_optuna(script, monkeypatch):
+    own_loop = script("own_loop")
+    monkeypatch.setattr(own_loop, "TRIALS", 1)
+    lines = [own_loop.lines(way) for way in own_loop.WAYS.values()]
+    assert lines == sorted(lines, reverse=True)
+    assert own_loop.with_search() > 0.5 and own_loop.with_tune() > 0.5
