@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from html import escape
-from types import MappingProxyType
 
 GAP = "  "
 _DIRECTIONS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -47,7 +46,7 @@ def nearest(
     word: object,
     known: Iterable[object],
     *,
-    others: Mapping[str, str] = MappingProxyType({}),
+    others: Mapping[str, str] = ({}),
     cutoff: float = 0.65,
 ) -> str | None:
     """Return the known word that was meant by another one, whatever its case; None where none is near.
@@ -63,9 +62,7 @@ def nearest(
     return by_case[near[0]] if near else None
 
 
-def did_you_mean(
-    word: object, known: Iterable[object], *, others: Mapping[str, str] = MappingProxyType({})
-) -> str:
+def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:
     """Return the sentence that suggests a known word in place of an unknown one, behind a blank; "" for none."""
     near = nearest(word, known, others=others)
     return f" Did you mean {near!r}?" if near else ""

@@ -66,6 +66,7 @@ ONLINE_RULES = ("multiplicative", "additive", "normalized")
 """What they do to it, see ``gputune.optim``."""
 
 OPTIMIZERS = ("sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon", "schedulefree", *ONLINE)
+MethodWord = Literal["random", "halving", "median", "hypergradient"]
 ScheduleWord = Literal["constant", "cosine", "linear", "warmup+cosine", "one_cycle", "coslog4", "flat_cos"]
 SCHEDULES = get_args(ScheduleWord)
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .sizes import check_size
+from .layers import check_size
 
 
 class GRU(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .sizes import check_size
+from .layers import check_size
 
 # Each maps 0 to 0, so that a hidden unit whose weights are zero stays invisible in training.
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}

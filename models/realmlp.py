@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .dropout import Dropout
-from .sizes import check_size
+from .layers import Dropout, check_size
 
 ACTIVATIONS = {"selu": torch.selu, "mish": functional.mish, "relu": torch.relu, "silu": functional.silu}
 EMBEDDINGS = ("pbld", "plr", "pl", "none")

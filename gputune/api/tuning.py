@@ -24,9 +24,9 @@ from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.method import Method
 from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search
-from gputune.tuning.problem import choose_model
+from gputune.tuning.problem import ModelChoice, choose_model
 from gputune.tuning.progress import Progress, reading_bar
-from gputune.types import BackendWord, Precision, ScheduleWord
+from gputune.types import BackendWord, MethodWord, Precision, ScheduleWord
 
 Given = ParamSpec("Given")
 Value = TypeVar("Value")
@@ -72,7 +72,7 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
     include_default: bool = True,
-    method: Method | Literal["halving", "median", "hypergradient"] = "random",
+    method: Method | MethodWord = "random",
     cv: object = 5,
     groups: object = None,
     scoring: str | Scorer | None = None,
@@ -190,15 +190,16 @@ def tune(
     """
     arguments = locals()
     options = Options(**{name: arguments[name] for name in RULES})
-    choice = choose_model(model, optimizer)
-
-    def run() -> Study:
-        bar = partial(reading_bar, verbose=options.verbose)
-        module = choice.takes_arrays
-        source = read_source(X, y, groups, module=module, bar=bar, drop=options.drop, kinds=options.kinds)
-        return search(choice, source, options, study_type=Study)
-
+    run = partial(_searched, choose_model(model, optimizer), options, X, y, groups)
     return study_so_far(run, verbose)
+
+
+def _searched(choice: ModelChoice, options: Options, X: object, y: object, groups: object) -> Study:
+    """Read the rows and search."""
+    bar = partial(reading_bar, verbose=options.verbose)
+    module = choice.takes_arrays
+    source = read_source(X, y, groups, module=module, bar=bar, drop=options.drop, kinds=options.kinds)
+    return search(choice, source, options, study_type=Study)
 
 
 def study_so_far(run: Callable[[], Study], verbose: int) -> Study:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -25,8 +24,7 @@ from gputune.engine.memory import run_in_parts
 from gputune.hypergradients.hypergradient import Mode, hypergradient
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population
-from gputune.scoring.estimators import fitted
-from gputune.scoring.scores import OF_TASK
+from gputune.scoring.scores import OF_TASK, fitted
 from gputune.solver.solve import solve_all, solved_module
 from gputune.types import Backend
 
@@ -144,24 +142,22 @@ _SIZES = (
 )
 _RATES = ({"lr": 0.01}, {"lr": 0.003}, {"lr": 0.001})
 
-CASES: Mapping[str, Case] = MappingProxyType(
-    {
-        "sgd": Case(_SIZES, {"optimizer": "sgd", "weight_decay": 0.01}),
-        "sgd with momentum": Case(_SIZES, {"optimizer": "sgd", "momentum": 0.9}),
-        "nesterov": Case(_SIZES, {"optimizer": "nesterov", "weight_decay": 0.01}),
-        "adam": Case(_SIZES, {"optimizer": "adam", "weight_decay": 0.01}),
-        "adamw": Case(_SIZES, {"weight_decay": 0.1}),
-        "one batch size": Case(_RATES),
-        "gelu": Case(_SIZES, {"activation": "gelu"}),
-        "silu": Case(_SIZES, {"activation": "silu", "depth": 3}),
-        "tanh": Case(_SIZES, {"activation": "tanh", "depth": 1}),
-        "dropout": Case(tuple({**config, "dropout": 0.2} for config in _SIZES)),
-        "cosine schedule": Case((*_RATES, {"lr": 0.01, "batch_size": 13}), {"schedule": "cosine"}),
-        "weights": Case(_SIZES, weights=True),
-        "a class that a fold lacks": Case(_SIZES, absent=True),
-        "regression": Case(_SIZES, task="regression", weights=True),
-    }
-)
+CASES: Mapping[str, Case] = {
+    "sgd": Case(_SIZES, {"optimizer": "sgd", "weight_decay": 0.01}),
+    "sgd with momentum": Case(_SIZES, {"optimizer": "sgd", "momentum": 0.9}),
+    "nesterov": Case(_SIZES, {"optimizer": "nesterov", "weight_decay": 0.01}),
+    "adam": Case(_SIZES, {"optimizer": "adam", "weight_decay": 0.01}),
+    "adamw": Case(_SIZES, {"weight_decay": 0.1}),
+    "one batch size": Case(_RATES),
+    "gelu": Case(_SIZES, {"activation": "gelu"}),
+    "silu": Case(_SIZES, {"activation": "silu", "depth": 3}),
+    "tanh": Case(_SIZES, {"activation": "tanh", "depth": 1}),
+    "dropout": Case(tuple({**config, "dropout": 0.2} for config in _SIZES)),
+    "cosine schedule": Case((*_RATES, {"lr": 0.01, "batch_size": 13}), {"schedule": "cosine"}),
+    "weights": Case(_SIZES, weights=True),
+    "a class that a fold lacks": Case(_SIZES, absent=True),
+    "regression": Case(_SIZES, task="regression", weights=True),
+}
 """Members of the built-in MLP that a plain loop can train too."""
 
 _ROUNDED = Case(  # no kink that rounding could cross

@@ -130,10 +130,10 @@ class Case:
         y = data.y[fold, rows].double() if self.task == "regression" else data.y[rows]
         weights = torch.ones(len(x)).double() if data.weights is None else data.weights[fold, rows].double()
         size = data.n_features, data.n_outputs
-        module, forward = plain_module(*size) if self.module else plain_mlp(config, *size, seed=0)
+        network = plain_module(*size) if self.module else plain_mlp(config, *size, seed=0)
         present = None if data.present is None else data.present[fold]
-        lengths = {"epochs": self.epochs, "horizon": self.horizon}
-        return train_plainly(module, forward, (x, y, weights), config, seed=0, present=present, **lengths)
+        epochs = self.epochs, self.horizon
+        return train_plainly(network, (x, y, weights), config, seed=0, epochs=epochs, present=present)
 
 
 def plain_module(n_features: int, n_outputs: int) -> tuple[nn.Module, Forward]:

@@ -47,25 +47,23 @@ def plain_mlp(config: Config, n_features: int, n_outputs: int, seed: int) -> tup
 
 
 def train_plainly(
-    module: nn.Module,
-    forward: Forward,
+    network: tuple[nn.Module, Forward],
     rows: tuple[Tensor, Tensor, Tensor],
     config: Config,
     *,
     seed: int,
-    epochs: int,
-    horizon: int,
+    epochs: tuple[int, int],
     present: Tensor | None = None,
 ) -> nn.Module:
-    """Train a module for so many of ``horizon`` epochs on x (n, ...), y (n,) and weights (n,); return it.
+    """Train a module for some of all ``epochs`` on x (n, ...), y (n,) and weights (n,); return it.
 
-    ``present`` (K,) are the classes that take part.
+    ``network`` is the module with its outputs while it trains; ``present`` (K,) are the classes that take part.
     """
-    x, y, weights = rows
+    (module, forward), (x, y, weights), (some, all_epochs) = network, rows, epochs
     size = min(config["batch_size"], len(x))
     optimizer = _optimizer(module, config)
-    steps, step = horizon * math.ceil(len(x) / size), 0
-    for epoch in range(epochs):
+    steps, step = all_epochs * math.ceil(len(x) / size), 0
+    for epoch in range(some):
         order = torch.randperm(len(x), generator=stream(seed, "rows", len(x), epoch))
         for number, batch in enumerate(torch.split(order, size)):
             if config["schedule"] == "cosine":

@@ -25,10 +25,10 @@ from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.model_files import is_ensemble
 from gputune.study.study import Trial
-from gputune.tuning.candidates import first_trials
+from gputune.tuning.candidates import checked_space, first_trials
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
 from gputune.tuning.options import Options
-from gputune.tuning.pipeline import checked_space, search
+from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search

@@ -133,10 +133,9 @@ def read_source(
     drop: Sequence[str] = (),
     kinds: Mapping[str, Kind] | None = None,
 ) -> Source:
-    """Return the rows of X and y.
+    """Return the rows of X: a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or a column's name.
 
-    X is a file, ``sklearn:NAME``, a frame, an array or a tensor; y is an array, or the name of a column of X;
-    ``groups`` likewise. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's, whose items are
+    So is ``groups``. For a ``module`` X may be what ``as_arrays`` takes, or a Dataset of torch's, whose items are
     read behind a ``bar``. The columns ``drop`` of a table are left out, those of ``kinds`` are read as they say.
     Raises InputError or FileNotFoundError for what cannot be read.
     """
@@ -166,13 +165,19 @@ def read_source(
         refuse_lists(X)
     table = read_table(X, kinds) if from_file else as_table(X)
     table = _choose_columns(table, drop, kinds, kept=[name for name in (y, groups) if isinstance(name, str)])
-    origin: Origin | None = None
-    if from_file:
-        if not isinstance(y, str):
-            raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
-        path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
-        origin = {"path": path, "target": y, "groups": groups if isinstance(groups, str) else None}
-        origin |= ({"drop": list(drop)} if drop else {}) | ({"kinds": dict(kinds)} if kinds else {})
+    if not from_file:
+        return _source_of(table, y, groups, None, None if isinstance(X, Table) else X)
+    if not isinstance(y, str):
+        raise InputError(f"y must name the target column of the file {str(X)!r}, got {type(y).__name__}.")
+    path = str(X) if str(X).startswith("sklearn:") else str(Path(X).resolve())
+    column = groups if isinstance(groups, str) else None
+    origin: dict[str, Any] = {"path": path, "target": y, "groups": column}
+    origin |= {name: value for name, value in (("drop", list(drop)), ("kinds", dict(kinds))) if value}
+    return _source_of(table, y, groups, origin, None)
+
+
+def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, original: object) -> Source:
+    """Return a table with target and groups, which may be names of columns of it."""
     if isinstance(groups, str):
         if isinstance(y, str) and groups == y:
             raise InputError(f"groups and the target must be two columns, got {groups!r} for both.")
@@ -184,7 +189,7 @@ def read_source(
     name = y if isinstance(y, str) else "y"
     if isinstance(y, str):
         table, y = split_target(table, y)
-    return Source(table, y, name, groups, origin, None if from_file or isinstance(X, Table) else X)
+    return Source(table, y, name, groups, origin, original)
 
 
 def _refuse_columns(drop: Sequence[str], kinds: Mapping[str, Kind]) -> None:

@@ -275,7 +275,7 @@ def _are_classes(values: np.ndarray, name: str) -> bool:
             "taken for classes: it is a number to be predicted. If they are classes, say task='classification', and if "
             "not, task='regression'.",
             InputWarning,
-            stacklevel=8,  # the caller of tune()
+            stacklevel=11,  # the caller of tune()
         )
     return distinct <= MAX_CLASSES and distinct < len(values)
 

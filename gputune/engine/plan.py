@@ -141,10 +141,15 @@ def make_plan(
         # Not cut by time too: checkpoints keep what a long chunk has done, and cost less than the overhead of every
         # step, which each piece would pay anew.
         pieces += whole.cut(-(-len(population.index) // max(1, limit // cost.trial_bytes)))
-    total = sum(piece.seconds for piece in pieces)
-    all_compiled = cost_of is None and all(piece.way == "compiled" for piece in pieces)
-    if all_compiled and workers in (None, 1):  # threads share the members of a chunk, and need no start
+    if cost_of is None and workers in (None, 1) and all(piece.way == "compiled" for piece in pieces):
+        # Threads share the members of a chunk, and need no start.
         return _plan(pieces, data, workers=1, threads=cores())
+    return _among_workers(pieces, data, workers, gpus)
+
+
+def _among_workers(pieces: "list[_Piece]", data: Dataset, workers: int | None, gpus: int) -> Plan:
+    """Return the plan of pieces for so many workers; None: for as many as the work repays."""
+    total = sum(piece.seconds for piece in pieces)
     on_gpu = data.device.type == "cuda"
     if workers is None:
         most, pays = (gpus, _GPUS_PAY) if on_gpu else (cores(), _WORKERS_PAY)

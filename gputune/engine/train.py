@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,11 +164,7 @@ def train(
     reuse = reuse or Reuse()
     options = {"seed": seed, "horizon": horizon, "scoring": scoring}
     chunk = _make_chunk(backend, reuse, network, data, configs, **options)
-    if alive is not None:
-        chunk.keep(np.isin(np.arange(len(configs)), alive))
-    if begin is not None and chunk.alive:
-        flat, *moments = (rows.to(chunk.flat.device) for rows in begin.buffers)
-        chunk.resume([chunk.network.blocks.from_rows(flat), *map(chunk.network.trained.from_rows, moments)])
+    _resume(chunk, begin, alive)
     curves = np.full((len(configs), epochs, data.n_folds), np.nan)
     each_epoch = [operations(config, network.kind, data) for config in configs]
     epoch, spent = 0 if begin is None else begin.epoch, Spent()
@@ -182,23 +178,39 @@ def train(
 
     while epoch < epochs and chunk.alive:
         work = sum(each_epoch[trial] for trial in chunk.alive)
-        begun = _time(data.device)
-        with _explaining(chunk, data, epoch):
-            chunk.advance(epoch)
-        trained = _time(data.device)
-        epoch += 1
-        if scoring is not None:
-            with _explaining(chunk, data, epoch):
-                scores = chunk.scores()
+        scores, took = _train_epoch(chunk, data, epoch, scored=scoring is not None)
+        epoch, spent = epoch + 1, spent + replace(took, operations=work)
+        if scores is not None:
             curves[chunk.alive, epoch - 1] = scores
             chunk.keep(np.isfinite(scores).all(1))
-        in_steps, in_scores = _seconds(begun, trained), _seconds(trained, _time(data.device))
-        scored = in_steps * chunk.scoring_share
-        spent += Spent(in_steps - scored, in_scores + scored, work)
         if after_epoch is not None and after_epoch(so_far()):
             break
     reuse.give(chunk)
     return so_far()
+
+
+def _resume(chunk: Chunk, begin: State | None, alive: Sequence[int] | None) -> None:
+    """Put a new chunk where training was left, with the trials that are still alive."""
+    if alive is not None:
+        chunk.keep(np.isin(chunk.alive, alive))
+    if begin is not None and chunk.alive:
+        flat, *moments = (rows.to(chunk.flat.device) for rows in begin.buffers)
+        chunk.resume([chunk.network.blocks.from_rows(flat), *map(chunk.network.trained.from_rows, moments)])
+
+
+def _train_epoch(chunk: Chunk, data: Dataset, epoch: int, *, scored: bool) -> tuple[np.ndarray | None, Spent]:
+    """Train an epoch; return the scores (C, F) after it, None where there are none, and the seconds of both."""
+    begun = _time(data.device)
+    with _explaining(chunk, data, epoch):
+        chunk.advance(epoch)
+    trained = _time(data.device)
+    scores = None
+    if scored:
+        with _explaining(chunk, data, epoch + 1):
+            scores = chunk.scores()
+    in_steps, in_scores = _seconds(begun, trained), _seconds(trained, _time(data.device))
+    share = in_steps * chunk.scoring_share
+    return scores, Spent(in_steps - share, in_scores + share)
 
 
 def _time(device: torch.device) -> "float | torch.cuda.Event":

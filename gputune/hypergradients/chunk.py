@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
-from gputune.engine.plan import Plan, cores, make_plan
+from gputune.engine.plan import Plan, make_plan
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import (
     ExactMode,
     fastest_that_fits,
-    free_bytes,
     measure,
     twice_differentiable,
 )
@@ -302,56 +301,32 @@ def _by_trial(
 
 
 def plan_chunks(
-    groups: Sequence[Population],
-    data: Dataset,
-    job: HypergradientJob,
-    *,
-    memory: int | None,
-    workers: int | None,
-    gpus: int = 1,
-    bytes_of_a_task: int | None = None,
-) -> tuple[Plan, HypergradientJob]:
-    """Return the plan, and the job with its budget of bytes for each process.
-
-    ``bytes_of_a_task`` are those of a task on another machine, which shares ``memory`` with no other.
+    groups: Sequence[Population], data: Dataset, job: HypergradientJob, *, workers: int | None, gpus: int = 1
+) -> Plan:
+    """Return the plan for a job whose ``budget`` is that of a process.
 
     Raises InputError where one trial alone, with all its folds, does not fit.
     """
-    processes = (workers or cores()) if data.device.type == "cpu" else 1  # one has a GPU of its own
-    if bytes_of_a_task is None:
-        budget = (memory or free_bytes(data.device)) // processes
-    else:
-        budget = min(memory or bytes_of_a_task, bytes_of_a_task)
-
-    sized = replace(job, budget=budget)
 
     def cost_of(population: Population, plain: Cost) -> Cost:
-        problem = inner_problem(sized, data, population.part(0, 1))
-        training, number = problem.training, problem.entries(job.hyperparameters)
+        problem = inner_problem(job, data, population.part(0, 1))
+        training = problem.training
         if job.segments > training.totals.min():
             raise InputError(
                 f"Hypergradient(segments=...) must be at most the number of steps, got {job.segments} segments for "
                 f"{training.totals.min()} steps; use fewer, smaller batches, or more epochs."
             )
         with twice_differentiable(training):
-            mode, sizes = sized.mode_of(problem)
-        if sizes[mode] > budget:
+            mode, sizes = job.mode_of(problem)
+        if sizes[mode] > job.budget:
+            number = problem.entries(job.hyperparameters)
             raise InputError(
                 f"memory does not suffice to differentiate one trial in {data.n_folds} folds: {number} hyperparameters "
                 f"over {training.steps} steps need about {size_words(min(sizes.values()))}, and "
-                f"{size_words(budget)} may be used a process. Use fewer segments, smaller batches, workers=1, or a "
+                f"{size_words(job.budget)} may be used a process. Use fewer segments, smaller batches, workers=1, or a "
                 "larger memory=."
             )
         return replace(plain, trial_bytes=sizes[mode], trial_seconds=_SLOWER * plain.trial_seconds)
 
-    plan = make_plan(
-        groups,
-        data,
-        epochs=job.epochs,
-        memory=budget,
-        workers=workers,
-        gpus=gpus,
-        parameters=0,
-        cost_of=cost_of,
-    )
-    return plan, sized
+    epochs, memory = job.epochs, job.budget
+    return make_plan(groups, data, epochs=epochs, memory=memory, workers=workers, gpus=gpus, cost_of=cost_of)

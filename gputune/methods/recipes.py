@@ -1,7 +1,6 @@
 """How a named model trains where nobody says otherwise, and the published spaces that have a name."""
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 from scipy import stats
 
@@ -11,7 +10,7 @@ from gputune.models import RealMLP
 from gputune.text import did_you_mean
 from gputune.types import Config, Goal
 
-_REALMLP: Mapping[str, float | str] = MappingProxyType(
+_REALMLP: Mapping[str, float | str] = (
     {
         "batch_size": 256, "beta2": 0.95, "schedule": "coslog4",
         "dropout": 0.15, "dropout_schedule": "flat_cos",
@@ -79,9 +78,10 @@ def _realmlp_tabarena(goal: Goal) -> list[dict[str, Choices]]:
     return [common | {"module__waves": [16], "module__size": [4]}, common | large]
 
 
-SPACES: Mapping[str, Callable[[Goal], list[dict[str, Choices]]]] = MappingProxyType(
-    {"realmlp": _realmlp, "realmlp-tabarena": _realmlp_tabarena}
-)
+SPACES: Mapping[str, Callable[[Goal], list[dict[str, Choices]]]] = {
+    "realmlp": _realmlp,
+    "realmlp-tabarena": _realmlp_tabarena,
+}
 
 
 def named_space(name: str, goal: Goal) -> list[dict[str, Choices]]:

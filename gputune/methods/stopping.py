@@ -1,4 +1,4 @@
-"""Rules that stop trials before their end: their options, when they decide, and who stays.
+"""Rules that stop trials before their end: their options, when they decide, and who leaves.
 
 All trials (of a bracket) train together; the fold means of their scores at an epoch decide which of them go on. The
 median rule is milder than successive halving.
@@ -14,9 +14,28 @@ from gputune.errors import InputError
 from gputune.executors.objective import Reports
 from gputune.methods.config import check_count
 
+Curves = Mapping[int, np.ndarray]
+"""The scores (epochs, F) so far of trials by their number, of those that have ended too."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Halving:
+class StoppingRule:
+    """What a search asks of a rule."""
+
+    def stops(self, max_epochs: int) -> list[int]:
+        """Return the epochs at which it decides, in order, all below ``max_epochs``.
+
+        Raises InputError where its options leave no room for one.
+        """
+        raise NotImplementedError
+
+    def leaving(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+        """Return the numbers of the trials that leave after an epoch of ``stops``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving(StoppingRule):
     """Options of ``tune(method=...)``: at each rung the best 1/``factor`` of the trials go on.
 
     Sources: Jamieson and Talwalkar (2016), arXiv:1502.07943; brackets: Li et al. (2018), arXiv:1603.06560.
@@ -44,9 +63,8 @@ class Halving:
 
         Raises InputError where ``min_epochs`` leaves no room, or there are more brackets than rungs.
         """
-        first = _first_epoch(self, max_epochs, 27)
         epochs: list[int] = []
-        rung = float(first)
+        rung = float(_first_epoch(self, max_epochs, 27))
         while rung < max_epochs:
             if not epochs or int(rung) > epochs[-1]:
                 epochs.append(int(rung))
@@ -57,6 +75,21 @@ class Halving:
                 f"at {epochs}, got {self.brackets}; ask for fewer, or train longer."
             )
         return [epochs[s:] for s in range(self.brackets)]
+
+    def stops(self, max_epochs: int) -> list[int]:
+        """Return the epochs of the rungs of all brackets."""
+        return sorted({epoch for epochs in self.rungs(max_epochs) for epoch in epochs})
+
+    def leaving(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+        """Return the trials of each bracket with a rung here whose fold means are not among the best."""
+        # By number and not by place: a study that was repaired may lack some.
+        bracket_of = self.brackets_of(1 + max(curves, default=-1), max_epochs)
+        leaving: set[int] = set()
+        for bracket in (b for b, epochs in enumerate(self.rungs(max_epochs)) if epoch in epochs):
+            reached = [n for n in sorted(curves) if bracket_of[n] == bracket and len(curves[n]) >= epoch]
+            stays = survivors(np.array([float(curves[n][epoch - 1].mean()) for n in reached]), self.factor)
+            leaving |= {number for number, stay in zip(reached, stays) if not stay}
+        return leaving
 
     def brackets_of(self, n_trials: int, max_epochs: int) -> list[int]:
         """Return the bracket of each trial, by its number: every bracket gets about the same number of epochs."""
@@ -87,7 +120,7 @@ def survivors(means: np.ndarray, factor: float) -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Median:
+class Median(StoppingRule):
     """Options of ``tune(method=...)``: trials whose best fold mean is below the median of all leave.
 
     Sources: Golovin et al. (2017), "Google Vizier", the median stopping rule; Optuna's MedianPruner, which has the best
@@ -112,12 +145,14 @@ class Median:
         check_count(self.min_trials, "Median(min_trials=...)")
 
     def stops(self, max_epochs: int) -> list[int]:
-        """Return the epochs of the decisions, all below ``max_epochs``.
-
-        Raises InputError where ``min_epochs`` leaves no room.
-        """
+        """Return the epochs of the decisions."""
         first = _first_epoch(self, max_epochs, 10)
         return list(range(first, max_epochs, self.every or first))
+
+    def leaving(self, epoch: int, curves: Curves, max_epochs: int) -> set[int]:
+        """Return the trials whose best fold mean so far is below the median."""
+        means = {number: curves[number].mean(1) for number in sorted(curves)}
+        return below_the_median(epoch, means, self.min_trials)
 
 
 def below_the_median(epoch: int, means: Mapping[int, np.ndarray], least: int) -> set[int]:
@@ -142,36 +177,20 @@ class Arrivals:
     arXiv:1810.05934), and the median rule of Vizier. With several workers the order in which they come decides.
     """
 
-    method: Halving | Median
+    method: StoppingRule
     max_epochs: int
 
     def check(self) -> None:
         """Raise InputError where the method leaves no room for a decision."""
-        if isinstance(self.method, Median):
-            self.method.stops(self.max_epochs)
-        else:
-            self.method.rungs(self.max_epochs)
+        self.method.stops(self.max_epochs)
 
     def __call__(self, number: int, epoch: int, reports: Reports) -> bool:
         """Return whether trial ``number``, which has reported ``epoch`` values, ends."""
-        if isinstance(self.method, Median):
-            if epoch not in self.method.stops(self.max_epochs):
-                return False
-            reported = reports.read()
-            curves = {n: r.values for n, r in reported.items() if r.ended or len(r.values) >= epoch}
-            return number in below_the_median(epoch, curves, self.method.min_trials)
-        rungs = self.method.rungs(self.max_epochs)
-        if not any(epoch in epochs for epochs in rungs):
+        if epoch not in self.method.stops(self.max_epochs):
             return False
-        reported = reports.read()
-        bracket_of = self.method.brackets_of(1 + max(reported), self.max_epochs)
-        if epoch not in rungs[bracket_of[number]]:
-            return False
-        arrived = [
-            n for n, r in reported.items() if bracket_of[n] == bracket_of[number] and len(r.values) >= epoch
-        ]
-        means = np.array([reported[n].values[epoch - 1] for n in arrived])
-        return not survivors(means, self.method.factor)[arrived.index(number)]
+        reported = reports.read().items()
+        curves = {n: r.values[:, None] for n, r in reported if r.ended or len(r.values) >= epoch}
+        return number in self.method.leaving(epoch, curves, self.max_epochs)
 
 
 def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
@@ -183,3 +202,7 @@ def _first_epoch(rule: Halving | Median, max_epochs: int, part: int) -> int:
             "train longer."
         )
     return first
+
+
+STOPPING_RULES: Mapping[str, type[StoppingRule]] = {"halving": Halving, "median": Median}
+"""By the word of each, which ``MethodWord`` has too."""

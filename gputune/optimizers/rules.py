@@ -8,7 +8,6 @@ rules in place, tested against these.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -129,31 +128,27 @@ def schedule_free_average(y: Tensor, z: Tensor) -> Tensor:
     return (y - (1 - BETA1) * z) / BETA1
 
 
-RULES: Mapping[str, Rule] = MappingProxyType(
-    {
-        "sgd": sgd,
-        "nesterov": nesterov,
-        "adam": adam,
-        "adamw": adamw,
-        "rmsprop": rmsprop,
-        "lion": lion,
-        "muon": muon,
-        "schedulefree": schedulefree,
-    }
-)
+RULES: Mapping[str, Rule] = {
+    "sgd": sgd,
+    "nesterov": nesterov,
+    "adam": adam,
+    "adamw": adamw,
+    "rmsprop": rmsprop,
+    "lion": lion,
+    "muon": muon,
+    "schedulefree": schedulefree,
+}
 
-MOMENTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "sgd": ("buffer",),
-        "nesterov": ("buffer",),
-        "adam": ("m", "v"),
-        "adamw": ("m", "v"),
-        "rmsprop": ("v", "buffer"),
-        "lion": ("m",),
-        "muon": ("m", "v"),
-        "schedulefree": ("z", "v"),
-    }
-)
+MOMENTS: Mapping[str, tuple[str, ...]] = {
+    "sgd": ("buffer",),
+    "nesterov": ("buffer",),
+    "adam": ("m", "v"),
+    "adamw": ("m", "v"),
+    "rmsprop": ("v", "buffer"),
+    "lion": ("m",),
+    "muon": ("m", "v"),
+    "schedulefree": ("z", "v"),
+}
 """The moments of each rule, in the order of their flat buffers."""
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -60,17 +59,15 @@ def flat_cos(done: Tensor, total: Tensor) -> Tensor:
     return torch.where(2 * done < total, 1.0, cosine(2 * done - total, total))
 
 
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {
-        "constant": constant,
-        "cosine": cosine,
-        "linear": linear,
-        "warmup+cosine": warmup_cosine,
-        "one_cycle": one_cycle,
-        "coslog4": coslog4,
-        "flat_cos": flat_cos,
-    }
-)
+SCHEDULES: Mapping[str, Schedule] = {
+    "constant": constant,
+    "cosine": cosine,
+    "linear": linear,
+    "warmup+cosine": warmup_cosine,
+    "one_cycle": one_cycle,
+    "coslog4": coslog4,
+    "flat_cos": flat_cos,
+}
 
 
 def schedule_factor(name: str, done: np.ndarray, total: np.ndarray) -> np.ndarray:

@@ -3,15 +3,21 @@
 Each function takes outputs (C, m, K) of C models on the same m rows and the rows' targets (m,), class codes
 or values, and returns (C,). Sources: the definitions of sklearn.metrics, whose edge cases are kept; what ranks rows
 ranks them by their probabilities, as scikit-learn does, where margins know of more than ``predict_proba`` tells.
+
+Of the scorers of scikit-learn that have no function here, ``fitted`` is what they take for a fitted estimator.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from torch import Tensor
 from torch.nn import functional
+
+from gputune.errors import InputError
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -103,34 +109,28 @@ def _by_target(score: Score) -> Score:
     return of
 
 
-CLASSIFICATION: Mapping[str, Score] = MappingProxyType(
-    {
-        "accuracy": accuracy,
-        "balanced_accuracy": balanced_accuracy,
-        "neg_log_loss": neg_log_loss,
-        "roc_auc_ovr": roc_auc_ovr,
-        "f1_macro": f1_macro,
-    }
-)
-REGRESSION: Mapping[str, Score] = MappingProxyType(
-    {
-        "r2": _by_target(r2),
-        "neg_mean_squared_error": _by_target(neg_mean_squared_error),
-        "neg_root_mean_squared_error": _by_target(neg_root_mean_squared_error),
-        "neg_mean_absolute_error": _by_target(neg_mean_absolute_error),
-    }
-)
-MULTILABEL: Mapping[str, Score] = MappingProxyType({"accuracy": label_accuracy})
+CLASSIFICATION: Mapping[str, Score] = {
+    "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
+    "neg_log_loss": neg_log_loss,
+    "roc_auc_ovr": roc_auc_ovr,
+    "f1_macro": f1_macro,
+}
+REGRESSION: Mapping[str, Score] = {
+    "r2": _by_target(r2),
+    "neg_mean_squared_error": _by_target(neg_mean_squared_error),
+    "neg_root_mean_squared_error": _by_target(neg_root_mean_squared_error),
+    "neg_mean_absolute_error": _by_target(neg_mean_absolute_error),
+}
+MULTILABEL: Mapping[str, Score] = {"accuracy": label_accuracy}
 
-OF_TASK: Mapping[str, Mapping[str, Score]] = MappingProxyType(
-    {
-        "binary": CLASSIFICATION,
-        "multiclass": CLASSIFICATION,
-        "regression": REGRESSION,
-        "multilabel": MULTILABEL,
-        "custom": MappingProxyType({}),
-    }
-)
+OF_TASK: Mapping[str, Mapping[str, Score]] = {
+    "binary": CLASSIFICATION,
+    "multiclass": CLASSIFICATION,
+    "regression": REGRESSION,
+    "multilabel": MULTILABEL,
+    "custom": {},
+}
 """The scores on the device that fit a task."""
 
 RANKING: frozenset[Score] = frozenset({roc_auc, roc_auc_ovr})
@@ -150,3 +150,81 @@ def _auc(p: Tensor, positive: Tensor) -> Tensor:
     not_higher = torch.searchsorted(below, above, right=True)
     wins = (lower + not_higher).to(p.dtype).mean(-1) / 2  # ties count half
     return wins / below.shape[-1]
+
+
+def fitted(
+    output: Tensor,
+    classes: np.ndarray | None,
+    X: object,
+    rows: object,
+    others: Callable[[object], Tensor] | None = None,
+) -> "_Fitted":
+    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
+
+    That holds as long as X is equal to ``rows``; ``others`` gives the outputs for anything else.
+    """
+    kind = _Regressor if classes is None else _Labeller if classes.ndim == 2 else _Classifier
+    return kind(output, classes, X, rows, others)
+
+
+class _Fitted(BaseEstimator):  # type: ignore[misc]
+    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
+
+    def __init__(
+        self,
+        output: Tensor,
+        classes: np.ndarray | None,
+        X: Any,
+        rows: object,
+        others: Callable[[object], Tensor] | None,
+    ) -> None:
+        self.output, self.classes = output, classes
+        self.X, self.rows, self.others = X, rows, others
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def fit(self, X: object, y: object = None) -> "_Fitted":
+        raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
+
+    def close(self) -> None:
+        """Answer no more: the member trains on, and its outputs are overwritten."""
+        self.X, self.others = object(), None
+
+    def outputs(self, X: Any) -> Tensor:
+        """Return the outputs (m, K) for any rows X."""
+        if X is self.X and (X is self.rows or X.equals(self.rows)):
+            return self.output
+        if self.others is None:
+            raise InputError("the estimator that a scorer is given answers only while the scorer runs.")
+        return self.others(X)
+
+
+class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
+    @property
+    def classes_(self) -> np.ndarray:
+        assert self.classes is not None
+        return self.classes
+
+    def predict_proba(self, X: object) -> np.ndarray:
+        return self.outputs(X).softmax(-1).numpy()
+
+    def predict(self, X: object) -> np.ndarray:
+        labels: np.ndarray = self.classes_[self.outputs(X).argmax(-1).numpy()]
+        return labels
+
+
+class _Labeller(_Classifier):
+    """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them for labels."""
+
+    def predict_proba(self, X: object) -> np.ndarray:
+        return self.outputs(X).sigmoid().numpy()
+
+    def predict(self, X: object) -> np.ndarray:
+        return (self.outputs(X) > 0).numpy().astype(np.int64)
+
+
+class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
+    def predict(self, X: object) -> np.ndarray:
+        outputs = self.outputs(X)
+        return (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()

@@ -20,8 +20,8 @@ from gputune.data.kinds import text_of
 from gputune.errors import InputError
 from gputune.population.network import call_module, class_logits, is_one_logit
 from gputune.scoring import scores
-from gputune.scoring.estimators import fitted
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
+from gputune.scoring.scores import fitted
 from gputune.text import did_you_mean
 from gputune.types import Task
 

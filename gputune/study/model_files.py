@@ -109,47 +109,57 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
     with blaming(folder / DESCRIPTION):
         layout, statistics = _preprocessing(body["layout"], body["statistics"])
         spec, classes, dtype = dict(body["spec"]), body["classes"], DTYPES[body["dtype"]]
-        kind, kwargs = str(spec["kind"]), dict(spec["kwargs"])
+        kind = str(spec["kind"])
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
-        n_outputs = 1 if classes is None else len(classes)
-        shape = layout.shapes[0] if isinstance(layout, ArrayLayout) else (layout.n_features,)
-        sizes = {"n_features": layout.n_features, "n_outputs": n_outputs, "input_shape": shape}
-        inputs = _kinds(layout, statistics)
-        names = layout.names if isinstance(layout, ArrayLayout) else None
-        sizes["feature_groups"] = None if isinstance(layout, ArrayLayout) else layout.feature_groups
-        sizes |= {name: value for name, value in kwargs.items() if name in sizes}
-        members = [
-            {name: value for name, value in dict(member).items() if name not in sizes}
-            for member in spec.get("ensemble", [kwargs])
-        ]
+        sizes, members = _arguments(spec, layout, 1 if classes is None else len(classes))
+        inputs = _kinds(layout, statistics), None if isinstance(layout, Layout) else layout.names
         if kind in BUILT_IN:
             _check_size([sizes | arguments for arguments in members], kind, state)
+        task, target, info = body["task"], body["target"], dict(body["info"])
+        center, scale = _of_target(body["center"]), _of_target(body["scale"])
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
+    file = source_file(module_class) or name_of(module_class)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
-    task = body["task"] if "ensemble" in spec else None
-    network = _filled(
-        module_class, sizes, members, inputs, names, task, dtype, state, folder, changed=changed
-    )
-    with blaming(folder / DESCRIPTION):
-        return ModelContent(
-            module=network.eval(),
-            layout=layout,
-            statistics=statistics,
-            task=body["task"],
-            classes=classes,
-            center=_of_target(body["center"]),
-            scale=_of_target(body["scale"]),
-            dtype=dtype,
-            target=body["target"],
-            spec=spec,
-            info=dict(body["info"]),
+    remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
+    modules = _built(module_class, sizes, members, inputs, dtype, remedy)
+    weights = [1 / len(modules)] * len(modules)
+    network = Ensemble(modules, weights, task) if "ensemble" in spec else modules[0]
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
+        raise InputError(
+            f"{str(folder / TENSORS)!r} does not fit {name_of(module_class)}: {reason}; {remedy}pass the class as it "
+            "was."
+        ) from error
+    if changed:
+        warnings.warn(
+            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.",
+            stacklevel=2,
         )
+    network.eval()
+    return ModelContent(
+        network, layout, statistics, task, classes, center, scale, dtype, target=target, spec=spec, info=info
+    )
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
     """Return the center or scale of a target, one number or one a column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
+
+
+def _arguments(spec: Json, layout: Layout | ArrayLayout, n_outputs: int) -> tuple[Config, list[Config]]:
+    """Return the sizes with which a model's modules are built, an ensemble's several, and what each takes besides."""
+    sizes: Config = {"n_features": layout.n_features, "n_outputs": n_outputs}
+    if isinstance(layout, Layout):
+        sizes |= {"input_shape": (layout.n_features,), "feature_groups": layout.feature_groups}
+    else:
+        sizes |= {"input_shape": layout.shapes[0], "feature_groups": None}
+    kwargs = dict(spec["kwargs"])
+    sizes |= {name: value for name, value in kwargs.items() if name in sizes}
+    members = (dict(member).items() for member in spec.get("ensemble", [kwargs]))
+    return sizes, [{name: value for name, value in member if name not in sizes} for member in members]
 
 
 def read_description(path: Path) -> Json:
@@ -291,52 +301,28 @@ def _module_type(model: ModelContent) -> type[nn.Module]:
     return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
 
 
-def _filled(
+def _built(
     module_class: Builder,
     sizes: Config,
     members: Sequence[Config],
-    inputs: Sequence[InputKind],
-    names: Sequence[str] | None,
-    task: Task | None,
+    inputs: tuple[Sequence[InputKind], Sequence[str] | None],
     dtype: torch.dtype,
-    state: dict[str, Tensor],
-    folder: Path,
-    *,
-    changed: bool,
-) -> nn.Module:
-    """Build the module, of an ensemble for a ``task`` its members, and load its state.
-
-    Where its source has ``changed`` an error or a warning says so.
-    """
-    name = name_of(module_class)
-    file = source_file(module_class) or name
-    remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
+    remedy: str,
+) -> list[nn.Module]:
+    """Build the modules of a model for the kinds and names of its inputs; ``remedy`` may mend a failure."""
     try:
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
             modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
             for module in modules:
-                materialise(module, inputs, names)
+                materialise(module, *inputs)
                 module.to(dtype)
+            return modules
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(
-            f"{name} could not be built from the saved arguments {sizes | members[0]}: {type(error).__name__}: "
-            f"{error}; {remedy}pass the class as it was."
+            f"{name_of(module_class)} could not be built from the saved arguments {sizes | members[0]}: "
+            f"{type(error).__name__}: {error}; {remedy}pass the class as it was."
         ) from error
-    network = modules[0] if task is None else Ensemble(modules, [1 / len(modules)] * len(modules), task)
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()).rstrip(".")  # torch writes a line for each tensor
-        raise InputError(
-            f"{str(folder / TENSORS)!r} does not fit {name}: {reason}; {remedy}pass the class as it was."
-        ) from error
-    if changed:
-        warnings.warn(
-            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.",
-            stacklevel=3,
-        )
-    return network
 
 
 def _module_class(

@@ -1,19 +1,34 @@
-"""The trials that a call begins with: the default one, included and drawn ones; and those that its study lacks."""
+"""The space of a call, and the trials that it begins with: the default one, included and drawn ones, those missing."""
 
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
-from gputune.methods.config import ConfigCheck, check_config
+from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.optuna_sampler import OptunaSampler
-from gputune.methods.random import first_candidates, notes, remarks, top_up
-from gputune.methods.space import Space
+from gputune.methods.random import default_space, first_candidates, notes, remarks, top_up
+from gputune.methods.recipes import named_space
+from gputune.methods.space import Space, check_include, check_space, translated
 from gputune.optimizers.classes import argument_defaults
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice
 from gputune.types import DEFAULTS, Config
+
+
+def checked_space(choice: ModelChoice, options: Options) -> Space:
+    """Return the checked space of a call, by default that of the model. Raises InputError."""
+    keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
+    check_include(options.include, keys=keys, module=module)
+    space = options.space
+    if isinstance(space, str):
+        space = named_space(space, choice.goal)
+    elif space is None and choice.recipe:
+        space = named_space("realmlp", choice.goal)
+    elif space is None:
+        space = default_space(choice.searched, choice.optimizer, choice.module_class)
+    return check_space(translated(space), keys=keys, module=module)
 
 
 def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:

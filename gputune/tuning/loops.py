@@ -30,7 +30,7 @@ from gputune.methods.space import (
     space_to_json,
     translated,
 )
-from gputune.methods.stopping import Arrivals, Halving, Median
+from gputune.methods.stopping import Arrivals, StoppingRule
 from gputune.scratch import scratch_folder
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import Arguments, SearchRecord
@@ -134,7 +134,7 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
             "inside of yours; choose 'random', 'halving', 'median' or gputune.OptunaSampler(...)."
         )
     rule = method.halving if isinstance(method, OptunaSampler) else method
-    if not isinstance(rule, Halving | Median):
+    if not isinstance(rule, StoppingRule):
         return None
     if max_epochs is None:
         raise InputError(

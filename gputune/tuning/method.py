@@ -7,15 +7,14 @@ from typing import Literal
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna_sampler import OptunaSampler
-from gputune.methods.stopping import Halving, Median
+from gputune.methods.stopping import STOPPING_RULES, StoppingRule
 from gputune.text import did_you_mean
 from gputune.types import Json
 
-Method = Literal["random"] | Halving | Median | Hypergradient | OptunaSampler
+Method = Literal["random"] | StoppingRule | Hypergradient | OptunaSampler
 
-METHODS: Mapping[str, type[Halving] | type[Median] | type[Hypergradient]] = {
-    "halving": Halving,
-    "median": Median,
+METHODS: Mapping[str, type[StoppingRule] | type[Hypergradient]] = {
+    **STOPPING_RULES,
     "hypergradient": Hypergradient,
 }
 """The methods that a word names; "random" is another one, without options."""
@@ -25,13 +24,14 @@ def check_method(method: object) -> Method:
     """Return the search method of a word or of a value."""
     if isinstance(method, str) and method in METHODS:
         return METHODS[method]()
-    if isinstance(method, Halving | Median | Hypergradient | OptunaSampler):
+    if isinstance(method, StoppingRule | Hypergradient | OptunaSampler):
         return method
     if method == "random":
         return "random"
+    words = ", ".join(map(repr, ("random", *METHODS)))
+    values = ", ".join(f"gputune.{kind.__name__}(...)" for kind in METHODS.values())
     raise InputError(
-        "method must be 'random', 'halving', 'median', 'hypergradient', gputune.Halving(...), gputune.Median(...), "
-        f"gputune.Hypergradient(...) or gputune.OptunaSampler(...), got {method!r}."
+        f"method must be {words}, {values} or gputune.OptunaSampler(...), got {method!r}."
         f"{did_you_mean(method, ('random', *METHODS)) if isinstance(method, str) else ''}"
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gputune.errors import InputError
 from gputune.text import did_you_mean
-from gputune.types import SCHEDULES, BackendWord, Precision
+from gputune.types import SCHEDULES, BackendWord, MethodWord, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -204,7 +204,7 @@ class Options:
         "random", "--method",
         "halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "
         "drawn configuration descends on its validation loss (random)",
-        choices=("random", "halving", "median", "hypergradient"), check=_method,
+        choices=get_args(MethodWord), check=_method,
     )  # fmt: skip
     scoring: "str | Scorer | None" = _search(
         None, "--scoring NAME",

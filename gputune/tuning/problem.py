@@ -28,6 +28,7 @@ from gputune.modules.inspection import returns_one_logit
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
+from gputune.study.model_files import DTYPES
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
 from gputune.tuning.options import Options
@@ -156,9 +157,6 @@ def _resolve(model: object) -> tuple[SearchedModel, Builder | None]:
     )
 
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Rows and target of a source, encoded; statistics are not fitted yet, since they belong to folds."""
@@ -283,6 +281,11 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
         raise InputError(
             f"precision='bf16' is for a module of your own, and model={choice.name!r} trains in full precision: pass a "
             "module, for example model=gputune.models.MLP, or leave it out."
+        )
+    if options.backend == "loop" and choice.kind != "module":
+        raise InputError(
+            f"backend='loop' trains the members of a user's module one by one, and the model is {choice.name!r}; "
+            "choose backend='auto', or 'eager'."
         )
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     objective = _objective(target, choice, options)

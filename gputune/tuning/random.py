@@ -30,7 +30,7 @@ from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
-from gputune.tuning.rungs import check_rungs, halve
+from gputune.tuning.rungs import check_rungs, train_in_rungs
 from gputune.types import Config
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
@@ -235,7 +235,7 @@ def train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> bo
         return not context.is_over()
     for batch in sorted({_batch_of(candidate) for candidate in ledger.waiting()}):
         trials = [candidate for candidate in ledger.candidates if _batch_of(candidate) == batch]
-        halve(ledger, trials, method.halving, context)
+        train_in_rungs(ledger, trials, method.halving, context)
     return not context.is_over()
 
 

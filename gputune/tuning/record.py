@@ -35,7 +35,7 @@ def search_record(
     context: Context,
     problem: Problem,
     space: Space,
-    folds: list[Rows],
+    folds: Sequence[Rows],
     notes: Sequence[str],
     baseline: Json | None,
 ) -> SearchRecord:
@@ -81,7 +81,7 @@ def search_record(
     )
 
 
-def _arguments(options: Options, source: Source, space: Space, folds: list[Rows]) -> Arguments:
+def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
     values = space_to_json(space)
     lacking = [
         word

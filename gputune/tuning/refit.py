@@ -23,10 +23,11 @@ from gputune.population.population import module_arguments
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
+from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
 from gputune.study.study import Study, Trial
 from gputune.tuning.options import Options
-from gputune.tuning.problem import DTYPES, ModelChoice, Problem, make_problem, recorded_model
+from gputune.tuning.problem import ModelChoice, Problem, make_problem, recorded_model
 from gputune.tuning.record import recorded_options
 from gputune.tuning.trainer import Trainer, unseen
 from gputune.types import Backend, Config

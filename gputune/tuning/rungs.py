@@ -5,7 +5,7 @@ members have the same bits whoever trains beside them; eager ones, and those on 
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -19,7 +19,7 @@ from gputune.engine.rung import RungJob, RungOutcome, StateCache
 from gputune.engine.train import State
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import free_bytes
-from gputune.methods.stopping import Halving, Median, below_the_median, survivors
+from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
 from gputune.study.ledger import Ledger
 from gputune.study.rows import score_curve
@@ -27,59 +27,23 @@ from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, given_up
 from gputune.types import Config
 
-PruningRule = Callable[[int, Mapping[int, np.ndarray]], set[int]]
-"""An epoch and the curves (epochs, F) of trials by number, ended ones too -> the numbers of those that leave."""
 
-
-def check_rungs(method: Halving | Median, context: Context) -> None:
+def check_rungs(rule: StoppingRule, context: Context) -> None:
     """Raise InputError where this search cannot prune a trial, before anything is kept or trained."""
     if context.choice.solved:
         raise InputError(
-            f"method={type(method).__name__.lower()!r} judges trials while they train, and the solved logistic "
+            f"method={type(rule).__name__.lower()!r} judges trials while they train, and the solved logistic "
             "regression does not train: choose optimizer='adamw', or method='random'."
         )
-    if isinstance(method, Halving):
-        method.rungs(context.epochs)
-    else:
-        method.stops(context.epochs)
+    rule.stops(context.epochs)
 
 
-def halve(ledger: Ledger, trials: Sequence[Candidate], method: Halving, context: Context) -> None:
-    """Train trials of the ledger from rung to rung, where the best fold means of each bracket go on."""
-    rungs = method.rungs(context.epochs)
-    # By number and not by place: a study that was repaired may lack some.
-    bracket_of = method.brackets_of(1 + max((t.number for t in trials), default=-1), context.epochs)
-
-    def prune(epoch: int, curves: Mapping[int, np.ndarray]) -> set[int]:
-        pruned: set[int] = set()
-        for bracket in (b for b, epochs in enumerate(rungs) if epoch in epochs):
-            reached = [n for n in sorted(curves) if bracket_of[n] == bracket and len(curves[n]) >= epoch]
-            means = np.array([float(curves[n][epoch - 1].mean()) for n in reached])
-            stays = survivors(means, method.factor)
-            pruned |= {number for number, stay in zip(reached, stays) if not stay}
-        return pruned
-
-    train_in_rungs(ledger, trials, sorted({epoch for epochs in rungs for epoch in epochs}), prune, context)
-
-
-def stop_below_median(ledger: Ledger, method: Median, context: Context) -> None:
-    """Train all trials of the ledger; at the epochs of the method those below the median leave."""
-
-    def prune(epoch: int, curves: Mapping[int, np.ndarray]) -> set[int]:
-        means = {number: curves[number].mean(1) for number in sorted(curves)}
-        return below_the_median(epoch, means, method.min_trials)
-
-    train_in_rungs(ledger, ledger.candidates, method.stops(context.epochs), prune, context)
-
-
-def train_in_rungs(
-    ledger: Ledger, trials: Sequence[Candidate], stops: Sequence[int], prune: PruningRule, context: Context
-) -> None:
-    """Train trials of the ledger to each of ``stops`` (epochs) and to the end; each is finished when it leaves.
+def train_in_rungs(ledger: Ledger, trials: Sequence[Candidate], rule: StoppingRule, context: Context) -> None:
+    """Train trials of the ledger to each stop of a rule and to the end; each is finished when it leaves.
 
     Trials that a study file has finished already keep their results, and are judged by their curves.
     """
-    search = _RungSearch(ledger, trials, stops, prune, context)
+    search = _RungSearch(ledger, trials, rule, context)
     try:
         search.run()
     finally:
@@ -111,11 +75,11 @@ class _RungSearch:
         self,
         ledger: Ledger,
         trials: Sequence[Candidate],
-        stops: Sequence[int],
-        prune: PruningRule,
+        rule: StoppingRule,
         context: Context,
     ) -> None:
-        self.ledger, self.stops, self.prune, self.context = ledger, stops, prune, context
+        self.ledger, self.rule, self.context = ledger, rule, context
+        self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = ledger.results
         self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
@@ -243,7 +207,8 @@ class _RungSearch:
         self._finish([trial for trial in self.running if trial in ended and len(trial.curve)])
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
-            pruned = self.prune(epoch, self.curves | {trial.number: trial.curve for trial in self.running})
+            curves = self.curves | {trial.number: trial.curve for trial in self.running}
+            pruned = self.rule.leaving(epoch, curves, self.context.epochs)
             self._finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
 

@@ -1,5 +1,6 @@
 """What trains configurations of one model on one dataset, for every face: plans, jobs, and what came of the chunks."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import computing, trains_as
+from gputune.engine.backend import choose_backend, computing, trains_as
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.engine.memory import GivenUp, Need, run_in_parts
-from gputune.engine.plan import Plan, make_plan
+from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.stop import Stop
 from gputune.engine.train import Trained
 from gputune.errors import InputError
@@ -21,6 +22,7 @@ from gputune.executors.executor import Claim, Executor, Outcomes, hand_out
 from gputune.executors.processes import worker_processes
 from gputune.executors.ray_cluster import RayCluster
 from gputune.hypergradients.chunk import HypergradientJob, plan_chunks, train_scheduled
+from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.descent import Hypergradient
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import known_traits
@@ -29,7 +31,7 @@ from gputune.population.population import ModelKind, Population, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
 from gputune.text import count
-from gputune.types import Backend, Config, Precision
+from gputune.types import Backend, BackendWord, Config, Precision
 
 AnyJob = TypeVar("AnyJob", bound=Job)
 
@@ -72,6 +74,31 @@ class Trainer:
                 f"workers={self.workers}: one process drives each GPU, and this search has {has}; leave workers out, "
                 "or choose device='cpu'."
             )
+
+    def choosing(
+        self, word: BackendWord, configs: Sequence[Config], say: Callable[[str], object]
+    ) -> "Trainer":
+        """Return the trainer with the backend that is asked for or, of "auto", the fastest for configurations.
+
+        Where training is slower than it could be, or not as was asked for, that is said.
+        """
+        device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
+        backend, why = choose_backend(word, device, self.data.dtype, self.kind)
+        module = self.kind == "module"
+        fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
+        ways = {trains_as(fast, self.kind, config) for config in configs}
+        some_fast = not ways or fast in ways
+        if why and some_fast:
+            how = "eagerly, slower than" if backend == "eager" else "in recorded steps, slower than"
+            than = "in recorded steps" if backend == "eager" else "compiled ones"
+            say(f"note: trials train {how} {than}: {why}")
+        if word in ("compiled", "graph") and not some_fast and ways != {"loop"}:
+            how = "in recorded steps" if module and word == "compiled" else "eagerly"
+            models = "MLPs and linear models with " if word == "compiled" else ""
+            say(
+                f"note: all trials train {how}: backend={word!r} knows {models}sgd, nesterov, adam or adamw alone"
+            )
+        return replace(self, backend=backend)
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""
@@ -122,17 +149,17 @@ class Trainer:
 
         Raises InputError where they cannot be.
         """
-        room = None if self.cluster is None else self.cluster.bytes_of_a_task()
-        plan, job = plan_chunks(
-            self.groups(configs),
-            self.data,
-            job,
-            memory=self.memory,
-            workers=self.workers,
-            gpus=1 + len(self.others),
-            bytes_of_a_task=room,
-        )
+        job, gpus = replace(job, budget=self._process_bytes()), 1 + len(self.others)
+        plan = plan_chunks(self.groups(configs), self.data, job, workers=self.workers, gpus=gpus)
         return self._placed(plan), job
+
+    def _process_bytes(self) -> int:
+        """Return the bytes that a process may take; a task of a cluster shares ``memory`` with no other."""
+        if self.cluster is not None:
+            return min(self.memory or sys.maxsize, self.cluster.bytes_of_a_task())
+        device = self.data.device
+        processes = (self.workers or cores()) if device.type == "cpu" else 1  # one has a GPU of its own
+        return (self.memory or free_bytes(device)) // processes
 
     def _placed(self, plan: Plan) -> Plan:
         """Return a plan with the threads that each task of a cluster has, where there is one."""

@@ -1,7 +1,6 @@
 """Successive halving, through the public tune()."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from sklearn.datasets import load_diabetes, load_iris
 import gputune
 from gputune.engine.rung import StateCache
 from gputune.errors import InputError
-from gputune.study.store import Candidate, Store
+from gputune.study.store import Store
 from gputune.tuning import rungs
 from gputune.tuning.trainer import Trainer
 from moments import time_is_over
@@ -84,16 +83,10 @@ def test_brackets_share_the_run(iris):
     assert not any(length == 1 for length, b in zip(lengths(study), brackets) if b == 1)
 
 
-def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket(monkeypatch):
+def test_a_trial_that_a_repair_has_lost_moves_no_other_into_another_bracket():
     """At the first rung those of the first bracket are judged, by their numbers and not by their places."""
     method, kept = gputune.Halving(min_epochs=1, brackets=3), [n for n in range(13) if n != 3]
-    trials = [Candidate(n, {}, "random") for n in kept]
-    rules = []
-    monkeypatch.setattr(
-        rungs, "train_in_rungs", lambda ledger, trials, stops, rule, context: rules.append(rule)
-    )
-    rungs.halve(None, trials, method, SimpleNamespace(epochs=9))
-    away = rules[0](1, {n: np.full((1, 2), float(n)) for n in kept})
+    away = method.leaving(1, {n: np.full((1, 2), float(n)) for n in kept}, 9)
     first = [n for n in kept if method.brackets_of(13, 9)[n] == 0]
     assert away == set(first[: -(len(first) // 3)]) and first != [
         n for n, bracket in zip(kept, method.brackets_of(12, 9)) if bracket == 0

@@ -1,7 +1,13 @@
-"""Dropout whose rate is a tensor, so that it may change while a network trains."""
+"""What several models are made with: a check of their sizes, and a dropout whose rate may change while they train."""
 
 import torch
 from torch import Tensor, nn
+
+
+def check_size(name: str, value: int, low: int) -> None:
+    """Raise ValueError where a size is below its lowest value."""
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {name}={value}.")
 
 
 class Dropout(nn.Module):
