@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +17,24 @@ from stand_in import StandIn
 # A shell starts its background jobs with Ctrl-C ignored, which they and all that they start inherit: the tests of
 # Ctrl-C would wait for ever.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+DURATIONS = Path(__file__).with_name("durations.txt")
+"""Seconds and names of the files that take longest."""
+
+
+class WriteDurations:
+    """Adds up the seconds of each file's tests, and writes the longest."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self):
+        lines = [f"{s:.0f} {name}\n" for name, s in self.seconds.most_common() if s >= 2]
+        DURATIONS.write_text("".join(lines))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,7 +64,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--all", action="store_true", help="run the tests marked as long too, and fuzz for longer"
     )
-
+    parser.addoption("--write-durations", action="store_true", help=f"write {DURATIONS.name} anew")
     parser.addoption("--gpu", action="store_true", help="run the tests of a GPU, and those alone")
 
 
@@ -59,6 +79,8 @@ def pytest_configure(config):
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     settings.load_profile("gputune")
+    if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(WriteDurations())
 
 
 def pytest_collection_modifyitems(config, items):
@@ -69,6 +91,9 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]
+    if hasattr(config, "workerinput"):  # the longest file begins first, so that the processes end together
+        seconds = {name: int(s) for s, name in map(str.split, DURATIONS.read_text().splitlines())}
+        items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 
 
 def pytest_collection():

@@ -217,10 +217,11 @@ class Recording(DispatchMode):
         made = [(weakref.ref(tensor.untyped_storage()), self.fresh[_key(tensor)]) for tensor in self.kept]
         self.kept.clear()
         # What only garbage holds does not outlive the step, nor what autograd's thread of a device has not yet let go.
-        for _ in range(50):
+        for wait in range(50):
             if all(storage() is None for storage, _ in made):
                 break
-            gc.collect()
+            if wait % 25 == 0:
+                gc.collect()
             time.sleep(0.01)
         for storage, function in made:
             if storage() is not None:

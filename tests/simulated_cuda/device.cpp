@@ -3,8 +3,9 @@
 // tensors on one device) and then computed by the CPU's kernel on the same memory. Copies, waits and launches are
 // counted; inside a capture what a CUDA graph refuses is refused.
 
-#include <ATen/ATen.h>
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
