@@ -69,13 +69,12 @@ def epochs_of_50_steps(data, size):
 @pytest.mark.parametrize("task", ["multiclass", "regression"])
 @each(OPTIMIZERS)
 def test_law_1_together_equals_alone(optimizer, task, dtype, backend):
-    """Every size, depth and rate with the others for classes in double precision; less elsewhere: it takes seconds."""
+    """Every size for classes in double precision; less elsewhere: it takes seconds."""
     whole = (task, dtype) == ("multiclass", torch.float64)
     if backend == "graph" and not whole:
         pytest.skip("the step is the eager one")
     data = make_data(task, dtype=dtype)
-    kinds = itertools.product([1, 2], [1e-3, 1e-2]) if whole else [(1, 1e-2), (2, 1e-3)]
-    kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in kinds]
+    kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in ((1, 1e-2), (2, 1e-3))]
     for width, size in SIZES if whole else SIZES[1::2]:
         configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
         assert_equals_plain_loop(data, configs, epochs=epochs_of_50_steps(data, size))
@@ -113,7 +112,7 @@ def test_law_1_for_adapted_rates_of_one_batch_size_and_of_one_trial(optimizer):
 
 @eagerly
 @pytest.mark.parametrize("rule", ["additive", "normalized"])
-@each(ADAPTIVE)
+@each(ADAPTIVE[1::2])
 def test_law_1_for_the_other_rules_of_adapted_rates(optimizer, rule):
     base = {**optimizer, "width": 8, "lr": 1e-2, "hypergrad_rule": rule}
     rates = ((16, 1e-4), (9, 1e-3), (12, 1e-2))
@@ -127,9 +126,8 @@ def test_law_1_for_the_other_rules_of_adapted_rates(optimizer, rule):
 
 @not_recorded
 @pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_law_1_for_activations_and_dropout(activation, dropout):
-    ways = itertools.product({dropout, dropout / 2}, SIZES[:3])
+def test_law_1_for_activations_and_dropout(activation):
+    ways = itertools.product((0.0, 0.3), SIZES[:3])
     configs = ({"dropout": p, "width": width, "batch_size": size} for p, (width, size) in ways)
     configs = fill(*({**config, "activation": activation, "depth": 3} for config in configs))
     assert_equals_plain_loop(make_data(), configs, epochs=6)
@@ -137,7 +135,7 @@ def test_law_1_for_activations_and_dropout(activation, dropout):
 
 @not_recorded
 @pytest.mark.parametrize("optimizer", ["adamw", "sgdhd"])
-@pytest.mark.parametrize("size", [8, 13, 500])
+@pytest.mark.parametrize("size", [13, 500])
 @pytest.mark.parametrize("weights", [False, True])
 def test_law_1_for_weights_and_linear_models(size, weights, optimizer):
     for task in ("binary", "regression"):

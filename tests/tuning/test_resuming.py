@@ -80,8 +80,11 @@ class Dies:
         monkeypatch.setattr(chunks._Watch, "__call__", watched)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("at", [1, 7, 40])
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [(method, at) for method in METHODS for at in (1, 40)]
+    + [pytest.param(m, 7, marks=pytest.mark.long) for m in METHODS],
+)
 def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypatch, epochs, method, at):
     call = {**COMMON, **METHODS[method], "study": tmp_path / "s.db", "checkpoint_seconds": 1e-9}
     with monkeypatch.context() as patch:
@@ -148,7 +151,7 @@ def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
         total = Dies(patch)
         gputune.tune("mlp", *iris, **call)
     repeated = []
-    for at in range(1, total.epochs, 41 if method == "random" else 23):
+    for at in range(1, total.epochs, 97 if method == "random" else 47):
         epochs = 0
         for death in (at, None):
             with monkeypatch.context() as patch:
