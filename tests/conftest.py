@@ -23,8 +23,13 @@ DURATIONS = Path(__file__).with_name("durations.txt")
 """Seconds and names of the files that take longest."""
 
 
+def durations():
+    """Seconds of the files that take longest."""
+    return {name: int(s) for s, name in map(str.split, DURATIONS.read_text().splitlines())}
+
+
 class WriteDurations:
-    """Adds up the seconds of each file's tests, and writes the longest."""
+    """Adds up the seconds of the tests of each file that runs, and writes the longest of all."""
 
     def __init__(self):
         self.seconds = Counter()
@@ -33,7 +38,8 @@ class WriteDurations:
         self.seconds[report.nodeid.partition("::")[0]] += report.duration
 
     def pytest_sessionfinish(self):
-        lines = [f"{s:.0f} {name}\n" for name, s in self.seconds.most_common() if s >= 2]
+        known = Counter(durations() | self.seconds)
+        lines = [f"{s:.0f} {name}\n" for name, s in known.most_common() if s >= 2]
         DURATIONS.write_text("".join(lines))
 
 
@@ -92,7 +98,7 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]
     if hasattr(config, "workerinput"):  # the longest file begins first, so that the processes end together
-        seconds = {name: int(s) for s, name in map(str.split, DURATIONS.read_text().splitlines())}
+        seconds = durations()
         items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
 
 
