@@ -120,6 +120,7 @@ def test_the_command_line_says_what_is_wrong(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_signal_to_a_cluster_of_its_own_and_resume(tmp_path, monkeypatch):
     """SIGTERM, whose handler Ray changes when it connects; Ctrl-C is tested where the cluster is shared."""
     pytest.importorskip("ray", reason=NO_RAY)

@@ -54,7 +54,10 @@ def rows(study):
     [
         {"space": {**LR, "width": [4, 8]}, "cv": 2},
         {"space": LR, "method": gputune.Halving(min_epochs=1), "n_trials": 12},
-        {"space": {"lr": [1e-3, 1e-2, 0.1]}, "method": gputune.Median(every=1, min_epochs=1)},
+        pytest.param(
+            {"space": {"lr": [1e-3, 1e-2, 0.1]}, "method": gputune.Median(every=1, min_epochs=1)},
+            marks=pytest.mark.long,
+        ),
         {"space": LR, "method": SAMPLER},
         {"space": LR, "method": gputune.Hypergradient(outer_steps=1), "n_trials": 3},
     ],
@@ -154,7 +157,11 @@ class CtrlC(gputune.callbacks.Callback):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=1)], ids=["random", "halving"])
+@pytest.mark.parametrize(
+    "method",
+    [gputune.Halving(min_epochs=1), pytest.param("random", marks=pytest.mark.long)],
+    ids=["halving", "random"],
+)
 def test_ctrl_c_ends_the_tasks_and_the_same_call_goes_on(cluster, iris, tmp_path, monkeypatch, method):
     sent = []
     monkeypatch.setattr(ray_cluster, "packed", lambda job, **how: sent.append(job) or packed(job, **how))

@@ -67,7 +67,7 @@ def agree(found, reference):
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("l1_ratio", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("k", [2, 3, 4])
+@pytest.mark.parametrize("k", [2, pytest.param(3, marks=pytest.mark.long), 4])
 def test_central_differences_over_six_C_and_three_folds(k, l1_ratio, weighted):
     data = problem(folds=3, n=60, k=k, weighted=weighted)
     C, ratio = many(*SIX), many(*[l1_ratio] * 6)

@@ -218,6 +218,7 @@ def test_modules_are_measured_row_by_row(script, study):
     assert "| **2.00** | 3.0 | 4.00 |" in text and "| 2.00 | 1.5 | 4.00 |" in text
 
 
+@pytest.mark.long
 def test_a_module_is_trained_by_all_engines(script):
     modules = script("benchmark.studies.modules")
     case = modules.Case("small", modules.modules.Recurrent, 2, 1, 2, 1.0, 256, "sequences")

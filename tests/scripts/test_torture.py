@@ -19,8 +19,8 @@ def only(counts, *words):
 
 
 def test_a_study_survives_kills_at_random_moments(torture, tmp_path):
-    killed, trials = only(torture.kills(tmp_path, 10, 100), "kills", "trials")
-    assert killed == 10 and trials == 100
+    killed, trials = only(torture.kills(tmp_path, 4, 40), "kills", "trials")
+    assert killed == 4 and trials == 40
 
 
 def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, tmp_path):
@@ -29,7 +29,9 @@ def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, t
     assert points >= 10
 
 
-@pytest.mark.parametrize("method", ["random", gputune.Halving(min_epochs=10)], ids=["random", "halving"])
+@pytest.mark.parametrize(
+    "method", ["random", pytest.param(gputune.Halving(min_epochs=10), id="halving", marks=pytest.mark.long)]
+)
 def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
     counts = torture.kills_in_chunks(tmp_path, 3, method, 0, 40)
     killed, kept, trials = only(counts, "kills", "with a state", "trials")

@@ -45,7 +45,7 @@ SEARCHES = [
 
 
 @pytest.mark.parametrize("search", SEARCHES, ids=lambda s: type(s).__name__)
-@pytest.mark.parametrize("scoring", ["neg_log_loss", "accuracy"])
+@pytest.mark.parametrize("scoring", ["neg_log_loss", pytest.param("accuracy", marks=pytest.mark.long)])
 def test_it_is_the_loop_by_hand(search, scoring, training):
     search.set_params(scoring=scoring)
     found = nested_cv(search, X, Y, outer=4)

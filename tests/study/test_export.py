@@ -128,7 +128,7 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
         pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
         (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
         (FRAME, {"numbers": "robust"}, ".onnx"),
-        (FRAME, USERS, ".onnx"),
+        pytest.param(FRAME, USERS, ".onnx", marks=pytest.mark.long),
         (FRAME, USERS, ".pt2"),
         pytest.param(NUMBERS, {}, ".pt2", marks=pytest.mark.long),
         pytest.param(NUMBERS, {"numbers": "quantile", "classes": None}, ".pt2", marks=pytest.mark.long),
@@ -152,7 +152,7 @@ def test_activations_in_double(activation, tmp_path):
     check(model, tmp_path / "model.onnx", OTHERS.drop(columns="city"))
 
 
-@pytest.mark.parametrize("model", ["mlp", "logistic"])
+@pytest.mark.parametrize("model", ["mlp", pytest.param("logistic", marks=pytest.mark.long)])
 def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     X, y = load_breast_cancer(return_X_y=True)
     labels = np.array(["malignant", "benign"])[y]
@@ -245,7 +245,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "suffix"),
     [
-        pytest.param(case, suffix, marks=pytest.mark.long if (n + m) % 2 else ())
+        pytest.param(case, suffix, marks=pytest.mark.long if (n + m) % 2 or n == 2 else ())
         for n, case in enumerate(CASES)
         for m, suffix in enumerate((".onnx", ".pt2"))  # every second one is enough
     ],

@@ -123,9 +123,9 @@ class OneLogit(Net):
 @pytest.mark.parametrize(
     ("model", "data", "how"),
     [
-        ("mlp", IRIS, {}),
+        pytest.param("mlp", IRIS, {}, marks=pytest.mark.long),
         ("mlp", load_diabetes(return_X_y=True), {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
-        ("logistic", IRIS, {}),
+        pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
         (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
         (Net, IRIS, {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}, "optimizer": "sgd"}),
     ],

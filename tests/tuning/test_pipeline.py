@@ -779,8 +779,9 @@ def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [("mlp", name) for name in ("random", "halving", "hypergradient", "optuna")]
-    + [(Net, "random"), (Net, "hypergradient"), ("logistic", "hypergradient")],
+    [("mlp", "hypergradient"), (Net, "random"), ("logistic", "hypergradient")]
+    + [pytest.param("mlp", name, marks=pytest.mark.long) for name in ("random", "halving", "optuna")]
+    + [pytest.param(Net, "hypergradient", marks=pytest.mark.long)],
 )
 def test_a_search_leaves_no_tensor_behind(iris, model, method):
     def search():

@@ -103,7 +103,7 @@ def test_a_lost_search_ends_as_one_that_was_not(iris, whole, tmp_path, monkeypat
     assert not (tmp_path / "s.db.state").exists()
 
 
-@pytest.mark.parametrize("method", ["halving", "median"])
+@pytest.mark.parametrize("method", ["halving", pytest.param("median", marks=pytest.mark.long)])
 def test_an_eager_one_agrees_to_rounding_and_trains_no_finished_trial(iris, tmp_path, monkeypatch, method):
     call = {**COMMON, **METHODS[method], "backend": "eager", "space": SPACE}
     whole = gputune.tune("mlp", *iris, **call)
@@ -138,8 +138,10 @@ def told_time(monkeypatch, *, epoch, writing):
     monkeypatch.setattr(CheckpointFolder, "write", taking(writing, CheckpointFolder.write))
 
 
-@pytest.mark.parametrize("writing", [0.0, 1.0])
-@pytest.mark.parametrize("method", ["random", "halving"])
+@pytest.mark.parametrize(
+    ("method", "writing"),
+    [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)],
+)
 def test_no_more_is_repeated_than_the_time_between_two_checkpoints(
     iris, tmp_path, monkeypatch, method, writing
 ):
