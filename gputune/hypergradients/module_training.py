@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import Clock
-from gputune.modules.module import layers_of
+from gputune.modules.construction import layers_of
 from gputune.modules.stateless import Stateless
 from gputune.seeding import keyed_draws
 from gputune.types import Params

@@ -1,4 +1,6 @@
-"""A user's module made: from a class, a function or a partial, under a stream of its own, with what it asks for."""
+"""A user's module made: from a class, a function or a partial, under a stream of its own, with what it asks for; and
+what it has then: layers, hidden matrices, rates of dropout.
+"""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +17,7 @@ from gputune.models import Dropout
 from gputune.modules.hints import hint
 from gputune.population.network import InputKind, call_module
 from gputune.seeding import keyed_draws
-from gputune.types import Config
+from gputune.types import Config, Params
 
 Builder = Callable[..., nn.Module]
 """A class of modules, a function or a ``functools.partial`` that returns one."""
@@ -111,6 +113,28 @@ def dropout_rates(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the buffers that hold the rates of ``gputune.models.Dropout`` in a module."""
     parts = module.named_modules()
     return tuple(f"{path}.rate".lstrip(".") for path, part in parts if isinstance(part, Dropout))
+
+
+def layers_of(module: nn.Module) -> list[str]:
+    """Return the names of the submodules that own trained parameters: the layers, in ``named_modules()`` order."""
+    # named_parameters() goes through the modules in that order, and gives a shared parameter to its first owner.
+    trained = (name for name, p in module.named_parameters() if p.requires_grad)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))
+
+
+def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
+    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the first), and the last.
+
+    The matrix of a convolution has all axes but the first as its columns.
+    """
+    matrices = [name for name, w in trained.items() if w.dim() > 1]
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    embeddings = [
+        name for name in matrices if isinstance(module.get_submodule(name.rpartition(".")[0]), kinds)
+    ]
+    left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
+    shapes = {name: trained[name].flatten(1).shape for name in matrices if name not in left_out}
+    return {name: max(shape) for name, shape in shapes.items()}
 
 
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.construction import name_of
-from gputune.modules.module import ModuleNetwork, hidden_sides, kept_of, put_numbers
+from gputune.modules.construction import hidden_sides, name_of
+from gputune.modules.module import ModuleNetwork
 from gputune.modules.precision import autocast
+from gputune.modules.stateless import kept_of, put_numbers
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import ClassRule, alone_because, class_of
 from gputune.optimizers.optimizer import Optimizer

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from gputune.modules.loops import Loops, broadcast, over
-from gputune.modules.program import arrange
-from gputune.modules.trace import Operation, Place, Trace, TraceError
+from gputune.modules.trace import Operation, Place, Trace, TraceError, arrange
 
 C_TYPES = {
     torch.float32: "float",

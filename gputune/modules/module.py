@@ -11,16 +11,22 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gputune.errors import InputError
-from gputune.modules.construction import Builder, build_module, dropout_rates, name_of, start_from
+from gputune.modules.construction import (
+    Builder,
+    build_module,
+    dropout_rates,
+    hidden_sides,
+    layers_of,
+    name_of,
+    start_from,
+)
 from gputune.modules.draws import ModuleDraws, draws_of, given_draws
 from gputune.modules.mapped import Mapped
 from gputune.modules.precision import rounded
-from gputune.modules.recurrent import KINDS, run_recurrent
-from gputune.modules.stateless import Stateless
-from gputune.modules.substitutes import Substitutes
+from gputune.modules.stateless import Stateless, kept_of, put_numbers
+from gputune.modules.substitutes import Substitutes, make_mappable
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
@@ -173,26 +179,11 @@ class ModuleNetwork:
         return module.eval()
 
 
-def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
-    """Return the longer side of each hidden matrix: of weights but for embeddings (or else the first), and the last.
-
-    The matrix of a convolution has all axes but the first as its columns.
-    """
-    matrices = [name for name, w in trained.items() if w.dim() > 1]
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    embeddings = [
-        name for name in matrices if isinstance(module.get_submodule(name.rpartition(".")[0]), kinds)
-    ]
-    left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
-    shapes = {name: trained[name].flatten(1).shape for name in matrices if name not in left_out}
-    return {name: max(shape) for name, shape in shapes.items()}
-
-
 class StackedModule(ModuleNetwork):
     """Members whose parameters are stacked, and whose forward is mapped over them."""
 
     def _prepare(self, module: nn.Module) -> None:
-        _make_mappable(module)
+        make_mappable(module)
 
     def _lay_out(self) -> None:
         self.trained, self.blocks = self._stacked(self.first), self._stacked(self.first | self.kept)
@@ -339,62 +330,6 @@ class StackedModule(ModuleNetwork):
         return self.filled({name: w[fold, trial] for name, w in params.items()})
 
 
-def kept_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the buffers and the Python numbers of some names, the numbers as tensors."""
-    buffers = dict(module.named_buffers())
-    return {k: buffers[k].detach() if k in buffers else _as_tensor(_number(module, k)) for k in names}
-
-
-def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the Python numbers among some names their values; buffers are left as they are."""
-    buffers = dict(module.named_buffers())
-    for name, value in values.items():
-        if name not in buffers:
-            path, _, key = name.rpartition(".")
-            kind = type(_number(module, name))
-            setattr(module.get_submodule(path), key, kind(value.item()))
-
-
-def _as_tensor(number: float) -> Tensor:
-    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
-
-
-def _number(module: nn.Module, name: str) -> float:
-    path, _, key = name.rpartition(".")
-    number: float = getattr(module.get_submodule(path), key)
-    return number
-
-
 def _with_columns(outputs: Tensor) -> Tensor:
     """Return outputs (P, B) of one number a row as (P, B, 1), others as they are."""
     return outputs if outputs.dim() > 2 else outputs[..., None]
-
-
-def _make_mappable(module: nn.Module) -> None:
-    """Change, in place, how a module computes what it computes, where torch's own way cannot be mapped."""
-    for part in module.modules():
-        if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
-            part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
-        if isinstance(part, nn.RNNBase) and type(part) in KINDS:
-            part.forward = partial(run_recurrent, part)
-
-
-def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its count of batches."""
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None and var is not None and norm.num_batches_tracked is not None
-    if not norm.training:
-        return nn.functional.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
-    own_mean, own_var = torch.zeros_like(mean), torch.zeros_like(var)
-    outputs = nn.functional.batch_norm(x, own_mean, own_var, norm.weight, norm.bias, True, 1.0, norm.eps)
-    count = norm.num_batches_tracked.add_(1).to(mean.dtype)
-    for running, own in ((mean, own_mean), (var, own_var)):
-        running.add_((own - running) / count)  # lerp_ is not mapped
-    return outputs
-
-
-def layers_of(module: nn.Module) -> list[str]:
-    """Return the names of the submodules that own trained parameters: the layers, in ``named_modules()`` order."""
-    # named_parameters() goes through the modules in that order, and gives a shared parameter to its first owner.
-    trained = (name for name, p in module.named_parameters() if p.requires_grad)
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in trained))

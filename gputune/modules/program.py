@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gputune.modules.trace import Operation, Place, Trace, TraceError
+from gputune.modules.trace import ALIGNED, Operation, Place, Trace, TraceError, arrange
 
 aten = torch.ops.aten
 _has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-
-_ALIGNED = 64  # bytes: a line of the cache, and the widest vector
 
 _CHANNELS = 8  # a vector of them
 
@@ -31,37 +29,11 @@ _FACTORIES = {
 }
 """Operations whose result depends on the shape of what they are given, and on none of its numbers."""
 
-_PLAIN = (
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "bmm",
-        "baddbmm",
-        "addcmul",
-        "exp",
-        "log",
-        "sqrt",
-        "rsqrt",
-        "sum",
-        "mean",
-        "amax",
-    ),
-    *(
-        "gather",
-        "index_select",
-        "scatter_add",
-        "tanh",
-        "sigmoid",
-        "neg",
-        "where",
-        "clamp_min",
-        "clamp_max",
-        "cat",
-    ),
-    *("pow", "cos"),
-)
+_PLAIN = {
+    *("add", "sub", "mul", "div", "bmm", "baddbmm", "addcmul", "exp", "log", "sqrt", "rsqrt", "sum", "mean"),
+    *("gather", "index_select", "scatter_add", "tanh", "sigmoid", "neg", "where", "clamp_min", "clamp_max"),
+    *("amax", "cat", "pow", "cos"),
+}
 """Operations whose function in ``torch`` takes the same arguments and, called from Python, half the time."""
 
 
@@ -273,8 +245,8 @@ class _Source:
         ours = {p.memory: i for i, op in enumerate(operations) if op.out for p in op.makes}
         self.begins, size = arrange([(ours[m], self.last[m], trace.sizes[m]) for m in ours])
         self.begin = dict(zip(ours, self.begins))
-        self.arena = torch.empty(size + _ALIGNED, dtype=torch.uint8)
-        self.shift = -self.arena.data_ptr() % _ALIGNED
+        self.arena = torch.empty(size + ALIGNED, dtype=torch.uint8)
+        self.shift = -self.arena.data_ptr() % ALIGNED
         self.names: dict[Any, str] = {}
         self.values: dict[str, Any] = {"as_strided": torch.as_strided}
         self.results: dict[int, tuple[Place, str]] = {}
@@ -356,29 +328,6 @@ class _Source:
         if place.memory in self.begin:
             return place.on(self.arena.untyped_storage(), self.shift + self.begin[place.memory])
         return place.on(self.storages[place.memory])
-
-
-def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
-    """Return where results begin in one block, and its bytes, of the moments of (making, last use) and their bytes.
-
-    In the order of their making each takes the smallest gap among those that are in use then.
-    """
-    begins: list[int] = []
-    size = 0
-    for i, (made, _, wanted) in enumerate(uses):
-        held = sorted((begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made)
-        gaps, end = [], 0
-        for begin, length in held:
-            gaps.append((begin - end, end))
-            end = max(end, _rounded(begin + length))
-        fitting = [gap for gap in gaps if gap[0] >= wanted]
-        begins.append(min(fitting)[1] if fitting else end)
-        size = max(size, _rounded(begins[-1] + wanted))
-    return begins, size
-
-
-def _rounded(size: int) -> int:
-    return -(-size // _ALIGNED) * _ALIGNED
 
 
 def _mapped(value: object, tensor: Callable[[Place], Tensor]) -> Any:

@@ -1,10 +1,11 @@
-"""A module called with other tensors in the place of its own, and left as it was."""
+"""A module called with other tensors in the place of its own, and left as it was; Python numbers in it as tensors."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -68,3 +69,29 @@ def _extend(container: Any, members: Any) -> None:
         container.extend(members)
     else:
         container.update(members)
+
+
+def kept_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """Return the buffers and the Python numbers of some names, the numbers as tensors."""
+    buffers = dict(module.named_buffers())
+    return {k: buffers[k].detach() if k in buffers else _as_tensor(_number(module, k)) for k in names}
+
+
+def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the Python numbers among some names their values; buffers are left as they are."""
+    buffers = dict(module.named_buffers())
+    for name, value in values.items():
+        if name not in buffers:
+            path, _, key = name.rpartition(".")
+            kind = type(_number(module, name))
+            setattr(module.get_submodule(path), key, kind(value.item()))
+
+
+def _as_tensor(number: float) -> Tensor:
+    return torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+
+
+def _number(module: nn.Module, name: str) -> float:
+    path, _, key = name.rpartition(".")
+    number: float = getattr(module.get_submodule(path), key)
+    return number

@@ -1,13 +1,17 @@
 """Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
 
 import math
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+
+from gputune.modules.recurrent import KINDS, run_recurrent
 
 _fused = functional.scaled_dot_product_attention
 
@@ -77,3 +81,26 @@ def _attention(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     weights = ((query * scale) @ key.mT).softmax(-1)
     return functional.dropout(weights, dropout_p) @ value if dropout_p else weights @ value
+
+
+def make_mappable(module: nn.Module) -> None:
+    """Change, in place, how a module computes what it computes, where torch's own way cannot be mapped."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
+            part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
+        if isinstance(part, nn.RNNBase) and type(part) in KINDS:
+            part.forward = partial(run_recurrent, part)
+
+
+def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its count of batches."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None and norm.num_batches_tracked is not None
+    if not norm.training:
+        return functional.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    own_mean, own_var = torch.zeros_like(mean), torch.zeros_like(var)
+    outputs = functional.batch_norm(x, own_mean, own_var, norm.weight, norm.bias, True, 1.0, norm.eps)
+    count = norm.num_batches_tracked.add_(1).to(mean.dtype)
+    for running, own in ((mean, own_mean), (var, own_var)):
+        running.add_((own - running) / count)  # lerp_ is not mapped
+    return outputs

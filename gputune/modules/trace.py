@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
+ALIGNED = 64  # bytes: a line of the cache, and the widest vector
+
 _HIDDEN = {aten.native_batch_norm.default: (3, 4)}
 """Arguments that an operation writes without its schema saying so: running statistics."""
 
@@ -239,3 +241,26 @@ def _encoded(value: object) -> Any:
     if isinstance(value, Tensor):
         return Place.of(value)
     return [_encoded(part) for part in value] if isinstance(value, tuple | list) else value
+
+
+def arrange(uses: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Return where results begin in one block, and its bytes, of the moments of (making, last use) and their bytes.
+
+    In the order of their making each takes the smallest gap among those that are in use then.
+    """
+    begins: list[int] = []
+    size = 0
+    for i, (made, _, wanted) in enumerate(uses):
+        held = sorted((begins[j], uses[j][2]) for j in range(i) if uses[j][1] >= made)
+        gaps, end = [], 0
+        for begin, length in held:
+            gaps.append((begin - end, end))
+            end = max(end, _rounded(begin + length))
+        fitting = [gap for gap in gaps if gap[0] >= wanted]
+        begins.append(min(fitting)[1] if fitting else end)
+        size = max(size, _rounded(begins[-1] + wanted))
+    return begins, size
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED

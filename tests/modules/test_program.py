@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gputune.engine.stacked import StackedChunk
 from gputune.modules import draws
 from gputune.modules.module import StackedModule
-from gputune.modules.program import arrange, compile_trace
+from gputune.modules.program import compile_trace
 from gputune.modules.recorder import CpuRecorder, Replays
-from gputune.modules.trace import TraceError, trace
+from gputune.modules.trace import TraceError, arrange, trace
 from gputune.scoring.scoring import make_scoring
 from problems import fill, make_data, shape_of
 
