@@ -10,8 +10,7 @@ from torch import nn
 import gputune
 from command_line import run
 from gputune.engine.backend import matrix_products
-from gputune.tuning import options
-from gputune.tuning.options import Options, check_tf32
+from gputune.tuning.options import Options
 
 CUDA = torch.device("cuda")
 MATMUL = torch.backends.cuda.matmul
@@ -42,7 +41,7 @@ def test_it_is_set_inside_alone():
 @pytest.mark.parametrize("method", ["random", "hypergradient"])
 def test_a_search_and_its_best_model_train_with_it(tf32, method, monkeypatch):
     """As on a GPU, but for the check that there is one."""
-    monkeypatch.setattr(options, "check_tf32", lambda options, device: None)
+    monkeypatch.setattr("gputune.engine.backend.check_tf32", lambda *_: None)
     before, word = MATMUL.fp32_precision, "tf32" if tf32 else MATMUL.fp32_precision
     X, y = np.random.RandomState(0).randn(40, 3), np.arange(40) % 2
     common = {"n_trials": 1, "include_default": False, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 0}
@@ -83,7 +82,7 @@ def test_a_gpu_before_ampere_has_none(monkeypatch):
 def test_a_gpu_has_it(monkeypatch):
     monkeypatch.setattr(Options, "device_here", lambda options: CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert Options(tf32=True).tf32 and check_tf32(Options(tf32=True), CUDA) is None
+    assert Options(tf32=True).tf32
 
 
 def test_the_command_line_asks_for_it():

@@ -17,7 +17,7 @@ from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, is_plain
-from gputune.types import Backend, BackendWord, Config
+from gputune.types import Backend, BackendWord, Config, Precision
 
 _FEW = 20  # members, of which a step is all launches
 _DEEPEST = 63  # hidden layers that the compiled code has room for
@@ -181,3 +181,43 @@ def on_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:
+    """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
+    if not isinstance(tf32, bool):
+        raise InputError(f"tf32 must be True or False, got {tf32!r}.")
+    if not tf32:
+        return
+    if device.type != "cuda" or dtype != "float32":
+        raise InputError(
+            "tf32=True is for matrix products of single precision on a GPU, got "
+            f"device={str(device)!r}, dtype={dtype!r}; leave tf32 out."
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise InputError(
+            "tf32=True needs a GPU of compute capability 8.0 (Ampere) or newer, and "
+            f"{torch.cuda.get_device_name(device)} has {major}.{minor}, where it would do nothing; leave tf32 out."
+        )
+    if workers not in ("auto", 1):
+        raise InputError(
+            f"tf32=True is for a search in one process, got workers={workers!r}; leave one of them out."
+        )
+
+
+def check_precision(precision: Precision, dtype: str, device: torch.device, *, descends: bool) -> None:
+    """Raise InputError where bfloat16 is asked for and would mean nothing, or is not to be had."""
+    if precision == "full":
+        return
+    option = f"precision={precision!r}"
+    if dtype != "float32":
+        raise InputError(f"{option} goes with dtype='float32', got dtype={dtype!r}; leave one of them out.")
+    if descends:
+        raise InputError(
+            f"{option} rounds what method='hypergradient' differentiates; leave one of them out."
+        )
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(
+            f"{option} needs a GPU that computes in bfloat16, which this one does not; leave it out."
+        )

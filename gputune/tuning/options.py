@@ -314,10 +314,14 @@ class Options:
 
             check_ray(self.device)
         device = self.device_here()
-        if self.tf32 is not False:
-            check_tf32(self, device)
-        if self.precision != "full":
-            check_precision(self, device)
+        if self.tf32 is not False or self.precision != "full":
+            from gputune.engine.backend import check_precision, check_tf32
+            from gputune.methods.descent import Hypergradient
+
+            check_tf32(self.tf32, self.dtype, self.workers, device)
+            check_precision(
+                self.precision, self.dtype, device, descends=isinstance(self.method, Hypergradient)
+            )
 
     @property
     def is_on_cluster(self) -> bool:
@@ -335,45 +339,3 @@ class Options:
 
 RULES: Mapping[str, Rule] = {option.name: option.metadata.get("rule", Rule()) for option in fields(Options)}
 KEPT = tuple(name for name, rule in RULES.items() if rule.kept)
-
-
-def check_tf32(options: Options, device: "torch.device") -> None:
-    """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
-    import torch
-
-    if not isinstance(options.tf32, bool):
-        raise InputError(f"tf32 must be True or False, got {options.tf32!r}.")
-    if device.type != "cuda" or options.dtype != "float32":
-        raise InputError(
-            "tf32=True is for matrix products of single precision on a GPU, got "
-            f"device={str(device)!r}, dtype={options.dtype!r}; leave tf32 out."
-        )
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise InputError(
-            "tf32=True needs a GPU of compute capability 8.0 (Ampere) or newer, and "
-            f"{torch.cuda.get_device_name(device)} has {major}.{minor}, where it would do nothing; leave tf32 out."
-        )
-    if options.workers not in ("auto", 1):
-        raise InputError(
-            f"tf32=True is for a search in one process, got workers={options.workers!r}; leave one of them out."
-        )
-
-
-def check_precision(options: Options, device: "torch.device") -> None:
-    """Raise InputError where bfloat16 is asked for and would mean nothing, or is not to be had."""
-    import torch
-
-    from gputune.methods.descent import Hypergradient
-
-    asked = f"precision={options.precision!r}"
-    if options.dtype != "float32":
-        raise InputError(
-            f"{asked} goes with dtype='float32', got dtype={options.dtype!r}; leave one of them out."
-        )
-    if isinstance(options.method, Hypergradient):
-        raise InputError(f"{asked} rounds what method='hypergradient' differentiates; leave one of them out.")
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise InputError(
-            f"{asked} needs a GPU that computes in bfloat16, which this one does not; leave it out."
-        )
