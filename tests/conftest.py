@@ -7,9 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_iris
 
+from gputune.engine.device import DeviceChoice
 from gputune.modules.recorder import RECORDERS
 from gputune.study import trusted
 from stand_in import StandIn
@@ -44,7 +46,7 @@ class WriteDurations:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def own_state(tmp_path_factory):
+def own_state(tmp_path_factory, pytestconfig):
     """What the tests train is remembered here, also by the processes that they start, and not for this user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
@@ -52,6 +54,10 @@ def own_state(tmp_path_factory):
         patch.setattr(
             "gputune.engine.findings.cache_folder", lambda: found
         )  # not what the user's check found
+        if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
+            gpu = DeviceChoice(torch.device("cuda"))
+            patch.setattr("gputune.engine.device._by_speed", lambda gpu, work: DeviceChoice(gpu))
+            patch.setattr("gputune.engine.device._SOLVED", gpu)
         yield
 
 
@@ -72,13 +78,20 @@ def pytest_addoption(parser):
     )
     parser.addoption("--write-durations", action="store_true", help=f"write {DURATIONS.name} anew")
     parser.addoption("--gpu", action="store_true", help="run the tests of a GPU, and those alone")
+    parser.addoption(
+        "--auto-gpu", action="store_true",
+        help='take the GPU that is there, or simulated, for device="auto", and leave out the tests marked cpu',
+    )  # fmt: skip
 
 
 def pytest_configure(config):
-    if not config.getoption(
-        "--gpu"
-    ):  # the others take device="auto" for the CPU, in processes that they start too
+    # The others take device="auto" for the CPU, in processes that they start too.
+    if not (config.getoption("--gpu") or config.getoption("--auto-gpu")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if config.getoption("--auto-gpu"):  # of the oracle's own fork_rng()
+        config.addinivalue_line(
+            "filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning"
+        )
     examples = 1000 if config.getoption("--all") else 60
     settings.register_profile(
         "gputune", max_examples=examples, deadline=None, derandomize=True, database=None,
@@ -93,7 +106,8 @@ def pytest_collection_modifyitems(config, items):
     def left_out(item):
         of_gpu = item.get_closest_marker("gpu") is not None
         too_long = item.get_closest_marker("long") and not config.getoption("--all")
-        return too_long or of_gpu != config.getoption("--gpu")
+        of_cpu = item.get_closest_marker("cpu") and config.getoption("--auto-gpu")
+        return too_long or of_cpu or of_gpu != config.getoption("--gpu")
 
     config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
     items[:] = [item for item in items if not left_out(item)]

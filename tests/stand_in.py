@@ -6,7 +6,6 @@ alive. What it cannot see is a tensor on the wrong device, for here there is one
 """
 
 import gc
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -216,13 +215,8 @@ class Recording(DispatchMode):
         """Return the tape, where nothing that the step made is still there."""
         made = [(weakref.ref(tensor.untyped_storage()), self.fresh[_key(tensor)]) for tensor in self.kept]
         self.kept.clear()
-        # What only garbage holds does not outlive the step, nor what autograd's thread of a device has not yet let go.
-        for wait in range(50):
-            if all(storage() is None for storage, _ in made):
-                break
-            if wait % 25 == 0:
-                gc.collect()
-            time.sleep(0.01)
+        if any(storage() is not None for storage, _ in made):
+            gc.collect()  # what only garbage holds does not outlive the step
         for storage, function in made:
             if storage() is not None:
                 raise _refusal(function, "its result outlives the step; write it into a tensor made before")

@@ -356,6 +356,7 @@ def test_a_score_that_broadcasts_outputs_and_target_is_refused():
         gputune.tune(OneLogit, X, FAR, scoring=lambda o, t: -mean_square(o, t), **ONE)
 
 
+@pytest.mark.cpu
 @pytest.mark.filterwarnings("error:Using a target size")
 @pytest.mark.parametrize("y", [FAR, BINARY])
 @pytest.mark.parametrize(
@@ -416,6 +417,7 @@ def test_a_training_step_of_two_heads():
     assert study.best_model().predict(X).shape == (60,)
 
 
+@pytest.mark.cpu
 def test_augmentation_changes_minibatches_of_training_alone():
     def noise(x, generator):
         return x + 0.1 * torch.randn(x.shape, generator=generator)

@@ -22,7 +22,7 @@ WORK = {
     "epochs": 50,
 }
 
-pytestmark = needs_compiled_code
+pytestmark = [pytest.mark.cpu, needs_compiled_code]
 
 
 @pytest.fixture(autouse=True)

@@ -59,6 +59,7 @@ def test_all_ways_are_timed():
         assert timing._coded_seconds(job, data, other) == math.inf
 
 
+@pytest.mark.cpu
 def test_a_search_says_which_way_it_took(monkeypatch, capsys):
     X, y = make_data().x[0].float(), make_data().y
     options = {"n_trials": 2, "cv": 2, "max_epochs": 2, "workers": 1, "verbose": 1}

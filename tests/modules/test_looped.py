@@ -284,6 +284,7 @@ def test_a_class_of_torch_optim_trains_one_by_one_in_a_search(tmp_path, capsys):
     assert "optimizer__betas" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.cpu
 def test_processes_and_halving_give_the_same_scores():
     space = {"lr": [1e-3, 1e-2, 1e-1], "batch_size": [16]}
     words = {"space": space, "n_trials": 3, "method": "halving"}

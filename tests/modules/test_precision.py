@@ -64,6 +64,7 @@ def plain(build, epochs):
     return train_module(build, IMAGES, LABELS, CONFIG, epochs=epochs)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["eager", "graph", "loop"])
 def test_members_equal_a_plain_loop_under_autocast(backend, p):
@@ -98,6 +99,7 @@ class Words(nn.Module):
         return self.head(self.walk(x)[0][:, -1])
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("backend", ["stacked", "loop"])
 def test_attention_and_recurrence_train(backend):
     ids = torch.randint(9, (48, 5), generator=G)

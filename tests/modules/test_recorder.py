@@ -67,6 +67,7 @@ def cuda(monkeypatch):
     recorder._side_stream.cache_clear()
 
 
+@pytest.mark.cpu
 def test_warm_up_and_capture_are_on_one_side_stream(cuda):
     assert RECORDERS["cuda"] is CudaRecorder
     one = CudaRecorder(torch.device("cuda", 1))
@@ -92,6 +93,7 @@ def test_chunks_share_the_stream_of_their_device(cuda):
     assert one.stream is two.stream
 
 
+@pytest.mark.cpu
 def test_a_capture_that_runs_out_of_memory_says_so(cuda):
     def end():
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture")

@@ -49,7 +49,7 @@ def consistent(estimator, X, y):
         ("mlp", {"backend": "graph"}),
         ("mlp", {"method": "halving", "numbers": "quantile"}),
         ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
-        ("mlp", {"workers": 2, "memory": "1KB"}),
+        pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
         ("logistic", {}),
         (Net, {"dtype": "float64"}),
     ],

@@ -40,19 +40,10 @@ def device(pytestconfig):
 
 
 def run(device, *arguments):
-    """The end of pytest on the simulated device: (exit code, what it said)."""
+    """The end of pytest with the simulated device: (exit code, what it said)."""
     environment = {**os.environ, "SIMULATED_CUDA": str(device), "PYTHONPATH": str(HERE.parent)}
     plugins = ["-p", "simulated_cuda.torch_cuda", "-p", "no:cacheprovider"]
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "pytest",
-        "--gpu",
-        *plugins,
-        *arguments,
-        str(HERE / "on_device.py"),
-    ]
+    command = [sys.executable, "-P", "-m", "pytest", *plugins, *arguments]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
@@ -62,7 +53,22 @@ def test_all_other_tests_see_no_gpu():
 
 
 def test_gputune_on_a_gpu(device, pytestconfig):
-    code, said = run(device, "--tb=short", *["--all"] * pytestconfig.getoption("--all"))
+    everything = ["--all"] * pytestconfig.getoption("--all")
+    code, said = run(device, "--gpu", "--tb=short", *everything, HERE / "on_device.py")
+    assert code == 0, said
+
+
+PARTS = """
+test_laws.py test_module_laws.py test_arrays.py test_objectives.py
+engine population optimizers modules hypergradients scoring views
+""".split()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("part", PARTS)
+def test_the_suite_where_auto_is_a_gpu(part, device):
+    """But for what looks at the CPU, or at what the simulated device has not: processes, cuDNN, generators of CUDA."""
+    code, said = run(device, "--auto-gpu", "--tb=short", HERE.parent / part)
     assert code == 0, said
 
 

@@ -166,7 +166,7 @@ def _graph(
     _recording = recording = Recording(stream.device)
     _device.simulated_set_capturing(1)
     try:
-        with recording.undone(), NoReading(), recording:
+        with recording.undone(), NoReading(), recording, torch.autograd.set_multithreading_enabled(False):
             yield
         if fail_next_capture is not None:
             raise fail_next_capture
@@ -261,6 +261,7 @@ _FUNCTIONS: dict[str, Any] = {
     "device": Device,
     "get_device_name": lambda device=None: "a GPU that is not there",
     "get_device_capability": lambda device=None: (9, 0),
+    "is_bf16_supported": lambda including_emulation=True: True,
     "Stream": Stream,
     "stream": _stream,
     "set_stream": _set_stream,
