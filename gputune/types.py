@@ -59,6 +59,50 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 DEFAULT_LR = 1e-3
 
+SEARCHED: Mapping[str, Any] = MappingProxyType(
+    {
+        "batch_size": (32, 64, 128, 256),
+        "weight_decay": {"low": 1e-5, "high": 1e-1},
+        "hypergrad_lr": {"low": 1e-3, "high": 1e-1},
+        "width": (32, 64, 128, 256),
+        "C": {"low": 1e-3, "high": 1e3},
+        "l1_ratio": (0.0, 0.5, 1.0),
+    }
+)
+"""What a search without a space draws each key from: values, or the ends of a log-uniform range."""
+
+LR_FACTORS, PLAIN_LR_FACTORS = (0.1, 30.0), (1.0, 1000.0)
+"""The ends of the range of lr, as factors on its default; of sgd and nesterov, which do not scale their steps."""
+
+
+def defaults_in_words() -> str:
+    """Return the default spaces and the default values, a line each, for help texts and the documentation."""
+
+    def of(key: str) -> str:
+        choices = SEARCHED[key]
+        if isinstance(choices, tuple):
+            return f"{key} {', '.join(f'{choice:g}' for choice in choices)}"
+        return f"{key} {choices['low']:g}..{choices['high']:g} (log)"
+
+    def rate(factors: tuple[float, float]) -> str:
+        return "..".join(f"{factor * DEFAULT_LR:g}" for factor in factors)
+
+    trained = f"lr {rate(LR_FACTORS)} (log; sgd and nesterov {rate(PLAIN_LR_FACTORS)}), {of('batch_size')}"
+    values = ", ".join(f"{key} {value}" for key, value in DEFAULTS.items())
+    decays = f"weight_decay {default_weight_decay('adamw'):g} (adamw and its kin) or 0"
+    momenta = (
+        f"momentum {default_momentum('nesterov'):g} (nesterov), {default_momentum('muon'):g} (muon) or 0"
+    )
+    return "\n".join(
+        [
+            f"The default space of mlp: {trained}, {of('weight_decay')}, {of('width')}.",
+            f"Of a module: the same without width; hd optimizers also {of('hypergrad_lr')}.",
+            f"Of logistic, solved: {of('C')}, {of('l1_ratio')}.",
+            f"Where a space is silent: lr {DEFAULT_LR:g}, {decays}, {momenta}, {values}.",
+        ]
+    )
+
+
 ONLINE = ("sgdhd", "nesterovhd", "adamhd", "adamwhd")
 """Optimizers that adapt each member's learning rate while it trains; ``lr`` is where it begins."""
 

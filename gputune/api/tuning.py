@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
-from inspect import signature
+from inspect import cleandoc, signature
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar
 
@@ -26,7 +26,7 @@ from gputune.tuning.options import RULES, Options
 from gputune.tuning.pipeline import search
 from gputune.tuning.problem import ModelChoice, choose_model
 from gputune.tuning.progress import Progress, reading_bar
-from gputune.types import BackendWord, MethodWord, Precision, ScheduleWord
+from gputune.types import BackendWord, MethodWord, Precision, ScheduleWord, defaults_in_words
 
 Given = ParamSpec("Given")
 Value = TypeVar("Value")
@@ -212,3 +212,6 @@ def study_so_far(run: Callable[[], Study], verbose: int) -> Study:
         Progress(verbose).say(str(stopped))
         so_far: Study = stopped.study
         return so_far
+
+
+tune.__doc__ = f"{cleandoc(tune.__doc__ or '')}\n\n{defaults_in_words()}"

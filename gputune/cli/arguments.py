@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from gputune.text import did_you_mean
 from gputune.tuning.options import MACHINE, ROWS, RULES, SEARCH, Rule, Takes
+from gputune.types import defaults_in_words
 from gputune.version import __version__
 
 _DESCRIPTION = """\
@@ -77,7 +78,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (text, places, flags) in _COMMANDS.items():
         about = f"{text[0].upper()}{text[1:]}."
-        command = commands.add_parser(name, help=text, description=about, allow_abbrev=False)
+        ending = defaults_in_words() if name in ("tune", "train") else None
+        command = commands.add_parser(name, help=text, description=about, epilog=ending, allow_abbrev=False)
         for place, (metavar, help) in places.items():
             command.add_argument(place, metavar=metavar, help=help)
         if name in ("tune", "train"):
@@ -226,12 +228,18 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
     "report": (
         "write one page of HTML about a study, finished or running",
         {"study": _STUDY},
-        [_Flag("--out FILE", "where the page is written (report.html)", default="report.html")],
+        [
+            _Flag("--out FILE", "where the page is written (report.html)", default="report.html"),
+            _Flag(
+                "--live",
+                "write it again every few seconds, a page that reloads itself, until the search has ended",
+            ),
+        ],
     ),
     "status": (
         "look at a running search: trials by state, the best so far, the last result",
         {"study": _STUDY},
-        (),
+        [_Flag("--watch", "look again every two seconds, with the best curves, until it has ended")],
     ),
     "export": (
         "write a saved model as one file that runs without gputune",

@@ -12,6 +12,7 @@ from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
+from gputune.methods.edges import edge_remarks
 from gputune.report.facts import seconds_text, states_words
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
@@ -234,8 +235,8 @@ def _scores(ending: Ending, width: int) -> str:
         )
     if score is not None and score.unseen:
         text += f" {count(score.unseen, 'row')} of a class that no row of the search has counted as wrong."
-    about_best = _unfinished(ending.study) if ending.trial is None else ""
-    sentences = (text, _optimistic(ending), _without_model(ending.study), about_best)
+    about_best = (_unfinished(ending.study), *edge_remarks(ending.study)) if ending.trial is None else ()
+    sentences = (text, _optimistic(ending), _without_model(ending.study), *map(clean, about_best))
     words = " ".join(sentence for sentence in sentences if sentence)
     return "\n\n".join(paragraph(part, width) for part in (words, clean(ending.ensemble)) if part)
 

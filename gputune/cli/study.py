@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections import Counter
@@ -16,7 +17,7 @@ from gputune.cli.arguments import model_folder, study_file
 from gputune.report.facts import best_trial, is_its_model, seconds_text, states_text
 from gputune.study.record import has_form
 from gputune.study.study import Study, Trial
-from gputune.text import GAP, Measure, clean, count, is_formula, paragraph, short, table
+from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.types import Json
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
@@ -26,6 +27,9 @@ SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
 """Columns that are named as the measure when they are shown, unless its name is long; titles have it in full."""
 
 _LONGEST = 17
+
+_WATCH_SECONDS, _LIVE_SECONDS, _CURVES = 2.0, 5, 5
+"""Between two looks at a running search, between two pages of one, and the curves that are shown."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -192,22 +196,63 @@ def _name(value: object) -> str:
 
 
 def status(arguments: Namespace) -> str:
-    """Return in a few lines how far a search is, also one that another process runs."""
+    """Return in a few lines how far a search is, also one of another process; with ``--watch`` again and again."""
     file = study_file(arguments.study)
+    if not arguments.watch:
+        return status_text(file)
+    begun: tuple[float, int] | None = None  # when the watch began, and the trials that were finished then
+    while True:
+        study = Study.open(file)
+        done, now = _finished(study), time.monotonic()
+        begun = begun or (now, done)
+        left = _seconds_left(study, done, now - begun[0], done - begun[1])
+        text = f"{status_text(file, study)}{left}{_best_curves(study)}"
+        if done == len(study.trials):
+            return text
+        screen = f"\x1b[H\x1b[J{text}\n" if sys.stdout.isatty() else f"{text}\n\n"
+        sys.stdout.write(screen)
+        sys.stdout.flush()
+        time.sleep(_WATCH_SECONDS)
+
+
+def status_text(file: Path, study: Study | None = None) -> str:
+    """Return how far the search of a file is, a line for each thing that is known."""
     written = last_written(file) if file.is_file() else 0.0  # before it is opened, which may tidy up the file
-    study = Study.open(file)
+    study = Study.open(file) if study is None else study
     states = Counter(trial.state for trial in study.trials)
-    done = len(study.trials) - states["waiting"] - states["stopped"]
+    of = count(len(study.trials), "trial")
     lines = [
         ("Study", clean(file)),
-        (
-            "Trials",
-            f"{done} of {count(len(study.trials), 'trial')} finished{f': {states_text(study)}' if states else ''}",
-        ),
+        ("Trials", f"{_finished(study)} of {of} finished{f': {states_text(study)}' if states else ''}"),
         ("Best", _best(study, trains_on=states["waiting"] > 0)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
     return "\n".join(f"{name:9}{text}" for name, text in lines)
+
+
+def _finished(study: Study) -> int:
+    return sum(trial.state not in ("waiting", "stopped") for trial in study.trials)
+
+
+def _seconds_left(study: Study, done: int, seconds: float, news: int) -> str:
+    """Return what is left by the pace since the watch began, a line; nothing before there is one."""
+    if not news or done == len(study.trials):
+        return ""
+    left = seconds / news * (len(study.trials) - done)
+    return f"\n{'Left':9}about {seconds_text(left)}, by the pace since this began to look"
+
+
+def _best_curves(study: Study) -> str:
+    """Return the curves of the best trials as block characters, a line each, on the scale of all of them."""
+    best = [trial for trial in study.ranking()[:_CURVES] if math.isfinite(trial.score)]
+    if not best or study.curves.shape[1] < 2:
+        return ""
+    row, measure = {trial.number: row for row, trial in enumerate(study.trials)}, study_measure(study)
+    lines = [
+        f"{f'trial {t.number}':12}{blocks(study.curves[row[t.number]].mean(1), width=40)} {measure.text(t.score)}"
+        for t in best
+    ]
+    return "\n\n" + "\n".join(lines)
 
 
 def last_written(file: Path) -> float:
@@ -241,7 +286,13 @@ def report(arguments: Namespace) -> str:
     file, out = study_file(arguments.study), arguments.out
     check_place(f"--out {out!r}", Path(out), file)
     study = Study.open(file)
-    write_page(study, out, model=_model(study, model_folder(file)))
+    try:
+        while arguments.live and _finished(study) < len(study.trials):
+            write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
+            time.sleep(_LIVE_SECONDS)
+            study = Study.open(file)
+    finally:  # the last one stays as it is
+        write_page(study, out, model=_model(study, model_folder(file)))
     return f"Report   {out}"
 
 

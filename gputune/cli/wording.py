@@ -24,6 +24,8 @@ _PHRASES = {
     "the same call goes on from there where study= names a file": "the same command goes on from there",
     "folds (cv, groups)": "folds (--cv, --groups)",
     "with gputune.Study.open": "with gputune trials",
+    ", or None, got": ", got",
+    " or None, got": ", got",
     "pass a module, for example model=gputune.models.MLP": "give a module, --model FILE.py:NAME",
     "a torch.nn.Module class, a function that makes modules, or 'FILE.py:NAME'": "or FILE.py:NAME",
     ", a torch.nn loss, or callable(outputs, y), got": ", got",
@@ -36,6 +38,7 @@ _PHRASES = {
 """Advice that is Python's, and what it is here."""
 
 _PATTERNS = {
+    r"^X (?=has|must)": "FILE ",
     r", give it a default, or pass functools\.partial\(.*?=\.\.\.\)": ", or give it a default",
     r"\bkinds=\{'([^']*)': '(\w+)'\}": r"--kind \1=\2",
     r"put '(\w+)' into the space": r"put \1=... into --space",

@@ -14,7 +14,7 @@ from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, text
 from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
 from gputune.memory import free_memory
-from gputune.text import did_you_mean, size_words
+from gputune.text import did_you_mean, is_number, size_words
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
@@ -157,12 +157,23 @@ def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
         file.seek(0)
         fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
+    _check_header(path, names)
     rows = fields[1:]
     if fields.width > 1 and len(rows) and not any(field and field.strip() for field in rows.row(-1)):
         # Blank lines at the end (spreadsheets also write lines of nothing but separators) are no rows.
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return names, rows
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Raise InputError where the first line is a row of numbers; whole ones, such as years, may be names."""
+    numbers = [name for name in names if is_number(name)]
+    if any(not name.lstrip("-").isdecimal() for name in numbers) and len(numbers) * 2 >= len(names):
+        raise InputError(
+            f"{str(path)!r} has {quoted(numbers, 3)} in its first line, where the names of the columns are due; write "
+            "a line of names above it."
+        )
 
 
 def _open_text(path: Path) -> IO[bytes]:

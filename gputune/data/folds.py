@@ -158,7 +158,9 @@ def _split(
     except (ValueError, TypeError) as error:
         if groups is None and "groups" in str(error):
             raise InputError(f"cv={splitter!r} splits by groups, but groups is None; pass groups.") from error
-        raise InputError(f"cv={splitter!r} cannot split these {len(target)} rows: {error}") from error
+        folds = isinstance(splitter, KFold | GroupKFold | StratifiedKFold | StratifiedGroupKFold)
+        cv = vars(splitter)["n_splits"] if folds else repr(splitter)
+        raise InputError(f"cv={cv} cannot split these {len(target)} rows: {error}") from error
     if isinstance(splitter, StratifiedKFold | StratifiedGroupKFold):
         _warn_of_rare_classes(target, len(pairs))
     return pairs

@@ -16,7 +16,7 @@ from gputune.models import CNN, GRU
 from gputune.optimizers.classes import CLASSES, has_weight_decay, optimizer_defaults
 from gputune.study.store import Candidate
 from gputune.text import count
-from gputune.types import ONLINE, OPTIMIZERS, Config
+from gputune.types import LR_FACTORS, ONLINE, OPTIMIZERS, PLAIN_LR_FACTORS, SEARCHED, Config
 
 Origin = Literal["default", "include", "random"]
 
@@ -49,19 +49,22 @@ def default_space(
     regression has its penalty only.
     """
     if model == "logistic" and optimizer == "exact":
-        return {"C": stats.loguniform(1e-3, 1e3), "l1_ratio": [0.0, 0.5, 1.0]}
+        return {"C": _searched("C"), "l1_ratio": _searched("l1_ratio")}
     plain, lr = optimizer.removesuffix("hd") in ("sgd", "nesterov"), optimizer_defaults(optimizer)["lr"]
-    space: dict[str, Choices] = {
-        "lr": stats.loguniform(lr, 1e3 * lr) if plain else stats.loguniform(lr / 10, 30 * lr),
-        "batch_size": [32, 64, 128, 256],
-    }
+    low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
+    space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _searched("batch_size")}
     if optimizer in _TAKERS["weight_decay"]:
-        space["weight_decay"] = stats.loguniform(1e-5, 1e-1)
+        space["weight_decay"] = _searched("weight_decay")
     if optimizer in ONLINE:
-        space["hypergrad_lr"] = stats.loguniform(1e-3, 1e-1)
+        space["hypergrad_lr"] = _searched("hypergrad_lr")
     if model == "mlp":
-        return space | {"width": [32, 64, 128, 256]}
+        return space | {"width": _searched("width")}
     return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
+
+
+def _searched(key: str) -> Choices:
+    choices = SEARCHED[key]
+    return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
 
 
 def draw(space: Space, n_trials: int, seed: int, check: ConfigCheck = check_config) -> list[Config]:

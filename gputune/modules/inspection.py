@@ -4,7 +4,6 @@ Two members of unlike parameters take one step stacked, and one step each alone,
 and buffers must agree. What differs, or cannot be mapped at all, trains member by member.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -269,8 +268,7 @@ def _step_together(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> 
         stacked.blocks.views(flat),
         stacked.trained.views(torch.zeros(stacked.trained.size).to(flat)),
     )
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "There is a performance drop")
+    with torch.no_grad():
         outputs = stacked.outputs(params, 0, inputs)
         y = _targets(outputs[0]) if trial.y is None else trial.y
         batch = Batch(tuple(x[None] for x in inputs), y[None], 1 / len(y), slice(0, 1), _KEY)

@@ -316,6 +316,9 @@ class StackedModule(ModuleNetwork):
                 result = function(module.train(training), parts)
                 return result, self.stateless.held(self.kept)
 
+        # Said of the user's operations, and for PyTorch's developers; the remark that members train slower is ours.
+        warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
+        warns(False)
         try:
             with Mapped(), rounded(self.shape.precision if training else "full"), Substitutes():
                 result, after = vmap(of_member, randomness="same")(members, *tensors)
@@ -324,6 +327,8 @@ class StackedModule(ModuleNetwork):
                 f"model: {name_of(self.builder)} raised IndexError: {error}, on other rows than it was tried on; "
                 "an embedding must have a place for every code that the data hold."
             ) from error
+        finally:
+            warns(True)
         return result, after
 
     def member(self, params: Params, fold: int, trial: int) -> nn.Module:

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from gputune.errors import InputError
+from gputune.methods.edges import edge_remarks
 from gputune.report.charts import curves_chart, folds_note, history_chart, path_charts, slice_charts
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
 from gputune.report.parallel import WEAK, importance_chart, parallel_chart
@@ -115,11 +116,15 @@ FIRST_ROWS = 25
 
 
 def write_page(
-    study: Study, path: str | os.PathLike[str], *, model: Mapping[str, object] | None = None
+    study: Study,
+    path: str | os.PathLike[str],
+    *,
+    model: Mapping[str, object] | None = None,
+    reload_seconds: int = 0,
 ) -> None:
-    """Write the page of a study to a file; see ``Study.report``."""
+    """Write the page of a study to a file; see ``Study.report``. It reloads itself where it will be written again."""
     check_place(f"report({str(path)!r})", Path(path), study.file)
-    write_text(Path(path), page(study, model=model))
+    write_text(Path(path), page(study, model=model, reload_seconds=reload_seconds))
 
 
 def check_place(argument: str, path: Path, study_file: Path | None) -> None:
@@ -134,7 +139,7 @@ def check_place(argument: str, path: Path, study_file: Path | None) -> None:
         raise InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
-def page(study: Study, *, model: Mapping[str, object] | None = None) -> str:
+def page(study: Study, *, model: Mapping[str, object] | None = None, reload_seconds: int = 0) -> str:
     """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model.
 
     Raises InputError for a model of another study.
@@ -153,6 +158,7 @@ def page(study: Study, *, model: Mapping[str, object] | None = None) -> str:
     html: str = _template().render(
         policy=f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; "
         "form-action 'none'",
+        reload_seconds=reload_seconds,
         style=Markup(style),
         script=Markup(script),
         facts=facts(study, model),
@@ -190,7 +196,7 @@ def _texts(study: Study) -> Json:
         "endings": endings(study),
         "code": again_code(study),
         "setting": setting(study),
-        "notes": [clean(note) for note in study.record.notes],
+        "notes": [clean(note) for note in (*study.record.notes, *edge_remarks(study))],
         "version": __version__,
     }
 

@@ -4,10 +4,11 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 
+from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.optuna_sampler import OptunaSampler
 from gputune.methods.random import default_space, first_candidates, notes, remarks, top_up
-from gputune.methods.recipes import named_space
+from gputune.methods.recipes import SPACES, named_space
 from gputune.methods.space import Space, check_include, check_space, translated
 from gputune.optimizers.classes import argument_defaults
 from gputune.study.ledger import Ledger
@@ -22,6 +23,10 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
     keys, module = legal_keys(choice.searched, choice.optimizer), choice.searched == "module"
     check_include(options.include, keys=keys, module=module)
     space = options.space
+    if isinstance(space, str) and space in SPACES and not choice.recipe:
+        raise InputError(
+            f"space={space!r} is of RealMLP, got model={choice.name!r}; choose model='realmlp', or a space of keys."
+        )
     if isinstance(space, str):
         space = named_space(space, choice.goal)
     elif space is None and choice.recipe:

@@ -78,6 +78,12 @@ def _whole(name: str, value: object) -> object:
     return value
 
 
+def _verbose(name: str, value: object) -> object:
+    if not isinstance(value, Integral) or value < 0:
+        raise InputError(f"{name} must be 0 (silent) or 1, got {value!r}.")
+    return int(value)
+
+
 def _seconds(name: str, value: object, none: str = "") -> object:
     if none and value is None:
         return None
@@ -303,7 +309,7 @@ class Options:
         takes="number", check=_seconds, kept=True, resume=True,
     )  # fmt: skip
     callbacks: "tuple[Callback, ...]" = _option((), check=_callbacks)
-    verbose: int = 1
+    verbose: int = _option(1, check=_verbose)
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():

@@ -19,6 +19,7 @@ from gputune.errors import InputError
 from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.methods.descent import Hypergradient
+from gputune.methods.edges import edge_remarks
 from gputune.methods.optuna_sampler import OptunaSampler
 from gputune.methods.random import draw
 from gputune.methods.space import Space
@@ -120,7 +121,10 @@ def search(
                 make_study = partial(study_type.from_rows, record.to_json())
     refitted = replace(options, callbacks=())  # a refit calls none
     data = setup.choice, replace(source, original=None), refitted
-    return checked(make_study(ledger.rows(), data=data, file=options.study), number)
+    study = make_study(ledger.rows(), data=data, file=options.study)
+    for remark in edge_remarks(study) if say_notes else ():
+        progress.say(f"note: {remark}")
+    return checked(study, number)
 
 
 def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Progress) -> _Setup:

@@ -10,6 +10,7 @@ from gputune.api.tuning import tune
 from gputune.cli.arguments import make_parser
 from gputune.cli.wording import flags, in_flags
 from gputune.study.record import IDENTITY
+from gputune.types import defaults_in_words
 
 PYTHON_ALONE = {
     "X",
@@ -32,8 +33,18 @@ def test_every_argument_that_has_an_option_is_known():
     assert {*inspect.signature(tune).parameters} - PYTHON_ALONE | OF_METHODS <= known.keys()
     typed = ["tune", "FILE", *(f for f in known.values() if f in ("--no-default", "--quiet", "--per-layer"))]
     assert make_parser().parse_args(typed).verbose == 0
-    help_text = make_parser().format_help()
-    assert "tune" in help_text
+    assert "tune" in make_parser().format_help()
+
+
+def test_the_default_space_is_in_every_help(capsys):
+    for command in ("tune", "train"):
+        with pytest.raises(SystemExit):
+            make_parser().parse_args([command, "--help"])
+        assert (
+            defaults_in_words().split()
+            == capsys.readouterr().out.split()[-len(defaults_in_words().split()) :]
+        )
+    assert defaults_in_words() in gputune.tune.__doc__
 
 
 @pytest.mark.parametrize("name", [*IDENTITY.values(), "test_size"])

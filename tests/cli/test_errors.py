@@ -47,6 +47,27 @@ def test_empty_table(bugs, text, words):
     refused_tune(bugs, words=["row", words])
 
 
+def test_a_file_without_a_header(bugs):
+    bugs.write_text("5.1,3.5,ant\n4.9,3.0,bee\n")
+    refused_tune(bugs, words=["has '5.1', '3.5' in its first line", "write a line of names above it"])
+    bugs.write_text("2019,2020,kind\n" + "5,1.5,ant\n4,2,bee\n" * 20)  # years are names
+    assert run("tune", bugs, "--target", "kind", *FAST)[0] == 0
+
+
+def test_an_id_as_the_target(bugs):
+    write_table(bugs, name=[f"n{i}" for i in range(40)])
+    refused(
+        "tune",
+        bugs,
+        "--target",
+        "name",
+        *FAST,
+        "--test-size",
+        "0",
+        words=["--cv 2 cannot split these 40 rows"],
+    )
+
+
 def test_unknown_format(bugs):
     refused_tune(bugs.rename("bugs.xls"), words=["bugs.xls", ".csv", "convert it"])
 
@@ -150,7 +171,12 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
     ("option", "value", "words"),
     [
         ("--test-size", "1", ["0 <= --test-size < 1", "got 1.0"]),
-        ("--timeout", "0", ["above 0", "got 0.0"]),
+        ("--timeout", "0", ["is a number of seconds above 0, got 0.0"]),
+        (
+            "--space",
+            "realmlp",
+            ["--space realmlp is of RealMLP, got --model mlp; choose --model realmlp, or a space"],
+        ),
         ("--cv", "some", ["such as 5", "'some'"]),
         ("--cv", "1", ["at least 2", "'1'"]),
         ("--device", "cuda:99", ["'cuda:99'", "cpu"]),

@@ -7,6 +7,8 @@ from argparse import Namespace
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
+
 import gputune
 from command_line import run
 from gputune.cli import study as commands
@@ -16,8 +18,8 @@ from study_rows import candidates, result
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
 
 
-def status(path):
-    return commands.status(Namespace(study=str(path)))
+def status(path, *, watch=None):
+    return commands.status(Namespace(study=str(path), watch=watch))
 
 
 def test_a_running_search(tmp_path):
@@ -75,6 +77,43 @@ def test_when_it_was_written_is_not_when_it_was_looked_at(tmp_path, monkeypatch)
     os.utime(path, (now - 3600,) * 2)
     for _ in range(3):
         assert "Written  1 h 0 min ago" in status(path)
+
+
+def test_a_watch_ends_with_the_search(tmp_path, monkeypatch, capsys):
+    path, looks = tmp_path / "study.db", []
+    with Store.create(path, {**META, "max_epochs": 3}) as store:
+        store.add_trials(candidates(range(4)))
+
+        def sleep(seconds):
+            looks.append(seconds)
+            first = 2 * len(looks) - 2
+            store.finish([replace(result(n, score=0.5 + n / 10), curve=CURVE) for n in (first, first + 1)])
+
+        monkeypatch.setattr(commands.time, "sleep", sleep)
+        last = status(path, watch=True)
+    first, second = capsys.readouterr().out.split("\n\nStudy")
+    assert len(looks) == 2 and "0 of 4 trials" in first and "Left" not in first
+    assert "2 of 4 trials" in second and re.search(r"Left     about \d+\.\d s, by the pace", second)
+    assert "\ntrial 1     ▁▅█ 0.6000" in second and "4 of 4 trials" in last and "Left" not in last
+
+
+CURVE = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]])
+
+
+def test_a_live_page_reloads_itself_until_the_search_has_ended(tmp_path, monkeypatch):
+    path, out, pages = tmp_path / "study.db", tmp_path / "page.html", []
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(1)))
+
+        def sleep(seconds):
+            pages.append(out.read_text())
+            store.finish([result(0)])
+
+        monkeypatch.setattr(commands.time, "sleep", sleep)
+        assert run("report", path, "--live", "--out", out) == (0, f"Report   {out}\n", "")
+    (live,) = pages
+    reload = '<meta http-equiv="refresh" content="5">'
+    assert reload in live and reload not in out.read_text()
 
 
 def test_results_in_the_log_count_as_written(tmp_path):

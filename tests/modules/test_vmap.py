@@ -2,8 +2,10 @@
 
 import dataclasses
 import threading
+import warnings
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -454,3 +456,20 @@ def test_threads_take_turns_at_the_generator(monkeypatch):
     others[0].join()
     assert largest_difference(found, expected) == largest_difference(others[1], expected) == 0
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Normed(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.last = nn.utils.parametrizations.weight_norm(nn.Linear(n_features, n_outputs))
+
+    def forward(self, x):
+        return self.last(x)
+
+
+def test_nothing_is_said_of_operations_that_are_slow_stacked():
+    X, y = np.random.default_rng(0).normal(size=(40, 3)).astype("float32"), np.arange(40) % 2
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        gputune.tune(Normed, X, y, n_trials=2, max_epochs=1, cv=2, verbose=0, backend="stacked")
+    assert not [warning for warning in said if "performance drop" in str(warning.message)]

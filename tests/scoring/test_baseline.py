@@ -45,6 +45,37 @@ def test_a_high_accuracy_of_one_class_is_remarked():
     )
 
 
+@pytest.mark.parametrize(
+    ("counts", "words"),
+    [
+        ((50, 50), None),
+        ((99, 1), "'a' has an accuracy of 0.99"),
+        (
+            (80, 10, 10),
+            "'a' has an accuracy of 0.8000 already: balanced_accuracy, f1_macro, roc_auc_ovr or neg_log",
+        ),
+        ((40, 30, 30), None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:y has classes with fewer rows")
+def test_an_accuracy_is_remarked_where_one_class_makes_it(counts, words):
+    y = np.repeat(list("abc")[: len(counts)], np.array(counts) * 2)
+    study = gputune.tune("logistic", np.random.default_rng(0).normal(size=(len(y), 2)), y, cv=2, **HOW)
+    found = [note for note in study.record.notes if "already" in note]
+    assert len(found) == (words is not None) and all(words in note for note in found)
+    for scoring in (
+        found[0].split("already: ")[1].split(" as ")[0].replace(" or ", ", ").split(", ") if found else ()
+    ):
+        positive = "b" if scoring == "average_precision" else None
+        gputune.tune("logistic", np.zeros((len(y), 1)) + np.arange(len(y))[:, None], y, cv=2, scoring=scoring,
+                     positive=positive, **HOW)  # fmt: skip
+
+
+def test_a_constant_number_has_a_baseline_and_no_remark():
+    study = gputune.tune("mlp", np.random.default_rng(0).normal(size=(40, 2)), np.full(40, 2.5), cv=2, **HOW)
+    assert study.record.baseline["answer"] == "the mean of the training rows" and study.record.notes == []
+
+
 def test_a_rare_positive_class_for_all_rows_is_the_answer_of_f1():
     X, y = np.random.default_rng(0).normal(size=(60, 2)), np.array(["stayed"] * 54 + ["left"] * 6)
     found = gputune.tune("mlp", X, y, cv=3, scoring="f1", positive="left", **HOW).record.baseline

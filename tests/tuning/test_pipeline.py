@@ -23,6 +23,7 @@ import gputune
 import reference
 from gputune.data.folds import hold_out
 from gputune.data.target import check_target
+from gputune.methods.edges import edge_remarks
 from gputune.population.population import complete
 from gputune.study.store import Store
 from problems import largest_difference, living_tensors
@@ -792,3 +793,19 @@ def test_a_search_leaves_no_tensor_behind(iris, model, method):
     before = living_tensors()
     search()
     assert living_tensors() <= before
+
+
+@pytest.mark.parametrize("verbose", ["x", -1, 1.5, None])
+def test_verbose_is_a_number(verbose):
+    with pytest.raises(gputune.InputError, match=r"verbose must be 0 \(silent\) or 1, got"):
+        gputune.tune("mlp", np.zeros((4, 1)), [0, 1, 0, 1], verbose=verbose)
+
+
+def test_a_best_value_at_the_edge_is_a_note(capsys):
+    X, y = np.random.default_rng(0).normal(size=(40, 2)), np.arange(40) % 2
+    space = {"lr": [1e-9, 1e-8, 1e-7]}
+    study = gputune.tune(
+        "mlp", X, y, space=space, n_trials=3, max_epochs=1, cv=2, scoring="neg_log_loss", workers=1
+    )
+    (remark,) = edge_remarks(study)
+    assert f"note: {remark}" in capsys.readouterr().err
