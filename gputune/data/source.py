@@ -146,8 +146,7 @@ def read_source(
     refuse_loader(X)
     if module and isinstance(X, TorchDataset):
         X, y = read_dataset(X, y, bar)
-    if from_file and y is None and str(X).startswith("sklearn:"):
-        y = "target"
+    y = "target" if from_file and y is None and str(X).startswith("sklearn:") else y
     if y is None and not from_file:
         raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
     if not module:

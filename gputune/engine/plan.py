@@ -119,15 +119,10 @@ def make_plan(
     """
     pieces: list[_Piece] = []
     for population in populations:
-        reason = unstackable.get(population.arguments, "")
-        way = trains_as(
-            backend, population.kind, population.configs[0], reason, coded=population.arguments in coded
-        )
+        reason, in_code = unstackable.get(population.arguments, ""), population.arguments in coded
+        way = trains_as(backend, population.kind, population.configs[0], reason, coded=in_code)
         cost = trial_cost(population, data, parameters, way, widest.get(population.arguments, 0))
-        of_compiled = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
-        limit = (
-            min(of_compiled, memory or of_compiled) if way == "compiled" else memory_limit(data, memory, free)
-        )
+        limit = _compiled_limit(population, memory) if way == "compiled" else memory_limit(data, memory, free)
         if cost_of is not None:
             cost, limit = cost_of(population, cost), memory or limit
         if measure is not None and _needs_measuring(population, cost, limit):
@@ -159,6 +154,11 @@ def _among_workers(pieces: "list[_Piece]", data: Dataset, workers: int | None, g
     # Products this small lose time to a second thread; only a long run that cannot be cut has use for one.
     threads = cores() if workers == 1 and total > _THREADS_PAY else 1
     return _plan(pieces, data, workers=workers, threads=threads)
+
+
+def _compiled_limit(population: Population, memory: int | None) -> int:
+    limit = _CODED_BYTES if population.kind == "module" else _COMPILED_BYTES
+    return min(limit, memory or limit)
 
 
 def _needs_measuring(population: Population, cost: Cost, limit: int) -> bool:
