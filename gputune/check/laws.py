@@ -40,10 +40,10 @@ def leave(device: torch.device, backend: Backend) -> float:
     wild = ({"lr": _WILD}, *calm, {"lr": _WILD})
     ((_, expected),) = Case(calm, shared).trained(device, backend)
     case = Case(wild, shared)
-    ((_, found),) = case.trained(device, backend, scoring_of(case, "neg_log_loss"))
-    if found.alive != (1, 2, 3):
-        raise RuntimeError(f"trials (1, 2, 3) should stay, but {found.alive} did")
-    return difference(found.flat, expected.flat)
+    ((_, trained),) = case.trained(device, backend, scoring_of(case, "neg_log_loss"))
+    if trained.alive != (1, 2, 3):
+        raise RuntimeError(f"trials (1, 2, 3) should stay, but {trained.alive} did")
+    return difference(trained.flat, expected.flat)
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def _solved(device: torch.device, _backend: Backend) -> float:
         for c, config in enumerate(configs):
             plain = LogisticRegression(C=config["C"], tol=1e-12, max_iter=10_000)
             plain.fit(x[fold.train], data.y[fold.train].numpy())
-            found = solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
-            worst.append(np.abs(found - plain.predict_proba(x)).max())
+            chances = solved_module(solution, f * len(configs) + c)(data.x[f]).softmax(-1).detach().numpy()
+            worst.append(np.abs(chances - plain.predict_proba(x)).max())
     return float(np.max(worst))
 
 
@@ -228,12 +228,12 @@ def _hypergradient(mode: Mode, other: Mode, device: torch.device, _backend: Back
 def _second_gpu(device: torch.device, backend: Backend) -> float:
     """Members on each of the other GPUs from the plain loop."""
     others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
-    found = [
+    differences = [
         from_plain_loop(CASES["adamw"], other, backend)
         for other in others
         if other.index != (device.index or 0)
     ]
-    return max(found, default=0.0)
+    return max(differences, default=0.0)
 
 
 LAWS: tuple[Law, ...] = (

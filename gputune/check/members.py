@@ -169,7 +169,7 @@ def module_difference(module: nn.Module, other: nn.Module) -> float:
     return float(np.max([difference(a, b) for a, b in pairs]))
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(values: Tensor, expected: Tensor) -> float:
     """Return max |difference| / max |expected|; NaN where either has one."""
-    found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    values, expected = values.detach().cpu().double(), expected.detach().cpu().double()
+    return float((values - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

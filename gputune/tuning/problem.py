@@ -182,7 +182,7 @@ class Problem:
         if options.tf32 and options.device == "auto":
             return DeviceChoice(options.device_here())  # TF32 is a GPU's
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
-        held = next((part.device for part in parts if isinstance(part, Tensor)), None)
+        place = next((part.device for part in parts if isinstance(part, Tensor)), None)
         default = choice.complete({}, options.schedule)
         work = Work(
             kind=choice.kind,
@@ -196,7 +196,7 @@ class Problem:
             differentiated=isinstance(options.method, Hypergradient),
             backend=options.backend,
             dtype=DTYPES[options.dtype],
-            held_by=held,
+            held_by=place,
         )
         return device_for(options.device, work)
 
@@ -289,15 +289,15 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
         )
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
     objective = _objective(target, choice, options)
-    columns, asked = options.columns, options.numbers
-    kept = columns == "keep" or (columns == "auto" and choice.kind == "module" and not choice.recipe)
-    how: Columns = "keep" if kept else "drop-constant"
+    columns, word = options.columns, options.numbers
+    keeps = columns == "keep" or (columns == "auto" and choice.kind == "module" and not choice.recipe)
+    how: Columns = "keep" if keeps else "drop-constant"
     if isinstance(source.X, Arrays):
-        numbers: Numbers = "none" if asked == "auto" else asked
+        numbers: Numbers = "none" if word == "auto" else word
         return Problem(source, target, ArrayLayout.of(source.X), source.X, how, numbers, objective)
     layout = fit_layout(source.X, columns=how)
-    own: Numbers = "robust" if choice.recipe and not isinstance(source.X, Tensor) else "standard"
-    numbers = own if asked == "auto" else asked
+    default: Numbers = "robust" if choice.recipe and not isinstance(source.X, Tensor) else "standard"
+    numbers = default if word == "auto" else word
     return Problem(source, target, layout, layout.raw(source.X), how, numbers, objective)
 
 
