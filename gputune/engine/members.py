@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +42,7 @@ class MemberChunk(StackedChunk):
         scoring: Scoring | None,
     ) -> None:
         super().__init__(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
-        lengths = [len(fold.train) for fold in data.folds]
+        lengths = [(len(fold.train), len(fold.valid)) for fold in data.folds]
         ones = {length: OneMember(self, lengths.index(length), seed) for length in dict.fromkeys(lengths)}
         self.members = [ones[length] for length in lengths]
         drawing = [one.draws for one in ones.values() if one.draws is not None]
@@ -53,6 +54,7 @@ class MemberChunk(StackedChunk):
             one.write(code)
         self.code = build(code.source, data.dtype)
         self.code.take_steps.restype = None
+        self.outputs: list[Tensor | None] = []
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""
@@ -60,6 +62,7 @@ class MemberChunk(StackedChunk):
         self.update.begin(epoch)
         rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
+        self.outputs = [self._outputs_of(one) for one in self.members]
         for begin in range(0, last, self.ahead):
             for one in dict.fromkeys(self.members):
                 if one.draws is not None:
@@ -67,6 +70,20 @@ class MemberChunk(StackedChunk):
             self._take(rows, begin, min(begin + self.ahead, last))
         for (block, buffer), own in zip(self._buffers(), rows):
             buffer.copy_(block.from_rows(own))
+
+    def _outputs_of(self, one: OneMember) -> Tensor | None:
+        """Return room for the outputs (C, m, K) of the members of a fold, None where they are in no code."""
+        if one.outputs is None:
+            return None
+        return one.result.new_empty((len(self.configs), *one.result.shape[1:]))
+
+    def scores(self) -> np.ndarray:
+        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
+        outputs = [x for x in self.outputs if x is not None]
+        if len(outputs) < self.data.n_folds:
+            return super().scores()
+        params = self._network.blocks.views(self._flat)
+        return self.validation.scores(self._network, params, len(self.configs), outputs)
 
     def seconds_of_a_step(self) -> float:
         """Return the seconds that a step of the first member takes; its state stays as it is."""
@@ -107,6 +124,9 @@ class MemberChunk(StackedChunk):
                     space.load(f, c, [own[c, f] for own in rows], begin)
                     space.take(self.code, begin, end)
                     space.store([own[c, f] for own in rows])
+                    outputs = self.outputs[f]
+                    if end == len(self.batches.shapes) and outputs is not None:
+                        outputs[c] = space.outputs(self.code)
 
         threads = torch.get_num_threads()
         with ThreadPoolExecutor(threads) as pool:

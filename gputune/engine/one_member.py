@@ -5,6 +5,7 @@ What members differ in lies in tables, from which the member's own numbers are c
 
 import ctypes
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -65,9 +66,27 @@ class OneMember:
                 own.batches.step.fill_(i)
                 steps[shape] = code.add(trace(partial(own._step, shape, (0, i))), self.memories)
         self.steps = [steps[shape] for shape in shapes]
+        self.outputs = self._outputs(code)
         buffers = [] if self.draws is None else list(tensors(self.draws.buffers))
         held = [*own.batches.inputs, own.batches.target, *buffers]
         self.common = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def _outputs(self, code: MemberCode) -> Step | None:
+        """Write what the member makes of its validation rows as code; None where that is not what is scored."""
+        own, validation = self.own, self.chunk.validation
+        is_scored = validation.scoring is not None and self.chunk.scored is self.chunk.flat
+        if not is_scored or not validation.is_small(own.network):
+            return None
+        data = own.validation.data
+        self.rows = [x.clone() for x in data.rows(0, data.folds[0].valid)]
+        self.result = own.network.outputs(own.params, 0, self.rows).clone()
+
+        def compute() -> None:
+            self.result.copy_(own.network.outputs(own.params, 0, self.rows))
+
+        with suppress(TraceError):
+            return code.add(trace(compute), self.memories)
+        return None
 
     @property
     def draws(self) -> ModuleDraws | None:
@@ -106,6 +125,9 @@ class OneMember:
         for of_all, own in zip(theirs.validation.data.scaling, mine.batches.data.scaling):
             if of_all is not None and own is not None:
                 pairs += [(of_all.center, own.center), (of_all.scale, own.scale)]
+        if self.outputs is not None:
+            data = theirs.validation.data
+            yield from zip(data.rows(fold, data.folds[fold].valid), self.rows)
         yield from ((of_all[part], own) for of_all, own in pairs if of_all is not None and own is not None)
 
 
@@ -173,11 +195,12 @@ class Space:
         }
         pointers = [storage.data_ptr() for storage in self.copies.values()]
         self.memories = (ctypes.c_void_p * len(pointers))(*pointers)
-        room = max(step.room for step in one.steps)
+        steps = [*one.steps, *([] if one.outputs is None else [one.outputs])]
+        room = max(step.room for step in steps)
         self.room = torch.empty(room + 64, dtype=torch.uint8)
-        self.numbers = [np.array([*step.numbers, 0.0]) for step in one.steps]
-        self.which = np.array([step.function for step in one.steps], dtype=np.int64)
-        self.given = (ctypes.c_void_p * len(one.steps))(*(numbers.ctypes.data for numbers in self.numbers))
+        self.numbers = [np.array([*step.numbers, 0.0]) for step in steps]
+        self.which = np.array([step.function for step in steps], dtype=np.int64)
+        self.given = (ctypes.c_void_p * len(steps))(*(numbers.ctypes.data for numbers in self.numbers))
         own = one.own
         self.states = [self._here(tensor) for tensor in (own._flat, *own.update.state())]
         self.tables = [(path, self._here(table)) for path, table in one.tables]
@@ -222,7 +245,16 @@ class Space:
 
     def take(self, code: ctypes.CDLL, begin: int, end: int) -> None:
         """Take some steps of the epoch."""
-        end = min(end, len(self.which))
+        self._take(code, begin, min(end, len(self.one.steps)))
+
+    def outputs(self, code: ctypes.CDLL) -> Tensor:
+        """Return the outputs (m, K) on the validation rows, which are in the code."""
+        self._take(code, len(self.one.steps), len(self.one.steps) + 1)
+        result = self._here(self.one.result)
+        assert result is not None
+        return result[0]
+
+    def _take(self, code: ctypes.CDLL, begin: int, end: int) -> None:
         if begin >= end:
             return
         begins = self.which.ctypes.data + 8 * begin, ctypes.addressof(self.given) + 8 * begin

@@ -5,7 +5,7 @@ The first wait for the device once an epoch; the second is what any search has t
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -33,14 +33,27 @@ class Validation:
         self.block_bytes = _block_bytes(data.device)
         self.kept: dict[tuple[int, int], tuple[tuple[Tensor, ...], ...]] = {}
 
-    def scores(self, network: Network, params: Params, trials: int) -> np.ndarray:
-        """Return the scores (C, F) of all members of a network of so many trials."""
+    def is_small(self, network: Network) -> bool:
+        """Whether one layer's outputs of one member on all validation rows of a fold stay within the block."""
+        most = max(len(fold.valid) for fold in self.data.folds)
+        return most <= _block_rows(self.data, network, 1, self.block_bytes)
+
+    def scores(
+        self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None
+    ) -> np.ndarray:
+        """Return the scores (C, F) of all members of a network of so many trials.
+
+        Of their outputs (C, m, K) on the rows of each fold, where those are ``computed`` already.
+        """
         assert self.scoring is not None
         columns = []
         block = _block_rows(self.data, network, trials, self.block_bytes)
         for fold in range(self.data.n_folds):
-            blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
-            outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+            if computed is not None:
+                outputs = computed[fold]
+            else:
+                blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
+                outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
             columns.append(self.scoring(self.data, fold, outputs, partial(network.member, params, fold)))
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
 

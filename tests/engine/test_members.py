@@ -14,7 +14,7 @@ from gputune.modules import draws
 from gputune.modules.module import StackedModule, Traits
 from gputune.native import build as built
 from gputune.scoring.objective import Objective
-from problems import fill, make_data, scoring_of, shape_of
+from problems import Linear, fill, make_data, scoring_of, shape_of
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
 
@@ -138,3 +138,14 @@ def test_what_is_in_no_code_trains_in_another_way(given):
         network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph"
     )
     assert np.isfinite(trained.curves).all()
+
+
+def test_outputs_on_validation_rows_are_of_the_code_too(monkeypatch):
+    data = make_data()
+    configs = fill(*({"lr": lr, "batch_size": 9} for lr in (0.01, 0.1)))
+    network = StackedModule(Linear, configs, shape_of(data), seed=0, traits=Traits())
+    chunk = MemberChunk(network, data, configs, seed=0, horizon=6, scoring=scoring_of(data, "neg_log_loss"))
+    chunk.advance(0)
+    expected = StackedChunk.scores(chunk)
+    monkeypatch.setattr(StackedModule, "outputs", lambda *args: pytest.fail("computed by torch"))
+    assert np.allclose(chunk.scores(), expected, rtol=1e-12)
