@@ -1,6 +1,7 @@
 """search(): the search of those who have a training loop of their own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,8 @@ def search(
     method: Method | Literal["halving", "median"] = "random",
     max_epochs: int | None = None,
     timeout: float | None = None,
+    target_score: float | None = None,
+    patience_trials: int | None = None,
     study: str | Path | None = None,
     workers: int | Literal["auto"] = "auto",
     random_state: object = 0,
@@ -48,6 +51,8 @@ def search(
     max_epochs   how often a whole training calls ``report``; halving and the median rule need it
     timeout      seconds after which no trial begins, and those that train end at their next report; a later call with
                  the same ``study`` trains these anew
+    target_score, patience_trials  no trial begins, and those that train end at their next report, when the objective
+                 has returned that or better, or so many trials in a row were no better than the best before them
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     workers      processes that train, a trial each; "auto": one for each GPU, else for each core; 1: this process. Each
                  has a GPU of its own as "cuda" (by CUDA_VISIBLE_DEVICES) and its part of the cores for torch
@@ -59,6 +64,8 @@ def search(
     arguments = locals()
     given = {name: arguments[name] for name in RULES.keys() & arguments.keys()}
     options = Options(**{**given, "max_epochs": 1 if max_epochs is None else max_epochs})
+    if options.target_score is not None and direction == "minimize":
+        options = replace(options, target_score=-options.target_score)
     run = partial(
         search_loop, objective, options, direction=direction, max_epochs=max_epochs, study_type=Study
     )

@@ -92,6 +92,8 @@ def tune(
     max_epochs: int = 50,
     epoch: Literal["best", "last"] = "best",
     timeout: float | None = None,
+    target_score: float | None = None,
+    patience_trials: int | None = None,
     study: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str = "auto",
@@ -164,6 +166,9 @@ def tune(
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
                  what it had, and trained on by a later call with the same ``study``
+    target_score, patience_trials  the search ends when a trial has that score (greater is better, so -0.3 of a
+                 neg_log_loss), or so many in a row are no better than the best before them; asked when trials end,
+                 which are a chunk at a time
     study        path of an SQLite file to keep the study in; the same call goes on where the file ends
     checkpoint_seconds  a chunk that trains longer than this keeps its state in a folder beside the study, again and
                  again (or at 20 times what writing takes), so that a killed search repeats that and an epoch at most

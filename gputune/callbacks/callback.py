@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gputune.engine.stop import Stop
 from gputune.errors import InputError, import_extra
 from gputune.methods.distributions import label
 from gputune.study.record import PARTS
@@ -21,11 +22,16 @@ from gputune.study.study import Study, Trial
 from gputune.types import Json
 
 
+class StopSearch(Exception):
+    """Raised by a callback to end the search after the running epoch: what is finished is kept, no error follows."""
+
+
 class Callback:
     """A search calls these in its own process; override those that matter. Each does nothing here.
 
-    What one raises is a warning: it is not called again in this search, which goes on. (KeyboardInterrupt stops the
-    search, as ever.) Trials are kept, in memory and in the study's file, before a callback hears of them.
+    ``StopSearch`` ends the search. What else one raises is a warning: it is not called again in this search, which goes
+    on. (KeyboardInterrupt stops the search, as ever.) Trials are kept, in memory and in the study's file, before a
+    callback hears of them.
     """
 
     def on_study_start(self, study: Study) -> None:
@@ -47,14 +53,16 @@ class Callback:
 class Callbacks:
     """Several callbacks; one that raises is left out from then on."""
 
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self.active = list(callbacks)
+    def __init__(self, callbacks: Sequence[Callback], stop: Stop) -> None:
+        self.active, self.stop = list(callbacks), stop
 
     def tell(self, moment: str, argument: object) -> None:
         """Call the method of this name of all of them."""
         for callback in list(self.active):
             try:
                 getattr(callback, moment)(argument)
+            except StopSearch:
+                self.stop.ask()
             except Exception as error:  # whatever a user's callback raises
                 self.active.remove(callback)
                 warnings.warn(

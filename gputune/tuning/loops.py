@@ -69,7 +69,7 @@ def search_loop(
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
     record = _record(objective, options, space, direction, max_epochs)
-    callbacks = Callbacks(options.callbacks)
+    callbacks = Callbacks(options.callbacks, stop)
     progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves))
     progress.scoring = record.scoring
     make_study = partial(study_type.from_rows, record.to_json())

@@ -72,9 +72,17 @@ def _one_of(*allowed: str) -> Callable[[str, object], object]:
     return check
 
 
-def _whole(name: str, value: object) -> object:
+def _whole(name: str, value: object, none: str = "") -> object:
+    if none and value is None:
+        return None
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InputError(f"{name} must be an integer of at least 1, got {value!r}.")
+        raise InputError(f"{name} must be an integer of at least 1{none}, got {value!r}.")
+    return value
+
+
+def _score(name: str, value: object) -> object:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
+        raise InputError(f"{name} must be a score, a number, or None, got {value!r}.")
     return value
 
 
@@ -236,6 +244,14 @@ class Options:
     timeout: float | None = _search(
         None, "--timeout SEC", "stop training after so many seconds",
         takes="number", check=partial(_seconds, none=", or None"), resume=True,
+    )  # fmt: skip
+    target_score: float | None = _search(
+        None, "--target-score S", "stop when a trial has this score, in scikit-learn's sign (-0.3 of neg_log_loss)",
+        takes="number", check=_score, kept=True, resume=True,
+    )  # fmt: skip
+    patience_trials: int | None = _search(
+        None, "--patience-trials N", "stop when so many trials in a row are no better than the best before them",
+        takes="1..", check=partial(_whole, none=", or None"), kept=True, resume=True,
     )  # fmt: skip
 
     task: "TaskWord | None" = _rows(

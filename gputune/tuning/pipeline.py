@@ -90,7 +90,7 @@ def search(
     Raises SearchInterrupted where one of ``signals`` ended the training early.
     """
     stop = Stop(None if options.timeout is None else time.monotonic() + options.timeout)
-    callbacks = Callbacks(options.callbacks)
+    callbacks = Callbacks(options.callbacks, stop)
     # A copy of the curves, since the search goes on with its own.
     progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
     profile = Profile() if profile is None else profile

@@ -1,6 +1,7 @@
 """The ledger of a search while this process works on it: trials are added, trained till a signal comes, and checked."""
 
 import errno
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,7 +12,7 @@ from gputune.errors import SearchFailedError, SearchInterrupted
 from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.space import Space
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate
+from gputune.study.store import Candidate, Result
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.tuning.candidates import add_missing, remarks_on
@@ -20,6 +21,7 @@ from gputune.tuning.method import method_name
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 
+Rows = Sequence[tuple[Candidate, Result | None]]
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
 
@@ -61,12 +63,35 @@ class Session:
     ) -> int | None:
         """Train what waits, and tell the callbacks; return the number of the signal that ended it early."""
         ledger, file = self.ledger, self.options.study
-        ledger.on_finish = lambda rows: callbacks.tell("on_trials_end", make_study(rows))
+
+        def finished(rows: Rows) -> None:
+            callbacks.tell("on_trials_end", make_study(rows))
+            self._stop_where_enough()
+
+        ledger.on_finish = finished
         callbacks.tell("on_study_start", make_study(ledger.rows(), file=file))
+        self._stop_where_enough()
         try:
-            return run_until_signal(train, self.stop, signals, self.progress.say)
+            return None if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
             callbacks.tell("on_study_end", make_study(ledger.rows(), file=file))
+
+    def _stop_where_enough(self) -> None:
+        """Let training end where a trial is good enough, or none has been better for long."""
+        target, patience = self.options.target_score, self.options.patience_trials
+        best, since, number = -math.inf, 0, None
+        for result in self.ledger.results.values():
+            since += 1
+            if result.state == "complete" and result.score > best:
+                best, since, number = result.score, 0, result.number
+        why = ""
+        if target is not None and best >= target:
+            why = f"trial {number} has reached the target score"
+        elif patience is not None and since >= patience:
+            why = f"{count(since, 'trial')} in a row were no better than the best before (patience_trials={patience})"
+        if why and not self.stop.asked:
+            self.stop.ask()
+            self.progress.say(f"note: the search ends: {why}")
 
 
 def checked(study: AnyStudy, signal_number: int | None) -> AnyStudy:

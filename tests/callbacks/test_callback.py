@@ -6,7 +6,7 @@ import pytest
 from sklearn.datasets import load_iris
 
 import gputune
-from gputune.callbacks import Callback
+from gputune.callbacks import Callback, StopSearch
 from gputune.errors import InputError
 from gputune.study.ledger import Ledger
 from gputune.study.store import Store
@@ -83,6 +83,16 @@ def test_epochs_of_worker_processes_and_of_the_solver():
     solved = Listener()
     gputune.tune("logistic", X, Y, n_trials=4, callbacks=[solved], **FAST)
     assert len(solved.trials) == 4 and [curves.shape for curves in solved.epochs] == [(4, 1, 3)]
+
+
+def test_a_callback_ends_the_search_and_nothing_finished_is_lost():
+    class Content(Callback):
+        def on_epoch(self, curves):
+            raise StopSearch
+
+    study = tune(Content(), n_trials=4, workers=1)
+    assert {trial.state for trial in study.trials} <= {"stopped", "waiting"}
+    assert {trial.best_epoch for trial in study.trials if trial.state == "stopped"} == {1}
 
 
 def test_what_a_callback_does_to_a_curve_is_its_own_affair():

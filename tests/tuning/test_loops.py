@@ -225,6 +225,41 @@ def test_the_study_is_shown_and_what_it_has_not_is_refused(tmp_path):
         study.ensemble()
 
 
+class Impatient(gputune.callbacks.Callback):
+    def on_trials_end(self, trials):
+        if trials.trials[0].number == 3:
+            raise gputune.callbacks.StopSearch
+
+
+@pytest.mark.parametrize(
+    "given, trained",
+    [
+        ({"target_score": 0.2}, 5),
+        ({"target_score": 0.0}, 8),
+        ({"patience_trials": 2}, 4),
+        ({"callbacks": [Impatient()]}, 4),
+    ],
+)
+def test_a_search_ends_when_it_is_good_enough(tmp_path, given, trained, capsys):
+    lrs = [{"lr": lr} for lr in (0.6, 0.4, 0.5, 0.45, 0.2, 0.1, 0.15, 0.3)]
+    call = {"direction": "minimize", "n_trials": 0, "include": lrs, "study": tmp_path / "s.db", "verbose": 1}
+
+    def objective(params, report):
+        return params["lr"]
+
+    for _ in range(1 if "callbacks" in given else 2):  # the same call again trains no more
+        study = search(objective, {"lr": [1.0]}, **call, **given)
+        assert [trial.state for trial in study.trials].count("complete") == trained
+    words = {
+        "target_score": "trial 4 has reached the target score",
+        "patience_trials": "2 trials in a row were no",
+    }
+    shown = capsys.readouterr().err
+    assert all(
+        (f"note: the search ends: {words[name]}" in shown) == (trained < 8) for name in words.keys() & given
+    )
+
+
 @pytest.mark.parametrize(
     "given, words",
     [

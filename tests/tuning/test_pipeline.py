@@ -484,6 +484,8 @@ def test_a_random_state_object_is_used_once(iris):
         ),
         ({"workers": 0}, "workers must be an integer of at least 1, got 0"),
         ({"study": 3}, "study is the path of a file, or None, got 3; of a study that is open give its file"),
+        ({"target_score": "0.9"}, "target_score must be a score, a number, or None, got '0.9'"),
+        ({"patience_trials": 0}, "patience_trials must be an integer of at least 1, or None, got 0"),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
         ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),
         (
