@@ -23,6 +23,7 @@ def search(
     direction: Literal["maximize", "minimize"],
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
+    warm_start: str | Path | Study | Sequence[str | Path | Study] = (),
     method: Method | Literal["halving", "median"] = "random",
     max_epochs: int | None = None,
     timeout: float | None = None,
@@ -45,6 +46,7 @@ def search(
                  study are better: those of "minimize" have the other sign
     n_trials     configurations that are drawn, or asked of Optuna's sampler; ``include`` (dicts with all keys of the
                  space) comes on top, and first
+    warm_start   as in ``tune``
     method       "random"; "halving", "median", ``gputune.Halving(...)``, ``gputune.Median(...)``: a trial is pruned
                  at a report, compared with those that have come as far (none waits for others, so with several workers
                  the order in which they come decides); ``gputune.OptunaSampler(...)``, by its batch

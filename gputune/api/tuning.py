@@ -72,6 +72,7 @@ def tune(
     n_trials: int = 64,
     include: Sequence[Mapping[str, object]] = (),
     include_default: bool = True,
+    warm_start: str | Path | Study | Sequence[str | Path | Study] = (),
     method: Method | MethodWord = "random",
     cv: object = 5,
     groups: object = None,
@@ -123,6 +124,8 @@ def tune(
     n_trials     configurations in all: with ``include_default`` the default one, held to the space wherever that names
                  a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
                  default, held to the space too) comes on top
+    warm_start   earlier studies, or their files: the best five finished trials of each that lie in the space are
+                 included, and Optuna's sampler hears of all that have the same score
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
                  together, and at each rung those with the best fold means go on; "median" or
                  ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or

@@ -279,6 +279,13 @@ def _is_fixed(choices: Choices) -> bool:
     return isinstance(choices, list) and len(choices) == 1
 
 
+def is_inside(config: Config, space: Space) -> bool:
+    """Whether a configuration could have been drawn from the space."""
+    return any(
+        config.keys() == part.keys() and all(_holds(part[key], config[key]) for key in part) for part in space
+    )
+
+
 def _holds(choices: Choices, value: object) -> bool:
     if isinstance(choices, list):
         return value in choices

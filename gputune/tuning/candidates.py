@@ -1,13 +1,14 @@
 """The space of a call, and the trials that it begins with: the default one, included and drawn ones, those missing."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.optuna_sampler import OptunaSampler
-from gputune.methods.random import default_space, first_candidates, notes, remarks, top_up
+from gputune.methods.random import default_space, first_candidates, is_inside, notes, remarks, top_up
 from gputune.methods.recipes import SPACES, named_space
 from gputune.methods.space import Space, check_include, check_space, translated
 from gputune.optimizers.classes import argument_defaults
@@ -36,6 +37,10 @@ def checked_space(choice: ModelChoice, options: Options) -> Space:
     return check_space(translated(space), keys=keys, module=module)
 
 
+_BEST = 5
+"""Trials of each earlier study that are tried first."""
+
+
 def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
     """Draw the trials of this call: the default one, the included ones, the random ones."""
     first = first_candidates(
@@ -47,6 +52,32 @@ def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[C
     )
     drawn = draws_at_once(options)
     return first + top_up(first, space, options.n_trials, options.random_state) if drawn else first
+
+
+def with_earlier(options: Options, space: Space) -> Options:
+    """Return the options with the best trials of earlier studies among those that are included.
+
+    Raises InputError for a study that has none in the space.
+    """
+    configs: list[Mapping[str, object]] = []
+    for study in options.warm_start:
+        name = (
+            "warm_start: a study in memory"
+            if study.file is None
+            else f"warm_start: study {str(study.file)!r}"
+        )
+        trials = [trial for trial in study.ranking() if trial.state == "complete" and isfinite(trial.score)]
+        if not trials:
+            raise InputError(f"{name} has no finished trial; leave it out.")
+        inside = [trial.params for trial in trials if is_inside(trial.params, space)]
+        if not inside:
+            keys = sorted(trials[0].params.keys() ^ {key for part in space for key in part})
+            differs = f"the keys {', '.join(keys)}" if keys else f"values, such as {trials[0].params!r}"
+            raise InputError(
+                f"{name} was searched in another space, which differs in {differs}; leave it out."
+            )
+        configs += inside[:_BEST]
+    return replace(options, include=[*options.include, *configs])
 
 
 def notes_on(

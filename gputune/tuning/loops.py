@@ -36,7 +36,7 @@ from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
-from gputune.tuning.candidates import draws_at_once
+from gputune.tuning.candidates import draws_at_once, with_earlier
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.method import method_name, method_to_json
 from gputune.tuning.options import Options
@@ -66,6 +66,7 @@ def search_loop(
             "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes, or 'auto'."
         )
     space = check_own_space(translated(options.space))
+    options = with_earlier(options, space)
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
     record = _record(objective, options, space, direction, max_epochs)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gputune.data.weights import ClassWeight
     from gputune.executors.ray_connection import Ray
     from gputune.scoring.scoring import Scorer
+    from gputune.study.study import Study
     from gputune.tuning.method import Method
 
 Takes = Literal["text", "number", "0..", "1..", "names", "specs", "config", "workers"]
@@ -106,6 +107,17 @@ def _path(name: str, value: object) -> Path | None:
             f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
         )
     return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
+
+
+def _studies(name: str, value: object) -> "tuple[Study, ...]":
+    """Return studies, those that are given by their files too."""
+    from gputune.study.study import Study
+
+    one = (str, os.PathLike, Study)
+    studies = [value] if isinstance(value, one) else value
+    if not isinstance(studies, list | tuple) or not all(isinstance(study, one) for study in studies):
+        raise InputError(f"{name} must be a study, the path of one, or a list of them, got {value!r}.")
+    return tuple(study if isinstance(study, Study) else Study.open(study) for study in studies)
 
 
 def _method(name: str, value: object) -> "Method":
@@ -206,6 +218,10 @@ class Options:
         True, "--no-default",
         "do not run the default configuration (trial 0, held to --space wherever that names a key)",
         kept=True,
+    )  # fmt: skip
+    warm_start: "Sequence[Study]" = _search(
+        (), "--warm-start STUDY,...", "earlier studies of this space: their best trials are tried first",
+        takes="names", check=_studies,
     )  # fmt: skip
     max_epochs: int = _search(
         50, "--epochs E",

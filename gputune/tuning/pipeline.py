@@ -34,7 +34,7 @@ from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate
 from gputune.study.study import Study
 from gputune.study.trusted import remember
-from gputune.tuning.candidates import checked_space, first_trials, notes_on
+from gputune.tuning.candidates import checked_space, first_trials, notes_on, with_earlier
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
@@ -119,7 +119,7 @@ def search(
                 record = replace(record, notes=[*record.notes, *context.faults])
                 ledger.note(list(context.faults))
                 make_study = partial(study_type.from_rows, record.to_json())
-    refitted = replace(options, callbacks=())  # a refit calls none
+    refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
     data = setup.choice, replace(source, original=None), refitted
     study = make_study(ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
@@ -133,6 +133,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     problem = make_problem(source, options.task, choice, options)
     choice = choice.of(problem)
     space = checked_space(choice, options)  # again: what is predicted decides some
+    options = with_earlier(options, space)
     folds, trials = _folds(problem, options), first_trials(space, choice, options)
     configs = [choice.complete(trial.params, options.schedule) for trial in trials]
     data = _dataset(problem, folds, options, choice, configs, progress)

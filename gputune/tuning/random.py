@@ -202,7 +202,7 @@ def sample(
     """
     if not train() or not _missing(ledger, options):
         return
-    study = _study_so_far(ledger, space, method, progress, check)
+    study = _study_so_far(ledger, space, method, options, progress, check)
     with progress.bar_over(_missing(ledger, options), epochs):
         while count := min(method.batch, _missing(ledger, options)):
             proposals = [study.ask() for _ in range(count)]
@@ -240,7 +240,12 @@ def train_batches(ledger: Ledger, method: OptunaSampler, context: Context) -> bo
 
 
 def _study_so_far(
-    ledger: Ledger, space: Space, method: OptunaSampler, progress: Progress, check: ConfigCheck
+    ledger: Ledger,
+    space: Space,
+    method: OptunaSampler,
+    options: Options,
+    progress: Progress,
+    check: ConfigCheck,
 ) -> OptunaStudy:
     """Return a study of a fresh copy of the sampler in which all results so far have been told, in order.
 
@@ -249,6 +254,7 @@ def _study_so_far(
     its proposals.
     """
     study = OptunaStudy(method.sampler, space, check=check)
+    _tell_earlier(study, options, progress)
     if _repeat(study, ledger, progress, enqueue=False):
         return study
     progress.say(
@@ -256,8 +262,25 @@ def _study_so_far(
         "copy of it is told their results."
     )
     study = OptunaStudy(method.sampler, space, reseed=True, check=check)
+    _tell_earlier(study, options, progress)
     _repeat(study, ledger, progress, enqueue=True)
     return study
+
+
+def _tell_earlier(study: OptunaStudy, options: Options, progress: Progress) -> None:
+    """Tell the sampler what earlier studies found in its space, where they have the same score."""
+    for earlier in options.warm_start:
+        if earlier.record.scoring != progress.scoring:
+            progress.say(
+                f"note: warm_start: a study of {earlier.record.scoring} says nothing of {progress.scoring}, so the "
+                "sampler is not told its scores.",
+                once=True,
+            )
+            continue
+        for t in earlier.trials:
+            if t.state == "complete":
+                curve = np.array([t.fold_scores])
+                study.add(t.params, Result(t.number, t.state, t.score, t.fold_scores, 1, t.seconds, curve))
 
 
 def _repeat(study: OptunaStudy, ledger: Ledger, progress: Progress, *, enqueue: bool) -> bool:

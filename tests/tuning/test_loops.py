@@ -260,6 +260,43 @@ def test_a_search_ends_when_it_is_good_enough(tmp_path, given, trained, capsys):
     )
 
 
+def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
+    old = search(n_trials=12, study=tmp_path / "old.db")
+    best = [trial.params for trial in old.ranking()[:5]]
+    for warm in (old, tmp_path / "old.db", [str(tmp_path / "old.db")]):
+        new = search(warm_start=warm, random_state=1)
+        assert [(trial.params, trial.origin) for trial in new.trials[:5]] == [
+            (params, "include") for params in best
+        ]
+        assert len(new.trials) == 13
+    with refused(
+        r"warm_start: study '.*old.db' was searched in another space, .* the keys layers, width; leave it"
+    ):
+        search(space={"lr": SPACE["lr"], "width": [1]}, warm_start=tmp_path / "old.db")
+    with refused("warm_start: a study in memory was searched in another space, .* values, such as"):
+        search(space={**SPACE, "lr": [5.0]}, warm_start=search())
+    with refused("warm_start must be a study, the path of one, or a list of them, got 3"):
+        search(warm_start=3)
+
+
+def test_a_sampler_hears_of_earlier_scores(capsys):
+    optuna = pytest.importorskip("optuna")
+
+    heard = []
+
+    class Listening(optuna.samplers.RandomSampler):
+        def sample_relative(self, study, trial, space):
+            heard.append([t.value for t in study.get_trials(states=[optuna.trial.TrialState.COMPLETE])])
+            return super().sample_relative(study, trial, space)
+
+    old, method = search(), gputune.OptunaSampler(Listening(seed=0), batch=1)
+    search(method=method, n_trials=1, warm_start=old)
+    assert heard[-1] == [t.score for t in (*old.trials, *old.ranking()[:5])]
+    search(method=method, n_trials=1, warm_start=old, direction="minimize", verbose=1)
+    assert "a study of objective says nothing of neg_objective" in capsys.readouterr().err
+    assert len(heard[-1]) == 5
+
+
 @pytest.mark.parametrize(
     "given, words",
     [
