@@ -132,8 +132,9 @@ class Trained:
         return self.network.member(self.network.blocks.views(self.scored), fold, self.alive.index(trial))
 
 
-AfterEpoch = Callable[[Trained], bool]
-"""Called with the chunk as it is, of which nothing was copied; returns whether to stop."""
+AfterEpoch = Callable[[Trained], "bool | np.ndarray"]
+"""Called with the chunk as it is, of which nothing was copied; returns whether to stop, or which of the trials
+``alive`` go on, (C,)."""
 
 
 @torch.no_grad()
@@ -183,7 +184,10 @@ def train(
         if scores is not None:
             curves[chunk.alive, epoch - 1] = scores
             chunk.keep(np.isfinite(scores).all(1))
-        if after_epoch is not None and after_epoch(so_far()):
+        over = after_epoch is not None and after_epoch(so_far())
+        if isinstance(over, np.ndarray):
+            chunk.keep(over)
+        elif over:
             break
     reuse.give(chunk)
     return so_far()

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.sparse import issparse
 from sklearn.base import BaseEstimator, is_regressor
 from sklearn.pipeline import Pipeline
+from sklearn.utils import Tags
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import _check_sample_weight, _check_y, check_consistent_length, validate_data
 from torch import Tensor
@@ -20,8 +21,8 @@ from torch import Tensor
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.target import check_target
 from gputune.errors import InputError
-from gputune.sklearn.dataset import Rows, as_tensor
-from gputune.sklearn.fit import Place
+from gputune.sklearn.dataset import Rows, as_dense, as_tensor
+from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed
 from gputune.text import did_you_mean
 from gputune.types import Config
@@ -69,6 +70,21 @@ def keep_parameters(estimator: object, parameters: Mapping[str, object]) -> None
     vars(estimator).update({name: value for name, value in parameters.items() if name != "self"})
 
 
+def constructor(theirs: type, extras: Mapping[str, object]) -> Callable[..., None]:
+    """Return the constructor of an estimator with the parameters of scikit-learn's installed one, and ``extras``."""
+    own = inspect.signature(theirs.__init__)  # type: ignore[misc]
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=v) for name, v in extras.items()]
+    signature = own.replace(parameters=[*own.parameters.values(), *more])
+
+    def __init__(self: object, *values: object, **params: object) -> None:
+        bound = signature.bind(self, *values, **params)
+        bound.apply_defaults()
+        keep_parameters(self, bound.arguments)
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    return __init__
+
+
 class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """An estimator whose configurations and folds can be fitted together.
 
@@ -113,6 +129,9 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
         hook = fit_hook.get()
         if hook is not None and hook.fit(self, X, y, sample_weight):
             return self
+        of_its_own = hasattr(self, "_skl_callbacks") and not hasattr(self, "_parent_callback_ctx")
+        if self._left_to_scikit_learn(y) is not None or of_its_own:  # callbacks, since scikit-learn 1.9
+            return self._fit_by_scikit_learn(X, y, sample_weight)
         rows = check_rows(self, X, y, sample_weight)
         return self._become(fit_together([self], rows, [np.arange(len(rows.X))])[0, 0], rows)
 
@@ -126,6 +145,22 @@ class FusedEstimator(BaseEstimator):  # type: ignore[misc]  # scikit-learn has n
             self.feature_names_in_ = rows.names
         self._set_fitted(fitted, rows)
         return self
+
+    def _left_to_scikit_learn(self, y: object) -> str | None:
+        """Return what of the parameters, or of y, scikit-learn's class of this name fits itself; None where nothing."""
+        del y
+        return None
+
+    def _fit_by_scikit_learn(self, X: object, y: object, sample_weight: object) -> Self:
+        """Fit as scikit-learn's class of this name does, one estimator alone."""
+        weights = {} if sample_weight is None else {"sample_weight": sample_weight}
+        fitted: Self = super().fit(X, y, **weights)
+        return fitted
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
 
     def _recipe(self, draw: DrawSeed) -> Any:
         """Return what the parameters mean; ``draw`` is where random_state=None has its seed from."""
@@ -170,8 +205,9 @@ def check_rows(estimator: FusedEstimator, X: object, y: Any, sample_weight: obje
     scikit-learn's ValueError for anything else.
     """
     numeric = is_regressor(estimator)
+    X = as_dense(X)
     y = y.detach().cpu().numpy() if isinstance(y, Tensor) else y
-    several = estimator._takes_arrays and _has_columns(y)
+    several = estimator._takes_arrays and has_columns(y)
     arrays, names = _inputs(X) if estimator._takes_arrays else None, None
     if estimator._takes_any_target:
         y = check_target(y, task="custom", n_rows=len(y) if arrays is None else len(arrays)).values
@@ -211,7 +247,8 @@ def _inputs(X: object) -> Arrays | None:
     return arrays
 
 
-def _has_columns(y: Any) -> bool:
+def has_columns(y: Any) -> bool:
+    """Whether a target has several columns, or more axes."""
     shape = y.shape if issparse(y) else np.asarray(y).shape
     return len(shape) > 1 and shape[1:] != (1,)
 

@@ -4,14 +4,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.sparse import issparse
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, fit_channels
 from gputune.data.dataset import Dataset, Fold, scaling_of
+from gputune.errors import InputError
+from gputune.memory import free_memory
 from gputune.types import Task
 
 
@@ -46,6 +50,10 @@ class Rows:
         if self.classes is not None:
             return "binary" if len(self.classes) == 2 else "multiclass"
         return self.taken_as
+
+    def labels(self, rows: NDArray[np.int64]) -> np.ndarray:
+        """Return the targets of some rows as they were given."""
+        return self.y[rows] if self.classes is None else self.classes[self.y[rows]]
 
     def weight(self, rows: NDArray[np.int64]) -> float:
         """Return the sum of the weights of some rows."""
@@ -113,22 +121,42 @@ def shared_x(rows: Rows, device: torch.device, dtype: torch.dtype | None = None)
     return tuple(x.to(device, dtype if x.is_floating_point() else None) for x in rows.X.parts)
 
 
+def as_dense(X: Any) -> Any:
+    """Return a sparse matrix as an array, anything else as it is. Raises InputError where memory does not hold it."""
+    if not issparse(X):
+        return X
+    size, free = math.prod(X.shape) * X.dtype.itemsize, free_memory()
+    if size > free:
+        raise InputError(
+            f"X is a sparse matrix of {X.shape[0]} rows and {X.shape[1]} columns, which takes {size:.1e} bytes as the "
+            f"array that it is trained as, and {free:.1e} are free; give fewer columns, as TruncatedSVD makes them."
+        )
+    return X.toarray()
+
+
 def as_tensor(array: np.ndarray) -> Tensor:
     """Return an array as a tensor; torch shares the memory only of arrays that could be written."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def make_dataset(
-    rows: Rows, group: FoldGroup, x: Sequence[Tensor], *, standardise: bool = True, numbers: str = "none"
+    rows: Rows,
+    group: FoldGroup,
+    x: Sequence[Tensor],
+    *,
+    standardise: bool = True,
+    numbers: str = "none",
+    watched: bool = False,
 ) -> Dataset:
     """Return the engine's dataset of a group of folds on inputs (n, ...): X as it came, no validation rows.
 
     Numbers to be predicted are standardised by the training rows of each fold, unless told not to; ``numbers`` says
-    whether inputs are.
+    whether inputs are. Where training is ``watched``, the training rows that weigh something are its validation rows.
     """
     device = x[0].device
+    weigh = np.ones(len(rows.y), dtype=bool) if rows.weights is None else rows.weights > 0
     folds = tuple(
-        Fold(as_tensor(train).to(device), torch.empty(0, dtype=torch.int64, device=device))
+        Fold(as_tensor(train).to(device), as_tensor(train[weigh[train] & watched]).to(device))
         for train in group.trains
     )
     y, center, scale = _targets(rows, group, standardise)

@@ -1,6 +1,5 @@
 """All configurations trained in all folds at once, to the last epoch: the one way in which this face trains."""
 
-import time
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -10,62 +9,28 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from gputune.data.dataset import Dataset, Scaling
+from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
 from gputune.engine.device import DeviceChoice, Work, device_for
 from gputune.engine.entry import entry
-from gputune.engine.job import BegunChunk, Job, Outcome, Progress, train_chunk
+from gputune.engine.job import BegunChunk
 from gputune.engine.memory import GivenUp
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
-from gputune.errors import DivergedError, InputError
+from gputune.errors import InputError
 from gputune.modules.construction import build_module, kinds_of, name_of
 from gputune.modules.inspection import EXAMPLES, returns_one_logit, traits_of
-from gputune.population.network import Network, call_module, first_output
+from gputune.population.network import call_module, first_output
 from gputune.population.population import Population, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
+from gputune.sklearn.member import MemberJob, Members, Weights, members_of
+from gputune.sklearn.patience import TrainingLoss
 from gputune.sklearn.recipe import Recipe
 from gputune.tuning.trainer import Trainer
-from gputune.types import Config, Params, Task
-
-Place = tuple[int, int]
-"""(fold, trial): which member of a search."""
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One trained member: a network of its own as soon as it is asked for.
-
-    classes   positions of its outputs' classes among all classes, None for a regression
-    present   (K,) which of them take part, None where all do
-    center, scale   a regression's target is ``output * scale + center``, numbers or (K,)
-    scaling   what an input becomes before it is given to the module, None: what it is
-    epochs, seed    how long it has trained, and what its random numbers come from
-    buffers   the engine's buffers of this member where it may train on, None where its training is over
-    """
-
-    network: Network
-    params: Params
-    place: Place
-    classes: NDArray[np.int64] | None
-    present: NDArray[np.bool_] | None
-    center: NDArray[np.float64]
-    scale: NDArray[np.float64]
-    scaling: tuple[Scaling | None, ...]
-    epochs: int
-    seed: int
-    buffers: tuple[Tensor, ...] | None
-
-    def module(self) -> nn.Module:
-        """Return a plain module with copies of the member's parameters, in evaluation mode, on the CPU."""
-        return self.network.member(self.params, *self.place)
-
-
-Members = dict[Place, Member | Exception]
-"""What became of each (fold, trial): DivergedError, InputError for a module that cannot be trained, TimeoutError."""
+from gputune.types import Config, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +57,7 @@ class Batch:
             objective=self.objective,
             seed=recipe.seed,
             horizon=recipe.horizon,
+            scoring=None if recipe.patience is None else TrainingLoss(),
             workers=workers,
             stop=Stop(deadline),
         )
@@ -107,7 +73,15 @@ def batches(recipes: Sequence[Recipe], rows: Rows, folds: Mapping[int, NDArray[n
         x = shared_x(rows, _device(alike, rows, folds).device)
         for group in group_folds(rows, folds, partial(_decays, alike, rows)):
             configs = _configs(alike, rows, group.trains[0])
-            data = make_dataset(rows, group, x, standardise=alike[0].standardises, numbers=alike[0].numbers)
+            first = alike[0]
+            data = make_dataset(
+                rows,
+                group,
+                x,
+                standardise=first.standardises,
+                numbers=first.numbers,
+                watched=first.patience is not None,
+            )
             objective = _objective(alike[0], configs[0], data)
             if objective is not None and objective.one_logit:
                 data = data.with_one_logit()
@@ -166,9 +140,9 @@ def fit_members(
 ) -> Members:
     """Train every recipe on the training rows of every fold, as one tensor program as far as shapes allow.
 
-    Every member trains for all epochs of its recipe; its numbers depend on its recipe and on its rows, not on those
-    that train with it. ``workers`` None lets an estimate decide about processes; ``deadline`` (``time.monotonic()``)
-    ends training, and what has not ended by then is a TimeoutError.
+    Every member trains for all epochs of its recipe, or as long as its patience; its numbers depend on its recipe
+    and on its rows, not on those that train with it. ``workers`` None lets an estimate decide about processes;
+    ``deadline`` (``time.monotonic()``) ends training, and what has not ended by then is a TimeoutError.
     """
     refused = _refusals(recipes, rows.task)
     members: Members = {(fold, i): error for i, error in refused.items() for fold in folds}
@@ -227,7 +201,10 @@ def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
     if recipe.begin:
         chunks = [_resumed_chunk(chunk, batch) for chunk in chunks]
     plan = replace(plan, chunks=tuple(chunks), threads=min(plan.threads, torch.get_num_threads()))
-    job = trainer.job(MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None)
+    patiences = {i: r.patience for i, r in enumerate(batch.recipes) if r.patience is not None}
+    job = trainer.job(
+        MemberJob, epochs=recipe.epochs, keeps_state=recipe.state is not None, patiences=patiences
+    )
     late = TimeoutError("the time was over before this fit had ended; give it more.")
     members |= {(f, i): late for chunk in chunks for f in range(data.n_folds) for i in chunk.index}
     for outcome in trainer.train(job, plan):
@@ -237,7 +214,7 @@ def _fit_batch(batch: Batch, trainer: Trainer) -> Members:
         whole = next(chunk for chunk in chunks if outcome.index[0] in chunk.index)
         at = whole.index.index(outcome.index[0])
         chunk = whole.part(at, at + len(outcome.index))  # memory may have held a part of it only
-        members |= _members(job, data, chunk, outcome, batch.group.classes)
+        members |= members_of(job, data, chunk, outcome, batch.group.classes)
     return members
 
 
@@ -280,65 +257,3 @@ def _refuse_probabilities(name: str, outputs: Tensor) -> None:
             f"model: {name} returns probabilities, and its outputs are taken for logits; leave out the softmax at its "
             "end."
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemberJob(Job):
-    """A job whose chunks give their members' weights, not their scores; where they may train on, all their state."""
-
-    keeps_state: bool = False
-
-    def run(self, data: Dataset, chunk: Population, progress: Progress | None = None) -> "Weights":
-        """Train one chunk and return its weights."""
-        begin = time.monotonic()
-        trained = train_chunk(self, data, chunk, progress)
-        state = tuple(buffer.cpu() for buffer in trained.state.buffers) if self.keeps_state else None
-        seconds = time.monotonic() - begin
-        # A copy: the next chunk may train in this one's memory.
-        flat = trained.scored.to("cpu", copy=True).numpy()
-        return Weights(chunk.index, trained.curves, trained.epochs, seconds, flat, state)
-
-
-@dataclass(frozen=True)
-class Weights(Outcome):
-    """What training a chunk gave: ``flat`` has all members' parameters in the order of its blocks.
-
-    ``buffers`` (C, F, N) are their whole state, None where they do not train on.
-    """
-
-    flat: np.ndarray
-    buffers: tuple[Tensor, ...] | None
-
-
-def _members(
-    job: MemberJob, data: Dataset, chunk: Population, weights: Weights, classes: NDArray[np.int64] | None
-) -> Members:
-    """Return the members of a chunk that trained to their last epoch; none where it did not."""
-    if weights.epochs < job.epochs:
-        return {}
-    network = job.network(data, chunk)
-    flat = torch.from_numpy(weights.flat)
-    params = network.blocks.views(flat)
-    shape = (data.n_folds, len(chunk.index), -1)
-    whole = [w.reshape(shape).all(2) for w in network.blocks.by_member(flat.isfinite()).values()]
-    finite = torch.stack(whole).all(0).tolist()  # F lists of C
-    center, scale = data.center.cpu().numpy(), data.scale.cpu().numpy()
-    present = None if data.present is None else data.present.cpu().numpy()
-    members: Members = {}
-    for f in range(data.n_folds):
-        scaling = tuple(None if of is None else of.of_fold(f) for of in data.scaling)
-        takes_part = None if present is None or present[f].all() else present[f]
-        for c, i in enumerate(chunk.index):
-            buffers = None if weights.buffers is None else tuple(b[c, f] for b in weights.buffers)
-            facts = (classes, takes_part, center[f], scale[f], scaling, weights.epochs, job.seed, buffers)
-            members[f, i] = (
-                Member(network, params, (f, c), *facts) if finite[f][c] else _diverged(chunk.configs[c])
-            )
-    return members
-
-
-def _diverged(config: Config) -> DivergedError:
-    return DivergedError(
-        f"the training diverged with {config['optimizer']} and a learning rate of {config['lr']:.3g}: its weights are "
-        "no finite numbers any more; use a smaller rate, or scale the inputs (StandardScaler in a pipeline)."
-    )

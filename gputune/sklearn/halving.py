@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.model_selection import _search_successive_halving as scikit_learns
 
 from gputune.sklearn.base import keep_parameters, last_step
-from gputune.sklearn.fit import Member
+from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Fit

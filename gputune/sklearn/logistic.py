@@ -1,5 +1,6 @@
 """LogisticRegression: scikit-learn's linear classifier, solved to convergence for every C and fold at once."""
 
+import inspect
 import math
 import warnings
 from collections import defaultdict
@@ -10,23 +11,22 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit, log_expit, log_softmax, softmax
-from sklearn.base import ClassifierMixin
+from scipy.special import log_expit, log_softmax
+from sklearn import linear_model
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from gputune.data.weights import ClassWeight
 from gputune.engine.device import device_for_solver
 from gputune.errors import InputError
 from gputune.methods.config import check_value
-from gputune.sklearn.base import Foreign, FusedEstimator, keep_parameters
+from gputune.sklearn.base import Foreign, FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
-from gputune.sklearn.fit import Place
+from gputune.sklearn.member import Place
 from gputune.sklearn.recipe import DrawSeed, whole_number
 from gputune.solver.solve import Problem, solve
 
+_TOLERANCE = 1e-10
 _SOLVED = "the objective has one solution, whichever solver finds it"
 
 
@@ -139,26 +139,30 @@ def _weights(
     return weights
 
 
-class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
-    """The logistic regression (softmax for more than two classes), with scikit-learn's objective.
+_PENALTY = inspect.signature(linear_model.LogisticRegression).parameters["penalty"].default
+
+
+class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # type: ignore[misc]
+    """The logistic regression (softmax for more than two classes), with scikit-learn's objective and its parameters.
 
     Minimises C * (sum of weight * log loss) + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1 by Newton's method, in
-    double precision whatever X has; the intercepts carry no penalty.
+    double precision whatever X has; the intercepts carry no penalty. The solution is unique, so that ``solver``,
+    ``random_state``, ``warm_start``, ``n_jobs`` and ``verbose`` take no part, and l1 and elastic net are solved
+    whatever the solver. ``fit`` is scikit-learn's own, of one estimator alone, for solver="liblinear", which penalises
+    the intercept too, for dual=True, and with callbacks of the estimator's own.
 
     C                the inverse strength of the penalty, inf for none
     l1_ratio         0 is L2, 1 is L1, between them the elastic net
     penalty          the older word: "l2", "l1", "elasticnet" (as l1_ratio says), None (no penalty, C ignored);
-                     "auto" leaves it to C and l1_ratio
+                     "auto" and the default leave it to C and l1_ratio
     class_weight     None, "balanced", or a dict from class to weight
     fit_intercept    False: no intercept
-    tol              largest violation of the optimality conditions; scikit-learn's default stops earlier
+    tol              largest violation of the optimality conditions, 1e-10 where that is smaller
     max_iter         Newton steps at most; a ConvergenceWarning where they were not enough
-    random_state, solver, warm_start, n_jobs, verbose   take no part: the solution is unique; "liblinear" alone, which
-                     penalises the intercept too, is refused
     device           "auto" (the CPU), "cpu", "cuda", "cuda:1"
 
-    After ``fit``: ``coef_`` (K, D) and ``intercept_`` (K,), with K = 1 for two classes, ``classes_``, ``n_iter_`` (1,)
-    Newton steps, ``n_features_in_``, ``feature_names_in_``.
+    After ``fit``: what scikit-learn's has; ``coef_`` (K, D) and ``intercept_`` (K,) in X's precision, with K = 1 for
+    two classes, ``n_iter_`` (1,) Newton steps. Sparse X is made dense, where memory holds it.
     """
 
     _fit_recipes = staticmethod(solve_members)
@@ -167,74 +171,44 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
         ignored={
             "solver": (
                 (None, "lbfgs", "newton-cg", "newton-cholesky", "sag", "saga"),
-                f"{_SOLVED}, but for 'liblinear', which penalises the intercept too; leave it out",
+                "the solvers are lbfgs, liblinear, newton-cg, newton-cholesky, sag, saga, and all but 'liblinear' find "
+                "one solution; leave it out",
             ),
-            "warm_start": (None, ""),
-            "n_jobs": (None, ""),
-            "verbose": (None, ""),
         },
         refused={
-            "dual": f"{_SOLVED}; leave it out",
-            "intercept_scaling": "the intercept is not penalised; leave it out",
             "multi_class": "more than two classes are one softmax; leave it out, or use "
             "sklearn.multiclass.OneVsRestClassifier(LogisticRegression())",
             **dict.fromkeys(("optimizer", "lr", "max_epochs"), f"{_SOLVED}; leave it out"),
             "weight_decay": "give C, the inverse strength of the penalty",
         },
     )
+    __init__ = constructor(linear_model.LogisticRegression, {"device": "auto"})
 
-    coef_: NDArray[np.float64]
-    intercept_: NDArray[np.float64]
-    classes_: np.ndarray
+    def _left_to_scikit_learn(self, y: object) -> str | None:
+        del y
+        if self.solver == "liblinear":
+            return "solver='liblinear'"
+        multi_class = getattr(self, "multi_class", "auto")  # until scikit-learn 1.7
+        if multi_class not in ("auto", "deprecated", "multinomial"):
+            return f"multi_class={multi_class!r}"
+        return "dual=True" if self.dual else None
 
-    def __init__(
-        self,
-        C: float = 1.0,
-        *,
-        l1_ratio: float = 0.0,
-        penalty: str | None = "auto",
-        class_weight: ClassWeight = None,
-        fit_intercept: bool = True,
-        tol: float = 1e-10,
-        max_iter: int = 100,
-        random_state: object = None,
-        device: str = "auto",
-        solver: str | None = None,
-        warm_start: bool = False,
-        n_jobs: int | None = None,
-        verbose: int = 0,
-    ) -> None:
-        keep_parameters(self, locals())
-
-    def decision_function(self, X: object) -> NDArray[np.float64]:
-        """Return the logit of each class, (n, K); of the second class, (n,), for two classes."""
-        check_is_fitted(self)
-        table = validate_data(self, X, dtype=(np.float64, np.float32), reset=False)
-        scores: NDArray[np.float64] = table @ self.coef_.T + self.intercept_
-        return scores[:, 0] if scores.shape[1] == 1 else scores
-
-    def predict(self, X: object) -> np.ndarray:
-        """Return the most probable class of each row, (n,)."""
-        scores = self.decision_function(X)
-        places = scores > 0 if scores.ndim == 1 else scores.argmax(1)
-        labels: np.ndarray = self.classes_[places.astype(int)]
-        return labels
-
-    def predict_proba(self, X: object) -> NDArray[np.float64]:
-        """Return the probability of each class, (n, K) in the order of ``classes_``."""
-        scores = self.decision_function(X)
-        both = np.stack([expit(-scores), expit(scores)], 1) if scores.ndim == 1 else softmax(scores, 1)
-        return np.asarray(both)
-
-    def predict_log_proba(self, X: object) -> NDArray[np.float64]:
+    def predict_log_proba(self, X: object) -> NDArray[np.floating]:
         """Return the logarithm of the probability of each class, (n, K) in the order of ``classes_``."""
-        scores = self.decision_function(X)
+        scores: NDArray[np.floating] = self.decision_function(X)
+        if self.solver == "liblinear":
+            theirs: NDArray[np.floating] = super().predict_log_proba(X)
+            return theirs
         if scores.ndim == 1:
             return np.stack([log_expit(-scores), log_expit(scores)], 1)
         return np.asarray(log_softmax(scores, 1))
 
     def _recipe(self, draw: DrawSeed) -> Penalty:
         del draw  # the solution is unique
+        if (reason := self._left_to_scikit_learn(None)) is not None:
+            raise InputError(
+                f"{reason} is left to scikit-learn's own LogisticRegression, which is fitted alone."
+            )
         self._checked_params()
         C, l1_ratio = _penalty(self.C, self.l1_ratio, self.penalty)
         if not (self.class_weight is None or isinstance(self.class_weight, Mapping)) and not (
@@ -250,20 +224,21 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
             l1_ratio=l1_ratio,
             class_weight=self.class_weight,
             fit_intercept=bool(self.fit_intercept),
-            tol=_tolerance(self.tol),
-            max_iter=whole_number("max_iter", self.max_iter),
+            tol=min(_tolerance(self.tol), _TOLERANCE),
+            max_iter=whole_number("max_iter", self.max_iter, least=0),
             device=self.device,
         )
 
     def _set_fitted(self, fitted: Solved, rows: Rows) -> None:
         assert rows.classes is not None
         self.classes_ = rows.classes[fitted.classes]
-        self.coef_, self.intercept_ = fitted.coef.copy(), fitted.intercept.copy()
+        precision = rows.X.parts[0].numpy().dtype
+        self.coef_, self.intercept_ = fitted.coef.astype(precision), fitted.intercept.astype(precision)
         self.n_iter_ = np.array([fitted.steps], dtype=np.int32)
         if not fitted.converged:
             warnings.warn(
                 f"the logistic regression did not converge in {fitted.steps} Newton steps (violation "
-                f"{fitted.residual:.1e}, tol={self.tol:g}); a smaller C, scaled inputs or a larger tol converge.",
+                f"{fitted.residual:.1e}, tol={min(self.tol, _TOLERANCE):g}); a smaller C or scaled inputs converge.",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -272,14 +247,15 @@ class LogisticRegression(ClassifierMixin, FusedEstimator):  # type: ignore[misc]
 def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
     """Return C and l1_ratio with the older word ``penalty`` translated."""
     C = check_value("C", C, "C")
-    l1_ratio = check_value("l1_ratio", l1_ratio, "l1_ratio")
+    l1_ratio = check_value("l1_ratio", 0 if l1_ratio is None else l1_ratio, "l1_ratio")
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
             warnings.warn(
-                f"penalty=None is no penalty: C={C} and l1_ratio={l1_ratio} are ignored.", stacklevel=5
+                f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}.",
+                stacklevel=5,
             )
         return math.inf, 0.0
-    meant = {"auto": l1_ratio, "elasticnet": l1_ratio, "l2": 0.0, "l1": 1.0}
+    meant = {"elasticnet": l1_ratio, "l2": 0.0, "l1": 1.0, "auto": l1_ratio, _PENALTY: l1_ratio}
     if not isinstance(penalty, str) or penalty not in meant:
         raise InputError(f"penalty must be one of l1, l2, elasticnet, None or auto, got {penalty!r}.")
     if l1_ratio not in (0.0, meant[penalty]):

@@ -1,33 +1,50 @@
-"""MLPClassifier and MLPRegressor: the multilayer perceptron, in scikit-learn's words."""
+"""MLPClassifier and MLPRegressor: scikit-learn's own, which gputune trains where it can."""
 
-from numbers import Integral
+import operator
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn import neural_network
+from sklearn.base import is_classifier
+from sklearn.neural_network._base import ACTIVATIONS as THEIR_ACTIVATIONS
+from sklearn.preprocessing import LabelBinarizer
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import validate_data
+from torch import nn
 
 from gputune.errors import InputError
+from gputune.models import MLP
+from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
 from gputune.methods.config import check_value
-from gputune.sklearn.base import Foreign, keep_parameters
-from gputune.sklearn.networks import TrainedClassifier, TrainedEstimator, TrainedRegressor
-from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config, whole_number
-from gputune.types import SCHEDULES
+from gputune.sklearn.base import FLOATS, Foreign, constructor, has_columns
+from gputune.sklearn.dataset import Rows, as_dense, as_tensor
+from gputune.sklearn.member import Member
+from gputune.sklearn.networks import TrainedEstimator
+from gputune.sklearn.patience import Patience
+from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config
+from gputune.types import ACTIVATIONS, SCHEDULES
 
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.
 _NESTEROVS = {"sgd": ("nesterov", "sgd"), "sgdhd": ("nesterovhd", "sgdhd")}
 _SOLVERS = ("sgd", "adam", "adamw", "sgdhd", "adamhd", "adamwhd")
+_ALPHA = 1e-4
 
-_REFUSED_ACTIVATIONS = {
-    "logistic": "use 'tanh', which is the same function shifted and scaled",
-    "identity": "a network without an activation is a linear model: use gputune.sklearn.LogisticRegression",
+_THEIRS: dict[str, tuple[object, ...]] = {
+    "solver": ("lbfgs", "sgd", "adam"),
+    "activation": ("identity", "logistic", "tanh", "relu"),
+    "learning_rate": ("constant", "invscaling", "adaptive"),
+    "dropout": (0,),
+    "weight_decay": (None,),
+    "device": ("auto", "cpu"),
 }
-
-_LAST_EPOCH = (
-    "training always goes to the last epoch; leave it out and search max_iter, or use HalvingRandomSearchCV"
-)
+"""The values that scikit-learn's own fit has of what gputune has more of."""
 
 
 class _MLP(TrainedEstimator):
-    """The constructor of both."""
+    """What both are beside scikit-learn's."""
 
     _epochs = "max_iter"
     _differentiable: ClassVar = {
@@ -37,18 +54,7 @@ class _MLP(TrainedEstimator):
         "momentum": "momentum",
     }
     _foreign = Foreign(
-        ignored={
-            "verbose": (None, ""),
-            "shuffle": ((True,), "rows are shuffled anew in every epoch; leave it True"),
-            "warm_start": ((False,), "fit always begins anew; leave it False, or train longer with max_iter"),
-            "early_stopping": ((False,), _LAST_EPOCH),
-        },
         refused={
-            **dict.fromkeys(("tol", "n_iter_no_change", "validation_fraction"), _LAST_EPOCH),
-            "power_t": "there is no learning_rate='invscaling'; use learning_rate='cosine'",
-            **dict.fromkeys(("beta_1", "beta_2", "epsilon"), "adam has 0.9, 0.999 and 1e-8; leave it out"),
-            "max_fun": "there is no solver='lbfgs'; leave it out",
-            "loss": "the loss is the log loss of classes, or the squared error; leave it out",
             **dict.fromkeys(("width", "depth"), "give hidden_layer_sizes, (64, 64) for two layers of 64"),
             "lr": "give learning_rate_init",
             "max_epochs": "give max_iter",
@@ -56,162 +62,242 @@ class _MLP(TrainedEstimator):
             "schedule": "give learning_rate",
         },
     )
+    _parameter_constraints: ClassVar[dict[str, list[object]]] = {
+        **neural_network.MLPRegressor._parameter_constraints,
+        "activation": [StrOptions({*_THEIRS["activation"], *ACTIVATIONS})],
+        "solver": [StrOptions({"lbfgs", *_SOLVERS})],
+        "learning_rate": [StrOptions({"invscaling", "adaptive", *SCHEDULES})],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "weight_decay": [Interval(Real, 0, None, closed="left"), None],
+        "device": [str],
+    }
 
-    def __init__(
-        self,
-        hidden_layer_sizes: object = (128, 128),
-        activation: str = "relu",
-        *,
-        solver: str | None = None,
-        alpha: float | None = None,
-        batch_size: int | str = "auto",
-        learning_rate: str = "constant",
-        learning_rate_init: float = 0.001,
-        max_iter: int = 50,
-        shuffle: bool = True,
-        random_state: object = None,
-        verbose: object = False,
-        warm_start: bool = False,
-        momentum: float = 0.9,
-        nesterovs_momentum: bool = True,
-        early_stopping: bool = False,
-        dropout: float = 0.0,
-        weight_decay: float | None = None,
-        device: str = "auto",
-    ) -> None:
-        keep_parameters(self, locals())
+    loss: str
+    _loss: ClassVar[str]
+
+    def _left_to_scikit_learn(self, y: object) -> str | None:
+        if (reason := self._setting_of_scikit_learn()) is not None:
+            return reason
+        if has_columns(y):
+            return "a target of several columns"
+        labels = np.asarray(y, dtype=object).ravel()
+        one = is_classifier(self) and labels.size > 0 and bool((labels == labels[0]).all())
+        return "a target of one class" if one else None
+
+    def _setting_of_scikit_learn(self) -> str | None:
+        """Return the setting that gputune does not train, None where there is none."""
+        theirs: dict[str, Callable[[Any], object]] = {
+            "solver": lambda value: value == "lbfgs",
+            "activation": lambda value: value in ("identity", "logistic"),
+            "learning_rate": lambda value: self.solver == "sgd" and value in ("invscaling", "adaptive"),
+            "hidden_layer_sizes": lambda value: np.size(value) == 0 or np.ptp(value) > 0,
+            "loss": lambda value: value != self._loss,
+            "shuffle": operator.not_,
+            "warm_start": bool,
+            "early_stopping": bool,
+            "beta_1": lambda value: self.solver == "adam" and value != 0.9,
+            "beta_2": lambda value: self.solver == "adam" and value != 0.999,
+            "epsilon": lambda value: self.solver == "adam" and value != 1e-8,
+        }
+        for name, differs in theirs.items():
+            if differs(value := getattr(self, name)):
+                return f"{name}={value!r}"
+        return None
+
+    def _validate_input(self, X: object, y: object, incremental: bool, reset: bool) -> Any:
+        """Begin scikit-learn's own ``fit`` and ``partial_fit``: the network of an earlier fit is forgotten.
+
+        Raises InputError for what gputune alone trains.
+        """
+        reason = "partial_fit" if incremental else self._left_to_scikit_learn(y)
+        for name, values in _THEIRS.items():
+            if (value := getattr(self, name)) not in values:
+                raise InputError(
+                    f"{name}={value!r} is gputune's own, and {reason} is left to scikit-learn's own "
+                    f"{type(self).__name__}; leave one of them out."
+                )
+        for name in ("module_", "target_mean_", "target_scale_"):
+            self.__dict__.pop(name, None)
+        return super()._validate_input(X, y, incremental, reset)
+
+    def _check_solver(self) -> bool:
+        """Raise AttributeError where there is no ``partial_fit``."""
+        if self.solver not in _THEIRS["solver"][1:]:
+            raise AttributeError(f"partial_fit is of solver='sgd' and 'adam' alone, got {self.solver!r}.")
+        return True
 
     def _recipe(self, draw: DrawSeed) -> Recipe:
-        self._checked_params()
-        width, depth = _layers(self.hidden_layer_sizes)
-        alpha = _check_alpha(self.alpha, self.weight_decay, self.solver)
-        optimizer = self._optimizer("adamw" if alpha is None else "adam")
-        _check_words(self.activation, self.learning_rate)
+        self._validate_params()
+        if (reason := self._setting_of_scikit_learn()) is not None:
+            raise InputError(
+                f"{reason} is left to scikit-learn's own {type(self).__name__}, which trains alone."
+            )
+        layers, alpha = _layers(self.hidden_layer_sizes), self._alpha()
+        optimizer = _NESTEROVS.get(self.solver, (self.solver, self.solver))[
+            0 if self.nesterovs_momentum else 1
+        ]
+        schedule = (
+            self.learning_rate if self.learning_rate in SCHEDULES else "constant"
+        )  # which is for sgd alone
         momentum = check_value("momentum", self.momentum, "momentum")
         values = {
-            "width": ("hidden_layer_sizes", width),
-            "depth": ("hidden_layer_sizes", depth),
+            "width": ("hidden_layer_sizes", max(layers)),
+            "depth": ("hidden_layer_sizes", len(layers)),
             "activation": ("activation", self.activation),
             "dropout": ("dropout", self.dropout),
             "optimizer": ("solver", optimizer),
             "lr": ("learning_rate_init", self.learning_rate_init),
-            "schedule": ("learning_rate", self.learning_rate),
+            "schedule": ("learning_rate", schedule),
             "batch_size": ("batch_size", self.batch_size),
             "weight_decay": ("weight_decay", self.weight_decay if alpha is None else None),
             "momentum": ("momentum", momentum if optimizer in MOMENTUM else None),
         }
+        patient = self.n_iter_no_change < np.inf
         return Recipe(
             kind="mlp",
             config=engine_config(values, optimizer=optimizer),
             alpha=alpha,
-            epochs=whole_number("max_iter", self.max_iter),
+            epochs=int(self.max_iter),
             seed=draw_seed(self.random_state, draw),
             device=self.device,
+            patience=Patience(float(self.tol), int(self.n_iter_no_change)) if patient else None,
         )
 
-    def _optimizer(self, default: str) -> str:
-        """Return the engine's word for the solver and its momentum."""
-        solver = default if self.solver is None else self.solver
-        if not isinstance(solver, str) or solver not in _SOLVERS:
-            if solver in ("nesterov", "nesterovhd"):
-                remedy = f"{solver.replace('nesterov', 'sgd')!r} has Nesterov's momentum"
-            else:
-                remedy = "there is no line search over minibatches of many models; use solver='adam' or 'sgd'"
-            raise InputError(f"solver must be one of {', '.join(_SOLVERS)}, got {solver!r}: {remedy}.")
-        if not isinstance(self.nesterovs_momentum, bool | np.bool_):
-            raise InputError(f"nesterovs_momentum must be True or False, got {self.nesterovs_momentum!r}.")
-        return _NESTEROVS.get(solver, (solver, solver))[0 if self.nesterovs_momentum else 1]
+    def _alpha(self) -> float | None:
+        """Return the L2 penalty, None where another decay takes its place; InputError where both were asked for."""
+        chosen = self.alpha != _ALPHA
+        if self.solver in ("adamw", "adamwhd"):
+            if chosen:
+                raise InputError(
+                    f"alpha={self.alpha!r} is an L2 penalty, and the decay of solver={self.solver!r} is another one; "
+                    "give weight_decay, or solver='adam'."
+                )
+            return None
+        if self.weight_decay is None:
+            return float(self.alpha)
+        if chosen and not self.weight_decay == self.alpha == 0:
+            raise InputError(
+                f"weight_decay={self.weight_decay!r} and alpha={self.alpha!r} are two penalties of one kind (alpha is "
+                "divided by the weight of a minibatch's rows); give one of them."
+            )
+        return None
+
+    def _set_fitted(self, fitted: Member, rows: Rows) -> None:
+        super()._set_fitted(fitted, rows)
+        assert isinstance(self.module_, MLP)
+        layers = [layer for layer in self.module_.layers if isinstance(layer, nn.Linear)]
+        self.coefs_ = [layer.weight.detach().numpy().T.copy() for layer in layers]
+        self.intercepts_ = [layer.bias.detach().numpy().copy() for layer in layers]
+        self._set_outputs(fitted, rows)
+        self.n_layers_, self.n_outputs_ = len(layers) + 1, len(self.intercepts_[-1])
+        self.loss_curve_, self._no_improvement_count = fitted.losses.tolist(), fitted.stalled
+        self.best_loss_ = min(self.loss_curve_, default=np.inf)
+        if self.loss_curve_:
+            self.loss_ = self.loss_curve_[-1]
+        self.validation_scores_ = self.best_validation_score_ = None
+        self.t_ = fitted.epochs * fitted.rows
+        self.__dict__.pop("_optimizer", None)
+
+    def _set_outputs(self, fitted: Member, rows: Rows) -> None:
+        """Turn the last layer into scikit-learn's: of one probability for two classes, of numbers in their units."""
+        raise NotImplementedError
+
+    def _forward_pass_fast(self, X: object, check_input: bool = True) -> NDArray[np.floating]:
+        """Return the probabilities or numbers that the network gives."""
+        if self.activation in THEIR_ACTIVATIONS:
+            theirs: NDArray[np.floating] = super()._forward_pass_fast(X, check_input=check_input)
+            return theirs
+        table = validate_data(self, X, dtype=FLOATS, accept_sparse="csr", reset=False) if check_input else X
+        hidden, activation = as_tensor(as_dense(table)), MLP_ACTIVATIONS[self.activation]()
+        for weight, bias in zip(self.coefs_[:-1], self.intercepts_[:-1]):
+            hidden = activation(
+                hidden @ as_tensor(weight).to(hidden.dtype) + as_tensor(bias).to(hidden.dtype)
+            )
+        outputs: NDArray[np.floating] = hidden.numpy() @ self.coefs_[-1] + self.intercepts_[-1]
+        THEIR_ACTIVATIONS[self.out_activation_](outputs)
+        return outputs
 
 
-def _layers(sizes: Any) -> tuple[int, int]:
-    """Return width and depth of hidden_layer_sizes."""
+def _layers(sizes: Any) -> list[int]:
+    """Return the sizes of the hidden layers."""
     layers = [sizes] if isinstance(sizes, Integral) else sizes
     if not isinstance(layers, list | tuple | np.ndarray) or not all(
         isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= 1 for n in layers
     ):
         raise InputError(
             f"hidden_layer_sizes must be one layer's size or a tuple of sizes, integers >= 1, got {sizes!r}. "
-            "For example (64, 64)."
+            "For example (64, 32)."
         )
-    if len(layers) == 0:
-        raise InputError(
-            "hidden_layer_sizes=() has no hidden layer, which is a linear model: use LogisticRegression."
-        )
-    if len({int(n) for n in layers}) > 1:
-        raise InputError(
-            f"hidden_layer_sizes must be equal layers, got {tuple(map(int, layers))}; for layers of unlike sizes give "
-            "a torch.nn.Module of your own to NeuralNetClassifier or NeuralNetRegressor."
-        )
-    return int(layers[0]), len(layers)
-
-
-def _check_alpha(alpha: object, weight_decay: object, solver: object) -> float | None:
-    """Return alpha, a number >= 0 or None. Raises InputError where another decay stands beside it."""
-    if alpha is None:
-        return None
-    number = float(check_value("weight_decay", alpha, "alpha"))
-    if weight_decay is not None and not weight_decay == number == 0:
-        raise InputError(
-            f"weight_decay={weight_decay!r} and alpha={number!r} are two penalties of one kind (alpha is "
-            "divided by the weight of a minibatch's rows); give one of them."
-        )
-    if solver in ("adamw", "adamwhd"):
-        raise InputError(
-            f"alpha={number!r} is an L2 penalty, and the decay of solver={solver!r} is another one; "
-            "give weight_decay, or solver='adam'."
-        )
-    return number
-
-
-def _check_words(activation: object, learning_rate: object) -> None:
-    """Raise InputError for words of scikit-learn that have no counterpart, with what to use."""
-    if isinstance(activation, str) and activation in _REFUSED_ACTIVATIONS:
-        raise InputError(
-            f"activation={activation!r} is not among relu, gelu, silu, tanh: {_REFUSED_ACTIVATIONS[activation]}."
-        )
-    if learning_rate in ("invscaling", "adaptive"):
-        raise InputError(
-            f"learning_rate={learning_rate!r} is not among {', '.join(SCHEDULES)}: use 'cosine', or a solver that "
-            "adapts its rate, as 'adamwhd'."
-        )
+    return [int(n) for n in layers]
 
 
 _PARAMETERS = """
 
-    Trains for ``max_iter`` epochs, always to the last one, on X as it comes: put a StandardScaler in front.
+    What scikit-learn's own is, with its parameters and their defaults, and whatever it has after ``fit``. gputune
+    trains it, alone as in a search, where it can: ``fit`` is scikit-learn's own, of one estimator alone, for "lbfgs",
+    activation "logistic" or "identity", learning_rate "invscaling" or "adaptive" of "sgd", early_stopping, warm_start,
+    shuffle=False, no hidden layer, other constants of "adam", a target of several columns or of one class, and for
+    ``partial_fit``. A search trains all other candidates together, and says which it does not.
 
-    hidden_layer_sizes   equal layers, as (64, 64)
-    activation, dropout  "relu", "gelu", "silu" or "tanh"; the rate in [0, 1) that follows each
-    solver               "adam", "sgd", "adamw" (weight decay apart from the gradient), and those that adapt their rate:
-                         "sgdhd", "adamhd", "adamwhd"; None is adamw, and adam where alpha is given
+    Of what gputune trains:
+
+    activation, dropout  "relu", "tanh", and also "gelu", "silu"; the rate in [0, 1) that follows each
+    solver               "adam", "sgd", and also "adamw" (weight decay apart from the gradient), and those that adapt
+                         their rate: "sgdhd", "adamhd", "adamwhd"
     alpha                scikit-learn's L2 penalty: a weight decay of alpha / (weight of a minibatch's rows) in the
                          gradient. Departures: the biases decay too, and a short last minibatch decays as a whole one
-    weight_decay         in place of alpha the decay itself, as in torch.optim; None is 0.01 for adamw, 0 for the others
-    learning_rate_init   the learning rate
-    learning_rate        how it goes on: "constant", "cosine", "linear", "warmup+cosine" or "one_cycle"
-    batch_size           rows of a minibatch; "auto" is min(200, n)
-    max_iter             epochs
-    momentum, nesterovs_momentum   of sgd and sgdhd; the others have none
-    random_state         an integer gives the same numbers again, alone as in a search
+    weight_decay         in place of alpha the decay itself, as in torch.optim; of "adamw" and "adamwhd", which have no
+                         alpha, None is 0.01
+    learning_rate        "constant", and of every solver also "cosine", "linear", "warmup+cosine" or "one_cycle"
+    tol, n_iter_no_change   training ends after more than so many epochs whose loss was not below the least by tol. The
+                         loss is that of all training rows after the epoch, without the penalty (scikit-learn: the mean
+                         over the minibatches of the epoch), which takes a third of the time. n_iter_no_change=inf
+                         computes none, and goes to the last epoch
+    max_iter             epochs at most; no ConvergenceWarning says that they were all trained
+    random_state         an integer gives the same numbers again, alone as in a search; they are not scikit-learn's
+    verbose              without effect
     device               "auto" (a GPU only for what is long), "cpu", "cuda", "cuda:1"
 
-    ``verbose``, ``shuffle=True``, ``early_stopping=False`` and ``warm_start=False`` are taken as scikit-learn's scripts
-    have them, without effect; other values are refused, and so are ``tol``, ``n_iter_no_change`` and
-    ``validation_fraction``.
-
-    Numbers have X's precision on a CPU, single precision on a GPU.
+    Sparse X is made dense, where memory holds it. Numbers have X's precision on a CPU, single precision on a GPU.
 """
 
+_EXTRAS = {"dropout": 0.0, "weight_decay": None, "device": "auto"}
 
-class MLPClassifier(TrainedClassifier, _MLP):
+
+class MLPClassifier(_MLP, neural_network.MLPClassifier):  # type: ignore[misc]
     __doc__ = f"""A multilayer perceptron for classes.{_PARAMETERS}
-    After ``fit``: ``module_`` (a plain torch module on the CPU that returns logits), ``classes_``, ``n_iter_``
-    (epochs), ``n_features_in_``, ``feature_names_in_``.
+    After ``fit`` also ``module_``, where gputune trained it: a plain torch module on the CPU with logits (n, K).
     """
 
+    loss = _loss = "log_loss"
+    __init__ = constructor(neural_network.MLPClassifier, _EXTRAS)
 
-class MLPRegressor(TrainedRegressor, _MLP):
+    def _set_outputs(self, fitted: Member, rows: Rows) -> None:
+        assert rows.classes is not None
+        self.classes_ = rows.classes[fitted.classes]
+        self._label_binarizer = LabelBinarizer().fit(self.classes_)
+        self.out_activation_ = "softmax"
+        if fitted.present is not None:  # classes whose training rows weighed nothing take no part
+            self.intercepts_[-1][~fitted.present] = -np.inf
+        if len(self.classes_) == 2:
+            self.out_activation_ = "logistic"
+            self.coefs_[-1] = np.diff(self.coefs_[-1], axis=1)
+            self.intercepts_[-1] = np.diff(self.intercepts_[-1])
+
+
+class MLPRegressor(_MLP, neural_network.MLPRegressor):  # type: ignore[misc]
     __doc__ = f"""A multilayer perceptron for a number, trained on the standardised target.{_PARAMETERS}
-    After ``fit``: ``module_`` (a plain torch module on the CPU), ``target_mean_`` and ``target_scale_`` (the target
-    is the module's output * scale + mean), ``n_iter_`` (epochs), ``n_features_in_``, ``feature_names_in_``.
+    ``alpha`` weighs against the error of the standardised target, and ``tol`` is of half of it.
+
+    After ``fit`` also, where gputune trained it, ``module_`` (a plain torch module on the CPU), ``target_mean_`` and
+    ``target_scale_`` (the target is the module's output * scale + mean).
     """
+
+    loss = _loss = "squared_error"
+    __init__ = constructor(neural_network.MLPRegressor, _EXTRAS)
+
+    def _set_outputs(self, fitted: Member, rows: Rows) -> None:
+        self.target_mean_, self.target_scale_ = float(fitted.center), float(fitted.scale)
+        self.out_activation_ = "identity"
+        self.coefs_[-1] *= self.target_scale_
+        self.intercepts_[-1] = self.intercepts_[-1] * self.target_scale_ + self.target_mean_

@@ -14,8 +14,9 @@ from torch.nn.functional import logsigmoid
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.population.network import call_module, first_output, two_logits
 from gputune.sklearn.base import FLOATS, FusedEstimator
-from gputune.sklearn.dataset import Rows, as_tensor
-from gputune.sklearn.fit import Member, fit_members
+from gputune.sklearn.dataset import Rows, as_dense, as_tensor
+from gputune.sklearn.fit import fit_members
+from gputune.sklearn.member import Member
 
 ROWS = 8192
 """Rows that a module is given at a time when it predicts, fewer where they are large."""
@@ -42,6 +43,7 @@ class TrainedEstimator(FusedEstimator):
     def _outputs(self, X: object) -> Tensor:
         """Return the module's outputs (n, K), float64, on the CPU."""
         check_is_fitted(self)
+        X = as_dense(X)
         if self._layout is not None:
             arrays = self._layout.raw(X)
         else:

@@ -14,6 +14,7 @@ from gputune.methods.config import check_value
 from gputune.modules.construction import Builder
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
+from gputune.sklearn.patience import Patience
 from gputune.types import Config, Task
 
 DrawSeed = Callable[[], int]
@@ -53,6 +54,7 @@ class Recipe:
     step, augment  functions of the user's for a minibatch, as ``Objective`` has them
     numbers  "standard" scales the channels of each input by the training rows, "none" leaves them
     state    where a training that stops at rungs is; None for one that goes to its end at once
+    patience when it ends before its last epoch; None: never
     """
 
     kind: ModelKind
@@ -67,13 +69,14 @@ class Recipe:
     augment: Callable[..., object] | None = None
     numbers: str = "none"
     state: RungState | None = None
+    patience: Patience | None = None
 
     @property
     def family(self) -> Hashable:
         """What recipes have in common that train together, on one device and for as long."""
         length = (self.begin, self.epochs, self.horizon, self.state is None)
         functions = tuple(map(content, (self.module, self.loss, self.step, self.augment)))
-        return self.device, self.kind, functions, self.numbers, self.seed, length
+        return self.device, self.kind, functions, self.numbers, self.seed, length, self.patience is None
 
     @property
     def standardises(self) -> bool:
@@ -99,8 +102,9 @@ class Recipe:
         return self.epochs if self.state is None else self.state.horizon
 
     def resumed(self, state: RungState) -> "Recipe":
-        """Return the recipe of a training that goes on from a rung."""
-        return replace(self, state=state, seed=self.seed if state.seed is None else state.seed)
+        """Return the recipe of a training that goes on from a rung, up to its last epoch."""
+        seed = self.seed if state.seed is None else state.seed
+        return replace(self, state=state, seed=seed, patience=None)
 
     def config_for(self, rows: int, weight: float) -> Config:
         """Return the configuration for so many training rows of so much weight in all.
@@ -145,10 +149,10 @@ def engine_config(values: Mapping[str, tuple[str, object]], *, optimizer: str) -
     return complete(config, optimizer=optimizer, schedule="constant")
 
 
-def whole_number(name: str, value: object) -> int:
-    """Return an integer >= 1. Raises InputError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
-        raise InputError(f"{name} must be an integer >= 1, got {value!r}. For example 50.")
+def whole_number(name: str, value: object, least: int = 1) -> int:
+    """Return an integer >= ``least``. Raises InputError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise InputError(f"{name} must be an integer >= {least}, got {value!r}. For example 50.")
     return int(value)
 
 

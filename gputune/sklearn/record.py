@@ -111,6 +111,8 @@ class Recorder:
         self.held_out = held_out
         self.events: list[Event] = []
         self.place = (0, 0)  # trial and fold
+        self.left: dict[tuple[int, int], str] = {}
+        """The fits that are left to scikit-learn's loop, and why."""
         # Each beside what its key has the ids of, so that nothing else gets them.
         self._parts: dict[Hashable, tuple[Part | Exception, object]] = {}
         self._transformed: dict[Hashable, tuple[Transformation, object]] = {}
@@ -133,7 +135,7 @@ class Recorder:
         within = within or (shared_rows(candidates[0], X, y, fit_params) if candidates else None)
         if within is not None:
             return self._of_parts(candidates, splits, within)
-        self.events = []
+        self.events, self.left = [], {}
         for trial, candidate in enumerate(candidates):
             for fold, (train, test) in enumerate(splits):
                 self.place = (trial, fold)
@@ -142,7 +144,9 @@ class Recorder:
                 with using_hook(self), suppress(Exception):
                     fitted = _silent(clone(candidate))
                     _fit(fitted, *rows)
-                    if self.held_out:  # only now are the steps those of this fold
+                    if (
+                        self.held_out and self.place not in self.left
+                    ):  # only now are the steps those of this fold
                         self._hold_out(fitted, X, y, train, test)
         return self.events
 
@@ -150,14 +154,24 @@ class Recorder:
         trains, valids = (
             [Part(within.rows, within.index[_as_rows(split[side])]) for split in splits] for side in (0, 1)
         )
+        labels = [within.rows.labels(train.index) for train in trains]
+        reasons = [[candidate._left_to_scikit_learn(y) for y in labels] for candidate in candidates]
+        self.left = {
+            (t, f): why for t, row in enumerate(reasons) for f, why in enumerate(row) if why is not None
+        }
         return [
             Fit(trial, fold, candidate, len(train.index), train, valid if self.held_out else None)
             for trial, candidate in enumerate(candidates)
             for fold, (train, valid) in enumerate(zip(trains, valids))
+            if (trial, fold) not in self.left
         ]
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
-        """Note the fit; raises the error of rows that it refuses."""
+        """Note the fit, unless it is left to scikit-learn's loop; raises the error of rows that it refuses."""
+        reason = estimator._left_to_scikit_learn(y)
+        if reason is not None:
+            self.left[self.place] = reason
+            return True
         arguments = (X, y, sample_weight)
         key = (type(estimator), *map(id, arguments))
         if key not in self._parts:

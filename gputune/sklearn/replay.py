@@ -5,6 +5,7 @@ so that every step of it finds what it would have made.
 """
 
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,8 +81,8 @@ class Replay:
 
     def fit(self, estimator: FusedEstimator, X: object, y: object, sample_weight: object) -> bool:
         """Finish the estimator where it is its turn."""
-        del y, sample_weight
-        event = self.events[0] if self.events else None
+        del sample_weight
+        event = self.events[0] if self.events and estimator._left_to_scikit_learn(y) is None else None
         if not isinstance(event, Fit) or not event.is_of(estimator, X):
             return False
         self.events.popleft()
@@ -156,8 +157,9 @@ class SearchRun:
         with using_hook(replay):
             results = evaluate_candidates(candidates, _Splitter(split), more_results=more_results, **context)
         replay.check_end()
-        results["mean_fit_time"][:] = self.seconds
-        results["std_fit_time"][:] = 0.0
+        together = ~np.isnan(self.seconds)  # the others were fitted in this loop
+        results["mean_fit_time"][together] = np.array(self.seconds)[together]
+        results["std_fit_time"][together] = 0.0
         return results
 
     def split(self, X: object, y: object, params: Mapping[str, object], cv: object = None) -> Splits:
@@ -180,7 +182,15 @@ class SearchRun:
         Raises scikit-learn's ValueError for a parameter that the estimator has not.
         """
         estimators = [clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates]
-        return self.recorder.record(estimators, X, y, splits, self.fit_params, within)
+        events = self.recorder.record(estimators, X, y, splits, self.fit_params, within)
+        if left := self.recorder.left:
+            warnings.warn(
+                f"{len({trial for trial, _ in left})} of {len(candidates)} candidates are fitted by scikit-learn's own "
+                f"loop, one by one, because gputune does not train {', '.join(sorted(set(left.values())))}.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return events
 
     def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
         """Train the fits of candidates."""
@@ -188,7 +198,8 @@ class SearchRun:
         train(fits, workers=workers(), deadline=self.deadline)
 
     def _note(self, trained: TrainedCandidates) -> None:
-        self.seconds += [trained.seconds] * len(trained.candidates)
+        together = {fit.trial for fit in fits_of(trained.events)}
+        self.seconds += [trained.seconds if i in together else np.nan for i in range(len(trained.candidates))]
         epochs = [1] * len(trained.candidates)
         for fit in fits_of(trained.events):
             epochs[fit.trial] = max(epochs[fit.trial], getattr(fit.fitted, "epochs", 1))

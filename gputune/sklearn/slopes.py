@@ -21,8 +21,9 @@ from gputune.hypergradients.implicit import implicit_gradients
 from gputune.hypergradients.result import check_classes
 from gputune.sklearn.base import last_step
 from gputune.sklearn.dataset import FoldGroup, Layout, Part, as_tensor, lay_out, shared_x
-from gputune.sklearn.fit import Batch, Member, Place, batches, in_skorchs_words
+from gputune.sklearn.fit import Batch, batches, in_skorchs_words
 from gputune.sklearn.logistic import LogisticRegression, Penalty, make_problem, solve_groups
+from gputune.sklearn.member import Member, Place
 from gputune.sklearn.recipe import Recipe
 from gputune.sklearn.record import Fit
 from gputune.sklearn.replay import group_fits

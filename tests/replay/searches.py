@@ -184,7 +184,9 @@ def in_words_of_tune(params):
     return dict(sorted((words.get(k, k), v[0] if isinstance(v, tuple) else v) for k, v in params.items()))
 
 
-MLP = face.MLPClassifier((6,), max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0)
+MLP = face.MLPClassifier(
+    (6,), solver="adamw", max_iter=4, batch_size=16, learning_rate_init=0.01, random_state=0
+)
 MLP_RATES = {"learning_rate_init": RATES["lr"]}
 FACE = {"cv": 3, "random_state": 0}
 
@@ -197,7 +199,7 @@ def random_face():
 
 
 def regressor_face():
-    estimator = face.MLPRegressor((6,), max_iter=4, random_state=0)
+    estimator = face.MLPRegressor(hidden_layer_sizes=(6,), solver="adamw", max_iter=4, random_state=0)
     return searched(face.RandomizedSearchCV(estimator, MLP_RATES, n_iter=3, **FACE), DIABETES, PROGRESS)
 
 
@@ -210,7 +212,7 @@ def halving_face():
 
 
 def descent_face():
-    sgd = MLP.set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0)
+    sgd = MLP.set_params(solver="sgd", alpha=0, nesterovs_momentum=False, momentum=0.0)
     return searched(face.HypergradientSearchCV(sgd, MLP_RATES, n_iter=2, outer_steps=2, **FACE))
 
 

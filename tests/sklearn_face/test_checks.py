@@ -28,6 +28,8 @@ NET = {
     "batch_size": 32,
     "random_state": 0,
 }
+# Where scikit-learn's own fit takes over: for labels, for one class, in partial_fit.
+WARNS = ("ignore:Got `batch_size` less than 1", "ignore:Stochastic Optimizer")
 # One of each class of which the others are a spelling or a sibling.
 ESTIMATORS = [
     LogisticRegression(),
@@ -43,6 +45,7 @@ OTHERS = [
 
 # scikit-learn 1.6 asks scipy for names that later releases have deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(*WARNS)
 @parametrize_with_checks(ESTIMATORS)
 def test_scikit_learns_check(estimator, check):
     check(estimator)
@@ -50,6 +53,7 @@ def test_scikit_learns_check(estimator, check):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings(*WARNS)
 @parametrize_with_checks(OTHERS)
 def test_scikit_learns_check_of_the_others(estimator, check):
     check(estimator)

@@ -229,8 +229,8 @@ def test_a_schedule_runs_to_the_end_of_the_last_rung():
         ),
         (HalvingRandomSearchCV(MLP, RATES, device=3), "The 'device' parameter of HalvingRandomSearchCV"),
         (
-            HalvingRandomSearchCV(MLP, RATES, min_resources=99),
-            "min_resources_=99 is greater than max_resources_=50",
+            HalvingRandomSearchCV(MLP, RATES, min_resources=999),
+            "min_resources_=999 is greater than max_resources_=200",
         ),
     ],
 )

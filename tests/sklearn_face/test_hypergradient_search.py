@@ -37,7 +37,8 @@ from searches import Callback, CountingScaler, CountingSplitter
 
 X, Y = load_iris(return_X_y=True)
 X = (X - X.mean(0)) / X.std(0)
-MLP = MLPClassifier(hidden_layer_sizes=(8,), max_iter=4, batch_size=32, activation="tanh", random_state=0)
+MLP = MLPClassifier((8,), solver="adamw", max_iter=4, batch_size=32, activation="tanh", random_state=0)
+ADAM = clone(MLP).set_params(solver="adam")
 SGD = clone(MLP).set_params(
     solver="sgd", nesterovs_momentum=False, momentum=0.0, activation="relu", batch_size=16
 )
@@ -193,7 +194,7 @@ def test_pipelines(scaler_fits):
             {"optimizer__momentum"},
         ),
         (
-            make_pipeline(StandardScaler(), MLP),
+            make_pipeline(StandardScaler(), ADAM),
             {"mlpclassifier__alpha": [0.1]},
             ("alpha", "learning_rate_init"),
             {"mlpclassifier__alpha", "mlpclassifier__learning_rate_init"},
@@ -332,12 +333,12 @@ def test_callbacks_hear_of_every_point():
         (MLP, RATES, {"hyperparameters": "lr"}, "some of learning_rate_init, weight_decay or alpha, momentum, each"),
         (MLP, RATES, {"hyperparameters": ("alpha", "weight_decay")}, "each named once"),
         (MLP, RATES, {"hyperparameters": "alpha"}, "start 0 decays by weight_decay, and not by alpha; name"),
-        (MLP, {"alpha": [0.1]}, {"hyperparameters": "weight_decay"}, "start 0 decays by alpha, and not by weight_dec"),
+        (ADAM, {"alpha": [0.1]}, {"hyperparameters": "weight_decay"}, "start 0 decays by alpha, and not by weight_dec"),
         (LogisticRegression(), {"C": [1.0]}, {"hyperparameters": ["lr", "C"]}, "moves some of C, each named once"),
         (MLP, RATES | {"solver": ["adamhd"]}, {}, "what start 0 has: optimizer='adamhd'; choose"),
         (MLP, RATES, {"hyperparameters": "momentum"}, "adamw has no 'momentum', and start 0 uses it"),
         (SGD, RATES, {"hyperparameters": "momentum"}, "cannot start from momentum=0, as start 0 does, .* in the logit"),
-        (MLP, {"alpha": [0.0]}, {"hyperparameters": "alpha"}, "cannot start from alpha=0, .* with values above 0, or"),
+        (ADAM, {"alpha": [0.0]}, {"hyperparameters": "alpha"}, "cannot start from alpha=0, .* with values above 0, or"),
         (LogisticRegression(), {"C": [np.inf]}, {}, "cannot start from C=inf, .* with values above 0 and finite"),
         (
             LogisticRegression(fit_intercept=False),

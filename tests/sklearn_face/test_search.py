@@ -177,7 +177,7 @@ def test_failed_fits_are_counted_and_explained():
     assert "6 fits failed out of a total of 9" in failed
     assert "3 fits failed with the following error" in failed  # each reason once
     assert "DivergedError: the training diverged with nesterov and a learning rate of 1e+300" in failed
-    assert "learning_rate_init must be" in failed
+    assert "'learning_rate_init' parameter of MLPClassifier must be" in failed
 
 
 def test_all_failed_raises():

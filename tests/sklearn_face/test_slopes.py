@@ -26,7 +26,9 @@ DATA = {
 }
 MLP = MLPClassifier(hidden_layer_sizes=(6,), activation="tanh", max_iter=4, batch_size=24, random_state=0)
 SGD = clone(MLP).set_params(solver="sgd", nesterovs_momentum=False, momentum=0.0, learning_rate_init=0.2)
-REGRESSOR = MLPRegressor((6, 6), activation="tanh", max_iter=3, batch_size=64, random_state=0)
+REGRESSOR = MLPRegressor(
+    hidden_layer_sizes=(6, 6), activation="tanh", max_iter=3, batch_size=64, random_state=0
+)
 WEIGHTS = np.random.default_rng(0).uniform(0.2, 2.0, len(Y))
 
 

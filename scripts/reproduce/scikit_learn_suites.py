@@ -1,0 +1,143 @@
+"""scikit-learn's own tests of its MLP, its logistic regression and its searches, with gputune's classes in their place.
+
+    python scripts/reproduce/scikit_learn_suites.py
+    python scripts/reproduce/scikit_learn_suites.py test_mlp -k early --out OUT     OUT/scikit-learn-suites.md
+
+Each test file of the installed scikit-learn is copied into a temporary folder with one line more, after its imports:
+``from gputune.sklearn import ...``. It is run as it was, and with that line. A test counts where scikit-learn's own
+class passes it. The page lists those that fail, with the reason, and the script fails where one has none.
+"""
+
+import argparse
+import ast
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import sklearn
+
+REASONS: dict[str, tuple[tuple[str, str], ...]] = {}
+"""Of a suite: a pattern of the names of tests that fail, and why they do."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A test file of scikit-learn, and the classes that are swapped in it."""
+
+    path: str
+    classes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).stem
+
+    def source(self, *, swapped: bool) -> str:
+        """Return the test file, with one more import after the others where the classes are ``swapped``."""
+        assert sklearn.__file__ is not None
+        text = (Path(sklearn.__file__).parent / self.path).read_text()
+        if not swapped:
+            return text
+        lines = text.splitlines(keepends=True)
+        imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        lines.insert(imports[-1].end_lineno or 0, f"from gputune.sklearn import {', '.join(self.classes)}\n")
+        return "".join(lines)
+
+
+SEARCHES = ("GridSearchCV", "RandomizedSearchCV")
+SUITES = (
+    Suite("neural_network/tests/test_mlp.py", ("MLPClassifier", "MLPRegressor")),
+    Suite("linear_model/tests/test_logistic.py", ("LogisticRegression",)),
+    Suite("model_selection/tests/test_search.py", (*SEARCHES, "HalvingRandomSearchCV")),
+    Suite("model_selection/tests/test_successive_halving.py", ("HalvingRandomSearchCV",)),
+)
+
+
+def outcomes(suite: Suite, *, swapped: bool, keyword: str) -> dict[str, str]:
+    """Return for each test "" where it passed, else the last line of its error; skipped ones are left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        file, report = Path(folder) / f"{suite.name}.py", Path(folder) / "report.xml"
+        file.write_text(suite.source(swapped=swapped))
+        plugins = ["-p", "sklearn.conftest", "-p", "no:cacheprovider"]
+        if find_spec("xdist") is not None:
+            plugins += ["-p", "no:xdist"]
+        options = [
+            f"--junitxml={report}",
+            "-q",
+            "--tb=line",
+            "-k",
+            keyword,
+            "--rootdir",
+            folder,
+            "-c",
+            "/dev/null",
+        ]
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", *plugins, *options, str(file)],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+        )
+        if not report.exists():
+            raise RuntimeError(f"pytest did not run {suite.name}:\n{run.stdout}{run.stderr}")
+        cases = ElementTree.parse(report).iter("testcase")
+        return {case.attrib["name"]: error for case in cases if (error := _error(case)) is not None}
+
+
+def _error(case: ElementTree.Element) -> str | None:
+    """Return what a test said: "" where it passed, None where it was skipped."""
+    for part in case:
+        if part.tag == "skipped":
+            return None
+        if part.tag in ("failure", "error"):
+            return " ".join((part.attrib.get("message") or part.tag).split())[:300]
+    return ""
+
+
+def compared(suite: Suite, keyword: str) -> tuple[list[str], dict[str, str]]:
+    """Return the tests that scikit-learn's own class passes, and the errors of those that fail when it is swapped."""
+    own, swapped = (outcomes(suite, swapped=flag, keyword=keyword) for flag in (False, True))
+    applies = [name for name, error in own.items() if not error]
+    return applies, {name: swapped.get(name, "not run") for name in applies if swapped.get(name, "not run")}
+
+
+def by_reason(suite: Suite, failed: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the tests that fail by the reason why, "" for none."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in failed:
+        matching = (why for pattern, why in REASONS.get(suite.name, ()) if re.search(pattern, name))
+        groups[next(matching, "")].append(name)
+    return groups
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "suites", nargs="*", choices=[[], *(suite.name for suite in SUITES)], help="default: all"
+    )
+    parser.add_argument("-k", default="", metavar="WORDS", help="only tests with these words, as of pytest")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the page here")
+    options = parser.parse_args(arguments)
+    chosen = [suite for suite in SUITES if suite.name in options.suites or not options.suites]
+    unexplained = 0
+    for suite in chosen:
+        applies, failed = compared(suite, options.k)
+        print(f"{suite.name}: {len(applies) - len(failed)} of {len(applies)}")
+        for why, names in by_reason(suite, failed).items():
+            print(f"  {why or 'no reason is known'}:")
+            for name in names:
+                print(f"    {name}  {'' if why else failed[name]}")
+            unexplained += 0 if why else len(names)
+    return 1 if unexplained else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
