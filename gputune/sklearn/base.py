@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -23,7 +23,7 @@ from gputune.data.target import check_target
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
 from gputune.sklearn.member import Place
-from gputune.sklearn.recipe import DrawSeed, RungState, fresh_seed
+from gputune.sklearn.recipe import DrawSeed, Recipe, RungState, fresh_seed
 from gputune.text import did_you_mean
 from gputune.types import Config
 
@@ -273,13 +273,15 @@ def fit_together(
     workers: int | None = 1,
     deadline: float | None = None,
     states: Sequence[RungState] | None = None,
+    patient: bool = True,
 ) -> dict[Place, object]:
     """Fit all candidates, of one class, on the training rows of all folds at once.
 
     Returns for each (fold, candidate) what ``_become`` takes. ``random_state=None`` is one fresh draw for all of them.
     A candidate whose parameters are refused fails in every fold, as its own ``fit`` would. ``workers`` None lets an
     estimate decide about processes; ``deadline`` (``time.monotonic()``) ends training, and fits that have not ended by
-    then fail with TimeoutError. ``states`` say for each candidate where its training goes on from.
+    then fail with TimeoutError. ``states`` say for each candidate where its training goes on from. Unless they are
+    ``patient``, members train to their last epoch, wherever their loss stalls.
     """
     draw = functools.cache(fresh_seed)
     results: dict[Place, object] = {}
@@ -287,7 +289,8 @@ def fit_together(
     for i, candidate in enumerate(candidates):
         try:
             recipe = candidate._recipe(draw)
-            recipes[i] = recipe if states is None else recipe.resumed(states[i])
+            recipe = recipe if states is None else recipe.resumed(states[i])
+            recipes[i] = recipe if patient or not isinstance(recipe, Recipe) else replace(recipe, patience=None)
         except (TypeError, ValueError) as error:
             results |= {(fold, i): error for fold in range(len(folds))}
     trains = {}

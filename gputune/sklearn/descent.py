@@ -21,7 +21,7 @@ from gputune.methods.distributions import range_of
 from gputune.sklearn.base import keep_parameters
 from gputune.sklearn.dataset import Part
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
-from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, workers
+from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, train, workers
 from gputune.sklearn.search import CONSTRAINTS, FusedSearch, current_run
 from gputune.sklearn.slopes import SlopeRequest, check_held_out, descended_parameters, slopes_of, start_values
 from gputune.tuning.descent import SlopeMode, run_descent
@@ -95,6 +95,11 @@ class DescentRun(SearchRun):
         ]
         if points:
             self._train(points, [(number, step) for number in starts])
+
+    def train(self, candidates: Candidates, fits: Sequence[Fit]) -> None:
+        """Train the fits of candidates to their last epoch, over which they are differentiated."""
+        del candidates
+        train(fits, workers=workers(), deadline=self.deadline, patient=False)
 
     def _train(self, points: Candidates, origins: Sequence[tuple[int, int]]) -> None:
         """Train points, which are numbered after those before."""

@@ -236,7 +236,7 @@ _PARAMETERS = """
     What scikit-learn's own is, with its parameters and their defaults, and whatever it has after ``fit``. gputune
     trains it, alone as in a search, where it can: ``fit`` is scikit-learn's own, of one estimator alone, for "lbfgs",
     activation "logistic" or "identity", learning_rate "invscaling" or "adaptive" of "sgd", early_stopping, warm_start,
-    shuffle=False, no hidden layer, other constants of "adam", a target of several columns or of one class, and for
+    shuffle=False, hidden layers of unlike sizes or none, other constants of "adam", a target of several columns or of one class, and for
     ``partial_fit``. A search trains all other candidates together, and says which it does not.
 
     Of what gputune trains:

@@ -30,10 +30,11 @@ def train(
     workers: int | None = 1,
     deadline: float | None = None,
     states: Sequence[RungState] | None = None,
+    patient: bool = True,
 ) -> None:
     """Train fits, as many together as share their rows and their class.
 
-    ``states`` say for each trial where its training goes on from.
+    ``states`` say for each trial where its training goes on from; unless ``patient``, all train to their last epoch.
     """
     for trials in group_fits(fit for fit in fits if isinstance(fit.train, Part)):
         for layout in lay_out([fit.train for fit in trials[0] if isinstance(fit.train, Part)]):
@@ -45,6 +46,7 @@ def train(
                 workers=workers,
                 deadline=deadline,
                 states=None if states is None else [_in_layout(states[t[0].trial], t) for t in members],
+                patient=patient,
             )
             for c, trial in enumerate(members):
                 for f, fit in enumerate(trial):

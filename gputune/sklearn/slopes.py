@@ -102,7 +102,7 @@ def _recipe(fit: Fit) -> Recipe:
     assert isinstance(fit.fitted, Member)
     seed = fit.fitted.seed
     recipe: Recipe = fit.estimator._recipe(lambda: seed)
-    return replace(recipe, seed=seed)  # a RandomState has drawn another one
+    return replace(recipe, seed=seed, patience=None)  # a RandomState has drawn another one
 
 
 def _differentiate(batch: Batch, request: SlopeRequest) -> Iterator[tuple[Place, MemberSlope]]:

@@ -186,7 +186,7 @@ def test_pipelines(scaler_fits):
             "learning_rate_init",
             {"learning_rate_init"},
         ),
-        (MLP, {"alpha": [0.1]}, ["alpha", "learning_rate_init"], {"learning_rate_init", "alpha"}),
+        (ADAM, {"alpha": [0.1]}, ["alpha", "learning_rate_init"], {"learning_rate_init", "alpha"}),
         (
             NeuralNetClassifier(Net, max_epochs=2, random_state=0),
             {"optimizer__momentum": [0.5]},

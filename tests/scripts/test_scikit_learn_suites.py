@@ -1,0 +1,37 @@
+"""The script that runs scikit-learn's own tests."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def suites(script):
+    return script("scikit_learn_suites")
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_suite_is_swapped_by_one_import(suites, place):
+    suite = suites.SUITES[place]
+    own, swapped = (suite.source(swapped=flag).splitlines() for flag in (False, True))
+    (line,) = [i for i, line in enumerate(swapped) if line.startswith("from gputune.sklearn import ")]
+    assert swapped[:line] + swapped[line + 1 :] == own
+    assert not any(later.startswith(("import ", "from ")) for later in swapped[line + 1 :])
+
+
+def test_it_compares_with_scikit_learns_own_class(suites):
+    applies, failed = suites.compared(suites.SUITES[0], "test_tolerance or test_nonfinite_params")
+    assert sorted(applies) == ["test_nonfinite_params", "test_tolerance"]
+    assert (
+        list(failed) == ["test_nonfinite_params"]
+        and "the training diverged" in failed["test_nonfinite_params"]
+    )
+
+
+@pytest.mark.parametrize(("name", "code"), [("test_nonfinite_params", 0), ("test_of_tomorrow", 1)])
+def test_a_failure_needs_a_reason(suites, monkeypatch, tmp_path, capsys, name, code):
+    monkeypatch.setattr(suites, "compared", lambda suite, keyword: (["test_fit", name], {name: "an error"}))
+    assert suites.main(["test_mlp", "--out", str(tmp_path)]) == code
+    assert "test_mlp: 1 of 2" in capsys.readouterr().out
+    page = (tmp_path / "scikit-learn-suites.md").read_text()
+    assert (
+        "| 1 of 2 |" in page and f"`{name}` | {'not known' if code else 'a training that diverges'}" in page
+    )
