@@ -290,7 +290,9 @@ def fit_together(
         try:
             recipe = candidate._recipe(draw)
             recipe = recipe if states is None else recipe.resumed(states[i])
-            recipes[i] = recipe if patient or not isinstance(recipe, Recipe) else replace(recipe, patience=None)
+            recipes[i] = (
+                recipe if patient or not isinstance(recipe, Recipe) else replace(recipe, patience=None)
+            )
         except (TypeError, ValueError) as error:
             results |= {(fold, i): error for fold in range(len(folds))}
     trains = {}

@@ -16,9 +16,9 @@ from sklearn.utils.validation import validate_data
 from torch import nn
 
 from gputune.errors import InputError
+from gputune.methods.config import check_value
 from gputune.models import MLP
 from gputune.models.mlp import ACTIVATIONS as MLP_ACTIVATIONS
-from gputune.methods.config import check_value
 from gputune.sklearn.base import FLOATS, Foreign, constructor, has_columns
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
 from gputune.sklearn.member import Member
@@ -236,8 +236,8 @@ _PARAMETERS = """
     What scikit-learn's own is, with its parameters and their defaults, and whatever it has after ``fit``. gputune
     trains it, alone as in a search, where it can: ``fit`` is scikit-learn's own, of one estimator alone, for "lbfgs",
     activation "logistic" or "identity", learning_rate "invscaling" or "adaptive" of "sgd", early_stopping, warm_start,
-    shuffle=False, hidden layers of unlike sizes or none, other constants of "adam", a target of several columns or of one class, and for
-    ``partial_fit``. A search trains all other candidates together, and says which it does not.
+    shuffle=False, hidden layers of unlike sizes or none, other constants of "adam", a target of several columns or of
+    one class, and for ``partial_fit``. A search trains all other candidates together, and says which it does not.
 
     Of what gputune trains:
 

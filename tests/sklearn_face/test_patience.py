@@ -12,7 +12,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from gputune.errors import InputError
-from gputune.sklearn import GridSearchCV, HalvingRandomSearchCV, HypergradientSearchCV, LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
+from gputune.sklearn import (
+    GridSearchCV,
+    HalvingRandomSearchCV,
+    HypergradientSearchCV,
+    LogisticRegression,
+    MLPClassifier,
+    MLPRegressor,
+    NeuralNetClassifier,
+)
 from gputune.sklearn.dataset import as_dense
 
 X, Y = load_iris(return_X_y=True)
@@ -74,7 +82,9 @@ def test_rungs_and_descents_go_to_their_last_epoch():
     impatient = clone(QUICK).set_params(tol=100.0, n_iter_no_change=1, max_iter=8)
     options = {"cv": 3, "random_state": 0, "refit": False}
     rates = {"learning_rate_init": [0.05, 0.001]}
-    halving = HalvingRandomSearchCV(impatient, rates, n_candidates=2, min_resources=8, scoring="neg_log_loss", **options)
+    halving = HalvingRandomSearchCV(
+        impatient, rates, n_candidates=2, min_resources=8, scoring="neg_log_loss", **options
+    )
     descent = HypergradientSearchCV(impatient, rates, n_iter=2, outer_steps=1, **options)
     whole = GridSearchCV(
         clone(impatient).set_params(n_iter_no_change=np.inf), rates, cv=3, refit=False, scoring="neg_log_loss"
