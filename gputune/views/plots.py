@@ -154,6 +154,10 @@ def plot_parallel(study: Study, ax: "Axes | None" = None) -> "Axes":
     for row in shown.order[::-1]:
         heights = [column.heights[row] for column in columns]
         ax.plot(places, heights, color=colours.to_rgba(shown.values[row]), linewidth=0.8)
+    for place, column in enumerate(columns):
+        for value, label in column.scale.ticks:
+            height = float(column.scale(value))
+            ax.text(place, height, f" {_plain(label)}", fontsize="x-small", va="center", clip_on=True)
     ax.set_xticks(places, [_plain(column.label) for column in columns])
     ax.set_ylabel("low to high")
     ax.figure.colorbar(colours, ax=ax, label=_plain(shown.measure.title))

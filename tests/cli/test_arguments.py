@@ -102,6 +102,13 @@ def test_a_value_is_said_as_it_is_typed(name):
         ("'mse', a torch.nn loss, or callable(outputs, y), got 'l1'", "'mse', got 'l1'"),
         ("scorer names or a callable, got 'x'", "scorer names, got 'x'"),
         (
+            "timeout is a number of seconds above 0, or None, got 0.",
+            "--timeout is a number of seconds above 0, got 0.",
+        ),
+        ("task must be 'custom' or None, got 'x'", "--task must be 'custom', got 'x'"),
+        ("X has no column 'a'; got 'b'.", "FILE has no column 'a'; got 'b'."),
+        ("kinds={'a b': 'number'}: column 'a b' has 'x'", "--kind a b=number: column 'a b' has 'x'"),
+        (
             "put 'module__k' into the space (one), give it a default, or pass functools.partial(Net, k=...).",
             "put module__k=... into --space (one), or give it a default.",
         ),

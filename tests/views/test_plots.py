@@ -12,7 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from gputune.errors import InputError, MissingExtraError
+from gputune.views.axes import parallel_axes
 from gputune.views.parameters import importance
+from gputune.views.scores import shown_scores
 from made_studies import made_descent, made_study, study_of
 
 
@@ -110,6 +112,9 @@ def test_parallel(study):
     finite = [trial for trial in study.trials if math.isfinite(trial.score)]
     assert len(ax.lines) == len(finite)
     assert [label.get_text() for label in ax.get_xticklabels()] == [*study.best_params, "accuracy"]
+    drawn = {(text.get_text().strip(), *text.get_position()) for text in ax.texts}
+    for place, axis in enumerate(parallel_axes(study, shown_scores(study))):
+        assert {(label, place, float(axis.scale(value))) for value, label in axis.scale.ticks} <= drawn
     top = ax.lines[-1].get_ydata()  # the best lies on top
     logs = np.log([trial.params["lr"] for trial in study.trials])
     expected = (math.log(study.best_params["lr"]) - logs.min()) / (logs.max() - logs.min())
