@@ -75,4 +75,5 @@ def _is_last(key: str, end: float, side: str) -> bool:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # An integer may be too large for a float, but not to be compared with one.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

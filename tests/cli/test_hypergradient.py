@@ -110,7 +110,7 @@ def test_a_second_look_at_a_point_is_no_second_row(tmp_path):
     code, text, err = run(
         "tune", "sklearn:iris", "--method", "hypergradient", "--space", "lr=0.03", "width=8", "depth=1",
         "activation=tanh", "batch_size=16", "--epochs", "10", "--cv", "3", "--trials", "1", "--no-default",
-        "--workers", "1", "--test-size", "0", "--out", out,
+        "--workers", "1", "--test-size", "0", "--out", out, loud=True,
     )  # fmt: skip
     assert code == 0 and "descent: 1 start x at most 11 points" in err
     study = gputune.Study.open(out / "study.db")
