@@ -143,7 +143,7 @@ def own_process(monkeypatch):
 
 
 def test_sigterm_while_the_best_is_trained_again_ends_in_words(tmp_path, monkeypatch, capsys, own_process):
-    monkeypatch.setattr(Study, "best_model", lambda study: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(Study, "best_model", lambda study, **more: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(
         sys, "argv", ["gputune", "tune", "sklearn:iris", "--out", str(tmp_path / "out"), *FAST]
     )
