@@ -190,7 +190,7 @@ def connect(path: Path, mode: str, *, threads: bool = False) -> sqlite3.Connecti
 def _connect_readonly(path: Path) -> sqlite3.Connection:
     try:
         connection = connect(path, "ro")  # setting a pragma reads the file, so this may fail already
-        with translated(path):
+        with _closed_on_error(connection), translated(path):
             connection.execute("PRAGMA schema_version")
         return connection
     except (OSError, StudyCorruptError):
