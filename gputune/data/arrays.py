@@ -331,8 +331,8 @@ def _fit(
     for start, block in arrays.blocks(part):
         gap = block.double() - shift
         rows = slice(start, start + len(block))
-        first[rows] = gap.sum(summed, keepdim=True).cpu() if summed else gap.cpu()
-        second[rows] = gap.square().sum(summed, keepdim=True).cpu() if summed else gap.square().cpu()
+        for sums, values in ((first, gap), (second, gap.square())):
+            sums[rows] = (values.sum(summed, keepdim=True) if summed else values).cpu().numpy()
     moments = []
     for train in folds:
         mean, square = (sums[train].mean(0) / each for sums in (first, second))
