@@ -25,7 +25,7 @@ SHOWN = ("torch", "numpy", "scikit-learn", "pandas", "polars")
 ENVIRONMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "floors": (
         "3.11",
-        ("torch==2.10.*", "numpy==2.0.*", "scikit-learn==1.6.*", "pandas==2.2.*", "polars==1.0.*"),
+        ("torch==2.10.*", "numpy==2.0.*", "scikit-learn==1.6.*", "pandas==2.2.*", "polars==1.10.*"),
     ),
     "3.12": ("3.12", ("torch==2.13.*", "pandas==2.*")),
     "newest": ("3.13", ("pandas>=3",)),

@@ -149,13 +149,14 @@ def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
     import polars as pl
 
     rule = "; it must be UTF-8 text with one header line and equally many fields in every line."
-    with _blaming(path, "a text table", rule), _open_text(path) as file:
-        header = next((line for line in file if line.strip()), b"")
+    with _blaming(path, "a text table", rule):
+        with _open_text(path) as file:
+            header = next((line for line in file if line.strip()), b"")
         # Rows do not tell: where semicolons separate, commas may be decimal.
         separator = "\t" if tabs else ";" if b";" in header and b"," not in header else ","
         _check_room(path, header.count(separator.encode()) * _COLUMN_BYTES, free_memory())
-        file.seek(0)
-        fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
+        with _open_text(path) as file:  # anew: older polars go on where the system has read to
+            fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
     _check_header(path, names)
     rows = fields[1:]
