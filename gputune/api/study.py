@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import optuna
     from matplotlib.axes import Axes
+    from numpy.typing import NDArray
 
     from gputune.study.model import TunedModel
 
@@ -77,6 +78,22 @@ class Study(data.Study):
         return ensemble(
             self, X, y, size=size, candidates=candidates, seeds=seeds, trust_code=trust_code, verbose=verbose
         )
+
+    def oof_predictions(
+        self, X: object = None, y: object = None, *, trial: int | None = None, trust_code: bool = False
+    ) -> "NDArray[np.float64]":
+        """What the best trial, or the ``trial`` of a number, predicts of the rows that its folds validate on.
+
+        Its members train on their folds once more, to the same numbers. Returns probabilities of the classes, or of
+        the labels, (n, K); values of a regression in their units, (n,) or (n, K). A row of several folds has their
+        mean, one that no fold validates on has NaN. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
+
+        Raises InputError for a number of no scored trial, a study of descents, of ``search`` or of a custom target,
+        and as ``best_model`` does.
+        """
+        from gputune.tuning.out_of_fold import oof_predictions
+
+        return oof_predictions(self, X, y, trial=trial, trust_code=trust_code)
 
     def to_optuna(self, storage: object = None, *, name: str | None = None) -> "optuna.Study":
         """Write every trial into a new study of Optuna's and return it: for its dashboard, plots and importances.

@@ -25,9 +25,9 @@ _LABEL = 9
 _STATES: dict[TrialState, str] = {
     "complete": "complete",
     "pruned": "sent away",
-    "stopped": "stopped by the timeout",
+    "stopped": "cut short",
     "failed": "diverged",
-    "waiting": "not started before the timeout",
+    "waiting": "not started",
 }
 
 
@@ -79,9 +79,8 @@ def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
     parts = [_understood(ending, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
-    words = {**_STATES, "stopped": "cut short", "waiting": "not started"}
     go_on = f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *typed]))}"
-    return "\n\n".join([*parts, "\n".join([*_kept(ending, words, width), go_on])])
+    return "\n\n".join([*parts, "\n".join([*_kept(ending, _STATES, width), go_on])])
 
 
 def _understood(ending: Ending, width: int) -> str:
@@ -280,7 +279,7 @@ def _optimistic(ending: Ending) -> str:
 def _whereabouts(ending: Ending, width: int) -> str:
     words = {
         **_STATES,
-        "waiting": f"{_STATES['waiting']} (repeat the command to go on; without --timeout to the end)",
+        "waiting": f"{_STATES['waiting']} (repeat the command to go on; without what ended it to the end)",
     }
     if ending.model_folder is None:
         study = clean(ending.study_file)

@@ -4,7 +4,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from gputune.cli.arguments import METHOD_RULES
+from gputune.cli.flags import METHOD_RULES
 from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
 from gputune.executors.ray_connection import Ray

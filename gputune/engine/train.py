@@ -1,8 +1,9 @@
 """The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
@@ -256,6 +257,9 @@ def _make_chunk(
     if word == "compiled":
         return CompiledChunk(network, data, configs, **options)
     if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
-        with suppress(TraceError, NotBuiltError):  # of another optimizer than was tried
+        try:
             return MemberChunk(network, data, configs, **options)
+        except (TraceError, NotBuiltError) as error:  # of another optimizer than was tried
+            what = f"trials with optimizer {configs[0]['optimizer']!r} train in recorded steps"
+            warnings.warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning, stacklevel=2)
     return reuse.take(network, data, configs, recorded=word == "graph", **options)

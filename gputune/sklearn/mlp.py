@@ -251,8 +251,8 @@ _PARAMETERS = """
     learning_rate        "constant", and of every solver also "cosine", "linear", "warmup+cosine" or "one_cycle"
     tol, n_iter_no_change   training ends after more than so many epochs whose loss was not below the least by tol. The
                          loss is that of all training rows after the epoch, without the penalty (scikit-learn: the mean
-                         over the minibatches of the epoch), which takes a third of the time. n_iter_no_change=inf
-                         computes none, and goes to the last epoch
+                         over the minibatches of the epoch), which takes time. n_iter_no_change=inf computes none, and
+                         goes to the last epoch
     max_iter             epochs at most; no ConvergenceWarning says that they were all trained
     random_state         an integer gives the same numbers again, alone as in a search; they are not scikit-learn's
     verbose              without effect

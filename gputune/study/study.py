@@ -322,17 +322,8 @@ def _trial(candidate: Candidate, result: Result | None, *, descent: bool) -> Tri
     origin = (number, 0) if descent and isinstance(candidate.origin, str) else candidate.origin
     if result is None:
         return Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin)
-    return Trial(
-        number=number,
-        params=params,
-        score=result.score,
-        fold_scores=tuple(result.fold_scores),
-        best_epoch=result.best_epoch,
-        state=result.state,
-        seconds=result.seconds,
-        origin=origin,
-        detail=dict(result.detail),
-    )
+    of_training = result.score, tuple(result.fold_scores), result.best_epoch, result.state, result.seconds
+    return Trial(number, params, *of_training, origin, dict(result.detail))
 
 
 def _stack(rows: Sequence[Curve | None]) -> Curve:

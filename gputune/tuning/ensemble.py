@@ -49,8 +49,10 @@ def ensemble(
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
             raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
     trials = _candidates(study, candidates)
-    search = _recalled(study, X, y, trust_code)
-    predictions = _predictions(search, trials, verbose)
+    search = recalled_for("ensemble", study, X, y, trust_code)
+    progress = Progress(verbose)
+    progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
+    predictions = predictions_of(search, trials, progress)
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
     kept = [trials[place] for place in sorted(chosen)]
     weights = [chosen[place] / chosen.total() for place in sorted(chosen)]
@@ -75,23 +77,22 @@ def ensemble(
     )
 
 
-def _recalled(study: Study, X: object, y: object, trust_code: bool) -> Search:
-    """Return the search of a study; what a refit refuses is refused in the words of an ensemble, which has no check."""
+def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
+    """Return the search of a study; what a refit refuses is refused in the words of ``name``, which has no check."""
     try:
         return recalled(study, X, y, check=True, trust_code=trust_code)
     except InputError as error:
         if type(error) is not InputError:
             raise
         words = re.sub(r"(; check=False|, or add check=False).*$", ".", str(error))
-        raise InputError(words.replace("best_model(", "ensemble(")) from error
+        raise InputError(words.replace("best_model(", f"{name}(")) from error
 
 
-def _predictions(search: Search, trials: Sequence[Trial], verbose: int) -> "Predictions":
-    """Train the candidates on the folds of the search again, and return what they predict there."""
-    scoring, progress = _scoring(search), Progress(verbose)
+def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
+    """Train trials on the folds of the search again, and return what they predict there."""
+    scoring = _scoring(search)
     progress.scoring = scoring.name
     data, _ = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
-    progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
     epochs = max(trial.best_epoch for trial in trials)
     with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
         members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)

@@ -3,16 +3,13 @@
 The checks import what they need when they are made: ``gputune --help`` reads this file and must not wait for torch.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from gputune.errors import InputError
-from gputune.text import did_you_mean
+from gputune.tuning import checks
 from gputune.types import SCHEDULES, BackendWord, MethodWord, Precision
 
 if TYPE_CHECKING:
@@ -62,138 +59,6 @@ def _option(default: object, *rule: Any, **more: Any) -> Any:
     return field(default=default, metadata={"rule": Rule(*rule, **more)})
 
 
-def _one_of(*allowed: str) -> Callable[[str, object], object]:
-    def check(name: str, value: object) -> object:
-        if value not in allowed:
-            raise InputError(
-                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
-            )
-        return value
-
-    return check
-
-
-def _whole(name: str, value: object, none: str = "") -> object:
-    if none and value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise InputError(f"{name} must be an integer of at least 1{none}, got {value!r}.")
-    return value
-
-
-def _score(name: str, value: object) -> object:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
-        raise InputError(f"{name} must be a score, a number, or None, got {value!r}.")
-    return value
-
-
-def _verbose(name: str, value: object) -> object:
-    if not isinstance(value, Integral) or value < 0:
-        raise InputError(f"{name} must be 0 (silent) or 1, got {value!r}.")
-    return int(value)
-
-
-def _seconds(name: str, value: object, none: str = "") -> object:
-    if none and value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
-        raise InputError(f"{name} is a number of seconds above 0{none}, got {value!r}.")
-    return value
-
-
-def _path(name: str, value: object) -> Path | None:
-    if not (value is None or isinstance(value, str | os.PathLike)):
-        raise InputError(
-            f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
-        )
-    return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
-
-
-def _studies(name: str, value: object) -> "tuple[Study, ...]":
-    """Return studies, those that are given by their files too."""
-    from gputune.study.study import Study
-
-    one = (str, os.PathLike, Study)
-    studies = [value] if isinstance(value, one) else value
-    if not isinstance(studies, list | tuple) or not all(isinstance(study, one) for study in studies):
-        raise InputError(f"{name} must be a study, the path of one, or a list of them, got {value!r}.")
-    return tuple(study if isinstance(study, Study) else Study.open(study) for study in studies)
-
-
-def _method(name: str, value: object) -> "Method":
-    from gputune.tuning.method import check_method
-
-    return check_method(value)
-
-
-def _memory(name: str, value: object) -> object:
-    from gputune.engine.plan import parse_memory
-
-    parse_memory(value)
-    return value
-
-
-def _workers(name: str, value: object) -> object:
-    """Return a number, "auto" or a cluster."""
-    from gputune.executors.ray_connection import Ray
-
-    if value == "ray":
-        return Ray()
-    if isinstance(value, str) and value != "auto":
-        raise InputError(
-            f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {value!r}."
-        )
-    return value if isinstance(value, Ray) or value == "auto" else _whole(name, value)
-
-
-def _names(name: str, value: object) -> tuple[str, ...]:
-    names = (value,) if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
-        raise InputError(f"{name} must be a list of columns, for example ['id'], got {value!r}.")
-    return tuple(names)
-
-
-def _kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
-    from gputune.data.kinds import KINDS
-
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        raise InputError(f"{name} must be a dict such as {{'zip': 'category'}}, got {value!r}.")
-    for column, kind in value.items():
-        if kind not in KINDS:
-            raise InputError(
-                f"{name} must be one of {', '.join(KINDS)} for each column, got {kind!r} for {column!r}."
-                f"{did_you_mean(kind, KINDS)}"
-            )
-    return dict(value)
-
-
-def _callbacks(name: str, value: object) -> "tuple[Callback, ...]":
-    from gputune.callbacks.callback import check_callbacks
-
-    return check_callbacks(value)
-
-
-def _seed(name: str, random_state: object) -> int:
-    """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
-    import numpy as np
-
-    if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
-        if not 0 <= random_state < 2**32:
-            raise InputError(
-                f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
-            )
-        return int(random_state)
-    if isinstance(random_state, np.random.RandomState):
-        return int(random_state.randint(2**31))
-    if random_state is None or isinstance(random_state, np.random.Generator):
-        return int(np.random.default_rng(random_state).integers(2**31))
-    raise InputError(
-        f"random_state is an integer, a numpy RandomState or Generator, or None, got {random_state!r}."
-    )
-
-
 _BACKENDS = get_args(BackendWord)
 
 SEARCH, ROWS, MACHINE = "the search", "the rows", "the machine, and what is written"
@@ -221,20 +86,20 @@ class Options:
     )  # fmt: skip
     warm_start: "Sequence[Study]" = _search(
         (), "--warm-start STUDY,...", "earlier studies of this space: their best trials are tried first",
-        takes="names", check=_studies,
+        takes="names", check=checks.studies,
     )  # fmt: skip
     max_epochs: int = _search(
         50, "--epochs E",
         "epochs at most (50); with --method hypergradient also what the derivative looks through, so that a short "
         "training favours small rates",
-        takes="1..", check=_whole, kept=True,
+        takes="1..", check=checks.whole, kept=True,
     )  # fmt: skip
-    epoch: Literal["best", "last"] = _option("best", check=_one_of("best", "last"))
+    epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
     method: "Method" = _search(
         "random", "--method",
         "halving: at each rung the best third goes on; median: those below the median leave; hypergradient: every "
         "drawn configuration descends on its validation loss (random)",
-        choices=get_args(MethodWord), check=_method,
+        choices=get_args(MethodWord), check=checks.method,
     )  # fmt: skip
     scoring: "str | Scorer | None" = _search(
         None, "--scoring NAME",
@@ -254,20 +119,22 @@ class Options:
         "constant",
         "--schedule S",
         f"constant (default), {', '.join(SCHEDULES[1:])}",
-        check=_one_of(*SCHEDULES),
+        check=checks.one_of(*SCHEDULES),
     )
-    random_state: int = _search(0, "--seed S", "of everything that is drawn (0)", takes="0..", check=_seed)
+    random_state: int = _search(
+        0, "--seed S", "of everything that is drawn (0)", takes="0..", check=checks.seed
+    )
     timeout: float | None = _search(
         None, "--timeout SEC", "stop training after so many seconds",
-        takes="number", check=partial(_seconds, none=", or None"), resume=True,
+        takes="number", check=partial(checks.seconds, none=", or None"), resume=True,
     )  # fmt: skip
     target_score: float | None = _search(
         None, "--target-score S", "stop when a trial has this score, in scikit-learn's sign (-0.3 of neg_log_loss)",
-        takes="number", check=_score, kept=True, resume=True,
+        takes="number", check=checks.score, kept=True, resume=True,
     )  # fmt: skip
     patience_trials: int | None = _search(
         None, "--patience-trials N", "stop when so many trials in a row are no better than the best before them",
-        takes="1..", check=partial(_whole, none=", or None"), kept=True, resume=True,
+        takes="1..", check=partial(checks.whole, none=", or None"), kept=True, resume=True,
     )  # fmt: skip
 
     task: "TaskWord | None" = _rows(
@@ -285,24 +152,24 @@ class Options:
     )  # fmt: skip
     sample_weight: object = None
     drop: Sequence[str] = _rows(
-        (), "--drop COL,COL", "columns to leave out, such as an id", takes="names", check=_names, kept=True
+        (), "--drop COL,COL", "columns to leave out, such as an id", takes="names", check=checks.names, kept=True
     )  # fmt: skip
     kinds: "Mapping[str, Kind] | None" = _rows(
         None, "--kind COL=KIND",
         "what a column is read as: category (a postal code), number or date (20200131)",
-        takes="specs", check=_kinds, kept=True,
+        takes="specs", check=checks.kinds, kept=True,
     )  # fmt: skip
     columns: "Columns | Literal['auto']" = _rows(
         "auto", "--columns HOW",
         "keep: each column of numbers is one feature; drop-constant: constant ones are left out, and features say "
         "where values are missing; auto (default): keep for a class of your own",
-        check=_one_of("auto", "keep", "drop-constant"),
+        check=checks.one_of("auto", "keep", "drop-constant"),
     )  # fmt: skip
     numbers: "Numbers | Literal['auto']" = _rows(
         "auto", "--numbers HOW",
         "scaling: standard, robust (median, quartiles, a smooth clip), quantile or none; auto (default): standard for "
         "tables, none for images and sequences",
-        check=_one_of("auto", "standard", "robust", "quantile", "none"),
+        check=checks.one_of("auto", "standard", "robust", "quantile", "none"),
     )  # fmt: skip
 
     device: str = _machine(
@@ -313,10 +180,14 @@ class Options:
         "auto", "--backend",
         "how members train: in compiled code on a CPU, as recorded steps (graph), as operations on stacked "
         "tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
-        choices=_BACKENDS, check=_one_of(*_BACKENDS), kept=True, resume=True,
+        choices=_BACKENDS, check=checks.one_of(*_BACKENDS), kept=True, resume=True,
     )  # fmt: skip
     dtype: str = _machine(
-        "float32", "--dtype T", "float32 (default) or float64", check=_one_of("float32", "float64"), kept=True
+        "float32",
+        "--dtype T",
+        "float32 (default) or float64",
+        check=checks.one_of("float32", "float64"),
+        kept=True,
     )
     tf32: bool = _machine(
         False, "--tf32", "let a GPU multiply matrices faster and with fewer bits", kept=True
@@ -324,24 +195,24 @@ class Options:
     precision: Precision = _machine(
         "full", "--precision P",
         "of what a module computes while it trains: full, or bf16 for matrix products and convolutions (full)",
-        choices=("full", "bf16"), check=_one_of("full", "bf16"), kept=True,
+        choices=("full", "bf16"), check=checks.one_of("full", "bf16"), kept=True,
     )  # fmt: skip
     memory: int | str | None = _machine(
         None, "--memory 8GB", "what trials that train together may take on the device",
-        check=_memory, kept=True, resume="what new chunks of trials may take on the device",
+        check=checks.memory, kept=True, resume="what new chunks of trials may take on the device",
     )  # fmt: skip
     workers: "int | Literal['auto'] | Ray" = _machine(
         "auto", "--workers N", "processes on a CPU (auto)",
-        takes="workers", check=_workers, kept=True, resume=True,
+        takes="workers", check=checks.workers, kept=True, resume=True,
     )  # fmt: skip
-    study: Path | None = _option(None, check=_path)
+    study: Path | None = _option(None, check=checks.path)
     checkpoint_seconds: float = _machine(
         60, "--checkpoint-seconds SEC",
         "what trains longer keeps its state in DIR/study.db.state, so that no more than this is repeated (60)",
-        takes="number", check=_seconds, kept=True, resume=True,
+        takes="number", check=checks.seconds, kept=True, resume=True,
     )  # fmt: skip
-    callbacks: "tuple[Callback, ...]" = _option((), check=_callbacks)
-    verbose: int = _option(1, check=_verbose)
+    callbacks: "tuple[Callback, ...]" = _option((), check=checks.callbacks)
+    verbose: int = _option(1, check=checks.verbosity)
 
     def __post_init__(self) -> None:
         for name, rule in RULES.items():

@@ -191,7 +191,7 @@ def refit(
 
     Raises InputError for a number of no scored trial, what ``recalled`` does; DivergedError where it diverges.
     """
-    one = study.best_trial if trial is None else _numbered(study, trial)
+    one = study.best_trial if trial is None else numbered(study, trial, "best_model")
     search = recalled(study, X, y, check=check, trust_code=trust_code)
     data, statistics = search.all_rows([one])
     ((module,),) = search.train(data, [one], seed=search.options.random_state)
@@ -204,11 +204,12 @@ def refit(
     )
 
 
-def _numbered(study: Study, number: object) -> Trial:
+def numbered(study: Study, number: object, caller: str) -> Trial:
+    """Return the trial of a number; raises InputError, in a caller's words, where none of that number has a score."""
     scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
     if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
         raise InputError(
-            f"best_model(trial={number!r}) must be the number of a trial that has a score, for example "
+            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
             f"{study.best_trial.number}; study.trials lists them."
         )
     return scored[int(number)]

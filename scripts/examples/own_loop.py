@@ -4,7 +4,7 @@
 
 The same network, rows, epochs and random draws by the same laws; Optuna and ``search`` call the same loop. Prints lines
 of code, wall seconds on all cores, imports and starts of processes counted, and the best validation accuracy. The first
-two prune by the same rule, the median.
+two prune by a median, each by its own rule.
 """
 
 import argparse

@@ -463,7 +463,7 @@ def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
     waiting = sum(trial.state == "waiting" for trial in gputune.Study.open(tmp_path / "study.db").trials)
     assert code == 0 and waiting
     assert (
-        f"{waiting} not started before the timeout (repeat the command to go on; without --timeout to the end)"
+        f"{waiting} not started (repeat the command to go on; without what ended it to the end)"
         in " ".join(out.split())
     )
     assert f"it is the best of {20 - waiting} trials" in " ".join(out.split())

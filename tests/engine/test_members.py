@@ -1,5 +1,6 @@
 """Members that train in compiled code, one after another, are those of stacked tensors."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -128,15 +129,25 @@ def test_threads_change_nothing_and_an_error_of_one_is_heard(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given", [{"optimizer": "adamwhd"}, {"objective": Objective("mse", augment=lambda x, g: x)}]
+    "given, says",
+    [
+        ({"optimizer": "adamwhd"}, nullcontext()),
+        (
+            {"objective": Objective("mse", augment=lambda x, g: x)},
+            pytest.warns(
+                RuntimeWarning, match="'adamw' train in recorded steps, slower .*: a function of the user's"
+            ),
+        ),
+    ],
 )
-def test_what_is_in_no_code_trains_in_another_way(given):
+def test_what_is_in_no_code_trains_in_another_way(given, says):
     data = make_data("regression")
     configs = fill({"lr": 0.01, "batch_size": 9}, optimizer=given.pop("optimizer", "adamw"))
     network = StackedModule(Net, configs, shape_of(data), seed=0, traits=replace(TRAITS, coded=True), **given)
-    trained = train(
-        network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph"
-    )
+    with says:
+        trained = train(
+            network, data, configs, seed=0, epochs=1, horizon=1, scoring=scoring_of(data), backend="graph"
+        )
     assert np.isfinite(trained.curves).all()
 
 

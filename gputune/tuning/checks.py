@@ -1,0 +1,151 @@
+"""What an option may be: a check returns the value to go on with, of a name and a value, or raises InputError.
+
+What is heavy is imported when it is needed: ``gputune --help`` must not wait for torch.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gputune.errors import InputError
+from gputune.text import did_you_mean
+
+if TYPE_CHECKING:
+    from gputune.callbacks.callback import Callback
+    from gputune.data.kinds import Kind
+    from gputune.study.study import Study
+    from gputune.tuning.method import Method
+
+
+def one_of(*allowed: str) -> Callable[[str, object], object]:
+    def check(name: str, value: object) -> object:
+        if value not in allowed:
+            raise InputError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.{did_you_mean(value, allowed)}"
+            )
+        return value
+
+    return check
+
+
+def whole(name: str, value: object, none: str = "") -> object:
+    if none and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise InputError(f"{name} must be an integer of at least 1{none}, got {value!r}.")
+    return value
+
+
+def score(name: str, value: object) -> object:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or value != value):
+        raise InputError(f"{name} must be a score, a number, or None, got {value!r}.")
+    return value
+
+
+def verbosity(name: str, value: object) -> object:
+    if not isinstance(value, Integral) or value < 0:
+        raise InputError(f"{name} must be 0 (silent) or 1, got {value!r}.")
+    return int(value)
+
+
+def seconds(name: str, value: object, none: str = "") -> object:
+    if none and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Real) or not float(value) > 0:
+        raise InputError(f"{name} is a number of seconds above 0{none}, got {value!r}.")
+    return value
+
+
+def path(name: str, value: object) -> Path | None:
+    if not (value is None or isinstance(value, str | os.PathLike)):
+        raise InputError(
+            f"{name} is the path of a file, or None, got {value!r}; of a study that is open give its file."
+        )
+    return None if value is None else Path(value).absolute()  # wherever a module of the user's goes meanwhile
+
+
+def studies(name: str, value: object) -> "tuple[Study, ...]":
+    """Return studies, those that are given by their files too."""
+    from gputune.study.study import Study
+
+    one = (str, os.PathLike, Study)
+    studies = [value] if isinstance(value, one) else value
+    if not isinstance(studies, list | tuple) or not all(isinstance(study, one) for study in studies):
+        raise InputError(f"{name} must be a study, the path of one, or a list of them, got {value!r}.")
+    return tuple(study if isinstance(study, Study) else Study.open(study) for study in studies)
+
+
+def method(name: str, value: object) -> "Method":
+    from gputune.tuning.method import check_method
+
+    return check_method(value)
+
+
+def memory(name: str, value: object) -> object:
+    from gputune.engine.plan import parse_memory
+
+    parse_memory(value)
+    return value
+
+
+def workers(name: str, value: object) -> object:
+    """Return a number, "auto" or a cluster."""
+    from gputune.executors.ray_connection import Ray
+
+    if value == "ray":
+        return Ray()
+    if isinstance(value, str) and value != "auto":
+        raise InputError(
+            f"{name} must be a number of processes, 'auto', 'ray' or gputune.Ray(...), got {value!r}."
+        )
+    return value if isinstance(value, Ray) or value == "auto" else whole(name, value)
+
+
+def names(name: str, value: object) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+        raise InputError(f"{name} must be a list of columns, for example ['id'], got {value!r}.")
+    return tuple(names)
+
+
+def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
+    from gputune.data.kinds import KINDS
+
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} must be a dict such as {{'zip': 'category'}}, got {value!r}.")
+    for column, kind in value.items():
+        if kind not in KINDS:
+            raise InputError(
+                f"{name} must be one of {', '.join(KINDS)} for each column, got {kind!r} for {column!r}."
+                f"{did_you_mean(kind, KINDS)}"
+            )
+    return dict(value)
+
+
+def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
+    from gputune.callbacks.callback import check_callbacks
+
+    return check_callbacks(value)
+
+
+def seed(name: str, random_state: object) -> int:
+    """Return an integer as it is; otherwise one draw from a RandomState or Generator, or from the system (None)."""
+    import numpy as np
+
+    if isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
+        if not 0 <= random_state < 2**32:
+            raise InputError(
+                f"random_state must be in [0, 2**32), as scikit-learn has it, got {random_state}."
+            )
+        return int(random_state)
+    if isinstance(random_state, np.random.RandomState):
+        return int(random_state.randint(2**31))
+    if random_state is None or isinstance(random_state, np.random.Generator):
+        return int(np.random.default_rng(random_state).integers(2**31))
+    raise InputError(
+        f"random_state is an integer, a numpy RandomState or Generator, or None, got {random_state!r}."
+    )

@@ -1,0 +1,83 @@
+"""What a trial predicts of the rows that it has not seen is what its scores were made of."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
+from sklearn.metrics import r2_score
+from sklearn.model_selection import RepeatedKFold, TimeSeriesSplit
+from torch import nn
+
+import gputune
+from gputune.models import MLP
+from refused import refused
+
+HOW = {"n_trials": 2, "max_epochs": 3, "verbose": 0, "workers": 1}
+IRIS = load_iris(return_X_y=True)
+SPACE = {"lr": [1e-3], "module__in_features": [4], "module__out_features": [4]}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return gputune.tune("mlp", *IRIS, study=tmp_path_factory.mktemp("oof") / "study.db", cv=3, **HOW)
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_classes_score_as_in_the_search(model, number):
+    study = gputune.tune(model, *IRIS, cv=3, scoring="accuracy", random_state=1, **HOW)
+    predicted = study.oof_predictions(trial=number)
+    assert predicted.shape == (150, 3) and np.allclose(predicted.sum(1), 1)
+    right = predicted.argmax(1) == IRIS[1]
+    assert right.mean() == pytest.approx(np.mean(study.trials[number].fold_scores))
+
+
+def test_a_study_that_was_opened_gives_the_same(study):
+    opened = gputune.Study.open(study.file)
+    np.testing.assert_array_equal(opened.oof_predictions(*IRIS), study.oof_predictions())
+
+
+def test_values_are_in_the_units_of_the_target():
+    X, y = load_diabetes(return_X_y=True)
+    rows = np.arange(len(y)) % 4
+    folds = [(np.flatnonzero(rows != f), np.flatnonzero(rows == f)) for f in range(4)]
+    study = gputune.tune("mlp", X, y, cv=folds, scoring="r2", **HOW)
+    predicted = study.oof_predictions()
+    assert predicted.shape == y.shape
+    scores = [r2_score(y[valid], predicted[valid]) for _, valid in folds]
+    np.testing.assert_allclose(scores, study.best_trial.fold_scores, rtol=1e-5)
+    two = gputune.tune(MLP, X, np.stack([y, -y], 1), cv=folds, **HOW).oof_predictions()
+    assert two.shape == (len(y), 2) and np.corrcoef(two[:, 0], -y)[0, 1] < 0
+
+
+def test_labels_and_rows_of_several_folds_or_of_none():
+    X, y = make_multilabel_classification(60, random_state=0)
+    study = gputune.tune(MLP, X, y, cv=RepeatedKFold(n_splits=2, n_repeats=2, random_state=0), **HOW)
+    labels = study.oof_predictions()
+    assert labels.shape == y.shape and ((labels > 0) & (labels < 1)).all()
+    predicted = gputune.tune("mlp", *IRIS, cv=TimeSeriesSplit(2), task="regression", **HOW).oof_predictions()
+    assert np.isnan(predicted[:50]).all() and np.isfinite(predicted[50:]).all()
+
+
+def test_what_cannot_train_again_on_its_folds_is_refused(study, tmp_path):
+    with refused(r"oof_predictions\(trial=9\) must be the number of a trial that has a score"):
+        study.oof_predictions(trial=9)
+    with refused(r"oof_predictions\("):
+        gputune.Study.open(study.file).oof_predictions(IRIS[0][::2], IRIS[1][::2])
+    descent = gputune.Hypergradient(outer_steps=1)
+    points = gputune.tune("mlp", *IRIS, cv=3, method=descent, **HOW)
+    with refused("trains a trial again on its folds, and this study is of descents, .* another method"):
+        points.oof_predictions()
+    loop = gputune.search(
+        lambda params, report: params["x"],
+        {"x": [1.0]},
+        direction="maximize",
+        n_trials=1,
+        workers=1,
+        verbose=0,
+    )
+    with refused("this study is of search.., whose training loop is your own: keep what"):
+        loop.oof_predictions()
+    X, loss = IRIS[0], lambda outputs, y: (outputs - y).abs().sum(1)
+    custom = gputune.tune(nn.Linear, X, X, task="custom", loss=loss, space=SPACE, cv=2, **HOW)
+    with refused("this study is of a custom target, .* your own folds"):
+        custom.oof_predictions()
