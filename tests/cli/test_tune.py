@@ -392,7 +392,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     code, _, err = run(*command, *diverged)
     assert code == 1 and "no trial has a finite score" in err
     monkeypatch.setattr(
-        "gputune.tuning.pipeline._checked", lambda study, number: study
+        "gputune.tuning.pipeline.checked", lambda study, number: study
     )  # as beside a trial that has one
     code, _, err = run(*command, *diverged)
     assert code == 1 and "trial 0, which was to be trained, has no finite score: it diverged" in err
@@ -454,7 +454,7 @@ def test_a_timeout_is_told(tmp_path):
     code, out, _ = run("tune", table, "--target", "kind", "--out", tmp_path / "o", *FAST, "--timeout", "1e-6")
     stopped = sum(t.state == "stopped" for t in gputune.Study.open(tmp_path / "o" / "study.db").trials)
     assert code == 0 and stopped
-    assert f"{stopped} stopped by the timeout" in out
+    assert f"{stopped} cut short" in out
 
 
 def test_what_a_timeout_left_out_is_run_by_the_same_command(tmp_path):
@@ -608,7 +608,9 @@ def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
     table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
     code, out, err = run("predict", folder / "out" / "model", table)
     assert code == 0 and len(read_csv(out)) == n + 1
-    assert err == "gputune: warning: X has columns that were not there in training and are ignored: 'more'.\n"
+    assert (
+        err == "gputune: warning: FILE has columns that were not there in training and are ignored: 'more'.\n"
+    )
 
 
 def test_no_predicted_text_is_a_formula(tmp_path):

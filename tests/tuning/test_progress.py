@@ -146,16 +146,17 @@ def test_silence(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
+@pytest.mark.parametrize(("epochs", "unit"), [(1, "1/2 trials"), (2, "1/4 trial-epochs")])
+def test_a_terminal_gets_a_bar(monkeypatch, capsys, epochs, unit):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     shown = Progress(1)
     shown.scoring = "accuracy"
-    with shown.bar_over(2, 1):
+    with shown.bar_over(2, epochs):
         shown.bar.ncols, shown.bar.dynamic_ncols = 160, False
         shown.advance(1, np.ones((2, 1, 1)))
         shown.bar.refresh()
     last = [line for line in capsys.readouterr().err.split("\r") if line.strip()][-1]
-    assert "1/2 trial-epochs [" in last and " left, trials 0/2, best accuracy 1.0000, 2 members]" in last
+    assert f"{unit} [" in last and " left, trials 0/2, best accuracy 1.0000, 2 members]" in last
 
 
 @pytest.mark.parametrize(("verbose", "shown"), [(1, True), (0, False)])

@@ -167,7 +167,7 @@ def test_without_given_trials(capsys):
 
 def interrupted(monkeypatch, at, **options):
     """Run a search that is interrupted before its so-manieth training."""
-    count, name = itertools.count(1), "halve" if "halving" in options else "train_fully"
+    count, name = itertools.count(1), "train_in_rungs" if "halving" in options else "train_fully"
     whole = getattr(sampler, name)
 
     def train(*given):
