@@ -65,8 +65,15 @@ def epochs_of_50_steps(data, size):
     return math.ceil(50 / math.ceil(rows / min(size, rows)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("task", ["multiclass", "regression"])
+@pytest.mark.parametrize(
+    ("task", "dtype"),
+    [
+        ("multiclass", torch.float64),
+        ("regression", torch.float32),
+        pytest.param("multiclass", torch.float32, marks=pytest.mark.long),
+        pytest.param("regression", torch.float64, marks=pytest.mark.long),
+    ],
+)
 @each(OPTIMIZERS)
 def test_law_1_together_equals_alone(optimizer, task, dtype, backend):
     """Every size for classes in double precision; less elsewhere: it takes seconds."""

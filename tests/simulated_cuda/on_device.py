@@ -149,7 +149,13 @@ def same_search(X, y, model, options, device):
     return study, expected
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+# What the searches below do too, of recordings, of errors and of a chunk that is halved.
+REPEATED = {"graph", "halving", "recorded module"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in REPEATED)) for name in SEARCHES]
+)
 def test_a_search_gives_the_numbers_of_the_cpu(name, device, iris):
     model, options = SEARCHES[name]
     same_search(*iris, model, options, device)
@@ -190,7 +196,7 @@ def test_several_processes_are_refused(device, iris, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("model", ["mlp", Net])
+@pytest.mark.parametrize("model", [pytest.param("mlp", marks=pytest.mark.long), Net])
 def test_the_best_is_trained_again_on_all_rows(model, device, iris):
     study, expected = same_search(*iris, model, {"space": {"lr": [0.01, 0.03]}, "n_trials": 2}, device)
     found, own = (s.best_model().predict_proba(iris[0]) for s in (study, expected))

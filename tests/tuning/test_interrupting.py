@@ -61,7 +61,7 @@ def finished(study_file):
     return sum(t.state == "complete" for t in gputune.Study.open(study_file).trials)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
     study_file = tmp_path / "out" / "study.db"
     command = ["tune", "sklearn:iris", *MANY, "--workers", workers, "--out", "out"]
@@ -127,6 +127,7 @@ def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
     assert words in out and "Traceback" not in err
 
 
+@pytest.mark.long
 def test_sigterm_with_workers(tmp_path):
     command = ["tune", "sklearn:iris", *MANY, "--workers", 2, "--out", "out"]
     code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, TERMINATE))

@@ -5,8 +5,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -16,6 +14,7 @@ import torch
 from scipy.stats import loguniform
 
 import gputune
+from forked import Fork
 from refused import refused
 
 SPACE = {"lr": loguniform(1e-3, 1.0), "layers": [(32, 16), (8,)]}
@@ -159,22 +158,23 @@ print(study.best_params)
 @pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.long)])
 def test_a_killed_search_goes_on_where_it_was(tmp_path, workers):
     path = tmp_path / "study.db"
-    command = [sys.executable, "-c", SCRIPT.replace("WORKERS", workers), str(path)]
-    place = {"cwd": tmp_path, "text": True}  # the imports of a script begin in its folder
+    command = [SCRIPT.replace("WORKERS", workers), path]
 
     def finished():
         trials = gputune.Study.open(path).trials if path.exists() else ()
         return {trial.params["n"] for trial in trials if trial.state == "complete"}
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, **place) as killed:
-        deadline = time.monotonic() + 60
-        while not finished() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        killed.kill()
-        killed.communicate()
+    killed = Fork(*command, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not finished() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    killed.kill()
+    killed.communicate()
     before = finished()
-    done = subprocess.run([*command, "on"], capture_output=True, check=True, **place)
-    *trained, best = done.stdout.splitlines()
+    done = Fork(*command, "on", cwd=tmp_path)
+    out, err = done.communicate()
+    assert done.returncode == 0, err
+    *trained, best = out.splitlines()
     assert before and sorted(map(int, trained)) == sorted(set(range(8)) - before)
     assert best == "{'n': 7}"
 
