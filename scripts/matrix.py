@@ -22,14 +22,14 @@ PAGE = ROOT / "docs" / "supported.md"
 PARTS = ("replay", "native", "modules", "data", "study", "sklearn_face/test_checks.py")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis", "pyarrow", "matplotlib", "optuna", "cmaes")
 SHOWN = ("torch", "numpy", "scikit-learn", "pandas", "polars")
-ENVIRONMENTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+ENVIRONMENTS: Mapping[str, tuple[str, str]] = {
     "floors": (
         "3.11",
-        ("torch==2.10.*", "numpy==2.0.*", "scikit-learn==1.6.*", "pandas==2.2.*", "polars==1.10.*"),
+        "torch==2.10.* numpy==2.0.* scikit-learn==1.6.* pandas==2.2.* polars==1.10.* pytest==8.*",
     ),
-    "3.12": ("3.12", ("torch==2.13.*", "pandas==2.*")),
-    "newest": ("3.13", ("pandas>=3",)),
-    "3.14": ("3.14", ("pandas>=3",)),
+    "3.12": ("3.12", "torch==2.13.* pandas==2.*"),
+    "newest": ("3.13", "pandas>=3"),
+    "3.14": ("3.14", "pandas>=3"),
 }
 """Name -> the version of Python, and what is asked of other packages; the rest is the newest that fits."""
 HEAD = "| environment | Python | torch | numpy | scikit-learn | pandas | polars | tests | date |"
@@ -60,7 +60,7 @@ def tried(name: str, folder: Path) -> str:
         subprocess.run([python, "-m", "venv", folder], check=True)
     inside = folder / "bin" / "python"
     pip = [inside, "-m", "pip", "install", "-q"]
-    subprocess.run([*pip, ROOT, *TOOLS, *asked], check=True)
+    subprocess.run([*pip, ROOT, *TOOLS, *asked.split()], check=True)
     subprocess.run([*pip, "--no-deps", "--force-reinstall", ROOT], check=True)  # where the folder was kept
     shown = f"import sys; from importlib.metadata import version as v; print(sys.version.split()[0], *map(v, {SHOWN}))"
     versions = subprocess.check_output([inside, "-c", shown], text=True).split()
