@@ -184,7 +184,7 @@ def assert_chunks_and_order_change_no_member(configs, chunk):
             assert largest_difference(member, together[f, part[i]]) <= 1e-10
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7])
+@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.long), 7])
 def test_law_2_chunks_and_order_change_no_member(chunk):
     """With chunks of one it is law 4 as well: a trial alone gives its scores again."""
     assert_chunks_and_order_change_no_member(mixed_configs("adamw"), chunk)

@@ -220,7 +220,7 @@ def test_words_for_the_backend():
         gputune.tune("mlp", [[0.0], [1.0]], [0, 1], backend="fast")
 
 
-@pytest.mark.parametrize("method", ["random", "halving", "median"])
+@pytest.mark.parametrize("method", [pytest.param("random", marks=pytest.mark.long), "halving", "median"])
 def test_a_search_has_the_same_table_either_way(method):
     rng = np.random.RandomState(0)
     X = rng.randn(90, 4)
