@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def own_state(tmp_path_factory, pytestconfig):
             gpu = DeviceChoice(torch.device("cuda"))
             patch.setattr("gputune.engine.device._by_speed", lambda gpu, work: DeviceChoice(gpu))
             patch.setattr("gputune.engine.device._SOLVED", gpu)
+            if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
+                patch.setattr("gputune.executors.pools.begin_worker", simulated.begin_worker)
         yield
 
 

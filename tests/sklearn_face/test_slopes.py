@@ -50,6 +50,7 @@ def loss_by_hand(estimator, params, train, test, *, X=X, y=Y, weights=None):
     return mean_squared_error(y[test], fitted.predict(X[test]))
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 @pytest.mark.parametrize(
     ("estimator", "name", "word", "value", "data"),
     [
@@ -81,6 +82,7 @@ def test_slopes_are_those_of_finite_differences(estimator, name, word, value, da
     assert found.slopes[name].shape == (3, 1, 1) and found.ratios.shape == (3,)
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_training_is_weighted_and_the_loss_is_not():
     (found,), _ = slopes(MLP, [{"learning_rate_init": 0.02}], ("lr",), weights=WEIGHTS)
     splits, h = list(StratifiedKFold(3).split(X, Y)), 1e-5
@@ -144,6 +146,7 @@ def test_a_pipeline_is_its_last_step_on_transformed_rows(last, weights):
             np.testing.assert_allclose(found[trial].slopes[name][fold], one.slopes[name][0], rtol=1e-8)
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_folds_whose_transformers_give_unlike_columns():
     levels = np.array([[i % 5 if i < 100 else i % 9] for i in range(150)], dtype=float)
     pipeline = make_pipeline(OneHotEncoder(handle_unknown="ignore", sparse_output=False), MLP)
@@ -160,6 +163,7 @@ def test_folds_whose_transformers_give_unlike_columns():
         assert found.losses[fold] == pytest.approx(expected, rel=1e-10)
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 @pytest.mark.parametrize("random_state", [None, np.random.RandomState(0)], ids=["none", "generator"])
 def test_the_training_is_the_one_that_was_made(random_state):
     fresh = clone(MLP).set_params(random_state=random_state)
@@ -171,6 +175,7 @@ def test_the_training_is_the_one_that_was_made(random_state):
         assert loss == pytest.approx(log_loss(Y[rows], fitted.predict_proba(X[rows])), rel=1e-9)
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_modules_of_the_user():
     net = NeuralNetClassifier(Net, optimizer="adam", max_epochs=2, batch_size=32, random_state=0)
     (found,), fits = slopes(
@@ -196,6 +201,7 @@ def test_what_the_deadline_cuts_short_has_no_slopes():
     assert found is None
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_a_kink_of_units_that_only_pad_is_no_missing_derivative():
     relu = clone(SGD).set_params(
         activation="relu", hidden_layer_sizes=(7, 7), learning_rate_init=0.05

@@ -117,6 +117,7 @@ def test_a_trial_that_does_not_fit_alone_fails_with_the_reason(iris, whole, tmp_
     assert any("reason" in trial.detail for trial in found.trials)
 
 
+@pytest.mark.cpu  # the plan of a GPU trains three members first, to measure them
 @pytest.mark.parametrize("method", METHODS)
 def test_a_size_that_did_not_fit_is_not_tried_again(iris, monkeypatch, method):
     """Chunks of 6 of one shape, of which 2 fit: one of 6 fails, one of 3, and no other of that search."""
