@@ -60,6 +60,7 @@ def test_members_are_the_same_at_every_level(folder, monkeypatch):
             assert largest_difference(member, found[0][place]) < 1e-10
 
 
+@pytest.mark.cpu  # a GPU is not expected to train in compiled code
 def test_without_compiled_code_the_reason_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(native, "FOLDER", tmp_path)
     with pytest.raises(NotBuiltError, match="no compiled code.*install gcc or clang"):
@@ -99,6 +100,7 @@ def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, what, backend, 
     assert f"note: all trials train {says}" in capsys.readouterr().err
 
 
+@pytest.mark.cpu  # a GPU is not expected to train in compiled code
 @needs_compiled_code
 def test_a_damaged_library_is_said_and_members_train_in_recorded_steps(folder, capsys):
     for path in folder.iterdir():
