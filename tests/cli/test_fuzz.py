@@ -139,7 +139,7 @@ def searched_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(check, "LAWS", check.LAWS[:1])  # that each holds, and how fast, are other tests
-        patch.setattr(speed, "MANY", {"cpu": 5})
+        patch.setattr(speed, "MANY", {"cpu": 5, "cuda": 5})
         write_table(folder / "bugs.csv", 20, kind=["ant", "bee"] * 10)
         assert run("tune", "bugs.csv", "--target", "kind", *FEW, "--out", "out")[0] == 0
         yield folder

@@ -79,6 +79,7 @@ def test_they_are_searched_by_name_and_loaded_without_trust(tmp_path, monkeypatc
     np.testing.assert_array_equal(again.predict_proba(IMAGES), model.predict_proba(IMAGES))
 
 
+@pytest.mark.cpu  # the simulated device has no cuDNN
 def test_token_ids_are_an_integer_tensor():
     space = {"lr": [0.01], "module__n_tokens": [5], "module__hidden": [4]}
     assert gputune.tune("gru", IDS, LABELS, space=space, **SEARCH).best_score > 0

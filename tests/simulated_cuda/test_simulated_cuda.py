@@ -60,14 +60,14 @@ def test_gputune_on_a_gpu(device, pytestconfig):
 
 PARTS = """
 test_laws.py test_module_laws.py test_arrays.py test_objectives.py
-engine population optimizers modules hypergradients scoring views data native
+engine population optimizers modules hypergradients scoring views data native callbacks methods models cli
 """.split()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
 def test_the_suite_where_auto_is_a_gpu(part, device):
-    """But for what looks at the CPU, or at what the simulated device has not: processes, cuDNN, generators of CUDA."""
+    """But for what looks at the CPU, or at what the simulated device has not: cuDNN, generators of CUDA."""
     code, said = run(device, "--auto-gpu", "--tb=short", HERE.parent / part)
     assert code == 0, said
 

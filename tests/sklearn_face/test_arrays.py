@@ -29,6 +29,9 @@ from gputune.sklearn import (
 )
 from searches import assert_same_results, both
 
+# A GPU trains estimators in single precision, and the simulated one has neither convolutions nor generators.
+pytestmark = pytest.mark.cpu
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(60, 1, 6, 6))
 AGES = RNG.normal(size=(60, 2))

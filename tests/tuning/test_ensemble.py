@@ -41,10 +41,10 @@ def test_the_candidates_score_again_as_in_the_search(study, predictions):
 
 def greedy(predictions, size, folds):
     """The obvious form: every ensemble of a step scored by scikit-learn's words, from its list of members."""
-    targets = [predictions.data.target[fold.valid].numpy() for fold in predictions.data.folds]
+    targets = [predictions.data.target[fold.valid].cpu().numpy() for fold in predictions.data.folds]
 
     def key(members):
-        p = [predictions.values[fold][members].mean(0).numpy() for fold in folds]
+        p = [predictions.values[fold][members].mean(0).cpu().numpy() for fold in folds]
         right = [np.mean(q.argmax(1) == targets[fold]) for q, fold in zip(p, folds)]
         loss = [log_loss(targets[fold], q, labels=[0, 1, 2]) for q, fold in zip(p, folds)]
         return np.mean(right), -np.mean(loss)

@@ -689,6 +689,7 @@ def images(iris):
     return X, iris[1]
 
 
+@pytest.mark.cpu  # the simulated device has no convolutions
 def test_a_module_gets_all_columns_a_built_in_model_those_that_vary(tmp_path, images):
     path, small = tmp_path / "study.db", {"n_trials": 1, **FAST}
     study = gputune.tune(Square, *images, study=path, **small)
@@ -734,6 +735,7 @@ class Noisy(Net):
         return nn.functional.dropout(self.body(x), 0.3, self.training)
 
 
+@pytest.mark.cpu  # the simulated device records for one thread
 def test_a_search_in_a_thread_is_the_search_alone(iris):
     def search(_):
         return gputune.tune(Noisy, *iris, n_trials=1, **FAST).curves
