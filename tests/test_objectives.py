@@ -268,6 +268,15 @@ def test_a_loss_of_ones_own_sees_the_target_as_it_is(loss):
     assert found == pytest.approx(-float(outputs_of(module).exp().sum()), rel=1e-7)
 
 
+@pytest.mark.parametrize("ignored, task", [(0, None), (-100, "custom")])
+def test_rows_that_a_loss_ignores_are_not_in_its_mean(ignored, task):
+    codes = (X[:, :2] > 0).sum(1) if task is None else (X[:, :2] > 0).sum(1).masked_fill(X[:, 2] > 0, ignored)
+    loss, classes = nn.CrossEntropyLoss(ignore_index=ignored), partial(Net, n_outputs=3)
+    study = gputune.tune(classes, X, codes, loss=loss, scoring="neg_loss", task=task, **ONE)
+    module = plain_loop(lambda: Net(5, 3), codes, lambda m, x, y: loss(m(x), y))
+    assert study.trials[0].score == pytest.approx(-float(loss(outputs_of(module), codes[:20])), rel=1e-8)
+
+
 def test_weights_multiply_row_losses_and_need_them():
     weights = torch.rand(60, generator=G).double()
     scoring = {"task": "regression", "scoring": lambda outputs, y: float(outputs.sum())}

@@ -206,9 +206,9 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
     ]
     curve = study.curves[study.trials.index(trial)].mean(1)
     if record.max_epochs > 1:
-        best = f"best after epoch {trial.best_epoch} of {record.max_epochs}"
+        best = f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of {record.max_epochs}"
         first, last = (measure.text(float(curve[epoch])) for epoch in (0, -1))
-        lines.append(("Curve", f"{blocks(curve, width=40)} {first} to {last}, {best}"))
+        lines.append(("Curve", f"{blocks(curve, width=40)} first {first}, last {last}, {best}"))
     return _labelled(lines, width)
 
 

@@ -120,7 +120,7 @@ class Layout:
             )
         extra = sorted(present - set(self.inputs))
         if extra:
-            message = f"X has columns that were not there in training and are ignored: {quoted(extra)}."
+            message = f"X has columns that the model does not read: {quoted(extra)}."
             warnings.warn(message, UserWarning, stacklevel=4)
         return {name: j for j, name in enumerate(names)}
 

@@ -194,10 +194,15 @@ class Objective:
         values = loss_arguments(config)
         loss: Any = self.loss
         if isinstance(loss, type):
-            return _by_rows(loss(**values))
+            loss, values = loss(**values), {}
         if isinstance(loss, nn.Module):
-            return _by_rows(loss)
+            return loss if self._ignores_rows(loss) else _by_rows(loss)
         return lambda outputs, y: loss(outputs, y, **values)
+
+    def _ignores_rows(self, loss: nn.Module) -> bool:
+        """Whether a loss may leave rows out of its mean: classes count from 0, and a custom target has any numbers."""
+        ignored = getattr(loss, "ignore_index", None)
+        return ignored is not None and (self.any_outputs or ignored >= 0)
 
 
 def _given(inputs: Sequence[Tensor], names: Sequence[str] | None) -> object:

@@ -1,6 +1,7 @@
 """The search of a training loop of the user's own, top to bottom: space, trials, calls of the objective, study."""
 
 import functools
+import hashlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -121,9 +122,29 @@ def _check_objective(objective: object, direction: object) -> None:
 
 
 def _name(objective: object) -> str:
-    if isinstance(objective, functools.partial):
-        objective = objective.func
-    return str(getattr(objective, "__qualname__", type(objective).__name__))
+    function = _function(objective)
+    return str(getattr(function, "__qualname__", type(function).__name__))
+
+
+def _function(objective: object) -> object:
+    """Return what a partial is of."""
+    return _function(objective.func) if isinstance(objective, functools.partial) else objective
+
+
+def _digest(objective: object) -> str:
+    """Return a hash of an objective's source; of its bytecode where there is no source, "" where there is neither."""
+    function: Any = _function(objective)
+    function = function if inspect.isroutine(function) else type(function)
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = (
+            ""
+            if code is None
+            else repr((code.co_code, code.co_names, [c for c in code.co_consts if not inspect.iscode(c)]))
+        )
+    return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
 def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
@@ -161,7 +182,7 @@ def _record(
     return SearchRecord(
         face="loop",
         model=name,
-        spec={"kind": "objective", "name": name},
+        spec={"kind": "objective", "name": name, "sha256": _digest(objective)},
         space=space_text(space),
         distributions=distributions(space),
         method=method_to_json(options.method),

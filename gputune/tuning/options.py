@@ -85,7 +85,7 @@ class Options:
         kept=True,
     )  # fmt: skip
     warm_start: "Sequence[Study]" = _search(
-        (), "--warm-start STUDY,...", "earlier studies of this space: their best trials are tried first",
+        (), "--warm-start STUDY,...", "earlier studies of this space: the best five of each come first",
         takes="names", check=checks.studies,
     )  # fmt: skip
     max_epochs: int = _search(

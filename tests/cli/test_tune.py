@@ -324,7 +324,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
     code, out, err = run("predict", tmp_path / "o" / "model", table)
     assert [label for (label,) in read_csv(out)[1:]] == model.predict(
         rows
-    ).tolist() and "ignored: 'a', 'id'" in err
+    ).tolist() and "read: 'a', 'id'" in err
     assert run("resume", tmp_path / "o", "--trials", "2")[0] == 0
     with pytest.raises(
         gputune.InputError, match="drop is for tables, whose columns have names, got \\['a'\\]"
@@ -374,7 +374,7 @@ def test_one_configuration_is_trained_without_a_search(tmp_path, monkeypatch):
     )
     said, folds = " ".join(out.split()), ", ".join(f"{score:.4f}" for score in trial.fold_scores)
     assert "Trial 1 batch_size=32, lr=0.001, weight_decay=0.01, width=8 Score accuracy" in said
-    assert f"Folds {folds} Curve " in said and f"best after epoch {trial.best_epoch} of 3" in said
+    assert f"Folds {folds} Curve " in said and f"after epoch {trial.best_epoch} of 3" in said
     assert set(said.split("Curve ")[1].split()[0]) <= set("▁▂▃▄▅▆▇█")
     assert "is that of the epoch that scored best on these folds" in said and "it is the best of" not in said
     assert gputune.load_model("gputune-train/model").info["params"] == trial.params
@@ -608,9 +608,7 @@ def test_predict_ignores_further_columns_and_says_so_once(tuned, tmp_path):
     table = write_table(tmp_path / "new.csv", n, id=["x"] * n, more=[1] * n)
     code, out, err = run("predict", folder / "out" / "model", table)
     assert code == 0 and len(read_csv(out)) == n + 1
-    assert (
-        err == "gputune: warning: FILE has columns that were not there in training and are ignored: 'more'.\n"
-    )
+    assert err == "gputune: warning: FILE has columns that the model does not read: 'more'.\n"
 
 
 def test_no_predicted_text_is_a_formula(tmp_path):

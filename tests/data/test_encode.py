@@ -282,7 +282,7 @@ def test_columns_are_found_by_name_whatever_their_order():
         InputError, match="X has no column 'age', 'income'; the columns seen in training are 'age', 'city'"
     ):
         layout.raw(as_table(table.drop(columns=["age", "income"])))
-    with pytest.warns(UserWarning, match="ignored: 'a', 'b'") as caught:
+    with pytest.warns(UserWarning, match="does not read: 'a', 'b'") as caught:
         more = layout.raw(as_table(table.assign(a=1, b=2)))
     assert len(caught) == 1
     np.testing.assert_array_equal(more, expected)

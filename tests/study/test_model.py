@@ -113,7 +113,7 @@ def test_missing_columns_are_named_and_extra_ones_ignored(frame):
     model = make_model(frame)
     with refused(r"has no column 'city'"):
         model.predict(frame.drop(columns="city"))
-    with pytest.warns(UserWarning, match="not there in training and are ignored: 'note'"):
+    with pytest.warns(UserWarning, match="columns that the model does not read: 'note'"):
         got = model.predict(frame.assign(note="late"))
     np.testing.assert_array_equal(got, model.predict(frame))
 
