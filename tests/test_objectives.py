@@ -290,6 +290,12 @@ def test_weights_multiply_row_losses_and_need_them():
         score(COUNTS, loss=lambda o, y: poisson(o, y).mean(), sample_weight=weights.numpy(), **scoring)
 
 
+def test_too_few_outputs_for_two_numbers_are_not_taken_for_logits():
+    with pytest.raises(gputune.InputError, match=r"must return a tensor of shape \(rows, 2\)") as raised:
+        gputune.tune(partial(Net, n_outputs=1), X, SEVERAL, **ONE)
+    assert "two classes" not in str(raised.value)
+
+
 def test_a_custom_target_is_scored_by_its_loss():
     study = gputune.tune(Net, X, X, task="custom", loss=lambda o, y: (o - y).abs().sum(1), **ONE)
     module = plain_loop(lambda: Net(5, 5), X.double(), lambda m, x, y: (m(x) - y).abs().sum(1).mean())

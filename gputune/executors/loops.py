@@ -83,7 +83,8 @@ class Workers:
                 if losses[number] < LOSSES:
                     waiting.appendleft((number, params))
                 else:
-                    reason = f"it has lost {LOSSES} worker processes, the last because {why_lost(error)}"
+                    why = why_lost(error).removesuffix(".")
+                    reason = f"it has lost {LOSSES} worker processes, the last because {why}"
                     yield number, Ending("failed", math.nan, (), math.nan, reason)
 
     def _instead_of(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:

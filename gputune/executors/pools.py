@@ -155,5 +155,5 @@ def why_lost(error: BrokenProcessPool) -> str:
         by_system = " (as the system does where memory has run out)" if match[1] == "SIGKILL" else ""
         return f"{match[1]} ended it{by_system}."
     if match := _EXIT.search(str(error)):
-        return f"it ended itself with exit code {match[1]}, as os._exit in a module or scorer does."
+        return f"it ended itself with exit code {match[1]}, as os._exit does."
     return "it ended without a word."

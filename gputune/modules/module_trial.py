@@ -192,9 +192,10 @@ class ModuleTrial:
         if self.fits(outputs, rows):
             return
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        usual = _of_shape(found, n_outputs, binary=self.objective.binary)
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
-            f"rows; its last layer must have n_outputs outputs (logits for classes).{_of_shape(found, n_outputs)}"
+            f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}"
             f"{self.columns}"
         )
 
@@ -235,13 +236,13 @@ def at_start(trial: ModuleTrial, outputs: Tensor, losses: Tensor) -> str:
     )
 
 
-def _of_shape(found: object, n_outputs: int) -> str:
+def _of_shape(found: object, n_outputs: int, *, binary: bool) -> str:
     """Return what such outputs usually come from, a sentence."""
     if not isinstance(found, tuple):
         return " Of several outputs return the first, or train them by training_step." * (found in _SEVERAL)
-    if n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
+    if binary and n_outputs == 2 and (len(found) == 1 or found[1:] == (1,)):
         return " A target of two classes takes two logits a row, or one with loss='bce'."
-    if n_outputs == 1 and found[1:] == (2,):
+    if binary and n_outputs == 1 and found[1:] == (2,):
         return " Two logits a row of two classes take loss='cross_entropy'."
     if len(found) > 2:
         return " Axes beside the rows are to be pooled or flattened away."

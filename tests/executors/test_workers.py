@@ -114,7 +114,7 @@ def test_the_chunk_of_a_lost_worker_is_handed_out_again(orders):
     alone = scores(search(workers=1))
     (orders / "once exit").touch()
     with pytest.warns(UserWarning, match="a worker process was lost while it trained 1 trial, now handed out again: it "
-                      "ended itself with exit code 7, as os._exit in a module or scorer does."):  # fmt: skip
+                      "ended itself with exit code 7, as os._exit does."):  # fmt: skip
         assert scores(search()) == alone
     for pool in processes.idle:  # workers that are killed while nobody needs them
         for process in list(pool._processes.values()):
