@@ -151,6 +151,8 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         )
     if isinstance(value, np.ndarray) and value.ndim == 1:
         value = list(value)
+    if isinstance(value, set | frozenset):
+        raise InputError(f"{name} must be a list, since a set has no order, got {value!r}.")
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return [check_value(key, value, name)]
     if not len(value):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import statistics
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -29,6 +31,18 @@ def study(script, tmp_path, capsys, monkeypatch):
         return code, json.loads(numbers.read_text()), text
 
     return run
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
+    page = (ROOT / "docs/tune-my-module.md").read_text()
+    (path,) = (ROOT / "scripts/benchmark/results").glob("modules-*.json")
+    for row in json.loads(path.read_text())["rows"]:
+        ours, loop, optuna = (statistics.median(row["seconds"][e]) for e in ("gputune", "loop", "optuna"))
+        numbers = f"{ours:.1f} | {loop:.1f} | {loop / ours:.1f} | {optuna / ours:.1f}"
+        assert f"| {row['name']} | {row['work']} | {numbers} |" in page
 
 
 SMALL_GRID = {"TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
