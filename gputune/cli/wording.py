@@ -88,6 +88,7 @@ def _in_flags(text: str, kept: Collection[str]) -> str:
     )
     text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
+    text = re.sub(r"\binclude\[\d+\]\['(\w+)'\]", r"\1", text)
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
     text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)
     verbs = "must|is|are|for|has|needs|cannot|would|with|and"

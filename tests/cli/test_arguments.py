@@ -127,3 +127,7 @@ def test_what_others_say_stays_as_it_is():
     said = "model: the forward raised ValueError: got groups=1, max_epochs=2. Choose max_epochs=3."
     typed = "--model: the forward raised ValueError: got groups=1, max_epochs=2. Choose --epochs 3."
     assert in_flags(said, foreign=["got groups=1, max_epochs=2"]) == typed
+
+
+def test_a_value_of_a_configuration_is_called_by_its_key():
+    assert in_flags("include[0]['lr'] must be > 0, got -1") == "lr must be > 0, got -1"

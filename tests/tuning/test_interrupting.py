@@ -127,7 +127,6 @@ def test_sigterm_ends_within_its_grace_with_143(tmp_path, grace, do, words):
     assert words in out and "Traceback" not in err
 
 
-@pytest.mark.long
 def test_sigterm_with_workers(tmp_path):
     command = ["tune", "sklearn:iris", *MANY, "--workers", 2, "--out", "out"]
     code, out, err = finish(*command, cwd=tmp_path, first=at_finish(2, TERMINATE))
