@@ -192,7 +192,8 @@ class ModuleTrial:
         if self.fits(outputs, rows):
             return
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        usual = _of_shape(found, n_outputs, binary=self.objective.binary)
+        binary = self.objective is not None and self.objective.binary
+        usual = _of_shape(found, n_outputs, binary=binary)
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
             f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}"
