@@ -50,6 +50,12 @@ def sweep(parent: Path, *, prefix: str) -> None:
                     _remove_if_free(place)
 
 
+def user_cache() -> Path:
+    """Return the folder of this user's caches (XDG). Raises RuntimeError for a user without a home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return base if base.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+
+
 def _start(prefix: str) -> str:
     """Begin a name with the host: where folders are shared, the locks of other hosts may not be seen here."""
     return f"{prefix}-{zlib.crc32(platform.node().encode()):08x}-"

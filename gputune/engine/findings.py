@@ -5,7 +5,6 @@ it; what is chosen for "auto" is chosen by it.
 """
 
 import json
-import os
 import platform
 import re
 from collections.abc import Mapping
@@ -15,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from gputune.scratch import write_text
+from gputune.native.build import processor_name
+from gputune.scratch import user_cache, write_text
 from gputune.types import Backend
 from gputune.version import __version__
 
@@ -49,11 +49,7 @@ def device_name(device: torch.device) -> str:
     """Return what a person calls a device: the name of the card, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor_name() or platform.machine()
 
 
 def read_findings(device: torch.device) -> Findings:
@@ -90,10 +86,8 @@ def _path(device: torch.device) -> Path | None:
 
 def cache_folder() -> Path | None:
     """Return the folder ``gputune`` in the user's cache, made where it is missing; None where there is no place."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     with suppress(OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
-        if not base.is_absolute():  # which the XDG rule has ignored
-            base = Path.home() / ".cache"
-        (base / "gputune").mkdir(mode=0o700, parents=True, exist_ok=True)
-        return base / "gputune"
+        folder = user_cache() / "gputune"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
     return None

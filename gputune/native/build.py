@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gputune.native.library import FOLDER, NotBuiltError
-from gputune.scratch import scratch_folder
+from gputune.scratch import scratch_folder, user_cache
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 # Clang and older compilers say no to it, and choose well without.
@@ -58,10 +58,8 @@ def cache_folder() -> Path | None:
 
     None where there is no such folder, or, with a UserWarning, where its code could be another user's.
     """
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        if not base.is_absolute():  # which the XDG rule has ignored
-            base = Path.home() / ".cache"
+        base = user_cache()
         folder = base / "gputune" / "code"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
@@ -117,6 +115,12 @@ def _processor() -> str:
         lines = []
     said = sorted({line for line in lines if line.startswith(facts)})
     return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
+
+
+def processor_name() -> str:
+    """Return the name of the processor, "" where the system does not say it."""
+    lines = (line for line in _processor().splitlines() if line.startswith("model name"))
+    return next((line.partition(":")[2].strip() for line in lines), platform.processor())
 
 
 def _build(compiler: str, source: str, path: Path) -> Path:

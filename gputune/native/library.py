@@ -25,9 +25,7 @@ class NotBuiltError(Exception):
 def library(dtype: torch.dtype) -> ctypes.CDLL:
     """Return the library for float32 or float64 at the processor's level. Raises NotBuiltError."""
     kind = "double" if dtype == torch.float64 else "float"
-    built = {
-        level: path for level in LEVELS for path in FOLDER.glob(f"_{kind}{level}.*") if path.suffix != ".c"
-    }
+    built = {level: path for level in LEVELS for path in FOLDER.glob(f"_{kind}{level}.*")}
     if 1 not in built:
         raise NotBuiltError(
             "this installation of gputune has no compiled code, as none could be built when it was installed: install "

@@ -74,12 +74,12 @@ def studies(name: str, value: object) -> "tuple[Study, ...]":
     studies = [value] if isinstance(value, one) else value
     if not isinstance(studies, list | tuple) or not all(isinstance(study, one) for study in studies):
         raise InputError(f"{name} must be a study, the path of one, or a list of them, got {value!r}.")
-    # The command line writes a folder, study.db in it.
-    files = (study if isinstance(study, Study) else Path(study) for study in studies)
-    return tuple(
-        study if isinstance(study, Study) else Study.open(study / "study.db" if study.is_dir() else study)
-        for study in files
-    )
+    return tuple(study if isinstance(study, Study) else Study.open(_file(Path(study))) for study in studies)
+
+
+def _file(path: Path) -> Path:
+    """Return the study of a path, which may be a folder that the command line wrote."""
+    return path / "study.db" if path.is_dir() else path
 
 
 def method(name: str, value: object) -> "Method":
