@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,10 +87,22 @@ def free_of_gpu(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
+CAPTURING = threading.RLock()
+"""Held while a step is captured on a GPU, and by what waits for the whole of one or gives back its memory, which would
+end the capture of another thread."""
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; a CPU is done at once."""
+    if device.type == "cuda":
+        with CAPTURING:
+            torch.cuda.synchronize(device)
+
+
 def empty_cache(device: torch.device) -> None:
     """Give back what PyTorch keeps of a GPU's memory for later."""
     if device.type == "cuda":
         # After a capture that failed, torch < 2.13 takes every later call for one inside a capture.
         # Source: https://github.com/pytorch/pytorch/issues/180395
-        with suppress(RuntimeError):
+        with CAPTURING, suppress(RuntimeError):
             torch.cuda.empty_cache()

@@ -16,7 +16,7 @@ import torch
 from gputune.data.dataset import Dataset, Fold
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
 from gputune.errors import TOO_BIG
-from gputune.memory import empty_cache, is_out_of_memory
+from gputune.memory import empty_cache, is_out_of_memory, synchronize
 from gputune.modules.recorder import CudaRecorder
 from gputune.population.population import Population
 
@@ -150,12 +150,12 @@ def cuda_peak(device: torch.device) -> Peak:
     """Return the measure of a GPU: what PyTorch's allocator gave out."""
 
     def peak(work: Callable[[], object]) -> int:
-        torch.cuda.synchronize(device)
+        synchronize(device)
         empty_cache(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
 
     return peak

@@ -15,6 +15,7 @@ from gputune.engine.backend import computing
 from gputune.engine.findings import Speed
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import cores
+from gputune.memory import synchronize
 from gputune.population.population import ModelKind, Population, complete
 from gputune.types import Backend, Config
 
@@ -86,8 +87,7 @@ def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
     times: list[float] = []
 
     def note(_trials: int, _scores: np.ndarray) -> None:
-        if data.device.type == "cuda":
-            torch.cuda.synchronize(data.device)
+        synchronize(data.device)
         times.append(time.perf_counter())
 
     job = Job(seed=0, epochs=_EPOCHS + _WARM, horizon=10**6, backend=backend)

@@ -5,6 +5,7 @@ function of these kernels alone. What a recorded step may do is narrow: it reads
 wrote when it was recorded, and nothing of it waits for the device.
 """
 
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -15,7 +16,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from gputune.memory import is_out_of_memory
+from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
 
@@ -170,7 +171,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.stream = _side_stream(device)
+        self.stream = _side_stream(device, threading.get_ident())
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> None:
@@ -186,7 +187,7 @@ class CudaRecorder:
         if CudaRecorder.failure:
             raise TraceError("a capture failed before")
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device):
+        with CAPTURING, torch.cuda.device(self.device):
             current = torch.cuda.current_stream(self.device)
             try:
                 # What other threads of the program ask of CUDA meanwhile is none of this capture's business.
@@ -223,8 +224,9 @@ class CudaRecorder:
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream a device: memory that one chunk gave back to it serves the next."""
+def _side_stream(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """One stream a device, where memory that one chunk gave back serves the next, and a thread: a capture records all
+    that is asked of its stream."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 

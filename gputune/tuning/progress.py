@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
+from gputune.memory import synchronize
 from gputune.text import count, measure_of
 
 _LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
@@ -270,8 +271,7 @@ def product_speed(cores: int, dtype: torch.dtype, device: torch.device) -> float
                 a @ b
         finally:
             torch.set_num_threads(before)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
 
     at_once = cores if device.type == "cpu" else 1
     with ThreadPoolExecutor(at_once) as pool:

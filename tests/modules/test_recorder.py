@@ -1,13 +1,16 @@
 """The recorder of CUDA graphs asks CUDA for what PyTorch's documentation asks; no GPU is needed to see that."""
 
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gputune.memory import is_out_of_memory
+from gputune.memory import is_out_of_memory, synchronize
 from gputune.modules import recorder
 from gputune.modules.recorder import RECORDERS, CudaRecorder, Replays
 
@@ -91,6 +94,22 @@ def test_warm_up_and_capture_are_on_one_side_stream(cuda):
 def test_chunks_share_the_stream_of_their_device(cuda):
     one, two = CudaRecorder(torch.device("cuda", 0)), CudaRecorder(torch.device("cuda", 0))
     assert one.stream is two.stream
+
+
+def test_captures_of_threads_are_on_streams_of_their_own_and_end_before_anything_waits_for_the_device(cuda):
+    device, both = torch.device("cuda", 0), threading.Barrier(2)
+
+    def record(_):
+        one = CudaRecorder(device)
+        both.wait()
+        one.capture(lambda: pool.submit(synchronize, device) and time.sleep(0.02))
+        return id(one.stream)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(record, range(2)))) == 2
+    order = [line.split()[0] for line in cuda.log if line.startswith(("capture", "wait"))]
+    assert sorted(order) == ["capture"] * 2 + ["captured"] * 2 + ["wait"] * 2
+    assert all(order[i + 1] == "captured" for i, word in enumerate(order) if word == "capture")
 
 
 @pytest.mark.cpu

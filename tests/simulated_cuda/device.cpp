@@ -26,7 +26,8 @@ using Sizes = at::IntArrayRef;
 
 constexpr int kDevices = 2;
 thread_local int current = 0;
-std::atomic<bool> capturing{false};
+thread_local bool capturing = false;
+std::atomic<int> captures{0};  // of all threads
 
 std::mutex lock;  // over what follows: autograd computes in threads of its own
 std::map<std::string, int64_t> counts;  // "launch NAME", "to device NAME", "to host NAME", "wait NAME", ...
@@ -427,8 +428,9 @@ void simulated_forget() {
   for (int i = 0; i < kDevices; i++) peak[i] = allocated[i];
 }
 
-void simulated_set_capturing(int on) { capturing = on; }
+void simulated_set_capturing(int on) { captures += on - capturing, capturing = on; }
 int simulated_capturing() { return capturing; }
+int simulated_captures() { return captures; }
 int64_t simulated_allocated(int device) { return allocated[device]; }
 int64_t simulated_peak(int device) { return peak[device]; }
 void simulated_reset_peak(int device) { peak[device] = allocated[device]; }

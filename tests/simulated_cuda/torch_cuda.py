@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,23 +106,33 @@ class Stream:
 
 
 _defaults = [Stream(i, default=True) for i in range(_devices())]
-_current = list(_defaults)
+
+
+class _Thread(threading.local):
+    """What each thread has of its own."""
+
+    def __init__(self) -> None:
+        self.current = list(_defaults)  # stream of each device
+        self.recording: Recording | None = None  # what is being recorded
+
+
+_thread = _Thread()
 
 
 def _set_stream(stream: Stream) -> None:
     _device.simulated_set_device(stream.device.index)
-    _current[stream.device.index] = stream
+    _thread.current[stream.device.index] = stream
 
 
 @contextmanager
 def _stream(stream: Stream) -> Iterator[None]:
-    before = _current[stream.device.index]
+    before = _thread.current[stream.device.index]
     with Device(_index()):
         _set_stream(stream)
         try:
             yield
         finally:
-            _current[stream.device.index] = before
+            _thread.current[stream.device.index] = before
 
 
 class Event:
@@ -157,13 +168,13 @@ def _graph(
     graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = ""
 ) -> Iterator[None]:
     """``torch.cuda.graph``. A capture that fails leaves the side stream current, as PyTorch's does."""
-    global fail_next_capture, underway, _recording
+    global fail_next_capture, underway
     _synchronize()
     _empty_cache()
     assert not stream.default, "graphs are captured on a side stream"
-    before = _current[stream.device.index]
+    before = _thread.current[stream.device.index]
     _set_stream(stream)
-    _recording = recording = Recording(stream.device)
+    _thread.recording = recording = Recording(stream.device)
     _device.simulated_set_capturing(1)
     try:
         with recording.undone(), NoReading(), recording, torch.autograd.set_multithreading_enabled(False):
@@ -176,14 +187,11 @@ def _graph(
         underway = True
         raise
     finally:
-        fail_next_capture = _recording = None
+        fail_next_capture = _thread.recording = None
         _device.simulated_set_capturing(0)
         if not underway:
-            _current[stream.device.index] = before
+            _thread.current[stream.device.index] = before
 
-
-_recording: Recording | None = None
-"""What is being recorded."""
 
 _HOST = """#include <cmath>
 struct Index { unsigned x; };
@@ -213,12 +221,12 @@ class Kernel:
     def __call__(self, grid: Any, block: Any, args: list[torch.Tensor | int]) -> None:
         tensors = [arg for arg in args if not isinstance(arg, int)]
         assert len({tensor.device for tensor in tensors}) == 1 and tensors[0].is_cuda
-        if _recording is not None:
+        if (recording := _thread.recording) is not None:
             with _disable_current_modes():  # among them the recording
                 for tensor in tensors:
-                    _recording._remember(tensor)
-                encoded = tuple(map(_recording._encode, args))
-            _recording.operations.append(Operation(self.run, encoded, {}, ()))
+                    recording._remember(tensor)
+                encoded = tuple(map(recording._encode, args))
+            recording.operations.append(Operation(self.run, encoded, {}, ()))
         self.run(*args)
 
     def run(self, *args: torch.Tensor | int) -> None:
@@ -234,13 +242,19 @@ def _refuse_in_capture() -> None:
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
 
+def _refuse_while_captured() -> None:
+    """What is of the whole device ends the captures of all threads."""
+    if _device.simulated_captures():
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
 def _synchronize(device: Any = None) -> None:
-    _refuse_in_capture()
+    _refuse_while_captured()
     _device.simulated_count(b"wait synchronize")
 
 
 def _empty_cache() -> None:
-    _refuse_in_capture()
+    _refuse_while_captured()
     if underway:
         raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
 
@@ -265,7 +279,7 @@ _FUNCTIONS: dict[str, Any] = {
     "Stream": Stream,
     "stream": _stream,
     "set_stream": _set_stream,
-    "current_stream": lambda device=None: _current[_index(device)],
+    "current_stream": lambda device=None: _thread.current[_index(device)],
     "Event": Event,
     "_compile_kernel": Kernel,
     "is_current_stream_capturing": lambda: bool(_device.simulated_capturing()),

@@ -735,7 +735,6 @@ class Noisy(Net):
         return nn.functional.dropout(self.body(x), 0.3, self.training)
 
 
-@pytest.mark.cpu  # the simulated device records for one thread
 def test_a_search_in_a_thread_is_the_search_alone(iris):
     def search(_):
         return gputune.tune(Noisy, *iris, n_trials=1, **FAST).curves
