@@ -14,6 +14,7 @@ from gputune.data.encode import Columns, Numbers
 from gputune.data.kinds import Kind
 from gputune.data.source import read_source
 from gputune.data.target import TaskWord
+from gputune.data.target_transform import TargetTransform
 from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
@@ -79,6 +80,7 @@ def tune(
     scoring: str | Scorer | None = None,
     positive: object = None,
     task: TaskWord | None = None,
+    target_transform: TargetTransform | None = None,
     loss: str | Callable[..., object] | None = None,
     training_step: Callable[..., object] | None = None,
     augment: Callable[..., object] | None = None,
@@ -145,6 +147,9 @@ def tune(
                  repeat are classes, everything else is a number. For a module also several numbers a row
                  ("regression" of (n, K)), "multilabel" (n, K) of 0 and 1, and "custom": numbers (n, ...) for a loss of
                  your own
+    target_transform  "log" (of numbers above 0), "log1p" (above -1) or a transformer of scikit-learn's that has an
+                 inverse, as in its TransformedTargetRegressor: fitted on each fold's training rows, and inverted in
+                 scores and predictions; a loss of your own sees y transformed
     loss         of a module: "cross_entropy", "mse", "mae", "huber", "quantile", "bce" (of labels, and of two classes
                  with one logit a row), of a standardised target; a loss of torch.nn or ``callable(outputs, y)``, of y
                  as you gave it, that returns row losses or their mean. Numbers that it takes can be searched:

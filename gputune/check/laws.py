@@ -180,7 +180,7 @@ def _scores(device: torch.device, backend: Backend) -> float:
                     y, nothing = data.target[fold.valid].numpy(), np.zeros((len(fold.valid), 1))
                     for c in range(len(chunk.index)):
                         outputs = trained.member(f, c)(data.x[f, fold.valid]).detach()
-                        answers = outputs * data.scale[f] + data.center[f]
+                        answers = data.in_units(f, outputs)
                         expected = scorer(fitted(answers, classes, nothing, nothing), nothing, y)
                         worst.append(abs(trained.curves[c, -1, f] - expected) / max(1, abs(expected)))
     return float(np.max(worst))

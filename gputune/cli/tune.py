@@ -23,7 +23,7 @@ from gputune.data.source import read_source, set_apart
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, Terminated
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
-from gputune.study.model_files import is_ensemble
+from gputune.study.model_files import DESCRIPTION, read_description
 from gputune.study.study import Trial
 from gputune.tuning.candidates import checked_space, first_trials
 from gputune.tuning.interrupt import CTRL_C, TERMINATED, interrupted_words
@@ -135,7 +135,7 @@ def _finish(
                 number = None if trained is None else trained.number
                 model, held_out = _scored(study.best_model(trial=number), recorded, study)
             folder = model_folder(place)
-            is_resumed = arguments.command == "resume" and is_ensemble(folder)
+            is_resumed = arguments.command == "resume" and _is_ensemble(folder)
             model.save(folder)
             if getattr(arguments, "ensemble", None) or is_resumed:
                 try:
@@ -151,6 +151,14 @@ def _finish(
         return text
     dtype = getattr(torch, options.dtype)
     return f"{text}\n\n{profile.report(dtype=dtype, device=profile.device)}"
+
+
+def _is_ensemble(folder: Path) -> bool:
+    """Whether a folder holds the model of an ensemble; False where it holds none that can be read."""
+    try:
+        return "ensemble" in read_description(folder / DESCRIPTION)["spec"]
+    except InputError:
+        return False
 
 
 def _trained(study: Study) -> Trial:

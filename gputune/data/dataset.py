@@ -13,6 +13,7 @@ from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labe
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, standardised
+from gputune.data.target_transform import FittedTransform
 from gputune.data.tensors import checked_tensor, first_equal
 from gputune.data.weights import Weights
 from gputune.memory import free_of_gpu
@@ -120,6 +121,7 @@ class Dataset:
     scaling: tuple[Scaling | None, ...] = (None,)  # of each input
     dtype: torch.dtype = torch.float32  # of float inputs and of a regression's y; weights are float64
     feature_groups: tuple[int, ...] | None = None  # (D,) of a table: ``Layout.feature_groups``; None: numbers
+    transforms: tuple[FittedTransform, ...] = ()  # of each fold's target, before it is standardised; (): none
     on_host: bool = False  # whether inputs lie in main memory, of which gathered rows are sent to the device
 
     @property
@@ -185,18 +187,23 @@ class Dataset:
             return scaling(rows, folds)
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
+    def in_units(self, fold: int, outputs: Tensor) -> Tensor:
+        """Return outputs (..., K) of a regression in the target's own units; of another task as they are."""
+        values = outputs * self.scale[fold] + self.center[fold]
+        return self.transforms[fold].inverse(values) if self.transforms else values
+
     def example(self, number: int) -> tuple[Tensor, ...]:
         """Return at most so many training rows of the first fold, as it reads them, evenly spread: each (B, ...)."""
-        train = self.folds[0].train
-        places = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
-        return self.rows(0, train[places.to(self.device)])
+        return self.rows(0, self._spread(number))
 
     def example_target(self, number: int) -> Tensor:
         """Return the training targets of those rows, (B, ...), on the CPU."""
-        train = self.folds[0].train
-        places = torch.linspace(0, len(train) - 1, min(number, len(train))).long()
         y = self.y if self.task in ("binary", "multiclass") else self.y[0]
-        return y[train[places.to(self.device)]].cpu()
+        return y[self._spread(number)].cpu()
+
+    def _spread(self, number: int) -> Tensor:
+        train = self.folds[0].train
+        return train[torch.linspace(0, len(train) - 1, min(number, len(train))).long().to(self.device)]
 
     @property
     def device(self) -> torch.device:
@@ -239,7 +246,7 @@ def make_dataset(
         copies, names = (0,) * len(folds), raw.names
     else:
         inputs, copies = _table_inputs(raw, statistics, like)
-    y, *moments = standardised(target, folds, standardise)
+    y, *moments, transforms = standardised(target, folds, standardise)
     values, present = target.values, _present(target, folds, device)
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
     if isinstance(raw, Arrays) and raw.places is not None:
@@ -259,6 +266,7 @@ def make_dataset(
         copies=copies,
         y=torch.as_tensor(y, dtype=like.dtype if y.dtype.kind == "f" else torch.int64, device=device),
         column=target.column,
+        transforms=transforms,
         weights=_stack(row_weights, device),
         folds=tuple(Fold(train, valid) for train, valid in positions),
         present=present,
@@ -296,11 +304,18 @@ def _table_inputs(
     raw: np.ndarray | Tensor, statistics: Sequence[Any], like: Tensor
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Return the copies of a table that folds read, (V, n, D), and which of them each fold reads."""
-    distinct, copies = _distinct(raw, statistics)
+    lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
+    distinct: dict[bytes, tuple[int, Statistics]] = {}
+    copies = []
+    for fitted in statistics:
+        fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
+        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped
+        key = b"".join(part.tobytes() for part in parts)
+        copies.append(distinct.setdefault(key, (len(distinct), fitted))[0])
     x = like.new_empty((len(distinct), *raw.shape))
-    for copy, fitted in zip(x, distinct):
-        copy.copy_(torch.as_tensor(transform(raw, fitted)))
-    return (x,), copies
+    for number, fitted in distinct.values():
+        x[number].copy_(torch.as_tensor(transform(raw, fitted)))
+    return (x,), tuple(copies)
 
 
 def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
@@ -313,22 +328,6 @@ def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None,
         return torch.as_tensor(np.stack(parts)).to(like)
 
     return tuple(None if of[0] is None else Scaling(*map(stacked, zip(*of))) for of in channels)
-
-
-def _distinct(
-    raw: np.ndarray | Tensor, statistics: Sequence[Statistics]
-) -> tuple[list[Statistics], tuple[int, ...]]:
-    """Return the statistics that give different copies of X, and which of them each fold uses."""
-    lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
-    distinct: dict[bytes, tuple[int, Statistics]] = {}
-    copies = []
-    for fitted in statistics:
-        fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
-        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped
-        key = b"".join(part.tobytes() for part in parts)
-        number, _ = distinct.setdefault(key, (len(distinct), fitted))
-        copies.append(number)
-    return [fitted for _, fitted in distinct.values()], tuple(copies)
 
 
 def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:

@@ -11,6 +11,7 @@ from scipy.sparse import issparse
 from torch import Tensor
 
 from gputune.data.kinds import from_values, is_missing
+from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
 from gputune.errors import InputError, InputWarning
 from gputune.text import did_you_mean
 from gputune.types import Task
@@ -40,6 +41,8 @@ class Target:
     name: str = "y"
     column: bool = False
     """Whether numbers (n,) were given as (n, 1), in which shape losses and scores of the user's own see them."""
+    transform: TargetTransform | None = None
+    """What numbers become before they are standardised."""
 
     def __len__(self) -> int:
         return len(self.values)
@@ -118,24 +121,42 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
     return _classes(values, task, name)
 
 
+def with_transform(target: Target, transform: TargetTransform | None) -> Target:
+    """Return a target with its transformation. Raises InputError for classes, and for values that it does not know."""
+    if transform is None:
+        return target
+    if target.task != "regression":
+        raise InputError(
+            f"target_transform={transform!r} is for numbers to be predicted, and {target.name} is {target.in_words}: "
+            "leave it out, or say task='regression'."
+        )
+    check_values(transform, target.values, target.name)
+    return replace(target, transform=transform)
+
+
 def standardised(
     target: Target, folds: Sequence[tuple[np.ndarray, np.ndarray]], standardise: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return y, center (F, ...) and scale (F, ...).
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[FittedTransform, ...]]:
+    """Return y, center (F, ...), scale (F, ...) and the transformation of each fold, () without one.
 
-    y is (n,) class codes, (F, n, ...) standardised numbers, or (1, n, ...) as it is.
+    y is (n,) class codes, (F, n, ...) standardised numbers, or (1 or F, n, ...) as they are or are transformed.
     """
-    values = target.values
+    values, zeros, ones = target.values, np.zeros(len(folds)), np.ones(len(folds))
     if target.classes is not None:
-        return values, np.zeros(len(folds)), np.ones(len(folds))
+        return values, zeros, ones, ()
+    transforms: tuple[FittedTransform, ...] = ()
+    values = values[None]
+    if target.transform is not None:
+        transforms = tuple(fit_transform(target.transform, target.values[train]) for train, _ in folds)
+        values = np.stack([fitted.forward(target.values) for fitted in transforms])
     if target.task != "regression" or not standardise:
-        as_given = values[:, None] if target.column else values
-        return as_given[None], np.zeros(len(folds)), np.ones(len(folds))
-    center, scale = (np.array([of(values[train], 0) for train, _ in folds]) for of in (np.mean, np.std))
+        return values[..., None] if target.column else values, zeros, ones, transforms
+    rows = [values[f % len(values), train] for f, (train, _) in enumerate(folds)]
+    center, scale = (np.array([of(part, 0) for part in rows]) for of in (np.mean, np.std))
     # A constant target has a standard deviation of rounding errors, not of 0.
-    constant = np.array([np.ptp(values[train], 0) == 0 for train, _ in folds])
+    constant = np.array([np.ptp(part, 0) == 0 for part in rows])
     scale = np.where(constant | (scale == 0), 1.0, scale)
-    return (values - center[:, None]) / scale[:, None], center, scale
+    return (values - center[:, None]) / scale[:, None], center, scale, transforms
 
 
 def _values(values: np.ndarray, name: str) -> np.ndarray:

@@ -160,6 +160,7 @@ def _of_fold(data: Dataset, fold: int) -> Dataset:
         present=None if data.present is None else own(data.present),
         center=own(data.center),
         scale=own(data.scale),
+        transforms=data.transforms[fold : fold + 1],
         scaling=tuple(None if s is None else Scaling(own(s.center), own(s.scale)) for s in data.scaling),
     )
 

@@ -124,6 +124,7 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("features", record.features or None),
         ("target", record.target),
         ("task", record.task),
+        ("target_transform", _transform(record.target_transform)),
         ("classes", f"{len(classes)}: {shown}" if classes else None),
         ("loss", record.objective),
         ("positive class", record.positive),
@@ -138,6 +139,15 @@ def setting(study: Study) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
     ]
     return [(name, clean(value)) for name, value in rows if value is not None and value != ""]
+
+
+def _transform(recorded: str | Json | None) -> object:
+    """Return the transformation of the target as it is written in Python."""
+    if not isinstance(recorded, Mapping) or "params" not in recorded:
+        return recorded if recorded is None or isinstance(recorded, str) else recorded.get("object")
+    return (
+        f"{recorded['class']}({', '.join(f'{key}={value!r}' for key, value in recorded['params'].items())})"
+    )
 
 
 def _method(method: str | Mapping[str, object]) -> str:

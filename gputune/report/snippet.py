@@ -180,6 +180,7 @@ def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, st
         "cv": _folds(script, record),
         "scoring": _scoring(script, record.scoring),
         "class_weight": _class_weight(script, record.class_weight),
+        "target_transform": _transform(script, record.target_transform),
         "sample_weight": "None" if record.sample_weight is None else script.argument("sample_weight"),
         **{
             part.argument: script.literal(getattr(record, name))
@@ -191,7 +192,7 @@ def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, st
         "verbose": "0",
     }
     defaults = {
-        **dict.fromkeys(("positive", "class_weight", "sample_weight"), "None"),
+        **dict.fromkeys(("positive", "class_weight", "sample_weight", "target_transform"), "None"),
         "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
         "numbers": "'standard'",
         "schedule": "'constant'",
@@ -213,6 +214,20 @@ def _scoring(script: _Script, name: str) -> str:
     if ":" not in name:
         return script.literal(name)
     return _imported(script, name) or script.argument("scoring")
+
+
+def _transform(script: _Script, recorded: str | Json | None) -> str:
+    """Return the transformation of the target, and of its parts."""
+    if not isinstance(recorded, Mapping):
+        return script.literal(recorded)
+    if "ufunc" in recorded:
+        script.use("import numpy")
+        return f"numpy.{recorded['ufunc']}"
+    if "params" not in recorded:
+        return script.argument("target_transform")
+    script.use(f"from sklearn.preprocessing import {recorded['class']}")
+    params = (f"{name}={_transform(script, value)}" for name, value in recorded["params"].items())
+    return f"{recorded['class']}({', '.join(params)})"
 
 
 def _class_weight(script: _Script, text: str | None) -> str:

@@ -67,6 +67,8 @@ class Scoring:
             result = self._of_outputs(data, fold, outputs, target, finite)
             return torch.where(finite & result.isfinite(), result, torch.nan)
         outputs = _as_answers(data, fold, outputs)
+        if data.transforms:  # an inverse may overflow
+            finite &= outputs.isfinite().flatten(1).all(-1)
         ranks = self.score is None or self.score in scores.RANKING
         if ranks and (first := data.first_equal[fold]) is not None:
             outputs = outputs[:, first]
@@ -149,7 +151,7 @@ def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     if outputs.dim() == 2 and data.task != "custom":
         outputs = outputs[..., None]  # one number a row
     if data.task == "regression":
-        return outputs * data.scale[fold] + data.center[fold]
+        return data.in_units(fold, outputs)
     return outputs if data.present is None else outputs.masked_fill(~data.present[fold], -torch.inf)
 
 

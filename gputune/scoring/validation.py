@@ -6,6 +6,7 @@ The first wait for the device once an epoch; the second is what any search has t
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -113,10 +114,14 @@ def baseline(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> Map
 def _mean_score(data: Dataset, scoring: Scoring, always: int | None = None) -> float:
     """Return the mean score over the folds of one answer for all rows; ``always`` is the code of a class."""
     scores = []
+    # The answer is in the target's own units.
+    data = replace(
+        data, center=torch.zeros_like(data.center), scale=torch.ones_like(data.scale), transforms=()
+    )
     for f, fold in enumerate(data.folds):
         target = data.target[fold.train]
         if data.task == "regression":
-            answer = (target.view(len(target), -1).mean(0) - data.center[f]) / data.scale[f]
+            answer = target.view(len(target), -1).mean(0)
         elif data.task == "multilabel":
             answer = outputs_of(target.double().mean(0), data.task)
         else:

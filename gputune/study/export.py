@@ -111,6 +111,7 @@ class WholeModel(nn.Module):
         super().__init__()
         self.network = _copy(model.module).cpu().eval()
         self.dtype, self.task = model.dtype, model.task
+        self.transform = model.transform
         self.several = not isinstance(model.center, float)
         # Buffers, since a plain number would be written in single precision.
         self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
@@ -135,7 +136,8 @@ class WholeModel(nn.Module):
             return (output > 0).long(), output.sigmoid()
         if self.task == "regression":
             output = output if self.several else output.reshape(-1)
-            return output * self.target_scale + self.target_center
+            output = output * self.target_scale + self.target_center
+            return output if self.transform is None else self.transform.inverse(output)
         logits = class_logits(output, self.task, 1)
         return logits.argmax(1), logits.softmax(1)
 
@@ -232,6 +234,11 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
     if not path.parent.is_dir():
         raise InputError(
             f"export(path={str(path)!r}): the folder {str(path.parent)!r} does not exist; make it first."
+        )
+    if model.transform is not None and not isinstance(model.transform.how, str):
+        raise InputError(
+            f"export() cannot write target_transform={model.transform.how!r}, which is code of scikit-learn's: search "
+            "with 'log' or 'log1p', or keep the model with save()."
         )
     if path.suffix == ".onnx":
         for needed in ("onnx", "onnxscript"):

@@ -40,6 +40,7 @@ class TunedModel(ModelContent):
               or (n,) of a standardised target
     classes   (K,) the labels, in their own type; None where there are none to choose from
     center, scale   the regression target is ``value * scale + center``, for several numbers (K,); 0 and 1 otherwise
+    transform  what was done to the target before, of which predictions are the inverse; None: nothing
     target    name of the target's column
     spec      how the module is built again: {"kind": "mlp" or "logistic", "kwargs": {...}}, or for a class of
               the user {"kind": "module", "kwargs": {...}} with what module_source.py writes about the class;
@@ -64,6 +65,8 @@ class TunedModel(ModelContent):
             return (outputs > 0).long().numpy()
         if self.classes is None:
             values = outputs.numpy() * self.scale + self.center
+            if self.transform is not None:
+                values = self.transform.inverse(torch.from_numpy(values)).numpy()
             return values[:, 0] if values.shape[1] == 1 else values
         labels: np.ndarray = self.classes[outputs.argmax(1).numpy()]
         return labels

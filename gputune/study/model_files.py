@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
+from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.construction import Builder, call_arguments, materialise, name_of
@@ -39,7 +40,7 @@ from gputune.study.rows import MALFORMED, from_json, to_json
 from gputune.types import Config, Json, Task
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
-FORMAT, FORMAT_VERSION = "gputune model", 1
+FORMAT, FORMAT_VERSION = "gputune model", 2
 DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
 
@@ -62,6 +63,7 @@ class ModelContent:
     target: str
     spec: Json
     info: Json
+    transform: FittedTransform | None = None
 
 
 def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
@@ -75,6 +77,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "scale": model.scale,
         "dtype": str(model.dtype).removeprefix("torch."),
         "target": model.target,
+        "target_transform": None if model.transform is None else model.transform.to_json(),
         "layout": model.layout.to_json(),
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
@@ -117,7 +120,12 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         if kind in BUILT_IN:
             _check_size([sizes | arguments for arguments in members], kind, state)
         task, target, info = body["task"], body["target"], dict(body["info"])
-        center, scale = _of_target(body["center"]), _of_target(body["scale"])
+        center, scale, how = (
+            _of_target(body["center"]),
+            _of_target(body["scale"]),
+            body.get("target_transform"),
+        )
+        transform = None if how is None else FittedTransform.from_json(how)
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     file = source_file(module_class) or name_of(module_class)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
@@ -140,7 +148,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         )
     network.eval()
     return ModelContent(
-        network, layout, statistics, task, classes, center, scale, dtype, target=target, spec=spec, info=info
+        network, layout, statistics, task, classes, center, scale, dtype, target, spec, info, transform
     )
 
 
@@ -181,14 +189,6 @@ def read_description(path: Path) -> Json:
         if _sha256(text.encode()) != head["sha256"]:
             raise ValueError("it was changed after it was written")
         return dict(from_json(text))
-
-
-def is_ensemble(folder: Path) -> bool:
-    """Whether a folder holds the model of an ensemble; False where it holds none that can be read."""
-    try:
-        return "ensemble" in read_description(folder / DESCRIPTION)["spec"]
-    except InputError:
-        return False
 
 
 @contextmanager

@@ -94,6 +94,7 @@ class SearchRecord:
     model, spec     the model's name, and how it is built again (see module_source.py)
     space           as text; ``distributions`` are those of it that an export to Optuna knows, by key
     method          "random", or its "name" with its options
+    target_transform  a word, or the class and parameters of a transformer of scikit-learn's, or the text of another
     classes         the labels; None for numbers
     source          what reads the rows again, and which were held out; None for rows in memory
     fingerprint     of the rows: "rows", "columns", "sha256"
@@ -117,6 +118,9 @@ class SearchRecord:
     distributions: dict[str, Json] = _part(dict, form={"": {"kind": str}})
     method: str | Json = _part("", "method", form=METHOD, logged=True)
     task: str = _argument("", "task", logged=True)
+    target_transform: str | Json | None = _part(
+        None, "target_transform", form=(str, dict, None), training=True
+    )
     classes: Sequence[str | bool | float] | None = _part(None, form=([(str, bool, float)], None))
     source: Json | None = _part(None, form=(SOURCE, None))
     fingerprint: Json = _part(dict, "data", form=FINGERPRINT, training=True)
@@ -163,8 +167,9 @@ class SearchRecord:
     @property
     def lost(self) -> list[str]:
         """Names of what makes a search the one that it is, where a damaged file lacks them."""
-        # Files of an earlier version do not say which class was positive, nor that the loss was the task's.
-        later = ("positive", "objective")
+        # Files of an earlier version do not say which class was positive, nor that the loss was the task's, and knew no
+        # transformation of the target.
+        later = ("positive", "objective", "target_transform")
         return [name for name in IDENTITY if name in self.absent and name not in later]
 
     @property

@@ -15,6 +15,7 @@ from gputune.text import did_you_mean
 if TYPE_CHECKING:
     from gputune.callbacks.callback import Callback
     from gputune.data.kinds import Kind
+    from gputune.data.target_transform import TargetTransform
     from gputune.study.study import Study
     from gputune.tuning.method import Method
 
@@ -113,6 +114,12 @@ def names(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
         raise InputError(f"{name} must be a list of columns, for example ['id'], got {value!r}.")
     return tuple(names)
+
+
+def target_transform(name: str, value: object) -> "TargetTransform | None":
+    from gputune.data.target_transform import check_transform
+
+    return check_transform(name, value)
 
 
 def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":

@@ -60,6 +60,11 @@ def check_descent(
 
     ``labels`` are those of the target's classes, None for a regression.
     """
+    if context.options.target_transform is not None:
+        raise InputError(
+            f"method='hypergradient' descends on the squared error of the target as it is, got target_transform="
+            f"{context.options.target_transform!r}: choose another method, or transform y before."
+        )
     names = searched_names(method, context.choice)
     if labels is not None:
         _check_folds(labels.tolist(), context)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gputune.data.encode import Columns, Numbers
     from gputune.data.kinds import Kind
     from gputune.data.target import TaskWord
+    from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
     from gputune.executors.ray_connection import Ray
     from gputune.scoring.scoring import Scorer
@@ -140,6 +141,11 @@ class Options:
     task: "TaskWord | None" = _rows(
         None, "--task T", "classification or regression, where the guess is wrong"
     )
+    target_transform: "TargetTransform | None" = _rows(
+        None, "--target-transform T",
+        "predict log (of numbers above 0) or log1p (above -1) of the target; scores and predictions are in its units",
+        check=checks.target_transform,
+    )  # fmt: skip
     cv: object = _rows(5, "--cv K", "folds (5), or time:5 where rows are in order of time")
     loss: str | Callable[..., object] | None = _rows(
         None, "--loss NAME", "of a module: cross_entropy, mse, mae, huber, quantile, bce", kept=True

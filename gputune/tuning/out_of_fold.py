@@ -21,13 +21,12 @@ def oof_predictions(
     one = study.best_trial if trial is None else numbered(study, trial, "oof_predictions")
     search = recalled_for("oof_predictions", study, X, y, trust_code)
     predictions = predictions_of(search, [one], Progress(0))
-    data, values = predictions.data, [of_one.cpu() for (of_one,) in predictions.values]
+    data = predictions.data
+    values = [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)]
     sums, counts = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64), torch.zeros(data.n_rows)
-    for fold, value, center, scale in zip(
-        data.folds, values, data.center.cpu(), data.scale.cpu(), strict=True
-    ):
+    for fold, value in zip(data.folds, values, strict=True):
         rows = fold.valid.cpu()
-        sums.index_add_(0, rows, value * scale + center)
+        sums.index_add_(0, rows, value)
         counts.index_add_(0, rows, torch.ones(len(rows)))
     means = (sums / counts[:, None]).numpy()
     return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means

@@ -264,7 +264,7 @@ def _procedure(setup: _Setup, context: Context) -> tuple[Callable[[], None], Tra
 def _scoring(options: Options, problem: Problem) -> Scoring:
     """Return the scoring of this search: by default that of scikit-learn, for a descent the loss it descends.
 
-    Raises InputError for a scorer that a study could not tell from another one later.
+    Raises InputError for a scorer, or a transformer of the target, that a study could not tell from another one later.
     """
     target = problem.target
     if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
@@ -277,11 +277,13 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
         problem.objective,
         n_labels=target.n_outputs,
     )
-    if options.study is not None and ("<lambda>" in scoring.name or "<locals>" in scoring.name):
-        raise InputError(
-            f"scoring={scoring.name!r} has no name by which study={str(options.study)!r} could know it again; define "
-            "it with def at the top of a module, or leave study out."
-        )
+    names = {"scoring": scoring.name, "target_transform": repr(options.target_transform)}
+    for argument, name in names.items():
+        if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
+            raise InputError(
+                f"{argument}={name!r} has no name by which study={str(options.study)!r} could know it again; define "
+                "it with def at the top of a module, or leave study out."
+            )
     return scoring
 
 
@@ -293,9 +295,10 @@ def _say_what_was_understood(setup: _Setup, progress: Progress, notes: Sequence[
     )
     objective = problem.objective
     if objective is not None and not objective.is_named and target.task == "regression":
+        values = f"it is (mean {target.values.mean():.4g}, standard deviation {target.values.std():.4g})"
+        seen = values if target.transform is None else "target_transform makes it"
         progress.say(
-            f"note: {objective.name} sees {target.name} as it is (mean {target.values.mean():.4g}, standard deviation "
-            f"{target.values.std():.4g}); a loss that has a name sees it standardised"
+            f"note: {objective.name} sees {target.name} as {seen}; a loss that has a name sees it standardised"
         )
     for note in (*problem.remarks_on_scaling(), *notes):
         progress.say(f"note: {note}")

@@ -16,7 +16,7 @@ from gputune.data.dataset import Dataset, Rows, make_dataset
 from gputune.data.encode import Columns, Layout, Numbers, Statistics, fit_layout, fit_statistics
 from gputune.data.source import Source
 from gputune.data.table import quoted
-from gputune.data.target import Target, check_target
+from gputune.data.target import Target, check_target, with_transform
 from gputune.data.weights import check_weights
 from gputune.engine.device import DeviceChoice, Work, device_for
 from gputune.errors import InputError
@@ -288,6 +288,7 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
             "choose backend='auto', or 'eager'."
         )
     target = check_target(source.y, task=task, n_rows=len(source.X), name=source.target)
+    target = with_transform(target, options.target_transform)
     objective = _objective(target, choice, options)
     columns, word = options.columns, options.numbers
     keeps = columns == "keep" or (columns == "auto" and choice.kind == "module" and not choice.recipe)

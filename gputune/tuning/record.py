@@ -14,6 +14,7 @@ from gputune.data.dataset import Rows
 from gputune.data.folds import pack_folds, unpack_folds
 from gputune.data.source import Source, digest_of, fingerprint, read_apart, rows_difference, table_size
 from gputune.data.target import TaskWord, check_target
+from gputune.data.target_transform import is_known, transform_from_json, transform_to_json
 from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
@@ -52,6 +53,7 @@ def search_record(
         distributions=distributions(space),
         method=method_to_json(options.method),
         task=problem.target.task,
+        target_transform=transform_to_json(options.target_transform),
         target=problem.target.name,
         classes=classes,
         source=problem.source.origin,
@@ -95,6 +97,9 @@ def _arguments(options: Options, source: Source, space: Space, folds: Sequence[R
             "augment, a function": options.augment is not None,
             "class_weight": not _is_storable(options.class_weight),
             "sample_weight": options.sample_weight is not None,
+            "target_transform, an object of your own": not is_known(
+                transform_to_json(options.target_transform)
+            ),
             "space, with an object of your own": values is None,
             "method, with a sampler of Optuna's": isinstance(options.method, OptunaSampler),
         }.items()
@@ -110,7 +115,8 @@ def _arguments(options: Options, source: Source, space: Space, folds: Sequence[R
 def recorded_options(record: SearchRecord, **changed: object) -> Options:
     """Return the options of a search as far as its record tells them, some of them ``changed``."""
     known = {part.argument: getattr(record, name) for name, part in PARTS.items() if part.argument in RULES}
-    kept = record.arguments.kept
+    kept, transform = record.arguments.kept, record.target_transform
+    known["target_transform"] = None if transform is None else transform_from_json(transform)
     known |= {name: kept[name] for name in KEPT if name in kept}
     return Options(**{**known, "method": method_from_json(record.method), **changed})
 

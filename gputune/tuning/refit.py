@@ -14,6 +14,7 @@ from gputune.data.dataset import Dataset, Rows
 from gputune.data.encode import Statistics
 from gputune.data.folds import all_rows
 from gputune.data.source import Source, fingerprint, read_again, read_source, rows_difference
+from gputune.data.target_transform import is_known
 from gputune.engine.backend import choose_backend, choose_device, matrix_products
 from gputune.engine.entry import entry
 from gputune.engine.job import Progress
@@ -131,6 +132,7 @@ class Search:
             center=_plain(data.center[0]),
             scale=_plain(data.scale[0]),
             dtype=data.dtype,
+            transform=data.transforms[0] if data.transforms else None,
             target=target.name,
             spec={**self.choice.spec, **spec},
             info={
@@ -236,6 +238,8 @@ def _recalled(study: Study, X: object, y: object, trust_code: bool) -> tuple[Mod
         raise lost_option(study.file, lost[0])
     if record.sample_weight is not None:
         raise _lost_weights("sample_weight again, which this study used")
+    if not is_known(record.target_transform):
+        raise _lost_weights("target_transform again, which is an object of your own")
     options = recorded_options(record, **_machine(record), class_weight=_class_weight(record))
     choice = recorded_model(dict(record.spec), record.optimizer, trust_code=trust_code)
     rows = _reread(study, module=choice.takes_arrays) if X is None else _given(X, y, choice, options)

@@ -235,8 +235,8 @@ def test_a_newer_format_and_a_foreign_json_are_named(frame, folder):
     make_model(frame).save(folder)
     path = folder / "model.json"
     text = path.read_text()
-    path.write_text(text.replace('"version": 1', '"version": 2', 1))
-    with refused(r"model\.json' has model format 2, this gputune reads up to 1; upgrade"):
+    path.write_text(text.replace('"version": 2', '"version": 3', 1))
+    with refused(r"model\.json' has model format 3, this gputune reads up to 2; upgrade"):
         load_model(folder)
     for other in ('{"format": "other"}', "[]", "3", "{}", '{"format": "gputune model", "version": "x"}'):
         path.write_text(other)

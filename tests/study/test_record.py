@@ -11,7 +11,8 @@ def test_a_record_gives_its_options_back():
     record = SearchRecord.from_json({**META, "of_a_later_version": 1})
     assert record.to_json() == META and record.scoring == "accuracy"
     assert (
-        record.absent == {"face", "distributions", "positive", "objective", "arguments", "baseline"}
+        record.absent
+        == {"face", "distributions", "positive", "objective", "target_transform", "arguments", "baseline"}
         and not record.lost
     )
 
@@ -20,7 +21,9 @@ def test_what_a_damaged_file_lacks_is_said_and_is_empty():
     record = SearchRecord.from_json({"model": "mlp"})
     assert record.to_json() == {"model": "mlp"}
     assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
-    assert record.lost == [name for name in IDENTITY if name not in ("positive", "objective")]
+    assert record.lost == [
+        name for name in IDENTITY if name not in ("positive", "objective", "target_transform")
+    ]
     with pytest.raises(
         StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"
     ):
@@ -37,8 +40,8 @@ def test_the_hyperparameters_of_a_descent():
 
 def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
     training = (
-        "spec optimizer schedule task fingerprint columns numbers class_weight sample_weight splits objective"
+        "spec optimizer schedule task target_transform fingerprint columns numbers class_weight sample_weight"
     )
-    training += " scoring positive max_epochs seed dtype"
+    training += " splits objective scoring positive max_epochs seed dtype"
     assert [name for name, part in PARTS.items() if part.training] == training.split()
     assert {*IDENTITY} - {*training.split()} == {"target", "space", "method", "epoch"}

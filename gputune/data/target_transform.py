@@ -1,0 +1,229 @@
+"""A transformation of the numbers to be predicted, fitted on the training rows of a fold and inverted in predictions.
+
+Source: sklearn.compose.TransformedTargetRegressor, whose transformer sees columns (n, K) and must be invertible.
+Departure: where a prediction has no inverse (a PowerTransformer has none of extreme ones), that of the nearest training
+target is taken, and not NaN.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self, cast, get_args
+
+import numpy as np
+import sklearn.preprocessing
+import torch
+from sklearn.base import BaseEstimator, clone
+from torch import Tensor
+
+from gputune.errors import InputError, InputWarning
+from gputune.text import did_you_mean
+from gputune.types import Json
+
+TransformWord = Literal["log", "log1p"]
+TRANSFORMS: tuple[TransformWord, ...] = get_args(TransformWord)
+
+
+class Transformer(Protocol):
+    """A transformer of scikit-learn's, of columns (n, K)."""
+
+    def fit(self, X: np.ndarray) -> Self: ...
+    def transform(self, X: np.ndarray) -> np.ndarray: ...
+    def inverse_transform(self, X: np.ndarray) -> np.ndarray: ...
+
+
+TargetTransform = TransformWord | Transformer
+
+_WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tensor], float]] = {
+    "log": (np.log, torch.exp, 0.0),
+    "log1p": (np.log1p, torch.expm1, -1.0),
+}
+"""Of each word the function, its inverse, and the number above which it is known."""
+
+
+@dataclass(frozen=True)
+class FittedTransform:
+    """A word, or a transformer that is fitted, with the least and the largest of its training values, (2, K)."""
+
+    how: TargetTransform
+    ends: np.ndarray | None = None
+
+    def forward(self, values: np.ndarray) -> np.ndarray:
+        """Return transformed values, (n,) or (n, K) as they are, float64."""
+        if isinstance(self.how, str):
+            return _WORDS[self.how][0](values)
+        return _columns(self.how.transform, values)
+
+    def inverse(self, values: Tensor) -> Tensor:
+        """Return values (..., K) in the target's own units, float64; of what is not finite NaN."""
+        if isinstance(self.how, str):
+            return _WORDS[self.how][1](values.double())
+        assert self.ends is not None
+        numbers = values.double().cpu().numpy().reshape(-1, values.shape[-1])
+        finite = np.isfinite(numbers)
+        with warnings.catch_warnings(action="ignore"):  # of what has no inverse
+            inverted = self.how.inverse_transform(np.where(finite, numbers, self.ends[0]))
+            if not np.isfinite(inverted).all():
+                nearest = self.how.inverse_transform(np.clip(numbers, *self.ends))
+                inverted = np.where(np.isfinite(inverted), inverted, nearest)
+        return torch.from_numpy(np.where(finite, inverted, np.nan)).view(values.shape).to(values.device)
+
+    def to_json(self) -> Json | str:
+        """Return the word, or the class and the fitted state of a transformer of sklearn.preprocessing.
+
+        Raises InputError for another one.
+        """
+        try:
+            if isinstance(self.how, str):
+                return self.how
+            return {"transformer": _plain(self.how, fitted=True), "ends": self.ends}
+        except TypeError as error:
+            raise InputError(
+                f"save() cannot write target_transform={self.how!r}, which {error}: choose {_choices()}, or keep the "
+                "model in this process."
+            ) from None
+
+    @staticmethod
+    def from_json(value: Json | str) -> "FittedTransform":
+        """Return what ``to_json`` wrote. Raises ValueError for what it did not."""
+        if isinstance(value, str):
+            return FittedTransform(transform_from_json(value))
+        return FittedTransform(
+            transform_from_json(value["transformer"]), np.asarray(value["ends"], np.float64)
+        )
+
+
+def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTransform:
+    """Fit on the training values (n, ...) of a fold. Raises InputError where that fails; warns of a poor inverse."""
+    if isinstance(transform, str):
+        return FittedTransform(transform)
+    transformer = cast(Transformer, clone(transform))
+    try:
+        there = FittedTransform(transformer.fit(values.reshape(len(values), -1))).forward(values)
+        columns = there.reshape(len(values), -1)
+        fitted = FittedTransform(transformer, np.stack([columns.min(0), columns.max(0)]))
+        back = fitted.inverse(torch.from_numpy(columns)).numpy().reshape(values.shape)
+    except Exception as error:  # a transformer may raise anything
+        raise InputError(
+            f"target_transform={transform!r} raised {type(error).__name__} on the training rows of a fold: "
+            f"{str(error).rstrip('.')}. Choose another one, or leave target_transform out."
+        ) from error
+    if not np.allclose(back, values):
+        warnings.warn(
+            f"target_transform={transform!r}: its inverse_transform does not give the target back, so that no model "
+            "can predict it well; choose another one.",
+            InputWarning,
+            stacklevel=2,
+        )
+    return fitted
+
+
+def _columns(transform: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """Return what a transformer makes of values (n,) or (n, K), in the same shape."""
+    columns = np.asarray(transform(values.reshape(len(values), -1)), np.float64)
+    if columns.size != values.size or not np.isfinite(columns).all():
+        raise ValueError(f"it makes {columns.shape} of {values.shape}, or numbers that are not finite")
+    return columns.reshape(values.shape)
+
+
+def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> None:
+    """Raise InputError where a word does not know the logarithm of a value (n, ...)."""
+    if not isinstance(transform, str):
+        return
+    lowest = _WORDS[transform][2]
+    if not (bad := values <= lowest).any():
+        return
+    row = int(bad.reshape(len(bad), -1).any(1).argmax())
+    other = "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
+    raise InputError(
+        f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, got {values[bad][0]:g} in row "
+        f"{row}; choose {other}, or leave it out."
+    )
+
+
+def check_transform(name: str, value: object) -> "TargetTransform | None":
+    """Return a word, a transformer or None; raises InputError for anything else."""
+    if value is None or (isinstance(value, str) and value in TRANSFORMS) or _is_transformer(value):
+        return cast("TargetTransform | None", value)
+    raise InputError(
+        f"{name} must be {_choices()} that has an inverse_transform, or None, got {value!r}."
+        f"{did_you_mean(value, TRANSFORMS) if isinstance(value, str) else ''}"
+    )
+
+
+def _is_transformer(value: object) -> bool:
+    methods = ("fit", "transform", "inverse_transform")
+    return not isinstance(value, type) and all(hasattr(value, method) for method in methods)
+
+
+def _choices() -> str:
+    return f"{', '.join(map(repr, TRANSFORMS))} or a transformer of scikit-learn's"
+
+
+def transform_to_json(transform: TargetTransform | None) -> Json | str | None:
+    """Return what a study's file knows of a transformation; of another object than scikit-learn's its text alone."""
+    if transform is None or isinstance(transform, str):
+        return transform
+    try:
+        return _plain(transform, fitted=False)
+    except TypeError:
+        return {"object": repr(transform)}
+
+
+def is_known(recorded: Json | str | None) -> bool:
+    """Whether ``transform_from_json`` makes a transformation of what a study's file knows of it."""
+    return not isinstance(recorded, Mapping) or "object" not in recorded
+
+
+def transform_from_json(value: Json | str) -> TargetTransform:
+    """Return a transformation of a study's file, not fitted, or of a model's; ValueError for what there is not."""
+    if isinstance(value, str) and value in TRANSFORMS:
+        return value
+    found = _from_plain(value)
+    if not _is_transformer(found):
+        raise ValueError(f"its target_transform is no transformation: {value!r:.60}")
+    return cast(Transformer, found)
+
+
+def _plain(value: object, *, fitted: bool) -> Json:
+    """Return an object of sklearn.preprocessing as its class and its parameters, or its fitted state.
+
+    Raises TypeError for one of another module, and for a part that is no plain value.
+    """
+    kind = type(value)
+    if getattr(sklearn.preprocessing, kind.__name__, None) is not kind:
+        raise TypeError(f"is no transformer of sklearn.preprocessing but a {kind.__name__}")
+    assert isinstance(value, BaseEstimator)  # all of them are
+    parts: dict[str, object] = value.__getstate__() if fitted else value.get_params(deep=False)
+    return {"class": kind.__name__, "state" if fitted else "params": {k: _part(v) for k, v in parts.items()}}
+
+
+def _part(value: object) -> object:
+    if value is None or isinstance(value, bool | int | float | str | tuple | np.generic | np.ndarray):
+        return value
+    if isinstance(value, dict):
+        return {"dict": {name: _part(part) for name, part in value.items()}}
+    if isinstance(value, np.ufunc):
+        return {"ufunc": value.__name__}
+    return _plain(value, fitted=hasattr(value, "n_features_in_"))
+
+
+def _from_plain(value: object) -> object:
+    """Return what ``_part`` wrote; nothing but classes of sklearn.preprocessing and ufuncs of NumPy is made."""
+    if not isinstance(value, dict):
+        return value
+    if "dict" in value:
+        return {name: _from_plain(part) for name, part in value["dict"].items()}
+    if "ufunc" in value:
+        ufunc = getattr(np, str(value["ufunc"]))
+        if not isinstance(ufunc, np.ufunc):
+            raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")
+        return ufunc
+    kind = getattr(sklearn.preprocessing, str(value["class"]), None)
+    if not isinstance(kind, type):
+        raise ValueError(f"sklearn.preprocessing has no {value['class']!r}")
+    if "params" in value:
+        return kind(**{name: _from_plain(part) for name, part in value["params"].items()})
+    made: Any = object.__new__(kind)
+    made.__setstate__({name: _from_plain(part) for name, part in value["state"].items()})
+    return made
