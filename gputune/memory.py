@@ -8,11 +8,6 @@ from pathlib import Path
 
 import torch
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 _GROUP = Path("/sys/fs/cgroup/memory.max")  # as a container sees its own
 
 
@@ -30,16 +25,20 @@ def _available() -> int:
         return int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1]) * 1024
     except (OSError, StopIteration):
         pass
+    if sys.platform == "win32":
+        return sys.maxsize
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    except (AttributeError, ValueError):
+    except ValueError:
         return sys.maxsize
 
 
 def _within_limit() -> int:
     """Bytes of addresses left under the process's own limit (``ulimit -v``)."""
-    if resource is None:
+    if sys.platform == "win32":
         return sys.maxsize
+    import resource  # which Windows has not
+
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit == resource.RLIM_INFINITY:
         return sys.maxsize

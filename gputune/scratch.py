@@ -9,16 +9,14 @@ import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows: nothing is locked, and nothing is swept
-    fcntl = None  # type: ignore[assignment]
+from filelock import lock_descriptor
 
 
 @contextmanager
@@ -40,13 +38,13 @@ def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> It
 
 def sweep(parent: Path, *, prefix: str) -> None:
     """Remove the scratch folders in ``parent`` whose processes on this host have ended."""
-    if fcntl is None:
+    if sys.platform == "win32":  # which locks files alone
         return
     name = re.compile(re.escape(_start(prefix)) + "[a-z0-9_]{8}")
     with suppress(OSError):  # no folder, or one that cannot be read
         for place in parent.iterdir():
             if name.fullmatch(place.name):
-                with suppress(OSError):  # its process lives (BlockingIOError), or it has just gone
+                with suppress(OSError):  # it has just gone, or is no folder
                     _remove_if_free(place)
 
 
@@ -54,6 +52,11 @@ def user_cache() -> Path:
     """Return the folder of this user's caches (XDG). Raises RuntimeError for a user without a home."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return base if base.is_absolute() else Path.home() / ".cache"  # a relative one is to be ignored
+
+
+def is_own(status: os.stat_result) -> bool:
+    """Whether a file or folder belongs to this user, and no other may write to it; taken for granted on Windows."""
+    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
 
 
 def _start(prefix: str) -> str:
@@ -64,11 +67,11 @@ def _start(prefix: str) -> str:
 def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
     while True:
         folder = Path(tempfile.mkdtemp(prefix=_start(prefix), dir=parent))
-        if fcntl is None:
+        if sys.platform == "win32":
             return folder, None
         lock = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # a file system without locks, where nobody gets one to sweep with either
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_descriptor(lock, blocking=False)
         with suppress(FileNotFoundError):  # another process swept it before it was locked
             if folder.stat().st_ino == os.fstat(lock).st_ino:
                 return folder, lock
@@ -76,11 +79,12 @@ def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int | None]:
 
 
 def _remove_if_free(place: Path) -> None:
-    """Remove a folder of this user's that no process holds. Raises OSError where one does, or where it is no folder."""
+    """Remove a folder of this user's that no process holds. Raises OSError where it is no folder."""
+    if sys.platform == "win32":
+        return
     lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        if os.fstat(lock).st_uid == os.geteuid():
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_own(os.fstat(lock)) and lock_descriptor(lock, blocking=False):
             shutil.rmtree(place)
     finally:
         os.close(lock)
@@ -111,7 +115,9 @@ def write_text(path: Path, text: str) -> None:
 
 def flush(path: Path) -> None:
     """Put on the disk what a file holds, or which files a folder has."""
-    handle = os.open(path, os.O_RDONLY)
+    if sys.platform == "win32" and path.is_dir():  # which opens no folder, and flushes what it may write
+        return
+    handle = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

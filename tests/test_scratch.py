@@ -66,14 +66,14 @@ def test_only_own_folders_of_the_pattern_are_swept(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
-    lock, swept = scratch.fcntl.flock, []
+    lock, swept = scratch.lock_descriptor, []
 
-    def late(file, how):
+    def late(file, **how):
         if not swept:
             swept.extend(tmp_path.iterdir())
             shutil.rmtree(swept[0])
-        lock(file, how)
+        return lock(file, **how)
 
-    monkeypatch.setattr(scratch.fcntl, "flock", late)
+    monkeypatch.setattr(scratch, "lock_descriptor", late)
     with scratch_folder(tmp_path) as folder:
         assert folder.exists() and folder not in swept

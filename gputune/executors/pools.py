@@ -102,6 +102,9 @@ def _signals_held_off() -> Iterator[None]:
     Both may be sent to all processes of a terminal or a service. Workers are told by ``Stop``, and end by themselves
     where this process has died.
     """
+    if sys.platform == "win32":  # which holds no signal off
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield

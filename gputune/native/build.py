@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gputune.native.library import FOLDER, NotBuiltError
-from gputune.scratch import scratch_folder, user_cache
+from gputune.scratch import is_own, scratch_folder, user_cache
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
 # Clang and older compilers say no to it, and choose well without.
@@ -77,11 +77,8 @@ def cache_folder() -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file or folder, no link, belongs to this user, and no other may write to it."""
-    if not hasattr(os, "geteuid"):  # Windows, where a user's cache is the user's
-        return True
-    status = path.lstat()
-    return status.st_uid == os.geteuid() and not status.st_mode & 0o022 and not path.is_symlink()
+    """Whether a file or folder, no link, is this user's alone to write."""
+    return is_own(path.lstat()) and not path.is_symlink()
 
 
 def _kept(folder: Path, name: str) -> ctypes.CDLL | None:

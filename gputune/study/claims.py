@@ -5,7 +5,6 @@ are rows of the table ``claims`` that name this file. Nobody takes a claim over 
 is stopped, or a laptop that sleeps, keeps what it has.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -14,7 +13,9 @@ import secrets
 import sqlite3
 import stat
 import subprocess
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,12 +24,20 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
+from filelock import lock_descriptor
+
 from gputune.errors import InputError
 from gputune.study.database import connect, transaction, translated
 from gputune.study.rows import MALFORMED, Chunk
 
 SETUP, SEARCH = -1, -2
 """What is claimed beside the chunks 0, 1, ...: adding to the plan, and the whole search."""
+
+_PLAIN: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""Of ``os.open``: no link is followed, and no pipe waited for. Windows has neither."""
+
+_LOOKS = (0.0, 0.002, 0.01)
+"""Seconds before each look at a lock: another process that looks has it for a moment too."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,8 @@ class Claims:
                 try:
                     with suppress(OSError, ValueError):  # the rows are void without the file
                         self._delete("lock = ?", self._lock)
-                    self._place(self._lock).unlink(missing_ok=True)
                 finally:  # an interrupt must not leave this process in possession of what it has given up
-                    os.close(file)
+                    _remove(self._place(self._lock), file)
                 self._sweep()
             if self._connection is not None:
                 self._connection.close()
@@ -148,22 +156,22 @@ class Claims:
             return None
         place = self._place(lock)
         try:
-            file = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # no pipe is waited for
+            # Some network file systems lock for those alone who may write.
+            file = os.open(place, (os.O_RDWR if os.access(place, os.W_OK) else os.O_RDONLY) | _PLAIN)
         except OSError:
             if place.is_file() and not place.is_symlink():
                 raise
             return None
+        is_dead = False
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 return None
             owner = _read_owner(file, lock)
             # Where locks do not reach from one host to another, a free one says nothing of that host's processes.
-            if _locked_by_other(file) or not owner.is_near:
-                return owner
-            place.unlink(missing_ok=True)
-            return None
+            is_dead = owner.is_near and not _locked_by_other(file)
+            return None if is_dead else owner
         finally:
-            os.close(file)
+            _remove(place, file) if is_dead else os.close(file)
 
     def _own_lock(self) -> str:
         """Make the lock file of this process when it is first needed; return its name."""
@@ -182,16 +190,15 @@ class Claims:
         place = self._place(lock)
         file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
-            os.write(file, json.dumps(me).encode())
-            with suppress(FileNotFoundError):  # another process swept it before it was locked
-                if os.fstat(file).st_ino == place.stat().st_ino:
-                    self._file, self._lock = file, lock
+            if lock_descriptor(file, blocking=False):  # else another process is just about to sweep it
+                me = {"host": platform.node(), "boot": boot(), "pid": os.getpid()}
+                os.write(file, json.dumps(me).encode())
+                with suppress(FileNotFoundError):  # another process swept it before it was locked
+                    if os.fstat(file).st_ino == place.stat().st_ino:
+                        self._file, self._lock = file, lock
         finally:
             if self._file is None:
-                place.unlink(missing_ok=True)
-                os.close(file)
+                _remove(place, file)
 
     def _sweep(self) -> None:
         """Remove the lock files of dead processes."""
@@ -235,7 +242,8 @@ def _let_go_in_child() -> None:
             claims._file = None
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 @cache
@@ -250,16 +258,29 @@ def boot() -> str:
 
 
 def _read_owner(file: int, lock: str) -> Owner:
+    os.lseek(file, 1, os.SEEK_SET)  # Windows lets nobody read the byte that is locked, the first
     try:
-        owner = json.loads(os.read(file, 4096))
+        owner = json.loads(b"{" + os.read(file, 4096))
         return Owner(str(owner["host"]), str(owner["boot"]), int(owner["pid"]), lock)
     except MALFORMED:  # killed before it had written it
         return Owner(platform.node(), boot(), 0, lock)
 
 
 def _locked_by_other(file: int) -> bool:
+    for seconds in _LOOKS:
+        time.sleep(seconds)
+        if lock_descriptor(file, blocking=False):
+            return False
+    return True
+
+
+def _remove(place: Path, file: int) -> None:
+    """Remove an open lock file and close it: closed first, it could be another process's by the time it is removed."""
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that look must not see each other
-    except BlockingIOError:
-        return True
-    return False
+        with suppress(OSError):
+            place.unlink()
+    finally:
+        os.close(file)
+    if sys.platform == "win32":  # which removes nothing that is open, here or in the process whose it is
+        with suppress(OSError):
+            place.unlink()

@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+from gputune.scratch import is_own
+
 Files = tuple[tuple[str, str], ...]
 """Path and SHA-256 of the files that run where a module is imported: of its packages, outermost first, then its own."""
 
@@ -125,7 +127,8 @@ def _digest(text: str) -> str:
 
 
 def _digests(file: int) -> list[str]:
-    return os.pread(file, _LINE * (MOST + 1), 0).decode("ascii", "replace").split()
+    os.lseek(file, 0, os.SEEK_SET)
+    return os.read(file, _LINE * (MOST + 1)).decode("ascii", "replace").split()
 
 
 def _folder() -> Path | None:
@@ -146,7 +149,7 @@ def _folder() -> Path | None:
 def _open(flags: int) -> int | None:
     """Return the opened list, None where there is none; warns of one that is not this user's alone to write."""
     folder = _folder()
-    if folder is None:
+    if folder is None or sys.platform == "win32":
         return None
     try:
         if flags & os.O_CREAT:
@@ -172,8 +175,7 @@ def _open(flags: int) -> int | None:
 
 def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
     status = os.fstat(opened)
-    others = stat.S_IWGRP | stat.S_IWOTH
-    return is_kind(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & others
+    return is_kind(status.st_mode) and is_own(status)
 
 
 def _say_not_used(path: Path) -> None:

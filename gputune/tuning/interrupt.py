@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -115,7 +116,8 @@ def _end_in_time() -> threading.Timer:
     """Send the main thread SIGTERM once more when the grace is over."""
     main = threading.main_thread().ident
     assert main is not None
-    timer = threading.Timer(GRACE_SECONDS, signal.pthread_kill, (main, signal.SIGTERM))
+    send = partial(signal.pthread_kill, main) if hasattr(signal, "pthread_kill") else signal.raise_signal
+    timer = threading.Timer(GRACE_SECONDS, send, (signal.SIGTERM,))
     timer.daemon = True
     timer.start()
     return timer

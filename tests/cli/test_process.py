@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,8 +32,8 @@ class Net(torch.nn.Linear):
 """
 
 
-def finish(*arguments, cwd):
-    process = Fork(START, *arguments, cwd=cwd, COLUMNS="80")
+def finish(*arguments, cwd, code=START):
+    process = Fork(code, *arguments, cwd=cwd, COLUMNS="80")
     out, err = process.communicate()
     return process.returncode, out, err
 
@@ -53,6 +54,42 @@ def test_help_and_version_wait_for_nothing():
     assert f"gputune {gputune.__version__}" in lines
     assert "  gputune tune sklearn:digits" in lines
     assert max(map(len, lines)) <= 80
+
+
+WITHOUT_POSIX = """
+import os, signal, sys
+from gputune.cli.main import main
+
+ARGUMENTS = sys.argv[1:]
+main(["tune", "--out", "before", *ARGUMENTS])  # so that other libraries have imported what they choose by the system
+MODULES = {"fcntl", "grp", "posix", "pwd", "resource", "termios"}
+NAMES = "O_DIRECTORY O_NOFOLLOW O_NONBLOCK SIGALRM SIGHUP SIGKILL fork geteuid getuid pread pthread_kill"
+for name in [name for name in sys.modules if name.split(".")[0] == "gputune" or name in MODULES]:
+    del sys.modules[name]
+for name in f"{NAMES} pthread_sigmask register_at_fork sched_getaffinity sysconf uname".split():
+    delattr(os if hasattr(os, name) else signal, name)
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in MODULES:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, Missing())
+sys.platform = "win32"
+from gputune import Study
+from gputune.cli.main import main
+assert main(["tune", "--out", "after", *ARGUMENTS]) == 0
+assert main(["status", "after"]) == 0
+trials = [Study.open(f"{out}/study.db").columns() for out in ("before", "after")]
+print(all(trials[0][name] == trials[1][name] for name in trials[0] if name != "seconds"), os.listdir("after"))
+"""
+
+
+def test_a_search_without_what_posix_alone_has(tmp_path):
+    code, out, err = finish("sklearn:iris", *FAST, cwd=tmp_path, code=WITHOUT_POSIX)
+    assert (code, "Traceback" in err) == (0, False)
+    assert "Trials   3 of 3 trials finished" in out
+    assert re.fullmatch(r"True \['(model', 'study.db|study.db', 'model)'\]", out.split("\n")[-2])
 
 
 def test_a_model_predicts_in_a_new_process(tmp_path):

@@ -277,6 +277,23 @@ def test_a_claim_of_before_the_last_start_or_of_a_dead_process_is_void(path, own
         assert not lock.exists()
 
 
+def test_another_process_that_looks_at_a_lock_for_a_moment_is_no_owner(path, monkeypatch):
+    lock, answers = (
+        claims_file.lock_descriptor,
+        iter([False, False, True, False]),
+    )  # its own file is looked at too
+    with Claims(path) as mine:
+        foreign(path, host=claims_file.platform.node())
+        monkeypatch.setattr(
+            claims_file, "lock_descriptor", lambda file, **how: next(answers, True) and lock(file, **how)
+        )
+        assert mine.take(CHUNKS[0])
+        assert (
+            next(answers, None) is None and len(left_over(path.parent)) == 3
+        )  # one lock file, two of SQLite
+    assert left_over(path.parent) == []
+
+
 def test_the_lock_file_of_a_process_that_died_at_once_is_swept(path):
     path.with_name(f"study.db-{'1' * 16}.lock").touch()
     path.with_name("study.db-mine.lock").touch()  # no name of ours
@@ -285,10 +302,10 @@ def test_the_lock_file_of_a_process_that_died_at_once_is_swept(path):
 
 
 def test_a_lock_file_that_cannot_be_made_is_named(path, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **more):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(claims_file.fcntl, "flock", refuse)
+    monkeypatch.setattr(claims_file, "lock_descriptor", refuse)
     with Claims(path) as mine, pytest.raises(OSError, match=r"its lock file cannot be made \(No space left"):
         mine.take(CHUNKS[0])
     assert left_over(path.parent) == []
