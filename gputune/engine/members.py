@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
+from gputune.engine.backend import computing
 from gputune.engine.one_member import OneMember, Space
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.member_code import MemberCode
@@ -42,19 +43,24 @@ class MemberChunk(StackedChunk):
         scoring: Scoring | None,
     ) -> None:
         super().__init__(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
-        lengths = [(len(fold.train), len(fold.valid)) for fold in data.folds]
+        code = MemberCode(data.dtype)
+        with computing(1):  # a step of one member is thousands of small operations, which threads only delay
+            self._write(code, seed)
+        self.code = build(code.source, data.dtype)
+        self.code.take_steps.restype = None
+        self.outputs: list[Tensor | None] = []
+
+    def _write(self, code: MemberCode, seed: int) -> None:
+        """Write the steps of a member of each fold as code, once for folds of equal lengths."""
+        lengths = [(len(fold.train), len(fold.valid)) for fold in self.data.folds]
         ones = {length: OneMember(self, lengths.index(length), seed) for length in dict.fromkeys(lengths)}
         self.members = [ones[length] for length in lengths]
         drawing = [one.draws for one in ones.values() if one.draws is not None]
         self.ahead = min([draws.ahead for draws in drawing], default=len(self.batches.shapes))
         for draws in drawing:
             draws.ahead = self.ahead
-        code = MemberCode(data.dtype)
         for one in ones.values():
             one.write(code)
-        self.code = build(code.source, data.dtype)
-        self.code.take_steps.restype = None
-        self.outputs: list[Tensor | None] = []
 
     def advance(self, epoch: int) -> None:
         """Train for one epoch."""

@@ -68,7 +68,7 @@ def _coded_seconds(job: Job, data: Dataset, chunk: Population) -> float:
     try:
         with computing(1), torch.no_grad():
             return MemberChunk(
-                network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=None
+                network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring
             ).seconds_of_a_step()
     except (TraceError, NotBuiltError):
         return math.inf

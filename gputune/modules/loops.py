@@ -1,7 +1,7 @@
 """Loops of C over the places of tensors: axes that follow on each other in memory are one loop."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gputune.modules.trace import Place
 
@@ -11,8 +11,12 @@ class Loops:
     """Loops of some ``sizes``, the outermost first, and the ``strides`` of each operand along them."""
 
     sizes: tuple[int | str, ...]
-    strides: tuple[tuple[int, ...], ...]
+    strides: tuple[tuple[int | str, ...], ...]
     variable: str = "i"
+
+    def with_outer(self, size: str) -> "Loops":
+        """Return the loops with a name for the size of the outermost: minibatches of all sizes share them."""
+        return replace(self, sizes=(size, *self.sizes[1:])) if self.sizes else self
 
     @property
     def is_flat(self) -> bool:

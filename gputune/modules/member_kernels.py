@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gputune.modules.loops import Loops, broadcast, over
+from gputune.modules.loops import broadcast, over
 from gputune.modules.trace import Operation, Place, Trace, TraceError, arrange
 
 C_TYPES = {
@@ -143,9 +143,18 @@ class Writer:
         return self.real if place is None else _c_type(place.dtype)
 
     def call(
-        self, places: Sequence[Place | None], body: str, numbers: Sequence[float] = (), *, room: int = 0
+        self,
+        places: Sequence[Place | None],
+        body: str,
+        numbers: Sequence[float] = (),
+        *,
+        sizes: Sequence[int | str] = (),
+        room: int = 0,
     ) -> Line:
-        """Return the call of a kernel that knows places as p0, p1, ..., numbers as s0, s1, ..., and its room as w."""
+        """Return the call of a kernel.
+
+        It knows places as p0, p1, ..., numbers as s0, ..., sizes as n0, ... and its room as w.
+        """
         typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(places)]
         pointers = [self.pointer(place) for place in places]
         if room:
@@ -153,7 +162,8 @@ class Writer:
             typed.append(f"{self.real} *w")
             pointers.append(f"({self.real} *)(A + {self.size})")
         typed += [f"double s{i}" for i in range(len(numbers))]
-        return Line(self._kernel(typed, body), pointers, self._numbers(numbers))
+        typed += [f"long n{i}" for i in range(len(sizes))]
+        return Line(self._kernel(typed, body), pointers, [*self._numbers(numbers), *map(str, sizes)])
 
     def _kernel(self, parameters: Sequence[str], body: str) -> str:
         text = f"({', '.join(parameters)}) {{\n{body}\n}}"
@@ -178,9 +188,8 @@ class Writer:
             raise TraceError(f"{name} of {dtype} is in no code")
         operands: list[Place] = [out, *(given[n] for n in places)]
         loops = over(out.shape, [out.stride, *(broadcast(place, out.shape) for place in operands[1:])])
-        n, flat = (loops.sizes[0] if loops.is_flat else 0), loops.is_flat
-        if flat:
-            loops = Loops(("n",), loops.strides)
+        flat, size = loops.is_flat, loops.sizes[:1]
+        loops = loops.with_outer("n")
         real = _c_type(dtype)
         words = {word: f"(({real})p{i + 1}[{loops.index(i + 1)}])" for i, word in enumerate(places)}
         words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
@@ -188,11 +197,14 @@ class Writer:
         value = value.replace("EXP(", "exponential(" if real == self.real else "exp(")
         body = loops.nest(f"p0[{loops.index(0)}] = {value};")
         typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(operands)]
-        typed += [*(f"double s{i}" for i in range(len(numbers))), *["long n"] * flat]
+        typed += [*(f"double s{i}" for i in range(len(numbers))), *["long n"] * len(size)]
         line = Line(self._kernel(typed, body), [self.pointer(place) for place in operands], [])
         line.numbers = self._numbers([given[n] for n in numbers])
-        line.n = int(n)
-        line.steps = [own[0] * p.dtype.itemsize for own, p in zip(loops.strides, operands)] if flat else []
+        if flat:
+            line.n = int(size[0])
+            line.steps = [int(own[0]) * p.dtype.itemsize for own, p in zip(loops.strides, operands)]
+        else:
+            line.numbers += map(str, size)
         return line
 
     def filled(self, out: Place, value: float) -> Line:

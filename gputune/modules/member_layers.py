@@ -36,18 +36,16 @@ def _product(writer: Writer, given: Given, op: Operation, out: Place) -> Iterato
         raise TraceError(f"{op.function} of other factors is in no code")
     if out.dtype != writer.dtype:
         raise TraceError(f"a product of {out.dtype} is in no code")
-    bias = "0"
-    if is_bias := added is not None and _of_rows(added, out):
-        bias = f"p3 + i * {added.stride[0] if len(added.shape) > 2 and added.shape[0] > 1 else 0}"
-    rows, columns, inner = out.shape[-2], out.shape[-1], a.shape[-1]
+    is_bias = added is not None and _of_rows(added, out)
+    factors = [out, a, b, *[added] * is_bias]
     batch = out.shape[0] if len(out.shape) > 2 else 1
-    begins = [f" + i * {p.stride[0]}" if len(p.shape) > 2 else "" for p in (out, a, b)]
+    begins = [p.stride[0] if len(p.shape) > 2 and p.shape[0] > 1 else 0 for p in factors]
     body = (
-        f"for (long i = 0; i < {batch}; i++) matrix_product({rows}, {columns}, {inner}, p1{begins[1]}, {a.stride[-2]}, "
-        f"{a.stride[-1]}, p2{begins[2]}, {b.stride[-2]}, {b.stride[-1]}, {bias}, p0{begins[0]}, {out.stride[-2]}, w);"
+        "for (long i = 0; i < n0; i++) matrix_product(n1, n2, n3, p1 + i * n9, n4, n5, p2 + i * n10, n6, n7, "
+        f"{'p3 + i * n11' if is_bias else '0'}, p0 + i * n8, {f'n{8 + len(factors)}'}, w);"
     )
-    room = _TILE * (inner + _TILE)
-    yield writer.call([out, a, b, *[added] * is_bias], body, room=room)
+    sizes = [batch, *out.shape[-2:], a.shape[-1], *a.stride[-2:], *b.stride[-2:], *begins, out.stride[-2]]
+    yield writer.call(factors, body, sizes=sizes, room=_TILE * (a.shape[-1] + _TILE))
     if added is not None and not is_bias:
         yield writer.pointwise("add", {"self": out, "other": added, "alpha": 1}, out)
 
@@ -79,6 +77,8 @@ def _reduced(writer: Writer, given: Given, op: Operation, out: Place) -> Iterato
     n = 1
     for axis in gone:
         n *= x.shape[axis]
+    sizes = [n, *outer.sizes[:1], *inner.sizes[:1]]
+    outer, inner = outer.with_outer("n1"), inner.with_outer(f"n{1 + len(outer.sizes[:1])}")
     mean = op.name == "mean"
     at, to = f"p1[{outer.index(0)} + {inner.index(0)}]", f"p0[{outer.index(1)}]"
     t = writer.type(out)
@@ -88,13 +88,13 @@ def _reduced(writer: Writer, given: Given, op: Operation, out: Place) -> Iterato
         row = f"#pragma GCC ivdep\nfor (long {last} = 0; {last} < {outer.sizes[-1]}; {last}++)"
         body = front.nest(
             f"{row} {to} = 0;\n{inner.nest(f'{row} {to} += {at};', '')}"
-            + (f"\n{row} {to} /= {n};" if mean else ""),
+            + (f"\n{row} {to} /= n0;" if mean else ""),
             "",
         )
     else:
         each = inner.nest(f"s += {at};", "omp simd reduction(+ : s)")
-        body = outer.nest(f"{t} s = 0;\n{each}\n{to} = s{f' / {n}' if mean else ''};", "")
-    yield writer.call([out, x], body)
+        body = outer.nest(f"{t} s = 0;\n{each}\n{to} = s{' / n0' if mean else ''};", "")
+    yield writer.call([out, x], body, sizes=sizes)
 
 
 def _softmax(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -135,11 +135,12 @@ def _along(
     axis = given["dim"] % len(out.shape)
     others = [i for i in range(len(out.shape)) if i != axis]
     loops = over([out.shape[i] for i in others], [[p.stride[i] for i in others] for p in places])
+    sizes, loops = loops.sizes[:1], loops.with_outer("n0")
     loop = f"for (long j = 0; j < {out.shape[axis]}; j++)"
     for k, letter in enumerate("OXY"[: len(places)]):
         body = body.replace(f"[{letter}]", f"[{loops.index(k)} + j * {places[k].stride[axis]}]")
     body = body.replace("SUM(s)", f"#pragma omp simd reduction(+ : s)\n{loop}").replace("EACH", loop)
-    yield writer.call(places, loops.nest(body.replace("T ", f"{writer.type(out)} "), ""))
+    yield writer.call(places, loops.nest(body.replace("T ", f"{writer.type(out)} "), ""), sizes=sizes)
 
 
 def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -153,16 +154,21 @@ def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
         of_index[axis] = index.stride[0] if index.shape else 0
     along = [0 if i == axis else x.stride[i] for i in range(len(out.shape))]
     loops = over(out.shape, [out.stride, of_index, along])
+    sizes, numbers, loops = loops.sizes[:1], [], loops.with_outer("n0")
+    if len(loops.sizes) > 1:  # a number of the host, so that folds of unlike lengths share the step
+        numbers = [float(loops.strides[2][0])]
+        loops = replace(loops, strides=(*loops.strides[:2], ("(long)s0", *loops.strides[2][1:])))
     at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {x.stride[axis]}]"
-    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"))
+    yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), numbers, sizes=sizes)
 
 
 def _embedding(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
     table, index = given["weight"], given["indices"]
     rows = [*index.stride, 0], [*[0] * len(index.shape), table.stride[1]]
     loops = over(out.shape, [out.stride, *rows])
+    sizes, loops = loops.sizes[:1], loops.with_outer("n0")
     at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {table.stride[0]}]"
-    yield writer.call([out, table, index], loops.nest(f"p0[{loops.index(0)}] = {at};"))
+    yield writer.call([out, table, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), sizes=sizes)
 
 
 def _embedding_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -230,7 +236,7 @@ def _layer_norm_slope(writer: Writer, given: Given, op: Operation, out: Place) -
     if given["weight"] is not None or list(op.makes) != [out] or not all(map(_is_whole, [out, *places])):
         raise TraceError(f"{op.function} of other arguments is in no code")
     rows = _size(x) // n
-    yield writer.call([out, *places], f"layer_norm_slope({rows}, {n}, p1, p2, p3, p4, p0);")
+    yield writer.call([out, *places], "layer_norm_slope(n0, n1, p1, p2, p3, p4, p0);", sizes=[rows, n])
 
 
 def _batch_norm(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -239,8 +245,8 @@ def _batch_norm(writer: Writer, given: Given, op: Operation, out: Place) -> Iter
     if not given["training"] or len(x.shape) != 2 or not all(_is_whole(p) for p in places if p):
         raise TraceError(f"{op.function} of other arguments is in no code")
     pointers = ", ".join(f"p{i}" for i in range(8))
-    body = f"batch_norm({x.shape[0]}, {x.shape[1]}, s0, s1, {pointers});"
-    yield writer.call(places, body, [given["momentum"], given["eps"]])
+    body = f"batch_norm(n0, n1, s0, s1, {pointers});"
+    yield writer.call(places, body, [given["momentum"], given["eps"]], sizes=x.shape)
 
 
 def _batch_norm_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -250,7 +256,7 @@ def _batch_norm_slope(writer: Writer, given: Given, op: Operation, out: Place) -
     if not given["train"] or len(x.shape) != 2 or len(op.makes) != 3 or not whole:
         raise TraceError(f"{op.function} of other arguments is in no code")
     pointers = ", ".join(f"p{i}" for i in range(8))
-    yield writer.call(places, f"batch_norm_slope({x.shape[0]}, {x.shape[1]}, {pointers});")
+    yield writer.call(places, f"batch_norm_slope(n0, n1, {pointers});", sizes=x.shape)
 
 
 def _is_whole(place: Place) -> bool:
@@ -275,8 +281,8 @@ def _class_loss(writer: Writer, given: Given, op: Operation, out: Place) -> Iter
         raise TraceError(f"{op.function} of other arguments is in no code")
     at = f"p2[i * {y.stride[0]}]"
     value = f"{at} == (int64_t)s0 ? 0 : -p1[i * {x.stride[0]} + {at} * {x.stride[1]}]"
-    body = f"for (long i = 0; i < {x.shape[0]}; i++) p0[i * {out.stride[0]}] = {value};"
-    yield writer.call([out, x, y], body, [given["ignore_index"]])
+    body = f"for (long i = 0; i < n0; i++) p0[i * {out.stride[0]}] = {value};"
+    yield writer.call([out, x, y], body, [given["ignore_index"]], sizes=x.shape[:1])
 
 
 def _class_loss_slope(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -286,10 +292,10 @@ def _class_loss_slope(writer: Writer, given: Given, op: Operation, out: Place) -
     yield writer.filled(out, 0.0)
     at, step = f"p2[i * {y.stride[0]}]", slope.stride[0]
     body = (
-        f"for (long i = 0; i < {out.shape[0]}; i++) if ({at} != (int64_t)s0) "
+        f"for (long i = 0; i < n0; i++) if ({at} != (int64_t)s0) "
         f"p0[i * {out.stride[0]} + {at} * {out.stride[1]}] = -p1[i * {step}];"
     )
-    yield writer.call([out, slope, y], body, [given["ignore_index"]])
+    yield writer.call([out, slope, y], body, [given["ignore_index"]], sizes=out.shape[:1])
 
 
 LAYERS: dict[str, Callable[..., Iterator[Line]]] = {

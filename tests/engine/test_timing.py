@@ -7,9 +7,10 @@ import pytest
 from torch import nn
 
 import gputune
-from gputune.engine import timing
+from gputune.engine import members, timing
 from gputune.engine.job import Job
 from gputune.engine.timing import fastest_way
+from gputune.native.build import build
 from gputune.population.population import Population
 from problems import fill, make_data
 
@@ -77,3 +78,17 @@ def test_a_search_says_which_way_it_took(monkeypatch, capsys):
     assert "compiled" in capsys.readouterr().err.split("plan:")[1]
     for other in (alone, coded):
         assert [t.score for t in other.trials] == pytest.approx([t.score for t in stacked.trials], rel=1e-5)
+
+
+@pytest.mark.cpu
+def test_what_is_built_to_be_timed_trains(monkeypatch):
+    """And outputs on validation rows are in it."""
+    sources = []
+    monkeypatch.setattr(
+        members, "build", lambda source, dtype: sources.append(source) or build(source, dtype)
+    )
+    for name, value in {"_WORTH_SECONDS": 0, "_CODE_SECONDS": 0, "_seconds": lambda *given: 1.0}.items():
+        monkeypatch.setattr(timing, name, value)
+    gputune.tune(Net, make_data().x[0].float(), make_data().y, n_trials=2, cv=2, workers=1, verbose=0)
+    assert len(sources) == 2
+    assert sources[0] == sources[1]

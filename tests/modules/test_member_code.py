@@ -141,3 +141,23 @@ def test_what_is_in_no_code_is_refused(what):
     total, x = torch.zeros(2, 4), X.float()
     with torch.no_grad(), pytest.raises(TraceError, match=what):
         MemberCode(torch.float32).add(trace(lambda: REFUSED[what](total, x)), {})
+
+
+def test_minibatches_of_all_sizes_share_kernels():
+    """And steps on the orders of folds of unlike lengths are one function."""
+    code, counts = MemberCode(torch.float64), []
+    layer = torch.ones(4, 4, dtype=torch.float64)
+    for rows, length in ((5, 40), (5, 50), (6, 50)):
+        y, order = torch.zeros(rows, 4, dtype=torch.float64), torch.zeros(3, length, dtype=torch.int64)
+        places = torch.arange(rows)
+
+        def step(y=y, order=order, places=places):
+            index = order.index_select(1, places)
+            y.add_((y @ layer + index[0, :, None]).softmax(1)).sub_(y.sum(0) / y.mean(1, keepdim=True))
+
+        with torch.no_grad():
+            code.add(trace(step), {})
+        counts.append((len(code.kernels), len(code.functions)))
+    kernels = counts[0][0]
+    # One more for the rows that are chosen for each of three tables: these lie as far apart as there are rows.
+    assert counts == [(kernels, 1), (kernels, 1), (kernels + 1, 2)]
