@@ -83,6 +83,21 @@ def test_no_files_import_each_other_in_a_circle():
     assert not above, f"a circle among {sorted(above)}"
 
 
+def test_a_worker_process_loads_no_library_that_takes_as_long_as_torch():
+    """scikit-learn imports scipy.stats and pandas; what needs one of them in a worker imports it there and then."""
+    waiting, loaded, libraries = ["executors.processes"], set(), set()
+    while waiting:
+        loaded.add(name := waiting.pop())
+        for node in ast.parse(FILES[name].read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                for imported in (start + alias.name for alias in node.names):
+                    libraries.add(imported.partition(".")[0])
+                    waiting += {file_of(imported.removeprefix("gputune."))} - {None} - loaded
+    assert "engine.train" in loaded and "torch" in libraries
+    assert libraries & {"sklearn", "scipy", "pandas", "polars"} == set()
+
+
 def test_every_folder_is_a_room():
     assert {room_of(name) for name in FILES} == set(ROOMS)
 

@@ -24,7 +24,8 @@ from gputune.engine.memory import run_in_parts
 from gputune.hypergradients.hypergradient import Mode, hypergradient
 from gputune.modules.recorder import RECORDERS, Replays
 from gputune.population.population import Population
-from gputune.scoring.scores import OF_TASK, fitted
+from gputune.scoring.estimators import fitted
+from gputune.scoring.scores import OF_TASK
 from gputune.solver.solve import solve_all, solved_module
 from gputune.types import Backend
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gputune.data.source import Source
-from gputune.scoring.scores import fitted
+from gputune.scoring.estimators import fitted
 from gputune.scoring.scoring import Scoring, make_scoring
 from gputune.study.model import TunedModel
 

@@ -15,7 +15,6 @@ from typing import Literal, TypeVar, get_args, overload
 
 import numpy as np
 import torch
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from gputune.data.columns import Column, fit_column
@@ -246,6 +245,8 @@ def fit_statistics(
             )
         mean, scale = tensor_moments(raw[torch.as_tensor(rows, device=raw.device)])
     else:
+        from sklearn.preprocessing import StandardScaler
+
         part = raw[rows]
         # A column with no known value in these rows has mean 0 and scale 1.
         part[:, np.isnan(part).all(0)] = 0.0

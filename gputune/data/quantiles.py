@@ -9,8 +9,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from scipy.special import ndtri
-from sklearn.preprocessing import QuantileTransformer
 from torch import Tensor
 
 Values = TypeVar("Values", np.ndarray, Tensor)
@@ -39,11 +37,12 @@ MAX_QUANTILES = 1000
 
 # scikit-learn's bound on probabilities, which keeps normal scores away from infinity.
 _LEAST = 1e-7 - 2.0**-52
-_LARGEST_NORMAL = float(-ndtri(_LEAST))
 
 
 def fit_quantiles(part: np.ndarray) -> np.ndarray:
     """Return (Q, R) quantiles of R columns, NaN left out, at Q equally spaced probabilities from 0 to 1."""
+    from sklearn.preprocessing import QuantileTransformer
+
     if part.shape[1] == 0:
         return np.empty((0, 0))
     count = min(MAX_QUANTILES, len(part))
@@ -58,12 +57,15 @@ def normal_scores(values: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
     rank is 0 or 1. Departure from scikit-learn: it also moves what lies within an absolute 1e-7 of these two to
     them, which would break columns of tiny numbers.
     """
+    from scipy.special import ndtri
+
     ranks = np.linspace(0.0, 1.0, len(quantiles))
     above = np.interp(values, quantiles, ranks)
     below = 1.0 - np.interp(-values, -quantiles[::-1], ranks)
     rank = (above + below) / 2
     rank = np.where(values >= quantiles[-1], 1.0, np.where(values <= quantiles[0], 0.0, rank))
-    return np.asarray(np.clip(ndtri(rank), -_LARGEST_NORMAL, _LARGEST_NORMAL))
+    largest = -ndtri(_LEAST)
+    return np.asarray(np.clip(ndtri(rank), -largest, largest))
 
 
 # Wichura's PPND16: numerator and denominator in the middle, and in the tails up to a probability of 1.4e-11, which the

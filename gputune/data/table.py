@@ -8,7 +8,6 @@ from typing import Any
 
 import narwhals as nw
 import numpy as np
-from scipy.sparse import issparse
 
 from gputune.data.containers import refuse_containers
 from gputune.data.kinds import Kind, from_column, from_series, read_amounts, read_as
@@ -96,6 +95,8 @@ def as_table(X: object) -> Table:
     """
     if isinstance(X, Table):
         return X
+    from scipy.sparse import issparse
+
     refuse_containers(X)
     if issparse(X):
         raise InputError("X is a sparse matrix, and only dense input is supported; pass X.toarray().")

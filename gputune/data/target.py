@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import narwhals as nw
 import numpy as np
-from scipy.sparse import issparse
 from torch import Tensor
 
 from gputune.data.kinds import from_values, is_missing
@@ -195,6 +194,8 @@ def _first_row(bad: np.ndarray) -> int:
 
 
 def _as_array(y: object, name: str) -> np.ndarray:
+    from scipy.sparse import issparse
+
     if issparse(y):
         raise InputError(
             f"{name} is a sparse matrix, and only dense targets are supported; pass y.toarray()."

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self, cast, get_args
 
 import numpy as np
-import sklearn.preprocessing
 import torch
-from sklearn.base import BaseEstimator, clone
 from torch import Tensor
 
 from gputune.errors import InputError, InputWarning
@@ -97,6 +95,8 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
     """Fit on the training values (n, ...) of a fold. Raises InputError where that fails; warns of a poor inverse."""
     if isinstance(transform, str):
         return FittedTransform(transform)
+    from sklearn.base import clone
+
     transformer = cast(Transformer, clone(transform))
     try:
         there = FittedTransform(transformer.fit(values.reshape(len(values), -1))).forward(values)
@@ -190,10 +190,12 @@ def _plain(value: object, *, fitted: bool) -> Json:
 
     Raises TypeError for one of another module, and for a part that is no plain value.
     """
+    import sklearn.preprocessing
+
     kind = type(value)
     if getattr(sklearn.preprocessing, kind.__name__, None) is not kind:
         raise TypeError(f"is no transformer of sklearn.preprocessing but a {kind.__name__}")
-    assert isinstance(value, BaseEstimator)  # all of them are
+    assert isinstance(value, sklearn.base.BaseEstimator)  # all of them are
     parts: dict[str, object] = value.__getstate__() if fitted else value.get_params(deep=False)
     return {"class": kind.__name__, "state" if fitted else "params": {k: _part(v) for k, v in parts.items()}}
 
@@ -219,6 +221,8 @@ def _from_plain(value: object) -> object:
         if not isinstance(ufunc, np.ufunc):
             raise ValueError(f"NumPy has no ufunc {value['ufunc']!r}")
         return ufunc
+    import sklearn.preprocessing
+
     kind = getattr(sklearn.preprocessing, str(value["class"]), None)
     if not isinstance(kind, type):
         raise ValueError(f"sklearn.preprocessing has no {value['class']!r}")

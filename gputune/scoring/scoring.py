@@ -11,8 +11,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from sklearn.metrics import get_scorer, get_scorer_names
-from sklearn.naive_bayes import GaussianNB
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
@@ -21,7 +19,6 @@ from gputune.errors import InputError
 from gputune.population.network import call_module, class_logits, is_one_logit
 from gputune.scoring import scores
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
-from gputune.scoring.scores import fitted
 from gputune.text import did_you_mean
 from gputune.types import Task
 
@@ -115,6 +112,8 @@ class Scoring:
     def _through_sklearn(
         self, data: Dataset, fold: int, outputs: Tensor, target: Tensor, finite: Tensor, member: Member | None
     ) -> Tensor:
+        from gputune.scoring.estimators import fitted
+
         assert self.scorer is not None
         y = target.cpu().numpy()
         y = y if self.classes is None or data.task == "multilabel" else self.classes[y]
@@ -187,6 +186,8 @@ def make_scoring(
     ``positive`` is the class that f1 and its like are of. Raises InputError where they need it and it is missing, where
     another score is given it, and where it is no class.
     """
+    from sklearn.metrics import get_scorer
+
     if scoring is None:
         scoring = {"regression": "r2", "custom": "neg_loss"}.get(task, "accuracy")
     if task == "multilabel":
@@ -221,6 +222,8 @@ def _refuse_metric(scoring: Callable[..., object]) -> None:
     metric = scoring.func if isinstance(scoring, partial) else scoring
     if not (inspect.isfunction(metric) and metric.__module__.startswith("sklearn.metrics")):
         return
+    from sklearn.metrics import get_scorer, get_scorer_names
+
     words = [name for name in get_scorer_names() if getattr(get_scorer(name), "_score_func", None) is metric]
     remedy = f"scoring=sklearn.metrics.make_scorer({metric.__name__}, ...)"
     if words and metric is scoring:
@@ -283,6 +286,8 @@ def check_folds(scoring: Scoring, data: Dataset) -> None:
 
 
 def _check_fits_task(scoring: str, task: Task) -> None:
+    from sklearn.metrics import get_scorer_names
+
     if scoring not in get_scorer_names():
         raise InputError(
             f"scoring must be one of scikit-learn's scorer names or a callable, got {scoring!r}."
@@ -339,6 +344,8 @@ def _is_meant(label: Any, positive: Any) -> bool:
 
 def has_positive_class(scorer: Scorer) -> bool:
     """Whether a scorer of two classes gives another score where they change places, tried on a few rows."""
+    from sklearn.naive_bayes import GaussianNB
+
     x, y = np.array([[0.0], [1.0], [3.0], [5.0], [8.0], [11.0], [15.0]]), np.array([0, 0, 1, 0, 0, 1, 1])
     with warnings.catch_warnings(action="ignore"):
         try:

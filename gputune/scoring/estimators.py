@@ -1,0 +1,91 @@
+"""What a scorer of scikit-learn's takes for a fitted estimator: the outputs of one member.
+
+A file of its own: a worker process imports scikit-learn, which takes as long as torch, only where a scorer needs it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from torch import Tensor
+
+from gputune.errors import InputError
+
+
+def fitted(
+    output: Tensor,
+    classes: np.ndarray | None,
+    X: object,
+    rows: object,
+    others: Callable[[object], Tensor] | None = None,
+) -> "_Fitted":
+    """Return what a scorer takes for a fitted estimator, whose outputs (m, K) for ``X`` are given.
+
+    That holds as long as X is equal to ``rows``; ``others`` gives the outputs for anything else.
+    """
+    kind = _Regressor if classes is None else _Labeller if classes.ndim == 2 else _Classifier
+    return kind(output, classes, X, rows, others)
+
+
+class _Fitted(BaseEstimator):  # type: ignore[misc]
+    """A fitted estimator, as far as a scorer asks for one: outputs that are already there, and those of other rows."""
+
+    def __init__(
+        self,
+        output: Tensor,
+        classes: np.ndarray | None,
+        X: Any,
+        rows: object,
+        others: Callable[[object], Tensor] | None,
+    ) -> None:
+        self.output, self.classes = output, classes
+        self.X, self.rows, self.others = X, rows, others
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def fit(self, X: object, y: object = None) -> "_Fitted":
+        raise InputError("the estimator that a scorer is given is fitted, and cannot be fitted again.")
+
+    def close(self) -> None:
+        """Answer no more: the member trains on, and its outputs are overwritten."""
+        self.X, self.others = object(), None
+
+    def outputs(self, X: Any) -> Tensor:
+        """Return the outputs (m, K) for any rows X."""
+        if X is self.X and (X is self.rows or X.equals(self.rows)):
+            return self.output
+        if self.others is None:
+            raise InputError("the estimator that a scorer is given answers only while the scorer runs.")
+        return self.others(X)
+
+
+class _Classifier(ClassifierMixin, _Fitted):  # type: ignore[misc]
+    @property
+    def classes_(self) -> np.ndarray:
+        assert self.classes is not None
+        return self.classes
+
+    def predict_proba(self, X: object) -> np.ndarray:
+        return self.outputs(X).softmax(-1).numpy()
+
+    def predict(self, X: object) -> np.ndarray:
+        labels: np.ndarray = self.classes_[self.outputs(X).argmax(-1).numpy()]
+        return labels
+
+
+class _Labeller(_Classifier):
+    """Of several labels; ``classes`` are the unit matrix (K, K), by which scikit-learn knows them for labels."""
+
+    def predict_proba(self, X: object) -> np.ndarray:
+        return self.outputs(X).sigmoid().numpy()
+
+    def predict(self, X: object) -> np.ndarray:
+        return (self.outputs(X) > 0).numpy().astype(np.int64)
+
+
+class _Regressor(RegressorMixin, _Fitted):  # type: ignore[misc]
+    def predict(self, X: object) -> np.ndarray:
+        outputs = self.outputs(X)
+        return (outputs.squeeze(-1) if outputs.shape[-1] == 1 else outputs).numpy()
