@@ -33,6 +33,7 @@ class Study(data.Study):
         y: object = None,
         *,
         trial: int | None = None,
+        intervals: bool = False,
         check: bool = True,
         trust_code: bool = False,
     ) -> "TunedModel":
@@ -41,13 +42,16 @@ class Study(data.Study):
         ``X`` and ``y`` are needed where the study was opened from a file and its input cannot be read again; they must
         be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
         runs the code of a class that a study names, also where this user has not trained it on this machine.
+        ``intervals=True`` trains the trial on its folds once more too, whose residuals ``predict_interval`` needs.
 
         Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
         trusted, and where rows or options are in no file.
         """
+        from gputune.tuning.out_of_fold import refit_with_residuals
         from gputune.tuning.refit import refit
 
-        return refit(self, X, y, trial=trial, check=check, trust_code=trust_code)
+        train = refit_with_residuals if intervals else refit
+        return train(self, X, y, trial=trial, check=check, trust_code=trust_code)
 
     def ensemble(
         self,
@@ -65,7 +69,8 @@ class Study(data.Study):
         The best ``candidates`` trials are trained on their folds once more, which costs so many trials' part of the
         search. Of what they predict on the rows that they have not seen an ensemble is chosen greedily with
         repetition (Caruana et al., 2004), in at most ``size`` steps; those chosen are trained on all rows, each with
-        ``seeds`` starts and orders. Probabilities, or values of a regression, are averaged.
+        ``seeds`` starts and orders. Probabilities, or values of a regression, are averaged. The model has
+        the residuals that ``predict_interval`` needs; chosen on the same rows, they are a little small.
 
         ``info["score"]`` is honest about the choice: each fold is scored by what the other folds choose; the trials
         are still the best of the search on the same folds. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.

@@ -202,6 +202,11 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
         [
             _Flag("--proba", "a column of probabilities for each class"),
             _Flag(
+                "--interval LEVEL",
+                "two more columns, _lower and _upper, between which a share of the values lies, such as 0.9",
+                "number",
+            ),
+            _Flag(
                 "--keep COL,COL",
                 "columns of the file to write before the predictions, such as an id",
                 "names",

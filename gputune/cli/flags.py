@@ -88,6 +88,12 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
             "choose an ensemble of the best trials too, and save what is better on the held-out rows",
             resume=True,
         ),
+        "intervals": Rule(
+            "--intervals",
+            "keep with the model what gputune predict --interval needs, for which the best trial trains on its folds "
+            "once more",
+            resume=True,
+        ),
         "profile": Rule(
             "--profile",
             "say at the end where the time went, and what share of the machine's matrix products the steps reached",

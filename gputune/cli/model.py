@@ -22,9 +22,9 @@ from gputune.text import count, is_formula
 def predict(arguments: Namespace) -> str:
     """Return the predictions as CSV, or write them to ``--out``.
 
-    They are one column named as the target, or with ``--proba`` one for each class, named as the class, behind the
-    columns of the file that ``--keep`` names. Unless ``--raw``, text that a spreadsheet takes for a formula has a '
-    before it, with one warning.
+    They are one column named as the target, with ``--interval`` and its two ends, or with ``--proba`` one for each
+    class, named as the class, behind the columns of the file that ``--keep`` names. Unless ``--raw``, text that a
+    spreadsheet takes for a formula has a ' before it, with one warning.
     """
     model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
     kept = read_columns(file, arguments.keep) if arguments.keep else []
@@ -52,10 +52,18 @@ def predict(arguments: Namespace) -> str:
 def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object], list[list[object]]]:
     """Return the names of the columns that are predicted, and their rows."""
     file = arguments.file
+    if arguments.proba and arguments.interval is not None:
+        raise InputError("--interval and --proba exclude each other: leave one out.")
     if arguments.proba and model.classes is None and model.task != "multilabel":
         raise InputError(
             f"--proba needs a model of classes, and {arguments.model!r} is a regression; leave --proba out."
         )
+    if arguments.interval is not None:
+        ends = model.predict_interval(file, arguments.interval)
+        columns = [column.tolist() for column in (model.predict(file), *ends)]
+        return [f"{model.target}{end}" for end in ("", "_lower", "_upper")], [
+            list(row) for row in zip(*columns)
+        ]
     values = (model.predict_proba(file) if arguments.proba else model.predict(file)).tolist()
     rows = [value if isinstance(value, list) else [value] for value in values]
     if arguments.proba and model.classes is not None:

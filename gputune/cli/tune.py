@@ -19,8 +19,10 @@ from gputune.cli.held_out import HeldOut, held_out_score
 from gputune.cli.typed import options_of, typed_options
 from gputune.cli.wording import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
-from gputune.data.source import read_source, set_apart
+from gputune.data.source import Source, read_source, set_apart
+from gputune.data.target import check_target
 from gputune.errors import InputError, SearchFailedError, SearchInterrupted, Terminated
+from gputune.methods.descent import Hypergradient
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DESCRIPTION, read_description
@@ -32,6 +34,7 @@ from gputune.tuning.pipeline import search
 from gputune.tuning.problem import choose_model
 from gputune.tuning.progress import PREPARING, Profile, Progress
 from gputune.tuning.record import RecordedSearch, recorded_search
+from gputune.types import Json
 
 _HELD_OUT = 0.2
 """Share of the rows held out, where the command does not say."""
@@ -105,7 +108,11 @@ def _finish(
     place = options.study or shown
     # Only the command ``tune`` keeps rows apart, and a model beside the study.
     keeps_model = "test_size" in (rest.origin or {})
-    width = shutil.get_terminal_size().columns
+    width, folder = shutil.get_terminal_size().columns, model_folder(place)
+    saved = _saved(folder) if arguments.command == "resume" else {}
+    intervals = bool(arguments.intervals) or saved.get("residuals") is not None
+    if intervals:
+        _check_intervals(rest, options)
 
     def ending(study: Study, held_out: HeldOut | None, ensemble: str = "") -> Ending:
         file = getattr(arguments, "file", None) or (study.record.source or {})["path"]
@@ -133,11 +140,11 @@ def _finish(
             with profile.clock("training the best on all rows"):
                 trained = _trained(study) if arguments.command == "train" else None
                 number = None if trained is None else trained.number
-                model, held_out = _scored(study.best_model(trial=number), recorded, study)
-            folder = model_folder(place)
-            is_resumed = arguments.command == "resume" and _is_ensemble(folder)
+                model, held_out = _scored(
+                    study.best_model(trial=number, intervals=intervals), recorded, study
+                )
             model.save(folder)
-            if getattr(arguments, "ensemble", None) or is_resumed:
+            if getattr(arguments, "ensemble", None) or "ensemble" in saved.get("spec", {}):
                 try:
                     with profile.clock("an ensemble"):
                         held_out, ensemble = _ensemble(study, recorded, held_out, folder, arguments.verbose)
@@ -153,12 +160,22 @@ def _finish(
     return f"{text}\n\n{profile.report(dtype=dtype, device=profile.device)}"
 
 
-def _is_ensemble(folder: Path) -> bool:
-    """Whether a folder holds the model of an ensemble; False where it holds none that can be read."""
+def _saved(folder: Path) -> Json:
+    """Return the description of the model in a folder; {} where it holds none that can be read."""
     try:
-        return "ensemble" in read_description(folder / DESCRIPTION)["spec"]
+        return read_description(folder / DESCRIPTION)
     except InputError:
-        return False
+        return {}
+
+
+def _check_intervals(rest: Source, options: Options) -> None:
+    """Raise InputError, before anything trains, where no model can have intervals."""
+    target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
+    what = "" if target.task == "regression" and target.n_outputs == 1 else f"the target is {target.in_words}"
+    if isinstance(options.method, Hypergradient):
+        what = "the points of a descent do not train on its folds again"
+    if what:
+        raise InputError(f"--intervals is for one number to be predicted, and {what}; leave it out.")
 
 
 def _trained(study: Study) -> Trial:

@@ -39,6 +39,9 @@ _PHRASES = {
 
 _PATTERNS = {
     r"^X (?=has|must)": "FILE ",
+    r"\bpredict_interval\(level=(.*?)\)": r"--interval \1",
+    r"^predict_interval (?=is|needs)": "--interval ",
+    r"study\.best_model\(intervals=True\), or with ": "",
     r", give it a default, or pass functools\.partial\(.*?=\.\.\.\)": ", or give it a default",
     r"\bkinds=\{'([^']*)': '(\w+)'\}": r"--kind \1=\2",
     r"put '(\w+)' into the space": r"put \1=... into --space",

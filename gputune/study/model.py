@@ -1,5 +1,6 @@
 """A tuned model: a plain module and its preprocessing, from raw rows to predictions."""
 
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -41,6 +42,8 @@ class TunedModel(ModelContent):
     classes   (K,) the labels, in their own type; None where there are none to choose from
     center, scale   the regression target is ``value * scale + center``, for several numbers (K,); 0 and 1 otherwise
     transform  what was done to the target before, of which predictions are the inverse; None: nothing
+    residuals  ascending, how far off its folds' members were on rows that they had not seen, before the target is
+              transformed back: what ``predict_interval`` needs; None: not kept
     target    name of the target's column
     spec      how the module is built again: {"kind": "mlp" or "logistic", "kwargs": {...}}, or for a class of
               the user {"kind": "module", "kwargs": {...}} with what module_source.py writes about the class;
@@ -64,12 +67,59 @@ class TunedModel(ModelContent):
         if self.task == "multilabel":
             return (outputs > 0).long().numpy()
         if self.classes is None:
-            values = outputs.numpy() * self.scale + self.center
-            if self.transform is not None:
-                values = self.transform.inverse(torch.from_numpy(values)).numpy()
-            return values[:, 0] if values.shape[1] == 1 else values
+            return self._in_units(outputs.numpy() * self.scale + self.center)
         labels: np.ndarray = self.classes[outputs.argmax(1).numpy()]
         return labels
+
+    def predict_interval(
+        self, X: object, level: float = 0.9
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the lower and the upper ends, (n,) each, of intervals that hold about a share ``level`` of the values.
+
+        The prediction before the target is transformed back, plus and minus the ceil((m + 1) level)-th smallest of the
+        m residuals. Of a model that was trained on all rows this has no guarantee, and is near ``level`` in practice.
+        Source: Barber et al. (2021), Predictive inference with the jackknife+, arXiv:1905.02928, section 1: the
+        K-fold form of the jackknife; CV+ would keep the members of all folds.
+
+        Raises InputError for classes, several numbers a row, a model without residuals, and too high a level.
+        """
+        half = self._half_width(level)
+        middle = self._outputs(X).numpy() * self.scale + self.center
+        ends = np.stack([self._in_units(middle + part) for part in (-half, half)])
+        return ends.min(0), ends.max(0)  # a transformation may turn them round
+
+    def _half_width(self, level: float) -> float:
+        if self.task != "regression" or not isinstance(self.center, float):
+            what = (
+                "several numbers a row" if self.task == "regression" else "no number but classes or its own"
+            )
+            raise InputError(
+                f"predict_interval is of one number a row, and this model predicts {what}: "
+                f"{'search for one column at a time' if self.task == 'regression' else 'use predict_proba'}."
+            )
+        if isinstance(level, bool) or not isinstance(level, float | int | np.number) or not 0 < level < 1:
+            raise InputError(
+                f"predict_interval(level={level!r}) must be a share between 0 and 1, such as 0.9 for 90 %."
+            )
+        if self.residuals is None:
+            raise InputError(
+                "predict_interval needs the residuals of the folds, which this model was made without: make it with "
+                "study.best_model(intervals=True), or with gputune resume FOLDER --intervals."
+            )
+        rows = len(self.residuals)
+        rank = math.ceil((rows + 1) * level - 1e-9)
+        if rank > rows:
+            raise InputError(
+                f"predict_interval(level={level}) needs more than the {rows} rows that the folds validated on; give a "
+                f"level of at most {rows / (rows + 1):.4g}."
+            )
+        return float(self.residuals[rank - 1])
+
+    def _in_units(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return values (n, K) in the target's own units, (n,) of one number."""
+        if self.transform is not None:
+            values = self.transform.inverse(torch.from_numpy(values)).numpy()
+        return values[:, 0] if values.shape[1] == 1 else values
 
     def predict_proba(self, X: object) -> NDArray[np.float64]:
         """Return the probability of each class, (n, K) in the order of ``classes``: the softmax of the logits.

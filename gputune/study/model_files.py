@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from gputune.data.encode import Layout, Statistics
 from gputune.data.target_transform import FittedTransform
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.models import MLP, LogisticRegression
-from gputune.modules.construction import Builder, call_arguments, materialise, name_of
-from gputune.population.network import Ensemble, InputKind
+from gputune.modules.construction import Builder, name_of
+from gputune.population.network import Ensemble
 from gputune.scratch import write_files
-from gputune.seeding import keyed_draws
+from gputune.study.model_modules import TENSORS, arguments_of, build_modules, check_size, input_kinds
 from gputune.study.module_source import (
     class_source,
     find_class,
@@ -39,7 +39,7 @@ from gputune.study.module_source import (
 from gputune.study.rows import MALFORMED, from_json, to_json
 from gputune.types import Config, Json, Task
 
-TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+DESCRIPTION = "model.json"
 FORMAT, FORMAT_VERSION = "gputune model", 2
 DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
@@ -64,6 +64,7 @@ class ModelContent:
     spec: Json
     info: Json
     transform: FittedTransform | None = None
+    residuals: NDArray[np.float64] | None = None
 
 
 def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
@@ -82,6 +83,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "statistics": model.statistics.to_json(),
         "spec": _full_spec(model),
         "info": model.info,
+        "residuals": model.residuals,
     }
     state, place = _state(model.module), Path(folder)
     _check_free(place)
@@ -115,10 +117,10 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         kind = str(spec["kind"])
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
-        sizes, members = _arguments(spec, layout, 1 if classes is None else len(classes))
-        inputs = _kinds(layout, statistics), None if isinstance(layout, Layout) else layout.names
+        sizes, members = arguments_of(spec, layout, 1 if classes is None else len(classes))
+        inputs = input_kinds(layout, statistics), None if isinstance(layout, Layout) else layout.names
         if kind in BUILT_IN:
-            _check_size([sizes | arguments for arguments in members], kind, state)
+            check_size([sizes | arguments for arguments in members], kind, state)
         task, target, info = body["task"], body["target"], dict(body["info"])
         center, scale, how = (
             _of_target(body["center"]),
@@ -126,11 +128,14 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
             body.get("target_transform"),
         )
         transform = None if how is None else FittedTransform.from_json(how)
+        residuals = body.get("residuals")  # files of an earlier version have none
+        if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):
+            raise ValueError("its residuals are no numbers")
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     file = source_file(module_class) or name_of(module_class)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
     remedy = f"{file!r} has changed since the model was saved: restore it, or " if changed else ""
-    modules = _built(module_class, sizes, members, inputs, dtype, remedy)
+    modules = build_modules(module_class, sizes, members, inputs, dtype, remedy)
     weights = [1 / len(modules)] * len(modules)
     network = Ensemble(modules, weights, task) if "ensemble" in spec else modules[0]
     try:
@@ -148,26 +153,25 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         )
     network.eval()
     return ModelContent(
-        network, layout, statistics, task, classes, center, scale, dtype, target, spec, info, transform
+        network,
+        layout,
+        statistics,
+        task,
+        classes,
+        center,
+        scale,
+        dtype,
+        target,
+        spec,
+        info,
+        transform,
+        residuals,
     )
 
 
 def _of_target(value: float | list[float] | np.ndarray) -> float | NDArray[np.float64]:
     """Return the center or scale of a target, one number or one a column."""
     return np.asarray(value, np.float64) if isinstance(value, list | np.ndarray) else float(value)
-
-
-def _arguments(spec: Json, layout: Layout | ArrayLayout, n_outputs: int) -> tuple[Config, list[Config]]:
-    """Return the sizes with which a model's modules are built, an ensemble's several, and what each takes besides."""
-    sizes: Config = {"n_features": layout.n_features, "n_outputs": n_outputs}
-    if isinstance(layout, Layout):
-        sizes |= {"input_shape": (layout.n_features,), "feature_groups": layout.feature_groups}
-    else:
-        sizes |= {"input_shape": layout.shapes[0], "feature_groups": None}
-    kwargs = dict(spec["kwargs"])
-    sizes |= {name: value for name, value in kwargs.items() if name in sizes}
-    members = (dict(member).items() for member in spec.get("ensemble", [kwargs]))
-    return sizes, [{name: value for name, value in member if name not in sizes} for member in members]
 
 
 def read_description(path: Path) -> Json:
@@ -252,27 +256,6 @@ def _preprocessing(
     return Layout.from_json(layout), Statistics.from_json(statistics)
 
 
-def _kinds(layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics) -> list[InputKind]:
-    """Return the kinds of the inputs as the module gets them."""
-    if isinstance(layout, Layout):
-        return [((layout.n_features,), torch.float32)]
-    assert isinstance(statistics, ArrayStatistics)
-    parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
-    return [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
-
-
-def _check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -> None:
-    """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
-    words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
-    numbers = 0
-    for arguments in members:
-        D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
-        numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
-    there = sum(tensor.numel() for tensor in state.values())
-    if numbers > there:
-        raise ValueError(f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}")
-
-
 def _state(module: nn.Module) -> dict[str, Tensor]:
     state = module.state_dict()
     for name, value in state.items():
@@ -299,30 +282,6 @@ def _full_spec(model: ModelContent) -> Json:
 def _module_type(model: ModelContent) -> type[nn.Module]:
     """Return the class of the module, or of the members of an ensemble."""
     return type(model.module.members[0] if isinstance(model.module, Ensemble) else model.module)
-
-
-def _built(
-    module_class: Builder,
-    sizes: Config,
-    members: Sequence[Config],
-    inputs: tuple[Sequence[InputKind], Sequence[str] | None],
-    dtype: torch.dtype,
-    remedy: str,
-) -> list[nn.Module]:
-    """Build the modules of a model for the kinds and names of its inputs; ``remedy`` may mend a failure."""
-    try:
-        # Its start is thrown away, the caller's stream is not.
-        with keyed_draws(torch.device("cpu"), 0, "load"):
-            modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
-            for module in modules:
-                materialise(module, *inputs)
-                module.to(dtype)
-            return modules
-    except Exception as error:  # a user's constructor may raise anything
-        raise InputError(
-            f"{name_of(module_class)} could not be built from the saved arguments {sizes | members[0]}: "
-            f"{type(error).__name__}: {error}; {remedy}pass the class as it was."
-        ) from error
 
 
 def _module_class(

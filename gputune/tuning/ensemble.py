@@ -8,10 +8,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
@@ -28,8 +29,8 @@ from gputune.text import count
 from gputune.tuning.progress import Progress
 from gputune.tuning.refit import Search, recalled
 
-_BLOCK = 2**13
-"""Rows of which a member's outputs are made at a time."""
+_BLOCK, _RESIDUALS = 2**13, 10_000
+"""Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
 
 
 @entry
@@ -54,6 +55,7 @@ def ensemble(
     progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
     predictions = predictions_of(search, trials, progress)
     chosen, scores = predictions.choose(size), predictions.nested_scores(size)
+    shares = torch.tensor([chosen[place] / chosen.total() for place in range(len(trials))])
     kept = [trials[place] for place in sorted(chosen)]
     weights = [chosen[place] / chosen.total() for place in sorted(chosen)]
     whole, statistics = search.all_rows(trials)
@@ -64,7 +66,7 @@ def ensemble(
         modules += [module for (module,) in search.train(whole, kept, seed=seed)]
     network = Ensemble(modules, [w / seeds for w in weights] * seeds, search.problem.target.task)
     arguments = [search.arguments(search.config(trial), whole) for trial in kept] * seeds
-    return search.model(
+    model = search.model(
         network.eval(),
         whole,
         statistics,
@@ -75,6 +77,7 @@ def ensemble(
             **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
         },
     )
+    return replace(model, residuals=predictions.residuals(shares))
 
 
 def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
@@ -154,6 +157,29 @@ class Predictions:
         ]
         return Predictions(values, data, scoring)
 
+    def residuals(self, weights: Tensor) -> NDArray[np.float64] | None:
+        """Return how far off the mean of the candidates by ``weights`` (M,) is on validation rows, ascending.
+
+        They are on the scale of a transformed target, of a row of several folds the mean, and at most ``_RESIDUALS``,
+        evenly by rank. None for classes and for several numbers a row.
+        """
+        data = self.data
+        if data.task != "regression" or self.values[0].shape[-1] > 1:
+            return None
+        errors, target = [], data.target.view(data.n_rows, -1).cpu()
+        for f, value in enumerate(self.values):
+            mean = (weights[:, None, None].to(value) * value).sum(0) * data.scale[f] + data.center[f]
+            rows = target[data.folds[f].valid.cpu()]
+            there = data.transforms[f].forward(rows.numpy()) if data.transforms else rows
+            errors.append((mean.cpu() - torch.as_tensor(there)).abs())
+        of_rows = means_of_rows(data, errors)[:, 0]
+        ascending: NDArray[np.float64] = np.sort(of_rows[np.isfinite(of_rows)])
+        many = min(len(ascending), _RESIDUALS)
+        kept: NDArray[np.float64] = ascending[
+            np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1
+        ]
+        return kept
+
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
         """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.
 
@@ -191,6 +217,17 @@ class Predictions:
         target = self.data.target[self.data.folds[fold].valid]
         second = neg_cross_entropy(outputs, target) if task in ("binary", "multiclass") else score
         return torch.stack([score, second.to(score)]).cpu().numpy()
+
+
+def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64]:
+    """Return the mean over the folds of values (m_f, K) of their validation rows, (n, K); NaN for rows of no fold."""
+    sums, counts = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64), torch.zeros(data.n_rows)
+    for fold, value in zip(data.folds, values, strict=True):
+        rows = fold.valid.cpu()
+        sums.index_add_(0, rows, value)
+        counts.index_add_(0, rows, torch.ones(len(rows)))
+    means: NDArray[np.float64] = (sums / counts[:, None]).numpy()
+    return means
 
 
 def _predicted(module: nn.Module, data: Dataset, fold: int) -> Tensor:

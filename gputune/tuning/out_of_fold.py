@@ -1,15 +1,18 @@
 """What a trial predicts of the rows that its folds validate on, by members that train again as in the search."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from gputune.engine.entry import entry
 from gputune.errors import InputError
+from gputune.study.model import TunedModel
 from gputune.study.study import Study
-from gputune.tuning.ensemble import predictions_of, recalled_for
+from gputune.tuning.ensemble import means_of_rows, predictions_of, recalled_for
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import numbered
+from gputune.tuning.refit import numbered, recalled, refitted
 
 
 @entry
@@ -23,16 +26,42 @@ def oof_predictions(
     predictions = predictions_of(search, [one], Progress(0))
     data = predictions.data
     values = [data.in_units(f, of_one).cpu() for f, (of_one,) in enumerate(predictions.values)]
-    sums, counts = torch.zeros(data.n_rows, values[0].shape[1], dtype=torch.float64), torch.zeros(data.n_rows)
-    for fold, value in zip(data.folds, values, strict=True):
-        rows = fold.valid.cpu()
-        sums.index_add_(0, rows, value)
-        counts.index_add_(0, rows, torch.ones(len(rows)))
-    means = (sums / counts[:, None]).numpy()
+    means = means_of_rows(data, values)
     return means[:, 0] if data.task == "regression" and means.shape[1] == 1 else means
 
 
-def _check(study: Study) -> None:
+@entry
+def refit_with_residuals(
+    study: Study,
+    X: object = None,
+    y: object = None,
+    *,
+    trial: int | None = None,
+    check: bool = True,
+    trust_code: bool = False,
+) -> TunedModel:
+    """Return the model of ``refit`` with the residuals of its trial on its folds; see ``Study.best_model``."""
+    called = "best_model(intervals=True)"
+    _check(study, called)
+    if study.record.task != "regression":
+        raise InputError(
+            f"{called} is for a number to be predicted, and the study is of classes; leave it out."
+        )
+    one = study.best_trial if trial is None else numbered(study, trial, "best_model")
+    search = recalled(study, X, y, check=check, trust_code=trust_code)
+    if search.rows != study.record.fingerprint:
+        raise InputError(
+            f"{called} needs the rows of the search, whose folds it trains on; leave out check=False."
+        )
+    if search.problem.target.n_outputs > 1:
+        raise InputError(
+            f"{called} is for one number a row, and the target has several; search for one at a time."
+        )
+    residuals = predictions_of(search, [one], Progress(0)).residuals(torch.ones(1))
+    return replace(refitted(search, one), residuals=residuals)
+
+
+def _check(study: Study, called: str = "oof_predictions()") -> None:
     """Raise InputError for a study whose trials do not train again on its folds."""
     if study.record.face == "loop":
         why = "of search(), whose training loop is your own: keep what your objective predicts in a file"
@@ -42,4 +71,4 @@ def _check(study: Study) -> None:
         why = "of a custom target, of which there is no probability and no mean; train the module on your own folds"
     else:
         return
-    raise InputError(f"oof_predictions() trains a trial again on its folds, and this study is {why}.")
+    raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")

@@ -194,7 +194,11 @@ def refit(
     Raises InputError for a number of no scored trial, what ``recalled`` does; DivergedError where it diverges.
     """
     one = study.best_trial if trial is None else numbered(study, trial, "best_model")
-    search = recalled(study, X, y, check=check, trust_code=trust_code)
+    return refitted(recalled(study, X, y, check=check, trust_code=trust_code), one)
+
+
+def refitted(search: Search, one: Trial) -> TunedModel:
+    """Return the tuned model of a trial."""
     data, statistics = search.all_rows([one])
     ((module,),) = search.train(data, [one], seed=search.options.random_state)
     return search.model(

@@ -1,0 +1,75 @@
+"""The modules of a saved model, built again: with which arguments, for which inputs, of which size."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gputune.data.arrays import ArrayLayout, ArrayStatistics
+from gputune.data.encode import Layout, Statistics
+from gputune.errors import InputError
+from gputune.modules.construction import Builder, call_arguments, materialise, name_of
+from gputune.population.network import InputKind
+from gputune.seeding import keyed_draws
+from gputune.types import Config, Json
+
+TENSORS = "model.safetensors"
+"""The file that holds a model's tensors."""
+
+
+def arguments_of(spec: Json, layout: Layout | ArrayLayout, n_outputs: int) -> tuple[Config, list[Config]]:
+    """Return the sizes with which a model's modules are built, an ensemble's several, and what each takes besides."""
+    sizes: Config = {"n_features": layout.n_features, "n_outputs": n_outputs}
+    if isinstance(layout, Layout):
+        sizes |= {"input_shape": (layout.n_features,), "feature_groups": layout.feature_groups}
+    else:
+        sizes |= {"input_shape": layout.shapes[0], "feature_groups": None}
+    kwargs = dict(spec["kwargs"])
+    sizes |= {name: value for name, value in kwargs.items() if name in sizes}
+    members = (dict(member).items() for member in spec.get("ensemble", [kwargs]))
+    return sizes, [{name: value for name, value in member if name not in sizes} for member in members]
+
+
+def input_kinds(layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics) -> list[InputKind]:
+    """Return the kinds of the inputs as the module gets them."""
+    if isinstance(layout, Layout):
+        return [((layout.n_features,), torch.float32)]
+    assert isinstance(statistics, ArrayStatistics)
+    parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
+    return [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
+
+
+def check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -> None:
+    """Raise ValueError for networks that are larger than their tensors, before they take the memory."""
+    words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
+    numbers = 0
+    for arguments in members:
+        D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
+        numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
+    there = sum(tensor.numel() for tensor in state.values())
+    if numbers > there:
+        raise ValueError(f"it describes a network of {numbers} parameters, and {TENSORS} holds {there}")
+
+
+def build_modules(
+    module_class: Builder,
+    sizes: Config,
+    members: Sequence[Config],
+    inputs: tuple[Sequence[InputKind], Sequence[str] | None],
+    dtype: torch.dtype,
+    remedy: str,
+) -> list[nn.Module]:
+    """Build the modules of a model for the kinds and names of its inputs; ``remedy`` may mend a failure."""
+    try:
+        # Its start is thrown away, the caller's stream is not.
+        with keyed_draws(torch.device("cpu"), 0, "load"):
+            modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
+            for module in modules:
+                materialise(module, *inputs)
+                module.to(dtype)
+            return modules
+    except Exception as error:  # a user's constructor may raise anything
+        raise InputError(
+            f"{name_of(module_class)} could not be built from the saved arguments {sizes | members[0]}: "
+            f"{type(error).__name__}: {error}; {remedy}pass the class as it was."
+        ) from error
