@@ -128,13 +128,14 @@ def of_class(positive: object) -> str:
     return "" if positive is None else f" of class {clean(repr(positive))}"
 
 
-def measure_of(scoring: str, best: float, positive: object = None) -> Measure:
-    """Return the measure of a scorer's name, with decimals for four digits of the best score."""
+def measure_of(scoring: str, best: float, positive: object = None, label: str = "") -> Measure:
+    """Return the measure of a scorer's name, shown as ``label``, with decimals for four digits of the best score."""
     size = abs(best)
     usual = not math.isfinite(size) or size == 0 or 0.01 <= size < 10
     decimals = 4 if usual else min(max(3 - math.floor(math.log10(size)), 0), 12)
     name = scoring.rpartition(":")[2]  # a callable's name is "module:function"
-    return Measure(clean(name.removeprefix("neg_")), name.startswith("neg_"), decimals, positive)
+    shown = (label or name).removeprefix("neg_")
+    return Measure(clean(shown), name.startswith("neg_"), decimals, positive)
 
 
 def table(

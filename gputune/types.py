@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:  # the command line reads this file, and must not wait for torch
+    import numpy as np
     from torch import Tensor
 
 Config = dict[str, Any]
@@ -117,6 +118,12 @@ SCHEDULES = get_args(ScheduleWord)
 LR_FACTOR, DECAY_FACTOR = "lr_factor__", "weight_decay_factor__"
 """Keys of a module's parameters: ``lr_factor__bias`` is a factor on the rate of all that have "bias" in their path."""
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh")
+
+
+def first_metric(scores: "np.ndarray", *, axes: int) -> "np.ndarray":
+    """Return scores of so many axes by the metric that ranks; those of several metrics have one axis more, the last."""
+    # Of one piece, so that sums over it have the bits of a search with that metric alone.
+    return scores if scores.ndim == axes else scores[..., 0].copy()
 
 
 def default_weight_decay(optimizer: str) -> float:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from gputune.study.model import TunedModel
+    from gputune.study.study import Trial
 
 
 class Study(data.Study):
@@ -129,6 +130,33 @@ class Study(data.Study):
         from gputune.report.page import write_page
 
         write_page(self, path, model=None if model is None else model.info)
+
+    @property
+    def best_trials(self) -> "tuple[Trial, ...]":
+        """The trials that no other one equals in all metrics and beats in one (the Pareto front), best first.
+
+        ``best_trial`` is the first of them. Scores are those at a trial's best epoch by the first metric; pruned trials
+        count where there are no others. With one metric it is the best trial alone.
+        """
+        from gputune.views.metrics import pareto_trials
+
+        return pareto_trials(self)
+
+    def ranked_by(self, metric: str) -> "Study":
+        """The study by another of several metrics: its scores, order, curves, plots and page are those of that metric.
+
+        A trial's epoch stays the one that the first metric chose. Raises InputError for a name that is none of
+        ``metrics``.
+        """
+        from gputune.views.metrics import ranked_by
+
+        return ranked_by(self, metric)
+
+    def plot_pareto(self, x: str | None = None, y: str | None = None, *, ax: "Axes | None" = None) -> "Axes":
+        """Trials by two metrics, the first two without names, and the line through those that no other one beats."""
+        from gputune.views.plots import plot_pareto
+
+        return plot_pareto(self, x, y, ax)
 
     def plot_history(self, *, ax: "Axes | None" = None) -> "Axes":
         """Score of each trial in the order of their numbers, and the best so far."""

@@ -19,7 +19,7 @@ from gputune.data.weights import ClassWeight
 from gputune.errors import SearchInterrupted
 from gputune.executors.ray_connection import Ray
 from gputune.methods.config import key_of
-from gputune.scoring.scoring import Scorer
+from gputune.scoring.metrics import Scorings
 from gputune.text import did_you_mean
 from gputune.tuning.interrupt import is_interactive
 from gputune.tuning.method import Method
@@ -77,7 +77,7 @@ def tune(
     method: Method | MethodWord = "random",
     cv: object = 5,
     groups: object = None,
-    scoring: str | Scorer | None = None,
+    scoring: Scorings | None = None,
     positive: object = None,
     task: TaskWord | None = None,
     target_transform: TargetTransform | None = None,
@@ -140,7 +140,9 @@ def tune(
     scoring      a scikit-learn scorer name or ``callable(estimator, X, y)``, where X are rows as you gave them (a frame
                  stays one, a tensor is an array) and ``estimator`` predicts whatever rows it is given; or
                  ``callable(outputs, y)`` of a module's outputs (m, ...) on validation rows; None: accuracy (of labels
-                 the share of rows of which all are right) or R2, for hypergradients and custom targets the loss
+                 the share of rows of which all are right) or R2, for hypergradients and custom targets the loss.
+                 A list, tuple or dict (name -> scorer) of several: the first ranks the trials, prunes, chooses epochs
+                 and ends the search, all are kept for every epoch and fold (``Study.curves_of``)
     positive     the class that f1, precision, recall, jaccard, average_precision or a likelihood ratio is of; may be
                  left out for classes {0, 1}, {-1, 1} and {False, True}, of which the larger one is positive
     task         overrides what the target looks like: text, booleans and at most 20 distinct whole numbers that

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.cli.held_out import HeldOut
-from gputune.cli.study import SCORE_AND_ERROR, mean_words, study_measure, trial_rows
+from gputune.cli.study import (
+    SCORE_AND_ERROR,
+    mean_words,
+    pareto_text,
+    study_measure,
+    trial_rows,
+)
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
@@ -17,6 +23,7 @@ from gputune.report.facts import seconds_text, states_words
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial, TrialState
 from gputune.text import Measure, blocks, clean, count, paragraph, short
+from gputune.views.metrics import other_measures
 
 BEST = 5
 """Trials in the table."""
@@ -187,8 +194,10 @@ def _best_trials(ending: Ending, width: int) -> str:
     layout = (
         ("trial", SCORE_AND_ERROR, "epoch") if study.record.max_epochs > 1 else ("trial", SCORE_AND_ERROR)
     )
-    rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ")
-    return f"{paragraph(title, width)}\n\n{rows}"
+    others = other_measures(study)
+    rows = trial_rows(shown, study_measure(study), [layout], width=width, indent="  ", others=others)
+    pareto = pareto_text(study, width=width, most=BEST)
+    return "\n\n".join(part for part in (paragraph(title, width), rows, pareto) if part)
 
 
 def _one_trial(study: Study, trial: Trial, width: int) -> str:
@@ -204,6 +213,9 @@ def _one_trial(study: Study, trial: Trial, width: int) -> str:
         ),
         ("Folds", ", ".join(map(measure.text, trial.fold_scores))),
     ]
+    if others := other_measures(study):
+        scores = [f"{one.title} {one.text(trial.scores[name])}" for name, one in others.items()]
+        lines.insert(2, ("Others", ", ".join(scores)))
     curve = study.curves[study.trials.index(trial)].mean(1)
     if record.max_epochs > 1:
         best = f"best {measure.text(trial.score)} after epoch {trial.best_epoch} of {record.max_epochs}"

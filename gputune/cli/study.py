@@ -10,8 +10,9 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from gputune.cli.arguments import model_folder, study_file
 from gputune.report.facts import best_trial, is_its_model, seconds_text, states_text
@@ -19,6 +20,7 @@ from gputune.study.record import has_form
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
 from gputune.types import Json
+from gputune.views.metrics import measures, other_measures, pareto_trials
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
@@ -55,7 +57,7 @@ def best(arguments: Namespace) -> str:
 def trials_table(study: Study, *, width: int) -> str:
     """Return one line a trial in the order of their numbers, under a title; fewer columns where it is narrow."""
     measure = study_measure(study)
-    rows = trial_rows(study.trials, measure, _LISTINGS, width=width)
+    rows = trial_rows(study.trials, measure, _LISTINGS, width=width, others=other_measures(study))
     title = f"{count(len(study.trials), 'trial')} by {measure.title}, {mean_words(study, errors=PLUS_MINUS in rows)}"
     return f"{paragraph(title, width)}\n\n{rows}"
 
@@ -88,14 +90,21 @@ def best_text(study: Study) -> str:
     best, measure = study.best_trial, study_measure(study)
     rows = [[clean(key), clean(getattr(value, "__name__", value))] for key, value in best.params.items()]
     parameters = table(["parameter", "value"], rows, left=["parameter", "value"])
-    title = f"trial {best.number}: {measure.title} {_score_and_error(best, measure)}, epoch {best.best_epoch}"
-    return f"{title}\n\n{parameters}"
+    others = "".join(
+        f", {one.name} {one.text(best.scores[name])}" for name, one in other_measures(study).items()
+    )
+    score = f"{measure.title} {_score_and_error(best, measure)}{others}"
+    title = f"trial {best.number}: {score}, epoch {best.best_epoch}"
+    pareto = pareto_text(study, width=shutil.get_terminal_size().columns, most=len(study.trials))
+    return "\n\n".join(part for part in (title, parameters, pareto) if part)
 
 
 def best_json(study: Study) -> str:
     """Return the best trial as one object with the keys ``FIELDS``, the ``scoring`` and its ``positive`` class."""
     record = study.record
-    best = {"scoring": record.scoring, "positive": record.positive, **_plain(study.best_trial)}
+    best = {"scoring": record.scoring, "positive": record.ranked_class, **_plain(study.best_trial)}
+    if study.metrics:
+        best["best_trials"] = [trial.number for trial in pareto_trials(study)]
     return json.dumps(best, indent=1, default=_name, allow_nan=False)
 
 
@@ -118,8 +127,11 @@ def trial_rows(
     *,
     width: int,
     indent: str = "",
+    others: Mapping[str, Measure] = MappingProxyType({}),
 ) -> str:
     """Return a table of trials in the first of the layouts that is not too wide, a column for each parameter.
+
+    The ``others`` are further metrics, whose scores stand behind the one that ranks.
 
     Where none fits, the parameters of a trial share the last column of the last layout, on several lines.
     """
@@ -130,7 +142,8 @@ def trial_rows(
     score = measure.name if len(measure.name) <= _LONGEST else SCORE
     for layout in layouts:
         header = [score if column in (SCORE, SCORE_AND_ERROR) else column for column in layout]
-        rows = [_cells(trial, measure, layout) for trial in trials]
+        header[2:2] = [one.name for one in others.values()]
+        rows = [_cells(trial, measure, layout, others) for trial in trials]
         lines = table(
             [*header, *map(clean, names)],
             [row + cells for row, cells in zip(rows, values)],
@@ -153,7 +166,7 @@ def _with_wrapped_parameters(narrow: str, trials: Sequence[Trial], width: int) -
     return "\n".join(shown)
 
 
-def _cells(trial: Trial, measure: Measure, layout: Sequence[str]) -> list[str]:
+def _cells(trial: Trial, measure: Measure, layout: Sequence[str], others: Mapping[str, Measure]) -> list[str]:
     cells = {
         "trial": str(trial.number),
         SCORE: measure.text(trial.score),
@@ -162,7 +175,22 @@ def _cells(trial: Trial, measure: Measure, layout: Sequence[str]) -> list[str]:
         "state": trial.state,
         "seconds": f"{trial.seconds:.2f}" if math.isfinite(trial.seconds) else "-",
     }
-    return [cells[column] for column in layout]
+    scores = trial.scores
+    further = [one.text(scores.get(name, math.nan)) for name, one in others.items()]
+    return [*(cells[column] for column in layout[:2]), *further, *(cells[column] for column in layout[2:])]
+
+
+def pareto_text(study: Study, *, width: int, most: int) -> str:
+    """Return a table of the trials that no other one beats in all of several metrics; "" for one metric."""
+    if not study.metrics:
+        return ""
+    front, shown = pareto_trials(study), measures(study)
+    names = [one.name for one in shown.values()]
+    are, few = "is" if len(front) == 1 else "are", f", {most} of them" * (len(front) > most)
+    trials = f"{count(len(front), 'trial')} {are} beaten by no other{few}"
+    title = f"By {', '.join(names[:-1])} and {names[-1]} {trials}:"
+    rows = [[str(t.number), *(m.text(t.scores[name]) for name, m in shown.items())] for t in front[:most]]
+    return f"{paragraph(title, width)}\n\n{table(['trial', *names], rows, indent='  ')}"
 
 
 def _score_and_error(trial: Trial, measure: Measure) -> str:
@@ -175,6 +203,8 @@ def _plain(trial: Trial) -> dict[str, object]:
     row = {field: getattr(trial, field) for field in FIELDS}
     row["params"] = {key: _parameter(value) for key, value in trial.params.items()}
     row["fold_scores"] = [_number(score) for score in trial.fold_scores]
+    if trial.metrics:
+        row["metrics"] = {name: [_number(score) for score in folds] for name, folds in trial.metrics.items()}
     return row | {
         "score": _number(trial.score),
         "seconds": _number(trial.seconds),

@@ -196,7 +196,7 @@ def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[
     if recorded.test is None:
         return model, None
     record = study.record
-    held_out = held_out_score(model, record.scoring, recorded.test, positive=record.positive)
+    held_out = held_out_score(model, record.scoring, recorded.test, positive=record.ranked_class)
     scored = {"held_out_score": held_out.score, "held_out_rows": held_out.rows}
     return replace(model, info={**model.info, **scored}), held_out
 

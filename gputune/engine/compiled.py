@@ -101,7 +101,8 @@ class CompiledChunk:
         }
         if self.scoring is None:
             return
-        if self.scoring.score is accuracy:  # counted where the outputs are, which are then not kept
+        # Counted where the outputs are, which are then not kept.
+        if self.scoring.score is accuracy and not self.scoring.others:
             self.arrays["accuracy"] = np.empty((folds, trials))
         else:
             scored = int(self.starts[-1]) * trials * data.n_outputs
@@ -163,7 +164,8 @@ class CompiledChunk:
         params = self.network.blocks.views(self.flat)
         for fold, part in enumerate(torch.split(kept, (sizes * trials * self.data.n_outputs).tolist())):
             outputs = part.view(trials, int(sizes[fold]), -1)
-            columns.append(self.scoring(self.data, fold, outputs, partial(self.network.member, params, fold)))
+            member = partial(self.network.member, params, fold)
+            columns.append(self.scoring.metrics(self.data, fold, outputs, member))
         return torch.stack(columns, 1).numpy()
 
     def keep(self, stays: np.ndarray) -> None:

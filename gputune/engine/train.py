@@ -23,8 +23,8 @@ from gputune.modules.module import StackedModule
 from gputune.modules.trace import TraceError
 from gputune.native.library import NotBuiltError
 from gputune.population.network import Network
-from gputune.scoring.scoring import Scoring
-from gputune.types import Backend, Config
+from gputune.scoring.scoring import Scoring, shape_of_scores
+from gputune.types import Backend, Config, first_metric
 
 
 class Chunk(Protocol):
@@ -107,6 +107,8 @@ class Spent:
 class Trained:
     """A chunk after its training: ``curves`` (C, epochs, F), NaN from the epoch on at which a trial diverged.
 
+    With several metrics they are (C, epochs, F, M).
+
     ``epochs`` is the number of epochs done. The members of trials that did not diverge are ``member(fold, trial)``,
     and ``state`` is theirs. ``scored`` is what is
     scored and saved of ``flat``; ``moments`` are the optimizer's flat buffers. These are the chunk's own tensors, in
@@ -167,7 +169,7 @@ def train(
     options = {"seed": seed, "horizon": horizon, "scoring": scoring}
     chunk = _make_chunk(backend, reuse, network, data, configs, **options)
     _resume(chunk, begin, alive)
-    curves = np.full((len(configs), epochs, data.n_folds), np.nan)
+    curves = np.full((len(configs), epochs, *shape_of_scores(scoring, data.n_folds)), np.nan)
     each_epoch = [operations(config, network.kind, data) for config in configs]
     epoch, spent = 0 if begin is None else begin.epoch, Spent()
     if before is not None:
@@ -184,7 +186,7 @@ def train(
         epoch, spent = epoch + 1, spent + replace(took, operations=work)
         if scores is not None:
             curves[chunk.alive, epoch - 1] = scores
-            chunk.keep(np.isfinite(scores).all(1))
+            chunk.keep(np.isfinite(first_metric(scores, axes=2)).all(1))
         over = after_epoch is not None and after_epoch(so_far())
         if isinstance(over, np.ndarray):
             chunk.keep(over)

@@ -37,7 +37,8 @@ def packed(job: Job, *, here: bool = True) -> bytes:
 
     A worker on another machine (``here`` false) could import what is installed, and nothing else.
     """
-    scorers = () if job.scoring is None else (job.scoring.scorer, job.scoring.of_outputs)
+    metrics = () if job.scoring is None else (job.scoring, *job.scoring.others)
+    scorers = [function for metric in metrics for function in (metric.scorer, metric.of_outputs)]
     functions = (
         () if job.objective is None else (job.objective.loss, job.objective.step, job.objective.augment)
     )

@@ -34,7 +34,7 @@ from gputune.optimizers.schedules import schedule_factor
 from gputune.population.batches import Batch, Batches, for_members
 from gputune.population.network import Network
 from gputune.population.population import Population
-from gputune.scoring.scoring import Scoring
+from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.text import size_words
 from gputune.types import Config, Params
 
@@ -124,7 +124,9 @@ class PopulationTraining:
         """Return the scores (C, F) of all members on the validation rows of their fold."""
         params = self._named(weights)
         columns = [
-            scoring(self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f))
+            scoring.metrics(
+                self.data, f, self._valid(params, f, masked=False), partial(self.member, weights, f)
+            )
             for f in range(self.folds)
         ]
         return np.asarray(torch.stack(columns, 1).cpu().numpy())
@@ -179,7 +181,8 @@ class HypergradientJob(Job):
         begin = time.monotonic()
         problem = inner_problem(self, data, chunk)
         training = problem.training
-        curves = np.full((len(chunk.index), self.epochs, data.n_folds), np.nan)
+        shape = shape_of_scores(self.scoring, data.n_folds)
+        curves = np.full((len(chunk.index), self.epochs, *shape), np.nan)
 
         def watch(step: int, weights: Tensor) -> None:
             epoch, within = divmod(step, training.each)

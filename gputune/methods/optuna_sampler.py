@@ -96,7 +96,7 @@ class OptunaStudy:
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
         if result.state == "pruned":
-            for epoch, mean in fold_means(result.curve).items():
+            for epoch, mean in fold_means(result.ranked).items():
                 trial.report(mean, epoch)
         if result.state == "complete":
             self.study.tell(trial, result.score)
@@ -113,7 +113,7 @@ class OptunaStudy:
                 value=None if result.state == "failed" else result.score,
                 params=self._labelled(params),
                 distributions=self.distributions,
-                intermediate_values=fold_means(result.curve),
+                intermediate_values=fold_means(result.ranked),
             )
         except ValueError:  # Optuna's own check of each value
             return False

@@ -23,6 +23,7 @@ from gputune.report.svg import (
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.views.axes import Scale, linear_scale, parameter_scale, score_scale, value_scale
+from gputune.views.metrics import ParetoFront, metric_scores, pareto_front
 from gputune.views.parameters import DescentPath, Parameter, descended, descent_paths, varied_parameters
 from gputune.views.scores import BEST, Curves, Scores, score_range, shown_curves, shown_scores
 
@@ -153,6 +154,46 @@ def history_chart(study: Study) -> Chart | None:
         path("line c0", line),
     ]
     return Chart(drawing(_WIDE, 280.0, title, *parts), notes)
+
+
+def pareto_charts(study: Study) -> tuple[tuple[str, Chart], ...]:
+    """Return a chart of the metric that ranks with each of the others, by its name; () for one metric."""
+    if not study.metrics or not np.isfinite(metric_scores(study)).all(1).any():
+        return ()
+    return tuple((name, _pareto(study, name)) for name in study.metrics[1:])
+
+
+def _pareto(study: Study, name: str) -> Chart:
+    """Return a dot a trial by two metrics, with a line through those that no other one beats in both."""
+    front = pareto_front(study, study.metrics[0], name)
+    across, down = front.measures
+    scales = [
+        value_scale(*score_range(front.values[:, axis], measure), measure, pad=_PAD)
+        for axis, measure in enumerate(front.measures)
+    ]
+    frame = Frame(*_SMALL, scales[0], scales[1])
+    drawn = spread_over(np.flatnonzero(np.isfinite(front.values[:, 0])).tolist(), POINTS)
+    x = np.clip(frame.across(front.values[:, 0]), frame.left + 6, frame.width - frame.right - 6)
+    y = frame.down_within(front.values[:, 1])
+    parts = [
+        frame.axes(across.title, down.title),
+        path("dots complete", dots_path(x[drawn], y[drawn])),
+        path("line c0", line_path(x[front.order], y[front.order])),
+        *(_unbeaten(study, front, row, float(x[row]), float(y[row])) for row in front.order[:POINTS]),
+    ]
+    note = f"{len(drawn)} of {len(study.trials)} trials are drawn."
+    svg = drawing(*_SMALL, f"{across.name} and {down.name} of the trials", *parts)
+    return Chart(svg, (note,) if len(drawn) == POINTS else ())
+
+
+def _unbeaten(study: Study, front: ParetoFront, row: int, x: float, y: float) -> Markup:
+    """Return the mark of a trial that no other one beats."""
+    scores = [
+        f"{measure.name} {measure.size(value)}"
+        for measure, value in zip(front.measures, front.values[row].tolist())
+    ]
+    title = element("title", f"trial {study.trials[row].number}: {', '.join(scores)}")
+    return element("circle", title, class_="ring", cx=x, cy=y, r=5)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -18,15 +18,23 @@ from markupsafe import Markup
 
 from gputune.errors import InputError
 from gputune.methods.edges import edge_remarks
-from gputune.report.charts import curves_chart, folds_note, history_chart, path_charts, slice_charts
+from gputune.report.charts import (
+    curves_chart,
+    folds_note,
+    history_chart,
+    pareto_charts,
+    path_charts,
+    slice_charts,
+)
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
 from gputune.report.parallel import WEAK, importance_chart, parallel_chart
 from gputune.report.snippet import again_code
 from gputune.scratch import write_text
-from gputune.study.study import Study
+from gputune.study.study import Study, Trial
 from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
+from gputune.views.metrics import measures, pareto_trials
 from gputune.views.parameters import importance
 from gputune.views.scores import shown_scores
 
@@ -71,6 +79,7 @@ def _columns(study: Study, rows: int) -> list[Column]:
         _words("state", "state", [trial.state for trial in trials]),
         {**scores, "first": int(-sign)},
         _rounded("error", "± error", [trial.std_error for trial in trials], decimals),
+        *_metrics(study, trials),
         {"key": "epoch", "label": "epoch", "values": epochs},
         _rounded("seconds", "seconds", [trial.seconds for trial in trials], 2),
     ]
@@ -78,6 +87,17 @@ def _columns(study: Study, rows: int) -> list[Column]:
         columns.append(_words("origin", "origin", [trial.origin_text for trial in trials]))
     names = dict.fromkeys(name for trial in study.trials for name in trial.params)
     return columns + [_parameter(name, [trial.params for trial in trials]) for name in names]
+
+
+def _metrics(study: Study, trials: Sequence[Trial]) -> Iterator[Column]:
+    """Yield a column for each metric beside the one that ranks, and which trials no other one beats."""
+    for name, measure in list(measures(study).items())[1:]:
+        sign = -1.0 if measure.lower_is_better else 1.0
+        scores = [sign * trial.scores.get(name, math.nan) for trial in trials]
+        yield {**_rounded(f"score_{name}", measure.name, scores, measure.decimals), "first": int(-sign)}
+    if study.metrics:
+        front = {trial.number for trial in pareto_trials(study)}
+        yield _words("pareto", "not beaten", ["yes" if trial.number in front else None for trial in trials])
 
 
 def _rounded(key: str, label: str, values: Sequence[float], decimals: int) -> Column:
@@ -165,6 +185,7 @@ def page(study: Study, *, model: Mapping[str, object] | None = None, reload_seco
         curves=curves_chart(study),
         folds_note=folds_note(study),
         history=history_chart(study),
+        pareto=pareto_charts(study),
         slices=slice_charts(study),
         parallel=None if parallel is None else parallel.chart,
         importance=importance_chart(forest) if forest else None,

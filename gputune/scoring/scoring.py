@@ -35,6 +35,7 @@ Member = Callable[[int], nn.Module]
 class Scoring:
     """How the models of one fold are scored: ``name``, and a device score or a scikit-learn scorer.
 
+    ``others`` are the further metrics of a search, which rank nothing; ``label`` is what the user calls one of them.
     ``classes`` are the labels that a scorer sees, None for regression. One of scikit-learn's names sees class
     codes 0, 1, ..., so that scores of a positive class work on text labels. ``positive`` is the code of that class;
     None where the score is not of one class, and where a callable chooses it. ``of_outputs`` scores the outputs of one
@@ -48,6 +49,13 @@ class Scoring:
     positive: int | None = None
     of_outputs: Callable[[Tensor, Tensor], Any] | None = None
     is_loss: bool = False
+    label: str = ""
+    others: "tuple[Scoring, ...]" = ()
+
+    def metrics(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
+        """Return the scores (C,) as a call does, with other metrics (C, M), all of the same outputs."""
+        scores = [one(data, fold, outputs, member) for one in (self, *self.others)]
+        return torch.stack(scores, 1) if self.others else scores[0]
 
     def __call__(self, data: Dataset, fold: int, outputs: Tensor, member: Member | None = None) -> Tensor:
         """Return the scores (C,), float64, of outputs (C, m, K) on fold's validation rows; NaN where diverged.
@@ -142,6 +150,13 @@ class Scoring:
         return torch.from_numpy(result).to(outputs.device)
 
 
+def shape_of_scores(scoring: Scoring | None, folds: int) -> tuple[int, ...]:
+    """Return the shape of a trial's scores after an epoch: (F,), with several metrics (F, M)."""
+    if scoring is None or not scoring.others:
+        return (folds,)
+    return folds, 1 + len(scoring.others)
+
+
 def _as_answers(data: Dataset, fold: int, outputs: Tensor) -> Tensor:
     """Return outputs (C, m, K), float64: in the target's own units, or without the classes that take no part."""
     outputs = outputs.double()
@@ -197,24 +212,25 @@ def make_scoring(
     if not isinstance(scoring, str):
         if not callable(scoring):
             raise InputError(
-                f"scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), got {scoring!r}."
+                "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), or a list or dict "
+                f"of them, got {scoring!r}."
             )
         _refuse_metric(scoring)
         name = qualified_name(scoring)
         if _takes_outputs(scoring):
             return Scoring(name, None, None, classes, of_outputs=cast(Any, scoring))
-        return Scoring(name, None, scoring, classes, _positive_code(positive, name, None, task, classes))
+        return Scoring(name, None, scoring, classes, positive_code(positive, name, None, task, classes))
     table = dict(scores.OF_TASK[task])
     if task == "binary":
         table["roc_auc"] = scores.roc_auc
         del table["roc_auc_ovr"]  # scikit-learn's own answer for two classes
     if scoring in table:
-        _positive_code(positive, scoring, None, task, classes)
+        positive_code(positive, scoring, None, task, classes)
         return Scoring(scoring, table[scoring], None, classes)
     _check_fits_task(scoring, task)
     codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
     scorer = get_scorer(scoring)
-    return Scoring(scoring, None, scorer, codes, _positive_code(positive, scoring, scorer, task, classes))
+    return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
 
 
 def _refuse_metric(scoring: Callable[..., object]) -> None:
@@ -256,35 +272,6 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
     return len(needed) == 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-def loss_scoring(task: Task, classes: np.ndarray | None, positive: object = None) -> Scoring:
-    """Return minus the validation loss as a score, under scikit-learn's name for it; InputError for a ``positive``.
-
-    Unlike scikit-learn's log loss, which holds chances to [eps, 1 - eps], it has no upper limit.
-    """
-    if task == "regression":
-        return make_scoring("neg_mean_squared_error", task, classes, positive)
-    _positive_code(positive, "neg_log_loss", None, task, classes)
-    return Scoring("neg_log_loss", scores.neg_cross_entropy, None, classes)
-
-
-def check_folds(scoring: Scoring, data: Dataset) -> None:
-    """Raise InputError where the score is undefined on a fold, before anything trains."""
-    for f, fold in enumerate(data.folds):
-        rows = data.target[fold.valid]
-        columns = rows.T if data.task == "multilabel" else rows[None]
-        needed = 2 if data.task in ("multilabel", "binary") else data.n_outputs
-        if scoring.name.startswith("roc_auc") and any(len(column.unique()) < needed for column in columns):
-            raise InputError(
-                f"scoring={scoring.name!r} needs every class among the validation rows, and fold {f} lacks one; "
-                "choose fewer or stratified folds, or another scoring."
-            )
-        if scoring.name == "r2" and len(rows) < 2:
-            raise InputError(
-                f"scoring='r2' needs two validation rows a fold, and fold {f} has {len(rows)}; choose fewer folds or "
-                "scoring='neg_root_mean_squared_error'."
-            )
-
-
 def _check_fits_task(scoring: str, task: Task) -> None:
     from sklearn.metrics import get_scorer_names
 
@@ -305,7 +292,7 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
 
 
-def _positive_code(
+def positive_code(
     positive: object, scoring: str, scorer: Scorer | None, task: Task, classes: np.ndarray | None
 ) -> int | None:
     """Return the code of the class that a score is of, None where it is of none."""

@@ -42,7 +42,7 @@ class Validation:
     def scores(
         self, network: Network, params: Params, trials: int, computed: Sequence[Tensor] | None = None
     ) -> np.ndarray:
-        """Return the scores (C, F) of all members of a network of so many trials.
+        """Return the scores (C, F), or (C, F, M), of all members of a network of so many trials.
 
         Of their outputs (C, m, K) on the rows of each fold, where those are ``computed`` already.
         """
@@ -55,7 +55,9 @@ class Validation:
             else:
                 blocks = [network.outputs(params, fold, part) for part in self._parts(fold, block)]
                 outputs = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-            columns.append(self.scoring(self.data, fold, outputs, partial(network.member, params, fold)))
+            columns.append(
+                self.scoring.metrics(self.data, fold, outputs, partial(network.member, params, fold))
+            )
         return torch.stack(columns, 1).cpu().numpy()  # the only device sync of an epoch
 
     def _parts(self, fold: int, rows: int) -> Iterable[tuple[Tensor, ...]]:

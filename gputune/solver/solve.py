@@ -265,7 +265,7 @@ def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scor
         members = slice(f * trials, (f + 1) * trials)
         x = data.x[data.copies[f], fold.valid]
         outputs = torch.baddbmm(intercept[members, None], x.expand(trials, -1, -1), coef[members].mT)
-        scores.append(scoring(data, f, outputs, partial(_member, solution, f * trials)))
+        scores.append(scoring.metrics(data, f, outputs, partial(_member, solution, f * trials)))
     return torch.stack(scores, 1).cpu().numpy()[:, None]
 
 

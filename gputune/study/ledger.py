@@ -204,6 +204,8 @@ def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> 
 def _in_words(there: object, here: object) -> str:
     """Two values that differ in words, where both are short."""
     texts = [repr(there), repr(here)]
+    if isinstance(there, list) and isinstance(here, list):
+        texts = [", ".join(metric["name"] for metric in metrics) or "one" for metrics in (there, here)]
     if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
         keys = [key for key in there if there[key] != here[key]]
         if keys == ["sha256"] and "kind" in there:
@@ -226,7 +228,7 @@ def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledge
     with _opened(Path(path), record) as store, Claims(Path(path)) as claims:
         # In files that do not say which class was positive it was the last one.
         positive = None if record.positive is None or record.classes is None else record.classes[-1]
-        there = SearchRecord.from_json({"positive": positive, **store.meta})
+        there = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
         if not there.face and there.lost:
             lost = ", ".join(IDENTITY[name] for name in there.lost)
             raise InputError(

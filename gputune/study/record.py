@@ -31,6 +31,7 @@ SOURCE = {
     "path": str, "target": str, "groups": TEXT, "rows?": int, "cv?": str, "seed?": int, "test_size?": float,
     "task?": TEXT, "held_out?": FINGERPRINT, "drop?": [str], "kinds?": {"": str},
 }  # fmt: skip
+METRICS = [{"name": str, "scorer": str, "positive": (str, bool, float, None)}]
 ARGUMENTS = {
     "kept": dict, "space": ([dict], None), "folds": [[str]], "lacking": [str], "callbacks": [str],
 }  # fmt: skip
@@ -102,7 +103,9 @@ class SearchRecord:
     class_weight    as text, ``sample_weight`` as a digest; None where the rows were not weighted
     cv, folds       the number or the class of the splitter, how many folds it made, and the digest of their rows
     objective       the loss, the training step and what changes minibatches; "" for the loss of the task alone
-    positive        the class that ``scoring`` is of; None: of none
+    scoring         the scorer that ranks; ``metrics`` are all of them where there are several: the "name" of each, its
+                    "scorer", and the "positive" class that it is of
+    positive        the class that ``scoring``, or another of the metrics, is of; None: of none
     baseline        the "answer" that needs no model, in words, and its "score"; None for a scorer of the user's own
     max_epochs      1 for a model that is solved
     device          where it trained first; it may go on elsewhere
@@ -135,6 +138,7 @@ class SearchRecord:
     splits: str = _part("", "folds (cv, groups)", training=True)
     objective: str = _part("", "loss", training=True)
     scoring: str = _part("", "scoring", training=True, logged=True)
+    metrics: Sequence[Json] = _part(list, "scoring", form=METRICS)
     positive: str | bool | float | None = _argument(
         None, "positive", form=(str, bool, float, None), logged=True
     )
@@ -168,8 +172,8 @@ class SearchRecord:
     def lost(self) -> list[str]:
         """Names of what makes a search the one that it is, where a damaged file lacks them."""
         # Files of an earlier version do not say which class was positive, nor that the loss was the task's, and knew no
-        # transformation of the target.
-        later = ("positive", "objective", "target_transform")
+        # transformation of the target and one metric alone.
+        later = ("positive", "objective", "target_transform", "metrics")
         return [name for name in IDENTITY if name in self.absent and name not in later]
 
     @property
@@ -191,7 +195,20 @@ class SearchRecord:
 
     def measure(self, best: float) -> Measure:
         """Return how scores are shown, with decimals for the best of them."""
-        return measure_of(self.scoring or "score", best, self.positive)
+        return measure_of(self.scoring or "score", best, self.ranked_class)
+
+    @property
+    def ranked_class(self) -> str | bool | float | None:
+        """The class that ``scoring`` is of; None: of none."""
+        known: str | bool | float | None = self.metrics[0]["positive"] if self.metrics else self.positive
+        return known
+
+    def measures(self, best: Sequence[float]) -> dict[str, Measure]:
+        """Return how the scores of each of several metrics are shown, by its name, with decimals for the ``best``."""
+        return {
+            one["name"]: measure_of(one["scorer"], score, one["positive"], one["name"])
+            for one, score in zip(self.metrics, best)
+        }
 
 
 def lost_option(path: Path | None, name: str) -> StudyCorruptError:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.study.record import OPTION_FORMS, has_form
-from gputune.types import Config, Json
+from gputune.types import Config, Json, first_metric
 
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
@@ -241,24 +241,65 @@ class Result:
     fold_scores: Sequence[float]  # (F,)
     best_epoch: int
     seconds: float
-    curve: Curve  # (epochs, F)
+    curve: Curve  # (epochs, F); with several metrics (epochs, F, M), the one that ranks first
     detail: Json = field(default_factory=dict)  # what the search method keeps of it
 
     def __post_init__(self) -> None:
         if self.state not in _STATES:
             raise InputError(f"Result(state=...) must be one of {_STATES}, got {self.state!r}.")
         folds = len(self.fold_scores)
-        if folds < 1 or self.curve.ndim != 2 or self.curve.shape[1] != folds:
+        if folds < 1 or self.curve.ndim not in (2, 3) or self.curve.shape[1] != folds:
             raise InputError(
                 f"Result(curve=...) must be (epochs, F) with a column for each of the fold_scores, got shape "
                 f"{self.curve.shape} and {folds} fold_scores in trial {self.number}."
             )
 
+    @classmethod
+    def of_curve(
+        cls,
+        number: int,
+        curve: Curve,
+        *,
+        epochs: int,
+        rule: EpochRule,
+        seconds: float,
+        detail: Json | None = None,
+    ) -> Self:
+        """Return the result of a trial with this curve, of which so many epochs were done.
+
+        One NaN fold at any of them makes it "failed" with score NaN; the earliest epoch wins a tie. "stopped" is one
+        that a deadline cut short, scored on what it had. Of several metrics the first decides all that.
+        """
+        detail, done = detail or {}, first_metric(curve, axes=2)[:epochs]
+        diverged = np.flatnonzero(np.isnan(done).any(1))
+        state: State = "complete" if epochs == len(curve) else "stopped"
+        if len(diverged) or epochs == 0:
+            at = int(diverged[0]) if len(diverged) else 0
+            folds = tuple(done[at].tolist()) if epochs else (np.nan,) * curve.shape[1]
+            return cls(number, "failed", math.nan, folds, at, seconds, curve, detail)
+        mean = done.mean(1)
+        at = int(mean.argmax()) if rule == "best" else epochs - 1
+        return cls(number, state, float(mean[at]), tuple(done[at].tolist()), at + 1, seconds, curve, detail)
+
+    @property
+    def ranked(self) -> Curve:
+        """The curve (epochs, F) by the metric that ranks."""
+        return first_metric(self.curve, axes=2)
+
+    @property
+    def metrics(self) -> Curve:
+        """Fold scores (F, M) by all metrics at the best epoch; NaN where the trial failed."""
+        table = self.curve if self.curve.ndim == 3 else self.curve[..., None]
+        known = self.state != "failed" and 0 < self.best_epoch <= len(table)
+        return table[self.best_epoch - 1] if known else np.full(table.shape[1:], np.nan)
+
     def to_row(self) -> Row:
+        # As many scores as there are metrics, by which the curve is read again.
+        others = [] if self.curve.ndim == 2 else self.metrics.mean(0)[1:]
         return (
             int(self.number),
             str(self.state),
-            _pack([self.score]),
+            _pack([self.score, *others]),
             _pack(self.fold_scores),
             int(self.best_epoch),
             _pack([self.seconds]),
@@ -269,33 +310,14 @@ class Result:
     @classmethod
     def from_row(cls, number: int, state: State, *row: Any) -> Self:
         score, fold_scores, best_epoch, seconds, curve, detail = row
-        folds, (mean,), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
+        folds, (mean, *others), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
         facts = {} if detail == "{}" else from_json(detail)
         known = facts == {} or has_form(facts, _DETAIL)
         if not known or not 0 <= best_epoch < 2**31 or not (0 <= time < 1e15 or math.isnan(time)):
             raise ValueError("its best epoch, seconds or detail are out of their range or of another type")
-        table = np.frombuffer(curve, dtype="<f8").reshape(-1, len(folds))
+        metrics = (1 + len(others),) if others else ()
+        table = np.frombuffer(curve, dtype="<f8").reshape(-1, len(folds), *metrics)
         return cls(number, state, mean, folds, best_epoch, time, table, facts)
-
-
-def score_curve(
-    curve: np.ndarray, *, epochs: int, rule: EpochRule
-) -> tuple[State, float, tuple[float, ...], int]:
-    """Return state, score, fold scores (F,) and best epoch (from 1) of a curve (epochs planned, F).
-
-    ``epochs`` is how many were done. One NaN fold at any of them makes the trial "failed" with score NaN; the
-    earliest epoch wins a tie. "stopped" is a trial that a deadline cut short, scored on what it had.
-    """
-    done = curve[:epochs]
-    diverged = np.flatnonzero(np.isnan(done).any(1))
-    if len(diverged) or epochs == 0:
-        at = int(diverged[0]) if len(diverged) else 0
-        folds = tuple(done[at].tolist()) if epochs else (np.nan,) * curve.shape[1]
-        return "failed", float("nan"), folds, at
-    mean = done.mean(1)
-    at = int(mean.argmax()) if rule == "best" else epochs - 1
-    state: State = "complete" if epochs == len(curve) else "stopped"
-    return state, float(mean[at]), tuple(done[at].tolist()), at + 1
 
 
 def read_row(make: Callable[..., Value], row: Row) -> Value:

@@ -4,7 +4,7 @@ import gc
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -14,19 +14,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError, SearchFailedError
+from gputune.study.curves import Curves, stacked
 from gputune.study.record import SearchRecord
 from gputune.study.rows import State
 from gputune.study.store import Candidate, Curve, Result, Store
-from gputune.text import count, of_class, size_words
+from gputune.text import count, did_you_mean, of_class
 from gputune.types import Config, Json
 
 if TYPE_CHECKING:
     # Reading a study must not wait for torch; pandas and polars are imported by the one who asks for a table.
     import pandas
     import polars
-
-_LARGE, _PADDING = 2**30, 64
-"""Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
 
 TrialState = State | Literal["waiting"]
 
@@ -35,6 +33,7 @@ TrialState = State | Literal["waiting"]
 class Trial:
     """One configuration and its cross-validated result. Scores follow scikit-learn: greater is better.
 
+    metrics      of several metrics by name the fold scores at ``best_epoch``, the one that ranks first; {} for one
     state        "complete"; "pruned" where a rung of successive halving sent it away, "stopped" where a deadline cut
                  the training short (both are scored on what they had); "failed" where it diverged (score NaN);
                  "waiting" where it has not run
@@ -59,6 +58,12 @@ class Trial:
     seconds: float
     origin: str | tuple[int, int]
     detail: Json = field(default_factory=dict)
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The mean of each of ``metrics`` over the folds, by its name; NaN where one fold is."""
+        return {name: float(np.mean(folds)) for name, folds in self.metrics.items()}
 
     @property
     def origin_text(self) -> str:
@@ -72,24 +77,6 @@ class Trial:
         if folds < 2 or not np.isfinite(self.fold_scores).all():
             return math.nan
         return float(np.std(self.fold_scores, ddof=1)) / math.sqrt(folds)
-
-
-class _Curves:
-    """The field ``curves`` of a study: an array, or a function that makes it when it is first asked for."""
-
-    def __get__(self, study: object, owner: type | None = None) -> Curve:
-        if study is None:
-            raise AttributeError("curves")  # by which a dataclass knows that there is no default
-        curves = vars(study)["curves"]
-        if callable(curves):
-            curves = curves()
-            curves.flags.writeable = False
-            vars(study)["curves"] = curves
-        array: Curve = curves
-        return array
-
-    def __set__(self, study: object, curves: Curve | Callable[[], Curve]) -> None:
-        vars(study)["curves"] = curves
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -106,7 +93,7 @@ class Study:
 
     meta: Mapping[str, Any]
     trials: tuple[Trial, ...]
-    curves: _Curves = _Curves()
+    curves: Curves = Curves()  # noqa: RUF009 (a descriptor)
     data: Any = None
     file: Path | None = None
 
@@ -114,8 +101,8 @@ class Study:
         object.__setattr__(self, "trials", tuple(self.trials))
         if callable(vars(self)["curves"]):
             return
-        curves = np.array(self.curves, dtype=np.float64)
-        if curves.ndim != 3 or len(curves) != len(self.trials):
+        curves = np.array(vars(self)["curves"], dtype=np.float64)
+        if curves.ndim not in (3, 4) or len(curves) != len(self.trials):
             raise InputError(
                 f"Study(curves=...) must be (C, epochs, F) with a row for each of the {len(self.trials)} "
                 f"trials, got shape {curves.shape}."
@@ -142,15 +129,29 @@ class Study:
         file: Path | None = None,
     ) -> Self:
         """Return the study of these candidates, in this order, and of the results that there are so far."""
-        descent = SearchRecord.from_json(meta).descends
-        trials = tuple(_trial(*row, descent=descent) for row in rows)
-        curves = partial(_stack, [None if result is None else result.curve for _, result in rows])
+        record = SearchRecord.from_json(meta)
+        names = [metric["name"] for metric in record.metrics]
+        trials = tuple(_trial(*row, names, descent=record.descends) for row in rows)
+        curves = partial(stacked, [None if result is None else result.curve for _, result in rows])
         return cls(meta=meta, trials=trials, curves=curves, data=data, file=file)
 
     @cached_property
     def record(self) -> SearchRecord:
         """What is known of the search."""
         return SearchRecord.from_json(self.meta)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of the metrics, the one that ranks first; () where there is one."""
+        return tuple(metric["name"] for metric in self.record.metrics)
+
+    def curves_of(self, metric: str) -> Curve:
+        """Return the scores (C, epochs, F) after each epoch by one of several metrics, as ``curves`` has the first.
+
+        Raises InputError for a name that is none of ``metrics``.
+        """
+        of_all: Curve = Curves.of_all(self)
+        return of_all[..., self.metrics.index(check_metric(self, metric, "curves_of"))]
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file, as it is now, to a new one; safe while a search writes to it.
@@ -219,6 +220,8 @@ class Study:
     def to_pandas(self) -> "pandas.DataFrame":
         """One row a trial: number, state, score, std_error, fold_0.., best_epoch, seconds, origin, params_*.
 
+        Of several metrics there is a ``score_NAME`` each, the mean at ``best_epoch``, behind the folds of the first.
+
         A parameter that a trial does not have is missing. Raises ImportError without pandas.
         """
         try:
@@ -253,6 +256,8 @@ class Study:
         columns = {name: column(name) for name in ("number", "state", "score", "std_error")}
         for f in range(max((len(t.fold_scores) for t in trials), default=0)):
             columns[f"fold_{f}"] = [t.fold_scores[f] if f < len(t.fold_scores) else math.nan for t in trials]
+        for name in self.metrics:
+            columns[f"score_{name}"] = [t.scores.get(name, math.nan) for t in trials]
         columns |= {
             name.removesuffix("_text"): column(name) for name in ("best_epoch", "seconds", "origin_text")
         }
@@ -290,9 +295,23 @@ class Study:
         parts.append(count(len(self.trials), "trial"))
         parts += [f"{states[s]} {s}" for s in ("pruned", "stopped", "failed", "waiting") if s in states]
         if (best := self._best) is not None:
-            score = f"{self.record.scoring or 'score'}{of_class(self.record.positive)}"
+            score = f"{self.record.scoring or 'score'}{of_class(self.record.ranked_class)}"
             parts.append(f"best {score} {best.score:.4g} in trial {best.number}")
         return f"Study({', '.join(parts)})"
+
+
+def check_metric(study: Study, metric: object, method: str) -> str:
+    """Return the name of one of a study's metrics; InputError, in the words of a ``method``, where it is none."""
+    if not study.metrics:
+        raise InputError(
+            f"{method}({metric!r}) needs a study of several metrics, and this one has {study.record.scoring!r} alone."
+        )
+    if metric not in study.metrics:
+        raise InputError(
+            f"{method}(...) must be one of the study's metrics, {', '.join(map(repr, study.metrics))}, got {metric!r}."
+            f"{did_you_mean(metric, study.metrics)}"
+        )
+    return str(metric)
 
 
 @contextmanager
@@ -317,27 +336,11 @@ def _kinds(values: Sequence[object]) -> set[type]:
     return {type(value) for value in values if value is not None}
 
 
-def _trial(candidate: Candidate, result: Result | None, *, descent: bool) -> Trial:
+def _trial(candidate: Candidate, result: Result | None, names: Sequence[str] = (), *, descent: bool) -> Trial:
     number, params = candidate.number, dict(candidate.params)
     origin = (number, 0) if descent and isinstance(candidate.origin, str) else candidate.origin
     if result is None:
         return Trial(number, params, math.nan, (), 0, "waiting", math.nan, origin)
     of_training = result.score, tuple(result.fold_scores), result.best_epoch, result.state, result.seconds
-    return Trial(number, params, *of_training, origin, dict(result.detail))
-
-
-def _stack(rows: Sequence[Curve | None]) -> Curve:
-    """Curves of unlike length as one (C, epochs, F) array, NaN beyond their end. Raises InputError where it is huge."""
-    shapes = [row.shape for row in rows if row is not None]
-    epochs, folds = np.max(shapes, axis=0) if shapes else (0, 0)
-    size, whole = sum(row.nbytes for row in rows if row is not None), 8 * len(rows) * int(epochs) * int(folds)
-    if whole > max(_LARGE, _PADDING * size):
-        raise InputError(
-            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(whole)} "
-            f"side by side, and hold {size_words(size)}, since few are as long: a page or plot of them cannot be made."
-        )
-    curves = np.full((len(rows), epochs, folds), np.nan)
-    for place, row in zip(curves, rows):
-        if row is not None:
-            place[: len(row), : row.shape[1]] = row
-    return curves
+    metrics = dict(zip(names, map(tuple, result.metrics.T.tolist()))) if names else {}
+    return Trial(number, params, *of_training, origin, dict(result.detail), metrics)

@@ -22,7 +22,7 @@ from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import alone_because
 from gputune.population.population import Population, shape_of
-from gputune.scoring.scoring import Scoring
+from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count, size_words
@@ -86,6 +86,11 @@ class Context:
         """How trials are judged."""
         assert self.trainer.scoring is not None
         return self.trainer.scoring
+
+    @property
+    def no_curve(self) -> np.ndarray:
+        """The curve of a trial that has not trained: (0, F), with several metrics (0, F, M)."""
+        return np.empty((0, *shape_of_scores(self.scoring, self.data.n_folds)))
 
     @property
     def epochs(self) -> int:

@@ -22,7 +22,6 @@ from gputune.methods.space import Space
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.solver.solve import score_solution
 from gputune.study.ledger import Ledger
-from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.problem import ModelChoice
@@ -207,8 +206,7 @@ def _results(
     recorded: RecordedPlan, mode: SlopeMode, context: Context, outcome: Outcome | GivenUp
 ) -> list[Result]:
     if isinstance(outcome, GivenUp):
-        none = np.empty((0, context.data.n_folds))
-        return [given_up(recorded.trials[outcome.index[0]].number, none, outcome.reason)]
+        return [given_up(recorded.trials[outcome.index[0]].number, context.no_curve, outcome.reason)]
     assert isinstance(outcome, Slopes)
     rows = enumerate(outcome.index)
     return [_result(recorded.trials[i], recorded.configs[i], c, outcome, mode) for c, i in rows]
@@ -231,14 +229,14 @@ def _plan(configs: Sequence[Config], mode: SlopeMode, context: Context) -> tuple
 
 def _result(point: Candidate, config: Config, c: int, outcome: Slopes, mode: SlopeMode) -> Result:
     """The result of a point: its score is that of the last epoch, whose loss is descended."""
-    curve = outcome.curves[c]
-    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule="last")
     share = outcome.seconds / len(outcome.index)
     detail: Json = {}
     if outcome.slopes is not None and outcome.losses is not None and outcome.ratios is not None:
         slopes = {name: table[c] for name, table in outcome.slopes.items()}
         detail = slope_at(config, outcome.losses[c], slopes, outcome.ratios[c], mode).to_detail()
-    return Result(point.number, state, score, fold_scores, best_epoch, share, curve, detail)
+    return Result.of_curve(
+        point.number, outcome.curves[c], epochs=outcome.epochs, rule="last", seconds=share, detail=detail
+    )
 
 
 def _solve(ledger: Ledger, points: list[Candidate], context: Context) -> None:

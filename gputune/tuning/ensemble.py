@@ -20,8 +20,9 @@ from gputune.data.folds import unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
+from gputune.scoring.metrics import make_metrics
 from gputune.scoring.scores import neg_cross_entropy
-from gputune.scoring.scoring import Scoring, make_scoring, outputs_of
+from gputune.scoring.scoring import Scoring, outputs_of
 from gputune.seeding import stream_seed
 from gputune.study.model import TunedModel
 from gputune.study.study import Study, Trial
@@ -133,7 +134,7 @@ def _scoring(search: Search) -> Scoring:
     """Return what the study was scored by."""
     record, target = search.study.record, search.problem.target
     asked = search.options.scoring if search.options.scoring is not None else record.scoring
-    return make_scoring(
+    return make_metrics(
         asked, target.task, target.classes, record.positive, search.problem.objective, target.n_outputs
     )
 

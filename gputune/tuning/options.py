@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from gputune.data.target_transform import TargetTransform
     from gputune.data.weights import ClassWeight
     from gputune.executors.ray_connection import Ray
-    from gputune.scoring.scoring import Scorer
+    from gputune.scoring.metrics import Scorings
     from gputune.study.study import Study
     from gputune.tuning.method import Method
 
-Takes = Literal["text", "number", "0..", "1..", "names", "specs", "config", "workers"]
+Takes = Literal["text", "number", "0..", "1..", "names", "scorers", "specs", "config", "workers"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ class Options:
         "drawn configuration descends on its validation loss (random)",
         choices=get_args(MethodWord), check=checks.method,
     )  # fmt: skip
-    scoring: "str | Scorer | None" = _search(
-        None, "--scoring NAME",
-        "a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended)",
-        kept=True,
+    scoring: "Scorings | None" = _search(
+        None, "--scoring NAME,...",
+        "a scikit-learn scorer name (accuracy, or r2; with hypergradients the loss that is descended), or several, of "
+        "which the first ranks the trials",
+        takes="scorers", kept=True,
     )  # fmt: skip
     positive: object = _search(
         None, "--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"

@@ -25,8 +25,9 @@ from gputune.methods.random import draw
 from gputune.methods.space import Space
 from gputune.methods.stopping import StoppingRule
 from gputune.optimizers.classes import check_optimizer
+from gputune.scoring.metrics import check_folds, has_function, loss_scoring, make_metrics
 from gputune.scoring.objective import make_objective
-from gputune.scoring.scoring import Scoring, check_folds, loss_scoring, make_scoring
+from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import baseline, remark_on_accuracy
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
@@ -190,7 +191,7 @@ def _dataset(
             f"note: trials train on the CPU and not on the GPU, which device='cuda' takes: {chosen.why}"
         )
     data, statistics = problem.dataset(folds, options, choice, chosen.device)
-    if not callable(options.scoring):
+    if not has_function(options.scoring):
         return data
     return replace(data, scorer_rows=ScorerRows(problem.source.original_rows(), problem.layout, statistics))
 
@@ -269,7 +270,7 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
     target = problem.target
     if options.scoring is None and isinstance(options.method, Hypergradient) and target.task != "custom":
         return loss_scoring(target.task, target.classes, options.positive)
-    scoring = make_scoring(
+    scoring = make_metrics(
         options.scoring,
         target.task,
         target.classes,
@@ -277,8 +278,8 @@ def _scoring(options: Options, problem: Problem) -> Scoring:
         problem.objective,
         n_labels=target.n_outputs,
     )
-    names = {"scoring": scoring.name, "target_transform": repr(options.target_transform)}
-    for argument, name in names.items():
+    scorers = [("scoring", one.name) for one in (scoring, *scoring.others)]
+    for argument, name in (*scorers, ("target_transform", repr(options.target_transform))):
         if options.study is not None and any(part in name for part in ("<lambda>", "<locals>", "<function ")):
             raise InputError(
                 f"{argument}={name!r} has no name by which study={str(options.study)!r} could know it again; define "

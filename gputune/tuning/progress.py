@@ -15,6 +15,7 @@ from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
 from gputune.memory import synchronize
 from gputune.text import count, measure_of
+from gputune.types import first_metric
 
 _LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
 
@@ -136,6 +137,7 @@ class Progress:
 
     def advance(self, trial_epochs: int, curves: np.ndarray) -> None:
         """So many more trial-epochs are done; their scores are ``curves`` (C, epochs, F)."""
+        curves = first_metric(curves, axes=3)
         self.epochs_done += trial_epochs
         self.bar.update(trial_epochs)
         # A member that has diverged is no longer one.

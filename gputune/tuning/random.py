@@ -24,7 +24,6 @@ from gputune.methods.space import Space
 from gputune.population.population import Population
 from gputune.solver.solve import solve_chunk
 from gputune.study.ledger import Ledger
-from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.text import count
 from gputune.tuning.context import Context, RecordedPlan, given_up
@@ -76,8 +75,8 @@ def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
         job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))
     ):
         if isinstance(outcome, GivenUp):
-            none = np.empty((0, context.data.n_folds))
-            context.finish(ledger, [given_up(numbers[outcome.index[0]], none, outcome.reason)])
+            number = numbers[outcome.index[0]]
+            context.finish(ledger, [given_up(number, context.no_curve, outcome.reason)])
         else:
             _keep(ledger, recorded.trials, outcome, context)
 
@@ -123,9 +122,8 @@ def wait_for_others(
 
 
 def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
-    state, score, fold_scores, best_epoch = score_curve(curve, epochs=outcome.epochs, rule=options.epoch)
     share = outcome.seconds / len(outcome.index)
-    return Result(trial.number, state, score, fold_scores, best_epoch, share, curve)
+    return Result.of_curve(trial.number, curve, epochs=outcome.epochs, rule=options.epoch, seconds=share)
 
 
 def _with_begun(

@@ -21,6 +21,7 @@ from gputune.executors.ray_connection import Ray
 from gputune.methods.distributions import Described, described
 from gputune.methods.optuna_sampler import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
+from gputune.scoring.metrics import has_function
 from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered
@@ -42,8 +43,11 @@ def search_record(
 ) -> SearchRecord:
     """Return what a study holds beside its trials; ``notes`` are those on the trials."""
     choice, options, data, scoring = context.choice, context.options, context.data, context.scoring
-    cluster = context.trainer.cluster
+    cluster, metrics = context.trainer.cluster, [scoring, *scoring.others]
     classes = None if problem.target.classes is None else problem.target.classes.tolist()
+    positives = [
+        None if classes is None or metric.positive is None else classes[metric.positive] for metric in metrics
+    ]
     return SearchRecord(
         model=choice.name,
         spec=choice.spec,
@@ -71,7 +75,13 @@ def search_record(
         if problem.objective is None
         else problem.objective.name_unless_default(problem.target.task),
         scoring=scoring.name,
-        positive=None if classes is None or scoring.positive is None else classes[scoring.positive],
+        metrics=[
+            {"name": one.label, "scorer": one.name, "positive": positive}
+            for one, positive in zip(metrics, positives)
+        ]
+        if scoring.others
+        else [],
+        positive=next((positive for positive in positives if positive is not None), None),
         baseline=baseline,
         epoch=options.epoch,
         max_epochs=1 if choice.solved else options.max_epochs,
@@ -91,7 +101,7 @@ def _arguments(options: Options, source: Source, space: Space, folds: Sequence[R
             "X and y, which were in memory": source.origin is None,
             "groups, which were in memory": source.groups is not None
             and not (source.origin or {}).get("groups"),
-            "scoring, a function": callable(options.scoring),
+            "scoring, a function": has_function(options.scoring),
             "loss, a function": callable(options.loss),
             "training_step, a function": options.training_step is not None,
             "augment, a function": options.augment is not None,
@@ -147,6 +157,8 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     if study is None:
         return None
     values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
+    if record.metrics:  # without them as it was before there were several
+        values["metrics"] = record.metrics
     text = to_json(values, name="checkpoint")
     return CheckpointFolder(Path(f"{study}.state"), hashlib.sha256(text.encode()).hexdigest())
 

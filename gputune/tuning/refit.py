@@ -138,7 +138,7 @@ class Search:
             info={
                 **info,
                 "scoring": record.scoring,
-                "positive": record.positive,
+                "positive": record.ranked_class,
                 "loss": record.objective,
                 "trials": len(self.study.trials),
                 "rows": self.rows["rows"],

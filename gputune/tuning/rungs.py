@@ -22,10 +22,9 @@ from gputune.hypergradients.first_step import free_bytes
 from gputune.methods.stopping import StoppingRule
 from gputune.population.population import Population
 from gputune.study.ledger import Ledger
-from gputune.study.rows import score_curve
 from gputune.study.store import Candidate, Result
 from gputune.tuning.context import Context, given_up
-from gputune.types import Config
+from gputune.types import Config, first_metric
 
 
 def check_rungs(rule: StoppingRule, context: Context) -> None:
@@ -63,9 +62,14 @@ class _RunningTrial:
     def number(self) -> int:
         return self.trial.number
 
+    @property
+    def ranked(self) -> np.ndarray:
+        """The curve (epochs, F) by the metric that ranks."""
+        return first_metric(self.curve, axes=2)
+
     def has_diverged(self, epoch: int) -> bool:
         """Whether it has no score up to an epoch."""
-        return bool(np.isnan(self.curve[:epoch]).any())
+        return bool(np.isnan(self.ranked[:epoch]).any())
 
 
 class _RungSearch:
@@ -82,9 +86,9 @@ class _RungSearch:
         self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = ledger.results
-        self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
-        curve = np.empty((0, context.data.n_folds))
-        self.running = [_RunningTrial(t, configs[t.number], curve) for t in trials if t.number not in ended]
+        self.curves = {n: ended[n].ranked for n in configs if n in ended}  # of the trials that have ended
+        waiting = [trial for trial in trials if trial.number not in ended]
+        self.running = [_RunningTrial(t, configs[t.number], context.no_curve) for t in waiting]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
         self.states = StateCache(min(free, context.trainer.memory or free))
         self.unsaved: list[tuple[int, ...]] = []  # chunks whose states no file has
@@ -207,7 +211,7 @@ class _RungSearch:
         self._finish([trial for trial in self.running if trial in ended and len(trial.curve)])
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
-            curves = self.curves | {trial.number: trial.curve for trial in self.running}
+            curves = self.curves | {trial.number: trial.ranked for trial in self.running}
             pruned = self.rule.leaving(epoch, curves, self.context.epochs)
             self._finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
@@ -224,7 +228,7 @@ class _RungSearch:
 
     def _store(self, results: Sequence[Result]) -> None:
         self.context.store(self.ledger, results)
-        self.curves |= {result.number: result.curve for result in results}
+        self.curves |= {result.number: result.ranked for result in results}
 
     def _show_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:
         """Count trials that have ended, and what is not trained of them."""
@@ -234,10 +238,17 @@ class _RungSearch:
     def _result(self, trial: _RunningTrial, rung: int | None) -> Result:
         curve = trial.curve[: self.context.epochs if rung is None else rung]
         done = len(curve)
-        state, score, folds, best = score_curve(curve, epochs=done, rule=self.context.options.epoch)
-        if state == "complete" and rung is not None:
-            state = "pruned"
-        elif state == "complete" and done < self.context.epochs:
-            state = "stopped"
         detail = {} if rung is None else {"rung": rung}
-        return Result(trial.number, state, score, folds, best, trial.seconds, curve, detail)
+        result = Result.of_curve(
+            trial.number,
+            curve,
+            epochs=done,
+            rule=self.context.options.epoch,
+            seconds=trial.seconds,
+            detail=detail,
+        )
+        if result.state == "complete" and rung is not None:
+            return replace(result, state="pruned")
+        if result.state == "complete" and done < self.context.epochs:
+            return replace(result, state="stopped")
+        return result

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gputune.errors import InputError, import_extra
-from gputune.study.study import Study
+from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
 from gputune.views.axes import parallel_axes
+from gputune.views.metrics import pareto_front
 from gputune.views.parameters import (
     Parameter,
     descended,
@@ -161,6 +162,30 @@ def plot_parallel(study: Study, ax: "Axes | None" = None) -> "Axes":
     ax.set_xticks(places, [_plain(column.label) for column in columns])
     ax.set_ylabel("low to high")
     ax.figure.colorbar(colours, ax=ax, label=_plain(shown.measure.title))
+    return ax
+
+
+def plot_pareto(study: Study, x: str | None = None, y: str | None = None, ax: "Axes | None" = None) -> "Axes":
+    """Draw a point a trial by two metrics, the first two without names, and a line through the Pareto front of both.
+
+    Raises InputError for a study of one metric and for a name that is none of its metrics.
+    """
+    known = study.metrics
+    x = known[0] if x is None and known else x
+    y = next((name for name in known if name != x), None) if y is None else y
+    front = pareto_front(study, check_metric(study, x, "plot_pareto"), check_metric(study, y, "plot_pareto"))
+    ax, (across, down) = _axes("plot_pareto", ax, (5.0, 4.0)), front.measures
+    ax.scatter(front.values[:, 0], front.values[:, 1], s=14, color=_GREY, label="trial")
+    ax.plot(
+        front.values[front.order, 0],
+        front.values[front.order, 1],
+        "o-",
+        color=_BLUE,
+        markersize=5,
+        label="not beaten",
+    )
+    _name_axes(ax, across.title, down.title)
+    ax.legend()
     return ax
 
 

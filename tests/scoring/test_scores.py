@@ -10,7 +10,8 @@ import torch
 from sklearn import metrics
 
 from gputune.scoring import scores
-from gputune.scoring.scoring import loss_scoring, make_scoring
+from gputune.scoring.metrics import loss_scoring
+from gputune.scoring.scoring import make_scoring
 from problems import make_data, scoring_of
 from refused import refused
 
@@ -259,7 +260,11 @@ def test_outputs_that_are_not_finite_score_nan():
         ("r2", "binary", "scoring='r2' does not fit a binary task"),
         ("accuracy", "regression", "does not fit a regression task; choose for example r2"),
         ("roc_auc", "multiclass", "choose 'roc_auc_ovr'"),
-        (3, "binary", r"scorer name, a callable\(estimator, X, y\) or \(outputs, y\), got 3"),
+        (
+            3,
+            "binary",
+            r"callable\(estimator, X, y\) or \(outputs, y\), or a list or dict of them, got 3",
+        ),
     ],
 )
 def test_bad_scoring_is_named(scoring, task, message):

@@ -1,0 +1,61 @@
+"""The learning curves of all trials, side by side where somebody asks for them."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+
+from gputune.errors import InputError
+from gputune.study.rows import Curve
+from gputune.text import size_words
+
+_LARGE, _PADDING = 2**30, 64
+"""Bytes that the curves of all trials may take side by side in any case, and for each byte of them."""
+
+
+class Curves:
+    """The field ``curves`` of a study: an array, or a function that makes it when it is first asked for.
+
+    Of several metrics the study keeps all, (C, epochs, F, M), and the field is those by the one that ranks.
+    """
+
+    @staticmethod
+    def of_all(study: object) -> Curve:
+        """Return the curves (C, epochs, F, M) of a study by all metrics; (C, epochs, F) where there is one."""
+        curves = vars(study)["curves"]
+        if callable(curves):
+            curves = curves()
+            curves.flags.writeable = False
+            vars(study)["curves"] = curves
+        return cast(Curve, curves)
+
+    def __get__(self, study: object, owner: type | None = None) -> Curve:
+        if study is None:
+            raise AttributeError("curves")  # by which a dataclass knows that there is no default
+        curves = self.of_all(study)
+        return curves if curves.ndim == 3 else curves[..., 0]
+
+    def __set__(self, study: object, curves: Curve | Callable[[], Curve]) -> None:
+        vars(study)["curves"] = curves
+
+
+def stacked(rows: Sequence[Curve | None]) -> Curve:
+    """Curves of unlike length as one array (C, epochs, F) or (C, epochs, F, M), NaN beyond their end.
+
+    Raises InputError where it is huge.
+    """
+    shapes = [row.shape for row in rows if row is not None]
+    epochs, folds, *metrics = map(int, np.max(shapes, axis=0)) if shapes else (0, 0)
+    size = sum(row.nbytes for row in rows if row is not None)
+    whole = 8 * len(rows) * epochs * folds * math.prod(metrics)
+    if whole > max(_LARGE, _PADDING * size):
+        raise InputError(
+            f"the learning curves of {len(rows)} trials, {epochs} epochs and {folds} folds take {size_words(whole)} "
+            f"side by side, and hold {size_words(size)}, since few are as long: a page or plot of them cannot be made."
+        )
+    curves = np.full((len(rows), epochs, folds, *metrics), np.nan)
+    for place, row in zip(curves, rows):
+        if row is not None:
+            place[: len(row), : row.shape[1]] = row
+    return curves

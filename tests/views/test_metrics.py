@@ -1,0 +1,113 @@
+"""The trials that no other one beats, and a study by another of its metrics."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gputune.cli.study import best_json, best_text, trials_json, trials_table
+from gputune.errors import InputError
+from gputune.report.charts import pareto_charts
+from gputune.report.page import page
+from made_studies import study_of
+
+METRICS = [
+    {"name": "accuracy", "scorer": "accuracy", "positive": None},
+    {"name": "neg_log_loss", "scorer": "neg_log_loss", "positive": None},
+]
+
+
+def study_by(pairs, states=()):
+    """Return a study of trials with these fold means of the accuracy and of minus the log loss."""
+    made = study_of(
+        [{"lr": 0.1 * (n + 1)} for n in range(len(pairs))], [a for a, _ in pairs], metrics=METRICS
+    )
+    trials = [
+        replace(
+            t, score=a, fold_scores=(a,), metrics={"accuracy": (a,), "neg_log_loss": (b,)}, state=s or t.state
+        )
+        for t, (a, b), s in zip(made.trials, pairs, [*states, *[None] * len(pairs)])
+    ]
+    curves = np.array(pairs)[:, None, None, :]
+    return type(made)(meta=made.meta, trials=trials, curves=curves)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "states", "best"),
+    [
+        ([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)], (), [0, 1]),
+        ([(0.8, -0.2), (0.9, -0.2), (0.9, -0.2)], (), [1, 2]),
+        ([(0.8, -0.2), (0.9, np.nan)], (), [0]),
+        ([(0.8, -0.2), (0.9, -0.1)], ("complete", "pruned"), [0]),
+        ([(0.8, -0.2), (0.9, -0.1)], ("pruned", "pruned"), [1]),
+        ([(0.5, np.nan)], (), []),
+    ],
+)
+def test_best_trials_are_those_that_no_other_one_beats(pairs, states, best):
+    study = study_by(pairs, states)
+    assert [trial.number for trial in study.best_trials] == best
+    # As the definition has it, trial by trial.
+    known = [t for t in study.trials if np.isfinite(list(t.scores.values())).all()]
+    known = [t for t in known if t.state != "pruned"] or known
+    scores = [np.array(list(t.scores.values())) for t in known]
+    expected = [
+        t.number for t, s in zip(known, scores) if not any((o >= s).all() and (o > s).any() for o in scores)
+    ]
+    assert sorted(best) == expected
+
+
+def test_with_one_metric_the_best_trial_is_the_only_one():
+    assert [trial.number for trial in study_of([{"a": 1}, {"a": 2}], [0.5, 0.7]).best_trials] == [1]
+
+
+def test_a_study_by_another_metric_has_its_scores_order_and_curves():
+    study = study_by([(0.9, -0.3), (0.8, -0.2)])
+    other = study.ranked_by("neg_log_loss")
+    assert (other.best_trial.number, other.best_score, other.metrics) == (
+        1,
+        -0.2,
+        ("neg_log_loss", "accuracy"),
+    )
+    np.testing.assert_array_equal(other.curves, study.curves_of("neg_log_loss"))
+    np.testing.assert_array_equal(other.curves_of("accuracy"), study.curves)
+    assert other.ranked_by("accuracy").trials == study.trials
+
+
+@pytest.mark.parametrize("method", ["ranked_by", "curves_of", "plot_pareto"])
+def test_a_metric_that_a_study_has_not_is_refused(method):
+    words = rf"{method}\(...\) must be one of the study's metrics, 'accuracy', 'neg_log_loss', got 'acuracy'. Did you"
+    with pytest.raises(InputError, match=words):
+        getattr(study_by([(0.9, -0.3)]), method)("acuracy")
+    with pytest.raises(
+        InputError, match=rf"{method}\('f1'\) needs a study of several metrics, and this one has 'acc"
+    ):
+        getattr(study_of([{"a": 1}], [0.5]), method)("f1")
+
+
+def test_tables_and_json_show_all_metrics():
+    study = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)])
+    assert re.search(r"trial +accuracy +log_loss", trials_table(study, width=100))
+    assert '"neg_log_loss": [\n    -0.3\n   ]' in trials_json(study)
+    text = best_text(study)
+    assert "log_loss 0.3000" in text and "By accuracy and log_loss 2 trials are beaten by no other:" in text
+    assert re.search(r"\n +1 +0.8000 +0.2000", text)
+    assert '"best_trials": [\n  0,\n  1\n ]' in best_json(study)
+
+
+def test_the_page_has_a_chart_and_columns_of_the_metrics():
+    study = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)])
+    ((name, chart),) = pareto_charts(study)
+    assert name == "neg_log_loss" and "trial 1: accuracy 0.8000, log_loss 0.2000" in chart.svg
+    assert "trial 2:" not in chart.svg  # beaten, so without a mark
+    html = page(study)
+    assert 'id="pareto"' in html and ">log_loss<" in html and ">not beaten<" in html
+    assert 'id="pareto"' not in page(study_of([{"a": 1}, {"a": 2}], [0.5, 0.7]))
+
+
+def test_the_plot_draws_the_trials_and_the_line_through_the_front():
+    pytest.importorskip("matplotlib").use("agg")
+    ax = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)]).plot_pareto()
+    (line,) = ax.lines
+    np.testing.assert_allclose(line.get_xydata(), [(0.9, 0.3), (0.8, 0.2)])
+    assert (len(ax.collections[0].get_offsets()), ax.get_ylabel()) == (3, "log_loss (lower is better)")
