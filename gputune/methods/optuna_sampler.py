@@ -18,7 +18,7 @@ from gputune.methods.distributions import Choices, as_optuna, described, distrib
 from gputune.methods.space import Space
 from gputune.methods.stopping import Halving
 from gputune.study.store import Result
-from gputune.types import Config
+from gputune.types import Config, first_metric
 
 if TYPE_CHECKING:
     import optuna
@@ -96,7 +96,7 @@ class OptunaStudy:
     def tell(self, trial: "optuna.Trial", result: Result) -> None:
         """Tell the result of a trial that was asked for; pruned and diverged ones as such."""
         if result.state == "pruned":
-            for epoch, mean in fold_means(result.ranked).items():
+            for epoch, mean in fold_means(result.curve).items():
                 trial.report(mean, epoch)
         if result.state == "complete":
             self.study.tell(trial, result.score)
@@ -113,7 +113,7 @@ class OptunaStudy:
                 value=None if result.state == "failed" else result.score,
                 params=self._labelled(params),
                 distributions=self.distributions,
-                intermediate_values=fold_means(result.ranked),
+                intermediate_values=fold_means(result.curve),
             )
         except ValueError:  # Optuna's own check of each value
             return False
@@ -129,7 +129,11 @@ class OptunaStudy:
 
 def fold_means(curve: np.ndarray) -> dict[int, float]:
     """Return epoch -> fold mean, from 1, of the epochs that were scored in every fold."""
-    return {epoch: mean for epoch, mean in enumerate(curve.mean(1).tolist(), 1) if mean == mean}
+    return {
+        epoch: mean
+        for epoch, mean in enumerate(first_metric(curve, axes=2).mean(1).tolist(), 1)
+        if mean == mean
+    }
 
 
 def state_of(optuna: ModuleType, state: str) -> object:

@@ -282,11 +282,6 @@ class Result:
         return cls(number, state, float(mean[at]), tuple(done[at].tolist()), at + 1, seconds, curve, detail)
 
     @property
-    def ranked(self) -> Curve:
-        """The curve (epochs, F) by the metric that ranks."""
-        return first_metric(self.curve, axes=2)
-
-    @property
     def metrics(self) -> Curve:
         """Fold scores (F, M) by all metrics at the best epoch; NaN where the trial failed."""
         table = self.curve if self.curve.ndim == 3 else self.curve[..., None]

@@ -62,14 +62,9 @@ class _RunningTrial:
     def number(self) -> int:
         return self.trial.number
 
-    @property
-    def ranked(self) -> np.ndarray:
-        """The curve (epochs, F) by the metric that ranks."""
-        return first_metric(self.curve, axes=2)
-
     def has_diverged(self, epoch: int) -> bool:
         """Whether it has no score up to an epoch."""
-        return bool(np.isnan(self.ranked[:epoch]).any())
+        return bool(np.isnan(first_metric(self.curve, axes=2)[:epoch]).any())
 
 
 class _RungSearch:
@@ -86,7 +81,7 @@ class _RungSearch:
         self.stops = rule.stops(context.epochs)
         configs = {trial.number: context.complete(trial.params) for trial in trials}
         ended = ledger.results
-        self.curves = {n: ended[n].ranked for n in configs if n in ended}  # of the trials that have ended
+        self.curves = {n: ended[n].curve for n in configs if n in ended}  # of the trials that have ended
         waiting = [trial for trial in trials if trial.number not in ended]
         self.running = [_RunningTrial(t, configs[t.number], context.no_curve) for t in waiting]
         free = free_bytes(torch.device("cpu")) // 4  # states wait in main memory, wherever they train
@@ -211,8 +206,9 @@ class _RungSearch:
         self._finish([trial for trial in self.running if trial in ended and len(trial.curve)])
         self.running = [trial for trial in self.running if trial not in ended]
         if epoch in self.stops and not self.context.is_over():
-            curves = self.curves | {trial.number: trial.ranked for trial in self.running}
-            pruned = self.rule.leaving(epoch, curves, self.context.epochs)
+            curves = self.curves | {trial.number: trial.curve for trial in self.running}
+            ranked = {number: first_metric(curve, axes=2) for number, curve in curves.items()}
+            pruned = self.rule.leaving(epoch, ranked, self.context.epochs)
             self._finish([trial for trial in self.running if trial.number in pruned], rung=epoch)
             self.running = [trial for trial in self.running if trial.number not in pruned]
 
@@ -228,7 +224,7 @@ class _RungSearch:
 
     def _store(self, results: Sequence[Result]) -> None:
         self.context.store(self.ledger, results)
-        self.curves |= {result.number: result.ranked for result in results}
+        self.curves |= {result.number: result.curve for result in results}
 
     def _show_ended(self, trials: Sequence[_RunningTrial], *, pruned: int = 0) -> None:
         """Count trials that have ended, and what is not trained of them."""
