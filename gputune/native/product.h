@@ -24,6 +24,33 @@
 
 typedef real vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
 
+/* Two vectors with the numbers of a and b in turn: of their first halves, and of their second. */
+#ifdef DOUBLE
+#define NUMBERS (VECTOR_BYTES / 8)
+typedef int64_t places __attribute__((vector_size(VECTOR_BYTES)));
+#else
+#define NUMBERS (VECTOR_BYTES / 4)
+typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
+#endif
+#if NUMBERS == 16
+#define FIRST 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define SECOND 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif NUMBERS == 8
+#define FIRST 0, 8, 1, 9, 2, 10, 3, 11
+#define SECOND 4, 12, 5, 13, 6, 14, 7, 15
+#elif NUMBERS == 4
+#define FIRST 0, 4, 1, 5
+#define SECOND 2, 6, 3, 7
+#else
+#define FIRST 0, 2
+#define SECOND 1, 3
+#endif
+#ifdef __clang__
+#define IN_TURN(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define IN_TURN(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
+#endif
+
 ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const real *a, long a_row, long a_column,
                         const real *b, long b_row, const real *bias, real *c, long c_row) {
     vector sum[TILE_ROWS][TILE_VECTORS];
