@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
 from gputune.data.encode import Layout, Statistics, transform
+from gputune.data.scaling import Scaling, scaling_of, table_inputs
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, standardised
 from gputune.data.target_transform import FittedTransform
@@ -74,33 +75,11 @@ def encode(
 
 
 @dataclass(frozen=True, eq=False)
-class Scaling:
-    """What an input becomes as it is gathered: ``(input - center) / scale``, of the fold that reads it.
-
-    ``center`` and ``scale`` are (F, ...) in the dtype of the study, with an axis of 1 or of the channels for each of a
-    row's own.
-    """
-
-    center: Tensor
-    scale: Tensor
-
-    def of_fold(self, fold: int) -> "Scaling":
-        """Return the scaling of one fold alone, on the CPU."""
-        return Scaling(self.center[fold : fold + 1].cpu(), self.scale[fold : fold + 1].cpu())
-
-    def __call__(self, rows: Tensor, folds: slice) -> Tensor:
-        """Return rows (F, ..., *row) of some folds, scaled."""
-        center = self.center[folds]
-        shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
-        return (rows.to(center.dtype) - center.view(shape)) / self.scale[folds].view(shape)
-
-
-@dataclass(frozen=True, eq=False)
 class Dataset:
     """X, y and folds of a study on one device. Axes: V distinct copies of X, n rows, D features, F folds, K classes.
 
     A copy of a table holds all rows, transformed by what was fitted on the training rows of the folds that read it.
-    Tensors of another shape have one copy, and are scaled as they are gathered.
+    Large tables, and tensors of another shape, have one copy where they can be scaled as they are gathered.
     """
 
     inputs: tuple[Tensor, ...]  # each (V, n, ...); a table is one (V, n, D); floats are gathered in ``dtype``
@@ -245,7 +224,7 @@ def make_dataset(
         inputs = tuple((x if on_host else x.to(device))[None] for x in raw.parts)
         copies, names = (0,) * len(folds), raw.names
     else:
-        inputs, copies = _table_inputs(raw, statistics, like)
+        inputs, copies, scaling = table_inputs(raw, statistics, like)
     y, *moments, transforms = standardised(target, folds, standardise)
     values, present = target.values, _present(target, folds, device)
     row_weights = [weights.for_fold(target, train) for train, _ in folds]
@@ -298,36 +277,6 @@ def _stays_on_host(arrays: Arrays, device: torch.device) -> bool:
 def staged(rows: Tensor, device: torch.device) -> Tensor:
     """Return gathered rows on a device; to a CUDA device they go from pinned memory, and nobody waits for that."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
-
-
-def _table_inputs(
-    raw: np.ndarray | Tensor, statistics: Sequence[Any], like: Tensor
-) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Return the copies of a table that folds read, (V, n, D), and which of them each fold reads."""
-    lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
-    distinct: dict[bytes, tuple[int, Statistics]] = {}
-    copies = []
-    for fitted in statistics:
-        fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
-        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped
-        key = b"".join(part.tobytes() for part in parts)
-        copies.append(distinct.setdefault(key, (len(distinct), fitted))[0])
-    x = like.new_empty((len(distinct), *raw.shape))
-    for number, fitted in distinct.values():
-        x[number].copy_(torch.as_tensor(transform(raw, fitted)))
-    return (x,), tuple(copies)
-
-
-def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
-    """Return how each input is scaled in each fold; a table's copies are scaled already."""
-    if not isinstance(statistics[0], ArrayStatistics):
-        return (None,)
-    channels = zip(*(fitted.channels for fitted in statistics))
-
-    def stacked(parts: Sequence[np.ndarray]) -> Tensor:
-        return torch.as_tensor(np.stack(parts)).to(like)
-
-    return tuple(None if of[0] is None else Scaling(*map(stacked, zip(*of))) for of in channels)
 
 
 def _stack(rows: Sequence[np.ndarray | None], device: torch.device) -> Tensor | None:

@@ -188,8 +188,11 @@ def _of_data(data: Dataset) -> dict[str, Array]:
     """What is read of the data, in the form in which the compiled code reads it."""
     shape = (data.n_folds, data.n_outputs)
     present = torch.ones(shape, dtype=torch.bool) if data.present is None else data.present
+    (scaling,) = data.scaling
     return {
         "x": data.x.contiguous(),
+        "center": None if scaling is None else scaling.center,
+        "scale": None if scaling is None else scaling.scale,
         "copies": np.array(data.copies, dtype=np.int64),
         "y": data.y.contiguous(),
         "weights": None if data.weights is None else data.weights.double().contiguous(),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset, Scaling
+from gputune.data.dataset import Dataset
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.draws import ModuleDraws
 from gputune.modules.member_code import MemberCode, Step
@@ -161,7 +161,7 @@ def _of_fold(data: Dataset, fold: int) -> Dataset:
         center=own(data.center),
         scale=own(data.scale),
         transforms=data.transforms[fold : fold + 1],
-        scaling=tuple(None if s is None else Scaling(own(s.center), own(s.scale)) for s in data.scaling),
+        scaling=tuple(s and replace(s, center=own(s.center), scale=own(s.scale)) for s in data.scaling),
     )
 
 

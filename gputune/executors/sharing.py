@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.dataset import Dataset, Fold, Scaling
+from gputune.data.dataset import Dataset, Fold
+from gputune.data.scaling import Scaling
 from gputune.errors import InputError
 
 _LARGE = 1 << 20  # bytes from which a tensor's file is looked for

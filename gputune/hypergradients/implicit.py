@@ -73,7 +73,7 @@ def implicit_gradients(
     CPU, 80 % of the free memory of a GPU); more members than fit are taken one lot after the other. Raises
     InputError where one member alone does not fit.
     """
-    everyone = torch.arange(len(problem.C), device=problem.x.device)
+    everyone = torch.arange(len(problem.C), device=problem.y.device)
     values, gradients = [], []
     for f, rows in enumerate(valid):
         fold = _fold(problem.x[f], problem.y, problem.weights[f], rows, outputs=solution.coef.shape[1])

@@ -46,7 +46,7 @@ _NUMBERS = (
     "folds", "trials", "inputs", "width", "outputs", "layers", "activation", "optimizer", "classes", "rows", "epoch",
     "horizon",
 )  # fmt: skip
-_BEFORE = ("x", "copies", "y", "weights", "present", "order", "lengths")
+_BEFORE = ("x", "center", "scale", "copies", "y", "weights", "present", "order", "lengths")
 _AFTER = (
     "widths", "sizes", "schedule", "lr", "decay", "momentum", "dropout", "draws", "draw_start", "draw_rows", "theta",
     "first", "second", "valid", "valid_start", "scored", "accuracy", "nanoseconds", "queue",

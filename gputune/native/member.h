@@ -13,6 +13,7 @@ typedef struct {
     int64_t rows;                 /* n of the data */
     int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
     const real *x;                /* (V, n, D) */
+    const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 where x is missing; NULL: x as it is */
     const int64_t *copies;        /* (F): V of a fold */
     const void *y;                /* (n) codes, or (F, n) values */
     const double *weights;        /* (F, n) or NULL */
@@ -123,5 +124,13 @@ static void move(const Work *w, Space *s, long f, long c, int back) {
 
 static void gather(const Work *w, long f, const int64_t *which, long rows, real *x) {
     const real *all = w->x + w->copies[f] * w->rows * w->inputs;
-    for (long i = 0; i < rows; i++) memcpy(x + i * w->inputs, all + which[i] * w->inputs, w->inputs * sizeof(real));
+    for (long i = 0; i < rows; i++, x += w->inputs) {
+        const real *from = all + which[i] * w->inputs;
+        if (!w->center) memcpy(x, from, w->inputs * sizeof(real));
+        else
+            for (long j = 0; j < w->inputs; j++) {
+                real value = (from[j] - w->center[f * w->inputs + j]) / w->scale[f * w->inputs + j];
+                x[j] = value == value ? value : 0;
+            }
+    }
 }

@@ -13,7 +13,8 @@ from scipy.sparse import issparse
 from torch import Tensor
 
 from gputune.data.arrays import ArrayLayout, Arrays, fit_channels
-from gputune.data.dataset import Dataset, Fold, scaling_of
+from gputune.data.dataset import Dataset, Fold
+from gputune.data.scaling import scaling_of
 from gputune.errors import InputError
 from gputune.memory import free_memory
 from gputune.types import Task

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset, Scaling
+from gputune.data.dataset import Dataset
+from gputune.data.scaling import Scaling
 from gputune.engine.job import Job, Outcome, Progress, train_chunk
 from gputune.errors import DivergedError
 from gputune.population.network import Network

@@ -22,6 +22,7 @@ from gputune.solver.objective import Point, Rows, objective, origin, rows_of, vi
 from gputune.types import Config
 
 CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
+HELD = 2**25  # numbers of all inputs of the folds that are solved at the same time
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
 PATIENCE = 10  # such steps in a row before a member is given up
 CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
@@ -57,7 +58,7 @@ class Problem:
     A fold with inputs that are not finite gets NaN. Objective: sklearn.linear_model.LogisticRegression's.
     """
 
-    x: Tensor  # (F, n, D) float64, one preprocessed copy a fold
+    x: Sequence[Tensor] | Tensor  # of each fold (n, D) float64, preprocessed
     y: Tensor  # (n,) class codes
     weights: Tensor  # (F, n) >= 0, 0 for a row that is no training row of the fold
     C: Tensor  # (C,) > 0, inf for no penalty
@@ -77,23 +78,43 @@ class Problem:
             raise InputError(f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {self.l1_ratio.tolist()}.")
 
 
+class _Inputs(Sequence[Tensor]):
+    """All rows as each fold reads them, made when they are asked for where folds share a copy."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return self.data.n_folds
+
+    def __getitem__(self, fold: int) -> Tensor:  # type: ignore[override]
+        return self.data.read(0, self.data.x[self.data.copies[fold], None], slice(fold, fold + 1))[0]
+
+
 def solve(problem: Problem) -> Solution:
     """Solve a problem for every fold and C.
 
     A member that has not reached the tolerance after ``max_steps``, or that float64 lets come no nearer, has
     ``converged`` false and the finite coefficients that it reached.
     """
-    parts, jobs = [], []
-    for x, weights in zip(problem.x, problem.weights):
+    parts: list[Solution] = []
+    jobs: list[Callable[[], None]] = []
+    held = 0
+    for f, weights in enumerate(problem.weights):
         keep = weights > 0
+        x = problem.x[f][keep]
+        if held + x.numel() > HELD:  # each fold has several copies of its rows
+            _run(jobs, x.device)
+            jobs, held = [], 0
+        held += x.numel()
         classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
         parts.append(_nothing_learned(classes, len(problem.C), x))
-        if not x[keep].isfinite().all():
+        if not x.isfinite().all():
             parts[-1].coef.fill_(torch.nan)
             parts[-1].converged.fill_(False)
         elif int(classes.sum()) > 1:
-            jobs += _jobs(parts[-1], problem, x, weights, classes)
-    _run(jobs, problem.x.device)
+            jobs += _jobs(parts[-1], problem, x, keep, weights[keep], classes)
+    _run(jobs, problem.y.device)
     return Solution(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Solution)))
 
 
@@ -112,20 +133,19 @@ def _run(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
 
 
 def _jobs(
-    solution: Solution, problem: Problem, x: Tensor, weights: Tensor, classes: Tensor
+    solution: Solution, problem: Problem, x: Tensor, keep: Tensor, weights: Tensor, classes: Tensor
 ) -> list[Callable[[], None]]:
-    """Return what solves all C of one fold on its own rows, chunk by chunk, and writes its part of ``solution``.
+    """Return what solves all C of one fold on its own rows x, chunk by chunk, and writes its part of ``solution``.
 
-    ``classes`` (K,) says which occur, two at least.
+    ``keep`` (n,) are these rows among all, ``classes`` (K,) says which occur, two at least. x is changed.
     """
-    keep, C = weights > 0, problem.C
-    x, codes = x[keep], (classes.cumsum(0) - 1)[problem.y[keep]]
+    C, codes = problem.C, (classes.cumsum(0) - 1)[problem.y[keep]]
     kept = torch.arange(1, device=x.device) if len(classes) == 2 else classes.nonzero()[:, 0]
-    total = weights[keep].sum()
-    share = weights[keep] / total
+    total = weights.sum()
+    share = weights / total
     huge = bool(x.abs().amax() > HUGE)
     scale = _scale(x) if huge else torch.ones_like(x[0])
-    x = x / scale
+    x = x / scale if huge else x
     x, center = _centred(x, share) if problem.fit_intercept else (x, torch.zeros_like(x[0]))
     most = torch.finfo(x.dtype).max  # infinity times the intercept's 0 would be NaN
     lasso, ridge = ((part / (C * total)).clamp_max(most) for part in (problem.l1_ratio, 1 - problem.l1_ratio))
@@ -172,11 +192,12 @@ def _scale(x: Tensor) -> Tensor:
 
 
 def _centred(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs less their weighted means, and the means; a constant input becomes zeros, not rounding errors."""
+    """Inputs less their weighted means, in place, and these; a constant input becomes zeros, not rounding errors."""
     center = share @ x
-    x = x - center
+    x -= center
     spread = (share @ x**2).sqrt()
-    return x * (spread > CONSTANT * center.abs()), center
+    x *= spread > CONSTANT * center.abs()
+    return x, center
 
 
 def _chunks(which: Tensor, C: Tensor, rows: Rows) -> tuple[Tensor, ...]:
@@ -263,7 +284,7 @@ def score_solution(data: Dataset, trials: int, solution: Solution, scoring: Scor
     scores = []
     for f, fold in enumerate(data.folds):
         members = slice(f * trials, (f + 1) * trials)
-        x = data.x[data.copies[f], fold.valid]
+        (x,) = data.rows(f, fold.valid)
         outputs = torch.baddbmm(intercept[members, None], x.expand(trials, -1, -1), coef[members].mT)
         scores.append(scoring.metrics(data, f, outputs, partial(_member, solution, f * trials)))
     return torch.stack(scores, 1).cpu().numpy()[:, None]
@@ -286,8 +307,7 @@ def problem_of(data: Dataset, configs: Sequence[Config]) -> Problem:
     for f, fold in enumerate(data.folds):
         weights[f, fold.train] = 1.0 if data.weights is None else data.weights[f, fold.train].double()
     C, l1_ratio = weights.new_tensor([[float(c["C"]), float(c["l1_ratio"])] for c in configs]).T
-    x = torch.stack([data.x[copy] for copy in data.copies])
-    return Problem(x, data.y, weights, C, l1_ratio, n_classes=data.n_outputs)
+    return Problem(_Inputs(data), data.y, weights, C, l1_ratio, n_classes=data.n_outputs)
 
 
 def as_softmax(solution: Solution) -> tuple[Tensor, Tensor]:

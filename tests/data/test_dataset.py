@@ -6,6 +6,8 @@ import pytest
 import torch
 from sklearn.model_selection import KFold
 
+import gputune
+from gputune.data import scaling
 from gputune.data.arrays import as_arrays, fit_channels
 from gputune.data.dataset import ScorerRows, make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
@@ -86,6 +88,47 @@ def test_equal_copies_are_kept_once():
     assert data.copies == (0, 1, 0)
     assert data.x.shape[0] == 2
     assert len(statistics) == 3
+
+
+LARGE = [
+    ("standard", 1, False),
+    ("standard", 1, True),
+    ("none", 3, False),
+    ("robust", 3, False),
+    ("quantile", 3, False),
+]
+
+
+@pytest.mark.parametrize(("numbers", "copies", "tensor"), LARGE)
+def test_folds_of_a_large_table_share_one_copy_where_an_affine_map_lies_between(
+    numbers, copies, tensor, monkeypatch
+):
+    X = table()[["a", "b"]].assign(t=1e9 + np.arange(N)) if tensor else table()
+    X = torch.from_numpy(X.to_numpy()) if tensor else as_table(X)
+    own, _ = build(X, numbers=numbers)
+    monkeypatch.setattr(scaling, "SHARED_BEYOND", own.input_bytes)
+    assert len(build(X, numbers=numbers)[0].x) == 3
+    monkeypatch.setattr(scaling, "SHARED_BEYOND", own.input_bytes - 1)
+    monkeypatch.setattr(scaling, "_BLOCK", 7)
+    shared, _ = build(X, numbers=numbers)
+    assert shared.input_bytes * 3 == own.input_bytes * copies
+    for fold in range(3):
+        ((one,), (other,)) = (data.rows(fold, torch.arange(N)) for data in (shared, own))
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+        assert fold or torch.equal(one, other)
+
+
+@pytest.mark.parametrize("model", ["mlp", "logistic"])
+def test_a_search_on_one_copy_is_that_on_copies(model, monkeypatch):
+    options = {"n_trials": 2, "cv": 3, "scoring": "neg_log_loss", "dtype": "float64", "verbose": 0}
+    options |= {"max_epochs": 3, "class_weight": "balanced"} if model == "mlp" else {}
+    own, shared = [], []
+    for beyond, found in ((scaling.SHARED_BEYOND, own), (0, shared)):
+        monkeypatch.setattr(scaling, "SHARED_BEYOND", beyond)
+        study = gputune.tune(model, table(), labels(), **options)
+        found += [study.curves, study.best_model().predict_proba(table())]
+    for one, other in zip(own, shared):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_a_regression_is_standardised_by_the_training_rows():

@@ -12,6 +12,7 @@ import torch
 
 import gputune
 import problems
+from gputune.data.scaling import Scaling
 from gputune.engine import compiled
 from gputune.engine.backend import choose_backend, trains_as
 from gputune.engine.mlp import StackedMLP
@@ -83,6 +84,21 @@ def test_company_and_threads_change_no_bit(activation):
         for f in range(data.n_folds):
             for a, b in zip(alone.member(f, 0).parameters(), one.member(f, c).parameters()):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_rows_that_are_scaled_as_they_are_gathered_change_no_bit(backend):
+    data = make_data(copies=False)
+    data.x[0, ::5, 1] = torch.nan
+    center = torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)
+    shared = replace(data, scaling=(Scaling(center, center.exp(), missing=True),))
+    (copies,) = zip(*(shared.rows(fold, torch.arange(data.n_rows)) for fold in range(3)))
+    assert (copies[2][::5, 1] == 0).all()
+    own = replace(data, inputs=(torch.stack(copies),), copies=(0, 1, 2))
+    configs = fill({"width": 8}, {"width": 14, "batch_size": 9})
+    one, other = (run(d, configs, backend=backend, scoring=scoring_of(d)) for d in (shared, own))
+    assert torch.equal(one.flat, other.flat)
+    np.testing.assert_array_equal(one.curves, other.curves)
 
 
 @pytest.mark.parametrize("scoring", ["accuracy", "neg_log_loss", "balanced_accuracy", "f1_weighted"])

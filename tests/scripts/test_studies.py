@@ -45,7 +45,7 @@ def test_the_speeds_of_modules_in_the_docs_are_those_of_the_results():
         assert f"| {row['name']} | {row['work']} | {numbers} |" in page
 
 
-SMALL_GRID = {"TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
+SMALL_GRID = {"ROWS": (1000,), "TRIALS": (1,), "WIDTHS": (16,), "BATCH_SIZES": (256,), "GROWTH": 2}
 GRID = ("--engines", "torch", "--trials", "2", "--epochs", "2")
 
 
@@ -56,11 +56,24 @@ def test_the_grid(script, study, monkeypatch):
     _, whole, text = study("grid", *GRID, **SMALL_GRID, AGREEMENT=1.0)
     cells = [(c["trials"], c["width"], c["batch_size"]) for c in whole["cells"]]
     assert cells == [(1, 16, 256), (2, 16, 256)]
-    cases = [(g["trials"], g["folds"], g["epochs"]) for g in whole["growth"]]
-    assert cases == [(2, 5, 2), (4, 5, 2), (2, 10, 2), (2, 5, 4)]
+    cases = [(g["trials"], g["folds"], g["epochs"], g["rows"]) for g in whole["growth"]]
+    assert cases == [(2, 5, 2, 0), (4, 5, 2, 0), (2, 10, 2, 0), (2, 5, 4, 0), (1, 5, 1, 1000)]
     assert "| width | batch size | 1 trial | 2 trials |" in text
-    assert re.search(r"^\| 16 \| 256 \| \S+x\S*, \S+x\S* \| \S+x\S*, \S+x\S* \|$", text, re.M)
-    assert "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
+    assert re.search(r"^\| 16 \| 256 \| \S+x\S* \| \S+x\S* \|$", text, re.M)
+    assert (
+        "| 2 | 10 | 2 | 40 | 0.50 | 12500 | 310 | 10 |" in text
+        and "| 1,000 | 0.5 | 500.0 | 310 | 10 |" in text
+    )
+
+
+def test_a_search_that_grows_by_rows(script):
+    grown = script("benchmark.studies.grid").measure_here(1, 2, 1, 300)
+    assert (grown.work, grown.rows) == (2, 300) and grown.seconds > 0 and grown.peak >= grown.before > 0
+
+
+@pytest.mark.long
+def test_a_million_rows_in_four_gibibytes(script):
+    assert script("benchmark.studies.grid").in_fresh_process(1, 5, 1, 1_000_000).peak < 4096
 
 
 @pytest.mark.long

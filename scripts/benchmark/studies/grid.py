@@ -1,7 +1,7 @@
 """gputune beside scikit-learn and the PyTorch loop over trials x widths x batch sizes, and what grows with the work.
 
 Every trial of a cell has the cell's width and batch size. The cells in which gputune is slower are in the table too.
-What grows is measured in fresh processes: python -m benchmark.studies.grid TRIALS FOLDS EPOCHS prints one as JSON.
+What grows is measured in fresh processes: python -m benchmark.studies.grid TRIALS FOLDS EPOCHS ROWS prints one as JSON.
 """
 
 import json
@@ -16,10 +16,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from sklearn.model_selection import KFold
+
 from benchmark.engines import choose, split_by_lack
 from benchmark.engines.gputune import train
 from benchmark.report import counted, describe_machine, page, publish, table
-from benchmark.studies.training import AGREEMENT, Measured, compiled_ratio, measure, ratio, runs
+from benchmark.studies.training import AGREEMENT, Measured, measure, ratio, runs
 from benchmark.work import Work, digits_work
 
 TRIALS = (1, 16)  # and the command's --trials
@@ -30,29 +33,33 @@ GROWTH = 8  # times the least number of trials, of folds, of epochs
 
 HOW = """\
 As in the table of all engines: the same trials, folds, epochs and float32; all that a user waits for is counted. Times
-are the medians of {repeats}. Each cell says how many times as fast gputune is, and then the same with the compiling
-of its C code left out, which a machine needs once. Below 1, in bold, gputune is the slower one. The mean accuracy of
-each engine over the cells must be the same, to {agreement}, before a time is shown.
+are the medians of {repeats}. Each cell says how many times as fast gputune is. Below 1, in bold, gputune is the slower
+one. The mean accuracy of each engine over the cells must be the same, to {agreement}, before a time is shown.
 
 Digits, 5 folds, {epochs} epochs. Mean accuracies: {means}.
 """
 
 GROWN = """\
-Digits, widths 16 to 64, each search in a fresh process, without compiling. Linear growth shows as a time for each
-trial, fold and epoch that does not rise; memory is the peak of the process, and how far it is above what the imports
-and the data took.
+Digits, widths 16 to 64, each search in a fresh process. Linear growth shows as a time for each trial, fold and epoch
+that does not rise; memory is the peak of the process, and how far it is above what the imports and the data took.
 """
+GROWN_ROWS = """\
+A table of {columns} columns in float32, one trial of width {width}, batch size {batch_size}, 5 folds, one epoch.
+"""
+ROWS = (62_500, 250_000, 1_000_000)
+COLUMNS, LARGE = 50, {"width": 16, "batch_size": 256}
 
 Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Growth:
-    """One search: seconds without compiling, and the peak memory of its process (MiB), before it and in all."""
+    """One search, of digits where ``rows`` is 0: seconds, and the memory of its process (MiB), before and at most."""
 
     trials: int
     folds: int
     epochs: int
+    rows: int
     seconds: float
     before: float
     peak: float
@@ -109,9 +116,7 @@ def _cell(work: Work, measured: Sequence[Measured]) -> Cell:
         "batch_size": work.trials[0]["batch_size"],
         "accuracy": {m.engine: m.accuracy() for m in measured},
         "seconds": {m.engine: list(m.seconds) for m in measured},
-        "compile": {m.engine: list(m.compile) for m in measured},
         "ratio": {m.engine: ratio(m, own) for m in rivals},
-        "ratio_compiled": {m.engine: compiled_ratio(m, own) for m in rivals},
     }
 
 
@@ -125,17 +130,19 @@ def markdown(machine: dict[str, Any], how: str, cells: Sequence[Cell], grown: Se
         rows = [(*shape, *(_ratios(cells, rival, *shape, n) for n in counts)) for shape in shapes]
         parts += [f"## Against {rival}", table(head, rows), _lost(cells, rival)]
     parts += ["## What grows with trials x folds x epochs", GROWN, growth_table(grown)]
+    parts += [
+        "## What grows with rows",
+        GROWN_ROWS.format(columns=COLUMNS, **LARGE),
+        growth_table(grown, by_rows=True),
+    ]
     return page("gputune over trials, widths and batch sizes", machine, *parts)
 
 
 def _ratios(cells: Sequence[Cell], rival: str, width: int, batch_size: int, trials: int) -> str:
     shape = (width, batch_size, trials)
     cell = next(c for c in cells if (c["width"], c["batch_size"], c["trials"]) == shape)
-    return ", ".join(_shown(cell[kind][rival]) for kind in ("ratio", "ratio_compiled"))
-
-
-def _shown(ratio: float) -> str:
-    return f"**{ratio:.2f}x**" if ratio < 1 else f"{ratio:.2f}x"
+    times = f"{cell['ratio'][rival]:.2f}x"
+    return f"**{times}**" if cell["ratio"][rival] < 1 else times
 
 
 def _lost(cells: Sequence[Cell], rival: str) -> str:
@@ -145,33 +152,43 @@ def _lost(cells: Sequence[Cell], rival: str) -> str:
 
 
 def measure_growth(*, trials: int, epochs: int, factor: int) -> list[Growth]:
-    """Measure the least work, then twice of its trials, of its folds and of its epochs, and so on to ``factor``."""
+    """Measure the least work, then twice of its trials, of its folds and of its epochs, to ``factor``; and ``ROWS``."""
     times = [1]
     while times[-1] < factor:
         times.append(2 * times[-1])
     cases = [
-        *((trials * n, FOLDS, epochs) for n in times),
-        *((trials, FOLDS * n, epochs) for n in times[1:]),
-        *((trials, FOLDS, epochs * n) for n in times[1:]),
+        *((trials * n, FOLDS, epochs, 0) for n in times),
+        *((trials, FOLDS * n, epochs, 0) for n in times[1:]),
+        *((trials, FOLDS, epochs * n, 0) for n in times[1:]),
+        *((1, FOLDS, 1, rows) for rows in ROWS),
     ]
     return [in_fresh_process(*case) for case in cases]
 
 
-def in_fresh_process(trials: int, folds: int, epochs: int) -> Growth:
+def in_fresh_process(trials: int, folds: int, epochs: int, rows: int) -> Growth:
     """Measure one search in a process that has done nothing else."""
-    command = [sys.executable, "-m", "benchmark.studies.grid", *map(str, (trials, folds, epochs))]
+    command = [sys.executable, "-m", "benchmark.studies.grid", *map(str, (trials, folds, epochs, rows))]
     scripts = Path(__file__).parents[2]
     said = subprocess.run(command, cwd=scripts, stdout=subprocess.PIPE, text=True, check=True).stdout
     return Growth(**json.loads(said))
 
 
-def measure_here(trials: int, folds: int, epochs: int) -> Growth:
+def measure_here(trials: int, folds: int, epochs: int, rows: int) -> Growth:
     """Measure one search in this process."""
     work = digits_work("narrow", n_trials=trials, epochs=epochs, folds=folds)
+    work = large(work, rows) if rows else work
     before, begin = peak_mib(), time.perf_counter()
-    outcome = train(work)
-    seconds = time.perf_counter() - begin - outcome.compile
-    return Growth(trials, folds, epochs, seconds, before, peak_mib())
+    train(work)
+    return Growth(trials, folds, epochs, rows, time.perf_counter() - begin, before, peak_mib())
+
+
+def large(work: Work, rows: int) -> Work:
+    """Return the work on a table of so many rows, with trials of one width and batch size."""
+    X = np.random.default_rng(0).standard_normal((rows, COLUMNS), dtype=np.float32)
+    parts = list(KFold(len(work.folds)).split(X))
+    return replace(
+        work, X=X, y=(X[:, 0] > X[:, 1]).astype(int), folds=parts, trials=[t | LARGE for t in work.trials]
+    )
 
 
 def peak_mib() -> float:
@@ -180,8 +197,14 @@ def peak_mib() -> float:
     return int(re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.M)[1]) / 1024
 
 
-def growth_table(grown: Sequence[Growth]) -> str:
-    """Return the report's table."""
+def growth_table(grown: Sequence[Growth], *, by_rows: bool = False) -> str:
+    """Return the report's table of the searches of digits, or of those of large tables."""
+    if by_rows:
+        found = [(g, f"{g.rows:,}", f"{g.seconds / g.rows * 1e6:.1f}") for g in grown if g.rows]
+        cells = [
+            (n, f"{g.seconds:.1f}", each, f"{g.peak:.0f}", f"{g.peak - g.before:.0f}") for g, n, each in found
+        ]
+        return table("rows|seconds|µs for each|peak MiB|above the start".split("|"), cells)
     head = "trials|folds|epochs|trials x folds x epochs|seconds|µs for each|peak MiB|above the start"
     rows = [
         (
@@ -189,9 +212,10 @@ def growth_table(grown: Sequence[Growth]) -> str:
             f"{g.peak:.0f}", f"{g.peak - g.before:.0f}",
         )
         for g in grown
+        if not g.rows
     ]  # fmt: skip
     return table(head.split("|"), rows)
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure_here(*map(int, sys.argv[1:4])))))
+    print(json.dumps(asdict(measure_here(*map(int, sys.argv[1:5])))))

@@ -1,0 +1,108 @@
+"""How folds read one table: each a copy of its own, or one copy that is scaled as its rows are gathered."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gputune.data.arrays import ArrayStatistics
+from gputune.data.encode import Statistics, transform
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """What an input becomes as it is gathered: ``(input - center) / scale``, of the fold that reads it.
+
+    ``center`` and ``scale`` are (F, ...) in the dtype of the study, with an axis of 1 or of the channels for each of a
+    row's own. With ``missing`` a NaN is a missing number, which becomes the mean of the fold's training rows: 0.
+    """
+
+    center: Tensor
+    scale: Tensor
+    missing: bool = False
+
+    def of_fold(self, fold: int) -> "Scaling":
+        """Return the scaling of one fold alone, on the CPU."""
+        return replace(
+            self, center=self.center[fold : fold + 1].cpu(), scale=self.scale[fold : fold + 1].cpu()
+        )
+
+    def __call__(self, rows: Tensor, folds: slice) -> Tensor:
+        """Return rows (F, ..., *row) of some folds, scaled."""
+        center = self.center[folds]
+        shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
+        scaled = (rows.to(center.dtype) - center.view(shape)) / self.scale[folds].view(shape)
+        return torch.where(scaled.isnan(), 0.0, scaled) if self.missing else scaled
+
+
+SHARED_BEYOND = 2**28
+"""Bytes of a table's copies from which on folds share one, scaled at each gather: small copies are read faster."""
+_BLOCK = 2**22  # numbers that are transformed at a time
+
+
+def table_inputs(
+    raw: np.ndarray | Tensor, statistics: Sequence[Any], like: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int, ...], tuple[Scaling | None, ...]]:
+    """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and how it scales it."""
+    lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
+    distinct, copies = _distinct(lost, statistics)
+    scaling = None
+    if len(distinct) > 1 and len(distinct) * math.prod(raw.shape) * like.element_size() > SHARED_BEYOND:
+        scaling = _from_first(lost, statistics, like)
+    if scaling is not None:
+        distinct, copies = [replace(statistics[0], fill=np.full(len(lost), np.nan))], (0,) * len(copies)
+    x = like.new_empty((len(distinct), *raw.shape))
+    rows = max(1, _BLOCK // raw.shape[1])
+    for copy, fitted in zip(x, distinct):
+        for begin in range(0, len(raw), rows):
+            block = raw[begin : begin + rows]
+            copy[begin : begin + rows] = torch.as_tensor(transform(block, fitted))
+    return (x,), copies, (scaling,)
+
+
+def _from_first(lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor) -> Scaling | None:
+    """Return what makes a fold's rows of the first fold's; None where more than a shift and a factor lies between.
+
+    ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their mean is the center.
+    """
+    first = statistics[0]
+    if any(s.ranked.size or s.clipped.size or (s.fill != s.center)[lost].any() for s in statistics):
+        return None
+    center = [(s.center - first.center) / first.scale for s in statistics]
+    scale = [s.scale / first.scale for s in statistics]
+    return Scaling(_stacked(center, like), _stacked(scale, like), missing=bool(lost.any()))
+
+
+def _stacked(parts: Sequence[np.ndarray], like: Tensor) -> Tensor:
+    return torch.as_tensor(np.stack(parts)).to(like)
+
+
+def scaling_of(statistics: Sequence[Any], like: Tensor) -> tuple[Scaling | None, ...]:
+    """Return how each input is scaled in each fold; a table's copies are scaled already."""
+    if not isinstance(statistics[0], ArrayStatistics):
+        return (None,)
+
+    def of(channels: Sequence[Any]) -> Scaling | None:
+        if channels[0] is None:
+            return None
+        center, scale = zip(*channels)
+        return Scaling(_stacked(center, like), _stacked(scale, like))
+
+    return tuple(map(of, zip(*(fitted.channels for fitted in statistics))))
+
+
+def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[Statistics], tuple[int, ...]]:
+    """Return the statistics that give different copies of X, and which of them each fold uses."""
+    distinct: dict[bytes, tuple[int, Statistics]] = {}
+    copies = []
+    for fitted in statistics:
+        fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
+        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped
+        key = b"".join(part.tobytes() for part in parts)
+        number, _ = distinct.setdefault(key, (len(distinct), fitted))
+        copies.append(number)
+    return [fitted for _, fitted in distinct.values()], tuple(copies)
