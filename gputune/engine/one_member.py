@@ -25,7 +25,7 @@ from gputune.population.batches import StepShape
 from gputune.population.network import Network
 
 _Path = tuple[Any, ...]
-"""Names of attributes and keys of dicts, from an optimizer to what it holds."""
+"""Names of attributes and keys of dicts, from a chunk to what it holds."""
 
 
 class OneMember:
@@ -33,8 +33,8 @@ class OneMember:
 
     def __init__(self, chunk: StackedChunk, fold: int, seed: int) -> None:
         network, data = _network_of(chunk, fold, seed), _of_fold(chunk.validation.data, fold)
-        if network.objective.augment is not None or network.scheduled:
-            raise TraceError("a function of the user's, or a schedule in the module, is in no code")
+        if network.objective.augment is not None:
+            raise TraceError("a function of the user's is in no code")
         self.chunk = chunk
         self.own = StackedChunk(
             network,
@@ -50,9 +50,10 @@ class OneMember:
         if self.own.draws is None and network.traits.draws:
             raise TraceError("what it draws depends on more than the key of the step")
         self.tables: list[tuple[_Path, Tensor]] = []
-        self._match(self.own.update, ())
-        self._match(self.own.update.update, ("update",))
-        self._match(self.own.update.update.clock, ("update", "clock"))
+        self._match(self.own.update, ("update",))
+        self._match(self.own.update.update, ("update", "update"))
+        self._match(self.own.update.update.clock, ("update", "update", "clock"))
+        self.own.dropout = self._shared(chunk.dropout, ("dropout",))
         self.memories: dict[int, torch.UntypedStorage] = {}
 
     def write(self, code: MemberCode) -> None:
@@ -96,7 +97,7 @@ class OneMember:
 
     def _match(self, mine: object, path: "_Path") -> None:
         """Let a part of the optimizer be like the chunk's: with a table wherever members may differ there."""
-        for name, value in vars(_at(self.chunk.update, path)).items():
+        for name, value in vars(_at(self.chunk, path)).items():
             if (isinstance(value, Tensor) and value.dim() == 2) or isinstance(value, dict):
                 setattr(mine, name, self._shared(value, (*path, name)))
             elif isinstance(value, Tensor) and getattr(mine, name) is None:
@@ -226,7 +227,7 @@ class Space:
         self._fill(zip(rows, self.states))
         for path, table in self.tables:
             if table is not None:
-                value = _at(chunk.update, path)
+                value = _at(chunk, path)
                 if isinstance(value, Tensor):
                     table.copy_(_part(value, fold, trial))
                 else:

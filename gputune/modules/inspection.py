@@ -108,10 +108,11 @@ def check_rates(name: str, config: Config, traits: Traits, *, usual: Config) -> 
         )
 
 
-def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, coded: bool) -> None:
-    """Remember how a module's members train fastest, with these module__* values as text."""
+def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, coded: bool) -> bool:
+    """Remember how a module's members train fastest, with these module__* values as text; return whether it is news."""
     known = _known[data][builder]
-    known[arguments] = replace(known[arguments], slow=slow, coded=coded)
+    before, known[arguments] = known[arguments], replace(known[arguments], slow=slow, coded=coded)
+    return before != known[arguments]
 
 
 def inspect_module(

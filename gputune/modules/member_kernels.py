@@ -26,6 +26,10 @@ _COMPARED = {
     "gt": ">", "lt": "<", "ge": ">=", "le": "<=", "eq": "==", "ne": "!=", "logical_and": "&&", "logical_or": "||",
 }  # fmt: skip
 
+_E = "EXP({self} < 20 ? {self} : 20)"
+_W = f"({_E} * ({_E} + 2))"
+"""Of mish: tanh(log(1 + e)) = w / (w + 2) with w = e (e + 2), e = exp(x), which takes no difference of like numbers."""
+
 FORMULAS = {
     "add": "{self} + {alpha} * {other}",
     "sub": "{self} - {alpha} * {other}",
@@ -36,6 +40,7 @@ FORMULAS = {
     "abs": "fabs({self})",
     "exp": "EXP({self})",
     "log": "log({self})",
+    **{name: f"{name}({{self}})" for name in ("log2", "log1p", "expm1", "floor")},
     "sqrt": "sqrt({self})",
     "rsqrt": "1 / sqrt({self})",
     "reciprocal": "1 / {self}",
@@ -61,6 +66,20 @@ FORMULAS = {
         "{grad_output} * ((REAL)0.5 * (1 + erf({self} * (REAL)0.70710678118654752))"
         " + {self} * (REAL)0.39894228040143268 * EXP((REAL)-0.5 * {self} * {self}))"
     ),
+    "mish": f"{{self}} * {_W} / ({_W} + 2)",
+    "mish_backward": (
+        f"{{grad_output}} * ({_W} / ({_W} + 2)"
+        f" + {{self}} * {_E} / (1 + {_E}) * 4 * ({_W} + 1) / (({_W} + 2) * ({_W} + 2)))"
+    ),
+    "elu": "{self} > 0 ? {scale} * {self} : {scale} * {alpha} * (EXP({input_scale} * {self}) - 1)",
+    "elu_backward": (
+        "{self_or_result} > 0 ? {scale} * {grad_output}"
+        " : {grad_output} * {input_scale} * {scale} * {alpha} * EXP({input_scale} * {self_or_result})"
+    ),
+    "leaky_relu": "{self} > 0 ? {self} : {negative_slope} * {self}",
+    "leaky_relu_backward": "{self} > 0 ? {grad_output} : {negative_slope} * {grad_output}",
+    "softplus": "{self} * {beta} > {threshold} ? {self} : log1p(EXP({self} * {beta})) / {beta}",
+    "softplus_backward": "{self} * {beta} > {threshold} ? {grad_output} : {grad_output} / (1 + EXP(-{self} * {beta}))",
     "remainder": "({self} % {other} + {other}) % {other}",
     "fill": "{value}",
     "copy": "{src}",
@@ -80,7 +99,12 @@ FORMULAS = {
 
 _OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
-_DEFAULTS: dict[str, object] = {"rounding_mode": None, "approximate": "none"}
+_DEFAULTS: dict[str, object] = {
+    "rounding_mode": None,
+    "approximate": "none",
+    "is_result": False,
+    "self_is_result": False,
+}
 
 
 @dataclass
@@ -191,11 +215,13 @@ class Writer:
         flat, size = loops.is_flat, loops.sizes[:1]
         loops = loops.with_outer("n")
         real = _c_type(dtype)
-        words = {word: f"(({real})p{i + 1}[{loops.index(i + 1)}])" for i, word in enumerate(places)}
+        # All are read, whatever the formula: a compiler makes no vectors of loads that depend on a condition.
+        reads = [f"{real} x{i} = p{i}[{loops.index(i)}];" for i in range(1, len(operands))]
+        words = {word: f"x{i}" for i, word in enumerate(places, 1)}
         words |= {word: f"(({real})s{i})" for i, word in enumerate(numbers)}
         value = formula.format(**words).replace("REAL", real)
         value = value.replace("EXP(", "exponential(" if real == self.real else "exp(")
-        body = loops.nest(f"p0[{loops.index(0)}] = {value};")
+        body = loops.nest("\n".join([*reads, f"p0[{loops.index(0)}] = {value};"]))
         typed = [f"{self.type(place)} *p{i}" for i, place in enumerate(operands)]
         typed += [*(f"double s{i}" for i in range(len(numbers))), *["long n"] * len(size)]
         line = Line(self._kernel(typed, body), [self.pointer(place) for place in operands], [])

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from gputune.modules.loops import Loops, over
 from gputune.modules.member_kernels import Line, Writer
 from gputune.modules.trace import Operation, Place, TraceError
@@ -146,9 +148,11 @@ def _along(
 def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
     """Rows, or numbers, whose places an index says."""
     x: Place = given["self"]
-    index: Place = given["index"]
-    axis = given["dim"] % max(1, len(x.shape))
-    one = op.name == "index_select"
+    one = op.name != "gather"
+    if op.name == "index":
+        axis, index = _one_index(op, given["indices"])
+    else:
+        axis, index = given["dim"] % max(1, len(x.shape)), given["index"]
     of_index = [0] * len(out.shape) if one else list(index.stride)
     if one:
         of_index[axis] = index.stride[0] if index.shape else 0
@@ -160,6 +164,14 @@ def _chosen(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator
         loops = replace(loops, strides=(*loops.strides[:2], ("(long)s0", *loops.strides[2][1:])))
     at = f"p1[{loops.index(2)} + p2[{loops.index(1)}] * {x.stride[axis]}]"
     yield writer.call([out, x, index], loops.nest(f"p0[{loops.index(0)}] = {at};"), numbers, sizes=sizes)
+
+
+def _one_index(op: Operation, indices: Sequence[Place | None]) -> tuple[int, Place]:
+    """Return the axis along which places are chosen, and their numbers, where that is all."""
+    (axis, index), *others = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if others or len(index.shape) != 1 or index.dtype == torch.bool:
+        raise TraceError(f"{op.function} of several indices is in no code")
+    return axis, index
 
 
 def _embedding(writer: Writer, given: Given, op: Operation, out: Place) -> Iterator[Line]:
@@ -305,7 +317,7 @@ LAYERS: dict[str, Callable[..., Iterator[Line]]] = {
     "_log_softmax": _log_softmax,
     "_softmax_backward_data": _softmax_slope,
     "_log_softmax_backward_data": _log_softmax_slope,
-    **dict.fromkeys(("gather", "index_select"), _chosen),
+    **dict.fromkeys(("gather", "index_select", "index"), _chosen),
     "embedding": _embedding,
     "embedding_dense_backward": _embedding_slope,
     **dict.fromkeys(("cat", "stack"), _joined),

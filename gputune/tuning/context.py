@@ -21,7 +21,7 @@ from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of
 from gputune.optimizers.classes import alone_because
-from gputune.population.population import Population, shape_of
+from gputune.population.population import Population, arguments_text, shape_of
 from gputune.scoring.scoring import Scoring, shape_of_scores
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate, Chunk, Result
@@ -67,8 +67,8 @@ class Context:
     """What became of the columns of X where they are not one feature each, for messages about shapes."""
     needs: dict[object, Need | None] = field(default_factory=dict)
     """What shapes were measured to take of the device's memory."""
-    timed: set[str] = field(default_factory=set)
-    """The module__* values, as text, whose ways of training were timed."""
+    timed: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    """How members train fastest, by those module__* values, as text, on which their sizes may depend."""
     faults: dict[str, None] = field(default_factory=dict)
     """What went wrong while chunks trained and did no harm, a sentence each."""
 
@@ -139,20 +139,25 @@ class Context:
             return False
         has_news = False
         stacked = [chunk for chunk, way in zip(plan.chunks, plan.ways) if way != "loop"]
-        for arguments, chunk in {chunk.arguments: chunk for chunk in reversed(stacked)}.items():
-            if arguments in self.timed:
-                continue
-            self.timed.add(arguments)
-            trials = sum(len(other.index) for other in stacked if other.arguments == arguments)
-            rows = sum(len(fold.train) for fold in data.folds)
-            steps = trials * epochs * rows / chunk.configs[0]["batch_size"]
-            job = self.trainer.job(Job, epochs=epochs)
-            slow, coded = fastest_way(job, data, chunk, member_steps=steps)
-            if slow:
-                self.progress.say(f"note: {self.choice.name} trains one by one, which is faster here: {slow}")
-            if slow or coded:
-                note_fastest(builder, data, arguments, slow=slow, coded=coded)
-                has_news = True
+        alike: dict[str, list[Population]] = {}
+        for chunk in stacked:
+            # A fraction, such as a standard deviation of the start, is no size: its trials are timed once.
+            sizes = {key: value for key, value in chunk.configs[0].items() if not isinstance(value, float)}
+            alike.setdefault(arguments_text(sizes), []).append(chunk)
+        rows = sum(len(fold.train) for fold in data.folds)
+        for key, chunks in alike.items():
+            if key not in self.timed:
+                trials = sum(len(chunk.index) for chunk in chunks)
+                steps = trials * epochs * rows / chunks[0].configs[0]["batch_size"]
+                job = self.trainer.job(Job, epochs=epochs)
+                self.timed[key] = fastest_way(job, data, chunks[0], member_steps=steps)
+                if slow := self.timed[key][0]:
+                    self.progress.say(
+                        f"note: {self.choice.name} trains one by one, which is faster here: {slow}"
+                    )
+            slow, coded = self.timed[key]
+            for arguments in {chunk.arguments for chunk in chunks}:
+                has_news |= note_fastest(builder, data, arguments, slow=slow, coded=coded)
         return has_news
 
     def recorded_plans(

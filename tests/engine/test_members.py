@@ -11,7 +11,9 @@ from torch import nn
 from gputune.engine.members import MemberChunk
 from gputune.engine.stacked import StackedChunk
 from gputune.engine.train import train
+from gputune.models import RealMLP
 from gputune.modules import draws
+from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule, Traits
 from gputune.native import build as built
 from gputune.scoring.objective import Objective
@@ -91,6 +93,28 @@ def test_members_differ_in_the_numbers_of_their_loss():
     for one in (chunk, other):
         one.advance(0)
     assert_alike(chunk, other)
+
+
+@pytest.mark.parametrize("goal", ["binary", "regression"])
+def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal):
+    data = make_data(goal)
+    configs = fill(
+        *({"lr": 0.01, "batch_size": 9, "dropout": rate, "dropout_schedule": word, "schedule": "coslog4",
+           "lr_factor__scale": 6.0, "module__width": 5, "module__depth": 2}
+          for rate, word in ((0.1, "flat_cos"), (0.0, "constant"), (0.4, "linear")))
+    )  # fmt: skip
+    traits, options = (
+        traits_of(RealMLP, configs[0], data),
+        {"seed": 0, "horizon": 6, "scoring": scoring_of(data)},
+    )
+    shape = replace(shape_of(data), rows=data.training_rows)
+    network = StackedModule(RealMLP, configs, shape, seed=0, traits=traits)
+    chunk, other = (kind(network, data, configs, **options) for kind in (MemberChunk, StackedChunk))
+    for epoch in range(2):
+        for one in (chunk, other):
+            one.advance(epoch)
+        assert_alike(chunk, other)
+        assert np.allclose(chunk.scores(), other.scores())
 
 
 def test_trials_leave_and_draws_are_made_a_few_steps_ahead(monkeypatch):

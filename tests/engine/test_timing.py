@@ -92,3 +92,30 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
     gputune.tune(Net, make_data().x[0].float(), make_data().y, n_trials=2, cv=2, workers=1, verbose=0)
     assert len(sources) == 2
     assert sources[0] == sources[1]
+
+
+class Scaled(nn.Linear):
+    def __init__(self, n_features, n_outputs, spread=1.0, bias=True):
+        super().__init__(n_features, n_outputs, bias=bias)
+        nn.init.normal_(self.weight, std=spread)
+
+
+@pytest.mark.cpu
+def test_trials_that_differ_in_fractions_alone_are_timed_once(monkeypatch, capsys):
+    timed = []
+
+    def timing_of(job, data, chunk, *, member_steps):
+        timed.append((chunk.configs[0].get("module__bias"), member_steps))
+        return "", True
+
+    monkeypatch.setattr("gputune.tuning.context.fastest_way", timing_of)
+    X, y = make_data().x[0].float(), make_data().y
+    space = {
+        "lr": [0.01],
+        "module__spread": [0.1, 0.2, 0.4],
+        "module__bias": [True, False],
+        "batch_size": [16],
+    }
+    gputune.tune(Scaled, X, y, space=space, n_trials=6, cv=2, max_epochs=2, workers=1, verbose=1)
+    assert sorted(timed) == [(False, 3 * 2 * len(X) / 16), (True, 3 * 2 * len(X) / 16)]
+    assert "recorded" not in capsys.readouterr().err.split("plan:")[1]

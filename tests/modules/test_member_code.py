@@ -36,13 +36,44 @@ STEPS = {
         (2 - x) / (x + 3) - x.neg().abs() * x.square() + x**3 + (x + 1) ** 0.3
     ),
     "functions": lambda t, x: t.copy_(
-        x.exp() + (x + 1).log() + (x + 1).sqrt() + (x + 1).rsqrt() + x.sin() + x.cos() + x.erf()
+        x.exp()
+        + (x + 1).log()
+        + (x + 1).sqrt()
+        + (x + 1).rsqrt()
+        + (x + 1).log2()
+        + x.log1p()
+        + x.expm1()
+        + x.expm1()
+        + (9 * x).floor()
+        + x.sin()
+        + x.cos()
+        + x.erf()
     ),
     "activations": lambda t, x: t.copy_(
-        x.tanh() + x.sigmoid() + F.silu(x) + F.gelu(x) + F.relu(x) + x.clamp_min(-0.1) + x.clamp_max(0.1)
+        x.tanh()
+        + x.sigmoid()
+        + F.silu(x)
+        + F.gelu(x)
+        + F.relu(x)
+        + x.clamp_min(-0.1)
+        + x.clamp_max(0.1)
+        + F.mish(30 * x)
+        + F.selu(x)
+        + F.leaky_relu(x)
+        + F.softplus(x, 20, 9)
+        + F.elu(x, 0.5)
+        + F.leaky_relu(x)
+        + F.softplus(x, 20, 9)
     ),
     "slopes": lambda t, x: t.copy_(
-        slope(torch.tanh, x) + slope(torch.sigmoid, x) + slope(F.gelu, x) + slope(F.relu, x)
+        slope(torch.tanh, x)
+        + slope(torch.sigmoid, x)
+        + slope(F.gelu, x)
+        + slope(F.relu, x)
+        + torch.ops.aten.mish_backward(x, 30 * x)
+        + slope(F.leaky_relu, x)
+        + slope(lambda v: F.softplus(v, 20, 9), x)
+        + slope(F.selu, x)
     ),
     "conditions": lambda t, x: t.copy_(
         torch.where((x > 0) & ~(x > 0.5), x, -x).masked_fill(x.eq(x[0, 0]), 7.0)
@@ -58,7 +89,7 @@ STEPS = {
         slope(lambda v: v.softmax(0), x) + slope(lambda v: v.log_softmax(1), x)
     ),
     "chosen rows": lambda t, x: t.copy_(
-        x.index_select(1, FOUR) + x.index_select(0, IDS[1, 1:]) + x.gather(1, FOUR.expand(2, 4))
+        x.index_select(1, FOUR) + x.index_select(0, IDS[1, 1:]) + x.gather(1, FOUR.expand(2, 4)) + x[:, FOUR]
     ),
     "an embedding": lambda t, x: t.copy_(
         F.embedding(IDS, torch.cat([x, x])).sum(1)
@@ -124,6 +155,7 @@ REFUSED = {
     "gelu of another kind": lambda t, x: t.copy_(F.gelu(x, approximate="tanh")),
     "div of another kind": lambda t, x: t.copy_(torch.div(x, 0.3, rounding_mode="floor")),
     "a remainder of fractions": lambda t, x: t.copy_(x % 0.3),
+    "aten.index.Tensor of several": lambda t, x: t.copy_(x[IDS[0], IDS[1]].sum() + x),
     "torch.bfloat16": lambda t, x: t.copy_(x.bfloat16() * 2),
     "a product of torch.float64": lambda t, x: t.copy_(x.double() @ x.double().mT @ x.double()),
     "nll_loss_forward.default of other": lambda t, x: t.copy_(F.cross_entropy(x, IDS[0, :2], x[0])),
