@@ -79,11 +79,14 @@ class SearchInterrupted(KeyboardInterrupt):
     study   the Study so far
     signal  number of the signal: 2 for Ctrl-C, 15 for SIGTERM
     report  what the command line prints of it on standard output
+    at_once whether a second signal ended the running epoch too
     """
 
-    def __init__(self, message: str, *, study: Any, signal: int, report: str = "") -> None:
+    def __init__(
+        self, message: str, *, study: Any, signal: int, report: str = "", at_once: bool = False
+    ) -> None:
         super().__init__(message)
-        self.study, self.signal, self.report = study, signal, report
+        self.study, self.signal, self.report, self.at_once = study, signal, report, at_once
 
 
 class Terminated(KeyboardInterrupt):

@@ -83,11 +83,14 @@ def closing_text(ending: Ending, *, width: int) -> str:
 
 def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
     """Return what is there when Ctrl-C has ended ``gputune`` with the words ``typed``: the table, and how to go on."""
-    parts = [_understood(ending, width)]
+    parts, places = [_understood(ending, width)], [*_kept(ending, _STATES, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
+    if ending.model_folder is not None:
+        parts.append(_scores(ending, width))
+        places += _model_and_next(ending.model_folder)
     go_on = f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *typed]))}"
-    return "\n\n".join([*parts, "\n".join([*_kept(ending, _STATES, width), go_on])])
+    return "\n\n".join([*parts, "\n".join([*places, go_on])])
 
 
 def _understood(ending: Ending, width: int) -> str:
@@ -297,9 +300,13 @@ def _whereabouts(ending: Ending, width: int) -> str:
         study = clean(ending.study_file)
         places = [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]
     else:
-        model = clean(ending.model_folder)
-        places = [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
+        places = _model_and_next(ending.model_folder)
     return "\n".join([*_kept(ending, words, width), *places])
+
+
+def _model_and_next(folder: Path) -> list[str]:
+    model = clean(folder)
+    return [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
 
 
 def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:

@@ -10,12 +10,13 @@ import sys
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from gputune.cli.arguments import model_folder, study_file
 from gputune.report.facts import best_trial, is_its_model, seconds_text, states_text
+from gputune.study.claims import Claims
 from gputune.study.record import has_form
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
@@ -230,14 +231,10 @@ def status(arguments: Namespace) -> str:
     file = study_file(arguments.study)
     if not arguments.watch:
         return status_text(file)
-    begun: tuple[float, int] | None = None  # when the watch began, and the trials that were finished then
     while True:
         study = Study.open(file)
-        done, now = _finished(study), time.monotonic()
-        begun = begun or (now, done)
-        left = _seconds_left(study, done, now - begun[0], done - begun[1])
-        text = f"{status_text(file, study)}{left}{_best_curves(study)}"
-        if done == len(study.trials):
+        text = f"{status_text(file, study)}{_best_curves(study)}"
+        if _finished(study) == len(study.trials):
             return text
         screen = f"\x1b[H\x1b[J{text}\n" if sys.stdout.isatty() else f"{text}\n\n"
         sys.stdout.write(screen)
@@ -255,6 +252,7 @@ def status_text(file: Path, study: Study | None = None) -> str:
         ("Study", clean(file)),
         ("Trials", f"{_finished(study)} of {of} finished{f': {states_text(study)}' if states else ''}"),
         ("Best", _best(study, trains_on=states["waiting"] > 0)),
+        *(("Running", line) for line in _running(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
     return "\n".join(f"{name:9}{text}" for name, text in lines)
@@ -264,12 +262,16 @@ def _finished(study: Study) -> int:
     return sum(trial.state not in ("waiting", "stopped") for trial in study.trials)
 
 
-def _seconds_left(study: Study, done: int, seconds: float, news: int) -> str:
-    """Return what is left by the pace since the watch began, a line; nothing before there is one."""
-    if not news or done == len(study.trials):
-        return ""
-    left = seconds / news * (len(study.trials) - done)
-    return f"\n{'Left':9}about {seconds_text(left)}, by the pace since this began to look"
+def _running(file: Path, study: Study) -> Iterator[str]:
+    """Yield for each process that trains how far it is, and the best fold mean that it has seen at any epoch."""
+    with Claims(file) as claims:
+        for owner, progress in claims.shown():
+            best = progress["best"]
+            measure = study.record.measure(math.nan if best is None else best)
+            seen = "" if best is None else f", best so far {measure.title} {measure.text(best)}"
+            left = "" if progress["left"] is None else f", about {seconds_text(progress['left'])} left"
+            done = f"{progress['done']} of {progress['of']} {clean(progress['unit'])}"
+            yield f"{clean(owner)}: {done}{seen}{left}"
 
 
 def _best_curves(study: Study) -> str:

@@ -21,7 +21,7 @@ from gputune.cli.wording import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES
 from gputune.data.source import Source, read_source, set_apart
 from gputune.data.target import check_target
-from gputune.errors import InputError, SearchFailedError, SearchInterrupted, Terminated
+from gputune.errors import DivergedError, InputError, SearchFailedError, SearchInterrupted, Terminated
 from gputune.methods.descent import Hypergradient
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
@@ -134,7 +134,12 @@ def _finish(
                 study_type=Study,
             )
         except SearchInterrupted as stop:
-            stop.report = stopped_text(ending(stop.study, None), arguments.typed, width=width)
+            is_saved = False
+            if keeps_model and stop.signal == CTRL_C and not stop.at_once:
+                is_saved, held_out = _best_so_far(stop.study, recorded, folder, intervals=intervals)
+            kept = ending(stop.study, held_out)
+            kept = kept if is_saved else replace(kept, model_folder=None)
+            stop.report = stopped_text(kept, arguments.typed, width=width)
             raise
         if keeps_model:
             with profile.clock("training the best on all rows"):
@@ -176,6 +181,27 @@ def _check_intervals(rest: Source, options: Options) -> None:
         what = "the points of a descent do not train on its folds again"
     if what:
         raise InputError(f"--intervals is for one number to be predicted, and {what}; leave it out.")
+
+
+def _best_so_far(
+    study: Study, recorded: RecordedSearch, folder: Path, *, intervals: bool
+) -> tuple[bool, HeldOut | None]:
+    """Save the model of the best trial so far, where there is one; return whether it is, and its held-out score.
+
+    A trial that was cut short trains for as many epochs as its best score took. Another Ctrl-C ends this, and an
+    ensemble of an earlier call stays.
+    """
+    if not any(math.isfinite(trial.score) for trial in study.trials) or "ensemble" in _saved(folder).get(
+        "spec", {}
+    ):
+        return False, None
+    Progress(recorded.options.verbose).say("training the best trial so far on all rows (Ctrl-C: do without)")
+    try:
+        model, held_out = _scored(study.best_model(intervals=intervals), recorded, study)
+    except (DivergedError, KeyboardInterrupt):
+        return False, None
+    model.save(folder)
+    return True, held_out
 
 
 def _trained(study: Study) -> Trial:

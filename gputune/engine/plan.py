@@ -27,6 +27,7 @@ _COMPILED_BYTES = 64 << 20  # of compiled members: an epoch is then long beside 
 _CODED_BYTES = (
     256 << 20
 )  # the same of a user's module, whose chunks each take some tenths of a second to begin
+_FEW = 3  # trials of the first chunk, which is there for an early answer
 _FREE_SHARE = 0.8  # of the GPU memory that is free
 _MEASURED_SHARE = 0.5  # of the limit, beyond which an estimate of a population's memory is not enough
 _WORKERS_PAY = 3.0  # estimated seconds of work from which a second process repays its start
@@ -56,6 +57,24 @@ class Plan:
     ways: tuple[Backend, ...] = ()
     gpus: bool = False
     """Whether each worker has a GPU."""
+
+    def answering_early(self, folds: int) -> "Plan":
+        """Return the plan of a search whose first result comes early, of as much work.
+
+        The first trial and a few of its shape are a chunk of their own where that costs nothing, and come first. One
+        worker then takes the shortest chunk first; several take the longest first, so that they end together.
+        """
+        ordered = list(zip(self.chunks, self.ways))
+        if self.workers == 1:
+            ordered.reverse()
+        place = next(at for at, (chunk, _) in enumerate(ordered) if 0 in chunk.index)
+        chunk, way = ordered.pop(place)
+        few = max(_FEW, -(-2 * self.threads // folds))  # each thread has two members or more
+        if way == "compiled" and len(chunk.index) >= 2 * few:
+            ordered.insert(place, (chunk.part(few, len(chunk.index)), way))
+            chunk = chunk.part(0, few)
+        ordered.insert(0, (chunk, way))
+        return replace(self, chunks=tuple(c for c, _ in ordered), ways=tuple(w for _, w in ordered))
 
     def __str__(self) -> str:
         sizes = [len(chunk.index) for chunk in self.chunks]

@@ -28,7 +28,9 @@ from filelock import lock_descriptor
 
 from gputune.errors import InputError
 from gputune.study.database import connect, transaction, translated
+from gputune.study.record import has_form
 from gputune.study.rows import MALFORMED, Chunk
+from gputune.types import Json
 
 SETUP, SEARCH = -1, -2
 """What is claimed beside the chunks 0, 1, ...: adding to the plan, and the whole search."""
@@ -38,6 +40,9 @@ _PLAIN: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 _LOOKS = (0.0, 0.002, 0.01)
 """Seconds before each look at a lock: another process that looks has it for a moment too."""
+
+PROGRESS = {"done": int, "of": int, "unit": str, "best": (float, int, None), "left": (float, int, None)}
+"""How far a process is: so many of so many units, the best score so far, and the seconds that are left."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,29 @@ class Claims:
         """Return the other process that has a chunk, or None."""
         with self._mutex:
             return self._holder(self._connected(), chunk.number)
+
+    def show(self, progress: Json) -> None:
+        """Say to whoever looks at the study how far this process is, in a file beside its lock file."""
+        with self._mutex, suppress(OSError):  # a full disk must not end the search
+            if self._file is not None:
+                place = _beside(self._place(self._lock))
+                draft = place.with_suffix(".tmp")
+                draft.write_text(json.dumps(progress))
+                os.replace(draft, place)  # whoever reads it has it whole
+
+    def shown(self) -> list[tuple[Owner, Json]]:
+        """Return the processes that live and say how far they are, with what they say: see ``PROGRESS``."""
+        found = []
+        for place in sorted(self._whole.parent.iterdir()):
+            with suppress(OSError, *MALFORMED):
+                owner, said = self._alive(place.name), _beside(place)
+                if (
+                    owner is not None
+                    and said.is_file()
+                    and has_form(progress := json.loads(said.read_text()), PROGRESS)
+                ):
+                    found.append((owner, progress))
+        return found
 
     def close(self) -> None:
         """Give up all claims, and remove the lock file."""
@@ -274,11 +302,17 @@ def _locked_by_other(file: int) -> bool:
     return True
 
 
+def _beside(lock: Path) -> Path:
+    """Return the place of what a process says beside its lock file; it is found by that alone, and goes before it."""
+    return lock.with_suffix(".progress")
+
+
 def _remove(place: Path, file: int) -> None:
     """Remove an open lock file and close it: closed first, it could be another process's by the time it is removed."""
     try:
-        with suppress(OSError):
-            place.unlink()
+        for one in (_beside(place).with_suffix(".tmp"), _beside(place), place):
+            with suppress(OSError):
+                one.unlink()
     finally:
         os.close(file)
     if sys.platform == "win32":  # which removes nothing that is open, here or in the process whose it is

@@ -12,6 +12,7 @@ from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damaged
 from gputune.study.record import IDENTITY, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result, Store
+from gputune.types import Json
 
 _LOOK = 0.2
 """Seconds between two looks at what another process has finished."""
@@ -114,6 +115,11 @@ class Ledger:
         if self.store is not None:
             self.store.add_chunks(new)
         self.plan += new
+
+    def show(self, progress: Json) -> None:
+        """Say to other processes how far this one is, where there is a file."""
+        if self.claims is not None:
+            self.claims.show(progress)
 
     def claim(self, chunk: Chunk) -> bool:
         """Say whether a chunk is ours to train: no other process trains it, and it is not finished."""

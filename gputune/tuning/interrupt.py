@@ -60,15 +60,15 @@ def end_process(number: int, _frame: FrameType | None) -> NoReturn:
 
 def run_until_signal(
     run: Callable[[], object], stop: Stop, signals: Sequence[int], say: Callable[[str], None]
-) -> int | None:
-    """Run a training; return the number of the signal that ended it early, None where none came."""
+) -> list[int]:
+    """Run a training; return the numbers of the signals that ended it early, none where none came."""
     numbers: list[int] = []
     with _stopping_on(signals, numbers, stop, say):
         try:
             run()
         except KeyboardInterrupt:  # the second signal, or one that another handler made of it
             numbers.append(CTRL_C)
-    return numbers[0] if numbers else None
+    return numbers
 
 
 def is_interactive() -> bool:

@@ -84,8 +84,8 @@ def search_loop(
             task.reports.write(result.number, result.curve[:, 0], ended=True)
         with _callers(task, options, folder) as callers:
             run = partial(_Loop(ledger, callers, progress, stop).search, space, options)
-            signal_number = session.run(run, callbacks, make_study, (CTRL_C,))
-    return checked(make_study(ledger.rows(), file=options.study), signal_number)
+            numbers = session.run(run, callbacks, make_study, (CTRL_C,))
+    return checked(make_study(ledger.rows(), file=options.study), numbers)
 
 
 def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:

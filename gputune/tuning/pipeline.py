@@ -114,7 +114,7 @@ def search(
             session = Session(ledger, options, progress, stop)
             session.add(setup.trials, setup.space)
             with profile.clock("training"), matrix_products(tf32=options.tf32):
-                number = session.run(partial(training, ledger, context), callbacks, make_study, signals)
+                numbers = session.run(partial(training, ledger, context), callbacks, make_study, signals)
             context.tidy(ledger)
             if context.faults:
                 record = replace(record, notes=[*record.notes, *context.faults])
@@ -125,7 +125,7 @@ def search(
     study = make_study(ledger.rows(), data=data, file=options.study)
     for remark in edge_remarks(study) if say_notes else ():
         progress.say(f"note: {remark}")
-    return checked(study, number)
+    return checked(study, numbers)
 
 
 def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Progress) -> _Setup:

@@ -1,5 +1,6 @@
 """What a person sees of a search: one bar over trials x epochs while it runs, and where its time went."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +16,11 @@ from gputune.engine.plan import Plan
 from gputune.engine.train import Spent
 from gputune.memory import synchronize
 from gputune.text import count, measure_of
-from gputune.types import first_metric
+from gputune.types import Json, first_metric
 
 _LINE_SECONDS = 30  # between plain lines, where nobody watches a bar
+
+_LOOK_SECONDS = 1.0  # between two words to other processes
 
 _SHARE = 0.01  # of the work: before it is done the pace says nothing
 
@@ -88,7 +91,9 @@ class Progress:
         notebook = "ipykernel" in sys.modules
         self.plain = not self.screen.isatty() and not notebook
         self.bar_file = None if notebook else self.screen  # tqdm knows itself where a notebook's goes
-        self.next_line = time.monotonic() + _LINE_SECONDS
+        self.next_line, self.next_look = time.monotonic() + _LINE_SECONDS, 0.0
+        self.on_look: Callable[[Json], object] | None = None
+        """Called now and then with what the bar shows, for those who look from another process."""
         self.begin = time.monotonic()
         self.best, self.trials_done, self.trials = float("-inf"), 0, 0
         self.said: set[str] = set()
@@ -187,6 +192,11 @@ class Progress:
 
     def _show(self) -> None:
         self.bar.set_postfix_str(self.words, refresh=False)
+        if self.on_look is not None and time.monotonic() > self.next_look:
+            self.next_look = time.monotonic() + _LOOK_SECONDS
+            best = self.best if math.isfinite(self.best) else None
+            counts = {"done": self.epochs_done, "of": self.epochs, "unit": self.unit}
+            self.on_look({**counts, "best": best, "left": self.seconds_left})
         if self.plain and time.monotonic() > self.next_line:
             self.next_line = time.monotonic() + _LINE_SECONDS
             left = self.seconds_left

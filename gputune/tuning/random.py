@@ -5,7 +5,6 @@ One of Optuna's samplers is asked for a batch, the batch trains together, and th
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -53,7 +52,10 @@ def train_fully(ledger: Ledger, context: Context) -> None:
 
 def _train(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> list[Chunk]:
     """Train the chunks that can be claimed; return those that other processes have where none can."""
-    make = partial(context.plan, epochs=context.epochs)
+
+    def make(configs: Sequence[Config]) -> Plan:
+        return context.plan(configs, epochs=context.epochs).answering_early(context.data.n_folds)
+
     plans = context.recorded_plans(ledger, waiting, stage=0, complete=context.complete, make=make)
     chunks = [chunk for recorded in plans for chunk in recorded.chunks.values()]
     if not any(map(ledger.claim, chunks)):  # the first will do

@@ -36,7 +36,7 @@ class Session:
 
     def add(self, trials: Sequence[Candidate], space: Space, check: ConfigCheck = check_config) -> None:
         """Add the trials that the ledger lacks, and say what is known of it."""
-        self.ledger.on_wait = self._wait
+        self.ledger.on_wait, self.progress.on_look = self._wait, self.ledger.show
         if not isinstance(self.options.method, str):
             self.ledger.decide_alone(method_name(self.options.method))
         add_missing(self.ledger, trials, space, self.options, check)
@@ -60,8 +60,8 @@ class Session:
         callbacks: Callbacks,
         make_study: Callable[..., Study],
         signals: Sequence[int],
-    ) -> int | None:
-        """Train what waits, and tell the callbacks; return the number of the signal that ended it early."""
+    ) -> list[int]:
+        """Train what waits, and tell the callbacks; return the numbers of the signals that ended it early."""
         ledger, file = self.ledger, self.options.study
 
         def finished(rows: Rows) -> None:
@@ -72,7 +72,7 @@ class Session:
         callbacks.tell("on_study_start", make_study(ledger.rows(), file=file))
         self._stop_where_enough()
         try:
-            return None if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
+            return [] if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
             callbacks.tell("on_study_end", make_study(ledger.rows(), file=file))
 
@@ -94,10 +94,11 @@ class Session:
             self.progress.say(f"note: the search ends: {why}")
 
 
-def checked(study: AnyStudy, signal_number: int | None) -> AnyStudy:
+def checked(study: AnyStudy, numbers: Sequence[int]) -> AnyStudy:
     """Return the study of a search that has ended by itself; raise what a caller has to hear of another one."""
-    if signal_number is not None:
-        raise SearchInterrupted(interrupted_words(study, study.file), study=study, signal=signal_number)
+    if numbers:
+        words, at_once = interrupted_words(study, study.file), len(numbers) > 1
+        raise SearchInterrupted(words, study=study, signal=numbers[0], at_once=at_once)
     if all(trial.state == "failed" for trial in study.trials):
         raise SearchFailedError(study.why_none_is_best())
     return study

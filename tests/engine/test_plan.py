@@ -1,6 +1,7 @@
 """The plan: memory bounds chunks, work decides on processes, nothing is lost or doubled."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,22 @@ def test_the_longest_chunk_comes_first():
     data = make_data()
     plan = make_plan(groups(data, {"width": 8}, {"width": 512}, {"width": 64}), data, **ONCE)
     assert [chunk.configs[0]["width"] for chunk in plan.chunks] == [512, 64, 8]
+
+
+def test_the_first_answer_comes_early():
+    data = make_data()  # of four folds
+    configs = [{"width": w} for w in (64, 8, 512, 64, 64, 64, 64, 64, 64, 64)]
+    find = partial(make_plan, groups(data, *configs, optimizer="adam"), data, epochs=1, memory=None)
+    plan = replace(find(workers=1, backend="compiled"), threads=4)
+    assert [chunk.index for chunk in plan.chunks] == [(2,), (0, *range(3, 10)), (1,)]
+    early = plan.answering_early(4)
+    assert [chunk.index for chunk in early.chunks] == [(0, 3, 4), (1,), tuple(range(5, 10)), (2,)]
+    assert len(early.ways) == 4 and "10 trials in 4 chunks of 1 to 5" in str(early)
+    # as many as give each of the threads two members; what is not compiled pays for each cut, and stays whole
+    assert [len(c.index) for c in replace(plan, threads=8).answering_early(4).chunks] == [4, 1, 4, 1]
+    assert [c.index[0] for c in find(workers=1).answering_early(4).chunks] == [0, 1, 2]
+    several = find(workers=3)
+    assert several.answering_early(4).chunks[1:] == tuple(c for c in several.chunks if 0 not in c.index)
 
 
 def test_the_plan_reads_well():

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import platform
 import re
 import signal
 import sys
@@ -84,6 +85,28 @@ def test_a_claim_is_one_processs_until_it_is_closed(path):
         mine.close()
         assert other.holder(CHUNKS[0]) is None and other.take(CHUNKS[0])
     assert left_over(path.parent) == []
+
+
+def test_a_process_says_how_far_it_is_for_as_long_as_it_lives(path):
+    said = {"done": 3, "of": 9, "unit": "trial-epochs", "best": 0.5, "left": None}
+    with Claims(path) as mine, Claims(path) as other:
+        mine.show(said)  # it has no lock file yet
+        assert other.shown() == []
+        assert mine.take(CHUNKS[0])
+        mine.show(said)
+        ((owner, heard),) = other.shown()
+        assert (owner.pid, heard) == (os.getpid(), said)
+        for broken in ("", '{"done": "3"}'):
+            next(path.parent.glob("*.progress")).write_text(broken)
+            assert other.shown() == []
+    assert left_over(path.parent) == []
+
+
+def test_what_a_dead_process_said_goes_with_its_lock_file(path):
+    dead = foreign(path, host=platform.node(), boot=claims_file.boot(), pid=2**22 + 1)
+    dead.with_suffix(".progress").write_text("{}")
+    with Claims(path) as claims:
+        assert claims.shown() == [] and left_over(path.parent) == []
 
 
 @pytest.mark.parametrize("kind", ["absolute", "relative", "name", "pipe", "link", "folder"])

@@ -97,12 +97,15 @@ def finish_net(tmp_path, do, *, first=""):
     )  # fmt: skip
 
 
-def test_the_first_ctrl_c_finishes_the_epoch(tmp_path):
+def test_the_first_ctrl_c_finishes_the_epoch_and_leaves_the_model_of_the_best_so_far(tmp_path):
     code, out, err = finish_net(tmp_path, CTRL_C)
     assert code == 130 and "Trials   2 cut short" in out
-    assert "stopping after the running epoch" in err
-    curves = gputune.Study.open(tmp_path / "out" / "study.db").curves
-    assert np.isfinite(curves[:, 0]).all() and np.isnan(curves[:, 1:]).all()
+    assert "stopping after the running epoch" in err and "training the best trial so far on all rows" in err
+    study, model = gputune.Study.open(tmp_path / "out/study.db"), gputune.load_model(tmp_path / "out/model")
+    assert np.isfinite(study.curves[:, 0]).all() and np.isnan(study.curves[:, 1:]).all()
+    assert (model.info["params"], model.info["epochs"]) == (study.best_params, 1)
+    assert f"Held-out accuracy: {model.info['held_out_score']:.4f}" in out
+    assert "\nModel    out/model\nNext     gputune predict out/model FILE\nGo on    gputune tune" in out
 
 
 def test_the_second_ctrl_c_does_not(tmp_path):
@@ -112,7 +115,7 @@ def test_the_second_ctrl_c_does_not(tmp_path):
     assert (tmp_path / "once").exists() and not (tmp_path / "twice").exists()
     assert code == 130
     assert "interrupted: 0 of 2 trials are finished; all is kept" in err and "Traceback" not in err
-    assert "Trials   2 not started" in out
+    assert "Trials   2 not started" in out and not (tmp_path / "out" / "model").exists()
 
 
 @pytest.mark.parametrize(

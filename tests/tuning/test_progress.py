@@ -56,6 +56,19 @@ def test_the_best_score_skips_diverged_trials_and_has_the_sign_of_its_name():
     assert shown.words == "trials 0/2, best log_loss 0.3000, 3 members"
 
 
+def test_other_processes_hear_of_the_running_trials_now_and_then():
+    shown, heard = Progress(0), []
+    shown.on_look = heard.append
+    with shown.bar_over(4, 1):
+        shown.advance(2, np.full((2, 1, 2), 0.5))  # too early
+        shown.next_look = 0.0
+        shown.advance(1, np.full((1, 1, 2), 0.75))
+    first, second = heard
+    left = second.pop("left")
+    assert first == {"done": 0, "of": 4, "unit": "trials", "best": None, "left": None}
+    assert second == {"done": 3, "of": 4, "unit": "trials", "best": 0.75} and left >= 0
+
+
 def test_members_count_in_each_process():
     shown = Progress(0)
     with shown.bar_over(2, 1):
