@@ -135,7 +135,7 @@ def _finish(
             )
         except SearchInterrupted as stop:
             is_saved = False
-            if keeps_model and stop.signal == CTRL_C and not stop.at_once:
+            if keeps_model and arguments.command != "train" and stop.signal == CTRL_C and not stop.at_once:
                 is_saved, held_out = _best_so_far(stop.study, recorded, folder, intervals=intervals)
             kept = ending(stop.study, held_out)
             kept = kept if is_saved else replace(kept, model_folder=None)
