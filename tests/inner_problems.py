@@ -50,6 +50,8 @@ class StackedNets:
     ``cosine`` members have a rate that falls along half a cosine.
     """
 
+    kept = 0
+
     def __init__(
         self,
         steps: int = 20,
@@ -178,6 +180,8 @@ class StackedNets:
 
 class Quadratics:
     """P members with one weight each and the loss a w^2 / 2, on every minibatch and for validation."""
+
+    kept = 0
 
     def __init__(self, a: Tensor, w0: Tensor, steps: int) -> None:
         self.a, self.w0, self.steps = a, w0, steps

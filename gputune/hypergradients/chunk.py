@@ -29,6 +29,7 @@ from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, T
 from gputune.hypergradients.result import Hypergradients
 from gputune.hypergradients.reverse import differences, reverse
 from gputune.modules.looped import LoopedModule
+from gputune.modules.module import StackedModule
 from gputune.optimizers.rules import BETA1, BETA2
 from gputune.optimizers.schedules import schedule_factor
 from gputune.population.batches import Batch, Batches, for_members
@@ -67,7 +68,9 @@ class PopulationTraining:
         self.shapes = {name: tuple(view.shape[2:]) for name, view in self.first.items()}
         self.sizes = [view[0, 0].numel() for view in self.first.values()]
         layers = network.layers()
-        numbers = torch.tensor([layers[name] for name in self.first])
+        self.remembered = [name for name in self.first if name not in layers]
+        self.kept = sum(self.first[name][0, 0].numel() for name in self.remembered)
+        numbers = torch.tensor([layers.get(name, 0) for name in self.first])
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(data.device)
 
     def start(self) -> Tensor:
@@ -97,13 +100,28 @@ class PopulationTraining:
             losses[part.folds] = list(self._part(params, part))
         return torch.cat(losses)
 
-    def _part(self, params: Params, batch: Batch) -> Tensor:
-        """Return the losses (F, C) of the folds of one part of a step."""
+    def statistics(self, weights: Tensor, step: int) -> Tensor:
+        """Return the running statistics (P, kept) after this step; as they are, of a member that has none now."""
+        assert isinstance(self.network, StackedModule)
+        params = self._named(weights)
+        after = {name: list(params[name]) for name in self.remembered}
+        for part in self.batches.at(*divmod(step, self.each)):
+            found = self.network.with_statistics(*self._given(params, part), part.key)[1]
+            for name, folds in after.items():
+                folds[part.folds] = list(found[name].to(weights).view(-1, self.trials, *self.shapes[name]))
+        rows = [torch.stack(folds).view(self.folds * self.trials, -1) for folds in after.values()]
+        return torch.cat(rows, 1)
+
+    def _given(self, params: Params, batch: Batch) -> tuple[Params, list[Tensor]]:
+        """Return parameters and inputs of the members of one part of a step, each (P, ...)."""
         whole = batch.folds == slice(0, self.folds)  # a slice of everything would be copied on the way back
         weights = {name: (w if whole else w[batch.folds]).flatten(0, 1) for name, w in params.items()}
         shared = len(batch.inputs[0]) != self.folds * self.trials or self.trials == 1
-        inputs = [for_members(x, self.trials) if shared else x for x in batch.inputs]
-        outputs = self.network.differentiable(weights, inputs, batch.key)
+        return weights, [for_members(x, self.trials) if shared else x for x in batch.inputs]
+
+    def _part(self, params: Params, batch: Batch) -> Tensor:
+        """Return the losses (F, C) of the folds of one part of a step."""
+        outputs = self.network.differentiable(*self._given(params, batch), batch.key)
         outputs = self._masked(outputs.view(-1, self.trials, *outputs.shape[1:]), batch.folds)
         y = batch.y.view(len(outputs), -1, *batch.y.shape[1:])  # (F, 1 or C, B, ...)
         share = batch.share.squeeze(-1) if isinstance(batch.share, Tensor) else batch.share
@@ -261,10 +279,10 @@ def inner_problem(
     network = job.network(data, chunk)
     if isinstance(network, LoopedModule):
         raise network.refusal()
-    if network.blocks.size != network.trained.size:
+    if isinstance(network, StackedModule) and (others := network.differentiate_statistics()):
         raise InputError(
-            "model: its buffers change in training, as the running statistics of BatchNorm do, and what they remember "
-            "is no function of the hyperparameters; use nn.LayerNorm or nn.GroupNorm, or another method."
+            f"model: its {others[0]!r} changes in training, and is no known function of the hyperparameters, as the "
+            "running statistics of BatchNorm are; keep no other state, or choose another method."
         )
     if job.objective is not None and (not job.objective.is_named or job.objective.augment is not None):
         raise InputError(

@@ -24,6 +24,7 @@ from gputune.hypergradients.inner import (
     segment_at,
     slope,
     update,
+    with_statistics,
 )
 from gputune.hypergradients.result import Hypergradients
 
@@ -158,7 +159,10 @@ class _Tangents:
         gradient = gradient.detach()  # lets go of the graph, whose memory the update needs
         # Without a copy of the one product there may be.
         tangents = torch.stack(products) if len(products) > 1 else products[0][None]
+        before = self.weights
         new = self._through_the_rule(state, Dual(gradient, tangents), clock)
+        if training.kept:
+            new = self._through_the_statistics(new, weights, before, step)
         grown = self.weights.norm(dim=2) * self.sizes[: len(products)]  # per log hyperparameter
         # Of weights that are zero, no growth is none.
         relative = torch.where(grown == 0, grown, grown / new.weights.norm(dim=1))
@@ -188,6 +192,17 @@ class _Tangents:
         after: list[Any] = [new.weights, *new.moments]
         self.weights, *self.moments = (end.tangents for end in after)
         return State(after[0].value, tuple(end.value for end in after[1:]))
+
+    @torch.enable_grad()
+    def _through_the_statistics(self, new: State, weights: Tensor, before: Tensor, step: int) -> State:
+        """Put what a step from these weights keeps, and its tangents, at the end of the state after it."""
+        kept = self.problem.training.statistics(weights, step)
+        # The derivative of a pullback v -> J'v, which is linear in v, is J.
+        v = torch.zeros_like(kept, requires_grad=True)
+        (pullback,) = torch.autograd.grad(kept, weights, v, create_graph=True)
+        tangents = [torch.autograd.grad(pullback, v, tangent, retain_graph=True)[0] for tangent in before]
+        self.weights = torch.cat([self.weights[..., : -kept.shape[1]], torch.stack(tangents)], -1)
+        return with_statistics(new, kept.detach())
 
     def _seed(self, name: str, clock: Clock) -> Tensor:
         """Return d value / d column for the value that each entry reads: (d, P, N), or (d, P, 1) for all layers."""

@@ -52,7 +52,7 @@ def hypergradient(
 ) -> HypergradientResult:
     """Train ``module`` on ``batches`` and differentiate its validation loss in the hyperparameters of that training.
 
-    module           any ``nn.Module`` without running statistics; it is left as it was
+    module           any ``nn.Module`` whose only state is the running statistics of BatchNorm; it is left as it was
     loss             ``loss(module(x), y)`` -> one number, for example ``torch.nn.functional.cross_entropy``
     batches          the minibatches (x, y), one step of the optimizer each
     valid            the validation pair (x, y)

@@ -50,6 +50,8 @@ class Training(Protocol):
     """(P,) steps of each member, all of which fall within ``steps``."""
     layer: Tensor
     """(N,) layer of each entry of a member's parameters."""
+    kept: int
+    """How many of the last entries are no parameters, but what a step keeps: running statistics."""
 
     def start(self) -> Tensor:
         """Return the starting parameters (P, N)."""
@@ -59,6 +61,9 @@ class Training(Protocol):
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return each member's loss (P,) on its minibatch of this step, twice differentiable in ``weights``."""
+
+    def statistics(self, weights: Tensor, step: int) -> Tensor:
+        """Return what is kept after this step from these weights, (P, kept), differentiable in them."""
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return each member's validation loss (P,)."""
@@ -106,7 +111,10 @@ class InnerProblem(Generic[AnyTraining]):
         gradient, clock = slope(self.training, weights, step, graph=graph), self.training.clock(step)
         with torch.set_grad_enabled(graph):
             rates = rates_at(self.rows if rows is None else rows, clock, self.training.totals)
-            return update(self.optimizer, state, gradient, rates, clock)
+            new = update(self.optimizer, state, gradient, rates, clock)
+            if not self.training.kept:
+                return new
+            return with_statistics(new, self.training.statistics(weights, step))
 
     def advance(self, state: State, steps: range, watch: Watch | None = None) -> State:
         """Return the state after some steps."""
@@ -152,6 +160,12 @@ def update(optimizer: str, state: State, gradient: Tensor, rates: Rates, clock: 
     active = torch.as_tensor(clock.active, device=gradient.device)[:, None]
     first, *rest = (torch.where(active, a, b) for a, b in zip((new[0], *new[1]), (state[0], *state[1])))
     return State(first, tuple(rest))
+
+
+def with_statistics(state: State, statistics: Tensor) -> State:
+    """Return the state with what a step keeps in the place of what its rule made of the last entries."""
+    trained = state.weights[..., : -statistics.shape[-1]]
+    return State(torch.cat([trained, statistics], -1), state.moments)
 
 
 def rows_of(tables: Tables, layer: Tensor) -> Rows:

@@ -15,6 +15,7 @@ from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import Clock
 from gputune.modules.construction import layers_of
 from gputune.modules.stateless import Stateless
+from gputune.modules.substitutes import differentiate_statistics, running_norms
 from gputune.seeding import keyed_draws
 from gputune.types import Params
 
@@ -35,21 +36,29 @@ class ModuleTraining:
         self.steps = len(batches)
         self.totals = np.array([self.steps])
         self.trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.sizes = [p.numel() for p in self.trained.values()]
+        with self.objective.holding({}):
+            names = differentiate_statistics(module)
+        held = dict(module.named_buffers())
+        self.running = {name: held[name] for name in names}
+        # Parameters, then running statistics: what a row holds.
+        self.entries = {**self.trained, **self.running}
+        self.sizes = [p.numel() for p in self.entries.values()]
+        self.kept = sum(self.sizes[len(self.trained) :])
         self.layers = layers_of(module)
-        numbers = torch.tensor([self.layers.index(name.rpartition(".")[0]) for name in self.trained])
+        layers = [self.layers.index(name.rpartition(".")[0]) for name in self.trained]
+        numbers = torch.tensor(layers + [0] * len(self.running))
         like = next(iter(self.trained.values()))
         self.device, self.dtype = like.device, like.dtype
         self.layer = numbers.repeat_interleave(torch.tensor(self.sizes)).to(self.device)
         # Clones, since a forward may write into them.
         frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
-        buffers = dict(module.named_buffers())
+        buffers = {name: b for name, b in held.items() if name not in self.running}
         self.fixed = {name: tensor.detach().clone() for name, tensor in {**frozen, **buffers}.items()}
         self.frozen = frozen.keys()
 
     def start(self) -> Tensor:
-        """Return the module's own parameters, (1, N)."""
-        return torch.cat([p.detach().flatten() for p in self.trained.values()])[None]
+        """Return the module's own parameters and running statistics, (1, N)."""
+        return torch.cat([p.detach().flatten().to(self.dtype) for p in self.entries.values()])[None]
 
     def clock(self, step: int) -> Clock:
         """Return the step's number: there is one member, and it takes every step."""
@@ -57,19 +66,28 @@ class ModuleTraining:
 
     def losses(self, weights: Tensor, step: int) -> Tensor:
         """Return the loss (1,) of one minibatch; draws of dropout depend on the seed and the step alone."""
+        return self._trained(weights, step)[0]
+
+    def statistics(self, weights: Tensor, step: int) -> Tensor:
+        """Return the running statistics (1, kept) after a step from these weights, differentiable in them."""
+        return self._trained(weights, step)[1]
+
+    def _trained(self, weights: Tensor, step: int) -> tuple[Tensor, Tensor]:
         with keyed_draws(self.device, self.seed, "hypergradient", step):
             return self._loss(weights, self.batches[step], f"batches[{step}]", training=True)
 
     def validation(self, weights: Tensor) -> Tensor:
         """Return the validation loss (1,)."""
         with keyed_draws(self.device, self.seed, "hypergradient", "valid"):
-            return self._loss(weights, self.valid, "valid", training=False)
+            return self._loss(weights, self.valid, "valid", training=False)[0]
 
-    def _loss(self, weights: Tensor, pair: Pair, name: str, *, training: bool) -> Tensor:
+    def _loss(self, weights: Tensor, pair: Pair, name: str, *, training: bool) -> tuple[Tensor, Tensor]:
+        """Return the loss (1,) of a pair and the running statistics (1, kept) after it."""
         tensors = {**self.parameters(weights), **self.fixed}
         state = {f"module.{key}": tensor for key, tensor in tensors.items()}
         with _blaming(name, pair), self.objective.holding(state) as objective:
             self.module.train(training)
+            differentiate_statistics(self.module)
             loss = objective(*map(_normal, pair))
             after = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         for key, before in self.fixed.items():
@@ -89,7 +107,8 @@ class ModuleTraining:
                 f"loss must depend on the parameters of the module, but for {name} it depends on none; it must "
                 "use what the module returns, without .detach() or .item()."
             )
-        return loss.view(1)
+        running = [after[f"module.{key}"].flatten().to(self.dtype) for key in self.running]
+        return loss.view(1), torch.cat([*running, weights.new_empty(0)])[None]
 
     def check_graph(self) -> None:
         """Raise InputError where a loss fails, or the first minibatch reads parameters behind the module's back.
@@ -109,9 +128,9 @@ class ModuleTraining:
             )
 
     def parameters(self, weights: Tensor) -> Params:
-        """Return the named parameters that a row (1, N) holds."""
+        """Return the named parameters and running statistics that a row (1, N) holds."""
         parts = torch.split(weights[0], self.sizes)
-        return {name: part.view(p.shape) for (name, p), part in zip(self.trained.items(), parts)}
+        return {name: part.view(p.shape) for (name, p), part in zip(self.entries.items(), parts)}
 
 
 @contextmanager
@@ -175,9 +194,10 @@ def check_module(module: nn.Module) -> None:
             f"module must have its trained parameters in one floating dtype on one device, got {kinds_words}; "
             "use module.to(device, dtype)."
         )
+    known = running_norms(module)
     for name, part in module.named_modules():
-        if getattr(part, "running_mean", None) is not None:
+        if name not in known and getattr(part, "running_mean", None) is not None:
             raise InputError(
-                f"module: the submodule {name!r} ({type(part).__name__}) keeps running statistics, which are no "
-                "function of the hyperparameters; use nn.LayerNorm or nn.GroupNorm, or track_running_stats=False."
+                f"module: the submodule {name!r} ({type(part).__name__}) keeps running statistics that are no known "
+                "function of its input; use nn.BatchNorm2d and its like, nn.GroupNorm, or track_running_stats=False."
             )

@@ -26,7 +26,7 @@ from gputune.modules.draws import ModuleDraws, draws_of, given_draws
 from gputune.modules.mapped import Mapped
 from gputune.modules.precision import rounded
 from gputune.modules.stateless import Stateless, kept_of, put_numbers
-from gputune.modules.substitutes import Substitutes, make_mappable
+from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches, for_members
@@ -280,15 +280,24 @@ class StackedModule(ModuleNetwork):
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         members = {k: w[fold] for k, w in params.items()}
-        members |= {k: members[k].to(start.dtype) for k, start in self.kept.items()}
         trials = len(self.configs)
         return self._forward(members, [x.expand(trials, *x.shape) for x in inputs], training=False)[0]
 
     def differentiable(self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None) -> Tensor:
-        if key is None:
-            return _with_columns(self._forward(params, inputs, training=False)[0])
-        with keyed_draws(self.shape.device, self.seed, "dropout", *key):
-            return _with_columns(self._forward(params, inputs, training=True)[0])
+        return _with_columns(self.with_statistics(params, inputs, key)[0])
+
+    def with_statistics(
+        self, params: Params, inputs: Sequence[Tensor], key: tuple[int, int] | None
+    ) -> tuple[Tensor, Params]:
+        """Return what ``differentiable`` does, and what the members (P, ...) keep afterwards."""
+        with nullcontext() if key is None else keyed_draws(self.shape.device, self.seed, "dropout", *key):
+            return self._forward(params, inputs, training=key is not None)
+
+    def differentiate_statistics(self) -> tuple[str, ...]:
+        """Let running statistics be functions of the parameters; return what else a step changes."""
+        known = differentiate_statistics(self.template)
+        self.stateless = Stateless(self.template)
+        return tuple(name for name in self.traits.changing if name not in known)
 
     def row_losses(self, outputs: Tensor, y: Tensor) -> Tensor:
         return self.objective.rows(outputs, y, self.loss_values)
@@ -316,6 +325,7 @@ class StackedModule(ModuleNetwork):
                 result = function(module.train(training), parts)
                 return result, self.stateless.held(self.kept)
 
+        members = members | {k: members[k].to(start.dtype) for k, start in self.kept.items()}
         # Said of the user's operations, and for PyTorch's developers; the remark that members train slower is ours.
         warns = getattr(torch._C._functorch, "_set_vmap_fallback_warning_enabled")  # noqa: B009
         warns(False)

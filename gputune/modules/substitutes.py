@@ -92,6 +92,50 @@ def make_mappable(module: nn.Module) -> None:
             part.forward = partial(run_recurrent, part)
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def running_norms(module: nn.Module) -> dict[str, _BatchNorm]:
+    """Return the BatchNorms that keep running statistics, and compute them as torch's do, by their paths."""
+    return {
+        path: part
+        for path, part in module.named_modules()
+        if isinstance(part, _BatchNorm)
+        and type(part).forward is _BatchNorm.forward
+        and part.running_mean is not None
+    }
+
+
+def differentiate_statistics(module: nn.Module) -> tuple[str, ...]:
+    """Let each BatchNorm compute its running statistics as functions of its input, in place; return their names.
+
+    torch's own kernel writes them beside the graph, and knows no slope in them.
+    """
+    norms = running_norms(module)
+    for part in norms.values():
+        part.forward = partial(_batch_norm_with_slopes, part)  # type: ignore[method-assign]
+    return tuple(f"{path}.{name}".lstrip(".") for path in norms for name in _STATISTICS)
+
+
+def _batch_norm_with_slopes(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """Return what ``norm(x)`` returns; its count of minibatches may be a tensor of any type."""
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None and var is not None and count is not None
+    columns = (-1, *[1] * (x.dim() - 2))
+    if not norm.training:
+        outputs = (x - mean.view(columns)) * (var.view(columns) + norm.eps).rsqrt()
+        if norm.weight is None:
+            return outputs
+        return outputs * norm.weight.view(columns) + norm.bias.view(columns)
+    outputs = functional.batch_norm(x, None, None, norm.weight, norm.bias, True, 0.0, norm.eps)
+    axes = [axis for axis in range(x.dim()) if axis != 1]
+    norm.num_batches_tracked = count = count + 1
+    share: Tensor | float = 1 / count.to(mean.dtype) if norm.momentum is None else norm.momentum
+    norm.running_mean = mean + share * (x.mean(axes) - mean)
+    norm.running_var = var + share * (x.var(axes) - var)
+    return outputs
+
+
 def _cumulative_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Return what ``norm(x)`` returns with ``momentum=None``; torch makes a Python number of its count of batches."""
     mean, var = norm.running_mean, norm.running_var

@@ -371,6 +371,8 @@ MODULES = {
     "layer norm": lambda: network(nn.LayerNorm(6), nn.GELU()),
     "group norm": lambda: network(nn.GroupNorm(2, 6), nn.SiLU()),
     "batch norm": lambda: network(nn.BatchNorm1d(6, track_running_stats=False)),
+    "running statistics": lambda: network(nn.BatchNorm1d(6), nn.Tanh(), nn.BatchNorm1d(6, affine=False)),
+    "cumulative statistics": lambda: network(nn.BatchNorm1d(6, momentum=None)),
     "conv": lambda: Image(nn.Conv2d(1, 3, 2), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)),
     "embedding": lambda: Tokens(nn.Identity()),
     "gru": lambda: Tokens(nn.GRU(4, 4, batch_first=True)),
@@ -391,6 +393,33 @@ def test_modules(kind):
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
         results = [run(module, given=(batches, valid), optimizer="adam", **options) for options in MODES]
     assert_agree(results, 1e-10, fd=1e-5)
+
+
+@pytest.mark.parametrize("options", MODES[:4])
+def test_running_statistics_are_those_of_a_plain_loop(options):
+    """Which torch's own modules keep; the slope is how the loop's own loss in evaluation mode moves with its rate."""
+    module = Image(
+        nn.Conv2d(1, 3, 2, bias=False), nn.BatchNorm2d(3), nn.Flatten(), nn.Tanh(), nn.Linear(3, 3)
+    )
+    before = copy.deepcopy(module.double().train().state_dict())
+    (batches, (x, y)), rate = data(), 0.3
+
+    def plain(lr):
+        theirs = copy.deepcopy(module)
+        trained_by(torch.optim.SGD(theirs.parameters(), lr, momentum=0.9), theirs, batches)
+        return theirs.eval(), cross_entropy(theirs(x), y).item()
+
+    values = {"lr": rate, "momentum": 0.9}
+    found = run(module, given=(batches, (x, y)), hyperparameters=values, **options)
+    theirs, value = plain(rate)
+    assert found.value == pytest.approx(value, rel=1e-11)
+    slope = (plain(rate + 1e-5)[1] - plain(rate - 1e-5)[1]) / 2e-5
+    assert float(found.gradient["lr"]) == pytest.approx(slope, rel=1e-5 if found.mode == "fd" else 1e-7)
+    for name, tensor in found.parameters.items():
+        torch.testing.assert_close(tensor, theirs.state_dict()[name].double(), rtol=1e-11, atol=1e-13)
+    assert "1.running_var" in found.parameters
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert module.training and "forward" not in vars(module[1])
 
 
 @pytest.mark.parametrize("options", MODES)

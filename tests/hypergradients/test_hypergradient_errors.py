@@ -257,8 +257,10 @@ class Complex(nn.Module):
             ("one floating dtype on one device", "torch.float32 on cpu, torch.float64 on cpu", "module.to("),
         ),
         (Complex(), ("one floating dtype", "torch.complex128 on cpu")),
-        (network(nn.BatchNorm1d(4)), ("'2' (BatchNorm1d) keeps running statistics", "nn.LayerNorm")),
-        (network(nn.InstanceNorm1d(4, track_running_stats=True)), ("'2' (InstanceNorm1d) keeps running",)),
+        (
+            network(nn.InstanceNorm1d(4, track_running_stats=True)),
+            ("'2' (InstanceNorm1d) keeps running", "nn.BatchNorm2d"),
+        ),
     ),
 )
 def test_module(module, words):

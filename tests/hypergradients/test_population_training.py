@@ -1,18 +1,23 @@
 """A population as an inner training: its members are those that plain training gives, and each has its own slope."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+from gputune.engine.job import train_chunk
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
-from gputune.hypergradients.chunk import PopulationTraining
+from gputune.errors import InputError
+from gputune.hypergradients.chunk import HypergradientJob, PopulationTraining, inner_problem
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.inner import InnerProblem
 from gputune.hypergradients.reverse import reverse
+from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule
+from gputune.population.population import Population
 from problems import fill, largest_difference, make_data, shape_of, train_together
 
 TASKS = ["multiclass", "binary", "regression"]
@@ -159,23 +164,40 @@ def test_a_users_module_equals_its_plain_training():
     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-15)
 
 
-@pytest.mark.parametrize("kind", [torch.nn.GRU, torch.nn.LSTM])
-def test_recurrent_layers_are_differentiated_twice(kind):
-    """Forward and reverse agree, and their slope is that of central differences."""
+class Sequence(nn.Module):
+    kind = nn.GRU
 
-    class Sequence(torch.nn.Module):
-        def __init__(self, n_features, n_outputs):
-            super().__init__()
-            self.cell, self.leave = kind(1, 3, batch_first=True), torch.nn.Linear(3, n_outputs)
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.cell, self.leave = self.kind(1, 3, batch_first=True), nn.Linear(3, n_outputs)
 
-        def forward(self, x):
-            return self.leave(self.cell(x[..., None])[0][:, -1])
+    def forward(self, x):
+        return self.leave(self.cell(x[..., None])[0][:, -1])
 
+
+class WithLSTM(Sequence):
+    kind = nn.LSTM
+
+
+class Convolution(nn.Sequential):
+    def __init__(self, n_features, n_outputs, **options):
+        first = nn.Unflatten(1, (1, -1)), nn.Conv1d(1, 3, 3), nn.BatchNorm1d(3, **options), nn.Tanh()
+        super().__init__(*first, nn.Dropout(0.1), nn.Flatten(), nn.Linear(3 * (n_features - 2), n_outputs))
+
+
+@pytest.mark.parametrize("kind", [Sequence, WithLSTM, Convolution, partial(Convolution, momentum=None)])
+def test_modules_are_differentiated_twice(kind):
+    """They are those of plain training; forward and reverse agree, and their slope is that of central differences."""
     data, configs = make_data(), fill({"optimizer": "sgd", "lr": 0.3, "batch_size": 16})
-    network = StackedModule(Sequence, configs, shape_of(data), seed=0)
-    training = PopulationTraining(network, data, configs, seed=0, epochs=2)
-    values = tables(configs, 3)
+    chunk = Population("module", (0,), tuple(configs))
+    traits = {chunk.arguments: traits_of(kind, configs[0], data)}
+    job = HypergradientJob(seed=0, epochs=2, horizon=2, module_class=kind, traits=traits, backend="eager")
+    training, values = inner_problem(job, data, chunk).training, tables(configs, 3)
+    assert training.kept == (7 if traits[chunk.arguments].changing else 0)
     problem = InnerProblem(training, "sgd", values)
+    weights, plain = problem.train(), train_chunk(job, data, chunk)
+    for f in range(3):
+        assert largest_difference(training.member(weights, f, 0), plain.member(f, 0)) <= 1e-12
     a, b = (mode(problem, ("lr",)).gradients["lr"] for mode in (forward, reverse))
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
     h, ends = 1e-5, []
@@ -183,6 +205,27 @@ def test_recurrent_layers_are_differentiated_twice(kind):
         moved = {**values, "lr": values["lr"] + sign * h}
         ends.append(training.validation(InnerProblem(training, "sgd", moved).train()))
     torch.testing.assert_close(b.sum((1, 2)), (ends[0] - ends[1]) / (2 * h), rtol=1e-5, atol=1e-9)
+
+
+class Counting(Net):
+    """Remembers how often it was called."""
+
+    def __init__(self, **sizes):
+        super().__init__(**sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + self.training
+        return super().forward(x)
+
+
+def test_other_state_is_refused():
+    data, configs = make_data(), fill({"batch_size": 16})
+    chunk = Population("module", (0,), tuple(configs))
+    traits = {chunk.arguments: traits_of(Counting, configs[0], data)}
+    job = HypergradientJob(seed=0, epochs=2, horizon=2, module_class=Counting, traits=traits)
+    with pytest.raises(InputError, match="model: its 'calls' changes in training, and is no known function"):
+        inner_problem(job, data, chunk)
 
 
 def test_a_class_that_a_fold_has_not_trained_on():
