@@ -27,7 +27,7 @@ from gputune.types import Backend
 _STEPS, _EPOCHS = 3, 4  # of one shape, which is recorded in the first of these epochs
 _WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
 _CODE_SECONDS = (
-    10.0  # of all members the faster way, from which two or three of building code repay themselves
+    6.0  # of all members the faster way: on two cores, from there one or two of building code are repaid
 )
 _TRIALS = 4
 _MARGIN = 1.1  # a difference below this is noise

@@ -35,7 +35,7 @@ def found(member_steps):
         (0.002, 0.0009, 1e9, "", True),
         (0.00105, 1.0, 1e9, "", False),
         (0.0001, 0.00008, 1e9, "", True),
-        (0.0001, 0.00008, 0.9e5, "", False),  # compiling would take as long
+        (0.0001, 0.00008, 0.5e5, "", False),  # compiling would take as long
         (0.002, 0.0001, 1e3, "", False),
     ],
 )
