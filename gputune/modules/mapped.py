@@ -61,6 +61,28 @@ def _layer_norm(
     return _called(_map_layer_norm, input, weight, bias, normalized_shape, eps)
 
 
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not _is_mapped(input):
+        return functional.group_norm(input, num_groups, weight, bias, eps)
+    return _called(_map_group_norm, input, weight, bias, num_groups, eps)
+
+
+def _embedding(
+    ids: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    if padding_idx is None or not _is_mapped(weight):
+        return functional.embedding(ids, weight, padding_idx, *args, **kwargs)
+    # torch's rule gives the row of the padding a gradient, which it has not.
+    rows = functional.embedding(ids, weight, None, *args, **kwargs)
+    return torch.where((ids == padding_idx % weight.shape[0])[..., None], rows.detach(), rows)
+
+
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def convolve(
         input: Tensor,
@@ -93,6 +115,8 @@ _LAYERS: dict[Any, Callable[..., Any]] = {
     functional.linear: _linear,
     functional.batch_norm: _batch_norm,
     functional.layer_norm: _layer_norm,
+    functional.group_norm: _group_norm,
+    functional.embedding: _embedding,
     torch.conv1d: _convolution(torch.conv1d),
     torch.conv2d: _convolution(torch.conv2d),
     torch.conv3d: _convolution(torch.conv3d),
@@ -195,6 +219,16 @@ def _map_batch_norm(members: int, axes: Axes, x: Tensor, *given: Any) -> tuple[T
         if axis is not None and before.data_ptr() != after.data_ptr():
             before.copy_(after.view(members, -1).movedim(0, axis))
     return _by_members(outputs, members), 1
+
+
+def _map_group_norm(
+    members: int, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> tuple[Tensor, int]:
+    rows = _by_channels(x, axes[0], members)
+    tables = [
+        t if t is None else _first(t, axis, members).reshape(-1) for t, axis in zip((weight, bias), axes[1:])
+    ]
+    return _by_members(functional.group_norm(rows, groups * members, *tables, eps), members), 1
 
 
 def _map_convolution(

@@ -46,7 +46,7 @@ def _is_plain(given: dict[str, Any]) -> bool:
     x = given["query"]
     itself = x is given["key"] and x is given["value"] and x.dim() == 3
     shared = given["in_proj_weight"] is not None and not given.get("use_separate_proj_weight")
-    return itself and shared and all(given.get(name) in (None, False) for name in unusual)
+    return itself and shared and all(given.get(name) is None or given[name] is False for name in unusual)
 
 
 def _self_attention(given: dict[str, Any]) -> Tensor:

@@ -17,6 +17,11 @@ LAYERS = {
     "sequences, turned": (nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Linear(4, 3)), (5, 8)),
     "layer norm": (nn.LayerNorm((2, 4)), (5, 3, 2, 4)),
     "layer norm of a vector": (nn.LayerNorm(4, elementwise_affine=False), (4,)),
+    "group norm": (nn.GroupNorm(2, 4), (5, 4)),
+    "group norm of images": (
+        nn.Sequential(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, affine=False)),
+        (5, 2, 3, 3),
+    ),
     "conv1d": (nn.Conv1d(4, 6, 3, groups=2, stride=2), (5, 4, 9)),
     "conv2d": (nn.Conv2d(2, 4, 3, padding="same", padding_mode="zeros"), (5, 2, 6, 7)),
     "conv2d of one image": (nn.Conv2d(2, 4, 3, bias=False), (2, 6, 7)),
@@ -60,6 +65,15 @@ def test_a_mapped_layer_is_that_of_each_member(name):
 
     for found, expected in zip(results(True), results(False), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_row_of_an_embeddings_padding_has_no_gradient():
+    ids, weights = torch.tensor([[0, 3, 1], [3, 3, 2]]), torch.randn(MEMBERS, 4, 2, requires_grad=True)
+    with Mapped():
+        found = vmap(lambda weight: functional.embedding(ids, weight, -1))(weights)
+    expected = torch.stack([functional.embedding(ids, weight, 3) for weight in weights])
+    slopes = [torch.autograd.grad(outputs.sin().sum(), weights)[0] for outputs in (found, expected)]
+    assert torch.equal(found, expected) and torch.equal(*slopes) and not slopes[0][:, 3].any()
 
 
 def test_weights_that_all_members_share_are_mapped_as_torch_does():

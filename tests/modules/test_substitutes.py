@@ -8,6 +8,9 @@ from torch.nn import functional
 
 from gputune.modules.substitutes import Substitutes
 
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
+
 
 @pytest.mark.parametrize(
     "more", [{}, {"scale": 0.3}, {"is_causal": True}, {"dropout_p": 0.4}, {"attn_mask": True}]
@@ -25,8 +28,11 @@ def test_attention(more):
 
 
 @pytest.mark.filterwarnings("error")  # torch warns of what it maps by a loop
+@pytest.mark.parametrize(
+    "masks", [{}, {"src_key_padding_mask": PADDING}, {"src_mask": LATER, "is_causal": True}]
+)
 @pytest.mark.parametrize("training", [False, True])
-def test_a_transformer_is_mapped_over_members(training):
+def test_a_transformer_is_mapped_over_members(training, masks):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2 if training else 0.0, batch_first=True).double()
     layer.train(training)
     params = {k: w.detach() for k, w in layer.named_parameters()}
@@ -34,7 +40,7 @@ def test_a_transformer_is_mapped_over_members(training):
     x = torch.randn(3, 5, 8, dtype=torch.float64)
 
     def loss(own):
-        return torch.func.functional_call(layer, own, (x,)).square().sum()
+        return torch.func.functional_call(layer, own, (x,), masks).square().sum()
 
     torch.manual_seed(0)
     with Substitutes():
