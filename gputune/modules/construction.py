@@ -127,11 +127,10 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
 
     The matrix of a convolution has all axes but the first as its columns.
     """
-    matrices = [name for name, w in trained.items() if w.dim() > 1]
+    matrices = [name for name, w in trained.items() if w.dim() > 1 and not w.is_complex()]
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    embeddings = [
-        name for name in matrices if isinstance(module.get_submodule(name.rpartition(".")[0]), kinds)
-    ]
+    owners = dict(module.named_modules())
+    embeddings = [name for name in matrices if isinstance(owners[name.rpartition(".")[0]], kinds)]
     left_out = {*(embeddings or matrices[:1]), *matrices[-1:]}
     shapes = {name: trained[name].flatten(1).shape for name in matrices if name not in left_out}
     return {name: max(shape) for name, shape in shapes.items()}

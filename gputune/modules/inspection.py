@@ -1,10 +1,10 @@
 """A user's module tried on a few rows before anything trains: what it does, and whether its members can be stacked.
 
-Two members of unlike parameters take one step stacked, and one step each alone, as plain modules: outputs, gradients
-and buffers must agree. What differs, or cannot be mapped at all, trains member by member.
+Two members of unlike parameters see two minibatches stacked, and each alone, as plain modules: gradients, buffers and
+outputs must agree. What differs, or cannot be mapped at all, trains member by member.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -17,12 +17,13 @@ from gputune.modules.construction import Builder, call_arguments, dropout_rates
 from gputune.modules.embeddings import check_ids
 from gputune.modules.module import StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
+from gputune.modules.stateless import kept_of
 from gputune.population.batches import Batch
 from gputune.population.network import Shape
 from gputune.population.population import arguments_text, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
-from gputune.types import DECAY_FACTOR, LR_FACTOR, Config
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
 EXAMPLES = 31
 """Rows on which a user's module is tried: a prime number, which a wrong view of their columns does not divide."""
@@ -165,15 +166,17 @@ def _shape(
 def _traits(trial: ModuleTrial) -> Traits:
     """Try a module in training twice, and in evaluation, then stacked; return what it did."""
     module, x = trial.module, trial.inputs
-    before, numbers = trial.buffers(), [trial.numbers()]
-    draws = trial.draws()
-    for _ in range(2):
-        trained = trial.forward(x, training=True)
-        numbers.append(trial.numbers())
+    before, numbers = trial.tensors(), [trial.numbers()]
+    draws, decides = trial.draws()
+    trained = trial.forward(x, training=True)
+    numbers.append(trial.numbers())
+    with trial.moved():
+        trial.forward(x, training=True)
+    numbers.append(trial.numbers())
     trial.check_outputs(trained)
     trial.check_trainable(trained)
-    after = trial.buffers()
-    changing = tuple(name for name, buffer in after.items() if not torch.equal(buffer, before[name]))
+    after = trial.tensors()
+    changing = tuple(name for name, tensor in after.items() if not torch.equal(tensor, before[name]))
     changing += tuple(name for name in dropout_rates(module) if name not in changing)
     alone = trial.forward(x, training=False)
     trial.check_outputs(alone)
@@ -193,28 +196,37 @@ def _traits(trial: ModuleTrial) -> Traits:
         scheduled=dropout_rates(module),
     )
     counted = _counted(numbers)
-    reason = _of_itself(module, counted) or _of_stacking(trial, traits)
-    return replace(traits, changing=(*changing, *counted), unstackable=reason)
+    traits = replace(traits, changing=(*changing, *counted))
+    unused: tuple[str, ...] = ()
+    if not (reason := _of_itself(module, counted, changing)):
+        reason, unused = _of_stacking(trial, traits)
+    if decides and not reason:
+        reason = "it draws random numbers and decides by a number of a tensor"
+    return replace(traits, unstackable=reason, unused=() if reason else unused)
 
 
 def _counted(numbers: Sequence[dict[str, object]]) -> tuple[str, ...]:
-    """Return the names of the numbers that a second forward on the same rows has changed again."""
+    """Return the names of the numbers that a forward has changed."""
     start, first, second = numbers
-    return tuple(k for k, value in second.items() if k in start and first[k] != value)
+    return tuple(k for k, value in second.items() if k in start and (start[k], value) != (first[k], first[k]))
 
 
-def _of_itself(module: nn.Module, counted: Sequence[str]) -> str:
+def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str]) -> str:
     """Return what a module does beside its tensors, which stacked members cannot each do; "" for nothing."""
     if counted:
         return f"it counts in {counted[0]!r}, a number of its own"
+    tensors = dict(module.named_parameters()) | dict(module.named_buffers())
+    for name, tensor in tensors.items():
+        if tensor.is_complex() and (tensor.requires_grad or name in changing):
+            return f"its {name!r} holds complex numbers that change"
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return f"its parameter {name!r} has a hook on its gradient"
     return ""
 
 
-def _of_stacking(trial: ModuleTrial, traits: Traits) -> str:
-    """Return why two members cannot be stacked; "" where their step is that of the plain modules."""
+def _of_stacking(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
+    """Return why two members cannot be stacked, "" where they do as the plain modules, and the parameters not used."""
     objective = trial.objective if trial.y is not None else None
     stacked = StackedModule(
         trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=objective
@@ -223,62 +235,84 @@ def _of_stacking(trial: ModuleTrial, traits: Traits) -> str:
     parameters = flat[: stacked.trained.size]
     parameters += 0.01 * torch.linspace(-1, 1, len(parameters), dtype=flat.dtype)  # the members differ
     params = stacked.blocks.views(flat)
-    alone = [_step_alone(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
+    alone = [_seen_alone(stacked, stacked.member(params, 0, c), trial) for c in range(2)]
     trail = Trail(stacked.template)
     try:
-        together = _step_together(stacked, flat, trial)
+        together = _seen_together(stacked, flat, trial)
     except InputError:
         raise
     except Exception as error:
-        return f"{trail.submodule or 'its forward'} says: {_first_sentence(error)}. {_ADVICE}"
+        return f"{trail.submodule or 'its forward'} says: {_first_sentence(error)}. {_ADVICE}", ()
     for c, (outputs, gradients, after) in enumerate(alone):
-        if not _close(together[0][c], outputs.view(together[0][c].shape)):
-            return "it gives other outputs when its members are stacked than alone"
-        if not _all_close(((v[0, c], gradients[k]) for k, v in together[1].items())):
-            return "it has another gradient when its members are stacked than alone"
+        for found, expected in zip(together[1], gradients):
+            if not _all_close((v[0, c], _or_zero(expected[k], v[0, c])) for k, v in found.items()):
+                return "it has another gradient when its members are stacked than alone", ()
         if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
-            return "it has other buffers after a step when its members are stacked than alone"
-    return ""
+            return "it has other buffers after a step when its members are stacked than alone", ()
+        if not _close(together[0][c], outputs.view(together[0][c].shape)):
+            return "it gives other outputs when its members are stacked than alone", ()
+    return "", tuple(
+        k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients)
+    )
 
 
-Step = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
-"""Outputs in evaluation mode, then of one step in training the gradients and the buffers after it."""
+Gradients = Mapping[str, Tensor | None]
+"""By the names of parameters; None for one that a step does not use."""
 
 
-def _step_alone(stacked: StackedModule, module: nn.Module, trial: ModuleTrial) -> Step:
+def _seen_alone(
+    stacked: StackedModule, module: nn.Module, trial: ModuleTrial
+) -> tuple[Tensor, list[Gradients], Params]:
+    """Return the outputs of a plain module after two minibatches, the gradients of each, and what they have changed."""
     objective, names = stacked.objective, trial.shape.names
+    gradients: list[Gradients] = []
+    with torch.no_grad():
+        before = objective.outputs(module.eval(), trial.inputs, names)
+    for rows in _minibatches(trial):
+        inputs, y = [x[rows] for x in trial.augmented()], _y(trial, before)[rows]
+        with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
+            losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
+            losses.mean().backward()  # type: ignore[no-untyped-call]
+        gradients.append({k: w.grad for k, w in module.named_parameters() if w.requires_grad})
+        module.zero_grad()
     with torch.no_grad():
         outputs = objective.outputs(module.eval(), trial.inputs, names)
-    y = _targets(outputs) if trial.y is None else trial.y
-    inputs = trial.augmented()
-    with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
-        losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
-        losses.mean().backward()  # type: ignore[no-untyped-call]
-    slopes = {k: w.grad for k, w in module.named_parameters()}
-    gradients = {
-        k: torch.zeros_like(w) if (slope := slopes[k]) is None else slope
-        for k, w in module.named_parameters()
-        if w.requires_grad
-    }
-    return outputs, gradients, dict(module.named_buffers())
+    return outputs, gradients, kept_of(module, tuple(stacked.kept))
 
 
-def _step_together(stacked: StackedModule, flat: Tensor, trial: ModuleTrial) -> Step:
-    inputs = trial.inputs
-    params, grads = (
-        stacked.blocks.views(flat),
-        stacked.trained.views(torch.zeros(stacked.trained.size).to(flat)),
-    )
+def _seen_together(
+    stacked: StackedModule, flat: Tensor, trial: ModuleTrial
+) -> tuple[Tensor, list[Params], Params]:
+    """Return what ``_seen_alone`` does, of two stacked members: outputs (2, B, ...), tensors (1, 2, ...)."""
+    params, gradients = stacked.blocks.views(flat), []
     with torch.no_grad():
-        outputs = stacked.outputs(params, 0, inputs)
-        y = _targets(outputs[0]) if trial.y is None else trial.y
-        batch = Batch(tuple(x[None] for x in inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
-        stacked.gradient(params, batch, grads)
-    return outputs, grads, {k: params[k] for k in stacked.kept}
+        before = stacked.outputs(params, 0, trial.inputs)
+        for rows in _minibatches(trial):
+            grads = stacked.trained.views(torch.zeros(stacked.trained.size).to(flat))
+            y = _y(trial, before[0])[rows]
+            batch = Batch(tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
+            with keyed_draws(_CPU, 0, "check"):
+                stacked.alone_losses(batch)  # which must leave nothing behind
+            stacked.gradient(params, batch, grads)
+            gradients.append(grads)
+        outputs = stacked.outputs(params, 0, trial.inputs)
+    return outputs, gradients, {k: params[k] for k in stacked.kept}
 
 
-def _targets(outputs: Tensor) -> Tensor:
-    """Return something for the outputs (B, K) to be compared with."""
+def _or_zero(slope: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if slope is None else slope
+
+
+def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
+    """Return the rows of two minibatches, where there are enough for a second one that differs."""
+    n = len(trial.inputs[0])
+    return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
+
+
+def _y(trial: ModuleTrial, outputs: Tensor) -> Tensor:
+    """Return the targets, or something for the outputs (B, K) to be compared with."""
+    if trial.y is not None:
+        return trial.y
     rows = torch.arange(len(outputs))
     return rows % outputs.shape[1] if outputs.dim() > 1 and outputs.shape[1] > 1 else (rows % 3).to(outputs)
 

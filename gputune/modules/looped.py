@@ -1,49 +1,34 @@
-"""A chunk whose members train one after another, each a plain module: what cannot be stacked, on any device.
+"""The members of a chunk as rows, each of all parameters of one plain module: of what cannot be stacked."""
 
-A member's parameters are one contiguous row, of which its module's own parameters and gradients are views, so that an
-update is the same few passes over one tensor as for stacked members. Rows of an epoch, draws and update rules are
-theirs too. A parameter that a step does not use has a gradient of zero there (``zero_grad(set_to_none=False)``).
-"""
-
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.modules.construction import hidden_sides, name_of
 from gputune.modules.module import ModuleNetwork
-from gputune.modules.precision import autocast
-from gputune.modules.stateless import kept_of, put_numbers
+from gputune.modules.stateless import put_numbers
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.classes import ClassRule, alone_because, class_of
-from gputune.optimizers.optimizer import Optimizer
-from gputune.optimizers.row_update import InPlaceRule, Matrix, RowRule, RowUpdate
-from gputune.optimizers.schedules import schedule_factor
-from gputune.population.batches import Batch, Batches, row_order, steps_of
-from gputune.population.population import beyond_adam
-from gputune.scoring.scoring import Scoring
-from gputune.scoring.validation import Validation
-from gputune.seeding import keyed_draws, stream_seed
-from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config, Params
-
-_AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
-
-_Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
-"""A minibatch: rows of each input, their targets, their weights."""
+from gputune.optimizers.classes import alone_because
+from gputune.optimizers.row_update import Matrix
+from gputune.population.batches import Batch, Batches
+from gputune.types import Params
 
 
 class LoopedModule(ModuleNetwork):
-    """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training changes more."""
+    """Members with a row each: block "trained" (F, C, N), and "kept" (F, C, M) where training changes more.
+
+    ``own`` are the modules of members that train, by fold and trial, where they are scored as they are.
+    """
 
     def _lay_out(self) -> None:
         why = self.traits.unstackable or alone_because(self.configs[0])
         self.reason = f"since {why}" if why else "as asked for"
-        self.sizes = [w.numel() for w in self.first.values()]
-        self.kept_sizes = [w.numel() for w in self.kept.values()]
+        self.sizes = [_real(w).numel() for w in self.first.values()]
+        self.kept_sizes = [_real(w).numel() for w in self.kept.values()]
+        self.own: Mapping[tuple[int, int], nn.Module] = {}
         rows = [Block("trained", (*self.members, sum(self.sizes)), 1)]
         self.trained = Blocks(rows)
         self.blocks = Blocks(
@@ -59,20 +44,26 @@ class LoopedModule(ModuleNetwork):
 
     def as_row(self, tensors: Params) -> Tensor:
         """Return tensors of one member as its row."""
-        return torch.cat([w.flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()])
+        return torch.cat(
+            [_real(w).flatten().to(self.shape.device, self.shape.dtype) for w in tensors.values()]
+        )
 
     def values(self, params: Params, fold: int, trial: int) -> Params:
         """Return the tensors of one member, in their own shapes and dtypes."""
         found = self.parts(params["trained"][fold, trial])
         if self.kept:
             parts = torch.split(params["kept"][fold, trial], self.kept_sizes)
-            found |= {k: p.view(w.shape).to(w.dtype) for (k, w), p in zip(self.kept.items(), parts)}
+            found |= {k: _shaped(p, w).to(w.dtype) for (k, w), p in zip(self.kept.items(), parts)}
         return found
 
     def parts(self, row: Tensor) -> Params:
         """Return the parameters that lie in a row (N,)."""
         parts = torch.split(row, self.sizes)
-        return {k: part.view(w.shape) for (k, w), part in zip(self.first.items(), parts)}
+        return {k: _shaped(part, w) for (k, w), part in zip(self.first.items(), parts)}
+
+    def leaves(self, row: Tensor) -> Params:
+        """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may hold."""
+        return {k: _real(part) for k, part in self.parts(row).items()}
 
     def matrices(self) -> list[Matrix]:
         """Return where the hidden matrices lie in a row (N,)."""
@@ -87,6 +78,9 @@ class LoopedModule(ModuleNetwork):
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         found = []
         for trial in range(len(self.configs)):
+            if module := self.own.get((fold, trial)):
+                found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
+                continue
             values = self.values(params, fold, trial)
             with self.stateless.holding(values) as module:
                 put_numbers(module, {k: values[k] for k in self.kept})
@@ -116,205 +110,11 @@ class LoopedModule(ModuleNetwork):
         )
 
 
-class _Alone(Optimizer):
-    """The optimizer of one member that adapts its own rate, or has rates that no ``RowRule`` knows."""
-
-    def __init__(
-        self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
-    ) -> None:
-        sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
-        whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
-        parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.first.items()}
-        blocks = Blocks(
-            [Block(k, (1, 1, *shape), 1, (sides[k],) if k in sides else None) for k, shape in parts.items()]
-        )
-        each_epoch = torch.tensor([[steps]], device=theta.device)
-        super().__init__([config], blocks, theta, steps=each_epoch, horizon=horizon)
+def _real(tensor: Tensor) -> Tensor:
+    """Return complex numbers (...) as real and imaginary parts (..., 2), others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-class _Member:
-    """A plain module whose trained parameters and their gradients are views of two rows, and its optimizer."""
-
-    def __init__(
-        self, network: LoopedModule, config: Config, start: Params, *, steps: int, horizon: int
-    ) -> None:
-        self.network, self.config = network, config
-        self.module = network.plain(network.shape.device)
-        self.row = network.as_row({name: start[name] for name in network.first})
-        for name, buffer in self.module.named_buffers():
-            if name in network.kept:
-                buffer.copy_(start[name])
-        self.grad = torch.zeros_like(self.row)
-        own = dict(self.module.named_parameters())
-        for name, value in network.parts(self.row).items():
-            own[name].data = value
-        for name, value in network.parts(self.grad).items():
-            own[name].grad = value
-        self.rates = [self.module.get_buffer(name) for name in network.scheduled]
-        self.total = steps * horizon
-        self.update: RowUpdate | _Alone
-        if config["optimizer"] in ONLINE or set(beyond_adam(config)) - {"beta2"}:
-            self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
-        else:
-            self.update = RowUpdate(config, self.row, self._rule(own), steps=steps, horizon=horizon)
-
-    def _rule(self, own: Mapping[str, Tensor]) -> RowRule:
-        if class_of(self.config):
-            return ClassRule(self.config, [own[name] for name in self.network.first])
-        matrices = self.network.matrices() if self.config["optimizer"] == "muon" else []
-        return InPlaceRule(self.config, self.row, matrices)
-
-    def kept(self) -> Tensor:
-        """Return what training changes beside the parameters, as a row (M,)."""
-        return self.network.as_row(kept_of(self.module, tuple(self.network.kept)))
-
-    def dropouts(self, epoch: int, steps: int) -> list[float]:
-        """Return the rates of dropout in the steps of an epoch."""
-        done = np.arange(epoch * steps, (epoch + 1) * steps)
-        factors = schedule_factor(self.config["dropout_schedule"], done, np.full(steps, self.total))
-        return [float(self.config["dropout"] * factor) for factor in factors]
-
-    def resume(self, values: Params, moments: Sequence[Tensor]) -> None:
-        """Go on from the tensors of a member and the rows of its moments."""
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        for name, value in values.items():
-            if name in own:
-                own[name].data.copy_(value)
-        put_numbers(self.module, {k: values[k] for k in self.network.kept})
-        self.update.resume(moments)
-
-
-class LoopChunk:
-    """The members of a chunk, fold by fold and one trial after another."""
-
-    scoring_share = 0.0
-
-    def __init__(
-        self,
-        network: LoopedModule,
-        data: Dataset,
-        configs: Sequence[Config],
-        *,
-        seed: int,
-        horizon: int,
-        scoring: Scoring | None,
-    ) -> None:
-        self.network, self.data, self.seed = network, data, seed
-        self.target = network.targets(data.y)
-        self.validation = Validation(data, scoring)
-        self.alive = list(range(len(configs)))
-        self.lengths = np.array([len(fold.train) for fold in data.folds])
-        self.sizes = np.minimum.outer(
-            self.lengths, np.array([min(c["batch_size"], 2**62) for c in configs])
-        )  # (F, C)
-        self.steps = steps_of(self.lengths[:, None], self.sizes, network.least_rows)
-        self.members = [
-            [_Member(network, c, start, steps=int(steps), horizon=horizon) for c, steps in zip(configs, row)]
-            for start, row in zip(network.starts(), self.steps)
-        ]
-
-    @property
-    def flat(self) -> Tensor:
-        """The members' rows, as the blocks of the network lie."""
-        return self._rows([member.row for row in self.members for member in row])
-
-    @property
-    def scored(self) -> Tensor:
-        """What is scored and saved: the rows, or their averages, and what else training changes."""
-        return self._rows([member.update.scored(member.row) for row in self.members for member in row])
-
-    def _rows(self, trained: list[Tensor]) -> Tensor:
-        kept = [member.kept() for row in self.members for member in row] if self.network.kept else []
-        return torch.cat(trained + kept)
-
-    @property
-    def moments(self) -> tuple[Tensor, ...]:
-        """The optimizer's flat buffers."""
-        states = [member.update.state() for row in self.members for member in row]
-        return tuple(torch.cat(buffers) for buffers in zip(*states))
-
-    def resume(self, buffers: Sequence[Tensor]) -> None:
-        """Go on from flat buffers: of the members, then of the moments."""
-        params = self.network.blocks.views(buffers[0])
-        moments = [self.network.trained.views(buffer)["trained"] for buffer in buffers[1:]]
-        for f, row in enumerate(self.members):
-            for c, member in enumerate(row):
-                member.resume(self.network.values(params, f, c), [moment[f, c] for moment in moments])
-
-    def keep(self, stays: np.ndarray) -> None:
-        """Go on with the trials of ``stays`` (C,) alone."""
-        if stays.all():
-            return
-        places = np.flatnonzero(stays).tolist()
-        self.alive = [self.alive[c] for c in places]
-        if places:
-            self.network = self.network.subset(places)
-            self.members = [[row[c] for c in places] for row in self.members]
-            self.sizes, self.steps = self.sizes[:, places], self.steps[:, places]
-
-    def scores(self) -> np.ndarray:
-        """Return the scores (C, F) of all members, each on the validation rows of its fold."""
-        return self.validation.scores(self.network, self.network.blocks.views(self.scored), len(self.alive))
-
-    def advance(self, epoch: int) -> None:
-        """Train for one epoch."""
-        order = row_order(self.data, self.seed, epoch)
-        draws = self._keyed if self.network.traits.draws else nullcontext
-        for f, row in enumerate(self.members):
-            for c, member in enumerate(row):
-                size, steps = int(self.sizes[f, c]), int(self.steps[f, c])
-                with draws(), torch.enable_grad():
-                    self._train(member, f, epoch, torch.split(order[f, : self.lengths[f]], size)[:steps])
-
-    @contextmanager
-    def _keyed(self) -> Iterator[None]:
-        with keyed_draws(self.data.device, self.seed, "dropout"):
-            yield
-
-    def _train(self, member: _Member, fold: int, epoch: int, minibatches: Sequence[Tensor]) -> None:
-        """Take the steps of an epoch: this is the loop."""
-        module, update, row, grad = member.module.train(), member.update, member.row, member.grad
-        names, draws, objective = self.network.shape.names, self.network.traits.draws, self.network.objective
-        absent = None if self.data.present is None else ~self.data.present[fold]
-        update.begin(epoch)
-        dropouts = member.dropouts(epoch, len(minibatches)) if member.rates else []
-        for step, (inputs, y, weights) in enumerate(self._gathered(fold, minibatches)):
-            for rate in member.rates:
-                rate.fill_(dropouts[step])
-            if draws:
-                self._reseed(epoch, step)
-            if objective.augment is not None:
-                found = objective.augmented([x[None] for x in inputs], names, self.seed, (epoch, step))
-                inputs = tuple(x[0] for x in found)
-            with autocast(self.network.shape.precision, self.network.shape.device):
-                losses = objective.losses(module, inputs, y, member.config, names=names, absent=absent)
-            grad.zero_()
-            _mean(losses, weights).backward()  # type: ignore[no-untyped-call]
-            update.step(row, grad)
-
-    def _gathered(self, fold: int, minibatches: Sequence[Tensor]) -> Iterator[_Rows]:
-        """Yield what each minibatch reads, of which some are gathered at once."""
-        data, size = self.data, len(minibatches[0])
-        ahead = max(1, _AHEAD_NUMBERS // (size * data.row_numbers))
-        target = self.target[fold % len(self.target)]
-        for begin in range(0, len(minibatches), ahead):
-            rows = torch.cat(list(minibatches[begin : begin + ahead]))
-            inputs = (torch.split(x, size) for x in data.rows(fold, rows))
-            weights = None if data.weights is None else torch.split(data.weights[fold, rows], size)
-            for i, (y, own) in enumerate(zip(torch.split(target[rows], size), zip(*inputs))):
-                yield own, y, None if weights is None else weights[i]
-
-    def _reseed(self, epoch: int, step: int) -> None:
-        seed = stream_seed(self.seed, "dropout", epoch, step)
-        torch.default_generator.manual_seed(seed)
-        if self.data.device.type == "cuda":
-            with torch.cuda.device(self.data.device):
-                torch.cuda.manual_seed(seed)
-
-
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    """Return the loss of a minibatch of one member, from row losses or their mean."""
-    if weights is None or losses.dim() == 0:
-        return losses.mean()
-    share = weights.double() / weights.double().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return (losses * share.to(losses.dtype)).sum()
+def _shaped(part: Tensor, like: Tensor) -> Tensor:
+    """Return a part of a row in the shape of a tensor, complex where that is."""
+    return torch.view_as_complex(part.view(*like.shape, 2)) if like.is_complex() else part.view(like.shape)

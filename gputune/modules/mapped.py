@@ -225,10 +225,11 @@ def _map_group_norm(
     members: int, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
 ) -> tuple[Tensor, int]:
     rows = _by_channels(x, axes[0], members)
-    tables = [
+    tables: list[Any] = [
         t if t is None else _first(t, axis, members).reshape(-1) for t, axis in zip((weight, bias), axes[1:])
     ]
-    return _by_members(functional.group_norm(rows, groups * members, *tables, eps), members), 1
+    outputs = functional.group_norm(rows, groups * members, tables[0], tables[1], eps)
+    return _by_members(outputs, members), 1
 
 
 def _map_convolution(

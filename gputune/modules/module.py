@@ -24,7 +24,7 @@ from gputune.modules.construction import (
 )
 from gputune.modules.draws import ModuleDraws, draws_of, given_draws
 from gputune.modules.mapped import Mapped
-from gputune.modules.precision import rounded
+from gputune.modules.precision import converted, rounded
 from gputune.modules.stateless import Stateless, kept_of, put_numbers
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError
@@ -43,7 +43,8 @@ _CPU = torch.device("cpu")
 class Traits:
     """What a user's module does, as far as its stacking depends on it (``inspection.py`` finds out by trying it).
 
-    changing     names of the buffers, and of the Python numbers in submodules, that a forward in training changes
+    changing     names of the buffers, frozen parameters and Python numbers in submodules that a forward in training
+                 changes
     least_rows   rows that a minibatch needs: two for statistics over them
     alone        whether an output in evaluation mode depends on its own row alone
     widest       most numbers that a submodule returns for a row
@@ -52,6 +53,7 @@ class Traits:
     row_losses   whether the loss gives a number a row, rather than their mean
     at_start     what is not finite before anything has trained, in words, "" where all is
     named        paths of the parameters that are trained
+    unused       paths of those that a step of stacked members does not use, which stay as they are
     scheduled    names of the buffers that hold a rate of ``gputune.models.Dropout``
     unstackable  why its members cannot be stacked, "" where they can
     slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
@@ -67,6 +69,7 @@ class Traits:
     row_losses: bool = True
     at_start: str = ""
     named: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     scheduled: tuple[str, ...] = ()
     unstackable: str = ""
     slow: str = ""
@@ -102,15 +105,15 @@ class ModuleNetwork:
         self.stateless = Stateless(self.template)
         self.scheduled = dropout_rates(self.template)
         own = dict(self.template.named_parameters())
-        self.first = {k: w.detach() for k, w in own.items() if w.requires_grad}
+        self.first = {k: w.detach() for k, w in own.items() if w.requires_grad and k not in traits.unused}
         changing = dict.fromkeys(traits.changing)
         if hasattr(self.template, "start_from"):  # which may set any buffer
             changing |= dict.fromkeys(
                 k for k, _ in self.template.named_buffers() if k in self.template.state_dict()
             )
         self.kept = kept_of(self.template, tuple(changing))
-        self.fixed = {k: w.detach() for k, w in own.items() if not w.requires_grad}
-        self.fixed |= {k: b.detach() for k, b in self.template.named_buffers() if k not in self.kept}
+        tensors: Params = {**own, **dict(self.template.named_buffers())}
+        self.fixed = {k: w.detach() for k, w in tensors.items() if k not in self.first | self.kept}
         self.members = (shape.folds, len(configs))
         self.loss_values = self.objective.values(
             self.configs, torch.empty(0, dtype=shape.dtype, device=shape.device)
@@ -127,7 +130,7 @@ class ModuleNetwork:
 
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
-        return build_module(
+        module = build_module(
             self.builder,
             module_arguments(self.configs[0]),
             n_features=self.shape.n_features,
@@ -137,7 +140,8 @@ class ModuleNetwork:
             names=self.shape.names,
             seed=self.seed,
             feature_groups=self.shape.feature_groups,
-        ).to(dtype=self.shape.dtype, device=device)
+        )
+        return converted(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:
         """Return the tensors that the members of each fold begin with, fitted to its rows where the module wants it."""
@@ -210,9 +214,9 @@ class StackedModule(ModuleNetwork):
             return None  # its own, by the key of the minibatch
         if self.objective.augment is not None:
             raise TraceError("augment draws by the key of the minibatch, which no recording knows")
-        return ModuleDraws(self._alone, batches, self.seed)
+        return ModuleDraws(self.alone_losses, batches, self.seed)
 
-    def _alone(self, batch: Batch) -> object:
+    def alone_losses(self, batch: Batch) -> object:
         """Compute the losses of one member as a plain module, to see what it draws.
 
         The numbers depend on how a tensor lies in memory, which is not how a member's part of a stacked one lies.
@@ -256,7 +260,7 @@ class StackedModule(ModuleNetwork):
         keyed = partial(keyed_draws, self.shape.device, self.seed, "dropout", *batch.key)
         try:
             with keyed():
-                return given_draws(draws_of(partial(self._alone, batch)))
+                return given_draws(draws_of(partial(self.alone_losses, batch)))
         except TraceError:
             return keyed()
 

@@ -1,7 +1,8 @@
 """A user's module with the rows on which it is tried, and the words of what is wrong with it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from gputune.errors import InputError, InputWarning
 from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import hint
+from gputune.modules.precision import converted
+from gputune.modules.stateless import not_trained
+from gputune.modules.trace import DispatchMode
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
@@ -37,7 +41,7 @@ class ModuleTrial:
         self.objective, self.y = objective, y
         self.builder, self.config, self.inputs, self.shape = builder, config, inputs, shape
         self.columns, self.name, self.widest = columns, name_of(builder), 1
-        self.module = build_module(
+        module = build_module(
             builder,
             module_arguments(config),
             n_features=shape.n_features,
@@ -48,12 +52,23 @@ class ModuleTrial:
             seed=0,
             feature_groups=shape.feature_groups,
             columns=columns,
-        ).to(shape.dtype)
+        )
+        self.module = converted(module, shape.dtype)
         self.trail = Trail(self.module)
 
-    def buffers(self) -> dict[str, Tensor]:
-        """Return copies of the buffers as they are."""
-        return {name: buffer.detach().clone() for name, buffer in self.module.named_buffers()}
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of the buffers and frozen parameters as they are."""
+        return {name: tensor.detach().clone() for name, tensor in not_trained(self.module).items()}
+
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """Move the trained parameters a little inside, so that what follows them moves too."""
+        trained = [(w, w.detach().clone()) for w in self.module.parameters() if w.requires_grad]
+        for w, before in trained:
+            w.data = before + 0.01
+        yield
+        for w, before in trained:
+            w.data = before
 
     def numbers(self) -> dict[str, Any]:
         """Return the Python numbers that the submodules hold."""
@@ -64,12 +79,14 @@ class ModuleTrial:
             if isinstance(value, int | float) and name != "training"
         }
 
-    def draws(self) -> bool:
-        """Whether a forward in training takes numbers from torch's generator."""
+    def draws(self) -> tuple[bool, bool]:
+        """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
         with keyed_draws(_CPU, 0, "check"):
             state = torch.get_rng_state()
-            self._called(self.inputs, training=True)
-            return not torch.equal(state, torch.get_rng_state())
+            with _Reading() as reading:
+                self._called(self.inputs, training=True)
+            draws = not torch.equal(state, torch.get_rng_state())
+        return draws, draws and reading.read
 
     def forward(self, inputs: Sequence[Tensor], *, training: bool) -> Tensor:
         """Return the outputs on some rows, always with the same draws."""
@@ -275,6 +292,18 @@ def _any_rows(x: Tensor) -> str:
     return f"({', '.join(['rows', *map(str, x.shape[1:])])})"
 
 
+class _Reading(DispatchMode):
+    """Notes whether a number of a tensor is read into Python, which may decide by it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.read |= torch.Tag.data_dependent_output in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 class Trail:
     """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
 
@@ -282,6 +311,8 @@ class Trail:
         self.open: list[str] = []
         self.largest = 0
         for name, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue  # which takes no hooks
             part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
             part.register_forward_hook(self._leave)
 

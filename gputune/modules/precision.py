@@ -1,4 +1,4 @@
-"""bfloat16 while a module trains: what torch.autocast rounds is rounded.
+"""The precision of a module: of its tensors, and bfloat16 while it trains, where what torch.autocast rounds is rounded.
 
 Through vmap autocast reaches some operations and others not (in torch 2.13), so that stacked members have a mode
 of their own. Parameters, buffers and updates stay in single precision, and so does the loss of a module's outputs.
@@ -10,12 +10,25 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from gputune.types import Precision
+
+
+def converted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Give the floats of a module a dtype, in place; complex numbers keep their imaginary parts, unlike by ``to``."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            return tensor.to(dtype.to_complex())
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    module._apply(convert)  # type: ignore[no-untyped-call]
+    return module
+
 
 _PRODUCTS: set[Callable[..., Any]] = {
     F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d,

@@ -71,17 +71,23 @@ def _extend(container: Any, members: Any) -> None:
         container.update(members)
 
 
+def not_trained(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers and the frozen parameters of a module."""
+    frozen = {name: w for name, w in module.named_parameters() if not w.requires_grad}
+    return frozen | dict(module.named_buffers())
+
+
 def kept_of(module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return the buffers and the Python numbers of some names, the numbers as tensors."""
-    buffers = dict(module.named_buffers())
-    return {k: buffers[k].detach() if k in buffers else _as_tensor(_number(module, k)) for k in names}
+    """Return the buffers, frozen parameters and Python numbers of some names, the numbers as tensors."""
+    tensors = not_trained(module)
+    return {k: tensors[k].detach() if k in tensors else _as_tensor(_number(module, k)) for k in names}
 
 
 def put_numbers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the Python numbers among some names their values; buffers are left as they are."""
-    buffers = dict(module.named_buffers())
+    """Give the Python numbers among some names their values; tensors are left as they are."""
+    tensors = not_trained(module)
     for name, value in values.items():
-        if name not in buffers:
+        if name not in tensors:
             path, _, key = name.rpartition(".")
             kind = type(_number(module, name))
             setattr(module.get_submodule(path), key, kind(value.item()))

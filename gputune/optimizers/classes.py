@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gputune.errors import InputError
+from gputune.optimizers.rules import BETA1
 from gputune.text import did_you_mean
 from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, default_weight_decay
 
@@ -119,6 +120,11 @@ def class_of(config: Config) -> Class | None:
     return _CLASS_OF_RULE[word]
 
 
+def class_of_rule(config: Config) -> Class | None:
+    """Return the class of torch.optim whose steps the rule of a configuration takes, None where there is none."""
+    return _CLASS_OF_RULE.get(config["optimizer"])
+
+
 def alone_because(config: Config) -> str:
     """Return why an optimizer trains each member by itself, "" where it trains all at once."""
     kind = class_of(config)
@@ -157,13 +163,14 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
 
     Raises InputError for arguments that its class has not, or refuses.
     """
-    kind = class_of(config)
+    kind = class_of(config) or class_of_rule(config)
     assert kind is not None
     known, given = _arguments(kind), optimizer_arguments(config)
     for name in given:
         _check_argument(kind, name, known)
     words = {key: config[key] for key in _OWN_KEYS if key in known}
     words |= {"nesterov": True} if config["optimizer"] == "nesterov" else {}
+    words |= {} if class_of(config) else _words_of_rule(config, known)
     words |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         return kind(list(parameters), **words)
@@ -183,6 +190,13 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
             f"optimizer: torch.optim.{kind.__name__}({shown}) raised {type(error).__name__}: {error}. Mend the "
             f"values.{remedy}"
         ) from error
+
+
+def _words_of_rule(config: Config, known: Collection[str]) -> Config:
+    """Return what a class takes for the steps of a rule, and the way that computes them in the fewest calls."""
+    if "betas" in known:
+        return {"betas": (BETA1, config["beta2"]), "fused": True}
+    return {"foreach": True}  # the fused SGD fails where a parameter has its first gradient after others
 
 
 def _check_argument(kind: Class, name: str, known: Mapping[str, inspect.Parameter]) -> None:

@@ -9,6 +9,7 @@ from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
 from gputune.errors import InputError
 from gputune.modules.construction import Builder, call_arguments, materialise, name_of
+from gputune.modules.precision import converted
 from gputune.population.network import InputKind
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Json
@@ -66,7 +67,7 @@ def build_modules(
             modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
             for module in modules:
                 materialise(module, *inputs)
-                module.to(dtype)
+                converted(module, dtype)
             return modules
     except Exception as error:  # a user's constructor may raise anything
         raise InputError(

@@ -98,6 +98,40 @@ class Annealed(nn.Linear):
         return super().forward(x) / (1 + 0.1 * self.step)
 
 
+class Normal(nn.Linear):
+    """Gives its weights other memory, and decides by a number that it draws."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        self.weight.data = nn.functional.normalize(self.weight.data, dim=1)
+        return super().forward(x * 2 if self.training and torch.rand(()) < 0.5 else x)
+
+
+class Remembering(nn.Linear):
+    """Its outputs depend on how many minibatches a list has seen."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen += [1] * self.training
+        return super().forward(x) / (1 + 0.1 * len(self.seen))
+
+
+class Dropping(nn.Module):
+    """Leaves a layer out by a number that it draws."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.first, self.other = nn.Linear(n_features, n_outputs), nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        return self.first(x) + (self.other(x) if self.training and torch.rand(()) < 0.5 else 0)
+
+
 MODULES = {
     "control flow": (partial(Gated, p=0.3), "data-dependent control flow"),
     "gru": (Recurrent, ""),
@@ -106,6 +140,8 @@ MODULES = {
     "hook": (WithHook, "parameter 'weight' has a hook"),
     "in place": (InPlace, ""),
     "number": (Annealed, "it counts in 'step'"),
+    "other memory": (Normal, "accessing `data`"),
+    "list": (Remembering, "another gradient"),
 }
 
 
@@ -140,6 +176,49 @@ def test_a_member_equals_its_plain_loop(name, optimizer):
             alone = reference.train_module(plain, x, y, config, epochs=9, weights=weights)
             assert largest_difference(trained.member(1, c), alone) <= 1e-8
             assert getattr(trained.member(1, c), "step", 0) == getattr(alone, "step", 0)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "nesterov", "adam", "adamw", "NAdam"])
+def test_a_parameter_that_a_step_does_not_use_is_left_as_it_is(optimizer):
+    """As zero_grad() of PyTorch's has it, also after a resume: no decay, no momentum, no count of a step."""
+    data = make_data()
+    configs = fill({"optimizer": optimizer, "lr": 0.01, "batch_size": 7, "weight_decay": 0.1})
+    traits = traits_of(Dropping, configs[0], data)
+    assert traits.unstackable == "it draws random numbers and decides by a number of a tensor"
+    begun = train(looped(Dropping, configs, data), data, configs, seed=0, epochs=2, horizon=5)
+    words = {"seed": 0, "epochs": 5, "horizon": 5, "begin": begun.state}
+    trained = train(looped(Dropping, configs, data), data, configs, **words)
+    x, y, _ = rows_of(data, 1)
+    plain = partial(Dropping, n_features=data.n_features, n_outputs=data.n_outputs)
+    alone = reference.train_module(plain, x, y, configs[0], epochs=5)
+    assert largest_difference(trained.member(1, 0), alone) <= 1e-8
+
+
+class Turning(nn.Module):
+    """A layer of complex weights, held as such or as their parts."""
+
+    def __init__(self, n_features, n_outputs, parts):
+        super().__init__()
+        weight = torch.randn(n_features, n_outputs, 2)
+        self.weight = nn.Parameter(weight if parts else torch.view_as_complex(weight))
+
+    def forward(self, x):
+        weight = self.weight if self.weight.is_complex() else torch.view_as_complex(self.weight)
+        return (x.to(weight.dtype) @ weight).abs()
+
+
+@pytest.mark.parametrize("more", [{}, {"lr_factor__weight": 0.5}, {"optimizer": "RAdam"}])
+def test_complex_weights_train_as_their_real_and_imaginary_parts(more):
+    data = make_data()
+    configs = fill({"lr": 0.01, "batch_size": 7, **more})
+    words = {"seed": 0, "epochs": 3, "horizon": 3}
+    whole, parts = (
+        train(looped(partial(Turning, parts=parts), configs, data), data, configs, **words).member(1, 0)
+        for parts in (False, True)
+    )
+    torch.testing.assert_close(torch.view_as_real(whole.weight), parts.weight, rtol=1e-10, atol=1e-10)
+    reason = traits_of(partial(Turning, parts=False), configs[0], data).unstackable
+    assert reason == "its 'weight' holds complex numbers that change"
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])

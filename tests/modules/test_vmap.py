@@ -264,6 +264,47 @@ class Frozen(nn.Linear):
         self.requires_grad_(False)
 
 
+class Averaged(nn.Linear):
+    """Frozen weights follow trained ones, a layer is used in evaluation alone, a buffer is complex."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+        self.slow = nn.Linear(n_features, n_outputs).requires_grad_(False)
+        self.slow.load_state_dict({"weight": self.weight, "bias": self.bias})
+        self.late = nn.Linear(n_outputs, n_outputs)
+        self.register_buffer("turns", torch.polar(torch.ones(n_features), torch.arange(n_features).float()))
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.slow.weight.mul_(0.9).add_(self.weight, alpha=0.1)
+                self.slow.bias.mul_(0.9).add_(self.bias, alpha=0.1)
+        x = super().forward((x * self.turns).imag) + self.slow(x)
+        return x if self.training else self.late(x)
+
+
+def test_frozen_weights_that_follow_unused_ones_and_complex_buffers_are_those_of_the_plain_loop():
+    data, configs = make_data(), fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
+    traits = traits_of(Averaged, configs[0], data)
+    assert traits.changing == ("slow.weight", "slow.bias") and traits.unused == ("late.weight", "late.bias")
+    assert not traits.unstackable
+
+    def plain(**sizes):  # the oracle's conversion leaves imaginary parts out
+        module = Averaged(**sizes)
+        turns, _ = module.turns, delattr(module, "turns")
+        module.turns = turns.to(torch.complex128)
+        return module
+
+    network = StackedModule(Averaged, configs, shape_of(data), seed=0, traits=traits)
+    together = train(network, data, configs, seed=0, epochs=3, horizon=3)
+    for c, config in enumerate(configs):
+        x, y, _ = rows_of(data, 1)
+        sizes = {"n_features": data.n_features, "n_outputs": data.n_outputs}
+        alone = reference.train_module(partial(plain, **sizes), x, y, config, epochs=3)
+        for (name, found), expected in zip(together.member(1, c).named_parameters(), alone.parameters()):
+            torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8, msg=name)
+
+
 def test_rows_that_mix_equal_the_plain_loop():
     data, configs = make_data(), fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
     assert not traits_of(Mixing, configs[0], data).alone
