@@ -6,6 +6,7 @@ Opening a study to look at its trials must not wait for torch.
 import math
 import os
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gputune.study import study as data
@@ -120,16 +121,36 @@ class Study(data.Study):
 
         return export_to_optuna(self, storage, name)
 
-    def report(self, path: str | os.PathLike[str], *, model: "TunedModel | None" = None) -> None:
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        model: "TunedModel | None" = None,
+        confusion: bool = False,
+        importance: bool = False,
+        X: object = None,
+        y: object = None,
+        trust_code: bool = False,
+    ) -> None:
         """Write one page of HTML about the study to ``path``, which is replaced where it exists.
 
-        ``model`` is the tuned model of the study, whose held-out score the page then shows. Raises InputError for a
-        folder, one that does not exist, a name that does not end in .html, and for a model of another study or of
-        other rows.
-        """
-        from gputune.report.page import write_page
+        ``model`` is the tuned model of the study, whose held-out score the page then shows. For the ``confusion``
+        matrix of classes and the permutation ``importance`` of the columns of X the best trial trains on its folds once
+        more; both are of the rows that they validate on. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
 
-        write_page(self, path, model=None if model is None else model.info)
+        Raises InputError for a folder, one that does not exist, a name that does not end in .html, for a model of
+        another study or of other rows, and as ``oof_predictions`` does.
+        """
+        from gputune.report.page import check_place, write_page
+
+        folds = None
+        if confusion or importance:
+            from gputune.tuning.fold_report import fold_report
+
+            check_place(f"report({str(path)!r})", Path(path), self.file)
+            what = {"confusion": confusion, "importance": importance}
+            folds = fold_report(self, X, y, **what, trust_code=trust_code)
+        write_page(self, path, model=None if model is None else model.info, folds=folds)
 
     @property
     def best_trials(self) -> "tuple[Trial, ...]":

@@ -30,8 +30,9 @@ from gputune.tuning.interrupt import end_command, end_process, take_signals
 
 _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
-    **dict.fromkeys(("trials", "best", "status", "report", "repair"), "study"),
+    **dict.fromkeys(("trials", "best", "status", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
+    "report": "report",
     "check": "check",
 }
 """Where the function of each command is, which returns what goes to standard output."""

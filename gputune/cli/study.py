@@ -1,4 +1,4 @@
-"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, ``report``, ``repair``."""
+"""The commands on a study: ``gputune trials``, ``best``, ``status`` of a running search, ``repair``."""
 
 import csv
 import io
@@ -14,13 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from gputune.cli.arguments import model_folder, study_file
-from gputune.report.facts import best_trial, is_its_model, seconds_text, states_text
+from gputune.cli.arguments import study_file
+from gputune.report.facts import best_trial, seconds_text, states_text
 from gputune.study.claims import Claims
-from gputune.study.record import has_form
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
-from gputune.types import Json
 from gputune.views.metrics import measures, other_measures, pareto_trials
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
@@ -31,8 +29,8 @@ SCORE, SCORE_AND_ERROR = "score", f"score {PLUS_MINUS} error"
 
 _LONGEST = 17
 
-_WATCH_SECONDS, _LIVE_SECONDS, _CURVES = 2.0, 5, 5
-"""Between two looks at a running search, between two pages of one, and the curves that are shown."""
+_WATCH_SECONDS, _CURVES = 2.0, 5
+"""Between two looks at a running search, and the curves that are shown."""
 
 _LISTINGS = (
     ("trial", SCORE_AND_ERROR, "epoch", "state", "seconds"),
@@ -234,7 +232,7 @@ def status(arguments: Namespace) -> str:
     while True:
         study = Study.open(file)
         text = f"{status_text(file, study)}{_best_curves(study)}"
-        if _finished(study) == len(study.trials):
+        if finished(study) == len(study.trials):
             return text
         screen = f"\x1b[H\x1b[J{text}\n" if sys.stdout.isatty() else f"{text}\n\n"
         sys.stdout.write(screen)
@@ -250,7 +248,7 @@ def status_text(file: Path, study: Study | None = None) -> str:
     of = count(len(study.trials), "trial")
     lines = [
         ("Study", clean(file)),
-        ("Trials", f"{_finished(study)} of {of} finished{f': {states_text(study)}' if states else ''}"),
+        ("Trials", f"{finished(study)} of {of} finished{f': {states_text(study)}' if states else ''}"),
         ("Best", _best(study, trains_on=states["waiting"] > 0)),
         *(("Running", line) for line in _running(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
@@ -258,7 +256,8 @@ def status_text(file: Path, study: Study | None = None) -> str:
     return "\n".join(f"{name:9}{text}" for name, text in lines)
 
 
-def _finished(study: Study) -> int:
+def finished(study: Study) -> int:
+    """Return how many trials have ended."""
     return sum(trial.state not in ("waiting", "stopped") for trial in study.trials)
 
 
@@ -311,23 +310,6 @@ def _best(study: Study, *, trains_on: bool) -> str:
     return f"{measure.title} {measure.text(best.score)} in trial {best.number}: {params}{left}"
 
 
-def report(arguments: Namespace) -> str:
-    """Write the page to ``--out``, which may be overwritten, and return where it is."""
-    from gputune.report.page import check_place, write_page
-
-    file, out = study_file(arguments.study), arguments.out
-    check_place(f"--out {out!r}", Path(out), file)
-    study = Study.open(file)
-    try:
-        while arguments.live and _finished(study) < len(study.trials):
-            write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
-            time.sleep(_LIVE_SECONDS)
-            study = Study.open(file)
-    finally:  # the last one stays as it is
-        write_page(study, out, model=_model(study, model_folder(file)))
-    return f"Report   {out}"
-
-
 def repair(arguments: Namespace) -> str:
     """Write what is whole into a new file and return what that is."""
     from gputune.study.repair import repair
@@ -335,16 +317,3 @@ def repair(arguments: Namespace) -> str:
     saved = repair(study_file(arguments.study), arguments.out)
     go_on = f"\n\nGo on: {shlex.join(['gputune', 'resume', arguments.out])}" if saved.is_whole_search else ""
     return f"{saved}{go_on}"
-
-
-def _model(study: Study, folder: Path) -> Json | None:
-    """Return the info of the model beside a study where it is that of its best trial, or None."""
-    from gputune.study.model_files import DESCRIPTION, blaming, read_description
-
-    if not (folder / DESCRIPTION).is_file():
-        return None
-    with blaming(folder / DESCRIPTION):
-        info: Json = read_description(folder / DESCRIPTION)["info"]
-        if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
-            raise ValueError("its info is of another type")
-    return info if is_its_model(study, info) else None

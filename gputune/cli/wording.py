@@ -38,6 +38,8 @@ _PHRASES = {
 """Advice that is Python's, and what it is here."""
 
 _PATTERNS = {
+    r"\breport\((confusion|importance)=True\)": r"--\1",
+    r"\bleave (confusion|importance) out\b": r"leave --\1 out",
     r"^X (?=has|must)": "FILE ",
     r"\bpredict_interval\(level=(.*?)\)": r"--interval \1",
     r"^predict_interval (?=is|needs)": "--interval ",

@@ -52,7 +52,7 @@ def curves_chart(study: Study) -> Chart | None:
         return None
     best, others = curves.order[:BEST], curves.order[BEST:]
     drawn = spread_over(others, THIN_CURVES)
-    x = linear_scale(1, len(curves.epochs), most=10)
+    x = linear_scale(1, len(curves.epochs), most=10, whole=True)
     frame = Frame(_WIDE, 400.0, x, _curve_scale(study, curves), right=118)
     size = {
         "width": frame.width - frame.left - frame.right,
@@ -140,7 +140,7 @@ def history_chart(study: Study) -> Chart | None:
     if not shown.order:
         return None
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
-    x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01)
+    x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01, whole=True)
     frame = Frame(_WIDE, 280.0, x, score_scale(shown, pad=_PAD))
     drawn, notes = _drawn(shown, POINTS)
     best = shown.best_so_far
@@ -278,7 +278,7 @@ def _path_chart(
 ) -> Chart:
     drawn = starts[:STARTS]
     last = max(1, *(int(one.steps[-1]) for one in drawn))
-    frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10)), y)
+    frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y)
     lines = [_path_line(*line, frame, rank) for rank, line in enumerate(zip(drawn, values))]
     title = f"{name} of {len(drawn)} starts by outer step"
     svg = drawing(*_SMALL, title, frame.axes("outer step", name), *lines[::-1])

@@ -27,9 +27,11 @@ from gputune.report.charts import (
     slice_charts,
 )
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
+from gputune.report.folds import columns_chart, confusion_chart
 from gputune.report.parallel import WEAK, importance_chart, parallel_chart
 from gputune.report.snippet import again_code
 from gputune.scratch import write_text
+from gputune.study.fold_report import FoldReport
 from gputune.study.study import Study, Trial
 from gputune.text import clean, short
 from gputune.types import Config, Json
@@ -140,11 +142,12 @@ def write_page(
     path: str | os.PathLike[str],
     *,
     model: Mapping[str, object] | None = None,
+    folds: FoldReport | None = None,
     reload_seconds: int = 0,
 ) -> None:
     """Write the page of a study to a file; see ``Study.report``. It reloads itself where it will be written again."""
     check_place(f"report({str(path)!r})", Path(path), study.file)
-    write_text(Path(path), page(study, model=model, reload_seconds=reload_seconds))
+    write_text(Path(path), page(study, model=model, folds=folds, reload_seconds=reload_seconds))
 
 
 def check_place(argument: str, path: Path, study_file: Path | None) -> None:
@@ -159,8 +162,14 @@ def check_place(argument: str, path: Path, study_file: Path | None) -> None:
         raise InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
-def page(study: Study, *, model: Mapping[str, object] | None = None, reload_seconds: int = 0) -> str:
-    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model.
+def page(
+    study: Study,
+    *,
+    model: Mapping[str, object] | None = None,
+    folds: FoldReport | None = None,
+    reload_seconds: int = 0,
+) -> str:
+    """Return the page of a study as HTML; ``model`` is the ``info`` of its tuned model, ``folds`` what it is on them.
 
     Raises InputError for a model of another study.
     """
@@ -187,6 +196,8 @@ def page(study: Study, *, model: Mapping[str, object] | None = None, reload_seco
         history=history_chart(study),
         pareto=pareto_charts(study),
         slices=slice_charts(study),
+        confusion=None if folds is None else confusion_chart(study, folds),
+        needed=None if folds is None else columns_chart(study, folds),
         parallel=None if parallel is None else parallel.chart,
         importance=importance_chart(forest) if forest else None,
         forest=forest,

@@ -28,8 +28,22 @@ _STRIP = 0.045
 
 def importance_chart(shown: Importance) -> Chart:
     """Return one bar a hyperparameter, as long as the forest's R2 falls without it."""
-    scale = linear_scale(0.0, float(max((shown.drops + shown.errors).max(), 0.01)), most=5)
-    height = _ROW * len(shown.names) + 40
+    of = "Importance of the hyperparameters", "fall of the forest's R²"
+    return bars(shown.labels, shown.drops, shown.errors, *of, decimals=2)
+
+
+def bars(
+    labels: Sequence[str],
+    drops: NDArray[np.float64],
+    errors: NDArray[np.float64],
+    title: str,
+    name: str,
+    *,
+    decimals: int,
+) -> Chart:
+    """Return a bar for each label, with a standard deviation; ``name`` is that of the axis."""
+    scale = linear_scale(0.0, float(max((drops + errors).max(), 10.0**-decimals)), most=5)
+    height = _ROW * len(labels) + 40
     span, bottom = _WIDTH - _LEFT - _RIGHT, height - 34
 
     def length(value: float) -> float:
@@ -39,9 +53,7 @@ def importance_chart(shown: Importance) -> Chart:
     for value, words in scale.ticks:
         x = _LEFT + length(value)
         parts += [path("grid", f"M{x:.1f} 4V{bottom:.1f}"), text("tick mid", x, bottom + 15, words)]
-    for row, (label, drop, error) in enumerate(
-        zip(shown.labels, shown.drops.tolist(), shown.errors.tolist())
-    ):
+    for row, (label, drop, error) in enumerate(zip(labels, drops.tolist(), errors.tolist())):
         y = 4 + _ROW * row
         low, high = (_LEFT + length(end) for end in (drop - error, drop + error))
         box = {"x": _LEFT, "y": y + 5, "width": length(drop), "height": _ROW - 12, "rx": 2}
@@ -49,10 +61,15 @@ def importance_chart(shown: Importance) -> Chart:
             text("tick end label", _LEFT - 10, y + 19, element("title", label), cut(label, 26)),
             element("rect", class_="bar", **box),
             path("whisker", f"M{low:.1f} {y + 14:.1f}H{high:.1f}"),
-            text("tick end", _WIDTH - 4, y + 19, f"{round(drop, 2) + 0.0:.2f} ± {error:.2f}"),
+            text(
+                "tick end",
+                _WIDTH - 4,
+                y + 19,
+                f"{round(drop, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}",
+            ),
         ]
-    parts.append(text("name mid", _LEFT + span / 2, height - 3, "fall of the forest's R²"))
-    return Chart(drawing(_WIDTH, height, "Importance of the hyperparameters", *parts, class_="chart bars"))
+    parts.append(text("name mid", _LEFT + span / 2, height - 3, name))
+    return Chart(drawing(_WIDTH, height, title, *parts, class_="chart bars"))
 
 
 @dataclass(frozen=True)

@@ -94,13 +94,20 @@ def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool
 
 def predictions_of(search: Search, trials: Sequence[Trial], progress: Progress) -> "Predictions":
     """Train trials on the folds of the search again, and return what they predict there."""
+    return Predictions.of(*members_of(search, trials, progress))
+
+
+def members_of(
+    search: Search, trials: Sequence[Trial], progress: Progress
+) -> tuple[list[list[nn.Module]], Dataset, Scoring]:
+    """Train trials on the folds of the search again; return the members (M, F), their data, and how it was scored."""
     scoring = _scoring(search)
     progress.scoring = scoring.name
     data, _ = search.dataset(unpack_folds(search.study.record.arguments.folds), trials)
     epochs = max(trial.best_epoch for trial in trials)
     with nullcontext() if search.choice.solved else progress.bar_over(len(trials), epochs):
         members = search.train(data, trials, seed=search.options.random_state, progress=progress.advance)
-    return Predictions.of(members, data, scoring)
+    return members, data, scoring
 
 
 def _candidates(study: Study, most: int) -> list[Trial]:
@@ -192,7 +199,7 @@ class Predictions:
         chosen: list[int] = []
         keys: list[tuple[float, float]] = []
         for step in range(1, size + 1):
-            scores = [self._scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
+            scores = [self.scores(fold, (sums[fold] + self.values[fold]) / step) for fold in folds]
             means = [tuple(pair) for pair in np.nan_to_num(np.mean(scores, axis=0), nan=-np.inf).T.tolist()]
             chosen.append(max(range(len(means)), key=means.__getitem__))
             keys.append(means[chosen[-1]])
@@ -207,10 +214,10 @@ class Predictions:
             choice = self.choose(size, [other for other in range(self.data.n_folds) if other != fold])
             weights = torch.tensor([number / choice.total() for number in choice.values()])
             mean = torch.tensordot(weights.to(self.values[fold]), self.values[fold][list(choice)], 1)
-            scores.append(float(self._scores(fold, mean[None])[0][0]))
+            scores.append(float(self.scores(fold, mean[None])[0][0]))
         return scores
 
-    def _scores(self, fold: int, values: Tensor) -> np.ndarray:
+    def scores(self, fold: int, values: Tensor) -> np.ndarray:
         """Return the scores of predictions (M, m, K) on one fold and, of classes, minus their log losses: (2, M)."""
         task = self.data.task
         outputs = values if task == "regression" else outputs_of(values, task)
@@ -233,13 +240,19 @@ def means_of_rows(data: Dataset, values: Sequence[Tensor]) -> NDArray[np.float64
 
 def _predicted(module: nn.Module, data: Dataset, fold: int) -> Tensor:
     """Return what a member predicts (m, K) of the rows that its fold validates on, float64."""
-    parts = []
+    parts = torch.split(data.folds[fold].valid, _BLOCK)
+    return torch.cat([values_of(module, [x.cpu() for x in data.rows(fold, rows)], data) for rows in parts])
+
+
+def values_of(module: nn.Module, inputs: Sequence[Tensor], data: Dataset) -> Tensor:
+    """Return what a member predicts of rows on the CPU, (m, K) float64: probabilities, or outputs of a regression."""
     with torch.inference_mode():
-        for rows in torch.split(data.folds[fold].valid, _BLOCK):
-            inputs = [x.cpu() for x in data.rows(fold, rows)]
-            output = first_output(call_module(module, inputs, data.names))
-            parts.append(output.double().view(len(rows), -1).to(data.device))
-    outputs = torch.cat(parts)
-    if data.task == "regression":
-        return outputs
-    return outputs.sigmoid() if data.task == "multilabel" else class_logits(outputs, data.task, 1).softmax(-1)
+        output = first_output(call_module(module, inputs, data.names))
+        outputs = output.double().view(len(inputs[0]), -1).to(data.device)
+        if data.task == "regression":
+            return outputs
+        return (
+            outputs.sigmoid()
+            if data.task == "multilabel"
+            else class_logits(outputs, data.task, 1).softmax(-1)
+        )

@@ -20,7 +20,7 @@ def oof_predictions(
     study: Study, X: object = None, y: object = None, *, trial: int | None = None, trust_code: bool = False
 ) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
-    _check(study)
+    check_folds_train(study, "oof_predictions()")
     one = study.best_trial if trial is None else numbered(study, trial, "oof_predictions")
     search = recalled_for("oof_predictions", study, X, y, trust_code)
     predictions = predictions_of(search, [one], Progress(0))
@@ -42,7 +42,7 @@ def refit_with_residuals(
 ) -> TunedModel:
     """Return the model of ``refit`` with the residuals of its trial on its folds; see ``Study.best_model``."""
     called = "best_model(intervals=True)"
-    _check(study, called)
+    check_folds_train(study, called)
     if study.record.task != "regression":
         raise InputError(
             f"{called} is for a number to be predicted, and the study is of classes; leave it out."
@@ -61,7 +61,7 @@ def refit_with_residuals(
     return replace(refitted(search, one), residuals=residuals)
 
 
-def _check(study: Study, called: str = "oof_predictions()") -> None:
+def check_folds_train(study: Study, called: str) -> None:
     """Raise InputError for a study whose trials do not train again on its folds."""
     if study.record.face == "loop":
         why = "of search(), whose training loop is your own: keep what your objective predicts in a file"

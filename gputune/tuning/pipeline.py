@@ -8,6 +8,7 @@ from functools import partial
 from typing import TypeVar
 
 from gputune.callbacks.callback import Callbacks
+from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.data.folds import Splitter, make_folds
 from gputune.data.source import Source
@@ -169,6 +170,8 @@ def _folds(problem: Problem, options: Options) -> list[Rows]:
     """Return the folds; a splitter sees the rows as the user gave them."""
     source = problem.source
     X = source.original_rows() if isinstance(options.cv, Splitter) else None
+    if isinstance(X, Arrays):  # of several inputs no splitter knows the number of rows
+        X = None if len(X.parts) > 1 else X.as_given()
     n_rows, seed = len(source.X), options.random_state
     return make_folds(options.cv, problem.target, n_rows=n_rows, X=X, groups=source.groups, seed=seed)
 

@@ -46,8 +46,11 @@ def number_text(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
-def linear_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) -> Scale:
-    """Return a scale with at most so many ticks; ``pad`` widens it on both sides by a share of its length."""
+def linear_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0, whole: bool = False) -> Scale:
+    """Return a scale with at most so many ticks, ``whole`` numbers alone where that is said.
+
+    ``pad`` widens it on both sides by a share of its length.
+    """
     if not high > low:
         half = abs(low) * 0.05 or 0.5
         low, high = low - half, high + half
@@ -56,6 +59,7 @@ def linear_scale(low: float, high: float, *, most: int = 6, pad: float = 0.0) ->
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * part for part in _STEPS if power * part >= rough * (1 - 1e-9))
+    step = math.ceil(step) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9) + (step / power == 2.5))
     plain = max(abs(low), abs(high)) < 1e6 and decimals <= 6

@@ -248,6 +248,25 @@ def test_a_splitter_sees_the_rows_as_they_were_given(tmp_path, kind):
     assert study.best_score == 40.0
 
 
+def test_a_splitter_of_scikit_learn_cuts_arrays():
+    images, y = np.random.default_rng(0).normal(size=(24, 1, 4, 4)), np.arange(24) % 2
+    folds = {**ONE, "max_epochs": 1, "cv": ShuffleSplit(2, random_state=0)}
+    flat = partial(Flat, n_inputs=1)
+    for rows, model in ((images, flat), ((images, images), partial(Flat, n_inputs=2))):
+        assert gputune.tune(model, rows, y, **folds).curves.shape == (1, 1, 2)
+
+
+class Flat(nn.Module):
+    """A linear layer on several arrays."""
+
+    def __init__(self, n_inputs):
+        super().__init__()
+        self.layer = nn.Linear(16 * n_inputs, 2)
+
+    def forward(self, *x):
+        return self.layer(torch.cat([part.flatten(1) for part in x], 1))
+
+
 def times(estimator, X, y):
     """The first time of the rows that are scored."""
     return float((X[:, 3] if isinstance(X, np.ndarray) else X["time"]).min())

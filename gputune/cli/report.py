@@ -1,0 +1,58 @@
+"""The command ``gputune report``: the page of a study, again and again while its search runs."""
+
+import time
+from argparse import Namespace
+from pathlib import Path
+
+from gputune.cli.arguments import model_folder, study_file
+from gputune.cli.study import finished
+from gputune.report.facts import is_its_model
+from gputune.study.fold_report import FoldReport
+from gputune.study.record import has_form
+from gputune.study.study import Study
+from gputune.types import Json
+
+_LIVE_SECONDS = 5
+"""Between two pages of a running search."""
+
+
+def report(arguments: Namespace) -> str:
+    """Write the page to ``--out``, which may be overwritten, and return where it is."""
+    from gputune.report.page import check_place, write_page
+
+    file, out = study_file(arguments.study), arguments.out
+    check_place(f"--out {out!r}", Path(out), file)
+    study = Study.open(file)
+    try:
+        while arguments.live and finished(study) < len(study.trials):
+            write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
+            time.sleep(_LIVE_SECONDS)
+            study = Study.open(file)
+    finally:  # the last one stays as it is
+        write_page(study, out, model=_model(study, model_folder(file)))
+    if (folds := _folds(study, arguments)) is not None:
+        write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
+    return f"Report   {out}"
+
+
+def _folds(study: Study, arguments: Namespace) -> FoldReport | None:
+    """Return what the best trial does on the rows that its folds validate on, where that is asked for."""
+    if not (arguments.confusion or arguments.importance):
+        return None
+    from gputune.tuning.fold_report import fold_report
+
+    what = {"confusion": bool(arguments.confusion), "importance": bool(arguments.importance)}
+    return fold_report(study, **what, trust_code=bool(arguments.trust_code))
+
+
+def _model(study: Study, folder: Path) -> Json | None:
+    """Return the info of the model beside a study where it is that of its best trial, or None."""
+    from gputune.study.model_files import DESCRIPTION, blaming, read_description
+
+    if not (folder / DESCRIPTION).is_file():
+        return None
+    with blaming(folder / DESCRIPTION):
+        info: Json = read_description(folder / DESCRIPTION)["info"]
+        if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
+            raise ValueError("its info is of another type")
+    return info if is_its_model(study, info) else None
