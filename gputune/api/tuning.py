@@ -127,7 +127,7 @@ def tune(
                  a key, and the others drawn, or asked of Optuna's sampler; ``include`` (dicts; a missing key takes the
                  default, held to the space too) comes on top
     warm_start   earlier studies, or their files: the best five finished trials of each that lie in the space are
-                 included, and Optuna's sampler hears of all that have the same score
+                 included, on top of ``n_trials``, and Optuna's sampler hears of all that have the same score
     method       "random": every trial is trained to the end; "halving" or ``gputune.Halving(...)``: all train
                  together, and at each rung those with the best fold means go on; "median" or
                  ``gputune.Median(...)``: those below the median of the fold means leave; "hypergradient" or

@@ -45,17 +45,24 @@ class _Parser(argparse.ArgumentParser):
 
 def _remedy(message: str) -> str:
     """Return what was meant by a word or a flag that argparse does not know, behind a full stop; "" for nothing."""
+    words: list[str] = []
+    known: list[str] = []
     if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
-        unknown, known = choice[1][1:-1], re.findall(r"'([^']*)'", choice[2])
-    elif flag := re.search(r"unrecognized arguments: (--[\w-]+)", message):
-        unknown, known = flag[1], [rule.name for _, rules in option_groups() for rule in rules.values()]
-    else:
-        return ""
-    hint = did_you_mean(unknown, known, others=_OTHER_FLAGS)
-    return f".{hint}" if hint else ""
+        words, known = [choice[1][1:-1]], re.findall(r"'([^']*)'", choice[2])
+    elif message.startswith("unrecognized arguments: "):
+        words = re.findall(r"(?<= )--[\w-]+", message)
+        known = [rule.name for _, rules in option_groups() for rule in rules.values()]
+    hints = [did_you_mean(word, known, others=_OTHER_FLAGS) for word in words]
+    return f".{''.join(hints)}" if any(hints) else ""
 
 
-_OTHER_FLAGS: Mapping[str, str] = {"--epoch": "--epochs", "--lr": "--space", "--random-state": "--seed"}
+_OTHER_FLAGS: Mapping[str, str] = {
+    "--epoch": "--epochs",
+    "--lr": "--space",
+    "--metric": "--scoring",
+    "--metrics": "--scoring",
+    "--random-state": "--seed",
+}
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Ending:
 
     ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
     whole run, ``ensemble`` what is said of one. ``trial`` is that of ``gputune train``, None after a search.
+    ``ended`` is why a search was good enough before its last trial.
     """
 
     file: str
@@ -55,6 +56,7 @@ class Ending:
     seconds: float
     ensemble: str = ""
     trial: Trial | None = None
+    ended: str = ""
 
 
 def ensemble_words(
@@ -315,7 +317,8 @@ def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[s
         [("Trials", f"{states_words(ending.study, words)}; {seconds_text(ending.seconds)} in all")], width
     )
     # Not filled: a path must stay in one piece.
-    return [trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
+    ended = [_labelled([("Ended", ending.ended)], width)] if ending.ended else []
+    return [*ended, trials, f"{'Study':{_LABEL}}{clean(ending.study_file)}"]
 
 
 def _labelled(lines: list[tuple[str, str]], width: int) -> str:

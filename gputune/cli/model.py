@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from gputune.cli.evaluation import evaluation
@@ -28,6 +29,8 @@ def predict(arguments: Namespace) -> str:
     """
     model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
     kept = read_columns(file, arguments.keep) if arguments.keep else []
+    if kept:  # the model does not read them, which is no news
+        model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
     header, rows = _predictions(model, arguments)
     if kept:
         header = [*arguments.keep, *header]

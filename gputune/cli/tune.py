@@ -118,7 +118,8 @@ def _finish(
         file = getattr(arguments, "file", None) or (study.record.source or {})["path"]
         model = model_folder(shown) if keeps_model else None
         seconds = time.perf_counter() - begin
-        return Ending(file, study, rest, held_out, shown, model, seconds, ensemble, trained)
+        ended = in_flags(profile.ended)
+        return Ending(file, study, rest, held_out, shown, model, seconds, ensemble, trained, ended)
 
     held_out, ensemble, trained = None, "", None
     with _explaining_interrupts(place):

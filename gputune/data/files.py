@@ -1,5 +1,6 @@
 """Files become a table: text and Parquet by polars, scikit-learn's sets by name, none that memory does not hold."""
 
+import csv
 import gzip
 import io
 import zlib
@@ -14,7 +15,7 @@ from gputune.data.kinds import MISSING_TEXT, Kind, from_column, parse_text, text
 from gputune.data.table import Table, as_table, checked_table, quoted
 from gputune.errors import InputError
 from gputune.memory import free_memory
-from gputune.text import did_you_mean, is_number, size_words
+from gputune.text import count, did_you_mean, is_number, size_words
 
 BUNDLED = ("iris", "digits", "wine", "breast_cancer", "diabetes")
 """scikit-learn's data sets that ``sklearn:NAME`` reads."""
@@ -152,11 +153,16 @@ def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
     with _blaming(path, "a text table", rule):
         with _open_text(path) as file:
             header = next((line for line in file if line.strip()), b"")
-        # Rows do not tell: where semicolons separate, commas may be decimal.
-        separator = "\t" if tabs else ";" if b";" in header and b"," not in header else ","
+        separator = _separator(header, tabs=tabs)
         _check_room(path, header.count(separator.encode()) * _COLUMN_BYTES, free_memory())
-        with _open_text(path) as file:  # anew: older polars go on where the system has read to
-            fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
+        try:
+            with _open_text(path) as file:  # anew: older polars go on where the system has read to
+                fields = pl.read_csv(file, separator=separator, has_header=False, infer_schema=False)
+        except pl.exceptions.ComputeError:
+            _check_lines(path, separator)
+            raise
+    if fields.width > 1 and fields.to_series(-1).null_count():  # polars fills up a line that is too short
+        _check_lines(path, separator)
     names = ["" if name is None else name.strip() for name in fields.row(0)]
     _check_header(path, names)
     rows = fields[1:]
@@ -165,6 +171,45 @@ def _read_fields(path: Path, *, tabs: bool) -> tuple[list[str], Any]:
         filled = rows.select(pl.any_horizontal(pl.all().str.strip_chars() != "").fill_null(False))
         rows = rows[: max(filled.to_series().arg_true(), default=-1) + 1]
     return names, rows
+
+
+def _check_lines(path: Path, separator: str) -> None:
+    """Raise InputError, with its number, for the first line that has more or fewer fields than the header line."""
+    width = 0
+    for line, fields in _lines(path, separator):
+        width = width or len(fields)
+        if len(fields) != width and any(field.strip() for field in fields):
+            raise InputError(
+                f"{str(path)!r} has {count(len(fields), 'field')} in line {line}, and {width} in its header line; "
+                "write equally many in every line."
+            )
+
+
+def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number, from 1, and the fields of each line of a text file that is not empty."""
+    with _open_text(path) as file:
+        lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
+        reader = csv.reader(lines, delimiter=separator)
+        for fields in reader:
+            if fields:  # polars reads no row from an empty line
+                yield reader.line_num, fields
+
+
+def line_of(source: str | Path, row: int) -> str:
+    """Return where a row of a file that ``read_table`` read stands: its line in a text file, else its number."""
+    path = Path(source)
+    name = path.name.lower().removesuffix(".gz")
+    if not name.endswith((".csv", ".tsv")):
+        return f"row {row}"
+    with _open_text(path) as file:
+        separator = _separator(next((line for line in file if line.strip()), b""), tabs=name.endswith(".tsv"))
+    below = (line for n, (line, _) in enumerate(_lines(path, separator)) if n == row + 1)
+    return f"line {next(below, row + 2)}"
+
+
+def _separator(header: bytes, *, tabs: bool) -> str:
+    """Return what separates the fields. Rows do not tell: where semicolons separate, commas may be decimal."""
+    return "\t" if tabs else ";" if b";" in header and b"," not in header else ","
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +16,11 @@ from torch.utils.data import Dataset as TorchDataset
 from gputune.data.array_files import ARRAY_SUFFIXES, Bar, pick_arrays, read_dataset
 from gputune.data.arrays import Arrays, as_arrays
 from gputune.data.containers import refuse_lists, refuse_loader
-from gputune.data.files import read_table
+from gputune.data.files import line_of, read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.kinds import Kind
 from gputune.data.table import Table, as_rows, as_table, quoted, split_target
-from gputune.data.target import Target, TaskWord, check_target
+from gputune.data.target import Target, TaskWord, check_target, refuse_missing
 from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 from gputune.text import did_you_mean
@@ -172,7 +173,9 @@ def read_source(
     column = groups if isinstance(groups, str) else None
     origin: dict[str, Any] = {"path": path, "target": y, "groups": column}
     origin |= {name: value for name, value in (("drop", list(drop)), ("kinds", dict(kinds))) if value}
-    return _source_of(table, y, groups, origin, None)
+    source = _source_of(table, y, groups, origin, None)
+    refuse_missing(np.asarray(source.y), y, "fill it, or leave those rows out", partial(line_of, X))
+    return source
 
 
 def _source_of(table: Table, y: Any, groups: Any, origin: Origin | None, original: object) -> Source:

@@ -1,7 +1,7 @@
 """What is to be predicted: the task, and y as class codes or numbers."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -179,13 +179,15 @@ def _values(values: np.ndarray, name: str) -> np.ndarray:
     return values
 
 
-def refuse_missing(values: np.ndarray, name: str, remedy: str) -> None:
-    """Raise InputError where one of the values (n,), of any type, is missing."""
+def refuse_missing(
+    values: np.ndarray, name: str, remedy: str, place: Callable[[int], str] = "row {}".format
+) -> None:
+    """Raise InputError where one of the values (n,), of any type, is missing; ``place`` says where a row stands."""
     numbers = values.dtype.kind in "biuf"
     lost = np.isnan(values) if numbers else np.array([is_missing(value) for value in values], dtype=bool)
     if lost.any():
         raise InputError(
-            f"{name} has {int(lost.sum())} missing values (the first in row {_first_row(lost)}); {remedy}."
+            f"{name} has {int(lost.sum())} missing values (the first in {place(_first_row(lost))}); {remedy}."
         )
 
 

@@ -318,6 +318,7 @@ def positive_code(
     if not codes:
         raise InputError(
             f"positive must be one of the classes {labels[0]!r} and {labels[1]!r}, got {positive!r}."
+            f"{did_you_mean(positive, labels)}"
         )
     return codes[0]
 

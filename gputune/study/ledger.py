@@ -12,6 +12,7 @@ from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damaged
 from gputune.study.record import IDENTITY, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result, Store
+from gputune.text import count
 from gputune.types import Json
 
 _LOOK = 0.2
@@ -204,7 +205,8 @@ def _other_rows(there: SearchRecord, here: SearchRecord, *, of_target: bool) -> 
     sizes = [table_size(record.fingerprint, record.source) for record in (there, here)]
     if sizes[0] == sizes[1]:
         return ["data (as many rows and columns, with other values, names or order)"]
-    return [f"data{_in_words(*sizes)}"]
+    words = [f"{count(size['rows'], 'row')} and {count(size['columns'], 'column')}" for size in sizes]
+    return [f"data ({words[0]} there, {words[1]} here)"]
 
 
 def _in_words(there: object, here: object) -> str:

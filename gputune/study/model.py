@@ -233,9 +233,10 @@ class TunedModel(ModelContent):
         # "007" and "7" are two levels, and one number.
         texts = [column.name for column in self.layout.columns if column.kind == "category"]
         table = read_table(X, texts) if isinstance(X, str | Path) else as_table(X)
-        # A file that still has its target's column is no surprise that a warning must tell.
-        answers = self.target in table.names and self.target not in self.layout.inputs
-        table = table.drop(self.target) if answers and len(table.names) > 1 else table
+        # That a file still has its target, or what the search left out, is no surprise that a warning must tell.
+        known = {self.target, *self.info.get("drop", ())} - {*self.layout.inputs}
+        unread = [name for name in table.names if name in known]
+        table = table.drop(*unread) if len(unread) < len(table.names) else table
         if unseen := self.layout.unseen(table):
             words = "; ".join(f"column {name!r}: {quoted(levels)}" for name, levels in unseen.items())
             warnings.warn(

@@ -36,6 +36,7 @@ from gputune.study.module_source import (
     source_file,
     why_not_found,
 )
+from gputune.study.record import has_form
 from gputune.study.rows import MALFORMED, from_json, to_json
 from gputune.types import Config, Json, Task
 
@@ -122,6 +123,8 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         if kind in BUILT_IN:
             check_size([sizes | arguments for arguments in members], kind, state)
         task, target, info = body["task"], body["target"], dict(body["info"])
+        if not has_form(info, {"drop?": [str]}):
+            raise ValueError("its info is of another type")
         center, scale, how = (
             _of_target(body["center"]),
             _of_target(body["scale"]),

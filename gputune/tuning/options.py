@@ -86,7 +86,8 @@ class Options:
         kept=True,
     )  # fmt: skip
     warm_start: "Sequence[Study]" = _search(
-        (), "--warm-start STUDY,...", "earlier studies of this space: the best five of each come first",
+        (), "--warm-start STUDY,...",
+        "earlier studies of this space: the best five of each come first, beyond --trials",
         takes="names", check=checks.studies,
     )  # fmt: skip
     max_epochs: int = _search(

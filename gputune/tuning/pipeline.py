@@ -116,6 +116,7 @@ def search(
             session.add(setup.trials, setup.space)
             with profile.clock("training"), matrix_products(tf32=options.tf32):
                 numbers = session.run(partial(training, ledger, context), callbacks, make_study, signals)
+            profile.ended = stop.reason
             context.tidy(ledger)
             if context.faults:
                 record = replace(record, notes=[*record.notes, *context.faults])

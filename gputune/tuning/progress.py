@@ -211,12 +211,13 @@ _SIZE, _REPEATS = 1024, 8  # of the square matrices whose product is the measure
 
 
 class Profile:
-    """Seconds of a search by what they were spent on, and the arithmetic of its steps."""
+    """Seconds of a search by what they were spent on, the arithmetic of its steps, and why it ended."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.spent = Spent()
         self.plan: Plan | None = None
+        self.ended = ""  # why the search ended before its last trial, where it was good enough
         self.device = torch.device("cpu")
         self.begin = time.perf_counter()
 

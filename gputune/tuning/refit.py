@@ -123,6 +123,8 @@ class Search:
     ) -> TunedModel:
         """Return the tuned model of a module trained on ``all_rows``, with its part of the spec and info."""
         target, record = self.problem.target, self.study.record
+        groups = (record.source or {}).get("groups")
+        unread = [*self.options.drop, *([groups] if isinstance(groups, str) else [])]
         return TunedModel(
             module=module,
             layout=self.problem.layout,
@@ -144,6 +146,7 @@ class Search:
                 "rows": self.rows["rows"],
                 "fingerprint": self.rows,
                 "versions": {"gputune": __version__, "torch": torch.__version__},
+                **({"drop": unread} if unread else {}),
             },
         )
 

@@ -86,11 +86,12 @@ class Session:
                 best, since, number = result.score, 0, result.number
         why = ""
         if target is not None and best >= target:
-            why = f"trial {number} has reached the target score"
+            why = f"trial {number} has reached the target score (target_score={target:g})"
         elif patience is not None and since >= patience:
             why = f"{count(since, 'trial')} in a row were no better than the best before (patience_trials={patience})"
         if why and not self.stop.asked:
             self.stop.ask()
+            self.stop.reason = why
             self.progress.say(f"note: the search ends: {why}")
 
 

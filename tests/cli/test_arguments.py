@@ -36,6 +36,14 @@ def test_every_argument_that_has_an_option_is_known():
     assert "tune" in make_parser().format_help()
 
 
+def test_each_flag_that_is_not_known_is_told_what_was_meant(capsys):
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["tune", "FILE", "--trails", "3", "--seed", "1", "--metrics", "--epoch=4"])
+    words = capsys.readouterr().err
+    assert "unrecognized arguments: --trails 3 --metrics --epoch=4. Did you mean '--trials'?" in words
+    assert "Did you mean '--scoring'? Did you mean '--epochs'?" in words
+
+
 def test_the_default_space_is_in_every_help(capsys):
     for command in ("tune", "train"):
         with pytest.raises(SystemExit):

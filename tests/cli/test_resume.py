@@ -228,7 +228,9 @@ def test_a_change_of_any_row_is_said_those_held_out_too(bugs):
     bugs.write_text("\n".join([*whole, whole[-1]]) + "\n")
     assert "(40 rows then, 41 now); restore the file" in run("resume", "gputune-out")[2]
     words = run("tune", "bugs.csv", "--target", "kind", *FAST)[2]
-    assert "this command in: data (rows=40 there, rows=41 here). Give this" in words
+    assert (
+        "this command in: data (40 rows and 4 columns there, 41 rows and 4 columns here). Give this" in words
+    )
     bugs.write_text("\n".join(whole) + "\n")
     assert run("resume", "gputune-out")[0] == run("tune", "bugs.csv", "--target", "kind", *FAST)[0] == 0
 

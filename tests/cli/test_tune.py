@@ -322,9 +322,7 @@ def test_columns_as_they_are_said_to_be(tmp_path):
     rows = read_source(table, "kind", drop=["id", "a"], kinds={"zip": "category", "day": "date"}).X
     assert (again.predict(rows) == model.predict(rows.frame())).all()
     code, out, err = run("predict", tmp_path / "o" / "model", table)
-    assert [label for (label,) in read_csv(out)[1:]] == model.predict(
-        rows
-    ).tolist() and "read: 'a', 'id'" in err
+    assert [label for (label,) in read_csv(out)[1:]] == model.predict(rows).tolist() and err == ""
     assert run("resume", tmp_path / "o", "--trials", "2")[0] == 0
     with pytest.raises(
         gputune.InputError, match="drop is for tables, whose columns have names, got \\['a'\\]"
@@ -591,6 +589,31 @@ def test_predict_writes_one_column_named_as_the_target(tuned):
     code, printed, _ = run("predict", folder / "out" / "model", table, "--out", folder / "guess.csv")
     assert (code, printed) == (0, "")
     assert (folder / "guess.csv").read_text() == out
+
+
+def test_predict_says_nothing_of_columns_that_the_search_was_told_to_leave_out(tmp_path):
+    table = write_table(tmp_path / "t.csv", id=range(40), who=[f"p{i % 8}" for i in range(40)], kind=kinds())
+    options = ["--target", "kind", "--drop", "id", "--groups", "who", "--out", tmp_path]
+    assert run("tune", table, *options, *FAST)[0] == 0
+    code, out, err = run("predict", tmp_path / "model", table)
+    assert (code, err, len(read_csv(out))) == (0, "", 41)
+    assert gputune.load_model(tmp_path / "model").info["drop"] == ["id", "who"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--target-score", "0.01"], r"trial \d has reached the target score \(--target-score 0.01\)"),
+        (
+            ["--patience-trials", "1", "--memory", "1KB", "--trials", "8"],
+            r"\d trials? in a row were no better .*1\)",
+        ),
+    ],
+)
+def test_the_closing_text_says_why_a_search_was_good_enough(tmp_path, options, words):
+    table = write_table(tmp_path / "t.csv", kind=kinds())
+    code, out, _ = run("tune", table, "--target", "kind", "--out", tmp_path, *FAST, *options)
+    assert code == 0 and re.search(f"Ended    {words}", " ".join(out.split("\n")).replace("         ", " "))
 
 
 def test_predict_writes_probabilities_of_each_class(tuned):

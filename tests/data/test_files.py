@@ -12,7 +12,7 @@ import pytest
 from gputune.data import files
 from gputune.data.files import BUNDLED, read_table
 from gputune.data.kinds import parse_text
-from gputune.data.source import fingerprint
+from gputune.data.source import fingerprint, read_source
 from gputune.data.table import as_table, split_target
 from gputune.errors import InputError
 
@@ -137,7 +137,13 @@ def test_bundled_sets(name):
         ("t.csv", "a,b\n", "no rows"),
         ("t.csv", "a,b,a\n1,2,3\n", "more than one 'a'"),
         ("t.csv", "a,b\n1,inf\n", "column 'b' has an infinite value in row 0"),
-        ("t.csv", "a,b\n1,2\n1,2,3\n", "could not be read as a text table"),
+        (
+            "t.csv",
+            "a,b\n1,2\n1,2,3\n",
+            "t.csv' has 3 fields in line 3, and 2 in its header line; write equally",
+        ),
+        ("t.csv", 'a,b\n"1\n2",2\n\n1\n', "t.csv' has 1 field in line 5, and 2 in its header line"),
+        ("t.tsv", "a\tb\tc\n1\t2\t3\n1\t2\n", "has 2 fields in line 3, and 3 in its header line"),
         ("t.parquet", "nothing", "could not be read as Parquet"),
         ("t.xlsx", "a", "a table is read from .csv"),
     ],
@@ -145,6 +151,21 @@ def test_bundled_sets(name):
 def test_bad_files(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message):
         read_table(write(tmp_path, text, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 4"),
+        ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
+        ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
+    ],
+)
+def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
+    with pytest.raises(
+        InputError, match=rf"y has \d missing values \(the first in {place}\); fill it, or leave"
+    ):
+        read_source(write(tmp_path, text, name), "y")
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):

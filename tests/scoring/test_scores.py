@@ -198,7 +198,12 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
     [
         ("f1", [1, 2], None, r"say which of the two it is, positive=1 or positive=2"),
         ("f1", ["0", "1"], None, "positive='0' or positive='1'"),
-        ("f1", NAMED, "Yes", r"positive must be one of the classes 'no' and 'yes', got 'Yes'"),
+        (
+            "f1",
+            NAMED,
+            "Yes",
+            r"positive must be one of the classes 'no' and 'yes', got 'Yes'. Did you mean 'yes'\?",
+        ),
         ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
         ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
         ("f1", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
