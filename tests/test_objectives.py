@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import gputune
+from gputune.population.network import first_output
 from gputune.seeding import stream, stream_seed
 from gputune.sklearn import NeuralNetClassifier, NeuralNetRegressor
 from refused import refused
@@ -388,10 +389,9 @@ def test_a_loss_that_does_not_broadcast_is_taken(loss, y):
 
 
 @pytest.mark.filterwarnings("error:Using a target size")
-@pytest.mark.parametrize("y", [FAR, BINARY])
-def test_a_loss_of_torch_fits_one_output_to_the_target(y):
+def test_a_loss_of_torch_fits_one_output_to_the_target():
     scores = [
-        gputune.tune(OneLogit, X, y, loss=loss, scoring=lambda o, t: float(o.sum()), **ONE).trials[0].score
+        gputune.tune(OneLogit, X, FAR, loss=loss, scoring=lambda o, t: float(o.sum()), **ONE).trials[0].score
         for loss in (nn.MSELoss(), lambda o, t: (o[:, 0] - t).square().mean())
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-10)
@@ -418,17 +418,26 @@ def test_a_loss_of_ones_own_is_told_of_the_units(capsys):
     assert "L1Loss sees y as it is (mean " in capsys.readouterr().err
 
 
-def test_a_training_step_of_two_heads():
+class Named(Heads):
+    def forward(self, x):
+        return dict(zip(("logits", "hidden"), super().forward(x)))
+
+
+@pytest.mark.parametrize("heads", [Heads, Named])
+def test_a_training_step_of_two_heads(heads):
     def step(module, batch):
         x, y = batch
-        outputs, hidden = module(x)
+        found = module(x)
+        outputs, hidden = found if heads is Heads else found.values()
         return functional.cross_entropy(outputs, y) + 0.1 * hidden.square().mean()
 
     y = (X[:, 0] > 0).long()
-    found = score(y, model=Heads, training_step=step, scoring="neg_log_loss")
-    module = plain_loop(lambda: Heads(5, 2), y, lambda m, x, t: step(m, (x, t)))
-    assert found == pytest.approx(-float(functional.cross_entropy(outputs_of(module)[0], y[:20])), abs=1e-8)
-    study = gputune.tune(Heads, X, y, training_step=step, **ONE)
+    found = score(y, model=heads, training_step=step, scoring="neg_log_loss")
+    module = plain_loop(lambda: heads(5, 2), y, lambda m, x, t: step(m, (x, t)))
+    assert found == pytest.approx(
+        -float(functional.cross_entropy(first_output(outputs_of(module)), y[:20])), abs=1e-8
+    )
+    study = gputune.tune(heads, X, y, training_step=step, **ONE)
     assert study.best_model().predict(X).shape == (60,)
 
 
@@ -463,6 +472,20 @@ def test_numbers_of_a_loss_are_searched_and_train_together():
         )
         expected = -float(functional.cross_entropy(outputs_of(module), y[:20]))
         assert trial.score == pytest.approx(expected, abs=1e-8)
+
+
+def powered(outputs, y, power=1.5):
+    return (outputs[:, 0] - y).abs() ** power
+
+
+@pytest.mark.parametrize(
+    ("loss", "key", "default"),
+    [(powered, "power", 1.5), (nn.HuberLoss, "delta", 1.0), ("quantile", "q", 0.5)],
+)
+def test_the_first_trial_has_the_default_of_a_loss(loss, key, default):
+    space = {f"loss__{key}": [0.1, 0.25, default, 3.0 if key != "q" else 0.9]}
+    study = gputune.tune(Net, X, SEVERAL[:, 0].exp(), **{**ONE, "loss": loss, "space": space})
+    assert study.trials[0].params[f"loss__{key}"] == default
 
 
 def test_a_study_knows_its_loss(tmp_path):
@@ -506,6 +529,21 @@ def test_a_study_knows_its_loss(tmp_path):
             SEVERAL,
             {"loss": lambda o, y: o},
             r"must return row losses of shape \(rows,\) or their mean, .* got \(31, 2\)",
+        ),
+        (
+            SEVERAL[:, 0],
+            {"loss": nn.CrossEntropyLoss()},
+            "CrossEntropyLoss is of classes, and y is one number a row",
+        ),
+        (
+            SEVERAL[:, 0],
+            {"loss": functional.cross_entropy},
+            "y is numbers here; task='classification' takes it",
+        ),
+        (
+            LABELS[:, 0],
+            {"loss": functional.mse_loss},
+            "y is classes here; task='regression' takes it the other way",
         ),
         (SEVERAL, {"loss": lambda o, y: (o * math.inf).mean(1)}, "is not finite on the first rows"),
         (

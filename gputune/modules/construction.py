@@ -139,11 +139,12 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
     """Return what a builder is called with: of the ``sizes`` those that its signature has, and the ``arguments``.
 
-    What takes any keyword gets the numbers of features and outputs. Raises InputError, before anything is made, for an
+    What takes any keyword, and is no subclass of what names its own, gets the numbers of features and outputs. Raises
+    InputError, before anything is made, for an
     argument that it has not, and for one that it needs and nothing gives.
     """
-    signature = inspect.signature(builder)
-    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    signature, parameters = inspect.signature(builder), parameters_of(builder)
+    kinds = {name: parameter.kind for name, parameter in parameters.items()}
     inner = builder.func if isinstance(builder, partial) else builder
     # torch's own takes any keyword in its signature, and refuses them all.
     own = getattr(inner, "__init__", None) is not nn.Module.__init__
@@ -156,7 +157,8 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
             )
         if name in sizes:
             raise InputError(f"module__{name} is given by the data; leave it out.")
-    asked = named | ({"n_features", "n_outputs"} if open_ended else set())
+    alone = open_ended and parameters.keys() == signature.parameters.keys()
+    asked = named | ({"n_features", "n_outputs"} if alone else set())
     if isinstance(builder, partial):
         asked -= set(builder.keywords)  # what a partial has set stays so
     given = {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
@@ -168,6 +170,21 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
                 f"functools.partial({name_of(builder)}, {name}=...)."
             )
     return given
+
+
+def parameters_of(builder: Builder) -> dict[str, inspect.Parameter]:
+    """Return the parameters of a builder by name; of a class that takes any keyword those of its base classes too."""
+    found = dict(inspect.signature(builder).parameters)
+    bases = builder.__mro__[1:] if isinstance(builder, type) else ()
+    last = found
+    for base in bases:
+        if base is nn.Module or all(p.kind is not p.VAR_KEYWORD for p in last.values()):
+            break
+        if "__init__" in vars(base):
+            _, *own = inspect.signature(vars(base)["__init__"]).parameters.items()
+            last = dict(own)
+            found = {**last, **found}
+    return found
 
 
 _EITHER, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY

@@ -94,4 +94,7 @@ def _words(
     )
 
 
-_SCALED = " The numbers of a table are scaled: numbers='none' leaves codes as they are."
+_SCALED = (
+    " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
+    "leaves codes as they are."
+)

@@ -15,7 +15,7 @@ def hint(error: str, inputs: Sequence[Tensor]) -> str:
                 " For token ids pass a tensor of integers, torch.as_tensor(X): an array or a frame of two axes is a "
                 "table of numbers."
             )
-        return " An embedding takes ids as int64 or int32: begin the forward with x.long()."
+        return " An embedding takes ids as int64 or int32: pass X.long(), or begin the forward with x.long()."
     if "positional argument" in error or "unexpected keyword argument" in error:
         return (
             " Several inputs are passed in order, those of a dict under their keys; where the items of a Dataset are "

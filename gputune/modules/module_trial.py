@@ -17,6 +17,7 @@ from gputune.modules.trace import DispatchMode
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
+from gputune.scoring.torch_losses import refuse_one_number
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
@@ -116,6 +117,7 @@ class ModuleTrial:
         if self.objective is None or self.y is None:
             return torch.zeros(len(self.inputs[0]))
         name = self.objective.in_words
+        refuse_one_number(self.objective.loss, self.y)
         try:
             with torch.enable_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _TORCH_BROADCASTS)  # refused below, if it is one
@@ -153,6 +155,9 @@ class ModuleTrial:
         outputs = self.forward(self.inputs, training=False)
         one_logit = self.objective.binary and outputs.numel() == len(self.y)
         remedy = " One logit a row of two classes takes loss='bce'." * one_logit
+        if not (one_logit or self.objective.any_outputs):
+            other = ("numbers", "classification") if self.y.is_floating_point() else ("classes", "regression")
+            remedy = " y is {} here; task='{}' takes it the other way.".format(*other)
         return (
             f"The outputs of {self.name} have shape {tuple(outputs.shape)} and type {outputs.dtype}, y {y}; make them "
             f"fit.{remedy}"

@@ -3,7 +3,7 @@
 And several modules of one study as one, an ensemble: the weighted mean of what they predict.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -121,8 +121,9 @@ def call_module(module: nn.Module, inputs: Sequence[Tensor], names: Sequence[str
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Return what a module with several heads predicts: the first of its outputs."""
-    first: Tensor = outputs[0] if isinstance(outputs, tuple | list) and outputs else outputs
+    """Return what a module with several heads predicts: the first of its outputs, of a dict its first value."""
+    several = tuple(outputs.values()) if isinstance(outputs, Mapping) else outputs
+    first: Tensor = several[0] if isinstance(several, tuple | list) and several else outputs
     return first
 
 

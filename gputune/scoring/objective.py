@@ -9,7 +9,6 @@ of one member as its forward returns them, and the target in its own units.
 """
 
 import contextlib
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from gputune.errors import InputError
 from gputune.population.network import call_module, first_output
 from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
+from gputune.scoring.torch_losses import by_rows, loss_fitting
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task
@@ -99,16 +99,16 @@ class Objective:
                     f"space: {LOSS_PREFIX}{name} must be {arguments[name].rule()}, got {value!r}."
                 )
             return
-        target = (
-            self.loss
-            if inspect.isclass(self.loss) or not isinstance(self.loss, nn.Module)
-            else type(self.loss)
-        )
-        parameters = inspect.signature(target).parameters
+        if isinstance(self.loss, nn.Module):
+            raise InputError(
+                f"space: {LOSS_PREFIX}{name} has nowhere to go, since the loss is an instance of "
+                f"{type(self.loss).__name__}, which is made; pass the class, loss={type(self.loss).__name__}."
+            )
+        parameters = inspect.signature(self.loss).parameters
         if name not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             raise InputError(
                 f"space: {LOSS_PREFIX}{name} is no argument of the loss {qualified_name(self.loss)}"
-                f"{inspect.signature(target)}; remove it or rename it."
+                f"{inspect.signature(self.loss)}; remove it or rename it."
             )
 
     def values(self, configs: Sequence[Config], like: Tensor) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ class Objective:
         if isinstance(loss, type):
             loss, values = loss(**values), {}
         if isinstance(loss, nn.Module):
-            return loss if self._ignores_rows(loss) else _by_rows(loss)
+            return loss if self._ignores_rows(loss) else by_rows(loss)
         return lambda outputs, y: loss(outputs, y, **values)
 
     def _ignores_rows(self, loss: nn.Module) -> bool:
@@ -217,23 +217,6 @@ def _taken(returned: Any, names: Sequence[str] | None) -> list[Any]:
     if isinstance(returned, Mapping):
         return [returned.get(name) for name in names or returned]
     return list(returned) if isinstance(returned, tuple | list) else [returned]
-
-
-def _by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Let a loss of torch's give a number a row, of which the mean is what it gives otherwise, where it can."""
-    rows: Any = copy.deepcopy(loss)
-    if getattr(loss, "reduction", None) != "mean" or getattr(loss, "weight", None) is not None:
-        return loss
-    rows.reduction = "none"
-
-    def of_rows(outputs: Tensor, y: Tensor) -> Tensor:
-        y = y.to(outputs.dtype) if isinstance(loss, nn.BCEWithLogitsLoss) else y
-        if y.shape != outputs.shape and y.numel() == outputs.numel():
-            y = y.view(outputs.shape)  # (B,) and (B, 1) would be broadcast to (B, B)
-        losses: Tensor = rows(outputs, y)
-        return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-
-    return of_rows
 
 
 def pairs_all_rows(function: Callable[[Tensor, Tensor], Any], outputs: Tensor, y: Tensor) -> bool:
@@ -275,6 +258,14 @@ def loss_arguments(config: Config) -> Config:
     return {k.removeprefix(LOSS_PREFIX): v for k, v in config.items() if k.startswith(LOSS_PREFIX)}
 
 
+def loss_defaults(loss: Any) -> Config:
+    """Return the default of each ``loss__*`` value: those of a loss's signature, or of all losses that have a name."""
+    if callable(loss) and not isinstance(loss, nn.Module):
+        parameters = inspect.signature(loss).parameters.items()
+        return {LOSS_PREFIX + name: p.default for name, p in parameters if p.default is not p.empty}
+    return {LOSS_PREFIX + name: a.default for of in LOSSES.values() for name, a in of.arguments.items()}
+
+
 def qualified_name(value: object) -> str:
     """Return the module and name of a function or class, of an object that of its class."""
     named = value if hasattr(value, "__qualname__") else type(value)
@@ -294,8 +285,7 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             "training_step returns the loss itself, so loss has nothing to do; leave one of them out."
         )
     binary = task == "binary"
-    if task in ("binary", "multilabel"):
-        loss = _with_logits(loss)
+    loss = loss_fitting(loss, task)
     if loss is None and step is None and task == "custom":
         raise InputError(
             "a custom target has no loss of its own; give loss=callable(outputs, y), or training_step=callable(module, "
@@ -320,21 +310,6 @@ def make_objective(loss: Any, step: Any, augment: Any, task: Task) -> Objective:
             f"loss={loss!r} does not fit a {task} target; choose {fitting or 'a loss of your own'}."
         )
     return Objective(loss, step, augment, binary=binary)
-
-
-def _with_logits(loss: Any) -> object:
-    """Return the name of torch's binary cross-entropy, any other loss as it is. Raises InputError for nn.BCELoss."""
-    if loss is nn.BCELoss or isinstance(loss, nn.BCELoss):
-        raise InputError(
-            "loss=torch.nn.BCELoss takes probabilities, and predictions and scores are made of logits: give "
-            "loss='bce', which is torch.nn.BCEWithLogitsLoss, and leave out the sigmoid at the end of the module."
-        )
-    is_default = isinstance(loss, nn.BCEWithLogitsLoss) and (
-        loss.reduction,
-        loss.weight,
-        loss.pos_weight,
-    ) == ("mean", None, None)
-    return "bce" if is_default or loss is nn.BCEWithLogitsLoss else loss
 
 
 def _names() -> str:

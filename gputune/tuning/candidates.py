@@ -1,6 +1,5 @@
 """The space of a call, and the trials that it begins with: the default one, included and drawn ones, those missing."""
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
@@ -11,7 +10,9 @@ from gputune.methods.optuna_sampler import OptunaSampler
 from gputune.methods.random import default_space, first_candidates, is_inside, notes, remarks, top_up
 from gputune.methods.recipes import SPACES, named_space
 from gputune.methods.space import Space, check_include, check_space, translated
+from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
+from gputune.scoring.objective import loss_defaults
 from gputune.study.ledger import Ledger
 from gputune.study.store import Candidate
 from gputune.tuning.options import Options
@@ -136,7 +137,8 @@ def _defaults(choice: ModelChoice, options: Options) -> Config:
     defaults = dict(DEFAULTS)
     if choice.module_class is not None:  # what signatures say
         defaults |= argument_defaults(choice.optimizer)
-        for name, parameter in inspect.signature(choice.module_class).parameters.items():
+        defaults |= loss_defaults(options.loss)
+        for name, parameter in parameters_of(choice.module_class).items():
             if parameter.default is not parameter.empty:
                 defaults[f"module__{name}"] = parameter.default
     return defaults | choice.defaults(options.schedule)

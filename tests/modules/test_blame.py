@@ -75,7 +75,11 @@ class Columns(nn.Module):
         (Words, {"ids": changed(IDS, 3, 9), "weight": ROWS}, r"X\['ids'\] has the id 9 in row 3"),
         (Words, changed(IDS.repeat(1, 20), 8, 9), "X has the id 9 in row 8"),
         (Folded, changed(IDS, 3, 9), "X has the id 9, and the embedding 'code'"),
-        (Columns, IDS.double(), "makes the id -1 .* numbers='none' leaves codes as they are"),
+        (
+            Columns,
+            IDS.double(),
+            "makes the id -1 .* pass a tensor of integers, .* numbers='none', which leaves codes",
+        ),
         (Words, IDS.numpy(), "For token ids pass a tensor of integers"),
     ],
 )
@@ -191,8 +195,22 @@ def test_a_module_that_torch_has_not_begun_is_named(module):
 def test_a_module_without_an_init_of_its_own_gets_no_arguments():
     assert call_arguments(Bare, {"n_features": 3, "n_outputs": 2}, {}) == {}
     assert call_arguments(lambda **sizes: Bare(), {"n_features": 3}, {}) == {"n_features": 3}
+    sizes = {"n_features": 3, "n_outputs": 2, "input_shape": (3,)}
+    assert call_arguments(Passing, sizes, {"width": 2}) == {"n_outputs": 2, "width": 2}
     with pytest.raises(InputError, match="module__size is no argument of Bare"):
         call_arguments(Bare, {}, {"size": 3})
+
+
+class Wide(nn.Module):
+    def __init__(self, n_outputs, width=4):
+        super().__init__()
+
+
+class Passing(Wide):
+    """What it takes is what it passes on: no n_features, which nobody asks for."""
+
+    def __init__(self, *args, **words):
+        super().__init__(*args, **words)
 
 
 class Outputs(nn.Module):
