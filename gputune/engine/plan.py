@@ -61,8 +61,9 @@ class Plan:
     def answering_early(self, folds: int) -> "Plan":
         """Return the plan of a search whose first result comes early, of as much work.
 
-        The first trial and a few of its shape are a chunk of their own where that costs nothing, and come first. One
-        worker then takes the shortest chunk first; several take the longest first, so that they end together.
+        The first trial and a few of its shape are a chunk of their own where that costs nothing, and come first. (The
+        step of a user's module would be traced for each.) One worker then takes the shortest chunk first; several take
+        the longest first, so that they end together.
         """
         ordered = list(zip(self.chunks, self.ways))
         if self.workers == 1:
@@ -70,7 +71,7 @@ class Plan:
         place = next(at for at, (chunk, _) in enumerate(ordered) if 0 in chunk.index)
         chunk, way = ordered.pop(place)
         few = max(_FEW, -(-2 * self.threads // folds))  # each thread has two members or more
-        if way == "compiled" and len(chunk.index) >= 2 * few:
+        if way == "compiled" and chunk.kind != "module" and len(chunk.index) >= 2 * few:
             ordered.insert(place, (chunk.part(few, len(chunk.index)), way))
             chunk = chunk.part(0, few)
         ordered.insert(0, (chunk, way))

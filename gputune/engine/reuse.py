@@ -43,6 +43,19 @@ class Reuse:
 
     def __init__(self) -> None:
         self.chunks: dict[Hashable, StackedChunk] = {}
+        self.timed: StackedChunk | None = None
+        """One in compiled code that is at its start, since it was only timed."""
+
+    def take_timed(self, data: Dataset, configs: Sequence[Config], **options: object) -> StackedChunk | None:
+        """Return the chunk that was timed, where it is that of these trials; it is kept no longer."""
+        timed, self.timed = self.timed, None
+        if (
+            timed is None
+            or timed.configs != list(configs)
+            or not timed.made_with(data, recorded=False, **options)
+        ):
+            return None
+        return timed
 
     def take(
         self, network: Network, data: Dataset, configs: Sequence[Config], **options: Any

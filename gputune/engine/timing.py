@@ -30,6 +30,7 @@ _CODE_SECONDS = (
     6.0  # of all members the faster way: on two cores, from there one or two of building code are repaid
 )
 _TRIALS = 4
+_TIMED_NUMBERS = 1 << 22  # of the parameters of all members that are timed in compiled code
 _MARGIN = 1.1  # a difference below this is noise
 _PATIENCE_SECONDS = 2.0  # after which two epochs must be enough
 
@@ -38,38 +39,46 @@ class _Enough(Exception):
     """The time of a step is known well enough."""
 
 
-def fastest_way(job: Job, data: Dataset, chunk: Population, *, member_steps: float) -> tuple[str, bool]:
-    """Return by how much the members of a chunk train faster one by one, in words, "" where they do not, or hardly;
-    and whether they train fastest in compiled code.
+def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: float) -> tuple[str, bool]:
+    """Return by how much trials of one shape train faster one by one, in words, "" where they do not, or hardly; and
+    whether they train fastest in compiled code.
 
     ``member_steps`` is how many steps all members of a search take that train as these do.
     """
-    few = _with_few_rows(data, chunk.configs[0]["batch_size"])
-    alone = _seconds(job, few, chunk.part(0, 1), "loop")
+    few = _with_few_rows(data, group.configs[0]["batch_size"])
+    alone = _seconds(job, few, group.part(0, 1), "loop")
     if alone * member_steps < _WORTH_SECONDS:
         return "", False
-    stacked = _seconds(job, few, chunk.part(0, min(_TRIALS, len(chunk.index))), job.backend)
+    stacked = _seconds(job, few, group.part(0, min(_TRIALS, len(group.index))), job.backend)
     known = min(alone, stacked)
-    if known * member_steps > _CODE_SECONDS and _MARGIN * _coded_seconds(job, data, chunk) < known:
+    if known * member_steps > _CODE_SECONDS and _MARGIN * _coded_seconds(job, data, group) < known:
         return "", True
+    job.fits.reuse.timed = None
     if stacked < _MARGIN * alone:
         return "", False
     slow = f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
     return slow, False
 
 
-def _coded_seconds(job: Job, data: Dataset, chunk: Population) -> float:
-    """Return the seconds of one step of one member in compiled code, which is built here; infinity where none is."""
-    network = job.network(data, chunk)
+def _coded_seconds(job: Job, data: Dataset, group: Population) -> float:
+    """Return the seconds of one step of one member in compiled code, which is built here; infinity where none is.
+
+    The chunk that is timed is that of all trials, unless they are large, and trains afterwards.
+    """
+    network, chunk = job.network(data, group), group
+    if network.blocks.size > _TIMED_NUMBERS:
+        chunk = group.part(0, _TRIALS)
+        network = job.network(data, chunk)
     if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(
         network, StackedModule
     ):
         return math.inf
     try:
         with computing(1), torch.no_grad():
-            return MemberChunk(
+            timed = job.fits.reuse.timed = MemberChunk(
                 network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring
-            ).seconds_of_a_step()
+            )
+            return timed.seconds_of_a_step()
     except (TraceError, NotBuiltError):
         return math.inf
 

@@ -261,7 +261,8 @@ def _make_chunk(
         return CompiledChunk(network, data, configs, **options)
     if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
         try:
-            return MemberChunk(network, data, configs, **options)
+            timed = reuse.take_timed(data, configs, **options)
+            return timed or MemberChunk(network, data, configs, **options)
         except (TraceError, NotBuiltError) as error:  # of another optimizer than was tried
             what = f"trials with optimizer {configs[0]['optimizer']!r} train in recorded steps"
             warnings.warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning, stacklevel=2)

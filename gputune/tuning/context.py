@@ -116,7 +116,7 @@ class Context:
                 self.trainer.plan, groups, epochs=epochs, parameters=parameters, measure=self._need
             )
             plan = make()
-            if self._time(plan, epochs):
+            if self._time(plan, groups, epochs):
                 plan = make()
         self.profile.plan = plan
         if plan.chunk_bytes > (self.trainer.memory or math.inf):
@@ -127,7 +127,7 @@ class Context:
             )
         return plan
 
-    def _time(self, plan: Plan, epochs: int) -> bool:
+    def _time(self, plan: Plan, groups: Sequence[Population], epochs: int) -> bool:
         """Time the ways of a user's module where one may be chosen, and return whether any trains in another one."""
         builder, data = self.choice.module_class, self.data
         if (
@@ -150,7 +150,8 @@ class Context:
                 trials = sum(len(chunk.index) for chunk in chunks)
                 steps = trials * epochs * rows / chunks[0].configs[0]["batch_size"]
                 job = self.trainer.job(Job, epochs=epochs)
-                self.timed[key] = fastest_way(job, data, chunks[0], member_steps=steps)
+                group = next(group for group in groups if chunks[0].index[0] in group.index)
+                self.timed[key] = fastest_way(job, data, group, member_steps=steps)
                 if slow := self.timed[key][0]:
                     self.progress.say(
                         f"note: {self.choice.name} trains one by one, which is faster here: {slow}"
