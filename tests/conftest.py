@@ -55,6 +55,9 @@ def own_state(tmp_path_factory, pytestconfig):
         patch.setattr(
             "gputune.engine.findings.cache_folder", lambda: found
         )  # not what the user's check found
+        patch.setattr(
+            "gputune.executors.pools.IDLE_SECONDS", 900
+        )  # a worker that a test starts serves others
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
             gpu = DeviceChoice(torch.device("cuda"))
             patch.setattr("gputune.engine.device._by_speed", lambda gpu, work: DeviceChoice(gpu))

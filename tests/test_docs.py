@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from forked import Fork
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     page
@@ -65,6 +67,7 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
     if page.name == "cluster.md":
         pytest.skip("run where there is a cluster, in tests/executors/test_ray_workers.py")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", lambda command: Fork(command[2]))  # begins at once
     run_blocks(page, capsys)
 
 

@@ -3,8 +3,6 @@
 import importlib
 import os
 import signal
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -15,6 +13,7 @@ from scipy.stats import loguniform
 
 import gputune
 import ray_searches
+from forked import Fork
 from gputune.engine.job import Job
 from gputune.executors import executor, ray_cluster
 from gputune.executors.processes import packed
@@ -296,9 +295,9 @@ def test_a_package_that_is_not_installed_travels_whole(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     Net = importlib.import_module("nets.net").Net
     sent = packed(Job(seed=0, epochs=1, horizon=1, module_class=Net), here=False)
-    code = "import pickle, sys; print(pickle.loads(sys.stdin.buffer.read()).module_class.size())"
-    elsewhere = subprocess.run([sys.executable, "-P", "-c", code], input=sent, capture_output=True, cwd="/")
-    assert (elsewhere.stdout, elsewhere.stderr) == (b"7\n", b"")
+    (tmp_path / "sent").write_bytes(sent)
+    code = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')).module_class.size())"
+    assert Fork(code, tmp_path / "sent", cwd="/").communicate() == ("7\n", "")
 
 
 def test_tasks_on_nodes_with_gpus():

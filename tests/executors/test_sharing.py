@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 import gputune
+from forked import Fork
 from gputune.data.arrays import as_arrays
 from gputune.errors import InputError
 from gputune.executors.sharing import MappedFile, mapped_file, to_arrays, to_tensors
@@ -111,12 +111,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, X.nb
 
 
 def peak(rows, kind):
-    """Bytes that a search in a fresh process takes at most beyond its data, and bytes of the data."""
+    """Bytes that a search in a process of its own takes at most beyond its data, and bytes of the data."""
     script = SCRIPT.replace("rows =", f"{inspect.getsource(Image)}\nrows =", 1)
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", script, str(rows), kind], capture_output=True, text=True, check=True
-    )
-    return tuple(map(int, done.stdout.split()))
+    out, err = Fork(script, rows, kind).communicate()
+    assert err == ""
+    return tuple(map(int, out.split()))
 
 
 @pytest.mark.parametrize("kind", ["bytes", pytest.param("half", marks=pytest.mark.long)])

@@ -65,9 +65,11 @@ def test_what_became_of_a_step(on_gpu, tmp_path):
     }
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and "sees no GPU" in done.stderr and not list(tmp_path.iterdir())
+def test_without_a_gpu_it_says_so(on_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["on_gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="sees no GPU"):
+        on_gpu.main()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.long
