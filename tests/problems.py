@@ -44,7 +44,7 @@ class Linear(torch.nn.Linear):
         super().__init__(n_features, n_outputs)
 
 
-def make_data(task="multiclass", *, n=61, d=5, k=3, folds=3, dtype=torch.float64, weights=False, copies=True):
+def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64, weights=False, copies=True):
     """A Dataset with folds of unequal length; every fold reads its own copy unless ``copies`` is false."""
     g = torch.Generator().manual_seed(7)
     x = torch.randn(folds if copies else 1, n, d, generator=g, dtype=torch.float64).to(dtype)

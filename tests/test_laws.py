@@ -39,7 +39,7 @@ ADAPTIVE = [
     {"optimizer": "adamhd", "weight_decay": 0.01},
     {"optimizer": "adamwhd", "weight_decay": 0.1},
 ]
-SIZES = [(8, 16), (8, 7), (19, 33), (48, 500)]  # width, batch size
+SIZES = [(8, 16), (8, 7), (19, 23), (48, 500)]  # width, batch size
 # A recorded step is the eager one: it is taken through the grid once, in double precision.
 BACKENDS = ["eager", pytest.param("compiled", marks=needs_compiled_code), "graph"]
 
@@ -92,7 +92,7 @@ def unlike(optimizer):
     sizes = [(16, 9, 0.01), (12, 11, 0.003), (9, 16, 0.01), (16, 14, 0.001)]
     configs = ({"width": width, "batch_size": size, "lr": lr} for width, size, lr in sizes)
     configs = fill(*({**optimizer, **c, "hypergrad_lr": 0.01 * i} for i, c in enumerate(configs, 1)))
-    assert len(populations(configs, "mlp", rows=41)) == 1
+    assert len(populations(configs, "mlp", rows=31)) == 1
     return configs
 
 
@@ -103,10 +103,15 @@ def test_law_1_for_unlike_widths_and_batch_sizes_in_one_population(optimizer):
 
 
 @eagerly
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @each(ADAPTIVE)
-def test_law_1_for_adapted_rates(optimizer, dtype):
-    assert_equals_plain_loop(make_data(dtype=dtype), unlike(optimizer), epochs=8)
+def test_law_1_for_adapted_rates(optimizer):
+    assert_equals_plain_loop(make_data(), unlike(optimizer), epochs=8)
+
+
+@eagerly
+@each(ADAPTIVE[-1:])
+def test_law_1_for_adapted_rates_in_single_precision(optimizer):
+    assert_equals_plain_loop(make_data(dtype=torch.float32), unlike(optimizer), epochs=8)
 
 
 @eagerly
@@ -124,10 +129,10 @@ def test_law_1_for_the_other_rules_of_adapted_rates(optimizer, rule):
     base = {**optimizer, "width": 8, "lr": 1e-2, "hypergrad_rule": rule}
     rates = ((16, 1e-4), (9, 1e-3), (12, 1e-2))
     configs = fill(*({**base, "batch_size": size, "hypergrad_lr": rate} for size, rate in rates))
-    assert len(populations(configs, "mlp", rows=41)) == 1
+    assert len(populations(configs, "mlp", rows=31)) == 1
     assert_equals_plain_loop(make_data(), configs, epochs=5)
     mixed = [configs[0], {**configs[1], "hypergrad_rule": "multiplicative"}]
-    assert len(populations(mixed, "mlp", rows=41)) == 2
+    assert len(populations(mixed, "mlp", rows=31)) == 2
     assert_equals_plain_loop(make_data(), mixed, epochs=3)
 
 

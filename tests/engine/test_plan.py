@@ -79,7 +79,7 @@ def test_the_first_answer_comes_early():
 
 
 def test_the_plan_reads_well():
-    data = make_data()
+    data = make_data(folds=3)
     plan = make_plan(groups(data, {"width": 8}), data, **ONCE)
     words = "1 trial in 1 chunk of 1, about 217.0 KiB a chunk and 7.1 KiB of data, in this process, eager"
     assert str(plan) == words

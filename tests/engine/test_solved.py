@@ -49,7 +49,7 @@ def test_a_fold_with_rows_of_one_class_alone_predicts_that_class(only):
 
 
 def test_what_does_not_converge_is_said():
-    data = make_data("binary")
+    data = make_data("binary", folds=3)
     data = dataclasses.replace(data, y=(data.x[0, :, 0] > 0).long())
     data = dataclasses.replace(data, target=data.y, inputs=(data.x[:1],), copies=(0, 0, 0))
     with pytest.warns(ConvergenceWarning, match="did not converge in 3 of 3 fits, for C = inf; a smaller C"):

@@ -67,7 +67,7 @@ def no_grad(recorded_on_cpu):
 
 
 def test_a_step_is_taken_three_times_as_it_is_and_then_replayed(counted, monkeypatch):
-    data, asked = make_data(), []
+    data, asked = make_data(folds=3), []
     chunk = make_chunk(data, configs_of(2))
     monkeypatch.setattr(StackedChunk, "_step", lambda chunk, shape, key: asked.append(shape))
     shapes = chunk.batches.shapes  # 40 or 41 rows: four whole minibatches, one of 4 or 5
@@ -201,7 +201,7 @@ def test_a_step_reads_the_device_alone(optimizer, sizes, monkeypatch):
 
 
 def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
-    chunk = make_chunk(make_data(), configs_of(2))
+    chunk = make_chunk(make_data(folds=3), configs_of(2))
     step = StackedChunk._step
 
     def asking(chunk, shape, key):
@@ -215,7 +215,7 @@ def test_a_step_that_asks_the_host_is_found_out(monkeypatch):
 
 
 def test_draws_of_dropout_that_do_not_fit_are_made_part_by_part(monkeypatch):
-    data, configs = make_data(), configs_of(2, dropout=0.3, width=8)
+    data, configs = make_data(folds=3), configs_of(2, dropout=0.3, width=8)
     whole = make_chunk(data, configs)
     monkeypatch.setattr(dropout, "_DRAW_BYTES", 2 * 4 * 2 * 9 * 16)
     parts = make_chunk(data, configs)

@@ -62,7 +62,7 @@ def test_the_state_of_a_chunk_whose_trials_all_diverged_is_empty():
 
 
 def test_rows_give_the_flat_buffer_back():
-    data = make_data()
+    data = make_data(folds=3)
     for kind in ("mlp", "linear"):
         network = StackedMLP(kind, configs_of("adam", 5, 9, 16), shape_of(data), seed=0)
         flat = torch.randn(

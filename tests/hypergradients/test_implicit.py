@@ -229,7 +229,7 @@ def test_one_class_alone_is_certain(k, label):
 @pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("task", ["binary", "multiclass"])
 def test_a_dataset(task, copies, weights):
-    data = make_data(task, copies=copies, weights=weights)
+    data = make_data(task, copies=copies, weights=weights, folds=3)
     configs = [{"C": 0.2, "l1_ratio": 0.0}, {"C": 2.0, "l1_ratio": 0.5}]
     solution, found = implicit_chunk(data, configs)
     rows = torch.zeros(3, 61, dtype=torch.float64)
@@ -242,14 +242,14 @@ def test_a_dataset(task, copies, weights):
 
 
 def test_a_dataset_that_does_not_converge_warns_and_is_nan():
-    data = make_data("binary", n=12, d=20)
+    data = make_data("binary", n=12, d=20, folds=3)
     with pytest.warns(ConvergenceWarning, match="did not converge in 3 of 6 fits"):
         _, found = implicit_chunk(data, [{"C": 1.0, "l1_ratio": 0.0}, {"C": math.inf, "l1_ratio": 0.0}])
     assert found.gradient.isnan().tolist() == [False, True] * 3
 
 
 def test_memory_for_not_even_one_member_is_told():
-    data = make_data("multiclass")
+    data = make_data("multiclass", folds=3)
     config = {"C": 1.0, "l1_ratio": 0.0}
     # 18 x 18 numbers three times, 3 chances of 61 rows four times, 6 pairs of classes for 512 rows.
     needed = 8 * (3 * 18**2 + 4 * 3 * 61 + 512 * 6)

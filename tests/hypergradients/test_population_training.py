@@ -69,7 +69,7 @@ def population(data, configs, *, epochs=3):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("task", TASKS)
 def test_members_equal_those_of_plain_training(task, optimizer, schedule):
-    data = make_data(task, weights=True)
+    data = make_data(task, weights=True, folds=3)
     configs = unlike(optimizer, dropout=0.1, schedule=schedule)
     training = population(data, configs)
     values = tables(configs, data.n_folds)
@@ -83,7 +83,7 @@ def test_members_equal_those_of_plain_training(task, optimizer, schedule):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_each_member_has_the_slope_that_it_has_alone(optimizer):
     """Law 2 and law 3 for hypergradients: neighbours and padding change nothing."""
-    data, configs = make_data(), unlike(optimizer)
+    data, configs = make_data(folds=3), unlike(optimizer)
     together = reverse(
         InnerProblem(population(data, configs), optimizer, tables(configs, 3, segments=2)),
         ("lr", "weight_decay"),
@@ -101,7 +101,7 @@ def test_each_member_has_the_slope_that_it_has_alone(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_forward_equals_reverse_with_members_of_unlike_length(optimizer):
-    data, configs = make_data(weights=True), unlike(optimizer)
+    data, configs = make_data(weights=True, folds=3), unlike(optimizer)
     training = population(data, configs)
     assert len(set(training.totals.tolist())) > 1
     values = tables(configs, 3, segments=3)
@@ -119,7 +119,7 @@ def test_forward_equals_reverse_with_members_of_unlike_length(optimizer):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_slopes_equal_finite_differences(task):
-    data, configs = make_data(task), unlike("adam")
+    data, configs = make_data(task, folds=3), unlike("adam")
     training, values, h = population(data, configs), tables(configs, 3, segments=2), 1e-5
     found = reverse(InnerProblem(training, "adam", values), ("lr",))
     for s in range(2):
@@ -135,7 +135,10 @@ def test_slopes_equal_finite_differences(task):
 
 def test_padded_units_have_no_slope_of_nan():
     """A unit that is padding has gradient and squares of zero, where the root's slope would be infinite."""
-    data, configs = make_data(), fill({"optimizer": "adam", "width": 3}, {"optimizer": "adam", "width": 16})
+    data, configs = (
+        make_data(folds=3),
+        fill({"optimizer": "adam", "width": 3}, {"optimizer": "adam", "width": 16}),
+    )
     for mode in (forward, reverse):
         found = mode(
             InnerProblem(population(data, configs), "adam", tables(configs, 3)), ("lr", "beta1", "beta2")
@@ -145,7 +148,7 @@ def test_padded_units_have_no_slope_of_nan():
 
 
 def test_a_users_module_equals_its_plain_training():
-    data = make_data("multiclass", weights=True)
+    data = make_data("multiclass", weights=True, folds=3)
     configs = fill(
         {"optimizer": "adamw", "lr": 0.02, "batch_size": 10}, {"optimizer": "adamw", "batch_size": 10}
     )
@@ -188,7 +191,7 @@ class Convolution(nn.Sequential):
 @pytest.mark.parametrize("kind", [Sequence, WithLSTM, Convolution, partial(Convolution, momentum=None)])
 def test_modules_are_differentiated_twice(kind):
     """They are those of plain training; forward and reverse agree, and their slope is that of central differences."""
-    data, configs = make_data(), fill({"optimizer": "sgd", "lr": 0.3, "batch_size": 16})
+    data, configs = make_data(folds=3), fill({"optimizer": "sgd", "lr": 0.3, "batch_size": 16})
     chunk = Population("module", (0,), tuple(configs))
     traits = {chunk.arguments: traits_of(kind, configs[0], data)}
     job = HypergradientJob(seed=0, epochs=2, horizon=2, module_class=kind, traits=traits, backend="eager")
@@ -220,7 +223,7 @@ class Counting(Net):
 
 
 def test_other_state_is_refused():
-    data, configs = make_data(), fill({"batch_size": 16})
+    data, configs = make_data(folds=3), fill({"batch_size": 16})
     chunk = Population("module", (0,), tuple(configs))
     traits = {chunk.arguments: traits_of(Counting, configs[0], data)}
     job = HypergradientJob(seed=0, epochs=2, horizon=2, module_class=Counting, traits=traits)
@@ -230,7 +233,7 @@ def test_other_state_is_refused():
 
 def test_a_class_that_a_fold_has_not_trained_on():
     """Its outputs take no part: the losses of the other rows, and all slopes, stay finite."""
-    data = make_data("multiclass")
+    data = make_data("multiclass", folds=3)
     present = torch.ones(3, 3, dtype=torch.bool)
     present[0, 2] = False
     folds = tuple(

@@ -31,8 +31,7 @@ class Gated(nn.Module):
 
     def forward(self, x):
         h = torch.tanh(self.enter(x * self.scale))
-        if h.sum() > 0:
-            h = h + self.other(h)
+        h = h + self.other(h) if h.sum() > 0 else h - self.other(h)
         return self.leave(self.drop(h))
 
 

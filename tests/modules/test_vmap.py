@@ -242,7 +242,7 @@ def test_an_unknown_module_argument_is_named():
 
 
 def test_folds_of_very_unlike_length():
-    data = make_data(n=120)
+    data = make_data(n=120, folds=3)
     rows = torch.arange(120)
     folds = tuple(Fold(train=rows[:n], valid=rows[n : n + 20]) for n in (20, 55, 100))
     data = dataclasses.replace(data, folds=folds)

@@ -158,10 +158,10 @@ def test_members_of_a_network_equal_a_plain_loop(optimizer):
     configs = unlike(optimizer, *sizes)
     if optimizer == "schedulefree":
         configs = [config | {"ema": 0.0} for config in configs]
-    together, _ = train_together(data, configs, epochs=12)
+    together, _ = train_together(data, configs, epochs=6)
     for (f, i), member in together.items():
         plain = plain_mlp(data, configs[i])
-        alone = plain_loop(plain, data, f, configs[i], epochs=12)
+        alone = plain_loop(plain, data, f, configs[i], epochs=6)
         assert largest_difference(member, alone) <= TOLERANCE, configs[i]
 
 
@@ -204,12 +204,12 @@ def test_members_of_a_module_equal_a_plain_loop(kind, optimizer, more):
     for population in populations(configs, "module", rows=20):
         members = list(population.configs)
         network = kind(Net, members, shape_of(data), seed=0, traits=traits)
-        trained = train(network, data, members, seed=0, epochs=10, horizon=10)
+        trained = train(network, data, members, seed=0, epochs=6, horizon=6)
         for c, config in enumerate(members):
             with torch.random.fork_rng():
                 torch.manual_seed(stream_seed(0, "module"))
                 plain = Net(data.n_features, data.n_outputs).double()
-            alone = plain_loop(plain, data, 1, config, epochs=10)
+            alone = plain_loop(plain, data, 1, config, epochs=6)
             assert largest_difference(trained.member(1, c), alone) <= TOLERANCE, config
 
 
@@ -248,7 +248,7 @@ def test_an_average_and_moments_go_on_from_a_state(optimizer):
     rows = [{"lr": lr, "ema": 0.7, "clip_norm": 0.5, "batch_size": 16} for lr in (1e-3, 3e-3, 1e30)]
     rows = [row | ({"hypergrad_lr": 0.01} if optimizer == "sgdhd" else {}) for row in rows]
     configs = fill(*rows, optimizer=optimizer)
-    (population,) = populations(configs, "module", rows=40)
+    (population,) = populations(configs, "module", rows=30)
     words = {"seed": 0, "horizon": 6, "scoring": scoring_of(data, "neg_log_loss")}
 
     class Small(nn.Linear):

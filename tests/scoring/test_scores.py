@@ -240,7 +240,7 @@ def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
 
 
 def test_a_regression_scorer_sees_original_units():
-    data = make_data("regression")
+    data = make_data("regression", folds=3)
     rows = data.folds[2].valid
     outputs = random_outputs(2, len(rows), 1)
     guess = outputs[0, :, 0].numpy() * float(data.scale[2]) + float(data.center[2])

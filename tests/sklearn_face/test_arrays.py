@@ -39,7 +39,7 @@ IDS = torch.from_numpy(RNG.integers(0, 8, (60, 5)))
 CLASSES = np.array(["a", "b", "c"])[(IMAGES[:, 0, :3].mean((1, 2)) * 9).astype(int).clip(-1, 1) + 1]
 NUMBERS = np.stack([IMAGES.mean((1, 2, 3)), 100 + 50 * IMAGES[:, 0, 0, 0]], 1)
 LABELS = (IMAGES[:, 0, 0, :2] > 0).astype(int)
-TRAINING = {"lr": 0.1, "batch_size": 16, "max_epochs": 3, "random_state": 0}
+TRAINING = {"lr": 0.1, "batch_size": 16, "max_epochs": 2, "random_state": 0}
 CONV = NeuralNetClassifier(Conv, **TRAINING)
 GRID = {"lr": [0.03, 0.3], "module__channels": [2, 4]}
 
@@ -63,7 +63,7 @@ def minus_squares(estimator, X, y):
 
 def both_grids(estimator, grid, X, y, **options):
     ours, _, theirs, _ = both(
-        GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=3, **options
+        GridSearchCV, model_selection.GridSearchCV, estimator, grid, X, y, cv=2, **options
     )
     assert_same_results(ours, theirs, tolerance=1e-7)
     return ours, theirs
@@ -115,7 +115,7 @@ def test_scikit_learns_cross_validate_takes_images(net):
 def test_a_search_on_images_is_scikit_learns_loop_over_fit(X, training):
     scoring = ["neg_log_loss", "accuracy"]
     ours, theirs = both_grids(CONV, GRID, X, CLASSES, scoring=scoring, refit="neg_log_loss")
-    assert training == [(4, 3, (60, 1, 6, 6))]
+    assert training == [(4, 2, (60, 1, 6, 6))]
     np.testing.assert_allclose(ours.predict_proba(X), theirs.predict_proba(X), rtol=1e-8)
     mine, other = (search.best_estimator_.module_.state_dict() for search in (ours, theirs))
     for name, value in mine.items():  # the running statistics too
@@ -182,7 +182,7 @@ def test_several_numbers_come_back_in_their_own_units():
 def test_a_criterion_and_its_arguments_are_searched(criterion, arguments, training):
     net = NeuralNetRegressor(Conv, criterion=criterion, **TRAINING)
     ours, _ = both_grids(net, arguments, IMAGES, NUMBERS / 100)
-    assert [call[:2] for call in training] == [(2, 3)]
+    assert [call[:2] for call in training] == [(2, 2)]
     scores = ours.cv_results_["mean_test_score"]
     assert np.isfinite(scores).all() and scores[0] != scores[1]
 
