@@ -1,6 +1,7 @@
 """Every page of docs/: its code runs, in order, in one session, and prints what the page shows."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,10 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
     if page.name == "cluster.md":
         pytest.skip("run where there is a cluster, in tests/executors/test_ray_workers.py")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("subprocess.Popen", lambda command: Fork(command[2]))  # begins at once
+    popen = subprocess.Popen  # of a page's script, which begins at once
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **how: popen(command, **how) if how else Fork(command[2])
+    )
     run_blocks(page, capsys)
 
 
