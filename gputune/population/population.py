@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from gputune.errors import InputError
 from gputune.optimizers.classes import class_of, optimizer_arguments, optimizer_defaults
 from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, ONLINE, Config
@@ -116,7 +118,9 @@ def shape_of(population: Population) -> tuple[object, ...]:
 def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
     rule = config["hypergrad_rule"] if config["optimizer"] in ONLINE else None
     # Which buffers a trial has depends on itself alone, so that its state goes on in whatever company.
-    buffers = (config["momentum"] > 0, config["clip_norm"] < math.inf, config["ema"] > 0)
+    # A descent may have a list of momenta, one for each segment.
+    momentum = bool(np.any(np.asarray(config["momentum"]) > 0))
+    buffers = (momentum, config["clip_norm"] < math.inf, config["ema"] > 0)
     options = sorted((k, bool(v)) for k, v in optimizer_arguments(config).items())
     optimizer = (config["optimizer"], rule, *buffers, *options)
     if kind == "module":

@@ -22,7 +22,7 @@ from gputune.report.svg import (
 )
 from gputune.study.study import Study
 from gputune.text import count
-from gputune.views.axes import Scale, linear_scale, parameter_scale, score_scale, value_scale
+from gputune.views.axes import Scale, curve_scale, linear_scale, parameter_scale, score_scale, value_scale
 from gputune.views.metrics import ParetoFront, metric_scores, pareto_front
 from gputune.views.parameters import DescentPath, Parameter, descended, descent_paths, varied_parameters
 from gputune.views.scores import BEST, Curves, Scores, score_range, shown_curves, shown_scores
@@ -42,7 +42,7 @@ _SHIFT, _WIDEST = 0.3, 40.0
 _PAD = 0.06
 """Share of the axis of scores below and above them: room for the marks of diverged trials."""
 
-_WIDE, _SMALL = 960.0, (440.0, 300.0)
+_WIDE, _SMALL, _LETTERS = 960.0, (440.0, 300.0), 14
 
 
 def curves_chart(study: Study) -> Chart | None:
@@ -53,7 +53,7 @@ def curves_chart(study: Study) -> Chart | None:
     best, others = curves.order[:BEST], curves.order[BEST:]
     drawn = spread_over(others, THIN_CURVES)
     x = linear_scale(1, len(curves.epochs), most=10, whole=True)
-    frame = Frame(_WIDE, 400.0, x, _curve_scale(study, curves), right=118)
+    frame = Frame(_WIDE, 400.0, x, curve_scale(study, curves), right=118).with_room()
     size = {
         "width": frame.width - frame.left - frame.right,
         "height": frame.height - frame.top - frame.bottom,
@@ -73,23 +73,9 @@ def curves_chart(study: Study) -> Chart | None:
         f"Behind the best {len(best)}, {len(drawn)} of the {len(others)} other curves are drawn: the next best, "
         "and the rest evenly by rank."
     )
-    return Chart(drawing(_WIDE, 400.0, title, *parts), (note,) if len(drawn) < len(others) else ())
-
-
-def _curve_scale(study: Study, curves: Curves) -> Scale:
-    """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
-    late = [row for row in curves.order if study.trials[row].state != "pruned"] or curves.order
-    ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]
-    low, high = score_range(np.array(ends), curves.measure)
-    best = curves.order[:BEST]
-    whole, spread = curves.mean[best], np.nan_to_num(curves.spread[best])
-    low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
-    # The bands too, on the good side; a logarithm has no room for all of one.
-    if curves.measure.lower_is_better:
-        low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
-    else:
-        high = max(high, float(np.nanmax(whole + spread)))
-    return value_scale(low, high, curves.measure, pad=0.03)
+    return Chart(
+        drawing(frame.width, frame.height, title, *parts), (note,) if len(drawn) < len(others) else ()
+    )
 
 
 def _curve_line(curves: Curves, row: int, frame: Frame, most: int | None = None) -> str:
@@ -141,7 +127,7 @@ def history_chart(study: Study) -> Chart | None:
         return None
     numbers = np.array([trial.number for trial in study.trials], dtype=float)
     x = linear_scale(numbers.min(), numbers.max(), most=10, pad=0.01, whole=True)
-    frame = Frame(_WIDE, 280.0, x, score_scale(shown, pad=_PAD))
+    frame = Frame(_WIDE, 280.0, x, score_scale(shown, pad=_PAD)).with_room()
     drawn, notes = _drawn(shown, POINTS)
     best = shown.best_so_far
     steps = np.flatnonzero(np.isfinite(best) & (best != np.concatenate([[np.nan], best[:-1]])))
@@ -153,7 +139,7 @@ def history_chart(study: Study) -> Chart | None:
         *_points(study, shown, frame.across(numbers), frame, drawn),
         path("line c0", line),
     ]
-    return Chart(drawing(_WIDE, 280.0, title, *parts), notes)
+    return Chart(drawing(frame.width, frame.height, title, *parts), notes)
 
 
 def pareto_charts(study: Study) -> tuple[tuple[str, Chart], ...]:
@@ -171,7 +157,7 @@ def _pareto(study: Study, name: str) -> Chart:
         value_scale(*score_range(front.values[:, axis], measure), measure, pad=_PAD)
         for axis, measure in enumerate(front.measures)
     ]
-    frame = Frame(*_SMALL, scales[0], scales[1])
+    frame = Frame(*_SMALL, scales[0], scales[1]).with_room()
     drawn = spread_over(np.flatnonzero(np.isfinite(front.values[:, 0])).tolist(), POINTS)
     x = np.clip(frame.across(front.values[:, 0]), frame.left + 6, frame.width - frame.right - 6)
     y = frame.down_within(front.values[:, 1])
@@ -182,7 +168,7 @@ def _pareto(study: Study, name: str) -> Chart:
         *(_unbeaten(study, front, row, float(x[row]), float(y[row])) for row in front.order[:POINTS]),
     ]
     note = f"{len(drawn)} of {len(study.trials)} trials are drawn."
-    svg = drawing(*_SMALL, f"{across.name} and {down.name} of the trials", *parts)
+    svg = drawing(frame.width, frame.height, f"{across.name} and {down.name} of the trials", *parts)
     return Chart(svg, (note,) if len(drawn) == POINTS else ())
 
 
@@ -216,7 +202,7 @@ def slice_charts(study: Study) -> Slices | None:
 def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[int]) -> Chart:
     few = len(np.unique(parameter.values[np.isfinite(parameter.values)])) <= FEW
     scale = parameter_scale(parameter, pad=0.12 if few else 0.04)  # few values need room for their points
-    frame = Frame(*_SMALL, scale, score_scale(shown, pad=_PAD))
+    frame = Frame(*_SMALL, scale, score_scale(shown, pad=_PAD)).with_room(_LETTERS)
     across = frame.across(parameter.values)
     strips = np.unique(across[np.isfinite(across)])
     if 2 <= len(strips) <= FEW:
@@ -226,13 +212,13 @@ def _slice(study: Study, shown: Scores, parameter: Parameter, drawn: Sequence[in
     places = across[spread_over(failed, FAILURES)]
     marks = "".join(f"M{x:.1f} {bottom:.1f}v-8" for x in places.tolist() if np.isfinite(x))
     parts = [
-        frame.axes(parameter.label, shown.measure.title, letters=14),
+        frame.axes(parameter.label, shown.measure.title, letters=_LETTERS),
         path("failed", marks) if marks else "",
         *_points(study, shown, across, frame, drawn),
     ]
     have = "has" if parameter.hidden == 1 else "have"
     note = f"{count(parameter.hidden, 'trial')} with an infinite {parameter.label} {have} no place here."
-    svg = drawing(*_SMALL, f"Score against {parameter.label}", *parts)
+    svg = drawing(frame.width, frame.height, f"Score against {parameter.label}", *parts)
     return Chart(svg, (note,) if parameter.hidden else ())
 
 
@@ -278,10 +264,10 @@ def _path_chart(
 ) -> Chart:
     drawn = starts[:STARTS]
     last = max(1, *(int(one.steps[-1]) for one in drawn))
-    frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y)
+    frame = Frame(*_SMALL, linear_scale(0, last, most=min(last, 10), whole=True), y).with_room()
     lines = [_path_line(*line, frame, rank) for rank, line in enumerate(zip(drawn, values))]
     title = f"{name} of {len(drawn)} starts by outer step"
-    svg = drawing(*_SMALL, title, frame.axes("outer step", name), *lines[::-1])
+    svg = drawing(frame.width, frame.height, title, frame.axes("outer step", name), *lines[::-1])
     note = f"The best {len(drawn)} of {len(starts)} starts are drawn."
     return Chart(svg, (note,) if len(drawn) < len(starts) else ())
 

@@ -22,6 +22,7 @@ LINES, AXES, GROUPS = 400, 10, 5
 
 _WIDTH, _ROW, _LEFT, _RIGHT = 700.0, 30.0, 190.0, 110.0  # of the bars
 _HEIGHT, _TOP, _BOTTOM, _SIDE = 380.0, 52.0, 22.0, 70.0  # of the parallel coordinates
+_LETTER = 6.2  # of the name of an axis
 _STRIP = 0.045
 """Share of an axis with few values that the lines through one of them take."""
 
@@ -118,7 +119,12 @@ def parallel_chart(study: Study, important: Sequence[str] = ()) -> Parallel | No
     x = np.linspace(_SIDE, width - _SIDE, len(axes))
     heights = np.stack([_down(_strips(axis.heights[ranked])) for axis in axes], axis=1)
     lines, more = _lines(shown.values[ranked], x, heights)
-    parts = [_axis(px, axis, place) for place, (px, axis) in enumerate(zip(x.tolist(), axes))]
+    half = float(x[1] - x[0]) / 2
+    rooms = [2 * min(half, px, width - px) for px in x.tolist()]
+    parts = [
+        _axis(px, axis, place, int(room / _LETTER))
+        for place, (px, axis, room) in enumerate(zip(x.tolist(), axes, rooms))
+    ]
     title = "Parallel coordinates: one line a trial"
     drawn = element("g", *lines, class_="lines")
     svg = drawing(width, _HEIGHT, title, drawn, *parts, class_="chart parallel")
@@ -153,10 +159,10 @@ def _lines(
     return lines, (note,) if len(drawn) < len(scored) else ()
 
 
-def _axis(x: float, axis: Axis, place: int) -> Markup:
+def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
     top, bottom = _TOP, _HEIGHT - _BOTTOM
     parts = [
-        text("name mid", x, top - 24, element("title", axis.label), cut(axis.label, 17)),
+        text("name mid", x, top - 24, element("title", axis.label), cut(axis.label, letters)),
         path("edge", f"M{x:.1f} {top:.1f}V{bottom:.1f}"),
     ]
     for value, words in axis.scale.ticks:

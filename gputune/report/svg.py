@@ -1,7 +1,8 @@
 """SVG as escaped markup: elements, lines, dots, and the frame of a chart with its axes."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -13,6 +14,12 @@ Attribute = str | float | None
 
 GOLDEN = 0.6180339887498949
 """Steps of it, modulo 1, spread any number of neighbours evenly."""
+
+
+_LETTER, _SLANT = 6.6, 40
+"""Width of a letter of a tick, and degrees by which ticks are turned."""
+
+_SIN, _COS = math.sin(math.radians(_SLANT)), math.cos(math.radians(_SLANT))
 
 
 def cut(text: str, most: int) -> str:
@@ -110,6 +117,29 @@ class Frame:
     top: float = 14
     bottom: float = 46
 
+    def with_room(self, letters: int = 12) -> "Frame":
+        """Return a frame with room for its ticks: a wider left for long ones, and a higher drawing for slanted ones."""
+        left = max(self.left, 40 + _LETTER * max((len(words) for _, words in self.y.ticks), default=0))
+        frame = replace(self, left=left)
+        if not frame.slants(letters):
+            return frame
+        ticks = [
+            (float(frame.across(value)), _LETTER * len(cut(words, letters))) for value, words in self.x.ticks
+        ]
+        reach = max(_COS * length - x for x, length in ticks)
+        below = 40 + _SIN * max(length for _, length in ticks)
+        more = max(0.0, below - self.bottom)
+        return replace(
+            frame, left=left + max(0.0, reach), bottom=self.bottom + more, height=self.height + more
+        )
+
+    def slants(self, letters: int) -> bool:
+        """Whether the ticks of the x axis, of so many letters at most, have no room side by side."""
+        return (
+            sum(len(cut(words, letters)) for _, words in self.x.ticks) * 7
+            > self.width - self.right - self.left
+        )
+
     def across(self, values: ArrayLike) -> NDArray[np.float64]:
         """Return where values lie from the left."""
         return self.left + self.x(values) * (self.width - self.left - self.right)
@@ -130,10 +160,10 @@ class Frame:
             y = float(self.down(value))
             parts.append(path("grid", f"M{self.left:.1f} {y:.1f}H{right:.1f}"))
             parts.append(text("tick end", self.left - 8, y + 4, words))
-        slant = sum(len(cut(words, letters)) for _, words in self.x.ticks) * 7 > right - self.left
+        slant = self.slants(letters)
         for value, words in self.x.ticks:
             x, y = float(self.across(value)), bottom + (14 if slant else 19)
-            turn = f"rotate(-28 {x:.1f} {y:.1f})" if slant else None
+            turn = f"rotate(-{_SLANT} {x:.1f} {y:.1f})" if slant else None
             parts.append(path("mark", f"M{x:.1f} {bottom:.1f}v5"))
             where = ("tick end", x + 4, y) if slant else ("tick mid", x, y)
             parts.append(text(*where, cut(words, letters), transform=turn))

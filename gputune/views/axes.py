@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from gputune.study.study import Study
 from gputune.text import Measure
 from gputune.views.parameters import Parameter, varied_parameters
-from gputune.views.scores import Scores, is_wide
+from gputune.views.scores import BEST, Curves, Scores, is_wide, score_range
 
 Ticks = tuple[tuple[float, str], ...]
 
@@ -109,6 +109,22 @@ def value_scale(low: float, high: float, measure: Measure, *, pad: float = 0.0) 
 def score_scale(shown: Scores, *, pad: float = 0.0) -> Scale:
     """Return the scale of all scores: the best one, and all that are not far off."""
     return value_scale(*shown.range, shown.measure, pad=pad)
+
+
+def curve_scale(study: Study, curves: Curves) -> Scale:
+    """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
+    late = [row for row in curves.order if study.trials[row].state != "pruned"] or curves.order
+    ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]
+    low, high = score_range(np.array(ends), curves.measure)
+    best = curves.order[:BEST]
+    whole, spread = curves.mean[best], np.nan_to_num(curves.spread[best])
+    low, high = min(low, float(np.nanmin(whole))), max(high, float(np.nanmax(whole)))
+    # The bands too, on the good side; a logarithm has no room for all of one.
+    if curves.measure.lower_is_better:
+        low = max(min(low, float(np.nanmin(whole - spread))), low / 2 if low > 0 else -np.inf)
+    else:
+        high = max(high, float(np.nanmax(whole + spread)))
+    return value_scale(low, high, curves.measure, pad=0.03)
 
 
 @dataclass(frozen=True, eq=False)

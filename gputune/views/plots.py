@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from gputune.errors import InputError, import_extra
 from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
-from gputune.views.axes import parallel_axes
+from gputune.views.axes import curve_scale, parallel_axes, parameter_scale, score_scale
 from gputune.views.metrics import pareto_front
 from gputune.views.parameters import (
     Parameter,
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _BLUE, _GREY = "C0", "0.7"
 _COLUMNS = 3  # of the grid of slices
 _LEVELS = 12  # of a contour
+_LETTERS = 24  # of words that have room side by side on an axis
+_PAD = 0.06  # share of the axis of scores below and above them
 
 
 def _pyplot(plot: str) -> ModuleType:
@@ -52,11 +54,26 @@ def _name_axes(ax: "Axes", x: Parameter | str, y: Parameter | str) -> None:
     """Name both axes; that of a hyperparameter gets its scale: numbers, a logarithm, or words."""
     for axis, what in (("x", x), ("y", y)):
         ax.set(**{f"{axis}label": _plain(what.label if isinstance(what, Parameter) else what)})
-        if isinstance(what, Parameter) and what.levels:
-            ticks = range(len(what.levels)), list(map(_plain, what.levels))
-            ax.set(**dict(zip((f"{axis}ticks", f"{axis}ticklabels"), ticks)))
-        elif isinstance(what, Parameter) and what.log:
+        if not isinstance(what, Parameter):
+            continue
+        values = np.unique(what.values[np.isfinite(what.values)])
+        ticks = parameter_scale(what).ticks if len(values) else ()
+        if what.log:
             ax.set(**{f"{axis}scale": "log"})
+        if what.levels or (what.log and len(ticks) == len(values)):
+            places, words = [place for place, _ in ticks], [_plain(words) for _, words in ticks]
+            ax.minorticks_off()
+            if axis == "x" and sum(map(len, words)) > _LETTERS:
+                ax.set_xticks(places, words, rotation=30, ha="right", rotation_mode="anchor")
+            else:
+                (ax.set_xticks if axis == "x" else ax.set_yticks)(places, words)
+
+
+def _scale_scores(ax: "Axes", shown: Scores) -> None:
+    """Let the axis of scores be that of the page, and say in the title what stands at its edge."""
+    scale = score_scale(shown, pad=_PAD)
+    ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
+    ax.set_title("\n".join(shown.notes), fontsize="small")
 
 
 def plot_history(study: Study, ax: "Axes | None" = None) -> "Axes":
@@ -64,9 +81,10 @@ def plot_history(study: Study, ax: "Axes | None" = None) -> "Axes":
     ax, shown = _axes("plot_history", ax), shown_scores(study)
     numbers = np.array([trial.number for trial in study.trials], dtype=int)
     scored = np.isfinite(shown.values)
-    ax.scatter(numbers[scored], shown.values[scored], s=14, color=_GREY, label="trial")
-    ax.step(numbers, shown.best_so_far, where="post", color=_BLUE, label="best so far")
+    ax.scatter(numbers[scored], shown.on_axis(shown.values[scored]), s=14, color=_GREY, label="trial")
+    ax.step(numbers, shown.on_axis(shown.best_so_far), where="post", color=_BLUE, label="best so far")
     _name_axes(ax, "trial", shown.measure.title)
+    _scale_scores(ax, shown)
     ax.legend()
     return ax
 
@@ -89,6 +107,9 @@ def plot_curves(study: Study, ax: "Axes | None" = None, *, best: int = BEST) -> 
             band = mean - spread, mean + spread
             ax.fill_between(curves.epochs, *band, color=colour, alpha=0.15, linewidth=0)
     _name_axes(ax, "epoch", curves.measure.title)
+    if curves.order:
+        scale = curve_scale(study, curves)
+        ax.set(ylim=(scale.low, scale.high), yscale="log" if scale.log else "linear")
     if curves.order[:best]:
         ax.legend()
     return ax
@@ -135,8 +156,9 @@ def _parameter(study: Study, name: str, plot: str) -> Parameter:
 
 def _draw_slice(ax: "Axes", parameter: Parameter, shown: Scores) -> None:
     drawn = np.isfinite(parameter.values) & np.isfinite(shown.values)
-    ax.scatter(parameter.values[drawn], shown.values[drawn], s=14, color=_BLUE, alpha=0.7)
+    ax.scatter(parameter.values[drawn], shown.on_axis(shown.values[drawn]), s=14, color=_BLUE, alpha=0.7)
     _name_axes(ax, parameter, shown.measure.title)
+    _scale_scores(ax, shown)
 
 
 def plot_parallel(study: Study, ax: "Axes | None" = None) -> "Axes":

@@ -49,6 +49,10 @@ class Scores:
         better = np.fmin if self.measure.lower_is_better else np.fmax
         return better.accumulate(self.values)
 
+    def on_axis(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return values, those beyond the axis at its edge."""
+        return np.clip(values, *self.range)
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What must be said of scores beyond the ends of their axis."""

@@ -15,7 +15,8 @@ from gputune.api.study import Study
 from gputune.errors import InputError
 from gputune.report.page import BUDGET, as_json, page, table_columns
 from gputune.report.snippet import again_code
-from gputune.report.svg import band_path, cut, dots_path, element, line_path, spread_over
+from gputune.report.svg import Frame, band_path, cut, dots_path, element, line_path, spread_over
+from gputune.views.axes import Scale, linear_scale
 from gputune.views.parameters import importance
 from made_studies import HOSTILE, hostile_study, made_batches, made_descent, made_study, study_of
 
@@ -329,3 +330,19 @@ def test_elements_are_escaped():
     assert str(made) == (
         '<text class="&#34;&gt;&lt;svg onload=x&gt;" x="1.2" data-rank="3">&lt;b&gt;&amp;&#34;</text>'
     )
+
+
+@pytest.mark.parametrize("words", ["relu", "a_very_long_schedule"])
+def test_ticks_have_room_in_their_drawing(words):
+    """By the width of a letter, 6 of 12 pixels: no tick begins left of the drawing, or reaches the name of an axis."""
+    x = Scale(-0.5, 6.5, tuple((place, words) for place in range(7)))
+    frame = Frame(440.0, 300.0, x, linear_scale(-20_000, 20_000)).with_room(14)
+    axes = str(frame.axes("name", "name", letters=14))
+    for left, top, angle, text in re.findall(
+        r'class="tick (?:end|mid)" x="([-\d.]+)" y="([-\d.]+)"(?: transform="rotate\((-\d+)[^"]*")?>([^<]*)<',
+        axes,
+    ):
+        turn, length = math.radians(-float(angle or 0)), 6.0 * len(text)
+        assert float(left) - length * math.cos(turn) > (0 if angle else 20)
+        assert float(top) + length * math.sin(turn) < frame.height - 18
+    assert ("rotate(-40" in axes) == (len(words) > 10) == (frame.height > 300)

@@ -57,6 +57,13 @@ def test_the_slopes_of_the_study_are_those_of_its_losses(iris):
     assert first.detail["slope"]["lr"][0][0] == pytest.approx(slope, rel=1e-6)
 
 
+def test_momentum_of_several_segments(iris):
+    method = gputune.Hypergradient(hyperparameters=["lr", "momentum"], segments=2, outer_steps=1)
+    how = {**FAST, "optimizer": "sgd", "max_epochs": 2}
+    study = gputune.tune("mlp", *iris, space={**LR, "momentum": [0.9]}, n_trials=1, method=method, **how)
+    assert np.shape(study.trials[-1].params["momentum"]) == (2,)
+
+
 def test_rates_for_segments_and_layers_reach_the_best_params_and_the_refit(iris):
     """The refit equals a plain loop with a parameter group for each layer, whose rate changes from part to part."""
     X, y = iris

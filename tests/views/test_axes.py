@@ -70,3 +70,9 @@ def test_few_values_are_their_own_ticks():
 )
 def test_numbers_are_short(value, text):
     assert number_text(value) == text
+
+
+@pytest.mark.parametrize("ends", [(0, 1), (0, 3), (1, 24), (1, 1), (-0.24, 24.24)])
+def test_whole_ticks(ends):
+    ticks = linear_scale(*ends, most=10, whole=True).ticks
+    assert ticks and all(value == int(value) and words == str(int(value)) for value, words in ticks)

@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from gputune.api.study import Study
 from gputune.errors import InputError, MissingExtraError
 from gputune.views.axes import parallel_axes
 from gputune.views.parameters import importance
@@ -193,10 +194,29 @@ def test_paths_that_cannot_be(study, descent):
 
 def test_a_loss_is_drawn_in_its_own_sign(descent):
     points = descent.plot_history().collections[0].get_offsets()
-    np.testing.assert_array_equal(points[:, 1], -scores(descent))
+    top = shown_scores(descent).range[1]
+    np.testing.assert_array_equal(points[:, 1], np.minimum(-scores(descent), top))
     assert descent.plot_history().get_ylabel() == "log_loss (lower is better)"
     lines = descent.plot_history().lines[0].get_ydata()
-    np.testing.assert_array_equal(lines, np.minimum.accumulate(-scores(descent)))
+    np.testing.assert_array_equal(lines, np.minimum(np.minimum.accumulate(-scores(descent)), top))
+
+
+def test_scores_that_are_far_off_stand_at_the_edge_of_the_axis():
+    lr = [0.001, 0.002, 0.004, 0.008]
+    params = [{"lr": lr[i % 4], "schedule": f"a long word {i % 4}"} for i in range(8)]
+    study = study_of(params, [-1250.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.41], scoring="r2")
+    curves = np.full((8, 2, 2), 0.3)
+    curves[0] = -1e39
+    study = Study(meta=study.meta, trials=study.trials, curves=curves)
+    for ax in (study.plot_history(), study.plot_slice("lr"), study.plot_slice("schedule")):
+        assert ax.get_ylim()[0] > -2
+        assert ax.get_title() == "1 score lies beyond the axis and stands at its edge."
+        heights = ax.collections[0].get_offsets()[:, 1]
+        assert len(heights) == 8 and ax.get_ylim()[0] < heights.min()
+    assert study.plot_curves().get_ylim()[0] > -2
+    ticks = study.plot_slice("lr").get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["0.001", "0.002", "0.004", "0.008"]
+    assert {tick.get_rotation() for tick in ax.get_xticklabels()} == {30.0}
 
 
 PLOTS = {
