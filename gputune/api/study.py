@@ -111,8 +111,9 @@ class Study(data.Study):
         It is maximized. Each trial has its score as value, the fold mean of every epoch as intermediate values, its
         state (COMPLETE, PRUNED, FAIL; one that a deadline stopped is PRUNED, one that has not run is WAITING), its
         params in the distributions of the space, widened where the default or an included trial lies outside, and as
-        user attributes number, origin, fold_scores, std_error, best_epoch, seconds, state, and other_params, those that
-        have no place in the distribution. Its duration is the trial's; its time of day is that of the export.
+        user attributes number, origin, fold_scores, std_error, best_epoch, seconds, state, metrics, which are the fold
+        scores by each of several, and other_params, those that have no place in the distribution. Its duration is the
+        trial's; its time of day is that of the export.
 
         Raises InputError where ``storage`` has a study of that name, MissingExtraError without Optuna. A study
         that could not be written to its end is deleted again.

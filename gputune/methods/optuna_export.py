@@ -94,7 +94,7 @@ def _finished(
 def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]:
     """Return what Optuna has no place of its own for; None stands for NaN, which JSON lacks."""
     left_out = {key: repr(value) for key, value in trial.params.items() if key not in inside}
-    attributes = {
+    attributes: dict[str, object] = {
         "number": trial.number,
         "origin": trial.origin_text,
         "fold_scores": [_plain(score) for score in trial.fold_scores],
@@ -103,6 +103,8 @@ def _attributes(trial: Trial, inside: Mapping[str, object]) -> dict[str, object]
         "seconds": _plain(trial.seconds),
         "state": trial.state,
     }
+    if trial.metrics:
+        attributes["metrics"] = {name: list(map(_plain, folds)) for name, folds in trial.metrics.items()}
     return {**attributes, "other_params": left_out} if left_out else attributes
 
 

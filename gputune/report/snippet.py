@@ -187,6 +187,7 @@ def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, st
             for name, part in PARTS.items()
             if part.argument
         },
+        "positive": script.literal(record.ranked_class),  # the code scores by the metric that ranks alone
         **({"epoch": "'last'"} if record.descends else {}),
         "device": script.literal(record.device),
         "verbose": "0",

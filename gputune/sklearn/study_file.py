@@ -14,7 +14,7 @@ from gputune.sklearn.base import last_step
 from gputune.study.rows import State, to_json
 from gputune.study.store import Candidate, Result, Store
 from gputune.tuning.record import versions
-from gputune.types import Json
+from gputune.types import Json, first_metric
 
 Place = str | os.PathLike[str]
 
@@ -37,11 +37,14 @@ def write_search(path: Place, search: BaseSearchCV, epochs: Sequence[int] | None
         Candidate(number, {name: _storable(value) for name, value in params.items()}, origin)
         for number, (params, origin) in enumerate(zip(results["params"], _origins(results)))
     ]
-    metric = _metric(search, results)
-    scores = np.stack([results[f"split{f}_test_{metric}"] for f in range(search.n_splits_)], 1)
+    first = _metric(search, results)
+    known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
+    metrics = [first, *(name for name in known if name != first)]
+    folds = [[results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics]
+    scores = np.array(folds).T  # (C, F, M)
     seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
     rows = zip(scores, seconds.tolist(), epochs or [1] * len(candidates))
-    with Store.create(path, _meta(search)) as store:
+    with Store.create(path, _meta(search, metrics)) as store:
         store.add_trials(candidates)
         store.finish(_result(number, *row) for number, row in enumerate(rows))
 
@@ -54,8 +57,12 @@ def _origins(results: Json) -> list[str | tuple[int, int]]:
     return [(start, step) if step else "random" for start, step in places]
 
 
-def _meta(search: BaseSearchCV) -> Json:
+def _meta(search: BaseSearchCV, metrics: Sequence[str]) -> Json:
+    several = (
+        [{"name": name, "scorer": name, "positive": None} for name in metrics] if len(metrics) > 1 else []
+    )
     return {
+        "metrics": several,
         "face": "sklearn",
         "model": type(last_step(search.estimator)[1]).__name__,
         "method": type(search).__name__,
@@ -66,11 +73,13 @@ def _meta(search: BaseSearchCV) -> Json:
 
 
 def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
-    """Return the result of a trial that was scored after its last epoch alone."""
-    curve = np.full((epochs, len(scores)), np.nan)
+    """Return the result of a trial that was scored (F, M) after its last epoch alone."""
+    scores = scores if scores.shape[1] > 1 else scores[:, 0]
+    curve = np.full((epochs, *scores.shape), np.nan)
     curve[-1] = scores
-    state: State = "complete" if np.isfinite(scores).all() else "failed"
-    return Result(number, state, float(scores.mean()), tuple(scores.tolist()), epochs, seconds, curve)
+    folds = first_metric(scores, axes=1)
+    state: State = "complete" if np.isfinite(folds).all() else "failed"
+    return Result(number, state, float(folds.mean()), tuple(folds.tolist()), epochs, seconds, curve)
 
 
 def _metric(search: BaseSearchCV, results: Mapping[str, object]) -> str:

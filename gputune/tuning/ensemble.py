@@ -140,9 +140,12 @@ def _candidates(study: Study, most: int) -> list[Trial]:
 def _scoring(search: Search) -> Scoring:
     """Return what the study was scored by."""
     record, target = search.study.record, search.problem.target
-    asked = search.options.scoring if search.options.scoring is not None else record.scoring
+    known = search.options.scoring is not None
+    asked, positive = (
+        (search.options.scoring, record.positive) if known else (record.scoring, record.ranked_class)
+    )
     return make_metrics(
-        asked, target.task, target.classes, record.positive, search.problem.objective, target.n_outputs
+        asked, target.task, target.classes, positive, search.problem.objective, target.n_outputs
     )
 
 

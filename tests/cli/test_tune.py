@@ -616,6 +616,22 @@ def test_the_closing_text_says_why_a_search_was_good_enough(tmp_path, options, w
     assert code == 0 and re.search(f"Ended    {words}", " ".join(out.split("\n")).replace("         ", " "))
 
 
+def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
+    table, out = write_table(tmp_path / "t.csv", kind=kinds()), tmp_path / "o"
+    options = ["--target", "kind", "--scoring", "accuracy,roc_auc,f1", "--positive", "bee", "--out", out]
+    code, text, err = run("tune", table, *options, *FAST)
+    assert (code, err) == (0, "")
+    assert re.search(r"trial +accuracy +roc_auc +f1 +epoch", text)
+    assert re.search(r"By accuracy, roc_auc and f1 \d trials? (is|are) beaten by no other:", text)
+    assert "Held-out accuracy:" in text
+    assert run("resume", out, "--trials", "4")[0] == 0
+    assert gputune.Study.open(out / "study.db").curves_of("roc_auc").shape == (4, 2, 2)
+    header, *rows = read_csv(run("trials", out, "--format", "csv")[1])
+    assert len(rows) == 4 and {"score_accuracy", "score_roc_auc", "score_f1"} <= {*header}
+    words = run("tune", table, *options, *FAST, "--scoring", "accuracy,f1")[2]
+    assert "this command in: --scoring (accuracy, roc_auc, f1 there, accuracy, f1 here). Give this" in words
+
+
 def test_predict_writes_probabilities_of_each_class(tuned):
     folder, _ = tuned
     code, out, _ = run("predict", folder / "out" / "model", folder / "bugs.csv", "--proba")

@@ -9,6 +9,7 @@ from sklearn.metrics import get_scorer
 import gputune
 from gputune.callbacks import Callback, StopSearch
 from gputune.errors import InputError
+from gputune.report.snippet import again_code
 
 X, Y = (part[:90] for part in load_breast_cancer(return_X_y=True))
 WORDS = np.array(["ill", "well"])[Y]
@@ -130,6 +131,23 @@ def test_the_positive_class_goes_to_the_metrics_that_are_of_one():
     np.testing.assert_array_equal(study.curves_of("f1"), alone.curves)
     assert (study.record.positive, study.record.ranked_class) == ("ill", None)
     assert "of class" not in repr(study)
+
+
+def test_a_study_of_several_metrics_trains_its_best_again(tmp_path):
+    """Also where another metric than the first is of a class."""
+    study = search(
+        scoring=["roc_auc", "f1"], y=WORDS, positive="ill", n_trials=2, study=tmp_path / "study.db"
+    )
+    opened = gputune.Study.open(tmp_path / "study.db")
+    model = study.best_model()
+    assert (opened.best_model(X, WORDS).predict(X) == model.predict(X)).all()
+    assert (model.info["scoring"], model.info["positive"]) == ("roc_auc", None)
+    assert study.oof_predictions().shape == (len(X), 2)
+    assert study.ensemble(verbose=0).info["score"] > 0.5
+    code = again_code(study)
+    assert 'scoring="roc_auc"' in code.replace("'", '"') and "positive=" not in code
+    study.ranked_by("f1").report(tmp_path / "page.html")
+    assert "f1 of class" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,11 @@ def test_the_score_is_the_one_that_chooses(path, scoring, refit, metric, name):
     study = gputune.Study.open(path)
     assert [trial.score for trial in study.trials] == search.cv_results_[f"mean_test_{metric}"].tolist()
     assert study.meta["scoring"] == name and study.meta["method"] == "RandomizedSearchCV"
+    others = [other for other in scoring if other != name] if isinstance(scoring, list) else []
+    assert study.metrics == ((name, *others) if others else ())
+    for other in others:
+        expected = search.cv_results_[f"mean_test_{other}"]
+        np.testing.assert_allclose([trial.scores[other] for trial in study.trials], expected, rtol=1e-12)
 
 
 def test_a_regression_is_scored_by_r2(path):

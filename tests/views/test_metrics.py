@@ -105,6 +105,12 @@ def test_the_page_has_a_chart_and_columns_of_the_metrics():
     assert 'id="pareto"' not in page(study_of([{"a": 1}, {"a": 2}], [0.5, 0.7]))
 
 
+def test_an_export_to_optuna_has_all_metrics_beside_the_value_of_the_first():
+    pytest.importorskip("optuna")
+    (trial,) = study_by([(0.9, -0.3)]).to_optuna().trials
+    assert (trial.value, trial.user_attrs["metrics"]) == (0.9, {"accuracy": [0.9], "neg_log_loss": [-0.3]})
+
+
 def test_the_plot_draws_the_trials_and_the_line_through_the_front():
     pytest.importorskip("matplotlib").use("agg")
     ax = study_by([(0.9, -0.3), (0.8, -0.2), (0.7, -0.4)]).plot_pareto()
