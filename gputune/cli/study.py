@@ -270,7 +270,8 @@ def _running(file: Path, study: Study) -> Iterator[str]:
             seen = "" if best is None else f", best so far {measure.title} {measure.text(best)}"
             left = "" if progress["left"] is None else f", about {seconds_text(progress['left'])} left"
             done = f"{progress['done']} of {progress['of']} {clean(progress['unit'])}"
-            yield f"{clean(owner)}: {done}{seen}{left}"
+            who = f"process {owner.pid}" if owner.is_near else clean(owner)
+            yield f"{who}: {done}{seen}{left}"
 
 
 def _best_curves(study: Study) -> str:

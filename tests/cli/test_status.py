@@ -1,21 +1,28 @@
 """``gputune status``: a search looked at from outside, while it runs and after it was killed."""
 
 import os
-import platform
 import re
+import shutil
+import subprocess
+import threading
 import time
 from argparse import Namespace
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from queue import Queue
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 import gputune
 from command_line import run
+from forked import Fork
 from gputune.cli import study as commands
+from gputune.report.page import page
 from gputune.study.claims import Claims
 from gputune.study.store import Store
-from study_rows import candidates, result
+from study_rows import candidates, make_study, result
 
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
 
@@ -56,9 +63,7 @@ def test_the_best_of_the_trials_that_train_is_told_by_the_processes(tmp_path):
             (0.875, 42.5, ", best so far accuracy 0.8750, about 42.5 s left"),
         ]:
             claims.show({**said, "best": best, "left": left})
-            assert f"Running  process {os.getpid()} on '{platform.node()}': 3 of 9 trial-epochs{words}\n" in (
-                status(path)
-            )
+            assert f"Running  process {os.getpid()}: 3 of 9 trial-epochs{words}\n" in status(path)
 
 
 def test_the_best_of_those_that_were_sent_away_is_said_to_be_one(tmp_path):
@@ -112,6 +117,60 @@ def test_a_watch_ends_with_the_search(tmp_path, monkeypatch, capsys):
     first, second = capsys.readouterr().out.split("\n\nStudy")
     assert len(looks) == 2 and "0 of 4 trials" in first and "2 of 4 trials" in second
     assert "\ntrial 1     ▁▅█ 0.6000" in second and "4 of 4 trials" in last
+
+
+def test_a_watch_redraws_a_terminal_while_another_process_writes(tmp_path):
+    path, (terminal, other_end) = tmp_path / "study.db", pytest.importorskip("pty").openpty()
+    code = f"""
+import sys
+from gputune.cli import study
+from gputune.cli.main import main
+sys.stdout, study._WATCH_SECONDS = open({os.ttyname(other_end)!r}, "w"), 0.01
+sys.exit(main(["status", {str(path)!r}, "--watch"]))
+"""
+    with Store.create(path, {**META, "max_epochs": 3}) as store:
+        store.add_trials(candidates(range(2)))
+        watch, screens = Fork(code), b""
+        for n in range(3):
+            while f"Trials   {n} of 2 trials".encode() not in screens:
+                screens += os.read(terminal, 4096)
+            if n < 2:
+                store.finish([replace(result(n, score=0.5), curve=CURVE)])
+    while not screens.endswith(b" 0.5000\r\n"):
+        screens += os.read(terminal, 4096)
+    assert watch.wait() == 0
+    os.close(terminal)
+    os.close(other_end)
+    first, second, *_ = screens.decode().split("\x1b[H\x1b[J")[1:]
+    assert first.startswith("Study    ") and "Trials   0 of 2" in first and "Trials" in second
+    assert "\r\ntrial 0     ▁▅█ 0.5000\r\n" in screens.decode()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on this machine")
+def test_a_live_page_reloads_itself_in_a_browser(tmp_path):
+    pages = Queue()
+
+    class Pages(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/live.html":
+                self.wfile.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n" + live.encode())
+                pages.put(self.path)
+
+        log_message = print
+
+    live = page(gputune.Study.open(make_study(tmp_path / "study.db", trials=2)), reload_seconds=1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/live.html"
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+        with subprocess.Popen(["chromium", *flags, address], stderr=subprocess.DEVNULL) as browser:
+            try:
+                for _ in range(3):
+                    assert pages.get(timeout=60) == "/live.html"
+            finally:
+                browser.kill()
+        server.shutdown()
 
 
 CURVE = np.array([[0.1, 0.1], [0.2, 0.2], [0.3, 0.3]])
