@@ -1,12 +1,14 @@
 """The scripts that a newcomer reads: gputune's numbers beside scikit-learn's, and a descent beside a grid."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
+README = Path(__file__).parents[2] / "README.md"
+EXAMPLES = README.parent / "scripts" / "examples"
 
 
 def test_the_example_goes_from_the_rows_to_a_saved_model(tmp_path, monkeypatch, capsys):
@@ -76,3 +78,16 @@ def test_a_loop_of_ones_own_takes_no_more_lines_than_with_optuna(script, monkeyp
     lines = [own_loop.lines(way) for way in own_loop.WAYS.values()]
     assert lines == sorted(lines, reverse=True)
     assert own_loop.with_search() > 0.5 and own_loop.with_tune() > 0.5
+
+
+@pytest.mark.parametrize("name", ["table", "images", "scikit_learn", "own_loop", "hypergradient"])
+def test_a_notebook_runs_and_holds_such_outputs(script, name):
+    pytest.importorskip("matplotlib", reason='pip install "gputune[report]"')
+    path = EXAMPLES / f"{name}.ipynb"
+    assert path.stat().st_size < 100_000 and f"scripts/examples/{name}.ipynb" in README.read_text()
+    kept = json.loads(path.read_text())
+    kinds, again = (
+        [[o["output_type"] for o in c.get("outputs", ())] for c in one["cells"]]
+        for one in (kept, script("notebooks").run(kept))
+    )
+    assert kinds == again and sum(map(len, kinds)) >= 3
