@@ -167,9 +167,15 @@ def _pareto(study: Study, name: str) -> Chart:
         path("line c0", line_path(x[front.order], y[front.order])),
         *(_unbeaten(study, front, row, float(x[row]), float(y[row])) for row in front.order[:POINTS]),
     ]
-    note = f"{len(drawn)} of {len(study.trials)} trials are drawn."
+    far = (
+        np.hypot(x - frame.across(front.values[:, 0]), y - frame.down(front.values[:, 1])) > 12
+    )  # more than a margin
+    notes = [
+        f"{len(drawn)} of {len(study.trials)} trials are drawn." if len(drawn) == POINTS else "",
+        f"{count(int(far.sum()), 'trial')} beyond the axes, drawn at the edge." if far.any() else "",
+    ]
     svg = drawing(frame.width, frame.height, f"{across.name} and {down.name} of the trials", *parts)
-    return Chart(svg, (note,) if len(drawn) == POINTS else ())
+    return Chart(svg, tuple(filter(None, notes)))
 
 
 def _unbeaten(study: Study, front: ParetoFront, row: int, x: float, y: float) -> Markup:

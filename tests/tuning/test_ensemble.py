@@ -35,7 +35,7 @@ def predictions(study, monkeypatch):
 
 
 def test_the_candidates_score_again_as_in_the_search(study, predictions):
-    again = np.array([predictions._scores(fold, v)[0] for fold, v in enumerate(predictions.values)]).T
+    again = np.array([predictions.scores(fold, v)[0] for fold, v in enumerate(predictions.values)]).T
     np.testing.assert_array_equal(again, [trial.fold_scores for trial in study.ranking()])
 
 
