@@ -19,9 +19,10 @@ from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
 from gputune.methods.edges import edge_remarks
-from gputune.report.facts import seconds_text, states_words
+from gputune.report.facts import seconds_text, states_of, states_words
 from gputune.study.model import TunedModel
-from gputune.study.study import Study, Trial, TrialState
+from gputune.study.rows import TrialState
+from gputune.study.study import Study, Trial
 from gputune.text import Measure, blocks, clean, count, paragraph, short
 from gputune.views.metrics import other_measures
 
@@ -314,7 +315,13 @@ def _model_and_next(folder: Path) -> list[str]:
 def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
     """How many trials there are of each state, in these words, and their file."""
     trials = _labelled(
-        [("Trials", f"{states_words(ending.study, words)}; {seconds_text(ending.seconds)} in all")], width
+        [
+            (
+                "Trials",
+                f"{states_words(states_of(ending.study), words)}; {seconds_text(ending.seconds)} in all",
+            )
+        ],
+        width,
     )
     # Not filled: a path must stay in one piece.
     ended = [_labelled([("Ended", ending.ended)], width)] if ending.ended else []

@@ -131,8 +131,9 @@ def top_up(
     ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn without replacement,
     give another selection for a larger ``n_trials``.
     """
-    new = _number([(config, "random") for config in draw(space, n_trials, seed, check)], old)
-    return new[: max(0, n_trials - n_counted(old))]
+    if (lacking := n_trials - n_counted(old)) <= 0:
+        return ()
+    return _number([(config, "random") for config in draw(space, n_trials, seed, check)], old)[:lacking]
 
 
 def n_counted(trials: Sequence[Candidate]) -> int:

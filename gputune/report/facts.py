@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from gputune.errors import TOO_BIG, InputError
-from gputune.study.study import Study, Trial, TrialState
+from gputune.study.rows import TrialState
+from gputune.study.store import States
+from gputune.study.study import Study, Trial
 from gputune.text import Measure, clean, count, short
 from gputune.types import Json
 from gputune.views.scores import shown_scores
@@ -20,6 +22,8 @@ STATES: dict[TrialState, str] = {
     "failed": "diverged",
     "waiting": "without a result yet",
 }
+
+_RAISED, _TOO_BIG, _LOST = "that raised an error", "too big for the memory", "that lost their workers"
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def facts(study: Study, model: Mapping[str, object] | None) -> list[Fact]:
             rows += [score, _held_out(model, measure, tried)]
         if (baseline := record.baseline) is not None:
             rows.append(Fact("without a model", measure.text(baseline["score"]), clean(baseline["answer"])))
-    rows.append(Fact("trials", str(len(study.trials)), states_text(study)))
+    rows.append(Fact("trials", str(len(study.trials)), states_text(states_of(study))))
     seconds = sum(trial.seconds for trial in study.trials if math.isfinite(trial.seconds))
     trained, whole = study.spent
     note = "the trials' shares of their chunks, summed"
@@ -101,9 +105,14 @@ def is_its_model(study: Study, model: Mapping[str, object]) -> bool:
     return best is not None and same and model.get("fingerprint", rows) == rows
 
 
-def states_text(study: Study) -> str:
+def states_of(study: Study) -> States:
+    """Return the state and detail of each trial, in the form of those that a study file counts."""
+    return [(trial.state, trial.detail, 1) for trial in study.trials]
+
+
+def states_text(states: States) -> str:
     """Return how many trials there are of each state."""
-    return states_words(study, STATES) or "none"
+    return states_words(states, STATES) or "none"
 
 
 def seconds_text(seconds: float) -> str:
@@ -166,17 +175,18 @@ def _option(value: object) -> str:
     return short(value)
 
 
-def states_words(study: Study, words: Mapping[TrialState, str]) -> str:
+def states_words(states: States, words: Mapping[TrialState, str]) -> str:
     """Return how many trials there are of each state, in these words; of failed ones, why some were given up."""
-    states = Counter(trial.state for trial in study.trials)
-    raised = sum("error" in trial.detail for trial in study.trials)
-    reasons = [str(trial.detail["reason"]) for trial in study.trials if "reason" in trial.detail]
-    too_big = sum(reason.startswith(TOO_BIG) for reason in reasons)
-    states["failed"] -= len(reasons) + raised
-    counts = [(states[state], said) for state, said in words.items()]
-    counts += [(raised, "that raised an error"), (too_big, "too big for the memory")]
-    counts += [(len(reasons) - too_big, "that lost their workers")]
-    return ", ".join(f"{number} {said}" for number, said in counts if number)
+    counts = dict.fromkeys([*words.values(), _RAISED, _TOO_BIG, _LOST], 0)
+    for state, detail, number in states:
+        if "error" in detail:
+            said = _RAISED
+        elif "reason" in detail:
+            said = _TOO_BIG if str(detail["reason"]).startswith(TOO_BIG) else _LOST
+        else:
+            said = words.get(state, state)
+        counts[said] = counts.get(said, 0) + number
+    return ", ".join(f"{number} {said}" for said, number in counts.items() if number)
 
 
 DIVERGED = 20

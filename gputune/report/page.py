@@ -40,8 +40,8 @@ from gputune.views.metrics import measures, pareto_trials
 from gputune.views.parameters import importance
 from gputune.views.scores import shown_scores
 
-BUDGET = 1_100_000
-"""Characters of the table; what is worse by rank is left out beyond them."""
+MOST_ROWS, BUDGET = 10_000, 1_100_000
+"""Trials and characters of the table; what is worse by rank is left out beyond them."""
 
 _DIGITS = 5
 
@@ -55,7 +55,7 @@ Scores have "decimals", and "first" of -1 where a first click sorts the largest 
 
 def table_columns(study: Study) -> tuple[list[Column], int]:
     """Return the columns and the number of trials in them."""
-    rows = len(study.trials)
+    rows = min(len(study.trials), MOST_ROWS)
     while True:
         columns = _columns(study, rows)
         size = len(as_json(columns))

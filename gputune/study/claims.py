@@ -129,17 +129,19 @@ class Claims:
     def close(self) -> None:
         """Give up all claims, and remove the lock file."""
         with self._mutex:
-            if self._file is not None:
-                file, self._file = self._file, None
-                try:
+            file, self._file = self._file, None
+            try:
+                if file is not None:
                     with suppress(OSError, ValueError):  # the rows are void without the file
                         self._delete("lock = ?", self._lock)
-                finally:  # an interrupt must not leave this process in possession of what it has given up
+            finally:  # an interrupt must not leave this process in possession of what it has given up
+                if file is not None:
                     _remove(self._place(self._lock), file)
+                if self._connection is not None:
+                    self._connection.close()
+                    self._connection = None
+            if file is not None:
                 self._sweep()
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
 
     def __enter__(self) -> Self:
         return self

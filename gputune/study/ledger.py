@@ -256,8 +256,11 @@ def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledge
 def _check_kept(path: Path, ledger: Ledger) -> None:
     """Raise StudyCorruptError where a file does not hold, row by row, what was written to it."""
     with Store.open(path) as store:
-        numbers = {result.number for _, result in store.trials() if result is not None}
-        if not store.meta or not numbers.issuperset(ledger.results) or len(store.plan()) < len(ledger.plan):
+        if (
+            not store.meta
+            or not store.check().issuperset(ledger.results)
+            or len(store.plan()) < len(ledger.plan)
+        ):
             raise damaged(path, "rows are gone that were written to it")
 
 

@@ -147,6 +147,7 @@ DECODERS: dict[str, Callable[[Any], object]] = {
 
 EpochRule = Literal["best", "last"]
 State = Literal["complete", "failed", "stopped", "pruned"]
+TrialState = State | Literal["waiting"]
 Curve = NDArray[np.float64]
 Row = tuple[Any, ...]
 Value = TypeVar("Value")

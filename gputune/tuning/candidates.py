@@ -4,17 +4,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 
-from gputune.errors import InputError
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.optuna_sampler import OptunaSampler
-from gputune.methods.random import default_space, first_candidates, is_inside, notes, remarks, top_up
+from gputune.methods.random import (
+    default_space,
+    first_candidates,
+    is_inside,
+    n_counted,
+    notes,
+    remarks,
+    top_up,
+)
 from gputune.methods.recipes import SPACES, named_space
-from gputune.methods.space import Space, check_include, check_space, translated
+from gputune.methods.space import Space, check_include, check_space, space_text, translated
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults
 from gputune.scoring.objective import loss_defaults
 from gputune.study.ledger import Ledger
-from gputune.study.store import Candidate
+from gputune.study.store import Candidate, Store
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice
 from gputune.types import DEFAULTS, Config
@@ -51,8 +59,28 @@ def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[C
         include_default=options.include_default,
         defaults=_defaults(choice, options),
     )
-    drawn = draws_at_once(options)
-    return first + top_up(first, space, options.n_trials, options.random_state) if drawn else first
+    if not draws_at_once(options):
+        return first
+    stored = _stored_draws(options, space, options.n_trials - n_counted(first))
+    return first + (stored or top_up(first, space, options.n_trials, options.random_state))
+
+
+def _stored_draws(options: Options, space: Space, lacking: int) -> tuple[Candidate, ...]:
+    """Return the drawn trials of the search that goes on; () where it has too few. To draw many takes long."""
+    if options.study is None or lacking <= 0:
+        return ()
+    try:
+        with Store.open(options.study) as store:
+            there = store.meta.get("seed"), store.meta.get("space")
+            drawn = [trial for trial in store.candidates() if trial.origin == "random"]
+    except (
+        OSError,
+        StudyCorruptError,
+        StudyVersionError,
+    ):  # said where the search is opened, or it is a new one
+        return ()
+    same = there == (options.random_state, space_text(space))
+    return tuple(drawn[:lacking]) if same and len(drawn) >= lacking else ()
 
 
 def with_earlier(options: Options, space: Space) -> Options:

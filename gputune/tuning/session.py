@@ -69,16 +69,20 @@ class Session:
             self._stop_where_enough()
 
         ledger.on_finish = finished
-        callbacks.tell("on_study_start", make_study(ledger.rows(), file=file))
+        if callbacks.active:  # a study of many trials takes its time
+            callbacks.tell("on_study_start", make_study(ledger.rows(), file=file))
         self._stop_where_enough()
         try:
             return [] if self.stop.asked else run_until_signal(train, self.stop, signals, self.progress.say)
         finally:
-            callbacks.tell("on_study_end", make_study(ledger.rows(), file=file))
+            if callbacks.active:
+                callbacks.tell("on_study_end", make_study(ledger.rows(), file=file))
 
     def _stop_where_enough(self) -> None:
         """Let training end where a trial is good enough, or none has been better for long."""
         target, patience = self.options.target_score, self.options.patience_trials
+        if target is None and patience is None:
+            return
         best, since, number = -math.inf, 0, None
         for result in self.ledger.results.values():
             since += 1

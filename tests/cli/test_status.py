@@ -19,10 +19,12 @@ import gputune
 from command_line import run
 from forked import Fork
 from gputune.cli import study as commands
+from gputune.errors import StudyCorruptError
 from gputune.report.page import page
 from gputune.study.claims import Claims
-from gputune.study.store import Store
-from study_rows import candidates, make_study, result
+from gputune.study.store import Result, Store
+from gputune.study.study import Study
+from study_rows import candidates, change, make_study, result
 
 META = {"model": "mlp", "scoring": "accuracy", "folds": 2}
 
@@ -50,6 +52,33 @@ def test_a_running_search(tmp_path):
         assert re.fullmatch(r"Written  \d+\.\d s ago", written)
         store.finish([result(4, score=0.75)])  # the search was not held up
     assert "accuracy 0.7500 in trial 4" in status(path) and "Running" not in status(path)
+
+
+def test_of_many_trials_the_best_alone_is_read(tmp_path, monkeypatch):
+    path, read = tmp_path / "study.db", []
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(300)))
+        store.finish([result(n, score=n / 300) for n in range(250)])
+    from_row = Result.from_row
+    monkeypatch.setattr(Result, "from_row", lambda *row: read.append(row[0]) or from_row(*row))
+    assert "250 of 300 trials" in (text := status(path)) and "accuracy 0.8300 in trial 249: lr=" in text
+    assert read == [249]
+    change(path, "UPDATE results SET best_epoch = 2 WHERE number = 249")
+    with pytest.raises(StudyCorruptError, match="the result of trial 249 does not fit its checksum"):
+        status(path)
+
+
+@pytest.mark.long
+def test_a_hundred_thousand_trials(tmp_path):
+    path, seconds = tmp_path / "study.db", []
+    with Store.create(path, META) as store:
+        store.add_trials(candidates(range(100_000)))
+        store.finish(result(n, epochs=20, folds=5) for n in range(100_000))
+    for look in (Study.open, status):
+        begin = time.process_time()
+        look(path)
+        seconds.append(time.process_time() - begin)
+    assert seconds[0] < 4 and seconds[1] < 1.5  # half of that on a machine that does nothing else
 
 
 def test_the_best_of_the_trials_that_train_is_told_by_the_processes(tmp_path):

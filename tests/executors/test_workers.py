@@ -25,7 +25,7 @@ from gputune.executors import executor, processes
 from gputune.executors.sharing import to_arrays
 from gputune.modules.recorder import CpuRecorder
 from gputune.population.population import Population
-from gputune.report.facts import states_text
+from gputune.report.facts import states_of, states_text
 from gputune.scoring.scoring import make_scoring
 from gputune.scratch import scratch_folder
 from problems import fill, make_data
@@ -133,7 +133,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up(orders, monkeypatch):
     assert reason.startswith("its chunk of 1 trial has lost 2 worker processes one after the other, the last")
     assert "fewer workers= leave more to each, and a smaller one takes less" in reason
     assert sorted(t.state for t in study.trials) == ["complete", "failed"]
-    assert states_text(study) == "1 trained to the end, 1 that lost their workers"
+    assert states_text(states_of(study)) == "1 trained to the end, 1 that lost their workers"
     alone = replace(study, trials=[failed], curves=study.curves[:1])
     assert alone.why_none_is_best().endswith(f"some of 1 were given up: {reason}")
 

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study import database
 from gputune.study.store import Candidate, Store
+from gputune.study.study import Study
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
 
@@ -363,7 +365,32 @@ def test_a_changed_value_is_never_returned(path, statement, what):
         pytest.raises(StudyCorruptError, match=f"is damaged: {what}.* restore the file"),
     ):
         assert store.meta
+        store.check()
+    with Store.open(path) as store, pytest.raises(StudyCorruptError, match=what):
+        assert store.meta
         store.trials()
+
+
+SCORES = [0.5, float("nan"), 0.9, 0.7, 0.7, float("inf"), -1.0]
+
+
+@pytest.mark.parametrize("pruned", [(), (2,), (2, 3), range(7)])
+@pytest.mark.parametrize("scores", [SCORES, SCORES[:2], SCORES[1:2], []])
+def test_what_is_counted_is_what_the_whole_study_has(path, scores, pruned):
+    states = ["pruned" if number in pruned else "complete" for number in range(len(scores))]
+    results = [result(n, score=s, state=states[n]) for n, s in enumerate(scores)]
+    make_study(path, 8, results, META)
+    study = Study.open(path)
+    with Store.open(path) as store:
+        assert sorted(store.states()) == sorted(
+            (s, {}, n) for s, n in Counter(t.state for t in study.trials).items()
+        )
+        finite = [trial.number for trial in study.ranking() if np.isfinite(trial.score)]
+        assert store.best() == next(iter(finite), None)
+        assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(
+            range(len(scores))
+        )
+        assert [row[0] for row in store.trials(3)] == [store.candidates()[3]]
 
 
 def test_a_result_without_its_trial_is_damage(path):

@@ -308,14 +308,16 @@ def test_processes_give_what_one_process_gives(iris, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris):
+def test_a_study_file_holds_the_search_and_goes_on(tmp_path, iris, monkeypatch):
     path = tmp_path / "study.db"
     X, y = iris
     whole = gputune.tune("mlp", X, y, n_trials=5, study=path, **FAST)
     opened = gputune.Study.open(path)
     np.testing.assert_array_equal(opened.curves, whole.curves)
     assert opened.trials == whole.trials
-    again = gputune.tune("mlp", X, y, n_trials=5, study=path, **FAST)
+    with monkeypatch.context() as patch:  # to draw many takes long
+        patch.setattr("gputune.methods.random.draw", None)
+        again = gputune.tune("mlp", X, y, n_trials=5, study=path, **FAST)
     assert again.trials == whole.trials
     more = gputune.tune("mlp", X, y, n_trials=7, study=path, **FAST)
     assert more.trials[:5] == whole.trials and len(more.trials) == 7
