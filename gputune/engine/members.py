@@ -66,7 +66,8 @@ class MemberChunk(StackedChunk):
         """Train for one epoch."""
         self.batches.begin(epoch)
         self.update.begin(epoch)
-        rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
+        with computing(1):  # some megabytes, for which threads take longer to meet than to copy
+            rows = [block.to_rows(buffer) for block, buffer in self._buffers()]
         last = len(self.batches.shapes)
         self.outputs = [self._outputs_of(one) for one in self.members]
         for begin in range(0, last, self.ahead):
@@ -74,8 +75,9 @@ class MemberChunk(StackedChunk):
                 if one.draws is not None:
                     one.draws.fill(epoch, begin)
             self._take(rows, begin, min(begin + self.ahead, last))
-        for (block, buffer), own in zip(self._buffers(), rows):
-            buffer.copy_(block.from_rows(own))
+        with computing(1):
+            for (block, buffer), own in zip(self._buffers(), rows):
+                block.put_rows(buffer, own)
 
     def _outputs_of(self, one: OneMember) -> Tensor | None:
         """Return room for the outputs (C, m, K) of the members of a fold, None where they are in no code."""
@@ -89,7 +91,8 @@ class MemberChunk(StackedChunk):
         if len(outputs) < self.data.n_folds:
             return super().scores()
         params = self._network.blocks.views(self._flat)
-        return self.validation.scores(self._network, params, len(self.configs), outputs)
+        with computing(1):  # what is left is so little that threads wait for each other
+            return self.validation.scores(self._network, params, len(self.configs), outputs)
 
     def seconds_of_a_step(self) -> float:
         """Return the seconds of a core that a step of the first member takes; its state stays as it is."""

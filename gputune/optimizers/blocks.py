@@ -50,10 +50,14 @@ class Blocks:
     def from_rows(self, rows: Tensor) -> Tensor:
         """Return the flat buffer of rows (C, F, N)."""
         flat = rows.new_empty(self.size)
+        self.put_rows(flat, rows)
+        return flat
+
+    def put_rows(self, flat: Tensor, rows: Tensor) -> None:
+        """Write rows (C, F, N) into a flat buffer."""
         views = self._pairs(flat)
         for view, part in zip(views, torch.split(rows, [view[0, 0].numel() for view in views], 2)):
             view.copy_(part.transpose(0, 1).view(view.shape))
-        return flat
 
     def _pairs(self, flat: Tensor) -> list[Tensor]:
         """The parameters as (F, C, ...), with at least one axis after the first two."""
