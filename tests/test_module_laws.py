@@ -79,6 +79,35 @@ class Shared(nn.Module):
         return self.head(torch.tanh(self.inner(self.code(ids).mean(1))))
 
 
+class Residual(nn.Module):
+    """A block with a way around it, convolutions of one channel each, a norm of groups."""
+
+    def __init__(self, n_outputs):
+        super().__init__()
+        self.enter = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4))
+        self.inner = nn.Conv2d(4, 4, 3, 2, padding=1, groups=4, bias=False)
+        self.norm, self.around = nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1, 2, bias=False)
+        self.drop, self.head = nn.Dropout2d(0.1), nn.Linear(4, n_outputs)
+
+    def forward(self, x):
+        x = torch.relu_(self.enter(x))
+        x = self.drop(self.norm(self.inner(x))) + self.around(x)
+        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Masked(Encoder):
+    """Attention that leaves the padding of ids out."""
+
+    def __init__(self, n_outputs):
+        super().__init__(3, n_outputs)
+        self.code, self.encoder.use_nested_tensor = nn.Embedding(9, 3, padding_idx=0), False
+
+    def forward(self, ids):
+        left_out = ids == 0
+        x = self.encoder(self.enter(self.code(ids)), src_key_padding_mask=left_out)
+        return self.head(x.masked_fill(left_out[..., None], 0.0).mean(1))
+
+
 class Branching(Convolutions):
     """What vmap refuses: a decision on numbers."""
 
@@ -93,6 +122,8 @@ CASES = {
     "encoder": (Encoder, (SEQUENCES,)),
     "two inputs": (TwoInputs, (IDS, NUMBERS)),
     "shared": (Shared, (IDS,)),
+    "residual": (Residual, (IMAGES,)),
+    "masked": (Masked, (IDS,)),
     "branching": (Branching, (IMAGES,)),
 }
 # The kind of a cell is another's path in nothing but its equations; the loop is the path of what cannot be stacked.
