@@ -75,7 +75,8 @@ class _Member:
         self.written = [slope._version for slope in self.slopes]
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
-        self.leaves: list[Tensor] = []  # of a class of torch.optim
+        self.leaves: list[Tensor] = []  # of a class of torch.optim, and their gradients
+        self.leaf_slopes: list[Tensor] = []
         self.update: RowUpdate | _Alone
         if config["optimizer"] in ONLINE or set(beyond_adam(config)) - {"beta2"}:
             self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
@@ -86,6 +87,7 @@ class _Member:
         network, config = self.network, self.config
         if class_of(config) or (network.traits.unstackable and class_of_rule(config)):
             self.leaves = list(network.leaves(self.row).values())
+            self.leaf_slopes = list(network.leaves(self.grad).values())
             return ClassRule(config, self.leaves)
         matrices = network.matrices() if config["optimizer"] == "muon" else []
         return InPlaceRule(config, self.row, matrices)
@@ -103,8 +105,7 @@ class _Member:
                 parameter.data = value
         if self.leaves:
             written = [slope._version for slope in self.slopes]
-            slopes = self.network.leaves(self.grad).values()
-            for leaf, slope, before, now in zip(self.leaves, slopes, self.written, written):
+            for leaf, slope, before, now in zip(self.leaves, self.leaf_slopes, self.written, written):
                 leaf.grad = None if before == now else slope
             self.written = written
         self.update.step(self.row, self.grad)
