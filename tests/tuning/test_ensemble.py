@@ -127,7 +127,10 @@ class OneLogit(Net):
         ("mlp", load_diabetes(return_X_y=True), {"space": {"width": [8, 16], "lr": [0.01, 0.03]}}),
         pytest.param("logistic", IRIS, {}, marks=pytest.mark.long),
         (OneLogit, (IRIS[0][50:], IRIS[1][50:]), {"space": {"lr": [0.01, 0.03]}}),
-        (Net, IRIS, {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}, "optimizer": "sgd"}),
+        pytest.param(
+            *(Net, IRIS, {"space": {"module__width": [4, 8], "lr": [0.01, 0.03]}, "optimizer": "sgd"}),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_it_is_saved_loaded_and_exported_as_any_model(model, data, how, tmp_path):

@@ -22,7 +22,7 @@ from gputune.study.store import Store
 from problems import fill
 
 SPACE = {"lr": loguniform(1e-4, 0.1), "batch_size": [16, 32], "width": [8, 16], "dropout": [0.0, 0.1]}
-FAST = {"cv": 3, "max_epochs": 4, "verbose": 0, "workers": 1}
+FAST = {"cv": 2, "max_epochs": 4, "verbose": 0, "workers": 1}
 COMMON = {"space": SPACE, "n_trials": 8, "backend": "eager", **FAST}
 METHODS = {"random": "random", "halving": gputune.Halving(min_epochs=2)}
 ERRORS = [
@@ -125,6 +125,7 @@ def test_a_size_that_did_not_fit_is_not_tried_again(iris, monkeypatch, method):
         **COMMON,
         "space": {"lr": loguniform(1e-4, 0.1), "width": [8]},
         "n_trials": 12,
+        "cv": 3,
         "include_default": False,
     }
     call |= {"method": METHODS[method], "memory": 800_000}

@@ -586,7 +586,8 @@ def test_a_study_refuses_other_folds_weights_and_nameless_scorers(tmp_path, iris
 
 def test_a_score_of_one_class_goes_on_in_a_file_that_does_not_say_which(tmp_path, iris):
     X, y = iris[0], np.where(iris[1] == 0, "rare", "usual")
-    search = partial(gputune.tune, "mlp", X, y, scoring="f1", study=tmp_path / "study.db", **FAST)
+    short = {**FAST, "n_trials": 1, "max_epochs": 2}
+    search = partial(gputune.tune, "mlp", X, y, scoring="f1", study=tmp_path / "study.db", **short)
     study = search(positive="usual")
     with Store.open(study.file) as store:
         store._connection.execute("DELETE FROM meta WHERE key = 'positive'")
@@ -810,8 +811,11 @@ def test_a_target_of_single_rows_and_the_folder_above_a_model_are_named(tmp_path
 )
 def test_a_search_leaves_no_tensor_behind(iris, model, method):
     def search():
-        asked = gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0)) if method == "optuna" else method
-        gputune.tune(model, *iris, n_trials=2, method=asked, **{**FAST, "cv": 2})
+        asked = {
+            "optuna": gputune.OptunaSampler(optuna.samplers.RandomSampler(seed=0)),
+            "hypergradient": gputune.Hypergradient(outer_steps=1),
+        }
+        gputune.tune(model, *iris, n_trials=2, method=asked.get(method, method), **{**FAST, "cv": 2})
 
     search()  # what is kept once for all searches
     before = living_tensors()
