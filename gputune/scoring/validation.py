@@ -144,7 +144,10 @@ def _words(data: Dataset, scoring: Scoring, classes: np.ndarray | None) -> str:
         return "the mean of the training rows"
     if classes is None or data.task == "multilabel" or scoring.score is not accuracy:
         return "the share of each class in the training rows"
-    return f"always {classes[int(torch.bincount(data.target).argmax())].item()!r}"
+    most = {int(torch.bincount(data.target[fold.train]).argmax()) for fold in data.folds}
+    if len(most) > 1:  # folds whose classes have other shares, and near balance
+        return "the most frequent class of the training rows"
+    return f"always {classes[most.pop()].item()!r}"
 
 
 def remark_on_accuracy(baseline: Mapping[str, str | float] | None, scoring: Scoring) -> tuple[str, ...]:

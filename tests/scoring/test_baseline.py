@@ -71,6 +71,24 @@ def test_an_accuracy_is_remarked_where_one_class_makes_it(counts, words):
                      positive=positive, **HOW)  # fmt: skip
 
 
+def test_a_class_is_named_only_where_it_is_the_answer_in_every_fold():
+    X, y = np.random.default_rng(0).normal(size=(63, 2)), np.repeat(["a", "b", "c"], 21)
+    for cv, answer in (KFold(3), "the most frequent class of the training rows"), (3, "always 'a'"):
+        found = gputune.tune("mlp", X, y, cv=cv, **HOW).record.baseline
+        # of sorted rows a fold trains on two classes and is scored on the third
+        assert found == {"answer": answer, "score": pytest.approx(1 / 3 if cv == 3 else 0)}
+
+
+@pytest.mark.parametrize(("share", "constant"), [(0.5, 0), (0.01, 1)])
+def test_an_empty_column_and_rare_positives_change_no_words(share, constant):
+    y = np.where(np.arange(400) < 400 * share, "yes", "no")
+    X = np.column_stack([np.random.default_rng(0).normal(size=400), np.full(400, float(constant))])
+    record = gputune.tune("mlp", X, y, cv=2, scoring="f1", positive="yes", **HOW).record
+    best = 2 * share / (1 + share)  # of 'yes' for all rows
+    assert record.baseline == {"answer": "always 'yes'", "score": pytest.approx(best)}
+    assert not any("accuracy" in note or "edge" in note for note in record.notes)
+
+
 def test_a_constant_number_has_a_baseline_and_no_remark():
     study = gputune.tune("mlp", np.random.default_rng(0).normal(size=(40, 2)), np.full(40, 2.5), cv=2, **HOW)
     assert study.record.baseline["answer"] == "the mean of the training rows" and study.record.notes == []
