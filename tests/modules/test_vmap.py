@@ -305,6 +305,16 @@ def test_frozen_weights_that_follow_unused_ones_and_complex_buffers_are_those_of
             torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8, msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_a_scripted_module_equals_the_plain_loop():
+    def scripted(n_features, n_outputs):
+        return torch.jit.script(nn.Sequential(nn.Linear(n_features, 4), nn.Tanh(), nn.Linear(4, n_outputs)))
+
+    data, configs = make_data(), fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
+    assert not traits_of(scripted, configs[0], data).unstackable
+    assert_module_equals_plain_loop(scripted, data, configs, epochs=2)
+
+
 def test_rows_that_mix_equal_the_plain_loop():
     data, configs = make_data(), fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
     assert not traits_of(Mixing, configs[0], data).alone
