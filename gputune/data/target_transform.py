@@ -133,11 +133,10 @@ def check_values(transform: TargetTransform, values: np.ndarray, name: str) -> N
     lowest = _WORDS[transform][2]
     if not (bad := values <= lowest).any():
         return
-    row = int(bad.reshape(len(bad), -1).any(1).argmax())
     other = "'log1p' (all above -1)" if lowest == 0 and (values > -1).all() else "a PowerTransformer"
     raise InputError(
-        f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, got {values[bad][0]:g} in row "
-        f"{row}; choose {other}, or leave it out."
+        f"target_transform={transform!r} needs numbers above {lowest:g} in {name}, and {bad.sum()} of {bad.size} are "
+        f"not, the least {values.min():g}; choose {other}, or leave it out."
     )
 
 

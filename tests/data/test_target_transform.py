@@ -173,9 +173,9 @@ class Wide(FunctionTransformer):
 @pytest.mark.parametrize(
     ("transform", "y", "words"),
     [
-        ("log", Y - 2, "needs numbers above 0 in y, got .* in row .*; choose a PowerTransformer, or"),
-        ("log", np.r_[0.0, Y[1:]], "needs numbers above 0 in y, got 0 in row 0; choose 'log1p' .all above -1., or"),
-        ("log1p", Y - 2, "needs numbers above -1 in y, got"),
+        ("log", Y - 2, "above 0 in y, and .* of 60 are not, the least -1.*; choose a PowerTransformer, or"),
+        ("log", np.r_[0.0, Y[1:]], "and 1 of 60 are not, the least 0; choose 'log1p' .all above -1., or"),
+        ("log1p", Y - 2, "needs numbers above -1 in y, and"),
         ("log", X[:, 0] > 0, "is for numbers to be predicted, and y is 2 classes: leave it out, or"),
         ("sqrt", Y, "must be 'log', 'log1p' or a transformer .* inverse_transform, or None, got 'sqrt'"),
         ("lg", Y, "Did you mean 'log'"),
