@@ -70,6 +70,9 @@ def make_network(inputs: int, width: int, classes: int) -> nn.Sequential:
 def denormals_as_zero() -> Iterator[None]:
     """Take denormal numbers for zero in the block: products of them are many times slower."""
     torch.set_flush_denormal(True)
+    # Where gputune has set torch's threads in this process, MKL does not hear threadpoolctl's limit: two threads that
+    # wait for each other at every product made this loop many times slower.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from benchmark.report import counted, describe_machine, page, publish, table
 from benchmark.studies.training import AGREEMENT, Measured, measure, ratio, runs
 from benchmark.work import Work, digits_work
 
-TRIALS = (1, 16)  # and the command's --trials
+TRIALS = (1, 4)  # and the command's --trials
 WIDTHS, BATCH_SIZES = (16, 64, 256, 512), (16, 64, 256)
 EPOCHS = 10  # with fewer, other laws of the start show in the accuracies
 FOLDS = 5  # of the least work that grows
