@@ -56,6 +56,35 @@ def test_help_and_version_wait_for_nothing():
     assert max(map(len, lines)) <= 80
 
 
+def modules_of(code, *arguments):
+    """Return the names of the modules that a new process has after some code, in which sys.argv has the arguments."""
+    script = f"{code}\nimport sys\nprint(*sys.modules)"
+    command = [sys.executable, "-P", "-c", script, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")[-2].split()
+
+
+LIBRARIES = {"joblib", "matplotlib", "narwhals", "pandas", "polars", "scipy", "sklearn", "torch", "tqdm"}
+
+
+def test_import_and_status_wait_for_no_library(tmp_path):
+    own = [name for name in modules_of("import gputune") if name.startswith("gputune")]
+    assert sorted(own) == ["gputune", "gputune.errors", "gputune.version"]
+    with Store.create(tmp_path / "study.db", {"model": "mlp", "scoring": "accuracy", "folds": 2}) as store:
+        store.add_trials(candidates(range(1)))
+    code = "import sys; from gputune.cli.main import main; main(sys.argv[1:])"
+    modules = modules_of(code, "status", tmp_path)
+    assert "gputune.cli.study" in modules and not LIBRARIES & set(modules)
+
+
+@pytest.mark.long
+def test_tune_loads_what_it_uses_alone():
+    libraries = set(modules_of("import torch, scipy.stats, sklearn.model_selection"))
+    modules = [name for name in modules_of("import gputune; gputune.tune") if name not in libraries]
+    own = [name for name in modules if name.startswith("gputune")]
+    assert len(own) < 190 and len(modules) - len(own) < 40
+    assert not {"polars", "matplotlib", "optuna", "ray", "loky", "torch._inductor"} & set(modules)
+
+
 WITHOUT_POSIX = """
 import os, signal, sys
 from gputune.cli.main import main

@@ -102,9 +102,12 @@ def test_a_backend_that_knows_none_of_the_trials_says_so(capsys, what, backend, 
 
 @pytest.mark.cpu  # a GPU is not expected to train in compiled code
 @needs_compiled_code
-def test_a_damaged_library_is_said_and_members_train_in_recorded_steps(folder, capsys):
+@pytest.mark.parametrize("machine", [None, b"\xb7\x00"], ids=["damaged", "another processor's"])
+def test_a_library_that_cannot_be_loaded_is_said_and_members_train_in_recorded_steps(folder, capsys, machine):
     for path in folder.iterdir():
-        path.write_bytes(b"no library")
+        built = path.read_bytes()  # bytes 18 and 19 of an ELF file are its machine
+        path.unlink()
+        path.write_bytes(b"no library" if machine is None else built[:18] + machine + built[20:])
     with pytest.raises(NotBuiltError, match="cannot be loaded, install gputune anew: .*_float1"):
         library(torch.float32)
     gputune.tune("mlp", ROWS, LABELS, **SMALL)

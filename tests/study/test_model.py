@@ -172,7 +172,7 @@ def test_a_regression_module_may_return_one_value_a_row(frame):
     [
         (lambda output: output[:, [0, 1, 1]], ("a", "b"), r"\(30, 3\)"),
         (lambda output: output.T, None, r"\(1, 30\)"),
-        (lambda output: {"output": output}, None, "dict"),
+        (lambda output: {"output": None}, None, "NoneType"),
     ],
 )
 def test_a_module_with_another_output_is_named(frame, shape, classes, got):
