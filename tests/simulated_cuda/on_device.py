@@ -130,7 +130,10 @@ SEARCHES = {
     "graph": ("mlp", {"backend": "graph"}),
     "halving": ("mlp", {"method": "halving", "n_trials": 9, "max_epochs": 9}),
     "median": ("mlp", {"method": "median", "max_epochs": 8, "backend": "graph"}),
-    "hypergradient": ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2}),
+    "hypergradient": (
+        "mlp",
+        {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 2, "max_epochs": 2, "cv": 2},
+    ),
     "solved": ("logistic", {}),
     "stacked module": (Net, {"backend": "stacked"}),
     "recorded module": (Net, {"backend": "graph"}),
