@@ -61,7 +61,7 @@ def test_gputune_on_a_gpu(device, pytestconfig):
 PARTS = """
 test_laws.py test_module_laws.py test_arrays.py test_objectives.py
 engine population optimizers modules hypergradients scoring views data native callbacks methods models cli replay
-tuning/test_descent.py tuning/test_sampling.py
+tuning/test_descent.py tuning/test_sampling.py tuning/test_resuming.py tuning/test_interrupting.py
 """.split()
 
 

@@ -138,6 +138,7 @@ def told_time(monkeypatch, *, epoch, writing):
     monkeypatch.setattr(CheckpointFolder, "write", taking(writing, CheckpointFolder.write))
 
 
+@pytest.mark.cpu  # the plan of a GPU trains three members first, to measure them
 @pytest.mark.parametrize(
     ("method", "writing"),
     [("random", 1.0), ("halving", 0.0), pytest.param("halving", 1.0, marks=pytest.mark.long)],
@@ -189,6 +190,7 @@ def test_a_stopped_trial_goes_on_from_where_it_was(iris, whole, tmp_path, monkey
     assert not (tmp_path / "s.db.state").exists()
 
 
+@pytest.mark.cpu  # on a GPU it agrees to rounding
 def test_a_chunk_of_which_a_trial_has_diverged_goes_on(tmp_path, monkeypatch):
     X, y = load_iris(return_X_y=True)
     space = {"lr": [1e-3, 1e-2, 1e30, 3e-2], "width": [8], "batch_size": [8, 16]}
