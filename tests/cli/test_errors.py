@@ -79,7 +79,7 @@ def test_unknown_format(bugs):
         (
             {"kind": [*kinds(38), "", "NA"]},
             [],
-            ["kind has 2 missing values", "row 38", "leave those rows out"],
+            ["kind has 2 missing values", "line 40", "leave those rows out"],
         ),
         ({"kind": kinds(20)}, ["--cv", "17"], ["--cv 17", "got 16", "use fewer"]),
         ({"kind": kinds(), "d": [*range(38), "inf", "-inf"]}, [], ["'d'", "infinite", "row 38", "clip it"]),

@@ -182,8 +182,9 @@ def test_a_module_with_another_output_is_named(frame, shape, classes, got):
         model.predict(frame)
 
 
-def test_of_several_heads_the_first_predicts(frame):
-    heads = type("Heads", (Net,), {"shape": staticmethod(lambda output: (output, output.mean()))})
+@pytest.mark.parametrize("several", [lambda *heads: heads, lambda a, b: {"outputs": a, "mean": b}])
+def test_of_several_heads_the_first_predicts(frame, several):
+    heads = type("Heads", (Net,), {"shape": staticmethod(lambda output: several(output, output.mean()))})
     expected = make_model(frame, module=Net).predict(frame)
     np.testing.assert_array_equal(make_model(frame, module=heads).predict(frame), expected)
 
