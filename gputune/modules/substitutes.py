@@ -1,6 +1,8 @@
 """Operations in place of those that torch cannot map over members: the same numbers and derivatives."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -90,6 +92,18 @@ def make_mappable(module: nn.Module) -> None:
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
         if isinstance(part, nn.RNNBase) and type(part) in KINDS:
             part.forward = partial(run_recurrent, part)
+
+
+@contextmanager
+def mappable(module: nn.Module) -> Iterator[None]:
+    """Let a module compute inside as ``make_mappable`` has it."""
+    plain = [part for part in module.modules() if "forward" not in vars(part)]
+    make_mappable(module)
+    try:
+        yield
+    finally:
+        for part in plain:
+            vars(part).pop("forward", None)
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
