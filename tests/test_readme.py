@@ -39,7 +39,10 @@ def test_the_console_block_runs(tmp_path, monkeypatch, capsys):
 
 def test_what_the_readme_names_exists():
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
-        assert (ROOT / path).exists(), path
+        page, _, heading = path.partition("#")
+        assert (ROOT / page).exists(), path
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.M) if heading else []
+        assert not heading or heading in [words.lower().replace(" ", "-") for words in headings], path
     for path in re.findall(r"`((?:gputune|models|tests|scripts)/[\w./]*)`", TEXT):
         assert (ROOT / path).exists(), path
 
