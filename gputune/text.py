@@ -1,6 +1,7 @@
 """Text for a terminal and a notebook: cleaned of control characters, numbers kept short, columns aligned."""
 
 import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,9 +58,17 @@ def nearest(
     if (other := others.get(str(word))) in by_case.values():
         return other
     text = str(word).lower()
-    near = get_close_matches(text, by_case, 1, cutoff)
-    near = near or [name for name in by_case if len(text) >= _PREFIX and name.startswith(text)]
+    near = [name for name in by_case if name in _swapped(text)] or get_close_matches(text, by_case, 1, cutoff)
+    if not near and len(text) >= _PREFIX:
+        near = [n for n in by_case if n.startswith(text)] or [
+            n for n in by_case if text in re.split("[_-]", n)
+        ]
     return by_case[near[0]] if near else None
+
+
+def _swapped(word: str) -> set[str]:
+    """Return the words of which two neighbours have changed places: nearer than a spell checker's ratio says."""
+    return {word[:i] + word[i : i + 2][::-1] + word[i + 2 :] for i in range(len(word) - 1)}
 
 
 def did_you_mean(word: object, known: Iterable[object], *, others: Mapping[str, str] = ({})) -> str:

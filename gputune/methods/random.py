@@ -122,7 +122,12 @@ def included(configs: Iterable[Config]) -> tuple[Candidate, ...]:
 
 
 def top_up(
-    old: Sequence[Candidate], space: Space, n_trials: int, seed: int, check: ConfigCheck = check_config
+    old: Sequence[Candidate],
+    space: Space,
+    n_trials: int,
+    seed: int,
+    check: ConfigCheck = check_config,
+    earlier: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
@@ -130,10 +135,18 @@ def top_up(
     ``n_trials`` continues a search, and with the same ``n_trials`` adds nothing. There are never more than
     ``n_trials`` in all, the default one among them and included ones not: lists alone, drawn without replacement,
     give another selection for a larger ``n_trials``.
+
+    earlier: what other searches have tried. It is dropped too, and more is drawn in its place, as far as the space has
+    more: the same seed would draw the same again.
     """
     if (lacking := n_trials - n_counted(old)) <= 0:
         return ()
-    return _number([(config, "random") for config in draw(space, n_trials, seed, check)], old)[:lacking]
+    for times in (1, 2, 4, 8) if earlier else (1,):  # a space of few integers may have no more
+        drawn = draw(space, times * (n_trials + len(earlier)), seed, check)
+        new = _number([(config, "random") for config in drawn], old, earlier)[:lacking]
+        if len(new) == lacking:
+            break
+    return new
 
 
 def n_counted(trials: Sequence[Candidate]) -> int:
@@ -231,9 +244,11 @@ def _n_draws(space: Space, n_trials: int) -> int:
         ) from None
 
 
-def _number(wanted: Iterable[tuple[Config, Origin]], old: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Number the configurations on from ``old``, leaving out those that are there already."""
-    seen = {_identity(trial.params) for trial in old}
+def _number(
+    wanted: Iterable[tuple[Config, Origin]], old: Sequence[Candidate], earlier: Sequence[Config] = ()
+) -> tuple[Candidate, ...]:
+    """Number the configurations on from ``old``, leaving out those that are there, or in ``earlier``, already."""
+    seen = {_identity(config) for config in (*earlier, *(trial.params for trial in old))}
     number = 1 + max((trial.number for trial in old), default=-1)
     new: list[Candidate] = []
     for config, origin in wanted:

@@ -287,6 +287,8 @@ def _check_fits_task(scoring: str, task: Task) -> None:
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
     if scoring in other or (task == "regression" and scoring == "roc_auc"):
         fitting = ", ".join(scores.OF_TASK[task])
+        if task == "binary":
+            fitting = fitting.replace("roc_auc_ovr", "roc_auc")
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
     if task == "multiclass" and scoring == "roc_auc":
         raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")

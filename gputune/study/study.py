@@ -279,6 +279,12 @@ class Study:
                 f"no trial has a finite score, and some of {len(self.trials)} did not fit into memory even alone "
                 f"({min(reasons)}); search smaller widths and batch sizes."
             )
+        if self.record.face == "loop":
+            return (
+                f"no trial has a finite score: of {count(len(self.trials), 'trial')} the objective returned or "
+                f"reported NaN or an infinite number in {states['failed']}, {states['waiting']} have not been trained; "
+                "look at what it returns."
+            )
         return (
             f"no trial has a finite score: of {len(self.trials)} trials {states['failed']} diverged, "
             f"{states['waiting']} have not been trained; lower the learning rates of the space, and look for extreme "

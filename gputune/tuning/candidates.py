@@ -62,7 +62,14 @@ def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[C
     if not draws_at_once(options):
         return first
     stored = _stored_draws(options, space, options.n_trials - n_counted(first))
-    return first + (stored or top_up(first, space, options.n_trials, options.random_state))
+    if stored:
+        return first + stored
+    return first + top_up(first, space, options.n_trials, options.random_state, earlier=tried(options))
+
+
+def tried(options: Options) -> list[Config]:
+    """Return the configurations that earlier studies have trained, which are not drawn again."""
+    return [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
 
 
 def _stored_draws(options: Options, space: Space, lacking: int) -> tuple[Candidate, ...]:
@@ -103,7 +110,8 @@ def with_earlier(options: Options, space: Space) -> Options:
             keys = sorted(trials[0].params.keys() ^ {key for part in space for key in part})
             differs = f"the keys {', '.join(keys)}" if keys else f"values, such as {trials[0].params!r}"
             raise InputError(
-                f"{name} was searched in another space, which differs in {differs}; leave it out."
+                f"{name} was searched in another space, which differs in {differs}; leave warm_start out, or search "
+                "that space."
             )
         configs += inside[:_BEST]
     return replace(options, include=[*options.include, *configs])
@@ -153,7 +161,7 @@ def _missing(
     if not draws_at_once(options):
         return added
     known_now = [*ledger.candidates, *added]
-    return [*added, *top_up(known_now, space, options.n_trials, options.random_state, check)]
+    return [*added, *top_up(known_now, space, options.n_trials, options.random_state, check, tried(options))]
 
 
 def draws_at_once(options: Options) -> bool:

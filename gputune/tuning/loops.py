@@ -37,7 +37,7 @@ from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
-from gputune.tuning.candidates import draws_at_once, with_earlier
+from gputune.tuning.candidates import draws_at_once, tried, with_earlier
 from gputune.tuning.interrupt import CTRL_C
 from gputune.tuning.method import method_name, method_to_json
 from gputune.tuning.options import Options
@@ -100,7 +100,8 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
         check_askable(space)
     if not draws_at_once(options):
         return first
-    return (*first, *top_up(first, space, options.n_trials, options.random_state, plain_config))
+    seed = options.random_state
+    return (*first, *top_up(first, space, options.n_trials, seed, plain_config, tried(options)))
 
 
 def _check_objective(objective: object, direction: object) -> None:

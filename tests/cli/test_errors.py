@@ -119,9 +119,10 @@ def test_bad_space(bugs, spec, words):
 @pytest.mark.parametrize(
     ("flag", "value", "meant", "lines"),
     [
-        ("--optimizer", "adamm", "adam", 1),
+        ("--optimizer", "adma", "adam", 1),
         ("--model", "mlpp", "mlp", 1),
         ("--scoring", "acuracy", "accuracy", 1),
+        ("--scoring", "auc", "roc_auc", 1),
         ("--schedule", "cosin", "cosine", 1),
         ("--loss", "crossentropy", "cross_entropy", 1),
         ("--method", "halvng", "halving", 2),

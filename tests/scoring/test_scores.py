@@ -262,7 +262,7 @@ def test_outputs_that_are_not_finite_score_nan():
     ("scoring", "task", "message"),
     [
         ("acuracy", "binary", "got 'acuracy'. Did you mean 'accuracy'?"),
-        ("r2", "binary", "scoring='r2' does not fit a binary task"),
+        ("r2", "binary", "scoring='r2' does not fit a binary task; .* neg_log_loss, roc_auc, f1"),
         ("accuracy", "regression", "does not fit a regression task; choose for example r2"),
         ("roc_auc", "multiclass", "choose 'roc_auc_ovr'"),
         (

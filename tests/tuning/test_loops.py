@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from scipy.stats import loguniform
+from scipy.stats import loguniform, randint
 
 import gputune
 from forked import Fork
@@ -122,7 +122,9 @@ def test_a_value_that_is_no_number_ends_the_training():
         report(math.nan)
         raise AssertionError
 
-    with pytest.raises(gputune.SearchFailedError, match="8 diverged"):
+    with pytest.raises(
+        gputune.SearchFailedError, match="of 8 trials the objective .* reported NaN .* in 8, 0 have not"
+    ):
         search(objective)
     assert len(seen) == 8
 
@@ -290,13 +292,27 @@ def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
         ]
         assert len(new.trials) == 13
     with refused(
-        r"warm_start: study '.*old.db' was searched in another space, .* the keys layers, width; leave it"
+        r"warm_start: study '.*old.db' was searched in another space, .* the keys layers, width; leave "
+        "warm_start out, or search that space"
     ):
         search(space={"lr": SPACE["lr"], "width": [1]}, warm_start=tmp_path / "old.db")
     with refused("warm_start: a study in memory was searched in another space, .* values, such as"):
         search(space={**SPACE, "lr": [5.0]}, warm_start=search())
     with refused("warm_start must be a study, the path of one, or a list of them, got 3"):
         search(warm_start=3)
+
+
+def test_a_search_draws_what_no_earlier_study_has_trained(tmp_path):
+    old = search(n_trials=8, study=tmp_path / "old.db")
+    new = search(n_trials=8, warm_start=old, study=tmp_path / "new.db")
+    more = search(n_trials=10, warm_start=[old], study=tmp_path / "new.db").trials
+    drawn = [trial.params for trial in more if trial.origin == "random"]
+    assert len(new.trials) == 13 and list(new.trials) == list(more[:13]) and len(drawn) == 10
+    assert drawn == [trial.params for trial in search(n_trials=18).trials][8:]
+    few = {"space": {"k": randint(0, 8)}, "objective": lambda params, report: params["k"]}
+    old = search(n_trials=5, **few)
+    new = search(n_trials=2, warm_start=old, **few)
+    assert len(old.trials) == 5 and len({trial.params["k"] for trial in new.trials}) == 7
 
 
 def test_a_sampler_hears_of_earlier_scores(capsys):
