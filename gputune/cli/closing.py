@@ -251,7 +251,8 @@ def _scores(ending: Ending, width: int) -> str:
             f"{count(score.rows, 'row')} that nothing was fitted on{_bounds(score, measure)}."
         )
     if score is not None and score.unseen:
-        text += f" {count(score.unseen, 'row')} of a class that no row of the search has counted as wrong."
+        verb = "counts" if score.unseen == 1 else "count"
+        text += f" {count(score.unseen, 'row')} of a class that no row of the search has {verb} as wrong."
     about_best = (_unfinished(ending.study), *edge_remarks(ending.study)) if ending.trial is None else ()
     sentences = (text, _optimistic(ending), _without_model(ending.study), *map(clean, about_best))
     words = " ".join(sentence for sentence in sentences if sentence)

@@ -8,6 +8,8 @@ from sklearn.metrics import get_scorer, get_scorer_names
 
 from gputune.cli.held_out import HeldOut, held_out_score, labels_of
 from gputune.data.source import Source
+from gputune.data.table import quoted
+from gputune.errors import InputError
 from gputune.scoring.scoring import has_positive_class, make_scoring
 from gputune.study.model import TunedModel
 from gputune.text import clean, count, measure_of, paragraph, table
@@ -62,16 +64,27 @@ class Evaluation:
         rows = [_score(name, *score) for name, score in self.scores.items()]
         parts = [table(["score", "", "95 % of bootstrap samples"], rows, left=["score"])]
         undefined = [f"No {name}: {clean(one.why)}." for name, (one, _) in self.scores.items() if one.why]
-        if unseen := max((one.unseen for one, _ in self.scores.values()), default=0):
-            undefined.append(
-                f"{count(unseen, 'row')} of a class that the model does not know has counted as wrong."
-            )
+        undefined += self._of_rows()
         parts += [paragraph(sentence, width) for sentence in undefined]
         if self.classes:
             parts += (
                 [self._of_classes(), self._matrix()] if len(self.classes) <= _SHOWN else [self._of_classes()]
             )
         return "\n\n".join([f"{count(self.rows, 'row')}", *parts])
+
+    def _of_rows(self) -> list[str]:
+        """Return what the scores make of rows of an unknown class, and of a class that no row is predicted as."""
+        said = []
+        positive = self.scores["precision"][1] if "precision" in self.scores else None
+        if positive in self.classes and not np.sum(self.confusion, 0)[self.classes.index(positive)]:
+            said.append(f"No row is predicted as class {clean(positive)!r}: its precision is shown as 0.")
+        if unseen := max((one.unseen for one, _ in self.scores.values()), default=0):
+            verb = "counts" if unseen == 1 else "count"
+            said.append(
+                f"{count(unseen, 'row')} of a class that the model does not know {verb} as wrong, in scores of a class "
+                "as not of it; balanced accuracy and scores of probabilities leave such rows out."
+            )
+        return said
 
     def _of_classes(self) -> str:
         matrix = np.array(self.confusion)
@@ -105,9 +118,17 @@ def evaluation(
 ) -> Evaluation:
     """Return the scores of a model on rows with their target: those asked for, or else the usual ones of its task.
 
-    Raises InputError for a score that there is not, or that is none of the task.
+    Raises InputError for a score that there is not, or that is none of the task, for missing columns, and where the
+    model knows no class of the rows.
     """
+    guess = model.predict(test.X)
     classes, y = labels_of(model, test)
+    if model.classes is not None and classes is not None and (y >= len(model.classes)).all():
+        K = len(model.classes)
+        raise InputError(
+            f"column {test.target!r} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, and "
+            f"the model's classes are {quoted(map(str, classes[:K]))}; write them as the model has them."
+        )
     own, known = str(model.info.get("scoring") or ""), get_scorer_names()
     usual = [
         *([own] if own in known else []),
@@ -118,13 +139,13 @@ def evaluation(
     for name in scoring or dict.fromkeys(usual):
         of_class = model.task == "binary" and name in known and has_positive_class(get_scorer(name))
         one = positive if of_class else None
-        how = make_scoring(name, model.task, classes, one, n_labels=y.shape[-1])
-        shown = None if how.positive is None or classes is None else classes[how.positive].item()
+        how = make_scoring(name, model.task, model.classes, one, n_labels=y.shape[-1])
+        shown = None if how.positive is None or classes is None else classes[how.positive]
         scores[name] = held_out_score(model, name, test, positive=one), shown
     if classes is None or model.task == "multilabel":
         return Evaluation(len(test.X), scores, [], [])
-    code = {label: code for code, label in enumerate(classes.tolist())}
-    predicted = [code[label] for label in model.predict(test.X).tolist()]
+    code = {label: code for code, label in enumerate(classes)}
+    predicted = [code[label] for label in guess.tolist()]
     K = len(classes)
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K)
-    return Evaluation(len(test.X), scores, classes.tolist(), matrix.tolist())
+    return Evaluation(len(test.X), scores, classes, matrix.tolist())

@@ -3,13 +3,15 @@
 import math
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from sklearn.metrics import get_scorer
 from torch import Tensor
 from torch.nn import functional
 
+from gputune.data.kinds import text_of
 from gputune.data.source import Source
 from gputune.scoring.estimators import fitted
 from gputune.scoring.scoring import Scoring, make_scoring
@@ -24,7 +26,8 @@ class HeldOut:
     """A held-out score in scikit-learn's sign, on so many rows.
 
     ``score`` is NaN where there is none, and ``why`` says why. ``unseen`` rows have a class that no row of the
-    search has: they count as rows that the model gets wrong. ``interval`` holds 95 % of the scores of bootstrap samples
+    search has: they count as wrong, in scores of a class as not of it, and balanced accuracy and scores of
+    probabilities leave them out. ``interval`` holds 95 % of the scores of bootstrap samples
     of the rows; None where few of them have one.
     """
 
@@ -44,27 +47,38 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: o
     classes, y = labels_of(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:
-        how = make_scoring(scoring, model.task, classes, positive, n_labels=y.shape[-1])
-        outputs, target = _outputs(model, test, classes), torch.from_numpy(y)
-        score = _score(how, outputs, target)
+        how = make_scoring(scoring, model.task, model.classes, positive, n_labels=y.shape[-1])
+        outputs, target = _outputs(model, test), torch.from_numpy(y)
+        if classes is not None and unseen:
+            how, outputs, target = _with_unseen(how, outputs, target, len(classes))
+        with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
+            score = _score(how, outputs, target)
     except ValueError as error:  # what scikit-learn raises where a metric is undefined
-        return HeldOut(math.nan, rows, unseen, str(error))
+        return HeldOut(math.nan, rows, unseen, str(error).rstrip("."))
     if not math.isfinite(score):
         return HeldOut(math.nan, rows, unseen, "it is undefined on these rows")
     return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score))
 
 
-def _outputs(model: TunedModel, test: Source, classes: np.ndarray | None) -> Tensor:
+def _outputs(model: TunedModel, test: Source) -> Tensor:
     """Return what the model predicts of the held-out rows, as scores take it."""
-    if model.task == "multilabel":
+    if model.task == "multilabel" or model.classes is not None:
+        # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
         return model._outputs(test.X)
-    if classes is None:
-        predicted = torch.from_numpy(model.predict(test.X))
-        return predicted if predicted.dim() > 1 else predicted[:, None]
-    # A class that the model has never seen has no probability. The rest are the model's own logits, since those of
-    # rounded probabilities would tie, and break ties, otherwise.
-    known = model._outputs(test.X)
-    return functional.pad(known, (0, len(classes) - known.shape[1]), value=-torch.inf)
+    predicted = torch.from_numpy(model.predict(test.X))
+    return predicted if predicted.dim() > 1 else predicted[:, None]
+
+
+def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tuple[Scoring, Tensor, Tensor]:
+    """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes in all."""
+    unseen = y >= outputs.shape[1]
+    if how.positive is not None:
+        return how, outputs, y.where(~unseen, 1 - how.positive)
+    # A class without a probability would be worth what a mean over classes, or a limit of the logarithm, makes of it.
+    if how.name == "balanced_accuracy" or get_scorer(how.name)._response_method != "predict":
+        return how, outputs[~unseen], y[~unseen]
+    padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
+    return replace(how, classes=np.arange(classes)), padded, y
 
 
 def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
@@ -95,13 +109,16 @@ def _interval(how: Scoring, outputs: Tensor, y: Tensor, score: float) -> tuple[f
     return score + narrower * float(low), score + narrower * float(high)
 
 
-def labels_of(model: TunedModel, test: Source) -> tuple[np.ndarray | None, np.ndarray]:
+def labels_of(model: TunedModel, test: Source) -> tuple[list[object] | None, np.ndarray]:
     """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
     if model.classes is None:
         return None, np.asarray(test.y, dtype=np.float64)
-    labels = np.asarray(test.y)
+    classes, labels = model.classes.tolist(), np.asarray(test.y).tolist()
     if model.classes.dtype.kind == "U":
-        labels = labels.astype(str)
-    classes = [*model.classes.tolist(), *np.setdiff1d(labels, model.classes).tolist()]
+        labels = [text_of(label) for label in labels]
+    else:  # one text among them makes text of a column of numbers
+        of_text = {text_of(label): label for label in classes}
+        labels = [of_text.get(label, label) if isinstance(label, str) else label for label in labels]
+    classes += sorted({*labels} - {*classes}, key=str)
     position = {label: code for code, label in enumerate(classes)}
-    return np.array(classes), np.array([position[label] for label in labels.tolist()], dtype=np.int64)
+    return classes, np.array([position[label] for label in labels], dtype=np.int64)

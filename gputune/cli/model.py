@@ -7,12 +7,16 @@ import shutil
 import warnings
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from gputune.cli.evaluation import evaluation
 from gputune.data.encode import Layout
-from gputune.data.files import read_columns, read_table
+from gputune.data.files import line_of, read_columns, read_table
 from gputune.data.source import Source, read_source
+from gputune.data.target import check_target, refuse_missing
 from gputune.errors import InputError
 from gputune.scratch import write_text
 from gputune.study.export import description
@@ -100,7 +104,13 @@ def _answered(model: TunedModel, file: str) -> Source:
             f"{file!r} has no column {model.target!r}, with which the model is to be compared; gputune predict needs "
             "none."
         )
-    return read_source(table, model.target)
+    source = read_source(table, model.target)
+    refuse_missing(
+        np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file)
+    )
+    if model.classes is None:
+        check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
+    return source
 
 
 def _write(text: str, out: str, *, source: str) -> None:

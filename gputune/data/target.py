@@ -12,7 +12,7 @@ from torch import Tensor
 from gputune.data.kinds import from_values, is_missing
 from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
 from gputune.errors import InputError, InputWarning
-from gputune.text import did_you_mean
+from gputune.text import count, did_you_mean
 from gputune.types import Task
 
 MAX_CLASSES = 20
@@ -187,7 +187,7 @@ def refuse_missing(
     lost = np.isnan(values) if numbers else np.array([is_missing(value) for value in values], dtype=bool)
     if lost.any():
         raise InputError(
-            f"{name} has {int(lost.sum())} missing values (the first in {place(_first_row(lost))}); {remedy}."
+            f"{name} has {count(int(lost.sum()), 'missing value')} (the first in {place(_first_row(lost))}); {remedy}."
         )
 
 

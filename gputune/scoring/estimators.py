@@ -3,14 +3,17 @@
 A file of its own: a worker process imports scikit-learn, which takes as long as torch, only where a scorer needs it.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.dummy import DummyClassifier, DummyRegressor
 from torch import Tensor
 
 from gputune.errors import InputError
+from gputune.types import Task
 
 
 def fitted(
@@ -26,6 +29,20 @@ def fitted(
     """
     kind = _Regressor if classes is None else _Labeller if classes.ndim == 2 else _Classifier
     return kind(output, classes, X, rows, others)
+
+
+def takes_task(scorer: Callable[[Any, Any, Any], float], task: Task) -> bool:
+    """Whether a scorer is one of numbers, or of several classes, tried on a few rows; True for other tasks."""
+    if task not in ("regression", "multiclass"):
+        return True
+    x, y = np.zeros((6, 1)), np.arange(6) + 0.5 if task == "regression" else np.arange(6) % 3
+    model = (DummyRegressor() if task == "regression" else DummyClassifier()).fit(x, y)
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            scorer(model, x, y)
+        except ValueError:
+            return False
+    return True
 
 
 class _Fitted(BaseEstimator):  # type: ignore[misc]

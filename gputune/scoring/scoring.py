@@ -273,7 +273,9 @@ def _takes_outputs(scorer: Callable[..., object]) -> bool:
 
 
 def _check_fits_task(scoring: str, task: Task) -> None:
-    from sklearn.metrics import get_scorer_names
+    from sklearn.metrics import get_scorer, get_scorer_names
+
+    from gputune.scoring.estimators import takes_task
 
     if scoring not in get_scorer_names():
         raise InputError(
@@ -284,14 +286,14 @@ def _check_fits_task(scoring: str, task: Task) -> None:
         raise InputError(
             f"scoring={scoring!r} does not fit a custom target; give scoring=callable(outputs, y), or 'neg_loss'."
         )
+    if task == "multiclass" and scoring == "roc_auc":
+        raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
     other = scores.CLASSIFICATION if task == "regression" else scores.REGRESSION
-    if scoring in other or (task == "regression" and scoring == "roc_auc"):
+    if scoring in other or not takes_task(get_scorer(scoring), task):
         fitting = ", ".join(scores.OF_TASK[task])
         if task == "binary":
             fitting = fitting.replace("roc_auc_ovr", "roc_auc")
         raise InputError(f"scoring={scoring!r} does not fit a {task} task; choose for example {fitting}.")
-    if task == "multiclass" and scoring == "roc_auc":
-        raise InputError("scoring='roc_auc' needs two classes and the target has more; choose 'roc_auc_ovr'.")
 
 
 def positive_code(

@@ -97,7 +97,7 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
     rows = pl.read_csv(folder / "t.csv").with_columns(kind=pl.Series(["cat", *kinds(59)]))
     rows.write_csv(tmp_path / "cats.csv")
     code, out, _ = run("evaluate", folder / "kind" / "model", tmp_path / "cats.csv", "--scoring", "accuracy")
-    assert code == 0 and "1 row of a class that the model does not know has counted as wrong." in out
+    assert code == 0 and "1 row of a class that the model does not know counts as wrong, in scores" in out
     assert "cat       1          -  0.0000" in out
 
 
@@ -116,6 +116,53 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
 def test_a_score_that_cannot_be_had(folder, options, words):
     code, _, err = run("evaluate", folder / "kind" / "model", folder / "t.csv", *options)
     assert code == 2 and words in err
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "options", "words"),
+    [
+        (
+            "kind",
+            pl.when(pl.col("id") != 2).then("kind"),
+            [],
+            "kind has 1 missing value (the first in line 4);",
+        ),
+        (
+            "price",
+            pl.when(pl.col("id") != 2).then("price"),
+            [],
+            "price has 1 missing value (the first in line 4);",
+        ),
+        ("price", pl.lit("dear").alias("price"), [], "needs numbers in price, got text such as 'dear'"),
+        ("price", pl.lit(0).alias("a"), ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
+        (
+            "kind",
+            (pl.col("id") % 2).alias("kind"),
+            [],
+            "no class that the model knows: it holds '0', '1', and the model's classes are 'ant', 'bee'",
+        ),
+    ],
+)
+def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options, words):
+    pl.read_csv(folder / "t.csv").with_columns(change).write_csv(tmp_path / "new.csv")
+    code, out, err = run("evaluate", folder / target / "model", tmp_path / "new.csv", *options)
+    assert (code, out) == (2, "") and words in err
+
+
+def test_a_file_without_the_columns_is_refused_in_one_line(folder, tmp_path):
+    pl.read_csv(folder / "t.csv").drop("a").write_csv(tmp_path / "new.csv")
+    code, out, err = run("evaluate", folder / "price" / "model", tmp_path / "new.csv")
+    assert (code, out) == (2, "") and "has no column 'a'" in err and err.count("\n") == 1
+
+
+def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):
+    model, table = gputune.load_model(folder / "kind" / "model"), pl.read_csv(folder / "t.csv")
+    table.filter(pl.Series(model.predict(table.drop("id")) == "ant")).write_csv(tmp_path / "ants.csv")
+    code, out, err = run("evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--positive", "bee")
+    assert (code, err) == (
+        0,
+        "",
+    ) and "No row is predicted as class 'bee': its precision is shown as 0." in out
 
 
 def test_a_file_without_the_answers(folder, tmp_path):

@@ -102,10 +102,26 @@ def test_an_undefined_score_is_nan_with_the_reason():
     alone = np.flatnonzero(y == "ant")[:5]
     held = held_out_score(model, "roc_auc", read_source(X[alone], y[alone]))
     assert math.isnan(held.score) and held.why == "it is undefined on these rows"
-    tested = y[40:].copy()
-    tested[0] = "cat"
-    held = held_out_score(model, "f1", read_source(X[40:], tested), positive="ant")
-    assert math.isnan(held.score) and "multiclass" in held.why
+
+
+SCORES = ["average_precision", "f1", "precision", "recall", "balanced_accuracy", "roc_auc", "neg_log_loss"]
+
+
+@pytest.mark.parametrize("scoring", SCORES)
+def test_an_unknown_class_is_not_the_positive_one_and_has_no_mean_or_probability(scoring):
+    y = np.where(np.arange(60) % 3 == 0, "ant", "bee")
+    estimator, model = fitted(y)
+    tested, rows = y[40:].copy(), np.arange(40, 60)
+    tested[[0, 1, 5]] = "cat"
+    of_class = scoring in SCORES[:4]
+    held = held_out_score(model, scoring, read_source(X[rows], tested), positive="ant" if of_class else None)
+    if of_class:
+        estimator, _ = fitted(y == "ant")
+        expected = get_scorer(scoring)(estimator, X[rows], tested == "ant")
+    else:
+        known = tested != "cat"
+        expected = get_scorer(scoring)(estimator, X[rows[known]], tested[known])
+    assert held.score == pytest.approx(expected, abs=1e-9) and held.unseen == 3
 
 
 def test_an_interval_holds_the_scores_of_bootstrap_samples():

@@ -206,7 +206,7 @@ def test_bad_groups():
         folds(2, groups=[1, 2, 3])
     with pytest.raises(InputError, match=r"groups has 2 missing values \(the first in row 1\)"):
         check_groups(np.array(["a", None, np.nan], dtype=object), 3)
-    with pytest.raises(InputError, match=r"groups has 1 missing values \(the first in row 0\)"):
+    with pytest.raises(InputError, match=r"groups has 1 missing value \(the first in row 0\)"):
         check_groups([np.nan, 1.0], 2)
 
 

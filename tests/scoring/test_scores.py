@@ -206,7 +206,7 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
         ),
         ("f1", ["0", "1"], 1, "one of the classes '0' and '1', got 1"),
         ("f1", [0, 1], [0, 1], r"got \[0, 1\]"),
-        ("f1", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
+        ("f1_macro", [*"abc"], "a", r"positive='a' needs a target of two classes, got a multiclass"),
         ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
         ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
         ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
@@ -232,8 +232,12 @@ def test_a_loss_is_of_no_class():
 def test_a_scorer_that_does_not_fit_is_an_error_with_its_reason():
     data = make_data()
     outputs = torch.zeros(1, len(data.folds[0].valid), 3)
-    with refused("scoring='f1' raised ValueError on fold 0: Target is multiclass.*fits the task"):
-        make_scoring("f1", "multiclass", np.arange(3))(data, 0, outputs)
+    for task in ("multiclass", "regression"):
+        with refused(f"scoring='f1' does not fit a {task} task; choose for example"):
+            make_scoring("f1", task, np.arange(3) if task == "multiclass" else None)
+    numbers, name = make_data("regression"), "neg_mean_squared_log_error"
+    with refused(f"scoring='{name}' raised ValueError on fold 0: .*fits the task"):
+        scoring_of(numbers, name)(numbers, 0, outputs[..., :1])
     own = make_scoring(lambda estimator, X, y: y["nope"], "multiclass", np.arange(3))
     with refused("raised IndexError on fold 0: .* called as scorer.estimator, X, y., with X as"):
         own(data, 0, outputs)
