@@ -13,7 +13,7 @@ from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import hint
 from gputune.modules.precision import converted
 from gputune.modules.stateless import not_trained
-from gputune.modules.substitutes import mappable
+from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import DispatchMode
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
@@ -85,8 +85,7 @@ class ModuleTrial:
         """Whether a forward in training takes numbers from torch's generator, and whether it then reads numbers."""
         with keyed_draws(_CPU, 0, "check"):
             state = torch.get_rng_state()
-            # As stacked members compute it: a BatchNorm of torch's makes a number of its count of batches.
-            with mappable(self.module), _Reading() as reading:
+            with counting_on_device(self.module), _Reading() as reading:
                 self._called(self.inputs, training=True)
             draws = not torch.equal(state, torch.get_rng_state())
         return draws, draws and reading.read

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -88,22 +88,28 @@ def _attention(
 def make_mappable(module: nn.Module) -> None:
     """Change, in place, how a module computes what it computes, where torch's own way cannot be mapped."""
     for part in module.modules():
-        if isinstance(part, _BatchNorm) and part.momentum is None and part.track_running_stats:
+        if _averages(part):
             part.forward = partial(_cumulative_batch_norm, part)  # type: ignore[method-assign]
         if isinstance(part, nn.RNNBase) and type(part) in KINDS:
             part.forward = partial(run_recurrent, part)
 
 
+def _averages(module: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether it is a BatchNorm that divides by its count of batches, of which torch makes a Python number."""
+    return isinstance(module, _BatchNorm) and module.momentum is None and module.track_running_stats
+
+
 @contextmanager
-def mappable(module: nn.Module) -> Iterator[None]:
-    """Let a module compute inside as ``make_mappable`` has it."""
-    plain = [part for part in module.modules() if "forward" not in vars(part)]
-    make_mappable(module)
+def counting_on_device(module: nn.Module) -> Iterator[None]:
+    """Let the BatchNorms of a module compute inside as ``make_mappable`` has it."""
+    changed = [part for part in module.modules() if _averages(part) and "forward" not in vars(part)]
+    for part in changed:
+        make_mappable(part)
     try:
         yield
     finally:
-        for part in plain:
-            vars(part).pop("forward", None)
+        for part in changed:
+            del vars(part)["forward"]
 
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

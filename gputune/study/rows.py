@@ -307,13 +307,20 @@ class Result:
     def from_row(cls, number: int, state: State, *row: Any) -> Self:
         score, fold_scores, best_epoch, seconds, curve, detail = row
         folds, (mean, *others), (time,) = _unpack(fold_scores), _unpack(score), _unpack(seconds)
-        facts = {} if detail == "{}" else from_json(detail)
-        known = facts == {} or has_form(facts, _DETAIL)
-        if not known or not 0 <= best_epoch < 2**31 or not (0 <= time < 1e15 or math.isnan(time)):
-            raise ValueError("its best epoch, seconds or detail are out of their range or of another type")
+        facts = read_detail(detail)
+        if not 0 <= best_epoch < 2**31 or not (0 <= time < 1e15 or math.isnan(time)):
+            raise ValueError("its best epoch or seconds are out of their range or of another type")
         metrics = (1 + len(others),) if others else ()
         table = np.frombuffer(curve, dtype="<f8").reshape(-1, len(folds), *metrics)
         return cls(number, state, mean, folds, best_epoch, time, table, facts)
+
+
+def read_detail(text: str) -> Json:
+    """Return the detail of a result. Raises ValueError for what is none."""
+    facts: Json = {} if text == "{}" else from_json(text)
+    if facts != {} and not has_form(facts, _DETAIL):
+        raise ValueError("its detail is of another type")
+    return facts
 
 
 def read_row(make: Callable[..., Value], row: Row) -> Value:

@@ -30,7 +30,7 @@ from gputune.study.rows import (
     TrialState,
     Value,
     checksum,
-    from_json,
+    read_detail,
     read_row,
 )
 from gputune.types import Json
@@ -150,8 +150,8 @@ class Store:
         """Return how many trials there are of each state and detail. Nothing is held against a checksum."""
         groups = self._read("SELECT state, detail, count(*) FROM results GROUP BY state, detail")
         try:
-            known = [(state, from_json(detail), number) for state, detail, number in groups]
-        except ValueError as error:
+            known = [(state, read_detail(detail), number) for state, detail, number in groups]
+        except (ValueError, TypeError) as error:
             raise damaged(self.path, f"a result cannot be read ({error})") from error
         ((trials,),) = self._read("SELECT count(*) FROM trials")
         waiting = trials - sum(number for *_, number in known)
@@ -160,7 +160,10 @@ class Store:
     def best(self) -> int | None:
         """Return the number of the trial that is best by ``rank``, None where no score is finite."""
         rows = self._read("SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number")
-        scores = np.frombuffer(b"".join(score for *_, score in rows), dtype="<f8", count=len(rows))
+        try:
+            scores = np.frombuffer(b"".join(score for *_, score in rows), dtype="<f8", count=len(rows))
+        except (ValueError, TypeError) as error:
+            raise damaged(self.path, f"the score of a result cannot be read ({error})") from error
         pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
         best = int(np.lexsort((-scores, pruned, ~np.isfinite(scores)))[0]) if rows else 0
         return rows[best][0] if rows and np.isfinite(scores[best]) else None

@@ -139,12 +139,12 @@ def test_no_row_of_another_type_ends_in_a_traceback(whole, study):
         (
             "results",
             {"best_epoch": 2**40},
-            r"the result of trial 0 cannot be read \(its best epoch, seconds or detail",
+            r"the result of trial 0 cannot be read \(its best epoch or seconds",
         ),
         (
             "results",
             {"detail": '{"usable":1}'},
-            r"the result of trial 0 cannot be read \(its best epoch, seconds or",
+            r"the result of trial 0 cannot be read \(its detail is",
         ),
         ("results", {"score": b"123"}, r"the result of trial 0 cannot be read \(3 bytes are no float64"),
         (

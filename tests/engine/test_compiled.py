@@ -88,7 +88,7 @@ def test_company_and_threads_change_no_bit(activation):
 
 @pytest.mark.parametrize("backend", ["compiled", "eager"])
 def test_rows_that_are_scaled_as_they_are_gathered_change_no_bit(backend):
-    data = make_data(copies=False)
+    data = make_data(copies=False, folds=3)
     data.x[0, ::5, 1] = torch.nan
     center = torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5)
     shared = replace(data, scaling=(Scaling(center, center.exp(), missing=True),))
