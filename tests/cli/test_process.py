@@ -38,6 +38,15 @@ def finish(*arguments, cwd, code=START):
     return process.returncode, out, err
 
 
+def test_the_source_says_that_it_is_not_what_was_installed():
+    root = Path(__file__).parents[2]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    code = [sys.executable, "-c", "import gputune"]
+    done = subprocess.run(code, cwd=root, env=environment, capture_output=True, text=True)
+    assert f"gputune is imported from its source, {root / 'gputune'}, and not" in done.stderr
+    assert done.returncode == 1
+
+
 def test_help_and_version_wait_for_nothing():
     script = """if True:
     import contextlib, io, sys
