@@ -8,10 +8,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gputune.cli.flags import MORE_RULES
-from gputune.text import did_you_mean
+from gputune.cli.parser import Parser
 from gputune.tuning.options import RULES, SEARCH, Rule, Takes
 from gputune.types import defaults_in_words
 from gputune.version import __version__
@@ -38,33 +38,6 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"gputune: error: {message}{_remedy(message)}\nTry '{self.prog} --help'.\n")
-
-
-def _remedy(message: str) -> str:
-    """Return what was meant by a word or a flag that argparse does not know, behind a full stop; "" for nothing."""
-    words: list[str] = []
-    known: list[str] = []
-    if choice := re.search(r"invalid choice: ('.*') \(choose from (.*)\)", message):
-        words, known = [choice[1][1:-1]], re.findall(r"'([^']*)'", choice[2])
-    elif message.startswith("unrecognized arguments: "):
-        words = re.findall(r"(?<= )--[\w-]+", message)
-        known = [rule.name for _, rules in option_groups() for rule in rules.values()]
-    hints = [did_you_mean(word, known, others=_OTHER_FLAGS) for word in words]
-    return f".{''.join(hints)}" if any(hints) else ""
-
-
-_OTHER_FLAGS: Mapping[str, str] = {
-    "--epoch": "--epochs",
-    "--lr": "--space",
-    "--metric": "--scoring",
-    "--metrics": "--scoring",
-    "--random-state": "--seed",
-}
-
-
 @dataclass(frozen=True)
 class _Flag(Rule):
     """A flag that is no option of a search."""
@@ -75,7 +48,7 @@ class _Flag(Rule):
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line; ``command`` is the name of the command."""
-    parser = _Parser(
+    parser = Parser(
         prog="gputune",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
@@ -84,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gputune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser.commands = commands.choices
     for name, (text, places, flags) in _COMMANDS.items():
         about = f"{text[0].upper()}{text[1:]}."
         ending = defaults_in_words() if name in ("tune", "train") else None

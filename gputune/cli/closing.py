@@ -1,20 +1,15 @@
 """What is printed when a search has ended: what was understood, the best trials, the honest score, what to do next."""
 
 import math
+import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gputune.cli.held_out import HeldOut
-from gputune.cli.study import (
-    SCORE_AND_ERROR,
-    mean_words,
-    pareto_text,
-    study_measure,
-    trial_rows,
-)
+from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, study_measure, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
 from gputune.data.table import Table
@@ -45,7 +40,7 @@ class Ending:
 
     ``study_file`` and ``model_folder`` (None: no model was saved) are where both lie, ``seconds`` is the time of the
     whole run, ``ensemble`` what is said of one. ``trial`` is that of ``gputune train``, None after a search.
-    ``ended`` is why a search was good enough before its last trial.
+    ``ended`` is why a search was good enough before its last trial, ``typed`` are the words behind ``gputune``.
     """
 
     file: str
@@ -58,6 +53,7 @@ class Ending:
     ensemble: str = ""
     trial: Trial | None = None
     ended: str = ""
+    typed: Sequence[str] = ()
 
 
 def ensemble_words(
@@ -84,21 +80,29 @@ def closing_text(ending: Ending, *, width: int) -> str:
     return "\n\n".join([*parts, _whereabouts(ending, width)])
 
 
-def stopped_text(ending: Ending, typed: Sequence[str], *, width: int) -> str:
-    """Return what is there when Ctrl-C has ended ``gputune`` with the words ``typed``: the table, and how to go on."""
-    parts, places = [_understood(ending, width)], [*_kept(ending, _STATES, width)]
+def stopped_text(ending: Ending, *, width: int) -> str:
+    """Return what is there when Ctrl-C has ended ``gputune``: the table, and how to go on."""
+    parts, places = [_understood(ending, width)], [*_kept(ending, width)]
     if any(math.isfinite(trial.score) for trial in ending.study.trials):
         parts.append(_best_trials(ending, width))
     if ending.model_folder is not None:
         parts.append(_scores(ending, width))
         places += _model_and_next(ending.model_folder)
-    go_on = f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *typed]))}"
-    return "\n\n".join([*parts, "\n".join([*places, go_on])])
+    return "\n\n".join([*parts, "\n".join([*places, _go_on(ending)])])
+
+
+def _go_on(ending: Ending) -> str:
+    return f"{'Go on':{_LABEL}}{clean(shlex.join(['gputune', *ending.typed]))}"
+
+
+_ENDING = re.compile(r" --(?:timeout|target-score|patience-trials)[ =]\S+")
+"""Flags that end a search before its last trial."""
 
 
 def _understood(ending: Ending, width: int) -> str:
     record = ending.study.record
-    apart = "" if ending.held_out is None else f" and {ending.held_out.rows} held out"
+    held_out = (record.source or {}).get("held_out")
+    apart = "" if held_out is None else f" and {held_out['rows']} held out"
     lines = [
         ("Data", f"{ending.file}: {record.fingerprint['rows']} rows to search on{apart}"),
         _inputs(ending),
@@ -296,16 +300,14 @@ def _optimistic(ending: Ending) -> str:
 
 
 def _whereabouts(ending: Ending, width: int) -> str:
-    words = {
-        **_STATES,
-        "waiting": f"{_STATES['waiting']} (repeat the command to go on; without what ended it to the end)",
-    }
     if ending.model_folder is None:
         study = clean(ending.study_file)
         places = [f"{'Next':{_LABEL}}gputune.Study.open({study!r}).best_model()"]
     else:
         places = _model_and_next(ending.model_folder)
-    return "\n".join([*_kept(ending, words, width), *places])
+    if any(trial.state == "waiting" for trial in ending.study.trials):
+        places.append(_ENDING.sub("", _go_on(ending)))
+    return "\n".join([*_kept(ending, width), *places])
 
 
 def _model_and_next(folder: Path) -> list[str]:
@@ -313,13 +315,13 @@ def _model_and_next(folder: Path) -> list[str]:
     return [f"{'Model':{_LABEL}}{model}", f"{'Next':{_LABEL}}gputune predict {shlex.quote(model)} FILE"]
 
 
-def _kept(ending: Ending, words: Mapping[TrialState, str], width: int) -> list[str]:
-    """How many trials there are of each state, in these words, and their file."""
+def _kept(ending: Ending, width: int) -> list[str]:
+    """How many trials there are of each state, and their file."""
     trials = _labelled(
         [
             (
                 "Trials",
-                f"{states_words(states_of(ending.study), words)}; {seconds_text(ending.seconds)} in all",
+                f"{states_words(states_of(ending.study), _STATES)}; {seconds_text(ending.seconds)} in all",
             )
         ],
         width,

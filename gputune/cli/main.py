@@ -107,7 +107,7 @@ def _run(arguments: argparse.Namespace, words: Callable[..., str]) -> int:
         return _write("" if is_quiet else text)
     except SearchInterrupted as stop:
         _write(stop.report if arguments.verbose else "")
-        _say(str(stop))
+        _say(words(str(stop)))
         return 128 + stop.signal  # as a shell reports a process that a signal has ended
     except CheckFailedError as failed:
         _write(failed.report)

@@ -119,7 +119,8 @@ def _finish(
         model = model_folder(shown) if keeps_model else None
         seconds = time.perf_counter() - begin
         ended = in_flags(profile.ended)
-        return Ending(file, study, rest, held_out, shown, model, seconds, ensemble, trained, ended)
+        typed = arguments.typed
+        return Ending(file, study, rest, held_out, shown, model, seconds, ensemble, trained, ended, typed)
 
     held_out, ensemble, trained = None, "", None
     with _explaining_interrupts(place):
@@ -140,7 +141,7 @@ def _finish(
                 is_saved, held_out = _best_so_far(stop.study, recorded, folder, intervals=intervals)
             kept = ending(stop.study, held_out)
             kept = kept if is_saved else replace(kept, model_folder=None)
-            stop.report = stopped_text(kept, arguments.typed, width=width)
+            stop.report = stopped_text(kept, width=width)
             raise
         if keeps_model:
             with profile.clock("training the best on all rows"):
@@ -294,5 +295,5 @@ def _explaining_interrupts(study_file: Path) -> Iterator[None]:
     except KeyboardInterrupt as stop:
         words = "interrupted before the first trial; nothing was kept."
         if study_file.exists():
-            words = interrupted_words(Study.open(study_file), study_file)
+            words = in_flags(interrupted_words(Study.open(study_file), study_file))
         raise type(stop)(words) from None

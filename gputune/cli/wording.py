@@ -20,6 +20,7 @@ _PHRASES = {
     "Give this search a path of its own": "Give this search a folder of its own, --out OTHER",
     "give this search a path of its own": "give this search a folder of its own, --out OTHER",
     "repeat the first call's arguments": "repeat the first command's options",
+    "repeat the call to go on": "repeat the command to go on",
     "differs from this call in": "differs from this command in",
     "the same call goes on from there where study= names a file": "the same command goes on from there",
     "folds (cv, groups)": "folds (--cv, --groups)",
@@ -33,6 +34,8 @@ _PHRASES = {
     "must be a dict, a list of dicts, or one of": "must be KEY=SPEC, or one of",
     "give loss=callable(outputs, y), or training_step=callable(module, batch)": "tune it from Python",
     "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
+    "'log', 'log1p' or a transformer of scikit-learn's that has an inverse_transform": "'log' or 'log1p'",
+    "choose a PowerTransformer, or leave it out": "leave it out",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
 }
 """Advice that is Python's, and what it is here."""
@@ -94,6 +97,7 @@ def _in_flags(text: str, kept: Collection[str]) -> str:
     text = re.sub(rf"\bleave ({names}) out\b", lambda match: f"leave {known[match[1]]} out", text)
     text = re.sub(r"\bspace\['(\w+)'\]", r"--space \1", text)
     text = re.sub(r"\binclude\[\d+\]\['(\w+)'\]", r"\1", text)
+    text = re.sub(r"\binclude\[\d+\](?= (?:must|has)\b)", "--include", text)
     value = r"""'[^']*'|"[^"]*"|\([^()]*\)|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?\b|True|False|None|(?=[\s.,;:)]|$)"""
     text = re.sub(rf"(?<![\w'\"./-])({names})=({value})", lambda match: _option(known, *match.groups()), text)
     verbs = "must|is|are|for|has|needs|cannot|would|with|and"

@@ -132,4 +132,4 @@ def interrupted_words(study: "Study", file: object) -> str:
         text += f", {states['stopped']} cut short"
     if file is None:
         return f"{text}; they are in no file: with study=FILE a later call goes on."
-    return f"{text}; all is kept in {str(file)!r}: repeat this to go on."
+    return f"{text}; all is kept in {str(file)!r}: repeat the call to go on."

@@ -36,12 +36,26 @@ def test_every_argument_that_has_an_option_is_known():
     assert "tune" in make_parser().format_help()
 
 
-def test_each_flag_that_is_not_known_is_told_what_was_meant(capsys):
+@pytest.mark.parametrize(
+    ("typed", "hints"),
+    [
+        (
+            "tune FILE --seed=1 --trails 3 --metrics --epoch=4",
+            "--trails 3 --metrics --epoch=4. Did you mean '--trials'? Did you mean '--scoring'? Did you mean "
+            "'--epochs'?",
+        ),
+        ("train FILE --trials 3", "--trials 3. train has no --trials, a flag of tune, resume."),
+        ("trials STUDY --ra", "--ra"),
+        ("train FILE --metric f1", "--metric f1. Did you mean '--scoring'?"),
+    ],
+)
+def test_each_flag_that_is_not_known_is_told_what_was_meant(typed, hints, capsys):
     with pytest.raises(SystemExit):
-        make_parser().parse_args(["tune", "FILE", "--trails", "3", "--seed", "1", "--metrics", "--epoch=4"])
-    words = capsys.readouterr().err
-    assert "unrecognized arguments: --trails 3 --metrics --epoch=4. Did you mean '--trials'?" in words
-    assert "Did you mean '--scoring'? Did you mean '--epochs'?" in words
+        make_parser().parse_args(typed.split())
+    command = typed.partition(" ")[0]
+    assert capsys.readouterr().err == (
+        f"gputune: error: unrecognized arguments: {hints}\nTry 'gputune {command} --help'.\n"
+    )
 
 
 def test_the_default_space_is_in_every_help(capsys):

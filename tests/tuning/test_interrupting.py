@@ -72,7 +72,7 @@ def test_ctrl_c_keeps_all_and_says_the_command_that_goes_on(tmp_path, workers):
     assert code == 130 and 2 <= done < 25 and set(states) <= {"complete", "stopped", "waiting"}
     assert "Traceback" not in err
     assert f"gputune: interrupted: {done} of 25 trials are finished" in err
-    assert f"all is kept in '{tmp_path}/out/study.db': repeat this to go on." in err
+    assert f"all is kept in '{tmp_path}/out/study.db': repeat the command to go on." in err
     assert " by accuracy, mean ± standard error over 2 folds:" in out
     assert f"Trials   {done} complete" in out and f"{states.count('waiting')} not started; " in out
     if workers == 1:  # one of the two goes on
@@ -115,6 +115,7 @@ def test_the_second_ctrl_c_does_not(tmp_path):
     assert (tmp_path / "once").exists() and not (tmp_path / "twice").exists()
     assert code == 130
     assert "interrupted: 0 of 2 trials are finished; all is kept" in err and "Traceback" not in err
+    assert "120 rows to search on and 30 held out" in out
     assert "Trials   2 not started" in out and not (tmp_path / "out" / "model").exists()
 
 
@@ -187,7 +188,7 @@ def test_a_script_gets_a_keyboard_interrupt_that_has_the_study():
 
 @pytest.mark.parametrize("method", ["halving", "hypergradient"])
 def test_other_methods_hear_it_too(method, tmp_path):
-    with pytest.raises(SearchInterrupted, match="all is kept in .*repeat this to go on") as caught:
+    with pytest.raises(SearchInterrupted, match="all is kept in .*repeat the call to go on") as caught:
         interrupted_tune(method=method, study=tmp_path / "s.db", max_epochs=300)
     kept = gputune.Study.open(tmp_path / "s.db")
     assert [t.state for t in kept.trials] == [t.state for t in caught.value.study.trials]
