@@ -189,7 +189,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
             ),
             _Flag(
                 "--keep COL,COL",
-                "columns of the file to write before the predictions, such as an id",
+                "columns of the file to write before the predictions, such as an id; the target is named TARGET_given",
                 "names",
             ),
             _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),

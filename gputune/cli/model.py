@@ -28,7 +28,8 @@ def predict(arguments: Namespace) -> str:
     """Return the predictions as CSV, or write them to ``--out``.
 
     They are one column named as the target, with ``--interval`` and its two ends, or with ``--proba`` one for each
-    class, named as the class, behind the columns of the file that ``--keep`` names. Unless ``--raw``, text that a
+    class, named as the class, behind the columns of the file that ``--keep`` names, of which one that is named as a
+    predicted column has "_given" behind its name. Unless ``--raw``, text that a
     spreadsheet takes for a formula has a ' before it, with one warning.
     """
     model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
@@ -37,7 +38,7 @@ def predict(arguments: Namespace) -> str:
         model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
     header, rows = _predictions(model, arguments)
     if kept:
-        header = [*arguments.keep, *header]
+        header = [*_kept_names(arguments.keep, header), *header]
         rows = [[*before, *row] for before, row in zip(zip(*kept), rows, strict=True)]
     formulas = {cell for row in [header, *rows] for cell in row if isinstance(cell, str) and is_formula(cell)}
     if formulas and not arguments.raw:
@@ -54,6 +55,17 @@ def predict(arguments: Namespace) -> str:
         return text.getvalue().rstrip("\n")
     _write(text.getvalue(), arguments.out, source=file)
     return ""
+
+
+def _kept_names(kept: list[str], predicted: list[object]) -> list[str]:
+    """Return the names of kept columns, none of which is that of a predicted one."""
+    taken, names = {*map(str, predicted), *kept}, []
+    for name in kept:
+        given = name
+        while given in map(str, predicted) or (given != name and given in taken):
+            given += "_given"
+        names.append(given)
+    return names
 
 
 def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object], list[list[object]]]:

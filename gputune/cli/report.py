@@ -23,14 +23,19 @@ def report(arguments: Namespace) -> str:
     file, out = study_file(arguments.study), arguments.out
     check_place(f"--out {out!r}", Path(out), file)
     study = Study.open(file)
+    if arguments.live and (arguments.confusion or arguments.importance):  # before a page is written
+        from gputune.tuning.fold_report import check_fold_report
+
+        check_fold_report(study, confusion=bool(arguments.confusion))
+    folds = None if arguments.live else _folds(study, arguments)
     try:
         while arguments.live and finished(study) < len(study.trials):
             write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
             time.sleep(_LIVE_SECONDS)
             study = Study.open(file)
     finally:  # the last one stays as it is
-        write_page(study, out, model=_model(study, model_folder(file)))
-    if (folds := _folds(study, arguments)) is not None:
+        write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
+    if arguments.live and (folds := _folds(study, arguments)) is not None:
         write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
     return f"Report   {out}"
 

@@ -25,6 +25,7 @@ _PHRASES = {
     "the same call goes on from there where study= names a file": "the same command goes on from there",
     "folds (cv, groups)": "folds (--cv, --groups)",
     "with gputune.Study.open": "with gputune trials",
+    "use predict_proba.": "use --proba.",
     ", or None, got": ", got",
     " or None, got": ", got",
     "pass a module, for example model=gputune.models.MLP": "give a module, --model FILE.py:NAME",

@@ -38,12 +38,7 @@ def fold_report(
 
     Raises InputError where there are no classes, no columns, or no folds to train on.
     """
-    called = f"report({'confusion' if confusion else 'importance'}=True)"
-    check_folds_train(study, called)
-    if confusion and (study.record.classes is None or study.record.task == "multilabel"):
-        raise InputError(
-            "report(confusion=True) is of classes, and the study predicts others; leave confusion out."
-        )
+    check_fold_report(study, confusion=confusion)
     search, one = recalled_for("report", study, X, y, trust_code), study.best_trial
     layout = search.problem.layout
     if importance and not isinstance(layout, Layout):
@@ -59,6 +54,16 @@ def fold_report(
     order = np.argsort(-drops.mean(1), kind="stable")
     names = tuple(layout.columns[place].name for place in order)
     return FoldReport(one.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])
+
+
+def check_fold_report(study: Study, *, confusion: bool) -> None:
+    """Raise InputError for a study without folds to train on, and for a ``confusion`` where there are no classes."""
+    check_folds_train(study, f"report({'confusion' if confusion else 'importance'}=True)")
+    if confusion and (study.record.classes is None or study.record.task == "multilabel"):
+        what = "several labels" if study.record.task == "multilabel" else "numbers"
+        raise InputError(
+            f"report(confusion=True) is of classes, and the study predicts {what}; leave confusion out."
+        )
 
 
 def _confusion(members: list[nn.Module], data: Dataset, scoring: Scoring) -> NDArray[np.int64]:

@@ -188,4 +188,12 @@ def test_columns_are_kept_as_they_are_written(folder, tmp_path, suffix):
 def test_columns_of_a_bundled_set_are_kept(tmp_path):
     assert run("tune", "sklearn:iris", "--out", tmp_path, *FAST)[0] == 0
     out = run("predict", tmp_path / "model", "sklearn:iris", "--keep", "target")[1]
-    assert out.startswith("target,target\nsetosa,")
+    assert out.startswith("target_given,target\nsetosa,")
+
+
+def test_a_kept_column_has_a_name_of_its_own(folder):
+    command = ["predict", folder / "price" / "model", folder / "t.csv", "--keep", "id,price"]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "") and out.startswith("id,price_given,price\n000,0.25,")
+    code, _, err = run("predict", folder / "kind" / "model", folder / "t.csv", "--interval", "0.9")
+    assert code == 2 and "--interval is of one number a row" in err and err.endswith(": use --proba.\n")

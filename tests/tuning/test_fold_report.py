@@ -113,10 +113,11 @@ def test_the_command_line(tmp_path):
     assert (code, said, err) == (0, f"Report   {page}\n", "")
     assert "Confusion matrix" in page.read_text() and "Importance of the columns" in page.read_text()
     assert run("tune", table, "--target", "age", "--out", tmp_path / "age", *FAST)[0] == 0
-    code, _, err = run("report", tmp_path / "age", "--out", page, "--confusion")
-    assert (
-        code == 2 and "--confusion is of classes, and the study predicts others; leave --confusion out" in err
-    )
+    page.unlink()
+    for live in ([], ["--live"]):
+        code, _, err = run("report", tmp_path / "age", "--out", page, "--confusion", "--importance", *live)
+        assert code == 2 and not page.exists()
+        assert "--confusion is of classes, and the study predicts numbers; leave --confusion out" in err
 
 
 def test_what_is_refused():
