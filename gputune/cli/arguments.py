@@ -147,6 +147,7 @@ _MODEL = ("MODEL_DIR", "the folder of a saved model")
 _TRUST = _Flag(
     "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
 )
+_BY = _Flag("--by NAME", "rank by this one of several metrics (the first of --scoring)")
 
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
     "tune": (
@@ -169,13 +170,14 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
                 "json and csv have scores in scikit-learn's sign: greater is better",
                 choices=("table", "json", "csv"),
                 default="table",
-            )
+            ),
+            _BY,
         ],
     ),
     "best": (
         "show the best score of a study and its parameters",
         {"study": _STUDY},
-        [_Flag("--format", choices=("text", "json"), default="text")],
+        [_Flag("--format", choices=("text", "json"), default="text"), _BY],
     ),
     "predict": (
         "predict the rows of a file with a saved model, as CSV",

@@ -20,7 +20,7 @@ from gputune.study.claims import Claims
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
-from gputune.views.metrics import measures, other_measures, pareto_trials
+from gputune.views.metrics import measures, other_measures, pareto_trials, ranked_by
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 
@@ -42,7 +42,7 @@ _LISTINGS = (
 
 def trials(arguments: Namespace) -> str:
     """Return the trials as a table for a terminal, as JSON or as CSV."""
-    study = Study.open(study_file(arguments.study))
+    study = _opened(arguments)
     if arguments.format == "table":
         return trials_table(study, width=shutil.get_terminal_size().columns)
     return trials_json(study) if arguments.format == "json" else trials_csv(study)
@@ -50,8 +50,13 @@ def trials(arguments: Namespace) -> str:
 
 def best(arguments: Namespace) -> str:
     """Return the best trial as text or as JSON."""
-    study = Study.open(study_file(arguments.study))
+    study = _opened(arguments)
     return best_json(study) if arguments.format == "json" else best_text(study)
+
+
+def _opened(arguments: Namespace) -> Study:
+    study = Study.open(study_file(arguments.study))
+    return study if arguments.by is None else ranked_by(study, arguments.by)
 
 
 def trials_table(study: Study, *, width: int) -> str:

@@ -42,6 +42,8 @@ _PHRASES = {
 """Advice that is Python's, and what it is here."""
 
 _PATTERNS = {
+    r"^ranked_by\('([^']*)'\)": r"--by \1",
+    r"^ranked_by\(\.\.\.\)": "--by",
     r"\breport\((confusion|importance)=True\)": r"--\1",
     r"\bleave (confusion|importance) out\b": r"leave --\1 out",
     r"^X (?=has|must)": "FILE ",

@@ -314,9 +314,10 @@ def positive_code(
             f"positive={positive!r} needs a target of two classes, got a {task} task; leave it out."
         )
     if not of_a_class:
+        same = ": it is the same for both" if scoring == "roc_auc" else ""
         raise InputError(
             f"positive={positive!r} is for scores of one class, such as f1 or average_precision, and "
-            f"scoring={scoring!r} knows no positive class; leave it out."
+            f"scoring={scoring!r} knows no positive class{same}; leave it out."
         )
     codes = [code for code, label in enumerate(labels) if _is_meant(label, positive)]
     if not codes:

@@ -627,6 +627,11 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
     assert gputune.Study.open(out / "study.db").curves_of("roc_auc").shape == (4, 2, 2)
     header, *rows = read_csv(run("trials", out, "--format", "csv")[1])
     assert len(rows) == 4 and {"score_accuracy", "score_roc_auc", "score_f1"} <= {*header}
+    text = run("trials", out, "--by", "roc_auc")[1]
+    assert re.search(r"^4 trials by roc_auc, .*\s+trial +roc_auc +accuracy +f1 +epoch", text)
+    best = gputune.Study.open(out / "study.db").ranked_by("f1").best_trial
+    assert json.loads(run("best", out, "--by", "f1", "--format", "json")[1])["score"] == best.score
+    assert "error: --by must be one of the study's metrics, " in run("best", out, "--by", "f2")[2]
     words = run("tune", table, *options, *FAST, "--scoring", "accuracy,f1")[2]
     assert "this command in: --scoring (accuracy, roc_auc, f1 there, accuracy, f1 here). Give this" in words
 

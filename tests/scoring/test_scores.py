@@ -210,7 +210,7 @@ def test_the_positive_class_may_be_given_as_text(classes, text, code):
         ("r2", None, 1, "positive=1 .* got a regression task; leave it out"),
         ("accuracy", NAMED, "no", "scoring='accuracy' knows no positive class; leave it out"),
         ("f1_macro", NAMED, "no", "scoring='f1_macro' knows no positive class"),
-        ("roc_auc", NAMED, "no", "scoring='roc_auc' knows no positive class"),
+        ("roc_auc", NAMED, "no", "scoring='roc_auc' knows no positive class: it is the same for both; leave"),
         ("neg_brier_score", NAMED, "no", "scoring='neg_brier_score' knows no positive class"),
         (None, NAMED, "no", "scoring='accuracy' knows no positive class"),
         (metrics.make_scorer(metrics.f1_score), NAMED, "no", "knows no positive class; leave it out"),
