@@ -8,9 +8,8 @@ from sklearn.metrics import get_scorer, get_scorer_names
 
 from gputune.cli.held_out import HeldOut, held_out_score, labels_of
 from gputune.data.source import Source
-from gputune.data.table import quoted
-from gputune.errors import InputError
 from gputune.scoring.scoring import has_positive_class, make_scoring
+from gputune.study.answers import refuse_unknown
 from gputune.study.model import TunedModel
 from gputune.text import clean, count, measure_of, paragraph, table
 from gputune.types import Json, Task
@@ -123,12 +122,8 @@ def evaluation(
     """
     guess = model.predict(test.X)
     classes, y = labels_of(model, test)
-    if model.classes is not None and classes is not None and (y >= len(model.classes)).all():
-        K = len(model.classes)
-        raise InputError(
-            f"column {test.target!r} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, and "
-            f"the model's classes are {quoted(map(str, classes[:K]))}; write them as the model has them."
-        )
+    if model.classes is not None and classes is not None:
+        refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
     own, known = str(model.info.get("scoring") or ""), get_scorer_names()
     usual = [
         *([own] if own in known else []),

@@ -11,10 +11,10 @@ from sklearn.metrics import get_scorer
 from torch import Tensor
 from torch.nn import functional
 
-from gputune.data.kinds import text_of
 from gputune.data.source import Source
 from gputune.scoring.estimators import fitted
 from gputune.scoring.scoring import Scoring, make_scoring
+from gputune.study.answers import class_codes
 from gputune.study.model import TunedModel
 
 _SAMPLES, _SAMPLE_ROWS = 400, 20_000
@@ -113,12 +113,4 @@ def labels_of(model: TunedModel, test: Source) -> tuple[list[object] | None, np.
     """Return the classes, those of the held-out rows alone last, and the rows' codes; or None and numbers."""
     if model.classes is None:
         return None, np.asarray(test.y, dtype=np.float64)
-    classes, labels = model.classes.tolist(), np.asarray(test.y).tolist()
-    if model.classes.dtype.kind == "U":
-        labels = [text_of(label) for label in labels]
-    else:  # one text among them makes text of a column of numbers
-        of_text = {text_of(label): label for label in classes}
-        labels = [of_text.get(label, label) if isinstance(label, str) else label for label in labels]
-    classes += sorted({*labels} - {*classes}, key=str)
-    position = {label: code for code, label in enumerate(classes)}
-    return classes, np.array([position[label] for label in labels], dtype=np.int64)
+    return class_codes(model.classes, test.y)

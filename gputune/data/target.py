@@ -99,7 +99,7 @@ def check_target(y: object, *, task: TaskWord | None = None, n_rows: int, name: 
         raise InputError(
             f"task must be one of {', '.join(map(repr, TASKS))} or None, got {task!r}.{did_you_mean(task, TASKS)}"
         )
-    given = _as_array(y, name)
+    given = target_array(y, name)
     column = given.ndim == 2 and given.shape[1] == 1
     values = _values(given[:, 0] if column else given, name)
     if task is None and values.ndim > 1:
@@ -195,7 +195,8 @@ def _first_row(bad: np.ndarray) -> int:
     return int(bad.reshape(len(bad), -1).any(1).argmax())
 
 
-def _as_array(y: object, name: str) -> np.ndarray:
+def target_array(y: object, name: str) -> np.ndarray:
+    """Return y as an array in its own type; a list of text, or of unlike values, holds Python objects."""
     from scipy.sparse import issparse
 
     if issparse(y):

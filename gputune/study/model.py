@@ -25,6 +25,7 @@ from gputune.engine.entry import entry
 from gputune.errors import InputError, InputWarning
 from gputune.modules.construction import Builder
 from gputune.population.network import call_module, first_output, two_logits
+from gputune.study.answers import checked_codes, checked_numbers
 from gputune.study.export import encoded, export
 from gputune.study.model_files import ModelContent, read_content, save_model
 from gputune.text import card, count, measure_of, short
@@ -133,11 +134,20 @@ class TunedModel(ModelContent):
         return self._outputs(X).softmax(1).numpy()
 
     def score(self, X: object, y: object, sample_weight: object = None) -> float:
-        """Return the accuracy of the labels y, or R2 of numbers, as estimators of scikit-learn do."""
+        """Return the accuracy of the labels y, or R2 of numbers, as estimators of scikit-learn do.
+
+        A label that the model does not know counts as wrong. Raises InputError for a y with missing values, of another
+        length, with no known label at all, or of text where the model predicts numbers.
+        """
         from sklearn.metrics import accuracy_score, r2_score
 
+        guess = self.predict(X)
+        if self.classes is not None:
+            true, guess = (checked_codes(self.classes, labels, len(guess)) for labels in (y, guess))
+        else:
+            true = checked_numbers(y, self.task, len(guess))
         metric = r2_score if self.task == "regression" else accuracy_score
-        return float(metric(y, self.predict(X), sample_weight=sample_weight))
+        return float(metric(true, guess, sample_weight=sample_weight))
 
     def fit(self, X: object, y: object = None) -> Self:
         """Raise InputError: scikit-learn asks of an estimator that it has a fit, and this one is fitted."""

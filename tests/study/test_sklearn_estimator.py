@@ -2,7 +2,9 @@
 
 import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from sklearn.base import is_classifier, is_regressor
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import load_diabetes, load_iris
@@ -42,6 +44,32 @@ def test_of_numbers_too():
     assert permutation_importance(model, *DIABETES, n_repeats=2).importances.shape == (10, 2)
     assert partial_dependence(model, DIABETES[0], [2], grid_resolution=3)["average"].shape == (1, 3)
     assert not hasattr(model, "classes_")
+
+
+def test_it_scores_what_a_search_reads(model):
+    X, y = IRIS[0], np.array(["a", "b", "c"])[IRIS[1]]
+    odd = np.where(np.arange(150) < 10, "new", y)
+    assert model.score(X, odd) == accuracy_score(odd, model.predict(X))
+    assert model.score(X, y.tolist()) == model.score(X, pd.Series(y)) == model.score(X, y[:, None])
+    priced = gputune.tune("mlp", *DIABETES, **HOW).best_model()
+    numbers = torch.as_tensor(DIABETES[1])[:, None]
+    assert priced.score(DIABETES[0], numbers) == priced.score(*DIABETES)
+    text = [f"${value:,.2f}" for value in 1000 * DIABETES[1]]
+    assert priced.score(DIABETES[0], text) == r2_score(1000 * DIABETES[1], priced.predict(DIABETES[0]))
+    for one, rows, bad, message in (
+        (
+            model,
+            X,
+            IRIS[1],
+            "y has no class that the model knows: it holds '0', '1', '2', and .* 'a', 'b', 'c'",
+        ),
+        (model, X, [None, *y[1:]], r"y has 1 missing value \(the first in row 0\)"),
+        (model, X, y[:9], r"one label a row of X, got shape \(9,\) and 150 rows"),
+        (priced, DIABETES[0], [None, *DIABETES[1][1:]], "y has 1 missing value"),
+        (priced, DIABETES[0], ["dear", *text[1:]], "needs numbers in y, got text such as 'dear'"),
+    ):
+        with pytest.raises(gputune.InputError, match=message):
+            one.score(rows, bad)
 
 
 def test_scikit_learn_explains_and_calibrates_it(model):

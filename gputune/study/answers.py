@@ -1,0 +1,55 @@
+"""The right answers of rows that a model predicts: labels as codes of its classes, numbers as a search reads them."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gputune.data.kinds import text_of
+from gputune.data.table import as_table, quoted
+from gputune.data.target import check_target, refuse_missing, target_array
+from gputune.errors import InputError
+from gputune.types import Task
+
+
+def class_codes(classes: NDArray[Any], y: object) -> tuple[list[object], NDArray[np.int64]]:
+    """Return the classes, those that y alone has last, and the codes of y, (n,)."""
+    known, labels = classes.tolist(), np.asarray(y).tolist()
+    if classes.dtype.kind == "U":
+        labels = [text_of(label) for label in labels]
+    else:  # one text among them makes text of a column of numbers
+        of_text = {text_of(label): label for label in known}
+        labels = [of_text.get(label, label) if isinstance(label, str) else label for label in labels]
+    known += sorted({*labels} - {*known}, key=str)
+    position = {label: code for code, label in enumerate(known)}
+    return known, np.array([position[label] for label in labels], dtype=np.int64)
+
+
+def refuse_unknown(classes: list[object], codes: NDArray[np.int64], K: int, name: str) -> None:
+    """Raise InputError where each code is beyond the K classes of a model, the first of ``classes``."""
+    if (codes >= K).all():
+        raise InputError(
+            f"{name} has no class that the model knows: it holds {quoted(map(str, classes[K:]))}, and the model's "
+            f"classes are {quoted(map(str, classes[:K]))}; write them as the model has them."
+        )
+
+
+def checked_codes(classes: NDArray[Any], y: object, rows: int) -> NDArray[np.int64]:
+    """Return the codes of labels y, (n,), one for each row. Raises InputError for labels that cannot be scored."""
+    labels = target_array(y, "y")
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.shape != (rows,):
+        raise InputError(f"y must have one label a row of X, got shape {labels.shape} and {rows} rows.")
+    refuse_missing(labels, "y", "leave those rows out")
+    known, codes = class_codes(classes, labels)
+    refuse_unknown(known, codes, len(classes), "y")
+    return codes
+
+
+def checked_numbers(y: object, task: Task, rows: int) -> NDArray[Any]:
+    """Return numbers y, (n,) or (n, K), of text too where it reads as numbers. Raises InputError as ``tune``."""
+    values = target_array(y, "y")
+    if values.ndim == 1 and values.dtype.kind in "OU" and any(isinstance(value, str) for value in values):
+        table = as_table(values[:, None])
+        y = table.columns[0] if table.kinds[0] == "number" else y
+    return check_target(y, task=task, n_rows=rows).values
