@@ -305,6 +305,42 @@ def test_a_custom_target_is_scored_by_its_loss():
     assert study.best_model().predict(X).shape == (60, 5)
 
 
+def pinball(outputs, y, q=0.5):
+    gap = y - outputs[:, 0]
+    return torch.maximum(q * gap, (q - 1) * gap)
+
+
+def needed(outputs, y, power):
+    return powered(outputs, y, power)
+
+
+@pytest.mark.parametrize("loss", [pinball, "quantile"])
+def test_a_loss_scores_with_the_value_that_the_space_fixes(loss):
+    y = X[:, 0] * 3 + 7
+    space = {**ONE["space"], "loss__q": 0.9}
+    study = gputune.tune(Net, X, y, loss=loss, **{**ONE, "space": space, "scoring": "neg_loss"})
+    center, scale = (y[20:].mean(), y[20:].std(correction=0)) if loss == "quantile" else (0.0, 1.0)
+    standardised = ((y - center) / scale).double()
+    module = plain_loop(lambda: Net(5, 1), standardised, lambda m, x, t: pinball(m(x), t, 0.9).mean())
+    expected = pinball(outputs_of(module), standardised[:20], 0.9).mean()
+    assert study.trials[0].score == pytest.approx(-float(expected), rel=1e-6)
+
+
+def test_losses_of_several_values_are_ranked_by_the_default(capsys):
+    space = {**ONE["space"], "loss__q": [0.1, 0.9]}
+    how = {**ONE, "space": space, "n_trials": 2, "scoring": "neg_loss", "verbose": 1}
+    study = gputune.tune(Net, X, X[:, 0], loss=pinball, **how)
+    assert "neg_loss of each trial is of the loss with loss__q=0.5, its default" in capsys.readouterr().err
+    for trial in study.trials:
+        module = plain_loop(
+            lambda: Net(5, 1),
+            X[:, 0].double(),
+            lambda m, x, t, q=trial.params["loss__q"]: pinball(m(x), t, q).mean(),
+        )
+        expected = pinball(outputs_of(module), X[:20, 0].double()).mean()
+        assert trial.score == pytest.approx(-float(expected), rel=1e-6)
+
+
 class ZeroStart(OneLogit):
     def __init__(self, n_features):
         super().__init__(n_features)
@@ -559,6 +595,16 @@ def test_a_study_knows_its_loss(tmp_path):
         (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
         (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
         (SEVERAL, {"space": {"loss__q": [0.5]}}, "loss__q is none of loss='mse'"),
+        (
+            SEVERAL[:, 0],
+            {"loss": needed, "space": {"loss__power": [1, 2]}, "scoring": "neg_loss"},
+            "loss__power has several values in the space and no default; give it one, or scoring=callable",
+        ),
+        (
+            X,
+            {"task": "custom", "training_step": lambda m, b: m(b[0]).square().mean()},
+            "a custom target that training_step trains on has no score of its own; give scoring=callable",
+        ),
         (
             SEVERAL,
             {"loss": lambda o, y: (o - y).square().mean(1), "method": "hypergradient"},

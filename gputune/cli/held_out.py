@@ -44,6 +44,8 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: o
     ``positive`` is the class that the score is of, None where it is of none.
     """
     rows = len(test.X)
+    if scoring == "neg_loss":
+        return HeldOut(math.nan, rows, why="a saved model does not know the loss that it was trained on")
     classes, y = labels_of(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:

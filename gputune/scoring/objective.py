@@ -12,8 +12,8 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,37 @@ class Objective:
     """Whether a module may return outputs of any shape (n, ...): for a custom target."""
     binary: bool = False
     """Whether the target is two classes, which one logit a row can tell apart."""
+    fixed: Config = field(default_factory=dict, compare=False)
+    """The ``loss__*`` that a search has one value of: ``neg_loss`` is of them, and of the defaults of ``varied``."""
+    varied: Config = field(default_factory=dict, compare=False)
+
+    def of_space(self, space: Sequence[Mapping[str, Any]]) -> Self:
+        """Return it as it scores in a space, whose trials are ranked by one loss.
+
+        A part of ``space`` has a list of choices, or a distribution, by key.
+        """
+        names = sorted({key for part in space for key in part if key.startswith(LOSS_PREFIX)})
+        fixed = {}
+        for name in names:
+            choices = [part.get(name) for part in space]
+            values = [one[0] for one in choices if isinstance(one, list) and len(one) == 1]
+            if len(values) == len(space) and len(set(map(repr, values))) == 1:
+                fixed[name] = values[0]
+        defaults = loss_defaults(self.loss)
+        varied = {name: defaults.get(name, inspect.Parameter.empty) for name in names if name not in fixed}
+        return replace(self, fixed=fixed, varied=varied)
+
+    def remarks_on_neg_loss(self) -> tuple[str, ...]:
+        """Return what to know of a ranking by the loss where trials are trained on several, a sentence each."""
+        defaults = ", ".join(f"{name}={value!r}" for name, value in self.varied.items())
+        return (
+            (
+                f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other values do not "
+                "compare. Give one value in the space, or scoring=callable(outputs, y)",
+            )
+            if defaults
+            else ()
+        )
 
     @property
     def name(self) -> str:
@@ -181,11 +212,11 @@ class Objective:
         return [torch.stack(parts) for parts in zip(*folds)]
 
     def neg_loss(self, outputs: Tensor, y: Tensor) -> float:
-        """Return minus the mean loss of one member's outputs, with the numbers that the loss takes by default."""
+        """Return minus the mean loss of one member's outputs, the same loss for each trial; see ``of_space``."""
         losses = (
-            self.rows(outputs[None, None], y[None, None], self.values([{}], outputs))
+            self.rows(outputs[None, None], y[None, None], self.values([self.fixed], outputs))
             if self.is_named
-            else self.member_loss({})(outputs, y)
+            else self.member_loss(self.fixed)(outputs, y)
         )
         return -float(losses.double().mean())
 

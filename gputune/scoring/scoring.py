@@ -203,12 +203,12 @@ def make_scoring(
     """
     from sklearn.metrics import get_scorer
 
+    if scoring == "neg_loss" or (scoring is None and task == "custom"):
+        return _neg_loss(objective, asked=scoring is not None)
     if scoring is None:
-        scoring = {"regression": "r2", "custom": "neg_loss"}.get(task, "accuracy")
+        scoring = "r2" if task == "regression" else "accuracy"
     if task == "multilabel":
         classes = np.eye(n_labels, dtype=np.int64)
-    if scoring == "neg_loss":
-        return _neg_loss(objective)
     if not isinstance(scoring, str):
         if not callable(scoring):
             raise InputError(
@@ -249,11 +249,16 @@ def _refuse_metric(scoring: Callable[..., object]) -> None:
     )
 
 
-def _neg_loss(objective: Objective | None) -> Scoring:
-    """Return minus the loss on validation rows, with the numbers that it takes by default."""
+def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
+    """Return minus the loss on validation rows, the same one for all trials."""
     if objective is None or objective.step is not None:
+        of_step = "a custom target that training_step trains on has no score of its own"
+        what = "scoring='neg_loss' is of a module's loss of outputs and y" if asked else of_step
+        raise InputError(f"{what}; give scoring=callable(outputs, y).")
+    if lacking := [name for name, value in objective.varied.items() if value is inspect.Parameter.empty]:
         raise InputError(
-            "scoring='neg_loss' is of a module's loss of outputs and y; give scoring=callable(outputs, y)."
+            f"scoring='neg_loss' ranks all trials by one loss, and {lacking[0]} has several values in the space and no "
+            "default; give it one, or scoring=callable(outputs, y)."
         )
     return Scoring("neg_loss", None, None, None, of_outputs=objective.neg_loss, is_loss=True)
 

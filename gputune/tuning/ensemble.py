@@ -19,6 +19,7 @@ from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
+from gputune.methods.space import space_from_json
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
 from gputune.scoring.metrics import make_metrics
 from gputune.scoring.scores import neg_cross_entropy
@@ -144,9 +145,12 @@ def _scoring(search: Search) -> Scoring:
     asked, positive = (
         (search.options.scoring, record.positive) if known else (record.scoring, record.ranked_class)
     )
-    return make_metrics(
-        asked, target.task, target.classes, positive, search.problem.objective, target.n_outputs
-    )
+    objective, space = search.problem.objective, record.arguments.space
+    if objective is not None:
+        # A space with an object of the user's own is in no file; its trials tell of it.
+        trained = [{name: [value] for name, value in t.params.items()} for t in search.study.trials]
+        objective = objective.of_space(trained if space is None else space_from_json(space))
+    return make_metrics(asked, target.task, target.classes, positive, objective, target.n_outputs)
 
 
 @dataclass(frozen=True, eq=False)

@@ -144,6 +144,8 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     if loss := default_loss(data, choice, options, first):
         options, data = replace(options, loss=loss), data.with_one_logit()
         problem = replace(problem, objective=make_objective(loss, None, options.augment, data.task))
+    if problem.objective is not None:
+        problem = replace(problem, objective=problem.objective.of_space(space))
     scoring = _scoring(options, problem)
     check_folds(scoring, data)
     for trial, config in zip(trials, configs):
@@ -161,7 +163,7 @@ def _record(setup: _Setup, context: Context) -> SearchRecord:
         *notes_on(setup.trials, setup.space, setup.choice, setup.options),
         *context.remarks,
         *context.remarks_on(setup.configs),
-        *remarks_on_loss(problem, setup.choice),
+        *remarks_on_loss(problem, setup.choice, setup.scoring),
         *remark_on_accuracy(without_model, setup.scoring),
     )
     return search_record(context, problem, setup.space, setup.folds, notes, without_model)

@@ -28,6 +28,7 @@ from gputune.modules.inspection import returns_one_logit
 from gputune.optimizers.classes import CLASSES, check_optimizer, optimizer_word
 from gputune.population.population import ModelKind, complete
 from gputune.scoring.objective import Objective, make_objective
+from gputune.scoring.scoring import Scoring
 from gputune.study.model_files import DTYPES
 from gputune.study.module_source import class_from_file, class_source, find_class, is_builder
 from gputune.text import did_you_mean
@@ -332,13 +333,18 @@ def default_loss(data: Dataset, choice: ModelChoice, options: Options, params: C
     return "bce" if returns_one_logit(choice.module_class, params, data) else ""
 
 
-def remarks_on_loss(problem: Problem, choice: ModelChoice) -> tuple[str, ...]:
-    """Return what the user should know of the loss, a sentence each: of which class one logit is."""
-    classes = problem.target.classes
-    if problem.objective is None or not problem.objective.one_logit or classes is None:
+def remarks_on_loss(problem: Problem, choice: ModelChoice, scoring: Scoring) -> tuple[str, ...]:
+    """Return what the user should know of the loss, a sentence each: of which class one logit is, what ranks."""
+    classes, objective = problem.target.classes, problem.objective
+    if objective is None:
         return ()
+    ranks = any(one.is_loss for one in (scoring, *scoring.others))
+    of_values = objective.remarks_on_neg_loss() if ranks else ()
+    if not objective.one_logit or classes is None:
+        return of_values
     other, positive = classes.tolist()
     return (
-        f"{choice.name} is trained on the loss {problem.objective.name}: its one logit a row is of "
+        f"{choice.name} is trained on the loss {objective.name}: its one logit a row is of "
         f"{problem.target.name} = {positive!r} against {other!r}",
+        *of_values,
     )

@@ -143,3 +143,9 @@ def test_there_is_no_interval_where_few_samples_have_a_score():
     assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is not None
     y = np.zeros(8, dtype=int)
     assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is None
+
+
+def test_a_loss_is_no_score_of_held_out_rows():
+    _, model = fitted(LABELS[RNG.integers(0, 2, 60)])
+    held = held_out_score(model, "neg_loss", read_source(X[40:], LABELS[RNG.integers(0, 2, 20)]))
+    assert held.why == "a saved model does not know the loss that it was trained on" and held.rows == 20
