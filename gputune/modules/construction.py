@@ -139,9 +139,9 @@ def hidden_sides(module: nn.Module, trained: Params) -> dict[str, int]:
 def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Config) -> Config:
     """Return what a builder is called with: of the ``sizes`` those that its signature has, and the ``arguments``.
 
-    What takes any keyword, and is no subclass of what names its own, gets the numbers of features and outputs. Raises
-    InputError, before anything is made, for an
-    argument that it has not, and for one that it needs and nothing gives.
+    ``num_classes`` without a default is ``n_outputs``, by torchvision's name for it. What takes any keyword, and is no
+    subclass of what names its own, gets the numbers of features and outputs. Raises InputError, before anything is
+    made, for an argument that it has not, and for one that it needs and nothing gives.
     """
     signature, parameters = inspect.signature(builder), parameters_of(builder)
     kinds = {name: parameter.kind for name, parameter in parameters.items()}
@@ -162,6 +162,8 @@ def call_arguments(builder: Builder, sizes: Mapping[str, object], arguments: Con
     if isinstance(builder, partial):
         asked -= set(builder.keywords)  # what a partial has set stays so
     given = {**{name: value for name, value in sizes.items() if name in asked}, **arguments}
+    if "num_classes" in asked and parameters["num_classes"].default is inspect.Parameter.empty:
+        given.setdefault("num_classes", sizes["n_outputs"])
     for name, parameter in signature.parameters.items():
         if kinds[name] in (_EITHER, _KEYWORD) and parameter.default is parameter.empty and name not in given:
             raise InputError(

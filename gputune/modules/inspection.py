@@ -79,7 +79,9 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
     False also for a module that cannot be made, or fails, of which its inspection knows more to say.
     """
     sizes = {"n_features": data.n_features, "n_outputs": 2, "input_shape": ()}
-    if data.task != "binary" or "n_outputs" in call_arguments(builder, sizes, module_arguments(config)):
+    given = module_arguments(config)
+    filled = call_arguments(builder, sizes, given).keys() - given.keys()
+    if data.task != "binary" or filled & {"n_outputs", "num_classes"}:
         return False
     x = tuple(part.cpu() for part in data.example(EXAMPLES))
     shape = _shape(x, n_outputs=1, names=data.names, dtype=data.dtype)

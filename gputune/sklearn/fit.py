@@ -1,5 +1,6 @@
 """All configurations trained in all folds at once, to the last epoch: the one way in which this face trains."""
 
+import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -178,7 +179,8 @@ def in_skorchs_words(error: InputError) -> InputError:
     text = str(error)
     for word, skorchs in _WORDS.items():
         text = text.replace(word, skorchs, 1)
-    return InputError(text)
+    text = re.sub(r"put '(module__\w+)' into the space \(some values, or one\)", r"pass \1=...", text)
+    return InputError(text.replace("values of the space", "values"))
 
 
 def _fit_batch(batch: Batch, trainer: Trainer) -> Members:

@@ -48,9 +48,12 @@ class _NeuralNet(TrainedEstimator):
                 "every row is trained on; leave it out, and let a search split the rows",
             ),
             "verbose": (None, ""),
+            "callbacks": (
+                (None, []),
+                "an estimator calls none; leave them out, or pass them to gputune.tune",
+            ),
         },
         refused={
-            "callbacks": "there are none; for a schedule of the learning rate use MLPClassifier or gputune.tune",
             "warm_start": "fit always begins anew; train longer with max_epochs",
             "iterator_train__shuffle": "rows are shuffled anew in every epoch; leave it out",
             "optimizer__lr": "give lr",
@@ -81,6 +84,7 @@ class _NeuralNet(TrainedEstimator):
         numbers: str = "none",
         train_split: object = None,
         verbose: int = 0,
+        callbacks: object = None,
         **arguments: object,
     ) -> None:
         parameters = locals()
@@ -237,6 +241,7 @@ _PARAMETERS = """
                          rows; "none" leaves them
     train_split          None: no row is held out, and nothing else is taken
     verbose              taken, and without effect
+    callbacks            None or []: an estimator calls none
 
     Members of a search train stacked where the module can be, and one by one where not. Departures from skorch: every
     row is trained on, none is held out, and floats have X's precision on a CPU (skorch: single).

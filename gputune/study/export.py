@@ -1,13 +1,13 @@
 """A tuned model written as one file that runs without gputune: ONNX, or PyTorch's own exported program."""
 
 import copy
+import io
 import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from gputune.version import __version__
 
 METADATA = "gputune.json"
 """Key of the description, in the metadata of ONNX and among the extra files of a .pt2."""
+
+_TALKATIVE = ("torch.onnx", "torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+"""Loggers of what is exported."""
 
 
 class TableInputs(nn.Module):
@@ -267,53 +270,61 @@ def _in_words(failure: str) -> Iterator[None]:
     except Exception as error:  # torch.export raises anything, its own and the module's
         cause = error.__cause__ or error
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        reason = f"{type(cause).__name__}: {reason.strip()}"
+        if "Constraints violated (rows)" in reason:
+            reason = "its forward() fixes the number of rows: write x.shape[0] for len(x), and no if on it."
         raise InputError(
-            f"{failure}: {type(cause).__name__}: {reason.strip()} Its forward() must be one that torch.export can "
-            "trace for any number of rows; save() keeps the model as it is."
+            f"{failure}: {reason} Its forward() must be one that torch.export can trace for any number of rows; "
+            "save() keeps the model as it is."
         ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out what the exporters warn of and log, which nobody who tuned a model can act on."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in _TALKATIVE]
+    before = [logger.level for logger in loggers]
     try:
-        with warnings.catch_warnings():
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        # torch.export prints its graph where it fails.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before):
+            logger.setLevel(level)
 
 
 def _write_onnx(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draft: Path) -> None:
     known = json.loads(text)
-    export_program = partial(
-        torch.onnx.export,
-        whole,
-        examples,
-        dynamo=True,
-        verbose=False,
-        input_names=known["names"] if known["inputs"] == "arrays" else ["X"],
-        output_names=known["outputs"],
-        dynamic_shapes=_any_rows(examples),
-    )
-    program: Any = export_program()
+
+    def converted_program() -> Any:
+        return torch.onnx.export(
+            # Traced here, since torch.onnx.export fixes the number of rows where it cannot leave it open.
+            _traced(whole, examples),
+            dynamo=True,
+            verbose=False,
+            input_names=known["names"] if known["inputs"] == "arrays" else ["X"],
+            output_names=known["outputs"],
+            dynamic_shapes=(tuple({0: "rows"} for _ in examples),),  # what the axis is called
+        )
+
+    program = converted_program()
     # GELU's error function: ONNX Runtime has none for doubles on a CPU.
     if whole.dtype == torch.float64 and any(node.op_type in ("Erf", "Gelu") for node in program.model.graph):
         whole.network.float()
         whole.dtype = torch.float32
-        program = export_program()
+        program = converted_program()
     program.model.metadata_props[METADATA] = text
     program.save(draft, external_data=False)
 
 
 def _write_program(whole: WholeModel, examples: tuple[Tensor, ...], text: str, draft: Path) -> None:
-    program = torch.export.export(whole, examples, dynamic_shapes=_any_rows(examples))
-    torch.export.save(program, draft, extra_files={METADATA: text})
+    torch.export.save(_traced(whole, examples), draft, extra_files={METADATA: text})
 
 
-def _any_rows(examples: tuple[Tensor, ...]) -> tuple[object]:
+def _traced(whole: WholeModel, examples: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     rows = torch.export.Dim("rows")
-    return (tuple({0: rows} for _ in examples),)  # forward takes them as *rows
+    shapes = (tuple({0: rows} for _ in examples),)  # forward takes them as *rows
+    return torch.export.export(whole, examples, dynamic_shapes=shapes)

@@ -30,7 +30,7 @@ from torch import nn
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.modules.construction import Builder
 from gputune.study.trusted import FILE_MODULE, Files, files_of, files_to_import, is_remembered, remember
-from gputune.types import Json
+from gputune.types import Config, Json
 
 MAIN = "__main__"
 MODELS = "gputune.models"
@@ -86,15 +86,23 @@ def _made(builder: Builder) -> Json:
     if _place(builder) != (inner.__module__, inner.__qualname__):
         return {"made": "function"}
     try:
-        if builder.args:
-            raise TypeError("it has arguments without a keyword")
-        json.dumps(builder.keywords)
+        keywords = _keywords(builder)
+        json.dumps(keywords)
     except TypeError as error:
         raise InputError(
             f"model: the partial of {inner.__name__} cannot be written down ({error}); give it a name at the top of "
             "the file of its function, or make it with numbers and texts as keywords."
         ) from error
-    return {"made": "function", "keywords": dict(builder.keywords)}
+    return {"made": "function", "keywords": keywords}
+
+
+def _keywords(builder: functools.partial[nn.Module]) -> Config:
+    """Return all that a partial has set by its name; raises TypeError for what has none."""
+    parameters = inspect.signature(builder.func).parameters.values()
+    named = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(named) < len(builder.args):
+        raise TypeError("it has arguments without a keyword")
+    return {**dict(zip(named, builder.args)), **builder.keywords}
 
 
 def source_file(module_class: Builder) -> str | None:

@@ -36,7 +36,7 @@ def net(**params):
         (LogisticRegression, {"solver": "lbfgs", "n_jobs": -1, "verbose": 1, "warm_start": True}),
         (LogisticRegression, {"solver": "saga"}),
         (net, {"verbose": 1, "train_split": None}),
-        (net, {"train_split": False}),
+        (net, {"train_split": False, "callbacks": []}),
     ],
 )
 def test_words_that_change_nothing_are_taken(make, harmless):
@@ -50,6 +50,7 @@ def test_words_that_change_nothing_are_taken(make, harmless):
     [
         (LogisticRegression, {"solver": "newton"}, "LogisticRegression has no solver='newton'"),
         (net, {"train_split": 5}, "NeuralNetClassifier has no train_split=5: every row is trained on"),
+        (net, {"callbacks": [print]}, "has no callbacks=.*: an estimator calls none; leave them out"),
     ],
 )  # fmt: skip
 def test_values_that_would_change_the_result_are_refused(make, params, error):
@@ -70,7 +71,6 @@ def test_values_that_would_change_the_result_are_refused(make, params, error):
         (LogisticRegression, "weight_decay", "give C, the inverse strength"),
         (LogisticRegression, "optimizer", "the objective has one solution"),
         (LogisticRegression, "multi_class", r"one softmax; leave it out, or use sklearn.multiclass"),
-        (NeuralNetClassifier, "callbacks", "there are none; for a schedule"),
         (NeuralNetClassifier, "warm_start", "fit always begins anew; train longer with max_epochs"),
         (NeuralNetRegressor, "iterator_train__shuffle", "NeuralNetRegressor has no parameter 'iterator_tr"),
         (NeuralNetClassifier, "optimizer__lr", "give lr"),
@@ -88,6 +88,18 @@ def test_words_without_a_counterpart_are_refused(kind, name, error):
         kind(*first, **{name: 1})
     with pytest.raises(InputError, match=error):
         kind(*first).set_params(**{name: 1})
+
+
+class Tokens(Net):
+    def __init__(self, vocabulary, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+
+def test_what_a_module_lacks_is_asked_for_as_a_parameter():
+    with pytest.raises(
+        InputError, match=r"asks for 'vocabulary', .*: pass module__vocabulary=\.\.\., give it"
+    ):
+        NeuralNetClassifier(Tokens).fit(X, Y)
 
 
 def test_a_search_over_such_a_word_says_so():

@@ -172,12 +172,27 @@ def test_encoded_rows_are_columns_or_features():
         numbers.encoded(others.drop(columns="age"))
 
 
+class Counting(nn.Linear):
+    """A module that makes a Python number of the number of rows."""
+
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+
+    def forward(self, x):
+        return super().forward(x.view(len(x), -1))
+
+
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
-def test_a_module_that_cannot_be_traced(suffix, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [(Branching, ".*torch.export can trace"), (Counting, "its forward.* fixes the number")],
+)
+def test_a_module_that_cannot_be_traced(module, reason, suffix, tmp_path, capfd):
     path = tmp_path / f"model{suffix}"
-    with refused(f"Branching cannot be exported to {suffix}: .*torch.export can trace"):
-        make_model(NUMBERS, module=Branching).export(path)
+    with refused(f"{module.__name__} cannot be exported to {suffix}: {reason}"):
+        make_model(NUMBERS, module=module).export(path)
     assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
 
 
 def test_what_is_refused(tmp_path, monkeypatch):

@@ -43,6 +43,10 @@ def file(tmp_path):
     return path
 
 
+def variadic(*sizes, n_outputs):
+    return nn.Linear(*sizes, n_outputs)
+
+
 @pytest.mark.parametrize("name", ["Net", "make", "rectified"])
 def test_what_a_file_has_is_searched_resumed_saved_and_loaded(file, tmp_path, name):
     study = gputune.tune(f"{file}:{name}", X, Y, study=tmp_path / "s.db", **WORDS)
@@ -55,13 +59,18 @@ def test_what_a_file_has_is_searched_resumed_saved_and_loaded(file, tmp_path, na
     np.testing.assert_array_equal(loaded.predict_proba(X), study.best_model().predict_proba(X))
 
 
-def test_a_partial_without_a_name_is_written_with_its_keywords(file):
+@pytest.mark.parametrize(
+    ("build", "keywords"),
+    [
+        (lambda net: functools.partial(net, hidden=7), {"hidden": 7}),
+        (lambda net: functools.partial(net, 1, 7), {"n_outputs": 1, "hidden": 7}),
+    ],
+)
+def test_a_partial_without_a_name_is_written_with_its_keywords(build, keywords, file):
     net = class_from_file(file, "Net")
-    partial = functools.partial(net, hidden=7)
+    partial = build(net)
     source = class_source(partial)
-    assert (
-        source["keywords"] == {"hidden": 7} and source["class"] == "Net" and not is_changed(partial, source)
-    )
+    assert source["keywords"] == keywords and source["class"] == "Net" and not is_changed(partial, source)
     found = find_class(source, trust_code=True)
     assert (
         found.func is net
@@ -76,6 +85,8 @@ def test_a_partial_without_a_name_is_written_with_its_keywords(file):
 
 def test_a_partial_that_cannot_be_written_is_refused(file):
     net = class_from_file(file, "Net")
+    with refused(r"the partial of variadic cannot be written down \(it has arguments without a keyword"):
+        class_source(functools.partial(variadic, 2))
     with refused("the partial of Net cannot be written down .*give it a name"):
         gputune.tune(functools.partial(net, kind=nn.ELU), X, Y, **WORDS)
 
@@ -87,6 +98,10 @@ def test_a_builder_gets_what_its_signature_has():
         seen.append((n_outputs, input_shape, width))
         return nn.Linear(input_shape[0], n_outputs)
 
+    def counted(num_classes, n_features):
+        seen.append((num_classes, n_features))
+        return nn.Linear(n_features, num_classes)
+
     def anything(**words):
         seen.append(sorted(words))
         return nn.Linear(words["n_features"], words["n_outputs"])
@@ -95,7 +110,11 @@ def test_a_builder_gets_what_its_signature_has():
     build_module(positional, {"width": 5}, input_shape=(3,), **size)
     build_module(anything, {"width": 5}, **size)
     build_module(functools.partial(positional, n_outputs=4), {}, **size)
-    assert seen == [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2)]
+    build_module(counted, {}, **size)
+    build_module(counted, {"num_classes": 1}, **size)
+    build_module(functools.partial(counted, num_classes=4), {}, **size)
+    sized = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2)]
+    assert seen == [*sized, (2, 3), (1, 3), (4, 3)]
 
 
 @pytest.mark.parametrize(
