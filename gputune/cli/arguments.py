@@ -148,6 +148,7 @@ _TRUST = _Flag(
     "--trust-code", "run the code that it names, also where you have not trained or saved it on this machine"
 )
 _BY = _Flag("--by NAME", "rank by this one of several metrics (the first of --scoring)")
+_CLASS = _Flag("--model FILE.py:NAME", "the model's class, where its file has moved; it runs that file")
 
 _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag]]] = {
     "tune": (
@@ -181,7 +182,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
     ),
     "predict": (
         "predict the rows of a file with a saved model, as CSV",
-        {"model": _MODEL, "file": ("FILE", "a table with the columns of the training data")},
+        {"folder": _MODEL, "file": ("FILE", "a table with the columns of the training data")},
         [
             _Flag("--proba", "a column of probabilities for each class"),
             _Flag(
@@ -196,16 +197,18 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
             ),
             _Flag("--raw", "no ' before text that a spreadsheet takes for a formula"),
             _Flag("--out FILE", "write there instead of to standard output"),
+            _CLASS,
             _TRUST,
         ],
     ),
     "evaluate": (
         "score a saved model on the rows of a file that has the target's column",
-        {"model": _MODEL, "file": ("FILE", "a table with the columns of the training data and the target")},
+        {"folder": _MODEL, "file": ("FILE", "a table with the columns of the training data and the target")},
         [
             _Flag("--scoring NAME,NAME", "scikit-learn scorer names (the usual ones of the task)", "names"),
             _Flag("--positive CLASS", "the class that f1, precision, recall, average_precision, ... are of"),
             _Flag("--format", choices=("text", "json"), default="text"),
+            _CLASS,
             _TRUST,
         ],
     ),
@@ -237,8 +240,12 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
     ),
     "export": (
         "write a saved model as one file that runs without gputune",
-        {"model": _MODEL},
-        [_Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True), _TRUST],
+        {"folder": _MODEL},
+        [
+            _Flag("--out FILE", "a new file: .onnx for ONNX, .pt2 for torch.export", required=True),
+            _CLASS,
+            _TRUST,
+        ],
     ),
     "check": (
         "try on a device that members equal a plain loop, and how fast it trains: about a minute",

@@ -21,6 +21,7 @@ from gputune.errors import InputError
 from gputune.scratch import write_text
 from gputune.study.export import description
 from gputune.study.model import TunedModel, load_model
+from gputune.study.module_source import class_from_file
 from gputune.text import count, is_formula
 
 
@@ -32,7 +33,7 @@ def predict(arguments: Namespace) -> str:
     predicted column has "_given" behind its name. Unless ``--raw``, text that a
     spreadsheet takes for a formula has a ' before it, with one warning.
     """
-    model, file = load_model(arguments.model, trust_code=arguments.trust_code), arguments.file
+    model, file = _loaded(arguments), arguments.file
     kept = read_columns(file, arguments.keep) if arguments.keep else []
     if kept:  # the model does not read them, which is no news
         model = replace(model, info={**model.info, "drop": [*model.info.get("drop", ()), *arguments.keep]})
@@ -68,6 +69,19 @@ def _kept_names(kept: list[str], predicted: list[object]) -> list[str]:
     return names
 
 
+def _loaded(arguments: Namespace) -> TunedModel:
+    """Return the saved model, its class from ``--model`` where that is given."""
+    module = None
+    if arguments.model is not None:
+        path, colon, name = arguments.model.rpartition(":")
+        if not colon:
+            raise InputError(
+                f"--model must be FILE.py:NAME, where the class is now, got {arguments.model!r}."
+            )
+        module = class_from_file(path, name)
+    return load_model(arguments.folder, module, trust_code=arguments.trust_code)
+
+
 def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object], list[list[object]]]:
     """Return the names of the columns that are predicted, and their rows."""
     file = arguments.file
@@ -75,7 +89,7 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
         raise InputError("--interval and --proba exclude each other: leave one out.")
     if arguments.proba and model.classes is None and model.task != "multilabel":
         raise InputError(
-            f"--proba needs a model of classes, and {arguments.model!r} is a regression; leave --proba out."
+            f"--proba needs a model of classes, and {arguments.folder!r} is a regression; leave --proba out."
         )
     if arguments.interval is not None:
         ends = model.predict_interval(file, arguments.interval)
@@ -94,7 +108,7 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
 
 def evaluate(arguments: Namespace) -> str:
     """Return the scores of a model on the rows of a file that has the right answers, as text or JSON."""
-    model = load_model(arguments.model, trust_code=arguments.trust_code)
+    model = _loaded(arguments)
     positive = model.info.get("positive") if arguments.positive is None else arguments.positive
     test = _answered(model, arguments.file)
     found = evaluation(model, test, arguments.scoring, positive)
@@ -137,7 +151,7 @@ def _write(text: str, out: str, *, source: str) -> None:
 
 def export(arguments: Namespace) -> str:
     """Write the file and return one line on what it takes and gives."""
-    model = load_model(arguments.model, trust_code=arguments.trust_code)
+    model = _loaded(arguments)
     model.export(arguments.out)
     known = description(model)
     takes = model.layout.in_words()

@@ -51,6 +51,8 @@ _PATTERNS = {
     r"^X (?=has|must)": "FILE ",
     r"\bpredict_interval\(level=(.*?)\)": r"--interval \1",
     r"^predict_interval (?=is|needs)": "--interval ",
+    r"Or pass the class: load_model\(.*?, module=\.\.\.\)": "Or say where the class is now: --model FILE.py:NAME",
+    r"^load_model\(module=\.\.\.\)(: .*leave )module (?=out)": r"--model\1--model ",
     r"study\.best_model\(intervals=True\), or with ": "",
     r", give it a default, or pass functools\.partial\(.*?=\.\.\.\)": ", or give it a default",
     r"\bkinds=\{'([^']*)': '(\w+)'\}": r"--kind \1=\2",

@@ -8,6 +8,7 @@ from typing import Any
 
 import narwhals as nw
 import numpy as np
+from torch import Tensor
 
 from gputune.data.containers import refuse_containers
 from gputune.data.kinds import Kind, from_column, from_series, read_amounts, read_as
@@ -190,7 +191,12 @@ def _rows_to_array(X: object) -> np.ndarray:
     if not isinstance(X, list | tuple):
         return np.asarray(X)
     if not all(isinstance(row, list | tuple | np.ndarray) for row in X):
-        raise InputError("X must be two-dimensional: a list of rows, each a list of values.")
+        tensors = (
+            " Make tensors one: torch.stack(X), or of several lengths torch.nn.utils.rnn.pad_sequence(X, "
+            "batch_first=True)."
+        )
+        remedy = tensors if any(isinstance(row, Tensor) for row in X) else ""
+        raise InputError(f"X must be two-dimensional: a list of rows, each a list of values.{remedy}")
     if len({len(row) for row in X}) > 1:
         raise InputError("the rows of X must be equally long; fill the shorter ones with None.")
     return np.array(X, dtype=object)

@@ -187,6 +187,16 @@ def test_code_that_this_user_has_not_trained_runs_only_when_that_is_said(bugs, a
     assert "; it has changed since the model was saved. If you trust" in run(*commands[0])[2]
     code, out, err = run(*commands[0], "--trust-code")
     assert code == 0 and "warning: " in err and "its parameters still fit" in err
+    (bugs.parent / "net.py").rename(bugs.parent / "moved.py")
+    for command in commands[:2]:
+        assert (
+            "does not exist; check the path. Or say where the class is now: --model FILE" in run(*command)[2]
+        )
+    there = ("--model", "moved.py:Net")
+    assert run(*commands[0], *there)[::2] == (0, "")
+    Path("model.pt2").unlink()
+    assert run(*commands[1], *there)[::2] == (0, "")
+    assert "--model must be FILE.py:NAME, where" in run(*commands[0], "--model", "moved.py")[2]
 
 
 def test_a_cluster_that_only_the_file_names_gets_no_rows(bugs, another_user):

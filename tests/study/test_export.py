@@ -223,6 +223,10 @@ def test_the_command(tmp_path):
     assert label.tolist() == model.predict(X).tolist()
     code, _, err = run("export", tmp_path / "model", "--out", tmp_path / "iris.pt2")
     assert code == 2 and "exists already" in err
+    (tmp_path / "net.py").write_text("from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n")
+    typed = "--out", tmp_path / "more.pt2", "--model", f"{tmp_path / 'net.py'}:Net"
+    code, _, err = run("export", tmp_path / "model", *typed)
+    assert code == 2 and "error: --model: '" in err and "holds the built-in 'mlp'; leave --model out." in err
     code, _, err = run("export", tmp_path / "nothing", "--out", tmp_path / "other.pt2")
     assert code == 2 and "there is no model folder" in err
 
