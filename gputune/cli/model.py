@@ -118,7 +118,17 @@ def evaluate(arguments: Namespace) -> str:
 
 
 def _answered(model: TunedModel, file: str) -> Source:
-    """Return the rows of a file with their target."""
+    """Return the rows of a file with their target. Raises InputError for a target that cannot be scored."""
+    source = _rows_and_target(model, file)
+    refuse_missing(
+        np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file)
+    )
+    if model.classes is None:
+        check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
+    return source
+
+
+def _rows_and_target(model: TunedModel, file: str) -> Source:
     if not isinstance(model.layout, Layout):
         return read_source(file, model.target, module=True)
     texts = [column.name for column in model.layout.columns if column.kind == "category"]
@@ -130,13 +140,7 @@ def _answered(model: TunedModel, file: str) -> Source:
             f"{file!r} has no column {model.target!r}, with which the model is to be compared; gputune predict needs "
             "none."
         )
-    source = read_source(table, model.target)
-    refuse_missing(
-        np.asarray(source.y), model.target, "fill it, or leave those rows out", partial(line_of, file)
-    )
-    if model.classes is None:
-        check_target(source.y, task=model.task, n_rows=len(source.X), name=model.target)
-    return source
+    return read_source(table, model.target)
 
 
 def _write(text: str, out: str, *, source: str) -> None:

@@ -149,6 +149,17 @@ def test_rows_that_cannot_be_evaluated(folder, tmp_path, target, change, options
     assert (code, out) == (2, "") and words in err
 
 
+def test_a_missing_number_of_an_array_file_is_refused(tmp_path):
+    X, y = np.random.default_rng(0).normal(size=(40, 1, 8, 8)), np.arange(40) / 8
+    np.savez(tmp_path / "t.npz", image=X, size=y)
+    command = ["tune", tmp_path / "t.npz", "--target", "size", "--out", tmp_path / "out", "--model", "cnn"]
+    assert run(*command, *FAST)[0] == 0
+    assert run("evaluate", tmp_path / "out" / "model", tmp_path / "t.npz")[0] == 0
+    np.savez(tmp_path / "t.npz", image=X, size=np.where(y == 0, np.nan, y))
+    code, out, err = run("evaluate", tmp_path / "out" / "model", tmp_path / "t.npz")
+    assert (code, out) == (2, "") and "size has 1 missing value (the first in row 0)" in err
+
+
 def test_a_file_without_the_columns_is_refused_in_one_line(folder, tmp_path):
     pl.read_csv(folder / "t.csv").drop("a").write_csv(tmp_path / "new.csv")
     code, out, err = run("evaluate", folder / "price" / "model", tmp_path / "new.csv")
@@ -158,7 +169,8 @@ def test_a_file_without_the_columns_is_refused_in_one_line(folder, tmp_path):
 def test_a_class_that_no_row_is_predicted_as(folder, tmp_path):
     model, table = gputune.load_model(folder / "kind" / "model"), pl.read_csv(folder / "t.csv")
     table.filter(pl.Series(model.predict(table.drop("id")) == "ant")).write_csv(tmp_path / "ants.csv")
-    code, out, err = run("evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--positive", "bee")
+    command = ["evaluate", folder / "kind" / "model", tmp_path / "ants.csv", "--positive", "bee"]
+    code, out, err = run(*command, "--scoring", "precision")
     assert (code, err) == (
         0,
         "",
