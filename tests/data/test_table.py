@@ -176,7 +176,10 @@ def test_select_and_drop():
         (np.zeros(3), r"two-dimensional .*\(3,\)"),
         (pd.Series([1, 2]), "two-dimensional"),
         ([1, 2], "two-dimensional"),
-        ([torch.ones(2), torch.ones(3)], r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rnn.pad_"),
+        (
+            [torch.ones(2), torch.ones(3)],
+            r"two-dimensional.*torch.stack\(X\), or of several lengths torch.nn.utils.rnn",
+        ),
         ([[1, 2], [1]], "equally long"),
         (np.zeros((0, 3)), "no rows"),
         (np.zeros((3, 0)), "no columns"),
