@@ -1,9 +1,10 @@
 """The trials of a running search, its plan and its results: in memory, and in a study file where one is kept."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from gputune.data.source import table_size
 from gputune.errors import InputError
@@ -170,14 +171,23 @@ def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
     """Return what makes a call another search than the one that its file holds, in words."""
     values = {name: (_value(there, name), _value(here, name)) for name in IDENTITY}
     names = [name for name, pair in values.items() if _without_steps(pair[0]) != _without_steps(pair[1])]
+    if "code" in there.absent or "objective" in names:  # of an earlier version, or of another name
+        names = [name for name in names if name != "code"]
     if "fingerprint" not in names:
-        words = [f"{IDENTITY[name]}{_in_words(*values[name])}" for name in names]
+        words = _words(names, values)
         parts = [(record.source or {}).get("held_out") for record in (there, here)]
         return [*words, "the held-out rows"] if None not in parts and parts[0] != parts[1] else words
     # Other rows are cut into other folds, and others of them are held out: that is no news then.
     names = [name for name in names if name not in ("splits", "fingerprint")]
-    words = [f"{IDENTITY[name]}{_in_words(*values[name])}" for name in names]
-    return words + _other_rows(there, here, of_target="target" in names)
+    return _words(names, values) + _other_rows(there, here, of_target="target" in names)
+
+
+def _words(names: Sequence[str], values: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Return what differs, and how where that is short."""
+    words = [f"{IDENTITY[name]}{_in_words(*values[name])}" for name in names if name != "code"]
+    there, here = values["code"] if "code" in names else ({}, {})
+    changed = [name for name, digest in here.items() if there.get(name) != digest]
+    return words + [f"{name} (its code or its values have changed)" for name in changed]
 
 
 def _value(record: SearchRecord, name: str) -> object:

@@ -103,6 +103,7 @@ class SearchRecord:
     class_weight    as text, ``sample_weight`` as a digest; None where the rows were not weighted
     cv, folds       the number or the class of the splitter, how many folds it made, and the digest of their rows
     objective       the loss, the training step and what changes minibatches; "" for the loss of the task alone
+    code            digests of what of it is the user's own, by argument; see code.py
     scoring         the scorer that ranks; ``metrics`` are all of them where there are several: the "name" of each, its
                     "scorer", and the "positive" class that it is of
     positive        the class that ``scoring``, or another of the metrics, is of; None: of none
@@ -137,6 +138,7 @@ class SearchRecord:
     folds: int = _part(0, logged=True)
     splits: str = _part("", "folds (cv, groups)", training=True)
     objective: str = _part("", "loss", training=True)
+    code: dict[str, str] = _part(dict, "code", form={"": str})
     scoring: str = _part("", "scoring", training=True, logged=True)
     metrics: Sequence[Json] = _part(list, "scoring", form=METRICS)
     positive: str | bool | float | None = _argument(
@@ -171,9 +173,9 @@ class SearchRecord:
     @property
     def lost(self) -> list[str]:
         """Names of what makes a search the one that it is, where a damaged file lacks them."""
-        # Files of an earlier version do not say which class was positive, nor that the loss was the task's, and knew no
-        # transformation of the target and one metric alone.
-        later = ("positive", "objective", "target_transform", "metrics")
+        # Files of an earlier version do not say which class was positive, nor that the loss was the task's or of which
+        # code, and knew no transformation of the target and one metric alone.
+        later = ("positive", "objective", "code", "target_transform", "metrics")
         return [name for name in IDENTITY if name in self.absent and name not in later]
 
     @property

@@ -33,6 +33,7 @@ from gputune.methods.space import (
 )
 from gputune.methods.stopping import Arrivals, StoppingRule
 from gputune.scratch import scratch_folder
+from gputune.study.code import source_text
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.record import Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
@@ -136,15 +137,7 @@ def _digest(objective: object) -> str:
     """Return a hash of an objective's source; of its bytecode where there is no source, "" where there is neither."""
     function: Any = _function(objective)
     function = function if inspect.isroutine(function) else type(function)
-    try:
-        text = inspect.getsource(function)
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        text = (
-            ""
-            if code is None
-            else repr((code.co_code, code.co_names, [c for c in code.co_consts if not inspect.iscode(c)]))
-        )
+    text = source_text(function)
     return hashlib.sha256(text.encode()).hexdigest() if text else ""
 
 
@@ -171,7 +164,7 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
 
 _ABSENT = """
 target optimizer schedule task classes source fingerprint features columns numbers class_weight sample_weight cv splits
-objective positive baseline dtype device
+objective code positive baseline dtype device
 """.split()
 """What a record has of rows and of models, and nothing to say of here."""
 

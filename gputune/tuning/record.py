@@ -22,6 +22,8 @@ from gputune.methods.distributions import Described, described
 from gputune.methods.optuna_sampler import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
+from gputune.scoring.objective import Objective
+from gputune.study.code import digest_of_code
 from gputune.study.record import PARTS, Arguments, SearchRecord
 from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered
@@ -74,6 +76,7 @@ def search_record(
         objective=""
         if problem.objective is None
         else problem.objective.name_unless_default(problem.target.task),
+        code={} if problem.objective is None else _code(problem.objective),
         scoring=scoring.name,
         metrics=[
             {"name": one.label, "scorer": one.name, "positive": positive}
@@ -91,6 +94,12 @@ def search_record(
         versions=versions(),
         arguments=_arguments(options, problem.source, space, folds),
     )
+
+
+def _code(objective: Objective) -> dict[str, str]:
+    """Return the digests of the functions of the user's own, by argument."""
+    given = {"loss": objective.loss, "training_step": objective.step, "augment": objective.augment}
+    return {name: digest_of_code(one) for name, one in given.items() if callable(one)}
 
 
 def _arguments(options: Options, source: Source, space: Space, folds: Sequence[Rows]) -> Arguments:
@@ -157,8 +166,10 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     if study is None:
         return None
     values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
-    if record.metrics:  # without them as it was before there were several
+    if record.metrics:  # without them, and without code, as it was before there were such
         values["metrics"] = record.metrics
+    if record.code:
+        values["code"] = record.code
     text = to_json(values, name="checkpoint")
     return CheckpointFolder(Path(f"{study}.state"), hashlib.sha256(text.encode()).hexdigest())
 
