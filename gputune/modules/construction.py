@@ -2,17 +2,20 @@
 what it has then: layers, hidden matrices, rates of dropout.
 """
 
+import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError
+from gputune.errors import InputError, InputWarning
 from gputune.models import Dropout
 from gputune.modules.hints import hint
 from gputune.population.network import InputKind, call_module
@@ -54,16 +57,7 @@ def build_module(
     }  # fmt: skip
     words = call_arguments(builder, sizes, arguments)
     with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
-        try:
-            module = builder(**words)
-        except Exception as error:
-            if "before Module.__init__() call" in str(error):
-                raise _unbegun(builder) from error
-            raise InputError(
-                f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
-                f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
-            ) from error
-        _check_made(module, builder)
+        module = made(builder, words, columns)
         inputs = inputs or ((shape, torch.float32),)
         try:
             materialise(module, inputs, names)
@@ -73,6 +67,80 @@ def build_module(
                 f"which give its lazy layers their sizes: {error}.{hint(str(error), _zeros(inputs))}{columns}"
             ) from error
         return module
+
+
+_shared: WeakKeyDictionary[Builder, dict[str, str]] = WeakKeyDictionary()
+"""By a builder and its arguments as text: the tensor that each of its modules has; "" where all own theirs."""
+
+
+def made(builder: Builder, words: Config, columns: str = "") -> nn.Module:
+    """Return a user's module that owns its tensors: a copy, where a builder gives the same ones each time.
+
+    So members begin with a pretrained part as it is, and the user's own never trains. Of ``torch.compile`` it is what
+    that compiles. Raises InputError where the builder fails, or a tensor that it shares cannot be copied.
+    """
+    module, known, key = _called(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
+    if type(module).__name__ == "OptimizedModule":
+        if key not in known:
+            warnings.warn(
+                f"{name_of(builder)} returns torch.compile(module): the module itself trains, and gputune chooses how "
+                "its steps are computed. Leave torch.compile out.",
+                InputWarning,
+                stacklevel=2,
+            )
+        module = _inner(module)
+    if key not in known:
+        known[key] = _first_shared(module, _inner(_called(builder, words, columns)))
+    if not (name := known[key]):
+        return module
+    try:
+        for parameter in module.parameters():
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise ValueError("a copy of a parameter loses the hook on its gradient")
+        return copy.deepcopy(module)
+    except Exception as error:
+        raise InputError(
+            f"model: {name_of(builder)} returns modules that share {name!r}, which members may not, and copy.deepcopy "
+            f"of one raised {type(error).__name__}: {error}. Let it construct that part, or copy.deepcopy it, in each "
+            "call."
+        ) from error
+
+
+def _called(builder: Builder, words: Config, columns: str) -> nn.Module:
+    """Return what a builder returns. Raises InputError where that fails, or is no module."""
+    try:
+        module = builder(**words)
+    except Exception as error:
+        if "before Module.__init__() call" in str(error):
+            raise _unbegun(builder) from error
+        raise InputError(
+            f"model: {name_of(builder)}({', '.join(f'{k}={v!r}' for k, v in words.items())}) raised "
+            f"{type(error).__name__}: {error}. Mend it, or the module__* values of the space.{columns}"
+        ) from error
+    _check_made(module, builder)
+    return module
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """Return what ``torch.compile`` was given, or else the module."""
+    inner = module._orig_mod if type(module).__name__ == "OptimizedModule" else module
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _first_shared(one: nn.Module, other: nn.Module) -> str:
+    """Return the name of the first parameter or buffer of a module that lies in the memory of the other's."""
+    one_has, other_has = (
+        {**dict(module.named_parameters()), **dict(module.named_buffers())} for module in (one, other)
+    )
+    held = {_memory(tensor) for tensor in other_has.values()}
+    return next((name for name, tensor in one_has.items() if _memory(tensor) in held), "")
+
+
+def _memory(tensor: Tensor) -> int:
+    if is_lazy(tensor) or tensor.layout is not torch.strided:  # which have no memory, or none of one address
+        return id(tensor)
+    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def _check_made(module: object, builder: Builder) -> None:

@@ -191,7 +191,7 @@ def _traits(trial: ModuleTrial) -> Traits:
         alone=_close(few, alone[:2]),
         widest=trial.widest,
         parameters=sum(w.numel() for w in module.parameters() if w.requires_grad),
-        draws=draws,
+        draws=draws or trial.loss_draws,
         row_losses=losses.dim() > 0,
         at_start=at_start(trial, alone, losses),
         named=tuple(name for name, w in module.named_parameters() if w.requires_grad),
@@ -202,7 +202,7 @@ def _traits(trial: ModuleTrial) -> Traits:
     unused: tuple[str, ...] = ()
     if not (reason := _of_itself(module, counted, changing)):
         reason, unused = _of_stacking(trial, traits)
-    if decides and not reason:
+    if (decides or trial.loss_decides) and not reason:
         reason = "it draws random numbers and decides by a number of a tensor"
     return replace(traits, unstackable=reason, unused=() if reason else unused)
 
@@ -227,8 +227,27 @@ def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str
     return ""
 
 
+_DIFFERS = "when its members are stacked than alone"
+
+
 def _of_stacking(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
     """Return why two members cannot be stacked, "" where they do as the plain modules, and the parameters not used."""
+    reason, unused = _compared(trial, traits)
+    if _DIFFERS in reason and trial.shape.dtype == torch.float32:
+        # By rounding alone a ReLU beside 0 may be on in one and off in the other.
+        try:
+            exactly, not_used = _compared(trial.in_double(), traits)
+        except Exception:  # of a module or a loss that takes single precision alone
+            exactly = reason
+        if not exactly:
+            return "", not_used
+    if _DIFFERS in reason and traits.draws:
+        reason = f"it draws random numbers, and {reason.removeprefix('it ')}"
+    return reason, unused
+
+
+def _compared(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
+    """Return what ``_of_stacking`` does, up to the rounding of the trial's dtype."""
     objective = trial.objective if trial.y is not None else None
     stacked = StackedModule(
         trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=objective
@@ -248,11 +267,11 @@ def _of_stacking(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ..
     for c, (outputs, gradients, after) in enumerate(alone):
         for found, expected in zip(together[1], gradients):
             if not _all_close((v[0, c], _or_zero(expected[k], v[0, c])) for k, v in found.items()):
-                return "it has another gradient when its members are stacked than alone", ()
+                return f"it has another gradient {_DIFFERS}", ()
         if not _all_close(((v[0, c], after[k]) for k, v in together[2].items())):
-            return "it has other buffers after a step when its members are stacked than alone", ()
+            return f"it has other buffers after a step {_DIFFERS}", ()
         if not _close(together[0][c], outputs.view(together[0][c].shape)):
-            return "it gives other outputs when its members are stacked than alone", ()
+            return f"it gives other outputs {_DIFFERS}", ()
     return "", tuple(
         k for k in stacked.first if all(g[k] is None for _, gradients, _ in alone for g in gradients)
     )

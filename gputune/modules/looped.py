@@ -78,7 +78,7 @@ class LoopedModule(ModuleNetwork):
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         found = []
         for trial in range(len(self.configs)):
-            if module := self.own.get((fold, trial)):
+            if (module := self.own.get((fold, trial))) is not None:  # one may have a length, of 0
                 found.append(self.objective.outputs(module.eval(), inputs, self.shape.names))
                 continue
             values = self.values(params, fold, trial)

@@ -1,9 +1,11 @@
 """A user's module with the rows on which it is tried, and the words of what is wrong with it."""
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,7 @@ class ModuleTrial:
         self.objective, self.y = objective, y
         self.builder, self.config, self.inputs, self.shape = builder, config, inputs, shape
         self.columns, self.name, self.widest = columns, name_of(builder), 1
+        self.loss_draws = self.loss_decides = False
         module = build_module(
             builder,
             module_arguments(config),
@@ -57,6 +60,15 @@ class ModuleTrial:
         )
         self.module = converted(module, shape.dtype)
         self.trail = Trail(self.module)
+
+    def in_double(self) -> Self:
+        """Return this trial with floats of double precision; its module stays as it is."""
+        double = copy.copy(self)
+        double.inputs = [_widened(x) for x in self.inputs]
+        double.y = None if self.y is None else _widened(self.y)
+        kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
+        double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
+        return double
 
     def tensors(self) -> dict[str, Tensor]:
         """Return copies of the buffers and frozen parameters as they are."""
@@ -122,9 +134,13 @@ class ModuleTrial:
         try:
             with torch.enable_grad(), keyed_draws(_CPU, 0, "check"), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", _TORCH_BROADCASTS)  # refused below, if it is one
-                losses = self.objective.losses(
-                    self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
-                )
+                state = torch.get_rng_state()
+                with counting_on_device(self.module), _Reading() as reading:
+                    losses = self.objective.losses(
+                        self.module.train(), self.inputs, self.y, self.config, names=self.shape.names
+                    )
+                self.loss_draws = not torch.equal(state, torch.get_rng_state())
+                self.loss_decides = self.loss_draws and reading.read
         except Exception as error:
             raise InputError(
                 f"{name} raised {type(error).__name__}: {str(error).rstrip('.')}. {self._what_a_loss_gets()}"
@@ -282,6 +298,10 @@ def _ends_in_sigmoid(outputs: Tensor) -> bool:
     while node is not None and node.name().startswith(_VIEWS):
         node = node.next_functions[0][0]
     return node is not None and node.name().startswith("Sigmoid")
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def in_words(x: Tensor) -> str:

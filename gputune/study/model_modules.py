@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
 from gputune.errors import InputError
-from gputune.modules.construction import Builder, call_arguments, materialise, name_of
+from gputune.modules.construction import Builder, call_arguments, made, materialise, name_of
 from gputune.modules.precision import converted
 from gputune.population.network import InputKind
 from gputune.seeding import keyed_draws
@@ -64,7 +64,7 @@ def build_modules(
     try:
         # Its start is thrown away, the caller's stream is not.
         with keyed_draws(torch.device("cpu"), 0, "load"):
-            modules = [module_class(**call_arguments(module_class, sizes, member)) for member in members]
+            modules = [made(module_class, call_arguments(module_class, sizes, member)) for member in members]
             for module in modules:
                 materialise(module, *inputs)
                 converted(module, dtype)

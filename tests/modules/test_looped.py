@@ -1,5 +1,8 @@
 """What cannot be stacked trains one by one: every member equals its plain loop, with the same curves and states."""
 
+import copy
+import pickle
+import threading
 from functools import partial
 
 import numpy as np
@@ -7,17 +10,19 @@ import pytest
 import torch
 from scipy.stats import loguniform
 from torch import nn
+from torch.nn import functional
 
 import gputune
 import reference
 from gputune.engine.train import train
 from gputune.errors import InputError
-from gputune.modules.inspection import traits_of
+from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
 from gputune.population.population import populations
 from gputune.scoring.scoring import make_scoring
 from problems import fill, largest_difference, make_data, rows_of, shape_of
+from refused import refused
 
 
 class Gated(nn.Module):
@@ -289,6 +294,154 @@ def search(model, **words):
         "verbose": 0,
     }
     return gputune.tune(model, X, y, **options | words)
+
+
+def pretrained():
+    torch.manual_seed(3)
+    backbone = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh())
+    backbone(torch.randn(20, 4))
+    return backbone
+
+
+class Headed(nn.Module):
+    def __init__(self, n_outputs, backbone):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Linear(8, n_outputs)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+
+def alike(backbone, copies):
+    """Return functions that give the backbone in each module, or copies of it."""
+    given = copy.deepcopy if copies else lambda part: part
+    whole = nn.Sequential(backbone, nn.Linear(8, 3))
+    return {
+        "attribute": lambda n_outputs: Headed(n_outputs, given(backbone)),
+        "sequence": lambda n_outputs: nn.Sequential(given(backbone), nn.Linear(8, n_outputs)),
+        "same": lambda: given(whole),
+        "argument": Headed if not copies else lambda n_outputs, backbone: Headed(n_outputs, given(backbone)),
+    }
+
+
+@pytest.mark.parametrize(
+    "words", [{"backend": "loop"}, {"backend": "stacked"}, {"optimizer": ["RAdam"]}], ids=repr
+)
+@pytest.mark.parametrize("name", ["attribute", "sequence", "same", "argument"])
+def test_a_pretrained_part_that_modules_share_is_copied_for_each_member(name, words):
+    """Members and folds that train one parameter see each other's validation rows."""
+    found, space = (
+        [],
+        {"lr": [1e-3, 1e-1], "batch_size": [16], "optimizer": words.get("optimizer", ["adamw"])},
+    )
+    for copies in (False, True):
+        backbone = pretrained()
+        build = alike(backbone, copies)[name]
+        if name == "argument":
+            space = space | {"module__backbone": [backbone]}
+        study = search(build, space=space, scoring="neg_log_loss", backend=words.get("backend", "auto"))
+        found.append([trial.fold_scores for trial in study.trials])
+        for key, value in pretrained().state_dict().items():
+            assert torch.equal(backbone.state_dict()[key], value), key
+        assert len(pickle.dumps(copy.deepcopy(backbone)))
+    np.testing.assert_array_equal(*found)
+    assert np.isfinite(found).all()
+
+
+def test_a_saved_model_of_a_shared_part_has_one_for_each_member(tmp_path):
+    build = alike(pretrained(), False)["sequence"]
+    model = search(build).ensemble()
+    model.save(tmp_path / "model")
+    again = gputune.load_model(tmp_path / "model", module=build)
+    np.testing.assert_array_equal(again.predict_proba(rows()[0]), model.predict_proba(rows()[0]))
+
+
+@pytest.mark.parametrize("how", ["lock", "hook"])
+def test_a_shared_part_that_cannot_be_copied_is_refused(how):
+    backbone = pretrained()
+    if how == "lock":
+        backbone.lock = threading.Lock()
+    else:
+        backbone[0].weight.register_hook(lambda slope: 2 * slope)
+    with refused(
+        r"modules that share '0\.0\.weight', .* copy\.deepcopy of one raised .*Let it construct that part"
+    ):
+        search(alike(backbone, False)["sequence"])
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile's own
+def test_of_a_compiled_module_the_module_itself_trains():
+    def compiled(n_features, n_outputs):
+        return torch.compile(Gated(n_features, n_outputs))
+
+    with pytest.warns(
+        gputune.InputWarning, match=r"compiled returns torch\.compile\(module\): .*Leave torch"
+    ):
+        found = search(compiled)
+    assert [t.fold_scores for t in found.trials] == [t.fold_scores for t in search(Gated).trials]
+
+
+class Convolutions(nn.Sequential):
+    def __init__(self, n_outputs):
+        parts = [
+            (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2))
+            for a, b in ((3, 16), (16, 32), (32, 64))
+        ]
+        super().__init__(
+            *[layer for part in parts for layer in part], nn.Flatten(), nn.Linear(1024, n_outputs)
+        )
+
+
+@pytest.mark.parametrize(
+    "seed", [pytest.param(s, marks=() if s == 5 else pytest.mark.long) for s in range(10)]
+)
+def test_rounding_does_not_make_members_train_one_by_one(seed):
+    """Of units that are on or off by rounding alone, images of some seeds have one."""
+    torch.manual_seed(seed)
+    images, y = torch.randn(31, 3, 32, 32), torch.randint(10, (31,))
+    traits = inspect_module(Convolutions, *fill({}), [images], n_outputs=10, y=y)
+    assert traits.unstackable == ""
+
+
+class Hiding(Remembering):
+    """Takes single precision alone, and draws."""
+
+    def forward(self, x):
+        if self.weight.dtype != torch.float32:
+            raise TypeError("float32 alone")
+        return super().forward(functional.dropout(x, 0.2, self.training))
+
+
+@pytest.mark.parametrize(
+    ("build", "says"), [(Remembering, "it has"), (Hiding, "it draws random numbers, and has")]
+)
+def test_a_gradient_that_differs_by_more_than_rounding_is_found_in_single_precision(build, says):
+    traits = inspect_module(build, *fill({}), [rows()[0]], n_outputs=3, y=rows()[1])
+    assert traits.unstackable == f"{says} another gradient when its members are stacked than alone"
+
+
+def noisy_step(module, batch):
+    x, y = batch
+    return functional.cross_entropy(module(x + torch.randn_like(x)[torch.randperm(len(x))]), y)
+
+
+def test_a_training_step_that_draws_has_the_same_draws_alone_and_stacked():
+    def build(n_features, n_outputs):
+        return nn.Sequential(nn.Linear(n_features, 8), nn.ReLU(), nn.Linear(8, n_outputs))
+
+    words = {"training_step": noisy_step, "scoring": "neg_log_loss"}
+    found = [search(build, backend=backend, **words).curves for backend in ("loop", "loop", "stacked")]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], found[2], rtol=1e-5)
+
+
+def test_a_training_step_that_decides_by_a_draw_trains_one_by_one(capsys):
+    def step(module, batch):
+        return noisy_step(module, batch) * (2 if torch.rand(()).item() < 0.5 else 1)
+
+    search(partial(nn.Linear, in_features=4, out_features=3), training_step=step, verbose=1)
+    assert "it draws random numbers and decides by a number of a tensor" in capsys.readouterr().err
 
 
 def test_a_search_says_what_trains_one_by_one_and_why(capsys):
