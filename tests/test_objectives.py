@@ -449,6 +449,18 @@ def test_a_softmax_before_the_cross_entropy_is_said():
         gputune.tune(Softmax, X, (X[:, 0] > 0).long(), **ONE)
 
 
+@pytest.mark.parametrize("loss", [nn.NLLLoss, nn.NLLLoss()])
+@pytest.mark.parametrize("ends", [False, True])
+def test_logits_under_a_loss_of_log_probabilities_are_said(loss, ends, recwarn):
+    class Logits(Net):
+        def forward(self, x):
+            return super().forward(x).log_softmax(1) if ends else super().forward(x)
+
+    gputune.tune(Logits, X, BINARY, loss=loss, **ONE)
+    said = [str(warning.message) for warning in recwarn if "no log-probabilities" in str(warning.message)]
+    assert bool(said) != ends and all("end it in log_softmax(1), or leave loss out" in text for text in said)
+
+
 def test_a_loss_of_ones_own_is_told_of_the_units(capsys):
     gputune.tune(Net, X, X[:, 0] * 9 + 100, loss=nn.L1Loss, **{**ONE, "verbose": 1})
     assert "L1Loss sees y as it is (mean " in capsys.readouterr().err
@@ -594,6 +606,17 @@ def test_a_study_knows_its_loss(tmp_path):
         ),
         (SEVERAL, {"augment": lambda x: x}, r"raised TypeError: .* called as augment\(x, generator\)"),
         (SEVERAL, {"scoring": lambda o, y: o @ y}, "It is called as scoring.outputs, y., with tensors"),
+        (
+            LABELS,
+            {"loss": nn.CrossEntropyLoss()},
+            "is of one class a row, .* give loss=torch.nn.BCEWithLogits",
+        ),
+        (
+            LABELS[:, 0],
+            {"model": lambda n_features: Net(n_features, 7), "training_step": lambda m, b: m(b[0]).mean()},
+            r"must return a tensor of shape .* With task='custom' and scoring=callable\(outputs, y\)",
+        ),
+        (None, {}, "y is missing: .* a loss of X alone, as of an autoencoder, takes y=X and task='custom'"),
         (SEVERAL, {"space": {"loss__q": [0.5]}}, "loss__q is none of loss='mse'"),
         (
             SEVERAL[:, 0],

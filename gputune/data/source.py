@@ -149,7 +149,8 @@ def read_source(
         X, y = read_dataset(X, y, bar)
     y = "target" if from_file and y is None and str(X).startswith("sklearn:") else y
     if y is None and not from_file:
-        raise InputError("y is missing: pass the target as an array, or the name of its column in X.")
+        alone = "; a loss of X alone, as of an autoencoder, takes y=X and task='custom'" if module else ""
+        raise InputError(f"y is missing: pass the target as an array, or the name of its column in X{alone}.")
     if not module:
         _refuse_arrays(X)
     arrays = as_arrays(X) if module else None

@@ -20,7 +20,7 @@ from gputune.modules.trace import DispatchMode
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
-from gputune.scoring.torch_losses import refuse_one_number
+from gputune.scoring.torch_losses import refuse_one_number, wants_log_probabilities
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
@@ -209,7 +209,14 @@ class ModuleTrial:
             )
 
     def warn_of_probabilities(self, outputs: Tensor) -> None:
-        """Warn where outputs, computed in training, end in a softmax or a sigmoid, and the loss has one of its own."""
+        """Warn where outputs, computed in training, end in a softmax or a sigmoid that the loss has, or lack one."""
+        if self.objective is not None and wants_log_probabilities(self.objective.loss, outputs):
+            warnings.warn(
+                f"{self.name} returns no log-probabilities, which {self.objective.in_words} wants: end it in "
+                "log_softmax(1), or leave loss out.",
+                InputWarning,
+                stacklevel=2,
+            )
         loss = self.objective.loss if self.objective is not None and self.objective.is_named else None
         end = ""
         if loss == "cross_entropy" and outputs.dim() == 2 and outputs.shape[1] > 1:
@@ -233,6 +240,10 @@ class ModuleTrial:
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         binary = self.objective is not None and self.objective.binary
         usual = _of_shape(found, n_outputs, binary=binary)
+        if self.objective is not None and self.objective.step is not None:
+            usual += (
+                " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
+            )
         raise InputError(
             f"model: {self.name} must return a tensor of shape (rows, {n_outputs}), got {found} for {rows} "
             f"rows; its last layer must have n_outputs outputs (logits for classes).{usual}"

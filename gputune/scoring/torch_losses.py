@@ -16,7 +16,7 @@ _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonN
 def loss_fitting(loss: Any, task: Task) -> Any:
     """Return the name of torch's binary cross-entropy for classes and labels, any other loss as it is.
 
-    Raises InputError for a loss of numbers where the target is classes, and for nn.BCELoss.
+    Raises InputError for a loss of numbers where the target is classes, of one class for labels, and for nn.BCELoss.
     """
     kind = loss if isinstance(loss, type) else type(loss)
     if task in ("binary", "multiclass") and issubclass(kind, _OF_NUMBERS):
@@ -24,6 +24,11 @@ def loss_fitting(loss: Any, task: Task) -> Any:
         raise InputError(
             f"loss=torch.nn.{kind.__name__} is of numbers, and y is classes: say task='regression' where they are "
             f"numbers, or choose loss={other}."
+        )
+    if task == "multilabel" and issubclass(kind, _OF_CLASSES):
+        raise InputError(
+            f"loss=torch.nn.{kind.__name__} is of one class a row, and y is labels, of which a row may have several: "
+            "give loss=torch.nn.BCEWithLogitsLoss, or y.argmax(1) as y where each row has one."
         )
     if task not in ("binary", "multilabel"):
         return loss
@@ -48,6 +53,14 @@ def refuse_one_number(loss: Any, y: Tensor) -> None:
             f"loss=torch.nn.{kind.__name__} is of classes, and y is one number a row: say task='classification' where "
             "they are classes, or choose a loss of numbers, such as 'mse'."
         )
+
+
+def wants_log_probabilities(loss: Any, outputs: Tensor) -> bool:
+    """Whether outputs (B, K) are of no log_softmax, and the loss is torch's of log-probabilities."""
+    kind = loss if isinstance(loss, type) else type(loss)
+    if outputs.dim() < 2 or not issubclass(kind, nn.NLLLoss):
+        return False
+    return bool(((outputs.exp().sum(1) - 1).abs() > 0.01).any())
 
 
 def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
