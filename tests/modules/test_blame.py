@@ -116,6 +116,34 @@ def test_a_row_that_fails_in_one_fold_is_named(row, kind, epochs):
         tune(Picky, X, y, cv=folds, numbers="none")
 
 
+class Tires(nn.Linear):
+    """Fails once it has been called often enough, on whatever rows, or in training alone."""
+
+    def __init__(self, n_features, n_outputs, after, evaluates=False):
+        super().__init__(n_features, n_outputs)
+        self.after, self.calls, self.evaluates = after, 0, evaluates
+
+    def forward(self, x):
+        self.calls += self.training or self.evaluates
+        if self.calls > self.after and (self.training or self.evaluates):
+            raise RuntimeError("tired")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "finding"),
+    [(True, "No single row of X is at fault"), (False, "In evaluation mode it fails on no row")],
+)
+def test_a_failure_that_no_row_causes_names_the_configuration(evaluates, finding):
+    space = {"module__after": [10], "module__evaluates": [evaluates], "lr": [0.1], "batch_size": [4]}
+    message = (
+        rf"Tires\(module__after=10, module__evaluates={evaluates}\) raised RuntimeError after \d epochs?: tired. "
+        rf"{finding}.*; mend its forward, or leave these values out of the space\.$"
+    )
+    with pytest.raises(InputError, match=message):
+        tune(Tires, ROWS, space=space, include_default=False, n_trials=1, max_epochs=9)
+
+
 class Codes(nn.Module):
     """An embedding whose ids are made of two columns, so that no single one tells of them."""
 
