@@ -37,7 +37,6 @@ _PHRASES = {
     "give scoring=callable(outputs, y), or 'neg_loss'": "use --scoring neg_loss",
     "'log', 'log1p' or a transformer of scikit-learn's that has an inverse_transform": "'log' or 'log1p'",
     "choose a PowerTransformer, or leave it out": "leave it out",
-    ", or scoring=callable(outputs, y)": "",
     "; give scoring=callable(outputs, y)": "; choose another --scoring",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
 }

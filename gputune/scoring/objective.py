@@ -71,7 +71,7 @@ class Objective:
         return (
             (
                 f"neg_loss of each trial is of the loss with {defaults}, its default: losses of other values do not "
-                "compare. Give one value in the space, or scoring=callable(outputs, y)",
+                "compare. Search one value alone to score with it, or in Python give a function as scoring",
             )
             if defaults
             else ()

@@ -190,6 +190,11 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
         ("--target-transform", "lg", ["must be 'log' or 'log1p', got 'lg'. Did you mean 'log'?"]),
         ("--optimizer", "lamb", ["'lamb'", "adamw"]),
         ("--scoring", "acuracy", ["'acuracy'", "Did you mean 'accuracy'?"]),
+        (
+            "--scoring",
+            "neg_loss",
+            ["--scoring neg_loss is of a module's loss", "; choose another --scoring."],
+        ),
         ("--scoring", "r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task", "ranking", ["'ranking'", "classification"]),
         ("--task", "regression", ["--task regression", "kind", "text", "classification"]),
