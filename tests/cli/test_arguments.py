@@ -75,7 +75,7 @@ def test_a_difference_of_two_searches_names_the_option(name):
         f"study='gputune-out/study.db' holds another search, which differs from this call in: {name} (30 there, 2 "
         f"here), space, {name}. Give this search a path of its own, or repeat the first call's arguments."
     )
-    option = {"data": name, "sample_weight": name, "epoch": name}.get(
+    option = {"data": name, "sample_weight": name, "epoch": name, "code": name}.get(
         name, flags().get(name, "folds (--cv, --groups)")
     )
     assert said == (

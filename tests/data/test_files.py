@@ -163,7 +163,7 @@ def test_bad_files(tmp_path, name, text, message):
 )
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
     with pytest.raises(
-        InputError, match=rf"y has \d missing values \(the first in {place}\); fill it, or leave"
+        InputError, match=rf"y has \d missing values? \(the first in {place}\); fill it, or leave"
     ):
         read_source(write(tmp_path, text, name), "y")
 
