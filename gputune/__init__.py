@@ -5,7 +5,6 @@ Names are imported when they are first used, so that ``gputune --help`` does not
 
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gputune.errors import (
@@ -23,7 +22,7 @@ from gputune.version import __version__
 
 if find_spec("gputune.models") is None:  # installation puts the folder models/ of the source in here
     raise ImportError(
-        f"gputune is imported from its source, {Path(__file__).parent}, and not as it is installed, with models and "
+        f"gputune is imported from its source, {__path__[0]}, and not as it is installed, with models and "
         "compiled code: start Python in another folder, or with -P (python -P -m gputune)."
     )
 

@@ -80,7 +80,7 @@ def made(builder: Builder, words: Config, columns: str = "") -> nn.Module:
     that compiles. Raises InputError where the builder fails, or a tensor that it shares cannot be copied.
     """
     module, known, key = _called(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
-    if type(module).__name__ == "OptimizedModule":
+    if (inner := _inner(module)) is not module:
         if key not in known:
             warnings.warn(
                 f"{name_of(builder)} returns torch.compile(module): the module itself trains, and gputune chooses how "
@@ -88,14 +88,14 @@ def made(builder: Builder, words: Config, columns: str = "") -> nn.Module:
                 InputWarning,
                 stacklevel=2,
             )
-        module = _inner(module)
+        module = inner
     if key not in known:
         known[key] = _first_shared(module, _inner(_called(builder, words, columns)))
     if not (name := known[key]):
         return module
     try:
         for parameter in module.parameters():
-            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            if has_gradient_hook(parameter):
                 raise ValueError("a copy of a parameter loses the hook on its gradient")
         return copy.deepcopy(module)
     except Exception as error:
@@ -135,6 +135,11 @@ def _first_shared(one: nn.Module, other: nn.Module) -> str:
     )
     held = {_memory(tensor) for tensor in other_has.values()}
     return next((name for name, tensor in one_has.items() if _memory(tensor) in held), "")
+
+
+def has_gradient_hook(parameter: Tensor) -> bool:
+    """Whether a function of the user's sees, or changes, the gradient of a parameter."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _memory(tensor: Tensor) -> int:

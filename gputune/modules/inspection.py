@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
-from gputune.modules.construction import Builder, call_arguments, dropout_rates
+from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.embeddings import check_ids
 from gputune.modules.module import StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
@@ -222,7 +222,7 @@ def _of_itself(module: nn.Module, counted: Sequence[str], changing: Sequence[str
         if tensor.is_complex() and (tensor.requires_grad or name in changing):
             return f"its {name!r} holds complex numbers that change"
     for name, parameter in module.named_parameters():
-        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        if has_gradient_hook(parameter):
             return f"its parameter {name!r} has a hook on its gradient"
     return ""
 

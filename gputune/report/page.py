@@ -36,7 +36,7 @@ from gputune.study.study import Study, Trial
 from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
-from gputune.views.metrics import measures, pareto_trials
+from gputune.views.metrics import other_measures, pareto_trials
 from gputune.views.parameters import importance
 from gputune.views.scores import shown_scores
 
@@ -93,7 +93,7 @@ def _columns(study: Study, rows: int) -> list[Column]:
 
 def _metrics(study: Study, trials: Sequence[Trial]) -> Iterator[Column]:
     """Yield a column for each metric beside the one that ranks, and which trials no other one beats."""
-    for name, measure in list(measures(study).items())[1:]:
+    for name, measure in other_measures(study).items():
         sign = -1.0 if measure.lower_is_better else 1.0
         scores = [sign * trial.scores.get(name, math.nan) for trial in trials]
         yield {**_rounded(f"score_{name}", measure.name, scores, measure.decimals), "first": int(-sign)}

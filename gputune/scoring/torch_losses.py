@@ -13,12 +13,17 @@ _OF_CLASSES = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 _OF_NUMBERS = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss)
 
 
+def _kind(loss: Any) -> type:
+    """Return the class of a loss, which may be the class itself."""
+    return loss if isinstance(loss, type) else type(loss)
+
+
 def loss_fitting(loss: Any, task: Task) -> Any:
     """Return the name of torch's binary cross-entropy for classes and labels, any other loss as it is.
 
     Raises InputError for a loss of numbers where the target is classes, of one class for labels, and for nn.BCELoss.
     """
-    kind = loss if isinstance(loss, type) else type(loss)
+    kind = _kind(loss)
     if task in ("binary", "multiclass") and issubclass(kind, _OF_NUMBERS):
         other = "'cross_entropy' or 'bce'" if task == "binary" else "'cross_entropy'"
         raise InputError(
@@ -47,7 +52,7 @@ def loss_fitting(loss: Any, task: Task) -> Any:
 
 def refuse_one_number(loss: Any, y: Tensor) -> None:
     """Raise InputError for a loss of classes where y (B,) or (B, 1) is floats: of one class it is always 0."""
-    kind = loss if isinstance(loss, type) else type(loss)
+    kind = _kind(loss)
     if issubclass(kind, _OF_CLASSES) and y.is_floating_point() and y.numel() == len(y):
         raise InputError(
             f"loss=torch.nn.{kind.__name__} is of classes, and y is one number a row: say task='classification' where "
@@ -57,7 +62,7 @@ def refuse_one_number(loss: Any, y: Tensor) -> None:
 
 def wants_log_probabilities(loss: Any, outputs: Tensor) -> bool:
     """Whether outputs (B, K) are of no log_softmax, and the loss is torch's of log-probabilities."""
-    kind = loss if isinstance(loss, type) else type(loss)
+    kind = _kind(loss)
     if outputs.dim() < 2 or not issubclass(kind, nn.NLLLoss):
         return False
     return bool(((outputs.exp().sum(1) - 1).abs() > 0.01).any())

@@ -21,7 +21,7 @@ def oof_predictions(
 ) -> NDArray[np.float64]:
     """Return what a trial predicts of rows that it was not trained on; see ``Study.oof_predictions``."""
     check_folds_train(study, "oof_predictions()")
-    one = study.best_trial if trial is None else numbered(study, trial, "oof_predictions")
+    one = numbered(study, trial, "oof_predictions")
     search = recalled_for("oof_predictions", study, X, y, trust_code)
     predictions = predictions_of(search, [one], Progress(0))
     data = predictions.data
@@ -47,7 +47,7 @@ def refit_with_residuals(
         raise InputError(
             f"{called} is for a number to be predicted, and the study is of classes; leave it out."
         )
-    one = study.best_trial if trial is None else numbered(study, trial, "best_model")
+    one = numbered(study, trial, "best_model")
     search = recalled(study, X, y, check=check, trust_code=trust_code)
     if search.rows != study.record.fingerprint:
         raise InputError(

@@ -196,7 +196,7 @@ def refit(
 
     Raises InputError for a number of no scored trial, what ``recalled`` does; DivergedError where it diverges.
     """
-    one = study.best_trial if trial is None else numbered(study, trial, "best_model")
+    one = numbered(study, trial, "best_model")
     return refitted(recalled(study, X, y, check=check, trust_code=trust_code), one)
 
 
@@ -214,7 +214,9 @@ def refitted(search: Search, one: Trial) -> TunedModel:
 
 
 def numbered(study: Study, number: object, caller: str) -> Trial:
-    """Return the trial of a number; raises InputError, in a caller's words, where none of that number has a score."""
+    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
+    if number is None:
+        return study.best_trial
     scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
     if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
         raise InputError(

@@ -162,9 +162,8 @@ def test_bad_files(tmp_path, name, text, message):
     ],
 )
 def test_a_missing_target_is_named_by_its_line(tmp_path, name, text, place):
-    with pytest.raises(
-        InputError, match=rf"y has \d missing values? \(the first in {place}\); fill it, or leave"
-    ):
+    lost = "3 missing values" if text.startswith("a,") else "1 missing value"
+    with pytest.raises(InputError, match=rf"y has {lost} \(the first in {place}\); fill it, or leave"):
         read_source(write(tmp_path, text, name), "y")
 
 
