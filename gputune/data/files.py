@@ -186,13 +186,12 @@ def _check_lines(path: Path, separator: str) -> None:
 
 
 def _lines(path: Path, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number, from 1, and the fields of each line of a text file that is not empty."""
+    """Yield the number, from 1, and the fields of each line of a text file; an empty one is a row without values."""
     with _open_text(path) as file:
         lines = io.TextIOWrapper(file, "utf-8", errors="replace", newline="")
         reader = csv.reader(lines, delimiter=separator)
         for fields in reader:
-            if fields:  # polars reads no row from an empty line
-                yield reader.line_num, fields
+            yield reader.line_num, fields
 
 
 def line_of(source: str | Path, row: int) -> str:

@@ -156,7 +156,7 @@ def test_bad_files(tmp_path, name, text, message):
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
-        ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 4"),
+        ("t.csv", "a,y\n1,2\n\n2,\n3,\n", "line 3"),
         ("t.csv", 'a;y\n"1\n1";2\n3;NA\n', "line 4"),
         ("t.tsv", "a\ty\n1\t2\n\t\n1\t2\n", "line 3"),
     ],
