@@ -11,12 +11,8 @@ static void packed(long inner, long wanted, long width, const real *b, long b_ro
     }
     long whole = b_row == 1 ? inner / LANES * LANES : 0, across = whole ? wanted / LANES * LANES : 0;
     for (long p = 0; p < whole; p += LANES) /* block by block: whole lines of the cache are read and written */
-        for (long q = 0; q < across; q += LANES) {
-            real block[LANES][LANES];
-            for (long s = 0; s < LANES; s++)
-                for (long r = 0; r < LANES; r++) block[r][s] = b[p + r + (q + s) * b_column];
-            for (long r = 0; r < LANES; r++) memcpy(room + (p + r) * width + q, block[r], sizeof(block[r]));
-        }
+        for (long q = 0; q < across; q += LANES)
+            transpose_block(b + p + q * b_column, b_column, room + p * width + q, width);
     for (long p = 0; p < inner; p++)
         for (long q = p < whole ? across : 0; q < wanted; q++) room[p * width + q] = b[p * b_row + q * b_column];
 }

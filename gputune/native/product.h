@@ -51,6 +51,24 @@ typedef int32_t places __attribute__((vector_size(VECTOR_BYTES)));
 #define IN_TURN(a, b, ...) __builtin_shuffle(a, b, (places){__VA_ARGS__})
 #endif
 
+/* A block of LANES x LANES of a, transposed into b: the two halves of its lines, taken in turn, are its columns once
+   every line has been halved. */
+ALWAYS_INLINE void transpose_block(const real *a, long a_row, real *b, long b_row) {
+    vector line[LANES], next[LANES];
+    for (int p = 0; p < LANES; p++) line[p] = *(const vector *)(a + p * a_row);
+#pragma GCC unroll 4
+    for (int left = LANES; left > 1; left /= 2) {
+#pragma GCC unroll 8
+        for (int p = 0; p < LANES / 2; p++) {
+            next[2 * p] = IN_TURN(line[p], line[p + LANES / 2], FIRST);
+            next[2 * p + 1] = IN_TURN(line[p], line[p + LANES / 2], SECOND);
+        }
+#pragma GCC unroll 16
+        for (int p = 0; p < LANES; p++) line[p] = next[p];
+    }
+    for (int p = 0; p < LANES; p++) *(vector *)(b + p * b_row) = line[p];
+}
+
 ALWAYS_INLINE void tile(const int rows, const int vectors, long inner, const real *a, long a_row, long a_column,
                         const real *b, long b_row, const real *bias, real *c, long c_row) {
     vector sum[TILE_ROWS][TILE_VECTORS];

@@ -73,25 +73,10 @@ static void descend(Layer *layer, Space *s, Rates by, const real *h, long across
            s->gradient);
 }
 
-/* b (columns, rows) = a (rows, columns) transposed, block by block: the two halves of a block's lines, taken in turn,
-   are its columns once every line has been halved. */
+/* b (columns, rows) = a (rows, columns) transposed, block by block. */
 static void transpose(long rows, long columns, const real *restrict a, real *restrict b) {
     for (long j = 0; j < columns; j += LANES)
-        for (long i = 0; i < rows; i += LANES) {
-            vector line[LANES], next[LANES];
-            for (int p = 0; p < LANES; p++) line[p] = *(const vector *)(a + (i + p) * columns + j);
-#pragma GCC unroll 4
-            for (int left = LANES; left > 1; left /= 2) {
-#pragma GCC unroll 8
-                for (int p = 0; p < LANES / 2; p++) {
-                    next[2 * p] = IN_TURN(line[p], line[p + LANES / 2], FIRST);
-                    next[2 * p + 1] = IN_TURN(line[p], line[p + LANES / 2], SECOND);
-                }
-#pragma GCC unroll 16
-                for (int p = 0; p < LANES; p++) line[p] = next[p];
-            }
-            for (int p = 0; p < LANES; p++) *(vector *)(b + (j + p) * rows + i) = line[p];
-        }
+        for (long i = 0; i < rows; i += LANES) transpose_block(a + i * columns + j, columns, b + j * rows + i, rows);
 }
 
 /* The slope in what a layer is given, (rows, row), from that in what it gives; a part of the columns at a time. */
