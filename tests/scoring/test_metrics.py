@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.metrics import get_scorer
 
@@ -10,21 +9,13 @@ import gputune
 from gputune.callbacks import Callback, StopSearch
 from gputune.errors import InputError
 from gputune.report.snippet import again_code
+from problems import Linear
 
 X, Y = (part[:90] for part in load_breast_cancer(return_X_y=True))
 WORDS = np.array(["ill", "well"])[Y]
 FAST = {"n_trials": 4, "max_epochs": 2, "cv": 2, "verbose": 0, "workers": 1}
 SPACE = {"lr": [1e-3, 1e-2, 0.1], "width": [8, 16]}
 METRICS = ["accuracy", "roc_auc", "neg_log_loss", "f1"]
-
-
-class Net(torch.nn.Module):
-    def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.linear = torch.nn.Linear(n_features, n_outputs)
-
-    def forward(self, x):
-        return self.linear(x)
 
 
 def search(*, model="mlp", scoring=METRICS, y=Y, **options):
@@ -39,8 +30,8 @@ WAYS = {
     "halving": {"method": gputune.Halving(min_epochs=1), "n_trials": 6},
     "hypergradient": {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1, "space": {"lr": [1e-2]}},
     "solved": {"model": "logistic", "space": {"C": [0.1, 1.0]}, "n_trials": 2},
-    "module": {"model": Net},
-    "loop": {"model": Net, "backend": "loop", "n_trials": 2},
+    "module": {"model": Linear},
+    "loop": {"model": Linear, "backend": "loop", "n_trials": 2},
 }
 
 

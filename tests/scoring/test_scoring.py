@@ -9,6 +9,7 @@ from sklearn.inspection import permutation_importance
 
 import gputune
 from gputune.errors import InputError
+from problems import Linear
 
 RNG = np.random.default_rng(0)
 N = 60
@@ -16,15 +17,6 @@ X = RNG.normal(size=(N, 3)) * [1, 20, 0.01] + [0, 50, 0]
 Y = np.where(X[:, 0] + (X[:, 1] - 50) / 20 > 0, "yes", "no")
 FRAME = pd.DataFrame(X, columns=["a", "b", "c"]).assign(d=np.where(X[:, 2] > 0, "left", "right"))
 FAST = {"n_trials": 2, "max_epochs": 3, "cv": 2, "verbose": 0, "workers": 1}
-
-
-class Net(torch.nn.Module):
-    def __init__(self, n_features, n_outputs):
-        super().__init__()
-        self.linear = torch.nn.Linear(n_features, n_outputs)
-
-    def forward(self, x):
-        return self.linear(x)
 
 
 def consistent(estimator, X, y):
@@ -51,7 +43,7 @@ def consistent(estimator, X, y):
         ("mlp", {"method": gputune.Hypergradient(outer_steps=1), "n_trials": 1}),
         pytest.param("mlp", {"workers": 2, "memory": "1KB"}, marks=pytest.mark.cpu),
         ("logistic", {}),
-        (Net, {"dtype": "float64"}),
+        (Linear, {"dtype": "float64"}),
     ],
     ids=["compiled", "eager", "graph", "halving", "hypergradient", "workers", "solved", "module"],
 )
