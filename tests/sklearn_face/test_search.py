@@ -294,7 +294,7 @@ def test_a_device_is_that_of_all_fits_and_the_refit():
 
 def test_time_that_is_over_fails_the_fits(monkeypatch):
     monkeypatch.setattr(replay, "workers", lambda: 1)  # a process takes longer to start than this
-    long = MLPClassifier(hidden_layer_sizes=(8,), max_iter=10**6, random_state=0)
+    long = MLPClassifier((8,), max_iter=10**6, n_iter_no_change=10**6, random_state=0)  # no end of its own
     search = RandomizedSearchCV(
         long, {"learning_rate_init": [0.1, 0.2]}, n_iter=2, cv=2, timeout=0.2, refit=False
     )
