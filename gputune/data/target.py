@@ -208,8 +208,9 @@ def target_array(y: object, name: str) -> np.ndarray:
             raise InputError(
                 f"{name} lies on the device 'meta', which holds no values; pass one that has them."
             )
-        y = y.detach().cpu()
-        return np.asarray((y.float() if y.is_floating_point() and y.dtype.itemsize < 4 else y).numpy())
+        values = y.detach().cpu()
+        short = values.is_floating_point() and values.dtype.itemsize < 4  # which NumPy lacks
+        return np.asarray((values.float() if short else values).numpy())
     data = nw.from_native(y, pass_through=True, allow_series=True)
     if isinstance(data, nw.DataFrame):
         return np.stack([_series(column) for column in data.iter_columns()], axis=1)

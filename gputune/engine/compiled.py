@@ -9,6 +9,7 @@ import ctypes
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from gputune.scoring.scores import accuracy
 from gputune.scoring.scoring import Scoring
 from gputune.types import Config
 
-Array = Tensor | np.ndarray | None
+Array: TypeAlias = Tensor | np.ndarray | None
 
 
 class CompiledChunk:

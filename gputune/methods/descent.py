@@ -7,7 +7,7 @@ logit), which batch size, width and depth stay out of: those differ from start t
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ _HITS = 2  # chaotic points of a start after which its slopes come from wide fin
 
 FIRST_STEP, FIRST_OF_SEVERAL = 1.5, 1.0  # in the coordinate, of one value and of several
 
-Table = NDArray[np.float64]  # (S, L)
+Table: TypeAlias = NDArray[np.float64]  # (S, L)
 Bounds = Mapping[str, tuple[float, float]]
 
 

@@ -6,6 +6,7 @@ Source: the equations of torch.nn.RNN, GRU and LSTM, whose order of gates is kep
 """
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 KINDS = (nn.RNN, nn.GRU, nn.LSTM)
 
-State = Tensor | tuple[Tensor, Tensor]
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 """(layers x directions, B, H), of an LSTM two of them: hidden state and cell."""
 
 

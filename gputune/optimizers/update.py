@@ -8,6 +8,7 @@ now (``active`` false) keep their parameters and their moments.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from gputune.optimizers.rules import BETA1, EPS, MOMENTS, RULES, Rates, n_moment
 from gputune.optimizers.schedules import SCHEDULES, Schedule
 from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, Config
 
-Amount = float | Tensor
+Amount: TypeAlias = float | Tensor
 """One value of all members, or each member's own, (F, C)."""
 
 

@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -148,7 +148,7 @@ DECODERS: dict[str, Callable[[Any], object]] = {
 EpochRule = Literal["best", "last"]
 State = Literal["complete", "failed", "stopped", "pruned"]
 TrialState = State | Literal["waiting"]
-Curve = NDArray[np.float64]
+Curve: TypeAlias = NDArray[np.float64]
 Row = tuple[Any, ...]
 Value = TypeVar("Value")
 
