@@ -1,4 +1,4 @@
-"""Generated C code, built by the compiler that is there, once on each machine, and kept in the user's cache."""
+"""Generated code, built by the compiler that is there, once on each machine, and kept in the user's cache."""
 
 import contextlib
 import ctypes
@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -83,13 +84,44 @@ def _is_own(path: Path) -> bool:
 
 def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
     """Return the library that an earlier run left. One that is not as it was built, or does not load, is removed."""
-    for path in folder.glob(f"{name}-*.so"):
+    for path in _whole(folder, name, ".so"):
         with contextlib.suppress(OSError):
-            if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
-                return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(path))
         with contextlib.suppress(OSError):
             path.unlink()
     return None
+
+
+def _whole(folder: Path, name: str, ending: str) -> Iterator[Path]:
+    """Yield the files of a name that are as they were built; all others are removed."""
+    for path in folder.glob(f"{name}-*{ending}"):
+        with contextlib.suppress(OSError):
+            if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
+                yield path
+                continue
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _put(built: Path, path: Path, ending: str) -> Path:
+    """Put what was built in its place at once; return ``path`` with its SHA-256 and the ending added to its name."""
+    built.chmod(0o600)
+    return built.replace(path.with_name(f"{path.name}-{_digest(built)}{ending}"))
+
+
+def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
+    """Return what ``make`` makes of a source, or what an earlier run made of it and left in the user's cache."""
+    name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    for path in _whole(folder, name, ".cubin"):
+        return path.read_bytes()
+    binary = make()
+    with contextlib.suppress(OSError), scratch_folder(folder, prefix="build") as private:
+        (private / name).write_bytes(binary)
+        _put(private / name, folder / name, ".cubin")
+    return binary
 
 
 def _digest(path: Path) -> str:
@@ -132,8 +164,7 @@ def _build(compiler: str, source: str, path: Path) -> Path:
         for more in ([_WHOLE_VECTORS], []):
             done = subprocess.run([compiler, *more, *words], capture_output=True, text=True)
             if done.returncode == 0:
-                built.chmod(0o600)
-                return built.replace(path.with_name(f"{path.name}-{_digest(built)}.so"))
+                return _put(built, path, ".so")
     said = done.stderr.strip().splitlines()
     raise NotBuiltError(
         f"{compiler} could not build the C code of a step: {said[0] if said else f'exit code {done.returncode}'}"

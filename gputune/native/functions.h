@@ -1,8 +1,4 @@
-/* Activations and slopes of losses over contiguous rows, written so that a compiler makes vectors of the loops.
-
-   A number that is not finite stays so: a member that diverges must be seen to have diverged. */
-
-enum { RELU, GELU, SILU, TANH };
+/* Activations and slopes of losses over contiguous rows, written so that a compiler makes vectors of the loops. */
 
 #ifdef DOUBLE
 typedef int64_t whole;
@@ -43,37 +39,22 @@ ALWAYS_INLINE real exponential(real x) {
     return x == x ? result : x;
 }
 
-/* h = activation(z) over n numbers; z may be h. */
-static void activate(int64_t kind, long n, const real *z, real *h) {
-    if (kind == RELU)
-        for (long i = 0; i < n; i++) h[i] = z[i] < 0 ? 0 : z[i]; /* NaN is not below 0, and stays */
-    else if (kind == TANH)
-        for (long i = 0; i < n; i++) h[i] = 1 - 2 / (1 + exponential(2 * z[i]));
-    else if (kind == SILU)
-        for (long i = 0; i < n; i++) h[i] = z[i] / (1 + exponential(-z[i]));
-    else
-        for (long i = 0; i < n; i++) h[i] = z[i] * (real)0.5 * (1 + (real)erf(z[i] * 0.70710678118654752));
-}
+typedef double wide;
+#include "formulas.h"
 
-/* The slope in z of what has the slope ``above`` in h = activation(z), in place. relu reads h, the others z. */
+/* A loop for each activation, which is a constant in it. */
+#define EACH(kind, does) \
+    if (kind == RELU) { const int OF = RELU; for (long i = 0; i < n; i++) does; } \
+    else if (kind == TANH) { const int OF = TANH; for (long i = 0; i < n; i++) does; } \
+    else if (kind == SILU) { const int OF = SILU; for (long i = 0; i < n; i++) does; } \
+    else { const int OF = GELU; for (long i = 0; i < n; i++) does; }
+
+/* h = activation(z) over n numbers; z may be h. */
+static void activate(int64_t kind, long n, const real *z, real *h) { EACH(kind, h[i] = activated(OF, z[i])) }
+
+/* The slope in z of what has the slope ``above`` in h = activation(z), in place. */
 static void slope_below(int64_t kind, long n, real *above, const real *z, const real *h) {
-    if (kind == RELU)
-        for (long i = 0; i < n; i++) above[i] = h[i] <= 0 ? 0 : above[i];
-    else if (kind == TANH)
-        for (long i = 0; i < n; i++) {
-            real t = 1 - 2 / (1 + exponential(2 * z[i]));
-            above[i] *= 1 - t * t;
-        }
-    else if (kind == SILU)
-        for (long i = 0; i < n; i++) {
-            real s = 1 / (1 + exponential(-z[i]));
-            above[i] *= s * (1 + z[i] * (1 - s));
-        }
-    else
-        for (long i = 0; i < n; i++) {
-            double x = z[i], below = 0.5 * (1 + erf(x * 0.70710678118654752));
-            above[i] *= (real)(below + x * 0.39894228040143268 * exp(-0.5 * x * x));
-        }
+    EACH(kind, above[i] = slope_in(OF, above[i], z[i], h[i]))
 }
 
 /* Turn outputs z (rows, z_row) into the slope of the cross-entropy in them: share (softmax(z) - onehot).

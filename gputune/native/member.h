@@ -7,34 +7,6 @@
 #define SCORED_ROWS 64    /* validation rows at a time: their activations stay in the cache */
 #define GRADIENT 4096     /* numbers of a gradient between its product and its use */
 
-/* What is to be done, for all members: laid out as gputune.native.work.Work. */
-typedef struct {
-    int64_t folds, trials, inputs, width, outputs, layers, activation, optimizer, classes;
-    int64_t rows;                 /* n of the data */
-    int64_t epoch, horizon;       /* epochs done, and epochs of a schedule */
-    const real *x;                /* (V, n, D) */
-    const real *center, *scale;   /* (F, D): (x - center) / scale is read, 0 where x is missing; NULL: x as it is */
-    const int64_t *copies;        /* (F): V of a fold */
-    const void *y;                /* (n) codes, or (F, n) values */
-    const double *weights;        /* (F, n) or NULL */
-    const real *present;          /* (F, K) */
-    const int64_t *order;         /* (F, longest fold): rows of the data as they are read in this epoch */
-    const int64_t *lengths;       /* (F): rows of each fold */
-    int64_t longest;
-    const int64_t *widths, *sizes, *schedule;          /* (C) */
-    const double *lr, *decay, *momentum, *dropout;    /* (C) */
-    const float *draws;           /* of dropout, one after another; NULL: none */
-    const int64_t *draw_start;    /* (steps): where those of a step begin */
-    const int64_t *draw_rows;     /* (steps): how many rows they are for, in each layer */
-    real *theta, *first, *second; /* flat buffers; the moments may be NULL */
-    const int64_t *valid;         /* validation rows of all folds */
-    const int64_t *valid_start;   /* (F + 1) */
-    real *scored;                 /* outputs on them, (C, m, K) fold after fold; NULL: none */
-    double *accuracy;             /* (F, C) on them, NaN where an output is not finite; NULL: none */
-    int64_t *nanoseconds;         /* (2): of training and of scoring, added up over members */
-    const int64_t *queue;         /* (F C): members p = f C + c in the order in which they are taken */
-} Work;
-
 typedef struct {
     long in, out, row;            /* true sizes, and the length of a row of the weight: out and its padding */
     real *weight[3], *bias[3];    /* of the parameters and of both moments; weights in panels of padded(in) rows */
@@ -128,9 +100,7 @@ static void gather(const Work *w, long f, const int64_t *which, long rows, real 
         const real *from = all + which[i] * w->inputs;
         if (!w->center) memcpy(x, from, w->inputs * sizeof(real));
         else
-            for (long j = 0; j < w->inputs; j++) {
-                real value = (from[j] - w->center[f * w->inputs + j]) / w->scale[f * w->inputs + j];
-                x[j] = value == value ? value : 0;
-            }
+            for (long j = 0; j < w->inputs; j++)
+                x[j] = scaled(from[j], w->center[f * w->inputs + j], w->scale[f * w->inputs + j]);
     }
 }

@@ -19,21 +19,10 @@ typedef float real;
 
 #include "product.h"
 #include "functions.h"
+#include "work.h"
 #include "update.h"
 #include "member.h"
 #include "step.h"
-
-/* Whether the largest output, of several the first, is that of the label; -1 where one is not finite. */
-static int hits(const Work *w, long f, const real *z, int64_t label) {
-    const real *present = w->present + f * w->outputs;
-    long best = -1;
-    for (long k = 0; k < w->outputs; k++) {
-        if (present[k] == 0) continue;
-        if (z[k] - z[k] != 0) return -1;
-        if (best < 0 || z[k] > z[best]) best = k;
-    }
-    return best == label;
-}
 
 static void score(const Work *w, Space *s, long f, long c) {
     long count = w->valid_start[f + 1] - w->valid_start[f], row = s->layer[s->layers - 1].row;
@@ -49,7 +38,7 @@ static void score(const Work *w, Space *s, long f, long c) {
                 real *out = w->scored + w->outputs * (w->trials * w->valid_start[f] + c * count);
                 memcpy(out + (at + i) * w->outputs, z, w->outputs * sizeof(real));
             } else {
-                int hit = hits(w, f, z, ((const int64_t *)w->y)[which[at + i]]);
+                int hit = hits(w->outputs, w->present + f * w->outputs, z, ((const int64_t *)w->y)[which[at + i]]);
                 right += hit > 0, broken += hit < 0;
             }
         }

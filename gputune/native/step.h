@@ -54,6 +54,17 @@ static const real *pack(const Space *s, const real *slope, long rows, long row, 
     return s->packed;
 }
 
+/* One step of the optimizer over n parameters. */
+static void update(Rates by, long n, real *restrict w, real *restrict first, real *restrict second,
+                   const real *restrict slope) {
+    if (by.optimizer >= ADAM)
+        for (long i = 0; i < n; i++) adam_step(by, w + i, first + i, second + i, slope[i]);
+    else if (!first)
+        for (long i = 0; i < n; i++) plain_step(by, w + i, slope[i]);
+    else
+        for (long i = 0; i < n; i++) momentum_step(by, w + i, first + i, slope[i]);
+}
+
 /* Take a layer's step from the slope (rows, row) in what it gives, a part of the weight at a time. */
 static void descend(Layer *layer, Space *s, Rates by, const real *h, long across, const real *slope, long rows) {
     for (long j = 0; j < layer->row; j += panel(layer->row - j)) {
@@ -107,49 +118,4 @@ static void backward(const Work *w, Space *s, Rates by, long rows, int dropping)
             below = slope == s->slope ? s->below : s->slope;
         }
     }
-}
-
-static real held(double value) {
-#ifdef DOUBLE
-    const double largest = 1.7976931348623157e308;
-#else
-    const double largest = 3.4028234663852886e38;
-#endif
-    return (real)(value > largest ? largest : value < -largest ? -largest : value);
-}
-
-enum { CONSTANT, COSINE, LINEAR, WARMUP_COSINE, ONE_CYCLE, COSLOG4, FLAT_COS };
-
-static double half_cosine(double done, double total) {
-    return 0.5 * (1 + cos(3.14159265358979323846 * done / total));
-}
-
-/* The factor on the rate after ``done`` of ``total`` steps, as gputune.optimizers.schedules defines it. */
-static double factor(int64_t schedule, double done, double total) {
-    double warmup = floor(total / 10), top = 0.3 * total - 1;
-    switch (schedule) {
-    case COSINE: return half_cosine(done, total);
-    case LINEAR: return 1 - done / total;
-    case WARMUP_COSINE:
-        return done < warmup ? (done + 1) / (warmup + 1) : half_cosine(done - warmup, total - warmup);
-    case ONE_CYCLE:
-        if (done <= top) return 1 - 24.0 / 25 * half_cosine(done, top);
-        return 1e-4 / 25 + (1 - 1e-4 / 25) * half_cosine(done - top, total - 1 - top);
-    case COSLOG4: return 0.5 - cos(log2(1 + 15 * done / total) * (2 * 3.14159265358979323846)) / 2;
-    case FLAT_COS: return 2 * done < total ? 1 : half_cosine(2 * done - total, total);
-    default: return 1;
-    }
-}
-
-/* The numbers of step ``count``, from 1, of ``total`` steps of the schedule. */
-static Rates rates(const Work *w, long c, double count, double total) {
-    double lr = w->lr[c] * factor(w->schedule[c], count - 1, total), decay = w->decay[c];
-    Rates by = {w->optimizer, held(lr), 0, held(decay), held(w->momentum[c]), 0};
-    if (w->optimizer == ADAMW) by.shrink = held(lr * decay), by.l2 = 0;
-    if (w->optimizer >= ADAM) {
-        double corrected = sqrt(1 - pow(0.999, count));
-        by.rate = held(lr * corrected / (1 - pow(0.9, count)));
-        by.epsilon = (real)(1e-8 * corrected);
-    }
-    return by;
 }

@@ -5,7 +5,9 @@
 #include <pthread.h>
 #include <stdio.h>
 
+#ifndef MEMBERS /* what trains them, where it is there already */
 #include "members.c"
+#endif
 
 enum { FIELDS = sizeof(Work) / 8 };
 

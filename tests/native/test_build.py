@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gputune.native import build as built
-from gputune.native.build import build, cache_folder, find_compiler
+from gputune.native.build import build, cache_folder, find_compiler, kept_binary
 from gputune.native.library import NotBuiltError
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
@@ -144,3 +144,15 @@ def test_a_file_that_is_not_as_it_was_built_or_that_others_may_write_is_built_ag
     assert three() == 3
     (path,) = folder.iterdir()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_bytes() == content
+
+
+def test_a_binary_is_made_once_and_made_again_where_it_is_not_whole(folder):
+    made = []
+
+    def binary(source="a"):
+        return kept_binary("kernel", source, lambda: made.append(source) or source.encode())
+
+    assert [binary(), binary(), binary("b")] == [b"a", b"a", b"b"] and made == ["a", "b"]
+    for path in folder.iterdir():
+        path.write_bytes(b"changed")
+    assert binary() == b"a" and made == ["a", "b", "a"]

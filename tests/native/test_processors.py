@@ -13,6 +13,7 @@ import torch
 
 from gputune.engine import compiled
 from gputune.native.library import FOLDER, Work
+from native.emulated import bytes_of
 from problems import fill, make_data, needs_compiled_code, scoring_of, train_together
 
 HERE = Path(__file__).parent
@@ -25,16 +26,6 @@ WAYS = {
     "addresses": ("gcc", WATCHED.format("address,undefined"), ""),
     "threads": ("gcc", WATCHED.format("thread"), "setarch -R"),
 }
-
-
-def bytes_of(value):
-    return (
-        b""
-        if value is None
-        else value.numpy().tobytes()
-        if isinstance(value, torch.Tensor)
-        else value.tobytes()
-    )
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,432 @@
+// One thread block trains one member. Its weights and activations lie in shared memory; the moments of a weight are in
+// registers of the thread that computes its gradient, or in global memory where they are too many. The definition is
+// members.c, with which it shares its formulas; what is to be done, Work says (work.h).
+//
+// Before it come ``real`` and the headers, and what is fixed for one shape of members: INPUTS, WIDTH (of the tensors),
+// DEPTH (hidden layers), OUTPUTS, ROWS (of a tile, the part of a minibatch whose activations are there at once), THREADS,
+// MOMENTS (buffers of the optimizer), ACTIVATION, CLASSES (0: a regression), DROPOUT, SHARED (bytes), SCRATCH
+// (numbers of a block), HELD (numbers of moments that a thread may keep in registers).
+
+#ifndef BARRIER
+#define BARRIER(name) __syncthreads()
+#endif
+enum { QUEUE, GATHERED, SLOPED, ENDED, FORWARD = 10, BACKWARD = 20 };  // barriers; a layer's number is added to the last two
+
+__host__ __device__ constexpr int row_of(int n) { return n % 8 ? n : n + 4; }  // its length: rows read side by side begin at different banks
+// Rows of a thread's tile, which has 4 columns: as many as leave at least half of the threads a tile.
+__host__ __device__ constexpr int tall(int rows, int columns)
+{
+    return rows / 4 * (columns / 4) >= THREADS / 2 ? 4 : rows / 2 * (columns / 4) >= THREADS / 2 ? 2 : 1;
+}
+
+template <int L> struct Layer {
+    enum {
+        BELOW = L ? WIDTH : INPUTS, ABOVE = L < DEPTH ? WIDTH : OUTPUTS,
+        IN = (BELOW + 3) / 4 * 4, OUT = (ABOVE + 3) / 4 * 4,  // zeros are behind what there is
+        INPUT_ROW = row_of(IN), ROW = row_of(OUT),
+        WEIGHT = Layer<L - 1>::END, BIAS = WEIGHT + IN * ROW, END = BIAS + OUT,  // places of the parameters
+        TALL = tall(IN, OUT), COLUMNS = OUT / 4, TILES = IN / TALL * COLUMNS, MINE = (TILES + THREADS - 1) / THREADS,
+        SLOT = Layer<L - 1>::SLOTS, SLOTS = SLOT + MINE * TALL * 4 + 1,  // of a thread's gradients; the last a bias's
+        MORE = Layer<L - 1>::NUMBERS + MINE * TALL * 4 * MOMENTS, IS_HELD = MORE <= HELD,
+        NUMBERS = IS_HELD ? MORE : Layer<L - 1>::NUMBERS, ROOM = IS_HELD ? MINE * TALL * 4 : 1,
+        UNROLLED = IS_HELD ? MINE : 1
+    };
+};
+template <> struct Layer<-1> { enum { END = 0, SLOTS = 0, NUMBERS = 0 }; };
+
+enum { LAST_ROW = Layer<DEPTH>::ROW, WIDE = row_of(WIDTH), HIDDEN = DEPTH ? DEPTH : 1, STEPS = 32 };
+
+struct Shared {
+    Rates rates[STEPS];                      // of the steps to come
+    double total, weight[ROWS];              // of the minibatch, and of its rows
+    unsigned place[2];                       // in the queue, of this member and of the next in turn
+    int right, broken;                       // validation rows
+    real target[ROWS], present[Layer<DEPTH>::OUT];
+    alignas(16) real parameters[Layer<DEPTH>::END], x[ROWS * Layer<0>::INPUT_ROW];
+    real z[HIDDEN][ROWS * WIDE];             // before the activation; then the slope in it
+    real h[HIDDEN][ROWS * WIDE], outputs[ROWS * LAST_ROW];  // then the slope in them
+};
+static_assert(sizeof(Shared) == SHARED && Layer<DEPTH>::SLOTS * THREADS == SCRATCH, "as the host allots them");
+static_assert(Layer<DEPTH>::OUT <= THREADS && WIDTH <= THREADS, "a thread has one bias of a layer at most");
+
+// The moments that a thread keeps: of its tiles, and of its bias.
+template <int L> struct Own : Own<L - 1> { real first[Layer<L>::ROOM], second[Layer<L>::ROOM], bias_first, bias_second; };
+template <> struct Own<-1> {};
+
+// What is in the tile: rows ``which`` of the data.
+struct Part {
+    const int64_t *which;
+    int rows;
+    bool begun, whole;         // whether the minibatch has rows before, and none after
+    const float *draws;        // of dropout in its first layer, NULL: none
+    int64_t layer;             // numbers of them in a layer
+    real rate, scale;
+    real share;                // of a row in the loss; 0: of its weight
+    real *scratch;             // gradients of the tiles before
+};
+
+template <int N> struct alignas(N * sizeof(real) < 16 ? N * sizeof(real) : 16) Numbers { real at[N]; };
+template <int N> ALWAYS_INLINE Numbers<N> load(const real *from) { return *(const Numbers<N> *)from; }
+ALWAYS_INLINE void store(real *to, const real (&from)[4])
+{
+    Numbers<4> four;
+#pragma unroll
+    for (int j = 0; j < 4; j++) four.at[j] = from[j];
+    *(Numbers<4> *)to = four;
+}
+
+// Calls ``each`` with every tile of a weight that is this thread's: the number of its first entry, its row and its column.
+template <int L, class Each> ALWAYS_INLINE void tiles(Each each)
+{
+    using Z = Layer<L>;
+#pragma unroll (Z::UNROLLED)
+    for (int n = 0; n < Z::MINE; n++) {
+        const int tile = threadIdx.x + n * THREADS;
+        if (tile < Z::TILES) each(n * Z::TALL * 4, tile / Z::COLUMNS * Z::TALL, tile % Z::COLUMNS * 4);
+    }
+}
+// The bias of a layer that is this thread's, below 0: none. The last threads have them, as the first have more tiles.
+template <int L> ALWAYS_INLINE int bias() { return (int)threadIdx.x - (THREADS - Layer<L>::OUT); }
+
+// Where a member's weight and bias lie in the flat buffers: weight0 (F, D, C, H), bias0 (F, C, H), others (F, C, in, out).
+template <int L> ALWAYS_INLINE int64_t block(const Work &w)
+{
+    if constexpr (L > 0) return block<L - 1>(w) + w.folds * w.trials * (Layer<L - 1>::BELOW + 1) * Layer<L - 1>::ABOVE;
+    return 0;
+}
+struct Flat { int64_t weight, row, bias; };
+template <int L> ALWAYS_INLINE Flat flat(const Work &w, int64_t f, int64_t c)
+{
+    using Z = Layer<L>;
+    const int64_t member = f * w.trials + c, begin = block<L>(w);
+    const int64_t bias = begin + w.folds * w.trials * Z::BELOW * Z::ABOVE + member * Z::ABOVE;
+    if (L == 0) return {(f * Z::BELOW * w.trials + c) * Z::ABOVE, w.trials * Z::ABOVE, bias};
+    return {begin + member * Z::BELOW * Z::ABOVE, Z::ABOVE, bias};
+}
+
+template <bool BACK> ALWAYS_INLINE void copy(real *flat, real &own, bool inside)
+{
+    if (!BACK) own = inside ? *flat : 0;
+    else if (inside) *flat = own;
+}
+// Copies parameters and the moments that are kept from the flat buffers, or back.
+template <int L, bool BACK> ALWAYS_INLINE void move(Shared &s, const Work &w, Own<L> &own, int64_t f, int64_t c)
+{
+    using Z = Layer<L>;
+    if constexpr (L > 0) move<L - 1, BACK>(s, w, own, f, c);
+    const Flat at = flat<L>(w, f, c);
+    tiles<L>([&](int number, int row, int column) {
+#pragma unroll
+        for (int i = 0; i < Z::TALL; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const bool inside = row + i < Z::BELOW && column + j < Z::ABOVE;
+                const int64_t place = at.weight + (row + i) * at.row + column + j;
+                const int mine = number + 4 * i + j;
+                copy<BACK>(w.theta + place, s.parameters[Z::WEIGHT + (row + i) * Z::ROW + column + j], inside);
+                if (Z::IS_HELD && MOMENTS > 0) copy<BACK>(w.first + place, own.first[mine], inside);
+                if (Z::IS_HELD && MOMENTS > 1) copy<BACK>(w.second + place, own.second[mine], inside);
+            }
+    });
+    const int j = bias<L>();
+    if (j < 0) return;
+    copy<BACK>(w.theta + at.bias + j, s.parameters[Z::BIAS + j], j < Z::ABOVE);
+    if (MOMENTS > 0) copy<BACK>(w.first + at.bias + j, own.bias_first, j < Z::ABOVE);
+    if (MOMENTS > 1) copy<BACK>(w.second + at.bias + j, own.bias_second, j < Z::ABOVE);
+}
+
+ALWAYS_INLINE void gather(Shared &s, const Work &w, int64_t f, const Part &now)
+{
+    constexpr int IN = Layer<0>::IN, AT_ONCE = 8;  // loads that wait for memory together
+    const real *all = w.x + w.copies[f] * w.rows * INPUTS;
+    for (int first = threadIdx.x; first < now.rows * IN; first += AT_ONCE * THREADS) {
+        real value[AT_ONCE];
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) {
+            const int i = first + n * THREADS, k = i % IN;
+            value[n] = i < now.rows * IN && k < INPUTS ? all[now.which[i / IN] * INPUTS + k] : 0;
+        }
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; n++) {
+            const int i = first + n * THREADS, k = i % IN;
+            if (i >= now.rows * IN) break;
+            if (w.center && k < INPUTS) value[n] = scaled(value[n], w.center[f * INPUTS + k], w.scale[f * INPUTS + k]);
+            s.x[i / IN * Layer<0>::INPUT_ROW + k] = value[n];
+        }
+    }
+    for (int r = threadIdx.x; r < now.rows; r += THREADS) {
+        const int64_t row = now.which[r];
+        s.target[r] = CLASSES ? (real)((const int64_t *)w.y)[row] : ((const real *)w.y)[f * w.rows + row];
+        if (w.weights) s.weight[r] = w.weights[f * w.rows + row];
+    }
+}
+
+// The weights of a minibatch, summed by the first warp.
+ALWAYS_INLINE void sum_weights(Shared &s, const Work &w, int64_t f, const int64_t *which, int count)
+{
+    if (threadIdx.x >= 32) return;
+    double total = 0;
+    for (int i = threadIdx.x; i < count; i += 32) total += w.weights[f * w.rows + which[i]];
+    for (int lane = 16; lane; lane /= 2) total += __shfl_xor_sync(0xffffffffu, total, lane);
+    if (threadIdx.x == 0) s.total = total > 2.2250738585072014e-308 ? total : 2.2250738585072014e-308;
+}
+
+// What dropout multiplies a unit by: 1 / (1 - rate) where it stays, which is where its draw reaches the rate.
+ALWAYS_INLINE real kept(const Part &now, int layer, int row, int column)
+{
+    if (!DROPOUT || !now.draws) return 1;
+    return row < now.rows && now.draws[layer * now.layer + row * WIDTH + column] >= now.rate ? now.scale : 0;
+}
+
+template <int L> ALWAYS_INLINE void forward(Shared &s, const Part &now)
+{
+    using Z = Layer<L>;
+    constexpr int T = tall(ROWS, Z::OUT), LINES = ROWS / T;
+    const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
+    for (int tile = threadIdx.x; tile < LINES * Z::COLUMNS; tile += THREADS) {
+        const int line = tile / Z::COLUMNS, column = tile % Z::COLUMNS * 4;
+        real c[T][4];
+#pragma unroll
+        for (int i = 0; i < T; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) c[i][j] = s.parameters[Z::BIAS + column + j];
+#pragma unroll 4
+        for (int k = 0; k < Z::IN; k += 4) {
+            Numbers<4> p[T], q[4];
+#pragma unroll
+            for (int i = 0; i < T; i++) p[i] = load<4>(below + (line + i * LINES) * Z::INPUT_ROW + k);
+#pragma unroll
+            for (int d = 0; d < 4; d++) q[d] = load<4>(s.parameters + Z::WEIGHT + (k + d) * Z::ROW + column);
+#pragma unroll
+            for (int i = 0; i < T; i++)
+#pragma unroll
+                for (int d = 0; d < 4; d++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) c[i][j] += p[i].at[d] * q[d].at[j];
+        }
+#pragma unroll
+        for (int i = 0; i < T; i++) {
+            const int r = line + i * LINES;
+            if constexpr (L == DEPTH) store(s.outputs + r * Z::ROW + column, c[i]);
+            else {
+                if (ACTIVATION != RELU) store(s.z[L] + r * Z::ROW + column, c[i]);
+#pragma unroll
+                for (int j = 0; j < 4; j++) c[i][j] = activated(ACTIVATION, c[i][j]) * kept(now, L, r, column + j);
+                store(s.h[L] + r * Z::ROW + column, c[i]);
+            }
+        }
+    }
+    BARRIER(FORWARD + L);
+    if constexpr (L < DEPTH) forward<L + 1>(s, now);
+}
+
+// Outputs become the slope of the loss in them; four threads have a row of them.
+ALWAYS_INLINE void slope_in_outputs(Shared &s, const Part &now)
+{
+    for (int i = threadIdx.x; i < ROWS * 4; i += THREADS) {
+        const int r = i / 4;
+        const real share = now.share != 0 ? now.share : (real)(s.weight[r] / s.total);
+        real *z = s.outputs + r * LAST_ROW;
+        if (!CLASSES) {
+            if (i % 4 == 0) z[0] = 2 * (z[0] - s.target[r]) * share;
+            continue;
+        }
+        constexpr int MINE = Layer<DEPTH>::COLUMNS;
+        real p[MINE], top = -INFINITY, sum = 0;
+#pragma unroll
+        for (int n = 0; n < MINE; n++) {
+            p[n] = z[4 * n + i % 4];
+            if (s.present[4 * n + i % 4] != 0) top = p[n] > top ? p[n] : top;
+        }
+        for (int lane = 1; lane < 4; lane *= 2) {
+            const real other = __shfl_xor_sync(0xffffffffu, top, lane);
+            top = other > top ? other : top;
+        }
+#pragma unroll
+        for (int n = 0; n < MINE; n++) sum += p[n] = s.present[4 * n + i % 4] != 0 ? exponential(p[n] - top) : 0;
+        for (int lane = 1; lane < 4; lane *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lane);
+#pragma unroll
+        for (int n = 0; n < MINE; n++)
+            z[4 * n + i % 4] = p[n] * (share / sum) - (s.target[r] == 4 * n + i % 4 ? share : 0);
+    }
+    BARRIER(SLOPED);
+}
+
+// The slope in what layer L is given, from that in what it gives.
+template <int L> ALWAYS_INLINE void slope_below(Shared &s, const Part &now, const real *above)
+{
+    using Z = Layer<L>;
+    constexpr int T = tall(ROWS, Z::IN), LINES = ROWS / T, COLUMNS = Z::IN / 4;
+    for (int tile = threadIdx.x; tile < LINES * COLUMNS; tile += THREADS) {
+        const int line = tile / COLUMNS, column = tile % COLUMNS;
+        real c[T][4] = {};
+#pragma unroll 2
+        for (int k = 0; k < Z::OUT; k += 4) {
+            Numbers<4> p[T], q[4];
+#pragma unroll
+            for (int i = 0; i < T; i++) p[i] = load<4>(above + (line + i * LINES) * Z::ROW + k);
+#pragma unroll
+            for (int j = 0; j < 4; j++) q[j] = load<4>(s.parameters + Z::WEIGHT + (column + j * COLUMNS) * Z::ROW + k);
+#pragma unroll
+            for (int i = 0; i < T; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+#pragma unroll
+                    for (int d = 0; d < 4; d++) c[i][j] += p[i].at[d] * q[j].at[d];
+        }
+#pragma unroll
+        for (int i = 0; i < T; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int r = line + i * LINES, unit = column + j * COLUMNS, at = r * WIDE + unit;
+                const real slope = c[i][j] * kept(now, L - 1, r, unit);
+                s.z[L - 1][at] = slope_in(ACTIVATION, slope, s.z[L - 1][at], s.h[L - 1][at]);
+            }
+    }
+    BARRIER(BACKWARD + L);
+}
+
+// Whether the gradient of a whole minibatch is in ``g``; what is not whole waits in the thread's own scratch.
+template <int N> ALWAYS_INLINE bool whole(const Part &now, int slot, real (&g)[N])
+{
+    if (now.begun)
+#pragma unroll
+        for (int i = 0; i < N; i++) g[i] += now.scratch[(slot + i) * THREADS];
+    if (!now.whole)
+#pragma unroll
+        for (int i = 0; i < N; i++) now.scratch[(slot + i) * THREADS] = g[i];
+    return now.whole;
+}
+ALWAYS_INLINE void take(const Rates &by, real *w, real *first, real *second, real g)
+{
+    if (MOMENTS == 2) adam_step(by, w, first, second, g);
+    else if (MOMENTS == 1) momentum_step(by, w, first, g);
+    else plain_step(by, w, g);
+}
+
+// A layer's step, from the slope in what it gives.
+template <int L>
+ALWAYS_INLINE void descend(Shared &s, const Work &w, Own<L> &own, const Part &now, const Rates &by, const Flat &at,
+                           const real *slope)
+{
+    using Z = Layer<L>;
+    const real *below = L ? s.h[L ? L - 1 : 0] : s.x;
+    tiles<L>([&](int number, int row, int column) {
+        real g[Z::TALL * 4] = {};
+#pragma unroll 4
+        for (int r = 0; r < now.rows; r++) {
+            const Numbers<Z::TALL> p = load<Z::TALL>(below + r * Z::INPUT_ROW + row);
+            const Numbers<4> q = load<4>(slope + r * Z::ROW + column);
+#pragma unroll
+            for (int i = 0; i < Z::TALL; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) g[4 * i + j] += p.at[i] * q.at[j];
+        }
+        if (!whole(now, Z::SLOT + number, g)) return;
+#pragma unroll
+        for (int i = 0; i < Z::TALL; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                real *parameter = s.parameters + Z::WEIGHT + (row + i) * Z::ROW + column + j;
+                const int mine = 4 * i + j;
+                const int64_t place = at.weight + (row + i) * at.row + column + j;
+                if constexpr (Z::IS_HELD)
+                    take(by, parameter, own.first + number + mine, own.second + number + mine, g[mine]);
+                else if (row + i < Z::BELOW && column + j < Z::ABOVE)
+                    take(by, parameter, w.first + place, w.second + place, g[mine]);
+            }
+    });
+    const int j = bias<L>();
+    if (j < 0) return;
+    real g[1] = {};
+#pragma unroll 8
+    for (int r = 0; r < now.rows; r++) g[0] += slope[r * Z::ROW + j];
+    if (whole(now, Z::SLOTS - 1, g)) take(by, s.parameters + Z::BIAS + j, &own.bias_first, &own.bias_second, g[0]);
+}
+
+template <int L>
+ALWAYS_INLINE void backward(Shared &s, const Work &w, int64_t f, int64_t c, Own<L> &own, const Part &now, const Rates &by)
+{
+    const real *slope = L < DEPTH ? s.z[L < DEPTH ? L : 0] : s.outputs;
+    if constexpr (L > 0) slope_below<L>(s, now, slope);  // with the weights as they were before the step
+    descend<L>(s, w, own, now, by, flat<L>(w, f, c), slope);
+    if constexpr (L > 0) backward<L - 1>(s, w, f, c, own, now, by);
+}
+
+// Counts the right ones of some validation rows, or writes their outputs.
+ALWAYS_INLINE void score(Shared &s, const Work &w, int64_t f, int64_t c, const Part &now, int64_t at)
+{
+    const int64_t begin = w.valid_start[f], count = w.valid_start[f + 1] - begin;
+    if (w.scored)
+        for (int i = threadIdx.x; i < now.rows * OUTPUTS; i += THREADS)
+            w.scored[OUTPUTS * (w.trials * begin + c * count + at) + i] = s.outputs[i / OUTPUTS * LAST_ROW + i % OUTPUTS];
+    else
+        for (int r = threadIdx.x; r < now.rows; r += THREADS) {
+            const int hit = hits(OUTPUTS, s.present, s.outputs + r * LAST_ROW, (int64_t)s.target[r]);
+            if (hit) atomicAdd(hit > 0 ? &s.right : &s.broken, 1);
+        }
+}
+
+// Takes the steps ``begin`` to ``end`` of one member, counted from the beginning of the epoch that Work says.
+ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *scratch, int begin, int end, int epochs)
+{
+    const int n = (int)w.lengths[f], size = w.sizes[c] < n ? (int)w.sizes[c] : n, steps = (n + size - 1) / size;
+    if (begin >= epochs * steps) return;
+    const int64_t valid = w.scored || w.accuracy ? w.valid_start[f + 1] - w.valid_start[f] : 0;
+    const real rate = DROPOUT ? (real)w.dropout[c] : 0;
+    Own<DEPTH> own;
+    move<DEPTH, false>(s, w, own, f, c);
+    const int output = threadIdx.x;
+    if (output < Layer<DEPTH>::OUT) s.present[output] = output < OUTPUTS ? w.present[f * OUTPUTS + output] : 0;
+    if (threadIdx.x == 0) s.right = s.broken = 0;
+    for (int step = begin; step < end && step < epochs * steps; step++) {
+        const int epoch = step / steps, within = step % steps, of = (step - begin) % STEPS;
+        const int count = n - within * size < size ? n - within * size : size;
+        const int64_t *which = w.order + (epoch * w.folds + f) * w.longest + within * size;
+        const int64_t all = count + (within + 1 == steps ? valid : 0);
+        if (of == 0 && threadIdx.x < STEPS)  // a step's rates take long, in double precision: many at once do not
+            s.rates[threadIdx.x] = rates(&w, c, (double)w.epoch * steps + step + threadIdx.x + 1, (double)w.horizon * steps);
+        if (w.weights) sum_weights(s, w, f, which, count);
+        for (int64_t at = 0; at < all;) {  // the minibatch, and after the last of an epoch the validation rows
+            const bool training = at < count;
+            const int64_t left = (training ? count : all) - at;
+            Part now = {training ? which + at : w.valid + w.valid_start[f] + at - count, left < ROWS ? (int)left : ROWS};
+            now.begun = at > 0, now.whole = left <= ROWS, now.rate = rate, now.scale = 1 / (1 - rate);
+            now.layer = DROPOUT ? w.draw_rows[within] * WIDTH : 0, now.scratch = scratch;
+            now.share = w.weights ? 0 : 1 / (real)count;
+            now.draws = DROPOUT && training && rate > 0 ? w.draws + w.draw_start[within] + at * WIDTH : nullptr;
+            gather(s, w, f, now);
+            BARRIER(GATHERED);
+            forward<0>(s, now);
+            if (training) {
+                slope_in_outputs(s, now);
+                const Rates by = s.rates[of];
+                backward<DEPTH>(s, w, f, c, own, now, by);
+            } else score(s, w, f, c, now, at - count);
+            at += now.rows;
+            BARRIER(ENDED);
+        }
+        if (all > count && w.accuracy && threadIdx.x == 0) {
+            w.accuracy[(epoch * w.folds + f) * w.trials + c] = s.broken ? NAN : (double)s.right / valid;
+            s.right = s.broken = 0;
+        }
+    }
+    move<DEPTH, true>(s, w, own, f, c);
+}
+
+// Blocks take the members of the queue, of which ``next`` are taken.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+train_members(const Work *work, unsigned *next, real *scratch, int begin, int end, int epochs)
+{
+    extern __shared__ __align__(16) char memory[];
+    Shared &s = *(Shared *)memory;
+    const Work &w = *work;
+    real *own = scratch + (int64_t)blockIdx.x * Layer<DEPTH>::SLOTS * THREADS + threadIdx.x;
+    for (int turn = 0;; turn ^= 1) {
+        if (threadIdx.x == 0) s.place[turn] = atomicAdd(next, 1u);
+        BARRIER(QUEUE);
+        const int64_t place = s.place[turn];
+        if (place >= w.folds * w.trials) return;
+        train(s, w, w.queue[place] / w.trials, w.queue[place] % w.trials, own, begin, end, epochs);
+    }
+}

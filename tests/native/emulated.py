@@ -1,0 +1,97 @@
+"""Kernels of CUDA C++ on a CPU: g++ compiles them, and the threads of a block are fibers (``emulation.cpp``)."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gputune.native.library import make_work
+from gputune.native.member_kernel import choose_kernel
+
+HERE = Path(__file__).parent
+ORDERS = ("forwards", "backwards", "shuffled")
+LARGEST = 232_448  # bytes of shared memory that a block has on the largest cards
+
+
+class Emulator:
+    """Builds kernels in a folder, where those of earlier runs are found, and launches them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.kernel = functools.cache(self._load)
+
+    def _build(self, name: str, text: str, *options: str) -> Path:
+        """Return what g++ makes of a text."""
+        header = (HERE / "emulation.h").read_bytes()
+        key = hashlib.sha256(header + " ".join([text, *options]).encode()).hexdigest()
+        path = self.folder / f"{name}-{key[:16]}"
+        if not path.exists():
+            draft = path.with_suffix(f".{os.getpid()}.cpp")
+            draft.write_text(text)
+            command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", f"-I{HERE}", *options, str(draft)]
+            subprocess.run([*command, "-o", str(draft.with_suffix(".so"))], check=True)
+            draft.with_suffix(".so").replace(path)
+            draft.unlink()
+        return path
+
+    def _load(self, source: str) -> ctypes.CDLL:
+        """Return the library of a kernel."""
+        fibers = self._build("emulation", (HERE / "emulation.cpp").read_text(), "-c")
+        text = f'#include "emulation.h"\n{source}'
+        return ctypes.CDLL(str(self._build("kernel", text, "-shared", "-Wl,-Bsymbolic", str(fibers))))
+
+    def launch(
+        self, source: str, name: str, arguments: Sequence[int], *, blocks: int, threads: int, shared: int = 0,
+        order: int = 2, left_out: int = -1,
+    ) -> bool:  # fmt: skip
+        """Launch a kernel; return whether all of its threads came to their ends."""
+        library = self.kernel(source)
+        library.leave_out(left_out)
+        given = (ctypes.c_int64 * len(arguments))(*arguments)
+        sizes = len(arguments), blocks, threads, shared, order
+        return library.emulate(getattr(library, name), given, *sizes) == 0
+
+
+def bytes_of(value: np.ndarray | torch.Tensor | None) -> bytes:
+    """Return the bytes of an array; none of None."""
+    if value is None:
+        return b""
+    return value.numpy().tobytes() if isinstance(value, torch.Tensor) else value.tobytes()
+
+
+def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LARGEST):
+    """Return the kernel for what the C code is given."""
+    return choose_kernel(
+        numbers,
+        moments=sum(arrays[name] is not None for name in ("first", "second")),
+        dropout=arrays["draws"] is not None,
+        batch=int(arrays["sizes"].max()),
+        dtype=arrays["theta"].dtype,
+        shared=shared,
+    )
+
+
+def train_members(
+    emulator: Emulator, numbers: dict[str, int], arrays: dict[str, Any], *, order: int = 2, left_out: int = -1,
+    pieces: int = 1 << 20, blocks: int = 2,
+) -> bool:  # fmt: skip
+    """Train members for an epoch by the kernel, as the C code does, in launches of so many steps."""
+    kernel, work = kernel_of(numbers, arrays), make_work(numbers, arrays)
+    sizes = np.minimum(arrays["sizes"], arrays["lengths"][:, None])
+    steps = int((-(-arrays["lengths"][:, None] // sizes)).max())
+    scratch = torch.full((blocks * kernel.scratch,), torch.nan, dtype=kernel.dtype)
+    whole = True
+    for begin in range(0, steps, pieces):
+        taken = np.zeros(1, dtype=np.uint32)
+        arguments = [ctypes.addressof(work), taken.ctypes.data, scratch.data_ptr(), begin, begin + pieces, 1]
+        sizes = {"blocks": blocks, "threads": kernel.threads, "shared": kernel.shared}
+        how = {"order": order, "left_out": left_out}
+        whole &= emulator.launch(kernel.source, "train_members", arguments, **sizes, **how)
+    return whole

@@ -1,0 +1,345 @@
+"""The kernel that trains one member a thread block, on a CPU: the plain loop's numbers, in every order of threads."""
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+
+import problems
+from gputune.engine import compiled
+from gputune.engine.mlp import StackedMLP
+from gputune.native.library import Work
+from gputune.native.member_kernel import MemberKernel, compile_kernel, unknown
+from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members
+from problems import (
+    assert_equals_plain_loop,
+    fill,
+    make_data,
+    needs_compiled_code,
+    scoring_of,
+    shape_of,
+    train_together,
+)
+
+CARDS = {"80": 166_912, "86": 101_376, "89": 101_376, "90": LARGEST, "100": LARGEST, "120": 101_376}
+"""Bytes of shared memory that a block may have. Source: CUDA C++ Programming Guide, compute capabilities."""
+
+
+@pytest.fixture(scope="session")
+def emulator(pytestconfig):
+    if shutil.which("g++") is None:
+        pytest.skip("the kernel is emulated where g++ is")
+    return Emulator(pytestconfig.cache.mkdir("kernels"))
+
+
+@pytest.fixture
+def by_kernel(emulator, monkeypatch):
+    """Let the kernel train what the C code would."""
+
+    def run(library, numbers, arrays):
+        work = dict(numbers), dict(arrays)
+        assert train_members(emulator, *work)
+
+    monkeypatch.setattr(problems, "BACKEND", "compiled")
+    monkeypatch.setattr(compiled, "_run", run)
+
+
+ADAMW = {"optimizer": "adamw", "weight_decay": 0.1}
+WIDTHS = [{"width": 16, "batch_size": 16}, {"width": 9, "batch_size": 7, "lr": 1e-2}]
+CASES = {
+    "two layers": ({}, [{**ADAMW, **sizes} for sizes in WIDTHS]),
+    "four layers": ({}, [{**ADAMW, "depth": 4, **sizes} for sizes in WIDTHS]),
+    "gelu": ({}, [{"optimizer": "adam", "depth": 1, "width": 19, "batch_size": 31, "activation": "gelu"}]),
+    "silu, weights": (
+        {"weights": True},
+        [{"optimizer": "nesterov", "momentum": 0.8, "depth": 3, "activation": "silu", **s} for s in WIDTHS],
+    ),
+    "tanh, regression": (
+        {"task": "regression"},
+        [{"optimizer": "sgd", "weight_decay": 0.01, "activation": "tanh", **s, "lr": 1e-2} for s in WIDTHS],
+    ),
+    "regression, weights, momentum": (
+        {"task": "regression", "weights": True},
+        [{"optimizer": "sgd", "momentum": 0.9, **sizes} for sizes in WIDTHS],
+    ),
+    "a minibatch in parts": ({"n": 200}, [{**ADAMW, "width": 48, "batch_size": s} for s in (100, 70, 40)]),
+    "moments that are streamed": ({}, [{**ADAMW, "width": w, "batch_size": 16} for w in (128, 100)]),
+    "dropout": (
+        {"n": 100},
+        [{**ADAMW, "width": 16, "batch_size": s, "activation": "tanh", "dropout": p} for s, p in ((40, 0.2), (9, 0.5))],
+    ),
+    "many outputs": ({"n": 150, "d": 17, "k": 40}, [{**ADAMW, "depth": 1, **sizes} for sizes in WIDTHS]),
+    "a schedule": ({"dtype": torch.float32}, [{**ADAMW, **WIDTHS[0], "schedule": "cosine"}]),
+}  # fmt: skip
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("case", CASES)
+def test_law_1_together_equals_alone(case, by_kernel):
+    options, configs = CASES[case]
+    assert_equals_plain_loop(make_data(**options), fill(*configs), epochs=2)
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+def test_law_1_for_the_linear_model(task, by_kernel):
+    configs = fill({"lr": 1e-2, "batch_size": 9}, {"lr": 1e-3, "batch_size": 100})
+    assert_equals_plain_loop(make_data(task, copies=False), configs, kind="linear", epochs=2)
+
+
+def without_class_2(data):
+    """The data, where fold 1 has no row of class 2 to learn from."""
+    rows = data.folds[1].train
+    present = torch.ones(data.n_folds, 3, dtype=torch.bool)
+    present[1, 2] = False
+    return replace(
+        data, folds=(data.folds[0], replace(data.folds[1], train=rows[data.y[rows] != 2])), present=present
+    )
+
+
+def epoch_of(data, configs, scoring=None):
+    """What the C code is given for an epoch."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "_run", lambda library, *work: seen.append(work))
+        network = StackedMLP("mlp", configs, shape_of(data), seed=0)
+        chunk = compiled.CompiledChunk(network, data, configs, seed=0, horizon=2, scoring=scoring)
+        chunk.advance(0)
+    return seen[0]
+
+
+def copied(arrays):
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else None if value is None else value.copy()
+        for name, value in arrays.items()
+    }
+
+
+WRITTEN = ("theta", "first", "second", "scored", "accuracy")
+
+
+def after(emulator, numbers, arrays, **how):
+    """What an epoch leaves in the arrays; None where its threads do not come to their ends."""
+    arrays = copied(arrays)
+    whole = train_members(emulator, numbers, arrays, **how)
+    left = {name: bytes_of(arrays[name]) for name in WRITTEN}
+    return left if whole else None
+
+
+SMALL = fill(*({**sizes, "lr": 1e-2} for sizes in WIDTHS))
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("scoring", ["accuracy", "neg_log_loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_epoch_is_that_of_the_C_code(scoring, dtype, emulator):
+    data = without_class_2(make_data(dtype=dtype))
+    words = ("one_cycle", "coslog4")
+    configs = [{**config, "schedule": word} for config, word in zip(SMALL, words)]
+    numbers, arrays = epoch_of(data, configs, scoring_of(data, scoring))
+    by_kernel, by_c = copied(arrays), copied(arrays)
+    assert train_members(emulator, numbers, by_kernel)
+    compiled._run(compiled.library(dtype), numbers, by_c)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for name in WRITTEN:
+        if arrays[name] is not None:
+            np.testing.assert_allclose(by_kernel[name], by_c[name], rtol=0, atol=tolerance)
+
+
+@needs_compiled_code
+def test_order_of_threads_and_launches_change_no_bit(emulator):
+    data = make_data(n=150, weights=True, dtype=torch.float32)
+    configs = [{**config, "batch_size": size} for config, size in zip(SMALL, (75, 20))]
+    scoring = scoring_of(data, "accuracy")
+    work = epoch_of(data, configs, scoring)
+    expected = after(emulator, *work, order=0)
+    assert expected is not None
+    for how in ({"order": 1}, {"order": 2}, {"order": 2, "pieces": 2, "blocks": 1}):
+        assert after(emulator, *work, **how) == expected, how
+
+
+@needs_compiled_code
+def test_company_changes_no_bit(by_kernel):
+    data = make_data(dtype=torch.float32)
+    configs = fill(
+        *({"width": 16, "batch_size": size} for size in (31, 9))
+    )  # whose tiles are not of the same size
+    together, _ = train_together(data, configs, epochs=1)
+    for c, config in enumerate(configs):
+        alone, _ = train_together(data, [config], epochs=1)
+        for fold in range(data.n_folds):
+            for a, b in zip(alone[fold, 0].parameters(), together[fold, c].parameters()):
+                assert torch.equal(a, b)
+
+
+BARRIERS = {"queue": 0, "gathered": 1, "sloped": 2, "ended": 3, "forward": (10, 11, 12), "backward": (21, 22)}
+EACH_BARRIER = [number for numbers in BARRIERS.values() for number in np.atleast_1d(numbers)]
+
+
+@needs_compiled_code
+@pytest.mark.parametrize("barrier", EACH_BARRIER)
+def test_a_barrier_that_is_left_out_is_found(barrier, emulator):
+    data = make_data(n=40, dtype=torch.float32)
+    work = epoch_of(data, SMALL)
+    whole, *others = (after(emulator, *work, order=order) for order in range(3))
+    assert whole is not None and others == [whole, whole]
+    left = [after(emulator, *work, order=order, left_out=int(barrier)) for order in range(3)]
+    assert left != [whole] * 3
+
+
+def shape(
+    inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True, rows=64
+):
+    """A shape of members in single precision."""
+    return MemberKernel(
+        inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, rows
+    )
+
+
+KNOWN = {
+    "inputs": 256, "width": 128, "depth": 1, "outputs": 64, "activation": "silu", "optimizer": "adam",
+    "dtype": torch.float32, "shared": LARGEST,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("member", "part"),
+    [
+        ({}, None),
+        ({"depth": 0, "width": 0, "activation": "elu"}, None),
+        ({"inputs": 257}, "inputs of 257, where 256 is the most"),
+        ({"width": 192}, "width of 192, where 128 is the most"),
+        ({"depth": 5}, "depth of 5, where 4 is the most"),
+        ({"outputs": 65}, "outputs of 65, where 64 is the most"),
+        ({"activation": "elu"}, "the activation 'elu' (relu, gelu, silu, tanh)"),
+        ({"optimizer": "lion"}, "the optimizer 'lion' (sgd, nesterov, adam, adamw)"),
+        ({"dtype": torch.float64}, "dtype='float64', only float32"),
+        (
+            {"shared": CARDS["86"]},
+            "210,144 bytes of weights and activations on chip, where the card has 101,376",
+        ),
+        ({"width": 32, "shared": CARDS["86"]}, None),
+    ],
+)
+def test_what_it_does_not_know_is_said(member, part):
+    assert unknown(**KNOWN | member) == part
+
+
+SHAPES = {
+    "16": shape(16, 16),
+    "32": shape(width=32, activation=3, moments=1),
+    "64": shape(),
+    "64, four layers": shape(depth=4, activation=1, dropout=True, rows=16),
+    "128": shape(30, 128, rows=16),
+    "many inputs": shape(256, 64, 1, 64, rows=16),
+    "linear, regression": shape(100, 0, 0, 1, classes=False),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("card", CARDS)
+def test_it_compiles_without_spills(name, card, tmp_path):
+    kernel = SHAPES[name]
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not here")
+    if kernel.shared > CARDS[card]:
+        pytest.skip(f"a block of this card has no {kernel.shared} bytes")
+    (tmp_path / "kernel.cu").write_text(kernel.source)
+    command = ["nvcc", "-cubin", f"-arch=sm_{card}", "-Xptxas", "-v", "kernel.cu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(re.findall(r"(\d+) bytes spill", done.stderr)) == {"0"}
+    (registers,) = map(int, re.findall(r"Used (\d+) registers", done.stderr))
+    assert registers * kernel.threads <= 65_536 and registers <= 255
+
+
+def test_nvrtc_compiles_it_once_on_a_machine(monkeypatch, tmp_path):
+    """What NVRTC is asked for; neither it nor a driver is here."""
+    asked, kernel = [], shape()
+
+    def compile(source, name):
+        asked.append((source, name))
+        return b"machine code", name
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("torch.cuda._utils._nvrtc_compile", compile)
+    loaded = {"train_members": Mock()}
+    monkeypatch.setattr("torch.cuda._utils._cuda_load_module", Mock(return_value=loaded))
+    for _ in range(2):
+        assert compile_kernel(kernel, torch.device("cuda")) is loaded["train_members"]
+    assert asked == [(kernel.source, "train_members")]
+    loaded["train_members"].set_shared_memory_config.assert_called_with(kernel.shared)
+
+
+@pytest.fixture(scope="module")
+def program(emulator, tmp_path_factory):
+    """Build, with a sanitizer, a program that trains a small epoch: returns it, its input, and what it leaves."""
+    numbers, arrays = epoch_of(make_data(n=40, dtype=torch.float32), SMALL)
+
+    def build(sanitizer):
+        folder = tmp_path_factory.mktemp(sanitizer)
+        with (folder / "in").open("wb") as file:
+            for field, _ in Work._fields_:
+                if field in numbers:
+                    file.write(np.array([-1, numbers[field]]).tobytes())
+                else:
+                    content = bytes_of(arrays[field])
+                    file.write(np.array([len(content)]).tobytes() + content)
+        (folder / "kernel.cu").write_text(kernel_of(numbers, arrays).source)
+        watched = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-w",
+            f"-fsanitize={sanitizer}",
+            f"-I{HERE}",
+            f"-I{folder}",
+        ]
+        main = [*watched, '-DKERNEL="kernel.cu"', "-c", HERE / "kernel_main.cpp", "-o", folder / "main.o"]
+        subprocess.run(main, check=True)
+        fibers = ["g++", "-std=c++17", "-O1", "-w", "-c", HERE / "emulation.cpp", "-o", folder / "fibers.o"]
+        subprocess.run(fibers, check=True)
+        objects = [folder / "main.o", folder / "fibers.o"]
+        subprocess.run([*watched, *objects, "-o", folder / "main", "-lpthread"], check=True)
+        return folder
+
+    return build
+
+
+def watched(folder, *, order, left_out=-1):
+    """What a sanitizer says of an epoch; empty: nothing."""
+    environment = {
+        **os.environ,
+        "ORDER": str(order),
+        "LEFT_OUT": str(left_out),
+        "TSAN_OPTIONS": "exitcode=66",
+    }
+    command = ["setarch", "-R", folder / "main", folder / "in", folder / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert bool(done.returncode) == bool(done.stderr), done.stderr
+    return done.stderr
+
+
+@needs_compiled_code
+@pytest.mark.long
+@pytest.mark.parametrize("order", range(3), ids=ORDERS)
+@pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
+def test_sanitizers_find_nothing(sanitizer, order, program):
+    assert watched(program(sanitizer), order=order) == ""
+
+
+@needs_compiled_code
+@pytest.mark.long
+def test_a_sanitizer_finds_each_barrier_that_is_left_out(program):
+    folder = program("thread")
+    said = {int(barrier): watched(folder, order=0, left_out=int(barrier)) for barrier in EACH_BARRIER}
+    assert all("data race" in races or barrier == 0 for barrier, races in said.items()), said
