@@ -1,10 +1,17 @@
-"""What usually lies behind an error of torch's in the forward of a module, by its words and the inputs."""
+"""What a user's module cannot take, in words: what lies behind an error of torch's, and ids that an embedding lacks."""
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from gputune.data.dataset import Dataset
+from gputune.errors import InputError
+from gputune.population.network import call_module
 
 
 def hint(error: str, inputs: Sequence[Tensor]) -> str:
@@ -53,3 +60,91 @@ def _of_channels(error: str, inputs: Sequence[Tensor]) -> str:
         f" The channels of X seem to come last, and torch's layers want them first: pass X.transpose{order} of an "
         f"array, X.permute{order} of a tensor."
     )
+
+
+_MOST_COLUMNS = (
+    64  # of which each may go to an embedding of its own; of longer rows only the outermost ids are tried
+)
+
+
+def check_ids(module: nn.Module, data: Dataset, name: str) -> None:
+    """Raise InputError where an embedding of a module has no place for an id that a row of the data holds.
+
+    The module runs on the rows with the largest and the smallest number of each column. Whatever else it raises there
+    is for others to say.
+    """
+    embeddings = [(path, part) for path, part in module.named_modules() if isinstance(part, nn.Embedding)]
+    if not embeddings:
+        return
+    rows = torch.tensor(sorted({row for x in data.inputs for row in _outermost(x[0])}), dtype=torch.int64)
+    inputs = [x.cpu() for x in data.rows(0, rows.to(data.device))]
+    wrong: list[str] = []
+
+    def check(path: str, part: nn.Embedding, arguments: tuple[Any, ...]) -> None:
+        found = _misplaced(arguments[0], part.num_embeddings)
+        if found is not None:
+            number, place = found
+            in_order = len(arguments[0]) == len(rows)  # otherwise the forward has made rows of its own
+            row, own = (int(rows[place]), [x[place] for x in inputs]) if in_order else (None, inputs)
+            wrong.append(_words(number, row, own, data.labels, path, part.num_embeddings, name))
+
+    hooks = [part.register_forward_pre_hook(partial(check, path)) for path, part in embeddings]
+    with torch.no_grad(), suppress(Exception):
+        call_module(module.eval(), inputs, data.names)
+    for hook in hooks:
+        hook.remove()
+    if wrong:
+        raise InputError(wrong[0])
+
+
+def _misplaced(ids: object, size: int) -> tuple[int, int] | None:
+    """Return the largest of some ids (B, ...) where it is above size - 1, else the smallest where it is negative.
+
+    Beside it its place in B; None where all fit.
+    """
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() == 0:
+        return None  # which the embedding says itself
+    if ids.numel() == 0:
+        return None
+    least, most = int(ids.min()), int(ids.max())
+    number = most if most >= size else least
+    return (number, int((ids == number).nonzero()[0, 0])) if most >= size or least < 0 else None
+
+
+def _outermost(x: Tensor) -> list[int]:
+    """Return the rows of an input (n, ...) with the largest and the smallest numbers; none of images and the like."""
+    if x.dim() > 2 and x.is_floating_point():
+        return []
+    columns = x.flatten(1) if x.dim() > 1 else x[:, None]
+    if x.dtype == torch.bool or (x.is_floating_point() and columns.shape[1] > _MOST_COLUMNS):
+        return []
+    if columns.shape[1] > _MOST_COLUMNS:
+        columns = torch.stack([columns.amax(1), columns.amin(1)], 1)
+    return [*columns.argmax(0).tolist(), *columns.argmin(0).tolist()]
+
+
+def _words(
+    number: int,
+    row: int | None,
+    inputs: Sequence[Tensor],
+    labels: Sequence[str],
+    path: str,
+    size: int,
+    name: str,
+) -> str:
+    """Say which id is in which row of which input, and what the embedding has room for."""
+    holding = [label for label, x in zip(labels, inputs) if bool((x == number).any())]
+    where = f"{holding[0]} has the id {number}" if holding else f"the forward of {name} makes the id {number}"
+    where += "" if row is None else f" in row {row}"
+    remedy = "give such ids other numbers" if number < 0 else f"give it num_embeddings={number + 1} or more"
+    scaled = not holding and any(x.is_floating_point() for x in inputs)
+    return (
+        f"model: {where}, and the embedding {path!r} of {name} has {size} places, for ids 0 to {size - 1}; {remedy}."
+        + _SCALED * scaled
+    )
+
+
+_SCALED = (
+    " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
+    "leaves codes as they are."
+)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
-from gputune.modules.embeddings import check_ids
+from gputune.modules.hints import check_ids
 from gputune.modules.module import StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, Trail, at_start
 from gputune.modules.stateless import kept_of

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from gputune.modules.loops import Loops, over
-from gputune.modules.member_kernels import Line, Writer
+from gputune.modules.member_kernels import Line, Loops, Writer, over
 from gputune.modules.trace import Operation, Place, TraceError
 
 Given = dict[str, Any]

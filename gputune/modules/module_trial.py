@@ -19,8 +19,8 @@ from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import DispatchMode
 from gputune.population.network import Shape, call_module
 from gputune.population.population import module_arguments
+from gputune.scoring.losses import refuse_one_number, wants_log_probabilities
 from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
-from gputune.scoring.torch_losses import refuse_one_number, wants_log_probabilities
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 

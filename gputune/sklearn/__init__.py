@@ -1,5 +1,6 @@
 """The scikit-learn face: estimators and searches in which all configurations and folds are fitted at once."""
 
+from gputune.sklearn.dataset import SliceDict
 from gputune.sklearn.descent import HypergradientSearchCV
 from gputune.sklearn.halving import HalvingRandomSearchCV
 from gputune.sklearn.logistic import LogisticRegression
@@ -7,7 +8,6 @@ from gputune.sklearn.mlp import MLPClassifier, MLPRegressor
 from gputune.sklearn.nested import NestedScores, nested_cv
 from gputune.sklearn.net import NeuralNet, NeuralNetClassifier, NeuralNetRegressor
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV
-from gputune.sklearn.slices import SliceDict
 
 __all__ = [
     "GridSearchCV",

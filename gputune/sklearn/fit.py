@@ -28,8 +28,7 @@ from gputune.population.population import Population, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.member import MemberJob, Members, Weights, members_of
-from gputune.sklearn.patience import TrainingLoss
-from gputune.sklearn.recipe import Recipe
+from gputune.sklearn.recipe import Recipe, TrainingLoss
 from gputune.tuning.trainer import Trainer
 from gputune.types import Config, Task
 

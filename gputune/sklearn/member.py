@@ -15,7 +15,7 @@ from gputune.engine.job import Job, Outcome, Progress, train_chunk
 from gputune.errors import DivergedError
 from gputune.population.network import Network
 from gputune.population.population import Population
-from gputune.sklearn.patience import Patience, Stopping
+from gputune.sklearn.recipe import Patience, Stopping
 from gputune.types import Config, Params
 
 Place = tuple[int, int]

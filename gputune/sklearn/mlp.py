@@ -23,8 +23,7 @@ from gputune.sklearn.base import FLOATS, Foreign, constructor, has_columns
 from gputune.sklearn.dataset import Rows, as_dense, as_tensor
 from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
-from gputune.sklearn.patience import Patience
-from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Recipe, draw_seed, engine_config
+from gputune.sklearn.recipe import MOMENTUM, DrawSeed, Patience, Recipe, draw_seed, engine_config
 from gputune.types import ACTIVATIONS, SCHEDULES
 
 # Each with Nesterov's momentum, which scikit-learn's "sgd" has too unless told otherwise, and without.

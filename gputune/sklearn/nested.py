@@ -18,11 +18,10 @@ from sklearn.utils.metaestimators import _safe_split
 from sklearn.utils.validation import _check_method_params
 
 from gputune.errors import InputError
-from gputune.sklearn.dataset import Part
+from gputune.sklearn.dataset import Part, as_sliced
 from gputune.sklearn.record import Fit, fits_of, shared_rows
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, workers
 from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together, with_hook
-from gputune.sklearn.slices import as_sliced
 from gputune.types import Config
 
 AnySearch = RandomizedSearchCV | GridSearchCV

@@ -22,8 +22,8 @@ from sklearn.utils.validation import check_memory
 
 from gputune.methods.space import translated
 from gputune.sklearn.base import FusedEstimator, fit_hook, keep_parameters, last_step
+from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import SearchRun, TrainedCandidates
-from gputune.sklearn.slices import as_sliced
 from gputune.sklearn.study_file import check_new, write_search
 from gputune.types import Config
 

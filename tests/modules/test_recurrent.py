@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gputune.modules.inspection import traits_of
-from gputune.modules.recurrent import run_recurrent
+from gputune.modules.substitutes import run_recurrent
 from problems import fill, make_data
 
 WORDS = [

@@ -7,7 +7,7 @@ import pytest
 from sklearn import neural_network
 
 from gputune.sklearn import MLPClassifier, MLPRegressor
-from gputune.sklearn.patience import Patience
+from gputune.sklearn.recipe import Patience
 
 
 def recipe(**params):
