@@ -2,6 +2,7 @@
 
 import gc
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,9 +78,15 @@ def make_data(task="multiclass", *, n=61, d=5, k=3, folds=2, dtype=torch.float64
     )
 
 
-def shape_of(data):
-    size = (data.n_folds, data.n_features, data.n_outputs)
-    return Shape(*size, data.dtype, data.device, data.task == "regression", data.present)
+shape_of = Shape.of
+
+
+def data_of(rows, n_outputs, y=None):
+    """Rows (n, ...) of ``n_outputs`` classes, all of one fold."""
+    whole = torch.arange(len(rows))
+    data = make_data(n=len(rows), k=n_outputs, folds=1, dtype=rows.dtype)
+    y = whole % n_outputs if y is None else y
+    return replace(data, inputs=(rows[None],), y=y, folds=(Fold(train=whole, valid=whole),))
 
 
 def fill(*configs, optimizer="adamw"):

@@ -16,6 +16,7 @@ from gputune.engine.job import Job, train_chunk
 from gputune.engine.train import Trained
 from gputune.models import MLP
 from gputune.modules.construction import build_module
+from gputune.population.network import Shape
 from gputune.population.population import Population, complete, padded_width, populations
 from gputune.scoring.scoring import Scoring, make_scoring
 from gputune.seeding import stream
@@ -222,7 +223,7 @@ class Case:
 
 def plain_module(n_features: int, n_outputs: int) -> tuple[nn.Module, Forward]:
     """Return the module with its keyed start, and its outputs while it trains."""
-    module = build_module(Net, {}, n_features=n_features, n_outputs=n_outputs, seed=0).double()
+    module = build_module(Net, {}, Shape(n_features, n_outputs), seed=0).double()
     return module, lambda x, epoch, step: module(x)
 
 

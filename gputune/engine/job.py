@@ -19,7 +19,7 @@ from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import Reuse
 from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
-from gputune.modules.construction import Builder, kinds_of
+from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule, Traits
@@ -133,21 +133,7 @@ class Job:
 
     def network(self, data: Dataset, chunk: Population) -> Network:
         """Return the stacked model of a chunk."""
-        shape = Shape(
-            folds=data.n_folds,
-            n_features=data.n_features,
-            n_outputs=data.n_outputs,
-            dtype=data.dtype,
-            device=data.device,
-            regression=data.task == "regression",
-            present=data.present,
-            input_shape=tuple(data.inputs[0].shape[2:]),
-            inputs=kinds_of(data),
-            names=data.names,
-            precision=self.precision,
-            feature_groups=data.feature_groups,
-            rows=data.training_rows,
-        )
+        shape = Shape.of(data, self.precision)
         if chunk.kind != "module":
             return StackedMLP(chunk.kind, chunk.configs, shape, seed=self.seed)
         assert self.module_class is not None

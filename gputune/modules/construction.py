@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning
 from gputune.models import Dropout
 from gputune.modules.hints import hint
-from gputune.population.network import InputKind, call_module
+from gputune.population.network import InputKind, Shape, call_module
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Params
 
@@ -35,32 +34,21 @@ def name_of(builder: Builder) -> str:
 def build_module(
     builder: Builder,
     arguments: Config,
+    shape: Shape,
     *,
-    n_features: int,
-    n_outputs: int,
-    input_shape: tuple[int, ...] | None = None,
-    inputs: Sequence[InputKind] = (),
-    names: Sequence[str] | None = None,
     seed: int,
-    feature_groups: tuple[int, ...] | None = None,
     columns: str = "",
 ) -> nn.Module:
-    """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails.
-
-    ``input_shape`` is that of one row, None: (n_features,); ``inputs`` are the kinds of all, where they are no table,
-    and ``names`` those of keyword inputs; ``feature_groups`` are those of
-    ``Layout``.
-    """
-    shape = (n_features,) if input_shape is None else input_shape
-    sizes = {
-        "n_features": n_features, "n_outputs": n_outputs, "input_shape": shape, "feature_groups": feature_groups
-    }  # fmt: skip
+    """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails."""
+    row = (shape.n_features,) if shape.input_shape is None else shape.input_shape
+    sizes = {name: getattr(shape, name) for name in ("n_features", "n_outputs", "feature_groups")}
+    sizes["input_shape"] = row
     words = call_arguments(builder, sizes, arguments)
     with keyed_draws(_drawing_device(), seed, "module"), torch.device("cpu"), _single_precision():
         module = made(builder, words, columns)
-        inputs = inputs or ((shape, torch.float32),)
+        inputs = shape.inputs or ((row, torch.float32),)
         try:
-            materialise(module, inputs, names)
+            materialise(module, inputs, shape.names)
         except Exception as error:
             raise InputError(
                 f"model: the forward of {name_of(builder)} raised {type(error).__name__} on two rows of zeros, "
@@ -283,14 +271,6 @@ def _single_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-def kinds_of(data: Dataset) -> tuple[InputKind, ...]:
-    """Return the kinds of the inputs as a module gets them, scaled bytes as floats."""
-    return tuple(
-        (tuple(x.shape[2:]), x.dtype if scaling is None else data.dtype)
-        for x, scaling in zip(data.inputs, data.scaling, strict=True)
-    )
 
 
 def materialise(module: nn.Module, inputs: Sequence[InputKind], names: Sequence[str] | None) -> None:

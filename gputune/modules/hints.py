@@ -1,4 +1,4 @@
-"""What a user's module cannot take, in words: what lies behind an error of torch's, and ids that an embedding lacks."""
+"""Why a user's module fails, in words: what lies behind an error of torch's, where, and ids that no embedding has."""
 
 import re
 from collections.abc import Sequence
@@ -148,3 +148,30 @@ _SCALED = (
     " The numbers of a table are scaled: pass a tensor of integers, torch.as_tensor(X), or numbers='none', which "
     "leaves codes as they are."
 )
+
+
+class Trail:
+    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.open: list[str] = []
+        self.largest = 0
+        for name, part in module.named_modules():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue  # which takes no hooks
+            part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
+            part.register_forward_hook(self._leave)
+
+    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
+        self.open.pop()
+        if isinstance(result, Tensor):
+            self.largest = max(self.largest, result.numel())
+
+    @property
+    def submodule(self) -> str:
+        """The submodule that was running, in words; "" for the module itself."""
+        name = next((name for name in reversed(self.open) if name), "")
+        return f"submodule {name!r}" if name else ""
+
+    def __str__(self) -> str:
+        return f" ({self.submodule})" if self.submodule else ""

@@ -14,19 +14,15 @@ from torch import Tensor, nn
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
-from gputune.modules.hints import check_ids
+from gputune.modules.hints import Trail, check_ids
 from gputune.modules.module import StackedModule, Traits
-from gputune.modules.module_trial import ModuleTrial, Trail, at_start
+from gputune.modules.module_trial import ModuleTrial, are_probabilities, at_start
 from gputune.modules.stateless import kept_of
 from gputune.population.batches import Batch
-from gputune.population.network import Shape
 from gputune.population.population import arguments_text, module_arguments
 from gputune.scoring.objective import Objective
 from gputune.seeding import keyed_draws
 from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
-
-EXAMPLES = 31
-"""Rows on which a user's module is tried: a prime number, which a wrong view of their columns does not divide."""
 
 _CPU = torch.device("cpu")
 _KEY = (0, 0)
@@ -47,22 +43,17 @@ def known_traits(builder: Builder | None, data: Dataset) -> dict[str, Traits]:
 def traits_of(
     builder: Builder, config: Config, data: Dataset, *, columns: str = "", objective: Objective | None = None
 ) -> Traits:
-    """Return what ``inspect_module`` finds with rows of the first fold; each of the module__* values is tried once."""
+    """Return what a user's module does with rows of the first fold; each of the module__* values is tried once.
+
+    Raises InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where shapes may be the
+    cause, for a module that fails, returns outputs of another shape, or has nothing to train.
+    """
     known = _known.setdefault(data, {}).setdefault(builder, {})
     key = arguments_text(config)
     if key not in known:
-        known[key] = inspect_module(
-            builder,
-            config,
-            data.example(EXAMPLES),
-            n_outputs=data.n_outputs,
-            columns=columns,
-            names=data.names,
-            dtype=data.dtype,
-            objective=objective,
-            y=data.example_target(EXAMPLES),
-            data=data,
-        )
+        trial = ModuleTrial(builder, config, data, columns, objective)
+        check_ids(trial.module, data, trial.name)
+        known[key] = inspect_module(trial)
     traits = known[key]
     if not traits.row_losses and data.weights is not None:
         loss = objective.in_words if objective else "the loss"
@@ -83,11 +74,9 @@ def returns_one_logit(builder: Builder, config: Config, data: Dataset) -> bool:
     filled = call_arguments(builder, sizes, given).keys() - given.keys()
     if data.task != "binary" or filled & {"n_outputs", "num_classes"}:
         return False
-    x = tuple(part.cpu() for part in data.example(EXAMPLES))
-    shape = _shape(x, n_outputs=1, names=data.names, dtype=data.dtype)
     try:
-        trial = ModuleTrial(builder, config, x, shape, "", None, None)
-        return trial.fits(trial.forward(x, training=False), len(x[0]))
+        trial = ModuleTrial(builder, config, data.with_one_logit())
+        return trial.fits(trial.forward(trial.inputs, training=False), len(trial.y))
     except InputError:
         return False
 
@@ -118,54 +107,7 @@ def note_fastest(builder: Builder, data: Dataset, arguments: str, *, slow: str, 
     return before != known[arguments]
 
 
-def inspect_module(
-    builder: Builder,
-    config: Config,
-    inputs: Sequence[Tensor],
-    *,
-    n_outputs: int,
-    columns: str = "",
-    names: tuple[str, ...] | None = None,
-    dtype: torch.dtype | None = None,
-    objective: Objective | None = None,
-    y: Tensor | None = None,
-    data: Dataset | None = None,
-) -> Traits:
-    """Return what a user's module does with ``inputs`` (B, ...), some of the rows that it will train on.
-
-    ``dtype`` is that of its parameters, by default that of the first input; ``y`` (B, ...) are the rows' targets, where
-    the loss of the ``objective`` depends on more than their shape; of all the ``data`` ids are looked at. Raises
-    InputError, ending in ``columns`` (a sentence on how the rows came from the user's) where shapes may be the cause,
-    for a module that fails, returns another shape than (B, ``n_outputs``), or has nothing to train.
-    """
-    x = tuple(part.cpu() for part in inputs)
-    shape = _shape(x, n_outputs=n_outputs, names=names, dtype=dtype or x[0].dtype)
-    shape = replace(shape, feature_groups=None if data is None else data.feature_groups)
-    trial = ModuleTrial(builder, config, x, shape, columns, objective, y)
-    if data is not None:
-        check_ids(trial.module, data, trial.name)
-    return _traits(trial)
-
-
-def _shape(
-    x: Sequence[Tensor], *, n_outputs: int, names: tuple[str, ...] | None, dtype: torch.dtype
-) -> Shape:
-    """Return the shape of one member on the CPU that takes inputs (B, ...)."""
-    return Shape(
-        folds=1,
-        n_features=x[0].shape[-1] if x[0].dim() > 1 else 1,
-        n_outputs=n_outputs,
-        dtype=dtype,
-        device=_CPU,
-        regression=False,
-        present=None,
-        input_shape=tuple(x[0].shape[1:]),
-        inputs=tuple((tuple(part.shape[1:]), part.dtype) for part in x),
-        names=names,
-    )
-
-
-def _traits(trial: ModuleTrial) -> Traits:
+def inspect_module(trial: ModuleTrial) -> Traits:
     """Try a module in training twice, and in evaluation, then stacked; return what it did."""
     module, x = trial.module, trial.inputs
     before, numbers = trial.tensors(), [trial.numbers()]
@@ -196,6 +138,7 @@ def _traits(trial: ModuleTrial) -> Traits:
         at_start=at_start(trial, alone, losses),
         named=tuple(name for name, w in module.named_parameters() if w.requires_grad),
         scheduled=dropout_rates(module),
+        probabilities=are_probabilities(trained),
     )
     counted = _counted(numbers)
     traits = replace(traits, changing=(*changing, *counted))
@@ -248,9 +191,8 @@ def _of_stacking(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ..
 
 def _compared(trial: ModuleTrial, traits: Traits) -> tuple[str, tuple[str, ...]]:
     """Return what ``_of_stacking`` does, up to the rounding of the trial's dtype."""
-    objective = trial.objective if trial.y is not None else None
     stacked = StackedModule(
-        trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=objective
+        trial.builder, [trial.config] * 2, trial.shape, seed=0, traits=traits, objective=trial.objective
     )
     flat = stacked.start()
     parameters = flat[: stacked.trained.size]
@@ -287,10 +229,8 @@ def _seen_alone(
     """Return the outputs of a plain module after two minibatches, the gradients of each, and what they have changed."""
     objective, names = stacked.objective, trial.shape.names
     gradients: list[Gradients] = []
-    with torch.no_grad():
-        before = objective.outputs(module.eval(), trial.inputs, names)
     for rows in _minibatches(trial):
-        inputs, y = [x[rows] for x in trial.augmented()], _y(trial, before)[rows]
+        inputs, y = [x[rows] for x in trial.augmented()], trial.y[rows]
         with torch.enable_grad(), keyed_draws(_CPU, 0, "dropout", *_KEY):
             losses = objective.losses(module.train(), inputs, y, trial.config, names=names)
             losses.mean().backward()  # type: ignore[no-untyped-call]
@@ -307,10 +247,9 @@ def _seen_together(
     """Return what ``_seen_alone`` does, of two stacked members: outputs (2, B, ...), tensors (1, 2, ...)."""
     params, gradients = stacked.blocks.views(flat), []
     with torch.no_grad():
-        before = stacked.outputs(params, 0, trial.inputs)
         for rows in _minibatches(trial):
             grads = stacked.trained.views(torch.zeros(stacked.trained.size).to(flat))
-            y = _y(trial, before[0])[rows]
+            y = trial.y[rows]
             batch = Batch(tuple(x[None, rows] for x in trial.inputs), y[None], 1 / len(y), slice(0, 1), _KEY)
             with keyed_draws(_CPU, 0, "check"):
                 stacked.alone_losses(batch)  # which must leave nothing behind
@@ -328,14 +267,6 @@ def _minibatches(trial: ModuleTrial) -> tuple[slice, slice]:
     """Return the rows of two minibatches, where there are enough for a second one that differs."""
     n = len(trial.inputs[0])
     return slice(0, n), slice(0, max(min(n, 2), 2 * n // 3))
-
-
-def _y(trial: ModuleTrial, outputs: Tensor) -> Tensor:
-    """Return the targets, or something for the outputs (B, K) to be compared with."""
-    if trial.y is not None:
-        return trial.y
-    rows = torch.arange(len(outputs))
-    return rows % outputs.shape[1] if outputs.dim() > 1 and outputs.shape[1] > 1 else (rows % 3).to(outputs)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -56,6 +56,7 @@ class Traits:
     unused       paths of those that a step of stacked members does not use, which stay as they are
     scheduled    names of the buffers that hold a rate of ``gputune.models.Dropout``
     unstackable  why its members cannot be stacked, "" where they can
+    probabilities  whether a row's outputs are positive and have the sum 1, as behind a softmax
     slow         by how much they train faster one by one, as it was measured; "" where not, or where that is not known
     coded        whether they train fastest in compiled code of their own, as it was measured
     """
@@ -72,6 +73,7 @@ class Traits:
     unused: tuple[str, ...] = ()
     scheduled: tuple[str, ...] = ()
     unstackable: str = ""
+    probabilities: bool = False
     slow: str = ""
     coded: bool = False
 
@@ -131,15 +133,7 @@ class ModuleNetwork:
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
         module = build_module(
-            self.builder,
-            module_arguments(self.configs[0]),
-            n_features=self.shape.n_features,
-            n_outputs=self.shape.n_outputs,
-            input_shape=self.shape.input_shape,
-            inputs=self.shape.inputs,
-            names=self.shape.names,
-            seed=self.seed,
-            feature_groups=self.shape.feature_groups,
+            self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
         )
         return converted(module, self.shape.dtype).to(device)
 

@@ -10,21 +10,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning
 from gputune.modules.construction import Builder, build_module, name_of
-from gputune.modules.hints import hint
+from gputune.modules.hints import Trail, hint
 from gputune.modules.precision import converted
 from gputune.modules.stateless import not_trained
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import DispatchMode
-from gputune.population.network import Shape, call_module
+from gputune.population.network import Shape
 from gputune.population.population import module_arguments
 from gputune.scoring.losses import refuse_one_number, wants_log_probabilities
-from gputune.scoring.objective import Objective, pairs_all_rows, qualified_name
+from gputune.scoring.objective import Objective, make_objective, pairs_all_rows, qualified_name
 from gputune.seeding import keyed_draws
 from gputune.types import Config
 
 _CPU = torch.device("cpu")
+_EXAMPLES = 31  # rows that are tried: a prime number, which a wrong view of their columns does not divide
 _SEVERAL = ("tuple", "list", "dict")
 _TORCH_BROADCASTS = r"Using a target size .* that is different to the input size"
 
@@ -36,36 +38,24 @@ class ModuleTrial:
         self,
         builder: Builder,
         config: Config,
-        inputs: Sequence[Tensor],
-        shape: Shape,
-        columns: str,
-        objective: Objective | None,
-        y: Tensor | None,
+        data: Dataset,
+        columns: str = "",
+        objective: Objective | None = None,
     ) -> None:
-        self.objective, self.y = objective, y
-        self.builder, self.config, self.inputs, self.shape = builder, config, inputs, shape
-        self.columns, self.name, self.widest = columns, name_of(builder), 1
-        self.loss_draws = self.loss_decides = False
-        module = build_module(
-            builder,
-            module_arguments(config),
-            n_features=shape.n_features,
-            n_outputs=shape.n_outputs,
-            input_shape=shape.input_shape,
-            inputs=shape.inputs,
-            names=shape.names,
-            seed=0,
-            feature_groups=shape.feature_groups,
-            columns=columns,
-        )
-        self.module = converted(module, shape.dtype)
+        self.objective = objective or make_objective(None, None, None, data.task)
+        self.builder, self.config, self.columns, self.name = builder, config, columns, name_of(builder)
+        self.inputs, self.y = [x.cpu() for x in data.example(_EXAMPLES)], data.example_target(_EXAMPLES)
+        self.shape = replace(Shape.of(data), folds=1, device=_CPU, present=None, rows=None)
+        self.widest, self.loss_draws, self.loss_decides = 1, False, False
+        module = build_module(builder, module_arguments(config), self.shape, seed=0, columns=columns)
+        self.module = converted(module, data.dtype)
         self.trail = Trail(self.module)
 
     def in_double(self) -> Self:
         """Return this trial with floats of double precision; its module stays as it is."""
         double = copy.copy(self)
         double.inputs = [_widened(x) for x in self.inputs]
-        double.y = None if self.y is None else _widened(self.y)
+        double.y = _widened(self.y)
         kinds = tuple((tuple(x.shape[1:]), x.dtype) for x in double.inputs)
         double.shape = replace(self.shape, dtype=torch.float64, inputs=kinds)
         return double
@@ -111,11 +101,7 @@ class ModuleTrial:
         self.trail.largest = 0  # of other numbers of rows
         try:
             with torch.set_grad_enabled(training):
-                module = self.module.train(training)
-                if self.objective is not None:
-                    outputs = self.objective.outputs(module, inputs, self.shape.names)
-                else:
-                    outputs = call_module(module, inputs, self.shape.names)
+                outputs = self.objective.outputs(self.module.train(training), inputs, self.shape.names)
         except Exception as error:
             takes = " and ".join(map(in_words, inputs))
             raise InputError(
@@ -127,8 +113,6 @@ class ModuleTrial:
 
     def losses(self) -> Tensor:
         """Return the losses of one step, of rows or their mean. Raises InputError for a loss that fails."""
-        if self.objective is None or self.y is None:
-            return torch.zeros(len(self.inputs[0]))
         name = self.objective.in_words
         refuse_one_number(self.objective.loss, self.y)
         try:
@@ -164,7 +148,6 @@ class ModuleTrial:
 
     def _what_a_loss_gets(self) -> str:
         """Say how the loss was called, for an error that it raised."""
-        assert self.objective is not None and self.y is not None
         y = f"{tuple(self.y.shape)} and {self.y.dtype}"
         if self.objective.step is not None:
             x = " and ".join(map(in_words, self.inputs))
@@ -182,7 +165,7 @@ class ModuleTrial:
 
     def augmented(self) -> list[Tensor]:
         """Return the inputs as the user changes minibatches of training. Raises InputError where that fails."""
-        if self.objective is None or self.objective.augment is None:
+        if self.objective.augment is None:
             return list(self.inputs)
         try:
             of_a_fold = [x[None] for x in self.inputs]
@@ -198,7 +181,7 @@ class ModuleTrial:
     def _refuse_a_broadcast(self) -> None:
         """Raise InputError for a loss of the user's own in which outputs (B, 1) and y (B,) become (B, B)."""
         objective, y = self.objective, self.y
-        if objective is None or y is None or objective.is_named or objective.step is not None:
+        if objective.is_named or objective.step is not None:
             return
         outputs, n = self.forward(self.inputs, training=False), len(y)
         if pairs_all_rows(objective.member_loss(self.config), outputs, y):
@@ -210,18 +193,16 @@ class ModuleTrial:
 
     def warn_of_probabilities(self, outputs: Tensor) -> None:
         """Warn where outputs, computed in training, end in a softmax or a sigmoid that the loss has, or lack one."""
-        if self.objective is not None and wants_log_probabilities(self.objective.loss, outputs):
+        if wants_log_probabilities(self.objective.loss, outputs):
             warnings.warn(
                 f"{self.name} returns no log-probabilities, which {self.objective.in_words} wants: end it in "
                 "log_softmax(1), or leave loss out.",
                 InputWarning,
                 stacklevel=2,
             )
-        loss = self.objective.loss if self.objective is not None and self.objective.is_named else None
-        end = ""
-        if loss == "cross_entropy" and outputs.dim() == 2 and outputs.shape[1] > 1:
-            sums = outputs.sum(1)
-            end = "softmax" * bool((outputs >= 0).all() and ((sums - 1).abs() < 1e-3).all())
+        loss, end = self.objective.loss if self.objective.is_named else None, ""
+        if loss == "cross_entropy" and outputs.shape[1:] != (1,):
+            end = "softmax" * are_probabilities(outputs)
         if loss == "bce":
             end = "sigmoid" * _ends_in_sigmoid(outputs)
         if end:
@@ -238,9 +219,8 @@ class ModuleTrial:
         if self.fits(outputs, rows):
             return
         found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-        binary = self.objective is not None and self.objective.binary
-        usual = _of_shape(found, n_outputs, binary=binary)
-        if self.objective is not None and self.objective.step is not None:
+        usual = _of_shape(found, n_outputs, binary=self.objective.binary)
+        if self.objective.step is not None:
             usual += (
                 " With task='custom' and scoring=callable(outputs, y) a training_step may have any outputs."
             )
@@ -253,9 +233,9 @@ class ModuleTrial:
     def fits(self, outputs: object, rows: int) -> bool:
         """Whether outputs of so many rows have a shape that the loss takes."""
         shape, n_outputs = tuple(outputs.shape) if isinstance(outputs, Tensor) else None, self.shape.n_outputs
-        if self.objective is not None and self.objective.any_outputs:
+        if self.objective.any_outputs:
             return shape is not None and shape[:1] == (rows,)
-        one = n_outputs == 1 or (self.objective is not None and self.objective.may_be_one_logit)
+        one = n_outputs == 1 or self.objective.may_be_one_logit
         return shape == (rows, n_outputs) or (one and shape in ((rows,), (rows, 1)))
 
     def check_trainable(self, outputs: Tensor) -> None:
@@ -300,6 +280,13 @@ def _of_shape(found: object, n_outputs: int, *, binary: bool) -> str:
     return ""
 
 
+def are_probabilities(outputs: Tensor) -> bool:
+    """Whether the outputs (B, K) of each row are positive and have the sum 1."""
+    if outputs.dim() != 2 or outputs.is_complex():
+        return False
+    return bool((outputs >= 0).all() and ((outputs.sum(1) - 1).abs() < 1e-3).all())
+
+
 _VIEWS = ("View", "Squeeze", "Select", "Slice", "Reshape", "UnsafeView", "ToCopy")
 
 
@@ -339,30 +326,3 @@ class _Reading(DispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.read |= torch.Tag.data_dependent_output in func.tags
         return func(*args, **(kwargs or {}))
-
-
-class Trail:
-    """Remembers which submodule was running, so that an error can name it, and how much one has returned."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.open: list[str] = []
-        self.largest = 0
-        for name, part in module.named_modules():
-            if isinstance(part, torch.jit.ScriptModule):
-                continue  # which takes no hooks
-            part.register_forward_pre_hook(lambda _module, _args, name=name: self.open.append(name))
-            part.register_forward_hook(self._leave)
-
-    def _leave(self, _module: nn.Module, _args: object, result: object) -> None:
-        self.open.pop()
-        if isinstance(result, Tensor):
-            self.largest = max(self.largest, result.numel())
-
-    @property
-    def submodule(self) -> str:
-        """The submodule that was running, in words; "" for the module itself."""
-        name = next((name for name in reversed(self.open) if name), "")
-        return f"submodule {name!r}" if name else ""
-
-    def __str__(self) -> str:
-        return f" ({self.submodule})" if self.submodule else ""

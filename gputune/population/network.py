@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gputune.data.dataset import Dataset
 from gputune.optimizers.blocks import Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.population import ModelKind
 from gputune.types import Config, Params, Precision, Task
+
+_CPU = torch.device("cpu")
 
 InputKind = tuple[tuple[int, ...], torch.dtype]
 """The shape of a row of an input, and its dtype."""
@@ -24,13 +27,13 @@ InputKind = tuple[tuple[int, ...], torch.dtype]
 class Shape:
     """What the stacked tensors of a chunk have in common."""
 
-    folds: int
     n_features: int
     n_outputs: int
-    dtype: torch.dtype
-    device: torch.device
-    regression: bool
-    present: Tensor | None
+    folds: int = 1
+    dtype: torch.dtype = torch.float32
+    device: torch.device = _CPU
+    regression: bool = False
+    present: Tensor | None = None
     """(F, K) bool: classes that take part in a fold, None when all do."""
     input_shape: tuple[int, ...] | None = None
     """Of a row of the first input, None: (n_features,)."""
@@ -44,6 +47,26 @@ class Shape:
     """Of a table's features, (D,): ``Layout.feature_groups``."""
     rows: Callable[[int], tuple[tuple[Tensor, ...], Tensor]] | None = None
     """The training rows of a fold and their targets, for a module that begins from them."""
+
+    @staticmethod
+    def of(data: Dataset, precision: Precision = "full") -> "Shape":
+        """Return the shape of members that train on some data; scaled bytes come to them as floats."""
+        kinds = zip(data.inputs, data.scaling, strict=True)
+        return Shape(
+            n_features=data.n_features,
+            n_outputs=data.n_outputs,
+            folds=data.n_folds,
+            dtype=data.dtype,
+            device=data.device,
+            regression=data.task == "regression",
+            present=data.present,
+            input_shape=tuple(data.inputs[0].shape[2:]),
+            inputs=tuple((tuple(x.shape[2:]), data.dtype if scaled else x.dtype) for x, scaled in kinds),
+            names=data.names,
+            precision=precision,
+            feature_groups=data.feature_groups,
+            rows=data.training_rows,
+        )
 
 
 class Draws(Protocol):

@@ -10,7 +10,6 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
@@ -21,10 +20,9 @@ from gputune.engine.memory import GivenUp
 from gputune.engine.stop import Stop
 from gputune.engine.train import State
 from gputune.errors import InputError
-from gputune.modules.construction import build_module, kinds_of, name_of
-from gputune.modules.inspection import EXAMPLES, returns_one_logit, traits_of
-from gputune.population.network import call_module, first_output
-from gputune.population.population import Population, module_arguments
+from gputune.modules.construction import name_of
+from gputune.modules.inspection import returns_one_logit, traits_of
+from gputune.population.population import Population
 from gputune.scoring.objective import Objective
 from gputune.sklearn.dataset import FoldGroup, Rows, group_folds, make_dataset, shared_x
 from gputune.sklearn.member import MemberJob, Members, Weights, members_of
@@ -233,28 +231,10 @@ def _check_module(trainer: Trainer, population: Population) -> int:
     builder, data = trainer.module_class, trainer.data
     if builder is None:
         return 0
-    number = traits_of(builder, population.configs[0], data, objective=trainer.objective).parameters
-    if data.task in ("binary", "multiclass"):
-        module = build_module(
-            builder,
-            module_arguments(population.configs[0]),
-            n_features=data.n_features,
-            n_outputs=data.n_outputs,
-            input_shape=tuple(data.inputs[0].shape[2:]),
-            inputs=kinds_of(data),
-            names=data.names,
-            seed=trainer.seed,
-        ).to(data.device, data.dtype)
-        with torch.no_grad():
-            outputs = first_output(call_module(module.eval(), data.example(EXAMPLES), data.names))
-        _refuse_probabilities(name_of(builder), outputs)
-    return number
-
-
-def _refuse_probabilities(name: str, outputs: Tensor) -> None:
-    """Raise InputError where a classifier's module ends in a softmax: its outputs are taken for logits."""
-    if outputs.dim() == 2 and bool((outputs >= 0).all()) and bool(((outputs.sum(1) - 1).abs() < 1e-3).all()):
+    traits = traits_of(builder, population.configs[0], data, objective=trainer.objective)
+    if traits.probabilities and data.task in ("binary", "multiclass"):
         raise InputError(
-            f"model: {name} returns probabilities, and its outputs are taken for logits; leave out the softmax at its "
-            "end."
+            f"model: {name_of(builder)} returns probabilities, and its outputs are taken for logits; leave out the "
+            "softmax at its end."
         )
+    return traits.parameters

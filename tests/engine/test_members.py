@@ -107,7 +107,7 @@ def test_realmlp_with_a_dropout_of_each_member_and_its_schedule(goal):
         traits_of(RealMLP, configs[0], data),
         {"seed": 0, "horizon": 6, "scoring": scoring_of(data)},
     )
-    shape = replace(shape_of(data), rows=data.training_rows)
+    shape = shape_of(data)
     network = StackedModule(RealMLP, configs, shape, seed=0, traits=traits)
     chunk, other = (kind(network, data, configs, **options) for kind in (MemberChunk, StackedChunk))
     for epoch in range(2):

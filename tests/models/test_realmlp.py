@@ -98,7 +98,6 @@ def test_the_start_gives_every_layer_a_variance_of_1_and_kinks_among_the_rows():
 def test_each_fold_begins_from_its_own_rows_as_a_plain_loop_would(kind):
     data = make_data("regression")
     shape = shape_of(data)
-    shape = type(shape)(**{**vars(shape), "rows": data.training_rows})
     configs = fill({"batch_size": 16, "lr": 0.01}, {"batch_size": 16, "lr": 0.03})
     network = kind(RealMLP, configs, shape, seed=3, traits=traits_of(RealMLP, configs[0], data))
     begun = train(network, data, configs, seed=3, epochs=0, horizon=1)

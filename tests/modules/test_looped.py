@@ -19,9 +19,10 @@ from gputune.errors import InputError
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
+from gputune.modules.module_trial import ModuleTrial
 from gputune.population.population import populations
 from gputune.scoring.scoring import make_scoring
-from problems import fill, largest_difference, make_data, rows_of, shape_of
+from problems import data_of, fill, largest_difference, make_data, rows_of, shape_of
 from refused import refused
 
 
@@ -400,7 +401,7 @@ def test_rounding_does_not_make_members_train_one_by_one(seed):
     """Of units that are on or off by rounding alone, images of some seeds have one."""
     torch.manual_seed(seed)
     images, y = torch.randn(31, 3, 32, 32), torch.randint(10, (31,))
-    traits = inspect_module(Convolutions, *fill({}), [images], n_outputs=10, y=y)
+    traits = inspect_module(ModuleTrial(Convolutions, *fill({}), data_of(images, 10, y)))
     assert traits.unstackable == ""
 
 
@@ -417,7 +418,7 @@ class Hiding(Remembering):
     ("build", "says"), [(Remembering, "it has"), (Hiding, "it draws random numbers, and has")]
 )
 def test_a_gradient_that_differs_by_more_than_rounding_is_found_in_single_precision(build, says):
-    traits = inspect_module(build, *fill({}), [rows()[0]], n_outputs=3, y=rows()[1])
+    traits = inspect_module(ModuleTrial(build, *fill({}), data_of(rows()[0], 3)))
     assert traits.unstackable == f"{says} another gradient when its members are stacked than alone"
 
 

@@ -19,9 +19,10 @@ from gputune.errors import InputError
 from gputune.modules.construction import build_module
 from gputune.modules.inspection import inspect_module, traits_of
 from gputune.modules.module import StackedModule
+from gputune.modules.module_trial import ModuleTrial
 from gputune.population.network import Shape
 from gputune.population.population import populations
-from problems import fill, largest_difference, make_data, rows_of, shape_of
+from problems import data_of, fill, largest_difference, make_data, rows_of, shape_of
 
 ROWS = torch.linspace(-1, 1, 12).view(4, 3)
 
@@ -127,7 +128,7 @@ def test_batch_norm_equals_the_plain_loop(words, optimizer):
     configs = fill(
         *({"optimizer": optimizer, "lr": lr, "batch_size": b} for lr in (1e-3, 1e-2) for b in (16, 7, 500))
     )
-    assert inspect_module(build, configs[0], data.example(31), n_outputs=3).changing
+    assert traits_of(build, configs[0], data).changing
     assert_module_equals_plain_loop(build, data, configs, epochs=6, within=1e-9)
 
 
@@ -232,13 +233,13 @@ class WrongInput(nn.Module):
 def test_what_no_loop_would_train_is_refused_by_name(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):
-        inspect_module(module_class, config, [ROWS], n_outputs=2)
+        inspect_module(ModuleTrial(module_class, config, data_of(ROWS, 2)))
 
 
 def test_an_unknown_module_argument_is_named():
     (config,) = fill({"module__size": 3})
     with pytest.raises(InputError, match="module__size is no argument of Residual"):
-        inspect_module(Residual, config, [ROWS], n_outputs=2)
+        inspect_module(ModuleTrial(Residual, config, data_of(ROWS, 2)))
 
 
 def test_folds_of_very_unlike_length():
@@ -341,7 +342,7 @@ class Detached(Mixing):
 def test_what_cannot_be_trained_alone_is_refused(module_class, message):
     (config,) = fill({})
     with pytest.raises(InputError, match=message):
-        inspect_module(module_class, config, [ROWS], n_outputs=2)
+        inspect_module(ModuleTrial(module_class, config, data_of(ROWS, 2)))
 
 
 class Reminding(nn.Module):
@@ -378,7 +379,7 @@ def test_shared_and_lazy_submodules_equal_the_plain_loop(build, plain):
     data = make_data()
     configs = fill({"batch_size": 16}, {"batch_size": 16, "lr": 0.1})
     assert_module_equals_plain_loop(build, data, configs, epochs=3, plain=plain)
-    inspect_module(build, configs[0], [data.example(8)[0].float()], n_outputs=data.n_outputs)
+    inspect_module(ModuleTrial(build, configs[0], data_of(data.example(8)[0].float(), data.n_outputs)))
 
 
 def test_a_lazy_module_draws_what_a_plain_one_draws():
@@ -387,7 +388,7 @@ def test_a_lazy_module_draws_what_a_plain_one_draws():
             super().__init__(n_features, n_outputs)
             self.body[0], self.body[3] = nn.Linear(n_features, 6), nn.Linear(6, n_outputs)
 
-    lazy, plain = (build_module(kind, {}, n_features=3, n_outputs=2, seed=1) for kind in (Lazy, Plain))
+    lazy, plain = (build_module(kind, {}, Shape(3, 2), seed=1) for kind in (Lazy, Plain))
     assert largest_difference(lazy, plain) == 0 and lazy.training and type(lazy.body[0]) is nn.Linear
 
 
@@ -405,18 +406,15 @@ class Coded(nn.Module):
 def test_a_module_is_tried_on_rows_of_the_data():
     (config,) = fill({})
     rows = torch.tensor([[0.0, 1, 2], [4, 1, 3], [2, 5, 1], [1, 1, 7]])
-    assert inspect_module(Coded, config, [rows], n_outputs=2).parameters == 5 * 4 + 2 * 6 + 2
-    inspect_module(
-        Coded, config, [rows - torch.tensor([0.0, 3, 0])], n_outputs=2
-    )  # NaN says nothing about stacking
+    assert inspect_module(ModuleTrial(Coded, config, data_of(rows, 2))).parameters == 5 * 4 + 2 * 6 + 2
+    # NaN says nothing about stacking.
+    inspect_module(ModuleTrial(Coded, config, data_of(rows - torch.tensor([0.0, 3, 0]), 2)))
     with pytest.raises(InputError, match=r"submodule 'code'\) raised IndexError: index out of range"):
-        inspect_module(Coded, config, [rows + 3], n_outputs=2)
+        inspect_module(ModuleTrial(Coded, config, data_of(rows + 3, 2)))
 
 
 def test_a_code_that_the_tried_rows_have_not_is_named():
-    network = StackedModule(
-        Coded, fill({}), Shape(1, 2, 2, torch.float32, torch.device("cpu"), False, None), seed=0
-    )
+    network = StackedModule(Coded, fill({}), Shape(2, 2), seed=0)
     params = network.blocks.views(network.start())
     assert network.outputs(params, 0, [torch.tensor([[4.0, 1.0]])]).shape == (1, 1, 2)
     with pytest.raises(
@@ -429,14 +427,14 @@ def test_a_code_that_the_tried_rows_have_not_is_named():
 def test_what_became_of_the_columns_is_said_with_shapes(module_class):
     (config,) = fill({})
     with pytest.raises(InputError, match=r"\. Of the 4 columns$"):
-        inspect_module(module_class, config, [ROWS], n_outputs=2, columns=" Of the 4 columns")
+        inspect_module(ModuleTrial(module_class, config, data_of(ROWS, 2), columns=" Of the 4 columns"))
 
 
 def test_the_default_dtype_changes_no_start():
-    expected = build_module(Residual, {}, n_features=3, n_outputs=2, seed=1)
+    expected = build_module(Residual, {}, Shape(3, 2), seed=1)
     torch.set_default_dtype(torch.float64)
     try:
-        found = build_module(Residual, {}, n_features=3, n_outputs=2, seed=1)
+        found = build_module(Residual, {}, Shape(3, 2), seed=1)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -501,7 +499,7 @@ def test_threads_take_turns_at_the_generator(monkeypatch):
             super().__init__(n_features, n_outputs)
 
     def build(interrupt):
-        return build_module(Interrupted, {"interrupt": interrupt}, n_features=3, n_outputs=2, seed=1)
+        return build_module(Interrupted, {"interrupt": interrupt}, Shape(3, 2), seed=1)
 
     before, expected, found = torch.get_rng_state(), build(False), build(True)
     others[0].join()

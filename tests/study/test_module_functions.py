@@ -10,6 +10,7 @@ from torch import nn
 
 import gputune
 from gputune.modules.construction import build_module
+from gputune.population.network import Shape
 from gputune.study.module_source import class_from_file, class_source, find_class, is_changed
 from refused import refused
 
@@ -74,7 +75,7 @@ def test_a_partial_without_a_name_is_written_with_its_keywords(build, keywords, 
     found = find_class(source, trust_code=True)
     assert (
         found.func is net
-        and build_module(found, {}, n_features=2, n_outputs=1, seed=0).layers[0].out_features == 7
+        and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
     )
     named = class_from_file(file, "rectified")
     assert (
@@ -106,13 +107,12 @@ def test_a_builder_gets_what_its_signature_has():
         seen.append(sorted(words))
         return nn.Linear(words["n_features"], words["n_outputs"])
 
-    size = {"n_features": 3, "n_outputs": 2, "seed": 0}
-    build_module(positional, {"width": 5}, input_shape=(3,), **size)
-    build_module(anything, {"width": 5}, **size)
-    build_module(functools.partial(positional, n_outputs=4), {}, **size)
-    build_module(counted, {}, **size)
-    build_module(counted, {"num_classes": 1}, **size)
-    build_module(functools.partial(counted, num_classes=4), {}, **size)
+    build_module(positional, {"width": 5}, Shape(3, 2, input_shape=(3,)), seed=0)
+    build_module(anything, {"width": 5}, Shape(3, 2), seed=0)
+    build_module(functools.partial(positional, n_outputs=4), {}, Shape(3, 2), seed=0)
+    build_module(counted, {}, Shape(3, 2), seed=0)
+    build_module(counted, {"num_classes": 1}, Shape(3, 2), seed=0)
+    build_module(functools.partial(counted, num_classes=4), {}, Shape(3, 2), seed=0)
     sized = [(2, (3,), 5), ["n_features", "n_outputs", "width"], (4, (3,), 2)]
     calls = [*sized, (2, 3), (1, 3), (4, 3)]
     assert seen == [
@@ -131,7 +131,7 @@ def test_a_builder_gets_what_its_signature_has():
 )
 def test_a_builder_that_does_not_build_is_named(builder, arguments, message):
     with refused(message):
-        build_module(builder, arguments, n_features=3, n_outputs=2, seed=0)
+        build_module(builder, arguments, Shape(3, 2), seed=0)
 
 
 def test_a_function_of_this_process_is_searched_in_workers():
