@@ -70,11 +70,18 @@ def keep_parameters(estimator: object, parameters: Mapping[str, object]) -> None
     vars(estimator).update({name: value for name, value in parameters.items() if name != "self"})
 
 
-def constructor(theirs: type, extras: Mapping[str, object]) -> Callable[..., None]:
-    """Return the constructor of an estimator with the parameters of scikit-learn's installed one, and ``extras``."""
+def constructor(theirs: type, defaults: Mapping[str, object]) -> Callable[..., None]:
+    """Return the constructor of a class with the parameters of scikit-learn's installed one, and those of ``defaults``.
+
+    What both have takes its default from these.
+    """
     own = inspect.signature(theirs.__init__)  # type: ignore[misc]
-    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=v) for name, v in extras.items()]
-    signature = own.replace(parameters=[*own.parameters.values(), *more])
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, kind) for name in defaults if name not in own.parameters]
+    parameters = [*own.parameters.values(), *added]
+    signature = own.replace(
+        parameters=[p.replace(default=defaults.get(p.name, p.default)) for p in parameters]
+    )
 
     def __init__(self: object, *values: object, **params: object) -> None:
         bound = signature.bind(self, *values, **params)

@@ -1,7 +1,6 @@
 """HypergradientSearchCV: drawn candidates descend along the derivative of their validation loss, all at once."""
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +17,11 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import range_of
-from gputune.sklearn.base import keep_parameters
+from gputune.sklearn.base import constructor
 from gputune.sklearn.dataset import Part
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, fits_of
 from gputune.sklearn.replay import Candidates, SearchRun, TrainedCandidates, train, workers
-from gputune.sklearn.search import CONSTRAINTS, FusedSearch, current_run
+from gputune.sklearn.search import CONSTRAINTS, EXTRAS, FusedSearch, current_run
 from gputune.sklearn.slopes import SlopeRequest, check_held_out, descended_parameters, slopes_of, start_values
 from gputune.tuning.descent import SlopeMode, run_descent
 from gputune.types import Config
@@ -191,7 +190,6 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
     """
 
     _space_name = "param_distributions"
-    pre_dispatch = "2*n_jobs"
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
         **model_selection.RandomizedSearchCV._parameter_constraints,
         "outer_steps": [Interval(Integral, 1, None, closed="left")],
@@ -202,30 +200,13 @@ class HypergradientSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  #
         **CONSTRAINTS,
     }
 
-    def __init__(
-        self,
-        estimator: object,
-        param_distributions: object,
-        *,
-        n_iter: int = 4,
-        outer_steps: int = 10,
-        hyperparameters: str | Sequence[str] | None = None,
-        step: str = "sign",
-        first_step: float | None = None,
-        smallest_step: float = 0.05,
-        scoring: object = None,
-        n_jobs: int | None = None,
-        refit: object = True,
-        cv: object = None,
-        verbose: int = 0,
-        random_state: object = None,
-        error_score: object = np.nan,
-        return_train_score: bool = False,
-        device: str = "auto",
-        study: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        keep_parameters(self, locals())
+    __init__ = constructor(
+        model_selection.RandomizedSearchCV,
+        {
+            "n_iter": 4, "outer_steps": 10, "hyperparameters": None, "step": "sign", "first_step": None,
+            "smallest_step": 0.05, **EXTRAS,
+        },
+    )  # fmt: skip
 
     def score(self, X: object, y: object = None, **params: object) -> float:
         """Return the score of the refitted estimator: by ``scoring`` where it was given, else its own ``score``."""

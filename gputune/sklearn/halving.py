@@ -4,10 +4,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 from sklearn.model_selection import _search_successive_halving as scikit_learns
 
-from gputune.sklearn.base import keep_parameters, last_step
+from gputune.sklearn.base import constructor, last_step
 from gputune.sklearn.member import Member
 from gputune.sklearn.networks import TrainedEstimator
 from gputune.sklearn.recipe import RungState
@@ -82,28 +81,7 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
         "device": [str],
     }
 
-    def __init__(
-        self,
-        estimator: object,
-        param_distributions: object,
-        *,
-        n_candidates: int | str = "exhaust",
-        factor: float = 3,
-        resource: str = "auto",
-        max_resources: int | str = "auto",
-        min_resources: int | str = "smallest",
-        aggressive_elimination: bool = False,
-        cv: object = 5,
-        scoring: object = None,
-        refit: bool = True,
-        error_score: object = np.nan,
-        return_train_score: bool = True,
-        random_state: object = None,
-        n_jobs: int | None = None,
-        verbose: int = 0,
-        device: str = "auto",
-    ) -> None:
-        keep_parameters(self, locals())
+    __init__ = constructor(scikit_learns.HalvingRandomSearchCV, {"resource": "auto", "device": "auto"})
 
     def _overrides(self, *, together: bool) -> dict[str, object]:
         overrides = super()._overrides(together=together)

@@ -21,7 +21,7 @@ from sklearn.utils._param_validation import Interval
 from sklearn.utils.validation import check_memory
 
 from gputune.methods.space import translated
-from gputune.sklearn.base import FusedEstimator, fit_hook, keep_parameters, last_step
+from gputune.sklearn.base import FusedEstimator, constructor, fit_hook, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import SearchRun, TrainedCandidates
 from gputune.sklearn.study_file import check_new, write_search
@@ -196,6 +196,9 @@ def _running(run: SearchRun | None) -> Iterator[None]:
         current_run.reset(token)
 
 
+EXTRAS: Config = {"device": "auto", "study": None, "timeout": None}
+"""Parameters of a search beside scikit-learn's."""
+
 CONSTRAINTS: dict[str, list[object]] = {
     "device": [str],
     "study": [str, os.PathLike, None],
@@ -234,26 +237,7 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
         **CONSTRAINTS,
     }
 
-    def __init__(
-        self,
-        estimator: object,
-        param_distributions: object,
-        *,
-        n_iter: int = 10,
-        scoring: object = None,
-        n_jobs: int | None = None,
-        refit: object = True,
-        cv: object = None,
-        verbose: int = 0,
-        pre_dispatch: int | str | None = None,
-        random_state: object = None,
-        error_score: object = np.nan,
-        return_train_score: bool = False,
-        device: str = "auto",
-        study: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        keep_parameters(self, locals())
+    __init__ = constructor(model_selection.RandomizedSearchCV, EXTRAS)
 
     def _drawn(self) -> list[Config]:
         """Return the candidates that the search draws."""
@@ -270,24 +254,7 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
         **CONSTRAINTS,
     }
 
-    def __init__(
-        self,
-        estimator: object,
-        param_grid: object,
-        *,
-        scoring: object = None,
-        n_jobs: int | None = None,
-        refit: object = True,
-        cv: object = None,
-        verbose: int = 0,
-        pre_dispatch: int | str | None = None,
-        error_score: object = np.nan,
-        return_train_score: bool = False,
-        device: str = "auto",
-        study: str | os.PathLike[str] | None = None,
-        timeout: float | None = None,
-    ) -> None:
-        keep_parameters(self, locals())
+    __init__ = constructor(model_selection.GridSearchCV, EXTRAS)
 
     def _drawn(self) -> list[Config]:
         """Return all candidates of the grid."""
