@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.methods.descent import Hypergradient
     from gputune.methods.distributions import log_int
-    from gputune.methods.optuna_sampler import OptunaSampler
+    from gputune.methods.optuna import OptunaSampler
     from gputune.methods.stopping import Halving, Median
     from gputune.study.model import TunedModel, load_model
     from gputune.study.study import Trial
@@ -69,7 +69,7 @@ _HOMES = {
     "Halving": "gputune.methods.stopping",
     "Hypergradient": "gputune.methods.descent",
     "Median": "gputune.methods.stopping",
-    "OptunaSampler": "gputune.methods.optuna_sampler",
+    "OptunaSampler": "gputune.methods.optuna",
     "Ray": "gputune.executors.ray_connection",
     "Study": "gputune.api.study",
     "Trial": "gputune.study.study",

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gputune.hypergradients.inner import HYPERPARAMETERS, Clock
-from gputune.hypergradients.result import CHAOTIC, Hypergradients
+from gputune.hypergradients.inner import CHAOTIC, Hypergradients
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")
 OF = {

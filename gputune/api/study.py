@@ -118,7 +118,7 @@ class Study(data.Study):
         Raises InputError where ``storage`` has a study of that name, MissingExtraError without Optuna. A study
         that could not be written to its end is deleted again.
         """
-        from gputune.methods.optuna_export import export_to_optuna
+        from gputune.methods.optuna import export_to_optuna
 
         return export_to_optuna(self, storage, name)
 

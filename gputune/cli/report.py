@@ -7,7 +7,7 @@ from pathlib import Path
 from gputune.cli.arguments import model_folder, study_file
 from gputune.cli.study import finished
 from gputune.report.facts import is_its_model
-from gputune.study.fold_report import FoldReport
+from gputune.study.curves import FoldReport
 from gputune.study.record import has_form
 from gputune.study.study import Study
 from gputune.types import Json

@@ -9,7 +9,7 @@ from gputune.data.folds import parse_cv
 from gputune.errors import InputError, import_extra
 from gputune.executors.ray_connection import Ray
 from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import parse_specs
 from gputune.methods.stopping import Halving
 from gputune.tuning.method import METHODS, Method

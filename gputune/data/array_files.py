@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, TensorDataset, default_collate
+from torch.utils.data import Dataset as TorchDataset
 
-from gputune.data.containers import is_image
-from gputune.data.table import quoted
+from gputune.data.table import is_image, quoted
 from gputune.errors import InputError
 
 ARRAY_SUFFIXES = (".npz", ".npy", ".pt", ".pth")

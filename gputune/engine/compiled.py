@@ -19,8 +19,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.dropout import dropout_draw
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import ACTIVATIONS, OPTIMIZERS, Work, library, make_work
-from gputune.optimizers.rules import n_moments
-from gputune.optimizers.schedules import SCHEDULES
+from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.network import Network
 from gputune.scoring.scores import accuracy

@@ -18,20 +18,13 @@ from gputune.engine.cost import Cost
 from gputune.engine.job import Job, Outcome, Progress
 from gputune.engine.plan import Plan, make_plan
 from gputune.errors import InputError
-from gputune.hypergradients.first_step import (
-    ExactMode,
-    fastest_that_fits,
-    measure,
-    twice_differentiable,
-)
+from gputune.hypergradients.first_step import ExactMode, fastest_that_fits, measure, twice_differentiable
 from gputune.hypergradients.forward import forward
-from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, InnerProblem, Tables, Watch
-from gputune.hypergradients.result import Hypergradients
+from gputune.hypergradients.inner import HYPERPARAMETERS, Clock, Hypergradients, InnerProblem, Tables, Watch
 from gputune.hypergradients.reverse import differences, reverse
 from gputune.modules.looped import LoopedModule
 from gputune.modules.module import StackedModule
-from gputune.optimizers.rules import BETA1, BETA2
-from gputune.optimizers.schedules import schedule_factor
+from gputune.optimizers.rules import BETA1, BETA2, schedule_factor
 from gputune.population.batches import Batch, Batches, for_members
 from gputune.population.network import Network
 from gputune.population.population import Population

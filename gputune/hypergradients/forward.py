@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gputune.hypergradients.inner import (
     Clock,
+    Hypergradients,
     InnerProblem,
     State,
     Training,
@@ -26,7 +27,6 @@ from gputune.hypergradients.inner import (
     update,
     with_statistics,
 )
-from gputune.hypergradients.result import Hypergradients
 
 Operand = Union["Dual", Tensor, float]
 

@@ -23,9 +23,8 @@ from gputune.hypergradients.first_step import (
 )
 from gputune.hypergradients.forward import forward
 from gputune.hypergradients.implicit import differentiate_minimum
-from gputune.hypergradients.inner import InnerProblem, Tables
+from gputune.hypergradients.inner import HypergradientResult, Hypergradients, InnerProblem, Tables
 from gputune.hypergradients.module_training import Loss, ModuleTraining, Pair, check_module
-from gputune.hypergradients.result import HypergradientResult, Hypergradients
 from gputune.hypergradients.reverse import default_width, differences, reverse
 from gputune.seeding import GLOBAL_DRAWS
 from gputune.text import count, size_words

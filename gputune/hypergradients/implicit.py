@@ -21,7 +21,7 @@ from torch.nn import functional
 from gputune.data.dataset import Dataset
 from gputune.errors import DivergedError, InputError
 from gputune.hypergradients.first_step import free_bytes
-from gputune.hypergradients.result import HypergradientResult
+from gputune.hypergradients.inner import HypergradientResult
 from gputune.models import LogisticRegression
 from gputune.solver.objective import Point, Rows, point_at, product, rows_of
 from gputune.solver.solve import Problem, Solution, problem_of, solve, solve_all, solved_module

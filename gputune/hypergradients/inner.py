@@ -4,18 +4,27 @@ The parameters of a member are one row of a (P, N) tensor, whatever their own sh
 of the pure rule. A hyperparameter is a table (P, S, L): member, segment of the training, layer. Segment s covers the
 steps from floor(s*T/S) on; with L = 1 all layers share it. No operation mixes members, so the gradient of a sum over
 members holds each member's own.
+
+What a hypergradient is returned as, and when it is noise: training at too large a rate is chaotic, and its slope says
+nothing. There a change of the weights grows at every step, the hypergradient with it (to 1e30 and beyond), while the
+validation loss may still look harmless. Forward mode sees the growth in the tangent ratio, the largest
+|d weights / d log hyperparameter| / |weights| of any step; reverse mode in its transpose, how much larger a relative
+change of the weights weighs in the validation loss before some step than after the last. Metz et al. (2021,
+arXiv:2111.05803) describe the effect.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.errors import InputError
 from gputune.optimizers.rules import RULES, Rates
+from gputune.types import Params
 
 HYPERPARAMETERS = ("lr", "momentum", "weight_decay", "beta1", "beta2")
 
@@ -214,3 +223,77 @@ def _row(rows: Sequence[Tensor], segment: np.ndarray) -> Tensor:
 
 def _moments(optimizer: str) -> tuple[str, ...]:
     return ("m", "v") if optimizer in ("adam", "adamw") else ("buffer",)
+
+
+CHAOTIC = 100.0
+"""Ratio above which a hypergradient is taken for noise.
+
+Measured on a 10-32-32-3 tanh network over 300 steps: up to 20, finite differences in double precision agree to 1e-6;
+from some hundreds on they differ from 1e-3 to 1, and single from double precision as much.
+"""
+
+
+@dataclass(frozen=True)
+class Hypergradients:
+    """What one training gave, per member: the validation loss ``value`` (P,) after it, and its derivatives.
+
+    ``gradients`` has a (P, S, L) table for each hyperparameter that was asked for. ``ratio`` (P,) tells noise from
+    slope. ``weights`` (P, N) are the parameters after the last step.
+    """
+
+    value: Tensor
+    gradients: Params
+    ratio: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HypergradientResult:
+    """The validation loss after training, and its derivatives.
+
+    value         the validation loss
+    gradient      hyperparameter -> d value / d hyperparameter, in the shape that the hyperparameter was given in
+    log_gradient  the same times the hyperparameter: d value / d log hyperparameter
+    parameters    name -> parameter after the last step
+    ratio         by how much training amplifies a small change: above ``CHAOTIC`` (100) the gradient is noise
+    mode          "reverse", "forward", "fd" or "implicit": how the gradient was taken
+    reason        why that mode
+    """
+
+    value: float
+    gradient: Params
+    log_gradient: Params
+    parameters: Params
+    ratio: float
+    mode: str
+    reason: str
+
+    def __repr__(self) -> str:
+        slopes = ", ".join(
+            f"{name}: {slope.item():.4g}" if slope.dim() == 0 else f"{name}: {tuple(slope.shape)}"
+            for name, slope in self.gradient.items()
+        )
+        noise = ", chaotic" if self.chaotic else ""
+        return (
+            f"HypergradientResult(value {self.value:.4g}, gradient {{{slopes}}}, ratio {self.ratio:.3g}{noise}, "
+            f"{self.mode})"
+        )
+
+    @property
+    def chaotic(self) -> bool:
+        """Whether training amplifies changes so much that the gradient is noise."""
+        return not self.ratio <= CHAOTIC
+
+
+def check_classes(fold: int, valid: Iterable[Any], train: Iterable[Any], *, weighed: bool = False) -> None:
+    """Raise InputError where the validation rows of a fold have a class of which it trains on no row.
+
+    ``valid`` and ``train`` are labels; ``weighed``: the latter are those of training rows with a weight above 0.
+    """
+    if lacking := set(valid) - set(train):
+        weighing = " with sample_weight above 0" if weighed else ""
+        raise InputError(
+            f"cv: the validation rows of fold {fold} have class {sorted(lacking)[0]!r}, of which it has no "
+            f"training row{weighing}: its log loss is infinite at every point of a descent. Use stratified folds, "
+            "fewer of them, or leave the class out."
+        )

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.hypergradients.arguments import from_coordinate, speed, to_coordinate
-from gputune.hypergradients.inner import HYPERPARAMETERS
-from gputune.hypergradients.result import CHAOTIC
+from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS
 from gputune.methods.config import check_count
 from gputune.types import Config, Json
 

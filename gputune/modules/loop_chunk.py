@@ -21,7 +21,7 @@ from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import ClassRule, class_of, class_of_rule
 from gputune.optimizers.optimizer import Optimizer
 from gputune.optimizers.row_update import InPlaceRule, PureRule, RowRule, RowUpdate
-from gputune.optimizers.schedules import schedule_factor
+from gputune.optimizers.rules import schedule_factor
 from gputune.optimizers.update import IN_PLACE
 from gputune.population.batches import row_order, steps_of
 from gputune.population.population import beyond_adam

@@ -1,21 +1,147 @@
 """The optimizer of a chunk: a gradient is clipped, a rule takes its step, the weights are averaged.
 
 Clipping (``clip_norm``) and averaging (``ema``) are each member's own, and nothing where no member asks for them.
+Of steps that are recorded on a GPU each is two or three launches, of ``update.cu``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gputune.native.cuda import Kernel, kernels, launch
 from gputune.optimizers.blocks import Blocks
 from gputune.optimizers.online import OnlineUpdate
 from gputune.optimizers.row_update import NORM_EPS
-from gputune.optimizers.rules import schedule_free_average
+from gputune.optimizers.rules import BETA1, EPS, LION_BETA2, RMSPROP_ALPHA, Schedule, schedule_free_average
 from gputune.optimizers.update import Update
-from gputune.optimizers.update_kernel import UpdateKernel, make_kernel
 from gputune.types import ONLINE, Config
+
+SOURCE = Path(__file__).with_name("update.cu")
+NAMES = ("sum_squares", "step_rates", "take_step")
+
+_RULES = {"adam": 0, "adamw": 0, "sgd": 1, "nesterov": 3, "rmsprop": 4, "lion": 5}
+_HEAVY_BALL = 2
+_DECOUPLED = ("adamw", "lion")
+_LANES, _RATES = 32, 9
+
+
+class UpdateKernel:
+    """The optimizer of one chunk by these kernels: what they read, and how they are launched.
+
+    ``clip_norm`` and ``ema`` (F, C) are each member's, None where nobody clips or averages.
+    """
+
+    def __init__(
+        self, compiled: Sequence[Kernel], update: Update, *, clip_norm: Tensor | None, ema: Tensor | None
+    ) -> None:
+        self.compiled = tuple(compiled)
+        blocks, device = update.blocks, update.lr.device
+        members, trials = update.lr.numel(), update.lr.shape[1]
+        self.members, self.entries, self.clips = members, blocks.size, clip_norm is not None
+        none = torch.zeros_like(update.lr)
+        decays = [update.decay, none] if update.optimizer in _DECOUPLED else [none, update.decay]
+        clip_norm = none + torch.inf if clip_norm is None else clip_norm
+        beta2, average = none + update.beta2, none if ema is None else ema
+        self.hyperparameters = torch.stack([update.lr, *decays, beta2, update.mu, clip_norm, average])
+        rule = _RULES[update.optimizer]
+        rule = _HEAVY_BALL if update.optimizer == "sgd" and update.moments else rule
+        self.schedules = _FactorTable(update)
+        of_blocks = [update.lr_factors, update.decay_factors]
+        head = [members, trials, blocks.size, len(blocks.blocks), rule, any(of_blocks), ema is not None]
+        sizes = [*head, self.schedules.table.shape[1], *_layout(blocks)]
+        self.sizes = torch.tensor(sizes, dtype=torch.int64).to(device)
+        numbers = [BETA1, EPS, RMSPROP_ALPHA, LION_BETA2, NORM_EPS]
+        self.numbers = torch.tensor(numbers, dtype=torch.float64).to(device)
+        self.all = torch.ones_like(update.lr, dtype=torch.bool)
+        lanes = _LANES if self.clips else 1
+        self.sums = torch.empty((lanes, members), dtype=torch.float64, device=device)
+        self.rates = torch.empty((_RATES, members), dtype=update.dtype, device=device)
+        self.factors = self.rates
+        if any(of_blocks):
+            self.factors = torch.cat([_of_blocks(blocks, of, none.to(update.dtype) + 1) for of in of_blocks])
+
+    def begin(self, epoch: int) -> None:
+        """Make ready for the steps of an epoch."""
+        self.schedules.begin(epoch)
+
+    def step(
+        self, theta: Tensor, grad: Tensor, update: Update, *, average: Tensor | None, active: Tensor | None
+    ) -> None:
+        """Take a step of the members that are ``active`` (F, C), None: of all, and count it."""
+        m, v = (*update.moments, grad, grad)[:2]  # a rule reads only those that it has
+        sum_squares, step_rates, take_step = self.compiled
+        if self.clips:
+            launch(sum_squares, _LANES * self.members, [self.sizes, grad, self.sums])
+        tables = [update.clock.steps, self.schedules.rows, self.schedules.table, self.sums]
+        who = self.all if active is None else active
+        first = [self.sizes, self.numbers, self.hyperparameters, *tables, who, update.clock.done, self.rates]
+        launch(step_rates, self.members, first)
+        second = [self.sizes, self.numbers, self.rates, self.factors, grad, m, v, theta]
+        launch(take_step, self.entries, [*second, theta if average is None else average])
+
+
+class _FactorTable:
+    """The factors of the schedules in one epoch: ``table`` has a row for each schedule and length that occur.
+
+    ``rows`` (2, F, C) says in which each member's factors of its rate and of its decay are, -1: they are always 1.
+    """
+
+    def __init__(self, update: Update) -> None:
+        clock, self.horizon = update.clock, update.horizon
+        steps = clock.steps.cpu()
+        rows = torch.full((2, *steps.shape), -1)
+        self.runs: list[tuple[Schedule, int, int]] = []  # rows that have one schedule
+        lengths: list[int] = []
+        for own, key in zip(rows, ("schedule", "weight_decay_schedule")):
+            for schedule, members in clock.schedules[key].items():
+                having, begin = members.cpu().expand(steps.shape), len(lengths)
+                for length in sorted(set(steps[having].tolist())):
+                    own[having & (steps == length)] = len(lengths)
+                    lengths.append(length)
+                self.runs.append((schedule, begin, len(lengths)))
+        device = clock.steps.device
+        self.rows = rows.to(device)
+        self.lengths = torch.tensor(lengths or [1], dtype=torch.float64).to(device)[:, None]
+        self.step = torch.arange(max(1, int(steps.max())), dtype=torch.float64).to(device)
+        self.table = torch.ones((len(self.lengths), len(self.step)), dtype=torch.float64).to(device)
+
+    def begin(self, epoch: int) -> None:
+        """Fill the table for an epoch."""
+        done = self.lengths * epoch + self.step
+        total = (self.lengths * self.horizon).expand_as(done)
+        for schedule, begin, end in self.runs:
+            self.table[begin:end] = schedule(done[begin:end], total[begin:end])
+
+
+def make_kernel(update: Update, *, clip_norm: Tensor | None, ema: Tensor | None) -> UpdateKernel | None:
+    """Return the kernels of an optimizer on a GPU, None where it has none, or where they cannot be compiled."""
+    device = update.lr.device
+    if update.optimizer not in _RULES or device.type != "cuda":
+        return None
+    compiled = kernels(SOURCE, NAMES, device, update.dtype)
+    if compiled is None:
+        return None
+    return UpdateKernel(compiled, update, clip_norm=clip_norm, ema=ema)
+
+
+def _of_blocks(blocks: Blocks, factors: Mapping[str, Tensor], ones: Tensor) -> Tensor:
+    """Return the factors (blocks, F, C) of all blocks, of those that have some."""
+    return torch.stack([factors.get(block.name, ones) for block in blocks.blocks])
+
+
+def _layout(blocks: Blocks) -> list[int]:
+    """Return for each block where it begins, the entries of a fold, and how many neighbours belong to one trial."""
+    layout, begin = [], 0
+    for block, size in zip(blocks.blocks, blocks.sizes):
+        inner = 1
+        for axis in block.shape[block.trial_axis + 1 :]:
+            inner *= axis
+        layout += [begin, size // block.shape[0], inner]
+        begin += size
+    return layout
 
 
 class Optimizer:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor
 
 from gputune.optimizers.classes import ClassRule
-from gputune.optimizers.rules import BETA1, EPS, MOMENTS, RULES, Rates, n_moments, schedule_free_average
-from gputune.optimizers.schedules import schedule_factor
+from gputune.optimizers.rules import (
+    BETA1,
+    EPS,
+    MOMENTS,
+    RULES,
+    Rates,
+    n_moments,
+    schedule_factor,
+    schedule_free_average,
+)
 from gputune.types import Config, Params
 
 NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from gputune.optimizers.blocks import Blocks, with_axes_of
-from gputune.optimizers.rules import BETA1, EPS, MOMENTS, RULES, Rates, n_moments
-from gputune.optimizers.schedules import SCHEDULES, Schedule
+from gputune.optimizers.rules import BETA1, EPS, MOMENTS, RULES, SCHEDULES, Rates, Schedule, n_moments
 from gputune.types import DECAY_FACTOR, DEFAULTS, LR_FACTOR, Config
 
 Amount: TypeAlias = float | Tensor

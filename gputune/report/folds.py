@@ -4,7 +4,7 @@ import numpy as np
 
 from gputune.report.parallel import bars
 from gputune.report.svg import Chart, cut, drawing, element, text
-from gputune.study.fold_report import FoldReport
+from gputune.study.curves import FoldReport
 from gputune.study.study import Study
 from gputune.text import clean
 from gputune.views.scores import shown_scores

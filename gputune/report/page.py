@@ -31,7 +31,7 @@ from gputune.report.folds import columns_chart, confusion_chart
 from gputune.report.parallel import WEAK, importance_chart, parallel_chart
 from gputune.report.snippet import again_code
 from gputune.scratch import write_text
-from gputune.study.fold_report import FoldReport
+from gputune.study.curves import FoldReport
 from gputune.study.study import Study, Trial
 from gputune.text import clean, short
 from gputune.types import Config, Json

@@ -18,7 +18,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_gradients
-from gputune.hypergradients.result import check_classes
+from gputune.hypergradients.inner import check_classes
 from gputune.sklearn.base import last_step
 from gputune.sklearn.dataset import FoldGroup, Layout, Part, as_tensor, lay_out, shared_x
 from gputune.sklearn.fit import Batch, batches, in_skorchs_words

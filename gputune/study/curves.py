@@ -1,10 +1,12 @@
-"""The learning curves of all trials, side by side where somebody asks for them."""
+"""The learning curves of all trials, side by side where somebody asks for them; what the best does on its folds."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.study.rows import Curve
@@ -59,3 +61,20 @@ def stacked(rows: Sequence[Curve | None]) -> Curve:
         if row is not None:
             place[: len(row), : row.shape[1]] = row
     return curves
+
+
+@dataclass(frozen=True, eq=False)
+class FoldReport:
+    """Of one trial; what was not asked for is empty.
+
+    confusion   (K, K) rows of the true class (first axis) that are predicted as each class
+    columns     names of the columns of X, most important first
+    drops       (n,) how much worse the score is, on average, when one column is shuffled among the rows of a fold
+    errors      (n,) standard deviation of that over shuffles and folds
+    """
+
+    trial: int
+    confusion: NDArray[np.int64]
+    columns: tuple[str, ...]
+    drops: NDArray[np.float64]
+    errors: NDArray[np.float64]

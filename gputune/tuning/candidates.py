@@ -6,7 +6,7 @@ from math import isfinite
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
-from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import (
     default_space,
     first_candidates,

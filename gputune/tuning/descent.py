@@ -15,7 +15,7 @@ from gputune.errors import InputError
 from gputune.hypergradients.arguments import HYPERPARAMETERS_OF, has_coordinate, undifferentiated
 from gputune.hypergradients.chunk import HypergradientJob, Slopes
 from gputune.hypergradients.implicit import implicit_chunk
-from gputune.hypergradients.result import check_classes
+from gputune.hypergradients.inner import check_classes
 from gputune.methods.descent import Descent, Hypergradient, Slope, slope_at
 from gputune.methods.distributions import range_of
 from gputune.methods.space import Space

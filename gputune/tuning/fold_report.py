@@ -14,7 +14,7 @@ from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream
-from gputune.study.fold_report import FoldReport
+from gputune.study.curves import FoldReport
 from gputune.study.study import Study
 from gputune.tuning.ensemble import Predictions, means_of_rows, members_of, recalled_for, values_of
 from gputune.tuning.out_of_fold import check_folds_train

@@ -17,11 +17,11 @@ from gputune.callbacks.callback import Callbacks
 from gputune.engine.entry import entry
 from gputune.engine.stop import Stop
 from gputune.errors import InputError
-from gputune.executors.loops import ThisProcess, Workers, environments
 from gputune.executors.objective import Ending, Objective, Reports, Task
+from gputune.executors.processes import ThisProcess, Workers, environments
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna_sampler import OptunaSampler, check_askable
+from gputune.methods.optuna import OptunaSampler, check_askable
 from gputune.methods.random import check_n_trials, included, top_up
 from gputune.methods.space import (
     Space,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
-from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.optuna import OptunaSampler
 from gputune.methods.stopping import STOPPING_RULES, StoppingRule
 from gputune.text import did_you_mean
 from gputune.types import Json

@@ -21,7 +21,7 @@ from gputune.executors.ray_cluster import RayCluster
 from gputune.executors.ray_connection import Ray, ray_cluster
 from gputune.methods.descent import Hypergradient
 from gputune.methods.edges import edge_remarks
-from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import draw
 from gputune.methods.space import Space
 from gputune.methods.stopping import StoppingRule

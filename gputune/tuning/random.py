@@ -17,7 +17,7 @@ from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config
-from gputune.methods.optuna_sampler import OptunaSampler, OptunaStudy, check_askable
+from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
 from gputune.methods.random import n_counted
 from gputune.methods.space import Space
 from gputune.population.population import Population

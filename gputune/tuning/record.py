@@ -19,7 +19,7 @@ from gputune.engine.checkpoint import CheckpointFolder
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.executors.ray_connection import Ray
 from gputune.methods.distributions import Described, described
-from gputune.methods.optuna_sampler import OptunaSampler
+from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
 from gputune.scoring.objective import Objective

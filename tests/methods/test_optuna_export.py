@@ -16,7 +16,7 @@ from torch import nn
 import gputune
 from gputune.api.study import Study
 from gputune.errors import MissingExtraError
-from gputune.methods.optuna_export import widened
+from gputune.methods.optuna import widened
 from gputune.study.store import Candidate
 from refused import refused
 from study_rows import result

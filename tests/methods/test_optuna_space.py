@@ -10,7 +10,7 @@ from torch import nn
 import gputune
 from gputune.methods.config import legal_keys
 from gputune.methods.distributions import as_optuna, described, label, of_label
-from gputune.methods.optuna_sampler import optuna_distributions
+from gputune.methods.optuna import optuna_distributions
 from gputune.methods.space import check_space, space_text, translated
 from refused import refused
 

@@ -9,10 +9,10 @@ import torch
 
 from gputune.engine import dropout
 from gputune.native.cuda import kernels, source
-from gputune.optimizers import update_kernel
+from gputune.optimizers import optimizer
 from gputune.population import batches
 
-FILES = [update_kernel.SOURCE, batches.SOURCE, dropout.SOURCE]
+FILES = [optimizer.SOURCE, batches.SOURCE, dropout.SOURCE]
 
 
 @pytest.mark.long
@@ -47,5 +47,5 @@ def test_kernels_that_cannot_be_compiled_are_said(error, version, said, monkeypa
     monkeypatch.setattr(torch.cuda, "_compile_kernel", fail)
     kernels.cache_clear()
     with pytest.warns(RuntimeWarning, match=f"update.cu cannot be compiled for cuda:1: .*{said}"):
-        assert kernels(FILES[0], update_kernel.NAMES, torch.device("cuda:1"), torch.float32) is None
+        assert kernels(FILES[0], optimizer.NAMES, torch.device("cuda:1"), torch.float32) is None
     kernels.cache_clear()

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.rules import RULES, Rates, empty_moments
-from gputune.optimizers.schedules import SCHEDULES, schedule_factor
+from gputune.optimizers.rules import MOMENTS, RULES, Rates
+from gputune.optimizers.rules import SCHEDULES, schedule_factor
 from gputune.optimizers.update import IN_PLACE, Update
 
 F, C = 2, 3
@@ -31,6 +31,10 @@ def configs_of(optimizer, *, alike, schedules=("constant",) * C):
 
 def make_update(configs, flat):
     return Update(configs, BLOCKS, flat, steps=torch.from_numpy(STEPS), horizon=3)
+
+
+def empty_moments(optimizer, params):
+    return {name: {k: torch.zeros_like(w) for k, w in params.items()} for name in MOMENTS[optimizer]}
 
 
 def of_members(configs, key):

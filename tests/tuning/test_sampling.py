@@ -14,7 +14,7 @@ from torch import nn
 
 import gputune
 from gputune.errors import InputError, MissingExtraError
-from gputune.methods.optuna_sampler import OptunaStudy
+from gputune.methods.optuna import OptunaStudy
 from gputune.study.claims import Claims
 from gputune.study.store import Store
 from gputune.tuning import random as sampler

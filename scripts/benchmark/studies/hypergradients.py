@@ -21,7 +21,7 @@ from gputune.engine.job import Job
 from gputune.engine.train import Trained, train
 from gputune.hypergradients.chunk import HypergradientJob, inner_problem
 from gputune.hypergradients.forward import forward
-from gputune.hypergradients.result import Hypergradients
+from gputune.hypergradients.inner import Hypergradients
 from gputune.hypergradients.reverse import differences, reverse
 from gputune.population.population import complete, populations
 from gputune.tuning.options import Options

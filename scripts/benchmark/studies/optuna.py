@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 import gputune
 from benchmark.report import describe_machine, page, publish, table
 from gputune.api.study import Study
-from gputune.methods.optuna_sampler import OptunaStudy, optuna_distributions
+from gputune.methods.optuna import OptunaStudy, optuna_distributions
 
 BATCH, BATCHES, SEEDS = 16, 10, 10
 EPOCHS, FOLDS = 10, 3
