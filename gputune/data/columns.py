@@ -7,6 +7,8 @@ date       days since 1970, month, day of the month, weekday (0 = Monday), hour;
 
 Where values are missing, numbers, booleans and dates get a feature ``(missing)`` beside NaN in the others,
 and a category gets a level of that name.
+
+Of torch tensors, tables of numbers, columns are checked, summed up and decided where they lie.
 """
 
 import re
@@ -16,8 +18,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, text_of
+from gputune.data.table import FLATTEN
 from gputune.errors import InputError
 from gputune.text import is_number
 from gputune.types import Json
@@ -255,3 +260,65 @@ def _day_of_month(seconds: np.ndarray) -> np.ndarray:
     months = np.nan_to_num(_calendar(seconds, "M")).astype(np.int64).astype("datetime64[M]")
     start = months.astype("datetime64[D]").astype(np.float64)
     return np.asarray(np.floor(seconds / _DAY) - start + 1)
+
+
+def tensor_names(X: Tensor) -> tuple[str, ...]:
+    """Return the names of a tensor's columns, as for arrays: x0, x1, ..."""
+    return tuple(f"x{j}" for j in range(X.shape[1]))
+
+
+def checked_tensor(X: Tensor) -> Tensor:
+    """Return a dense (n, D) tensor of finite or missing floats on its device; InputError for anything else.
+
+    Integers become float64, half precision becomes float32.
+    """
+    if X.layout is not torch.strided:
+        raise InputError("X is a sparse tensor, and only dense input is supported; pass X.to_dense().")
+    if X.ndim != 2 or 0 in X.shape:
+        shape = tuple(X.shape)
+        raise InputError(
+            f"X must be two-dimensional with at least one row and column, got shape {shape}; {FLATTEN}."
+        )
+    if X.is_complex():
+        raise InputError(f"X must hold real numbers, got {X.dtype}; pass X.real and X.imag as columns.")
+    X = X.detach()
+    if not X.is_floating_point():
+        return X.double()
+    infinite = X.isinf().any(0).nonzero().flatten().tolist()
+    if infinite:
+        raise InputError(
+            f"column 'x{infinite[0]}' has an infinite value; replace it by NaN (missing) or clip it."
+        )
+    return X.float() if X.dtype.itemsize < 4 else X
+
+
+def fit_tensor_columns(X: Tensor, *, keep: bool = False) -> list[tuple[Column, tuple[str, ...]]]:
+    """Decide as ``fit_column`` does for numbers; three numbers a column leave the device."""
+    lost = X.isnan()
+    low = torch.where(lost, torch.inf, X).amin(0)
+    high = torch.where(lost, -torch.inf, X).amax(0)
+    summary = torch.stack([low, high, lost.any(0).to(X.dtype)], dim=1).cpu().double().numpy()
+    # Stand-in values with the same answers: the smallest, the largest, and a missing one where there is any.
+    columns = [np.array([lo, hi, np.nan] if lost else [lo, hi]) for lo, hi, lost in summary]
+    columns = [np.where(np.isinf(values), np.nan, values) for values in columns]
+    return [
+        fit_column(name, "number", values, max_levels=0, min_count=0, keep=keep)
+        for name, values in zip(tensor_names(X), columns)
+    ]
+
+
+def tensor_moments(part: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and scale of the known values, each (D,), summed in float64 on the tensor's device.
+
+    The scale is the standard deviation, or 1 where it is no more than a rounding error. Source: scikit-learn's
+    StandardScaler.
+    """
+    lost = part.isnan()
+    count = (~lost).sum(0).clamp(min=1)
+    mean = part.nansum(0, dtype=torch.float64) / count
+    gap = torch.where(lost, 0.0, part - mean.to(part.dtype))
+    variance = gap.square().sum(0, dtype=torch.float64) / count
+    eps = torch.finfo(torch.float64).eps
+    constant = variance <= count * eps * variance + (count * mean * eps) ** 2
+    scale = torch.where(constant, 1.0, variance.sqrt())
+    return mean.cpu().numpy(), scale.cpu().numpy()

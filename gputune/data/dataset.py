@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
+from gputune.data.arrays import ArrayLayout, ArrayStatistics, Arrays, input_labels
+from gputune.data.columns import checked_tensor
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.scaling import Scaling, scaling_of, table_inputs
 from gputune.data.table import as_table, select_rows
 from gputune.data.target import Target, standardised
 from gputune.data.target_transform import FittedTransform
-from gputune.data.tensors import checked_tensor, first_equal
 from gputune.data.weights import Weights
 from gputune.memory import free_of_gpu
 from gputune.types import Task
@@ -293,3 +293,27 @@ def _present(target: Target, folds: Sequence[Rows], device: torch.device) -> Ten
     counts = [np.bincount(target.values[train], minlength=target.n_outputs) for train, _ in folds]
     present = np.stack(counts) > 0
     return None if present.all() else torch.as_tensor(present, device=device)
+
+
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+"""Multiplier of a hash of rows: the golden ratio's bits, of which splitmix64 makes streams."""
+
+
+def first_equal(rows: Tensor) -> Tensor | None:
+    """Return the position of the first row that equals each of the rows (n, D), (n,) int64; None where all differ.
+
+    A matrix product computes a row by other instructions at the edge of a block than within it, so that equal rows
+    may come out with unlike last bits; ``outputs[first_equal(rows)]`` are outputs in which they are equal.
+    """
+    bits = torch.int64 if rows.dtype == torch.float64 else torch.int32
+    key = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    for column in rows.T:
+        key = (key ^ (column + 0.0).view(bits)) * _ODD  # + 0.0 makes 0.0 of -0.0, which is equal to it
+        key = key ^ (key >> 29)
+    group = torch.unique(key, return_inverse=True)[1]
+    number = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(number, len(rows)).scatter_reduce(0, group, number, "amin")[group]
+    later = (first != number).nonzero().flatten()
+    unlike = later[(rows[later] != rows[first[later]]).any(1)]  # with one key by chance
+    first[unlike] = unlike
+    return None if len(later) == len(unlike) else first

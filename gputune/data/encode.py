@@ -17,10 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.columns import Column, fit_column
+from gputune.data.columns import (
+    Column,
+    checked_tensor,
+    fit_column,
+    fit_tensor_columns,
+    tensor_moments,
+    tensor_names,
+)
 from gputune.data.quantiles import fit_quantiles, median_and_spread, normal_scores, smooth_clip
 from gputune.data.table import Table, quoted
-from gputune.data.tensors import checked_tensor, fit_tensor_columns, tensor_moments, tensor_names
 from gputune.errors import InputError
 from gputune.text import count
 from gputune.types import Json

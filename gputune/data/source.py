@@ -15,12 +15,12 @@ from torch.utils.data import Dataset as TorchDataset
 
 from gputune.data.array_files import ARRAY_SUFFIXES, Bar, pick_arrays, read_dataset
 from gputune.data.arrays import Arrays, as_arrays
+from gputune.data.columns import checked_tensor
 from gputune.data.files import line_of, read_table
 from gputune.data.folds import hold_out, parse_cv
 from gputune.data.kinds import Kind
 from gputune.data.table import Table, as_rows, as_table, quoted, refuse_lists, refuse_loader, split_target
 from gputune.data.target import Target, TaskWord, check_target, refuse_missing
-from gputune.data.tensors import checked_tensor
 from gputune.errors import InputError
 from gputune.text import did_you_mean
 

@@ -16,11 +16,11 @@ from torch.utils.data import Dataset
 
 from gputune.data.array_files import read_array_file, read_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
-from gputune.data.dataset import encode
+from gputune.data.columns import checked_tensor
+from gputune.data.dataset import encode, first_equal
 from gputune.data.encode import Layout
 from gputune.data.files import read_table
 from gputune.data.table import Table, as_table, quoted
-from gputune.data.tensors import checked_tensor, first_equal
 from gputune.engine.entry import entry
 from gputune.errors import InputError, InputWarning
 from gputune.modules.construction import Builder

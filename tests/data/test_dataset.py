@@ -9,12 +9,11 @@ from sklearn.model_selection import KFold
 import gputune
 from gputune.data import scaling
 from gputune.data.arrays import as_arrays, fit_channels
-from gputune.data.dataset import ScorerRows, make_dataset
+from gputune.data.dataset import ScorerRows, first_equal, make_dataset
 from gputune.data.encode import fit_layout, fit_statistics, transform
 from gputune.data.folds import make_folds
 from gputune.data.table import as_table
 from gputune.data.target import check_target
-from gputune.data.tensors import first_equal
 from gputune.data.weights import check_weights
 
 N = 60
@@ -237,7 +236,7 @@ def test_equal_rows_are_found_at_their_first_place(dtype, monkeypatch):
     expected = [int((values == row).all(1).argmax()) for row in values]
     assert first_equal(rows).tolist() == expected
     assert first_equal(torch.eye(5, dtype=dtype)) is None
-    monkeypatch.setattr("gputune.data.tensors._ODD", 0)  # every row has one key
+    monkeypatch.setattr("gputune.data.dataset._ODD", 0)  # every row has one key
     assert first_equal(torch.eye(5, dtype=dtype)) is None
     assert first_equal(torch.eye(3, dtype=dtype)[[0, 1, 0]]).tolist() == [0, 1, 0]
 
