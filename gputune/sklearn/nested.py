@@ -20,8 +20,8 @@ from sklearn.utils.validation import _check_method_params
 from gputune.errors import InputError
 from gputune.sklearn.dataset import Part, as_sliced
 from gputune.sklearn.record import Fit, fits_of, shared_rows
-from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, workers
-from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together, with_hook
+from gputune.sklearn.replay import SearchRun, TrainedCandidates, train, with_hook, workers
+from gputune.sklearn.search import GridSearchCV, RandomizedSearchCV, why_not_together
 from gputune.types import Config
 
 AnySearch = RandomizedSearchCV | GridSearchCV

@@ -4,18 +4,23 @@ scikit-learn fits candidate after candidate, and of each one fold after the othe
 so that every step of it finds what it would have made.
 """
 
+import copy
+import functools
 import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import numpy as np
 from joblib.parallel import get_active_backend
 from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.model_selection import check_cv
+from sklearn.pipeline import Pipeline
+from sklearn.utils.validation import check_memory
 
-from gputune.sklearn.base import FusedEstimator, fit_together, using_hook
+from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, last_step, using_hook
 from gputune.sklearn.dataset import Part, lay_out
 from gputune.sklearn.recipe import RungState
 from gputune.sklearn.record import Event, Fit, Recorder, Splits, Transformation, fits_of
@@ -73,6 +78,50 @@ def _in_layout(state: RungState, fits: Sequence[Fit]) -> RungState:
 def workers() -> int | None:
     """Return 1 within a worker of joblib, whose neighbours have the other cores; None lets an estimate decide."""
     return 1 if get_active_backend()[0].nesting_level else None
+
+
+class HookedMemory:
+    """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it is the user's."""
+
+    def __init__(self, memory: object) -> None:
+        self.memory = memory
+
+    def __repr__(self) -> str:
+        return repr(self.memory)
+
+    def cache(self, function: Callable[..., object], **options: object) -> Callable[..., object]:
+        """Return the function that fits a transformer, through the hook where there is one."""
+        hook = fit_hook.get()
+        if hook is not None:
+            return functools.partial(hook.transform, function)
+        cached: Callable[..., object] = check_memory(self.memory).cache(function, **options)
+        return cached
+
+    def __sklearn_clone__(self) -> Self:
+        return self
+
+
+def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
+    """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it is."""
+    copied = estimator
+    if isinstance(estimator, Pipeline):
+        copied = copy.copy(estimator)
+        copied.steps = list(estimator.steps)
+        copied.memory = HookedMemory(estimator.memory)
+    if device == "auto":
+        return copied
+    prefix, last = last_step(copied)
+    on_device = clone(last).set_params(device=device)
+    if not prefix:
+        return on_device
+    copied.steps[-1] = (copied.steps[-1][0], on_device)
+    return copied
+
+
+def without_hook(estimator: object) -> None:
+    """Give a refitted estimator the user's own ``memory`` back."""
+    if isinstance(estimator, Pipeline) and isinstance(estimator.memory, HookedMemory):
+        estimator.memory = estimator.memory.memory
 
 
 class Replay:

@@ -1,31 +1,37 @@
-"""scikit-learn's searches with all candidates and folds trained together; everything else is scikit-learn's own."""
+"""scikit-learn's searches with all candidates and folds trained together; everything else is scikit-learn's own.
 
-import copy
+A search is written as a study file too: its trials, for ``gputune.Study.open`` and the command line.
+"""
+
 import functools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from numbers import Integral, Real
+from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
+import sklearn
 from sklearn import model_selection
-from sklearn.base import BaseEstimator, clone
+from sklearn.base import BaseEstimator
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
-from sklearn.utils.validation import check_memory
 
+from gputune.errors import InputError
 from gputune.methods.space import translated
-from gputune.sklearn.base import FusedEstimator, constructor, fit_hook, last_step
+from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
-from gputune.sklearn.replay import SearchRun, TrainedCandidates
-from gputune.sklearn.study_file import check_new, write_search
-from gputune.types import Config
+from gputune.sklearn.replay import SearchRun, TrainedCandidates, with_hook, without_hook
+from gputune.study.rows import State, to_json
+from gputune.study.store import Candidate, Result, Store
+from gputune.tuning.record import versions
+from gputune.types import Config, Json, first_metric
 
 current_run: ContextVar[SearchRun | None] = ContextVar("current_run", default=None)
 
@@ -46,50 +52,6 @@ def why_not_together(estimator: BaseEstimator, space: object) -> str | None:
     searched = {key for each in dicts if isinstance(each, Mapping) for key in each}
     whole = searched & {prefix.removesuffix("__"), "steps", "memory"}
     return f"{sorted(whole)[0]!r} is searched, which changes more than a parameter" if whole else None
-
-
-class HookedMemory:
-    """The ``memory`` of a pipeline in a search: the hook has every fitted transformer; elsewhere it is the user's."""
-
-    def __init__(self, memory: object) -> None:
-        self.memory = memory
-
-    def __repr__(self) -> str:
-        return repr(self.memory)
-
-    def cache(self, function: Callable[..., object], **options: object) -> Callable[..., object]:
-        """Return the function that fits a transformer, through the hook where there is one."""
-        hook = fit_hook.get()
-        if hook is not None:
-            return functools.partial(hook.transform, function)
-        cached: Callable[..., object] = check_memory(self.memory).cache(function, **options)
-        return cached
-
-    def __sklearn_clone__(self) -> Self:
-        return self
-
-
-def with_hook(estimator: BaseEstimator, device: str) -> BaseEstimator:
-    """Return the estimator as scikit-learn gets it while a search runs; the user's own stays as it is."""
-    copied = estimator
-    if isinstance(estimator, Pipeline):
-        copied = copy.copy(estimator)
-        copied.steps = list(estimator.steps)
-        copied.memory = HookedMemory(estimator.memory)
-    if device == "auto":
-        return copied
-    prefix, last = last_step(copied)
-    on_device = clone(last).set_params(device=device)
-    if not prefix:
-        return on_device
-    copied.steps[-1] = (copied.steps[-1][0], on_device)
-    return copied
-
-
-def without_hook(estimator: object) -> None:
-    """Give a refitted estimator the user's own ``memory`` back."""
-    if isinstance(estimator, Pipeline) and isinstance(estimator.memory, HookedMemory):
-        estimator.memory = estimator.memory.memory
 
 
 class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no types
@@ -259,3 +221,100 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
     def _drawn(self) -> list[Config]:
         """Return all candidates of the grid."""
         return list(model_selection.ParameterGrid(self.param_grid))
+
+
+Place = str | os.PathLike[str]
+
+
+def check_new(path: Place) -> None:
+    """Raise InputError where a study file cannot be made at ``path``: a search of this face is never resumed."""
+    if Path(path).exists():
+        raise InputError(
+            f"study={str(path)!r} exists already, and this search begins a new one; give it a path of its own, or "
+            "remove the file."
+        )
+    if not Path(path).parent.is_dir():
+        raise InputError(f"study={str(path)!r}: the folder does not exist; make it first.")
+
+
+def write_search(path: Place, search: BaseSearchCV, epochs: Sequence[int] | None) -> None:
+    """Write a fitted search; ``epochs`` is how long each candidate trained, None where that is not known."""
+    results = search.cv_results_
+    candidates = [
+        Candidate(number, {name: _storable(value) for name, value in params.items()}, origin)
+        for number, (params, origin) in enumerate(zip(results["params"], _origins(results)))
+    ]
+    first = _metric(search, results)
+    known = [name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_")]
+    metrics = [first, *(name for name in known if name != first)]
+    folds = [[results[f"split{f}_test_{name}"] for f in range(search.n_splits_)] for name in metrics]
+    scores = np.array(folds).T  # (C, F, M)
+    seconds = search.n_splits_ * (results["mean_fit_time"] + results["mean_score_time"])
+    rows = zip(scores, seconds.tolist(), epochs or [1] * len(candidates))
+    with Store.create(path, _meta(search, metrics)) as store:
+        store.add_trials(candidates)
+        store.finish(_result(number, *row) for number, row in enumerate(rows))
+
+
+def _origins(results: Json) -> list[str | tuple[int, int]]:
+    """Return where each candidate comes from: a point of a descent from its start and outer step."""
+    if "outer_step" not in results:
+        return ["random"] * len(results["params"])
+    places = zip(results["start"].tolist(), results["outer_step"].tolist())
+    return [(start, step) if step else "random" for start, step in places]
+
+
+def _meta(search: BaseSearchCV, metrics: Sequence[str]) -> Json:
+    several = (
+        [{"name": name, "scorer": name, "positive": None} for name in metrics] if len(metrics) > 1 else []
+    )
+    return {
+        "metrics": several,
+        "face": "sklearn",
+        "model": type(last_step(search.estimator)[1]).__name__,
+        "method": type(search).__name__,
+        "scoring": _score_name(search),
+        "folds": search.n_splits_,
+        "versions": versions(),
+    }
+
+
+def _result(number: int, scores: np.ndarray, seconds: float, epochs: int) -> Result:
+    """Return the result of a trial that was scored (F, M) after its last epoch alone."""
+    scores = scores if scores.shape[1] > 1 else scores[:, 0]
+    curve = np.full((epochs, *scores.shape), np.nan)
+    curve[-1] = scores
+    folds = first_metric(scores, axes=1)
+    state: State = "complete" if np.isfinite(folds).all() else "failed"
+    return Result(number, state, float(folds.mean()), tuple(folds.tolist()), epochs, seconds, curve)
+
+
+def _metric(search: BaseSearchCV, results: Mapping[str, object]) -> str:
+    """Return the metric that chooses: the one of ``refit``, or the first of many."""
+    if "mean_test_score" in results:
+        return "score"
+    if isinstance(search.refit, str):
+        return search.refit
+    return next(name.removeprefix("mean_test_") for name in results if name.startswith("mean_test_"))
+
+
+def _score_name(search: BaseSearchCV) -> str:
+    """Return what the scores are, for a reader."""
+    if isinstance(search.refit, str):
+        return search.refit
+    scoring = search._effective_scoring()
+    if isinstance(scoring, str):
+        return scoring
+    if scoring is None:
+        return "r2" if sklearn.base.is_regressor(search.estimator) else "accuracy"
+    if callable(scoring):
+        return getattr(scoring, "__name__", type(scoring).__name__)
+    return str(next(iter(scoring)))
+
+
+def _storable(value: object) -> object:
+    """Return a value of a configuration as a file can hold it: as text where it can in no other way."""
+    with suppress(InputError):
+        to_json(value)
+        return value
+    return repr(value)

@@ -14,7 +14,7 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from face_modules import Net
 from gputune.sklearn import LogisticRegression, MLPClassifier, MLPRegressor, NeuralNetClassifier
 from gputune.sklearn.descent import DescentRun
-from gputune.sklearn.search import with_hook
+from gputune.sklearn.replay import with_hook
 from gputune.sklearn.slopes import SlopeRequest, slopes_of
 
 X, Y = load_iris(return_X_y=True)
