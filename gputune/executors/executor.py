@@ -4,23 +4,35 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from gputune.engine.job import Outcome, Progress
 from gputune.engine.memory import GivenUp
 from gputune.engine.stop import Stop
-from gputune.population.population import Population
 from gputune.text import count
 
-Outcomes = Sequence[Outcome | GivenUp]
-"""What came of a chunk, part by part."""
 
-Task = Callable[[Population], Outcomes]
+class Unit(Protocol):
+    """What trains as one: a chunk of trials, or a trial."""
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The places of its trials, by which it is known."""
+
+
+Chunk = TypeVar("Chunk", bound=Unit)
+Result = TypeVar("Result")
+
+Outcomes = Sequence[Outcome | GivenUp]
+"""What came of a chunk of a population, part by part."""
+
+Task = Callable[[Chunk], Sequence[Result]]
 """Trains a chunk in this process."""
 
-Ended = Callable[[Population, Outcomes | Exception], None]
+Ended = Callable[[Chunk, Sequence[Result] | Exception], None]
 """Called, from any thread, with what came of a chunk that a worker has trained, or with its error."""
 
-Claim = Callable[[Population], bool]
+Claim = Callable[[Chunk], bool]
 """Asked, from any thread, before a chunk begins: whether this process may train it."""
 
 LOSSES = 3  # workers that one chunk may lose before it is given up
@@ -30,7 +42,7 @@ class LostWorkerError(Exception):
     """A worker has ended without an answer; the text says how."""
 
 
-class Executor:
+class Executor(Generic[Chunk, Result]):
     """This process alone. Those that follow have workers, beside this process or instead of it."""
 
     worker = "this process"
@@ -40,14 +52,14 @@ class Executor:
         """Chunks that the workers train at once."""
         return 0
 
-    def submit(self, chunk: Population, ended: Ended) -> bool:
+    def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
         """Give a chunk to a worker, of which one is free; False where no worker starts any more."""
         return False
 
     def wait(self) -> None:
         """Return when a chunk may have ended, or after a moment."""
 
-    def give_up(self, chunk: Population, losses: int, reason: str) -> Outcomes | Exception:
+    def give_up(self, chunk: Chunk, losses: int, reason: str) -> Sequence[Result] | Exception:
         """Return what becomes of a chunk that has lost so many workers; an error is raised when all else is done."""
         return []
 
@@ -56,14 +68,14 @@ class Executor:
 
 
 def hand_out(
-    chunks: Sequence[Population],
-    executor: Executor,
-    task: Task | None,
+    chunks: Sequence[Chunk],
+    executor: Executor[Chunk, Result],
+    task: Task[Chunk, Result] | None,
     stop: Stop,
     *,
     progress: Progress,
-    claim: Claim,
-) -> Iterator[Outcome | GivenUp]:
+    claim: Claim[Chunk],
+) -> Iterator[Result]:
     """Yield what came of the chunks, in the order in which they end.
 
     This process trains by its ``task`` what no worker has taken, or nothing (None). A chunk that ``claim`` refuses is
@@ -77,24 +89,26 @@ def hand_out(
         raise
 
 
-class _Queue:
+class _Queue(Generic[Chunk, Result]):
     """The chunks that wait. A worker that ends one is given the next at once, from whatever thread says so.
 
     A chunk whose worker is lost goes to another worker, never to this process, which it might end as well.
     """
 
-    def __init__(self, chunks: Sequence[Population], executor: Executor, stop: Stop, claim: Claim) -> None:
+    def __init__(
+        self, chunks: Sequence[Chunk], executor: Executor[Chunk, Result], stop: Stop, claim: Claim[Chunk]
+    ) -> None:
         self.executor, self.stopping, self.claim = executor, stop, claim
-        self.waiting, self.lost = deque(chunks), deque[Population]()
+        self.waiting, self.lost = deque(chunks), deque[Chunk]()
         self.losses: Counter[tuple[int, ...]] = Counter()
         self.running: set[tuple[int, ...]] = set()
-        self.done: deque[Outcomes | Exception | str] = deque()  # a text is a warning
+        self.done: deque[Sequence[Result] | Exception | str] = deque()  # a text is a warning
         self.begun = False
         self.error: Exception | None = None  # raised when all else is done
         # Reentrant: a worker may have ended a chunk before it is noted that it was given it.
         self.lock = threading.RLock()
 
-    def run(self, task: Task | None, progress: Progress) -> Iterator[Outcome | GivenUp]:
+    def run(self, task: Task[Chunk, Result] | None, progress: Progress) -> Iterator[Result]:
         """Yield what came of all chunks, until nothing is left to do or time is over."""
         self._fill()
         while task is not None and (chunk := self._take()) is not None:
@@ -108,7 +122,7 @@ class _Queue:
         if self.error is not None and not self.stopping.asked:
             raise self.error
 
-    def _take(self) -> Population | None:
+    def _take(self) -> Chunk | None:
         with self.lock:
             while self.waiting:
                 if self.claim(chunk := self.waiting.popleft()):
@@ -131,7 +145,7 @@ class _Queue:
                     self.waiting.appendleft(chunk)
                     return
 
-    def _ended(self, chunk: Population, result: Outcomes | Exception) -> None:
+    def _ended(self, chunk: Chunk, result: Sequence[Result] | Exception) -> None:
         with self.lock:
             self.running.discard(chunk.index)
             content = self._lose(chunk, str(result)) if isinstance(result, LostWorkerError) else result
@@ -141,7 +155,7 @@ class _Queue:
             finally:
                 self.done.append(content)
 
-    def _lose(self, chunk: Population, reason: str) -> Outcomes | str:
+    def _lose(self, chunk: Chunk, reason: str) -> Sequence[Result] | str:
         """Let the chunk of a lost worker wait again, or give it up; return what is to be said of it."""
         self.losses[chunk.index] += 1
         if self.losses[chunk.index] < LOSSES:
@@ -156,7 +170,7 @@ class _Queue:
             return []
         return outcomes
 
-    def _finished(self, progress: Progress) -> Iterator[Outcome | GivenUp]:
+    def _finished(self, progress: Progress) -> Iterator[Result]:
         """Yield what the workers have done by now. An error of theirs is raised here."""
         while self.done:
             result = self.done.popleft()
@@ -176,7 +190,7 @@ class _Queue:
             self.executor.stop()
 
 
-def tell(progress: Progress, outcomes: Outcomes) -> None:
+def tell(progress: Progress, outcomes: Sequence[object]) -> None:
     """Count what a worker has trained."""
     for outcome in outcomes:
         if isinstance(outcome, Outcome):

@@ -115,6 +115,22 @@ class Ending:
     error: str = ""
 
 
+class Trial(NamedTuple):
+    """A configuration by its number, which trains as one."""
+
+    number: int
+    params: Config
+
+    @property
+    def index(self) -> tuple[int]:
+        """Its number."""
+        return (self.number,)
+
+
+TrialEnding = tuple[int, Ending]
+"""What came of the trial of a number."""
+
+
 @dataclass(frozen=True)
 class Task:
     """An objective with what all its trials have in common; ``sign`` is -1 where lower is better."""
@@ -126,8 +142,9 @@ class Task:
     rule: PruningRule | None
     stop: Stop
 
-    def __call__(self, number: int, params: Config) -> Ending:
+    def __call__(self, trial: Trial) -> Sequence[TrialEnding]:
         """Train one trial. What the objective raises is its result, and the search goes on."""
+        number, params = trial
         begin, report, error, score = time.monotonic(), Report(self, number), "", math.nan
         self.reports.write(number, (), ended=False)
         try:
@@ -144,7 +161,7 @@ class Task:
         if state in ("pruned", "stopped"):
             score = values[-1]
         self.reports.write(number, values, ended=True)
-        return Ending(state, score, values, time.monotonic() - begin, error)
+        return [(number, Ending(state, score, values, time.monotonic() - begin, error))]
 
 
 def _number(value: object, name: str) -> float:
@@ -176,8 +193,10 @@ def _seeded(seed: int) -> Iterator[None]:
         np.random.set_state(before[1])
 
 
-def call_in_worker(path: str, number: int, params: Config) -> Ending:
-    return _task(path)(number, params)
+def call_in_worker(path: str, trial: Trial, place: object) -> Sequence[TrialEnding]:
+    """Train one trial in a worker, whose environment has all that is its own."""
+    del place
+    return _task(path)(trial)
 
 
 @lru_cache(maxsize=1)

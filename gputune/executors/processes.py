@@ -1,6 +1,6 @@
 """Worker processes on this machine: how a job and its data come to one, how it starts, trains, ends and is lost.
 
-Who calls the objective of a user's own loop: this process, or worker processes with a GPU or some cores each.
+Also those that call the objective of a user's own loop, with a GPU or some cores each.
 """
 
 import functools
@@ -8,9 +8,8 @@ import math
 import os
 import pickle
 import threading
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from multiprocessing import resource_tracker
@@ -28,18 +27,20 @@ from joblib.externals.loky.process_executor import (
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing
-from gputune.engine.job import Job
+from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, run_in_parts
 from gputune.engine.plan import cores
 from gputune.errors import InputError
-from gputune.executors.executor import LOSSES, Ended, Executor, LostWorkerError, Outcomes
-from gputune.executors.objective import Ending, Task, call_in_worker
+from gputune.executors.executor import Chunk, Ended, Executor, LostWorkerError, Outcomes, Result
+from gputune.executors.objective import Ending, Task, Trial, TrialEnding, call_in_worker
 from gputune.executors.pools import dumped, idle, one_worker, submit, training, why_lost
 from gputune.executors.sharing import moved, to_arrays, to_tensors
 from gputune.population.population import Population
 from gputune.scratch import scratch_folder
 from gputune.text import count
-from gputune.types import Config
+
+Place = tuple[Mapping[str, str] | None, object]
+"""Of a worker: its environment variables where it has some of its own, and what its work is given beside a chunk."""
 
 
 def packed(job: Job, *, here: bool = True) -> bytes:
@@ -55,35 +56,34 @@ def packed(job: Job, *, here: bool = True) -> bytes:
     return dumped(job, (job.module_class, *scorers, *functions), here=here)
 
 
-class Processes(Executor):
-    """Worker processes of one thread each, each for a device, beside this process, which trains too.
+class Processes(Executor[Chunk, Result]):
+    """Worker processes, each with environment variables and an argument for ``work`` of its own: its place.
 
-    The data is written once and mapped into every worker, so that it is held in memory once. A worker starts up while
-    this process is already training.
+    A worker starts up while this process goes on.
     """
 
     worker = "a worker process"
 
-    def __init__(self, job: Job, path: Path, devices: Sequence[torch.device]) -> None:
-        self.packed, self.path, self.workers = packed(job), str(path), len(devices)
+    def __init__(self, work: Callable[..., Sequence[Result]], places: Sequence[Place]) -> None:
+        self.work = work
         # A start of its own, as it would let the signals through that are held off from a worker's.
         resource_tracker.ensure_running()
-        self.idle = [one_worker() for _ in devices]
-        self.devices = dict(zip(self.idle, devices))
-        self.busy: dict[Future[Outcomes], ProcessPoolExecutor] = {}
+        self.places = {one_worker(place[0]): place for place in places}
+        self.idle = list(self.places)
+        self.busy: dict[Future[Sequence[Result]], ProcessPoolExecutor] = {}
         self.news = threading.Event()
 
     @property
     def capacity(self) -> int:
         """Chunks that the workers train at once."""
-        return self.workers
+        return len(self.places)
 
-    def submit(self, chunk: Population, ended: Ended) -> bool:
+    def submit(self, chunk: Chunk, ended: Ended[Chunk, Result]) -> bool:
         """Give a chunk to an idle worker; False where the interpreter ends, and starts no worker any more."""
         while True:
             pool = self.idle.pop()
             try:
-                future = submit(pool, _run_in_worker, self.packed, self.path, chunk, self.devices[pool])
+                future = submit(pool, self.work, chunk, self.places[pool][1])
             except BrokenProcessPool:  # its worker was killed while it was idle
                 self.idle.append(self._instead_of(pool))
             except RuntimeError:
@@ -94,7 +94,9 @@ class Processes(Executor):
                 future.add_done_callback(partial(self._collect, chunk, ended))
                 return True
 
-    def _collect(self, chunk: Population, ended: Ended, future: "Future[Outcomes]") -> None:
+    def _collect(
+        self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]"
+    ) -> None:
         error = future.exception()
         # Idle before it is busy no more: whoever stops all workers meanwhile finds it.
         pool = self.busy[future]
@@ -108,15 +110,31 @@ class Processes(Executor):
             self.news.set()
 
     def _instead_of(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
-        """Return a new worker for the device of one that is lost."""
-        pool = one_worker()
-        self.devices[pool] = self.devices.pop(lost)
+        """Return a new worker in the place of one that is lost."""
+        pool = one_worker((place := self.places.pop(lost))[0])
+        self.places[pool] = place
         return pool
 
     def wait(self) -> None:
         """Return when a worker has ended a chunk, or after a second."""
         self.news.wait(timeout=1.0)
         self.news.clear()
+
+    def stop(self) -> None:
+        """End the workers, whatever they are doing."""
+        for pool in [*self.idle, *self.busy.values()]:
+            pool.shutdown(wait=False, kill_workers=True)
+        self.idle.clear()
+
+
+class ChunkProcesses(Processes[Population, Outcome | GivenUp]):
+    """Worker processes of one thread each, each for a device, beside this process, which trains too.
+
+    The data is written once and mapped into every worker, so that it is held in memory once.
+    """
+
+    def __init__(self, job: Job, path: Path, devices: Sequence[torch.device]) -> None:
+        super().__init__(partial(_run_in_worker, packed(job), str(path)), [(None, d) for d in devices])
 
     def give_up(self, chunk: Population, losses: int, reason: str) -> Outcomes:
         """Return the trials of a chunk that has ended so many workers as those that cannot be trained."""
@@ -128,21 +146,15 @@ class Processes(Executor):
         )
         return [GivenUp((place,), words) for place in chunk.index]
 
-    def stop(self) -> None:
-        """End the workers, whatever they are doing."""
-        for pool in [*self.idle, *self.busy.values()]:
-            pool.shutdown(wait=False, kill_workers=True)
-        self.idle.clear()
-
 
 @contextmanager
-def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -> Iterator[Processes]:
+def worker_processes(job: Job, data: Dataset, devices: Sequence[torch.device]) -> Iterator[ChunkProcesses]:
     """Have a worker for each device inside, with the data at hand; those idle at the end wait for the next search."""
     with scratch_folder() as folder:
         path = folder / "data.joblib"
         joblib.dump(to_arrays(moved(data, torch.device("cpu")), here=True), path)
         with job.stop.heard_by_workers(folder / "stop"):
-            processes = Processes(job, path, devices)
+            processes = ChunkProcesses(job, path, devices)
             yield processes
             if job.is_over():
                 processes.stop()  # idle workers, for whose end this process would wait when it ends
@@ -192,85 +204,24 @@ def _load(path: str, device: torch.device) -> Dataset:
     return moved(to_tensors(joblib.load(path, mmap_mode="c")), device)
 
 
-_LOOK = 0.5
-"""Seconds between two looks at the clock while workers train."""
-
-Claim = Callable[[int], bool]
-Trials = Sequence[tuple[int, Config]]
-
-
-class ThisProcess:
-    """Calls the objective here, one trial after another."""
-
-    def __init__(self, task: Task) -> None:
-        self.task = task
-
-    def train(self, trials: Trials, claim: Claim) -> Iterator[tuple[int, Ending]]:
-        """Yield what came of the trials that ``claim`` grants, by number, until time is over."""
-        for number, params in trials:
-            if self.task.stop.is_over():
-                return
-            if claim(number):
-                yield number, self.task(number, params)
-
-    def close(self) -> None:
-        """There is nothing to end."""
-
-
-class Workers:
-    """Worker processes, each with environment variables of its own, that call the objective, a trial at a time each."""
+class TrialProcesses(Processes[Trial, TrialEnding]):
+    """Worker processes that call the objective of a user's own loop, a trial at a time each."""
 
     def __init__(self, task: Task, environments: Sequence[Mapping[str, str]], folder: Path) -> None:
-        self.stop, self.path = task.stop, folder / "task.pkl"
+        path = folder / "task.pkl"
         try:
-            self.path.write_bytes(dumped(task, [task.objective]))
+            path.write_bytes(dumped(task, [task.objective]))
         except Exception as error:  # whatever pickling it raises
             raise InputError(
                 f"objective cannot be sent to worker processes ({type(error).__name__}: {error}). Make what it uses "
                 "inside of it, or choose workers=1, which calls it in this process."
             ) from error
-        self.environments = {one_worker(environment): environment for environment in environments}
-        self.free = list(self.environments)
+        super().__init__(partial(call_in_worker, str(path)), [(each, None) for each in environments])
 
-    def train(self, trials: Trials, claim: Claim) -> Iterator[tuple[int, Ending]]:
-        """Yield what came of the trials that ``claim`` grants, by number, until time is over."""
-        waiting, losses = deque(trials), Counter[int]()
-        running: dict[Future[Ending], tuple[ProcessPoolExecutor, int, Config]] = {}
-        while True:
-            while self.free and waiting and not self.stop.is_over():
-                number, params = waiting.popleft()
-                if losses[number] or claim(number):
-                    pool = self.free.pop()
-                    future = submit(pool, call_in_worker, str(self.path), number, params)
-                    running[future] = pool, number, params
-            if not running:
-                return
-            for future in wait(running, _LOOK, FIRST_COMPLETED).done:
-                pool, number, params = running.pop(future)
-                error = future.exception()
-                self.free.append(self._instead_of(pool) if isinstance(error, BrokenProcessPool) else pool)
-                if error is None:
-                    yield number, future.result()
-                    continue
-                if not isinstance(error, BrokenProcessPool):
-                    raise error
-                losses[number] += 1
-                if losses[number] < LOSSES:
-                    waiting.appendleft((number, params))
-                else:
-                    why = why_lost(error).removesuffix(".")
-                    reason = f"it has lost {LOSSES} worker processes, the last because {why}"
-                    yield number, Ending("failed", math.nan, (), math.nan, reason)
-
-    def _instead_of(self, lost: ProcessPoolExecutor) -> ProcessPoolExecutor:
-        pool = one_worker(environment := self.environments.pop(lost))
-        self.environments[pool] = environment
-        return pool
-
-    def close(self) -> None:
-        """End the workers, whatever they are doing."""
-        for pool in self.environments:
-            pool.shutdown(wait=False, kill_workers=True)
+    def give_up(self, chunk: Trial, losses: int, reason: str) -> Sequence[TrialEnding]:
+        """Return a trial that has ended so many workers as a failed one."""
+        words = f"it has lost {losses} worker processes, the last because {reason.removesuffix('.')}"
+        return [(chunk.number, Ending("failed", math.nan, (), math.nan, words))]
 
 
 def environments(workers: int | None, n_trials: int) -> list[dict[str, str]]:

@@ -18,8 +18,8 @@ import torch
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import computing
-from gputune.engine.job import Job
-from gputune.engine.memory import run_in_parts
+from gputune.engine.job import Job, Outcome
+from gputune.engine.memory import GivenUp, run_in_parts
 from gputune.engine.plan import Plan
 from gputune.engine.stop import Stop
 from gputune.errors import ClusterError, InputError
@@ -28,6 +28,8 @@ from gputune.executors.processes import packed
 from gputune.executors.sharing import moved, to_arrays, to_tensors
 from gputune.population.population import Population
 from gputune.version import __version__
+
+_Ended = Ended[Population, Outcome | GivenUp]
 
 
 def make_task(ray: ModuleType) -> Any:
@@ -155,7 +157,7 @@ class RayCluster:
         return self._task.options(num_cpus=cpus, num_gpus=gpus, max_retries=0, name="gputune chunk")
 
 
-class RayTasks(Executor):
+class RayTasks(Executor[Population, Outcome | GivenUp]):
     """The chunks of one plan on their way."""
 
     worker = "a Ray worker"
@@ -166,7 +168,7 @@ class RayTasks(Executor):
         self.task = cluster.task(self.cpus)
         sent = packed(replace(job, stop=Stop()), here=False)
         self.common = [data, self.ray.put(sent)]
-        self.running: dict[object, tuple[Population, Ended]] = {}
+        self.running: dict[object, tuple[Population, _Ended]] = {}
         self.has_given_up = self.has_trained = False
         self.submitted = 0.0
         self.counted, self.room = time.monotonic(), cluster.room(self.cpus)
@@ -176,7 +178,7 @@ class RayTasks(Executor):
         """Tasks that run at once; none where a chunk was given up before any was trained."""
         return 0 if self.has_given_up and not self.has_trained else self.room
 
-    def submit(self, chunk: Population, ended: Ended) -> bool:
+    def submit(self, chunk: Population, ended: _Ended) -> bool:
         """Send a chunk on its way."""
         # Clocks of machines differ; what is left of the time does not.
         deadline = self.stopping.deadline

@@ -200,7 +200,7 @@ class Context:
         return plans
 
     def train(
-        self, job: Job, plan: Plan, *, claim: Claim = lambda chunk: True
+        self, job: Job, plan: Plan, *, claim: Claim[Population] = lambda chunk: True
     ) -> Iterator[Outcome | GivenUp]:
         """Train the chunks of a plan, show how far they are, and yield what came of them."""
         for outcome in self.trainer.train(job, plan, progress=self.progress.advance, claim=claim):

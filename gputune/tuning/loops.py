@@ -17,8 +17,9 @@ from gputune.callbacks.callback import Callbacks
 from gputune.engine.entry import entry
 from gputune.engine.stop import Stop
 from gputune.errors import InputError
-from gputune.executors.objective import Ending, Objective, Reports, Task
-from gputune.executors.processes import ThisProcess, Workers, environments
+from gputune.executors.executor import Executor, hand_out
+from gputune.executors.objective import Ending, Objective, Reports, Task, Trial, TrialEnding
+from gputune.executors.processes import TrialProcesses, environments
 from gputune.methods.config import plain_config
 from gputune.methods.descent import Hypergradient
 from gputune.methods.optuna import OptunaSampler, check_askable
@@ -46,6 +47,7 @@ from gputune.tuning.progress import Progress
 from gputune.tuning.random import sample, wait_for_others
 from gputune.tuning.record import distributions, versions
 from gputune.tuning.session import Session, checked
+from gputune.tuning.trainer import unseen
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 Direction = Literal["maximize", "minimize"]
@@ -83,8 +85,8 @@ def search_loop(
         task = Task(objective, sign, options.random_state, Reports(folder / "reports"), rule, stop)
         for result in ledger.results.values():
             task.reports.write(result.number, result.curve[:, 0], ended=True)
-        with _callers(task, options, folder) as callers:
-            run = partial(_Loop(ledger, callers, progress, stop).search, space, options)
+        with _workers(task, options, folder) as workers:
+            run = partial(_Loop(ledger, task, workers, progress).search, space, options)
             numbers = session.run(run, callbacks, make_study, (CTRL_C,))
     return checked(make_study(ledger.rows(), file=options.study), numbers)
 
@@ -197,26 +199,26 @@ def _record(
 
 
 @contextmanager
-def _callers(task: Task, options: Options, folder: Path) -> Iterator[ThisProcess | Workers]:
-    """Have what calls the objective inside: worker processes, this process where one is enough."""
+def _workers(task: Task, options: Options, folder: Path) -> Iterator[Executor[Trial, TrialEnding]]:
+    """Have the worker processes that call the objective inside; none where this process is enough."""
     workers = options.workers if isinstance(options.workers, int) else None
     places = environments(workers, max(1, options.n_trials + len(options.include)))
     with task.stop.heard_by_workers(folder / "stop"):
-        callers = ThisProcess(task) if len(places) == 1 else Workers(task, places, folder)
+        executor = Executor() if len(places) == 1 else TrialProcesses(task, places, folder)
         try:
-            yield callers
+            yield executor
         finally:
-            callers.close()
+            executor.stop()
 
 
 @dataclass(frozen=True)
 class _Loop:
-    """The trials of a ledger, and who trains them."""
+    """The trials of a ledger, and who trains them: workers, or this process where there are none."""
 
     ledger: Ledger
-    callers: ThisProcess | Workers
+    task: Task
+    workers: Executor[Trial, TrialEnding]
     progress: Progress
-    stop: Stop
 
     def search(self, space: Space, options: Options) -> None:
         """Train what waits, and what Optuna's sampler proposes where one is asked."""
@@ -230,20 +232,21 @@ class _Loop:
 
     def train(self) -> bool:
         """Train what waits; say whether there is time for more."""
-        ledger = self.ledger
+        ledger, stop = self.ledger, self.task.stop
+        here = None if self.workers.capacity else self.task
         with self.progress.bar_over(len(ledger.waiting()), 1):
-            while (waiting := ledger.waiting()) and not self.stop.is_over():
+            while (waiting := ledger.waiting()) and not stop.is_over():
                 chunks = ledger.chunks(waiting, 0, _one_by_one)
                 of_trial = {chunk.trials[0]: chunk for chunk in chunks}
-                trials, begun = [(trial.number, trial.params) for trial in waiting], False
+                trials, begun = [Trial(trial.number, trial.params) for trial in waiting], False
                 claim = partial(_claimed, ledger, of_trial)
-                for number, ending in self.callers.train(trials, claim):
-                    self._keep(number, ending)
+                for ending in hand_out(trials, self.workers, here, stop, progress=unseen, claim=claim):
+                    self._keep(*ending)
                     begun = True
                 ledger.refresh()
-                if not begun and not self.stop.is_over():
-                    wait_for_others(ledger, chunks, self.progress, self.stop.is_over)
-        return not self.stop.is_over()
+                if not begun and not stop.is_over():
+                    wait_for_others(ledger, chunks, self.progress, stop.is_over)
+        return not stop.is_over()
 
     def _keep(self, number: int, ending: Ending) -> None:
         values = ending.values or [ending.score]
@@ -263,8 +266,8 @@ class _Loop:
         )  # fmt: skip
 
 
-def _claimed(ledger: Ledger, chunk_of: Mapping[int, Chunk], number: int) -> bool:
-    return ledger.claim(chunk_of[number])
+def _claimed(ledger: Ledger, chunk_of: Mapping[int, Chunk], trial: Trial) -> bool:
+    return ledger.claim(chunk_of[trial.number])
 
 
 def _one_by_one(trials: Sequence[Candidate]) -> list[tuple[tuple[int], int]]:

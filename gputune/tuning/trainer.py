@@ -183,7 +183,12 @@ class Trainer:
         )
 
     def train(
-        self, job: Job, plan: Plan, *, progress: Progress = unseen, claim: Claim = lambda chunk: True
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        progress: Progress = unseen,
+        claim: Claim[Population] = lambda chunk: True,
     ) -> Iterator[Outcome | GivenUp]:
         """Train the chunks of a plan and yield what came of them, in the order in which they end.
 
@@ -208,7 +213,7 @@ class Trainer:
                     _expect(job, outcome.index)
                 yield outcome
 
-    def _here(self, job: Job, plan: Plan) -> AbstractContextManager[Executor]:
+    def _here(self, job: Job, plan: Plan) -> AbstractContextManager[Executor[Population, Outcome | GivenUp]]:
         """Return the workers that a plan has on this machine beside this process."""
         devices = (self.others or (self.data.device,) * plan.workers)[: plan.workers - 1]
         return worker_processes(job, self.data, devices) if devices else nullcontext(Executor())

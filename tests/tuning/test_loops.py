@@ -138,7 +138,8 @@ def test_a_worker_that_is_killed_costs_its_trial_alone(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
         return params["lr"]
 
-    study = search(objective, {"lr": [1, 2, 3]}, workers=2, n_trials=3)
+    with pytest.warns(UserWarning, match="a worker process was lost while it trained 1 trial"):
+        study = search(objective, {"lr": [1, 2, 3]}, workers=2, n_trials=3)
     assert {t.params["lr"]: t.state for t in study.trials} == {1: "failed", 2: "complete", 3: "complete"}
     (error,) = [trial.detail["error"] for trial in study.trials if trial.detail]
     assert error.startswith("it has lost 3 worker processes, the last because SIGKILL")
