@@ -44,11 +44,7 @@ _PREFIX = 3
 
 
 def nearest(
-    word: object,
-    known: Iterable[object],
-    *,
-    others: Mapping[str, str] = ({}),
-    cutoff: float = 0.65,
+    word: object, known: Iterable[object], *, others: Mapping[str, str] = ({}), cutoff: float = 0.65
 ) -> str | None:
     """Return the known word that was meant by another one, whatever its case; None where none is near.
 

@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import cloudpickle
-from joblib.externals.loky.process_executor import (
-    BrokenProcessPool,
-    ProcessPoolExecutor,
-)
+from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
 Value = TypeVar("Value")
 

@@ -32,12 +32,7 @@ def name_of(builder: Builder) -> str:
 
 
 def build_module(
-    builder: Builder,
-    arguments: Config,
-    shape: Shape,
-    *,
-    seed: int,
-    columns: str = "",
+    builder: Builder, arguments: Config, shape: Shape, *, seed: int, columns: str = ""
 ) -> nn.Module:
     """Make a user's module under its own keyed stream; InputError, ending in ``columns``, where that fails."""
     row = (shape.n_features,) if shape.input_shape is None else shape.input_shape

@@ -10,13 +10,7 @@ from gputune.data.dataset import Dataset
 from gputune.errors import InputError
 from gputune.scoring import scores
 from gputune.scoring.objective import Objective
-from gputune.scoring.scoring import (
-    Scorer,
-    Scoring,
-    has_positive_class,
-    make_scoring,
-    positive_code,
-)
+from gputune.scoring.scoring import Scorer, Scoring, has_positive_class, make_scoring, positive_code
 from gputune.types import Task
 
 OneScoring = str | Scorer

@@ -204,7 +204,9 @@ def _workers(task: Task, options: Options, folder: Path) -> Iterator[Executor[Tr
     workers = options.workers if isinstance(options.workers, int) else None
     places = environments(workers, max(1, options.n_trials + len(options.include)))
     with task.stop.heard_by_workers(folder / "stop"):
-        executor = Executor() if len(places) == 1 else TrialProcesses(task, places, folder)
+        executor: Executor[Trial, TrialEnding] = Executor()
+        if len(places) > 1:
+            executor = TrialProcesses(task, places, folder)
         try:
             yield executor
         finally:
