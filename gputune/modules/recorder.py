@@ -23,26 +23,13 @@ from gputune.modules.trace import TraceError, trace
 Step = Callable[[], None]
 
 
-class Steps(Protocol):
-    """Takes the steps of a chunk, which differ by their shape."""
-
-    spare: int
-    """Numbers in the tensors of members up to which those that have left may stay: a step is not shorter without."""
-
-    @property
-    def begun(self) -> bool:
-        """Whether there are recordings, or steps that lead to one, which are bound to the memory of the chunk."""
-
-    def take(self, shape: Hashable, step: Step) -> None:
-        """Take a step of this shape, which writes into tensors that were there before and leaves nothing else."""
-
-
 class Direct:
     """Takes every step as it is."""
 
     begun, spare = False, 0
 
     def take(self, shape: Hashable, step: Step) -> None:
+        """Take a step of this shape."""
         step()
 
 
@@ -51,28 +38,6 @@ class Recorded(Protocol):
 
     def replay(self) -> None:
         """Take the step again, on what its memory holds now."""
-
-
-class Recorder(Protocol):
-    """Records steps on one device."""
-
-    before: int
-    """Steps of one shape to take before it is recorded."""
-    repays: int
-    """Steps of one shape that together repay its recording."""
-    spare: int
-    """As ``Steps`` has it."""
-    compares: bool
-    """Whether the first replay of a recording is compared with the step itself."""
-
-    def warm_up(self, step: Step) -> None:
-        """Take a step as it is, so that what is made on first use is there before it is recorded."""
-
-    def capture(self, step: Step) -> Recorded:
-        """Record a step, which is not taken thereby. Raises TraceError where it can only be taken as it is."""
-
-    def fail(self, reason: str) -> None:
-        """Record nothing from now on in this process, for a reason that is said."""
 
 
 class Replays:
@@ -85,24 +50,25 @@ class Replays:
 
     def __init__(
         self,
-        recorder: Recorder,
+        recorder: "Recorder",
         expected: Counter[Hashable],
         state: Callable[[], Sequence[Tensor]],
         tolerance: float,
     ) -> None:
         self.recorder, self.expected, self.state, self.tolerance = recorder, expected, state, tolerance
         self.spare = recorder.spare
+        """Numbers in the tensors of members up to which those that have left may stay: a step is not shorter without."""
         self.steps: dict[Hashable, Recorded] = {}
         self.taken = Counter[Hashable]()
         self.refused = set[Hashable]()
 
     @property
     def begun(self) -> bool:
-        """Whether a step was taken."""
+        """Whether there are recordings, or steps that lead to one, which are bound to the memory of the chunk."""
         return bool(self.taken)
 
     def take(self, shape: Hashable, step: Step) -> None:
-        """Take a step of this shape."""
+        """Take a step of this shape, which writes into tensors that were there before and leaves nothing else."""
         if shape in self.steps:
             self.steps[shape].replay()
         elif (recording := self._record(shape, step)) is None:
@@ -164,8 +130,10 @@ class CudaRecorder:
     """
 
     before, repays = 3, 3  # as in PyTorch's documentation
+    """Steps of one shape to take before it is recorded, and that together repay its recording."""
     spare = 1 << 20  # a pass over 4 MB takes a GPU about as long as launching it
     compares = True
+    """Whether the first replay of a recording is compared with the step itself."""
     failure: ClassVar[str] = ""
     """Why this process records nothing any more, in a sentence."""
 
@@ -175,7 +143,7 @@ class CudaRecorder:
         self.pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, step: Step) -> None:
-        """Take a step on the side stream, in its turn among what is queued."""
+        """Take a step on the side stream, in its turn among what is queued: what is made on first use is then there."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -258,6 +226,12 @@ class Program:
 
     replay: Step
 
+
+Steps = Direct | Replays
+"""Takes the steps of a chunk, which differ by their shape."""
+
+Recorder = CudaRecorder | CpuRecorder
+"""Records steps on one device."""
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cpu": CpuRecorder, "cuda": CudaRecorder}
 """What records the steps of a type of device."""
