@@ -12,8 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from gputune.hypergradients.inner import HYPERPARAMETERS, Clock
-from gputune.hypergradients.inner import CHAOTIC, Hypergradients
+from gputune.hypergradients.inner import CHAOTIC, HYPERPARAMETERS, Clock, Hypergradients
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "adam", "adamw")
 OF = {

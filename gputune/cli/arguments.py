@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gputune.cli.flags import MORE_RULES
-from gputune.cli.parser import Parser
+from gputune.cli.flags import MORE_RULES, Parser
 from gputune.tuning.options import RULES, SEARCH, Rule, Takes
 from gputune.types import defaults_in_words
 from gputune.version import __version__

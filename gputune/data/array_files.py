@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, TensorDataset, default_collate
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset, TensorDataset, default_collate
 
 from gputune.data.table import is_image, quoted
 from gputune.errors import InputError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.data.arrays import ArrayLayout, ArrayStatistics, Arrays, input_labels
+from gputune.data.arrays import ArrayLayout, Arrays, ArrayStatistics, input_labels
 from gputune.data.columns import checked_tensor
 from gputune.data.encode import Layout, Statistics, transform
 from gputune.data.scaling import Scaling, scaling_of, table_inputs

@@ -33,7 +33,8 @@ class Transformer(Protocol):
 TargetTransform = TransformWord | Transformer
 
 _WORDS: Mapping[object, tuple[Callable[..., np.ndarray], Callable[[Tensor], Tensor], float]] = {
-    "log": (np.log, torch.exp, 0.0), "log1p": (np.log1p, torch.expm1, -1.0)
+    "log": (np.log, torch.exp, 0.0),
+    "log1p": (np.log1p, torch.expm1, -1.0),
 }
 """Of each word the function, its inverse, and the number above which it is known."""
 

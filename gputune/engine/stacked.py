@@ -50,7 +50,11 @@ class StackedChunk:
         # A recorded step reads the memory of its device alone, and rows of main memory come from outside.
         self._network, self.recorded, self.horizon = network, recorded and not data.on_host, horizon
         self._options = {
-            "data": data, "seed": seed, "horizon": horizon, "scoring": scoring, "recorded": recorded
+            "data": data,
+            "seed": seed,
+            "horizon": horizon,
+            "scoring": scoring,
+            "recorded": recorded,
         }
         self.validation = Validation(data, scoring)
         self.alive = list(range(len(configs)))

@@ -115,7 +115,8 @@ class Ending:
     error: str = ""
 
 
-class Trial(NamedTuple):
+@dataclass(frozen=True)
+class Trial:
     """A configuration by its number, which trains as one."""
 
     number: int
@@ -144,7 +145,7 @@ class Task:
 
     def __call__(self, trial: Trial) -> Sequence[TrialEnding]:
         """Train one trial. What the objective raises is its result, and the search goes on."""
-        number, params = trial
+        number, params = trial.number, trial.params
         begin, report, error, score = time.monotonic(), Report(self, number), "", math.nan
         self.reports.write(number, (), ended=False)
         try:

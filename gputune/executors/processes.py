@@ -94,9 +94,7 @@ class Processes(Executor[Chunk, Result]):
                 future.add_done_callback(partial(self._collect, chunk, ended))
                 return True
 
-    def _collect(
-        self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]"
-    ) -> None:
+    def _collect(self, chunk: Chunk, ended: Ended[Chunk, Result], future: "Future[Sequence[Result]]") -> None:
         error = future.exception()
         # Idle before it is busy no more: whoever stops all workers meanwhile finds it.
         pool = self.busy[future]

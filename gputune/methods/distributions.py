@@ -189,7 +189,9 @@ def choices_from_json(values: Json) -> Choices:
     if "list" in values:
         return list(values["list"])
     makers: dict[str, Callable[..., Choices]] = {
-        "log_int": log_int, "steps": Steps, "log_integers": LogIntegers
+        "log_int": log_int,
+        "steps": Steps,
+        "log_integers": LogIntegers,
     }
     for word in makers.keys() & values.keys():
         return makers[word](*values[word])

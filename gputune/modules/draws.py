@@ -34,7 +34,10 @@ _PLAIN = {
 }
 """Operations that read the shape of what they are given, and none of its numbers."""
 _PLAIN_OVERLOADS = {
-    "bernoulli": "p", "bernoulli_": "float", "normal": "float_float", "normal_functional": "default"
+    "bernoulli": "p",
+    "bernoulli_": "float",
+    "normal": "float_float",
+    "normal_functional": "default",
 }
 
 

@@ -155,7 +155,10 @@ FORMULAS = {
 _OF_INPUTS = {*_COMPARED, "logical_not", "isinf", "isnan"}  # computed in the type of what they are given
 _POWERS = {2: "{self} * {self}", 0.5: "sqrt({self})", 3: "{self} * {self} * {self}"}
 _DEFAULTS: dict[str, object] = {
-    "rounding_mode": None, "approximate": "none", "is_result": False, "self_is_result": False
+    "rounding_mode": None,
+    "approximate": "none",
+    "is_result": False,
+    "self_is_result": False,
 }
 
 

@@ -132,9 +132,7 @@ class ModuleNetwork:
 
     def plain(self, device: torch.device) -> nn.Module:
         """Return the user's module at its start, with the trials' common arguments."""
-        module = build_module(
-            self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed
-        )
+        module = build_module(self.builder, module_arguments(self.configs[0]), self.shape, seed=self.seed)
         return converted(module, self.shape.dtype).to(device)
 
     def starts(self) -> list[Params]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning

@@ -57,7 +57,7 @@ class Replays:
     ) -> None:
         self.recorder, self.expected, self.state, self.tolerance = recorder, expected, state, tolerance
         self.spare = recorder.spare
-        """Numbers in the tensors of members up to which those that have left may stay: a step is not shorter without."""
+        """Numbers in the tensors of members up to which those that have left may stay: it is as short without them."""
         self.steps: dict[Hashable, Recorded] = {}
         self.taken = Counter[Hashable]()
         self.refused = set[Hashable]()

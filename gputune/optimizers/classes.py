@@ -22,7 +22,11 @@ from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, defa
 OPTIMIZER_PREFIX = "optimizer__"
 
 _RULES: Mapping[str, str] = {
-    "SGD": "sgd", "Adam": "adam", "AdamW": "adamw", "RMSprop": "rmsprop", "Muon": "muon"
+    "SGD": "sgd",
+    "Adam": "adam",
+    "AdamW": "adamw",
+    "RMSprop": "rmsprop",
+    "Muon": "muon",
 }
 """Classes that are a rule here, of all members at once."""
 
@@ -131,7 +135,9 @@ def optimizer_defaults(word: str) -> Config:
     """Return ``lr``, ``weight_decay`` and ``momentum`` of an optimizer: of a class of torch.optim, its own."""
     if word not in CLASSES:
         return {
-            "lr": DEFAULT_LR, "weight_decay": default_weight_decay(word), "momentum": default_momentum(word)
+            "lr": DEFAULT_LR,
+            "weight_decay": default_weight_decay(word),
+            "momentum": default_momentum(word),
         }
     given = {name: parameter.default for name, parameter in _arguments(CLASSES[word]).items()}
     return {name: float(given.get(name, 0.0)) for name in _OWN_KEYS}

@@ -146,7 +146,10 @@ LOSSES: Mapping[str, NamedLoss] = {
     "bce": NamedLoss(_bce, ("multilabel", "binary"), {}),
 }
 LOSS_OF_TASK: Mapping[Task, str] = {
-    "binary": "cross_entropy", "multiclass": "cross_entropy", "regression": "mse", "multilabel": "bce"
+    "binary": "cross_entropy",
+    "multiclass": "cross_entropy",
+    "regression": "mse",
+    "multilabel": "bce",
 }
 """The loss that a module is trained on where none is given; a custom target has none."""
 
@@ -185,7 +188,9 @@ def loss_fitting(loss: Any, task: Task) -> Any:
             "loss='bce', which is torch.nn.BCEWithLogitsLoss, and leave out the sigmoid at the end of the module."
         )
     is_default = isinstance(loss, nn.BCEWithLogitsLoss) and (
-        loss.reduction, loss.weight, loss.pos_weight
+        loss.reduction,
+        loss.weight,
+        loss.pos_weight,
     ) == ("mean", None, None)
     return "bce" if is_default or loss is nn.BCEWithLogitsLoss else loss
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gputune.errors import InputError
 from gputune.population.network import call_module, first_output
-from gputune.scoring.losses import LOSSES, LOSS_OF_TASK, by_rows, loss_fitting
+from gputune.scoring.losses import LOSS_OF_TASK, LOSSES, by_rows, loss_fitting
 from gputune.seeding import keyed_draws, stream_seed
 from gputune.text import did_you_mean
 from gputune.types import Config, Task

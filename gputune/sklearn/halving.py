@@ -77,7 +77,8 @@ class HalvingRandomSearchCV(FusedSearch, scikit_learns.HalvingRandomSearchCV):  
     timeout = None
     pre_dispatch = "2*n_jobs"
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
-        **scikit_learns.HalvingRandomSearchCV._parameter_constraints, "device": [str]
+        **scikit_learns.HalvingRandomSearchCV._parameter_constraints,
+        "device": [str],
     }
 
     __init__ = constructor(scikit_learns.HalvingRandomSearchCV, {"resource": "auto", "device": "auto"})

@@ -37,16 +37,20 @@ class _NeuralNet(TrainedEstimator):
     _takes_arrays = True
     _epochs = "max_epochs"
     _differentiable: ClassVar = {
-        "lr": "lr", "optimizer__weight_decay": "weight_decay", "optimizer__momentum": "momentum"
+        "lr": "lr",
+        "optimizer__weight_decay": "weight_decay",
+        "optimizer__momentum": "momentum",
     }
     _foreign = Foreign(
         ignored={
             "train_split": (
-                (None, False), "every row is trained on; leave it out, and let a search split the rows"
+                (None, False),
+                "every row is trained on; leave it out, and let a search split the rows",
             ),
             "verbose": (None, ""),
             "callbacks": (
-                (None, []), "an estimator calls none; leave them out, or pass them to gputune.tune"
+                (None, []),
+                "an estimator calls none; leave them out, or pass them to gputune.tune",
             ),
         },
         refused={

@@ -195,7 +195,8 @@ class RandomizedSearchCV(FusedSearch, model_selection.RandomizedSearchCV):  # ty
 
     _space_name = "param_distributions"
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
-        **model_selection.RandomizedSearchCV._parameter_constraints, **CONSTRAINTS
+        **model_selection.RandomizedSearchCV._parameter_constraints,
+        **CONSTRAINTS,
     }
 
     __init__ = constructor(model_selection.RandomizedSearchCV, EXTRAS)
@@ -211,7 +212,8 @@ class GridSearchCV(FusedSearch, model_selection.GridSearchCV):  # type: ignore[m
 
     _space_name = "param_grid"
     _parameter_constraints: ClassVar[dict[str, list[object]]] = {
-        **model_selection.GridSearchCV._parameter_constraints, **CONSTRAINTS
+        **model_selection.GridSearchCV._parameter_constraints,
+        **CONSTRAINTS,
     }
 
     __init__ = constructor(model_selection.GridSearchCV, EXTRAS)

@@ -14,9 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from gputune.hypergradients.arguments import default_tables
 from gputune.hypergradients.first_step import measure
 from gputune.hypergradients.hypergradient import hypergradient
-from gputune.hypergradients.inner import InnerProblem
+from gputune.hypergradients.inner import CHAOTIC, InnerProblem
 from gputune.hypergradients.module_training import ModuleTraining
-from gputune.hypergradients.inner import CHAOTIC
 from inner_problems import OF, OPTIMIZERS
 from problems import living_tensors
 from refused import refused

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.rules import MOMENTS, RULES, Rates
-from gputune.optimizers.rules import SCHEDULES, schedule_factor
+from gputune.optimizers.rules import MOMENTS, RULES, SCHEDULES, Rates, schedule_factor
 from gputune.optimizers.update import IN_PLACE, Update
 
 F, C = 2, 3

@@ -73,10 +73,7 @@ def test_a_partial_without_a_name_is_written_with_its_keywords(build, keywords, 
     source = class_source(partial)
     assert source["keywords"] == keywords and source["class"] == "Net" and not is_changed(partial, source)
     found = find_class(source, trust_code=True)
-    assert (
-        found.func is net
-        and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
-    )
+    assert found.func is net and build_module(found, {}, Shape(2, 1), seed=0).layers[0].out_features == 7
     named = class_from_file(file, "rectified")
     assert (
         class_source(named)["class"] == "rectified"
