@@ -93,6 +93,7 @@ def tune(
     optimizer: str | type[torch.optim.Optimizer] | None = None,
     schedule: ScheduleWord = "constant",
     max_epochs: int = 50,
+    patience: int | None = None,
     epoch: Literal["best", "last"] = "best",
     timeout: float | None = None,
     target_score: float | None = None,
@@ -164,8 +165,10 @@ def tune(
     columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
                  else "drop-constant"
-    numbers      how numeric columns are scaled, fitted on each fold's training rows; images, sequences and other inputs
-                 of a module are taken as they are ("auto"), or "standard": each channel with mean 0 and variance 1
+    numbers      how numeric columns are scaled, fitted on each fold's training rows: "standard", "robust", "quantile",
+                 "none", or cut into 16 bins between quantiles ("piecewise"), or between the thresholds of a decision
+                 tree on the target ("piecewise-tree"), a feature each (arXiv:2203.05556); images, sequences and other
+                 inputs of a module are taken as they are ("auto"), or "standard": each channel with mean 0, variance 1
     optimizer    "sgd", "nesterov", "adam", "adamw", "rmsprop", "lion", "muon" (hidden matrices, the rest by adamw),
                  "schedulefree" (AdamW, scored and saved as its average), or one that adapts its rate as it trains
                  (``gputune.optim``): "sgdhd", "nesterovhd", "adamhd", "adamwhd"; "logistic" is solved to convergence
@@ -173,6 +176,8 @@ def tune(
                  one by one, and its arguments can be searched: ``optimizer__betas``, ``optimizer__eps``
     schedule     of the learning rate over ``max_epochs``, per step: "constant", "cosine", "linear", "warmup+cosine" or
                  "one_cycle"
+    patience     epochs without a better fold mean after which a trial ends, and its members leave their chunk; it is
+                 scored at its best epoch. None: all train for ``max_epochs``, over which schedules run in any case
     epoch        "best" scores the fold mean at its best epoch, "last" after the last one
     timeout      seconds after which training stops at the end of the running epoch; what it cut short is scored on
                  what it had, and trained on by a later call with the same ``study``

@@ -17,7 +17,7 @@ from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import Reuse
-from gputune.engine.stop import Stop
+from gputune.engine.stop import Stop, stalled_epochs
 from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
@@ -27,7 +27,7 @@ from gputune.population.network import Network, Shape
 from gputune.population.population import Population, shape_of
 from gputune.scoring.objective import Objective, make_objective
 from gputune.scoring.scoring import Scoring
-from gputune.types import Backend, Precision
+from gputune.types import Backend, Precision, first_metric
 
 
 class Fits:
@@ -124,6 +124,8 @@ class Job:
     """How many trials of a shape memory has held so far."""
     keep_stopped: bool = True
     """Whether a chunk that is stopped keeps its state itself, rather than the one who gets its outcome."""
+    patience: int | None = None
+    """Epochs without a better fold mean after which a trial leaves its chunk; None: all train to the end."""
     backend: Backend = "eager"
     precision: Precision = "full"
 
@@ -212,7 +214,7 @@ class _Watch:
         seconds = math.inf if job.checkpointing is None else job.checkpointing.seconds
         self.due = self.begin + seconds
 
-    def __call__(self, trained: Trained) -> bool:
+    def __call__(self, trained: Trained) -> bool | np.ndarray:
         epoch, curves = trained.epochs, trained.curves
         if self.progress is not None:
             self.progress(len(curves), curves[:, epoch - 1 : epoch])
@@ -220,7 +222,10 @@ class _Watch:
         goes_on = epoch < self.job.epochs and bool(trained.alive)
         if goes_on and (time.monotonic() >= self.due or (over and self.job.keep_stopped)):
             self._keep(trained)
-        return over
+        if over or self.job.patience is None or not trained.alive:
+            return over
+        means = first_metric(curves[list(trained.alive), :epoch], axes=3).mean(2)
+        return stalled_epochs(means)[:, -1] < self.job.patience
 
     def _keep(self, trained: Trained) -> None:
         checkpointing, index = self.job.checkpointing, self.chunk.index

@@ -193,7 +193,9 @@ def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, st
         "verbose": "0",
     }
     defaults = {
-        **dict.fromkeys(("positive", "class_weight", "sample_weight", "target_transform"), "None"),
+        **dict.fromkeys(
+            ("positive", "patience", "class_weight", "sample_weight", "target_transform"), "None"
+        ),
         "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
         "numbers": "'standard'",
         "schedule": "'constant'",

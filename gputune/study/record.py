@@ -146,6 +146,7 @@ class SearchRecord:
     )
     baseline: Json | None = _part(None, form=({"answer": str, "score": float}, None))
     epoch: str = _argument("", "epoch", training=False)
+    patience: int | None = _argument(None, "patience", form=(int, None), training=False)
     max_epochs: int = _argument(0, "max_epochs", logged=True)
     seed: int | None = _argument(None, "random_state", form=int, logged=True)
     dtype: str = _argument("", "dtype")
@@ -174,8 +175,8 @@ class SearchRecord:
     def lost(self) -> list[str]:
         """Names of what makes a search the one that it is, where a damaged file lacks them."""
         # Files of an earlier version do not say which class was positive, nor that the loss was the task's or of which
-        # code, and knew no transformation of the target and one metric alone.
-        later = ("positive", "objective", "code", "target_transform", "metrics")
+        # code, and knew no transformation of the target, one metric alone and no patience.
+        later = ("positive", "objective", "code", "target_transform", "metrics", "patience")
         return [name for name in IDENTITY if name in self.absent and name not in later]
 
     @property

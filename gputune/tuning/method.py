@@ -36,6 +36,21 @@ def check_method(method: object) -> Method:
     )
 
 
+def check_patience(method: Method, epoch: str, *, solved: bool) -> None:
+    """Raise InputError where ``patience`` has no part in a search: trials must train, and to their best epoch."""
+    if solved:
+        why = "the logistic regression solved with optimizer='exact' has no epochs"
+    elif epoch == "last":
+        why = "epoch='last' scores the last one"
+    elif method == "random" or (isinstance(method, OptunaSampler) and method.halving is None):
+        return
+    else:
+        why = f"method={method_name(method)!r} decides itself how long a trial trains"
+    raise InputError(
+        f"patience is for trials that train on from their best epoch, and {why}; leave patience out."
+    )
+
+
 def method_name(method: Method) -> str:
     """Return the word for a method."""
     if isinstance(method, OptunaSampler):

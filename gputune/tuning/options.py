@@ -96,6 +96,10 @@ class Options:
         "training favours small rates",
         takes="1..", check=checks.whole, kept=True,
     )  # fmt: skip
+    patience: int | None = _search(
+        None, "--patience E", "end a trial after so many epochs without a better fold mean (all train to the end)",
+        takes="1..", check=partial(checks.whole, none=", or None"),
+    )  # fmt: skip
     epoch: Literal["best", "last"] = _option("best", check=checks.one_of("best", "last"))
     method: "Method" = _search(
         "random", "--method",
@@ -175,9 +179,10 @@ class Options:
     )  # fmt: skip
     numbers: "Numbers | Literal['auto']" = _rows(
         "auto", "--numbers HOW",
-        "scaling: standard, robust (median, quartiles, a smooth clip), quantile or none; auto (default): standard for "
-        "tables, none for images and sequences",
-        check=checks.one_of("auto", "standard", "robust", "quantile", "none"),
+        "scaling: standard, robust (median, quartiles, a smooth clip), quantile, piecewise (16 bins between "
+        "quantiles), piecewise-tree (bins that a tree makes for the target) or none; auto (default): standard "
+        "for tables, none for images and sequences",
+        check=checks.one_of("auto", "standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"),
     )  # fmt: skip
 
     device: str = _machine(

@@ -40,6 +40,7 @@ from gputune.tuning.candidates import checked_space, first_trials, notes_on, wit
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
+from gputune.tuning.method import check_patience
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, Problem, default_loss, make_problem, remarks_on_loss
 from gputune.tuning.progress import PREPARING, Profile, Progress
@@ -133,6 +134,8 @@ def search(
 def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Progress) -> _Setup:
     """Understand a call. Raises InputError for what cannot be searched."""
     checked_space(choice, options)  # refused before the rows are encoded
+    if options.patience is not None:
+        check_patience(options.method, options.epoch, solved=choice.solved)
     problem = make_problem(source, options.task, choice, options)
     choice = choice.of(problem)
     space = checked_space(choice, options)  # again: what is predicted decides some

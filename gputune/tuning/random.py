@@ -15,6 +15,7 @@ from gputune.engine.checkpoint import Checkpoint
 from gputune.engine.job import BegunChunk, Job, Outcome
 from gputune.engine.memory import GivenUp
 from gputune.engine.plan import Plan
+from gputune.engine.stop import stalled_epochs
 from gputune.errors import InputError
 from gputune.methods.config import ConfigCheck, check_config
 from gputune.methods.optuna import OptunaSampler, OptunaStudy, check_askable
@@ -29,7 +30,7 @@ from gputune.tuning.context import Context, RecordedPlan, given_up
 from gputune.tuning.options import Options
 from gputune.tuning.progress import Progress
 from gputune.tuning.rungs import check_rungs, train_in_rungs
-from gputune.types import Config
+from gputune.types import Config, first_metric
 
 _SOLVED_TOGETHER = 16  # trials of the solved logistic regression between two looks at the clock
 
@@ -72,7 +73,8 @@ def _run(ledger: Ledger, recorded: RecordedPlan, context: Context) -> None:
     )
     context.progress.plan(plan)
     checkpointing = context.checkpointing(numbers)
-    job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing)
+    patience = context.options.patience
+    job = context.trainer.job(Job, epochs=context.epochs, checkpointing=checkpointing, patience=patience)
     for outcome in context.train(
         job, plan, claim=lambda population: ledger.claim(recorded.chunk(population))
     ):
@@ -109,6 +111,8 @@ def _solve(ledger: Ledger, waiting: Sequence[Candidate], context: Context) -> li
 
 def _keep(ledger: Ledger, trials: Sequence[Candidate], outcome: Outcome, context: Context) -> None:
     context.profile.trained(outcome.spent)
+    if not context.is_over():
+        context.progress.spare(len(outcome.index) * (context.epochs - outcome.epochs))
     curves = zip(outcome.index, outcome.curves)
     context.finish(ledger, [_result(trials[i], curve, outcome, context.options) for i, curve in curves])
 
@@ -124,8 +128,14 @@ def wait_for_others(
 
 
 def _result(trial: Candidate, curve: np.ndarray, outcome: Outcome, options: Options) -> Result:
-    share = outcome.seconds / len(outcome.index)
-    return Result.of_curve(trial.number, curve, epochs=outcome.epochs, rule=options.epoch, seconds=share)
+    share, epochs = outcome.seconds / len(outcome.index), outcome.epochs
+    if options.patience is not None:
+        stalled = stalled_epochs(first_metric(curve, axes=2)[None, :epochs].mean(2))[0]
+        # By the curve alone: a trial that went on from a checkpoint may have trained for an epoch more.
+        if (ends := np.flatnonzero(stalled >= options.patience)).size:
+            epochs = int(ends[0]) + 1
+            curve = curve[:epochs]
+    return Result.of_curve(trial.number, curve, epochs=epochs, rule=options.epoch, seconds=share)
 
 
 def _with_begun(

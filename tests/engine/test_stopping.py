@@ -1,9 +1,20 @@
-"""When training ends, as this process and as a worker's copy see it."""
+"""When training ends: as this process and as a worker's copy see it, and where a trial's score stalls."""
 
 import pickle
 import time
 
+import numpy as np
+import pytest
+
+import gputune
 from gputune.engine.stop import Stop
+from problems import Net
+from refused import refused
+
+SEARCH = {
+    "space": {"lr": [1e-4, 3e-3, 0.1, 0.5], "batch_size": [16, 32]}, "n_trials": 6, "max_epochs": 12, "cv": 3,
+    "verbose": 0, "workers": 1,
+}  # fmt: skip
 
 
 def test_a_deadline_passes_in_copies_too():
@@ -34,3 +45,66 @@ def test_asking_where_the_folder_is_gone_is_no_error(tmp_path):
     with stop.heard_by_workers(tmp_path / "gone" / "stop"):
         stop.ask()
     assert stop.is_over()
+
+
+@pytest.mark.parametrize(
+    ("model", "backend"), [("mlp", "auto"), ("mlp", "eager"), (Net, "stacked"), (Net, "loop")]
+)
+def test_a_trial_ends_where_a_plain_loop_over_its_curve_ends_it(model, backend, iris):
+    full, short = (
+        gputune.tune(model, *iris, patience=patience, backend=backend, **SEARCH) for patience in (None, 3)
+    )
+    lengths = []
+    for trial, curve, of_full in zip(short.trials, short.curves, full.curves, strict=True):
+        best, at, epoch = -np.inf, 0, 0
+        for epoch, mean in enumerate(of_full.mean(1), 1):
+            if mean > best:
+                best, at = mean, epoch
+            if epoch - at == 3:
+                break
+        lengths.append(epoch)
+        np.testing.assert_allclose(curve[:epoch], of_full[:epoch], atol=1e-6)
+        assert np.isnan(curve[epoch:]).all()
+        assert (trial.state, trial.best_epoch) == ("complete", at) and np.isclose(trial.score, best)
+    assert min(lengths) < 12 and len({*lengths}) > 1 and short.spent[0] == sum(lengths)
+
+
+def test_a_diverged_trial_fails_and_a_search_goes_on_with_the_same_patience_alone(iris, tmp_path):
+    search = {**SEARCH, "space": {"lr": [1e-3, 1e30]}, "n_trials": 2, "optimizer": "sgd"}
+    study = gputune.tune("mlp", *iris, patience=2, study=tmp_path / "s.db", **search)
+    assert sorted(trial.state for trial in study.trials) == ["complete", "failed"]
+    again = gputune.tune("mlp", *iris, patience=2, study=tmp_path / "s.db", **search)
+    np.testing.assert_array_equal(again.curves, study.curves)
+    with refused(r"differs from this call in: patience \(2 there, None here\)"):
+        gputune.tune("mlp", *iris, study=tmp_path / "s.db", **search)
+
+
+@pytest.mark.parametrize("when", [1, 5])
+def test_a_search_cut_short_goes_on_to_the_same_ends(iris, tmp_path, when):
+    whole = gputune.tune("mlp", *iris, patience=3, **SEARCH)
+    stops = StopAfter(when)
+    cut = gputune.tune(
+        "mlp",
+        *iris,
+        patience=3,
+        study=tmp_path / "s.db",
+        callbacks=[stops],
+        checkpoint_seconds=1e-9,
+        **SEARCH,
+    )
+    assert "stopped" in {trial.state for trial in cut.trials}
+    again = gputune.tune("mlp", *iris, patience=3, study=tmp_path / "s.db", **SEARCH)
+    np.testing.assert_allclose(again.curves, whole.curves, atol=1e-6)
+    assert [t.best_epoch for t in again.trials] == [t.best_epoch for t in whole.trials]
+
+
+class StopAfter(gputune.callbacks.Callback):
+    """Ends a search after so many epochs."""
+
+    def __init__(self, epochs):
+        self.left = epochs
+
+    def on_epoch(self, curves):
+        self.left -= 1
+        if self.left == 0:
+            raise gputune.callbacks.StopSearch

@@ -495,7 +495,7 @@ def test_a_random_state_object_is_used_once(iris):
         ({"epoch": "first"}, "epoch must be one of 'best', 'last', got 'first'"),
         (
             {"numbers": "log"},
-            "numbers must be one of 'auto', 'standard', 'robust', 'quantile', 'none', got 'log'",
+            "numbers must be one of 'auto', .*'quantile', 'piecewise', 'piecewise-tree', 'none', got 'log'",
         ),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', got 'float16'"),
         ({"max_epochs": 0}, "max_epochs must be an integer of at least 1, got 0"),
@@ -507,6 +507,14 @@ def test_a_random_state_object_is_used_once(iris):
         ({"study": 3}, "study is the path of a file, or None, got 3; of a study that is open give its file"),
         ({"target_score": "0.9"}, "target_score must be a score, a number, or None, got '0.9'"),
         ({"patience_trials": 0}, "patience_trials must be an integer of at least 1, or None, got 0"),
+        ({"patience": 0}, "patience must be an integer of at least 1, or None, got 0"),
+        (
+            {"patience": 3, "method": "halving"},
+            "patience is for .*, and method='halving' decides itself how long a trial trains; leave patience out",
+        ),
+        ({"patience": 3, "method": "hypergradient"}, "and method='hypergradient' decides itself"),
+        ({"patience": 3, "epoch": "last"}, "patience is for .*, and epoch='last' scores the last one"),
+        ({"patience": 3, "model": "logistic"}, "and the logistic regression solved .* has no epochs"),
         ({"timeout": -1}, "timeout is a number of seconds above 0, or None, got -1"),
         ({"memory": "lots"}, "memory is a number of bytes or text such as '8GB', above 0, got 'lots'"),
         (
