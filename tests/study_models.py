@@ -30,7 +30,7 @@ def make_model(
     layout = fit_layout(table)
     statistics = fit_statistics(layout.raw(table), layout, np.arange(len(table)), numbers=numbers)
     labels = None if classes is None else np.array(classes)
-    size = {"n_features": len(layout.feature_names), "n_outputs": 1 if labels is None else len(labels)}
+    size = {"n_features": statistics.n_inputs, "n_outputs": 1 if labels is None else len(labels)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = (MLP(**size, width=8, depth=1) if module is None else module(**size)).to(dtype)

@@ -296,7 +296,7 @@ def fit_channels(arrays: Arrays, folds: Sequence[np.ndarray], numbers: str) -> t
     "standard" gives the channels of floats and of bytes (uint8) mean 0 and variance 1: the first axis of a row with
     three or more, each column of a row with one, all numbers of a row with two. Scale 1 where a channel is constant.
     """
-    if numbers in ("quantile", "robust"):
+    if numbers not in ("standard", "none"):
         raise InputError(
             f"numbers={numbers!r} is for tables; images and sequences take 'standard' or 'none'."
         )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gputune.data.bins import N_BINS, OPEN, bins_between, quantile_edges, tree_edges
 from gputune.data.columns import (
     Column,
     checked_tensor,
@@ -31,7 +32,7 @@ from gputune.errors import InputError
 from gputune.text import count
 from gputune.types import Json
 
-Numbers = Literal["standard", "robust", "quantile", "none"]
+Numbers = Literal["standard", "robust", "quantile", "piecewise", "piecewise-tree", "none"]
 NUMBERS = get_args(Numbers)
 Columns = Literal["keep", "drop-constant"]
 
@@ -70,15 +71,20 @@ class Layout:
                 groups.append(0 if numeric else max(groups, default=0) + first)
         return tuple(groups)
 
-    @property
-    def n_features(self) -> int:
-        """What a module is built with: D."""
-        return len(self.feature_names)
+    def groups(self, places: np.ndarray) -> tuple[int, ...]:
+        """Return ``feature_groups`` of the inputs that are made of the features at ``places``, (0,): of each one."""
+        return tuple(self.feature_groups[j] for j in places.tolist()) if places.size else self.feature_groups
 
-    @property
-    def row_numbers(self) -> int:
-        """How many numbers a row becomes, D."""
-        return len(self.feature_names)
+    def places(self, numbers: Numbers) -> np.ndarray:
+        """Return of which feature each input of a network is made, (D',): several of one that is cut into bins."""
+        many = self.numeric if numbers.startswith("piecewise") else np.zeros(len(self.numeric), dtype=bool)
+        return np.repeat(np.arange(len(many)), np.where(many, N_BINS, 1))
+
+    def widths(self, numbers: Numbers) -> list[int]:
+        """Return how many inputs of a network each column is made into."""
+        ends = np.cumsum([len(column.feature_names) for column in self.columns])
+        widths: list[int] = np.diff(np.searchsorted(self.places(numbers), ends), prepend=0).tolist()
+        return widths
 
     def in_words(self) -> str:
         """Say what a row is made of."""
@@ -206,7 +212,8 @@ class Statistics:
     ``fill``, ``center``, ``scale`` are (D,): a missing value becomes ``fill``, then (x - center) / scale.
     ``ranked`` (R,) are the positions of the features with a quantile transform instead, ``quantiles`` (Q, R)
     their quantiles at equally spaced probabilities from 0 to 1. ``clipped`` are those of the features that are clipped
-    smoothly once they are scaled.
+    smoothly once they are scaled. Where numbers are cut into bins, ``places`` (D',) says of which feature each input is
+    made, ``center`` and ``scale`` are (D',), and inputs lie within ``least`` and ``most`` (D',); else all are (0,).
     """
 
     fill: np.ndarray
@@ -215,37 +222,57 @@ class Statistics:
     ranked: np.ndarray
     quantiles: np.ndarray
     clipped: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    places: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    least: np.ndarray = field(default_factory=lambda: np.empty(0))
+    most: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    @property
+    def n_inputs(self) -> int:
+        """Numbers that a row becomes, with which a module is built."""
+        return len(self.center)
 
     def to_json(self) -> Json:
         """Return plain JSON types; Python writes floats so that they read back exactly."""
-        return {part.name: getattr(self, part.name).tolist() for part in fields(self)}
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: value.tolist() for name, value in parts.items() if name not in _OF_BINS or value.size}
 
     @staticmethod
     def from_json(value: Json) -> "Statistics":
         """Return the statistics that ``to_json`` wrote."""
         arrays = {key: np.array(part, dtype=np.float64) for key, part in value.items()}
-        for positions in {"ranked", "clipped"} & value.keys():  # models of before smooth clipping have none
+        for positions in {"ranked", "clipped", "places"} & value.keys():  # not all models have all
             arrays[positions] = np.array(value[positions], dtype=np.int64)
         arrays["quantiles"] = arrays["quantiles"].reshape(len(value["quantiles"]), len(value["ranked"]))
         return Statistics(**arrays)
 
 
+_OF_BINS = ("places", "least", "most")
+
+
 def fit_statistics(
-    raw: np.ndarray | Tensor, layout: Layout, rows: np.ndarray, *, numbers: Numbers = "standard"
+    raw: np.ndarray | Tensor,
+    layout: Layout,
+    rows: np.ndarray,
+    *,
+    numbers: Numbers = "standard",
+    target: np.ndarray | None = None,
 ) -> Statistics:
     """Fit on the given rows only: the mean (for missing values), and what ``numbers`` asks for.
 
     "standard": mean 0 and variance 1 over the known values (scale 1 where they are all equal). "robust": by median and
     quartiles, then clipped smoothly to +-3; a column that is constant in these rows is only centred. "quantile":
     normal scores, by at most 1000 quantiles of the known values; a column that is constant in these rows is
-    only centred. "none": numbers stay as they are. A column without a known value in the rows is filled with 0.
+    only centred. "piecewise": features of bins between quantiles; "piecewise-tree": of those that a decision tree
+    makes for the ``target`` (n, ...), of which the given rows alone are read. "none": numbers stay as they are. A
+    column without a known value in the rows is filled with 0.
 
-    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``.
+    Source: scikit-learn's StandardScaler and QuantileTransformer (with ``subsample=None``); ``quantiles.py``;
+    ``bins.py``.
     """
     if numbers not in NUMBERS:
         raise InputError(f"numbers must be one of {', '.join(map(repr, NUMBERS))}, got {numbers!r}.")
     if isinstance(raw, Tensor):
-        if numbers in ("quantile", "robust"):
+        if numbers not in ("standard", "none"):
             raise InputError(
                 f"numbers={numbers!r} is not there for tensors; pass a NumPy array or numbers='standard'."
             )
@@ -271,11 +298,26 @@ def fit_statistics(
     if numbers == "robust" and not isinstance(raw, Tensor):
         (center, scale), clipped = median_and_spread(part), np.flatnonzero(scaled)
     center, scale = np.where(scaled, center, 0.0), np.where(scaled, scale, 1.0)
+    if numbers.startswith("piecewise") and not isinstance(raw, Tensor):
+        of_rows = target[rows] if numbers == "piecewise-tree" and target is not None else None
+        parts = [
+            _bins(part[:, j], of_rows) if is_number else OPEN for j, is_number in enumerate(layout.numeric)
+        ]
+        center, scale, least, most = np.concatenate(parts, axis=1)
+        places = layout.places(numbers)
+        return Statistics(mean, center, scale, ranked, quantiles, clipped, places, least, most)
     return Statistics(mean, center, scale, ranked, quantiles, clipped)
 
 
+def _bins(values: np.ndarray, target: np.ndarray | None) -> np.ndarray:
+    """Return the bins of a feature's known values, for a target where there is one."""
+    known = ~np.isnan(values)
+    edges = quantile_edges(values[known]) if target is None else tree_edges(values[known], target[known])
+    return bins_between(edges)
+
+
 def transform(raw: Array, statistics: Statistics) -> Array:
-    """Return the features as a network sees them, (n, D), without NaN; type, device and dtype of ``raw``."""
+    """Return the inputs of a network, (n, D'), without NaN; type, device and dtype of ``raw``."""
     if isinstance(raw, Tensor):
         fill, center, scale = (
             torch.as_tensor(part, dtype=raw.dtype, device=raw.device)
@@ -284,8 +326,11 @@ def transform(raw: Array, statistics: Statistics) -> Array:
         return (torch.where(raw.isnan(), fill, raw) - center) / scale
     x = np.where(np.isnan(raw), statistics.fill, raw)
     normal = [normal_scores(x[:, j], q) for j, q in zip(statistics.ranked, statistics.quantiles.T)]
+    x = x[:, statistics.places] if statistics.places.size else x
     x -= statistics.center
     x /= statistics.scale
+    if statistics.places.size:
+        np.clip(x, statistics.least, statistics.most, out=x)
     for j, scores in zip(statistics.ranked, normal):
         x[:, j] = scores
     x[:, statistics.clipped] = smooth_clip(x[:, statistics.clipped])

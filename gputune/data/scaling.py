@@ -50,13 +50,13 @@ def table_inputs(
     """Return the copies of a table that folds read, (V, n, D), which of them each fold reads, and how it scales it."""
     lost = raw.isnan().any(0).cpu().numpy() if isinstance(raw, Tensor) else np.isnan(raw).any(0)
     distinct, copies = _distinct(lost, statistics)
-    scaling = None
-    if len(distinct) > 1 and len(distinct) * math.prod(raw.shape) * like.element_size() > SHARED_BEYOND:
+    scaling, shape = None, (len(raw), statistics[0].n_inputs)
+    if len(distinct) > 1 and len(distinct) * math.prod(shape) * like.element_size() > SHARED_BEYOND:
         scaling = _from_first(lost, statistics, like)
     if scaling is not None:
         distinct, copies = [replace(statistics[0], fill=np.full(len(lost), np.nan))], (0,) * len(copies)
-    x = like.new_empty((len(distinct), *raw.shape))
-    rows = max(1, _BLOCK // raw.shape[1])
+    x = like.new_empty((len(distinct), *shape))
+    rows = max(1, _BLOCK // shape[1])
     for copy, fitted in zip(x, distinct):
         for begin in range(0, len(raw), rows):
             block = raw[begin : begin + rows]
@@ -70,7 +70,10 @@ def _from_first(lost: np.ndarray, statistics: Sequence[Statistics], like: Tensor
     ``lost`` are the columns with missing values; they are filled by zeros once scaled, where their mean is the center.
     """
     first = statistics[0]
-    if any(s.ranked.size or s.clipped.size or (s.fill != s.center)[lost].any() for s in statistics):
+    if any(
+        s.ranked.size or s.clipped.size or s.places.size or (s.fill != s.center)[lost].any()
+        for s in statistics
+    ):
         return None
     center = [(s.center - first.center) / first.scale for s in statistics]
     scale = [s.scale / first.scale for s in statistics]
@@ -101,7 +104,8 @@ def _distinct(lost: np.ndarray, statistics: Sequence[Statistics]) -> tuple[list[
     copies = []
     for fitted in statistics:
         fill = np.where(lost, fitted.fill, 0.0)  # that of a column without missing values changes nothing
-        parts = fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped
+        parts = [fill, fitted.center, fitted.scale, fitted.ranked, fitted.quantiles, fitted.clipped]
+        parts += [fitted.least, fitted.most]
         key = b"".join(part.tobytes() for part in parts)
         number, _ = distinct.setdefault(key, (len(distinct), fitted))
         copies.append(number)

@@ -18,13 +18,17 @@ TENSORS = "model.safetensors"
 """The file that holds a model's tensors."""
 
 
-def arguments_of(spec: Json, layout: Layout | ArrayLayout, n_outputs: int) -> tuple[Config, list[Config]]:
+def arguments_of(
+    spec: Json, layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics, n_outputs: int
+) -> tuple[Config, list[Config]]:
     """Return the sizes with which a model's modules are built, an ensemble's several, and what each takes besides."""
-    sizes: Config = {"n_features": layout.n_features, "n_outputs": n_outputs}
     if isinstance(layout, Layout):
-        sizes |= {"input_shape": (layout.n_features,), "feature_groups": layout.feature_groups}
+        assert isinstance(statistics, Statistics)
+        D, shape, groups = statistics.n_inputs, (statistics.n_inputs,), layout.groups(statistics.places)
+        sizes: Config = {"n_features": D, "input_shape": shape, "feature_groups": groups}
     else:
-        sizes |= {"input_shape": layout.shapes[0], "feature_groups": None}
+        sizes = {"n_features": layout.n_features, "input_shape": layout.shapes[0], "feature_groups": None}
+    sizes["n_outputs"] = n_outputs
     kwargs = dict(spec["kwargs"])
     sizes |= {name: value for name, value in kwargs.items() if name in sizes}
     members = (dict(member).items() for member in spec.get("ensemble", [kwargs]))
@@ -33,9 +37,9 @@ def arguments_of(spec: Json, layout: Layout | ArrayLayout, n_outputs: int) -> tu
 
 def input_kinds(layout: Layout | ArrayLayout, statistics: Statistics | ArrayStatistics) -> list[InputKind]:
     """Return the kinds of the inputs as the module gets them."""
-    if isinstance(layout, Layout):
-        return [((layout.n_features,), torch.float32)]
-    assert isinstance(statistics, ArrayStatistics)
+    if isinstance(statistics, Statistics):
+        return [((statistics.n_inputs,), torch.float32)]
+    assert isinstance(layout, ArrayLayout)
     parts = zip(layout.shapes, layout.dtypes, statistics.channels, strict=True)
     return [(shape, torch.float32 if scaled else getattr(torch, dtype)) for shape, dtype, scaled in parts]
 

@@ -49,8 +49,7 @@ def fold_report(
     matrix = _confusion(members, data, scoring) if confusion else np.zeros((0, 0), np.int64)
     if not importance or not isinstance(layout, Layout):
         return FoldReport(one.number, matrix, (), np.zeros(0), np.zeros(0))
-    sizes = [len(column.feature_names) for column in layout.columns]
-    drops = _drops(members, data, scoring, sizes)
+    drops = _drops(members, data, scoring, layout.widths(search.problem.numbers))
     order = np.argsort(-drops.mean(1), kind="stable")
     names = tuple(layout.columns[place].name for place in order)
     return FoldReport(one.number, matrix, names, drops.mean(1)[order], drops.std(1)[order])

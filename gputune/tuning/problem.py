@@ -5,6 +5,7 @@ A source made ready to train on: target, column layout, encoded rows, folds, and
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -184,12 +185,11 @@ class Problem:
             return DeviceChoice(options.device_here())  # TF32 is a GPU's
         parts = self.raw.parts if isinstance(self.raw, Arrays) else (self.raw,)
         place = next((part.device for part in parts if isinstance(part, Tensor)), None)
-        default = choice.complete({}, options.schedule)
         work = Work(
             kind=choice.kind,
-            configs=configs or [default],
+            configs=configs or [choice.complete({}, options.schedule)],
             rows=[len(train) for train, _ in folds],
-            n_features=len(self.layout.feature_names) if isinstance(self.layout, Layout) else 1,
+            n_features=self.n_features if isinstance(self.layout, Layout) else 1,
             n_outputs=self.target.n_outputs,
             epochs=options.max_epochs,
             repeats=repeats,
@@ -209,20 +209,18 @@ class Problem:
         dtype = torch.float64 if choice.solved else DTYPES[options.dtype]
         weights = check_weights(options.sample_weight, options.class_weight, self.target)
         statistics = self._statistics([train for train, _ in folds])
-        like = torch.empty(0, dtype=dtype, device=device)
-        objective = self.objective
         data = make_dataset(
             self.raw,
             statistics,
             self.target,
             folds,
             weights=weights,
-            like=like,
-            standardise=objective is None or objective.is_named,
+            like=torch.empty(0, dtype=dtype, device=device),
+            standardise=self.objective is None or self.objective.is_named,
         )
         if isinstance(self.layout, Layout):
-            data = replace(data, feature_groups=self.layout.feature_groups)
-        one_logit = objective is not None and objective.one_logit
+            data = replace(data, feature_groups=self.layout.groups(self.layout.places(self.numbers)))
+        one_logit = self.objective is not None and self.objective.one_logit
         return data.with_one_logit() if one_logit else data, statistics
 
     def _statistics(
@@ -231,14 +229,21 @@ class Problem:
         if isinstance(self.raw, Arrays):
             return fit_channels(self.raw, trains, self.numbers)
         assert isinstance(self.layout, Layout)
-        layout, raw = self.layout, self.raw
-        return tuple(fit_statistics(raw, layout, train, numbers=self.numbers) for train in trains)
+        fit = partial(fit_statistics, self.raw, self.layout, numbers=self.numbers, target=self.target.values)
+        return tuple(map(fit, trains))
+
+    @property
+    def n_features(self) -> int:
+        """Numbers that a row of a table becomes; inputs where X is arrays."""
+        layout = self.layout
+        return sum(layout.widths(self.numbers)) if isinstance(layout, Layout) else len(layout.shapes)
 
     def in_words(self) -> str:
         """Say how many rows of what there are."""
-        if isinstance(self.layout, ArrayLayout):
-            return f"{len(self.source.X)} rows of {self.layout}"
-        return f"{len(self.source.X)} rows, {len(self.layout.feature_names)} features"
+        what = (
+            f" of {self.layout}" if isinstance(self.layout, ArrayLayout) else f", {self.n_features} features"
+        )
+        return f"{len(self.source.X)} rows{what}"
 
     def remarks_on_scaling(self) -> tuple[str, ...]:
         """Return which inputs that are no table are scaled, and which are taken as they are, a sentence."""
@@ -257,7 +262,7 @@ class Problem:
         """Say which columns are no feature, or several, for messages about shapes; "" where there are none."""
         if isinstance(self.layout, ArrayLayout):
             return ""
-        used = {column.name: len(column.feature_names) for column in self.layout.columns}
+        used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
         parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(

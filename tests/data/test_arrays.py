@@ -291,7 +291,7 @@ class TestScaling:
         (scaled,) = encode(as_arrays(x), ArrayLayout.of(as_arrays(x)), statistics, torch.float32)
         assert scaled.dtype == torch.float32 and abs(float(scaled.mean())) < 1e-5
 
-    @pytest.mark.parametrize("numbers", ["quantile", "robust"])
+    @pytest.mark.parametrize("numbers", ["quantile", "robust", "piecewise-tree"])
     def test_quantiles_are_for_tables(self, numbers):
         with pytest.raises(InputError, match=f"numbers='{numbers}' is for tables"):
             fit_channels(as_arrays(IMAGES), [np.arange(6)], numbers)

@@ -64,7 +64,7 @@ def test_shapes_and_types():
     assert len(statistics) == 3
 
 
-@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "none"])
+@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "piecewise", "none"])
 def test_a_fold_reads_what_its_own_rows_fit(numbers):
     data, statistics = build(numbers=numbers)
     X = as_table(table())
@@ -95,6 +95,7 @@ LARGE = [
     ("none", 3, False),
     ("robust", 3, False),
     ("quantile", 3, False),
+    ("piecewise", 3, False),
 ]
 
 

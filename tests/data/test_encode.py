@@ -50,7 +50,7 @@ def test_features_of_a_mixed_frame():
     assert raw[0, 7] == (frame()["joined"][0] - pd.Timestamp("1970-01-01")).days
 
 
-@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "none"])
+@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "piecewise", "none"])
 def test_layout_and_statistics_survive_json_bit_for_bit(numbers):
     table = as_table(frame())
     layout = fit_layout(table)
@@ -254,7 +254,7 @@ def test_bad_tensors(X, message):
         fit_layout(X)
 
 
-@pytest.mark.parametrize("numbers", ["quantile", "robust"])
+@pytest.mark.parametrize("numbers", ["quantile", "robust", "piecewise"])
 def test_tensors_have_no_quantiles_and_no_text(numbers):
     X = torch.arange(6.0).reshape(3, 2)
     layout = fit_layout(X)
@@ -268,7 +268,8 @@ def test_tensors_have_no_quantiles_and_no_text(numbers):
 def test_unknown_way_of_numbers():
     layout = fit_layout(as_table(np.arange(6).reshape(3, 2)))
     with pytest.raises(
-        InputError, match="numbers must be one of 'standard', 'robust', 'quantile', 'none', got 'log'"
+        InputError,
+        match="numbers must be one of 'standard', .*'piecewise', 'piecewise-tree', 'none', got 'log'",
     ):
         fit_statistics(np.zeros((3, 2)), layout, np.arange(3), numbers="log")
 

@@ -1,0 +1,90 @@
+"""Piecewise-linear encoding equals its definition, bin by bin, with bins that scikit-learn's tree and NumPy make."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.tree import DecisionTreeClassifier
+
+import gputune
+from gputune.data.bins import N_BINS, bins_between, quantile_edges, tree_edges
+from gputune.data.encode import fit_layout, fit_statistics, transform
+from gputune.data.table import as_table
+
+RNG = np.random.default_rng(0)
+FRAME = pd.DataFrame({"a": [*RNG.normal(size=99), np.nan], "c": ["red", "blue"] * 50, "b": RNG.random(100)})
+
+
+def encoded(x, edges):
+    """The definition of arXiv:2203.05556, equation 1, of one number."""
+    features = [0.0] * N_BINS
+    for t, (low, high) in enumerate(zip(edges[:-1], edges[1:])):
+        is_first, is_last = t == 0, t == len(edges) - 2
+        if x < low and not is_first:
+            features[t] = 0.0
+        elif x >= high and not is_last:
+            features[t] = 1.0
+        else:
+            features[t] = (x - low) / (high - low)
+    return features
+
+
+@pytest.mark.parametrize("values", [RNG.normal(size=200), RNG.integers(0, 3, 50), [0.0, 1.0], [5.0, 5.0]])
+def test_a_column_is_the_definition_of_each_of_its_numbers(values):
+    edges = quantile_edges(np.array(values, float))
+    low, width, least, most = bins_between(edges)
+    for x in [*values[:20], -9.0, 9.0]:
+        np.testing.assert_allclose(np.clip((x - low) / width, least, most), encoded(x, edges), atol=1e-12)
+
+
+def test_a_tree_cuts_where_classes_change():
+    x = np.sort(1e9 + RNG.random(320))
+    y = (x > x[100]).astype(int) + (x > x[200])
+    edges = tree_edges(x, y)
+    assert len(edges) == 4 and (edges[0], edges[-1]) == (x[0], x[-1])
+    assert x[100] < edges[1] < x[101] and x[200] < edges[2] < x[201]
+    tree = DecisionTreeClassifier(max_leaf_nodes=N_BINS, min_samples_leaf=5).fit(x[:, None] - 1e9, y).tree_
+    np.testing.assert_allclose(edges[1:-1] - 1e9, np.sort(tree.threshold[tree.children_left >= 0]), atol=1e-6)
+    assert len(tree_edges(x, x[:, None] + 0.0)) == N_BINS + 1
+    assert tree_edges(np.ones(5), np.arange(5.0)).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("numbers", ["piecewise", "piecewise-tree"])
+def test_features_of_a_table_and_what_is_missing(numbers):
+    table = as_table(FRAME)
+    layout, target = fit_layout(table), RNG.integers(0, 2, 100)
+    raw, train = layout.raw(table), np.arange(1, 100)
+    statistics = fit_statistics(raw, layout, train, numbers=numbers, target=target)
+    x = transform(raw, statistics)
+    assert layout.widths(numbers) == [N_BINS + 1, 2, N_BINS] and x.shape == (100, 35)
+    assert layout.groups(statistics.places) == (*[0] * N_BINS, 1, 2, 2, *[0] * N_BINS)
+    known = raw[1:99, 0]
+    edges = quantile_edges(known) if numbers == "piecewise" else tree_edges(known, target[1:99])
+    np.testing.assert_allclose(x[0, :N_BINS], encoded(raw[0, 0], edges), atol=1e-12)
+    np.testing.assert_allclose(x[99, :N_BINS], encoded(known.mean(), edges), atol=1e-12)
+    np.testing.assert_array_equal(x[:, N_BINS : N_BINS + 3], raw[:, 1:4])
+    other = np.where(np.arange(100) == 0, 1 - target, target)  # of a row that is not for training
+    again = fit_statistics(raw, layout, train, numbers=numbers, target=other)
+    np.testing.assert_array_equal(transform(raw, again), x)
+
+
+def test_a_search_is_that_on_encoded_rows_and_its_model_is_saved(tmp_path):
+    layout, (train, valid) = fit_layout(as_table(FRAME)), np.split(RNG.permutation(100), [70])
+    y = (FRAME.b + 0.3 * RNG.normal(size=100)).to_numpy()
+    raw = layout.raw(as_table(FRAME))
+    how = {
+        "cv": [(train, valid)],
+        "n_trials": 2,
+        "max_epochs": 3,
+        "verbose": 0,
+        "dtype": "float64",
+        "workers": 1,
+    }
+    for numbers in ("piecewise", "piecewise-tree"):
+        x = transform(raw, fit_statistics(raw, layout, train, numbers=numbers, target=y))
+        study = gputune.tune("mlp", FRAME, y, numbers=numbers, **how)
+        plain = gputune.tune("mlp", x, y, numbers="none", columns="keep", **how)
+        np.testing.assert_allclose(study.curves, plain.curves, rtol=1e-9)
+    model = gputune.tune("realmlp", FRAME, y, numbers="piecewise", **how).best_model()
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict(FRAME), model.predict(FRAME))
