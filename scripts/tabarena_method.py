@@ -100,10 +100,8 @@ class TabArenaMethod:
     def fit(self, X: pd.DataFrame, y: pd.Series, *, seed: int = 0) -> None:
         """Search on these rows, and train what was found on all of them."""
         numbers = self.problem_type == "regression"
-        labels = sorted(y.unique())
-        of_class = {"positive": labels[1]} if self.scoring == "roc_auc" else {}
         options = {"task": "regression" if numbers else "classification", "verbose": 0, "random_state": seed}
-        options |= {"scoring": self.scoring, **of_class, **self.arguments}
+        options |= {"scoring": self.scoring, **self.arguments}
         values = y.to_numpy(float) if numbers else y.astype(object).to_numpy()
         study = gputune.tune(self.model, X.reset_index(drop=True), values, **options)
         together = self.ensemble and len(study.trials) > 1

@@ -36,6 +36,7 @@ class Study(data.Study):
         *,
         trial: int | None = None,
         intervals: bool = False,
+        calibrate: bool | None = None,
         check: bool = True,
         trust_code: bool = False,
     ) -> "TunedModel":
@@ -45,15 +46,25 @@ class Study(data.Study):
         be the rows of the search. ``check=False`` trains on others: the model then has no score. ``trust_code=True``
         runs the code of a class that a study names, also where this user has not trained it on this machine.
         ``intervals=True`` trains the trial on its folds once more too, whose residuals ``predict_interval`` needs.
+        ``calibrate=True`` does so for the probabilities of classes: logits are divided by the temperature that is best
+        on the rows that the folds validate on (Guo et al., 2017). None: where trials are ranked by the log loss, unless
+        ``check=False``, or the trials are the points of descents.
 
         Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
         trusted, and where rows or options are in no file.
         """
-        from gputune.tuning.out_of_fold import refit_with_residuals
-        from gputune.tuning.refit import refit
+        from gputune.tuning.out_of_fold import refit_with_folds
 
-        train = refit_with_residuals if intervals else refit
-        return train(self, X, y, trial=trial, check=check, trust_code=trust_code)
+        return refit_with_folds(
+            self,
+            X,
+            y,
+            trial=trial,
+            intervals=intervals,
+            calibrate=calibrate,
+            check=check,
+            trust_code=trust_code,
+        )
 
     def ensemble(
         self,
@@ -63,6 +74,7 @@ class Study(data.Study):
         size: int = 25,
         candidates: int = 25,
         seeds: int = 1,
+        calibrate: bool | None = None,
         trust_code: bool = False,
         verbose: int = 1,
     ) -> "TunedModel":
@@ -73,6 +85,7 @@ class Study(data.Study):
         repetition (Caruana et al., 2004), in at most ``size`` steps; those chosen are trained on all rows, each with
         ``seeds`` starts and orders. Probabilities, or values of a regression, are averaged. The model has
         the residuals that ``predict_interval`` needs; chosen on the same rows, they are a little small.
+        ``calibrate`` is as in ``best_model``, and costs nothing here.
 
         ``info["score"]`` is honest about the choice: each fold is scored by what the other folds choose; the trials
         are still the best of the search on the same folds. ``X``, ``y`` and ``trust_code`` are as in ``best_model``.
@@ -83,8 +96,9 @@ class Study(data.Study):
         from gputune.tuning.ensemble import ensemble
 
         return ensemble(
-            self, X, y, size=size, candidates=candidates, seeds=seeds, trust_code=trust_code, verbose=verbose
-        )
+            self, X, y, size=size, candidates=candidates, seeds=seeds, calibrate=calibrate, trust_code=trust_code,
+            verbose=verbose,
+        )  # fmt: skip
 
     def oof_predictions(
         self, X: object = None, y: object = None, *, trial: int | None = None, trust_code: bool = False

@@ -104,6 +104,12 @@ MORE_RULES: dict[str, dict[str, Rule]] = {
             "once more",
             resume=True,
         ),
+        "calibrate": Rule(
+            "--calibrate",
+            "calibrate the probabilities of classes by temperature scaling, for which the best trial trains on its "
+            "folds once more (without being asked where --scoring is neg_log_loss)",
+            resume=True,
+        ),
         "profile": Rule(
             "--profile",
             "say at the end where the time went, and what share of the machine's matrix products the steps reached",

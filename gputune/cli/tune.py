@@ -111,8 +111,8 @@ def _finish(
     width, folder = shutil.get_terminal_size().columns, model_folder(place)
     saved = _saved(folder) if arguments.command == "resume" else {}
     intervals = bool(arguments.intervals) or saved.get("residuals") is not None
-    if intervals:
-        _check_intervals(rest, options)
+    calibrate = True if arguments.calibrate or saved.get("temperature", 1.0) != 1.0 else None
+    _check_extras(rest, options, intervals=intervals, calibrate=bool(calibrate))
 
     def ending(study: Study, held_out: HeldOut | None, ensemble: str = "") -> Ending:
         file = getattr(arguments, "file", None) or (study.record.source or {})["path"]
@@ -138,7 +138,9 @@ def _finish(
         except SearchInterrupted as stop:
             is_saved = False
             if keeps_model and arguments.command != "train" and stop.signal == CTRL_C and not stop.at_once:
-                is_saved, held_out = _best_so_far(stop.study, recorded, folder, intervals=intervals)
+                is_saved, held_out = _best_so_far(
+                    stop.study, recorded, folder, intervals=intervals, calibrate=calibrate
+                )
             kept = ending(stop.study, held_out)
             kept = kept if is_saved else replace(kept, model_folder=None)
             stop.report = stopped_text(kept, width=width)
@@ -147,14 +149,15 @@ def _finish(
             with profile.clock("training the best on all rows"):
                 trained = _trained(study) if arguments.command == "train" else None
                 number = None if trained is None else trained.number
-                model, held_out = _scored(
-                    study.best_model(trial=number, intervals=intervals), recorded, study
-                )
+                model = study.best_model(trial=number, intervals=intervals, calibrate=calibrate)
+                model, held_out = _scored(model, recorded, study)
             model.save(folder)
             if getattr(arguments, "ensemble", None) or "ensemble" in saved.get("spec", {}):
                 try:
                     with profile.clock("an ensemble"):
-                        held_out, ensemble = _ensemble(study, recorded, held_out, folder, arguments.verbose)
+                        held_out, ensemble = _ensemble(
+                            study, recorded, held_out, folder, arguments.verbose, calibrate=calibrate
+                        )
                 except KeyboardInterrupt as stop:
                     words = "the ensemble was interrupted; the model of the best trial is saved."
                     report = closing_text(ending(study, held_out), width=width)
@@ -175,18 +178,23 @@ def _saved(folder: Path) -> Json:
         return {}
 
 
-def _check_intervals(rest: Source, options: Options) -> None:
-    """Raise InputError, before anything trains, where no model can have intervals."""
+def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate: bool) -> None:
+    """Raise InputError, before anything trains, where no model can have intervals, or be calibrated."""
+    if not (intervals or calibrate):
+        return
     target = check_target(rest.y, task=options.task, n_rows=len(rest.X), name=rest.target)
-    what = "" if target.task == "regression" and target.n_outputs == 1 else f"the target is {target.in_words}"
+    flag, what, fits = "--intervals", "one number", target.task == "regression" and target.n_outputs == 1
+    if not intervals:
+        flag, what, fits = "--calibrate", "one class", target.task in ("binary", "multiclass")
+    why = "" if fits else f"the target is {target.in_words}"
     if isinstance(options.method, Hypergradient):
-        what = "the points of a descent do not train on its folds again"
-    if what:
-        raise InputError(f"--intervals is for one number to be predicted, and {what}; leave it out.")
+        why = "the points of a descent do not train on its folds again"
+    if why:
+        raise InputError(f"{flag} is for {what} to be predicted, and {why}; leave it out.")
 
 
 def _best_so_far(
-    study: Study, recorded: RecordedSearch, folder: Path, *, intervals: bool
+    study: Study, recorded: RecordedSearch, folder: Path, *, intervals: bool, calibrate: bool | None
 ) -> tuple[bool, HeldOut | None]:
     """Save the model of the best trial so far, where there is one; return whether it is, and its held-out score.
 
@@ -199,7 +207,8 @@ def _best_so_far(
         return False, None
     Progress(recorded.options.verbose).say("training the best trial so far on all rows (Ctrl-C: do without)")
     try:
-        model, held_out = _scored(study.best_model(intervals=intervals), recorded, study)
+        model = study.best_model(intervals=intervals, calibrate=calibrate)
+        model, held_out = _scored(model, recorded, study)
     except (DivergedError, KeyboardInterrupt):
         return False, None
     model.save(folder)
@@ -230,14 +239,20 @@ def _scored(model: TunedModel, recorded: RecordedSearch, study: Study) -> tuple[
 
 
 def _ensemble(
-    study: Study, recorded: RecordedSearch, best: HeldOut | None, folder: Path, verbose: int
+    study: Study,
+    recorded: RecordedSearch,
+    best: HeldOut | None,
+    folder: Path,
+    verbose: int,
+    *,
+    calibrate: bool | None,
 ) -> tuple[HeldOut | None, str]:
     """Save an ensemble in ``folder``, in place of the best trial, where it scores better on held-out rows, if any.
 
     Returns the held-out score of the model that is saved, and what is said of the ensemble.
     """
     try:
-        model, held_out = _scored(study.ensemble(verbose=verbose), recorded, study)
+        model, held_out = _scored(study.ensemble(calibrate=calibrate, verbose=verbose), recorded, study)
     except InputError as error:
         return best, f"No ensemble: {error}"
     is_saved = held_out is None or best is None or held_out.score > best.score

@@ -36,7 +36,7 @@ _TALKATIVE = ("torch.onnx", "torch.export", "torch._export", "torch.fx.experimen
 
 
 class TableInputs(nn.Module):
-    """Missing values, scaling and quantiles of a table: (n, C) float64 -> the features, (n, D) float64.
+    """Missing values, scaling, quantiles and bins of a table: (n, C) float64 -> the features, (n, D) float64.
 
     The C numbers of a row are its columns where all of them are numbers or booleans, NaN where one is missing; else
     the features of ``Layout.raw``, since text and dates are no tensors.
@@ -46,14 +46,17 @@ class TableInputs(nn.Module):
     center: Tensor
     scale: Tensor
     quantiles: Tensor
+    least: Tensor
+    most: Tensor
     source: Tensor
     indicator: Tensor
 
     def __init__(self, layout: Layout, statistics: Statistics) -> None:
         super().__init__()
-        for name in ("fill", "center", "scale", "quantiles"):
+        for name in ("fill", "center", "scale", "quantiles", "least", "most"):
             self.register_buffer(name, torch.tensor(getattr(statistics, name)))
         self.ranked, self.clipped = statistics.ranked.tolist(), statistics.clipped.tolist()
+        self.places = statistics.places.tolist()
         columns = layout.columns
         self.from_columns = takes_columns(layout)
         if self.from_columns:
@@ -70,7 +73,10 @@ class TableInputs(nn.Module):
         x = torch.where(missing, self.fill, x)
         if self.from_columns:
             x = torch.where(self.indicator, missing.double(), x)
+        x = x[:, self.places] if self.places else x
         scaled = (x - self.center) / self.scale
+        if self.places:
+            return (torch.minimum(torch.maximum(scaled, self.least), self.most),)
         if self.clipped:
             clipped = smooth_clip(scaled[:, self.clipped])
             scaled = scaled.index_copy(1, torch.tensor(self.clipped), clipped)
@@ -109,6 +115,7 @@ class WholeModel(nn.Module):
 
     target_center: Tensor
     target_scale: Tensor
+    temperature: Tensor
 
     def __init__(self, model: ModelContent) -> None:
         super().__init__()
@@ -119,6 +126,7 @@ class WholeModel(nn.Module):
         # Buffers, since a plain number would be written in single precision.
         self.register_buffer("target_center", torch.tensor(model.center, dtype=torch.float64))
         self.register_buffer("target_scale", torch.tensor(model.scale, dtype=torch.float64))
+        self.register_buffer("temperature", torch.tensor(model.temperature, dtype=torch.float64))
         self.names = None if isinstance(model.layout, Layout) else model.layout.names
         self.inputs: nn.Module
         if isinstance(model.layout, Layout):
@@ -141,7 +149,7 @@ class WholeModel(nn.Module):
             output = output if self.several else output.reshape(-1)
             output = output * self.target_scale + self.target_center
             return output if self.transform is None else self.transform.inverse(output)
-        logits = class_logits(output, self.task, 1)
+        logits = class_logits(output, self.task, 1) / self.temperature
         return logits.argmax(1), logits.softmax(1)
 
 

@@ -18,7 +18,7 @@ from gputune.data.array_files import read_array_file, read_inputs
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.columns import checked_tensor
 from gputune.data.dataset import encode, first_equal
-from gputune.data.encode import Layout
+from gputune.data.encode import Layout, Statistics
 from gputune.data.files import read_table
 from gputune.data.table import Table, as_table, quoted
 from gputune.engine.entry import entry
@@ -45,6 +45,7 @@ class TunedModel(ModelContent):
     transform  what was done to the target before, of which predictions are the inverse; None: nothing
     residuals  ascending, how far off its folds' members were on rows that they had not seen, before the target is
               transformed back: what ``predict_interval`` needs; None: not kept
+    temperature  by which logits are divided, of a model that was calibrated; 1: of one that was not
     target    name of the target's column
     spec      how the module is built again: {"kind": "mlp" or "logistic", "kwargs": {...}}, or for a class of
               the user {"kind": "module", "kwargs": {...}} with what module_source.py writes about the class;
@@ -125,7 +126,7 @@ class TunedModel(ModelContent):
     def predict_proba(self, X: object) -> NDArray[np.float64]:
         """Return the probability of each class, (n, K) in the order of ``classes``: the softmax of the logits.
 
-        Of several labels that of each. Raises InputError for a regression model.
+        These are divided by the ``temperature``. Of several labels that of each. Raises InputError for a regression.
         """
         if self.task == "multilabel":
             return self._outputs(X).sigmoid().numpy()
@@ -211,7 +212,10 @@ class TunedModel(ModelContent):
         return encoded(self, self._inputs(X))
 
     def _outputs(self, X: object) -> Tensor:
-        """Return logits, or standardised values, (n, K) float64 on the CPU; equal rows of a batch have equal ones."""
+        """Return calibrated logits, or standardised values, (n, K) float64 on the CPU.
+
+        Equal rows of a batch have equal ones.
+        """
         self.module.eval()  # the caller may have trained it on
         device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
         outputs = []
@@ -228,7 +232,7 @@ class TunedModel(ModelContent):
                     ) from error
                 first = first_equal(inputs[0]) if isinstance(self.layout, Layout) else None
                 outputs.append((output if first is None else output[first]).double().cpu())
-        return torch.cat(outputs)
+        return torch.cat(outputs) / self.temperature
 
     @property
     def _names(self) -> tuple[str, ...] | None:
@@ -268,9 +272,16 @@ class TunedModel(ModelContent):
 
     def _batches(self, table: Table | Arrays) -> Iterator[Table | Arrays]:
         """Cut the rows, so that the encoded numbers need no more memory for a large file than for a small one."""
-        rows = min(ROWS, max(1, NUMBERS // self.layout.row_numbers))
+        rows = min(ROWS, max(1, NUMBERS // self._row_numbers))
         for start in range(0, len(table), rows):
             yield table.select(np.arange(start, min(start + rows, len(table))))
+
+    @property
+    def _row_numbers(self) -> int:
+        if isinstance(self.layout, ArrayLayout):
+            return self.layout.row_numbers
+        assert isinstance(self.statistics, Statistics)
+        return self.statistics.n_inputs
 
     def _checked(self, output: object, rows: int) -> Tensor:
         output = first_output(output)
@@ -301,6 +312,7 @@ class TunedModel(ModelContent):
             if (score := info.get("held_out_score")) is not None:
                 rows_held_out = count(info["held_out_rows"], "row")
                 rows.append((f"held-out {measure.name}", f"{measure.text(score)} on {rows_held_out}"))
+        rows += [("temperature", short(self.temperature))] * (self.temperature != 1)
         rows += [(name, short(value)) for name, value in info.get("params", {}).items()]
         return card(f"TunedModel: {type(self.module).__name__}", rows)
 

@@ -6,6 +6,7 @@ refused by an error that names the file; nothing is ever unpickled.
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -66,6 +67,7 @@ class ModelContent:
     info: Json
     transform: FittedTransform | None = None
     residuals: NDArray[np.float64] | None = None
+    temperature: float = 1.0
 
 
 def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
@@ -85,6 +87,7 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         "spec": _full_spec(model),
         "info": model.info,
         "residuals": model.residuals,
+        "temperature": model.temperature,
     }
     state, place = _state(model.module), Path(folder)
     _check_free(place)
@@ -118,7 +121,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         kind = str(spec["kind"])
         if classes is not None and not (isinstance(classes, np.ndarray) and classes.ndim == 1):
             raise ValueError(f"its classes are no list of labels but {type(classes).__name__}")
-        sizes, members = arguments_of(spec, layout, 1 if classes is None else len(classes))
+        sizes, members = arguments_of(spec, layout, statistics, 1 if classes is None else len(classes))
         inputs = input_kinds(layout, statistics), None if isinstance(layout, Layout) else layout.names
         if kind in BUILT_IN:
             check_size([sizes | arguments for arguments in members], kind, state)
@@ -134,6 +137,9 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         residuals = body.get("residuals")  # files of an earlier version have none
         if not (residuals is None or (isinstance(residuals, np.ndarray) and residuals.dtype.kind == "f")):
             raise ValueError("its residuals are no numbers")
+        temperature = float(body.get("temperature", 1.0))
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"its temperature is {temperature}")
     module_class = _module_class(spec, module, folder, trust_code=trust_code)
     file = source_file(module_class) or name_of(module_class)
     changed = kind == "module" and module is None and is_changed(module_class, spec)
@@ -169,6 +175,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         info,
         transform,
         residuals,
+        temperature,
     )
 
 

@@ -21,6 +21,7 @@ from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.methods.space import space_from_json
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
+from gputune.scoring.calibration import best_temperature
 from gputune.scoring.metrics import make_metrics
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of
@@ -33,6 +34,7 @@ from gputune.tuning.refit import Search, recalled
 
 _BLOCK, _RESIDUALS = 2**13, 10_000
 """Rows of which a member's outputs are made at a time, and residuals at most that a model keeps."""
+_LEAST = torch.finfo(torch.float64).tiny  # probability that has a logarithm
 
 
 @entry
@@ -44,6 +46,7 @@ def ensemble(
     size: int = 25,
     candidates: int = 25,
     seeds: int = 1,
+    calibrate: bool | None = None,
     trust_code: bool = False,
     verbose: int = 1,
 ) -> TunedModel:
@@ -51,7 +54,7 @@ def ensemble(
     for name, number, least in (("size", size, 1), ("candidates", candidates, 2), ("seeds", seeds, 1)):
         if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < least:
             raise InputError(f"ensemble({name}={number!r}) must be a whole number from {least} on.")
-    trials = _candidates(study, candidates)
+    trials, calibrated = _candidates(study, candidates), is_calibrated(study, calibrate, "ensemble")
     search = recalled_for("ensemble", study, X, y, trust_code)
     progress = Progress(verbose)
     progress.say(f"ensemble: the best {count(len(trials), 'trial')} train on their folds once more")
@@ -79,7 +82,23 @@ def ensemble(
             **search.score(float(np.mean(scores)), float(np.std(scores, ddof=1)) / math.sqrt(len(scores))),
         },
     )
-    return replace(model, residuals=predictions.residuals(shares))
+    temperature = predictions.temperature(shares) if calibrated else 1.0
+    return replace(model, residuals=predictions.residuals(shares), temperature=temperature)
+
+
+def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
+    """Return whether probabilities are calibrated: as was said, or (None) where trials are ranked by the log loss.
+
+    Raises InputError, in a caller's words, for a study that predicts no single class.
+    """
+    is_of_classes = study.record.task in ("binary", "multiclass")
+    if calibrate and not is_of_classes:
+        what = {"multilabel": "several labels", "custom": "a custom target"}.get(study.record.task, "numbers")
+        raise InputError(
+            f"{caller}(calibrate=True) is for one class a row to be predicted, and the study is of {what}; leave it "
+            "out."
+        )
+    return is_of_classes and study.record.scoring == "neg_log_loss" if calibrate is None else calibrate
 
 
 def recalled_for(name: str, study: Study, X: object, y: object, trust_code: bool) -> Search:
@@ -194,6 +213,12 @@ class Predictions:
             np.ceil(np.arange(1, many + 1) * len(ascending) / many).astype(int) - 1
         ]
         return kept
+
+    def temperature(self, weights: Tensor) -> float:
+        """Return the temperature that calibrates the mean of the candidates by ``weights`` (M,) on validation rows."""
+        means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]
+        target = torch.cat([self.data.target[fold.valid] for fold in self.data.folds])
+        return best_temperature(torch.cat(means).clamp(min=_LEAST).log(), target)
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
         """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.

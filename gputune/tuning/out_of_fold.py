@@ -10,9 +10,9 @@ from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.study.model import TunedModel
 from gputune.study.study import Study
-from gputune.tuning.ensemble import means_of_rows, predictions_of, recalled_for
+from gputune.tuning.ensemble import is_calibrated, means_of_rows, predictions_of, recalled_for
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import numbered, recalled, refitted
+from gputune.tuning.refit import numbered, recalled, refit, refitted
 
 
 @entry
@@ -31,19 +31,26 @@ def oof_predictions(
 
 
 @entry
-def refit_with_residuals(
+def refit_with_folds(
     study: Study,
     X: object = None,
     y: object = None,
     *,
     trial: int | None = None,
+    intervals: bool = False,
+    calibrate: bool | None = None,
     check: bool = True,
     trust_code: bool = False,
 ) -> TunedModel:
-    """Return the model of ``refit`` with the residuals of its trial on its folds; see ``Study.best_model``."""
-    called = "best_model(intervals=True)"
+    """Return the model of ``refit`` with what its trial's members on its folds tell; see ``Study.best_model``."""
+    if calibrate is None and (not check or why_no_folds(study)):
+        calibrate = False
+    calibrated = is_calibrated(study, calibrate, "best_model")
+    if not (intervals or calibrated):
+        return refit(study, X, y, trial=trial, check=check, trust_code=trust_code)
+    called = f"best_model({'intervals' if intervals else 'calibrate'}=True)"
     check_folds_train(study, called)
-    if study.record.task != "regression":
+    if intervals and study.record.task != "regression":
         raise InputError(
             f"{called} is for a number to be predicted, and the study is of classes; leave it out."
         )
@@ -53,22 +60,29 @@ def refit_with_residuals(
         raise InputError(
             f"{called} needs the rows of the search, whose folds it trains on; leave out check=False."
         )
-    if search.problem.target.n_outputs > 1:
+    if intervals and search.problem.target.n_outputs > 1:
         raise InputError(
             f"{called} is for one number a row, and the target has several; search for one at a time."
         )
-    residuals = predictions_of(search, [one], Progress(0)).residuals(torch.ones(1))
-    return replace(refitted(search, one), residuals=residuals)
+    predictions, alone = predictions_of(search, [one], Progress(0)), torch.ones(1)
+    model = refitted(search, one)
+    if calibrated:
+        return replace(model, temperature=predictions.temperature(alone))
+    return replace(model, residuals=predictions.residuals(alone))
 
 
 def check_folds_train(study: Study, called: str) -> None:
     """Raise InputError for a study whose trials do not train again on its folds."""
+    if why := why_no_folds(study):
+        raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
+
+
+def why_no_folds(study: Study) -> str:
+    """Return of what a study is whose trials do not train again on its folds; "" where they do."""
     if study.record.face == "loop":
-        why = "of search(), whose training loop is your own: keep what your objective predicts in a file"
-    elif isinstance(study.record.method, dict) and study.record.descends:
-        why = "of descents, whose points have schedules of their own; use a study of another method"
-    elif study.record.task == "custom":
-        why = "of a custom target, of which there is no probability and no mean; train the module on your own folds"
-    else:
-        return
-    raise InputError(f"{called} trains a trial again on its folds, and this study is {why}.")
+        return "of search(), whose training loop is your own: keep what your objective predicts in a file"
+    if isinstance(study.record.method, dict) and study.record.descends:
+        return "of descents, whose points have schedules of their own; use a study of another method"
+    if study.record.task == "custom":
+        return "of a custom target, of which there is no probability and no mean; train the module on your own folds"
+    return ""

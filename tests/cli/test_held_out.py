@@ -9,6 +9,8 @@ import torch
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import get_scorer, log_loss, roc_auc_score
 
+import gputune
+from command_line import kinds, run, write_table
 from gputune.cli.held_out import held_out_score
 from gputune.data.source import read_source
 from study_models import make_model
@@ -149,3 +151,20 @@ def test_a_loss_is_no_score_of_held_out_rows():
     _, model = fitted(LABELS[RNG.integers(0, 2, 60)])
     held = held_out_score(model, "neg_loss", read_source(X[40:], LABELS[RNG.integers(0, 2, 20)]))
     assert held.why == "a saved model does not know the loss that it was trained on" and held.rows == 20
+
+
+def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_path):
+    prices = RNG.normal(size=40).round(3)
+    file, out = write_table(tmp_path / "ants.csv", kind=kinds(), price=prices), tmp_path / "out"
+    words = ["tune", file, "--trials", "2", "--epochs", "2", "--cv", "2", "--workers", "1"]
+    assert run(*words, "--target", "kind", "--out", out)[0] == 0
+    assert gputune.load_model(out / "model").temperature == 1
+    for more in (["--calibrate"], ["--trials", "3"], ["--ensemble"]):  # which keep it calibrated
+        assert run("resume", out, *more)[0] == 0
+        model = gputune.load_model(out / "model")
+        assert model.temperature != 1
+    loss = ["--scoring", "neg_log_loss", "--out", tmp_path / "loss"]
+    assert run(*words, "--target", "kind", *loss)[0] == 0
+    assert gputune.load_model(tmp_path / "loss" / "model").temperature != 1
+    code, _, err = run(*words, "--target", "price", "--calibrate", "--out", tmp_path / "no")
+    assert code == 2 and "--calibrate is for one class to be predicted, and the target is" in err

@@ -128,6 +128,8 @@ USERS = {"module": Net, "classes": None, "numbers": "none", "dtype": torch.float
         pytest.param(NUMBERS, {}, ".onnx", marks=pytest.mark.long),
         (NUMBERS, {"numbers": "quantile", "classes": None}, ".onnx"),
         (FRAME, {"numbers": "robust"}, ".onnx"),
+        (NUMBERS, {"numbers": "piecewise"}, ".onnx"),
+        (FRAME, {"numbers": "piecewise"}, ".pt2"),
         pytest.param(FRAME, USERS, ".onnx", marks=pytest.mark.long),
         (FRAME, USERS, ".pt2"),
         pytest.param(NUMBERS, {}, ".pt2", marks=pytest.mark.long),
@@ -157,7 +159,9 @@ def test_a_tuned_model_and_the_solved_logistic_regression(model, tmp_path):
     X, y = load_breast_cancer(return_X_y=True)
     labels = np.array(["malignant", "benign"])[y]
     study = gputune.tune(model, X, labels, n_trials=2, cv=2, max_epochs=2, verbose=0, workers=1)
-    known = check(study.best_model(), tmp_path / "model.onnx", X)
+    calibrated = study.best_model(calibrate=True)
+    assert calibrated.temperature != 1
+    known = check(calibrated, tmp_path / "model.onnx", X)
     assert known["names"] == [f"x{i}" for i in range(30)] and known["classes"] == ["benign", "malignant"]
 
 

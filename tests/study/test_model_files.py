@@ -76,7 +76,7 @@ def edit(folder, change):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile"])
+@pytest.mark.parametrize("numbers", ["standard", "robust", "quantile", "piecewise"])
 @pytest.mark.parametrize("classes", [("no", "yes"), (3, 1, 2), (False, True), (0.1, 0.3), None])
 def test_a_loaded_model_is_the_saved_one_bit_for_bit(frame, folder, classes, dtype, numbers):
     model = make_model(frame, classes=classes, dtype=dtype, numbers=numbers)
@@ -263,6 +263,8 @@ def put(key, value):
         put("spec", {"kind": "module", "kwargs": {}}),
         put("spec", {"kind": "module", "kwargs": {}, "path": 3}),
         put("classes", {"torch": "os:system"}),
+        put("temperature", 0),
+        put("temperature", "hot"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_damage(frame, folder, change):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
 from sklearn.metrics import r2_score
 from sklearn.model_selection import RepeatedKFold, TimeSeriesSplit
@@ -9,6 +10,7 @@ from torch import nn
 
 import gputune
 from gputune.models import MLP
+from gputune.scoring.calibration import best_temperature
 from refused import refused
 
 HOW = {"n_trials": 2, "max_epochs": 3, "verbose": 0, "workers": 1}
@@ -34,6 +36,51 @@ def test_classes_score_as_in_the_search(model, number):
 def test_a_study_that_was_opened_gives_the_same(study):
     opened = gputune.Study.open(study.file)
     np.testing.assert_array_equal(opened.oof_predictions(*IRIS), study.oof_predictions())
+
+
+def test_a_calibrated_model_has_the_temperature_of_what_its_folds_predict(study, tmp_path):
+    plain, model = study.best_model(), study.best_model(calibrate=True)
+    logits = torch.tensor(study.oof_predictions()).log()
+    assert plain.temperature == 1 != model.temperature
+    assert model.temperature == pytest.approx(best_temperature(logits, torch.tensor(IRIS[1])), rel=1e-6)
+    expected = (torch.tensor(plain.predict_proba(IRIS[0])).log() / model.temperature).softmax(1)
+    np.testing.assert_allclose(model.predict_proba(IRIS[0]), expected, rtol=1e-9)
+    np.testing.assert_array_equal(model.predict(IRIS[0]), plain.predict(IRIS[0]))
+    model.save(tmp_path / "model")
+    loaded = gputune.load_model(tmp_path / "model")
+    np.testing.assert_array_equal(loaded.predict_proba(IRIS[0]), model.predict_proba(IRIS[0]))
+    assert "temperature" in model._repr_html_() and "temperature" not in plain._repr_html_()
+
+
+def test_models_ranked_by_the_log_loss_are_calibrated():
+    study = gputune.tune("mlp", *IRIS, cv=3, scoring="neg_log_loss", **HOW)
+    assert study.best_model().temperature == study.best_model(calibrate=True).temperature != 1
+    assert (
+        study.best_model(*IRIS, check=False).temperature == 1 == study.best_model(calibrate=False).temperature
+    )
+    assert study.ensemble(verbose=0, size=1).temperature == study.best_model().temperature
+    assert study.ensemble(verbose=0, calibrate=False).temperature == 1
+    points = gputune.tune("mlp", *IRIS, cv=3, method=gputune.Hypergradient(outer_steps=1), **HOW)
+    assert points.record.scoring == "neg_log_loss" and points.best_model().temperature == 1
+
+
+def test_what_cannot_be_calibrated_is_refused(study):
+    numbers = gputune.tune("mlp", IRIS[0], IRIS[0][:, 0], cv=3, **HOW)
+    for make in (numbers.best_model, numbers.ensemble):
+        with refused(
+            r"\(calibrate=True\) is for one class a row to be predicted, .* is of numbers; leave it out"
+        ):
+            make(calibrate=True)
+    X, y = make_multilabel_classification(60, random_state=0)
+    with refused("is for one class a row to be predicted, and the study is of several labels"):
+        gputune.tune(MLP, X, y, cv=2, **HOW).best_model(calibrate=True)
+    with refused(r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False"):
+        study.best_model(IRIS[0], IRIS[1][::-1].copy(), calibrate=True, check=False)
+    points = gputune.tune("mlp", *IRIS, cv=3, method=gputune.Hypergradient(outer_steps=1), **HOW)
+    with refused(
+        r"best_model\(calibrate=True\) trains a trial again on its folds, and this study is of descents"
+    ):
+        points.best_model(calibrate=True)
 
 
 def test_values_are_in_the_units_of_the_target():
