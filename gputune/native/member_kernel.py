@@ -14,6 +14,10 @@ FILES = ("device.h", "work.h", "formulas.h", "update.h", "member.cu")
 TILES = (64, 32, 16)
 """Rows of a minibatch whose activations are on chip at once: as many as there is room for."""
 
+OPTIONS = ("--ftz=true", "--prec-div=false", "--prec-sqrt=false")
+"""Of the compiler: numbers below 1e-38 are zero, as on a CPU; a quotient or a root may be off by two units of its last
+place, for fewer instructions. Source: CUDA C++ Programming Guide, mathematical functions."""
+
 _MOST_THREADS, _FEWEST_THREADS, _WARP = 256, 64, 32
 _HELD_BYTES = 384  # of moments that a thread keeps in registers
 _RATES = 32  # steps whose rates are there at once
@@ -147,12 +151,12 @@ def compile_kernel(kernel: MemberKernel, device: torch.device) -> Kernel:
     """Return the kernel for a GPU, which NVRTC compiles once on a machine. Raises what NVRTC and the driver raise."""
     name, source = "train_members", kernel.source
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+    def make() -> bytes:
+        return _utils._nvrtc_compile(source, name, nvcc_options=list(OPTIONS))[0]
+
     with torch.cuda.device(device):
-        binary = kept_binary(
-            "member",
-            f"{source}{torch.version.cuda} {version}",
-            lambda: _utils._nvrtc_compile(source, name)[0],
-        )
+        binary = kept_binary("member", f"{source}{OPTIONS}{torch.version.cuda} {version}", make)
         loaded = _utils._cuda_load_module(binary, [name])
         assert isinstance(loaded, dict)
         loaded[name].set_shared_memory_config(kernel.shared)
