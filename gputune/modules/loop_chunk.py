@@ -20,9 +20,8 @@ from gputune.modules.stateless import kept_of, not_trained, put_numbers
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import ClassRule, class_of, class_of_rule
 from gputune.optimizers.optimizer import Optimizer
-from gputune.optimizers.row_update import InPlaceRule, PureRule, RowRule, RowUpdate
+from gputune.optimizers.row_update import InPlaceRule, RowRule, RowUpdate
 from gputune.optimizers.rules import schedule_factor
-from gputune.optimizers.update import IN_PLACE
 from gputune.population.batches import row_order, steps_of
 from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Scoring
@@ -42,7 +41,7 @@ class _Alone(Optimizer):
     def __init__(
         self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
     ) -> None:
-        sides = _sides(network, config)
+        sides = hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
         whole = not sides and not any(key.startswith((LR_FACTOR, DECAY_FACTOR)) for key in config)
         parts = {"trained": theta.shape} if whole else {k: w.shape for k, w in network.leaves(theta).items()}
         blocks = Blocks(
@@ -90,10 +89,8 @@ class _Member:
             self.leaves = list(network.leaves(self.row).values())
             self.leaf_slopes = list(network.leaves(self.grad).values())
             return ClassRule(config, self.leaves)
-        if config["optimizer"] in IN_PLACE:
-            return InPlaceRule(config, self.row)
-        sides = _sides(network, config)
-        return PureRule(config, self.row, network.leaves if sides else _whole, sides)
+        matrices = network.matrices() if config["optimizer"] == "muon" else []
+        return InPlaceRule(config, self.row, matrices)
 
     @property
     def is_its_row(self) -> bool:
@@ -261,15 +258,6 @@ class LoopChunk:
         if self.data.device.type == "cuda":
             with torch.cuda.device(self.data.device):
                 torch.cuda.manual_seed(seed)
-
-
-def _sides(network: LoopedModule, config: Config) -> dict[str, int]:
-    """Return the longer side of each matrix that muon is for, of other optimizers none."""
-    return hidden_sides(network.template, network.first) if config["optimizer"] == "muon" else {}
-
-
-def _whole(row: Tensor) -> Params:
-    return {"trained": row}
 
 
 def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:

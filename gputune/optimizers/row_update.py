@@ -5,8 +5,8 @@ dozens of small operations a step, nothing beside many members and half of the s
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,14 +16,15 @@ from gputune.optimizers.classes import ClassRule
 from gputune.optimizers.rules import (
     BETA1,
     EPS,
-    MOMENTS,
-    RULES,
-    Rates,
+    LION_BETA2,
+    MUON_SCALE,
+    RMSPROP_ALPHA,
     n_moments,
+    orthogonal,
     schedule_factor,
     schedule_free_average,
 )
-from gputune.types import Config, Params
+from gputune.types import Config
 
 NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
@@ -74,13 +75,31 @@ class RowUpdate:
         return self.rule.scored(theta) if self.average is None else self.average
 
 
-class _Moments:
-    """The moments of a rule, a row (N,) each."""
+@dataclass(frozen=True)
+class Matrix:
+    """A hidden matrix in a row, which muon makes its steps of: its entries, its number of rows, its longer side."""
 
-    def __init__(self, config: Config, theta: Tensor) -> None:
+    place: slice
+    rows: int
+    side: int
+
+
+class InPlaceRule:
+    """The rules of ``rules.py`` in place over a row (N,), of which ``matrices`` are those that muon is for."""
+
+    def __init__(self, config: Config, theta: Tensor, matrices: Sequence[Matrix] = ()) -> None:
         self.optimizer = config["optimizer"]
-        n = n_moments(self.optimizer, [float(config["momentum"])])
-        self.moments = [torch.zeros_like(theta) for _ in range(n)]
+        self.momentum, self.beta2 = float(config["momentum"]), float(config["beta2"])
+        self.decay = min(float(config["weight_decay"]), torch.finfo(theta.dtype).max)
+        self.moments = [torch.zeros_like(theta) for _ in range(n_moments(self.optimizer, [self.momentum]))]
+        self.scratch = torch.empty_like(theta)
+        self.matrices = matrices
+        ends = [
+            0,
+            *(end for matrix in matrices for end in (matrix.place.start, matrix.place.stop)),
+            len(theta),
+        ]
+        self.rest = [slice(a, b) for a, b in zip(ends[::2], ends[1::2]) if a < b]
 
     def state(self) -> list[Tensor]:
         """Return the moments."""
@@ -95,65 +114,75 @@ class _Moments:
         """Return the row itself, but for the average of schedulefree."""
         return schedule_free_average(theta, self.moments[0]) if self.optimizer == "schedulefree" else theta
 
-
-class InPlaceRule(_Moments):
-    """The rules of ``rules.py`` that ``update.py`` has in place, of numbers of the host."""
-
-    def __init__(self, config: Config, theta: Tensor) -> None:
-        super().__init__(config, theta)
-        self.momentum, self.beta2 = float(config["momentum"]), float(config["beta2"])
-        self.decay = min(float(config["weight_decay"]), torch.finfo(theta.dtype).max)
-        self.scratch = torch.empty_like(theta)
-
     def step(self, theta: Tensor, grad: Tensor, rate: float, count: int) -> None:
         """Take one step."""
-        if self.decay and self.optimizer == "adamw":
+        match self.optimizer:
+            case "adam" | "adamw" | "muon":
+                self._adam(theta, grad, rate, count)
+            case "lion":
+                self._lion(theta, grad, rate)
+            case "schedulefree":
+                self._schedulefree(theta, grad, rate, count)
+            case _:
+                if self.decay:
+                    grad.add_(theta, alpha=self.decay)
+                theta.add_(self._direction(grad), alpha=-rate)
+
+    def _shrink(self, theta: Tensor, rate: float) -> None:
+        if self.decay:
             theta.mul_(1 - rate * self.decay)
-        elif self.decay:
-            grad.add_(theta, alpha=self.decay)
-        if self.optimizer in ("adam", "adamw"):
-            # rate / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to numbers
-            (m, v), root = self.moments, math.sqrt(1 - self.beta2**count)
-            m.lerp_(grad, 1 - BETA1)
-            v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-            scratch = torch.sqrt(v, out=self.scratch).add_(EPS * root)
-            theta.addcdiv_(m, scratch, value=-rate * root / (1 - BETA1**count))
-            return
-        if self.moments:
-            buffer = self.moments[0].mul_(self.momentum).add_(grad)
-            grad = grad.add_(buffer, alpha=self.momentum) if self.optimizer == "nesterov" else buffer
-        theta.add_(grad, alpha=-rate)
+
+    def _adam(self, theta: Tensor, grad: Tensor, rate: float, count: int) -> None:
+        """Adam of all that is in no matrix, and muon of those."""
+        if self.optimizer == "adam":
+            if self.decay:
+                grad.add_(theta, alpha=self.decay)
+        else:
+            self._shrink(theta, rate)
+        # rate / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps), with the corrections moved to numbers
+        root = math.sqrt(1 - self.beta2**count)
+        for place in self.rest:
+            (m, v), g = (moment[place] for moment in self.moments), grad[place]
+            m.lerp_(g, 1 - BETA1)
+            v.mul_(self.beta2).addcmul_(g, g, value=1 - self.beta2)
+            scratch = torch.sqrt(v, out=self.scratch[place]).add_(EPS * root)
+            theta[place].addcdiv_(m, scratch, value=-rate * root / (1 - BETA1**count))
+        for matrix in self.matrices:
+            m, g = self.moments[0][matrix.place], grad[matrix.place]
+            m.lerp_(g, 1 - self.momentum)
+            step = orthogonal(torch.lerp(g, m, self.momentum).view(matrix.rows, -1))
+            theta[matrix.place].add_(step.flatten(), alpha=-rate * MUON_SCALE * math.sqrt(matrix.side))
+
+    def _lion(self, theta: Tensor, grad: Tensor, rate: float) -> None:
+        (m,) = self.moments
+        self._shrink(theta, rate)
+        theta.add_(torch.lerp(m, grad, 1 - BETA1, out=self.scratch).sign_(), alpha=-rate)
+        m.lerp_(grad, 1 - LION_BETA2)
+
+    def _schedulefree(self, theta: Tensor, grad: Tensor, rate: float, count: int) -> None:
+        (z, v), corrected = self.moments, 1 - self.beta2**count
+        share = corrected / (count - self.beta2 * corrected / (1 - self.beta2))
+        if count == 1:
+            z.copy_(theta)
+        v.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        step = grad.div_(torch.sqrt(v, out=self.scratch).add_(EPS))
+        if self.decay:
+            step.add_(theta, alpha=self.decay)
+        rate *= math.sqrt(corrected)
+        theta.lerp_(z, share).add_(step, alpha=rate * (BETA1 * (1 - share) - 1))
+        z.add_(step, alpha=-rate)
+
+    def _direction(self, grad: Tensor) -> Tensor:
+        if self.optimizer == "rmsprop":
+            v = self.moments[0]
+            v.mul_(RMSPROP_ALPHA).addcmul_(grad, grad, value=1 - RMSPROP_ALPHA)
+            grad.div_(torch.sqrt(v, out=self.scratch).add_(EPS))
+        if not self.moments:
+            return grad
+        buffer = self.moments[-1]
+        buffer.mul_(self.momentum).add_(grad)
+        return grad.add_(buffer, alpha=self.momentum) if self.optimizer == "nesterov" else buffer
 
 
-class PureRule(_Moments):
-    """A rule as ``rules.py`` has it, of the ``parts`` of a row (N,); ``sides`` are those of muon's hidden matrices."""
-
-    def __init__(
-        self, config: Config, theta: Tensor, parts: Callable[[Tensor], Params], sides: Mapping[str, int]
-    ) -> None:
-        super().__init__(config, theta)
-        self.parts = parts
-        lr, decay, momentum = (_number(config[key], theta) for key in ("lr", "weight_decay", "momentum"))
-        longer = {name: _number(side, theta) for name, side in sides.items()}
-        self.rates = Rates(lr, decay, momentum, count=lr, beta2=float(config["beta2"]), sides=longer)
-
-    def step(self, theta: Tensor, grad: Tensor, rate: float, count: int) -> None:
-        """Take one step."""
-        rates = replace(self.rates, lr=_number(rate, theta), count=_number(count, theta))
-        w, g, *moments = (
-            {name: part[None] for name, part in self.parts(row).items()}
-            for row in (theta, grad, *self.moments)
-        )
-        before = dict(zip(MOMENTS[self.optimizer], moments))
-        new, after = RULES[self.optimizer](w, g, before, rates)
-        for old, values in ((w, new), *((before[name], after[name]) for name in before)):
-            for name, part in old.items():
-                part.copy_(values[name])
-
-
-def _number(value: float, like: Tensor) -> Tensor:
-    return torch.full((1,), float(value), dtype=torch.float64, device=like.device)
-
-
-RowRule = InPlaceRule | PureRule | ClassRule
+RowRule = InPlaceRule | ClassRule
 """What changes a row (N,) by its gradient, which is used up, and the rows that it keeps for that."""
