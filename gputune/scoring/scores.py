@@ -7,12 +7,16 @@ ranks them by their probabilities, as scikit-learn does, where margins know of m
 Of the scorers of scikit-learn that have no function here, ``fitted`` is what they take for a fitted estimator.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from gputune.errors import InputError
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,3 +149,19 @@ def _auc(p: Tensor, positive: Tensor) -> Tensor:
     not_higher = torch.searchsorted(below, above, right=True)
     wins = (lower + not_higher).to(p.dtype).mean(-1) / 2  # ties count half
     return wins / below.shape[-1]
+
+
+def refuse_metric(scoring: Callable[..., object]) -> None:
+    """Raise InputError for a function of sklearn.metrics: it is of (y_true, y_pred), and of some the least is best."""
+    metric = scoring.func if isinstance(scoring, partial) else scoring
+    if not (inspect.isfunction(metric) and metric.__module__.startswith("sklearn.metrics")):
+        return
+    from sklearn.metrics import get_scorer, get_scorer_names
+
+    words = [name for name in get_scorer_names() if getattr(get_scorer(name), "_score_func", None) is metric]
+    remedy = f"scoring=sklearn.metrics.make_scorer({metric.__name__}, ...)"
+    if words and metric is scoring:
+        remedy = f"scoring={min(words, key=len)!r}"
+    raise InputError(
+        f"scoring=sklearn.metrics.{metric.__name__} is a function of (y_true, y_pred) and no scorer; give {remedy}."
+    )

@@ -215,7 +215,7 @@ def make_scoring(
                 "scoring is a scikit-learn scorer name, a callable(estimator, X, y) or (outputs, y), or a list or dict "
                 f"of them, got {scoring!r}."
             )
-        _refuse_metric(scoring)
+        scores.refuse_metric(scoring)
         name = qualified_name(scoring)
         if _takes_outputs(scoring):
             return Scoring(name, None, None, classes, of_outputs=cast(Any, scoring))
@@ -231,22 +231,6 @@ def make_scoring(
     codes = classes if classes is None or task == "multilabel" else np.arange(len(classes))
     scorer = get_scorer(scoring)
     return Scoring(scoring, None, scorer, codes, positive_code(positive, scoring, scorer, task, classes))
-
-
-def _refuse_metric(scoring: Callable[..., object]) -> None:
-    """Raise InputError for a function of sklearn.metrics: it is of (y_true, y_pred), and of some the least is best."""
-    metric = scoring.func if isinstance(scoring, partial) else scoring
-    if not (inspect.isfunction(metric) and metric.__module__.startswith("sklearn.metrics")):
-        return
-    from sklearn.metrics import get_scorer, get_scorer_names
-
-    words = [name for name in get_scorer_names() if getattr(get_scorer(name), "_score_func", None) is metric]
-    remedy = f"scoring=sklearn.metrics.make_scorer({metric.__name__}, ...)"
-    if words and metric is scoring:
-        remedy = f"scoring={min(words, key=len)!r}"
-    raise InputError(
-        f"scoring=sklearn.metrics.{metric.__name__} is a function of (y_true, y_pred) and no scorer; give {remedy}."
-    )
 
 
 def _neg_loss(objective: Objective | None, *, asked: bool) -> Scoring:
