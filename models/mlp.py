@@ -1,4 +1,6 @@
-"""The multilayer perceptron: hidden layers of one width, each linear, activation, dropout; a linear end."""
+"""The multilayer perceptron: hidden layers, each linear, activation, dropout; a linear end."""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -11,8 +13,9 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "si
 class MLP(nn.Module):
     """A multilayer perceptron that returns logits (classes) or values (regression).
 
-    ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model; ``activation`` is
-    "relu", "gelu", "silu" or "tanh"; ``dropout`` in [0, 1) follows every activation.
+    ``width`` units in each of ``depth`` hidden layers, ``depth=0`` being the linear model, or ``width`` is the units of
+    each, and there is no ``depth``; ``activation`` is "relu", "gelu", "silu" or "tanh"; ``dropout`` in [0, 1) follows
+    every activation.
 
     Shape: ``(B, D) -> (B, K)``. Raises ValueError for an argument out of range.
     """
@@ -22,7 +25,7 @@ class MLP(nn.Module):
         n_features: int,
         n_outputs: int,
         *,
-        width: int = 128,
+        width: int | Sequence[int] = 128,
         depth: int = 2,
         activation: str = "relu",
         dropout: float = 0.0,
@@ -30,16 +33,18 @@ class MLP(nn.Module):
         super().__init__()
         check_size("n_features", n_features, 0)
         check_size("n_outputs", n_outputs, 1)
-        check_size("width", width, 1)
         check_size("depth", depth, 0)
+        hidden = [*width] if isinstance(width, Sequence) else [width] * depth
+        for units in hidden or [width]:
+            check_size("width", units, 1)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}.")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1), got {dropout=}.")
         self.n_features, self.n_outputs = n_features, n_outputs
-        self.width, self.depth = width, depth
+        self.width, self.depth = width, len(hidden)
         self.activation, self.dropout = activation, dropout
-        sizes = [n_features, *[width] * depth, n_outputs]
+        sizes = [n_features, *hidden, n_outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:]))
         self.act = ACTIVATIONS[activation]()
         self.drop = nn.Dropout(dropout)

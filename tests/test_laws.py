@@ -10,7 +10,7 @@ import torch
 import problems
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.train import train
-from gputune.population.population import populations
+from gputune.population.population import hidden_widths, populations
 from gputune.types import ONLINE
 from problems import (
     assert_equals_plain_loop,
@@ -100,6 +100,16 @@ def unlike(optimizer):
 @each(OPTIMIZERS)
 def test_law_1_for_unlike_widths_and_batch_sizes_in_one_population(optimizer):
     assert_equals_plain_loop(make_data(), unlike(optimizer), epochs=10)
+
+
+@not_recorded
+@each([OPTIMIZERS[1], OPTIMIZERS[5]])
+def test_law_1_for_layers_of_unlike_widths(optimizer):
+    widths = [(16, 3), (5, 14), 12]
+    configs = fill(*({**optimizer, "width": width, "batch_size": 9, "lr": 0.01} for width in widths))
+    assert len(populations(configs, "mlp", rows=31)) == 1
+    assert_equals_plain_loop(make_data(), configs, epochs=6)
+    assert_equals_plain_loop(make_data(), fill({**optimizer, "width": (7, 20, 9), "lr": 0.01}), epochs=6)
 
 
 @eagerly
@@ -253,17 +263,18 @@ def test_law_2_trials_that_leave_change_no_other_with_adapted_rates(optimizer):
 def test_law_3_padded_units_stay_zero(optimizer, backend):
     if optimizer in ONLINE and backend != "eager":
         pytest.skip("trains eagerly alone")
-    data, widths = make_data(), (3, 16, 9)
+    data, widths = make_data(), (3, 16, 9, (9, 5))
     configs = fill(*({"width": width, "optimizer": optimizer} for width in widths))
     network = StackedMLP("mlp", configs, shape_of(data), seed=0)
     trained = train(network, data, configs, seed=0, epochs=5, horizon=5, backend=backend)
     params = network.blocks.by_member(trained.flat)
-    for c, width in enumerate(widths):
-        for outgoing, bias, incoming in (("weight0", "bias0", "weight1"), ("weight1", "bias1", "weight2")):
-            assert not params[outgoing][:, c, :, width:].any()
-            assert not params[bias][:, c, width:].any()
-            assert not params[incoming][:, c, width:].any()
-        assert params["weight1"][:, c, :width, :width].all()
+    for c, config in enumerate(configs):
+        own = hidden_widths(config)
+        for layer, width in enumerate(own):
+            assert not params[f"weight{layer}"][:, c, :, width:].any()
+            assert not params[f"bias{layer}"][:, c, width:].any()
+            assert not params[f"weight{layer + 1}"][:, c, width:].any()
+        assert params["weight1"][:, c, : own[0], : own[1]].all()
 
 
 def test_law_6_a_diverged_trial_is_nan_from_then_on():

@@ -44,9 +44,9 @@ def plain_mlp(config: Config, n_features: int, n_outputs: int, seed: int) -> tup
         for number, layer in enumerate(module.layers[:-1]):
             x = module.act(layer(x))
             if rate := config["dropout"]:
-                size = (len(x), padded_width(module.width))
+                size = (len(x), padded_width(config["width"]))
                 draw = torch.rand(size, generator=stream(seed, "dropout", epoch, step, number))
-                x = torch.where(draw[:, : module.width] >= rate, x / (1 - rate), torch.zeros_like(x))
+                x = torch.where(draw[:, : config["width"]] >= rate, x / (1 - rate), torch.zeros_like(x))
         outputs: Tensor = module.layers[-1](x)
         return outputs
 

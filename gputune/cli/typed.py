@@ -63,6 +63,8 @@ def _config(texts: Sequence[str], flag: str) -> Config:
     """Return the one configuration of several KEY=VALUE. Raises InputError for lists and ranges."""
     config = parse_specs(texts, flag)
     for key, value in config.items():
+        if isinstance(value, list) and len(value) == 1:  # a tuple
+            config[key] = value = value[0]
         if isinstance(value, list) or hasattr(value, "rvs"):
             spec = next(text for text in texts if text.partition("=")[0].strip() == key)
             raise InputError(

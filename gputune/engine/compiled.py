@@ -22,6 +22,7 @@ from gputune.native.library import ACTIVATIONS, OPTIMIZERS, Work, library, make_
 from gputune.optimizers.rules import SCHEDULES, n_moments
 from gputune.population.batches import row_order
 from gputune.population.network import Network
+from gputune.population.population import hidden_widths
 from gputune.scoring.scores import accuracy
 from gputune.scoring.scoring import Scoring
 from gputune.types import Config
@@ -82,7 +83,7 @@ class CompiledChunk:
         self.arrays: dict[str, Array] = {
             **self.fixed,
             **{name: np.array([float(c[key]) for c in self.configs]) for name, key in rows.items()},
-            "widths": np.array([c["width"] for c in self.configs], dtype=np.int64),
+            "widths": np.array([hidden_widths(c) for c in self.configs], dtype=np.int64),
             "sizes": self.sizes,
             "schedule": np.array(
                 [tuple(SCHEDULES).index(c["schedule"]) for c in self.configs], dtype=np.int64

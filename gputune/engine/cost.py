@@ -13,7 +13,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
-from gputune.population.population import ModelKind, Population, padded_width
+from gputune.population.population import ModelKind, Population, hidden_widths, padded_width
 from gputune.types import ONLINE, Backend, Config
 
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
@@ -94,7 +94,7 @@ def _shape(population: Population, data: Dataset, parameters: int) -> tuple[int,
         return 1, (d + 1) * k, k
     if population.kind == "module":  # its inside is unknown: a square root of the size is a fair width
         return 8, parameters, 4 * int(parameters**0.5)
-    depth, width = config["depth"], padded_width(config["width"])
+    depth, width = config["depth"], padded_width(max(hidden_widths(config), default=1))
     size = (d + 1) * width + (depth - 1) * (width + 1) * width + (width + 1) * k
     return depth + 1, size, depth * width
 
@@ -128,7 +128,7 @@ def operations(config: Config, kind: ModelKind, data: Dataset) -> float:
     """
     if kind == "module":
         return math.nan
-    hidden = [config["width"]] * config["depth"] if kind == "mlp" else []
+    hidden = hidden_widths(config) if kind == "mlp" else ()
     sizes = [data.n_features, *hidden, data.n_outputs]
     pairs = sum(3 * a * b for a, b in zip(sizes[:-1], sizes[1:])) - sizes[0] * sizes[1]
     return float(2 * pairs * sum(len(fold.train) for fold in data.folds))

@@ -18,7 +18,7 @@ from gputune.models import MLP, LogisticRegression
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.population.batches import Batch, Batches
 from gputune.population.network import Shape, by_copy
-from gputune.population.population import ModelKind, padded_width
+from gputune.population.population import ModelKind, hidden_widths, padded_width
 from gputune.scoring.losses import cross_entropy_slope_, row_losses, squared_error_slope_
 from gputune.seeding import stream
 from gputune.types import Config, Params
@@ -39,7 +39,7 @@ class StackedMLP:
         self.kind, self.configs, self.shape, self.seed = kind, tuple(configs), shape, seed
         first = configs[0]
         self.depth = first["depth"] if kind == "mlp" else 0
-        self.hidden = padded_width(first["width"]) if self.depth else 0
+        self.hidden = padded_width(max(hidden_widths(first))) if self.depth else 0
         self.activation = first["activation"]
         rates = [c["dropout"] if self.depth else 0.0 for c in configs]
         self.rates = None
@@ -57,14 +57,15 @@ class StackedMLP:
 
     def _blocks(self) -> list[Block]:
         folds, trials = self.shape.folds, len(self.configs)
-        hidden = tuple(config["width"] for config in self.configs) if self.depth else None
+        widths = [hidden_widths(config) for config in self.configs]
         blocks = [
             Block("weight0", (folds, self.sizes[0], trials, self.sizes[1]), 2),
             Block("bias0", (folds, trials, self.sizes[1]), 1),
         ]
         for layer, (a, b) in enumerate(zip(self.sizes[1:-1], self.sizes[2:]), start=1):
+            sides = tuple(max(own[layer - 1 : layer + 1]) for own in widths) if layer < self.depth else None
             blocks += [
-                Block(f"weight{layer}", (folds, trials, a, b), 1, hidden if layer < self.depth else None),
+                Block(f"weight{layer}", (folds, trials, a, b), 1, sides),
                 Block(f"bias{layer}", (folds, trials, 1, b), 1),
             ]
         return blocks
@@ -81,7 +82,8 @@ class StackedMLP:
         return flat.to(self.shape.device)
 
     def _true_sizes(self, config: Config) -> list[tuple[int, int]]:
-        sizes = [self.shape.n_features, *[config["width"]] * self.depth, self.shape.n_outputs]
+        hidden = hidden_widths(config) if self.depth else ()
+        sizes = [self.shape.n_features, *hidden, self.shape.n_outputs]
         return list(zip(sizes[:-1], sizes[1:]))
 
     def targets(self, y: Tensor) -> Tensor:

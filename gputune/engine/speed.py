@@ -16,7 +16,7 @@ from gputune.engine.findings import Speed
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import cores
 from gputune.memory import synchronize
-from gputune.population.population import ModelKind, Population, complete
+from gputune.population.population import ModelKind, Population, complete, hidden_widths
 from gputune.types import Backend, Config
 
 FOLDS, FEATURES, CLASSES, WIDTH, BATCH = 5, 64, 10, 64, 32
@@ -42,18 +42,17 @@ def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int, k
     Both of its parts go with the number of parameters: the update, once, and the products, for each row. One row costs
     a tenth of the update, in compiled code on an EPYC core.
     """
-    depth = config["depth"] if kind == "mlp" else 0
-    parameters: float = _parameters(n_features, config["width"], depth, n_outputs)
+    hidden = hidden_widths(config) if kind == "mlp" else ()
+    parameters: float = _parameters(n_features, *hidden, n_outputs)
     batch = min(int(config["batch_size"]), rows)
     return parameters * (10 + batch) / (_TIMED * (10 + BATCH))
 
 
-def _parameters(inputs: int, width: int, depth: int, outputs: int) -> int:
-    sizes = [inputs, *[width] * depth, outputs]
+def _parameters(*sizes: int) -> int:
     return sum((a + 1) * b for a, b in pairwise(sizes))
 
 
-_TIMED = _parameters(FEATURES, WIDTH, 2, CLASSES)
+_TIMED = _parameters(FEATURES, WIDTH, WIDTH, CLASSES)
 
 
 def _data(device: torch.device) -> Dataset:

@@ -174,6 +174,12 @@ def check_config(config: Mapping[str, object], *, name: str = "config") -> Confi
             f"{name} must have a value for 'hypergrad_lr' beside hypergrad_rule={checked['hypergrad_rule']!r}, whose "
             "unit depends on the model; try powers of ten, or the rule 'multiplicative'."
         )
+    layers = checked.get("width")
+    if isinstance(layers, tuple) and checked.get("depth", len(layers)) != len(layers):
+        raise InputError(
+            f"{name} must have no 'depth' beside the width {layers}, which is of {len(layers)} layers, got "
+            f"{checked['depth']}. Leave it out."
+        )
     penalty = checked.pop("penalty", None)
     if penalty is not None:
         checked["l1_ratio"] = 1.0 if penalty == "l1" else 0.0
@@ -213,6 +219,8 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 def check_value(key: str, value: object, name: str) -> Any:
     """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
     value = _plain(value)
+    if key == "width" and isinstance(value, tuple):
+        return _check_layers(value, name)
     if key in RANGES:
         return _check_number(RANGES[key], value, name)
     if key.startswith((LR_FACTOR, DECAY_FACTOR)):
@@ -222,6 +230,15 @@ def check_value(key: str, value: object, name: str) -> Any:
     if key in WORDS:
         return _check_word(key, "none" if key == "penalty" and value is None else value, name)
     return value  # of module__* and its like, which is the module's own business
+
+
+def _check_layers(widths: tuple[object, ...], name: str) -> tuple[float | int, ...]:
+    """Return the units of each hidden layer, where they are not all alike."""
+    if not widths:
+        raise InputError(
+            f"{name} must have the units of each hidden layer, got {widths!r}. For example (100, 50)."
+        )
+    return tuple(_check_number(RANGES["width"], units, f"each layer of {name}") for units in widths)
 
 
 def _check_number(rule: Range, value: object, name: str) -> float | int:

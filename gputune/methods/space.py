@@ -282,8 +282,8 @@ def parse_spec(text: str) -> tuple[str, object]:
 
     ``a,b,c`` is a list, ``a..b`` uniform between (all integers, both ends included, for an integer key),
     ``a..b:log`` log-uniform, anything else one fixed value. A ``module__*`` value is read as a number, as
-    true or false, else as a word; its range is of integers when both ends are written so. ``(a,b)`` is one value, a
-    tuple. Raises InputError.
+    true or false, else as a word; its range is of integers when both ends are written so. ``(a,b)``, of these or of
+    ``width``, is one value, a tuple. Raises InputError.
     """
     key, equals, spec = (part.strip() for part in text.partition("="))
     if not equals or not key or not spec:
@@ -323,7 +323,7 @@ def _parse_value(key: str, text: str, spec: str) -> str | float | bool | tuple[o
         raise InputError(f"A list needs a value at each place, got {spec!r}. {_EXAMPLES}")
     if key in WORDS:
         return text
-    if key not in RANGES and text[0] == "(" and text[-1] == ")":
+    if (key not in RANGES or key == "width") and text[0] == "(" and text[-1] == ")":
         return tuple(_parse_value(key, part.strip(), spec) for part in text[1:-1].split(","))
     number = _number(text)
     if number is not None:

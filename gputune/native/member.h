@@ -73,7 +73,7 @@ static void move_row(const Layer *layer, int role, long i, real *flat, int back)
 /* Copy one member from the flat buffers, or back: weight0 (F, D, C, H), bias0 (F, C, H), the others (F, C, in, out). */
 static void move(const Work *w, Space *s, long f, long c, int back) {
     real *from[3] = {w->theta, w->first, w->second};
-    long hidden = w->widths[c];
+    const int64_t *hidden = w->widths + c * (w->layers - 1);
     if (!back) memset(s->state, 0, (char *)s->end - (char *)s->state);
     for (int role = 0; role < s->roles; role++) {
         real *block = from[role];
@@ -81,7 +81,8 @@ static void move(const Work *w, Space *s, long f, long c, int back) {
             int last = l + 1 == s->layers;
             long wide = last ? w->outputs : w->width, in = l ? w->width : w->inputs;
             Layer *layer = &s->layer[l];
-            layer->in = l ? hidden : w->inputs, layer->out = last ? w->outputs : hidden, layer->row = padded(layer->out);
+            layer->in = l ? hidden[l - 1] : w->inputs, layer->out = last ? w->outputs : hidden[l];
+            layer->row = padded(layer->out);
             for (long i = 0; i < layer->in; i++) {
                 long at = l ? (f * w->trials + c) * in + i : (f * in + i) * w->trials + c;
                 move_row(layer, role, i, block + at * wide, back);

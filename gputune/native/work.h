@@ -16,7 +16,8 @@ typedef struct {
     const int64_t *order;         /* (F, longest fold): rows of the data as they are read in this epoch */
     const int64_t *lengths;       /* (F): rows of each fold */
     int64_t longest;
-    const int64_t *widths, *sizes, *schedule;          /* (C) */
+    const int64_t *widths;                             /* (C, hidden layers) */
+    const int64_t *sizes, *schedule;                   /* (C) */
     const double *lr, *decay, *momentum, *dropout;    /* (C) */
     const float *draws;           /* of dropout, one after another; NULL: none */
     const int64_t *draw_start;    /* (steps): where those of a step begin */

@@ -27,6 +27,12 @@ def padded_width(width: int) -> int:
     return next((w for w in _WIDTHS if w >= width), -(-width // 512) * 512)
 
 
+def hidden_widths(config: Config) -> tuple[int, ...]:
+    """Return the units of each hidden layer of a complete configuration: ``width`` is of all, or has one for each."""
+    width = config["width"]
+    return width if isinstance(width, tuple) else (width,) * config["depth"]
+
+
 def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     """Return a configuration with every key that training reads, defaults where it is silent.
 
@@ -34,6 +40,8 @@ def complete(config: Config, *, optimizer: str, schedule: str) -> Config:
     """
     word = config.get("optimizer", optimizer)
     full = {**DEFAULTS, **optimizer_defaults(word), "optimizer": word, "schedule": schedule, **config}
+    if isinstance(full["width"], tuple):
+        full["depth"] = len(full["width"])
     if (word in ONLINE or class_of(full)) and (unknown := beyond_adam(full)):
         kind = "adapts its rate" if word in ONLINE else "is a class of torch.optim here"
         raise InputError(
@@ -127,7 +135,7 @@ def _shape(config: Config, kind: ModelKind) -> tuple[object, ...]:
         return (optimizer, *sorted((k, repr(v)) for k, v in module_arguments(config).items()))
     if kind == "linear":
         return (optimizer,)
-    width = padded_width(config["width"])
+    width = padded_width(max(hidden_widths(config), default=1))
     return (optimizer, config["depth"], width, config["activation"], config["dropout"] > 0)
 
 

@@ -89,7 +89,7 @@ class _MLP(TrainedEstimator):
             "solver": lambda value: value == "lbfgs",
             "activation": lambda value: value in ("identity", "logistic"),
             "learning_rate": lambda value: self.solver == "sgd" and value in ("invscaling", "adaptive"),
-            "hidden_layer_sizes": lambda value: np.size(value) == 0 or np.ptp(value) > 0,
+            "hidden_layer_sizes": lambda value: np.size(value) == 0,
             "loss": lambda value: value != self._loss,
             "shuffle": operator.not_,
             "warm_start": bool,
@@ -140,7 +140,7 @@ class _MLP(TrainedEstimator):
         )  # which is for sgd alone
         momentum = check_value("momentum", self.momentum, "momentum")
         values = {
-            "width": ("hidden_layer_sizes", max(layers)),
+            "width": ("hidden_layer_sizes", tuple(layers) if len({*layers}) > 1 else layers[0]),
             "depth": ("hidden_layer_sizes", len(layers)),
             "activation": ("activation", self.activation),
             "dropout": ("dropout", self.dropout),
@@ -235,8 +235,8 @@ _PARAMETERS = """
     What scikit-learn's own is, with its parameters and their defaults, and whatever it has after ``fit``. gputune
     trains it, alone as in a search, where it can: ``fit`` is scikit-learn's own, of one estimator alone, for "lbfgs",
     activation "logistic" or "identity", learning_rate "invscaling" or "adaptive" of "sgd", early_stopping, warm_start,
-    shuffle=False, hidden layers of unlike sizes or none, other constants of "adam", a target of several columns or of
-    one class, and for ``partial_fit``. A search trains all other candidates together, and says which it does not.
+    shuffle=False, no hidden layer, other constants of "adam", a target of several columns or of one class, and for
+    ``partial_fit``. A search trains all other candidates together, and says which it does not.
 
     Of what gputune trains:
 

@@ -1,6 +1,7 @@
 """The modules of a saved model, built again: with which arguments, for which inputs, of which size."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,14 @@ def check_size(members: Sequence[Config], kind: str, state: dict[str, Tensor]) -
     words = {"n_features": 0, "n_outputs": 0, "width": 128, "depth": 2 if kind == "mlp" else 0}
     numbers = 0
     for arguments in members:
+        if isinstance(width := arguments.get("width"), tuple):  # of each layer
+            sizes = (
+                int(arguments.get("n_features") or 0),
+                *map(int, width),
+                int(arguments.get("n_outputs") or 0),
+            )
+            numbers += sum((a + 1) * b for a, b in pairwise(sizes))
+            continue
         D, K, H, depth = (int(arguments.get(word) or least) for word, least in words.items())
         numbers += (D + 1) * H + (depth - 1) * (H + 1) * H + (H + 1) * K if depth else (D + 1) * K
     there = sum(tensor.numel() for tensor in state.values())

@@ -19,7 +19,7 @@ LEGAL = {
     "lr": (1e-8, 1, 10.0),
     "hypergrad_lr": (0, 0.02, 0.999),
     "batch_size": (1, 10**6),
-    "width": (1, 32.0),
+    "width": (1, 32.0, (100, 50)),
     "depth": (1, 9),
     "dropout": (0, 0.999),
     "weight_decay": (0, 3.0),
@@ -94,6 +94,7 @@ def test_text_and_booleans_are_no_numbers(key):
         ("width", 32.0, 32),
         ("width", np.float32(32), 32),
         ("width", np.int16(32), 32),
+        ("width", (np.int16(32), 8.0), (32, 8)),
         ("width", 2**60 + 1, 2**60 + 1),
         ("lr", 1, 1.0),
         ("lr", np.float32(0.5), 0.5),
@@ -106,6 +107,28 @@ def test_text_and_booleans_are_no_numbers(key):
 def test_values_become_pythons_own(key, value, expected):
     value = check_config({key: value})[key]
     assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"width": (8, 0)},
+            r"each layer of trial\['width'\] must be an integer >= 1, got 0\. For example 128",
+        ),
+        (
+            {"width": ()},
+            r"trial\['width'\] must have the units of each hidden layer, got \(\)\. For example \(100",
+        ),
+        (
+            {"width": (8, 4), "depth": 3},
+            r"no 'depth' beside the width \(8, 4\), which is of 2 layers, got 3\. Leave",
+        ),
+    ],
+)
+def test_layers_of_unlike_widths_that_cannot_be(config, message):
+    with refused(message):
+        check_config(config, name="trial")
 
 
 def test_keys_are_sorted_and_modules_keep_their_values():

@@ -28,6 +28,7 @@ def test_a_model_is_an_example_of_less_than_60_lines(model):
         (CNN((8, 8), 3, depth=3, dropout=0.5), (8, 8)),
         (GRU((7, 2), 3, layers=2), (7, 2)),
         (MLP(5, 3, width=7, depth=3, activation="tanh"), (5,)),
+        (MLP(5, 3, width=(7, 2)), (5,)),
         (LogisticRegression(5, 3), (5,)),
     ],
 )
@@ -47,6 +48,7 @@ def test_bytes_and_token_ids_are_taken_as_they_are():
     ("model", "arguments", "message"),
     [
         (MLP, {"n_features": 3, "width": 0}, "width must be at least 1, got width=0"),
+        (MLP, {"n_features": 3, "width": (4, 0)}, "width must be at least 1, got width=0"),
         (MLP, {"n_features": 3, "depth": -1}, "depth must be at least 0"),
         (MLP, {"n_features": 3, "activation": "sigmoid"}, "activation must be one of .*, got 'sigmoid'"),
         (MLP, {"n_features": 3, "dropout": 1.0}, r"dropout is a probability in \[0, 1\)"),

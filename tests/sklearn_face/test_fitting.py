@@ -25,6 +25,7 @@ MIXED = [
     {"hidden_layer_sizes": (20, 20), "batch_size": 32, "dropout": 0.2},
     {"hidden_layer_sizes": (20, 20), "batch_size": 17, "solver": "sgd", "learning_rate_init": 0.1},
     {"hidden_layer_sizes": (128,), "activation": "tanh", "max_iter": 3},
+    {"hidden_layer_sizes": (20, 7), "dropout": 0.2},
     {"alpha": 1.0, "learning_rate_init": 0.01},
     {"alpha": 0.5, "batch_size": 32, "solver": "sgd", "learning_rate_init": 0.05, "learning_rate": "cosine"},
     {"solver": "adamwhd", "random_state": 7},
@@ -98,9 +99,9 @@ def test_a_fit_is_the_plain_loop():
     X, y = NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X))
     common = {"batch_size": 40, "weight_decay": 0.1}
-    engine = common | {"width": 12, "lr": 0.01, "optimizer": "adam"}
+    engine = common | {"width": (12, 7), "lr": 0.01, "optimizer": "adam"}
     fitted = MLPRegressor(
-        hidden_layer_sizes=(12, 12),
+        hidden_layer_sizes=(12, 7),
         solver="adam",
         learning_rate_init=0.01,
         max_iter=6,

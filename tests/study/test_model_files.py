@@ -284,7 +284,9 @@ def test_a_description_whose_module_does_not_fit_is_named(frame, folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("sizes", [{"width": 40_000}, {"depth": 10**7}, {"n_features": 10**9}])
+@pytest.mark.parametrize(
+    "sizes", [{"width": 40_000}, {"depth": 10**7}, {"n_features": 10**9}, {"width": {"tuple": [9, 10**9]}}]
+)
 def test_a_description_of_a_network_larger_than_its_tensors_takes_no_memory(frame, folder, sizes):
     make_model(frame).save(folder)
     edit(folder, lambda body: body["spec"]["kwargs"].update(sizes))
