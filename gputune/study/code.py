@@ -17,13 +17,25 @@ _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def source_text(function: Any) -> str:
-    """Return the source of a function or class, else a function's bytecode; "" where there is neither."""
+    """Return the source of a function or class, else a function's bytecode; "" where there is neither.
+
+    Of a lambda it is its lines, and its bytecode too where these have several, which are then told apart; another
+    Python has another bytecode.
+    """
+    code = getattr(function, "__code__", None)
     try:
-        return inspect.getsource(function)
+        text = inspect.getsource(function)
     except (OSError, TypeError):
-        code = getattr(function, "__code__", None)
-        constants = [] if code is None else [c for c in code.co_consts if not inspect.iscode(c)]
-        return "" if code is None else repr((code.co_code, code.co_names, constants))
+        return "" if code is None else _bytecode(code)
+    several = code is not None and code.co_name == "<lambda>" and text.count("lambda") > 1
+    return text + _bytecode(code) if several else text
+
+
+def _bytecode(value: Any) -> str:
+    """Return a code object, or a constant of one, as text that is the same in every process."""
+    if inspect.iscode(value):
+        return repr((value.co_code, value.co_names, [*map(_bytecode, value.co_consts)]))
+    return repr(sorted(map(repr, value)) if isinstance(value, frozenset) else value)
 
 
 def digest_of_code(value: object) -> str:

@@ -33,6 +33,9 @@ class Powered(nn.Module):
 
 
 B = torch.tensor([1.0, 2.0])
+# fmt: off
+LAMBDAS = [lambda o, y: o - y, lambda o, y: y - o, lambda o, y: (lambda z: z + 1)(o), lambda o, y: (lambda z: z + 2)(o)]
+# fmt: on
 PAIRS = {
     "a closure": (lambda: powered(2), lambda: powered(3)),
     "a tensor": (lambda: powered(2, torch.ones(2)), lambda: powered(2, torch.zeros(2))),
@@ -40,6 +43,8 @@ PAIRS = {
         lambda: lambda o, y: o - y,
         lambda: lambda o, y: y - o,
     ),
+    "lambdas of a line": (lambda: LAMBDAS[0], lambda: LAMBDAS[1]),
+    "inner lambdas": (lambda: LAMBDAS[2], lambda: LAMBDAS[3]),
     "a weight": (lambda: nn.CrossEntropyLoss(weight=B), lambda: nn.CrossEntropyLoss(weight=B + 1)),
     "a word": (nn.CrossEntropyLoss, lambda: nn.CrossEntropyLoss(reduction="sum")),
     "a class": (lambda: nn.L1Loss, lambda: nn.MSELoss),
