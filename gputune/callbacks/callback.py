@@ -6,6 +6,7 @@ trial, in plain numbers and words.
 
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,8 @@ class Callback:
     def on_epoch(self, curves: np.ndarray) -> None:
         """Called when the trials of a chunk have trained on; their scores (C, epochs, F) in the epochs just done.
 
-        One epoch at a time in this process, all epochs of a chunk at once from a worker process.
+        Of several metrics they are those of the first. One epoch at a time in this process, all epochs of a chunk at
+        once from a worker process.
         """
 
     def on_trials_end(self, trials: Study) -> None:
@@ -89,10 +91,14 @@ def plain_params(params: Mapping[str, object]) -> dict[str, bool | int | float |
 
 
 def trial_numbers(trial: Trial) -> dict[str, float]:
-    """Return what is a finite number of a trial: score, std_error, best_epoch, seconds, numeric ``params/...``."""
+    """Return what is a finite number of a trial: score, std_error, best_epoch, seconds, numeric ``params/...``.
+
+    Of several metrics also ``metrics/NAME``, the mean of each over the folds.
+    """
     numbers = {name: getattr(trial, name) for name in ("score", "std_error", "best_epoch", "seconds")}
-    params = {f"params/{k}": v for k, v in trial.params.items() if isinstance(v, bool | int | float)}
-    return {name: float(value) for name, value in (numbers | params).items() if math.isfinite(value)}
+    numbers |= {f"metrics/{name}": score for name, score in trial.scores.items()}
+    numbers |= {f"params/{k}": v for k, v in trial.params.items() if isinstance(v, bool | int | float)}
+    return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
 
 
 def best_score(study: Study) -> float:
@@ -115,14 +121,15 @@ def study_options(study: Study) -> Json:
 
 _MOST = 1000  # metrics that a server takes in one log_batch
 _LONGEST = 500  # characters of a parameter
+_REFUSED = re.compile(r"[^\w./ -]")  # in the name of a metric
 
 
 class MLflow(Callback):
     """Logs a search as one run of an MLflow experiment.
 
     The run's parameters are the options of the search and, at its end, "best/..." of the best trial. Its metrics have
-    the trial's number as step: score, std_error, best_epoch, seconds, "params/..."; and, with the number of finished
-    trials as step, best_score, the best so far.
+    the trial's number as step: score, std_error, best_epoch, seconds, "params/...", of several metrics "metrics/...";
+    and, with the number of finished trials as step, best_score, the best so far.
     Every batch of trials is one ``log_batch`` (of at most 1000 metrics), however many trials it has.
 
     tracking_uri: None takes MLflow's own (its environment variable, or the default). Raises MissingExtraError
@@ -153,7 +160,8 @@ class MLflow(Callback):
         self.best, self.done = max(self.best, best_score(trials)), self.done + len(trials.trials)
         if math.isfinite(self.best):
             values.append(("best_score", self.best, self.done))
-        metrics = [self.mlflow.entities.Metric(key, value, now, step) for key, value, step in values]
+        metric = self.mlflow.entities.Metric
+        metrics = [metric(_REFUSED.sub("_", key), value, now, step) for key, value, step in values]
         for begin in range(0, len(metrics), _MOST):
             self._client().log_batch(self.run_id, metrics=metrics[begin : begin + _MOST])
 
@@ -179,8 +187,8 @@ class TensorBoard(Callback):
     """Writes event files below ``folder``: "search" for the whole, "trial-00007" for a trial.
 
     The search has the scalar "best score" by trial-epochs trained. A trial has "score", the fold mean, and "std_error"
-    by epoch, and its hyperparameters for the HPARAMS page beside its "final score". Raises MissingExtraError without
-    tensorboard.
+    by epoch, of several metrics "metrics/..." too, and its hyperparameters for the HPARAMS page beside its "final
+    score" and "final metrics/...". Raises MissingExtraError without tensorboard.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -210,19 +218,23 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        for trial, curve in zip(trials.trials, trials.curves):
+        folds = trials.curves.shape[2]
+        by_epoch = {"score": trials.curves.mean(2)}
+        if folds > 1:
+            by_epoch["std_error"] = trials.curves.std(2, ddof=1) / math.sqrt(folds)
+        by_epoch |= {f"metrics/{name}": trials.curves_of(name).mean(2) for name in trials.metrics}
+        for row, trial in enumerate(trials.trials):
             with SummaryWriter(self.folder / f"trial-{trial.number:05d}") as run:
-                errors = curve.std(1, ddof=1) / math.sqrt(curve.shape[1]) if curve.shape[1] > 1 else None
-                for epoch, score in enumerate(curve.mean(1), 1):
-                    if math.isfinite(score):
-                        run.add_scalar("score", score, epoch)
-                        if errors is not None:
-                            run.add_scalar("std_error", errors[epoch - 1], epoch)
+                for name, values in by_epoch.items():
+                    for epoch in np.flatnonzero(np.isfinite(values[row])).tolist():
+                        run.add_scalar(name, values[row, epoch], epoch + 1)
                 # add_hparams would open a second file in a folder of its own for every trial.
-                metrics = {"final score": trial.score}
-                for part in hparams(plain_params(trial.params), metrics):  # type: ignore[no-untyped-call]
+                final = {"final score": trial.score}
+                final |= {f"final metrics/{name}": score for name, score in trial.scores.items()}
+                for part in hparams(plain_params(trial.params), final):  # type: ignore[no-untyped-call]
                     run._get_file_writer().add_summary(part)
-                run.add_scalar("final score", trial.score)
+                for name, score in final.items():
+                    run.add_scalar(name, score)
         self.search.flush()
 
     def on_study_end(self, study: Study) -> None:
@@ -231,6 +243,8 @@ class TensorBoard(Callback):
 
 class WandB(Callback):
     """Logs a search as one run: the options as its config, a row of its history for each trial, the best as summary.
+
+    A row has the numbers that ``MLflow`` has as metrics, and the words among the hyperparameters.
 
     mode     "offline" writes into ``folder`` only (``wandb sync`` sends it later), "online" sends it as it comes
     folder   where "wandb/" is made; None: the current folder

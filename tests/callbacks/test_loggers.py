@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,6 +42,9 @@ def test_values_as_loggers_take_them():
     (trial,) = gputune.Study.from_rows({}, rows).trials
     numbers = trial_numbers(trial)
     assert "score" not in numbers and numbers["params/lr"] == 0.1 and "params/activation" not in numbers
+    several = trial_numbers(replace(trial, metrics={"f1": (0.5, 0.75), "roc_auc": (np.nan, 1.0)}))
+    assert {name for name in several if name not in numbers} == {"metrics/f1"}
+    assert several["metrics/f1"] == 0.625
 
 
 def test_tensorboard(tmp_path):
@@ -49,13 +53,17 @@ def test_tensorboard(tmp_path):
         warnings.simplefilter("ignore", DeprecationWarning)
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        study = tune(TensorBoard(tmp_path))
-        for trial, curve in zip(study.trials, study.curves):
+        study = tune(TensorBoard(tmp_path), scoring=["accuracy", "neg_log_loss"])
+        for trial, curve, losses in zip(study.trials, study.curves, study.curves_of("neg_log_loss")):
             events = EventAccumulator(str(tmp_path / f"trial-{trial.number:05d}")).Reload()
             scores = events.Scalars("score")
             assert [e.step for e in scores] == [1, 2, 3]
             np.testing.assert_allclose([e.value for e in scores], curve.mean(1), rtol=1e-6)
             assert events.Scalars("final score")[0].value == pytest.approx(trial.score)
+            others = [e.value for e in events.Scalars("metrics/neg_log_loss")]
+            np.testing.assert_allclose(others, losses.mean(1), rtol=1e-6)
+            last = events.Scalars("final metrics/neg_log_loss")[0].value
+            assert last == pytest.approx(trial.scores["neg_log_loss"])
             (start,) = (
                 data.plugin_data.content
                 for tag, data in events.summary_metadata.items()
@@ -88,7 +96,8 @@ def test_mlflow(tmp_path, monkeypatch):
                 batches.append(len(trials.trials))
                 super().on_trials_end(trials)
 
-        study = tune(Counting("iris", tracking_uri=uri, run_name="first"))
+        scoring = {"accuracy": "accuracy", "f1 (mean)": "f1_macro"}
+        study = tune(Counting("iris", tracking_uri=uri, run_name="first"), scoring=scoring)
         assert len(sent) == 2 + len(batches) and sum(batches) == 5  # the options, each batch, the best
         client = mlflow.MlflowClient(tracking_uri=uri)
         (run,) = client.search_runs([client.get_experiment_by_name("iris").experiment_id])
@@ -100,6 +109,10 @@ def test_mlflow(tmp_path, monkeypatch):
         assert run.data.metrics["best_score"] == study.best_score
         scores = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "score")}
         assert scores == {trial.number: trial.score for trial in study.trials}
+        means = {
+            m.step: m.value for m in client.get_metric_history(run.info.run_id, "metrics/f1 _mean_")
+        }  # MLflow takes no brackets
+        assert means == {trial.number: trial.scores["f1 (mean)"] for trial in study.trials}
         rates = {m.step: m.value for m in client.get_metric_history(run.info.run_id, "params/lr")}
         assert rates == {trial.number: trial.params["lr"] for trial in study.trials}
         # Many trials at once are few requests, within what a server takes.
@@ -139,7 +152,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with warnings.catch_warnings():  # of its own parts
         warnings.simplefilter("ignore")
-        study = tune(WandB("iris", name="first", folder=tmp_path))
+        study = tune(WandB("iris", name="first", folder=tmp_path), scoring=["accuracy", "neg_log_loss"])
         wandb.teardown()  # the end of a process: what W&B's own process holds is written
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     rows, config, summary = [], {}, {}
@@ -160,6 +173,9 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
         trial.number: trial.params["activation"] for trial in study.trials
     }
     assert max(row["best_score"] for row in rows.values()) == study.best_score
+    assert {number: row["metrics/neg_log_loss"] for number, row in rows.items()} == {
+        trial.number: trial.scores["neg_log_loss"] for trial in study.trials
+    }
     assert summary["best_trial"] == study.best_trial.number
 
 
