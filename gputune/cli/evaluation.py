@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.metrics import get_scorer, get_scorer_names
 
-from gputune.cli.held_out import HeldOut, held_out_score, labels_of
+from gputune.cli.held_out import HeldOut, held_out_score, labels_of, saved_loss
 from gputune.data.source import Source
+from gputune.errors import InputError
+from gputune.scoring.losses import LOSSES
 from gputune.scoring.scoring import has_positive_class, make_scoring
 from gputune.study.answers import refuse_unknown
 from gputune.study.model import TunedModel
@@ -120,13 +122,16 @@ def evaluation(
     Raises InputError for a score that there is not, or that is none of the task, for missing columns, and where the
     model knows no class of the rows.
     """
+    loss = saved_loss(model)
+    if model.task == "custom" or (loss is None and "neg_loss" in (scoring or ())):
+        raise InputError(_without_score(model))
     guess = model.predict(test.X)
     classes, y = labels_of(model, test)
     if model.classes is not None and classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
     own, known = str(model.info.get("scoring") or ""), get_scorer_names()
     usual = [
-        *([own] if own in known else []),
+        *([own] if own in known or (own == "neg_loss" and loss is not None) else []),
         *_SCORES[model.task],
         *(_OF_CLASS if positive is not None else ()),
     ]
@@ -134,7 +139,7 @@ def evaluation(
     for name in scoring or dict.fromkeys(usual):
         of_class = model.task == "binary" and name in known and has_positive_class(get_scorer(name))
         one = positive if of_class else None
-        how = make_scoring(name, model.task, model.classes, one, n_labels=y.shape[-1])
+        how = make_scoring(name, model.task, model.classes, one, loss, n_labels=y.shape[-1])
         shown = None if how.positive is None or classes is None else classes[how.positive]
         scores[name] = held_out_score(model, name, test, positive=one), shown
     if classes is None or model.task == "multilabel":
@@ -144,3 +149,19 @@ def evaluation(
     K = len(classes)
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K)
     return Evaluation(len(test.X), scores, classes, matrix.tolist())
+
+
+def _without_score(model: TunedModel) -> str:
+    """Return why a model has no score of a name, or none by its loss."""
+    if model.task == "custom":
+        return (
+            "no score that has a name is of a custom target; gputune predict writes what the model returns."
+        )
+    built_in = f"is a built-in {model.spec['kind']}"
+    was = (
+        built_in if model.spec["kind"] != "module" else f"was trained on {model.info.get('loss', 'another')}"
+    )
+    return (
+        f"scoring='neg_loss' is of a module and of a loss that has a name, {', '.join(LOSSES)}, and this model {was}; "
+        f"choose another, for example {_SCORES[model.task][-1]}."
+    )

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from gputune.data.source import Source
 from gputune.scoring.estimators import fitted
+from gputune.scoring.losses import LOSS_OF_TASK, LOSSES
+from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring, make_scoring
 from gputune.study.answers import class_codes
 from gputune.study.model import TunedModel
@@ -38,19 +40,37 @@ class HeldOut:
     interval: tuple[float, float] | None = None
 
 
+def saved_loss(model: TunedModel) -> Objective | None:
+    """Return the loss of a module where it has a name, with the numbers by which trials were ranked.
+
+    None for a built-in model, and for a loss of the user's own, which is in no file.
+    """
+    loss = model.info.get("loss")  # of an augmented training it goes on with a comma
+    if loss is None or model.spec["kind"] != "module":
+        return None
+    name = loss.partition(",")[0] or LOSS_OF_TASK.get(model.task, "")
+    arguments = model.info.get("loss_arguments", {})
+    return Objective(name, binary=model.task == "binary", fixed=arguments) if name in LOSSES else None
+
+
 def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: object = None) -> HeldOut:
     """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
 
     ``positive`` is the class that the score is of, None where it is of none.
     """
-    rows = len(test.X)
-    if scoring == "neg_loss":
-        return HeldOut(math.nan, rows, why="a saved model does not know the loss that it was trained on")
+    rows, loss = len(test.X), saved_loss(model) if scoring == "neg_loss" else None
+    if scoring == "neg_loss" and loss is None:
+        return HeldOut(math.nan, rows, why="a saved model holds no loss but one that has a name")
     classes, y = labels_of(model, test)
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:
-        how = make_scoring(scoring, model.task, model.classes, positive, n_labels=y.shape[-1])
-        outputs, target = _outputs(model, test), torch.from_numpy(y)
+        how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
+        outputs, target = (
+            _outputs(model, test) if loss is None else model._outputs(test.X),
+            torch.from_numpy(y),
+        )
+        if loss is not None:
+            outputs, target = _as_in_training(model, loss, outputs, target)
         if classes is not None and unseen:
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
@@ -71,19 +91,29 @@ def _outputs(model: TunedModel, test: Source) -> Tensor:
     return predicted if predicted.dim() > 1 else predicted[:, None]
 
 
+def _as_in_training(model: TunedModel, loss: Objective, outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a loss was of: standardised numbers, or of two classes one logit where it is of one."""
+    if model.task == "regression":
+        there = y.numpy() if model.transform is None else model.transform.forward(y.numpy())
+        return outputs, torch.from_numpy((there - model.center) / model.scale)
+    return outputs.diff(dim=1) if loss.one_logit else outputs, y
+
+
 def _with_unseen(how: Scoring, outputs: Tensor, y: Tensor, classes: int) -> tuple[Scoring, Tensor, Tensor]:
     """Return what is scored where rows have a code that the outputs (n, K) lack, of so many classes in all."""
     unseen = y >= outputs.shape[1]
     if how.positive is not None:
         return how, outputs, y.where(~unseen, 1 - how.positive)
     # A class without a probability would be worth what a mean over classes, or a limit of the logarithm, makes of it.
-    if how.name == "balanced_accuracy" or get_scorer(how.name)._response_method != "predict":
+    if how.is_loss or how.name == "balanced_accuracy" or get_scorer(how.name)._response_method != "predict":
         return how, outputs[~unseen], y[~unseen]
     padded = functional.pad(outputs, (0, classes - outputs.shape[1]), value=-torch.inf)
     return replace(how, classes=np.arange(classes)), padded, y
 
 
 def _score(how: Scoring, outputs: Tensor, y: Tensor) -> float:
+    if how.of_outputs is not None:
+        return float(how.of_outputs(outputs, y))
     if how.score is not None:
         return float(how.score(outputs[None], y))
     assert how.scorer is not None  # a Scoring has one of the two

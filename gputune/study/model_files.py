@@ -47,6 +47,7 @@ DRAFTS = ".model"
 """How what a killed process may have left in the folder begins."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_INFO = {"drop?": [str], "loss?": str, "loss_arguments?": {"": (int, float)}}
 BUILT_IN: dict[str, type[nn.Module]] = {"mlp": MLP, "logistic": LogisticRegression}
 
 
@@ -126,7 +127,7 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
         if kind in BUILT_IN:
             check_size([sizes | arguments for arguments in members], kind, state)
         task, target, info = body["task"], body["target"], dict(body["info"])
-        if not has_form(info, {"drop?": [str]}):
+        if not has_form(info, _INFO):
             raise ValueError("its info is of another type")
         center, scale, how = (
             _of_target(body["center"]),

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from sklearn.metrics import (
     balanced_accuracy_score,
     confusion_matrix,
@@ -16,9 +18,12 @@ from sklearn.metrics import (
     r2_score,
     roc_auc_score,
 )
+from torch.nn import functional
 
 import gputune
 from command_line import FAST, kinds, run, write_table
+from gputune.cli.evaluation import evaluation
+from refused import refused
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +76,92 @@ def test_a_number_is_scored_as_scikit_learn_does(folder):
     assert found["scores"]["r2"]["score"] == pytest.approx(r2_score(table["price"], guess))
     error = mean_absolute_error(table["price"], guess)
     assert found["scores"]["neg_mean_absolute_error"]["score"] == pytest.approx(-error)
-    assert list(evaluated(folder, "price", "--scoring", "neg_max_error")["scores"]) == ["neg_max_error"]
+    several = evaluated(folder, "price", "--scoring", "neg_max_error,r2")["scores"]
+    assert list(several) == ["neg_max_error", "r2"] and several["r2"] == found["scores"]["r2"]
+
+
+NET = """from torch import nn
+
+
+class Net(nn.Linear):
+    def __init__(self, n_features, n_outputs):
+        super().__init__(n_features, n_outputs)
+"""
+
+
+@pytest.mark.parametrize(
+    ("target", "loss", "value", "more"),
+    [
+        ("price", "huber", "loss__delta=0.5", ()),
+        ("price", "quantile", "loss__q=0.8", ("--target-transform", "log")),
+        ("kind", "bce", "lr=0.1", ()),
+        ("kind", "cross_entropy", "loss__label_smoothing=0.1", ()),
+    ],
+)
+def test_a_loss_that_has_a_name_is_a_score(folder, tmp_path, target, loss, value, more):
+    (tmp_path / "net.py").write_text(NET)
+    command = [
+        "tune",
+        folder / "t.csv",
+        "--target",
+        target,
+        "--drop",
+        "id",
+        "--model",
+        f"{tmp_path}/net.py:Net",
+    ]
+    command += [
+        "--loss",
+        loss,
+        "--scoring",
+        "neg_loss",
+        "--space",
+        value,
+        *more,
+        "--out",
+        tmp_path / target,
+        *FAST,
+    ]
+    code, out, err = run(*command)
+    assert (code, err) == (0, "") and "Held-out loss (lower is better): " in out
+    model, table = gputune.load_model(tmp_path / target / "model"), pl.read_csv(folder / "t.csv").drop("id")
+    outputs = model._outputs(table)
+    if target == "kind":
+        codes = torch.tensor((table["kind"] == model.classes[1]).to_list())
+        of_one = functional.binary_cross_entropy_with_logits(outputs.diff(dim=1)[:, 0], codes.double())
+        of_all = functional.cross_entropy(outputs, codes.long(), label_smoothing=0.1)
+        expected = of_one if loss == "bce" else of_all
+    else:
+        y = (np.log(table["price"]) if more else table["price"]).to_numpy()
+        y, outputs = torch.tensor((y - model.center) / model.scale), outputs[:, 0]
+        gap = y - outputs
+        of_gap = torch.maximum(0.8 * gap, -0.2 * gap).mean()
+        expected = of_gap if loss == "quantile" else functional.huber_loss(outputs, y, delta=0.5)
+    command = ["evaluate", tmp_path / target / "model", folder / "t.csv", "--format", "json"]
+    for scoring in ((), ("--scoring", "neg_loss")):  # it is among the usual ones, as the search's own
+        score = json.loads(run(*command, *scoring)[1])["scores"]["neg_loss"]["score"]
+        assert score == pytest.approx(-float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "words"),
+    [
+        (
+            "binary",
+            "my:loss",
+            "and this model was trained on my:loss; choose another, for example neg_log_loss",
+        ),
+        (
+            "custom",
+            "",
+            "no score that has a name is of a custom target; gputune predict writes what the model",
+        ),
+    ],
+)
+def test_a_loss_of_ones_own_is_no_score(task, loss, words):
+    model = SimpleNamespace(task=task, info={"loss": loss}, spec={"kind": "module"})
+    with refused(words):
+        evaluation(model, None, ["neg_loss"], None)
 
 
 @pytest.mark.parametrize("name", ["f1", "precision", "recall", "average_precision"])
@@ -109,6 +199,11 @@ def test_a_class_that_the_model_does_not_know_is_wrong(folder, tmp_path):
             "--scoring must be one of scikit-learn's scorer names, got 'acuracy'. Did you mean",
         ),
         (["--scoring", "r2"], "--scoring r2 does not fit a binary task"),
+        (
+            ["--scoring", "accuracy,neg_loss"],
+            "--scoring neg_loss is of a module and of a loss that has a name, cross_entropy, mse, mae, huber, "
+            "quantile, bce, and this model is a built-in mlp; choose another, for example neg_log_loss.",
+        ),
         (["--scoring", "f1"], "say which of the two it is, --positive ant or --positive bee"),
         (["--scoring", "f1", "--positive", "cat"], "--positive must be one of the classes 'ant' and 'bee'"),
     ],

@@ -147,10 +147,17 @@ def test_there_is_no_interval_where_few_samples_have_a_score():
     assert held_out_score(model, "roc_auc", read_source(np.zeros((8, 1)), y)).interval is None
 
 
-def test_a_loss_is_no_score_of_held_out_rows():
-    _, model = fitted(LABELS[RNG.integers(0, 2, 60)])
-    held = held_out_score(model, "neg_loss", read_source(X[40:], LABELS[RNG.integers(0, 2, 20)]))
-    assert held.why == "a saved model does not know the loss that it was trained on" and held.rows == 20
+def test_a_loss_that_has_a_name_is_of_known_rows_and_another_one_is_no_score():
+    y = LABELS[np.arange(60) % 2]
+    estimator, model = fitted(y)
+    tested = np.where(np.arange(20) < 3, "cat", y[40:])
+    model.info, model.spec = {"loss": ""}, {"kind": "module"}
+    held = held_out_score(model, "neg_loss", read_source(X[40:], tested))
+    expected = -log_loss(y[43:], estimator.predict_proba(X[43:]), labels=estimator.classes_)
+    assert held.score == pytest.approx(expected) and held.unseen == 3
+    model.info = {"loss": "my:loss"}
+    held = held_out_score(model, "neg_loss", read_source(X[40:], tested))
+    assert held.why == "a saved model holds no loss but one that has a name" and held.rows == 20
 
 
 def test_the_command_calibrates_where_that_is_asked_or_the_log_loss_ranks(tmp_path):
