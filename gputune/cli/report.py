@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from gputune.cli.arguments import model_folder, study_file
-from gputune.cli.study import finished
+from gputune.cli.study import finished, opened
 from gputune.report.facts import is_its_model
 from gputune.study.curves import FoldReport
 from gputune.study.record import has_form
@@ -22,7 +22,7 @@ def report(arguments: Namespace) -> str:
 
     file, out = study_file(arguments.study), arguments.out
     check_place(f"--out {out!r}", Path(out), file)
-    study = Study.open(file)
+    study = opened(arguments)
     if arguments.live and (arguments.confusion or arguments.importance):  # before a page is written
         from gputune.tuning.fold_report import check_fold_report
 
@@ -32,7 +32,7 @@ def report(arguments: Namespace) -> str:
         while arguments.live and finished(study) < len(study.trials):
             write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
             time.sleep(_LIVE_SECONDS)
-            study = Study.open(file)
+            study = opened(arguments)
     finally:  # the last one stays as it is
         write_page(study, out, model=_model(study, model_folder(file)), folds=folds)
     if arguments.live and (folds := _folds(study, arguments)) is not None:

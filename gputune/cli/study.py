@@ -42,7 +42,7 @@ _LISTINGS = (
 
 def trials(arguments: Namespace) -> str:
     """Return the trials as a table for a terminal, as JSON or as CSV."""
-    study = _opened(arguments)
+    study = opened(arguments)
     if arguments.format == "table":
         return trials_table(study, width=shutil.get_terminal_size().columns)
     return trials_json(study) if arguments.format == "json" else trials_csv(study)
@@ -50,11 +50,12 @@ def trials(arguments: Namespace) -> str:
 
 def best(arguments: Namespace) -> str:
     """Return the best trial as text or as JSON."""
-    study = _opened(arguments)
+    study = opened(arguments)
     return best_json(study) if arguments.format == "json" else best_text(study)
 
 
-def _opened(arguments: Namespace) -> Study:
+def opened(arguments: Namespace) -> Study:
+    """Return the study of a command, by the metric that ``--by`` names."""
     study = Study.open(study_file(arguments.study))
     return study if arguments.by is None else ranked_by(study, arguments.by)
 

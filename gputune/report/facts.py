@@ -97,11 +97,12 @@ def check_model(study: Study, model: Mapping[str, object]) -> None:
 
 def is_its_model(study: Study, model: Mapping[str, object]) -> bool:
     """Whether the ``info`` of a model is that of this study's best trial, trained on the study's rows."""
-    best, rows = best_trial(study), study.record.fingerprint
+    best, rows, scoring = best_trial(study), study.record.fingerprint, study.record.scoring
     # Models of earlier versions do not say which rows they were trained on.
     same = "ensemble" in model or (
         best is not None and (model.get("params"), model.get("score")) == (best.params, best.score)
     )
+    same = same and model.get("scoring", scoring) == scoring
     return best is not None and same and model.get("fingerprint", rows) == rows
 
 

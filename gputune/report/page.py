@@ -36,7 +36,7 @@ from gputune.study.study import Study, Trial
 from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
-from gputune.views.metrics import other_measures, pareto_trials
+from gputune.views.metrics import epochs_by, other_measures, pareto_trials
 from gputune.views.parameters import importance
 from gputune.views.scores import shown_scores
 
@@ -220,6 +220,7 @@ def _texts(study: Study) -> Json:
         "title": f"Study of {clean(study.record.model)}" if study.record.model else "Study",
         "source": _source(study),
         "best": best,
+        "epochs_by": clean(epochs_by(study)),
         "parameters": [] if best is None else [(clean(k), _exact(v)) for k, v in best.params.items()],
         "why_none": study.why_none_is_best() if best is None else "",
         "waiting": sum(trial.state == "waiting" for trial in study.trials),

@@ -13,6 +13,7 @@ from gputune.study.rows import to_json
 from gputune.study.study import Study, Trial
 from gputune.text import clean
 from gputune.types import Json
+from gputune.views.metrics import epochs_by
 
 _LONGEST = 70
 
@@ -93,33 +94,39 @@ def again_code(study: Study) -> str:
     is_scheduled = any(isinstance(v, list) or k in ("beta1", "beta2") for k, v in best.params.items())
     if best.state == "stopped" or (record.descends and is_scheduled):
         return _from_file(script, study)
-    return _tune(script, record, best)
+    return _tune(script, study, best)
 
 
 def _from_file(script: _Script, study: Study) -> str:
     """Return code that reads the study and refits it: the way of what one call of ``tune`` cannot say."""
     script.use("import gputune")
-    rows = "X, y" if study.record.source is None else ""
+    by, rows = _ranked(script, study), "X, y" if study.record.source is None else ""
     if rows:
         script.argument(rows, "the rows of the search")
     if study.file is None:
         script.argument("study", "what gputune.tune returned; it was kept in no file")
-        return script.text("model = study.best_model()")
+        return script.text(f"model = study{by}.best_model()")
     path = script.literal(str(study.file.resolve()))
-    return script.text(f"study = gputune.Study.open({path})", f"model = study.best_model({rows})")
+    return script.text(f"study = gputune.Study.open({path}){by}", f"model = study.best_model({rows})")
 
 
-def _tune(script: _Script, record: SearchRecord, best: Trial) -> str:
+def _ranked(script: _Script, study: Study) -> str:
+    """Return the call that ranks a study by another metric than that of its epochs; "" where it is the same."""
+    return f".ranked_by({script.literal(study.metrics[0])})" if epochs_by(study) else ""
+
+
+def _tune(script: _Script, study: Study, best: Trial) -> str:
     script.use("import gputune")
+    record = study.record
     before, rows = _rows(script, record)
     arguments = [_model(script, record.spec), *rows]
-    arguments += [f"{name}={value}" for name, value in _options(script, record, best).items()]
+    arguments += [f"{name}={value}" for name, value in _options(script, study, best).items()]
     scoring = _comment(record.scoring)
     return script.text(
         *before,
         "study = gputune.tune(",
         *(f"    {argument}," for argument in arguments),
-        ")",
+        f"){_ranked(script, study)}",
         f"print(study.best_score)  # {best.score!r}, the {scoring} of this page, but for rounding",
         "model = study.best_model()",
     )
@@ -171,14 +178,16 @@ def _rows(script: _Script, record: SearchRecord) -> tuple[list[str], list[str]]:
     return [], [script.literal(source["path"]), script.literal(source["target"]), *more]
 
 
-def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, str]:
+def _options(script: _Script, study: Study, best: Trial) -> dict[str, str]:
+    record, scoring = study.record, _scorings(script, study)
     options = {
         # A space of one point gives these very parameters; an included trial would be filled up with defaults.
         "space": script.lines({name: [value] for name, value in best.params.items()}, indent=4),
         "n_trials": "1",
         "include_default": "False",
         "cv": _folds(script, record),
-        "scoring": _scoring(script, record.scoring),
+        "scoring": scoring[0],
+        "max_levels": script.literal(record.max_levels),
         "class_weight": _class_weight(script, record.class_weight),
         "target_transform": _transform(script, record.target_transform),
         "sample_weight": "None" if record.sample_weight is None else script.argument("sample_weight"),
@@ -187,7 +196,7 @@ def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, st
             for name, part in PARTS.items()
             if part.argument
         },
-        "positive": script.literal(record.ranked_class),  # the code scores by the metric that ranks alone
+        "positive": script.literal(scoring[1]),
         **({"epoch": "'last'"} if record.descends else {}),
         "device": script.literal(record.device),
         "verbose": "0",
@@ -198,6 +207,7 @@ def _options(script: _Script, record: SearchRecord, best: Trial) -> dict[str, st
         ),
         "columns": "'keep'" if record.spec["kind"] == "module" else "'drop-constant'",
         "numbers": "'standard'",
+        "max_levels": str(SearchRecord.max_levels),
         "schedule": "'constant'",
     }
     return {name: value for name, value in options.items() if value != defaults.get(name)}
@@ -211,6 +221,18 @@ def _folds(script: _Script, record: SearchRecord) -> str:
         script.use("from gputune.data.folds import parse_cv")
         return f"parse_cv({script.literal(source['cv'])})"
     return script.argument("cv", f"the {_comment(text)} of the search")
+
+
+def _scorings(script: _Script, study: Study) -> tuple[str, object]:
+    """Return the metric that ranks, behind the one that chose the epochs where that is another, and their class."""
+    record, by = study.record, epochs_by(study)
+    if not by:
+        return _scoring(script, record.scoring), record.ranked_class
+    ranks, *others = record.metrics
+    two = [next(one for one in others if one["name"] == by), ranks]
+    scorers = (f"{script.literal(one['name'])}: {_scoring(script, one['scorer'])}" for one in two)
+    positives = (one["positive"] for one in two if one["positive"] is not None)
+    return f"{{{', '.join(scorers)}}}", next(positives, None)
 
 
 def _scoring(script: _Script, name: str) -> str:

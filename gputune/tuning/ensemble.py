@@ -19,10 +19,9 @@ from gputune.data.dataset import Dataset
 from gputune.data.folds import unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
-from gputune.methods.space import space_from_json
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
 from gputune.scoring.calibration import best_temperature
-from gputune.scoring.metrics import make_metrics
+from gputune.scoring.metrics import make_metrics, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of
 from gputune.seeding import stream_seed
@@ -158,18 +157,13 @@ def _candidates(study: Study, most: int) -> list[Trial]:
 
 
 def _scoring(search: Search) -> Scoring:
-    """Return what the study was scored by."""
-    record, target = search.study.record, search.problem.target
-    known = search.options.scoring is not None
-    asked, positive = (
-        (search.options.scoring, record.positive) if known else (record.scoring, record.ranked_class)
-    )
-    objective, space = search.problem.objective, record.arguments.space
-    if objective is not None:
-        # A space with an object of the user's own is in no file; its trials tell of it.
-        trained = [{name: [value] for name, value in t.params.items()} for t in search.study.trials]
-        objective = objective.of_space(trained if space is None else space_from_json(space))
-    return make_metrics(asked, target.task, target.classes, positive, objective, target.n_outputs)
+    """Return what the study is scored by, the metric that ranks first."""
+    record, target, asked = search.study.record, search.problem.target, search.options.scoring
+    positive = record.ranked_class if asked is None else record.positive
+    if (scorers := scorers_of(asked)) is not None and record.metrics:
+        asked = {one["name"]: scorers[one["name"]] for one in record.metrics}
+    scoring = record.scoring if asked is None else asked
+    return make_metrics(scoring, target.task, target.classes, positive, search.objective, target.n_outputs)
 
 
 @dataclass(frozen=True, eq=False)

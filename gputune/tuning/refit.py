@@ -20,7 +20,9 @@ from gputune.engine.entry import entry
 from gputune.engine.job import Progress
 from gputune.errors import DivergedError, InputError
 from gputune.methods.descent import Hypergradient
+from gputune.methods.space import space_from_json
 from gputune.population.population import module_arguments
+from gputune.scoring.objective import Objective
 from gputune.solver.solve import solve_all, solved_module
 from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
@@ -47,6 +49,16 @@ class Search:
     options: Options
     problem: Problem
     rows: Config
+
+    @property
+    def objective(self) -> Objective | None:
+        """The loss of a module as ``neg_loss`` ranks the trials by it."""
+        objective, space = self.problem.objective, self.study.record.arguments.space
+        if objective is None:
+            return None
+        # A space with an object of the user's own is in no file; its trials tell of it.
+        trained = [{name: [value] for name, value in trial.params.items()} for trial in self.study.trials]
+        return objective.of_space(trained if space is None else space_from_json(space))
 
     def config(self, trial: Trial) -> Config:
         """Return the complete configuration of a trial."""
@@ -122,7 +134,7 @@ class Search:
         info: Config,
     ) -> TunedModel:
         """Return the tuned model of a module trained on ``all_rows``, with its part of the spec and info."""
-        target, record = self.problem.target, self.study.record
+        target, record, loss = self.problem.target, self.study.record, self.objective
         groups = (record.source or {}).get("groups")
         unread = [*self.options.drop, *([groups] if isinstance(groups, str) else [])]
         return TunedModel(
@@ -142,6 +154,11 @@ class Search:
                 "scoring": record.scoring,
                 "positive": record.ranked_class,
                 "loss": record.objective,
+                **(
+                    {"loss_arguments": loss.fixed}
+                    if loss is not None and loss.is_named and loss.fixed
+                    else {}
+                ),
                 "trials": len(self.study.trials),
                 "rows": self.rows["rows"],
                 "fingerprint": self.rows,

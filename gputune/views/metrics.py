@@ -15,6 +15,9 @@ from gputune.text import Measure
 
 AnyStudy = TypeVar("AnyStudy", bound=Study)
 
+_EPOCHS_BY = "epochs_by"
+"""The option of a study that ``ranked_by`` made; none of a file."""
+
 
 def metric_scores(study: Study) -> NDArray[np.float64]:
     """Return the scores (C, M) of the trials by each metric at their best epoch; NaN where there is none."""
@@ -84,15 +87,24 @@ def pareto_front(study: Study, x: str, y: str) -> ParetoFront:
     return ParetoFront((shown[x], shown[y]), 0.0 + table * signs, order)
 
 
+def epochs_by(study: Study) -> str:
+    """Return the metric that chose the epochs of the trials, where another one ranks them; "" where it is the same."""
+    return str(study.meta.get(_EPOCHS_BY, ""))
+
+
 def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
     """Return the study with its trials scored and ranked by another of its metrics, at the same epochs.
 
     Its curves, plots, page and tables are by that metric. Raises InputError for a name that is none of ``metrics``.
     """
     place = study.metrics.index(check_metric(study, metric, "ranked_by"))
+    if place == 0:
+        return study
     order = [place, *(other for other in range(len(study.metrics)) if other != place)]
     metrics = [study.record.metrics[other] for other in order]
-    meta = {**study.meta, "metrics": metrics, "scoring": metrics[0]["scorer"], "baseline": None}
+    by = epochs_by(study) or study.metrics[0]
+    own = {"metrics": metrics, "scoring": metrics[0]["scorer"], "baseline": None}
+    meta = {**study.meta, **own, _EPOCHS_BY: "" if by == metric else by}
     trials = tuple(
         replace(
             trial,

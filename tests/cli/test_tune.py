@@ -631,7 +631,13 @@ def test_several_metrics_are_kept_shown_and_gone_on_with(tmp_path):
     assert re.search(r"^4 trials by roc_auc, .*\s+trial +roc_auc +accuracy +f1 +epoch", text)
     best = gputune.Study.open(out / "study.db").ranked_by("f1").best_trial
     assert json.loads(run("best", out, "--by", "f1", "--format", "json")[1])["score"] == best.score
-    assert "error: --by must be one of the study's metrics, " in run("best", out, "--by", "f2")[2]
+    page = tmp_path / "page.html"
+    assert run("report", out, "--by", "f1", "--importance", "--out", page)[::2] == (0, "")
+    html = page.read_text()
+    assert f"{best.score:.4f}" in html and f"Trial {best.number}, scored at epoch {best.best_epoch}" in html
+    assert "which accuracy chose, as in the search" in html and "fall of f1 of class" in html
+    for command in ("best", "report"):
+        assert "error: --by must be one of the study's metrics, " in run(command, out, "--by", "f2")[2]
     words = run("tune", table, *options, *FAST, "--scoring", "accuracy,f1")[2]
     assert "this command in: --scoring (accuracy, roc_auc, f1 there, accuracy, f1 here). Give this" in words
 

@@ -77,6 +77,15 @@ def test_a_study_opened_from_its_file_on_a_bundled_set(tmp_path):
     )
 
 
+def test_another_metric_than_the_one_that_chose_the_epochs():
+    X, y = load_iris(return_X_y=True)
+    space, scoring = {"lr": [0.003, 0.01, 0.03, 0.1]}, ["accuracy", "neg_log_loss", "f1"]
+    study = gputune.tune("mlp", X, y == 1, space=space, scoring=scoring, positive=True, **CHEAP)
+    for name in scoring[1:]:
+        ranked = study.ranked_by(name)
+        assert_trains_it_again(ranked, executed(ranked, X=X, y=y == 1), X)
+
+
 def test_the_rows_of_the_command_line_without_those_held_out(tmp_path):
     table = write_table(tmp_path / "bugs.csv", 60, kind=kinds(60), site=[i // 6 for i in range(60)])
     assert (

@@ -62,6 +62,17 @@ def test_columns_as_scikit_learn_shuffles_them(scoring, transform):
     assert abs(drops["idle"]) < 0.1 * drops["big"] and report.errors.shape == (3,)
 
 
+def test_columns_by_another_metric(tmp_path):
+    how, error = {**HOW, "n_trials": 1, "epoch": "last"}, "neg_mean_absolute_error"
+    file = tmp_path / "study.db"
+    several = gputune.tune("mlp", FRAME, Y, scoring=["r2", error], study=file, **how)
+    alone = fold_report(gputune.tune("mlp", FRAME, Y, scoring=error, **how), importance=True)
+    for study in (several, gputune.Study.open(file)):
+        report = fold_report(study.ranked_by(error), FRAME, Y, importance=True)
+        np.testing.assert_allclose(report.drops, alone.drops)
+    assert not np.allclose(fold_report(several, importance=True).drops, alone.drops)
+
+
 def test_many_rows_are_thinned(iris, monkeypatch):
     study, _ = iris
     whole = fold_report(study, importance=True)

@@ -10,6 +10,7 @@ from gputune.cli.study import best_json, best_text, trials_json, trials_table
 from gputune.errors import InputError
 from gputune.report.charts import pareto_charts
 from gputune.report.page import page
+from gputune.views.metrics import epochs_by
 from made_studies import study_of
 
 METRICS = [
@@ -71,7 +72,17 @@ def test_a_study_by_another_metric_has_its_scores_order_and_curves():
     )
     np.testing.assert_array_equal(other.curves, study.curves_of("neg_log_loss"))
     np.testing.assert_array_equal(other.curves_of("accuracy"), study.curves)
-    assert other.ranked_by("accuracy").trials == study.trials
+    assert other.ranked_by("accuracy").trials == study.trials and study.ranked_by("accuracy") is study
+    assert (epochs_by(study), epochs_by(other), epochs_by(other.ranked_by("accuracy"))) == (
+        "",
+        "accuracy",
+        "",
+    )
+    assert "which accuracy chose" in page(other) and "which accuracy" not in page(study)
+    ensemble = {"ensemble": {"0": 1.0}, "scoring": "accuracy", "held_out_score": 0.9, "held_out_rows": 9}
+    assert "0.9000" in page(study, model=ensemble)
+    with pytest.raises(InputError, match="must be the tuned model of this study, got one of other"):
+        page(other, model=ensemble)
 
 
 @pytest.mark.parametrize("method", ["ranked_by", "curves_of", "plot_pareto"])
