@@ -88,6 +88,7 @@ def tune(
     sample_weight: object = None,
     drop: Sequence[str] = (),
     kinds: Mapping[str, Kind] | None = None,
+    max_levels: int = 32,
     columns: Columns | Literal["auto"] = "auto",
     numbers: Numbers | Literal["auto"] = "auto",
     optimizer: str | type[torch.optim.Optimizer] | None = None,
@@ -162,6 +163,7 @@ def tune(
     class_weight, sample_weight  weights of the rows in the training loss, as in scikit-learn; scores are unweighted
     drop         columns of a table to leave out, such as an id
     kinds        what columns are read as, in the place of what they look like: {"zip": "category"}; or "number", "date"
+    max_levels   levels of a category, the most frequent ones, that have a feature each; the others share one
     columns      "keep": each column of numbers or booleans is one feature, whatever it holds; "drop-constant": constant
                  ones are left out, and features say where values are missing; "auto": "keep" for a class of your own,
                  else "drop-constant"

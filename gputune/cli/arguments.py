@@ -229,6 +229,7 @@ _COMMANDS: Mapping[str, tuple[str, Mapping[str, tuple[str, str]], Sequence[_Flag
             _Flag(
                 "--importance", "what each column is worth, by shuffling it; the best trial trains once more"
             ),
+            _BY,
             _TRUST,
         ],
     ),

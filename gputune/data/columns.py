@@ -153,7 +153,9 @@ def _fit_category(
     notes = [*meant, *["missing values are a level of their own"] * missing]
     if rare:
         rows = known - sum(counts[level] for level in levels)
-        notes.append(f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows)")
+        bound = sum(number >= least for number in counts.values()) > max_levels
+        more = f"; max_levels bounds the others to the {max_levels} most frequent" * bound
+        notes.append(f"rare levels share one feature ({rare} of {len(counts)} levels, {rows} rows){more}")
     return column, tuple(notes)
 
 

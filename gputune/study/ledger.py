@@ -191,7 +191,8 @@ def _words(names: Sequence[str], values: Mapping[str, tuple[Any, Any]]) -> list[
 
 
 def _value(record: SearchRecord, name: str) -> object:
-    return None if name in record.absent else getattr(record, name)
+    unknown = name in record.absent and name != "max_levels"  # which was its default before
+    return None if unknown else getattr(record, name)
 
 
 def _without_steps(value: object) -> object:

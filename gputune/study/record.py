@@ -100,6 +100,7 @@ class SearchRecord:
     source          what reads the rows again, and which were held out; None for rows in memory
     fingerprint     of the rows: "rows", "columns", "sha256"
     features        columns of the encoded rows; ``notes`` are remarks on columns and trials
+    max_levels      of a category that have a feature each; 32 before there was a choice
     class_weight    as text, ``sample_weight`` as a digest; None where the rows were not weighted
     cv, folds       the number or the class of the splitter, how many folds it made, and the digest of their rows
     objective       the loss, the training step and what changes minibatches; "" for the loss of the task alone
@@ -132,6 +133,7 @@ class SearchRecord:
     notes: Sequence[str] = _part(list, form=[str])
     columns: str = _argument("", "columns")
     numbers: str = _argument("", "numbers")
+    max_levels: int = _part(32, "max_levels")
     class_weight: str | None = _part(None, "class_weight", form=TEXT, training=True)
     sample_weight: str | None = _part(None, "sample_weight", form=TEXT, training=True)
     cv: str = _part("")
@@ -175,8 +177,8 @@ class SearchRecord:
     def lost(self) -> list[str]:
         """Names of what makes a search the one that it is, where a damaged file lacks them."""
         # Files of an earlier version do not say which class was positive, nor that the loss was the task's or of which
-        # code, and knew no transformation of the target, one metric alone and no patience.
-        later = ("positive", "objective", "code", "target_transform", "metrics", "patience")
+        # code, and knew no transformation of the target, one metric alone, no patience and 32 levels.
+        later = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
         return [name for name in IDENTITY if name in self.absent and name not in later]
 
     @property

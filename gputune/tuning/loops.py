@@ -165,8 +165,8 @@ def _pruning_rule(options: Options, max_epochs: int | None) -> Arrivals | None:
 
 
 _ABSENT = """
-target optimizer schedule task classes source fingerprint features columns numbers class_weight sample_weight cv splits
-objective code positive baseline dtype device
+target optimizer schedule task classes source fingerprint features columns numbers max_levels class_weight sample_weight
+cv splits objective code positive baseline dtype device
 """.split()
 """What a record has of rows and of models, and nothing to say of here."""
 

@@ -171,6 +171,10 @@ class Options:
         "what a column is read as: category (a postal code), number or date (20200131)",
         takes="specs", check=checks.kinds, kept=True,
     )  # fmt: skip
+    max_levels: int = _rows(
+        32, "--max-levels N", "levels of a category, the most frequent, that have a feature each (32)",
+        takes="1..", check=checks.whole, kept=True,
+    )  # fmt: skip
     columns: "Columns | Literal['auto']" = _rows(
         "auto", "--columns HOW",
         "keep: each column of numbers is one feature; drop-constant: constant ones are left out, and features say "

@@ -302,7 +302,7 @@ def make_problem(source: Source, task: Any, choice: ModelChoice, options: Option
     if isinstance(source.X, Arrays):
         numbers: Numbers = "none" if word == "auto" else word
         return Problem(source, target, ArrayLayout.of(source.X), source.X, how, numbers, objective)
-    layout = fit_layout(source.X, columns=how)
+    layout = fit_layout(source.X, columns=how, max_levels=options.max_levels)
     default: Numbers = "robust" if choice.recipe and not isinstance(source.X, Tensor) else "standard"
     numbers = default if word == "auto" else word
     return Problem(source, target, layout, layout.raw(source.X), how, numbers, objective)

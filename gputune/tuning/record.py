@@ -68,6 +68,7 @@ def search_record(
         notes=[*problem.layout.notes, *notes],
         columns=problem.columns,
         numbers=problem.numbers,
+        max_levels=options.max_levels,
         class_weight=None if options.class_weight is None else repr(options.class_weight),
         sample_weight=None if options.sample_weight is None else digest_of(np.asarray(options.sample_weight)),
         cv=repr(options.cv) if isinstance(options.cv, int | np.integer) else type(options.cv).__name__,
@@ -167,10 +168,9 @@ def checkpoint_folder(study: Path | None, record: SearchRecord) -> CheckpointFol
     if study is None:
         return None
     values = {name: getattr(record, name) for name, part in PARTS.items() if part.training}
-    if record.metrics:  # without them, and without code, as it was before there were such
-        values["metrics"] = record.metrics
-    if record.code:
-        values["code"] = record.code
+    # Without these as it was before there were such.
+    later = {"metrics": record.metrics, "code": record.code, "max_levels": record.max_levels}
+    values |= {name: value for name, value in later.items() if value and value != SearchRecord.max_levels}
     text = to_json(values, name="checkpoint")
     return CheckpointFolder(Path(f"{study}.state"), hashlib.sha256(text.encode()).hexdigest())
 

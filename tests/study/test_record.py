@@ -22,6 +22,7 @@ def test_a_record_gives_its_options_back():
                 "target_transform",
                 "metrics",
                 "patience",
+                "max_levels",
                 "arguments",
             ),
             "baseline",
@@ -34,7 +35,7 @@ def test_what_a_damaged_file_lacks_is_said_and_is_empty():
     record = SearchRecord.from_json({"model": "mlp"})
     assert record.to_json() == {"model": "mlp"}
     assert (record.method_name, record.descended, record.folds, record.seed) == ("", [], 0, None)
-    later = ("positive", "objective", "code", "target_transform", "metrics", "patience")
+    later = ("positive", "objective", "code", "target_transform", "metrics", "patience", "max_levels")
     assert record.lost == [name for name in IDENTITY if name not in later]
     with pytest.raises(
         StudyCorruptError, match=r"study 'a\.db' has lost the option 'seed' .*open\('a\.db'\)"
@@ -56,5 +57,5 @@ def test_the_order_in_which_a_checkpoint_digests_a_search_stays():
     )
     training += " splits objective scoring positive max_epochs seed dtype"
     assert [name for name, part in PARTS.items() if part.training] == training.split()
-    others = {"target", "space", "method", "epoch", "patience", "metrics", "code"}
+    others = {"target", "space", "method", "epoch", "patience", "metrics", "code", "max_levels"}
     assert {*IDENTITY} - {*training.split()} == others

@@ -25,6 +25,7 @@ from gputune.data.folds import hold_out
 from gputune.data.target import check_target
 from gputune.methods.edges import edge_remarks
 from gputune.population.population import complete
+from gputune.report.snippet import again_code
 from gputune.study.store import Store
 from problems import largest_difference, living_tensors
 from refused import refused
@@ -91,11 +92,16 @@ def test_a_fold_equals_a_plain_loop_on_its_own_preprocessing(iris):
         np.testing.assert_allclose(-study.curves[0, :, f], losses, rtol=1e-9)
 
 
-def test_the_refit_equals_a_plain_loop_for_the_best_epochs(iris):
+@pytest.mark.parametrize("width", [16, (16, 5)])
+def test_the_refit_equals_a_plain_loop_for_the_best_epochs(iris, width, tmp_path):
     X, y = iris
-    params = {"lr": 0.03, "batch_size": 16, "width": 16, "schedule": "cosine"}
-    study = gputune.tune("mlp", X, y, space=params, dtype="float64", **{**ONE, "max_epochs": 5})
-    model = study.best_model()
+    params = {"lr": 0.03, "batch_size": 16, "width": width, "schedule": "cosine"}
+    options = {**ONE, "max_epochs": 5, "study": tmp_path / "study.db"}
+    gputune.tune("mlp", X, y, space={**params, "width": [width]}, dtype="float64", **options)
+    study = gputune.Study.open(tmp_path / "study.db")
+    assert study.best_params == params
+    study.best_model(X, y).save(tmp_path / "model")
+    model = gputune.load_model(tmp_path / "model")
     x = torch.tensor((X - X.mean(0)) / X.std(0))
     alone = reference.train_mlp(
         x, torch.tensor(y), complete(params, optimizer="adamw", schedule="constant"), n_outputs=3,
@@ -208,6 +214,21 @@ def test_mixed_columns_missing_values_and_unknown_levels(tmp_path):
     model.save(tmp_path / "model")
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(frame), model.predict_proba(frame))
+
+
+def test_the_levels_of_a_category_are_bounded(tmp_path):
+    frame, y = pd.DataFrame({"city": [f"c{i % 6}" for i in range(60)]}), np.arange(60) % 2
+    call = partial(gputune.tune, "mlp", frame, y, study=tmp_path / "study.db", **{**ONE, "max_epochs": 1})
+    study = call(max_levels=3)
+    assert (
+        study.record.features == 4 and "max_levels bounds the others to the 3 most" in study.record.notes[0]
+    )
+    model = gputune.Study.open(tmp_path / "study.db").best_model(frame, y)
+    assert model.layout.feature_names == ("city=c0", "city=c1", "city=c2", "city=(other)")
+    assert "max_levels=3," in again_code(study)
+    with refused(r"differs from this call in: max_levels \(3 there, 32 here\)"):
+        call()
+    assert gputune.tune("mlp", frame, y, **ONE).record.features == 6
 
 
 def test_folds_groups_and_time_series():
