@@ -27,6 +27,7 @@ from problems import (
     shape_of,
     train_together,
 )
+from test_laws import OPTIMIZERS, SIZES, each, epochs_of_50_steps
 
 CARDS = {"80": 166_912, "86": 101_376, "89": 101_376, "90": LARGEST, "100": LARGEST, "120": 101_376}
 """Bytes of shared memory that a block may have. Source: CUDA C++ Programming Guide, compute capabilities."""
@@ -92,6 +93,19 @@ def test_law_1_together_equals_alone(case, by_kernel):
 def test_law_1_for_the_linear_model(task, by_kernel):
     configs = fill({"lr": 1e-2, "batch_size": 9}, {"lr": 1e-3, "batch_size": 100})
     assert_equals_plain_loop(make_data(task, copies=False), configs, kind="linear", epochs=2)
+
+
+@needs_compiled_code
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("task", ["multiclass", "regression"])
+@each(OPTIMIZERS)
+def test_law_1_over_the_grid(optimizer, task, dtype, by_kernel):
+    kinds = [{**optimizer, "depth": depth, "lr": lr} for depth, lr in ((1, 1e-2), (2, 1e-3))]
+    for width, size in SIZES:
+        configs = fill(*({**kind, "width": width, "batch_size": size} for kind in kinds))
+        data = make_data(task, dtype=dtype)
+        assert_equals_plain_loop(data, configs, epochs=epochs_of_50_steps(data, size))
 
 
 def without_class_2(data):
