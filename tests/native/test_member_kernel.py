@@ -16,7 +16,7 @@ import problems
 from gputune.engine import compiled
 from gputune.engine.mlp import StackedMLP
 from gputune.native.library import Work
-from gputune.native.member_kernel import OPTIONS, MemberKernel, compile_kernel, unknown
+from gputune.native.member_kernel import OPTIONS, TILES, MemberKernel, compile_kernel, unknown
 from native.emulated import HERE, LARGEST, ORDERS, Emulator, bytes_of, kernel_of, train_members
 from problems import (
     assert_equals_plain_loop,
@@ -208,12 +208,10 @@ def test_a_barrier_that_is_left_out_is_found(barrier, emulator):
     assert left != [whole] * 3
 
 
-def shape(
-    inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True, rows=64
-):
+def shape(inputs=64, width=64, depth=2, outputs=10, moments=2, activation=0, dropout=False, classes=True):
     """A shape of members in single precision."""
     return MemberKernel(
-        inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, rows
+        inputs, width, depth, outputs, activation, moments, classes, dropout, torch.float32, 64
     )
 
 
@@ -250,9 +248,9 @@ SHAPES = {
     "16": shape(16, 16),
     "32": shape(width=32, activation=3, moments=1),
     "64": shape(),
-    "64, four layers": shape(depth=4, activation=1, dropout=True, rows=16),
-    "128": shape(30, 128, rows=16),
-    "many inputs": shape(256, 64, 1, 64, rows=16),
+    "64, four layers": shape(depth=4, activation=1, dropout=True),
+    "128": shape(30, 128),
+    "many inputs": shape(256, 64, 1, 64),
     "linear, regression": shape(100, 0, 0, 1, classes=False),
 }
 
@@ -270,9 +268,10 @@ def machine_code(kernel, card, folder):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("card", CARDS)
 def test_it_compiles_without_spills(name, card, tmp_path):
-    kernel = SHAPES[name]
-    if kernel.shared > CARDS[card]:
-        pytest.skip(f"a block of this card has no {kernel.shared} bytes")
+    tiles = (replace(SHAPES[name], rows=rows) for rows in TILES)
+    kernel = next((kernel for kernel in tiles if kernel.shared <= CARDS[card]), None)
+    if kernel is None:
+        pytest.skip("the weights do not fit on this card: it does not know such members there")
     said = machine_code(kernel, card, tmp_path)
     assert set(re.findall(r"(\d+) bytes spill", said)) == {"0"}
     (registers,) = map(int, re.findall(r"Used (\d+) registers", said))
@@ -378,4 +377,4 @@ def test_sanitizers_find_nothing(sanitizer, order, program):
 def test_a_sanitizer_finds_each_barrier_that_is_left_out(program):
     folder = program("thread")
     said = {int(barrier): watched(folder, order=0, left_out=int(barrier)) for barrier in EACH_BARRIER}
-    assert all("data race" in races or barrier == 0 for barrier, races in said.items()), said
+    assert all("data race" in races for races in said.values()), said
