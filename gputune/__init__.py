@@ -27,9 +27,8 @@ if find_spec("gputune.models") is None:  # installation puts the folder models/ 
     )
 
 if TYPE_CHECKING:
-    from gputune.api.search import search
     from gputune.api.study import Study
-    from gputune.api.tuning import tune
+    from gputune.api.tuning import search, tune
     from gputune.executors.ray_connection import Ray
     from gputune.hypergradients.hypergradient import hypergradient
     from gputune.methods.descent import Hypergradient
@@ -80,7 +79,7 @@ _HOMES = {
     "callbacks": "gputune.callbacks",
     "models": "gputune.models",
     "optim": "gputune.optim",
-    "search": "gputune.api.search",
+    "search": "gputune.api.tuning",
     "sklearn": "gputune.sklearn",
     "tune": "gputune.api.tuning",
 }

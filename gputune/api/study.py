@@ -53,7 +53,7 @@ class Study(data.Study):
         Raises InputError for a number of no scored trial, for other rows, saying what differs, for a class that is not
         trusted, and where rows or options are in no file.
         """
-        from gputune.tuning.out_of_fold import refit_with_folds
+        from gputune.tuning.fold_report import refit_with_folds
 
         return refit_with_folds(
             self,
@@ -112,7 +112,7 @@ class Study(data.Study):
         Raises InputError for a number of no scored trial, a study of descents, of ``search`` or of a custom target,
         and as ``best_model`` does.
         """
-        from gputune.tuning.out_of_fold import oof_predictions
+        from gputune.tuning.fold_report import oof_predictions
 
         return oof_predictions(self, X, y, trial=trial, trust_code=trust_code)
 
