@@ -35,7 +35,7 @@ class Scaling:
         """Return rows (F, ..., *row) of some folds, scaled."""
         center = self.center[folds]
         shape = (len(center), *[1] * (rows.dim() - center.dim()), *center.shape[1:])
-        scaled = (rows.to(center.dtype) - center.view(shape)) / self.scale[folds].view(shape)
+        scaled = (rows.to(center.dtype) - center.view(shape)).div_(self.scale[folds].view(shape))
         return torch.where(scaled.isnan(), 0.0, scaled) if self.missing else scaled
 
 

@@ -76,7 +76,7 @@ def implicit_gradients(
     everyone = torch.arange(len(problem.C), device=problem.y.device)
     values, gradients = [], []
     for f, rows in enumerate(valid):
-        fold = _fold(problem.x[f], problem.y, problem.weights[f], rows, outputs=solution.coef.shape[1])
+        fold = _fold(problem, f, rows, outputs=solution.coef.shape[1])
         for lot in torch.split(everyone, _members_at_once(fold, memory)):
             members = f * len(everyone) + lot
             value, gradient = _differentiate(fold, solution, members, problem.C[lot], problem.l1_ratio[lot])
@@ -95,14 +95,15 @@ class _Fold:
     center: Tensor  # (D,) that mean; intercepts are not penalised, so it changes nothing but rounding
 
 
-def _fold(x: Tensor, y: Tensor, weights: Tensor, valid: Tensor, *, outputs: int) -> _Fold:
+def _fold(problem: Problem, fold: int, valid: Tensor, *, outputs: int) -> _Fold:
+    weights = problem.weights[fold]
     keep = weights > 0
     total = weights.sum()
     share = weights[keep] / total
-    center = share @ x[keep]
+    center = share @ problem.x[fold, keep]
     even = share.new_full((len(valid),), 1 / len(valid))
     train, held_out = (
-        rows_of(x[rows] - center, y[rows], part, outputs, intercept=True)
+        rows_of(problem.x[fold, rows] - center, problem.y[rows], part, outputs, intercept=True)
         for rows, part in ((keep, share), (valid, even))
     )
     return _Fold(train, held_out, total, center)

@@ -84,18 +84,18 @@ def rows_of(
         if basis is not None:
             basis = functional.pad(basis, (0, 1, 0, 1))
             basis[-1, -1] = 1
-    design = x * share.sqrt()[:, None]
+    x = x * share.sqrt()[:, None]  # and the other one is held no longer
     return Rows(
-        design=design,
-        squares=design**2,
+        design=x,
+        squares=x**2,
         root=share.sqrt(),
         codes=codes,
         truth=(codes == classes_of_outputs[:, None]).to(x.dtype),
         penalised=penalised,
         unit=unit.where(unit > 0, 1),
         basis=basis,
-        bound=_curvature_bound(design, classes),
-        coarse=design.float(),
+        bound=_curvature_bound(x, classes),
+        coarse=x.float(),
     )
 
 

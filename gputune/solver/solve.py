@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,7 +22,7 @@ from gputune.solver.objective import Point, Rows, objective, origin, rows_of, vi
 from gputune.types import Config
 
 CPU_NUMBERS, GPU_NUMBERS = 2**18, 2**27  # in one (members, outputs, rows) tensor of a chunk: cache, memory
-HELD = 2**25  # numbers of all inputs of the folds that are solved at the same time
+HELD = 2**25  # numbers of all inputs that are solved at the same time, of each fold and kind of step
 STILL = 1e-13  # a step that lowers the objective by a smaller share changes nothing
 PATIENCE = 10  # such steps in a row before a member is given up
 CONSTANT = 1e-13  # spread of an input, as a share of its mean, that is rounding alone
@@ -30,6 +30,7 @@ HUGE = 1e10  # input beyond which each is measured in a unit of its own, or squa
 SETTLED = 1e-3  # largest last change of a logit with which a member without penalty counts as converged
 
 Step = Callable[[Rows, Point, float], Point]
+Jobs = list[Callable[[], None]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,18 @@ class Solution:
     converged: Tensor  # (P,) bool
 
 
+class _Inputs:
+    """The rows of data as each fold reads them: a copy of those that are asked for, all folds at once take much."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.data = data
+
+    def __getitem__(self, place: tuple[int, Tensor]) -> Tensor:
+        """Return rows of a fold, by their positions or as bool (n,)."""
+        fold, rows = place
+        return self.data.rows(fold, rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows)[0]
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """``C * sum_i w_i loss_i + (1 - l1_ratio) / 2 ||W||^2 + l1_ratio ||W||_1``, to be minimised for every fold and C.
@@ -58,7 +71,7 @@ class Problem:
     A fold with inputs that are not finite gets NaN. Objective: sklearn.linear_model.LogisticRegression's.
     """
 
-    x: Sequence[Tensor] | Tensor  # of each fold (n, D) float64, preprocessed
+    x: Tensor | _Inputs  # (F, n, D) float64, preprocessed
     y: Tensor  # (n,) class codes
     weights: Tensor  # (F, n) >= 0, 0 for a row that is no training row of the fold
     C: Tensor  # (C,) > 0, inf for no penalty
@@ -78,19 +91,6 @@ class Problem:
             raise InputError(f"solve needs l1_ratio from 0 (l2) to 1 (l1), got {self.l1_ratio.tolist()}.")
 
 
-class _Inputs(Sequence[Tensor]):
-    """All rows as each fold reads them, made when they are asked for where folds share a copy."""
-
-    def __init__(self, data: Dataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return self.data.n_folds
-
-    def __getitem__(self, fold: int) -> Tensor:  # type: ignore[override]
-        return self.data.read(0, self.data.x[self.data.copies[fold], None], slice(fold, fold + 1))[0]
-
-
 def solve(problem: Problem) -> Solution:
     """Solve a problem for every fold and C.
 
@@ -98,27 +98,23 @@ def solve(problem: Problem) -> Solution:
     ``converged`` false and the finite coefficients that it reached.
     """
     parts: list[Solution] = []
-    jobs: list[Callable[[], None]] = []
+    jobs: Jobs = []
     held = 0
-    for f, weights in enumerate(problem.weights):
-        keep = weights > 0
-        x = problem.x[f][keep]
-        if held + x.numel() > HELD:  # each fold has several copies of its rows
-            _run(jobs, x.device)
-            jobs, held = [], 0
-        held += x.numel()
-        classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
-        parts.append(_nothing_learned(classes, len(problem.C), x))
-        if not x.isfinite().all():
-            parts[-1].coef.fill_(torch.nan)
-            parts[-1].converged.fill_(False)
-        elif int(classes.sum()) > 1:
-            jobs += _jobs(parts[-1], problem, x, keep, weights[keep], classes)
+    for f in range(len(problem.weights)):
+        solution, groups = _fold(problem, f)
+        parts.append(solution)
+        for more, numbers in groups:
+            jobs += more
+            more.clear()  # jobs that wait hold several copies of their rows, and nothing else does
+            held += numbers
+            if held + numbers > HELD:
+                _run(jobs, problem.y.device)
+                jobs, held = [], 0
     _run(jobs, problem.y.device)
     return Solution(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Solution)))
 
 
-def _run(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
+def _run(jobs: Jobs, device: torch.device) -> None:
     """Do all jobs: on a CPU as many at a time as torch has threads, each with one of them.
 
     The products of a chunk are too small to be shared by threads; whole chunks are not.
@@ -132,11 +128,27 @@ def _run(jobs: Sequence[Callable[[], None]], device: torch.device) -> None:
         list(pool.map(lambda job: job(), jobs))  # the list raises what a job has raised
 
 
-def _jobs(
-    solution: Solution, problem: Problem, x: Tensor, keep: Tensor, weights: Tensor, classes: Tensor
-) -> list[Callable[[], None]]:
-    """Return what solves all C of one fold on its own rows x, chunk by chunk, and writes its part of ``solution``.
+def _fold(problem: Problem, fold: int) -> tuple[Solution, Iterator[tuple[Jobs, int]]]:
+    """Return the solution of a fold in which nothing is learned yet, and what learns it."""
+    weights = problem.weights[fold]
+    keep = weights > 0
+    x = problem.x[fold, keep]
+    classes = torch.bincount(problem.y[keep], minlength=problem.n_classes) > 0
+    solution = _nothing_learned(classes, len(problem.C), x)
+    if not x.isfinite().all():
+        solution.coef.fill_(torch.nan)
+        solution.converged.fill_(False)
+    elif int(classes.sum()) > 1:
+        return solution, _groups(solution, problem, x, keep, weights[keep], classes)
+    return solution, iter(())
 
+
+def _groups(
+    solution: Solution, problem: Problem, x: Tensor, keep: Tensor, weights: Tensor, classes: Tensor
+) -> Iterator[tuple[Jobs, int]]:
+    """Yield what solves all C of one fold on its own rows x, chunk by chunk, and writes its part of ``solution``.
+
+    Jobs on the same rows come together, with how many numbers these are.
     ``keep`` (n,) are these rows among all, ``classes`` (K,) says which occur, two at least. x is changed.
     """
     C, codes = problem.C, (classes.cumsum(0) - 1)[problem.y[keep]]
@@ -160,14 +172,15 @@ def _jobs(
         solution.steps[members], solution.residual[members] = descent.steps, descent.residual
         solution.converged[members] = descent.converged
 
-    jobs: list[Callable[[], None]] = []
+    def chunks(step: Step, which: Tensor) -> Jobs:
+        rotate = step is newton_step and not huge  # a ridge is not the same in all units
+        rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
+        rows = rows.scaled(scale) if huge else rows
+        return [partial(solve_chunk, rows, step, members) for members in _chunks(which, C, rows)]
+
     for step, which in ((newton_step, lasso == 0), (proximal_newton_step, lasso > 0)):
         if which.any():
-            rotate = step is newton_step and not huge  # a ridge is not the same in all units
-            rows = rows_of(x, codes, share, len(kept), intercept=problem.fit_intercept, rotate=rotate)
-            rows = rows.scaled(scale) if huge else rows
-            jobs += [partial(solve_chunk, rows, step, members) for members in _chunks(which, C, rows)]
-    return jobs
+            yield chunks(step, which), x.numel()
 
 
 def _nothing_learned(classes: Tensor, members: int, x: Tensor) -> Solution:

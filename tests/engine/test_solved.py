@@ -1,6 +1,7 @@
 """The solved logistic regression as a chunk: scores, modules, folds that lack a class."""
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from sklearn.linear_model import LogisticRegression
 
 from gputune.data.dataset import Fold
 from gputune.scoring.scoring import make_scoring
+from gputune.solver import solve
+from gputune.solver.objective import rows_of
 from gputune.solver.solve import solve_all, solve_chunk, solved_module
 from problems import fill, make_data
 
@@ -34,6 +37,23 @@ def test_scores_and_modules_equal_scikit_learn(task):
             np.testing.assert_allclose(
                 module(data.x[f, fold.valid]).softmax(-1).detach().numpy(), p, atol=1e-6
             )
+
+
+def test_one_fold_is_held_at_a_time_where_folds_are_large(monkeypatch):
+    data, configs = make_data(), fill({"C": 0.1}, {"C": 2.0, "l1_ratio": 1.0}, {"C": 1.0})
+    whole, made, alive = solve_all(data, configs), [], []
+
+    def watched(*arguments, **more):
+        alive.append(sum(rows() is not None for rows in made))
+        rows = rows_of(*arguments, **more)
+        made.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(solve, "HELD", 0)
+    monkeypatch.setattr(solve, "rows_of", watched)
+    apart = solve_all(data, configs)
+    assert alive == [0, 0, 0, 0]  # two kinds of step in two folds
+    assert torch.equal(apart.coef, whole.coef) and torch.equal(apart.steps, whole.steps)
 
 
 @pytest.mark.parametrize("only", [0, 1])
