@@ -125,7 +125,7 @@ def evaluation(
     loss = saved_loss(model)
     if model.task == "custom" or (loss is None and "neg_loss" in (scoring or ())):
         raise InputError(_without_score(model))
-    guess = model.predict(test.X)
+    outputs = model._outputs(test.X)
     classes, y = labels_of(model, test)
     if model.classes is not None and classes is not None:
         refuse_unknown(classes, y, len(model.classes), f"column {test.target!r}")
@@ -141,11 +141,11 @@ def evaluation(
         one = positive if of_class else None
         how = make_scoring(name, model.task, model.classes, one, loss, n_labels=y.shape[-1])
         shown = None if how.positive is None or classes is None else classes[how.positive]
-        scores[name] = held_out_score(model, name, test, positive=one), shown
+        scores[name] = held_out_score(model, name, test, positive=one, outputs=outputs), shown
     if classes is None or model.task == "multilabel":
         return Evaluation(len(test.X), scores, [], [])
     code = {label: code for code, label in enumerate(classes)}
-    predicted = [code[label] for label in guess.tolist()]
+    predicted = [code[label] for label in model._predicted(outputs).tolist()]
     K = len(classes)
     matrix = np.bincount(y * K + predicted, minlength=K * K).reshape(K, K)
     return Evaluation(len(test.X), scores, classes, matrix.tolist())

@@ -53,10 +53,18 @@ def saved_loss(model: TunedModel) -> Objective | None:
     return Objective(name, binary=model.task == "binary", fixed=arguments) if name in LOSSES else None
 
 
-def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: object = None) -> HeldOut:
+def held_out_score(
+    model: TunedModel,
+    scoring: str,
+    test: Source,
+    *,
+    positive: object = None,
+    outputs: Tensor | None = None,
+) -> HeldOut:
     """Score the model on the held-out rows by the scorer of this name; never raises for an undefined score.
 
-    ``positive`` is the class that the score is of, None where it is of none.
+    ``positive`` is the class that the score is of, None where it is of none; ``outputs`` are what the model returns of
+    the rows, where that is known.
     """
     rows, loss = len(test.X), saved_loss(model) if scoring == "neg_loss" else None
     if scoring == "neg_loss" and loss is None:
@@ -65,12 +73,11 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: o
     unseen = 0 if classes is None or model.classes is None else int((y >= len(model.classes)).sum())
     try:
         how = make_scoring(scoring, model.task, model.classes, positive, loss, n_labels=y.shape[-1])
-        outputs, target = (
-            _outputs(model, test) if loss is None else model._outputs(test.X),
-            torch.from_numpy(y),
-        )
+        outputs, target = model._outputs(test.X) if outputs is None else outputs, torch.from_numpy(y)
         if loss is not None:
             outputs, target = _as_in_training(model, loss, outputs, target)
+        else:
+            outputs = _as_scored(model, outputs)
         if classes is not None and unseen:
             how, outputs, target = _with_unseen(how, outputs, target, len(classes))
         with warnings.catch_warnings(action="ignore"):  # of classes that no row is predicted as
@@ -82,12 +89,12 @@ def held_out_score(model: TunedModel, scoring: str, test: Source, *, positive: o
     return HeldOut(score, rows, unseen, interval=_interval(how, outputs, target, score))
 
 
-def _outputs(model: TunedModel, test: Source) -> Tensor:
-    """Return what the model predicts of the held-out rows, as scores take it."""
+def _as_scored(model: TunedModel, outputs: Tensor) -> Tensor:
+    """Return outputs of the model as scores take them."""
     if model.task == "multilabel" or model.classes is not None:
         # The model's own logits, since those of rounded probabilities would tie, and break ties, otherwise.
-        return model._outputs(test.X)
-    predicted = torch.from_numpy(model.predict(test.X))
+        return outputs
+    predicted = torch.from_numpy(model._predicted(outputs))
     return predicted if predicted.dim() > 1 else predicted[:, None]
 
 

@@ -92,8 +92,9 @@ def _predictions(model: TunedModel, arguments: Namespace) -> tuple[list[object],
             f"--proba needs a model of classes, and {arguments.folder!r} is a regression; leave --proba out."
         )
     if arguments.interval is not None:
-        ends = model.predict_interval(file, arguments.interval)
-        columns = [column.tolist() for column in (model.predict(file), *ends)]
+        half = model._half_width(arguments.interval)
+        outputs = model._outputs(file)
+        columns = [part.tolist() for part in (model._predicted(outputs), *model._ends(outputs, half))]
         return [f"{model.target}{end}" for end in ("", "_lower", "_upper")], [
             list(row) for row in zip(*columns)
         ]

@@ -63,7 +63,10 @@ class TunedModel(ModelContent):
         with them, whose targets are left out. Raises InputError for
         missing columns, other shapes, and for what is no table.
         """
-        outputs = self._outputs(X)
+        return self._predicted(self._outputs(X))
+
+    def _predicted(self, outputs: Tensor) -> np.ndarray:
+        """Return what ``predict`` does of rows with these outputs."""
         if self.task == "custom":
             return outputs.numpy()
         if self.task == "multilabel":
@@ -86,7 +89,11 @@ class TunedModel(ModelContent):
         Raises InputError for classes, several numbers a row, a model without residuals, and too high a level.
         """
         half = self._half_width(level)
-        middle = self._outputs(X).numpy() * self.scale + self.center
+        return self._ends(self._outputs(X), half)
+
+    def _ends(self, outputs: Tensor, half: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the ends of intervals of so much to both sides, of rows with these outputs."""
+        middle = outputs.numpy() * self.scale + self.center
         ends = np.stack([self._in_units(middle + part) for part in (-half, half)])
         return ends.min(0), ends.max(0)  # a transformation may turn them round
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.cli.evaluation import evaluation
+from gputune.study.model import TunedModel
 from refused import refused
 
 
@@ -66,6 +67,13 @@ def test_classes_are_scored_as_scikit_learn_does(folder):
     precision = (y == labels)[labels == "ant"].mean()
     recall = (y == labels)[y == "ant"].mean()
     assert f"ant      30     {precision:.4f}  {recall:.4f}" in text
+
+
+@pytest.mark.parametrize("target", ["kind", "price"])
+def test_the_model_computes_once_for_all_scores(folder, monkeypatch, target):
+    outputs, calls = TunedModel._outputs, []
+    monkeypatch.setattr(TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X))
+    assert len(evaluated(folder, target)["scores"]) > 2 and calls == [1]
 
 
 def test_a_number_is_scored_as_scikit_learn_does(folder):

@@ -25,13 +25,14 @@ def fitted(y, kind=LogisticRegression):
     classes = getattr(estimator, "classes_", None)
     task = "regression" if classes is None else "binary" if len(classes) == 2 else "multiclass"
 
-    def logits(table):
-        return torch.from_numpy(estimator.predict_proba(np.column_stack(table.columns))).log()
+    def outputs(table):
+        rows = np.column_stack(table.columns)
+        values = estimator.predict(rows) if classes is None else np.log(estimator.predict_proba(rows))
+        return torch.from_numpy(values.astype(np.float64))
 
-    def predict(table):
-        return estimator.predict(np.column_stack(table.columns)).astype(np.float64)
-
-    return estimator, SimpleNamespace(classes=classes, task=task, predict=predict, _outputs=logits)
+    return estimator, SimpleNamespace(
+        classes=classes, task=task, _outputs=outputs, _predicted=torch.Tensor.numpy
+    )
 
 
 @pytest.mark.parametrize("classes", [2, 3])

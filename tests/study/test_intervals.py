@@ -11,6 +11,7 @@ from sklearn.model_selection import KFold, RepeatedKFold
 import gputune
 from command_line import kinds, run, write_table
 from gputune.models import MLP
+from gputune.study.model import TunedModel
 from refused import refused
 
 RNG = np.random.default_rng(0)
@@ -104,7 +105,7 @@ def test_what_is_refused(case):
         points.best_model(intervals=True)
 
 
-def test_the_command_line(tmp_path):
+def test_the_command_line(tmp_path, monkeypatch):
     prices = np.exp(RNG.normal(size=40)).round(3)
     file, out = write_table(tmp_path / "houses.csv", price=prices, kind=kinds()), tmp_path / "out"
     words = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "--target-transform", "log"]
@@ -118,9 +119,12 @@ def test_the_command_line(tmp_path):
     assert (
         run("resume", out, "--intervals")[0] == run("resume", out, "--trials", "2")[0] == 0
     )  # which keeps them
+    outputs, calls = TunedModel._outputs, []
+    monkeypatch.setattr(TunedModel, "_outputs", lambda model, X: calls.append(1) or outputs(model, X))
     rows = list(
         csv.reader(io.StringIO(run("predict", out / "model", file, "--interval", "0.9", "--keep", "a")[1]))
     )
+    assert calls == [1]
     assert rows[0] == ["a", "price", "price_lower", "price_upper"] and len(rows) == 41
     assert all(0 < float(lower) < float(price) < float(upper) for _, price, lower, upper in rows[1:])
     code, _, err = run("predict", out / "model", file, "--interval", "90")
