@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from gputune.cli.arguments import model_folder, study_file
-from gputune.cli.study import finished, opened
+from gputune.cli.study import opened
 from gputune.report.facts import is_its_model
 from gputune.study.curves import FoldReport
 from gputune.study.record import has_form
@@ -29,7 +29,7 @@ def report(arguments: Namespace) -> str:
         check_fold_report(study, confusion=bool(arguments.confusion))
     folds = None if arguments.live else _folds(study, arguments)
     try:
-        while arguments.live and finished(study) < len(study.trials):
+        while arguments.live and any(trial.state in ("waiting", "stopped") for trial in study.trials):
             write_page(study, out, model=_model(study, model_folder(file)), reload_seconds=_LIVE_SECONDS)
             time.sleep(_LIVE_SECONDS)
             study = opened(arguments)

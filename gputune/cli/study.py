@@ -234,12 +234,9 @@ def _name(value: object) -> str:
 def status(arguments: Namespace) -> str:
     """Return in a few lines how far a search is, also one of another process; with ``--watch`` again and again."""
     file = study_file(arguments.study)
-    if not arguments.watch:
-        return status_text(file)
     while True:
-        study = Study.open(file)
-        text = f"{status_text(file)}{_best_curves(study)}"
-        if finished(study) == len(study.trials):
+        text, is_over = _look(file, most=_CURVES if arguments.watch else 0)
+        if is_over or not arguments.watch:
             return text
         screen = f"\x1b[H\x1b[J{text}\n" if sys.stdout.isatty() else f"{text}\n\n"
         sys.stdout.write(screen)
@@ -247,20 +244,22 @@ def status(arguments: Namespace) -> str:
         time.sleep(_WATCH_SECONDS)
 
 
-def status_text(file: Path) -> str:
-    """Return how far the search of a file is, a line for each thing that is known.
+def _look(file: Path, *, most: int) -> tuple[str, bool]:
+    """Return how far the search of a file is, a line for each thing that is known, and whether all trials have ended.
 
-    Of a large study all trials are counted, and the best alone is read, in a fraction of the time.
+    At most so many curves of the best trials stand below. All trials are counted and the best alone are read, which of
+    a large study takes a fraction of the time.
     """
     written = last_written(file) if file.is_file() else 0.0  # before it is opened, which may tidy up the file
     with Store.open(file) as store:
-        states, best = store.states(), store.best()
-        study = Study.from_rows(store.meta, [] if best is None else store.trials(best))
+        states = store.states()
+        study = Study.from_rows(store.meta, store.trials(store.best(max(1, most))))
     trials: Counter[str] = Counter()
     for state, _, number in states:
         trials[state] += number
     of = count(trials.total(), "trial")
-    done = f"{trials.total() - trials['waiting'] - trials['stopped']} of {of} finished"
+    left = trials["waiting"] + trials["stopped"]
+    done = f"{trials.total() - left} of {of} finished"
     lines = [
         ("Study", clean(file)),
         ("Trials", f"{done}{f': {states_text(states)}' if states else ''}"),
@@ -268,12 +267,7 @@ def status_text(file: Path) -> str:
         *(("Running", line) for line in _running(file, study)),
         ("Written", f"{seconds_text(max(0.0, time.time() - written))} ago"),
     ]
-    return "\n".join(f"{name:9}{text}" for name, text in lines)
-
-
-def finished(study: Study) -> int:
-    """Return how many trials have ended."""
-    return sum(trial.state not in ("waiting", "stopped") for trial in study.trials)
+    return "\n".join(f"{name:9}{text}" for name, text in lines) + _best_curves(study, most), not left
 
 
 def _running(file: Path, study: Study) -> Iterator[str]:
@@ -289,9 +283,9 @@ def _running(file: Path, study: Study) -> Iterator[str]:
             yield f"{who}: {done}{seen}{left}"
 
 
-def _best_curves(study: Study) -> str:
+def _best_curves(study: Study, most: int) -> str:
     """Return the curves of the best trials as block characters, a line each, on the scale of all of them."""
-    best = [trial for trial in study.ranking()[:_CURVES] if math.isfinite(trial.score)]
+    best = [trial for trial in study.ranking()[:most] if math.isfinite(trial.score)]
     if not best or study.curves.shape[1] < 2:
         return ""
     row, measure = {trial.number: row for row, trial in enumerate(study.trials)}, study_measure(study)

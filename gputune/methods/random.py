@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from operator import index
 from typing import Literal
 
+import numpy as np
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
 from torch import nn
@@ -67,7 +68,9 @@ def _searched(key: str) -> Choices:
     return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
 
 
-def draw(space: Space, n_trials: int, seed: int, check: ConfigCheck = check_config) -> list[Config]:
+def draw(
+    space: Space, n_trials: int, seed: int | np.random.RandomState, check: ConfigCheck = check_config
+) -> list[Config]:
     """Return ``n_trials`` configurations of a checked space: ParameterSampler's own, so RandomizedSearchCV's too.
 
     A space of lists only is drawn without replacement; where it has too few points, all of them are returned,
@@ -76,6 +79,31 @@ def draw(space: Space, n_trials: int, seed: int, check: ConfigCheck = check_conf
     """
     sampler = ParameterSampler(space, _n_draws(space, n_trials), random_state=seed)
     return [check(config, name="a draw of space") for config in sampler]
+
+
+def _draw_on(
+    known: Sequence[Config], space: Space, n_trials: int, seed: int, check: ConfigCheck
+) -> list[Config]:
+    """Return what ``draw`` does, without the first draws where ``known`` are these.
+
+    The generator passes them over in a fraction of the time. Since ``known`` has no configuration twice, they are the
+    first where the last of them is what is drawn next.
+    """
+    laws = [[part[key] for key in sorted(part)] for part in space]
+    if known and not all(isinstance(law, list) for part in laws for law in part):
+        generator = np.random.RandomState(seed)
+        for _ in range(len(known) - 1):
+            for law in laws[generator.randint(len(laws))] if len(laws) > 1 else laws[0]:
+                if isinstance(law, list):
+                    generator.randint(len(law))
+                elif isinstance(getattr(law, "dist", None), stats.rv_continuous):
+                    generator.random_sample()  # most take the quantile of one, and ``rvs`` takes its time
+                else:
+                    law.rvs(random_state=generator)
+        last, *new = draw(space, n_trials - len(known) + 1, generator, check)
+        if last == known[-1]:
+            return new
+    return draw(space, n_trials, seed, check)
 
 
 def first_candidates(
@@ -128,6 +156,7 @@ def top_up(
     seed: int,
     check: ConfigCheck = check_config,
     earlier: Sequence[Config] = (),
+    drawn: Sequence[Config] = (),
 ) -> tuple[Candidate, ...]:
     """Return the drawn trials that ``old`` lacks of ``n_trials``, numbered on from it.
 
@@ -137,15 +166,16 @@ def top_up(
     give another selection for a larger ``n_trials``.
 
     earlier: what other searches have tried. It is dropped too, and more is drawn in its place, as far as the space has
-    more: the same seed would draw the same again.
+    more: the same seed would draw the same again. drawn: what such a call has returned before.
     """
     if (lacking := n_trials - n_counted(old)) <= 0:
         return ()
+    known = [trial.params for trial in old if trial.origin == "random"]
+    new = _number([(config, "random") for config in drawn], old, earlier)[:lacking] if drawn else ()
     for times in (1, 2, 4, 8) if earlier else (1,):  # a space of few integers may have no more
-        drawn = draw(space, times * (n_trials + len(earlier)), seed, check)
-        new = _number([(config, "random") for config in drawn], old, earlier)[:lacking]
-        if len(new) == lacking:
-            break
+        if len(new) < lacking:
+            drawn = _draw_on(known, space, times * (n_trials + len(earlier)), seed, check)
+            new = _number([(config, "random") for config in drawn], old, earlier)[:lacking]
     return new
 
 

@@ -37,6 +37,8 @@ class Ledger:
         self.candidates: list[Candidate] = []
         self.plan: list[Chunk] = []
         self.results: dict[int, Result] = {}
+        self.kept: list[int] = []
+        """Numbers of the trials whose results ``finish`` has kept."""
         self.on_finish: Callable[[list[tuple[Candidate, Result | None]]], None] | None = None
         """Called with the trials that ``finish`` has kept, after they are."""
         self.on_wait: Callable[[str], None] | None = None
@@ -158,6 +160,7 @@ class Ledger:
             self.store.finish(new)
         by_number = {result.number: result for result in new}
         self.results.update(by_number)
+        self.kept += by_number
         if self.on_finish is not None and new:
             self.on_finish([(c, by_number[c.number]) for c in self.candidates if c.number in by_number])
 
@@ -234,8 +237,10 @@ def _in_words(there: object, here: object) -> str:
 
 
 @contextmanager
-def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledger]:
-    """Open the ledger of a new search, or of the search that ``path`` holds.
+def open_ledger(
+    path: str | Path | None, record: SearchRecord, store: Store | None = None
+) -> Iterator[Ledger]:
+    """Open the ledger of a new search, or of the search that ``path`` holds, which ``store`` is where it is open.
 
     Raises InputError where the file holds another search, and says what differs; at the end StudyCorruptError where
     another program has damaged the file meanwhile.
@@ -244,7 +249,7 @@ def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledge
         yield Ledger(None)
         return
     sweep(Path(path).parent, prefix=DRAFTS)
-    with _opened(Path(path), record) as store, Claims(Path(path)) as claims:
+    with store or _opened(Path(path), record) as store, Claims(Path(path)) as claims:
         # In files that do not say which class was positive it was the last one.
         positive = None if record.positive is None or record.classes is None else record.classes[-1]
         there = SearchRecord.from_json({"positive": positive, "metrics": [], **store.meta})
@@ -265,11 +270,13 @@ def open_ledger(path: str | Path | None, record: SearchRecord) -> Iterator[Ledge
 
 
 def _check_kept(path: Path, ledger: Ledger) -> None:
-    """Raise StudyCorruptError where a file does not hold, row by row, what was written to it."""
+    """Raise StudyCorruptError where a file does not hold what this process wrote, or has lost another row."""
+    final = sum(result.state != "stopped" for result in ledger.results.values())
     with Store.open(path) as store:
         if (
             not store.meta
-            or not store.check().issuperset(ledger.results)
+            or store.finished() < final
+            or not store.check(ledger.kept).issuperset(ledger.kept)
             or len(store.plan()) < len(ledger.plan)
         ):
             raise damaged(path, "rows are gone that were written to it")

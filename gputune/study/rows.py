@@ -17,6 +17,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -29,6 +30,7 @@ from gputune.types import Config, Json, first_metric
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
 
+_JSON, _PLAIN = json.JSONDecoder(), (int, float, str)
 ARRAY_KINDS = "biufUO"
 _SMALL, _WIDTH = 2**20, 64
 """Bytes that an array may take in any case, and for each character of its items."""
@@ -50,7 +52,10 @@ def to_json(value: object, *, name: str = "value") -> str:
 def from_json(text: str) -> Any:
     """Return the value that ``to_json`` wrote. Raises ValueError for text that it cannot have written."""
     try:
-        return _decode(json.loads(text))
+        value, end = _JSON.raw_decode(text)
+        if end < len(text):
+            raise ValueError(f"{text[end : end + 20]!r} stands behind a value")
+        return _decode(value)
     except (*MALFORMED, ImportError) as error:
         raise ValueError(f"not a stored value: {error!r}") from error
 
@@ -89,7 +94,7 @@ def _decode(value: object) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) != 1 or next(iter(value)) not in DECODERS:
-        return {key: _decode(item) for key, item in value.items()}
+        return {key: item if type(item) in _PLAIN else _decode(item) for key, item in value.items()}
     ((tag, content),) = value.items()
     return DECODERS[tag](content)
 
@@ -153,7 +158,7 @@ Row = tuple[Any, ...]
 Value = TypeVar("Value")
 
 _POINT = re.compile(r"([0-9]{1,9}):([0-9]{1,9})")
-_MOST_THREADS = 4096
+_MOST_THREADS, _FLOAT = 4096, np.dtype("<f8")
 _STATES = get_args(State)
 _NUMBERS: list[object] = []  # nested lists of numbers
 _NUMBERS.append((float, _NUMBERS))
@@ -205,8 +210,13 @@ class Candidate:
         values = from_json(params)
         if not isinstance(values, dict) or not {str}.issuperset(map(type, values)):
             raise ValueError(f"parameters {params[:60]} are no object")
-        point = _POINT.fullmatch(origin)
-        return cls(number, values, (int(point[1]), int(point[2])) if point else origin)
+        return cls(number, values, _origin(origin))
+
+
+@lru_cache
+def _origin(text: str) -> str | tuple[int, int]:
+    point = _POINT.fullmatch(text)
+    return (int(point[1]), int(point[2])) if point else text
 
 
 @dataclass(frozen=True)
@@ -311,7 +321,7 @@ class Result:
         if not 0 <= best_epoch < 2**31 or not (0 <= time < 1e15 or math.isnan(time)):
             raise ValueError("its best epoch or seconds are out of their range or of another type")
         metrics = (1 + len(others),) if others else ()
-        table = np.frombuffer(curve, dtype="<f8").reshape(-1, len(folds), *metrics)
+        table = np.frombuffer(curve, dtype=_FLOAT).reshape(-1, len(folds), *metrics)
         return cls(number, state, mean, folds, best_epoch, time, table, facts)
 
 
@@ -325,8 +335,8 @@ def read_detail(text: str) -> Json:
 
 def read_row(make: Callable[..., Value], row: Row) -> Value:
     """Return what a row says, its checksum being the last value. Raises ValueError where it is damaged."""
-    *values, digest = row
-    if digest != checksum(*values):
+    values = row[:-1]
+    if row[-1] != checksum(*values):
         raise ValueError("does not fit its checksum")
     try:
         return make(*values)
@@ -334,24 +344,30 @@ def read_row(make: Callable[..., Value], row: Row) -> Value:
         raise ValueError(f"cannot be read ({error})") from error
 
 
-_LEADS: dict[type, bytes] = {kind: f"{kind.__name__}:".encode() for kind in (int, float, str, bytes)}
+@lru_cache(maxsize=4096)
+def _lead(kind: str, size: int) -> bytes:
+    return f"{kind}:{size}:".encode()
 
 
 def checksum(*values: object) -> str:
     """64 bits of SHA-256 over the values, each led by its type and length so that no two rows read alike."""
     parts: list[bytes] = []
     for value in values:
-        raw = value if isinstance(value, bytes) else str(value).encode()
-        parts += (_LEADS.get(type(value)) or f"{type(value).__name__}:".encode(), b"%d:" % len(raw), raw)
+        raw = value if type(value) is bytes else str(value).encode()
+        parts += (_lead(type(value).__name__, len(raw)), raw)
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _pack(values: Sequence[float] | Curve) -> bytes:
-    return np.ascontiguousarray(values, dtype="<f8").tobytes()
+    return np.ascontiguousarray(values, dtype=_FLOAT).tobytes()
 
 
 def _unpack(raw: bytes) -> tuple[float, ...]:
-    count, rest = divmod(len(raw), 8)
-    if rest:
-        raise ValueError(f"{len(raw)} bytes are no float64")
-    return struct.unpack(f"<{count}d", raw)
+    return _floats(len(raw)).unpack(raw)
+
+
+@lru_cache
+def _floats(size: int) -> struct.Struct:
+    if size % 8:
+        raise ValueError(f"{size} bytes are no float64")
+    return struct.Struct(f"<{size // 8}d")

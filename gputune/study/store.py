@@ -7,12 +7,13 @@ in which they train, frozen when they are planned), ``results`` (at most one row
 
 import errno
 import gc
+import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
@@ -35,14 +36,13 @@ from gputune.study.rows import (
 )
 from gputune.types import Json
 
-_TRIAL = "number", "params", "origin", "checksum"
-_RESULT = "number", "state", "score", "fold_scores", "best_epoch", "seconds", "curve", "detail", "checksum"
-_TABLES = "FROM trials LEFT JOIN results ON results.number = trials.number"
+_ROWS = {"meta": "option {!r}", "trials": "trial {}", "plan": "chunk {} of the plan",
+         "results": "the result of trial {}"}  # fmt: skip
+"""What a row of a table is called by its first value."""
 
 __all__ = ["Candidate", "Chunk", "Curve", "Result", "Store"]
 
 
-OtherValue = TypeVar("OtherValue")
 States = list[tuple[TrialState, Json, int]]
 """How many trials there are of each state and detail."""
 
@@ -66,6 +66,9 @@ class Store:
         self._connection = connection
         self._whole = path.absolute()  # wherever this process goes meanwhile
         self._file = path.stat()
+        # What was read once is not read again: no candidate is changed, and no result that stays.
+        self._candidates: dict[int, Candidate] = {}
+        self._results: dict[int, Result] = {}
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], meta: Mapping[str, object]) -> Self:
@@ -97,9 +100,7 @@ class Store:
     def meta(self) -> Meta:
         """The options that the study was created with."""
         options = Meta(self.path)
-        for row in self._read("SELECT key, value, checksum FROM meta ORDER BY rowid"):
-            option = self._checked(f"option {row[0]!r}", Option.from_row, row)
-            options[option.key] = option.value
+        options |= {option.key: option.value for option in self._rows("meta", Option.from_row)}
         options.pop(HOW_MANY, None)
         if "numbers" in options:  # a search from before the option did this
             options.setdefault("columns", "drop-constant")
@@ -129,22 +130,31 @@ class Store:
         """
         self._insert("results", [result.to_row() for result in results])
 
-    def trials(self, number: int | None = None) -> list[tuple[Candidate, Result | None]]:
-        """Return every candidate, or that of a number, in their order, each with its result or None where it waits.
+    def trials(self, numbers: Collection[int] | None = None) -> list[tuple[Candidate, Result | None]]:
+        """Return every candidate, or those of some numbers, in their order, each with its result or None.
 
         Raises StudyCorruptError where a row does not fit its checksum; a changed value is never returned.
         """
-        return self._trials(Candidate.from_row, Result.from_row, number)
+        if numbers is not None:
+            candidates = self._rows("trials", Candidate.from_row, numbers)
+            new = self._rows("results", Result.from_row, numbers)
+        else:
+            candidates = self.candidates()
+            new = self._rows("results", Result.from_row, self._unread("results", self._results))
+            self._results |= {result.number: result for result in new if result.state != "stopped"}
+        known = {**self._results, **{result.number: result for result in new}}
+        return [(candidate, known.get(candidate.number)) for candidate in candidates]
 
-    def check(self) -> set[int]:
-        """Hold each trial and result against its checksum; return the numbers of the results."""
-        return {result[0] for _, result in self._trials(_values, _values) if result is not None}
+    def check(self, numbers: Collection[int] | None = None) -> set[int]:
+        """Hold each trial and result, or those of some numbers, against its checksum; return the numbers of results."""
+        self._rows("trials", _values, numbers)
+        return {number for number, *_ in self._rows("results", _values, numbers)}
 
     def candidates(self) -> list[Candidate]:
         """Return every candidate in order of its number. Raises StudyCorruptError."""
-        rows = self._read(f"SELECT {', '.join(_TRIAL)} FROM trials ORDER BY number")
-        with no_collecting():
-            return [self._checked(f"trial {row[0]}", Candidate.from_row, row) for row in rows]
+        new = self._rows("trials", Candidate.from_row, self._unread("trials", self._candidates))
+        self._candidates |= {candidate.number: candidate for candidate in new}
+        return [self._candidates[number] for number in sorted(self._candidates)]
 
     def states(self) -> States:
         """Return how many trials there are of each state and detail. Nothing is held against a checksum."""
@@ -157,16 +167,16 @@ class Store:
         waiting = trials - sum(number for *_, number in known)
         return [*known, ("waiting", {}, waiting)] if waiting else known
 
-    def best(self) -> int | None:
-        """Return the number of the trial that is best by ``rank``, None where no score is finite."""
+    def best(self, most: int) -> list[int]:
+        """Return the numbers of at most so many trials, the best of those that have a finite score, best first."""
         rows = self._read("SELECT number, state = 'pruned', substr(score, 1, 8) FROM results ORDER BY number")
         try:
             scores = np.frombuffer(b"".join(score for *_, score in rows), dtype="<f8", count=len(rows))
         except (ValueError, TypeError) as error:
             raise damaged(self.path, f"the score of a result cannot be read ({error})") from error
         pruned = np.array([is_pruned for _, is_pruned, _ in rows], dtype=bool)
-        best = int(np.lexsort((-scores, pruned, ~np.isfinite(scores)))[0]) if rows else 0
-        return rows[best][0] if rows and np.isfinite(scores[best]) else None
+        best = np.lexsort((-scores, pruned, ~np.isfinite(scores)))[:most]
+        return [rows[place][0] for place in best if np.isfinite(scores[place])]
 
     def finished(self) -> int:
         """Return how many trials have a result that stays."""
@@ -179,8 +189,7 @@ class Store:
 
     def plan(self) -> list[Chunk]:
         """Return the chunks that were frozen, in order of their numbers. Raises StudyCorruptError."""
-        rows = self._read("SELECT chunk, stage, trials, facts, checksum FROM plan ORDER BY chunk")
-        return [self._checked(f"chunk {row[0]} of the plan", Chunk.from_row, row) for row in rows]
+        return self._rows("plan", Chunk.from_row)
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Write the study as it is now into a new file, whole or not at all, whoever writes meanwhile.
@@ -199,36 +208,33 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checked(self, what: str, make: Callable[..., Value], row: Row) -> Value:
-        """Return what a row says; raises StudyCorruptError where it is damaged."""
-        try:
-            return read_row(make, row)
-        except ValueError as error:
-            raise damaged(self.path, f"{what} {error}") from error
-
-    def _trials(
-        self,
-        of_trial: Callable[..., Value],
-        of_result: Callable[..., OtherValue],
-        number: int | None = None,
-    ) -> list[tuple[Value, OtherValue | None]]:
-        names = [
-            f"{table}.{name}" for table, names in (("trials", _TRIAL), ("results", _RESULT)) for name in names
-        ]
-        one = "" if number is None else f"WHERE trials.number = {number:d}"
-        values: list[tuple[Value, OtherValue | None]] = []
+    def _rows(
+        self, table: str, make: Callable[..., Value], numbers: Collection[int] | None = None
+    ) -> list[Value]:
+        """Return what the rows of a table, or those of some numbers, say; StudyCorruptError where one is damaged."""
+        some = "" if numbers is None else "WHERE rowid IN (SELECT value FROM json_each(?))"
+        given = () if numbers is None else (json.dumps(list(numbers)),)
+        rows = self._read(f"SELECT * FROM {table} {some} ORDER BY rowid", *given)
+        values: list[Value] = []
         with no_collecting():
-            for row in self._read(f"SELECT {', '.join(names)} {_TABLES} {one} ORDER BY trials.number"):
-                result = None
-                trial = self._checked(f"trial {row[0]}", of_trial, row[:4])
-                if row[4] is not None:
-                    result = self._checked(f"the result of trial {row[4]}", of_result, row[4:])
-                values.append((trial, result))
+            try:
+                for row in rows:
+                    values.append(read_row(make, row))
+            except ValueError as error:
+                raise damaged(self.path, f"{_ROWS[table].format(rows[len(values)][0])} {error}") from error
         return values
 
-    def _read(self, query: str) -> list[Row]:
+    def _unread(self, table: str, known: Mapping[int, object]) -> Collection[int] | None:
+        """Return the numbers in a table that are not known yet; None where none is."""
+        return (
+            {number for (number,) in self._read(f"SELECT rowid FROM {table}")} - known.keys()
+            if known
+            else None
+        )
+
+    def _read(self, query: str, *values: object) -> list[Row]:
         with translated(self.path):
-            return self._connection.execute(query).fetchall()
+            return self._connection.execute(query, values).fetchall()
 
     def _check_place(self) -> None:
         """Raise OSError where the file is not at its path any more: what is written to it then may be in none."""

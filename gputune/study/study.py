@@ -116,6 +116,7 @@ class Study:
             return cls.from_rows(store.meta, store.trials(), file=Path(path))
 
     @classmethod
+    @no_collecting()
     def from_rows(
         cls,
         meta: Mapping[str, object],

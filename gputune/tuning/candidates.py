@@ -1,6 +1,7 @@
 """The space of a call, and the trials that it begins with: the default one, included and drawn ones, those missing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from math import isfinite
 
@@ -50,8 +51,21 @@ _BEST = 5
 """Trials of each earlier study that are tried first."""
 
 
-def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[Candidate, ...]:
-    """Draw the trials of this call: the default one, the included ones, the random ones."""
+@contextmanager
+def stored(options: Options) -> Iterator[Store | None]:
+    """Open the study of the search that goes on; None of a new one, and of a file with a fault, which is said later."""
+    store = None
+    if options.study is not None:
+        with suppress(OSError, StudyCorruptError, StudyVersionError):
+            store = Store.open(options.study)
+    with nullcontext() if store is None else store:
+        yield store
+
+
+def first_trials(
+    space: Space, choice: ModelChoice, options: Options, store: Store | None = None
+) -> tuple[Candidate, ...]:
+    """Draw the trials of this call: the default one, the included ones, the random ones, those in the study first."""
     first = first_candidates(
         space,
         n_trials=options.n_trials,
@@ -61,10 +75,8 @@ def first_trials(space: Space, choice: ModelChoice, options: Options) -> tuple[C
     )
     if not draws_at_once(options):
         return first
-    stored = _stored_draws(options, space, options.n_trials - n_counted(first))
-    if stored:
-        return first + stored
-    return first + top_up(first, space, options.n_trials, options.random_state, earlier=tried(options))
+    known = first + _stored_draws(store, options, space)[: max(0, options.n_trials - n_counted(first))]
+    return known + top_up(known, space, options.n_trials, options.random_state, earlier=tried(options))
 
 
 def tried(options: Options) -> list[Config]:
@@ -72,22 +84,14 @@ def tried(options: Options) -> list[Config]:
     return [t.params for study in options.warm_start for t in study.trials if t.state != "waiting"]
 
 
-def _stored_draws(options: Options, space: Space, lacking: int) -> tuple[Candidate, ...]:
-    """Return the drawn trials of the search that goes on; () where it has too few. To draw many takes long."""
-    if options.study is None or lacking <= 0:
-        return ()
-    try:
-        with Store.open(options.study) as store:
-            there = store.meta.get("seed"), store.meta.get("space")
-            drawn = [trial for trial in store.candidates() if trial.origin == "random"]
-    except (
-        OSError,
-        StudyCorruptError,
-        StudyVersionError,
-    ):  # said where the search is opened, or it is a new one
-        return ()
-    same = there == (options.random_state, space_text(space))
-    return tuple(drawn[:lacking]) if same and len(drawn) >= lacking else ()
+def _stored_draws(store: Store | None, options: Options, space: Space) -> tuple[Candidate, ...]:
+    """Return the drawn trials of the search that goes on; to draw many takes long."""
+    with suppress(OSError, StudyCorruptError):  # said where the search is opened
+        if store is not None:
+            meta = store.meta
+            if (meta.get("seed"), meta.get("space")) == (options.random_state, space_text(space)):
+                return tuple(trial for trial in store.candidates() if trial.origin == "random")
+    return ()
 
 
 def with_earlier(options: Options, space: Space) -> Options:
@@ -133,9 +137,12 @@ def add_missing(
     check: ConfigCheck = check_config,
 ) -> None:
     """Add the trials that the ledger lacks: all of a new study, or what this call adds to an old one."""
-    if _missing(ledger, trials, space, options, check):
-        with ledger.alone():  # another process may have added them meanwhile
-            ledger.add(_missing(ledger, trials, space, options, check))
+    known = len(ledger.candidates)
+    if new := _missing(ledger, trials, space, options, check):
+        with ledger.alone():
+            if len(ledger.candidates) > known:  # another process has added some meanwhile
+                new = _missing(ledger, trials, space, options, check)
+            ledger.add(new)
 
 
 def remarks_on(ledger: Ledger, space: Space, options: Options) -> tuple[str, ...]:
@@ -160,8 +167,10 @@ def _missing(
     added = [replace(c, number=number + i) for i, c in enumerate(new)]
     if not draws_at_once(options):
         return added
-    known_now = [*ledger.candidates, *added]
-    return [*added, *top_up(known_now, space, options.n_trials, options.random_state, check, tried(options))]
+    known_now, seed = [*ledger.candidates, *added], options.random_state
+    there = {candidate.number: candidate for candidate in ledger.candidates}
+    drawn = [c.params for c in trials if c.origin == "random" and there.get(c.number) != c]
+    return [*added, *top_up(known_now, space, options.n_trials, seed, check, tried(options), drawn)]
 
 
 def draws_at_once(options: Options) -> bool:

@@ -33,10 +33,10 @@ from gputune.scoring.validation import baseline, remark_on_accuracy
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
-from gputune.study.store import Candidate
+from gputune.study.store import Candidate, Store
 from gputune.study.study import Study
 from gputune.study.trusted import remember
-from gputune.tuning.candidates import checked_space, first_trials, notes_on, with_earlier
+from gputune.tuning.candidates import checked_space, first_trials, notes_on, stored, with_earlier
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend
 from gputune.tuning.interrupt import CTRL_C
@@ -97,32 +97,33 @@ def search(
     # A copy of the curves, since the search goes on with its own.
     progress = Progress(options.verbose, lambda curves: callbacks.tell("on_epoch", curves.copy()), words)
     profile = Profile() if profile is None else profile
-    with profile.clock(PREPARING):
-        setup = _prepare(choice, source, options, progress)
-    profile.device, progress.scoring = setup.data.device, setup.scoring.name
-    with _cluster(setup) as cluster:
-        trainer = _trainer(setup, stop, cluster, progress)
-        columns, options = setup.problem.columns_in_words(), setup.options
-        context = Context(trainer, setup.choice, options, progress, None, profile, columns)
-        context.check_module(setup.first, first=True)
-        _remember_what_runs(setup.choice, options)
-        check, training = _procedure(setup, context)
-        check()  # before a study file is made
-        record = _record(setup, context)
-        _say_what_was_understood(setup, progress, record.notes if say_notes else ())
-        context = replace(context, checkpoints=checkpoint_folder(options.study, record))
-        make_study = partial(study_type.from_rows, record.to_json())
-        with open_ledger(options.study, record) as ledger:
-            session = Session(ledger, options, progress, stop)
-            session.add(setup.trials, setup.space)
-            with profile.clock("training"), matrix_products(tf32=options.tf32):
-                numbers = session.run(partial(training, ledger, context), callbacks, make_study, signals)
-            profile.ended = stop.reason
-            context.tidy(ledger)
-            if context.faults:
-                record = replace(record, notes=[*record.notes, *context.faults])
-                ledger.note(list(context.faults))
-                make_study = partial(study_type.from_rows, record.to_json())
+    with stored(options) as store:
+        with profile.clock(PREPARING):
+            setup = _prepare(choice, source, options, progress, store)
+        profile.device, progress.scoring = setup.data.device, setup.scoring.name
+        with _cluster(setup) as cluster:
+            trainer = _trainer(setup, stop, cluster, progress)
+            columns, options = setup.problem.columns_in_words(), setup.options
+            context = Context(trainer, setup.choice, options, progress, None, profile, columns)
+            context.check_module(setup.first, first=True)
+            _remember_what_runs(setup.choice, options)
+            check, training = _procedure(setup, context)
+            check()  # before a study file is made
+            record = _record(setup, context)
+            _say_what_was_understood(setup, progress, record.notes if say_notes else ())
+            context = replace(context, checkpoints=checkpoint_folder(options.study, record))
+            make_study = partial(study_type.from_rows, record.to_json())
+            with open_ledger(options.study, record, store) as ledger:
+                session = Session(ledger, options, progress, stop)
+                session.add(setup.trials, setup.space)
+                with profile.clock("training"), matrix_products(tf32=options.tf32):
+                    numbers = session.run(partial(training, ledger, context), callbacks, make_study, signals)
+                profile.ended = stop.reason
+                context.tidy(ledger)
+                if context.faults:
+                    record = replace(record, notes=[*record.notes, *context.faults])
+                    ledger.note(list(context.faults))
+                    make_study = partial(study_type.from_rows, record.to_json())
     refitted = replace(options, callbacks=(), warm_start=())  # a refit calls none
     data = setup.choice, replace(source, original=None), refitted
     study = make_study(ledger.rows(), data=data, file=options.study)
@@ -131,7 +132,9 @@ def search(
     return checked(study, numbers)
 
 
-def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Progress) -> _Setup:
+def _prepare(
+    choice: ModelChoice, source: Source, options: Options, progress: Progress, store: Store | None
+) -> _Setup:
     """Understand a call. Raises InputError for what cannot be searched."""
     checked_space(choice, options)  # refused before the rows are encoded
     if options.patience is not None:
@@ -140,7 +143,7 @@ def _prepare(choice: ModelChoice, source: Source, options: Options, progress: Pr
     choice = choice.of(problem)
     space = checked_space(choice, options)  # again: what is predicted decides some
     options = with_earlier(options, space)
-    folds, trials = _folds(problem, options), first_trials(space, choice, options)
+    folds, trials = _folds(problem, options), first_trials(space, choice, options, store)
     configs = [choice.complete(trial.params, options.schedule) for trial in trials]
     data = _dataset(problem, folds, options, choice, configs, progress)
     first = trials[0].params if trials else draw(space, 1, options.random_state)[0]

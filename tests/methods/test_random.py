@@ -8,7 +8,7 @@ from scipy import stats
 from sklearn.base import BaseEstimator
 from sklearn.model_selection import RandomizedSearchCV
 
-from gputune.methods.config import legal_keys
+from gputune.methods.config import check_config, legal_keys
 from gputune.methods.distributions import LogIntegers, Steps, log_int
 from gputune.methods.random import default_space, draw, first_candidates, notes, remarks, top_up
 from gputune.methods.space import check_space
@@ -304,10 +304,32 @@ def test_the_same_number_of_trials_adds_nothing(space):
     assert top_up(old, space, 4, 0) == top_up(old, space, 2, 0) == ()
 
 
-@pytest.mark.parametrize("space", [MIXED, ALTERNATIVES])
-def test_a_larger_number_continues_the_search(space):
-    space = checked(space)
-    assert search(space, 4) + top_up(search(space, 4), space, 9, 0) == search(space, 9)
+LAWS = {"lr": stats.loguniform(1e-4, 1e-1), "dropout": stats.uniform(0, 0.5), "width": [8, 16, 32]}
+WHOLE = {"depth": stats.randint(1, 90), "width": log_int(8, 64), "batch_size": Steps(8, 800, 8)}
+
+
+@pytest.mark.parametrize(
+    ("space", "most"),
+    [(MIXED, 6), (ALTERNATIVES, 6), (LAWS, 6), (WHOLE, 6), ({"weight_decay": stats.expon(), **LAWS}, 99)],
+)
+@pytest.mark.parametrize("include", [(), [{"lr": 0.1}]])
+def test_a_larger_number_continues_the_search_and_draws_the_new_trials_alone(space, most, include):
+    space, drawn = checked(space), []
+
+    def check(config, *, name):
+        drawn.append(config)
+        return check_config(config, name=name)
+
+    old, whole = search(space, 30, include), search(space, 34, include)
+    assert old + top_up(old, space, 34, 0, check) == whole
+    assert len(drawn) <= most
+    assert top_up(old, space, 34, 0, drawn=params(whole)) == whole[len(old) :]
+
+
+def test_trials_of_other_draws_are_none_of_the_first_ones():
+    space = checked(LAWS)
+    other = [Candidate(i, config, "random") for i, config in enumerate(draw(space, 3, 1))]
+    assert params(top_up(other, space, 5, 0)) == draw(space, 5, 0)[:2]
 
 
 def test_a_larger_number_of_lists_draws_what_is_missing():

@@ -14,7 +14,7 @@ import pytest
 
 from gputune.errors import StudyCorruptError, StudyVersionError
 from gputune.study import database
-from gputune.study.store import Candidate, Store
+from gputune.study.store import Candidate, Result, Store
 from gputune.study.study import Study
 from refused import refused
 from study_rows import bits, candidates, change, make_study, result
@@ -386,11 +386,26 @@ def test_what_is_counted_is_what_the_whole_study_has(path, scores, pruned):
             (s, {}, n) for s, n in Counter(t.state for t in study.trials).items()
         )
         finite = [trial.number for trial in study.ranking() if np.isfinite(trial.score)]
-        assert store.best() == next(iter(finite), None)
+        assert [store.best(most) for most in (1, 3)] == [finite[:1], finite[:3]]
         assert [c.number for c in store.candidates()] == list(range(8)) and store.check() == set(
             range(len(scores))
         )
-        assert [row[0] for row in store.trials(3)] == [store.candidates()[3]]
+        assert [row[0] for row in store.trials([3, 1])] == [store.candidates()[n] for n in (1, 3)]
+
+
+def test_what_was_read_once_is_not_read_again(path, monkeypatch):
+    with Store.create(path, META) as store, Store.open(path) as other:
+        other.add_trials(candidates(range(4)))
+        other.finish([result(1), result(2, state="stopped")])
+        assert [found and found.number for _, found in store.trials()] == [None, 1, 2, None]
+        other.finish([result(0), result(2)])
+        other.add_trials(candidates(range(4, 6)))
+        read = []
+        for kind in (Candidate, Result):
+            make = kind.from_row
+            monkeypatch.setattr(kind, "from_row", lambda *row, make=make: read.append(row[0]) or make(*row))
+        assert [found and found.state for _, found in store.trials()] == 3 * ["complete"] + 3 * [None]
+    assert read == [4, 5, 0, 2]
 
 
 def test_a_result_without_its_trial_is_damage(path):
