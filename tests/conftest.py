@@ -98,7 +98,7 @@ def pytest_configure(config):
         config.addinivalue_line(
             "filterwarnings", "ignore:CUDA reports that you have .* available:UserWarning"
         )
-    examples = 1000 if config.getoption("--all") else 60
+    examples = 1000 if config.getoption("--all") else 40
     settings.register_profile(
         "gputune", max_examples=examples, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),

@@ -64,14 +64,14 @@ def rows(study):
 )
 def test_a_cluster_gives_the_table_of_one_machine(cluster, iris, arguments):
     given = {**FAST, **arguments}
-    here = gputune.tune("mlp", *iris, workers=2, **given)
+    here = gputune.tune("mlp", *iris, workers=1, **given)
     there = gputune.tune("mlp", *iris, workers="ray", **given)
     assert rows(there) == rows(here) and there.meta["device"] == "cpu"
 
 
 def test_a_module_and_a_scorer_travel_as_code(cluster, iris):
     given = {**MODULE, "scoring": ray_searches.share_right}
-    here = gputune.tune(Net, *iris, workers=2, **given)
+    here = gputune.tune(Net, *iris, workers=1, **given)
     there = gputune.tune(Net, *iris, workers="ray", **given)
     assert rows(there) == rows(here)
     assert there.best_model().predict(iris[0]).shape == (150,)
@@ -109,7 +109,7 @@ def orders(tmp_path, monkeypatch):
 
 
 def test_a_killed_worker_loses_nothing_and_doubles_nothing(cluster, iris, tmp_path, orders):
-    gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **MODULE)
+    gputune.tune(Net, *iris, workers=1, study=tmp_path / "here.db", **MODULE)
     (orders / "once").touch()
     with pytest.warns(UserWarning, match="a Ray worker was lost while it trained 1 trial, now handed out"):
         gputune.tune(Net, *iris, workers="ray", study=tmp_path / "there.db", **MODULE)
@@ -123,7 +123,7 @@ def test_a_chunk_that_ends_every_worker_is_given_up_and_nothing_else_is_lost(
 ):
     monkeypatch.setattr(executor, "LOSSES", 2)
     given = {**MODULE, "space": {**LR, "module__hidden": [4]}, "include": [{"module__hidden": 6}]}
-    gputune.tune(Net, *iris, workers=2, study=tmp_path / "here.db", **given)
+    gputune.tune(Net, *iris, workers=1, study=tmp_path / "here.db", **given)
     (orders / "always").touch()
     path = tmp_path / "there.db"
     message = "have lost 2 workers one after the other, .* smaller memory="

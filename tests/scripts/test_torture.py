@@ -19,23 +19,23 @@ def only(counts, *words):
 
 
 def test_a_study_survives_kills_at_random_moments(torture, tmp_path):
-    killed, trials = only(torture.kills(tmp_path, 4, 40), "kills", "trials")
-    assert killed == 4 and trials == 40
+    killed, trials = only(torture.kills(tmp_path, 2, 20), "kills", "trials")
+    assert killed == 2 and trials == 20
 
 
 def test_a_study_survives_a_kill_between_every_two_calls_of_the_store(torture, tmp_path):
-    # Two trials: added, planned, each claimed and finished, and given up at the end.
-    (points,) = only(torture.fault_points(tmp_path, 2), "fault points")
-    assert points >= 10
+    # A trial is added, planned, claimed and finished, and what is left is given up at the end.
+    (points,) = only(torture.fault_points(tmp_path, 1), "fault points")
+    assert points >= 6
 
 
 @pytest.mark.parametrize(
     "method", ["random", pytest.param(gputune.Halving(min_epochs=10), id="halving", marks=pytest.mark.long)]
 )
 def test_a_search_that_is_killed_within_its_chunks_goes_on(torture, tmp_path, method):
-    counts = torture.kills_in_chunks(tmp_path, 3, method, 0, 40)
+    counts = torture.kills_in_chunks(tmp_path, 1, method, 0, 40)
     killed, kept, trials = only(counts, "kills", "with a state", "trials")
-    assert killed == 3 and kept > 0 and trials == 6
+    assert killed == 1 and kept > 0 and trials == 6
 
 
 def test_a_full_disk_keeps_what_was_finished(torture, tmp_path):

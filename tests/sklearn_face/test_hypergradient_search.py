@@ -114,10 +114,9 @@ def test_the_best_of_all_points_is_refitted(descended):
 
 
 def test_another_score_ranks_and_does_not_move(by_loss):
-    by_accuracy = descend(MLP, RATES, scoring="accuracy")
-    assert by_loss.cv_results_["params"] == by_accuracy.cv_results_["params"]
-    assert by_accuracy.best_score_ == by_accuracy.cv_results_["mean_test_score"].max() > 0.5
     many = descend(MLP, RATES, scoring=["accuracy", "neg_log_loss"], refit="accuracy")
+    assert by_loss.cv_results_["params"] == many.cv_results_["params"]
+    assert many.best_score_ == many.cv_results_["mean_test_accuracy"].max() > 0.5
     np.testing.assert_array_equal(
         many.cv_results_["mean_test_neg_log_loss"], by_loss.cv_results_["mean_test_score"]
     )
@@ -152,9 +151,9 @@ def test_several_hyperparameters(step):
 
 
 def test_the_logistic_regression_moves_C():
-    search = descend(LogisticRegression(), {"C": loguniform(1e-3, 1e2), "l1_ratio": [0, 0.5, 1]}, n_iter=4)
+    search = descend(LogisticRegression(), {"C": loguniform(1e-3, 1e2), "l1_ratio": [0, 0.5]}, n_iter=2)
     scores, starts = search.cv_results_["mean_test_score"], search.cv_results_["start"]
-    assert all(scores[starts == s].max() > scores[starts == s][0] for s in range(4))
+    assert all(scores[starts == s].max() > scores[starts == s][0] for s in range(2))
     assert_every_score_is_that_of_a_grid(search)
     same = descend(LogisticRegression(), {"C": [0.1]}, hyperparameters="C", n_iter=1)
     assert same.best_score_ > same.cv_results_["mean_test_score"][0]
