@@ -317,6 +317,19 @@ def check_metric(study: Study, metric: object, method: str) -> str:
     return str(metric)
 
 
+def numbered(study: Study, number: object, caller: str) -> Trial:
+    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
+    if number is None:
+        return study.best_trial
+    scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
+    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
+        raise InputError(
+            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
+            f"{study.best_trial.number}; study.trials lists them."
+        )
+    return scored[int(number)]
+
+
 def _rank(trial: Trial) -> tuple[bool, bool, float, int]:
     """Sorts best first. A score that is not finite is never best, whatever its sign."""
     finite = math.isfinite(trial.score)

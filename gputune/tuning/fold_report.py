@@ -20,7 +20,7 @@ from gputune.scoring.scoring import Scoring
 from gputune.seeding import stream
 from gputune.study.curves import FoldReport
 from gputune.study.model import TunedModel
-from gputune.study.study import Study
+from gputune.study.study import Study, numbered
 from gputune.tuning.ensemble import (
     Predictions,
     is_calibrated,
@@ -31,7 +31,7 @@ from gputune.tuning.ensemble import (
     values_of,
 )
 from gputune.tuning.progress import Progress
-from gputune.tuning.refit import numbered, recalled, refit, refitted
+from gputune.tuning.refit import recalled, refit, refitted
 
 
 @entry

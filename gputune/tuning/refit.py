@@ -1,6 +1,5 @@
 """From a study to its tuned model: the best configuration trained again on all rows of the study."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from gputune.study.database import blaming_options
 from gputune.study.model import TunedModel
 from gputune.study.model_files import DTYPES
 from gputune.study.record import PARTS, SearchRecord, lost_option
-from gputune.study.study import Study, Trial
+from gputune.study.study import Study, Trial, numbered
 from gputune.tuning.options import Options
 from gputune.tuning.problem import ModelChoice, Problem, make_problem, recorded_model
 from gputune.tuning.record import recorded_options
@@ -228,19 +227,6 @@ def refitted(search: Search, one: Trial) -> TunedModel:
         spec={"kwargs": search.arguments(search.config(one), data)},
         info={"params": one.params, "epochs": one.best_epoch, **search.score(one.score, one.std_error)},
     )
-
-
-def numbered(study: Study, number: object, caller: str) -> Trial:
-    """Return the trial of a number, None: the best; InputError, in a caller's words, where none of it has a score."""
-    if number is None:
-        return study.best_trial
-    scored = {trial.number: trial for trial in study.trials if math.isfinite(trial.score)}
-    if not isinstance(number, int | np.integer) or isinstance(number, bool) or int(number) not in scored:
-        raise InputError(
-            f"{caller}(trial={number!r}) must be the number of a trial that has a score, for example "
-            f"{study.best_trial.number}; study.trials lists them."
-        )
-    return scored[int(number)]
 
 
 def _plain(value: Tensor) -> float | np.ndarray:
