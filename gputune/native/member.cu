@@ -10,9 +10,11 @@
 #ifndef BARRIER
 #define BARRIER(name) __syncthreads()
 #endif
-enum { QUEUE, GATHERED, SLOPED, ENDED, FORWARD = 10, BACKWARD = 20 };  // barriers; a layer's number is added to the last two
+// Barriers; a layer's number is added to the last two.
+enum { QUEUE, GATHERED, SLOPED, ENDED, FORWARD = 10, BACKWARD = 20 };
 
-__host__ __device__ constexpr int row_of(int n) { return n % 8 ? n : n + 4; }  // its length: rows read side by side begin at different banks
+// The length of a row: those that are read side by side begin at different banks.
+__host__ __device__ constexpr int row_of(int n) { return n % 8 ? n : n + 4; }
 // Rows of a thread's tile, which has 4 columns: as many as leave at least half of the threads a tile.
 __host__ __device__ constexpr int tall(int rows, int columns)
 {
@@ -385,7 +387,8 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
         const int64_t *which = w.order + (epoch * w.folds + f) * w.longest + within * size;
         const int64_t all = count + (within + 1 == steps ? valid : 0);
         if (of == 0 && threadIdx.x < STEPS)  // a step's rates take long, in double precision: many at once do not
-            s.rates[threadIdx.x] = rates(&w, c, (double)w.epoch * steps + step + threadIdx.x + 1, (double)w.horizon * steps);
+            s.rates[threadIdx.x] =
+                rates(&w, c, (double)w.epoch * steps + step + threadIdx.x + 1, (double)w.horizon * steps);
         if (w.weights) sum_weights(s, w, f, which, count);
         for (int64_t at = 0; at < all;) {  // the minibatch, and after the last of an epoch the validation rows
             const bool training = at < count;
