@@ -31,11 +31,14 @@ Goal = Literal["classes", "numbers", ""]
 Precision = Literal["full", "bf16"]
 """Of what a module computes while it trains; bf16: torch.autocast to bfloat16."""
 
-Backend = Literal["eager", "compiled", "graph", "loop"]
+Backend = Literal["eager", "compiled", "graph", "loop", "kernel"]
 """How a chunk trains: as operations on stacked tensors, one by one or each step recorded once and replayed, member by
-member in a compiled loop (on a CPU), or as plain modules one after another."""
+member in a compiled loop on a CPU or in a kernel of a GPU, or as plain modules one after another."""
 
-BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop"]
+BY_MEMBER: tuple[Backend, ...] = ("compiled", "kernel")
+"""Those by which each member of an MLP takes steps of its own, whatever the batch sizes of the others."""
+
+BackendWord = Literal["auto", "eager", "compiled", "graph", "stacked", "loop", "kernel"]
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {

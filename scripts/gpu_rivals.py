@@ -151,9 +151,10 @@ def main():
         "JAX vmap": lambda: jax_vmap(options.trials * FOLDS),
         "gputune, eager": lambda: gputune_search(device, *size, "eager"),
         "gputune, recorded": lambda: gputune_search(device, *size, "graph"),
+        "gputune, kernel": lambda: gputune_search(device, *size, "kernel"),
     }
     if device.type != "cuda":
-        del ways["plain loop in CUDA graphs"]
+        del ways["plain loop in CUDA graphs"], ways["gputune, kernel"]
     found = {}
     for name, measure in ways.items():
         try:

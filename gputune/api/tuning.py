@@ -196,9 +196,10 @@ def tune(
                  is long; else the CPU, whose compiled code has a small MLP trained before a GPU has begun
     dtype        "float32" or "float64"
     backend      "compiled" trains each member of an MLP or a linear model through whole epochs in compiled code, on a
-                 CPU; "graph" records a step of all members once and replays it; "eager" takes it as
-                 operations on stacked tensors. Members of a user's module are "stacked", which is an error where they
-                 cannot be, or train one by one ("loop"). "auto" chooses; numbers are the same to rounding
+                 CPU; "kernel" does so in a thread block of a GPU; "graph" records a step of all members once and
+                 replays it; "eager" takes it as operations on stacked tensors. Members of a user's module are
+                 "stacked", which is an error where they cannot be, or train one by one ("loop"). "auto" chooses;
+                 numbers are the same to rounding
     tf32         whether a GPU may round the factors of its matrix products to TF32 (10 bits of mantissa) while it
                  trains, which is faster and moves scores by more than rounding; on a CPU it is refused
     precision    of what a module computes while it trains: "full", or "bf16": matrix products and convolutions in

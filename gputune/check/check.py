@@ -11,6 +11,7 @@ import torch
 
 from gputune.check.laws import LAWS, Law
 from gputune.engine.findings import Findings, Speed, device_name, keep_findings
+from gputune.engine.kernel import obstacle
 from gputune.engine.plan import cores
 from gputune.engine.speed import FEW, FOLDS, measure_speed
 from gputune.native.library import NotBuiltError, library
@@ -131,7 +132,7 @@ def backends_of(device: torch.device) -> tuple[Backend, ...]:
         with suppress(NotBuiltError):
             library(torch.float64)
             return "eager", "graph", "compiled"
-    return "eager", "graph"
+    return ("eager", "graph") if obstacle(device) else ("eager", "graph", "kernel")
 
 
 def timed_of(device: torch.device) -> list[tuple[torch.device, Backend]]:

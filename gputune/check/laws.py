@@ -20,6 +20,7 @@ from torch.nn import functional
 from gputune.check.members import Case, difference, from_eager, from_plain_loop, scoring_of
 from gputune.data.dataset import Dataset
 from gputune.engine.job import Job, Outcome, Progress
+from gputune.engine.kernel import KernelChunk
 from gputune.engine.memory import run_in_parts
 from gputune.hypergradients.hypergradient import Mode, hypergradient
 from gputune.modules.recorder import RECORDERS, Replays
@@ -226,6 +227,14 @@ def _hypergradient(mode: Mode, other: Mode, device: torch.device, _backend: Back
     return difference(*slopes)
 
 
+def _by_kernel(case: Case, device: torch.device, backend: Backend) -> float:
+    """Members from the plain loop. Raises NotBuiltError where the kernel cannot be compiled, and others would train."""
+    data, job = case.data(device), case.job(backend)
+    for chunk in case.chunks(data):
+        KernelChunk(job.network(data, chunk), data, chunk.configs, seed=0, horizon=1, scoring=None)
+    return from_plain_loop(case, device, backend)
+
+
 def _second_gpu(device: torch.device, backend: Backend) -> float:
     """Members on each of the other GPUs from the plain loop."""
     others = (torch.device("cuda", i) for i in range(torch.cuda.device_count()))
@@ -243,6 +252,7 @@ LAWS: tuple[Law, ...] = (
         for name, case in CASES.items()
     ),
     Law("float32 against the plain loop in float64", partial(from_plain_loop, _ROUNDED), ROUNDED),
+    Law("the kernel's members equal the loop's", partial(_by_kernel, _ROUNDED), ROUNDED, ("kernel",)),
     Law("a module equals the plain loop", partial(from_plain_loop, _MODULE), backends=("eager", "graph")),
     *(
         Law(f"recorded equals eager: {name}", partial(from_eager, CASES[name]), backends=("graph",))

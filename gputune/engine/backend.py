@@ -1,23 +1,26 @@
-"""Where and how chunks train here: in compiled code on a CPU, as recorded steps, or eagerly.
+"""Where and how chunks train here: in compiled code on a CPU, in a kernel of a GPU, as recorded steps, or eagerly.
 
 How exactly a GPU multiplies matrices of single precision: as written, or with TF32 where that is asked for. On how
 many threads a CPU computes.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
 
+from gputune.data.dataset import Dataset
 from gputune.engine.findings import Findings, read_findings
+from gputune.engine.kernel import lacks, obstacle
 from gputune.errors import InputError
 from gputune.modules.recorder import RECORDERS
 from gputune.native.library import OPTIMIZERS, NotBuiltError, library
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import RULES
 from gputune.population.population import ModelKind, is_plain
-from gputune.types import Backend, BackendWord, Config, Precision
+from gputune.types import BY_MEMBER, Backend, BackendWord, Config, Precision
 
 _FEW = 20  # members, of which a step is all launches
 _DEEPEST = 63  # hidden layers that the compiled code has room for
@@ -29,9 +32,13 @@ def choose_backend(
     """Return the backend of a word, and why "auto" is not the fast one ("" where it is).
 
     "auto" is "graph" on a GPU, for a user's module, and where gputune has no compiled code; "eager" on a GPU where
-    ``gputune check`` has found recorded steps wrong, or the slower ones. Raises InputError where compiled
-    training, or recorded steps, are asked for and cannot be had.
+    ``gputune check`` has found recorded steps wrong, or the slower ones; "kernel" where it has found that right and the
+    fastest. Raises InputError where compiled training, a kernel or recorded steps are asked for and cannot be had.
     """
+    if word == "kernel":
+        if why := obstacle(device):
+            raise InputError(why)
+        return word, ""
     if word == "graph" and device.type not in RECORDERS:
         raise InputError(
             f"backend='graph' records steps on a CPU or a CUDA device, and the device is {str(device)!r}; choose one "
@@ -42,7 +49,7 @@ def choose_backend(
     if word == "stacked" and kind != "module":
         return "eager", ""
     if word == "auto" and device.type == "cuda":
-        return _on_gpu(read_findings(device))
+        return _on_gpu(read_findings(device), own=kind != "module" and dtype == torch.float32)
     if word == "stacked" or (word == "auto" and (device.type != "cpu" or kind == "module")):
         return ("graph" if device.type in RECORDERS else "eager"), ""
     if device.type != "cpu":
@@ -64,12 +71,18 @@ def choose_backend(
     return "compiled", ""
 
 
-def _on_gpu(found: Findings) -> tuple[Backend, str]:
-    """Return how stacked members train on a GPU, by what was found of it, and why not in recorded steps."""
+def _on_gpu(found: Findings, *, own: bool) -> tuple[Backend, str]:
+    """Return how members train on a GPU, by what was found of it, and why not in recorded steps.
+
+    ``own`` are those of gputune's models, which its kernel may train: where its law was checked and holds.
+    """
+    seconds = {way: speed.of(_FEW) for way, speed in found.speeds.items()}
+    fastest = min(seconds, key=seconds.__getitem__, default="graph")
+    if own and fastest == "kernel" and found.failed is not None and not found.why_not("kernel"):
+        return "kernel", ""
     if why := found.why_not("graph"):
         return "eager", why
-    speeds = [found.speeds[way].of(_FEW) for way in ("graph", "eager") if way in found.speeds]
-    return ("eager" if len(speeds) == 2 and speeds[1] < speeds[0] else "graph"), ""
+    return ("eager" if seconds.get("eager", math.inf) < seconds.get("graph", 0.0) else "graph"), ""
 
 
 def choose_device(device: str) -> torch.device:
@@ -118,20 +131,32 @@ def other_gpus(word: str, device: torch.device) -> tuple[torch.device, ...]:
 
 
 def trains_as(
-    backend: Backend, kind: ModelKind, config: Config, unstackable: str = "", *, coded: bool = False
+    backend: Backend,
+    kind: ModelKind,
+    config: Config,
+    unstackable: str = "",
+    *,
+    coded: bool = False,
+    data: Dataset | None = None,
 ) -> Backend:
     """Return how trials like this one train where ``backend`` was chosen: as it says, or eagerly if it cannot.
 
     ``unstackable`` says why members of a user's module cannot be stacked; a class of torch.optim trains each alone. Of
     a module that can be stacked, whose inside is unknown, no code is compiled, unless it is ``coded``; its steps are
     recorded in place of that, as are those of optimizers, clipping and averages that the compiled code does not know.
+    What a kernel knows depends on the ``data`` and on their device too.
     """
     if kind == "module" and (unstackable or backend == "loop" or class_of(config)):
         return "loop"
-    if kind == "module" and backend == "compiled":
+    if kind == "module" and backend in BY_MEMBER:
         backend = "graph"
     if kind == "module" and coded and backend == "graph" and config["optimizer"] in RULES:
         return "compiled"
+    if backend == "kernel":
+        assert data is not None
+        if not lacks(config, kind, data):
+            return "kernel"
+        backend = "graph"
     if backend == "compiled":
         if config["optimizer"] in OPTIMIZERS and is_plain(config):
             return "compiled" if config["depth"] <= _DEEPEST else "eager"
@@ -183,12 +208,19 @@ def on_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def check_tf32(tf32: object, dtype: str, workers: object, device: torch.device) -> None:
+def check_tf32(
+    tf32: object, dtype: str, workers: object, device: torch.device, backend: BackendWord = "auto"
+) -> None:
     """Raise InputError where TF32 is asked for and there is none; it is set in this process alone."""
     if not isinstance(tf32, bool):
         raise InputError(f"tf32 must be True or False, got {tf32!r}.")
     if not tf32:
         return
+    if backend == "kernel":
+        raise InputError(
+            "tf32=True is for matrix products of PyTorch, and backend='kernel' multiplies in full single precision; "
+            "leave one of them out."
+        )
     if device.type != "cuda" or dtype != "float32":
         raise InputError(
             "tf32=True is for matrix products of single precision on a GPU, got "

@@ -27,7 +27,7 @@ from gputune.scoring.scores import accuracy
 from gputune.scoring.scoring import Scoring
 from gputune.types import Config
 
-Array: TypeAlias = Tensor | np.ndarray | None
+Array: TypeAlias = Tensor | None
 
 
 class CompiledChunk:
@@ -46,18 +46,25 @@ class CompiledChunk:
         assert isinstance(network, StackedMLP)
         self.network: StackedMLP = network
         self.data, self.seed, self.horizon, self.scoring = data, seed, horizon, scoring
-        self.library = library(data.dtype)
         self.configs = list(configs)
         self.alive = list(range(len(configs)))
-        self.nanoseconds = np.zeros(2, dtype=np.int64)
+        self.nanoseconds = torch.zeros(2, dtype=torch.int64)
         self.flat = network.start()
         moments = n_moments(configs[0]["optimizer"], (config["momentum"] for config in configs))
         self._moments = [torch.zeros_like(self.flat) for _ in range(moments)]
         self.lengths = np.array([len(fold.train) for fold in data.folds], dtype=np.int64)
         valid = [len(fold.valid) for fold in data.folds]
         self.starts = np.concatenate([[0], np.cumsum(valid)]).astype(np.int64)
-        self.fixed = {**_of_data(data), "lengths": self.lengths, "valid_start": self.starts}
+        self.fixed = {
+            **_of_data(data),
+            "lengths": self.placed(self.lengths),
+            "valid_start": self.placed(self.starts),
+        }
         self._rebuild()
+
+    def placed(self, values: np.ndarray | Sequence[float] | Sequence[tuple[int, ...]]) -> Tensor:
+        """Return numbers of 64 bits as a tensor on the device of the rows."""
+        return torch.from_numpy(np.asarray(values)).to(self.data.device)
 
     def _rebuild(self) -> None:
         """Tell what stays as it is until a trial leaves."""
@@ -82,17 +89,15 @@ class CompiledChunk:
         self.steps = -(-self.lengths[:, None] // np.minimum(self.sizes, self.lengths[:, None]))  # (F, C)
         self.arrays: dict[str, Array] = {
             **self.fixed,
-            **{name: np.array([float(c[key]) for c in self.configs]) for name, key in rows.items()},
-            "widths": np.array([hidden_widths(c) for c in self.configs], dtype=np.int64),
-            "sizes": self.sizes,
-            "schedule": np.array(
-                [tuple(SCHEDULES).index(c["schedule"]) for c in self.configs], dtype=np.int64
-            ),
+            **{k: self.placed([float(config[key]) for config in self.configs]) for k, key in rows.items()},
+            "widths": self.placed([hidden_widths(config) for config in self.configs]),
+            "sizes": self.placed(self.sizes),
+            "schedule": self.placed([tuple(SCHEDULES).index(c["schedule"]) for c in self.configs]),
             "theta": self.flat,
             "first": self._moments[0] if self._moments else None,
             "second": self._moments[1] if len(self._moments) > 1 else None,
             # The longest first, and of those one fold after another, whose rows are then in the cache.
-            "queue": np.argsort(-self.steps.flatten(), kind="stable").astype(np.int64),
+            "queue": self.placed(np.argsort(-self.steps.flatten(), kind="stable")),
             "draws": None,
             "draw_start": None,
             "draw_rows": None,
@@ -104,10 +109,10 @@ class CompiledChunk:
             return
         # Counted where the outputs are, which are then not kept.
         if self.scoring.score is accuracy and not self.scoring.others:
-            self.arrays["accuracy"] = np.empty((folds, trials))
+            self.arrays["accuracy"] = torch.empty((folds, trials), dtype=torch.float64, device=data.device)
         else:
             scored = int(self.starts[-1]) * trials * data.n_outputs
-            self.arrays["scored"] = torch.empty(scored, dtype=data.dtype)
+            self.arrays["scored"] = torch.empty(scored, dtype=data.dtype, device=data.device)
 
     @property
     def scored(self) -> Tensor:
@@ -135,31 +140,33 @@ class CompiledChunk:
         """Train for one epoch, and compute the outputs on the validation rows where there is a scoring."""
         order = row_order(self.data, self.seed, epoch).contiguous()
         arrays = {**self.arrays, "order": order, **self._draws(epoch)}
-        _run(self.library, {**self.numbers, "epoch": epoch}, arrays)
+        _run(library(self.data.dtype), {**self.numbers, "epoch": epoch}, arrays)
 
     def _draws(self, epoch: int) -> dict[str, Array]:
         """The uniform draws of dropout: of each step, layer by layer, for the longest minibatch that it has."""
         if self.network.rates is None:
             return {}
         depth, width = self.network.depth, self.network.hidden
-        rows = np.array(
-            [self.sizes[(self.steps > step).any(0)].max() for step in range(int(self.steps.max()))],
-            dtype=np.int64,
-        )
+        rows = self.draw_rows()
         draws = [
             dropout_draw(self.seed, (epoch, step), layer, int(n), width).flatten()
             for step, n in enumerate(rows)
             for layer in range(depth)
         ]
         start = np.concatenate([[0], np.cumsum(rows * depth * width)[:-1]]).astype(np.int64)
-        return {"draws": torch.cat(draws), "draw_start": start, "draw_rows": rows}
+        return {"draws": torch.cat(draws), "draw_start": self.placed(start), "draw_rows": self.placed(rows)}
+
+    def draw_rows(self) -> np.ndarray:
+        """Return the longest minibatch that each step has, (steps,), for which dropout draws."""
+        steps = range(int(self.steps.max()))
+        return np.array([self.sizes[(self.steps > step).any(0)].max() for step in steps], dtype=np.int64)
 
     def scores(self) -> np.ndarray:
         """Return the scores (C, F) of all members, each on the validation rows of its fold."""
         counted, kept = self.arrays["accuracy"], self.arrays["scored"]
-        if isinstance(counted, np.ndarray):
-            return counted.T.copy()
-        assert self.scoring is not None and isinstance(kept, Tensor)
+        if counted is not None:
+            return counted.cpu().numpy().T.copy()
+        assert self.scoring is not None and kept is not None
         trials, columns = len(self.configs), []
         sizes = np.diff(self.starts)
         params = self.network.blocks.views(self.flat)
@@ -167,7 +174,7 @@ class CompiledChunk:
             outputs = part.view(trials, int(sizes[fold]), -1)
             member = partial(self.network.member, params, fold)
             columns.append(self.scoring.metrics(self.data, fold, outputs, member))
-        return torch.stack(columns, 1).numpy()
+        return torch.stack(columns, 1).cpu().numpy()
 
     def keep(self, stays: np.ndarray) -> None:
         """Go on with the trials of ``stays`` (C,) alone."""
@@ -177,7 +184,7 @@ class CompiledChunk:
         self.alive = [self.alive[i] for i in places]
         if not self.alive:
             return
-        blocks, keep = self.network.blocks, torch.tensor(places)
+        blocks, keep = self.network.blocks, torch.tensor(places).to(self.flat.device)
         self.flat = blocks.select(self.flat, keep)
         self._moments = [blocks.select(moment, keep) for moment in self._moments]
         self.network = self.network.subset(places)
@@ -194,7 +201,7 @@ def _of_data(data: Dataset) -> dict[str, Array]:
         "x": data.x.contiguous(),
         "center": None if scaling is None else scaling.center,
         "scale": None if scaling is None else scaling.scale,
-        "copies": np.array(data.copies, dtype=np.int64),
+        "copies": torch.tensor(data.copies).to(data.device),
         "y": data.y.contiguous(),
         "weights": None if data.weights is None else data.weights.double().contiguous(),
         "present": present.to(data.dtype).contiguous(),

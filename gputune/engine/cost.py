@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from gputune.data.dataset import Dataset
-from gputune.engine.backend import trains_as
 from gputune.optimizers.classes import class_of
 from gputune.optimizers.rules import n_moments
 from gputune.population.population import ModelKind, Population, hidden_widths, padded_width
-from gputune.types import ONLINE, Backend, Config
+from gputune.types import BY_MEMBER, ONLINE, Backend, Config
 
 # Parameters, gradient, two moments, scratch; and for unlike trials expanded rate, decay, activity, corrections.
 _BUFFERS = 11
@@ -49,8 +48,11 @@ class Cost:
 def trial_cost(
     population: Population, data: Dataset, parameters: int = 0, backend: Backend = "eager", widest: int = 0
 ) -> Cost:
-    """Estimate what one trial with all its folds costs; ``widest`` numbers has a row in a layer of a user's module."""
-    if trains_as(backend, population.kind, population.configs[0]) == "compiled":
+    """Estimate what one trial costs, with all its folds, where it trains by ``backend``.
+
+    ``widest`` numbers has a row in a layer of a user's module.
+    """
+    if backend in BY_MEMBER and population.kind != "module":
         return _compiled_cost(population, data)
     looped = backend == "loop"
     config, folds, item = population.configs[0], data.n_folds, torch.finfo(data.dtype).bits // 8

@@ -13,7 +13,7 @@ from gputune.engine.backend import choose_backend, choose_device, trains_as
 from gputune.engine.findings import Findings, Speed, device_name, keep_findings, read_findings
 from gputune.engine.speed import measure_speed, work_of_a_step
 from gputune.population.population import ModelKind, populations
-from gputune.types import Backend, BackendWord, Config
+from gputune.types import BY_MEMBER, Backend, BackendWord, Config
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def _by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
     here = work.seconds(_speed(CPU, "compiled"), alone=True)
     if here < _SOON:
         return DeviceChoice(CPU, f"compiled code takes about {here:.1f} s on the CPU")
-    there = work.seconds(_speed(gpu, backend), alone=False)
+    there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
     if there < here:
         return DeviceChoice(gpu)
     return DeviceChoice(

@@ -95,7 +95,13 @@ class Plan:
 
     def _how(self) -> str:
         """How the chunks train, in words."""
-        words = {"compiled": "compiled", "graph": "recorded", "eager": "eager", "loop": "one by one"}
+        words = {
+            "compiled": "compiled",
+            "kernel": "by the kernel",
+            "graph": "recorded",
+            "eager": "eager",
+            "loop": "one by one",
+        }
         if len(set(self.ways)) == 1:
             return f", {words[self.ways[0]]}"
         return "".join(f", {self.ways.count(way)} {word}" for way, word in words.items() if way in self.ways)
@@ -140,7 +146,7 @@ def make_plan(
     pieces: list[_Piece] = []
     for population in populations:
         reason, in_code = unstackable.get(population.arguments, ""), population.arguments in coded
-        way = trains_as(backend, population.kind, population.configs[0], reason, coded=in_code)
+        way = trains_as(backend, population.kind, population.configs[0], reason, coded=in_code, data=data)
         cost = trial_cost(population, data, parameters, way, widest.get(population.arguments, 0))
         limit = _compiled_limit(population, memory) if way == "compiled" else memory_limit(data, memory, free)
         if cost_of is not None:

@@ -15,6 +15,7 @@ from gputune.data.dataset import Dataset
 from gputune.engine.backend import trains_as
 from gputune.engine.compiled import CompiledChunk
 from gputune.engine.cost import operations
+from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Reuse
 from gputune.modules.blame import explained
@@ -256,9 +257,14 @@ def _make_chunk(
 ) -> Chunk:
     if isinstance(network, LoopedModule):
         return LoopChunk(network, data, configs, **options)
-    word = trains_as(backend, network.kind, configs[0])
+    word = trains_as(backend, network.kind, configs[0], data=data)
     if word == "compiled":
         return CompiledChunk(network, data, configs, **options)
+    if word == "kernel":
+        try:
+            return KernelChunk(network, data, configs, **options)
+        except NotBuiltError:  # which a warning has told
+            word = "graph"
     if isinstance(network, StackedModule) and network.traits.coded and word == "graph":
         try:
             timed = reuse.take_timed(data, configs, **options)

@@ -6,7 +6,7 @@ company it trains in. Which trials share a group does depend on it, and changes 
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,23 +79,24 @@ def populations(
     kind: ModelKind,
     *,
     rows: int,
-    own_steps: Callable[[Config], bool] | None = None,
+    own_steps: Callable[[Config], Hashable] | None = None,
     own_loss: bool = False,
 ) -> list[Population]:
     """Group complete configurations by the shape of their tensors; ``rows`` is the longest training fold.
 
     Batch sizes share a group up to the next power of two, or make one of their own where four trials agree; those
-    whose members take their steps each on its own (``own_steps``) share one group whatever they are.
+    whose members take their steps each on its own share one group where ``own_steps`` says the same, and not False.
     A user's module is never padded: its groups have one batch size and one set of ``module__*`` values, with a loss
     of the user's own (``own_loss``) one set of ``loss__*`` values too.
     """
-    shapes: dict[object, list[int]] = defaultdict(list)
+    shapes: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for i, config in enumerate(configs):
         of_loss = sorted((k, repr(v)) for k, v in config.items() if own_loss and k.startswith("loss__"))
-        shapes[_shape(config, kind), *of_loss].append(i)
+        own = own_steps is not None and own_steps(config)
+        shapes[own, _shape(config, kind), *of_loss].append(i)
     groups = []
-    for members in shapes.values():
-        if own_steps is not None and own_steps(configs[members[0]]):
+    for (own, *_), members in shapes.items():
+        if own:
             groups.append(members)
         else:
             groups += _by_batch_size(members, configs, rows=rows, exact=kind == "module")

@@ -195,8 +195,8 @@ class Options:
     )  # fmt: skip
     backend: BackendWord = _machine(
         "auto", "--backend",
-        "how members train: in compiled code on a CPU, as recorded steps (graph), as operations on stacked "
-        "tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
+        "how members train: in compiled code on a CPU, in a kernel of a GPU, as recorded steps (graph), as operations "
+        "on stacked tensors (eager; stacked: a module must be), or one by one (loop); auto chooses (auto)",
         choices=_BACKENDS, check=checks.one_of(*_BACKENDS), kept=True, resume=True,
     )  # fmt: skip
     dtype: str = _machine(
@@ -244,7 +244,7 @@ class Options:
             from gputune.engine.backend import check_precision, check_tf32
             from gputune.methods.descent import Hypergradient
 
-            check_tf32(self.tf32, self.dtype, self.workers, device)
+            check_tf32(self.tf32, self.dtype, self.workers, device, self.backend)
             check_precision(
                 self.precision, self.dtype, device, descends=isinstance(self.method, Hypergradient)
             )

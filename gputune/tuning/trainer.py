@@ -13,6 +13,7 @@ from torch import nn
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend, computing, trains_as
 from gputune.engine.job import Fits, Job, Outcome, Progress, train_chunk
+from gputune.engine.kernel import lacks
 from gputune.engine.memory import GivenUp, Need, run_in_parts
 from gputune.engine.plan import Plan, cores, make_plan
 from gputune.engine.stop import Stop
@@ -27,6 +28,7 @@ from gputune.methods.descent import Hypergradient
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import known_traits
 from gputune.modules.recorder import CudaRecorder
+from gputune.native.member_kernel import tile_of
 from gputune.population.population import ModelKind, Population, populations
 from gputune.scoring.objective import Objective
 from gputune.scoring.scoring import Scoring
@@ -84,6 +86,8 @@ class Trainer:
         """
         device = self.data.device if self.cluster is None else torch.device(self.cluster.device)
         backend, why = choose_backend(word, device, self.data.dtype, self.kind)
+        if backend == "kernel":
+            return replace(self, backend=self._kernel(word, configs))
         module = self.kind == "module"
         fast: Backend = "graph" if word == "graph" or (module and word == "auto") else "compiled"
         ways = {trains_as(fast, self.kind, config) for config in configs}
@@ -100,13 +104,38 @@ class Trainer:
             )
         return replace(self, backend=backend)
 
+    def _kernel(self, word: BackendWord, configs: Sequence[Config]) -> Backend:
+        """Return the backend of a search for which a kernel is chosen.
+
+        Raises InputError where that is asked for, and it trains none of the configurations.
+        """
+        if self.cluster is not None:
+            why = "is for a GPU of this machine, and workers='ray' trains on others"
+        elif self.kind == "module":
+            why = "trains the built-in MLP and linear models, and the model is a module of your own"
+        else:
+            parts = [lacks(config, self.kind, self.data) for config in configs]
+            if not all(parts) or not parts:
+                return "kernel"
+            why = f"does not know {parts[0]}"
+        if word == "kernel":
+            raise InputError(f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'.")
+        return "graph"
+
     def groups(self, configs: Sequence[Config]) -> list[Population]:
         """Return complete configurations as populations of one tensor shape each."""
+        rows = max(len(fold.train) for fold in self.data.folds)
+
+        def own_steps(config: Config) -> int:
+            way = trains_as(self.backend, self.kind, config, data=self.data)
+            # Of those in the kernel what a tile holds decides the order of sums: company then changes no bit.
+            return tile_of(min(config["batch_size"], rows)) if way == "kernel" else way == "compiled"
+
         return populations(
             configs,
             self.kind,
-            rows=max(len(fold.train) for fold in self.data.folds),
-            own_steps=lambda config: trains_as(self.backend, self.kind, config) == "compiled",
+            rows=rows,
+            own_steps=own_steps,
             own_loss=self.objective is not None and not self.objective.is_named,
         )
 

@@ -231,7 +231,7 @@ def test_words_for_the_backend():
         InputError, match="trains on the CPU, and the device is 'cuda:0'; choose device='cpu'"
     ):
         choose_backend("compiled", gpu, torch.float32)
-    words = "'auto', 'eager', 'compiled', 'graph', 'stacked', 'loop'"
+    words = "'auto', 'eager', 'compiled', 'graph', 'stacked', 'loop', 'kernel'"
     with pytest.raises(InputError, match=f"backend must be one of {words}, got 'fast'"):
         gputune.tune("mlp", [[0.0], [1.0]], [0, 1], backend="fast")
 

@@ -116,11 +116,17 @@ def test_a_gpu_that_failed_its_laws_is_not_taken():
         (Findings({}, {"eager": Speed(2e-3, 0), "graph": Speed(1e-3, 0)}), ("graph", "")),
         (Findings({}, {"eager": Speed(1e-3, 0), "graph": Speed(2e-3, 0)}), ("eager", "")),
         (Findings({"graph": "a law"}, {}), ("eager", Findings({"graph": "a law"}).why_not("graph"))),
+        (Findings({}, {"graph": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("kernel", "")),
+        (Findings({}, {"graph": Speed(1e-3, 0), "kernel": Speed(2e-3, 0)}), ("graph", "")),
+        (Findings(None, {"graph": Speed(2e-3, 0), "kernel": Speed(1e-3, 0)}), ("graph", "")),
+        (Findings({"kernel": "a law"}, {"kernel": Speed(1e-3, 0)}), ("graph", "")),
     ],
 )
 def test_what_the_check_found_says_how_a_gpu_trains(found, expected):
     keep_findings(GPU, found)
     assert choose_backend("auto", GPU, torch.float32) == expected
+    for others in ((torch.float64, "mlp"), (torch.float32, "module")):  # which no kernel trains
+        assert "kernel" not in choose_backend("auto", GPU, *others)
 
 
 def test_compiled_code_that_failed_its_laws_is_not_used(capsys, iris, monkeypatch):

@@ -54,7 +54,8 @@ def test_all_other_tests_see_no_gpu():
 
 def test_gputune_on_a_gpu(device, pytestconfig):
     everything = ["--all"] * pytestconfig.getoption("--all")
-    code, said = run(device, "--gpu", "--tb=short", *everything, HERE / "on_device.py")
+    files = HERE / "on_device.py", HERE / "kernel_on_device.py"
+    code, said = run(device, "--gpu", "--tb=short", *everything, *files)
     assert code == 0, said
 
 

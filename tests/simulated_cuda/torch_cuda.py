@@ -8,6 +8,7 @@ that is read before it is written, and what a graph cannot record; not races bet
 import ctypes
 import functools
 import gc
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 if "torch" in sys.modules:
@@ -31,9 +33,12 @@ for _name in ("allocated", "peak", "limit"):
 _device.simulated_set_limit.argtypes = [ctypes.c_int64]
 
 import torch  # noqa: E402
+from torch.cuda import _utils  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from stand_in import NoReading, Operation, Recording, Tape  # noqa: E402
+
+_EMULATION = Path(__file__).parents[1] / "native"
 
 fail_next_capture: RuntimeError | None = None
 """How the next capture ends."""
@@ -193,48 +198,63 @@ def _graph(
             _thread.current[stream.device.index] = before
 
 
-_HOST = """#include <cmath>
-struct Index { unsigned x; };
-static Index blockIdx, threadIdx, blockDim, gridDim;
-extern "C" void place(unsigned b, unsigned t) { blockIdx = {b}; threadIdx = {t}; gridDim = {2}; blockDim = {2}; }
-using namespace std;
-#define __global__
-"""
+_CARD = SimpleNamespace(
+    multi_processor_count=2, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472
+)
+"""What of its properties gputune asks for: those of an H100, with fewer multiprocessors."""
+
+_WITHOUT_ASKING = (48 << 10) - 1  # bytes of shared memory
 
 
 @functools.cache
 def _compiled(source: str) -> Path:
-    folder = tempfile.mkdtemp()
-    code, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-    code.write_text(_HOST + source)
-    subprocess.run(["g++", "-O1", "-shared", "-fPIC", str(code), "-o", str(library)], check=True)
+    """Return the library of a kernel for the CPU, with the emulation of thread blocks; it is kept beside the device."""
+    files = [_EMULATION / name for name in ("emulation.h", "emulation.cpp")]
+    key = hashlib.sha256("\0".join([source, *(file.read_text() for file in files)]).encode()).hexdigest()
+    library = Path(os.environ["SIMULATED_CUDA"]).with_name(f"kernel-{key[:16]}.so")
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            code, draft = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+            code.write_text(f'#include "{files[0]}"\n{source}')
+            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(draft)]
+            subprocess.run(["g++", *options, str(code), str(files[1])], check=True)
+            draft.replace(library)
     return library
 
 
 class Kernel:
-    """A kernel of CUDA C++, compiled for the CPU: two blocks of two threads take its work, one after the other."""
+    """A kernel of CUDA C++, compiled for the CPU: its threads are fibers, its blocks come one after the other."""
 
     def __init__(self, source: str, name: str) -> None:
         self.library = ctypes.CDLL(str(_compiled(source)))
         self.function = getattr(self.library, name)
+        self.shared = _WITHOUT_ASKING
 
-    def __call__(self, grid: Any, block: Any, args: list[torch.Tensor | int]) -> None:
+    def set_shared_memory_config(self, shared_mem_bytes: int) -> None:
+        assert shared_mem_bytes <= _CARD.shared_memory_per_block_optin
+        self.shared = max(self.shared, shared_mem_bytes)
+
+    def __call__(self, grid: Any, block: Any, args: list[torch.Tensor | int], shared_mem: int = 0) -> None:
         tensors = [arg for arg in args if not isinstance(arg, int)]
         assert len({tensor.device for tensor in tensors}) == 1 and tensors[0].is_cuda
+        assert tensors[0].device.index == _index(), "the current stream is that of another device"
+        assert shared_mem <= self.shared
+        # What goes through its work with a stride does all of it in whatever number of threads.
+        run = functools.partial(self.run, *(grid[0], block[0], shared_mem) if shared_mem else (2, 2, 0))
         if (recording := _thread.recording) is not None:
             with _disable_current_modes():  # among them the recording
                 for tensor in tensors:
                     recording._remember(tensor)
                 encoded = tuple(map(recording._encode, args))
-            recording.operations.append(Operation(self.run, encoded, {}, ()))
-        self.run(*args)
+            recording.operations.append(Operation(run, encoded, {}, ()))
+        run(*args)
 
-    def run(self, *args: torch.Tensor | int) -> None:
+    def run(self, grid: int, block: int, shared: int, *args: torch.Tensor | int) -> None:
         _device.simulated_count(b"launch kernel")
-        given = [ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(a.data_ptr()) for a in args]
-        for place in range(4):
-            self.library.place(place // 2, place % 2)
-            self.function(*given)
+        words = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
+        given = (ctypes.c_int64 * len(words))(*words)
+        failed = self.library.emulate(self.function, given, len(words), grid, block, shared, 0)
+        assert not failed, "threads wait for others that have ended"
 
 
 def _refuse_in_capture() -> None:
@@ -275,6 +295,7 @@ _FUNCTIONS: dict[str, Any] = {
     "device": Device,
     "get_device_name": lambda device=None: "a GPU that is not there",
     "get_device_capability": lambda device=None: (9, 0),
+    "get_device_properties": lambda device=None: _CARD,
     "is_bf16_supported": lambda including_emulation=True: True,
     "Stream": Stream,
     "stream": _stream,
@@ -315,5 +336,8 @@ def _state(device: Any) -> torch.Tensor:
 
 for _name, _function in _FUNCTIONS.items():
     setattr(torch.cuda, _name, _function)
+_utils._get_gpu_rtc_library = lambda: None
+_utils._nvrtc_compile = lambda source, name, *options, **more: (source.encode(), name)  # a binary is its source
+_utils._cuda_load_module = lambda binary, names: {name: Kernel(binary.decode(), name) for name in names}
 torch._C._cuda_getCurrentRawStream = lambda device: 0  # what torch.compile imports
 torch.cuda.random.manual_seed_all = _FUNCTIONS["manual_seed_all"]

@@ -1,0 +1,120 @@
+"""What keeps the kernel from training, in words, and how launches are cut; it trains on the simulated devices."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.cuda import _utils
+
+import gputune
+from gputune.engine import kernel
+from gputune.engine.backend import choose_backend, trains_as
+from gputune.engine.kernel import KernelChunk, lacks
+from problems import fill, make_data
+from refused import refused
+
+GPU = torch.device("cuda", 0)
+CARD = SimpleNamespace(
+    multi_processor_count=4, shared_memory_per_block_optin=232_448, shared_memory_per_multiprocessor=233_472
+)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A card that the kernel is for, on a machine with NVRTC."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: CARD)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_utils, "_get_gpu_rtc_library", lambda: None)
+
+
+def test_it_has_to_be_asked_for(card):
+    assert choose_backend("kernel", GPU, torch.float32) == ("kernel", "")
+    assert choose_backend("auto", GPU, torch.float32) == ("graph", "")
+
+
+def test_it_is_no_backend_of_a_cpu(iris):
+    words = "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
+    with refused(re.escape(words)):
+        gputune.tune("mlp", *iris, backend="kernel", device="cpu", verbose=0)
+
+
+def test_a_card_that_is_too_old(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    words = "needs a GPU of compute capability 8.0 (Ampere) or newer, and a card has 7.5; choose backend='graph', or"
+    with refused(re.escape(words)):
+        choose_backend("kernel", GPU, torch.float32)
+
+
+@pytest.mark.parametrize(("version", "wheel"), [("13.0", "nvrtc==13.0"), ("12.8", "nvrtc-cu12==12.8")])
+def test_the_wheel_of_nvrtc_is_named(version, wheel, card, monkeypatch):
+    def fail():
+        raise OSError("Could not find any NVRTC library")
+
+    monkeypatch.setattr(_utils, "_get_gpu_rtc_library", fail)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    words = f"NVRTC library. pip install 'nvidia-cuda-{wheel}.*' brings the library. Or choose backend='graph'."
+    with refused(re.escape(words)):
+        choose_backend("kernel", GPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "data", "part"),
+    [
+        ({}, {}, ""),
+        ({"clip_norm": 1.0}, {}, "clip_norm"),
+        ({"beta2": 0.9}, {}, "beta2"),
+        ({"optimizer": "rmsprop"}, {}, "rmsprop"),
+        ({"depth": 5}, {}, "5"),
+        ({"width": 129}, {}, "192"),
+        ({}, {"d": 300}, "300"),
+        ({}, {"k": 70}, "70"),
+        ({}, {"dtype": torch.float64}, "float64"),
+    ],
+)
+def test_what_it_does_not_know_is_recorded(config, data, part, card):
+    (config,) = fill({"width": 16, **config})
+    data = make_data(**{"dtype": torch.float32, **data})
+    found = lacks(config, "mlp", data)
+    assert part in found and bool(part) == bool(found)
+    assert trains_as("kernel", "mlp", config, data=data) == ("graph" if part else "kernel")
+
+
+def test_a_module_is_recorded(card):
+    (config,) = fill({})
+    assert trains_as("kernel", "module", config) == "graph"
+
+
+@pytest.fixture
+def chunk():
+    """Members of which one takes 10 steps and two take 4, on a card with two blocks."""
+    chunk = object.__new__(KernelChunk)
+    chunk.turns = np.cumsum([2] * 4 + [1] * 6)
+    return chunk
+
+
+@pytest.mark.parametrize(
+    ("pace", "ahead", "ends"),
+    [
+        (np.inf, None, [10]),  # fewer turns than the first launch has
+        (16.0, None, [2, 4, 8, 10]),  # 4 turns in a quarter of a second
+        (0.1, None, [*range(1, 11)]),
+        (np.inf, 3, [3, 6, 9, 10]),
+    ],
+)
+def test_a_launch_is_short_and_ends_with_its_draws(pace, ahead, ends, chunk):
+    chunk.pace, chunk.draws = pace, None if ahead is None else SimpleNamespace(ahead=ahead)
+    found, begin = [], 0
+    while begin < 10:
+        found.append(begin := chunk._end(begin))
+    assert found == ends
+
+
+def test_a_card_holds_as_many_blocks_as_its_memory_and_its_threads(card):
+    of = kernel._blocks(SimpleNamespace(shared=100_000, threads=256), GPU)
+    assert of == 4 * 2
+    assert kernel._blocks(SimpleNamespace(shared=1000, threads=256), GPU) == 4 * 8
+    assert kernel._blocks(SimpleNamespace(shared=232_448, threads=1024), GPU) == 4

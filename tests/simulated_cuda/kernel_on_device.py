@@ -1,0 +1,143 @@
+"""Searches whose members train in the kernel, on the simulated devices; ``test_simulated_cuda.py`` runs this too."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.cuda import _utils
+
+import gputune
+from gputune.check.laws import LAWS
+from gputune.engine import kernel
+from gputune.errors import InputError
+from gputune.native import member_kernel
+from gputune.native.library import NotBuiltError
+from gputune.tuning.trainer import Trainer
+from problems import make_data
+from simulated_cuda import torch_cuda as cuda
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda:1"  # what lands on the current device by mistake is on the wrong one
+SPACE = {"lr": [1e-3, 1e-2], "batch_size": [25, 32], "width": [9, 16]}
+# Folds of 112 and 113 rows.
+FAST = {"n_trials": 4, "max_epochs": 3, "cv": 4, "scoring": "neg_log_loss", "verbose": 0, "workers": 1}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """Every test counts for itself, and no binary of a device that is not there is kept for one that is."""
+    cuda.forget()
+    monkeypatch.setattr(member_kernel, "cache_folder", lambda: None)
+    kernel._kernel.cache_clear()
+
+
+def search(iris, model="mlp", **options):
+    given = {**FAST, "space": SPACE, "device": DEVICE, "backend": "kernel", **options}
+    return gputune.tune(model, *iris, **given)
+
+
+SEARCHES = {
+    "widths": ("mlp", {"space": {**SPACE, "width": [9, 20]}, "include_default": False}),
+    "accuracy, with dropout": ("mlp", {"space": {**SPACE, "dropout": [0.2]}, "scoring": "accuracy"}),
+    "halving": ("mlp", {"method": gputune.Halving(min_epochs=1), "n_trials": 9, "max_epochs": 9}),
+    "median": ("mlp", {"method": "median", "n_trials": 5, "class_weight": "balanced"}),
+    "linear": ("logistic", {"optimizer": "nesterov", "space": {"lr": [0.1, 0.2], "batch_size": [10, 40]}}),
+}
+LONG = {"median"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SEARCHES]
+)
+def test_a_search_has_the_table_of_compiled_code(name, iris):
+    model, options = SEARCHES[name]
+    expected = search(iris, model, **options, device="cpu", backend="compiled")
+    study = search(iris, model, **options)
+    np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-5, atol=1e-5)
+    assert [trial.status for trial in study.trials] == [trial.status for trial in expected.trials]
+    assert cuda.counts("launch")["kernel"] and not cuda.counts("replay")
+    one, other = (s.best_model().predict_proba(iris[0]) for s in (study, expected))
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_regression_has_the_table_of_compiled_code(iris):
+    rows = (iris[0][:, :3], iris[0][:, 3])
+    options = {"scoring": "r2", "optimizer": "sgd", "n_trials": 2}
+    expected = search(rows, **options, device="cpu", backend="compiled")
+    np.testing.assert_allclose(search(rows, **options).curves, expected.curves, rtol=1e-5, atol=1e-5)
+
+
+def test_a_search_goes_on_where_it_ended_and_launches_change_no_bit(iris, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel, "_FIRST_TURNS", 10**6)  # a launch for an epoch
+    whole = search(iris, n_trials=2)
+    launches = cuda.counts("launch")["kernel"]
+    cuda.forget()
+    monkeypatch.setattr(kernel, "_FIRST_TURNS", 0)  # one step
+    monkeypatch.setattr(kernel, "_SECONDS", 0.0)
+    path = tmp_path / "study.db"
+    search(iris, n_trials=2, timeout=1e-9, study=path)
+    study = search(iris, n_trials=2, study=path)
+    assert study.curves.tobytes() == whole.curves.tobytes()
+    assert cuda.counts("launch")["kernel"] >= 3 * launches
+
+
+def test_the_plan_says_what_the_kernel_trains(iris, capsys):
+    space = {"depth": [2, 5], "lr": [1e-3], "width": [16], "batch_size": [32]}
+    search(iris, space=space, include_default=False, n_trials=2, max_epochs=1, verbose=1)
+    assert "1 by the kernel, 1 recorded" in capsys.readouterr().err
+
+
+class Net(nn.Module):
+    def __init__(self, n_features, n_outputs):
+        super().__init__()
+        self.layer = nn.Linear(n_features, n_outputs)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "words"),
+    [
+        ("mlp", {"optimizer": "rmsprop"}, "does not know .*rmsprop.*; choose backend='graph', which records steps, or"),
+        ("mlp", {"dtype": "float64"}, "does not know .*float64.*; choose"),
+        (Net, {"space": {"lr": [0.1]}}, "trains the built-in MLP and linear models, and the model is a module of"),
+        ("mlp", {"tf32": True}, "tf32=True is for matrix products of PyTorch, and backend='kernel' multiplies in"),
+    ],
+)  # fmt: skip
+def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
+    with pytest.raises(InputError, match=words):
+        search(iris, model, **options)
+    assert "kernel" not in cuda.counts("launch")
+
+
+def test_a_cluster_has_no_kernel():
+    trainer = Trainer(
+        data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE)
+    )
+    with pytest.raises(InputError, match="backend='kernel' is for a GPU of this machine, and workers='ray'"):
+        trainer.choosing("kernel", [], print)
+    assert trainer._kernel("auto", []) == "graph"
+
+
+def test_a_kernel_that_cannot_be_compiled_leaves_recorded_steps(iris, monkeypatch):
+    def fail(*source, **options):
+        raise RuntimeError("Kernel compilation failed:\nmember.cu(3): error: x\nmore")
+
+    monkeypatch.setattr(_utils, "_nvrtc_compile", fail)
+    said = re.escape(
+        f"member.cu cannot be compiled for {DEVICE}: Kernel compilation failed: member.cu(3): error: x."
+    )
+    with pytest.warns(RuntimeWarning, match=f"{said} Nothing is lost"):
+        study = search(iris)
+    assert cuda.counts("replay")
+    expected = search(iris, device="cpu", backend="compiled")
+    np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-5, atol=1e-5)
+    (law,) = (law for law in LAWS if law.backends == ("kernel",))
+    with pytest.raises(NotBuiltError, match=said):
+        law.measure(torch.device(DEVICE), "kernel")
