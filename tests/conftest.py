@@ -58,6 +58,8 @@ def own_state(tmp_path_factory, pytestconfig):
         patch.setattr(
             "gputune.executors.pools.IDLE_SECONDS", 900
         )  # a worker that a test starts serves others
+        if "simulated_cuda.torch_cuda" in sys.modules:  # whose binaries are none of a card
+            patch.setattr("gputune.native.member_kernel.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
             gpu = DeviceChoice(torch.device("cuda"))
             patch.setattr("gputune.engine.device._by_speed", lambda gpu, work: DeviceChoice(gpu))

@@ -8,12 +8,9 @@ that is read before it is written, and what a graph cannot record; not races bet
 import ctypes
 import functools
 import gc
-import hashlib
 import importlib.util
 import os
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +34,6 @@ from torch.cuda import _utils  # noqa: E402
 from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 
 from stand_in import NoReading, Operation, Recording, Tape  # noqa: E402
-
-_EMULATION = Path(__file__).parents[1] / "native"
 
 fail_next_capture: RuntimeError | None = None
 """How the next capture ends."""
@@ -207,28 +202,19 @@ _WITHOUT_ASKING = (48 << 10) - 1  # bytes of shared memory
 
 
 @functools.cache
-def _compiled(source: str) -> Path:
-    """Return the library of a kernel for the CPU, with the emulation of thread blocks; it is kept beside the device."""
-    files = [_EMULATION / name for name in ("emulation.h", "emulation.cpp")]
-    key = hashlib.sha256("\0".join([source, *(file.read_text() for file in files)]).encode()).hexdigest()
-    library = Path(os.environ["SIMULATED_CUDA"]).with_name(f"kernel-{key[:16]}.so")
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            code, draft = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
-            code.write_text(f'#include "{files[0]}"\n{source}')
-            options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", str(draft)]
-            subprocess.run(["g++", *options, str(code), str(files[1])], check=True)
-            draft.replace(library)
-    return library
+def _emulator() -> Any:
+    """Return what launches kernels on the CPU; what it builds is kept beside the device."""
+    from native.emulated import Emulator
+
+    return Emulator(Path(os.environ["SIMULATED_CUDA"]).parent)
 
 
 class Kernel:
     """A kernel of CUDA C++, compiled for the CPU: its threads are fibers, its blocks come one after the other."""
 
     def __init__(self, source: str, name: str) -> None:
-        self.library = ctypes.CDLL(str(_compiled(source)))
-        self.function = getattr(self.library, name)
-        self.shared = _WITHOUT_ASKING
+        self.source, self.name, self.shared = source, name, _WITHOUT_ASKING
+        _emulator().kernel(source)
 
     def set_shared_memory_config(self, shared_mem_bytes: int) -> None:
         assert shared_mem_bytes <= _CARD.shared_memory_per_block_optin
@@ -252,9 +238,8 @@ class Kernel:
     def run(self, grid: int, block: int, shared: int, *args: torch.Tensor | int) -> None:
         _device.simulated_count(b"launch kernel")
         words = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
-        given = (ctypes.c_int64 * len(words))(*words)
-        failed = self.library.emulate(self.function, given, len(words), grid, block, shared, 0)
-        assert not failed, "threads wait for others that have ended"
+        size = {"blocks": grid, "threads": block, "shared": shared}
+        assert _emulator().launch(self.source, self.name, words, **size), "threads wait for others that have ended"
 
 
 def _refuse_in_capture() -> None:
