@@ -117,7 +117,7 @@ class KernelChunk(CompiledChunk):
         """Let every member take the steps from ``begin`` to before ``end`` of the epoch, without waiting for them."""
         self.next.zero_()
         threads = self.kernel.threads
-        args = [work, self.next, self.scratch, begin, end, 1]
+        args: list[torch.Tensor | int] = [work, self.next, self.scratch, begin, end, 1]
         launch(self.compiled, self.blocks * threads, args, block=threads, shared=self.kernel.shared)
 
 
@@ -138,7 +138,8 @@ def _blocks(kernel: MemberKernel, device: torch.device) -> int:
 
 def shared_bytes(device: torch.device) -> int:
     """Return the shared memory that a thread block may have."""
-    size: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    card = torch.cuda.get_device_properties(device)
+    size: int = card.shared_memory_per_block_optin  # type: ignore[attr-defined]
     return size
 
 
@@ -166,13 +167,16 @@ def lacks(config: Config, kind: ModelKind, data: Dataset) -> str:
     if config["optimizer"] in OPTIMIZERS and not is_plain(config):
         return "clip_norm, ema, beta2, or rates and schedules of their own for parameters"
     deep = kind == "mlp"
-    return unknown(
-        inputs=data.n_features,
-        width=padded_width(max(hidden_widths(config), default=1)) if deep else 0,
-        depth=config["depth"] if deep else 0,
-        outputs=data.n_outputs,
-        activation=config["activation"],
-        optimizer=config["optimizer"],
-        dtype=data.dtype,
-        shared=shared_bytes(data.device),
-    ) or ""
+    return (
+        unknown(
+            inputs=data.n_features,
+            width=padded_width(max(hidden_widths(config), default=1)) if deep else 0,
+            depth=config["depth"] if deep else 0,
+            outputs=data.n_outputs,
+            activation=config["activation"],
+            optimizer=config["optimizer"],
+            dtype=data.dtype,
+            shared=shared_bytes(data.device),
+        )
+        or ""
+    )

@@ -16,8 +16,8 @@ from torch.cuda import _utils
 _MOST_BLOCKS = 1 << 16
 
 Kernel = Callable[..., None]
-"""Called with ``grid``, ``block``, ``args`` (tensors and ints of 32 bits) and ``shared_mem``, it launches on the current
-stream."""
+"""Called with ``grid``, ``block``, ``args`` (tensors and ints of 32 bits) and ``shared_mem``, it launches on the
+current stream."""
 
 Code = TypeVar("Code")
 

@@ -119,7 +119,9 @@ class Trainer:
                 return "kernel"
             why = f"does not know {parts[0]}"
         if word == "kernel":
-            raise InputError(f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'.")
+            raise InputError(
+                f"backend='kernel' {why}; choose backend='graph', which records steps, or 'auto'."
+            )
         return "graph"
 
     def groups(self, configs: Sequence[Config]) -> list[Population]:

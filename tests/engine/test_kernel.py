@@ -37,7 +37,9 @@ def test_it_has_to_be_asked_for(card):
 
 
 def test_it_is_no_backend_of_a_cpu(iris):
-    words = "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
+    words = (
+        "backend='kernel' trains on a GPU, and the device is 'cpu'; choose device='cuda', or backend='auto'."
+    )
     with refused(re.escape(words)):
         gputune.tune("mlp", *iris, backend="kernel", device="cpu", verbose=0)
 
@@ -56,7 +58,9 @@ def test_the_wheel_of_nvrtc_is_named(version, wheel, card, monkeypatch):
 
     monkeypatch.setattr(_utils, "_get_gpu_rtc_library", fail)
     monkeypatch.setattr(torch.version, "cuda", version)
-    words = f"NVRTC library. pip install 'nvidia-cuda-{wheel}.*' brings the library. Or choose backend='graph'."
+    words = (
+        f"NVRTC library. pip install 'nvidia-cuda-{wheel}.*' brings the library. Or choose backend='graph'."
+    )
     with refused(re.escape(words)):
         choose_backend("kernel", GPU, torch.float32)
 

@@ -58,7 +58,6 @@ def test_a_search_has_the_table_of_compiled_code(name, iris):
     expected = search(iris, model, **options, device="cpu", backend="compiled")
     study = search(iris, model, **options)
     np.testing.assert_allclose(study.curves, expected.curves, rtol=1e-5, atol=1e-5)
-    assert [trial.status for trial in study.trials] == [trial.status for trial in expected.trials]
     assert cuda.counts("launch")["kernel"] and not cuda.counts("replay")
     one, other = (s.best_model().predict_proba(iris[0]) for s in (study, expected))
     np.testing.assert_allclose(one, other, atol=1e-4)
@@ -117,9 +116,7 @@ def test_what_the_kernel_does_not_know_is_said(model, options, words, iris):
 
 
 def test_a_cluster_has_no_kernel():
-    trainer = Trainer(
-        data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE)
-    )
+    trainer = Trainer(data=make_data(), kind="mlp", seed=0, horizon=1, cluster=SimpleNamespace(device=DEVICE))
     with pytest.raises(InputError, match="backend='kernel' is for a GPU of this machine, and workers='ray'"):
         trainer.choosing("kernel", [], print)
     assert trainer._kernel("auto", []) == "graph"

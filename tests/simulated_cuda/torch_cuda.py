@@ -239,7 +239,9 @@ class Kernel:
         _device.simulated_count(b"launch kernel")
         words = [arg if isinstance(arg, int) else arg.data_ptr() for arg in args]
         size = {"blocks": grid, "threads": block, "shared": shared}
-        assert _emulator().launch(self.source, self.name, words, **size), "threads wait for others that have ended"
+        assert _emulator().launch(self.source, self.name, words, **size), (
+            "threads wait for others that have ended"
+        )
 
 
 def _refuse_in_capture() -> None:
@@ -322,7 +324,10 @@ def _state(device: Any) -> torch.Tensor:
 for _name, _function in _FUNCTIONS.items():
     setattr(torch.cuda, _name, _function)
 _utils._get_gpu_rtc_library = lambda: None
-_utils._nvrtc_compile = lambda source, name, *options, **more: (source.encode(), name)  # a binary is its source
+_utils._nvrtc_compile = lambda source, name, *options, **more: (
+    source.encode(),
+    name,
+)  # a binary is its source
 _utils._cuda_load_module = lambda binary, names: {name: Kernel(binary.decode(), name) for name in names}
 torch._C._cuda_getCurrentRawStream = lambda device: 0  # what torch.compile imports
 torch.cuda.random.manual_seed_all = _FUNCTIONS["manual_seed_all"]
