@@ -84,8 +84,8 @@ def train_members(
 ) -> bool:  # fmt: skip
     """Train members for an epoch by the kernel, as the C code does, in launches of so many steps."""
     kernel, work = kernel_of(numbers, arrays), make_work(numbers, arrays)
-    sizes = np.minimum(arrays["sizes"], arrays["lengths"][:, None])
-    steps = int((-(-arrays["lengths"][:, None] // sizes)).max())
+    lengths = np.asarray(arrays["lengths"])[:, None]
+    steps = int((-(-lengths // np.minimum(arrays["sizes"].numpy(), lengths))).max())
     scratch = torch.full((blocks * kernel.scratch,), torch.nan, dtype=kernel.dtype)
     whole = True
     for begin in range(0, steps, pieces):
