@@ -12,7 +12,7 @@ from gputune.engine.backend import choose_backend
 from gputune.engine.cost import trial_cost
 from gputune.engine.job import Job, train_chunk
 from gputune.engine.plan import make_plan, parse_memory
-from gputune.population.population import populations
+from gputune.population.population import is_plain, populations
 from gputune.types import OPTIMIZERS
 from problems import fill, make_data
 from refused import refused
@@ -161,3 +161,9 @@ def test_compiled_members_share_threads_of_one_process_whatever_their_batch_size
     assert "in this process on 4 threads, compiled" in str(made)
     forced = make_plan([one], data, epochs=10**6, memory=None, workers=3, backend="compiled")
     assert (forced.workers, forced.threads) == (3, 1)
+
+
+def test_each_trial_says_whether_it_takes_steps_of_its_own():
+    configs = fill({"beta2": 0.999}, {"beta2": 0.5})  # of one shape; compiled code knows no other beta
+    found = populations(configs, "mlp", rows=41, own_steps=is_plain)
+    assert [group.index for group in found] == [(0,), (1,)]
