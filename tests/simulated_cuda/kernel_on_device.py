@@ -41,7 +41,7 @@ def search(iris, model="mlp", **options):
 
 
 SEARCHES = {
-    "widths": ("mlp", {"space": {**SPACE, "width": [9, 20]}, "include_default": False}),
+    "widths": ("mlp", {"space": {**SPACE, "width": [9, (9, 20), 20]}, "include_default": False}),
     "accuracy, with dropout": ("mlp", {"space": {**SPACE, "dropout": [0.2]}, "scoring": "accuracy"}),
     "halving": ("mlp", {"method": gputune.Halving(min_epochs=1), "n_trials": 9, "max_epochs": 9}),
     "median": ("mlp", {"method": "median", "n_trials": 5, "class_weight": "balanced"}),
