@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,13 @@ def test_python_blocks_run_in_order_and_print_what_is_shown(page, tmp_path, monk
     if page.name == "cluster.md":
         pytest.skip("run where there is a cluster, in tests/executors/test_ray_workers.py")
     monkeypatch.chdir(tmp_path)
-    popen = subprocess.Popen  # of a page's script, which begins at once
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **how: popen(command, **how) if how else Fork(command[2])
-    )
+    popen = subprocess.Popen
+
+    def begin(command, **how):
+        script = command[0] == sys.executable and not how  # a page's, which begins at once as a fork
+        return Fork(command[2]) if script else popen(command, **how)
+
+    monkeypatch.setattr(subprocess, "Popen", begin)
     run_blocks(page, capsys)
 
 

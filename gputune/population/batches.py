@@ -143,7 +143,7 @@ class Batches:
         self.start = torch.tensor([[0] * data.n_folds, x_start, y_start], device=device)[..., None]
         self.order = torch.empty((3, data.n_folds, longest), dtype=torch.int64, device=device)
         self.counted = torch.as_tensor(self.lengths).to(device, torch.float64)
-        self.weights = None if data.weights is None else data.weights.double()
+        self.weights = None if data.weights is None else data.weights.double().contiguous()
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.epoch: int | None = None
         self.host = HostRows(self.inputs, device) if data.on_host else None

@@ -198,6 +198,7 @@ def test_a_trial_that_fits_no_worker_fails_alone(cluster, iris, orders):
     assert {(t.state, t.detail["reason"]) for t in large} == {("failed", "out of memory: no room")}
 
 
+@pytest.mark.cpu  # workers that load the simulated device find all of this folder
 def test_what_a_worker_cannot_import_is_named(cluster, iris):
     message = "a Ray worker has no module 'problems', which your module or scorer imports"
     with refused(message):

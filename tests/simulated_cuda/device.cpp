@@ -3,6 +3,7 @@
 // tensors on one device) and then computed by the CPU's kernel on the same memory. Copies, waits and launches are
 // counted; inside a capture what a CUDA graph refuses is refused.
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -82,6 +83,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 c10::impl::DeviceGuardImplRegistrar registered_guard(c10::kCUDA, new Guard());
 
+// It draws what the CPU's draws; the CPU's kernels take it while its device is the CPU.
+struct Generator final : at::CPUGeneratorImpl {
+  explicit Generator(int device) {
+    key_set_ = c10::DispatchKeySet(c10::DispatchKey::CUDA);
+    place({c10::kCUDA, c10::DeviceIndex(device)});
+  }
+  void place(c10::Device device) { device_ = device; }
+};
+
 struct CUDAHooks final : at::CUDAHooksInterface {  // PyTorch looks for this name, once, when it is loaded
   CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -93,6 +103,9 @@ struct CUDAHooks final : at::CUDAHooksInterface {  // PyTorch looks for this nam
   c10::DeviceIndex current_device() const override { return current; }
   c10::DeviceIndex getCurrentDevice() const override { return current; }
   int getNumGPUs() const override { return kDevices; }
+  at::Generator getNewGenerator(c10::DeviceIndex index) const override {
+    return at::make_generator<Generator>(index < 0 ? current : index);
+  }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
 };
 using at::CUDAHooksRegistry;
@@ -187,8 +200,13 @@ bool begins(const std::string& name, const char* with) { return name.rfind(with,
 struct Arguments {
   std::vector<std::pair<Tensor, Tensor>> twins;  // of the device, and as the CPU sees it
   std::set<int> devices;
+  std::vector<std::pair<at::Generator, c10::Device>> generators;  // and where they are
   bool host_tensor = false, host_number = false;
   std::optional<c10::Device> asked;
+
+  ~Arguments() {
+    for (auto& [generator, device] : generators) generator.get<Generator>()->place(device);
+  }
 
   // Tensors that share memory on the device share it on the CPU.
   Tensor take(const Tensor& t) {
@@ -224,8 +242,13 @@ struct Arguments {
       asked = value.toDevice();
       return c10::Device(c10::kCPU);
     }
-    if (value.isGenerator() && value.toGenerator().defined())
-      TORCH_CHECK(false, "Expected a 'cuda' device type for generator but found 'cpu'");
+    if (value.isGenerator() && value.toGenerator().defined()) {
+      auto generator = value.toGenerator();
+      TORCH_CHECK(generator.device().is_cuda(), "Expected a 'cuda' device type for generator but found 'cpu'");
+      devices.insert(generator.device().index());
+      generators.emplace_back(generator, generator.device());
+      generator.get<Generator>()->place(c10::kCPU);
+    }
     return value;
   }
 
@@ -388,6 +411,9 @@ const Tensor& resize(const Tensor& self, Sizes size, std::optional<at::MemoryFor
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  // PyTorch would choose a kernel of CUDA's own in it.
+  for (auto name : {"convolution", "convolution_backward"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute>());
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("copy_", copy);

@@ -350,7 +350,11 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
     word, _, without = optimizer.partition(" ")
     trials = [{**trial, **({"momentum": 0.0} if without else {})} for trial in ALL_OPTIONS]
     data = make_data(weights=True, folds=3)
-    data = dataclasses.replace(data, present=torch.tensor([[True, True, False], *[[True] * 3] * 2]))
+    assert data.weights is not None
+    shared = data.weights[:1].expand(3, -1)  # without memory of each fold's own, as estimators give them
+    data = dataclasses.replace(
+        data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2])
+    )
     both = [
         chunk("cuda:1", sizes=(9, 10, 13), trials=trials, data=data, optimizer=word, recorded=recorded)
         for recorded in (True, False)

@@ -60,16 +60,17 @@ def test_gputune_on_a_gpu(device, pytestconfig):
 
 
 PARTS = """
-test_laws.py test_module_laws.py test_arrays.py test_objectives.py
+test_laws.py test_module_laws.py test_arrays.py test_objectives.py test_docs.py test_readme.py
+test_memory.py test_tf32.py
 engine population optimizers modules hypergradients scoring views data native callbacks methods models cli replay
-tuning/test_descent.py tuning/test_sampling.py tuning/test_resuming.py tuning/test_interrupting.py
+tuning study report check executors sklearn_face
 """.split()
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
 def test_the_suite_where_auto_is_a_gpu(part, device):
-    """But for what looks at the CPU, or at what the simulated device has not: cuDNN, generators of CUDA."""
+    """But for what looks at the CPU, or at what the simulated device has not: cuDNN."""
     code, said = run(device, "--auto-gpu", "--tb=short", HERE.parent / part)
     assert code == 0, said
 

@@ -29,7 +29,7 @@ from gputune.sklearn import (
 )
 from searches import assert_same_results, both
 
-# A GPU trains estimators in single precision, and the simulated one has neither convolutions nor generators.
+# A GPU trains estimators in single precision, and the simulated one has no cuDNN.
 pytestmark = pytest.mark.cpu
 
 RNG = np.random.default_rng(0)

@@ -46,6 +46,7 @@ OTHERS = [
 # scikit-learn 1.6 asks scipy for names that later releases have deprecated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings(*WARNS)
+@pytest.mark.cpu  # a GPU trains estimators in single precision, of which scikit-learn asks double
 @parametrize_with_checks(ESTIMATORS)
 def test_scikit_learns_check(estimator, check):
     check(estimator)

@@ -65,6 +65,7 @@ def predictions(estimator, X):
     ],
     ids=lambda value: type(value).__name__,
 )
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_together_is_what_fit_gives_alone(estimator, spaces, weighted):
     X, y = IRIS if hasattr(estimator, "predict_proba") else NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X)) if weighted else None
@@ -95,6 +96,7 @@ def test_single_precision_stays_single_and_together_is_alone():
         assert member.predict_proba(X).dtype == np.float32
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_a_fit_is_the_plain_loop():
     X, y = NUMBERS
     weights = np.random.default_rng(1).uniform(0, 2, len(X))
@@ -126,6 +128,7 @@ def test_a_fit_is_the_plain_loop():
     assert (fitted.target_mean_, fitted.target_scale_) == pytest.approx((mean, scale))
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_alpha_decays_the_weights_as_scikit_learns():
     X, y = IRIS
     common = {
@@ -242,6 +245,7 @@ def test_a_diverged_member_leaves_the_others_as_they_were(estimator, rate):
                 assert all(torch.equal(own[name], other[name]) for name in own)
 
 
+@pytest.mark.cpu  # one process drives a GPU
 def test_other_processes_train_the_same():
     X, y = IRIS
     estimator = NeuralNetClassifier(Net, max_epochs=3, random_state=0)
@@ -272,6 +276,7 @@ def test_what_has_not_ended_in_time_is_no_fit():
     assert all(isinstance(fits.error(f, i), TimeoutError) for f in range(3) for i in (1, 2))
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_the_module_is_plain_and_the_users_own():
     X, y = IRIS
     fitted = NeuralNetClassifier(Net, module__hidden=5, module__dropout=0.5, max_epochs=1).fit(X, y)

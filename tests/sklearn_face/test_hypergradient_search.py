@@ -78,6 +78,7 @@ def by_loss():
     return descend(MLP, RATES)
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_every_point_is_a_candidate(descended):
     search = descended
     drawn = model_selection.RandomizedSearchCV(MLP, SPACE, n_iter=3, cv=3, random_state=0).fit(X, Y)
@@ -123,6 +124,7 @@ def test_another_score_ranks_and_does_not_move(by_loss):
     assert many.multimetric_ and by_loss.scoring is None
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_regressions_descend_on_the_squared_error():
     diabetes = load_diabetes(return_X_y=True)
     net = MLPRegressor(
@@ -135,6 +137,7 @@ def test_regressions_descend_on_the_squared_error():
 
 
 @pytest.mark.parametrize("step", ["sign", "normalized"])
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_several_hyperparameters(step):
     names = ("learning_rate_init", "alpha", "momentum")
     space = {"learning_rate_init": [0.01], "alpha": [0.5], "momentum": [0.5]}
@@ -159,6 +162,7 @@ def test_the_logistic_regression_moves_C():
     assert same.best_score_ > same.cv_results_["mean_test_score"][0]
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_pipelines(scaler_fits):
     pipeline = make_pipeline(CountingScaler(), MLP)
     search = descend(pipeline, {"mlpclassifier__learning_rate_init": RATES["learning_rate_init"]})

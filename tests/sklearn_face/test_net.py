@@ -81,6 +81,7 @@ def test_the_criterion_may_be_the_cross_entropy(criterion):
 
 
 @pytest.mark.parametrize("criterion", [None, "bce", nn.BCEWithLogitsLoss])
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_one_logit_tells_two_classes_apart(criterion):
     X, y = IRIS[0], np.where(IRIS[1] == 0, "setosa", "other")
     made = NeuralNetClassifier(OneNumber, criterion=criterion, lr=0.1, max_epochs=20, random_state=0).fit(

@@ -43,6 +43,7 @@ def stopped_at(losses, tol, patience):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_training_ends_where_the_loss_of_the_training_rows_stalls(weighted):
     weights = np.random.default_rng(0).integers(0, 3, len(X)).astype(float) if weighted else None
     losses = []
@@ -64,6 +65,7 @@ def test_training_ends_where_the_loss_of_the_training_rows_stalls(weighted):
 
 
 @pytest.mark.parametrize("estimator", [QUICK, MLPRegressor(**QUICK.get_params(), loss="squared_error")])
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_members_end_each_by_themselves(estimator):
     data = (X, Y) if isinstance(estimator, MLPClassifier) else DIABETES
     grid = {"learning_rate_init": [0.001, 0.01, 0.1], "tol": [0.0, 0.05]}
@@ -95,6 +97,7 @@ def test_rungs_and_descents_go_to_their_last_epoch():
             assert score == pytest.approx(whole.cv_results_["mean_test_score"][place])
 
 
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_a_regression_stalls_by_half_the_standardised_error():
     features, target = DIABETES
     fitted = MLPRegressor(max_iter=3, random_state=0).fit(features, target)
@@ -176,6 +179,7 @@ def test_partial_fit_goes_on_from_what_gputune_trained():
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu", "silu"])
 @pytest.mark.parametrize("target", [Y, Y > 0])
+@pytest.mark.cpu  # a GPU trains estimators in single precision
 def test_the_module_and_the_coefficients_give_the_same(activation, target):
     fitted = clone(QUICK).set_params(activation=activation, hidden_layer_sizes=(8, 8)).fit(X, target)
     logits = fitted.module_(torch.from_numpy(X))

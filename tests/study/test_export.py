@@ -268,7 +268,12 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "suffix"),
     [
-        pytest.param(case, suffix, marks=pytest.mark.long if (n + m) % 2 or n == 2 else ())
+        pytest.param(
+            case,
+            suffix,
+            # The simulated device has no cuDNN.
+            marks=[pytest.mark.long] * bool((n + m) % 2 or n == 2) + [pytest.mark.cpu] * (case[0] == "gru"),
+        )
         for n, case in enumerate(CASES)
         for m, suffix in enumerate((".onnx", ".pt2"))  # every second one is enough
     ],
