@@ -349,9 +349,8 @@ def test_a_step_with_all_options_is_the_same_recorded_and_as_it_is(optimizer):
     """Of three members with options of their own, the recorded steps of kernels, the others of PyTorch's operations."""
     word, _, without = optimizer.partition(" ")
     trials = [{**trial, **({"momentum": 0.0} if without else {})} for trial in ALL_OPTIONS]
-    data = make_data(weights=True, folds=3)
-    assert data.weights is not None
-    shared = data.weights[:1].expand(3, -1)  # without memory of each fold's own, as estimators give them
+    data = moved(make_data(weights=True, folds=3), "cuda:1")
+    shared = data.weights[:1].expand(3, -1)  # one row of memory for all folds, as of an estimator
     data = dataclasses.replace(
         data, weights=shared, present=torch.tensor([[True, True, False], *[[True] * 3] * 2])
     )
