@@ -1,4 +1,4 @@
-"""Random search: the default spaces, and the trials of a search, drawn once by scikit-learn's ParameterSampler."""
+"""Random search: the trials of a search, drawn once by scikit-learn's ParameterSampler."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from operator import index
@@ -7,21 +7,19 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 from sklearn.model_selection import ParameterSampler
-from torch import nn
 
 from gputune.errors import InputError
 from gputune.methods.config import KEYS, ConfigCheck, check_config
 from gputune.methods.distributions import Choices, OwnDistribution, Steps
 from gputune.methods.space import Space, check_include
-from gputune.models import CNN, GRU
 from gputune.optimizers.classes import CLASSES, has_weight_decay, optimizer_defaults
 from gputune.study.store import Candidate
 from gputune.text import count
-from gputune.types import LR_FACTORS, ONLINE, OPTIMIZERS, PLAIN_LR_FACTORS, SEARCHED, Config
+from gputune.types import ONLINE, OPTIMIZERS, Config
 
 Origin = Literal["default", "include", "random"]
 
-_TAKERS: Mapping[str, tuple[str, ...]] = {
+TAKERS: Mapping[str, tuple[str, ...]] = {
     "weight_decay": (*OPTIMIZERS, *(name for name in CLASSES if has_weight_decay(name))),
     "momentum": ("sgd", "nesterov", "rmsprop", "muon", "sgdhd", "nesterovhd"),
     "beta2": ("adam", "adamw", "muon", "schedulefree"),
@@ -29,43 +27,6 @@ _TAKERS: Mapping[str, tuple[str, ...]] = {
     "hypergrad_rule": ONLINE,
 }
 """Keys that some optimizers take, and the others leave aside."""
-
-
-_SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
-    CNN: {"module__channels": [8, 16, 32]},
-    GRU: {"module__hidden": [16, 32, 64]},
-}
-"""What else is searched in modules of ``gputune.models``."""
-
-
-def default_space(
-    model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
-) -> dict[str, Choices]:
-    """Return the space of a search that was given none; ``builder`` is what makes the modules, if any.
-
-    The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants one or two
-    powers of ten more, and that of a class of torch.optim lies around its own default. Batch size and width come from
-    short lists of powers of two, so that many trials share one tensor shape and train as one population. Depth,
-    activation and dropout stay at their defaults: each splits populations or adds little on tables. The solved logistic
-    regression has its penalty only.
-    """
-    if model == "logistic" and optimizer == "exact":
-        return {"C": _searched("C"), "l1_ratio": _searched("l1_ratio")}
-    plain, lr = optimizer.removesuffix("hd") in ("sgd", "nesterov"), optimizer_defaults(optimizer)["lr"]
-    low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
-    space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _searched("batch_size")}
-    if optimizer in _TAKERS["weight_decay"]:
-        space["weight_decay"] = _searched("weight_decay")
-    if optimizer in ONLINE:
-        space["hypergrad_lr"] = _searched("hypergrad_lr")
-    if model == "mlp":
-        return space | {"width": _searched("width")}
-    return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
-
-
-def _searched(key: str) -> Choices:
-    choices = SEARCHED[key]
-    return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
 
 
 def draw(
@@ -242,7 +203,7 @@ def _moved(config: Config, space: Space, defaults: Mapping[str, object]) -> list
 def _without_effect(trials: Sequence[Candidate], optimizer: str) -> list[str]:
     """Return what to say of keys that trials have, and no optimizer of theirs."""
     sentences = []
-    for key, takers in _TAKERS.items():
+    for key, takers in TAKERS.items():
         used = {t.params.get("optimizer", optimizer) for t in trials if key in t.params}
         if used and used.isdisjoint(takers):
             sentences.append(

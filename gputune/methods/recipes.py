@@ -1,14 +1,18 @@
-"""How a named model trains where nobody says otherwise, and the published spaces that have a name."""
+"""How a model trains and is searched where nobody says otherwise, and the published spaces that have a name."""
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 from scipy import stats
+from torch import nn
 
 from gputune.errors import InputError
 from gputune.methods.distributions import Choices
-from gputune.models import RealMLP
+from gputune.methods.random import TAKERS
+from gputune.models import CNN, GRU, RealMLP
+from gputune.optimizers.classes import optimizer_defaults
 from gputune.text import did_you_mean
-from gputune.types import Config, Goal
+from gputune.types import LR_FACTORS, ONLINE, PLAIN_LR_FACTORS, SEARCHED, Config, Goal
 
 _REALMLP: Mapping[str, float | str] = (
     {
@@ -24,6 +28,13 @@ _REALMLP: Mapping[str, float | str] = (
 """RealMLP-TD. Source: Holzmueller et al. (2024), arXiv:2407.04491, table A.1; pytabkit, default_params.py."""
 
 
+_SIZES: Mapping[type[nn.Module], Mapping[str, Choices]] = {
+    CNN: {"module__channels": [8, 16, 32]},
+    GRU: {"module__hidden": [16, 32, 64]},
+}
+"""What else is searched in modules of ``gputune.models``."""
+
+
 def recipe_of(builder: object, goal: Goal) -> Config:
     """Return what a trial of a model takes in the place of the common defaults, for classes, numbers, or neither."""
     if builder is not RealMLP:
@@ -31,6 +42,36 @@ def recipe_of(builder: object, goal: Goal) -> Config:
     if goal == "classes":
         return {**_REALMLP, "lr": 0.04, "module__activation": "selu", "loss__label_smoothing": 0.1}
     return {**_REALMLP, "lr": 0.2, "module__activation": "mish"}
+
+
+def default_space(
+    model: Literal["mlp", "logistic", "module"], optimizer: str, builder: object = None
+) -> dict[str, Choices]:
+    """Return the space of a search that was given none; ``builder`` is what makes the modules, if any.
+
+    The learning rate matters most, on a log scale; sgd, without Adam's scaling of each step, wants one or two
+    powers of ten more, and that of a class of torch.optim lies around its own default. Batch size and width come from
+    short lists of powers of two, so that many trials share one tensor shape and train as one population. Depth,
+    activation and dropout stay at their defaults: each splits populations or adds little on tables. The solved logistic
+    regression has its penalty only.
+    """
+    if model == "logistic" and optimizer == "exact":
+        return {"C": _searched("C"), "l1_ratio": _searched("l1_ratio")}
+    plain, lr = optimizer.removesuffix("hd") in ("sgd", "nesterov"), optimizer_defaults(optimizer)["lr"]
+    low, high = PLAIN_LR_FACTORS if plain else LR_FACTORS
+    space = {"lr": stats.loguniform(low * lr, high * lr), "batch_size": _searched("batch_size")}
+    if optimizer in TAKERS["weight_decay"]:
+        space["weight_decay"] = _searched("weight_decay")
+    if optimizer in ONLINE:
+        space["hypergrad_lr"] = _searched("hypergrad_lr")
+    if model == "mlp":
+        return space | {"width": _searched("width")}
+    return space | next((dict(sizes) for kind, sizes in _SIZES.items() if builder is kind), {})
+
+
+def _searched(key: str) -> Choices:
+    choices = SEARCHED[key]
+    return list(choices) if isinstance(choices, tuple) else stats.loguniform(choices["low"], choices["high"])
 
 
 def _realmlp(goal: Goal) -> list[dict[str, Choices]]:

@@ -41,7 +41,7 @@ from gputune.methods.distributions import (
     is_distribution,
     log_int,
 )
-from gputune.study.rows import to_json
+from gputune.study.values import to_json
 from gputune.types import ONLINE, Config, Json
 
 Space = list[dict[str, Choices]]

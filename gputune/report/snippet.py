@@ -9,8 +9,8 @@ import numpy as np
 
 from gputune.report.facts import best_trial
 from gputune.study.record import PARTS, SearchRecord
-from gputune.study.rows import to_json
 from gputune.study.study import Study, Trial
+from gputune.study.values import to_json
 from gputune.text import clean
 from gputune.types import Json
 from gputune.views.metrics import epochs_by

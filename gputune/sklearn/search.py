@@ -28,8 +28,9 @@ from gputune.methods.space import translated
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
 from gputune.sklearn.replay import SearchRun, TrainedCandidates, with_hook, without_hook
-from gputune.study.rows import State, to_json
+from gputune.study.rows import State
 from gputune.study.store import Candidate, Result, Store
+from gputune.study.values import to_json
 from gputune.tuning.record import versions
 from gputune.types import Config, Json, first_metric
 

@@ -29,7 +29,8 @@ from filelock import lock_descriptor
 from gputune.errors import InputError
 from gputune.study.database import connect, transaction, translated
 from gputune.study.record import has_form
-from gputune.study.rows import MALFORMED, Chunk
+from gputune.study.rows import Chunk
+from gputune.study.values import MALFORMED
 from gputune.types import Json
 
 SETUP, SEARCH = -1, -2

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.scratch import flush, scratch_folder
-from gputune.study.rows import MALFORMED, Row
+from gputune.study.rows import Row
+from gputune.study.values import MALFORMED
 
 APPLICATION_ID = 0x67707475  # "gptu"
 FORMAT_VERSION = 3

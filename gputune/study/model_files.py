@@ -38,7 +38,7 @@ from gputune.study.module_source import (
     why_not_found,
 )
 from gputune.study.record import has_form
-from gputune.study.rows import MALFORMED, from_json, to_json
+from gputune.study.values import MALFORMED, from_json, to_json
 from gputune.types import Config, Json, Task
 
 DESCRIPTION = "model.json"

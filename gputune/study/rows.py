@@ -1,21 +1,14 @@
-"""What a study file holds, row by row, and how its values are written.
-
-Values are JSON text that gives them back with their type and every bit. JSON has no word for infinity, tuples or
-arrays: such a value becomes an object with one key, its tag. Nothing is pickled, and a name from a file reaches
-functions and classes of torch.nn alone.
+"""What a study file holds, row by row.
 
 Floats are raw little-endian float64, because SQLite's REAL turns NaN into NULL and -0.0 into 0. Each row carries a
 checksum of its key and content, by which a whole row is known wherever it is found.
 """
 
 import hashlib
-import importlib
-import json
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, Self, TypeAlias, TypeVar, get_args
@@ -25,130 +18,8 @@ from numpy.typing import NDArray
 
 from gputune.errors import InputError
 from gputune.study.record import OPTION_FORMS, has_form
+from gputune.study.values import from_json, to_json
 from gputune.types import Config, Json, first_metric
-
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
-"""What is raised where a value that was read, and may be damaged or of somebody else, is not what it should be."""
-
-_JSON, _PLAIN = json.JSONDecoder(), (int, float, str)
-ARRAY_KINDS = "biufUO"
-_SMALL, _WIDTH = 2**20, 64
-"""Bytes that an array may take in any case, and for each character of its items."""
-
-
-def to_json(value: object, *, name: str = "value") -> str:
-    """Return JSON text (ASCII) from which ``from_json`` gives the value back.
-
-    Known are None, bool, int, float (infinite and NaN too), str, list, tuple, dict, NumPy arrays of these, and
-    functions or classes of ``torch.nn``; NumPy scalars become Python's. Raises InputError, naming ``name``,
-    for anything else.
-    """
-    try:
-        return json.dumps(_encode(value, name), allow_nan=False, separators=(",", ":"))
-    except RecursionError:
-        raise InputError(f"{name} is nested too deeply (or holds itself) to be kept in a file.") from None
-
-
-def from_json(text: str) -> Any:
-    """Return the value that ``to_json`` wrote. Raises ValueError for text that it cannot have written."""
-    try:
-        value, end = _JSON.raw_decode(text)
-        if end < len(text):
-            raise ValueError(f"{text[end : end + 20]!r} stands behind a value")
-        return _decode(value)
-    except (*MALFORMED, ImportError) as error:
-        raise ValueError(f"not a stored value: {error!r}") from error
-
-
-def _encode(value: object, name: str) -> object:
-    if isinstance(value, np.generic):
-        value = value.item()
-    match value:
-        case float() if not math.isfinite(value):
-            return {"float": repr(float(value))}
-        case None | bool() | int() | float() | str():
-            return value
-        case list():
-            return [_encode(item, name) for item in value]
-        case tuple():
-            return {"tuple": [_encode(item, name) for item in value]}
-        case Mapping():
-            return _encode_mapping(value, name)
-        case np.ndarray() if value.dtype.kind in ARRAY_KINDS:
-            items = [_encode(item, name) for item in value.ravel().tolist()]
-            return {"array": {"dtype": value.dtype.str, "shape": list(value.shape), "items": items}}
-    return {"torch": _torch_name(value, name)}
-
-
-def _encode_mapping(value: Mapping[object, object], name: str) -> object:
-    if not all(isinstance(key, str) for key in value):
-        return {"pairs": [[_encode(key, name), _encode(item, name)] for key, item in value.items()]}
-    encoded = {str(key): _encode(item, name) for key, item in value.items()}
-    looks_like_a_tag = len(encoded) == 1 and next(iter(encoded)) in DECODERS
-    return {"dict": encoded} if looks_like_a_tag else encoded
-
-
-def _decode(value: object) -> Any:
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if len(value) != 1 or next(iter(value)) not in DECODERS:
-        return {key: item if type(item) in _PLAIN else _decode(item) for key, item in value.items()}
-    ((tag, content),) = value.items()
-    return DECODERS[tag](content)
-
-
-def _decode_array(content: Json) -> np.ndarray:
-    dtype = np.dtype(content["dtype"])
-    if dtype.kind not in ARRAY_KINDS:
-        raise ValueError(f"arrays of {dtype} are never stored")
-    items = [_decode(item) for item in content["items"]]
-    # A type of text is as wide as it says, whatever the items are.
-    if dtype.itemsize * len(items) > _SMALL + _WIDTH * sum(len(str(item)) for item in items):
-        raise ValueError(f"an array of {len(items)} items of {dtype} holds nothing as long")
-    flat = np.empty(len(items), dtype=dtype)
-    flat[:] = items
-    return flat.reshape(content["shape"])
-
-
-def _torch_name(value: object, name: str) -> str:
-    """Return "module:name" of a function or class of torch.nn, or raise InputError."""
-    from torch.nn import functional
-
-    places = [(getattr(value, "__module__", None), getattr(value, "__name__", None))]
-    # Functions in C are called otherwise, and say that they come from torch._C.
-    places += [(functional.__name__, key) for key, known in vars(functional).items() if known is value]
-    for module, short in places:
-        with suppress(ValueError, ImportError, AttributeError):
-            if _torch_object(f"{module}:{short}") is value:
-                return f"{module}:{short}"
-    raise InputError(
-        f"{name} holds {value!r}, which cannot be kept in a file; use numbers, text, lists, dicts, functions "
-        "or classes of torch.nn (or give a name, and choose the object inside your module)."
-    )
-
-
-def _torch_object(text: str) -> object:
-    module, _, short = text.partition(":")
-    if not (module == "torch.nn" or module.startswith("torch.nn.")):
-        raise ValueError(f"not a name in torch.nn: {text!r}")
-    value = getattr(importlib.import_module(module), short)
-    # torch's files import os, typing and the like, whose objects must not be reached through them.
-    if not (callable(value) and str(getattr(value, "__module__", "")).startswith("torch")):
-        raise ValueError(f"not a function or class of torch.nn: {text!r}")
-    return value
-
-
-DECODERS: dict[str, Callable[[Any], object]] = {
-    "float": float,
-    "tuple": lambda items: tuple(_decode(item) for item in items),
-    "dict": lambda items: {key: _decode(item) for key, item in items.items()},
-    "pairs": lambda pairs: {_decode(key): _decode(item) for key, item in pairs},
-    "array": _decode_array,
-    "torch": _torch_object,
-}
-"""Tag -> what reads its content. A dict of the user's with one such key is written under the tag "dict"."""
 
 EpochRule = Literal["best", "last"]
 State = Literal["complete", "failed", "stopped", "pruned"]

@@ -9,7 +9,6 @@ from gputune.errors import InputError, StudyCorruptError, StudyVersionError
 from gputune.methods.config import ConfigCheck, check_config, legal_keys
 from gputune.methods.optuna import OptunaSampler
 from gputune.methods.random import (
-    default_space,
     first_candidates,
     is_inside,
     n_counted,
@@ -17,7 +16,7 @@ from gputune.methods.random import (
     remarks,
     top_up,
 )
-from gputune.methods.recipes import SPACES, named_space
+from gputune.methods.recipes import SPACES, default_space, named_space
 from gputune.methods.space import Space, check_include, check_space, space_text, translated
 from gputune.modules.construction import parameters_of
 from gputune.optimizers.classes import argument_defaults

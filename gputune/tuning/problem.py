@@ -240,9 +240,8 @@ class Problem:
 
     def in_words(self) -> str:
         """Say how many rows of what there are."""
-        what = (
-            f" of {self.layout}" if isinstance(self.layout, ArrayLayout) else f", {self.n_features} features"
-        )
+        layout = self.layout
+        what = f" of {layout}" if isinstance(layout, ArrayLayout) else f", {self.n_features} features"
         return f"{len(self.source.X)} rows{what}"
 
     def remarks_on_scaling(self) -> tuple[str, ...]:
@@ -265,9 +264,8 @@ class Problem:
         used = dict(zip((c.name for c in self.layout.columns), self.layout.widths(self.numbers)))
         lost = [name for name in self.layout.inputs if name not in used]
         wide = [name for name, features in used.items() if features > 1]
-        parts = [f"{quoted(lost)} left out"] * bool(lost) + [f"{quoted(wide)} several features each"] * bool(
-            wide
-        )
+        named = ((lost, "left out"), (wide, "several features each"))
+        parts = [f"{quoted(names)} {what}" for names, what in named if names]
         if not parts:
             return ""
         remedy = "" if self.columns == "keep" else "; columns 'keep' leaves numbers and booleans as they are"

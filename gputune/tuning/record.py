@@ -25,8 +25,8 @@ from gputune.scoring.metrics import has_function
 from gputune.scoring.objective import Objective
 from gputune.study.code import digest_of_code
 from gputune.study.record import PARTS, Arguments, SearchRecord
-from gputune.study.rows import to_json
 from gputune.study.trusted import is_remembered
+from gputune.study.values import to_json
 from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json, method_to_json
 from gputune.tuning.options import KEPT, RULES, Options

@@ -10,7 +10,8 @@ from sklearn.model_selection import RandomizedSearchCV
 
 from gputune.methods.config import check_config, legal_keys
 from gputune.methods.distributions import LogIntegers, Steps, log_int
-from gputune.methods.random import default_space, draw, first_candidates, notes, remarks, top_up
+from gputune.methods.random import draw, first_candidates, notes, remarks, top_up
+from gputune.methods.recipes import default_space
 from gputune.methods.space import check_space
 from gputune.study.store import Candidate
 from gputune.types import DEFAULTS

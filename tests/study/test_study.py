@@ -196,12 +196,13 @@ def test_a_study_without_results_is_read(tmp_path):
 
 
 def test_best_model_is_a_refit_of_this_study_on_the_given_rows(monkeypatch):
-    module = types.ModuleType("gputune.tuning.refit")
-    module.refit = lambda *arguments, **how: (*arguments, how)
-    monkeypatch.setitem(sys.modules, "gputune.tuning.refit", module)
+    module = types.ModuleType("gputune.tuning.fold_report")
+    module.refit_with_folds = lambda *arguments, **how: (*arguments, how)
+    monkeypatch.setitem(sys.modules, "gputune.tuning.fold_report", module)
     found = study(trial(0, 1.0))
-    assert found.best_model() == (found, None, None, {"trial": None, "check": True, "trust_code": False})
-    how = {"trial": 3, "check": False, "trust_code": True}
+    plain = {"trial": None, "intervals": False, "calibrate": None, "check": True, "trust_code": False}
+    assert found.best_model() == (found, None, None, plain)
+    how = {"trial": 3, "intervals": True, "calibrate": False, "check": False, "trust_code": True}
     assert found.best_model("X", y="y", **how) == (found, "X", "y", how)
 
 

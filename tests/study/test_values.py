@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from gputune.study.rows import from_json, to_json
+from gputune.study.values import from_json, to_json
 from refused import refused
 
 
