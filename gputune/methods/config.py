@@ -219,8 +219,8 @@ def check_penalty(keys: Collection[str], name: str) -> None:
 def check_value(key: str, value: object, name: str) -> Any:
     """Return one value of ``key`` as a Python number or word; raise InputError if it is out of range."""
     value = _plain(value)
-    if key == "width" and isinstance(value, tuple):
-        return _check_layers(value, name)
+    if key == "width" and isinstance(value, list | tuple):
+        return _check_layers(tuple(value), name)
     if key in RANGES:
         return _check_number(RANGES[key], value, name)
     if key.startswith((LR_FACTOR, DECAY_FACTOR)):

@@ -159,6 +159,11 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         raise InputError(
             f"{name} must have at least one value, got an empty list. Add one, or leave {key!r} out."
         )
+    if key == "width" and isinstance(value, tuple):
+        raise InputError(
+            f"{name} must be a list, since a tuple is the layers of one network, got {value!r}. "
+            f"Write {list(value)!r} for widths to choose from, [{value!r}] for one network."
+        )
     return [check_value(key, choice, name) for choice in value]
 
 

@@ -209,10 +209,17 @@ class Predictions:
         return kept
 
     def temperature(self, weights: Tensor) -> float:
-        """Return the temperature that calibrates the mean of the candidates by ``weights`` (M,) on validation rows."""
-        means = [(weights[:, None, None].to(value) * value).sum(0) for value in self.values]
-        target = torch.cat([self.data.target[fold.valid] for fold in self.data.folds])
-        return best_temperature(torch.cat(means).clamp(min=_LEAST).log(), target)
+        """Return the temperature that calibrates the mean of the candidates by ``weights`` (M,) on validation rows.
+
+        Rows of a class that their fold's training rows lack tell nothing of it; where there are no others it is 1.
+        """
+        logits, targets = [], []
+        for f, (fold, value) in enumerate(zip(self.data.folds, self.values)):
+            mean, target = (weights[:, None, None].to(value) * value).sum(0), self.data.target[fold.valid]
+            known = slice(None) if self.data.present is None else self.data.present[f][target].to(mean.device)
+            logits.append(mean[known].clamp(min=_LEAST).log())
+            targets.append(target[known])
+        return best_temperature(torch.cat(logits), torch.cat(targets))
 
     def choose(self, size: int, folds: Sequence[int] | None = None) -> Counter[int]:
         """Return how often each candidate is chosen in at most ``size`` greedy steps; of those the best number.

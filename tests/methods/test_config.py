@@ -83,7 +83,7 @@ def test_values_out_of_range_are_refused(key, value):
 def test_text_and_booleans_are_no_numbers(key):
     with refused(r"got the text '32'. For example"):
         check_config({key: "32"})
-    for value in (True, np.True_, None, [1], 1j):
+    for value in (True, np.True_, None, {1}, 1j):
         with refused("Give a number, for example"):
             check_config({key: value})
 
@@ -95,6 +95,7 @@ def test_text_and_booleans_are_no_numbers(key):
         ("width", np.float32(32), 32),
         ("width", np.int16(32), 32),
         ("width", (np.int16(32), 8.0), (32, 8)),
+        ("width", [32, 8], (32, 8)),
         ("width", 2**60 + 1, 2**60 + 1),
         ("lr", 1, 1.0),
         ("lr", np.float32(0.5), 0.5),

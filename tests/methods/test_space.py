@@ -23,7 +23,7 @@ def check(space, keys=MLP, module=False):
     "choices, expected",
     [
         ([32, 64.0], [32, 64]),
-        ((32, 64), [32, 64]),
+        ([(32, 64.0), 8], [(32, 64), 8]),
         (range(1, 4), [1, 2, 3]),
         (np.array([32, 64]), [32, 64]),
         (np.array(32.0), [32]),
@@ -89,6 +89,10 @@ def test_an_empty_list_is_refused(choices):
         ({"lr": [0.1, 0]}, r"^space\['lr'\] must be a finite number > 0, got 0"),
         ([{"lr": 1}, {"lr": -1}], r"^space\[1\]\['lr'\] must be a finite number > 0, got -1"),
         ({"lr": {0.1, 0.2}}, r"^space\['lr'\] must be a list, since a set has no order, got {"),
+        (
+            {"width": (32, 64)},
+            r"a tuple is the layers of one network, got \(32, 64\)\. Write \[32, 64\] for .*\[\(32, 64\)\]",
+        ),
         ({"width": [17.3]}, r"^space\['width'\] must be an integer >= 1, got 17.3. Use a list"),
         ({"width": "32"}, r"^space\['width'\] must be an integer >= 1, got the text '32'"),
         ({"width": np.ones((2, 2))}, r"must be 1-D, got an array of shape \(2, 2\)"),
@@ -186,7 +190,7 @@ def test_bad_included_configurations(include, message):
 
 def test_space_text():
     lr, depth = stats.loguniform(1e-4, 0.1), log_int(1, 4)
-    space = {"width": (32, 64), "lr": lr, "activation": "relu", "depth": depth}
+    space = {"width": [32, 64], "lr": lr, "activation": "relu", "depth": depth}
     text = "activation=['relu'], depth=log_int(1, 4), lr=loguniform(a=0.0001, b=0.1), width=[32, 64]"
     assert space_text(check(space)) == text
     assert space_text(check(dict(reversed(space.items())))) == text

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.datasets import load_diabetes, load_iris, make_multilabel_classification
 from sklearn.metrics import r2_score
-from sklearn.model_selection import RepeatedKFold, TimeSeriesSplit
+from sklearn.model_selection import KFold, RepeatedKFold, TimeSeriesSplit
 from torch import nn
 
 import gputune
@@ -50,6 +50,12 @@ def test_a_calibrated_model_has_the_temperature_of_what_its_folds_predict(study,
     loaded = gputune.load_model(tmp_path / "model")
     np.testing.assert_array_equal(loaded.predict_proba(IRIS[0]), model.predict_proba(IRIS[0]))
     assert "temperature" in model._repr_html_() and "temperature" not in plain._repr_html_()
+
+
+def test_rows_of_a_class_that_their_fold_has_not_seen_calibrate_nothing():
+    X, y = (part[np.argsort(IRIS[1], kind="stable")] for part in IRIS)
+    study = gputune.tune("mlp", X, y, cv=KFold(3), scoring="accuracy", **HOW)  # a class a fold
+    assert study.best_model(calibrate=True).temperature == 1
 
 
 def test_models_ranked_by_the_log_loss_are_calibrated():
