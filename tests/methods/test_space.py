@@ -23,7 +23,6 @@ def check(space, keys=MLP, module=False):
     "choices, expected",
     [
         ([32, 64.0], [32, 64]),
-        ([(32, 64.0), 8], [(32, 64), 8]),
         (range(1, 4), [1, 2, 3]),
         (np.array([32, 64]), [32, 64]),
         (np.array(32.0), [32]),
