@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from gputune import scratch
-from gputune.scratch import scratch_folder, sweep
+from gputune.scratch import scratch_folder, sweep, write_files
 
 HOLD = """
 import sys
@@ -77,3 +79,9 @@ def test_a_folder_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monk
     monkeypatch.setattr(scratch, "lock_descriptor", late)
     with scratch_folder(tmp_path) as folder:
         assert folder.exists() and folder not in swept
+
+
+def test_where_nothing_can_be_made_the_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"no file can be made in this folder: Not a directory: '.*/file'"):
+        write_files(tmp_path / "file", {"a": b""}, prefix=".draft")

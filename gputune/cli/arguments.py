@@ -296,7 +296,7 @@ _READERS: dict[Takes, Callable[[str], object]] = {
     "0..": _whole(0),
     "1..": _whole(1),
     "names": lambda text: text.split(","),
-    "scorers": lambda text: text.split(",") if "," in text else text,
+    "scorers": lambda text: [word.strip() for word in text.split(",")] if "," in text else text,
     "workers": _workers,
 }
 

@@ -38,6 +38,7 @@ _PHRASES = {
     "'log', 'log1p' or a transformer of scikit-learn's that has an inverse_transform": "'log' or 'log1p'",
     "choose a PowerTransformer, or leave it out": "leave it out",
     "; give scoring=callable(outputs, y)": "; choose another --scoring",
+    "leave one out, or give a dict that has a name for each": "leave one out",
     "For token ids pass a tensor of integers, torch.as_tensor(X)": "Token ids are a tensor of integers in a .pt file",
 }
 """Advice that is Python's, and what it is here."""
@@ -48,6 +49,7 @@ _PATTERNS = {
     r"\breport\((confusion|importance)=True\)": r"--\1",
     r"\bleave (confusion|importance) out\b": r"leave --\1 out",
     r"^X (?=has|must)": "FILE ",
+    r"^scoring (?=names)": "--scoring ",
     r"\bpredict_interval\(level=(.*?)\)": r"--interval \1",
     r"^predict_interval (?=is|needs)": "--interval ",
     r"Or pass the class: load_model\(.*?, module=\.\.\.\)": "Or say where the class is now: --model FILE.py:NAME",

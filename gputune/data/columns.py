@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.kinds import Kind, parse_text, read_amounts, read_as, text_of
-from gputune.data.table import FLATTEN
+from gputune.data.table import two_axes
 from gputune.errors import InputError
 from gputune.text import is_number
 from gputune.types import Json
@@ -279,7 +279,7 @@ def checked_tensor(X: Tensor) -> Tensor:
     if X.ndim != 2 or 0 in X.shape:
         shape = tuple(X.shape)
         raise InputError(
-            f"X must be two-dimensional with at least one row and column, got shape {shape}; {FLATTEN}."
+            f"X must be two-dimensional with at least one row and column, got shape {shape}; {two_axes(X.ndim)}."
         )
     if X.is_complex():
         raise InputError(f"X must hold real numbers, got {X.dtype}; pass X.real and X.imag as columns.")

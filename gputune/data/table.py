@@ -18,7 +18,8 @@ from gputune.data.kinds import Kind, from_column, from_series, read_amounts, rea
 from gputune.errors import InputError
 from gputune.text import nearest
 
-FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
+_FLATTEN = "pass X.reshape(len(X), -1), which the forward of a module may view as it was"
+_ONE_AXIS = "one row is X.reshape(1, -1), of a data frame frame.iloc[[0]]; one column is X.reshape(-1, 1)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +180,19 @@ def _last_line(error: Exception) -> str:
     return str(error).strip().splitlines()[-1].strip("- ")
 
 
+def two_axes(ndim: int) -> str:
+    """Return how what has so many axes becomes a table."""
+    return _ONE_AXIS if ndim == 1 else _FLATTEN
+
+
 def _from_array(X: object) -> Table:
     array = X if isinstance(X, np.ndarray) else _rows_to_array(X)
     if array.dtype.names is not None:
         raise InputError("X is a structured array; pass a data frame, for example pandas.DataFrame(X).")
     if array.ndim != 2:
-        raise InputError(f"X must be two-dimensional (rows, columns), got shape {array.shape}; {FLATTEN}.")
+        raise InputError(
+            f"X must be two-dimensional (rows, columns), got shape {array.shape}; {two_axes(array.ndim)}."
+        )
     names = [f"x{j}" for j in range(array.shape[1])]
     return checked_table(names, [from_column(column, name) for column, name in zip(array.T, names)])
 
@@ -223,7 +231,7 @@ def checked_table(
         if kind != "category" and np.isinf(values).any():
             row = int(np.isinf(values).argmax())
             raise InputError(
-                f"column {name!r} has an infinite value in row {row}; leave it empty (missing) or clip it."
+                f"column {name!r} has an infinite value in row {row}; clip it, or leave it empty if it is no target."
             )
     read = {
         name: found

@@ -304,13 +304,15 @@ def _holds(choices: Choices, value: object) -> bool:
 
 def _nearest(key: str, choices: Choices, value: object) -> object:
     """Return the value itself where ``choices`` have it, else the nearest number, the first of a list, or a draw."""
-    number = isinstance(value, int | float)
     if isinstance(choices, list):
         if value in choices:
             return value
-        numbers = number and all(isinstance(choice, int | float) for choice in choices)
-        return min(choices, key=lambda choice: abs(choice - value)) if numbers else choices[0]
-    if number and hasattr(choices, "support"):
+        numbers = [choice for choice in choices if isinstance(choice, int | float)]
+        others = len(numbers) < len([choice for choice in choices if not isinstance(choice, tuple)])
+        if others or not numbers or not isinstance(value, int | float):
+            return choices[0]
+        return min(numbers, key=lambda choice: abs(choice - value))
+    if isinstance(value, int | float) and hasattr(choices, "support"):
         low, high = choices.support()
         inside = min(max(value, low), high)
         step = choices.step if isinstance(choices, Steps) else isinstance(choices, OwnDistribution)

@@ -157,7 +157,7 @@ def _check_choices(key: str, value: object, name: str) -> Choices:
         return [check_value(key, value, name)]
     if not len(value):
         raise InputError(
-            f"{name} must have at least one value, got an empty list. Add one, or leave {key!r} out."
+            f"{name} must have at least one value, got an empty list. Add one, or leave the key out."
         )
     if key == "width" and isinstance(value, tuple):
         raise InputError(

@@ -59,7 +59,10 @@ def open_file(path: Path) -> sqlite3.Connection:
 def check_file(path: Path) -> None:
     """Raise FileNotFoundError where there is no file."""
     if not path.is_file():
-        remedy = "this is a folder, give the file in it" if path.is_dir() else "check the path"
+        inside = next(iter(sorted(path.glob("*.db"))), None) if path.is_dir() else None
+        remedy = (
+            f"this is a folder, give {inside or 'the file in it'!s}" if path.is_dir() else "check the path"
+        )
         raise FileNotFoundError(errno.ENOENT, f"there is no study file; {remedy}", str(path))
 
 

@@ -11,7 +11,7 @@ from gputune.errors import InputError
 from gputune.scratch import sweep
 from gputune.study.claims import Claims
 from gputune.study.database import DRAFTS, damaged
-from gputune.study.record import IDENTITY, SearchRecord
+from gputune.study.record import DIRECTIONS, IDENTITY, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result, Store
 from gputune.text import count
 from gputune.types import Json
@@ -187,10 +187,16 @@ def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
 
 def _words(names: Sequence[str], values: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Return what differs, and how where that is short."""
-    words = [f"{IDENTITY[name]}{_in_words(*values[name])}" for name in names if name != "code"]
+    words = [_word(name, *values[name]) for name in names if name != "code"]
     there, here = values["code"] if "code" in names else ({}, {})
     changed = [name for name, digest in here.items() if there.get(name) != digest]
     return words + [f"{name} (its code or its values have changed)" for name in changed]
+
+
+def _word(name: str, there: Any, here: Any) -> str:
+    if name == "scoring" and DIRECTIONS.keys() >= {there, here}:  # which search() calls by another name
+        return f"direction{_in_words(DIRECTIONS[there], DIRECTIONS[here])}"
+    return f"{IDENTITY[name]}{_in_words(there, here)}"
 
 
 def _value(record: SearchRecord, name: str) -> object:

@@ -231,6 +231,9 @@ PARTS: Mapping[str, Part] = {
 }
 """What each field is for."""
 
+DIRECTIONS = {"objective": "maximize", "neg_objective": "minimize"}
+"""The score of a user's own loop -> what a search does with its objective."""
+
 IDENTITY = {name: part.called for name, part in PARTS.items() if part.called}
 """What must be the same for a search to go on in a file, in words. Anything else may differ."""
 

@@ -280,16 +280,15 @@ class Study:
                 f"no trial has a finite score, and some of {len(self.trials)} did not fit into memory even alone "
                 f"({min(reasons)}); search smaller widths and batch sizes."
             )
+        waiting = f", {states['waiting']} have not been trained" * (states["waiting"] > 0)
         if self.record.face == "loop":
             return (
                 f"no trial has a finite score: of {count(len(self.trials), 'trial')} the objective returned or "
-                f"reported NaN or an infinite number in {states['failed']}, {states['waiting']} have not been trained; "
-                "look at what it returns."
+                f"reported NaN or an infinite number in {states['failed']}{waiting}; look at what it returns."
             )
         return (
-            f"no trial has a finite score: of {len(self.trials)} trials {states['failed']} diverged, "
-            f"{states['waiting']} have not been trained; lower the learning rates of the space, and look for extreme "
-            "values in the data."
+            f"no trial has a finite score: of {len(self.trials)} trials {states['failed']} diverged{waiting}; "
+            "lower the learning rates of the space, and look for extreme values in the data."
         )
 
     def __repr__(self) -> str:

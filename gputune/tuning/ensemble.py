@@ -90,6 +90,8 @@ def is_calibrated(study: Study, calibrate: bool | None, caller: str) -> bool:
 
     Raises InputError, in a caller's words, for a study that predicts no single class.
     """
+    if calibrate not in (None, True, False):
+        raise InputError(f"{caller}(calibrate=...) must be True, False or None, got {calibrate!r}.")
     is_of_classes = study.record.task in ("binary", "multiclass")
     if calibrate and not is_of_classes:
         what = {"multilabel": "several labels", "custom": "a custom target"}.get(study.record.task, "numbers")

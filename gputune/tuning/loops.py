@@ -36,7 +36,7 @@ from gputune.methods.stopping import Arrivals, StoppingRule
 from gputune.scratch import scratch_folder
 from gputune.study.code import source_text
 from gputune.study.ledger import Ledger, open_ledger
-from gputune.study.record import Arguments, SearchRecord
+from gputune.study.record import DIRECTIONS, Arguments, SearchRecord
 from gputune.study.store import Candidate, Chunk, Result
 from gputune.study.study import Study
 from gputune.tuning.candidates import draws_at_once, tried, with_earlier
@@ -70,6 +70,7 @@ def search_loop(
             "workers='ray' is for gputune.tune: search() trains on this machine; give a number of processes, or 'auto'."
         )
     space = check_own_space(translated(options.space))
+    _check_earlier(options, direction)
     options = with_earlier(options, space)
     first = _first_trials(options, space)
     rule = _pruning_rule(options, max_epochs)
@@ -105,6 +106,16 @@ def _first_trials(options: Options, space: Space) -> tuple[Candidate, ...]:
         return first
     seed = options.random_state
     return (*first, *top_up(first, space, options.n_trials, seed, plain_config, tried(options)))
+
+
+def _check_earlier(options: Options, direction: Direction) -> None:
+    """Raise InputError for an earlier study whose best trials are the worst ones here."""
+    for study in options.warm_start:
+        if DIRECTIONS.get(study.record.scoring, direction) != direction:
+            raise InputError(
+                f"warm_start must be of studies of direction={direction!r}, got one of "
+                f"{DIRECTIONS[study.record.scoring]!r}, whose best trials would be the worst here; leave it out."
+            )
 
 
 def _check_objective(objective: object, direction: object) -> None:

@@ -84,6 +84,11 @@ def test_a_difference_of_two_searches_names_the_option(name):
     )
 
 
+def test_a_score_that_stands_twice_is_said_without_a_dict():
+    said = "scoring names 'f1' twice; leave one out, or give a dict that has a name for each."
+    assert in_flags(said) == "--scoring names 'f1' twice; leave one out."
+
+
 @pytest.mark.parametrize("name", sorted(flags()))
 def test_a_value_is_said_as_it_is_typed(name):
     flag = flags()[name]

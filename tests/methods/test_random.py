@@ -169,6 +169,7 @@ class Unknown:
         (["b", "c"], "a", "b"),
         ([None, 0.5], 0.2, None),
         ([(8,), (8, 8)], 4, (8,)),
+        ([(8, 8), 32, 64], 128, 64),
         (stats.loguniform(0.1, 1.0), 1e-3, 0.1),
         (stats.loguniform(1e-5, 1e-4), 1e-3, 1e-4),
         (stats.loguniform(1e-4, 1.0), 1e-3, 1e-3),

@@ -75,7 +75,7 @@ def test_an_empty_space_is_refused(space):
 
 @pytest.mark.parametrize("choices", [[], (), np.array([])])
 def test_an_empty_list_is_refused(choices):
-    with refused(r"space\['lr'\] must have at least one value, .*leave 'lr' out"):
+    with refused(r"space\['lr'\] must have at least one value, .*leave the key out"):
         check({"lr": choices})
 
 

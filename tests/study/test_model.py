@@ -95,6 +95,9 @@ def test_a_tensor_is_predicted_as_the_array_that_it_holds(numbers):
         np.testing.assert_array_equal(model.predict_proba(tensor), wanted)
     with refused("X must be two-dimensional"):
         model.predict(torch.tensor(1.0))
+    for row in (X[0], torch.tensor(X[0])):
+        with refused(r"got shape \(3,\); one row is X.reshape\(1, -1\), of a data frame frame.iloc\[\[0\]\]"):
+            model.predict(row)
     with refused(r"has no column 'x2'"):
         model.predict(torch.ones(4, 2))
 

@@ -303,6 +303,8 @@ def test_files_that_are_no_study_of_this_version(path):
     with pytest.raises(FileNotFoundError, match="no study file; this is a folder, give the file in it: "):
         Store.open(path.parent)
     path.touch()
+    with pytest.raises(FileNotFoundError, match=r"this is a folder, give .*/study\.db: "):
+        Store.open(path.parent)
     with pytest.raises(
         StudyCorruptError, match=r"study\.db' is not .*: it is empty; remove it, or check the path"
     ):

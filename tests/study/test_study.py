@@ -62,6 +62,7 @@ def test_best_params_are_a_copy():
             [(NAN, "failed")] * 3 + [(NAN, "waiting")],
             "4 trials 3 diverged, 1 have not been trained; lower",
         ),
+        ([(NAN, "failed")] * 2, "2 trials 2 diverged; lower"),
     ],
 )
 def test_a_search_without_a_best_trial_says_why(trials, message):

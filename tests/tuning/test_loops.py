@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_a_value_that_is_no_number_ends_the_training():
         raise AssertionError
 
     with pytest.raises(
-        gputune.SearchFailedError, match="of 8 trials the objective .* reported NaN .* in 8, 0 have not"
+        gputune.SearchFailedError, match="of 8 trials the objective .* reported NaN .* in 8; look at"
     ):
         search(objective)
     assert len(seen) == 8
@@ -198,6 +199,8 @@ def test_an_objective_whose_code_has_changed_is_another_search(tmp_path):
 
     with refused(r"in: model \(its code has changed\)"):
         gputune.search(objective, {"lr": [0.1, 0.2]}, n_trials=2, **how)
+    with refused(r"in: direction \('maximize' there, 'minimize' here\)"):
+        gputune.search(first, {"lr": [0.1, 0.2]}, **{**how, "direction": "minimize"})
     assert len(gputune.search(first, {"lr": [0.1, 0.2]}, n_trials=2, **how).trials) == 2
 
 
@@ -299,6 +302,8 @@ def test_the_best_of_earlier_studies_are_tried_first(tmp_path):
         search(space={"lr": SPACE["lr"], "width": [1]}, warm_start=tmp_path / "old.db")
     with refused("warm_start: a study in memory was searched in another space, .* values, such as"):
         search(space={**SPACE, "lr": [5.0]}, warm_start=search())
+    with refused("warm_start must be of studies of direction='minimize', got one of 'maximize', whose best"):
+        search(warm_start=old, direction="minimize")
     with refused("warm_start must be a study, the path of one, or a list of them, got 3"):
         search(warm_start=3)
 
@@ -329,8 +334,9 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
     old, method = search(), gputune.OptunaSampler(Listening(seed=0), batch=1)
     search(method=method, n_trials=1, warm_start=old)
     assert heard[-1] == [t.score for t in (*old.trials, *old.ranking()[:5])]
-    search(method=method, n_trials=1, warm_start=old, direction="minimize", verbose=1)
-    assert "a study of objective says nothing of neg_objective" in capsys.readouterr().err
+    vars(old)["record"] = replace(old.record, scoring="accuracy")
+    search(method=method, n_trials=1, warm_start=old, verbose=1)
+    assert "a study of accuracy says nothing of objective" in capsys.readouterr().err
     assert len(heard[-1]) == 5
 
 
@@ -341,6 +347,7 @@ def test_a_sampler_hears_of_earlier_scores(capsys):
         ({"objective": lambda params: 1.0}, ["objective", "two arguments", "too many positional arguments"]),
         ({"direction": "up"}, ["direction", "'minimize'", "'up'"]),
         ({"space": {}}, ["space", "at least one key", "{}"]),
+        ({"space": {"x": []}}, ["space['x']", "at least one value", "leave the key out"]),
         ({"space": {3: [1]}}, ["space", "words as keys", "3"]),
         ({"include": [{"lr": 1.0}]}, ["include[0]", "lr, layers", "{'lr': 1.0}"]),
         ({"include": {"lr": 1.0}}, ["include", "list of dicts"]),

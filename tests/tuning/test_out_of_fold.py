@@ -80,6 +80,8 @@ def test_what_cannot_be_calibrated_is_refused(study):
     X, y = make_multilabel_classification(60, random_state=0)
     with refused("is for one class a row to be predicted, and the study is of several labels"):
         gputune.tune(MLP, X, y, cv=2, **HOW).best_model(calibrate=True)
+    with refused(r"best_model\(calibrate=...\) must be True, False or None, got 'yes'"):
+        study.best_model(calibrate="yes")
     with refused(r"best_model\(calibrate=True\) needs the rows of the search.* leave out check=False"):
         study.best_model(IRIS[0], IRIS[1][::-1].copy(), calibrate=True, check=False)
     points = gputune.tune("mlp", *IRIS, cv=3, method=gputune.Hypergradient(outer_steps=1), **HOW)
