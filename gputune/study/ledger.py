@@ -187,7 +187,8 @@ def _differences(there: SearchRecord, here: SearchRecord) -> list[str]:
 
 def _words(names: Sequence[str], values: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Return what differs, and how where that is short."""
-    words = [_word(name, *values[name]) for name in names if name != "code"]
+    said = [name for name in names if name != "code" and (name != "scoring" or "metrics" not in names)]
+    words = [_word(name, *values[name]) for name in said]
     there, here = values["code"] if "code" in names else ({}, {})
     changed = [name for name, digest in here.items() if there.get(name) != digest]
     return words + [f"{name} (its code or its values have changed)" for name in changed]

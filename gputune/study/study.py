@@ -148,7 +148,8 @@ class Study:
         Raises InputError for a name that is none of ``metrics``.
         """
         of_all: Curve = Curves.of_all(self)
-        return of_all[..., self.metrics.index(check_metric(self, metric, "curves_of"))]
+        place = self.metrics.index(check_metric(self, metric, "curves_of"))
+        return of_all[..., place] if of_all.ndim == 4 else of_all
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the study's file, as it is now, to a new one; safe while a search writes to it.

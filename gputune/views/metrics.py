@@ -121,6 +121,6 @@ def ranked_by(study: AnyStudy, metric: str) -> AnyStudy:
 
 
 def _ordered(study: Study, order: list[int]) -> Curve:
-    """Return the curves of all metrics in another order."""
-    curves: Curve = Curves.of_all(study)[..., order]
-    return curves
+    """Return the curves of all metrics in another order; without a result there are none of several."""
+    curves = Curves.of_all(study)
+    return curves[..., order] if curves.ndim == 4 else curves

@@ -85,6 +85,12 @@ def test_a_study_by_another_metric_has_its_scores_order_and_curves():
         page(other, model=ensemble)
 
 
+def test_a_study_without_a_result_can_be_by_any_metric():
+    study = study_by([(np.nan, np.nan)])
+    study = type(study)(meta=study.meta, trials=study.trials, curves=np.empty((1, 0, 0)))
+    assert study.ranked_by("neg_log_loss").curves.shape == study.curves_of("neg_log_loss").shape == (1, 0, 0)
+
+
 @pytest.mark.parametrize("method", ["ranked_by", "curves_of", "plot_pareto"])
 def test_a_metric_that_a_study_has_not_is_refused(method):
     words = rf"{method}\(...\) must be one of the study's metrics, 'accuracy', 'neg_log_loss', got 'acuracy'. Did you"
