@@ -111,6 +111,10 @@ def evaluate(arguments: Namespace) -> str:
     """Return the scores of a model on the rows of a file that has the right answers, as text or JSON."""
     model = _loaded(arguments)
     positive = model.info.get("positive") if arguments.positive is None else arguments.positive
+    if arguments.positive is not None and model.classes is None:
+        raise InputError(
+            f"--positive needs a model of classes, and {arguments.folder!r} predicts numbers; leave it out."
+        )
     test = _answered(model, arguments.file)
     found = evaluation(model, test, arguments.scoring, positive)
     if arguments.format == "json":
@@ -151,6 +155,8 @@ def _write(text: str, out: str, *, source: str) -> None:
         raise InputError(f"--out {out!r} is a folder; give the name of a file.")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise InputError(f"--out {out!r} is the file that is read; give another name.")
+    if not path.resolve().parent.is_dir():
+        raise InputError(f"--out {out!r}: the folder {str(path.parent)!r} does not exist; make it first.")
     write_text(path, text)
 
 

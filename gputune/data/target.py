@@ -12,7 +12,7 @@ from torch import Tensor
 from gputune.data.kinds import from_values, is_missing
 from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
 from gputune.errors import InputError, InputWarning
-from gputune.text import count, did_you_mean
+from gputune.text import count, did_you_mean, is_number
 from gputune.types import Task
 
 MAX_CLASSES = 20
@@ -250,10 +250,7 @@ def _task_of_columns(values: np.ndarray, name: str) -> TaskWord:
 
 def _several(values: np.ndarray, task: TaskWord | None, name: str) -> Target:
     """Return the target of several columns, or one that is taken as it is."""
-    if values.dtype.kind == "U":
-        raise InputError(
-            f"task={task!r} needs numbers in {name}, got text such as {str(values[0])!r}; convert it."
-        )
+    _check_numbers(values, task, name)
     if task == "custom":
         return Target(
             "custom", values if values.dtype.kind in "iuf" else values.astype(np.float64), None, name
@@ -311,12 +308,15 @@ def _are_whole(values: np.ndarray) -> bool:
 
 
 def _numbers(values: np.ndarray, name: str) -> np.ndarray:
-    if values.dtype.kind == "U":
-        raise InputError(
-            f"task='regression' needs numbers in {name}, got text such as {str(values[0])!r}; "
-            "convert it, or use task='classification'."
-        )
+    _check_numbers(values, "regression", name)
     return values.astype(np.float64)
+
+
+def _check_numbers(values: np.ndarray, task: str | None, name: str) -> None:
+    if values.dtype.kind == "U":
+        texts = values.ravel().tolist()
+        odd = next((text for text in texts if not is_number(text)), texts[0])
+        raise InputError(f"task={task!r} needs numbers in {name}, got text such as {odd!r}; convert it.")
 
 
 def _classes(values: np.ndarray, task: str | None, name: str) -> Target:

@@ -310,7 +310,14 @@ def test_predict_does_not_write_over_its_input(bugs, model):
     )
     refused("predict", model, bugs, "--out", bugs.parent, words=["--out", "is a folder", "name of a file"])
     assert bugs.read_text() == before
-    refused("predict", model, bugs, "--out", "no/such/folder.csv", words=["no/such/folder.csv"])
+    refused(
+        "predict",
+        model,
+        bugs,
+        "--out",
+        "no/such/folder.csv",
+        words=["--out", "'no/such' does not exist", "make it"],
+    )
 
 
 @pytest.mark.parametrize("command", ["trials", "best"])

@@ -237,6 +237,13 @@ def test_a_score_that_cannot_be_had(folder, options, words):
             "price has 1 missing value (the first in line 4);",
         ),
         ("price", pl.lit("dear").alias("price"), [], "needs numbers in price, got text such as 'dear'"),
+        (
+            "price",
+            pl.when(pl.col("id") != 2).then(pl.lit("1.5")).otherwise(pl.lit("dear")).alias("price"),
+            [],
+            "got text such as 'dear'; convert it.",
+        ),
+        ("price", pl.lit(0).alias("a"), ["--positive", "1"], "--positive needs a model of classes, and "),
         ("price", pl.lit(0).alias("a"), ["--scoring", "f1"], "--scoring f1 does not fit a regression task"),
         (
             "kind",
