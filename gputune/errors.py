@@ -14,8 +14,10 @@ SearchInterrupted   Ctrl-C or SIGTERM ended a search, after what is finished was
 Terminated          SIGTERM ended a command before or after its training
 """
 
+import sys
+import warnings
 from importlib import import_module
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 TOO_BIG = "out of memory"
@@ -91,6 +93,25 @@ class SearchInterrupted(KeyboardInterrupt):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM ended a command while it did not train."""
+
+
+def warn(message: str | Warning, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's that called gputune, however deep within it this is."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_within(frame):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_within(frame: FrameType) -> bool:
+    packages = (
+        "gputune",
+        "contextlib",
+        "functools",
+        "joblib",
+        "sklearn",
+    )  # sklearn wraps the methods of estimators
+    return frame.f_globals.get("__name__", "").partition(".")[0] in packages
 
 
 def import_extra(module: str, *, extra: str, used_by: str) -> ModuleType:

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gputune.engine.stop import Stop
-from gputune.errors import InputError, import_extra
+from gputune.errors import InputError, import_extra, warn
 from gputune.methods.distributions import label
 from gputune.study.record import PARTS
 from gputune.study.study import Study, Trial
@@ -67,11 +66,9 @@ class Callbacks:
                 self.stop.ask()
             except Exception as error:  # whatever a user's callback raises
                 self.active.remove(callback)
-                warnings.warn(
+                warn(
                     f"{type(callback).__name__}.{moment} raised {type(error).__name__}: {error}. It is not called "
-                    "again; the search goes on, and nothing of it is lost.",
-                    UserWarning,
-                    stacklevel=3,
+                    "again; the search goes on, and nothing of it is lost."
                 )
 
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import shutil
-import warnings
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,7 @@ from gputune.data.encode import Layout
 from gputune.data.files import line_of, read_columns, read_table
 from gputune.data.source import Source, read_source
 from gputune.data.target import check_target, refuse_missing
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.scratch import write_text
 from gputune.study.export import description
 from gputune.study.model import TunedModel, load_model
@@ -43,10 +42,9 @@ def predict(arguments: Namespace) -> str:
         rows = [[*before, *row] for before, row in zip(zip(*kept), rows, strict=True)]
     formulas = {cell for row in [header, *rows] for cell in row if isinstance(cell, str) and is_formula(cell)}
     if formulas and not arguments.raw:
-        warnings.warn(
+        warn(
             f"a spreadsheet takes {min(formulas)!r} for a formula, so that there is a ' before it; --raw leaves it "
-            "out.",
-            stacklevel=2,
+            "out."
         )
         rows = [[f"'{cell}" if cell in formulas else cell for cell in row] for row in rows]
         header = [f"'{cell}" if cell in formulas else cell for cell in header]

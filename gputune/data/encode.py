@@ -8,7 +8,6 @@
 Tables become NumPy arrays. A torch tensor (numbers only) stays where it lies, with the same numbers.
 """
 
-import warnings
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Literal, TypeVar, get_args, overload
@@ -28,7 +27,7 @@ from gputune.data.columns import (
 )
 from gputune.data.quantiles import fit_quantiles, median_and_spread, normal_scores, smooth_clip
 from gputune.data.table import Table, quoted
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.text import count
 from gputune.types import Json
 
@@ -132,7 +131,7 @@ class Layout:
         extra = sorted(present - set(self.inputs))
         if extra:
             message = f"X has columns that the model does not read: {quoted(extra)}."
-            warnings.warn(message, UserWarning, stacklevel=4)
+            warn(message)
         return {name: j for j, name in enumerate(names)}
 
     def _raw_tensor(self, X: Tensor, position: dict[str, int]) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Rows
 from gputune.data.target import Target, refuse_missing
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.seeding import stream_seed
 
 
@@ -209,22 +209,18 @@ def _warn_of_rare_classes(target: Target, folds: int) -> None:
     if len(rare):
         shown = ", ".join(f"{target.classes[k].item()!r} ({counts[k]})" for k in rare[:8])
         more = f" and {len(rare) - 8} more" if len(rare) > 8 else ""
-        warnings.warn(
+        warn(
             f"{target.name} has classes with fewer rows than the {folds} folds: {shown}{more}; "
-            f"some folds are validated without them{'; ' * bool(target.override)}{target.override}.",
-            UserWarning,
-            stacklevel=4,
+            f"some folds are validated without them{'; ' * bool(target.override)}{target.override}."
         )
 
 
 def _warn_of_overlap(folds: list[Rows]) -> None:
     shared = [f for f, (train, valid) in enumerate(folds) if np.isin(valid, train).any()]
     if shared:
-        warnings.warn(
+        warn(
             f"{len(shared)} of {len(folds)} folds (the first is fold {shared[0]}) validate on rows that they train "
-            "on, so their scores are too good.",
-            UserWarning,
-            stacklevel=3,
+            "on, so their scores are too good."
         )
 
 

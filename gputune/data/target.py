@@ -1,6 +1,5 @@
 """What is to be predicted: the task, and y as class codes or numbers."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from gputune.data.kinds import from_values, is_missing
 from gputune.data.target_transform import FittedTransform, TargetTransform, check_values, fit_transform
-from gputune.errors import InputError, InputWarning
+from gputune.errors import InputError, InputWarning, warn
 from gputune.text import count, did_you_mean, is_number
 from gputune.types import Task
 
@@ -293,12 +292,11 @@ def _are_classes(values: np.ndarray, name: str) -> bool:
         return False
     distinct = len(np.unique(values))
     if distinct > MAX_CLASSES and distinct * _ROWS_PER_NUMBER <= len(values):
-        warnings.warn(
+        warn(
             f"{name} has {distinct} distinct whole numbers in {len(values)} rows, more than the {MAX_CLASSES} that are "
             "taken for classes: it is a number to be predicted. If they are classes, say task='classification', and if "
             "not, task='regression'.",
             InputWarning,
-            stacklevel=11,  # the caller of tune()
         )
     return distinct <= MAX_CLASSES and distinct < len(values)
 

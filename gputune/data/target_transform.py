@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gputune.errors import InputError, InputWarning
+from gputune.errors import InputError, InputWarning, warn
 from gputune.text import did_you_mean
 from gputune.types import Json
 
@@ -109,11 +109,10 @@ def fit_transform(transform: TargetTransform, values: np.ndarray) -> FittedTrans
             f"{str(error).rstrip('.')}. Choose another one, or leave target_transform out."
         ) from error
     if not np.allclose(back, values):
-        warnings.warn(
+        warn(
             f"target_transform={transform!r}: its inverse_transform does not give the target back, so that no model "
             "can predict it well; choose another one.",
             InputWarning,
-            stacklevel=2,
         )
     return fitted
 

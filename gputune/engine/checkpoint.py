@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import time
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gputune.engine.train import State
+from gputune.errors import warn
 from gputune.scratch import flush
 from gputune.types import Config
 
@@ -117,10 +117,9 @@ class CheckpointFolder:
             self.path(checkpoint.trials)
             checkpoints.append(checkpoint)
         if ignored:
-            warnings.warn(
+            warn(
                 f"{len(ignored)} of the checkpoints in {str(self.folder)!r} cannot be used ({ignored[0]}); what they "
-                "are of is trained from its start.",
-                stacklevel=2,
+                "are of is trained from its start."
             )
         return checkpoints
 
@@ -183,10 +182,9 @@ class Checkpointing:
         try:
             self.folder.write(checkpoint, configs)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"no checkpoint could be written in {str(self.folder.folder)!r} ({error}). The training goes on; "
-                "were it stopped now, more of it would be repeated. Make room on the disk.",
-                stacklevel=2,
+                "were it stopped now, more of it would be repeated. Make room on the disk."
             )
         return max(self.seconds, pause_after(time.monotonic() - begin))
 

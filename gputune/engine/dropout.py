@@ -4,7 +4,6 @@ Both draw the numbers of one generator, PyTorch's on a CPU, so that a member is 
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gputune.errors import warn
 from gputune.native.cuda import Kernel, kernels, launch
 from gputune.seeding import stream, stream_seed
 
@@ -83,9 +83,8 @@ def uniform_kernel(device: torch.device) -> Kernel | None:
     ]
     if torch.equal(out.cpu(), torch.stack(expected)):
         return compiled[0]
-    warnings.warn(
+    warn(
         f"what {device} draws for dropout is not what PyTorch draws on a CPU: the CPU draws, which is slower.",
         RuntimeWarning,
-        stacklevel=2,
     )
     return None

@@ -1,7 +1,6 @@
 """The only loop over epochs and batches: a chunk of members trains in lock step and is scored at every epoch."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
@@ -18,6 +17,7 @@ from gputune.engine.cost import operations
 from gputune.engine.kernel import KernelChunk
 from gputune.engine.members import MemberChunk
 from gputune.engine.reuse import Reuse
+from gputune.errors import warn
 from gputune.modules.blame import explained
 from gputune.modules.loop_chunk import LoopChunk
 from gputune.modules.looped import LoopedModule
@@ -271,5 +271,5 @@ def _make_chunk(
             return timed or MemberChunk(network, data, configs, **options)
         except (TraceError, NotBuiltError) as error:  # of another optimizer than was tried
             what = f"trials with optimizer {configs[0]['optimizer']!r} train in recorded steps"
-            warnings.warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning, stacklevel=2)
+            warn(f"{what}, slower than compiled ones: {error}", RuntimeWarning)
     return reuse.take(network, data, configs, recorded=word == "graph", **options)

@@ -1,7 +1,6 @@
 """Where chunks train, and the one loop that hands them out: to this process, to worker processes, to a cluster."""
 
 import threading
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -9,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 from gputune.engine.job import Outcome, Progress
 from gputune.engine.memory import GivenUp
 from gputune.engine.stop import Stop
+from gputune.errors import warn
 from gputune.text import count
 
 
@@ -177,7 +177,7 @@ class _Queue(Generic[Chunk, Result]):
             if isinstance(result, Exception):
                 raise result
             if isinstance(result, str):
-                warnings.warn(result, UserWarning, stacklevel=2)
+                warn(result)
                 continue
             tell(progress, result)
             yield from result

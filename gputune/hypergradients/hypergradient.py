@@ -1,7 +1,6 @@
 """hypergradient(): the derivative of a validation loss in the hyperparameters of the training before it."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from gputune.engine.entry import waited_for
 from gputune.engine.plan import parse_memory
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.hypergradients.arguments import check_hyperparameters, check_optimizer, default_tables
 from gputune.hypergradients.first_step import (
     ExactMode,
@@ -124,7 +123,7 @@ def _warn(result: HypergradientResult) -> None:
         )
     else:
         return
-    warnings.warn(text, RuntimeWarning, stacklevel=4)
+    warn(text, RuntimeWarning)
 
 
 def _fixed(

@@ -4,7 +4,6 @@ what it has then: layers, hidden matrices, rates of dropout.
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from gputune.errors import InputError, InputWarning
+from gputune.errors import InputError, InputWarning, warn
 from gputune.models import Dropout
 from gputune.modules.hints import hint
 from gputune.population.network import InputKind, Shape, call_module
@@ -65,11 +64,10 @@ def made(builder: Builder, words: Config, columns: str = "") -> nn.Module:
     module, known, key = _called(builder, words, columns), _shared.setdefault(builder, {}), repr(words)
     if (inner := _inner(module)) is not module:
         if key not in known:
-            warnings.warn(
+            warn(
                 f"{name_of(builder)} returns torch.compile(module): the module itself trains, and gputune chooses how "
                 "its steps are computed. Leave torch.compile out.",
                 InputWarning,
-                stacklevel=2,
             )
         module = inner
     if key not in known:

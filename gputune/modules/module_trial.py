@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
-from gputune.errors import InputError, InputWarning
+from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import Trail, hint
 from gputune.modules.precision import converted
@@ -194,11 +194,10 @@ class ModuleTrial:
     def warn_of_probabilities(self, outputs: Tensor) -> None:
         """Warn where outputs, computed in training, end in a softmax or a sigmoid that the loss has, or lack one."""
         if wants_log_probabilities(self.objective.loss, outputs):
-            warnings.warn(
+            warn(
                 f"{self.name} returns no log-probabilities, which {self.objective.in_words} wants: end it in "
                 "log_softmax(1), or leave loss out.",
                 InputWarning,
-                stacklevel=2,
             )
         loss, end = self.objective.loss if self.objective.is_named else None, ""
         if loss == "cross_entropy" and outputs.shape[1:] != (1,):
@@ -206,11 +205,10 @@ class ModuleTrial:
         if loss == "bce":
             end = "sigmoid" * _ends_in_sigmoid(outputs)
         if end:
-            warnings.warn(
+            warn(
                 f"{self.name} returns probabilities, and the cross-entropy wants logits: "
                 f"leave out the {end} at its end.",
                 InputWarning,
-                stacklevel=2,
             )
 
     def check_outputs(self, outputs: object) -> None:

@@ -6,7 +6,6 @@ wrote when it was recorded, and nothing of it waits for the device.
 """
 
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from gputune.errors import warn
 from gputune.memory import CAPTURING, is_out_of_memory
 from gputune.modules.program import compile_trace
 from gputune.modules.trace import TraceError, trace
@@ -188,7 +188,7 @@ class CudaRecorder:
             f"{reason}. Nothing is lost: this process takes its steps as they are from here on, which is slower; "
             "backend='eager' does so from the start."
         )
-        warnings.warn(CudaRecorder.failure, RuntimeWarning, stacklevel=2)
+        warn(CudaRecorder.failure, RuntimeWarning)
 
 
 @cache

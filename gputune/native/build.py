@@ -8,12 +8,12 @@ import os
 import platform
 import shutil
 import subprocess
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from gputune.errors import warn
 from gputune.native.library import FOLDER, NotBuiltError
 from gputune.scratch import is_own, scratch_folder, user_cache
 
@@ -68,11 +68,10 @@ def cache_folder() -> Path | None:
     except (OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
         return None
     if not safe:
-        warnings.warn(
+        warn(
             f"{folder} is not used for compiled code, which each process now builds for itself: it and the folder that "
             "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
-            "to another folder.",
-            stacklevel=3,
+            "to another folder."
         )
     return folder if safe else None
 

@@ -3,7 +3,6 @@
 Each has a definition in operations of PyTorch, which is taken where it cannot be compiled.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.cuda import _utils
+
+from gputune.errors import warn
 
 _MOST_BLOCKS = 1 << 16
 
@@ -49,10 +50,9 @@ def attempt(name: str, device: torch.device, compile_it: Callable[[], Code]) -> 
         reason = " ".join(said[: 2 if said[0].endswith(":") else 1])  # the first line of a compiler's log
         remedy = f" {_install()}" if isinstance(error, OSError) or "libnvrtc" in reason else ""
         why = f"{name} cannot be compiled for {device}: {reason}.{remedy}"
-        warnings.warn(
+        warn(
             f"{why} Nothing is lost: its steps are taken by PyTorch's own kernels, in more launches.",
             RuntimeWarning,
-            stacklevel=2,
         )
         return None, why
 

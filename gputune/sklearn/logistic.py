@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import warnings
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
 from gputune.engine.device import device_for_solver
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.methods.config import check_value
 from gputune.sklearn.base import Foreign, FusedEstimator, constructor
 from gputune.sklearn.dataset import FoldGroup, Rows, as_tensor, group_folds, shared_x
@@ -236,11 +235,10 @@ class LogisticRegression(FusedEstimator, linear_model.LogisticRegression):  # ty
         self.coef_, self.intercept_ = fitted.coef.astype(precision), fitted.intercept.astype(precision)
         self.n_iter_ = np.array([fitted.steps], dtype=np.int32)
         if not fitted.converged:
-            warnings.warn(
+            warn(
                 f"the logistic regression did not converge in {fitted.steps} Newton steps (violation "
                 f"{fitted.residual:.1e}, tol={min(self.tol, _TOLERANCE):g}); a smaller C or scaled inputs converge.",
                 ConvergenceWarning,
-                stacklevel=4,
             )
 
 
@@ -250,9 +248,8 @@ def _penalty(C: Any, l1_ratio: Any, penalty: object) -> tuple[float, float]:
     l1_ratio = check_value("l1_ratio", 0 if l1_ratio is None else l1_ratio, "l1_ratio")
     if penalty is None:
         if C != 1.0 or l1_ratio != 0.0:
-            warnings.warn(
-                f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}.",
-                stacklevel=5,
+            warn(
+                f"Setting penalty=None will ignore the C and l1_ratio parameters, got C={C} and l1_ratio={l1_ratio}."
             )
         return math.inf, 0.0
     meant = {"elasticnet": l1_ratio, "l2": 0.0, "l1": 1.0, "auto": l1_ratio, _PENALTY: l1_ratio}

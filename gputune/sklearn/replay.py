@@ -7,7 +7,6 @@ so that every step of it finds what it would have made.
 import copy
 import functools
 import time
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from sklearn.model_selection import check_cv
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_memory
 
+from gputune.errors import warn
 from gputune.sklearn.base import FusedEstimator, fit_hook, fit_together, last_step, using_hook
 from gputune.sklearn.dataset import Part, lay_out
 from gputune.sklearn.recipe import RungState
@@ -235,11 +235,9 @@ class SearchRun:
         estimators = [clone(self.estimator).set_params(**clone(params, safe=False)) for params in candidates]
         events = self.recorder.record(estimators, X, y, splits, self.fit_params, within)
         if left := self.recorder.left:
-            warnings.warn(
+            warn(
                 f"{len({trial for trial, _ in left})} of {len(candidates)} candidates are fitted by scikit-learn's own "
-                f"loop, one by one, because gputune does not train {', '.join(sorted(set(left.values())))}.",
-                UserWarning,
-                stacklevel=2,
+                f"loop, one by one, because gputune does not train {', '.join(sorted(set(left.values())))}."
             )
         return events
 

@@ -6,7 +6,6 @@ A search is written as a study file too: its trials, for ``gputune.Study.open`` 
 import functools
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -23,7 +22,7 @@ from sklearn.pipeline import Pipeline
 from sklearn.utils import Bunch
 from sklearn.utils._param_validation import Interval
 
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.methods.space import translated
 from gputune.sklearn.base import FusedEstimator, constructor, last_step
 from gputune.sklearn.dataset import as_sliced
@@ -116,11 +115,9 @@ class FusedSearch(BaseSearchCV):  # type: ignore[misc]  # scikit-learn has no ty
         """Warn that scikit-learn's loop takes over."""
         idle = [name for name in ("device", "timeout") if getattr(self, name) not in (None, "auto")]
         without = f", and {' and '.join(idle)} have no effect" if idle else ""
-        warnings.warn(
+        warn(
             f"{type(self).__name__} cannot train these candidates together, because {reason}: scikit-learn's own "
-            f"loop fits them one by one{without}.",
-            UserWarning,
-            stacklevel=4,
+            f"loop fits them one by one{without}."
         )
 
     def _get_routed_params_for_fit(self, params: object) -> Bunch:

@@ -1,7 +1,6 @@
 """The logistic regression solved to convergence for every (C, l1_ratio, fold) at once, in float64; and scored once."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.engine.job import Outcome
-from gputune.errors import InputError
+from gputune.errors import InputError, warn
 from gputune.models import LogisticRegression
 from gputune.scoring.scoring import Scoring
 from gputune.solver.newton import newton_step, proximal_newton_step
@@ -347,9 +346,8 @@ def _warn_of_unsolved(solution: Solution, configs: Sequence[Config]) -> None:
     unsolved = ~solution.converged.cpu().numpy().reshape(-1, len(configs))  # (F, C)
     if unsolved.any():
         values = sorted({configs[int(c)]["C"] for c in np.flatnonzero(unsolved.any(0))})
-        warnings.warn(
+        warn(
             f"the logistic regression did not converge in {int(unsolved.sum())} of {unsolved.size} fits, for C = "
             f"{', '.join(f'{v:.3g}' for v in values[:5])}; a smaller C, or scaled inputs, converge.",
             ConvergenceWarning,
-            stacklevel=2,
         )

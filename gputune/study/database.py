@@ -10,13 +10,12 @@ import errno
 import os
 import shlex
 import sqlite3
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from gputune.errors import InputError, StudyCorruptError, StudyVersionError
+from gputune.errors import InputError, StudyCorruptError, StudyVersionError, warn
 from gputune.scratch import flush, scratch_folder
 from gputune.study.rows import Row
 from gputune.study.values import MALFORMED
@@ -79,16 +78,13 @@ def _for_writing(reading: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     except OSError as error:
         if error.errno not in (errno.EIO, errno.ENOSPC):
             raise
-        warnings.warn(
-            f"it can only be read: {error.strerror}. Make room before the search goes on.", stacklevel=4
-        )
+        warn(f"it can only be read: {error.strerror}. Make room before the search goes on.")
         return reading
     reading.close()
     if not wal:
-        warnings.warn(
+        warn(
             f"study {str(path)!r}: this file system does not allow SQLite's write-ahead log, so a rollback journal is "
-            "used. It is as safe, but readers and writers wait for each other; prefer a local disk.",
-            stacklevel=4,
+            "used. It is as safe, but readers and writers wait for each other; prefer a local disk."
         )
     return writing
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from gputune.data.encode import Layout, Statistics
 from gputune.data.files import read_table
 from gputune.data.table import Table, as_table, quoted
 from gputune.engine.entry import entry
-from gputune.errors import InputError, InputWarning
+from gputune.errors import InputError, InputWarning, warn
 from gputune.modules.construction import Builder
 from gputune.population.network import call_module, first_output, two_logits
 from gputune.study.answers import checked_codes, checked_numbers
@@ -260,10 +259,9 @@ class TunedModel(ModelContent):
         table = table.drop(*unread) if len(unread) < len(table.names) else table
         if unseen := self.layout.unseen(table):
             words = "; ".join(f"column {name!r}: {quoted(levels)}" for name, levels in unseen.items())
-            warnings.warn(
+            warn(
                 f"X has categories that were not there in training, which no feature stands for: {words}.",
                 InputWarning,
-                stacklevel=4,
             )
         return table
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
 from gputune.data.target_transform import FittedTransform
-from gputune.errors import InputError, UntrustedCodeError
+from gputune.errors import InputError, UntrustedCodeError, warn
 from gputune.models import MLP, LogisticRegression
 from gputune.modules.construction import Builder, name_of
 from gputune.population.network import Ensemble
@@ -104,11 +103,10 @@ def save_model(model: ModelContent, folder: str | os.PathLike[str]) -> None:
         remember_code(module_class)
         if where := why_not_found(module_class):
             call = f"load_model({str(folder)!r}, module={module_class.__name__})"
-            warnings.warn(
+            warn(
                 f"save({str(folder)!r}): the class {module_class.__name__} was defined {where}, so that load_model "
                 f"does not find it from elsewhere: pass it there, {call}, or define it in a file of its own and "
-                "import it from that.",
-                stacklevel=3,
+                "import it from that."
             )
 
 
@@ -157,9 +155,8 @@ def read_content(folder: Path, module: Builder | None, *, trust_code: bool) -> M
             "was."
         ) from error
     if changed:
-        warnings.warn(
-            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise.",
-            stacklevel=2,
+        warn(
+            f"{file!r} has changed since the model was saved; its parameters still fit, but it may predict otherwise."
         )
     network.eval()
     return ModelContent(

@@ -11,13 +11,13 @@ import hashlib
 import os
 import stat
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
+from gputune.errors import warn
 from gputune.scratch import is_own
 
 Files = tuple[tuple[str, str], ...]
@@ -179,8 +179,7 @@ def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
 
 
 def _say_not_used(path: Path) -> None:
-    warnings.warn(
+    warn(
         f"the list of the code that you have trained is not used, since {str(path)!r} is not yours, or others may "
-        "write to it: remove it, or take that right away (chmod go-w).",
-        stacklevel=2,
+        "write to it: remove it, or take that right away (chmod go-w)."
     )

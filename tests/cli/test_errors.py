@@ -197,7 +197,7 @@ def test_text_where_a_number_is_due(bugs, option, value, words):
         ),
         ("--scoring", "r2", ["--scoring r2", "binary", "accuracy"]),
         ("--task", "ranking", ["'ranking'", "classification"]),
-        ("--task", "regression", ["--task regression", "kind", "text", "classification"]),
+        ("--task", "regression", ["--task regression", "kind", "text", "convert it"]),
         ("--model", "mpl", ["'mpl'", "mlp"]),
         ("--model", "net.py:Net", ["net.py", "does not exist", "check the path"]),
     ],
