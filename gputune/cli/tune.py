@@ -186,11 +186,14 @@ def _check_extras(rest: Source, options: Options, *, intervals: bool, calibrate:
     flag, what, fits = "--intervals", "one number", target.task == "regression" and target.n_outputs == 1
     if not intervals:
         flag, what, fits = "--calibrate", "one class", target.task in ("binary", "multiclass")
-    why = "" if fits else f"the target is {target.in_words}"
+    if not fits:
+        raise InputError(
+            f"{flag} is for {what} to be predicted, and the target is {target.in_words}; leave it out."
+        )
     if isinstance(options.method, Hypergradient):
-        why = "the points of a descent do not train on its folds again"
-    if why:
-        raise InputError(f"{flag} is for {what} to be predicted, and {why}; leave it out.")
+        raise InputError(
+            f"{flag} trains a trial on its folds again, which the points of a descent do not; leave it out."
+        )
 
 
 def _best_so_far(

@@ -262,7 +262,10 @@ def _missing(config: Config, space: Space, defaults: Mapping[str, object]) -> li
 
 def _fill(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
     full = _held(config, space, defaults)
-    return {key: full[key] for key in sorted(_keys(space) | config.keys())}
+    keys = _keys(space) | config.keys()
+    if isinstance(full.get("width"), tuple):  # of so many layers
+        keys -= {"depth"} - config.keys()
+    return {key: full[key] for key in sorted(keys)}
 
 
 def _held(config: Config, space: Space, defaults: Mapping[str, object]) -> Config:
@@ -279,6 +282,8 @@ def _held(config: Config, space: Space, defaults: Mapping[str, object]) -> Confi
         known = key in config or (key == "penalty" and "l1_ratio" in config)
         if not known and (key in full or _is_fixed(part[key])):
             values[key] = _nearest(key, part[key], full.get(key))
+    if isinstance({**values, **config}.get("width"), tuple):
+        values.pop("depth", None)
     return _complete(check_config({**values, **config}, name="space"), defaults)
 
 

@@ -64,10 +64,18 @@ def check_space(space: object, *, keys: Collection[str], module: bool) -> Space:
             check_key(key, keys=keys, module=module, name=name)
         check_penalty(d, name)
         _check_online(d, name)
-    return [
-        {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()}
+    parts = {
+        name: {key: _check_choices(key, value, f"{name}[{key!r}]") for key, value in d.items()}
         for name, d in named.items()
-    ]
+    }
+    for name, part in parts.items():
+        widths = part.get("width")
+        if "depth" in part and isinstance(widths, list) and any(isinstance(width, tuple) for width in widths):
+            raise InputError(
+                f"{name} must have no 'depth' beside a width that is a tuple, which has its layers, got {widths!r}. "
+                "Write a list of spaces, one with the tuples and one with 'depth'."
+            )
+    return list(parts.values())
 
 
 def check_own_space(space: object) -> Space:

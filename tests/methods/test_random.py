@@ -207,6 +207,12 @@ def test_alternatives_hold_the_default_where_the_fewest_values_are_others():
     ]
 
 
+def test_layers_of_unlike_widths_have_no_depth_beside_them():
+    space = checked([{"width": [64], "depth": [1, 3]}, {"width": [(8, 4, 2)]}])
+    trials = search(space, 1, include=[{"width": (9, 5, 3)}, {"width": (9, 5), "depth": 2}])
+    assert params(trials) == [{"width": (8, 4, 2)}, {"width": (9, 5, 3)}, {"depth": 2, "width": (9, 5)}]
+
+
 @pytest.mark.parametrize(
     "optimizer, decay, momentum", [("sgd", 0.0, 0.0), ("nesterov", 0.0, 0.9), ("adamw", 0.01, 0.0)]
 )

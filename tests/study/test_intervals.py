@@ -138,4 +138,4 @@ def test_the_command_line(tmp_path, monkeypatch):
     )
     words = ["--target", "price", "--method", "hypergradient", "--intervals", "--out", tmp_path / "no"]
     code, _, err = run("tune", file, *words)
-    assert code == 2 and "the points of a descent do not train on its folds again" in err
+    assert code == 2 and "its folds again, which the points of a descent do not; leave it out" in err
