@@ -17,7 +17,7 @@ from gputune.engine.backend import trains_as
 from gputune.engine.checkpoint import Checkpoint, Checkpointing
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.reuse import Reuse
-from gputune.engine.stop import Stop, stalled_epochs
+from gputune.engine.stop import Stop
 from gputune.engine.train import AfterEpoch, Spent, State, Trained, train
 from gputune.modules.construction import Builder
 from gputune.modules.inspection import traits_of
@@ -236,3 +236,12 @@ class _Watch:
         trials = tuple(checkpointing.numbers[i] for i in index)
         checkpoint = Checkpoint(trials, trained.alive, curves, trained.state, seconds)
         self.due = time.monotonic() + checkpointing.keep(checkpoint, self.chunk.configs)
+
+
+def stalled_epochs(means: np.ndarray) -> np.ndarray:
+    """Return (C, epochs) how many epochs have passed since the best of the means (C, epochs) so far, the earliest."""
+    epochs = np.arange(means.shape[1])
+    best = np.maximum.accumulate(means, axis=1)
+    is_better = np.pad(best[:, 1:] > best[:, :-1], ((0, 0), (1, 0)))
+    stalled: np.ndarray = epochs - np.maximum.accumulate(np.where(is_better, epochs, 0), axis=1)
+    return stalled

@@ -1,4 +1,4 @@
-"""When training ends before its last epoch: at a deadline, because someone asks for it, or as its score stalls."""
+"""When training ends before its last epoch: at a deadline, or because someone asks for it."""
 
 import os
 import time
@@ -6,8 +6,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
 
 
 class Stop:
@@ -65,12 +63,3 @@ def ask_all() -> None:
     """End all training of this process after the running epochs."""
     for stop in list(_stops):
         stop.ask()
-
-
-def stalled_epochs(means: np.ndarray) -> np.ndarray:
-    """Return (C, epochs) how many epochs have passed since the best of the means (C, epochs) so far, the earliest."""
-    epochs = np.arange(means.shape[1])
-    best = np.maximum.accumulate(means, axis=1)
-    is_better = np.pad(best[:, 1:] > best[:, :-1], ((0, 0), (1, 0)))
-    stalled: np.ndarray = epochs - np.maximum.accumulate(np.where(is_better, epochs, 0), axis=1)
-    return stalled
