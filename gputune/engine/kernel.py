@@ -6,7 +6,6 @@ one queue, the longest first. A launch is so short that Ctrl-C and displays have
 
 import math
 import time
-from collections.abc import Sequence
 from functools import cache, partial
 
 import numpy as np
@@ -20,9 +19,7 @@ from gputune.native.cuda import Kernel, attempt, launch, without_nvrtc
 from gputune.native.library import OPTIMIZERS, NotBuiltError, make_work
 from gputune.native.member_kernel import MemberKernel, choose_kernel, compile_kernel, unknown
 from gputune.population.batches import row_order
-from gputune.population.network import Network
 from gputune.population.population import ModelKind, hidden_widths, is_plain, padded_width
-from gputune.scoring.scoring import Scoring
 from gputune.types import Config
 
 _SECONDS = 0.25  # of a launch; half of what a display can wait, as the speed of the next is a guess
@@ -40,19 +37,6 @@ class KernelChunk(CompiledChunk):
     draws: Draws | None = None
     pace: float = math.inf
     """Turns a second: a step of as many members as there are blocks is one."""
-
-    def __init__(
-        self,
-        network: Network,
-        data: Dataset,
-        configs: Sequence[Config],
-        *,
-        seed: int,
-        horizon: int,
-        scoring: Scoring | None,
-    ) -> None:
-        super().__init__(network, data, configs, seed=seed, horizon=horizon, scoring=scoring)
-        self.next = torch.zeros(1, dtype=torch.int32, device=data.device)
 
     def _rebuild(self) -> None:
         super()._rebuild()
@@ -82,6 +66,7 @@ class KernelChunk(CompiledChunk):
         self.compiled = compiled
         self.blocks = min(self.steps.size, _blocks(self.kernel, device))
         self.scratch = self.flat.new_empty(self.blocks * self.kernel.scratch)
+        self.next = torch.zeros(1, dtype=torch.int32, device=device)
         ends = np.sort(self.steps, axis=None)
         active = ends.size - np.searchsorted(ends, np.arange(steps), side="right")  # members that take a step
         self.turns = np.cumsum(-(-active // self.blocks))
