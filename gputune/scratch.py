@@ -18,6 +18,8 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
+from gputune.errors import InputError
+
 
 @contextmanager
 def scratch_folder(parent: Path | None = None, *, prefix: str = "gputune") -> Iterator[Path]:
@@ -104,6 +106,11 @@ def write_files(folder: Path, files: Mapping[str, bytes], *, prefix: str) -> Non
         for name in files:
             os.replace(drafts / name, folder / name)
     flush(folder)
+
+
+def no_folder(argument: str, path: Path) -> InputError:
+    """Return the error of an ``argument``, as its door calls it, whose file would lie in a folder that is not there."""
+    return InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -17,7 +17,7 @@ from gputune.data.files import line_of, read_columns, read_table
 from gputune.data.source import Source, read_source
 from gputune.data.target import check_target, refuse_missing
 from gputune.errors import InputError, warn
-from gputune.scratch import write_text
+from gputune.scratch import no_folder, write_text
 from gputune.study.export import description
 from gputune.study.model import TunedModel, load_model
 from gputune.study.module_source import class_from_file
@@ -154,7 +154,7 @@ def _write(text: str, out: str, *, source: str) -> None:
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise InputError(f"--out {out!r} is the file that is read; give another name.")
     if not path.resolve().parent.is_dir():
-        raise InputError(f"--out {out!r}: the folder {str(path.parent)!r} does not exist; make it first.")
+        raise no_folder(f"--out {out!r}", path)
     write_text(path, text)
 
 

@@ -30,7 +30,7 @@ from gputune.report.facts import best_trial, check_model, endings, facts, settin
 from gputune.report.folds import columns_chart, confusion_chart
 from gputune.report.parallel import WEAK, importance_chart, parallel_chart
 from gputune.report.snippet import again_code
-from gputune.scratch import write_text
+from gputune.scratch import no_folder, write_text
 from gputune.study.curves import FoldReport
 from gputune.study.study import Study, Trial
 from gputune.text import clean, short
@@ -159,7 +159,7 @@ def check_place(argument: str, path: Path, study_file: Path | None) -> None:
     if path.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"{argument} must end in .html, since a page of HTML is written; give such a name.")
     if not path.resolve().parent.is_dir():
-        raise InputError(f"{argument}: the folder {str(path.parent)!r} does not exist; make it first.")
+        raise no_folder(argument, path)
 
 
 def page(

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from gputune.errors import InputError, StudyCorruptError, StudyVersionError, warn
-from gputune.scratch import flush, scratch_folder
+from gputune.scratch import flush, no_folder, scratch_folder
 from gputune.study.rows import Row
 from gputune.study.values import MALFORMED
 
@@ -298,9 +298,7 @@ def _draft(path: Path) -> Iterator[sqlite3.Connection]:
     if path.exists():
         raise _already_exists(path)
     if not path.parent.is_dir():
-        raise InputError(
-            f"study={str(path)!r}: the folder {str(path.parent)!r} does not exist; make it first."
-        )
+        raise no_folder(f"study={str(path)!r}", path)
     with scratch_folder(path.parent, prefix=DRAFTS) as folder:
         draft = folder / "draft.db"
         with closing(connect(draft, "rwc")) as connection:

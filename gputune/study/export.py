@@ -23,7 +23,7 @@ from gputune.data.table import Table
 from gputune.errors import InputError, import_extra
 from gputune.modules.stateless import Stateless
 from gputune.population.network import call_module, class_logits, first_output
-from gputune.scratch import scratch_folder
+from gputune.scratch import no_folder, scratch_folder
 from gputune.study.model_files import ModelContent
 from gputune.types import Json
 from gputune.version import __version__
@@ -243,9 +243,7 @@ def export(model: ModelContent, path: str | os.PathLike[str]) -> None:
             f"export(path={str(path)!r}) exists already; give a path that is free, or remove it."
         )
     if not path.parent.is_dir():
-        raise InputError(
-            f"export(path={str(path)!r}): the folder {str(path.parent)!r} does not exist; make it first."
-        )
+        raise no_folder(f"export(path={str(path)!r})", path)
     if model.transform is not None and not isinstance(model.transform.how, str):
         raise InputError(
             f"export() cannot write target_transform={model.transform.how!r}, which is code of scikit-learn's: search "
