@@ -18,16 +18,15 @@ from gputune.modules.looped import LoopedModule
 from gputune.modules.precision import autocast
 from gputune.modules.stateless import kept_of, not_trained, put_numbers
 from gputune.optimizers.blocks import Block, Blocks
-from gputune.optimizers.classes import ClassRule, class_of, class_of_rule
+from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule
 from gputune.optimizers.optimizer import Optimizer
-from gputune.optimizers.row_update import InPlaceRule, RowRule, RowUpdate
 from gputune.optimizers.rules import schedule_factor
 from gputune.population.batches import row_order, steps_of
 from gputune.population.population import beyond_adam
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import Validation
 from gputune.seeding import keyed_draws, stream_seed
-from gputune.types import DECAY_FACTOR, LR_FACTOR, ONLINE, Config, Params
+from gputune.types import DECAY_FACTOR, LR_FACTOR, Config, Params
 
 _AHEAD_NUMBERS = 1 << 22  # of the rows of some minibatches, which are gathered at once
 
@@ -36,7 +35,7 @@ _Rows = tuple[tuple[Tensor, ...], Tensor, Tensor | None]
 
 
 class _Alone(Optimizer):
-    """The optimizer of one member that adapts its own rate, or has rates that no ``RowRule`` knows."""
+    """The optimizer of one member that adapts its own rate, or whose steps no class of torch.optim takes."""
 
     def __init__(
         self, network: LoopedModule, config: Config, theta: Tensor, *, steps: int, horizon: int
@@ -75,22 +74,19 @@ class _Member:
         self.written = [slope._version for slope in self.slopes]
         self.rates = [self.module.get_buffer(name) for name in network.scheduled]
         self.total = steps * horizon
-        self.leaves: list[Tensor] = []  # of a class of torch.optim, and their gradients
+        # Those that the optimizer holds one by one, and skips where a step does not use them.
+        self.leaves: list[Tensor] = []
         self.leaf_slopes: list[Tensor] = []
         self.update: RowUpdate | _Alone
-        if config["optimizer"] in ONLINE or set(beyond_adam(config)) - {"beta2"}:
+        if not (class_of(config) or class_of_rule(config)) or set(beyond_adam(config)) - {"beta2"}:
             self.update = _Alone(network, config, self.row, steps=steps, horizon=horizon)
-        else:
-            self.update = RowUpdate(config, self.row, self._rule(), steps=steps, horizon=horizon)
-
-    def _rule(self) -> RowRule:
-        network, config = self.network, self.config
-        if class_of(config) or (network.traits.unstackable and class_of_rule(config)):
+            return
+        if class_of(config) or network.traits.unstackable:
             self.leaves = list(network.leaves(self.row).values())
             self.leaf_slopes = list(network.leaves(self.grad).values())
-            return ClassRule(config, self.leaves)
-        matrices = network.matrices() if config["optimizer"] == "muon" else []
-        return InPlaceRule(config, self.row, matrices)
+        else:  # as stacked members, whose steps are those of all parameters
+            self.row.grad = self.grad
+        self.update = RowUpdate(config, self.row, self.leaves, steps=steps, horizon=horizon)
 
     @property
     def is_its_row(self) -> bool:

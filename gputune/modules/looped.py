@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
-from gputune.modules.construction import hidden_sides, name_of
+from gputune.modules.construction import name_of
 from gputune.modules.module import ModuleNetwork
 from gputune.modules.stateless import put_numbers
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import alone_because
-from gputune.optimizers.row_update import Matrix
 from gputune.population.batches import Batch, Batches
 from gputune.types import Params
 
@@ -64,16 +62,6 @@ class LoopedModule(ModuleNetwork):
     def leaves(self, row: Tensor) -> Params:
         """Return the parameters that lie in a row (N,) as real numbers, which an optimizer may hold."""
         return {k: _real(part) for k, part in self.parts(row).items()}
-
-    def matrices(self) -> list[Matrix]:
-        """Return where the hidden matrices lie in a row (N,)."""
-        sides = hidden_sides(self.template, self.first)
-        begins = dict(zip(self.first, np.cumsum([0, *self.sizes]).tolist()))
-        return [
-            Matrix(slice(begins[k], begins[k] + w.numel()), len(w), sides[k])
-            for k, w in self.first.items()
-            if k in sides
-        ]
 
     def outputs(self, params: Params, fold: int, inputs: Sequence[Tensor]) -> Tensor:
         found = []

@@ -5,17 +5,20 @@ class_of(...)            the class whose steps a configuration takes, where no r
 optimizer_defaults(...)  learning rate, weight decay and momentum where a configuration is silent
 check_optimizer(...)     what a configuration or a model cannot have, refused
 make_optimizer(...)      an instance for the parameters of one member
+RowUpdate                takes its steps
 """
 
 import inspect
+import math
 from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from gputune.errors import InputError
-from gputune.optimizers.rules import BETA1
+from gputune.optimizers.rules import BETA1, n_moments, schedule_factor
 from gputune.text import did_you_mean
 from gputune.types import DEFAULT_LR, OPTIMIZERS, Config, default_momentum, default_weight_decay
 
@@ -169,8 +172,8 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
     for name in given:
         _check_argument(kind, name, known)
     words = {key: config[key] for key in _OWN_KEYS if key in known}
-    words |= {"nesterov": True} if config["optimizer"] == "nesterov" else {}
-    words |= {} if class_of(config) else _words_of_rule(config, known)
+    words |= {"nesterov": config["momentum"] > 0} if config["optimizer"] == "nesterov" else {}
+    words |= {} if class_of(config) else _words_of_rule(config, known, parameters[0].dtype)
     words |= {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     try:
         return kind(list(parameters), **words)
@@ -192,11 +195,15 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> torch.optim.
         ) from error
 
 
-def _words_of_rule(config: Config, known: Collection[str]) -> Config:
+def _words_of_rule(config: Config, known: Collection[str], dtype: torch.dtype) -> Config:
     """Return what a class takes for the steps of a rule, and the way that computes them in the fewest calls."""
+    # Held to what the dtype can say: a larger one makes members diverge all the same.
+    words: Config = {"weight_decay": min(config["weight_decay"], torch.finfo(dtype).max)}
     if "betas" in known:
-        return {"betas": (BETA1, config["beta2"]), "fused": True}
-    return {"foreach": True}  # the fused SGD fails where a parameter has its first gradient after others
+        return words | {"betas": (BETA1, config["beta2"]), "fused": True}
+    return words | {
+        "foreach": True
+    }  # the fused SGD fails where a parameter has its first gradient after others
 
 
 def _check_argument(kind: Class, name: str, known: Mapping[str, inspect.Parameter]) -> None:
@@ -235,26 +242,52 @@ def check_optimizer(config: Config, model: str, *, stacked: bool = False) -> Non
     make_optimizer(config, [torch.zeros(2, 2)])
 
 
-class ClassRule:
-    """A ``RowRule`` whose optimizer holds the parameters themselves, which are views of the row, as their gradients.
+NORM_EPS = 1e-6  # as torch.nn.utils.clip_grad_norm_ has it
 
-    Each tensor of a parameter's state lies at the parameter's place in a row of its own; a shorter one, such as the
-    number of steps, has zeros behind it.
+
+class RowUpdate:
+    """The optimizer of one member whose parameters, and gradients, are views of a row (N,): a class of torch.optim.
+
+    A gradient is clipped, the class takes its step, the weights are averaged. A schedule runs over ``horizon`` epochs
+    of ``steps`` steps. The class holds the ``parameters`` themselves; without any the row is one, and the state is that
+    of the rule for stacked members.
     """
 
-    def __init__(self, config: Config, parameters: Sequence[Tensor]) -> None:
-        self.config, self.parameters = config, list(parameters)
+    def __init__(
+        self, config: Config, row: Tensor, parameters: Sequence[Tensor], *, steps: int, horizon: int
+    ) -> None:
+        self.config, self.row, self.counts = config, row, bool(parameters)
+        self.parameters = list(parameters) or [row]
         self.optimizer = make_optimizer(config, self.parameters)
+        self.steps, self.total = steps, steps * horizon
+        self.lr, self.schedule = float(config["lr"]), config["schedule"]
+        self.clip_norm, self.ema = float(config["clip_norm"]), float(config["ema"])
+        self.average = torch.zeros_like(row) if self.ema else None
+        self.factors: list[float] = []  # of an epoch
+        self.done = 0
 
     def state(self) -> list[Tensor]:
-        """Return a row of each tensor that the optimizer keeps for a parameter, most of them from its first step on."""
-        kept = [list(_tensors(self.optimizer, w).values()) for w in self.parameters]
-        return [
+        """Return the rows (N,) that a later step depends on.
+
+        Each tensor of a parameter's state lies at the parameter's place; a shorter one, such as the number of steps,
+        has zeros behind it.
+        """
+        states = [self._tensors(self.optimizer, w) for w in self.parameters]
+        rows = [
             torch.cat(
-                [self._as_row(own[i] if i < len(own) else None, w) for own, w in zip(kept, self.parameters)]
+                [self._as_row(s[i] if i < len(s) else None, w) for s, w in zip(states, self.parameters)]
             )
-            for i in range(max(map(len, kept)))
+            for i in range(max(map(len, states)))
         ]
+        if not self.counts:  # without a momentum the class keeps none, and the rule what is of no use
+            moments = n_moments(self.config["optimizer"], [self.config["momentum"]])
+            rows += [torch.zeros_like(self.row)] * (moments - len(rows))
+        return rows if self.average is None else [*rows, self.average]
+
+    def _tensors(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> list[Tensor]:
+        """Return what an optimizer keeps for a parameter."""
+        state = optimizer.state.get(parameter, {})
+        return [v for k, v in state.items() if isinstance(v, Tensor) and (self.counts or k != "step")]
 
     def _as_row(self, value: Tensor | None, parameter: Tensor) -> Tensor:
         row = parameter.new_zeros(0) if value is None else value.detach().flatten().to(parameter)
@@ -267,6 +300,9 @@ class ClassRule:
 
     def resume(self, rows: Sequence[Tensor]) -> None:
         """Go on from what ``state`` returned."""
+        if self.average is not None:
+            *rows, average = rows
+            self.average.copy_(average)
         # What a state consists of, only a step tells: one of other tensors of the same shapes.
         others = [torch.zeros_like(w, requires_grad=True) for w in self.parameters]
         for other in others:
@@ -275,22 +311,29 @@ class ClassRule:
         made.step()
         parts = [torch.split(row, [w.numel() for w in self.parameters]) for row in rows]
         for i, (parameter, other) in enumerate(zip(self.parameters, others)):
-            for part, value in zip(parts, _tensors(made, other).values()):
+            for part, value in zip(parts, self._tensors(made, other)):
                 value.copy_(part[i][: value.numel()].view(value.shape))
             self.optimizer.state[parameter] = made.state[other]
 
-    def step(self, theta: Tensor, grad: Tensor, rate: float, count: int) -> None:
-        """Take one step at a rate; how many there were, the optimizer counts itself."""
+    def begin(self, epoch: int) -> None:
+        """Count from the first step of an epoch."""
+        self.done = epoch * self.steps
+        done = np.arange(self.done, self.done + self.steps)
+        self.factors = schedule_factor(self.schedule, done, np.full(self.steps, self.total)).tolist()
+        if not self.counts and "step" in (state := self.optimizer.state.get(self.row, {})):
+            state["step"].fill_(self.done)
+
+    def step(self, row: Tensor, grad: Tensor) -> None:
+        """Take one step by the gradient (N,) of the row, which is clipped in place."""
+        if self.clip_norm < math.inf:
+            grad.mul_((self.clip_norm / (grad.norm() + NORM_EPS)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.lr * self.factors[self.done % self.steps]
         self.optimizer.step()
+        self.done += 1
+        if self.average is not None:  # the first weights are the average of themselves
+            self.average.lerp_(row, 1.0 if self.done == 1 else 1 - self.ema)
 
-    def scored(self, theta: Tensor) -> Tensor:
-        """Return the row itself."""
-        return theta
-
-
-def _tensors(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """Return what an optimizer keeps for a parameter."""
-    state = optimizer.state.get(parameter, {})
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    def scored(self, row: Tensor) -> Tensor:
+        """Return what is scored and saved: the average where there is one, else the row itself."""
+        return row if self.average is None else self.average

@@ -226,9 +226,12 @@ def test_complex_weights_train_as_their_real_and_imaginary_parts(more):
     assert reason == "its 'weight' holds complex numbers that change"
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
-def test_looped_equals_stacked(schedule):
-    """The same curves, members and states, for a module that can be either."""
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [("adamw", "constant"), ("sgd", "cosine"), ("nesterov", "constant"), ("rmsprop", "one_cycle")],
+)
+def test_looped_equals_stacked(optimizer, schedule):
+    """The same curves and members, for a module that can be either; each goes on from the other's state."""
 
     def build(n_features, n_outputs):
         return nn.Sequential(
@@ -237,17 +240,23 @@ def test_looped_equals_stacked(schedule):
 
     data = make_data("regression")
     configs = [
-        c | {"schedule": schedule} for c in fill(*({"batch_size": 16, "lr": lr} for lr in (1e-3, 1e-2)))
+        c | {"schedule": schedule, "weight_decay": 0.1, "momentum": 0.0 if optimizer == "nesterov" else 0.9}
+        for c in fill(*({"batch_size": 16, "lr": lr, "optimizer": optimizer} for lr in (1e-3, 1e-2)))
     ]
-    words = {"seed": 0, "epochs": 6, "horizon": 6, "scoring": make_scoring(None, "regression", None)}
+    words = {"seed": 0, "horizon": 6, "scoring": make_scoring(None, "regression", None)}
     traits = traits_of(build, configs[0], data)
-    one, other = (
-        train(kind(build, configs, shape_of(data), seed=0, traits=traits), data, configs, **words)
-        for kind in (StackedModule, LoopedModule)
-    )
+
+    def trained(kind, **begin):
+        network = kind(build, configs, shape_of(data), seed=0, traits=traits)
+        return train(network, data, configs, **words, **begin)
+
+    one, other = (trained(kind, epochs=3) for kind in (StackedModule, LoopedModule))
+    whole = trained(StackedModule, epochs=6)
     np.testing.assert_allclose(other.curves, one.curves, rtol=1e-7)
-    for a, b in zip(other.state.buffers, one.state.buffers, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-8)
+    for kind, state in ((LoopedModule, one.state), (StackedModule, other.state)):
+        resumed = trained(kind, epochs=6, begin=state)
+        np.testing.assert_allclose(resumed.curves[:, 3:], whole.curves[:, 3:], rtol=1e-7)
+        torch.testing.assert_close(resumed.state.buffers[0], whole.state.buffers[0], rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgdhd", "RAdam", "Adafactor"])

@@ -6,7 +6,7 @@ import torch
 import reference
 from gputune.optimizers.classes import (
     CLASSES,
-    ClassRule,
+    RowUpdate,
     check_optimizer,
     class_of,
     make_optimizer,
@@ -116,11 +116,12 @@ def test_defaults_are_those_of_the_class():
     assert optimizer_defaults("Adadelta")["lr"] == 1.0
 
 
-def steps(rule, parameters, numbers, begin=0):
-    for count, scale in enumerate(numbers, begin + 1):
+def steps(rule, parameters, numbers):
+    rule.begin(0)
+    for scale in numbers:
         for w in parameters:
             w.grad = (w.detach() - 1) * scale
-        rule.step(torch.empty(0), torch.empty(0), 0.01, count)
+        rule.step(torch.empty(0), torch.empty(0))
 
 
 @pytest.mark.parametrize("name", [*CLASSES, "sgd", "adam", "rmsprop"])
@@ -135,14 +136,14 @@ def test_a_state_goes_on_bit_for_bit(name):
         [torch.linspace(-1, 2, 12).view(3, 4).requires_grad_(), torch.ones(3).requires_grad_()]
         for _ in range(2)
     )
-    rule = ClassRule(config, one)
+    rule = RowUpdate(config, torch.empty(15), one, steps=9, horizon=1)
     steps(rule, one, [1.0, -0.5, 2.0])
     for w, value in zip(other, one):
         w.data.copy_(value)
-    resumed = ClassRule(config, other)
+    resumed = RowUpdate(config, torch.empty(15), other, steps=9, horizon=1)
     resumed.resume(rule.state())
     for way, parameters in ((rule, one), (resumed, other)):
-        steps(way, parameters, [0.3, -1.0], begin=3)
+        steps(way, parameters, [0.3, -1.0])
     assert all(len(row) == 15 for row in rule.state())
     for a, b in zip([*one, *rule.state()], [*other, *resumed.state()], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -151,7 +152,7 @@ def test_a_state_goes_on_bit_for_bit(name):
 def test_a_state_that_is_longer_than_its_parameter_is_refused(monkeypatch):
     (config,) = fill({"optimizer": "RAdam"})
     w = torch.ones(2, requires_grad=True)
-    rule = ClassRule(config, [w])
+    rule = RowUpdate(config, w, [w], steps=9, horizon=1)
     steps(rule, [w], [1.0])
     rule.optimizer.state[w]["history"] = torch.zeros(5)
     with refused("torch.optim.RAdam keeps more numbers than a parameter of shape \\(2,\\) has"):
@@ -163,3 +164,13 @@ def test_the_oracle_makes_the_same_optimizer():
     module = torch.nn.Linear(2, 1)
     one, other = make_optimizer(config, list(module.parameters())), reference.make_optimizer(module, config)
     assert type(one) is type(other) and one.defaults == other.defaults
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "rmsprop"])
+def test_a_decay_beyond_the_numbers_of_a_precision_is_held_to_them(optimizer):
+    (config,) = fill({"optimizer": optimizer, "weight_decay": 1e300})
+    weight = torch.ones(2)
+    weight.grad = torch.ones(2)
+    made = make_optimizer(config, [weight])
+    made.step()  # which raises an OverflowError otherwise, of sgd
+    assert made.param_groups[0]["weight_decay"] == torch.finfo(torch.float32).max
