@@ -174,7 +174,7 @@ class Study(data.Study):
         ``best_trial`` is the first of them. Scores are those at a trial's best epoch by the first metric; pruned trials
         count where there are no others. With one metric it is the best trial alone.
         """
-        from gputune.views.metrics import pareto_trials
+        from gputune.views.scores import pareto_trials
 
         return pareto_trials(self)
 
@@ -184,7 +184,7 @@ class Study(data.Study):
         A trial's epoch stays the one that the first metric chose. Raises InputError for a name that is none of
         ``metrics``.
         """
-        from gputune.views.metrics import ranked_by
+        from gputune.views.scores import ranked_by
 
         return ranked_by(self, metric)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gputune.cli.held_out import HeldOut
+from gputune.cli.evaluation import HeldOut
 from gputune.cli.study import SCORE_AND_ERROR, mean_words, pareto_text, study_measure, trial_rows
 from gputune.data.arrays import ArrayLayout, Arrays
 from gputune.data.source import Source
@@ -19,7 +19,7 @@ from gputune.study.model import TunedModel
 from gputune.study.rows import TrialState
 from gputune.study.study import Study, Trial
 from gputune.text import Measure, blocks, clean, count, paragraph, short
-from gputune.views.metrics import other_measures
+from gputune.views.scores import other_measures
 
 BEST = 5
 """Trials in the table."""

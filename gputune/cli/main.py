@@ -32,8 +32,7 @@ _MODULES = {
     **dict.fromkeys(("tune", "train", "resume"), "tune"),
     **dict.fromkeys(("trials", "best", "status", "repair"), "study"),
     **dict.fromkeys(("predict", "evaluate", "export"), "model"),
-    "report": "report",
-    "check": "check",
+    **dict.fromkeys(("report", "check"), "report"),
 }
 """Where the function of each command is, which returns what goes to standard output."""
 

@@ -1,15 +1,25 @@
-"""The command ``gputune report``: the page of a study, again and again while its search runs."""
+"""The command ``gputune report``: the page of a study, again and again while its search runs.
+
+The command ``gputune check``: whether a device computes what it should, and how fast it trains.
+"""
 
 import time
 from argparse import Namespace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
+from gputune.check.check import check as check_device
+from gputune.check.check import checks_of, timed_of
 from gputune.cli.arguments import model_folder, study_file
 from gputune.cli.study import opened
+from gputune.engine.backend import choose_device
+from gputune.errors import CheckFailedError
 from gputune.report.facts import is_its_model
 from gputune.study.curves import FoldReport
 from gputune.study.record import has_form
 from gputune.study.study import Study
+from gputune.text import count
 from gputune.types import Json
 
 _LIVE_SECONDS = 5
@@ -61,3 +71,25 @@ def _model(study: Study, folder: Path) -> Json | None:
         if not has_form(info, {"held_out_score?": (float, None), "held_out_rows?": int}):
             raise ValueError("its info is of another type")
     return info if is_its_model(study, info) else None
+
+
+def check(arguments: Namespace) -> str:
+    """Return the table, or JSON. Raises CheckFailedError, with the same, where a law does not hold."""
+    device = choose_device(arguments.device)
+    total = len(timed_of(device)) + len(checks_of(device))
+    with tqdm(total=total, unit="check", disable=None, leave=False, dynamic_ncols=True) as bar:
+
+        def tell(words: str) -> None:
+            bar.set_postfix_str(words)
+            bar.update()
+
+        report = check_device(device, tell)
+    text = report.json() if arguments.json else str(report)
+    if not report.ok:
+        failed = sum(not row.ok for row in report.rows)
+        raise CheckFailedError(
+            f"{count(failed, 'law')} of {len(report.rows)} failed on {report.device}: what trains that way there is "
+            "not to be trusted. Please report the table, with the versions in its first line.",
+            report=text,
+        )
+    return text

@@ -20,7 +20,7 @@ from gputune.study.claims import Claims
 from gputune.study.store import Store
 from gputune.study.study import Study, Trial
 from gputune.text import GAP, Measure, blocks, clean, count, is_formula, paragraph, short, table
-from gputune.views.metrics import measures, other_measures, pareto_trials, ranked_by
+from gputune.views.scores import measures, other_measures, pareto_trials, ranked_by
 
 FIELDS = ("number", "params", "score", "fold_scores", "best_epoch", "state", "seconds", "origin")
 

@@ -15,7 +15,7 @@ import torch
 from gputune.api.study import Study
 from gputune.cli.arguments import MODEL, STUDY, model_folder, study_file
 from gputune.cli.closing import Ending, closing_text, ensemble_words, stopped_text
-from gputune.cli.held_out import HeldOut, held_out_score
+from gputune.cli.evaluation import HeldOut, held_out_score
 from gputune.cli.typed import options_of, typed_options
 from gputune.cli.wording import in_flags
 from gputune.data.array_files import ARRAY_SUFFIXES

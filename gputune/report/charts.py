@@ -23,12 +23,21 @@ from gputune.report.svg import (
 from gputune.study.study import Study
 from gputune.text import count
 from gputune.views.axes import Scale, curve_scale, linear_scale, parameter_scale, score_scale, value_scale
-from gputune.views.metrics import ParetoFront, metric_scores, pareto_front
 from gputune.views.parameters import DescentPath, Parameter, descended, descent_paths, varied_parameters
-from gputune.views.scores import BEST, Curves, Scores, score_range, shown_curves, shown_scores
+from gputune.views.scores import (
+    BEST,
+    LearningCurves,
+    ParetoFront,
+    Scores,
+    metric_scores,
+    pareto_front,
+    score_range,
+    shown_curves,
+    shown_scores,
+)
 
 THIN_CURVES, CURVE_POINTS, STARTS = 250, 80, 100
-"""Curves behind the best ones, epochs that one of them has, and starts of a descent, at most."""
+"""LearningCurves behind the best ones, epochs that one of them has, and starts of a descent, at most."""
 
 POINTS, FEWEST, ALL, FAILURES = 1500, 100, 9000, 300
 """Points of a chart at most, how few of them many charts leave it, points of all charts, marks of diverged trials."""
@@ -78,14 +87,14 @@ def curves_chart(study: Study) -> Chart | None:
     )
 
 
-def _curve_line(curves: Curves, row: int, frame: Frame, most: int | None = None) -> str:
+def _curve_line(curves: LearningCurves, row: int, frame: Frame, most: int | None = None) -> str:
     known = np.flatnonzero(np.isfinite(curves.mean[row]))
     if most is not None and len(known) > most:
         known = known[np.linspace(0, len(known) - 1, most).round().astype(int)]
     return line_path(frame.across(curves.epochs[known]), frame.down(curves.mean[row][known]))
 
 
-def _best_curve(study: Study, curves: Curves, row: int, rank: int, frame: Frame) -> Markup:
+def _best_curve(study: Study, curves: LearningCurves, row: int, rank: int, frame: Frame) -> Markup:
     mean, spread, trial = curves.mean[row], curves.spread[row], study.trials[row]
     band = band_path(frame.across(curves.epochs), frame.down(mean - spread), frame.down(mean + spread))
     parts = [path("band", band)] if band else []
@@ -98,7 +107,7 @@ def _best_curve(study: Study, curves: Curves, row: int, rank: int, frame: Frame)
     return element("g", element("title", score), *parts, class_=f"c{rank}", clip_path="url(#plot)")
 
 
-def _legend(study: Study, curves: Curves, best: list[int], frame: Frame) -> Markup:
+def _legend(study: Study, curves: LearningCurves, best: list[int], frame: Frame) -> Markup:
     """Name the best curves at their right, in the order of their scores."""
     x, parts = frame.width - frame.right + 14, []
     for rank, row in enumerate(best):

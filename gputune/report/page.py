@@ -27,8 +27,7 @@ from gputune.report.charts import (
     slice_charts,
 )
 from gputune.report.facts import best_trial, check_model, endings, facts, setting
-from gputune.report.folds import columns_chart, confusion_chart
-from gputune.report.parallel import WEAK, importance_chart, parallel_chart
+from gputune.report.importance import WEAK, columns_chart, confusion_chart, importance_chart, parallel_chart
 from gputune.report.snippet import again_code
 from gputune.scratch import no_folder, write_text
 from gputune.study.curves import FoldReport
@@ -36,9 +35,8 @@ from gputune.study.study import Study, Trial
 from gputune.text import clean, short
 from gputune.types import Config, Json
 from gputune.version import __version__
-from gputune.views.metrics import epochs_by, other_measures, pareto_trials
 from gputune.views.parameters import importance
-from gputune.views.scores import shown_scores
+from gputune.views.scores import epochs_by, other_measures, pareto_trials, shown_scores
 
 MOST_ROWS, BUDGET = 10_000, 1_100_000
 """Trials and characters of the table; what is worse by rank is left out beyond them."""

@@ -13,7 +13,7 @@ from gputune.study.study import Study, Trial
 from gputune.study.values import to_json
 from gputune.text import clean
 from gputune.types import Json
-from gputune.views.metrics import epochs_by
+from gputune.views.scores import epochs_by
 
 _LONGEST = 70
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from gputune.study.study import Study
 from gputune.text import Measure
 from gputune.views.parameters import Parameter, varied_parameters
-from gputune.views.scores import BEST, Curves, Scores, is_wide, score_range
+from gputune.views.scores import BEST, LearningCurves, Scores, is_wide, score_range
 
 Ticks = tuple[tuple[float, str], ...]
 
@@ -111,7 +111,7 @@ def score_scale(shown: Scores, *, pad: float = 0.0) -> Scale:
     return value_scale(*shown.range, shown.measure, pad=pad)
 
 
-def curve_scale(study: Study, curves: Curves) -> Scale:
+def curve_scale(study: Study, curves: LearningCurves) -> Scale:
     """Return an axis that holds the best curves whole, and of the others what is not far off where they ended."""
     late = [row for row in curves.order if study.trials[row].state != "pruned"] or curves.order
     ends = [curves.mean[row][np.isfinite(curves.mean[row])][-1] for row in late]

@@ -11,7 +11,6 @@ from gputune.errors import InputError, import_extra
 from gputune.study.study import Study, check_metric
 from gputune.text import clean, short
 from gputune.views.axes import curve_scale, parallel_axes, parameter_scale, score_scale
-from gputune.views.metrics import pareto_front
 from gputune.views.parameters import (
     Parameter,
     descended,
@@ -20,7 +19,7 @@ from gputune.views.parameters import (
     parameters,
     varied_parameters,
 )
-from gputune.views.scores import BEST, Scores, score_range, shown_curves, shown_scores
+from gputune.views.scores import BEST, Scores, pareto_front, score_range, shown_curves, shown_scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

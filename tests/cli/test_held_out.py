@@ -11,7 +11,7 @@ from sklearn.metrics import get_scorer, log_loss, roc_auc_score
 
 import gputune
 from command_line import kinds, run, write_table
-from gputune.cli.held_out import held_out_score
+from gputune.cli.evaluation import held_out_score
 from gputune.data.source import read_source
 from study_models import make_model
 

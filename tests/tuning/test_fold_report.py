@@ -11,7 +11,7 @@ from sklearn.model_selection import KFold
 import gputune
 from command_line import FAST, kinds, run, write_table
 from gputune.models import CNN
-from gputune.report.folds import columns_chart, confusion_chart
+from gputune.report.importance import columns_chart, confusion_chart
 from gputune.study.curves import FoldReport
 from gputune.tuning.fold_report import fold_report
 from refused import refused

@@ -10,7 +10,7 @@ from gputune.cli.study import best_json, best_text, trials_json, trials_table
 from gputune.errors import InputError
 from gputune.report.charts import pareto_charts
 from gputune.report.page import page
-from gputune.views.metrics import epochs_by
+from gputune.views.scores import epochs_by
 from made_studies import study_of
 
 METRICS = [
