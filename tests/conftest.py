@@ -12,9 +12,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from sklearn.datasets import load_iris
 
-from gputune.engine.device import DeviceChoice
+from gputune.engine.choice import DeviceChoice
 from gputune.modules.recorder import RECORDERS
-from gputune.study import trusted
+from gputune.study import code
 from stand_in import StandIn
 
 # A shell starts its background jobs with Ctrl-C ignored, which they and all that they start inherit: the tests of
@@ -62,8 +62,8 @@ def own_state(tmp_path_factory, pytestconfig):
             patch.setattr("gputune.native.member_kernel.kept_binary", lambda name, source, make: make())
         if pytestconfig.getoption("--auto-gpu"):  # whatever is faster
             gpu = DeviceChoice(torch.device("cuda"))
-            patch.setattr("gputune.engine.device._by_speed", lambda gpu, work: DeviceChoice(gpu))
-            patch.setattr("gputune.engine.device._SOLVED", gpu)
+            patch.setattr("gputune.engine.choice._by_speed", lambda gpu, work: DeviceChoice(gpu))
+            patch.setattr("gputune.engine.choice._SOLVED", gpu)
             if simulated := sys.modules.get("simulated_cuda.torch_cuda"):
                 patch.setattr("gputune.executors.pools.begin_worker", simulated.begin_worker)
         yield
@@ -75,7 +75,7 @@ def another_user(tmp_path, monkeypatch):
 
     def begin():
         monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state-of-another"))
-        monkeypatch.setattr(trusted, "_here", set())
+        monkeypatch.setattr(code, "_here", set())
 
     return begin
 

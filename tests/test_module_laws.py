@@ -10,7 +10,7 @@ from torch import nn
 import reference
 from gputune.engine.job import BegunChunk, Job, train_chunk
 from gputune.modules.inspection import traits_of
-from gputune.native import build as built
+from gputune.native import library as built
 from gputune.population.population import Population
 from problems import fill, largest_difference, make_data
 

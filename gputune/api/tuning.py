@@ -10,7 +10,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 
 from gputune.api.study import Study
-from gputune.callbacks.callback import Callback
+from gputune.callbacks import Callback
 from gputune.data.encode import Columns, Numbers
 from gputune.data.kinds import Kind
 from gputune.data.source import read_source

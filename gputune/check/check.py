@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from gputune.check.laws import LAWS, Law
+from gputune.engine.choice import FEW, FOLDS, measure_speed
 from gputune.engine.findings import Findings, Speed, device_name, keep_findings
 from gputune.engine.kernel import obstacle
 from gputune.engine.plan import cores
-from gputune.engine.speed import FEW, FOLDS, measure_speed
 from gputune.native.library import NotBuiltError, library
 from gputune.text import count, size_words, table
 from gputune.types import Backend

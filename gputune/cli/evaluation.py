@@ -1,7 +1,4 @@
-"""The score of a tuned model on rows that were kept apart, as the study scored its folds.
-
-What a model is worth on rows with their answers: scores with intervals, a confusion matrix, each class.
-"""
+"""The scores of a saved model on rows that have their target: as the study scored its folds, and further ones."""
 
 import math
 import warnings
@@ -208,7 +205,7 @@ class Evaluation:
 
     def text(self, width: int) -> str:
         """Return tables for a terminal."""
-        rows = [_score(name, *score) for name, score in self.scores.items()]
+        rows = [_score_row(name, *score) for name, score in self.scores.items()]
         parts = [table(["score", "", "95 % of bootstrap samples"], rows, left=["score"])]
         undefined = [f"No {name}: {clean(one.why)}." for name, (one, _) in self.scores.items() if one.why]
         undefined += self._of_rows()
@@ -252,7 +249,7 @@ class Evaluation:
         return table(["true \\ predicted", *names], rows, left=["true \\ predicted"])
 
 
-def _score(name: str, one: HeldOut, positive: object) -> list[str]:
+def _score_row(name: str, one: HeldOut, positive: object) -> list[str]:
     measure = measure_of(name, one.score, positive)
     if one.interval is None:
         return [measure.title, measure.text(one.score), "-"]

@@ -1,7 +1,4 @@
-"""The command ``gputune report``: the page of a study, again and again while its search runs.
-
-The command ``gputune check``: whether a device computes what it should, and how fast it trains.
-"""
+"""The commands that search nothing: ``gputune report``, the page of a study, and ``gputune check`` of a device."""
 
 import time
 from argparse import Namespace

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from gputune.native.build import processor_name
+from gputune.native.library import processor_name
 from gputune.scratch import user_cache, write_text
 from gputune.types import Backend
 from gputune.version import __version__

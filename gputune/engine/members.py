@@ -21,7 +21,7 @@ from gputune.engine.one_member import OneMember, Space
 from gputune.engine.stacked import StackedChunk
 from gputune.modules.member_code import MemberCode
 from gputune.modules.module import StackedModule
-from gputune.native.build import build
+from gputune.native.library import build
 from gputune.optimizers.blocks import Blocks
 from gputune.scoring.scoring import Scoring
 from gputune.types import Config

@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 from gputune.errors import InputError
 from gputune.hypergradients.first_step import nodes
 from gputune.hypergradients.inner import Clock
+from gputune.modules.calls import Stateless
 from gputune.modules.construction import layers_of
-from gputune.modules.stateless import Stateless
 from gputune.modules.substitutes import differentiate_statistics, running_norms
 from gputune.seeding import keyed_draws
 from gputune.types import Params

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError
+from gputune.modules.calls import kept_of
 from gputune.modules.construction import Builder, call_arguments, dropout_rates, has_gradient_hook
 from gputune.modules.hints import Trail, check_ids
 from gputune.modules.module import StackedModule, Traits
 from gputune.modules.module_trial import ModuleTrial, are_probabilities, at_start
-from gputune.modules.stateless import kept_of
 from gputune.population.batches import Batch
 from gputune.population.population import arguments_text, module_arguments
 from gputune.scoring.objective import Objective

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from gputune.data.dataset import Dataset
+from gputune.modules.calls import autocast, kept_of, not_trained, put_numbers
 from gputune.modules.construction import hidden_sides
 from gputune.modules.looped import LoopedModule
-from gputune.modules.precision import autocast
-from gputune.modules.stateless import kept_of, not_trained, put_numbers
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import RowUpdate, class_of, class_of_rule
 from gputune.optimizers.optimizer import Optimizer

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from gputune.errors import InputError
+from gputune.modules.calls import put_numbers
 from gputune.modules.construction import name_of
 from gputune.modules.module import ModuleNetwork
-from gputune.modules.stateless import put_numbers
 from gputune.optimizers.blocks import Block, Blocks
 from gputune.optimizers.classes import alone_because
 from gputune.population.batches import Batch, Batches

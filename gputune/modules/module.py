@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from gputune.errors import InputError
+from gputune.modules.calls import Stateless, converted, kept_of, put_numbers, rounded
 from gputune.modules.construction import (
     Builder,
     build_module,
@@ -24,8 +25,6 @@ from gputune.modules.construction import (
 )
 from gputune.modules.draws import ModuleDraws, draws_of, given_draws
 from gputune.modules.mapped import Mapped
-from gputune.modules.precision import converted, rounded
-from gputune.modules.stateless import Stateless, kept_of, put_numbers
 from gputune.modules.substitutes import Substitutes, differentiate_statistics, make_mappable
 from gputune.modules.trace import TraceError
 from gputune.optimizers.blocks import Block, Blocks

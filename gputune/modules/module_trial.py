@@ -12,10 +12,9 @@ from torch import Tensor
 
 from gputune.data.dataset import Dataset
 from gputune.errors import InputError, InputWarning, warn
+from gputune.modules.calls import converted, not_trained
 from gputune.modules.construction import Builder, build_module, name_of
 from gputune.modules.hints import Trail, hint
-from gputune.modules.precision import converted
-from gputune.modules.stateless import not_trained
 from gputune.modules.substitutes import counting_on_device
 from gputune.modules.trace import DispatchMode
 from gputune.population.network import Shape

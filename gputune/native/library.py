@@ -1,16 +1,26 @@
-"""The compiled training of members: C that was built when gputune was installed, for each level of the processor.
+"""The compiled training of members: C that was built as gputune was installed, and C that is generated and built here.
 
-The libraries know nothing of Python or of torch: they are loaded through ctypes, and one wheel serves all versions.
+The libraries know nothing of Python or of torch: they are loaded through ctypes, and one wheel serves all versions
+and levels of the processor. Generated code is built once on each machine, and kept in the user's cache.
 """
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Mapping
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from gputune.errors import warn
+from gputune.scratch import is_own, scratch_folder, user_cache
 
 FOLDER = Path(__file__).parent
 LEVELS = (4, 3, 1)
@@ -81,3 +91,156 @@ def _address(value: np.ndarray | torch.Tensor | None) -> int | None:
         return value.data_ptr()
     assert value.flags.c_contiguous
     return value.ctypes.data
+
+
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+# Clang and older compilers say no to it, and choose well without.
+_WHOLE_VECTORS = "-mprefer-vector-width=512"
+COMPILERS = ("cc", "gcc", "clang")
+
+
+@functools.lru_cache(maxsize=64)
+def build(source: str, dtype: torch.dtype) -> ctypes.CDLL:
+    """Return the library of C code for float32 or float64, built where no earlier run has left it.
+
+    The code may include the headers of this folder. Raises NotBuiltError.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise NotBuiltError("there is no C compiler (cc, gcc or clang) on this machine's PATH")
+    name = f"steps-{'double' if dtype == torch.float64 else 'float'}-{_key(compiler, source)}"
+    try:
+        folder = cache_folder()
+        if folder is not None and (kept := _kept(folder, name)) is not None:
+            return kept
+        if folder is not None and os.access(folder, os.W_OK):
+            return ctypes.CDLL(str(_build(compiler, source, folder / name)))
+        # What is loaded needs its file no more; Windows keeps it from being removed.
+        with scratch_folder() as private:
+            return ctypes.CDLL(str(_build(compiler, source, private / name)))
+    except OSError as error:
+        raise NotBuiltError(f"the C code of a step could not be made or loaded: {error}") from error
+
+
+def find_compiler() -> str | None:
+    """Return the path of a C compiler: that of the environment's ``CC``, or one of the usual names."""
+    for name in (os.environ.get("CC", ""), *COMPILERS):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of built code: ``gputune/code`` in the user's cache.
+
+    None where there is no such folder, or, with a UserWarning, where its code could be another user's.
+    """
+    try:
+        base = user_cache()
+        folder = base / "gputune" / "code"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In a folder that anyone may write to, without the sticky bit, ours could be exchanged for another.
+        safe = _is_own(folder) and _is_own(folder.parent) and base.stat().st_mode & 0o1002 != 0o0002
+    except (OSError, RuntimeError):  # RuntimeError: no HOME, and a user without an entry in passwd
+        return None
+    if not safe:
+        warn(
+            f"{folder} is not used for compiled code, which each process now builds for itself: it and the folder that "
+            "it is in must belong to you and be writable by nobody else. Mend that (chmod 700), or set XDG_CACHE_HOME "
+            "to another folder."
+        )
+    return folder if safe else None
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file or folder, no link, is this user's alone to write."""
+    return is_own(path.lstat()) and not path.is_symlink()
+
+
+def _kept(folder: Path, name: str) -> ctypes.CDLL | None:
+    """Return the library that an earlier run left. One that is not as it was built, or does not load, is removed."""
+    for path in _whole(folder, name, ".so"):
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _whole(folder: Path, name: str, ending: str) -> Iterator[Path]:
+    """Yield the files of a name that are as they were built; all others are removed."""
+    for path in folder.glob(f"{name}-*{ending}"):
+        with contextlib.suppress(OSError):
+            if _is_own(path) and path.stem == f"{name}-{_digest(path)}":
+                yield path
+                continue
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _put(built: Path, path: Path, ending: str) -> Path:
+    """Put what was built in its place at once; return ``path`` with its SHA-256 and the ending added to its name."""
+    built.chmod(0o600)
+    return built.replace(path.with_name(f"{path.name}-{_digest(built)}{ending}"))
+
+
+def kept_binary(name: str, source: str, make: Callable[[], bytes]) -> bytes:
+    """Return what ``make`` makes of a source, or what an earlier run made of it and left in the user's cache."""
+    name = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+    folder = cache_folder()
+    if folder is None:
+        return make()
+    for path in _whole(folder, name, ".cubin"):
+        return path.read_bytes()
+    binary = make()
+    with contextlib.suppress(OSError), scratch_folder(folder, prefix="build") as private:
+        (private / name).write_bytes(binary)
+        _put(private / name, folder / name, ".cubin")
+    return binary
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _key(compiler: str, source: str) -> str:
+    """Name a build by all that it depends on; a home folder may be shared by machines of other kinds."""
+    parts = [source.encode(), *(header.read_bytes() for header in sorted(FOLDER.glob("*.h")))]
+    parts += [" ".join(FLAGS).encode(), compiler.encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """The processor and what it can do, as far as the system says it."""
+    facts = ("model name", "flags", "Features", "CPU part")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    said = sorted({line for line in lines if line.startswith(facts)})
+    return "\n".join([platform.system(), platform.machine(), platform.processor(), *said])
+
+
+def processor_name() -> str:
+    """Return the name of the processor, "" where the system does not say it."""
+    lines = (line for line in _processor().splitlines() if line.startswith("model name"))
+    return next((line.partition(":")[2].strip() for line in lines), platform.processor())
+
+
+def _build(compiler: str, source: str, path: Path) -> Path:
+    """Return ``path`` with the SHA-256 of what was built added to its name.
+
+    Built into a file of its own and put in its place at once: another process may be doing the same.
+    """
+    with scratch_folder(path.parent, prefix="build") as folder:
+        built, text = folder / path.name, folder / "source.c"
+        text.write_text(source)
+        words = [*FLAGS, f"-I{FOLDER}", str(text), "-o", str(built), "-lm"]
+        for more in ([_WHOLE_VECTORS], []):
+            done = subprocess.run([compiler, *more, *words], capture_output=True, text=True)
+            if done.returncode == 0:
+                return _put(built, path, ".so")
+    said = done.stderr.strip().splitlines()
+    raise NotBuiltError(
+        f"{compiler} could not build the C code of a step: {said[0] if said else f'exit code {done.returncode}'}"
+    )

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch.cuda import _utils
 
-from gputune.native.build import kept_binary
 from gputune.native.cuda import Kernel
-from gputune.native.library import ACTIVATIONS, FOLDER, OPTIMIZERS
+from gputune.native.library import ACTIVATIONS, FOLDER, OPTIMIZERS, kept_binary
 
 FILES = ("device.h", "work.h", "formulas.h", "update.h", "member.cu")
 TILES = (64, 32, 16)

@@ -1,7 +1,4 @@
-"""The charts of all hyperparameters: their importance as bars, and parallel coordinates to be brushed.
-
-The charts of the best trial on its validation rows: the classes that it confuses, the columns that it needs.
-"""
+"""The charts of what matters: hyperparameters and columns as bars, parallel coordinates, confused classes."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -185,7 +182,7 @@ def _axis(x: float, axis: Axis, place: int, letters: int) -> Markup:
 CLASSES, COLUMNS = 25, 30
 """Classes and columns that are drawn."""
 
-_WIDTH, _LEFT, _TOP, _LARGEST, _SMALLEST = 640.0, 150.0, 92.0, 56.0, 26.0
+_WIDTH_OF_MATRIX, _LEFT_OF_MATRIX, _TOP_OF_MATRIX, _LARGEST, _SMALLEST = 640.0, 150.0, 92.0, 56.0, 26.0
 _COUNTED = 0.65
 """Opacity of a cell that holds all rows of its class: text on it stays legible."""
 
@@ -197,19 +194,19 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
     drawn = np.sort(np.argsort(-report.confusion.sum(1), kind="stable")[:CLASSES])
     matrix, classes = report.confusion[np.ix_(drawn, drawn)], study.record.classes or ()
     labels = [clean(classes[place]) for place in drawn.tolist()]
-    side = max(_SMALLEST, min(_LARGEST, (_WIDTH - _LEFT - 60) / len(labels)))
+    side = max(_SMALLEST, min(_LARGEST, (_WIDTH_OF_MATRIX - _LEFT_OF_MATRIX - 60) / len(labels)))
     shares = matrix / np.maximum(report.confusion[drawn].sum(1), 1)[:, None]
     slant = max(len(cut(label, 14)) for label in labels) * 7 > side
     parts = []
     for i, label in enumerate(labels):
-        middle, titled = _LEFT + (i + 0.5) * side, (element("title", label), cut(label, 14))
-        turn = f"rotate(-40 {middle:.1f} {_TOP - 10:.1f})" if slant else None
+        middle, titled = _LEFT_OF_MATRIX + (i + 0.5) * side, (element("title", label), cut(label, 14))
+        turn = f"rotate(-40 {middle:.1f} {_TOP_OF_MATRIX - 10:.1f})" if slant else None
         parts += [
-            text("tick end", _LEFT - 8, _TOP + (i + 0.5) * side + 4, *titled),
-            text("tick" if slant else "tick mid", middle, _TOP - 10, *titled, transform=turn),
+            text("tick end", _LEFT_OF_MATRIX - 8, _TOP_OF_MATRIX + (i + 0.5) * side + 4, *titled),
+            text("tick" if slant else "tick mid", middle, _TOP_OF_MATRIX - 10, *titled, transform=turn),
         ]
         for j, count in enumerate(matrix[i].tolist()):
-            x, y = _LEFT + j * side, _TOP + i * side
+            x, y = _LEFT_OF_MATRIX + j * side, _TOP_OF_MATRIX + i * side
             opacity = f"{_COUNTED * shares[i, j]:.3f}"
             box = {"x": x + 1, "y": y + 1, "width": side - 2, "height": side - 2, "rx": 2}
             said = element("title", f"{label} predicted as {labels[j]}: {count}")
@@ -217,14 +214,14 @@ def confusion_chart(study: Study, report: FoldReport) -> Chart | None:
             if count:
                 parts.append(text("label mid", x + side / 2, y + side / 2 + 4, str(count)))
     span = side * len(labels)
-    up = _TOP + span / 2
+    up = _TOP_OF_MATRIX + span / 2
     parts += [
-        text("name mid", _LEFT + span / 2, 14 if slant else _TOP - 32, "predicted"),
+        text("name mid", _LEFT_OF_MATRIX + span / 2, 14 if slant else _TOP_OF_MATRIX - 32, "predicted"),
         text("name mid", 20, up, "true", transform=f"rotate(-90 20 {up:.1f})"),
     ]
     left_out = len(classes) - len(labels)
     notes = (f"The {len(labels)} most frequent classes; {left_out} others are left out.",) if left_out else ()
-    size = max(_WIDTH, _LEFT + span + 60), _TOP + span + 12
+    size = max(_WIDTH_OF_MATRIX, _LEFT_OF_MATRIX + span + 60), _TOP_OF_MATRIX + span + 12
     return Chart(drawing(*size, "Confusion matrix", *parts, class_="chart matrix"), notes)
 
 

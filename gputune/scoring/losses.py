@@ -2,9 +2,15 @@
 
 A minibatch's loss is ``sum(weight * loss) / sum(weight)`` over its rows: cross-entropy for classes, squared
 error for regression, as ``torch.nn.functional.cross_entropy`` and ``mse_loss`` define them.
+
+Temperature scaling: one number by which all logits are divided, so that probabilities are as sure as they are right.
+
+Source: Guo et al. (2017), On calibration of modern neural networks, arXiv:1706.04599, section 4.2; it is found as
+scikit-learn's CalibratedClassifierCV(method="temperature") finds it.
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -15,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gputune.errors import InputError
+from gputune.scoring.scores import neg_cross_entropy
 from gputune.types import Task
 
 # With fewer classes than fill a vector register, torch's softmax on a CPU goes one number at a time: 7 times slower.
@@ -228,3 +235,25 @@ def by_rows(loss: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
     return of_rows
+
+
+_LOG_RANGE, _TOLERANCE = 10.0, 64 * torch.finfo(torch.float64).eps
+"""Of the logarithm of a temperature, as in scikit-learn."""
+
+
+def best_temperature(logits: Tensor, target: Tensor) -> float:
+    """Return the temperature at which logits (n, K), divided by it, have the least log loss on class codes (n,).
+
+    It is 1 where every row's class has the largest logit: the loss would then fall for ever as the temperature does.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if bool((logits.argmax(1) == target).all()):
+        return 1.0
+
+    def loss(log_inverse: float) -> float:
+        return -float(neg_cross_entropy(logits * math.exp(log_inverse), target))
+
+    bounds = (-_LOG_RANGE, _LOG_RANGE)
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": _TOLERANCE})
+    return math.exp(-found.x)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gputune.data.dataset import Dataset
 from gputune.engine.backend import choose_backend
-from gputune.engine.device import DeviceChoice, Work, device_for
+from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.engine.entry import entry
 from gputune.engine.job import BegunChunk
 from gputune.engine.memory import GivenUp

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from gputune.engine.device import device_for_solver
+from gputune.engine.choice import device_for_solver
 from gputune.errors import InputError, warn
 from gputune.methods.config import check_value
 from gputune.sklearn.base import Foreign, FusedEstimator, constructor

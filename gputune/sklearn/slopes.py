@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 
 from gputune.data.dataset import Fold
-from gputune.engine.device import device_for_solver
+from gputune.engine.choice import device_for_solver
 from gputune.engine.entry import entry
 from gputune.engine.memory import GivenUp
 from gputune.errors import InputError

@@ -1,15 +1,32 @@
-"""What a study knows a function of the user's own by: its source, and the values that it holds."""
+"""The code of a user: what a study knows a function by, and what this user has trained or saved on this machine.
+
+Code is known by digests: of its source and the values that it holds, and of the files that run where a module is
+imported, found without running any. Code that is remembered runs again without a word. The list is
+``gputune/trusted-code`` in the user's folder of state ($XDG_STATE_HOME, else ~/.local/state), a digest a line. Where
+that folder cannot be had (a container without HOME) nothing outlives the process, and a list that others could have
+written is not used. Whoever removes the file withdraws all that it holds.
+"""
 
 import functools
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+import os
+import stat
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import is_dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from gputune.errors import warn
+from gputune.scratch import is_own
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -100,3 +117,168 @@ def _attributes(value: Any) -> dict[str, object]:
         return own
     own = {name: held for name, held in own.items() if name not in _OF_MODULES}
     return own | value._parameters | value._buffers | value._modules
+
+
+Files = tuple[tuple[str, str], ...]
+"""Path and SHA-256 of the files that run where a module is imported: of its packages, outermost first, then its own."""
+
+FILE_MODULE = "gputune_file_"
+"""What the names of modules begin with that gputune made of a file, whose digest they have as ``__sha256__``."""
+
+# Each is taken once: a file that is edited later is not what this process has imported.
+_FILES: "weakref.WeakKeyDictionary[ModuleType, Files]" = weakref.WeakKeyDictionary()
+
+
+def files_of(module: ModuleType) -> Files:
+    """Return the files that made a module of this process."""
+    if module.__name__.startswith(FILE_MODULE):
+        return ((str(module.__file__), module.__dict__["__sha256__"]),)
+    if module not in _FILES:
+        parts = module.__name__.split(".")
+        chain = [sys.modules.get(".".join(parts[: i + 1])) for i in range(len(parts))]
+        _FILES[module] = _hashed(getattr(part, "__file__", None) for part in chain)
+    return _FILES[module]
+
+
+def files_to_import(package: str) -> Files:
+    """Return the files that importing a module runs, without running any; ImportError where there is no such module.
+
+    Those of a module that is here already are the ones that made it, though none of them runs again.
+    """
+    if (module := sys.modules.get(package)) is not None:
+        return files_of(module)
+    name, places, files = "", None, []
+    for part in package.split("."):
+        if not part:
+            raise ModuleNotFoundError(f"{package!r} is no name of a module")
+        name = f"{name}.{part}" if name else part
+        loaded = sys.modules.get(name)
+        spec = getattr(loaded, "__spec__", None) or next(
+            (spec for finder in sys.meta_path if (spec := finder.find_spec(name, places)) is not None), None
+        )
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        files.append(spec.origin if spec.has_location else None)
+        places = getattr(loaded, "__path__", spec.submodule_search_locations) or ()
+    return _hashed(files)
+
+
+def _hashed(paths: Iterable[str | None]) -> Files:
+    """Return the files with their digests; none where one of them cannot be read by itself, as in an archive."""
+    files = []
+    for path in paths:
+        if path is None:  # a package without an __init__.py
+            continue
+        # Not the target of a link: Python takes the compiled code that lies beside the link.
+        place = Path(path).parent.resolve() / Path(path).name
+        try:
+            with place.open("rb") as file:
+                files.append((str(place), hashlib.file_digest(file, "sha256").hexdigest()))
+        except OSError:
+            return ()
+    return tuple(files)
+
+
+LIST = "trusted-code"
+MOST = 10_000
+"""Digests that the list holds; of a full one the older half goes."""
+
+_LINE = 65
+_here: set[str] = set()
+"""What this process has remembered, also where there is no list."""
+
+
+def remember(text: str) -> None:
+    """Remember a text, which says what was run, for this process and where it can be for later ones."""
+    digest = _digest(text)
+    _here.add(digest)
+    file = _open(os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    if file is None:
+        return
+    with (
+        suppress(OSError),
+        os.fdopen(file, "rb+", buffering=0) as lines,
+    ):  # a full disk: it is asked about again
+        known = _digests(file)
+        if digest in known:
+            return
+        if len(known) >= MOST:
+            lines.truncate(0)
+            digest = "\n".join([*known[-(MOST // 2) :], digest])
+        # One write that begins a line, so that other processes may write too, and one of them end in the middle.
+        lines.write(f"\n{digest}".encode())
+
+
+def is_remembered(text: str) -> bool:
+    """Whether ``remember`` was told this very text, by this process or by an earlier one of this user."""
+    digest = _digest(text)
+    if digest in _here:
+        return True
+    file = _open(os.O_RDONLY)
+    if file is None:
+        return False
+    with os.fdopen(file, "rb"):
+        return digest in _digests(file)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _digests(file: int) -> list[str]:
+    os.lseek(file, 0, os.SEEK_SET)
+    return os.read(file, _LINE * (MOST + 1)).decode("ascii", "replace").split()
+
+
+def _folder() -> Path | None:
+    """Return the folder of the list, whether it exists or not; None where this user has none."""
+    if not hasattr(os, "geteuid"):  # Windows
+        return None
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if state.is_absolute():  # the XDG rule: one that is relative counts for nothing
+        return state / "gputune"
+    with suppress(RuntimeError, OSError):
+        home = Path.home()
+        # Root with the HOME of a user, as sudo may leave it, would make folders there that are not the user's.
+        if home.is_absolute() and home.stat().st_uid == os.geteuid():
+            return home / ".local" / "state" / "gputune"
+    return None
+
+
+def _open(flags: int) -> int | None:
+    """Return the opened list, None where there is none; warns of one that is not this user's alone to write."""
+    folder = _folder()
+    if folder is None or sys.platform == "win32":
+        return None
+    try:
+        if flags & os.O_CREAT:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        if not _is_own(place, stat.S_ISDIR):
+            _say_not_used(folder)
+            return None
+        file = os.open(LIST, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=place)
+    except OSError:
+        return None
+    finally:
+        os.close(place)
+    if _is_own(file, stat.S_ISREG):
+        return file
+    os.close(file)
+    _say_not_used(folder / LIST)
+    return None
+
+
+def _is_own(opened: int, is_kind: Callable[[int], bool]) -> bool:
+    status = os.fstat(opened)
+    return is_kind(status.st_mode) and is_own(status)
+
+
+def _say_not_used(path: Path) -> None:
+    warn(
+        f"the list of the code that you have trained is not used, since {str(path)!r} is not yours, or others may "
+        "write to it: remove it, or take that right away (chmod go-w)."
+    )

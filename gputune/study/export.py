@@ -21,7 +21,7 @@ from gputune.data.encode import Layout, Statistics
 from gputune.data.quantiles import normal_scores_of, smooth_clip
 from gputune.data.table import Table
 from gputune.errors import InputError, import_extra
-from gputune.modules.stateless import Stateless
+from gputune.modules.calls import Stateless
 from gputune.population.network import call_module, class_logits, first_output
 from gputune.scratch import no_folder, scratch_folder
 from gputune.study.model_files import ModelContent

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gputune.data.arrays import ArrayLayout, ArrayStatistics
 from gputune.data.encode import Layout, Statistics
 from gputune.errors import InputError
+from gputune.modules.calls import converted
 from gputune.modules.construction import Builder, call_arguments, made, materialise, name_of
-from gputune.modules.precision import converted
 from gputune.population.network import InputKind
 from gputune.seeding import keyed_draws
 from gputune.types import Config, Json

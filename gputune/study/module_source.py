@@ -29,7 +29,7 @@ from torch import nn
 
 from gputune.errors import InputError, UntrustedCodeError
 from gputune.modules.construction import Builder
-from gputune.study.trusted import FILE_MODULE, Files, files_of, files_to_import, is_remembered, remember
+from gputune.study.code import FILE_MODULE, Files, files_of, files_to_import, is_remembered, remember
 from gputune.types import Config, Json
 
 MAIN = "__main__"

@@ -13,7 +13,7 @@ from gputune.errors import InputError
 from gputune.text import did_you_mean
 
 if TYPE_CHECKING:
-    from gputune.callbacks.callback import Callback
+    from gputune.callbacks import Callback
     from gputune.data.kinds import Kind
     from gputune.data.target_transform import TargetTransform
     from gputune.study.study import Study
@@ -139,7 +139,7 @@ def kinds(name: str, value: object) -> "Mapping[str, Kind] | None":
 
 
 def callbacks(name: str, value: object) -> "tuple[Callback, ...]":
-    from gputune.callbacks.callback import check_callbacks
+    from gputune.callbacks import check_callbacks
 
     return check_callbacks(value)
 

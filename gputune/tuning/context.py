@@ -13,10 +13,10 @@ import numpy as np
 
 from gputune.data.dataset import Dataset
 from gputune.engine.checkpoint import Checkpoint, CheckpointFolder, Checkpointing
+from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job, Outcome
 from gputune.engine.memory import GivenUp, Need, cuda_peak, measure_need
 from gputune.engine.plan import Plan
-from gputune.engine.timing import fastest_way
 from gputune.errors import InputError
 from gputune.executors.executor import Claim
 from gputune.modules.inspection import check_rates, known_traits, note_fastest, traits_of

@@ -20,7 +20,7 @@ from gputune.data.folds import unpack_folds
 from gputune.engine.entry import entry
 from gputune.errors import InputError
 from gputune.population.network import Ensemble, call_module, class_logits, first_output
-from gputune.scoring.calibration import best_temperature
+from gputune.scoring.losses import best_temperature
 from gputune.scoring.metrics import make_metrics, scorers_of
 from gputune.scoring.scores import neg_cross_entropy
 from gputune.scoring.scoring import Scoring, outputs_of

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from gputune.callbacks.callback import Callbacks
+from gputune.callbacks import Callbacks
 from gputune.engine.entry import entry
 from gputune.engine.stop import Stop
 from gputune.errors import InputError

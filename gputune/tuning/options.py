@@ -15,7 +15,7 @@ from gputune.types import SCHEDULES, BackendWord, MethodWord, Precision
 if TYPE_CHECKING:
     import torch
 
-    from gputune.callbacks.callback import Callback
+    from gputune.callbacks import Callback
     from gputune.data.encode import Columns, Numbers
     from gputune.data.kinds import Kind
     from gputune.data.target import TaskWord

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-from gputune.callbacks.callback import Callbacks
+from gputune.callbacks import Callbacks
 from gputune.data.arrays import Arrays
 from gputune.data.dataset import Dataset, Rows, ScorerRows
 from gputune.data.folds import Splitter, make_folds
@@ -30,12 +30,12 @@ from gputune.scoring.metrics import check_folds, has_function, loss_scoring, mak
 from gputune.scoring.objective import make_objective
 from gputune.scoring.scoring import Scoring
 from gputune.scoring.validation import baseline, remark_on_accuracy
+from gputune.study.code import remember
 from gputune.study.ledger import Ledger, open_ledger
 from gputune.study.module_source import remember_code
 from gputune.study.record import SearchRecord
 from gputune.study.store import Candidate, Store
 from gputune.study.study import Study
-from gputune.study.trusted import remember
 from gputune.tuning.candidates import checked_space, first_trials, notes_on, stored, with_earlier
 from gputune.tuning.context import Context
 from gputune.tuning.descent import check_descent, descend

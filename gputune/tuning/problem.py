@@ -19,7 +19,7 @@ from gputune.data.source import Source
 from gputune.data.table import quoted
 from gputune.data.target import Target, check_target, with_transform
 from gputune.data.weights import check_weights
-from gputune.engine.device import DeviceChoice, Work, device_for
+from gputune.engine.choice import DeviceChoice, Work, device_for
 from gputune.errors import InputError
 from gputune.methods.descent import Hypergradient
 from gputune.methods.recipes import recipe_of

@@ -23,9 +23,8 @@ from gputune.methods.optuna import OptunaSampler
 from gputune.methods.space import Space, space_from_json, space_text, space_to_json
 from gputune.scoring.metrics import has_function
 from gputune.scoring.objective import Objective
-from gputune.study.code import digest_of_code
+from gputune.study.code import digest_of_code, is_remembered
 from gputune.study.record import PARTS, Arguments, SearchRecord
-from gputune.study.trusted import is_remembered
 from gputune.study.values import to_json
 from gputune.tuning.context import Context
 from gputune.tuning.method import method_from_json, method_to_json

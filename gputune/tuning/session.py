@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from gputune.callbacks.callback import Callbacks
+from gputune.callbacks import Callbacks
 from gputune.engine.stop import Stop
 from gputune.errors import SearchFailedError, SearchInterrupted
 from gputune.methods.config import ConfigCheck, check_config

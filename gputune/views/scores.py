@@ -1,7 +1,4 @@
-"""What is drawn of a study's scores and learning curves: their sign, their order, and the range of an axis.
-
-Several metrics of a study: how each is shown, the study by another of them, the trials that none beats in all.
-"""
+"""What is drawn of a study's scores and curves: their sign, order and range; several metrics, and the Pareto front."""
 
 import math
 from dataclasses import dataclass, replace

@@ -11,8 +11,7 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import gputune
-from gputune.callbacks import MLflow, TensorBoard, WandB
-from gputune.callbacks.callback import plain_params, trial_numbers
+from gputune.callbacks import MLflow, TensorBoard, WandB, plain_params, trial_numbers
 from gputune.errors import MissingExtraError
 from study_rows import candidates, result
 

@@ -13,7 +13,7 @@ import gputune
 from command_line import run, write_table
 from gputune.check import check
 from gputune.cli.arguments import make_parser
-from gputune.engine import speed
+from gputune.engine import choice
 
 QUICK = {"n_trials": 1, "max_epochs": 1, "cv": 2, "verbose": 0, "workers": 1}
 FEW = ["--trials", "1", "--epochs", "2", "--cv", "2", "--workers", "1", "-q"]
@@ -139,7 +139,7 @@ def searched_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(check, "LAWS", check.LAWS[:1])  # that each holds, and how fast, are other tests
-        patch.setattr(speed, "MANY", {"cpu": 5, "cuda": 5})
+        patch.setattr(choice, "MANY", {"cpu": 5, "cuda": 5})
         write_table(folder / "bugs.csv", 20, kind=["ant", "bee"] * 10)
         assert run("tune", "bugs.csv", "--target", "kind", *FEW, "--out", "out")[0] == 0
         yield folder

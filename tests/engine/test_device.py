@@ -4,11 +4,10 @@ import pytest
 import torch
 
 import gputune
-from gputune.engine import device, findings
+from gputune.engine import choice, findings
 from gputune.engine.backend import choose_backend, choose_device
-from gputune.engine.device import DeviceChoice, Work, device_for, device_for_solver
+from gputune.engine.choice import DeviceChoice, Work, device_for, device_for_solver, work_of_a_step
 from gputune.engine.findings import Findings, Speed, keep_findings, read_findings
-from gputune.engine.speed import work_of_a_step
 from problems import fill, needs_compiled_code
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -31,15 +30,15 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(findings, "device_name", lambda device: f"a {device.type}")
-    monkeypatch.setattr(device, "device_name", lambda device: f"a {device.type}")
-    monkeypatch.setattr(device, "choose_device", lambda word: GPU if word == "auto" else torch.device(word))
+    monkeypatch.setattr(choice, "device_name", lambda device: f"a {device.type}")
+    monkeypatch.setattr(choice, "choose_device", lambda word: GPU if word == "auto" else torch.device(word))
     measured = []
 
     def measure(device, backend):
         measured.append((device.type, backend))
         return SPEEDS[device.type]
 
-    monkeypatch.setattr(device, "measure_speed", measure)
+    monkeypatch.setattr(choice, "measure_speed", measure)
     return measured
 
 

@@ -15,7 +15,7 @@ from gputune.models import RealMLP
 from gputune.modules import draws
 from gputune.modules.inspection import traits_of
 from gputune.modules.module import StackedModule, Traits
-from gputune.native import build as built
+from gputune.native import library as built
 from gputune.scoring.objective import Objective
 from problems import Linear, fill, make_data, scoring_of, shape_of
 

@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 import gputune
-from gputune.engine import members, timing
+from gputune.engine import choice, members
+from gputune.engine.choice import fastest_way
 from gputune.engine.job import Job
-from gputune.engine.timing import fastest_way
-from gputune.native.build import build
+from gputune.native.library import build
 from gputune.population.population import Population
 from problems import fill, make_data
 
@@ -42,9 +42,9 @@ def found(member_steps):
     ],
 )
 def test_the_fastest_way_is_kept_where_it_matters(monkeypatch, stacked, code, steps, slow, coded):
-    monkeypatch.setattr(timing, "_coded_seconds", lambda job, data, chunk: code)
+    monkeypatch.setattr(choice, "_coded_seconds", lambda job, data, chunk: code)
     monkeypatch.setattr(
-        timing, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
+        choice, "_seconds", lambda job, data, chunk, backend: {"loop": 0.001}.get(backend, stacked)
     )
     assert found(steps) == (slow, coded)
 
@@ -54,12 +54,12 @@ def test_all_ways_are_timed():
     data, job = make_data(), Job(seed=0, epochs=3, horizon=3, module_class=Net)
     chunk = Population("module", (0, 1), tuple(CONFIGS))
     for backend in ("loop", "graph"):
-        assert 0 < timing._seconds(job, data, chunk, backend) < 1
+        assert 0 < choice._seconds(job, data, chunk, backend) < 1
     job = replace(job, backend="graph")
-    assert 0 < timing._coded_seconds(job, data, chunk) < 1
+    assert 0 < choice._coded_seconds(job, data, chunk) < 1
     for unknown in ("adamwhd", "torch:Adagrad"):
         other = Population("module", (0, 1), tuple({**c, "optimizer": unknown} for c in CONFIGS))
-        assert timing._coded_seconds(job, data, other) == math.inf
+        assert choice._coded_seconds(job, data, other) == math.inf
 
 
 @pytest.mark.cpu
@@ -90,7 +90,7 @@ def test_what_is_built_to_be_timed_trains(monkeypatch):
         members, "build", lambda source, dtype: sources.append(source) or build(source, dtype)
     )
     for name, value in {"_WORTH_SECONDS": 0, "_CODE_SECONDS": 0, "_seconds": lambda *given: 1.0}.items():
-        monkeypatch.setattr(timing, name, value)
+        monkeypatch.setattr(choice, name, value)
     search = partial(gputune.tune, Net, make_data().x[0].float(), make_data().y, workers=1, verbose=0)
     found, expected = (search(n_trials=2, cv=2, backend=backend).curves for backend in ("auto", "graph"))
     assert len(sources) == 1

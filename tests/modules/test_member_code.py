@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gputune.modules.member_code import MemberCode
 from gputune.modules.trace import TraceError, trace
-from gputune.native import build as built
+from gputune.native import library as built
 
 pytestmark = pytest.mark.skipif(built.find_compiler() is None, reason="no C compiler")
 X = torch.rand(2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.3

@@ -5,9 +5,8 @@ import stat
 import pytest
 import torch
 
-from gputune.native import build as built
-from gputune.native.build import build, cache_folder, find_compiler, kept_binary
-from gputune.native.library import NotBuiltError
+from gputune.native import library as built
+from gputune.native.library import NotBuiltError, build, cache_folder, find_compiler, kept_binary
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler")
 SOURCE = "int three(void) { return 3; }\n"

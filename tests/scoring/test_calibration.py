@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.utils.fixes import parse_version
 from torch.nn import functional
 
-from gputune.scoring.calibration import best_temperature
+from gputune.scoring.losses import best_temperature
 
 RNG = np.random.default_rng(0)
 

@@ -17,7 +17,7 @@ from gputune.check import check
 from gputune.check.check import checks_of
 from gputune.check.laws import LAWS
 from gputune.data import dataset
-from gputune.engine import dropout, findings, plan, speed
+from gputune.engine import choice, dropout, findings, plan
 from gputune.engine.findings import Findings, Speed
 from gputune.engine.mlp import StackedMLP
 from gputune.engine.stacked import StackedChunk
@@ -115,8 +115,8 @@ def test_a_law_of_the_check_holds(law, backend):
 def test_the_check_of_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
     monkeypatch.setattr(check, "LAWS", LAWS[-1:])
-    monkeypatch.setattr(speed, "MANY", {"cpu": 5, "cuda": 5})
-    monkeypatch.setattr(speed, "_ROWS", 40)  # a step an epoch
+    monkeypatch.setattr(choice, "MANY", {"cpu": 5, "cuda": 5})
+    monkeypatch.setattr(choice, "_ROWS", 40)  # a step an epoch
     code, out, _ = run("check", "--device", "cuda:1")
     assert code == 0 and re.search(
         r"a GPU that is not there; capability 9.0, [0-9.]+ GiB of 16.0 GiB free", out
@@ -278,7 +278,7 @@ def test_auto_of_an_estimator_is_the_cpu_for_what_is_small(iris):
 
 def test_auto_takes_the_gpu_where_it_is_faster(iris, monkeypatch, tmp_path):
     monkeypatch.setattr(findings, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr("gputune.engine.device._SOON", 0.0)
+    monkeypatch.setattr("gputune.engine.choice._SOON", 0.0)
     findings.keep_findings(torch.device("cpu"), Findings(None, {"compiled": Speed(1.0, 1.0)}))
     findings.keep_findings(torch.device("cuda"), Findings(None, {"graph": Speed(1e-9, 0.0)}))
     gputune.tune("mlp", *iris, **FAST)

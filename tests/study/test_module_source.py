@@ -13,7 +13,7 @@ from torch import nn
 
 from gputune.errors import UntrustedCodeError
 from gputune.models import MLP
-from gputune.study import trusted
+from gputune.study import code
 from gputune.study.module_source import (
     class_from_file,
     class_source,
@@ -149,7 +149,7 @@ def forget(monkeypatch, *names):
     """As in another process: the modules are imported anew."""
     for name in names:
         sys.modules.pop(name, None)
-    monkeypatch.setattr(trusted, "_FILES", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(code, "_FILES", weakref.WeakKeyDictionary())
     importlib.invalidate_caches()
 
 

@@ -7,14 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 
-from gputune.study import trusted
-from gputune.study.trusted import is_remembered, remember
+from gputune.study import code
+from gputune.study.code import is_remembered, remember
 
 
 @pytest.fixture
 def later(monkeypatch):
     """As in a later process."""
-    return lambda: monkeypatch.setattr(trusted, "_here", set())
+    return lambda: monkeypatch.setattr(code, "_here", set())
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_what_is_remembered_outlives_the_process_and_nobody_else_may_write_it(fo
 
 
 def test_the_same_is_kept_once_and_a_full_list_drops_its_older_half(folder, later, monkeypatch):
-    monkeypatch.setattr(trusted, "MOST", 4)
+    monkeypatch.setattr(code, "MOST", 4)
     for text in "aababcd":
         remember(text)
     assert len((folder / "trusted-code").read_text().split()) == 4

@@ -10,7 +10,7 @@ from torch import nn
 
 import gputune
 from gputune.models import MLP
-from gputune.scoring.calibration import best_temperature
+from gputune.scoring.losses import best_temperature
 from refused import refused
 
 HOW = {"n_trials": 2, "max_epochs": 3, "verbose": 0, "workers": 1}

@@ -1,0 +1,305 @@
+"""What "auto" is, by steps that are timed: the device, and how members of a module train fastest.
+
+Modules and what nothing compiles go to a GPU. The built-in MLP goes where it is done first, by the speeds of both,
+which are measured where they are not known: a step takes some time whatever trains, and some more for each member,
+which two numbers of members tell. The solved logistic regression stays on the CPU.
+
+On a CPU a step of stacked members moves their activations through memory where those of one member stay in a cache:
+wide convolutions lose by it what small layers gain. Which of these a module does is found by trying.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from gputune.data.dataset import Dataset, Fold
+from gputune.engine.backend import choose_backend, choose_device, computing, trains_as
+from gputune.engine.findings import Findings, Speed, device_name, keep_findings, read_findings
+from gputune.engine.job import Fits, Job, train_chunk
+from gputune.engine.members import MemberChunk
+from gputune.engine.plan import cores
+from gputune.memory import synchronize
+from gputune.modules.module import StackedModule
+from gputune.modules.trace import TraceError
+from gputune.native.library import NotBuiltError
+from gputune.population.population import ModelKind, Population, complete, hidden_widths, populations
+from gputune.types import BY_MEMBER, Backend, BackendWord, Config
+
+CPU = torch.device("cpu")
+
+_SOON = 5.0  # seconds on the CPU, in which a GPU has hardly begun: to make a context and load libraries takes some
+
+
+@dataclass(frozen=True)
+class DeviceChoice:
+    """A device, and why "auto" is not the GPU that there is; "" where it is, or where there is none."""
+
+    device: torch.device
+    why: str = ""
+
+
+_SOLVED = DeviceChoice(
+    CPU, "the logistic regression is solved in many small products, which wait for each other"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is to be trained: complete configurations, on so many training ``rows`` of each fold, for ``epochs``.
+
+    ``repeats`` is how often as much comes again, one after the other. ``held_by`` is the device of a tensor that was
+    given, None for rows in main memory.
+    """
+
+    kind: ModelKind
+    configs: Sequence[Config]
+    rows: Sequence[int]
+    n_features: int
+    n_outputs: int
+    epochs: int
+    repeats: float = 1.0
+    solved: bool = False
+    differentiated: bool = False
+    backend: BackendWord = "auto"
+    dtype: torch.dtype = torch.float32
+    held_by: torch.device | None = None
+
+    def seconds(self, speed: Speed, *, alone: bool) -> float:
+        """Estimate how long it takes at a speed; ``alone`` where every member takes its own steps."""
+        rows = max(self.rows)
+        groups = populations(self.configs, self.kind, rows=rows, own_steps=lambda config: alone)
+        seconds = 0.0
+        for group in groups:
+            steps = [
+                sum(-(-n // min(config["batch_size"], n)) for n in self.rows) for config in group.configs
+            ]
+            work = (
+                work_of_a_step(c, self.n_features, self.n_outputs, rows, self.kind) for c in group.configs
+            )
+            seconds += speed.member * sum(n * each for n, each in zip(steps, work))
+            seconds += speed.step * max(steps) / len(self.rows)
+        return self.repeats * self.epochs * seconds
+
+
+def device_for(word: str, work: Work) -> DeviceChoice:
+    """Return the device of "auto", "cpu", "cuda" or "cuda:1"; InputError where there is none."""
+    if word != "auto":
+        return DeviceChoice(choose_device(word))
+    if work.held_by is not None and work.held_by.type != "cpu":
+        return DeviceChoice(work.held_by)
+    gpu = choose_device("auto")
+    if gpu == CPU or work.backend == "compiled":
+        return DeviceChoice(CPU)
+    if work.solved:
+        return _SOLVED
+    return _by_speed(gpu, work) if _compiles(work) else DeviceChoice(gpu)
+
+
+def device_for_solver(word: str) -> DeviceChoice:
+    """Return the device on which the logistic regression is solved, whose X is in main memory."""
+    return _SOLVED if word == "auto" else DeviceChoice(choose_device(word))
+
+
+def _compiles(work: Work) -> bool:
+    """Whether all of it can train in compiled code on the CPU."""
+    if work.kind == "module" or work.differentiated or work.backend != "auto":
+        return False
+    backend, _ = choose_backend("auto", CPU, work.dtype)
+    return all(trains_as(backend, work.kind, config) == "compiled" for config in work.configs)
+
+
+def _by_speed(gpu: torch.device, work: Work) -> DeviceChoice:
+    backend, _ = choose_backend("auto", gpu, work.dtype)
+    if why := read_findings(gpu).why_not(backend):
+        return DeviceChoice(CPU, why)
+    here = work.seconds(_speed(CPU, "compiled"), alone=True)
+    if here < _SOON:
+        return DeviceChoice(CPU, f"compiled code takes about {here:.1f} s on the CPU")
+    there = work.seconds(_speed(gpu, backend), alone=backend in BY_MEMBER)
+    if there < here:
+        return DeviceChoice(gpu)
+    return DeviceChoice(
+        CPU, f"compiled code takes about {here:.0f} s on the CPU, {device_name(gpu)} about {there:.0f} s"
+    )
+
+
+def _speed(device: torch.device, backend: Backend) -> Speed:
+    """Return a speed that is known, or measure it and keep it."""
+    known = read_findings(device).speeds.get(backend)
+    if known is None:
+        known = measure_speed(device, backend)
+        keep_findings(device, Findings(None, {backend: known}))
+    return known
+
+
+FOLDS, FEATURES, CLASSES, WIDTH, BATCH = 5, 64, 10, 64, 32
+FEW = 4
+MANY = {"cpu": 40, "cuda": 200}
+"""Trials, each of which has a member in every fold."""
+
+_ROWS, _EPOCHS = 640, 4  # 16 steps an epoch
+_WARM = 2  # of these epochs: what is made on first use, and the recording
+
+
+def measure_speed(device: torch.device, backend: Backend) -> Speed:
+    """Train few and many trials for some epochs, in seconds, and return the seconds of a step."""
+    data, many = _data(device), MANY[device.type]
+    few, most = (_seconds_of_a_step(data, trials, backend) for trials in (FEW, many))
+    member = max(0.0, most - few) / (FOLDS * (many - FEW))
+    return Speed(max(0.0, few - FOLDS * FEW * member), member)
+
+
+def work_of_a_step(config: Config, n_features: int, n_outputs: int, rows: int, kind: ModelKind) -> float:
+    """Return what one step of a member costs, as a multiple of those that are timed here.
+
+    Both of its parts go with the number of parameters: the update, once, and the products, for each row. One row costs
+    a tenth of the update, in compiled code on an EPYC core.
+    """
+    hidden = hidden_widths(config) if kind == "mlp" else ()
+    parameters: float = _parameters(n_features, *hidden, n_outputs)
+    batch = min(int(config["batch_size"]), rows)
+    return parameters * (10 + batch) / (_TIMED * (10 + BATCH))
+
+
+def _parameters(*sizes: int) -> int:
+    return sum((a + 1) * b for a, b in pairwise(sizes))
+
+
+_TIMED = _parameters(FEATURES, WIDTH, WIDTH, CLASSES)
+
+
+def _data(device: torch.device) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(CLASSES, (_ROWS,), generator=generator).to(device)
+    positions = torch.arange(_ROWS, device=device)
+    nothing = torch.zeros(FOLDS, dtype=torch.float64, device=device)
+    return Dataset(
+        inputs=(torch.randn(1, _ROWS, FEATURES, generator=generator).to(device),),
+        copies=(0,) * FOLDS,
+        y=y,
+        weights=None,
+        folds=tuple(
+            Fold(positions[positions % FOLDS != f], positions[positions % FOLDS == f]) for f in range(FOLDS)
+        ),
+        present=None,
+        center=nothing,
+        scale=nothing + 1,
+        n_outputs=CLASSES,
+        task="multiclass",
+        target=y,
+    )
+
+
+def _seconds_of_a_step(data: Dataset, trials: int, backend: Backend) -> float:
+    rates = np.geomspace(1e-4, 1e-2, trials).tolist()
+    configs = (
+        complete({"lr": lr, "width": WIDTH, "batch_size": BATCH}, optimizer="adamw", schedule="constant")
+        for lr in rates
+    )
+    times: list[float] = []
+
+    def note(_trials: int, _scores: np.ndarray) -> None:
+        synchronize(data.device)
+        times.append(time.perf_counter())
+
+    job = Job(seed=0, epochs=_EPOCHS + _WARM, horizon=10**6, backend=backend)
+    with computing(cores() if backend == "compiled" else 1):
+        train_chunk(job, data, Population("mlp", tuple(range(trials)), tuple(configs)), note)
+    steps = math.ceil(max(len(fold.train) for fold in data.folds) / BATCH)
+    return min(b - a for a, b in pairwise(times[_WARM - 1 :])) / steps
+
+
+_STEPS = 3  # of one shape, which is recorded in the first of the epochs
+_WORTH_SECONDS = 3.0  # of all members one by one: less is trained before it could be told
+_CODE_SECONDS = (
+    6.0  # of all members the faster way: on two cores, from there one or two of building code are repaid
+)
+_TRIALS = 4
+_TIMED_NUMBERS = 1 << 22  # of the parameters of all members that are timed in compiled code
+_MARGIN = 1.1  # a difference below this is noise
+_PATIENCE_SECONDS = 2.0  # after which two epochs must be enough
+
+
+class _Enough(Exception):
+    """The time of a step is known well enough."""
+
+
+def fastest_way(job: Job, data: Dataset, group: Population, *, member_steps: float) -> tuple[str, bool]:
+    """Return by how much trials of one shape train faster one by one, in words, "" where they do not, or hardly; and
+    whether they train fastest in compiled code.
+
+    ``member_steps`` is how many steps all members of a search take that train as these do.
+    """
+    few = _with_few_rows(data, group.configs[0]["batch_size"])
+    alone = _seconds(job, few, group.part(0, 1), "loop")
+    if alone * member_steps < _WORTH_SECONDS:
+        return "", False
+    stacked = _seconds(job, few, group.part(0, min(_TRIALS, len(group.index))), job.backend)
+    known = min(alone, stacked)
+    if known * member_steps > _CODE_SECONDS and _MARGIN * _coded_seconds(job, data, group) < known:
+        return "", True
+    job.fits.reuse.timed = None
+    if stacked < _MARGIN * alone:
+        return "", False
+    slow = f"a step of a member takes {1e3 * alone:.3g} ms so, and {1e3 * stacked:.3g} ms with its members stacked"
+    return slow, False
+
+
+def _coded_seconds(job: Job, data: Dataset, group: Population) -> float:
+    """Return the seconds of one step of one member in compiled code, which is built here; infinity where none is.
+
+    The chunk that is timed is that of all trials, unless they are large, and trains afterwards.
+    """
+    network, chunk = job.network(data, group), group
+    if network.blocks.size > _TIMED_NUMBERS:
+        chunk = group.part(0, _TRIALS)
+        network = job.network(data, chunk)
+    if trains_as(job.backend, chunk.kind, chunk.configs[0]) != "graph" or not isinstance(
+        network, StackedModule
+    ):
+        return math.inf
+    try:
+        with computing(1), torch.no_grad():
+            timed = job.fits.reuse.timed = MemberChunk(
+                network, data, chunk.configs, seed=job.seed, horizon=job.horizon, scoring=job.scoring
+            )
+            return timed.seconds_of_a_step()
+    except (TraceError, NotBuiltError):
+        return math.inf
+
+
+def _seconds(job: Job, data: Dataset, chunk: Population, backend: Backend) -> float:
+    """Return the seconds of one step of one member, once what is made in the first steps is there."""
+    times: list[float] = []
+    begun = time.perf_counter()
+
+    def note(_trials: int, _scores: np.ndarray) -> None:
+        times.append(time.process_time())  # of one thread, whatever else the machine does
+        if len(times) > 1 and time.perf_counter() - begun > _PATIENCE_SECONDS:
+            raise _Enough
+
+    # Over a long horizon a recording pays, as it will in the search.
+    short = replace(
+        job, epochs=_EPOCHS, horizon=10**6, scoring=None, checkpointing=None, backend=backend, fits=Fits()
+    )
+    with computing(1), suppress(_Enough):
+        train_chunk(short, data, chunk, note)
+    size = int(chunk.configs[0]["batch_size"])
+    steps = sum(-(-len(fold.train) // size) for fold in data.folds)
+    if len(times) < 2:
+        return 0.0  # training is over
+    between = [b - a for a, b in pairwise(times)]
+    fastest = min(between[1:] or between)
+    return fastest / (steps * len(chunk.index))
+
+
+def _with_few_rows(data: Dataset, batch_size: int) -> Dataset:
+    """Return the data with so many whole minibatches in each fold, or what rows there are."""
+    folds = [Fold(fold.train[: _STEPS * batch_size], fold.valid) for fold in data.folds]
+    return replace(data, folds=tuple(folds))
