@@ -9,7 +9,7 @@ from torch.cuda import _utils
 from gputune.native.cuda import Kernel
 from gputune.native.library import ACTIVATIONS, FOLDER, OPTIMIZERS, kept_binary
 
-FILES = ("device.h", "work.h", "formulas.h", "update.h", "member.cu")
+FILES = ("device.h", "work.h", "formulas.h", "update.h", "block_product.h", "member.cu")
 TILES = (64, 32, 16)
 """Rows of a minibatch whose activations are on chip at once: as many as there is room for."""
 
@@ -40,12 +40,18 @@ class MemberKernel:
     dropout: bool
     dtype: torch.dtype
     rows: int
+    tf32: bool = False
 
     @property
     def layers(self) -> list[tuple[int, int]]:
         """Inputs and outputs of each layer, with the zeros behind them."""
-        sizes = [_whole(self.inputs), *[self.width] * self.depth, _whole(self.outputs)]
+        sizes = [self._filled(self.inputs), *[self.width] * self.depth, self._filled(self.outputs)]
         return list(zip(sizes[:-1], sizes[1:]))
+
+    def _filled(self, n: int) -> int:
+        """The next multiple of what is read at once."""
+        full = 16 if self.tf32 else 4
+        return -(-n // full) * full
 
     @property
     def threads(self) -> int:
@@ -58,21 +64,23 @@ class MemberKernel:
         """Bytes of shared memory of a block."""
         size = self.dtype.itemsize
         rates = -(-(8 + 5 * size) // 8) * 8
-        head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + _whole(self.outputs))
+        head = _RATES * rates + 8 * (3 + self.rows) + size * (self.rows + self.layers[-1][1])
         parameters = sum(below * _row(above) + above for below, above in self.layers)
         hidden = 2 * max(1, self.depth) * _row(self.width)
         return -(-head // 16) * 16 + size * (
-            parameters + self.rows * (hidden + _row(_whole(self.inputs)) + _row(_whole(self.outputs)))
+            parameters + self.rows * (hidden + _row(self.layers[0][0]) + _row(self.layers[-1][1]))
         )
 
     @property
     def scratch(self) -> int:
         """Numbers of a block's scratch: the gradients of a part of a minibatch."""
-        slots = 0
+        slots, warps = 0, self.threads // _WARP
         for below, above in self.layers:
-            fits = (tall for tall in (4, 2) if below // tall * (above // 4) >= self.threads // 2)
-            tall = next(fits, 1)
-            slots += -(-(below // tall * (above // 4)) // self.threads) * tall * 4 + 1
+            # Four numbers of a thread's: a column of them, or those of 16 x 8 that a warp has. As Product in C++.
+            many, others = (above // 8, below // 16) if self.tf32 else (below, above // 4)
+            workers, least = (warps, warps) if self.tf32 else (self.threads, self.threads // 2)
+            times = next((n for n in (4, 2) if many % n == 0 and many // n * others >= least), 1)
+            slots += -(-many // times * others // workers) * times * 4 + 1
         return slots * self.threads
 
     @property
@@ -81,18 +89,13 @@ class MemberKernel:
         sizes = {
             "INPUTS": self.inputs, "WIDTH": self.width, "DEPTH": self.depth, "OUTPUTS": self.outputs,
             "ROWS": self.rows, "THREADS": self.threads, "MOMENTS": self.moments, "ACTIVATION": self.activation,
-            "CLASSES": int(self.classes), "DROPOUT": int(self.dropout), "SHARED": self.shared,
+            "CLASSES": int(self.classes), "DROPOUT": int(self.dropout), "TF32": int(self.tf32), "SHARED": self.shared,
             "SCRATCH": self.scratch, "HELD": _HELD_BYTES // self.dtype.itemsize,
         }  # fmt: skip
         double = self.dtype == torch.float64
         lines = [f"typedef {'double' if double else 'float'} real;", *["#define DOUBLE"] * double]
         lines += [f"#define {name} {value}" for name, value in sizes.items()]
         return "\n".join([*lines, *((FOLDER / name).read_text() for name in FILES)])
-
-
-def _whole(n: int) -> int:
-    """The next multiple of 4, which is read at once."""
-    return -(-n // 4) * 4
 
 
 def _row(n: int) -> int:
