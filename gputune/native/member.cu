@@ -319,7 +319,7 @@ ALWAYS_INLINE void train(Shared &s, const Work &w, int64_t f, int64_t c, real *s
                 slope_in_outputs(s, now);
                 const Rates by = s.rates[of];
                 backward<DEPTH>(s, w, f, c, own, now, by);
-            } else score(s, w, f, c, now, at - count);
+            } else score(s, w, f, c, now, at - count + epoch * w.trials * w.valid_start[w.folds]);
             at += now.rows;
             BARRIER(ENDED);
         }

@@ -1,13 +1,13 @@
 """The kernel that trains one member a thread block: source and sizes for one shape of members, and what it knows."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch.cuda import _utils
 
 from gputune.native.cuda import Kernel
-from gputune.native.library import ACTIVATIONS, FOLDER, OPTIMIZERS, kept_binary
+from gputune.native.library import FOLDER, kept_binary
 
 FILES = ("device.h", "work.h", "formulas.h", "update.h", "block_product.h", "member.cu")
 TILES = (64, 32, 16)
@@ -83,6 +83,22 @@ class MemberKernel:
             slots += -(-many // times * others // workers) * times * 4 + 1
         return slots * self.threads
 
+    def fitted(self, shared: int) -> "MemberKernel":
+        """Return it with as many rows of a tile as there is room for in so many bytes of a block's shared memory."""
+        tiles = [replace(self, rows=rows) for rows in TILES if rows <= self.rows]
+        return next((tile for tile in tiles if tile.shared <= shared), tiles[-1])
+
+    def unknown(self, shared: int) -> str:
+        """Return, as a clause, what is beyond the kernel on a card with so many bytes; "" where nothing is."""
+        for name, most in _MOST.items():
+            if (value := getattr(self, name)) > most:
+                return f"{name} of {value}, where {most} is the most"
+        if self.dtype != torch.float32:
+            return f"dtype={str(self.dtype).removeprefix('torch.')!r}, only float32"
+        if self.shared > shared:
+            return f"{self.shared:,} bytes of weights and activations on chip, where the card has {shared:,}"
+        return ""
+
     @property
     def source(self) -> str:
         """CUDA C++ of the kernel ``train_members``, which includes nothing that NVRTC has not."""
@@ -108,53 +124,17 @@ def tile_of(batch: int) -> int:
     return next((rows for rows in reversed(TILES) if rows >= batch), TILES[0])
 
 
-def choose_kernel(
-    numbers: Mapping[str, int], *, moments: int, dropout: bool, batch: int, dtype: torch.dtype, shared: int
-) -> MemberKernel:
-    """Return the kernel for members with the ``numbers`` of their Work, whose largest minibatch has ``batch`` rows.
+def compile_kernel(kernel: MemberKernel, device: torch.device, say: Callable[[str], object] = str) -> Kernel:
+    """Return the kernel for a GPU, which NVRTC compiles once on a machine, as is said then.
 
-    ``shared`` are the bytes of shared memory that a block of the card may have; ``unknown`` has found them enough.
+    Raises what NVRTC and the driver raise.
     """
-    shapes = (
-        MemberKernel(
-            numbers["inputs"], numbers["width"], numbers["layers"] - 1, numbers["outputs"], numbers["activation"],
-            moments, bool(numbers["classes"]), dropout, dtype, rows,
-        )
-        for rows in TILES if rows <= tile_of(batch)
-    )  # fmt: skip
-    return next(shape for shape in shapes if shape.shared <= shared)
-
-
-def unknown(
-    *, inputs: int, width: int, depth: int, outputs: int, activation: str, optimizer: str, dtype: torch.dtype,
-    shared: int,
-) -> str | None:  # fmt: skip
-    """Return the part of a member that the kernel does not know, as a clause; None: it can train it.
-
-    ``width`` is that of the tensors; ``shared`` are the bytes of shared memory that a block of the card may have.
-    """
-    sizes = {"inputs": inputs, "width": width, "depth": depth, "outputs": outputs}
-    for name, value in sizes.items():
-        if value > _MOST[name]:
-            return f"{name} of {value}, where {_MOST[name]} is the most"
-    if depth and activation not in ACTIVATIONS:
-        return f"the activation {activation!r} ({', '.join(ACTIVATIONS)})"
-    if optimizer not in OPTIMIZERS:
-        return f"the optimizer {optimizer!r} ({', '.join(OPTIMIZERS)})"
-    if dtype != torch.float32:
-        return f"dtype={str(dtype).removeprefix('torch.')!r}, only float32"
-    least = MemberKernel(inputs, width, depth, outputs, 0, 2, True, False, dtype, TILES[-1])
-    if least.shared > shared:
-        return f"{least.shared:,} bytes of weights and activations on chip, where the card has {shared:,}"
-    return None
-
-
-def compile_kernel(kernel: MemberKernel, device: torch.device) -> Kernel:
-    """Return the kernel for a GPU, which NVRTC compiles once on a machine. Raises what NVRTC and the driver raise."""
     name, source = "train_members", kernel.source
     version = ".".join(map(str, torch.cuda.get_device_capability(device)))
 
     def make() -> bytes:
+        sizes = "-".join(map(str, (kernel.inputs, *[kernel.width] * kernel.depth, kernel.outputs)))
+        say(f"compiling the kernel for members of {sizes}: some seconds, once on this machine")
         return _utils._nvrtc_compile(source, name, nvcc_options=list(OPTIONS))[0]
 
     with torch.cuda.device(device):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gputune.native.library import make_work
-from gputune.native.member_kernel import choose_kernel
+from gputune.native.member_kernel import MemberKernel, tile_of
 
 HERE = Path(__file__).parent
 ORDERS = ("forwards", "backwards", "shuffled")
@@ -69,14 +69,15 @@ def bytes_of(value: np.ndarray | torch.Tensor | None) -> bytes:
 
 def kernel_of(numbers: dict[str, int], arrays: dict[str, Any], shared: int = LARGEST):
     """Return the kernel for what the C code is given."""
-    return choose_kernel(
-        numbers,
+    return MemberKernel(
+        **{name: numbers[name] for name in ("inputs", "width", "outputs", "activation")},
+        depth=numbers["layers"] - 1,
         moments=sum(arrays[name] is not None for name in ("first", "second")),
+        classes=bool(numbers["classes"]),
         dropout=arrays["draws"] is not None,
-        batch=int(arrays["sizes"].max()),
         dtype=arrays["theta"].dtype,
-        shared=shared,
-    )
+        rows=tile_of(int(arrays["sizes"].max())),
+    ).fitted(shared)
 
 
 def train_members(
